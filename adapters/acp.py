@@ -23,7 +23,7 @@ from adapters.jsonlines import bridge_command, bridge_readable, failure_conclude
 from adapters.limits import with_end
 from adapters.opencode import limit_config, limit_in, limit_plugin
 from adapters.options import AdapterOptions, CommandLine, Value, given, own_home
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import Capability, Command, Home, Program, SessionEnd, SessionEvent, SessionRequest
 

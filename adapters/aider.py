@@ -17,8 +17,8 @@ from adapters.failures import LONGEST_REASON
 from adapters.jsonlines import failure_concluded
 from adapters.limits import with_end
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given, own_home
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     Capability,

@@ -30,8 +30,8 @@ from adapters.jsonlines import (
 from adapters.limits import with_end
 from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, UsDollars, Value, given, least
 from orchestrator.client.commands import SERVER
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     Capability,

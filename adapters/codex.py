@@ -20,8 +20,8 @@ from adapters.jsonlines import failure_concluded, number_of, read_object, said_p
 from adapters.limits import with_end
 from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given
 from orchestrator.client.commands import SERVER
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     Capability,

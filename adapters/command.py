@@ -30,8 +30,8 @@ from adapters.jsonlines import failure_concluded
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, check_argument, own_home
 from adapters.placeholders import check_placeholders, filled, words
 from adapters.reading import LONGEST_LINE, Pattern, Reader, Rule
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (

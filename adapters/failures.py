@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from adapters.bridges.statuses import failure_of_status
-from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.runs.failures import FailureClass
 
 LONGEST_REASON: Final = 300
 """Characters of what a program says that are told."""

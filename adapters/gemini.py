@@ -18,8 +18,8 @@ from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_lin
 from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of, tool_used
 from adapters.limits import end_of_limit
 from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, Value, given
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     Capability,

@@ -11,8 +11,8 @@ from typing import Any, Final
 from adapters import bridges
 from adapters.bridges.lines import FIELDS
 from adapters.failures import one_line
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
     Concluded,
     Denied,

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
 from adapters.limits import with_end
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Value
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import Capability, Command, Home, Program, SessionEnd, SessionEvent, SessionRequest
 

@@ -22,9 +22,9 @@ from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_lin
 from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, said_plainly, text_of
 from adapters.limits import with_end
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
-from orchestrator.domain.secrets import contains_key, secret_values
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.security.secrets import contains_key, secret_values
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     Capability,

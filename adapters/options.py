@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from orchestrator.domain.secrets import contains_key, secret_values
+from orchestrator.domain.security.secrets import contains_key, secret_values
 from orchestrator.protocols import SessionRequest
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -22,8 +22,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from adapters.failures import class_of_status, one_line
 from adapters.jsonlines import cost_of, number_of, read_object, said_plainly, text_of
 from adapters.paths import JsonPath, values_at
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import Concluded, Identified, Said, SessionEvent, Spent
 
 #: Characters of a line that patterns are looked for in: they are a user's, lines an agent's.

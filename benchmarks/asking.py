@@ -21,12 +21,12 @@ from typing import Final
 from anyio.from_thread import start_blocking_portal
 
 from benchmarks.measure import QUICK_ROUNDS, Cost, Row, environment, paired, parser, scratch, show, timed
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.protocols import JsonObject
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.places import Place
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.mailbox import Mailbox, open_mailbox
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.slots import Place
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.socket.listener import Mailbox, open_mailbox
 
 _ROUNDS: Final = 100
 _LIMIT: Final = 0.05

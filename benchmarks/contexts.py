@@ -13,12 +13,12 @@ from typing import Final
 import anyio
 
 from benchmarks.measure import QUICK_ROUNDS, ROUNDS, Cost, Row, median, parser, scratch, show, timed
-from orchestrator.clock import SystemClock
-from orchestrator.domain.contexts import SessionContext
-from orchestrator.domain.secrets import Redactor
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.contexts import Contexts
-from orchestrator.state.file import FileStore
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.sessions.contexts import SessionContext
+from orchestrator.engine.session_api.contexts import Contexts
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 SESSIONS: Final = 100
 WRITE_LIMIT, READ_LIMIT = 1.0, 5.0  # ms

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import code_base
-from orchestrator.state.mounts import mount_of
+from orchestrator.state.log.mounts import mount_of
 
 _IDENTITY: Final = ("-c", "user.name=Benchmark", "-c", "user.email=benchmark@localhost")
 

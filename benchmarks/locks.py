@@ -22,12 +22,12 @@ import filelock
 import portalocker
 
 from benchmarks.measure import Cost, Row, median, paired, parser, scratch, show, timed
-from orchestrator.clock import SystemClock
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.registry import Registry, claim_key
 from orchestrator.protocols import Commit, Guard, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 TIMES: Final = 2_000
 QUICK_TIMES: Final = 50

@@ -11,20 +11,20 @@ from typing import Final
 
 import anyio
 
-from orchestrator.clock import SystemClock
 from orchestrator.config.model import Backoff, TaskSpec, WorktreesConfig
-from orchestrator.domain.claims import Role, Timing
-from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import Attempt, Intent, RunDocument
-from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.records import seed
-from orchestrator.engine.steps import Update
-from orchestrator.locking.life_locks import LifeLocks
+from orchestrator.domain.runs.lifecycle import Trigger
+from orchestrator.domain.runs.model import Attempt, Intent, RunDocument
+from orchestrator.domain.scheduling.claims import Role, Timing
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import seed
+from orchestrator.engine.state.transitions import Update
+from orchestrator.locking.liveness import LifeLocks
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.project import Project
-from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
+from orchestrator.state.log.identity import prepare
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 _AT_ONCE: Final = 64
 _PROMPT: Final = "Rewrite the module so that it reads its options from one place, and test that.\n" * 8

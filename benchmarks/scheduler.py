@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from benchmarks.measure import Row, median, parser, show
-from orchestrator.domain.dispatch import Board, Entry, decide
+from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
 
 TASKS: Final = 100_000
 QUICK_TASKS: Final = 2_000

@@ -17,10 +17,10 @@ from typing import Any, Final
 import anyio
 
 from benchmarks.measure import Row, median
-from orchestrator.clock import SystemClock
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 CLAIMERS: Final = 8
 READERS: Final = 50

@@ -22,9 +22,9 @@ import anyio
 
 from benchmarks import sharing
 from benchmarks.measure import Cost, Row, median, parser, scratch, show, timed
-from orchestrator.clock import SystemClock
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 WRITERS: Final = 40
 VERSIONS: Final = 25

@@ -25,13 +25,13 @@ import anyio
 
 from benchmarks.ground import clone, file_system, make_repository, run_git
 from benchmarks.measure import Cost, Row, cost_of, median, parser, scratch, show, timed
-from orchestrator.clock import SystemClock
-from orchestrator.repo import worktrees
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import Hub, create_hub, hub_of, internal_ref
-from orchestrator.repo.pool import Care, Checkout, Pool, PoolLimits
-from orchestrator.repo.source import Source
-from orchestrator.repo.worktrees import Worktree
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.source.source import Source
+from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.hub import Hub, create_hub, hub_of, internal_ref
+from orchestrator.repo.worktrees.pool import Care, Checkout, Pool, PoolLimits
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.system.clock import SystemClock
 
 FILES: Final = (200, 5_000, 57_000)
 QUICK_FILES: Final = (50,)

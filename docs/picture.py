@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.segment import SegmentLines
 
 import orchestrator.testing.fake_cli
-from orchestrator.cli.draw import frame_lines
-from orchestrator.cli.table import Frame
-from orchestrator.cli.view import RunView
-from orchestrator.council import Council
+from orchestrator.api.council import Council
+from orchestrator.cli.live.model import RunView
+from orchestrator.cli.render.draw import frame_lines
+from orchestrator.cli.render.table import Frame
 
 WIDTH, ROOM = 106, 10
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)

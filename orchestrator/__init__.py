@@ -22,7 +22,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from orchestrator.archive import Archive, KeptWork, LogPart
+    from orchestrator.api.archive import Archive, KeptWork, LogPart
+    from orchestrator.api.council import Council, Places
+    from orchestrator.api.history import Past
+    from orchestrator.api.transfer import adopt_state, copy_state
     from orchestrator.config.schema import (
         AdapterSettings,
         BackoffSettings,
@@ -32,16 +35,14 @@ if TYPE_CHECKING:
         TaskDefaults,
         WorktreeSettings,
     )
-    from orchestrator.council import Council, Places
-    from orchestrator.domain.conflicts import Strategy, Update
-    from orchestrator.domain.contexts import SessionContext, SessionStatus, TaskSummary
-    from orchestrator.domain.failures import FailureClass
-    from orchestrator.domain.model import TaskStatus
-    from orchestrator.domain.notes import Note
-    from orchestrator.domain.violations import Violation
-    from orchestrator.engine.checking import CheckedTask, RunCheck
-    from orchestrator.engine.details import SessionDetails
-    from orchestrator.engine.report import (
+    from orchestrator.domain.documents.conflicts import Strategy, Update
+    from orchestrator.domain.runs.failures import FailureClass
+    from orchestrator.domain.runs.model import TaskStatus
+    from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, TaskSummary
+    from orchestrator.domain.sessions.notes import Note
+    from orchestrator.domain.workflow.violations import Violation
+    from orchestrator.engine.phases.verification import CheckedTask, RunCheck
+    from orchestrator.engine.reports.report import (
         AdapterReport,
         OrchestratorReport,
         RunReport,
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
         SessionReport,
         TaskReport,
     )
-    from orchestrator.engine.restoring import Restored
-    from orchestrator.engine.story import Story
+    from orchestrator.engine.reports.story import Story
+    from orchestrator.engine.scheduler.restore import Restored
+    from orchestrator.engine.session_api.details import SessionDetails
     from orchestrator.errors import (
         ConfigError,
         CouncilError,
@@ -66,14 +68,12 @@ if TYPE_CHECKING:
     )
     from orchestrator.locking.named_locks import LockInfo
     from orchestrator.locking.overview import Lock, LockLayer, LockUser
-    from orchestrator.past import Past
     from orchestrator.plugins import Plugins
     from orchestrator.protocols import Document, Event, Key, RecordedEvent, Verified
-    from orchestrator.state.checkpoints import Checkpoint, Restoration
-    from orchestrator.state.conflicts import Applied, Conflict, Settled
-    from orchestrator.state.copying import Copied
-    from orchestrator.state.subscription import Changed
-    from orchestrator.transfer import adopt_state, copy_state
+    from orchestrator.state.documents.checkpoints import Checkpoint, Restoration
+    from orchestrator.state.documents.conflicts import Applied, Conflict, Settled
+    from orchestrator.state.documents.subscription import Changed
+    from orchestrator.state.transfer.copying import Copied
 
 __all__ = [
     "AdapterReport",

@@ -16,7 +16,7 @@ def main() -> None:
         _run()
     except KeyboardInterrupt:  # before a command has begun
         sys.stderr.write("council: interrupted\n")
-        sys.exit(130)  # as `orchestrator.cli.boundary` says, which may not be imported yet
+        sys.exit(130)  # as `orchestrator.cli.core.boundary` says, which may not be imported yet
 
 
 def _run() -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 import pluggy
 from pydantic import BaseModel
 
-from orchestrator.domain.handoff_kinds import Kind, Validator
-from orchestrator.domain.mediation import Transformation
+from orchestrator.domain.workflow.handoff_kinds import Kind, Validator
+from orchestrator.domain.workflow.mediation import Transformation
 from orchestrator.protocols import AdapterType, SinkType, StoreType, TrackerType
 
 if TYPE_CHECKING:  # it brings what most programs do without
-    from orchestrator.domain.consistency import Constraint
+    from orchestrator.domain.workflow.verification import Constraint
 
 #: The name of the entry-point group, and of the project that a plugin's `pluggy.HookimplMarker` names.
 ENTRY_POINT_GROUP = "cli_council"

@@ -16,8 +16,8 @@ import anyio.to_thread
 
 from orchestrator.client import main as client
 from orchestrator.client.commands import COMMANDS, OBJECT, PATHS, SECONDS, SERVER, VALUE, VERSION, Argument, Asked
+from orchestrator.client.quick_parser import Typed
 from orchestrator.client.session import AskError, Session, find_session
-from orchestrator.client.words import Typed
 from orchestrator.errors import RefusedError
 
 if TYPE_CHECKING:

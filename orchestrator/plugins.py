@@ -20,18 +20,18 @@ import pluggy
 from pydantic import BaseModel
 
 from orchestrator import hookspecs
-from orchestrator.clock import Clock
 from orchestrator.config.entries import Extensions
 from orchestrator.config.model import restore
 from orchestrator.config.store import scheme_of
-from orchestrator.domain.handoff_kinds import Kind, Validator, model_kind, validated
-from orchestrator.domain.mediation import Transformation
+from orchestrator.domain.workflow.handoff_kinds import Kind, Validator, model_kind, validated
+from orchestrator.domain.workflow.mediation import Transformation
 from orchestrator.errors import PluginError, RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
 from orchestrator.protocols import AdapterType, JsonObject, SinkType, Store, StoreType, TrackerType
+from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:  # it brings what most programs do without
-    from orchestrator.domain.consistency import Constraint
+    from orchestrator.domain.workflow.verification import Constraint
 
 #: The distribution whose plugins are always there.
 OURS = "cli-council"

@@ -23,9 +23,9 @@ from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
-from orchestrator.clock import Clock
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
+from orchestrator.system.clock import Clock
 
 __all__ = [
     "HISTORY",
@@ -712,7 +712,7 @@ class Adapter(Protocol):
         changed by then, well but with `failed` in its last `Concluded` or with a verdict of `unfinished`: without what
         it prints whenever it comes to its end. Its word counts against it, never for it.
         Where the last `Concluded` failed, the verdict is never None. The failure's class
-        (`orchestrator.domain.failures`) decides what follows: RATE_LIMITED parks the adapter (`until`: wall-clock
+        (`orchestrator.domain.runs.failures`) decides what follows: RATE_LIMITED parks the adapter (`until`: wall-clock
         seconds, if known) and AUTH stops it, both without counting the attempt; the `reason` of AUTH says how to
         log in.
         """

@@ -38,7 +38,7 @@ import zstandard  # noqa: F401  the same
 import adapters
 import orchestrator
 from orchestrator.cli.main import main
-from orchestrator.failpoints import arm
+from orchestrator.system.failpoints import arm
 
 _MAX_REQUEST: Final = 1 << 20
 #: What an interpreter looks at when it starts, or a library when it is imported: who sets it gets a start of its own.

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 import orchestrator.testing.fake_cli
 from orchestrator.project import Project, council_home
-from orchestrator.state.identity import prepare
+from orchestrator.state.log.identity import prepare
 from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.invariants import Scene, assert_invariants
 from tests import command_server

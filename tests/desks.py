@@ -8,9 +8,9 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator import execution
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.workshop import Workshop
+from orchestrator.api import execution
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.engine.run_context import Workshop
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 

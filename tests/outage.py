@@ -10,8 +10,8 @@ import anyio
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, Record, Store
-from orchestrator.state.outage import Pauses
-from orchestrator.state.wrapping import Wrapping
+from orchestrator.state.offline.outage import Pauses
+from orchestrator.state.offline.wrapping import Wrapping
 
 T = TypeVar("T")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from orchestrator.clock import Clock
 from orchestrator.locking.merge_permit import MergePermit, MergePermits
 from orchestrator.protocols import Store
-from orchestrator.repo.source import Source
-from orchestrator.state.memory import MemoryStore
+from orchestrator.repo.source.source import Source
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import Clock
 from orchestrator.testing.clock import ManualClock
 from tests.recorded import orchestrators
 

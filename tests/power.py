@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from orchestrator.state.segments import Mark
+from orchestrator.state.log.segments import Mark
 
 #: What gets to the disk as a whole or not at all.
 SECTOR = 512

@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 
-from orchestrator.clock import Clock
 from orchestrator.config.model import Backoff, TaskSpec
-from orchestrator.domain.claims import Owner, Role, Timing
-from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import Attempt, Intent, RunDocument
-from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.records import seed
-from orchestrator.engine.steps import Update
+from orchestrator.domain.runs.lifecycle import Trigger
+from orchestrator.domain.runs.model import Attempt, Intent, RunDocument
+from orchestrator.domain.scheduling.claims import Owner, Role, Timing
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import seed
+from orchestrator.engine.state.transitions import Update
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import Store
-from orchestrator.state import journal
-from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
+from orchestrator.state.log import journal
+from orchestrator.state.log.identity import prepare
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import Clock
 from orchestrator.testing.clock import ManualClock
 
 RUN = "20260102-030405-ab12"

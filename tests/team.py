@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
-from orchestrator.clock import Clock, SystemClock
-from orchestrator.domain.contexts import SessionContext
-from orchestrator.domain.secrets import Redactor
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.contexts import Contexts
-from orchestrator.engine.desk import SessionDesk
-from orchestrator.engine.details import Workplace
-from orchestrator.engine.memory import Memory
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.sessions.contexts import SessionContext
+from orchestrator.engine.session_api.contexts import Contexts
+from orchestrator.engine.session_api.details import Workplace
+from orchestrator.engine.session_api.notes import Memory
+from orchestrator.engine.session_api.service import SessionDesk
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.protocols import Commit, Guard, JsonObject, Store, Write
-from orchestrator.repo import worktrees
-from orchestrator.repo.collect import Collected, collect
-from orchestrator.repo.counts import Changes, count
-from orchestrator.repo.inspection import Admission
-from orchestrator.repo.pool import Checkout, Pool
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.output import log_file
-from orchestrator.state.file import FileStore
+from orchestrator.repo.git.change_counts import Changes, count
+from orchestrator.repo.intake.collect import Collected, collect
+from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.pool import Checkout, Pool
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.output.files import log_file
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import Clock, SystemClock
 from tests.conftest import Repository
 from tests.places import Yard
 

@@ -83,7 +83,7 @@ class Words:
 class Concluded(Exception):
     """Ends a bridge: what it says last, and the class of failure that it came to (None: it went well).
 
-    The classes are those of `orchestrator.domain.failures`, by name.
+    The classes are those of `orchestrator.domain.runs.failures`, by name.
     """
 
     def __init__(self, text: str, failure: str | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from orchestrator.cli.group import Suggesting
-from orchestrator.cli.streams import usable_streams
+from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.render.streams import usable_streams
 from orchestrator.client.commands import COMMANDS as SESSION_COMMANDS
 
 
@@ -25,67 +25,67 @@ class Entry(NamedTuple):
 #: All commands, under the headings that `--help` shows them by.
 COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Run": {
-        "run": Entry("orchestrator.cli.run:run_file", "Run the tasks of FILE and land what they build."),
-        "resume": Entry("orchestrator.cli.run:resume", "Go on with a run from wherever it was cut off."),
+        "run": Entry("orchestrator.cli.commands.runs.run:run_file", "Run the tasks of FILE and land what they build."),
+        "resume": Entry("orchestrator.cli.commands.runs.run:resume", "Go on with a run from wherever it was cut off."),
         "merge": Entry(
-            "orchestrator.cli.run:merge",
+            "orchestrator.cli.commands.runs.run:merge",
             "Land finished work of a run that waits, and merge the run's own branch into its base.",
         ),
-        "work": Entry("orchestrator.cli.run:work", "Join the runs that are at work as one more process."),
+        "work": Entry("orchestrator.cli.commands.runs.run:work", "Join the runs that are at work as one more process."),
     },
     "Set up": {
-        "init": Entry("orchestrator.cli.init:init", "Write a council.yaml for this repository."),
+        "init": Entry("orchestrator.cli.commands.setup.init:init", "Write a council.yaml for this repository."),
         "validate": Entry(
-            "orchestrator.cli.validate:validate", "Check FILE without running it, and tell every mistake."
+            "orchestrator.cli.commands.setup.validate:validate", "Check FILE without running it, and tell every mistake."
         ),
-        "doctor": Entry("orchestrator.cli.doctor:doctor", "Look whether a run could work here, and say what to mend."),
+        "doctor": Entry("orchestrator.cli.commands.setup.doctor:doctor", "Look whether a run could work here, and say what to mend."),
         "adapters": Entry(
-            "orchestrator.cli.adapters:adapters",
+            "orchestrator.cli.commands.setup.adapters:adapters",
             "List the adapters that are installed, with what there is of their programs.",
         ),
         "workflow": Entry(
-            "orchestrator.cli.workflow:workflow", "Show the workflows that there are, or copy one to change it."
+            "orchestrator.cli.commands.setup.workflow:workflow", "Show the workflows that there are, or copy one to change it."
         ),
-        "schema": Entry("orchestrator.cli.schema:schema", "Print the JSON Schema of the file, for your editor."),
+        "schema": Entry("orchestrator.cli.commands.setup.schema:schema", "Print the JSON Schema of the file, for your editor."),
         "completion": Entry(
-            "orchestrator.cli.completion:completion", "Print a script that completes commands in SHELL."
+            "orchestrator.cli.commands.setup.completion:completion", "Print a script that completes commands in SHELL."
         ),
     },
     "Look": {
-        "status": Entry("orchestrator.cli.status:status", "Show how a run stands; the exit code says so too."),
-        "show": Entry("orchestrator.cli.show:show", "Tell the whole story of a task: phases, sessions, handoffs."),
+        "status": Entry("orchestrator.cli.commands.runs.status:status", "Show how a run stands; the exit code says so too."),
+        "show": Entry("orchestrator.cli.commands.runs.show:show", "Tell the whole story of a task: phases, sessions, handoffs."),
         "watch": Entry(
-            "orchestrator.cli.watch:watch", "Show a run that is at work until it ends; Ctrl-C ends only the showing."
+            "orchestrator.cli.commands.runs.watch:watch", "Show a run that is at work until it ends; Ctrl-C ends only the showing."
         ),
-        "runs": Entry("orchestrator.cli.status:runs", "List the runs of this project, the oldest first."),
-        "usage": Entry("orchestrator.cli.usage:usage", "Tell what a run used up, by adapter and by task."),
-        "logs": Entry("orchestrator.cli.logs:logs", "Show what a task's session did and said."),
-        "diff": Entry("orchestrator.cli.tasks:diff", "Show what a task has changed, so far if it is at work."),
-        "check": Entry("orchestrator.cli.check:check", "Hold what is recorded of a run's workflows against the rules."),
-        "state": Entry("orchestrator.cli.state:state", "See what is recorded, now and at any earlier moment."),
-        "locks": Entry("orchestrator.cli.locks:locks", "List what is locked, by whom and since when, and who waits."),
-        "where": Entry("orchestrator.cli.status:where", "Say where everything is kept."),
+        "runs": Entry("orchestrator.cli.commands.runs.status:runs", "List the runs of this project, the oldest first."),
+        "usage": Entry("orchestrator.cli.commands.runs.usage:usage", "Tell what a run used up, by adapter and by task."),
+        "logs": Entry("orchestrator.cli.commands.runs.logs:logs", "Show what a task's session did and said."),
+        "diff": Entry("orchestrator.cli.commands.runs.tasks:diff", "Show what a task has changed, so far if it is at work."),
+        "check": Entry("orchestrator.cli.commands.runs.check:check", "Hold what is recorded of a run's workflows against the rules."),
+        "state": Entry("orchestrator.cli.commands.state.state:state", "See what is recorded, now and at any earlier moment."),
+        "locks": Entry("orchestrator.cli.commands.state.locks:locks", "List what is locked, by whom and since when, and who waits."),
+        "where": Entry("orchestrator.cli.commands.runs.status:where", "Say where everything is kept."),
     },
     "In a session": {
         **{
-            one.typed[0]: Entry(f"orchestrator.cli.session:{name}", one.help)
+            one.typed[0]: Entry(f"orchestrator.cli.commands.sessions.session:{name}", one.help)
             for name, one in SESSION_COMMANDS.items()
             if not one.is_for_all
         },
-        "share": Entry("orchestrator.cli.share:share", "Share values between the sessions of a run, or look at them."),
-        "mcp": Entry("orchestrator.cli.mcp:mcp", "Serve the commands of a session by the Model Context Protocol."),
+        "share": Entry("orchestrator.cli.commands.sessions.share:share", "Share values between the sessions of a run, or look at them."),
+        "mcp": Entry("orchestrator.cli.commands.sessions.mcp:mcp", "Serve the commands of a session by the Model Context Protocol."),
     },
     "Steer": {
-        "cancel": Entry("orchestrator.cli.tasks:cancel", "Cancel tasks; without TASK, all that have not ended."),
-        "retry": Entry("orchestrator.cli.tasks:retry", "Try tasks again that are over without having landed."),
-        "approve": Entry("orchestrator.cli.tasks:approve", "Approve what tasks came to, so that they go on."),
-        "reject": Entry("orchestrator.cli.tasks:reject", "Have done again what waits for approval."),
-        "task": Entry("orchestrator.cli.tasks:task", "Say what is to become of single tasks."),
-        "salvage": Entry("orchestrator.cli.salvage:salvage", "See, take over or drop work that is on no target."),
+        "cancel": Entry("orchestrator.cli.commands.runs.tasks:cancel", "Cancel tasks; without TASK, all that have not ended."),
+        "retry": Entry("orchestrator.cli.commands.runs.tasks:retry", "Try tasks again that are over without having landed."),
+        "approve": Entry("orchestrator.cli.commands.runs.tasks:approve", "Approve what tasks came to, so that they go on."),
+        "reject": Entry("orchestrator.cli.commands.runs.tasks:reject", "Have done again what waits for approval."),
+        "task": Entry("orchestrator.cli.commands.runs.tasks:task", "Say what is to become of single tasks."),
+        "salvage": Entry("orchestrator.cli.commands.runs.salvage:salvage", "See, take over or drop work that is on no target."),
         "checkpoint": Entry(
-            "orchestrator.cli.checkpoint:checkpoint", "Name how a run stands now, or go back to how it stood."
+            "orchestrator.cli.commands.state.checkpoint:checkpoint", "Name how a run stands now, or go back to how it stood."
         ),
-        "clean": Entry("orchestrator.cli.clean:clean", "Remove what runs left over and nothing needs."),
+        "clean": Entry("orchestrator.cli.commands.state.clean:clean", "Remove what runs left over and nothing needs."),
     },
 }
 
@@ -106,7 +106,7 @@ class Commands(Suggesting):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would exit with 1
-            from orchestrator.cli.boundary import INTERRUPTED  # noqa: PLC0415  `--help` must be quick
+            from orchestrator.cli.core.boundary import INTERRUPTED  # noqa: PLC0415  `--help` must be quick
 
             click.echo("council: interrupted", err=True)
             ctx.exit(INTERRUPTED)

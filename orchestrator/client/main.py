@@ -10,9 +10,9 @@ import os
 import sys
 
 from orchestrator.client.commands import LONGEST_WAIT, OBJECT, PATH, PATHS, SECONDS, VALUE
+from orchestrator.client.messages import clean, in_one_line, tell
+from orchestrator.client.quick_parser import Typed, read
 from orchestrator.client.session import PATIENCE, AskError, Session, find_session
-from orchestrator.client.telling import clean, in_one_line, tell
-from orchestrator.client.words import Typed, read
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def ask_from_here(typed: Typed) -> Mapping[str, Any]:
         raise AskError("the current folder does not exist any more", "cd to one that does") from None
     session = find_session(os.environ, cwd)
     if any(one.kind in {VALUE, OBJECT} for one in typed.command.arguments):
-        from orchestrator.client.giving import given  # noqa: PLC0415  only where it is wanted
+        from orchestrator.client.values import given  # noqa: PLC0415  only where it is wanted
 
         typed = Typed(typed.command, given(typed.command, typed.arguments), as_json=typed.as_json)
     return ask(session, typed, cwd)

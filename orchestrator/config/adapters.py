@@ -8,16 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from orchestrator.config.document import Node
 from orchestrator.config.entries import Explain, read_entries
 from orchestrator.config.model import AdapterConfig, Reach
-from orchestrator.config.names import check_kept
-from orchestrator.config.problems import Position, Problems, Vocabulary, shown
 from orchestrator.config.references import items_of, task_nodes
 from orchestrator.config.schema import AdapterSettings
-from orchestrator.config.validation import validate
-from orchestrator.config.workflows import phase_nodes, workflow_of
-from orchestrator.domain.workflow import Phase
+from orchestrator.config.source.document import Node
+from orchestrator.config.source.names import check_kept
+from orchestrator.config.source.problems import Position, Problems, Vocabulary, shown
+from orchestrator.config.source.validation import validate
+from orchestrator.config.workflows.load import phase_nodes, workflow_of
+from orchestrator.domain.workflow.routing import Phase
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AdapterType, SessionRequest
 

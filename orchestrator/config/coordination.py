@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from orchestrator.config.model import CoordinationConfig, RunConfig, TaskSpec
-from orchestrator.config.problems import shown
-from orchestrator.config.quantities import LONGEST, format_duration
 from orchestrator.config.schema import MOST_RETRIES
+from orchestrator.config.source.problems import shown
+from orchestrator.config.source.quantities import LONGEST, format_duration
 from orchestrator.errors import refuse_together
 
 #: By the key of the file: the variable that stands above it.

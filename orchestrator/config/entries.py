@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
-from orchestrator.config.document import UNREADABLE, Node
 from orchestrator.config.model import SinkConfig, TrackerConfig
-from orchestrator.config.problems import Problems, Vocabulary, shown
 from orchestrator.config.schema import SinkSettings, TrackerSettings
-from orchestrator.config.validation import validate
-from orchestrator.domain.handoff_kinds import KINDS
-from orchestrator.domain.mediation import TRANSFORMATIONS
+from orchestrator.config.source.document import UNREADABLE, Node
+from orchestrator.config.source.problems import Problems, Vocabulary, shown
+from orchestrator.config.source.validation import validate
+from orchestrator.domain.workflow.handoff_kinds import KINDS
+from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
 from orchestrator.protocols import SinkType, TrackerType
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.config.adapters import needs_no_options
-from orchestrator.config.document import Node
 from orchestrator.config.entries import Extensions
 from orchestrator.config.load import NONE_INSTALLED, judge, read_file
 from orchestrator.config.model import RunConfig
-from orchestrator.config.problems import Problems, Vocabulary
-from orchestrator.config.values import read_value
+from orchestrator.config.source.document import Node
+from orchestrator.config.source.problems import Problems, Vocabulary
+from orchestrator.config.source.values import read_value
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import AdapterType, JsonObject
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from orchestrator.config import adapters, references, workflows
-from orchestrator.config.document import Node, read_document
+from orchestrator.config import adapters, references
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
-from orchestrator.config.files import LARGEST_FILE, open_regular
 from orchestrator.config.model import (
     Backoff,
     BudgetConfig,
@@ -25,8 +23,6 @@ from orchestrator.config.model import (
     TaskSpec,
     WorktreesConfig,
 )
-from orchestrator.config.names import is_url
-from orchestrator.config.problems import Position, Problems, TooManyProblems
 from orchestrator.config.schema import (
     NO_WORKFLOW,
     BackoffSettings,
@@ -36,10 +32,15 @@ from orchestrator.config.schema import (
     Task,
     TaskDefaults,
 )
+from orchestrator.config.source.document import Node, read_document
+from orchestrator.config.source.files import LARGEST_FILE, open_regular
+from orchestrator.config.source.names import is_url
+from orchestrator.config.source.problems import Position, Problems, TooManyProblems
+from orchestrator.config.source.validation import validate
+from orchestrator.config.source.values import read_value
 from orchestrator.config.store import folder_url
-from orchestrator.config.validation import validate
-from orchestrator.config.values import read_value
-from orchestrator.domain.failures import RETRIED, FailureClass
+from orchestrator.config.workflows import load
+from orchestrator.domain.runs.failures import RETRIED, FailureClass
 from orchestrator.protocols import AdapterType
 
 T = TypeVar("T")
@@ -151,8 +152,8 @@ def _read_run(
     references.check_shared(root, problems)
     references.check_commands(root, problems)
     references.check_mcp_servers(root, problems)
-    phases = workflows.read_workflows(root, path.parent, extensions, problems)
-    workflows.check_contexts(root, problems)
+    phases = load.read_workflows(root, path.parent, extensions, problems)
+    load.check_contexts(root, problems)
     assigned = adapters.assign_adapters(root, only, phases, problems)
     default = adapters.default_adapter(root, only, phases, problems) if trackers else None
     possible = adapters.possible_adapters(root, assigned, phases)

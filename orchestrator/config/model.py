@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SerializeAsAny, ValidationError
 
-from orchestrator.domain import budget, retry
-from orchestrator.domain.claims import Timing
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.prices import Price
-from orchestrator.domain.workflow import Phase
+from orchestrator.domain.runs import budget, retry
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.prices import Price
+from orchestrator.domain.scheduling.claims import Timing
+from orchestrator.domain.workflow.routing import Phase
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AdapterType, JsonObject, McpServer, SinkType, TrackerType
 

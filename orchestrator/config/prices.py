@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from orchestrator.domain.prices import Price
+from orchestrator.domain.runs.prices import Price
 
 _FILE = Path(__file__).with_name("prices.json")
 

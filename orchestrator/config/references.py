@@ -12,16 +12,16 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from orchestrator.client.commands import SERVER
-from orchestrator.config.circles import find_circles
 from orchestrator.config.coordination import explain, misfits
-from orchestrator.config.document import Node
 from orchestrator.config.model import CoordinationConfig
-from orchestrator.config.names import check_path, check_repo, is_url
-from orchestrator.config.problems import Position, Problems, Vocabulary, shown
-from orchestrator.config.prompts import read_prompt
 from orchestrator.config.schema import MOST_TASKS, CoordinationSettings
-from orchestrator.config.validation import refuse_empty, validate
-from orchestrator.domain.secrets import contains_key
+from orchestrator.config.source.document import Node
+from orchestrator.config.source.names import check_path, check_repo, is_url
+from orchestrator.config.source.problems import Position, Problems, Vocabulary, shown
+from orchestrator.config.source.prompts import read_prompt
+from orchestrator.config.source.validation import refuse_empty, validate
+from orchestrator.domain.scheduling.cycles import find_circles
+from orchestrator.domain.security.secrets import contains_key
 
 _MOST_NAMED: Final = 8
 

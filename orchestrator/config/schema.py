@@ -20,7 +20,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from orchestrator.config.names import (
+from orchestrator.config.source.names import (
     BRANCH_PATTERN,
     KEPT_PATTERN,
     NAME_PATTERN,
@@ -31,8 +31,8 @@ from orchestrator.config.names import (
     check_path,
     check_repo,
 )
-from orchestrator.config.problems import kind, shown
-from orchestrator.config.quantities import (
+from orchestrator.config.source.problems import kind, shown
+from orchestrator.config.source.quantities import (
     COUNT_PATTERN,
     DURATION_PATTERN,
     LARGEST_COUNT,
@@ -50,11 +50,11 @@ from orchestrator.config.quantities import (
     parse_size,
 )
 from orchestrator.config.store import STORE_PATTERN, check_store
-from orchestrator.domain.failures import RETRYABLE
-from orchestrator.domain.hosts import parse_allowed_host
-from orchestrator.domain.model import MOST_CAPACITY
-from orchestrator.domain.ownership import check_pattern
-from orchestrator.domain.prices import Price
+from orchestrator.domain.runs.failures import RETRYABLE
+from orchestrator.domain.runs.model import MOST_CAPACITY
+from orchestrator.domain.runs.prices import Price
+from orchestrator.domain.scheduling.ownership import check_pattern
+from orchestrator.domain.security.hosts import parse_allowed_host
 
 MOST_TASKS = 100_000
 MOST_RETRIES = 99

@@ -8,7 +8,7 @@ from typing import Final
 
 import yaml
 
-from orchestrator.config.scalars import resolve_plain
+from orchestrator.config.source.scalars import resolve_plain
 
 _PLAIN: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._/-")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
-from orchestrator.config.problems import shown
+from orchestrator.config.source.problems import shown
 from orchestrator.errors import RefusedError
 
 #: The URL of the store that is gone with its process.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.config import adapters, references
-from orchestrator.config.document import Node
 from orchestrator.config.model import RunConfig, TaskSpec
-from orchestrator.config.problems import Position, Problems
 from orchestrator.config.schema import Task
-from orchestrator.config.validation import validate
-from orchestrator.config.values import read_value
+from orchestrator.config.source.document import Node
+from orchestrator.config.source.problems import Position, Problems
+from orchestrator.config.source.validation import validate
+from orchestrator.config.source.values import read_value
 from orchestrator.protocols import AdapterType, TrackedTask
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.config.model import RunConfig
-from orchestrator.config.problems import listed
+from orchestrator.config.source.problems import listed
 from orchestrator.protocols import Adapter, Capability
 
 #: What package managers and compilers keep downloads and results in.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.domain.model import Attempt, known_cost
-from orchestrator.domain.prices import Price, price_of
+from orchestrator.domain.runs.model import Attempt, known_cost
+from orchestrator.domain.runs.prices import Price, price_of
 from orchestrator.protocols import JsonObject
-from orchestrator.sessions.transcript import Transcript
+from orchestrator.sessions.output.transcript import Transcript
 
 
 @dataclass(frozen=True, slots=True)

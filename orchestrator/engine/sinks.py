@@ -14,13 +14,13 @@ from math import inf
 
 import anyio
 
-from orchestrator.clock import Clock
-from orchestrator.domain.retry import Backoff, retry_delay
-from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.records import cursor_key
+from orchestrator.domain.runs.retry import Backoff, retry_delay
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryGone, VersionConflict
-from orchestrator.failpoints import failpoint
 from orchestrator.protocols import Commit, Event, JsonObject, Record, RecordedEvent, Sink, Store, Write
+from orchestrator.system.clock import Clock
+from orchestrator.system.failpoints import failpoint
 
 #: Events that are delivered at once, at most (those of one commit stay together).
 BATCH = 100

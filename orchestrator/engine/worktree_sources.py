@@ -10,9 +10,9 @@ from typing import Final
 from orchestrator.config.model import WorktreesConfig
 from orchestrator.errors import RefusedError, refuse_together
 from orchestrator.project import Project
-from orchestrator.repo.checkout import LocalRepository
-from orchestrator.repo.git import Git
-from orchestrator.repo.provisions import Provisions
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.source.checkout import LocalRepository
+from orchestrator.repo.worktrees.provisions import Provisions
 
 _Fault = tuple[str, str]
 """What is wrong, and what to do."""

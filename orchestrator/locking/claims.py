@@ -11,13 +11,13 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.clock import Clock
-from orchestrator.domain.claims import Claim, Release, Standing, Verdict, may_take, should_try, tries_before
+from orchestrator.domain.scheduling.claims import Claim, Release, Standing, Verdict, may_take, should_try, tries_before
 from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
-from orchestrator.failpoints import failpoint
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
-from orchestrator.state.shapes import readable
+from orchestrator.state.documents.shapes import readable
+from orchestrator.system.clock import Clock
+from orchestrator.system.failpoints import failpoint
 
 _KIND = "claim"
 

@@ -1,13 +1,13 @@
 """File locks of sessions: which session works at which file now, between the processes of one machine.
 
 For correctness: the kernel frees them when the process that took them dies, whatever its CLIs do then. Each file has a
-permanent lock file (`locking.names`), which whoever holds it alone has signed, and a gate, a second lock: who takes the
+permanent lock file (`locking.lock_names`), which whoever holds it alone has signed, and a gate, a second lock: who takes the
 lock passes the gate first, and who has to wait does so in the gate. So nobody who comes later overtakes, and those who
 share a lock do not keep out for ever who wants it alone. Within one process the order is that of asking.
 
 Several are taken in the order of their names or not at all, so that the calls of one moment make no circle. What their
 sessions hold from before can: who waits looks at once, and then time and again, whether it is part of a circle of
-waiting sessions (`domain.deadlocks`), and the one that began to wait last gives up.
+waiting sessions (`domain.scheduling.deadlocks`), and the one that began to wait last gives up.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any, Final, Literal
 import anyio
 import anyio.to_thread
 
-from orchestrator.clock import Clock
-from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.deadlocks import Wait, deadlock_of, merged
 from orchestrator.errors import CouncilError, FileHeld, LockRefused, RefusedError
-from orchestrator.filelock import FileLock, HeldLock, Mode, Signature
-from orchestrator.limits import read_facts
+from orchestrator.locking.lock_names import canonical, folds_case, lock_name
 from orchestrator.locking.marks import Mark, all_marks, marked
-from orchestrator.locking.names import canonical, folds_case, lock_name
+from orchestrator.system.clock import Clock
+from orchestrator.system.file_lock import FileLock, HeldLock, Mode, Signature
+from orchestrator.system.resources import read_facts
 
 #: Seconds that a file is waited for.
 TIMEOUT: Final = 5.0

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from orchestrator.filelock import FileLock, Signature
+from orchestrator.system.file_lock import FileLock, Signature
 
 Kind = Literal["shares", "waits"]
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import anyio
 
-from orchestrator.clock import Clock
-from orchestrator.domain.claims import MergeLease, MergeParty, Standing
+from orchestrator.domain.scheduling.claims import MergeLease, MergeParty, Standing
 from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
-from orchestrator.state.shapes import flaw_of, readable
+from orchestrator.state.documents.shapes import flaw_of, readable
+from orchestrator.system.clock import Clock
 
 #: Seconds between two looks whether it is this one's turn: at first, and at last.
 _PAUSES = (0.05, 0.5)

@@ -17,16 +17,16 @@ from typing import Any, Final, Literal, get_args
 
 import anyio
 
-from orchestrator.clock import Clock
-from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
+from orchestrator.domain.scheduling.deadlocks import Wait, deadlock_of, merged
 from orchestrator.errors import LockRefused, RefusedError, UnreadableDocument, VersionConflict
-from orchestrator.process_table import start_ticks
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
-from orchestrator.state.boot import boot_id
-from orchestrator.state.log import MAX_TTL
-from orchestrator.state.reading import following
-from orchestrator.state.shapes import LOCK, flaw_of, readable
-from orchestrator.state.update import retried
+from orchestrator.state.documents.reading import following
+from orchestrator.state.documents.shapes import LOCK, flaw_of, readable
+from orchestrator.state.documents.update import retried
+from orchestrator.state.log.boot import boot_id
+from orchestrator.state.log.codec import MAX_TTL
+from orchestrator.system.clock import Clock
+from orchestrator.system.process_table import start_ticks
 
 LockMode = Literal["read", "write"]
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import anyio
 from pydantic import ValidationError
 
-from orchestrator.clock import Clock
-from orchestrator.domain.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
+from orchestrator.domain.scheduling.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
 from orchestrator.errors import CouncilError, Fenced, UnreadableDocument, VersionConflict, mistake_of
-from orchestrator.process_table import start_ticks
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
-from orchestrator.state.boot import boot_id
+from orchestrator.state.log.boot import boot_id
+from orchestrator.system.clock import Clock
+from orchestrator.system.process_table import start_ticks
 
 _KIND = "orchestrator"
 

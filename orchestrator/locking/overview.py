@@ -15,17 +15,17 @@ from typing import Any, Final, Literal
 
 import anyio.to_thread
 
-from orchestrator.clock import Clock
-from orchestrator.domain.claims import MergeParty
-from orchestrator.domain.holdings import Holding, counts
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.claims import MergeParty
+from orchestrator.domain.scheduling.holdings import Holding, counts
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLockRecord, FileLocks, records
 from orchestrator.locking.merge_permit import permit_key, read_leases
 from orchestrator.locking.registry import KIND, claim_key
 from orchestrator.protocols import Commit, Event, JsonObject, Record, Store, Write
-from orchestrator.state.shapes import readable
-from orchestrator.state.update import retried
+from orchestrator.state.documents.shapes import readable
+from orchestrator.state.documents.update import retried
+from orchestrator.system.clock import Clock
 
 #: The event that tells everybody of a lock that a person broke.
 BROKEN: Final = "lock.broken"

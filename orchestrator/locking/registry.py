@@ -17,15 +17,15 @@ from typing import Final, NamedTuple
 
 import anyio
 
-from orchestrator.clock import Clock
-from orchestrator.domain.deadlocks import Wait, deadlock_of, merged
-from orchestrator.domain.holdings import HeldBy, Holding, Waiting, check_room, checked, counts, in_the_way
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.deadlocks import Wait, deadlock_of, merged
+from orchestrator.domain.scheduling.holdings import HeldBy, Holding, Waiting, check_room, checked, counts, in_the_way
 from orchestrator.errors import LockRefused
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.reading import following
-from orchestrator.state.shapes import flaw_of
-from orchestrator.state.update import retried
+from orchestrator.state.documents.reading import following
+from orchestrator.state.documents.shapes import flaw_of
+from orchestrator.state.documents.update import retried
+from orchestrator.system.clock import Clock
 
 KIND: Final = "ownership"
 CLAIM: Final = "claim"

@@ -12,37 +12,37 @@ import anyio
 import anyio.to_thread
 from tenacity import AsyncRetrying, retry_if_exception, wait_exponential
 
-from orchestrator.clock import Clock
 from orchestrator.config.model import Reach
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
-from orchestrator.domain.secrets import Redactor, secret_values
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
+from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_exhaustion
-from orchestrator.failpoints import failpoint
-from orchestrator.limits import is_disk_full
-from orchestrator.process import kill_marked
 from orchestrator.protocols import Adapter, Capability, Command, McpServer, SessionEnd, SessionRequest
-from orchestrator.repo import worktrees
-from orchestrator.repo.collect import Collected, collect
-from orchestrator.repo.git import Git, shown
-from orchestrator.repo.inspection import Admission
-from orchestrator.repo.pool import Checkout, Pool
-from orchestrator.repo.stamps import Differences
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions import homes
-from orchestrator.sessions.environment import session_environment
-from orchestrator.sessions.equipment import Equipment, Provided, SetupFailed
-from orchestrator.sessions.fencing import Fencing, Ground
-from orchestrator.sessions.mailbox import Desk, Mailbox, open_mailbox
-from orchestrator.sessions.output import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
-from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
-from orchestrator.sessions.transcript import (
+from orchestrator.repo.git.runner import Git, shown
+from orchestrator.repo.intake.collect import Collected, collect
+from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.change_detection import Differences
+from orchestrator.repo.worktrees.pool import Checkout, Pool
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.output.files import OUTPUT_CAP, STOP_GRACE, log_file, read_tail
+from orchestrator.sessions.output.transcript import (
     NOTHING_SAID,
     Transcript,
     has_admitted_failure,
     last_answer,
     read_transcript,
 )
+from orchestrator.sessions.sandbox.scope import Fencing, Ground
+from orchestrator.sessions.setup import homes
+from orchestrator.sessions.setup.environment import session_environment
+from orchestrator.sessions.setup.worktree_setup import Equipment, Provided, SetupFailed
+from orchestrator.sessions.socket.listener import Desk, Mailbox, open_mailbox
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
+from orchestrator.system.clock import Clock
+from orchestrator.system.failpoints import failpoint
+from orchestrator.system.process import kill_marked
+from orchestrator.system.resources import is_disk_full
 
 _LONGEST_REASON = 500  # characters
 _STOPPED = Exit("stop", None, None, None)

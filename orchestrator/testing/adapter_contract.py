@@ -21,8 +21,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel
 
-from orchestrator.domain.failures import RETRIED, FailureClass, Policy, policy_of
-from orchestrator.domain.retry import park_until
+from orchestrator.domain.runs.failures import RETRIED, FailureClass, Policy, policy_of
+from orchestrator.domain.runs.retry import park_until
 from orchestrator.protocols import (
     Adapter,
     AdapterType,
@@ -37,7 +37,7 @@ from orchestrator.protocols import (
     Spent,
     UsedTool,
 )
-from orchestrator.sessions.transcript import LONGEST_LINE, NOTHING_SAID, Transcript, has_admitted_failure
+from orchestrator.sessions.output.transcript import LONGEST_LINE, NOTHING_SAID, Transcript, has_admitted_failure
 from orchestrator.testing.options_contract import OptionsContract
 from orchestrator.testing.recordings import read_recordings
 

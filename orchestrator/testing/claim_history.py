@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from orchestrator.domain.claims import Claim, Orchestrator
+from orchestrator.domain.scheduling.claims import Claim, Orchestrator
 from orchestrator.protocols import JsonObject, Key, Record
 
 #: Tells of a document's new value under which epoch of which task's claim, and by whom, it was written: (task, epoch,

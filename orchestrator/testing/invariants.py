@@ -24,20 +24,20 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.clock import SystemClock
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.model import REVIVABLE, RunDocument, TaskDocument, TaskStatus
-from orchestrator.engine.checking import RunCheck, check_run
-from orchestrator.engine.contexts import KIND as CONTEXT
+from orchestrator.domain.runs.model import REVIVABLE, RunDocument, TaskDocument, TaskStatus
+from orchestrator.engine.phases.verification import RunCheck, check_run
+from orchestrator.engine.session_api.contexts import KIND as CONTEXT
 from orchestrator.plugins import load_plugins
 from orchestrator.project import Project
 from orchestrator.protocols import JsonObject, Key, Record, Store
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.landing import TRAILER
-from orchestrator.repo.places import places_of, read_record, user_of
-from orchestrator.repo.worktrees import lock_files
-from orchestrator.state.file import open_file_store
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.landing.target_branch import TRAILER
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.slots import places_of, read_record, user_of
+from orchestrator.repo.worktrees.worktrees import lock_files
+from orchestrator.state.stores.file import open_file_store
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory
 from orchestrator.testing.fingerprint import Fingerprint
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 import orjson
 from pydantic import ValidationError
 
-from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
 from orchestrator.protocols import HISTORY, Document, Event, JsonObject, Key, Record, Version
-from orchestrator.repo.hub import work_branch
+from orchestrator.repo.worktrees.hub import work_branch
 from orchestrator.views.names import document_path, version_path
 
 #: Told in `index.json`; what was written in another form is made anew.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.errors import RefusedError
-from orchestrator.failpoints import failpoint
+from orchestrator.system.failpoints import failpoint
 from orchestrator.views.content import Changes, Stand
 from orchestrator.views.names import CONTEXT, EVENTS, INDEX
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.protocols import Document, Key
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.worktrees import Worktree
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.views.content import AtWork, Changes, at_work, context_view, ownership_view
 from orchestrator.views.names import OWNERSHIP, context_path
 

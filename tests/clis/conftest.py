@@ -15,10 +15,10 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.model import TaskDocument
+from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.project import Project
-from orchestrator.state.file import open_file_store
+from orchestrator.state.stores.file import open_file_store
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.model_server import ModelServer
 from tests.clis.programs import CLIS, MODEL, Program, selected

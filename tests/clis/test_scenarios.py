@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from orchestrator.domain.model import TaskStatus
+from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.testing.model_server import Request, anthropic, gemini, ollama, openai_chat, openai_responses
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.protocols import Store
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import AdapterType, SessionEnd
 
 #: What was recorded by running programs, in a folder for each.

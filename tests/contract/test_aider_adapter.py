@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from adapters.aider import AiderAdapter, AiderOptions
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import Concluded, Said, SessionRequest, Spent, UsedTool, Warned
 from orchestrator.testing.adapter_contract import AdapterContract, Recorded
 from orchestrator.testing.recordings import read_recordings

@@ -11,8 +11,8 @@ import pytest
 
 from adapters.acp import AcpAdapter
 from adapters.ollama import OllamaAdapter
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
     Concluded,
     Denied,

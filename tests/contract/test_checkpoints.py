@@ -10,12 +10,12 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.domain.model import Attempt, Maker, RunDocument, TaskDocument, TaskStatus
-from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.sharing import Sharing
+from orchestrator.domain.runs.model import Attempt, Maker, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.session_api.shared_values import Sharing
 from orchestrator.errors import HistoryGone, LeaseLost, RefusedError
 from orchestrator.protocols import Commit, Document, Guard, JsonObject, Key, State, Store, Write
-from orchestrator.state.checkpoints import (
+from orchestrator.state.documents.checkpoints import (
     WHOLE,
     LiveSession,
     contents,
@@ -25,8 +25,8 @@ from orchestrator.state.checkpoints import (
     read,
     restoration,
 )
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 
 RUN = "20260102-030405-ab12"

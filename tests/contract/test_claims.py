@@ -14,15 +14,15 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from orchestrator.clock import Clock, SystemClock
-from orchestrator.domain.claims import Claim, MergeLease, Owner, Release, Role, Standing, Timing, Verdict
+from orchestrator.domain.scheduling.claims import Claim, MergeLease, Owner, Release, Role, Standing, Timing, Verdict
 from orchestrator.errors import Fenced, LeaseLost, StoreUnavailable
 from orchestrator.locking.claims import Claims, HeldBy, Taking, claim_key, read_claims
 from orchestrator.locking.merge_permit import MergePermits, permit_key
 from orchestrator.locking.orchestrators import Orchestrators, orchestrator_key
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import Clock, SystemClock
 from orchestrator.testing.clock import ManualClock
 
 RUN = "run"

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from adapters.codex import CodexAdapter
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
     Concluded,
     Identified,

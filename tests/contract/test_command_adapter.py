@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import yaml
 
 from adapters.command import CommandAdapter
-from orchestrator.domain.failures import FailureClass
+from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.protocols import Concluded, Identified, Said, Spent
 from orchestrator.testing.adapter_contract import AdapterContract, Recorded
 from tests.contract.judging import SESSION, TRANSCRIPTS, end

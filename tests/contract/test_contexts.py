@@ -5,14 +5,14 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from orchestrator.domain.contexts import STALE_AFTER, SessionStatus
-from orchestrator.domain.secrets import REDACTED, Redactor
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.contexts import Contexts, context_key, read_contexts
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import REDACTED, Redactor
+from orchestrator.domain.sessions.contexts import STALE_AFTER, SessionStatus
+from orchestrator.engine.session_api.contexts import Contexts, context_key, read_contexts
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
-from orchestrator.state.upkeep import sweep
+from orchestrator.state.documents.maintenance import sweep
 from orchestrator.testing.clock import ManualClock
 
 API, WEB, OTHER = SessionName("r", "api", 1), SessionName("r", "web", 2), SessionName("s", "api", 1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from orchestrator.domain import notes as bounds
-from orchestrator.domain.secrets import REDACTED, Redactor
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.memory import Memory
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import REDACTED, Redactor
+from orchestrator.domain.sessions import notes as bounds
+from orchestrator.engine.session_api.notes import Memory
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
@@ -45,7 +45,7 @@ async def test_notes_are_found_by_task_topic_and_path(memory: Memory, store: Sto
 
 async def test_of_too_many_the_oldest_go(memory: Memory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scope has room for so many."""
-    monkeypatch.setattr("orchestrator.engine.memory.MOST_NOTES", 3)
+    monkeypatch.setattr("orchestrator.engine.session_api.notes.MOST_NOTES", 3)
     for number in range(5):
         await memory.leave(API, f"note {number}")
         clock.advance(0.002)
@@ -56,7 +56,7 @@ async def test_of_too_many_of_one_task_its_own_go(
     memory: Memory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever leaves notes without end takes no other task's away."""
-    monkeypatch.setattr("orchestrator.engine.memory.MOST_OF_TASK", 2)
+    monkeypatch.setattr("orchestrator.engine.session_api.notes.MOST_OF_TASK", 2)
     await memory.leave(WEB, "of another")
     for number in range(5):
         clock.advance(0.002)

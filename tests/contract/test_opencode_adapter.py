@@ -6,8 +6,8 @@ import json
 from typing import Any, ClassVar
 
 from adapters.opencode import OpencodeAdapter
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
     Concluded,
     Denied,

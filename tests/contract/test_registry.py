@@ -11,14 +11,14 @@ from tempfile import TemporaryDirectory
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.holdings import HeldBy
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.holdings import HeldBy
 from orchestrator.errors import LeaseLost, LockRefused, RefusedError, VersionConflict
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.protocols import Commit, Guard, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 
 SCOPE = scope_of("/repo", "main")
 ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))

@@ -8,14 +8,14 @@ import anyio
 import pytest
 
 from orchestrator.client.commands import LARGEST_SHARED
-from orchestrator.client.strict import DEEPEST
-from orchestrator.domain.secrets import REDACTED, Redactor
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.sharing import KIND, LONGEST_KEY, SharedValue, Sharing
+from orchestrator.client.strict_json import DEEPEST
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import REDACTED, Redactor
+from orchestrator.engine.session_api.shared_values import KIND, LONGEST_KEY, SharedValue, Sharing
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
-from orchestrator.state.reading import between
+from orchestrator.state.documents.reading import between
 from orchestrator.testing.clock import ManualClock
 
 API, WEB = SessionName("r", "api", 1), SessionName("r", "web", 2)
@@ -240,7 +240,7 @@ async def test_the_largest_and_the_deepest_fit(sharing: Sharing) -> None:
 
 async def test_a_run_has_room_for_so_many_keys(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are there can still be written."""
-    monkeypatch.setattr("orchestrator.engine.sharing.MOST_KEYS", 2)
+    monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MOST_KEYS", 2)
     await sharing.put("a", 1)
     await sharing.put("b", 1)
     with pytest.raises(RefusedError, match="no room for c: run r has 2 other"):
@@ -250,7 +250,7 @@ async def test_a_run_has_room_for_so_many_keys(sharing: Sharing, monkeypatch: py
 
 async def test_a_run_has_room_for_so_many_bytes(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit that goes back to a checkpoint has to hold all of them; what is replaced does not count."""
-    monkeypatch.setattr("orchestrator.engine.sharing.MOST_BYTES", 1000)
+    monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MOST_BYTES", 1000)
     await sharing.put("a", "x" * 300)
     await sharing.put("b", "x" * 300)
     with pytest.raises(RefusedError, match="no room for c"):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.outlets import jsonlines
-from orchestrator.outlets.jsonlines import JsonLines
+from orchestrator.builtin import jsonlines
+from orchestrator.builtin.jsonlines import JsonLines
 from orchestrator.protocols import Event, RecordedEvent
 from orchestrator.testing.sink_contract import SinkContract, sample_events
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from orchestrator.clock import SystemClock
 from orchestrator.protocols import Event, Store
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.outage import surviving
+from orchestrator.state.offline.outage import surviving
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.store_contract import StoreContract
 
 

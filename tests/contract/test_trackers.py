@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.builtin.checklist import Checklist
 from orchestrator.errors import RefusedError
-from orchestrator.outlets.checklist import Checklist
 from orchestrator.protocols import Event, RecordedEvent
 from orchestrator.testing.tracker_contract import TrackerContract
 

@@ -9,9 +9,9 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.model import SUCCESSFUL, TaskDocument, TaskStatus
-from orchestrator.state.file import FileStore
+from orchestrator.domain.runs.model import SUCCESSFUL, TaskDocument, TaskStatus
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Ended, Repository
 from tests.crash.workload import Workload
 

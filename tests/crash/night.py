@@ -18,7 +18,7 @@ from typing import Any
 
 import anyio
 
-from orchestrator.council import Council
+from orchestrator.api.council import Council
 from orchestrator.errors import RefusedError
 from tests.conftest import FAKE_CLI, Ended, Repository
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.failpoints import FAILPOINTS
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
+from orchestrator.system.failpoints import FAILPOINTS
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 

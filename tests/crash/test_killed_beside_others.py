@@ -11,11 +11,11 @@ from typing import Final
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.engine.records import read_requests
-from orchestrator.failpoints import FAILPOINTS
+from orchestrator.engine.state.records import read_requests
 from orchestrator.locking.orchestrators import read_orchestrators
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
+from orchestrator.system.failpoints import FAILPOINTS
 from tests.command_server import Started
 from tests.conftest import Repository
 from tests.crash.test_crashes import BESIDE, IN_RECOVERY, LEADS_TO, assert_told, chain_and_sides, configure

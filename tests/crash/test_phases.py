@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.handoffs import is_intact
-from orchestrator.domain.model import TaskDocument
-from orchestrator.domain.phases import PhaseStatus
-from orchestrator.engine.records import read_handoffs, read_task
-from orchestrator.state.file import FileStore
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.phases import PhaseStatus
+from orchestrator.domain.workflow.handoffs import is_intact
+from orchestrator.engine.state.records import read_handoffs, read_task
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 PHASES = ("scout", "plan", "build", "review")

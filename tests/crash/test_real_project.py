@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.failpoints import FAILPOINTS
+from orchestrator.system.failpoints import FAILPOINTS
 from tests.conftest import Repository
 from tests.crash.sdists import download, unpack
 from tests.crash.test_crashes import BESIDE, IN_RECOVERY, LEADS_TO, finish

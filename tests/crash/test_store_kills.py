@@ -15,9 +15,9 @@ from queue import SimpleQueue
 
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.protocols import Key
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.integration import file_store_worker
 from tests.waiting import wait_for
 

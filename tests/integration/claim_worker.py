@@ -12,14 +12,14 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.claims import Release, Role, Timing
+from orchestrator.domain.scheduling.claims import Release, Role, Timing
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.claims import Claims, HeldBy
-from orchestrator.locking.life_locks import LifeLocks
+from orchestrator.locking.liveness import LifeLocks
 from orchestrator.locking.orchestrators import Orchestrators, this_process
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 RUN = "run"
 QUEUE = Key("queue", RUN)

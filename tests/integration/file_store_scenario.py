@@ -21,8 +21,9 @@ import zstandard  # noqa: F401  the same
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state import checkpoints, snapshot
-from orchestrator.state.file import FileStore
+from orchestrator.state.documents import checkpoints
+from orchestrator.state.log import snapshot
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 
 KEYS = [Key("task", name) for name in "abc"]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.clock import SystemClock
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state import snapshot
-from orchestrator.state.file import FileStore
+from orchestrator.state.log import snapshot
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 SHARED = Key("counter", "shared")
 SEGMENT_BYTES = 5_000  # so small that the log is cut into many segments

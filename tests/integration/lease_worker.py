@@ -10,9 +10,9 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 
-from orchestrator.clock import SystemClock
-from orchestrator.engine.leases import PortLeases
-from orchestrator.state.file import FileStore
+from orchestrator.engine.state.port_leases import PortLeases
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 SPAN = 1000  # ports
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.repo.pool import Pool
+from orchestrator.repo.worktrees.pool import Pool
 from tests.places import Yard
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.activity import Working
-from orchestrator.council import Council
+from orchestrator.api.activity import Working
+from orchestrator.api.council import Council
 from orchestrator.protocols import Adapter, Said, SessionEvent, Spent, UsedTool
-from orchestrator.repo.counts import Changes
-from orchestrator.sessions.transcript import Transcript
+from orchestrator.repo.git.change_counts import Changes
+from orchestrator.sessions.output.transcript import Transcript
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
@@ -147,7 +147,7 @@ async def test_lines_are_heard_once_and_whole(
     repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a line waits for its end, of much only the end is read, and an adapter's mistake ends nothing."""
-    monkeypatch.setattr("orchestrator.activity.WORDS_PAUSE", 0.01)
+    monkeypatch.setattr("orchestrator.api.activity.WORDS_PAUSE", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
         activity = await council.activity(await council.newest_run())
         talker: Adapter = Talker()  # type: ignore[assignment]
@@ -192,7 +192,7 @@ class SlowArchive:
 @pytest.mark.extended
 async def test_looking_costs_little(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a look takes long, the next comes much later; each session has its turn."""
-    monkeypatch.setattr("orchestrator.activity.CHANGES_PAUSE", 0.01)
+    monkeypatch.setattr("orchestrator.api.activity.CHANGES_PAUSE", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
         found = await council.activity(await council.newest_run())
     archive = SlowArchive()

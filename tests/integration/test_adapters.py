@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.council import Council
+from orchestrator.api.council import Council
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Ended, Repository
 from tests.integration.test_scheduler import until_event

@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.cli.output import event_text
-from orchestrator.council import Council
+from orchestrator.api.council import Council
+from orchestrator.cli.render.output import event_text
 from orchestrator.protocols import Event
 from orchestrator.sessions.session import Session
 from tests.command_server import Started

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Council, execution
-from orchestrator.engine.report import RunReport
-from orchestrator.engine.workshop import Workshop
+from orchestrator import Council
+from orchestrator.api import execution
+from orchestrator.engine.reports.report import RunReport
+from orchestrator.engine.run_context import Workshop
 from tests.conftest import Repository
 from tests.desks import MemoryDesk, answer_in_runs
 from tests.standins.script import ROOT, install

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import beneath
 from orchestrator.project import LEGACY_TREE, Project
 from orchestrator.protocols import Home
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.session_refs import read_session_refs
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.handing_over import Delivered, _read
-from orchestrator.sessions.homes import _bring_back, _furnish
-from orchestrator.state.legacy_files import read_layouts
+from orchestrator.repo.intake.session_refs import read_session_refs
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.setup.handoff_file import Delivered, _read
+from orchestrator.sessions.setup.homes import _bring_back, _furnish
+from orchestrator.state.legacy.files import read_layouts
+from orchestrator.system import untrusted_files
 
 CANARY = "canary-4f1d"
 #: Exchanges two paths by renameat2 with RENAME_EXCHANGE until it is ended; a link that was removed is made again.
@@ -100,7 +100,7 @@ def test_a_read_while_a_link_is_exchanged_never_leaves_the_folder(
 
     def read() -> None:
         with suppress(OSError):
-            seen.add(beneath.read_file(top, "a/b/file", 100).decode())
+            seen.add(untrusted_files.read_file(top, "a/b/file", 100).decode())
 
     with exchanging(one, top / "link"):
         repeat(read)
@@ -116,11 +116,11 @@ def test_a_write_while_a_link_is_exchanged_never_leaves_the_folder(tmp_path: Pat
 
     def write() -> None:
         with suppress(OSError):
-            beneath.write_file(top, "a/file", b"ours")
+            untrusted_files.write_file(top, "a/file", b"ours")
         with suppress(OSError):
-            beneath.make_link(top, "a/login", top)
+            untrusted_files.make_link(top, "a/login", top)
         with suppress(OSError):
-            beneath.remove_file(top, "a/login")
+            untrusted_files.remove_file(top, "a/login")
 
     with exchanging(top / "a", top / "link"):
         repeat(write)
@@ -133,8 +133,8 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Pa
     (outside / "file").write_text(CANARY)
     (tmp_path / "link").symlink_to(outside / "file")
     (tmp_path / "folder").symlink_to(outside)
-    beneath.write_file(tmp_path, "link", b"ours")
-    beneath.write_file(tmp_path, "folder/file", b"ours")
+    untrusted_files.write_file(tmp_path, "link", b"ours")
+    untrusted_files.write_file(tmp_path, "folder/file", b"ours")
     assert (outside / "file").read_text() == CANARY
     assert (tmp_path / "link").read_text() == (tmp_path / "folder" / "file").read_text() == "ours"
 
@@ -145,7 +145,7 @@ def test_only_plain_relative_paths_are_taken(tmp_path: Path) -> None:
     (tmp_path / "file").write_text(CANARY)
     for path in ("../file", "/etc/passwd", "a/../../file", "", "./file", "a//b"):
         with pytest.raises(OSError, match="no plain relative path"):
-            beneath.read_file(tmp_path / "top", path, 100)
+            untrusted_files.read_file(tmp_path / "top", path, 100)
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
@@ -155,15 +155,15 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("12345")
     for path in ("folder", "link", "none"):
         with pytest.raises(OSError, match=path):
-            beneath.read_file(tmp_path, path, 100)
+            untrusted_files.read_file(tmp_path, path, 100)
     with pytest.raises(OSError, match="large"):
-        beneath.read_file(tmp_path, "file", 4)
-    assert beneath.read_file(tmp_path, "file", 5, sole=True) == b"12345"
+        untrusted_files.read_file(tmp_path, "file", 4)
+    assert untrusted_files.read_file(tmp_path, "file", 5, sole=True) == b"12345"
     os.link(tmp_path / "file", tmp_path / "other")
     with pytest.raises(OSError, match="links"):
-        beneath.read_file(tmp_path, "file", 5, sole=True)
-    assert beneath.kind_of(tmp_path, "link") == stat.S_IFLNK
-    assert beneath.kind_of(tmp_path, "link/x") is None
+        untrusted_files.read_file(tmp_path, "file", 5, sole=True)
+    assert untrusted_files.kind_of(tmp_path, "link") == stat.S_IFLNK
+    assert untrusted_files.kind_of(tmp_path, "link/x") is None
 
 
 def _worktree(tmp_path: Path) -> Worktree:

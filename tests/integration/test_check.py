@@ -16,17 +16,17 @@ import anyio.lowlevel
 import pytest
 
 from orchestrator import Council
-from orchestrator.clock import SystemClock
-from orchestrator.domain.consistency import IDLE_AFTER, WorkflowFacts
-from orchestrator.domain.contexts import SessionContext, SessionStatus
-from orchestrator.domain.handoff_kinds import KINDS
-from orchestrator.domain.json_values import digest_of
-from orchestrator.domain.violations import Violation
-from orchestrator.engine.checking import check_run
+from orchestrator.domain.documents.json_values import digest_of
+from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
+from orchestrator.domain.workflow.handoff_kinds import KINDS
+from orchestrator.domain.workflow.verification import IDLE_AFTER, WorkflowFacts
+from orchestrator.domain.workflow.violations import Violation
+from orchestrator.engine.phases.verification import check_run
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 

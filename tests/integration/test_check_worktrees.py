@@ -10,9 +10,9 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.repo import worktrees
-from orchestrator.repo.places import places_of, read_record
-from orchestrator.repo.pool import Pool
+from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.pool import Pool
+from orchestrator.repo.worktrees.slots import places_of, read_record
 from tests.conftest import Ended, Repository
 from tests.places import Yard
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo.checkout import LocalRepository, checkout_of
-from orchestrator.repo.git import Git, read_ref
+from orchestrator.repo.git.runner import Git, read_ref
+from orchestrator.repo.source.checkout import LocalRepository, checkout_of
 from tests.conftest import Repository
 
 

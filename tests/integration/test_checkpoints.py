@@ -10,17 +10,17 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.council import Council
-from orchestrator.domain.claims import Role
-from orchestrator.domain.model import Maker, TaskDocument
-from orchestrator.engine.coordinator import seize
-from orchestrator.engine.monitor import CHECKPOINT_PAUSE
-from orchestrator.engine.records import read_task
-from orchestrator.engine.report import RunStatus
+from orchestrator.api.council import Council
+from orchestrator.domain.runs.model import Maker, TaskDocument
+from orchestrator.domain.scheduling.claims import Role
+from orchestrator.engine.reports.report import RunStatus
+from orchestrator.engine.scheduler.monitor import CHECKPOINT_PAUSE
+from orchestrator.engine.state.leader import seize
+from orchestrator.engine.state.records import read_task
 from orchestrator.locking.orchestrators import this_process
 from orchestrator.protocols import Commit, Key, Store, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.waiting import wait_for

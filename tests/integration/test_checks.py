@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.sessions.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.sandbox import SandboxKind
 from tests.conftest import Repository
 from tests.sandboxes import require
 from tests.waiting import wait_for

@@ -14,11 +14,11 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.locking.claims import claim_key
 from orchestrator.protocols import JsonObject, Key, Record, Store
-from orchestrator.state.file import FileStore
-from orchestrator.state.reading import between
+from orchestrator.state.documents.reading import between
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory
 from tests.integration import claim_worker
 from tests.integration.claim_worker import RUN, work_key

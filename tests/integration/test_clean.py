@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cleaning import Cleaner
-from orchestrator.clock import SystemClock
-from orchestrator.domain.leftovers import STALE_AFTER, Kind, Leftover
-from orchestrator.filelock import FileLock
+from orchestrator.api.cleanup import Cleaner
+from orchestrator.domain.runs.leftovers import STALE_AFTER, Kind, Leftover
 from orchestrator.project import Project
-from orchestrator.repo.hub import Hub
-from orchestrator.state.file import FileStore
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
+from orchestrator.system.file_lock import FileLock
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 

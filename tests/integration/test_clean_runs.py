@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.council import Council
+from orchestrator.api.council import Council
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.protocols import Commit, Guard, Key
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Ended, Repository
 from tests.recorded import recorded

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 
 from orchestrator import Council
-from orchestrator.clock import SystemClock
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 HOUR = 3600.0

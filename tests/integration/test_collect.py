@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.secrets import Redactor
-from orchestrator.repo import worktrees
-from orchestrator.repo.collect import Collected, collect
-from orchestrator.repo.git import Git
-from orchestrator.repo.inspection import Admission
-from orchestrator.repo.stamps import Stamps
-from orchestrator.repo.worktrees import Worktree
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.intake.collect import Collected, collect
+from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.change_detection import Stamps
+from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.places import Yard
 
@@ -366,7 +366,7 @@ async def test_a_secret_as_a_name_without_content_stays_out(place: Place) -> Non
 @pytest.mark.extended
 async def test_a_tree_that_unfolds_without_end_takes_no_memory(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve small trees that mean 10^12 files: the history is not taken, the files are."""
-    monkeypatch.setattr("orchestrator.repo.git._MOST_MEMORY", 100 << 20)
+    monkeypatch.setattr("orchestrator.repo.git.runner._MOST_MEMORY", 100 << 20)
     blob = place.agent("rev-parse", "HEAD:config.py")
     tree = place.tree_of("".join(f"100644 blob {blob}\tf{number}\n" for number in range(10)))
     for _ in range(11):
@@ -408,7 +408,7 @@ async def test_files_deeper_than_paths_can_be_are_not_lost(place: Place) -> None
 @pytest.mark.parametrize("where", ["tree", "git"])
 async def test_a_pipe_behind_a_pointer_does_not_hang(place: Place, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A `.git` that is a link, or names a folder, leads git to a pipe that lies elsewhere."""
-    monkeypatch.setattr("orchestrator.repo.staging.STAGING_LIMIT", 5.0)
+    monkeypatch.setattr("orchestrator.repo.intake.staging.STAGING_LIMIT", 5.0)
     evil = (place.worktree.tree if where == "tree" else place.worktree.git_dir) / "evil"
     for name in ("objects", "refs"):
         (evil / name).mkdir(parents=True)

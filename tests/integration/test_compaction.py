@@ -15,9 +15,9 @@ import pytest
 
 from orchestrator.errors import HistoryGone
 from orchestrator.protocols import HISTORY, Commit, Event, Key, Record, Store, Write
-from orchestrator.state import snapshot
-from orchestrator.state.file import FileStore
-from orchestrator.state.segments import segments
+from orchestrator.state.log import snapshot
+from orchestrator.state.log.segments import segments
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 
 MUCH, FEW, GONE, OTHER = (Key("task", name) for name in ("much", "few", "gone", "other"))
@@ -194,8 +194,8 @@ async def test_killed_in_a_compaction(store: FileStore, tmp_path: Path, clock: M
     """Whoever comes next finds all that was there, and brings it to its end."""
     newest, versions = await store.get(MUCH), await store.history(MUCH)
     code = (
-        "import sys, anyio\nfrom pathlib import Path\nfrom orchestrator.state.file import FileStore\n"
-        "from orchestrator.clock import SystemClock\n"
+        "import sys, anyio\nfrom pathlib import Path\nfrom orchestrator.state.stores.file import FileStore\n"
+        "from orchestrator.system.clock import SystemClock\n"
         "async def main():\n"
         "    async with FileStore.open(Path(sys.argv[1]), SystemClock()) as store:\n"
         "        await store.compact(1e12, 1 << 40)\n"

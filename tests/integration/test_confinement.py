@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.secrets import Redactor
+from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import GitError
-from orchestrator.repo.collect import collect
-from orchestrator.repo.diffs import live_diff
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import create_hub, hub_of
-from orchestrator.repo.inspection import Admission
-from orchestrator.repo.quarantine import Quarantine
-from orchestrator.repo.worktrees import Worktree
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.intake.collect import collect
+from orchestrator.repo.intake.diffs import live_diff
+from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.quarantine import Quarantine
+from orchestrator.repo.worktrees.hub import create_hub, hub_of
+from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sandbox import confinement, landlock
 from orchestrator.sandbox.confinement import Confinement, Mechanism
 from tests.conftest import Repository

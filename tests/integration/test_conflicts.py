@@ -10,13 +10,13 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.domain.conflicts import Strategy, Update
+from orchestrator.domain.documents.conflicts import Strategy, Update
 from orchestrator.errors import InvalidDocument, LeaseLost, RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Record, Store, Write
-from orchestrator.state import update as retrying
-from orchestrator.state.conflicts import KIND, Conflict, apply_updates, pending, settle
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.documents import update as retrying
+from orchestrator.state.documents.conflicts import KIND, Conflict, apply_updates, pending, settle
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 
 A, B, LEASE = Key("task", "r/a"), Key("task", "r/b"), Key("lease", "run/r")
@@ -256,7 +256,7 @@ async def test_many_conflicts_at_once_are_all_kept(store: Store) -> None:
 async def test_an_id_that_is_taken_is_not_taken_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if chance gives it to two processes: the second takes another."""
     given = iter(["same", "same", "other"])
-    monkeypatch.setattr("orchestrator.state.conflicts.secrets.token_hex", lambda _: next(given))
+    monkeypatch.setattr("orchestrator.state.documents.conflicts.secrets.token_hex", lambda _: next(given))
     assert [(await kept(store, ada(key, {}), bob(key, {}))).id for key in (A, B)] == ["same", "other"]
     assert [one.key for one in await pending(store)] == [A, B]
 

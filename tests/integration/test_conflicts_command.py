@@ -14,9 +14,9 @@ import pytest
 
 from orchestrator import Council, Key, RefusedError, Update
 from orchestrator.protocols import Commit, Write
-from orchestrator.repo.hub import Hub
-from orchestrator.state.conflicts import apply_updates
-from orchestrator.state.file import FileStore
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.state.documents.conflicts import apply_updates
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.recorded import RUN, START, recorded

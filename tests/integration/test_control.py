@@ -12,7 +12,8 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator import Council, RequestUnanswered, execution
+from orchestrator import Council, RequestUnanswered
+from orchestrator.api import execution
 from orchestrator.errors import as_shortage
 from tests.command_server import Started
 from tests.conftest import Ended, Repository

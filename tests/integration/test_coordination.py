@@ -7,10 +7,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.domain.contexts import SessionStatus
-from orchestrator.repo.hub import internal_ref
-from orchestrator.repo.landing import Landed, Merge, Target
-from orchestrator.repo.site import find_site
+from orchestrator.domain.sessions.contexts import SessionStatus
+from orchestrator.repo.landing.target_branch import Landed, Merge, Target
+from orchestrator.repo.source.site import find_site
+from orchestrator.repo.worktrees.hub import internal_ref
 from tests.conftest import Repository
 from tests.permits import permits
 from tests.team import Team, team_at

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.council import Council
+from orchestrator.api.council import Council
 from orchestrator.protocols import Key
 from tests.conftest import Repository
 

@@ -22,19 +22,19 @@ import anyio
 import pytest
 import zstandard
 
-from orchestrator.clock import SystemClock
+from orchestrator.api.transfer import copy_state, export_store, import_store, open_store
 from orchestrator.errors import HistoryGone, RefusedError, StoreUnavailable
 from orchestrator.protocols import Commit, Document, Event, Key, Record, Store, Version, Write
-from orchestrator.state import file as file_store
-from orchestrator.state import journal
-from orchestrator.state.copying import Copied, copy, export, import_from
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.segments import segments
-from orchestrator.state.staging import Staging
+from orchestrator.state.log import journal
+from orchestrator.state.log.segments import segments
+from orchestrator.state.log.staging import Staging
+from orchestrator.state.stores import file as file_store
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.state.transfer.copying import Copied, copy, export, import_from
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from orchestrator.testing.store_contract import THINNED, dump_of, dumped
-from orchestrator.transfer import copy_state, export_store, import_store, open_store
 
 MUCH, GONE, BRIEF, LONG = (Key("task", name) for name in ("much", "gone", "brief", "long"))
 ALL = 1 << 40  # bytes
@@ -254,9 +254,9 @@ async def test_another_process_that_has_the_empty_target_open(tmp_path: Path, cl
 WORKER = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.clock import SystemClock
-from orchestrator.state.file import FileStore
-from orchestrator.state.copying import copy
+from orchestrator.system.clock import SystemClock
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.transfer.copying import copy
 async def main():
     async with FileStore.open(Path(sys.argv[1]), SystemClock()) as source:
         async with FileStore.open(Path(sys.argv[2]), SystemClock(), segment_bytes=1500) as target:
@@ -468,7 +468,7 @@ _LITTLE_MEMORY = """
 import anyio, resource, sys
 from pathlib import Path
 from orchestrator.errors import RefusedError
-from orchestrator.transfer import import_store, open_store
+from orchestrator.api.transfer import import_store, open_store
 
 async def main():
     async with open_store("memory:") as store:
@@ -545,7 +545,7 @@ async def test_a_place_that_was_taken_meanwhile_is_left_alone(
         place.write_text("first")
         return await export(store, stream, time)
 
-    monkeypatch.setattr("orchestrator.transfer.export", export_and_lose)
+    monkeypatch.setattr("orchestrator.api.transfer.export", export_and_lose)
     with pytest.raises(RefusedError, match="there already"):
         await export_store(source, place)
     assert place.read_text() == "first"

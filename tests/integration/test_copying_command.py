@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator import Council, copy_state
-from orchestrator.clock import SystemClock
 from orchestrator.errors import RefusedError
 from orchestrator.project import council_home
 from orchestrator.protocols import Commit, Event, Key
-from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
-from orchestrator.state.update import update
+from orchestrator.state.documents.update import update
+from orchestrator.state.log.identity import prepare
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.recorded import RUN, recorded
 from tests.waiting import wait_for

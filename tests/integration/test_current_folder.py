@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from adapters.jsonlines import bridge_command
-from orchestrator import process
-from orchestrator.cli.adapter_test import contract_command
-from orchestrator.process import own_program
+from orchestrator.cli.commands.setup.adapter_test import contract_command
+from orchestrator.system import process
+from orchestrator.system.process import own_program
 from tests.conftest import Repository
 
 #: Names that our programs import, of this package and of others.
@@ -45,8 +45,8 @@ COMMANDS = {
     "the adapter contract": contract_command(),
     "a bridge": [*bridge_command("acp", "--ready")],
     "the command of a session": [*own("orchestrator.__main__", "main"), "--help"],
-    "the supervisor": own("orchestrator.sessions.supervisor", "main"),
-    "the walker": own("orchestrator.repo.walker", "serve"),
+    "the supervisor": own("orchestrator.sessions.supervision.supervisor", "main"),
+    "the walker": own("orchestrator.repo.worktrees.walker", "serve"),
     "the console script": [sys.executable, str(Path(sys.executable).with_name("council")), "adapters", "--json"],
 }
 

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.locking.claims import read_claims
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.command_server import Started
 from tests.conftest import Repository
 from tests.integration.test_working_together import assert_each_landed_once, ended, states

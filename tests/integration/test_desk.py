@@ -10,16 +10,16 @@ import anyio
 import pytest
 
 from orchestrator.client.commands import LARGEST_HANDOFF
-from orchestrator.domain.contexts import SessionStatus
-from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.details import LONGEST_DIFF
-from orchestrator.engine.quota import OVERHEAD, Quota
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.holdings import LONGEST_OWNED, MOST_OWNED
+from orchestrator.domain.sessions.contexts import SessionStatus
+from orchestrator.engine.session_api.details import LONGEST_DIFF
+from orchestrator.engine.session_api.quota import OVERHEAD, Quota
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Write
-from orchestrator.state.reading import between
+from orchestrator.state.documents.reading import between
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.team import SECRET, team_at

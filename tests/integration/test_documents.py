@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator import Changed, Council, Document, Key, RefusedError, RunStatus, VersionConflict
 from orchestrator.protocols import JsonObject
-from orchestrator.repo.hub import Hub
-from orchestrator.state.update import update
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.state.documents.update import update
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.recorded import RUN, START, record_run, recorded, run_document

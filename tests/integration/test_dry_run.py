@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.source import read_config
+from orchestrator.cli.core.run_source import read_config
 from orchestrator.config.inline import InlineTasks
 from orchestrator.plugins import Plugins
 from orchestrator.testing.fingerprint import Fingerprint
@@ -264,7 +264,7 @@ async def test_without_a_file_the_repository_is_the_one_around(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work starts from what is checked out; where that is no branch, from main."""
-    monkeypatch.setattr("orchestrator.cli.source.load_plugins", lambda *_: Plugins(adapters=dict(TYPES)))
+    monkeypatch.setattr("orchestrator.cli.core.run_source.load_plugins", lambda *_: Plugins(adapters=dict(TYPES)))
     (repository.top / "sub").mkdir()
     monkeypatch.chdir(repository.top / "sub")
     repository.git("checkout", "--quiet", "-b", "work")

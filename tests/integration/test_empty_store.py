@@ -10,10 +10,10 @@ import click
 import pytest
 
 from orchestrator import Council
-from orchestrator.cli.state import state
-from orchestrator.health import Health
+from orchestrator.api.health import Health
+from orchestrator.api.runs import Runs
+from orchestrator.cli.commands.state.state import state
 from orchestrator.protocols import Commit, Event
-from orchestrator.runs import Runs
 from tests.conftest import Repository
 
 #: The arguments of those that need any; none of these names anything that is there.

@@ -11,9 +11,9 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.repo.checkout import LocalRepository, inspect
-from orchestrator.repo.escapes import Seal, changes, live_git, take
-from orchestrator.repo.git import Git
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.source.checkout import LocalRepository, inspect
+from orchestrator.repo.source.snapshot import Seal, changes, live_git, take
 from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import Repository
 from tests.sandboxes import needs_sandbox

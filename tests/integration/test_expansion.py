@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Ended, Repository
 from tests.integration.test_working_together import QUICK, ended, happened, states
 from tests.waiting import wait_for

@@ -9,11 +9,11 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.cli.output import event_text
-from orchestrator.council import Council
-from orchestrator.engine.report import RunReport, RunStatus
-from orchestrator.instants import local_time
+from orchestrator.api.council import Council
+from orchestrator.cli.render.output import event_text
+from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.protocols import Event
+from orchestrator.system.instants import local_time
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.process_table import process_stat
+from orchestrator.system.process_table import process_stat
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import FileHeld, LockRefused, RefusedError
 from orchestrator.locking.files import FileLocks, records
+from orchestrator.system.clock import SystemClock
 from tests.programs import python
 
 ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
@@ -27,8 +27,8 @@ ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
 HOLDER = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.clock import SystemClock
-from orchestrator.domain.sessions import SessionName
+from orchestrator.system.clock import SystemClock
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.locking.files import FileLocks
 
 async def main(folder, task, path, mode):
@@ -50,8 +50,8 @@ WITH_A_CHILD = HOLDER.replace(
 AGAIN_AND_AGAIN = """
 import statistics, sys, time, anyio
 from pathlib import Path
-from orchestrator.clock import SystemClock
-from orchestrator.domain.sessions import SessionName
+from orchestrator.system.clock import SystemClock
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.locking.files import FileLocks
 
 async def main(folder, task, mode, rounds):
@@ -75,8 +75,8 @@ anyio.run(main, *sys.argv[1:])
 ROUNDS = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.clock import SystemClock
-from orchestrator.domain.sessions import SessionName
+from orchestrator.system.clock import SystemClock
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.locking.files import FileLocks
 
 async def main(folder, task, rounds, *paths):

@@ -9,11 +9,11 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, Event, Record
-from orchestrator.state import file
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores import file
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 
 async def test_files_are_private(tmp_path: Path) -> None:

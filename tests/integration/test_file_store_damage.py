@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.errors import LeaseLost, StoreUnavailable
 from orchestrator.protocols import Commit, Damage, Document, Event, Guard, JsonObject, Key, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.faults import strace_fails
 
 A, B, C, GONE, NEW = (Key("task", name) for name in ("a", "b", "c", "gone", "new"))
@@ -294,10 +294,10 @@ FILL = textwrap.dedent(
     import resource, sys
     from pathlib import Path
     import anyio
-    from orchestrator.clock import SystemClock
+    from orchestrator.system.clock import SystemClock
     from orchestrator.errors import StoreUnavailable
     from orchestrator.protocols import Commit, Key, Write
-    from orchestrator.state.file import FileStore
+    from orchestrator.state.stores.file import FileStore
 
     async def main(place: Path, limit: int) -> None:
         async with FileStore.open(Path(place), SystemClock()) as store:

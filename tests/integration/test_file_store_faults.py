@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.faults import strace_fails
 from tests.waiting import wait_for

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.protocols import HISTORY, Commit, Key, Write
-from orchestrator.state import snapshot
-from orchestrator.state.file import FileStore
+from orchestrator.state.log import snapshot
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.integration import file_store_worker
 
 OWN = Key("own", "victim")

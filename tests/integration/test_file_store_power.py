@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state import snapshot
-from orchestrator.state.file import FileStore
-from orchestrator.state.segments import Mark
+from orchestrator.state.log import snapshot
+from orchestrator.state.log.segments import Mark
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.power import lose_power, start_anew
 

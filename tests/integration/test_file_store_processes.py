@@ -14,9 +14,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 WORKER = Path(__file__).with_name("file_store_worker.py")
 SHARED = Key("counter", "shared")

@@ -9,9 +9,9 @@ import pytest
 
 from orchestrator.errors import HistoryGone
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state import snapshot
-from orchestrator.state.file import SEGMENT_BYTES, FileStore
-from orchestrator.state.reading import between
+from orchestrator.state.documents.reading import between
+from orchestrator.state.log import snapshot
+from orchestrator.state.stores.file import SEGMENT_BYTES, FileStore
 from orchestrator.testing.clock import ManualClock
 
 HIT, WHOLE, NEVER, GONE = Key("task", "hit"), Key("task", "whole"), Key("task", "never"), Key("request", "gone")

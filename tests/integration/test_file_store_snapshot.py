@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.protocols import Commit, Damage, Document, Event, Key, Write
-from orchestrator.state import snapshot
-from orchestrator.state.file import FileStore
+from orchestrator.state.log import snapshot
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 
 GONE, KEPT, MOVED = Key("task", "gone"), Key("task", "kept"), Key("spec", "ü")
 HISTORY = [

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.config.store import folder_url
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project, council_home
-from orchestrator.state.identity import NAME, check_known, log_in, prepare
+from orchestrator.state.log.identity import NAME, check_known, log_in, prepare
 from tests.conftest import Repository
 from tests.faults import SHELL
 

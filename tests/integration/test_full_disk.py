@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.repo.landing import Deferred
+from orchestrator.repo.landing.target_branch import Deferred
 from tests.conftest import Repository, hermetic
 from tests.faults import SHELL
 from tests.integration.test_interrupted_landings import Landing

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import create_hub, hub_of, internal_ref
-from orchestrator.repo.landing import Landed, Merge, Stale, Target
-from orchestrator.repo.site import find_site
-from orchestrator.repo.source import Source
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.landing.target_branch import Landed, Merge, Stale, Target
+from orchestrator.repo.source.site import find_site
+from orchestrator.repo.source.source import Source
+from orchestrator.repo.worktrees.hub import create_hub, hub_of, internal_ref
+from orchestrator.system.clock import SystemClock
 from tests.command_server import Started
 from tests.conftest import Repository
 from tests.permits import permit_for

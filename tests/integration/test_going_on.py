@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.api.council import Council
 from orchestrator.config.model import TaskSpec
-from orchestrator.council import Council
-from orchestrator.engine.attempts import Attempts, Work
-from orchestrator.engine.briefing import Turn
-from orchestrator.engine.starting_points import Start
+from orchestrator.engine.landing.base_selection import Start
+from orchestrator.engine.phases.start import Turn
+from orchestrator.engine.scheduler.attempts import Attempts, Work
 from tests.conftest import Repository
 
 

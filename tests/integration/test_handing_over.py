@@ -13,12 +13,12 @@ import pytest
 from orchestrator import Council, RefusedError
 from orchestrator.client.commands import LARGEST_HANDOFF
 from orchestrator.protocols import Command
-from orchestrator.repo import worktrees
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.environment import session_environment
-from orchestrator.sessions.handing_over import VARIABLE, Delivered, Malformed, read_handed_over
-from orchestrator.sessions.sandbox import SandboxKind
+from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.setup.environment import session_environment
+from orchestrator.sessions.setup.handoff_file import VARIABLE, Delivered, Malformed, read_handed_over
 from tests.conftest import Repository
 from tests.desks import MemoryDesk
 from tests.integration.test_mailbox import KINDS, Site

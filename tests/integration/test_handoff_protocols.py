@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from orchestrator import Council
-from orchestrator.clock import SystemClock
-from orchestrator.domain.handoffs import Handoff, is_intact
-from orchestrator.domain.model import TaskDocument
-from orchestrator.domain.phases import PhaseStatus
-from orchestrator.domain.workflow import Phase, Workflow, completed
-from orchestrator.engine.records import read_handoffs, read_task
-from orchestrator.state.file import FileStore
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.phases import PhaseStatus
+from orchestrator.domain.workflow.handoffs import Handoff, is_intact
+from orchestrator.domain.workflow.routing import Phase, Workflow, completed
+from orchestrator.engine.state.records import read_handoffs, read_task
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 SCOUT = json.dumps({"scout_findings": ["there is a README"], "requirements": ["a login"], "risks": ["a race"]})

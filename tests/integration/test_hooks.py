@@ -13,16 +13,18 @@ import psutil
 import pytest
 
 from orchestrator.config.model import FenceConfig, Reach, SetupStep
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Exhausted, Failed, Interrupted, Outcome
-from orchestrator.domain.secrets import Redactor
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.setup_keys import setup_keys, steps_to_run
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.environment import attempt_variables, base_environment
-from orchestrator.sessions.fencing import Fencing, Ground
-from orchestrator.sessions.hooks import (
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Exhausted, Failed, Interrupted, Outcome
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.setup_keys import setup_keys, steps_to_run
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.output.files import attempt_streams
+from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.scope import Fencing, Ground
+from orchestrator.sessions.setup.environment import attempt_variables, base_environment
+from orchestrator.sessions.setup.hooks import (
     HooksEnded,
     after_commands,
     before_commands,
@@ -32,9 +34,7 @@ from orchestrator.sessions.hooks import (
     setup_commands,
     teardown_commands,
 )
-from orchestrator.sessions.output import attempt_streams
-from orchestrator.sessions.sandbox import SandboxKind
-from orchestrator.sessions.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, ShellResult, Stopped
+from orchestrator.sessions.setup.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, ShellResult, Stopped
 from tests.conftest import Repository
 from tests.processes import children
 from tests.sandboxes import require

@@ -17,7 +17,7 @@ import yaml
 
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
-from orchestrator.engine.initializing import write_file
+from orchestrator.engine.diagnostics.initialization import write_file
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import load_plugins
 from tests.conftest import FAKE_CLI, Ended, Repository

@@ -17,16 +17,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator import filelock
 from orchestrator.errors import GitError, RefusedError, TargetGone
-from orchestrator.process import kill_marked
-from orchestrator.repo import landing as landings
-from orchestrator.repo.checkout import inspect, lock_mark, settle
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import create_hub, hub_of
-from orchestrator.repo.landing import AlreadyThere, Deferred, Landed, Merge, Target
-from orchestrator.repo.site import find_site
-from orchestrator.repo.source import Source
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.landing import target_branch as landings
+from orchestrator.repo.landing.target_branch import AlreadyThere, Deferred, Landed, Merge, Target
+from orchestrator.repo.source.checkout import inspect, lock_mark, settle
+from orchestrator.repo.source.site import find_site
+from orchestrator.repo.source.source import Source
+from orchestrator.repo.worktrees.hub import create_hub, hub_of
+from orchestrator.system import file_lock
+from orchestrator.system.process import kill_marked
 from tests.conftest import Repository
 from tests.permits import permit_for
 from tests.waiting import wait_for
@@ -667,7 +667,7 @@ async def test_a_push_that_takes_long_is_reported(
 ) -> None:
     """By the process that pushes, and by one that waits for it to settle the landing."""
     monkeypatch.setattr(landings, "_SLOW_PUSH", 0.1)
-    monkeypatch.setattr(filelock, "NOTICE_AFTER", 0.1)
+    monkeypatch.setattr(file_lock, "NOTICE_AFTER", 0.1)
     hook, free = repository.top / ".git/hooks/pre-receive", tmp_path / "free"
     hook.write_text(f"#!/bin/sh\nwhile ! test -e {free}; do sleep 0.05; done\n")
     hook.chmod(0o755)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import GitError, GitKilled
-from orchestrator.repo.checkout import remove_incoming
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import Hub, create_hub, hub_of
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.source.checkout import remove_incoming
+from orchestrator.repo.worktrees.hub import Hub, create_hub, hub_of
 from tests.conftest import FAKE_CLI, Repository
 
 

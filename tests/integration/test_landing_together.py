@@ -12,12 +12,12 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.filelock import FileLock
 from orchestrator.project import Project
-from orchestrator.repo.hub import hub_of
-from orchestrator.repo.site import find_site
-from orchestrator.state.file import FileStore
+from orchestrator.repo.source.site import find_site
+from orchestrator.repo.worktrees.hub import hub_of
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
+from orchestrator.system.file_lock import FileLock
 from tests.command_server import Started
 from tests.conftest import Ended, Repository
 from tests.permits import permits

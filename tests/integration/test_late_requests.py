@@ -7,9 +7,9 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.council import Council
-from orchestrator.domain.model import Action
-from orchestrator.engine.report import RunReport
+from orchestrator.api.council import Council
+from orchestrator.domain.runs.model import Action
+from orchestrator.engine.reports.report import RunReport
 from orchestrator.sessions.session import Session
 from tests.conftest import Ended, Repository
 from tests.integration.test_scheduler import until_event

@@ -21,13 +21,13 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.engine.leases import Lease, PortLeases, forget, stale_leases
-from orchestrator.engine.ports import free_block, ports_in_use
+from orchestrator.engine.state.port_leases import Lease, PortLeases, forget, stale_leases
+from orchestrator.engine.state.ports import free_block, ports_in_use
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Key, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 
 WORKER = Path(__file__).with_name("lease_worker.py")
 SPAN = 1000  # as the worker has it

@@ -9,21 +9,21 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import Clock
-from orchestrator.domain.claims import Role
-from orchestrator.domain.holdings import HeldBy as OwnedBy
-from orchestrator.domain.lifecycle import Trigger
-from orchestrator.domain.model import AdapterDocument, Attempt, TaskStatus
-from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Learned, Ledger, Moved, Outdated
-from orchestrator.engine.records import seed
-from orchestrator.engine.requests import cancel, revive
-from orchestrator.engine.steps import Update
+from orchestrator.domain.runs.lifecycle import Trigger
+from orchestrator.domain.runs.model import AdapterDocument, Attempt, TaskStatus
+from orchestrator.domain.scheduling.claims import Role
+from orchestrator.domain.scheduling.holdings import HeldBy as OwnedBy
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.scheduler.requests import cancel, revive
+from orchestrator.engine.state.ledger import Learned, Ledger, Moved, Outdated
+from orchestrator.engine.state.records import seed
+from orchestrator.engine.state.transitions import Update
 from orchestrator.errors import RunAtWork
 from orchestrator.locking.claims import HeldBy
 from orchestrator.locking.orchestrators import this_process
 from orchestrator.protocols import Commit, Document, Key, Store, Write
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import Clock
 from orchestrator.testing.clock import ManualClock
 from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.worktrees import left_over
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.worktrees import left_over
 
 
 def test_a_folder_that_goes_while_it_is_looked_at_holds_nothing(

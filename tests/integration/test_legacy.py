@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.clock import SystemClock
-from orchestrator.council import Council
-from orchestrator.domain.model import TaskDocument
-from orchestrator.engine.report import RunReport
+from orchestrator.api.council import Council
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.engine.reports.report import RunReport
 from orchestrator.errors import RefusedError
 from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE
 from orchestrator.protocols import Key
-from orchestrator.state import legacy_files
-from orchestrator.state.file import FileStore
+from orchestrator.state.legacy import files
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.sandboxes import needs_sandbox
 
@@ -347,10 +347,10 @@ async def test_damage_to_the_record_of_an_import_stops_no_command(repository: Re
 
 async def test_of_what_is_too_much_the_first_is_taken(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions, tasks, bytes of a file, entries of a folder; that is told, for a few files in full."""
-    monkeypatch.setattr(legacy_files, "MAX_SESSIONS", 3)
-    monkeypatch.setattr(legacy_files, "MAX_TASKS", 2)
-    monkeypatch.setattr(legacy_files, "MAX_FILES", 30)
-    monkeypatch.setattr(legacy_files, "MAX_FILE", 600)
+    monkeypatch.setattr(files, "MAX_SESSIONS", 3)
+    monkeypatch.setattr(files, "MAX_TASKS", 2)
+    monkeypatch.setattr(files, "MAX_FILES", 30)
+    monkeypatch.setattr(files, "MAX_FILE", 600)
     few: list[dict[str, Any]] = [{"id": "a", "tasks": {"1": {}}}, {"id": "b", "tasks": {"1": {}, "2": {}}}, {"id": "c"}]
     write(repository, LEGACY_FILE, {"sessions": [*few, {"id": "d"}]})
     for number in range(40):

@@ -17,14 +17,14 @@ import pytest
 
 from orchestrator.client.session import ShortName
 from orchestrator.config.model import FenceConfig, Reach
-from orchestrator.domain.secrets import Redactor
+from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import RefusedError
-from orchestrator.process import own_files
 from orchestrator.sandbox import landlock
-from orchestrator.sessions.fencing import Fencing, Ground
-from orchestrator.sessions.sandbox import SandboxKind, choose_sandbox
-from orchestrator.sessions.shell import CommandFailed, Done, Shell, ShellCommand, ShellResult
-from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.sessions.sandbox.sandbox import SandboxKind, choose_sandbox
+from orchestrator.sessions.sandbox.scope import Fencing, Ground
+from orchestrator.sessions.setup.shell import CommandFailed, Done, Shell, ShellCommand, ShellResult
+from orchestrator.sessions.supervision.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.system.process import own_files
 from tests.conftest import Repository
 from tests.sandboxes import require
 from tests.waiting import wait_for

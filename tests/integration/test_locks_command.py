@@ -12,17 +12,17 @@ import anyio
 import pytest
 
 from orchestrator import Council, RefusedError
-from orchestrator.clock import SystemClock
-from orchestrator.domain.claims import MergeLease, MergeParty
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.claims import MergeLease, MergeParty
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.overview import heed
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, Guard, Key, Record, Store, Write
-from orchestrator.repo.site import find_site
-from orchestrator.state.file import FileStore
+from orchestrator.repo.source.site import find_site
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Ended, Repository
 from tests.permits import permits
 

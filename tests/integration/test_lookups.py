@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.log import Decoded, scan
-from orchestrator.state.segments import find_line
+from orchestrator.state.log.codec import Decoded, scan
+from orchestrator.state.log.segments import find_line
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 
 _SIZES = (10, 500, 3_000, 20_000, 400_000)

@@ -23,18 +23,18 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST
 from orchestrator.client.session import Session
-from orchestrator.clock import SystemClock
 from orchestrator.config.model import FenceConfig, Reach
-from orchestrator.domain.sessions import SessionName
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
-from orchestrator.repo.hub import Hub
-from orchestrator.repo.places import Place
-from orchestrator.repo.worktrees import Worktree
-from orchestrator.sessions.fencing import Fencing, Ground
-from orchestrator.sessions.mailbox import Mailbox, open_mailbox
-from orchestrator.sessions.sandbox import SandboxKind
-from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.slots import Place
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.scope import Fencing, Ground
+from orchestrator.sessions.socket.listener import Mailbox, open_mailbox
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
+from orchestrator.system.clock import SystemClock
 from tests.desks import MemoryDesk
 from tests.sandboxes import require
 

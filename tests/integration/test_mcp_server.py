@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.client.commands import COMMANDS
 from orchestrator.mcp_server import input_schema
-from orchestrator.repo.hub import Hub
+from orchestrator.repo.worktrees.hub import Hub
 from tests.desks import MemoryDesk
 from tests.integration.test_mailbox import Caller, Site
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.repo import landing
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import create_hub, hub_of, internal_ref
-from orchestrator.repo.landing import Landed, Merge, Target
-from orchestrator.repo.site import find_site
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.landing import target_branch
+from orchestrator.repo.landing.target_branch import Landed, Merge, Target
+from orchestrator.repo.source.site import find_site
+from orchestrator.repo.worktrees.hub import create_hub, hub_of, internal_ref
 from tests.conftest import Repository
 from tests.permits import permit_for
 
@@ -21,7 +21,7 @@ async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
     """Work lands beside other work, and on a part of itself that the user has merged by hand and changed."""
-    monkeypatch.setattr(landing, "_FEW", few)
+    monkeypatch.setattr(target_branch, "_FEW", few)
     site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
     hub = hub_of(site.location, tmp_path / "council-home")
     await create_hub(hub, site.object_format, repository.environ)

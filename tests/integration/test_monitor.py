@@ -12,12 +12,12 @@ import anyio
 import pytest
 
 from orchestrator.config.model import Retention
-from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.monitor import CHECKPOINT_PAUSE, SWEEP_PAUSE, Monitor
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.scheduler.monitor import CHECKPOINT_PAUSE, SWEEP_PAUSE, Monitor
+from orchestrator.engine.state.ledger import Ledger
 from orchestrator.protocols import LARGE_DOCUMENT, Commit, Event, JsonObject, Key, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.reading import between
+from orchestrator.state.documents.reading import between
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.recorded import RUN, START, orchestrators, record_run, run_document

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.deadlocks import Wait, cycle_of, deadlock_of, victim_of
+from orchestrator.domain.scheduling.deadlocks import Wait, cycle_of, deadlock_of, victim_of
 from orchestrator.errors import LockRefused, RefusedError, UnreadableDocument
 from orchestrator.locking.named_locks import LockMode, NamedLocks
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.shapes import LOCK, find_unreadable
+from orchestrator.state.documents.shapes import LOCK, find_unreadable
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.examples import examples
 from tests.programs import python
@@ -30,9 +30,9 @@ from tests.programs import python
 HOLDER = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.clock import SystemClock
+from orchestrator.system.clock import SystemClock
 from orchestrator.locking.named_locks import NamedLocks
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
 
 async def main(folder, owner, name, mode, then=""):
     async with FileStore.open(Path(folder), SystemClock()) as store:

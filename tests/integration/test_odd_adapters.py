@@ -12,8 +12,8 @@ from tests.fake_path import install_plugin
 _ODD = """
 import pluggy
 from pydantic import BaseModel
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import Command, Concluded, Identified, Program, Said, Spent
 
 hookimpl = pluggy.HookimplMarker("cli_council")

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED, Holding
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.borders import Escape
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.holdings import LONGEST_OWNED, MOST_OWNED, Holding
+from orchestrator.engine.landing.ownership_check import Escape
 from orchestrator.locking.registry import Registry, claim_key, scope_of
 from orchestrator.protocols import Commit, Guard, Write
-from orchestrator.repo.site import find_site
-from orchestrator.state.file import FileStore
+from orchestrator.repo.source.site import find_site
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 

@@ -12,12 +12,12 @@ from typing import Literal
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.outage import surviving
+from orchestrator.state.offline.outage import surviving
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 from tests.outage import QUICK, Line
 
 A, B, CLAIM = Key("task", "r/a"), Key("task", "r/b"), Key("claim", "r/a")
@@ -419,10 +419,10 @@ CRASH = """
 import os, sys
 import anyio
 from pathlib import Path
-from orchestrator.clock import SystemClock
+from orchestrator.system.clock import SystemClock
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.outage import surviving
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.offline.outage import surviving
 from tests.outage import QUICK, Line
 
 async def main() -> None:

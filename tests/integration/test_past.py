@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.council import Council
+from orchestrator.api.council import Council
+from orchestrator.api.history import Past, concerns_run
+from orchestrator.api.runs import Runs
 from orchestrator.errors import RefusedError
-from orchestrator.past import Past, concerns_run
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, Event, Key, Record, Write
-from orchestrator.runs import Runs
-from orchestrator.state.file import FileStore
-from orchestrator.state.reading import is_of_run
+from orchestrator.state.documents.reading import is_of_run
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.integration.test_reading import ForgetfulStore

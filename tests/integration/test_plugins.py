@@ -97,8 +97,8 @@ print(json.dumps({
 def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repository, site: Path) -> None:
     """A model becomes a kind; a check that is added to one of ours is part of it."""
     code = """
-    from orchestrator.domain.handoff_kinds import Validator
-    from orchestrator.domain.violations import Violation
+    from orchestrator.domain.workflow.handoff_kinds import Validator
+    from orchestrator.domain.workflow.violations import Violation
     from pydantic import BaseModel
 
     class Risks(BaseModel):
@@ -123,7 +123,7 @@ def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repositor
     install(site, "risks", REGISTER + dedent(code))
     asked = """
 import json
-from orchestrator.domain.handoff_kinds import Facts
+from orchestrator.domain.workflow.handoff_kinds import Facts
 from orchestrator.plugins import load_plugins
 found = load_plugins()
 kinds = found.checked_kinds()
@@ -346,7 +346,7 @@ async def test_a_run_whose_plugin_is_gone_says_so_on_resume(repository: Reposito
 
 _STORE = REGISTER + """
 from contextlib import asynccontextmanager
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.memory import MemoryStore
 
 
 class Loud(MemoryStore):

@@ -17,12 +17,12 @@ import anyio.to_thread
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo import pool as pool_module
-from orchestrator.repo import reset, worktrees
-from orchestrator.repo.places import Place, places_of, read_record, user_of
-from orchestrator.repo.pool import Care, Checkout, Pool, SetupError
-from orchestrator.repo.reset import Keep
-from orchestrator.repo.stamps import Stamps
+from orchestrator.repo.worktrees import pool as pool_module
+from orchestrator.repo.worktrees import reset, worktrees
+from orchestrator.repo.worktrees.change_detection import Stamps
+from orchestrator.repo.worktrees.pool import Care, Checkout, Pool, SetupError
+from orchestrator.repo.worktrees.reset import Keep
+from orchestrator.repo.worktrees.slots import Place, places_of, read_record, user_of
 from tests.conftest import Repository
 from tests.places import Yard
 from tests.waiting import wait_for

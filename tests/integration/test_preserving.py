@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.repo.preserving import disarm, is_preserved, preserve
-from orchestrator.repo.worktrees import Worktree
+from orchestrator.repo.worktrees.preserved import disarm, is_preserved, preserve
+from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.places import Yard
 

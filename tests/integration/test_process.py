@@ -12,8 +12,8 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator import process
-from orchestrator.filelock import FileLock
+from orchestrator.system import process
+from orchestrator.system.file_lock import FileLock
 from tests.waiting import wait_for
 
 ENV = {"PATH": os.defpath}
@@ -105,7 +105,7 @@ async def test_a_command_that_does_nothing_is_killed(monkeypatch: pytest.MonkeyP
 
 #: Runs a command that holds a lock.
 HOLDER = (
-    "import anyio, os, sys\nfrom orchestrator.filelock import FileLock\nfrom orchestrator.process import run\n"
+    "import anyio, os, sys\nfrom orchestrator.system.file_lock import FileLock\nfrom orchestrator.system.process import run\n"
     "async def main():\n async with FileLock(__import__('pathlib').Path('lock')).hold() as held:\n"
     "  await run(['sh', '-c', sys.argv[1]], env={'PATH': os.defpath}, keep_fds=[held.fd])\n"
     "anyio.run(main)"
@@ -114,8 +114,8 @@ HOLDER = (
 
 #: Runs a command that holds a lock, and another one when it is told to.
 HOLDER_OF_TWO = (
-    "import anyio, os, sys\nfrom pathlib import Path\nfrom orchestrator.filelock import FileLock\n"
-    "from orchestrator.process import run\n"
+    "import anyio, os, sys\nfrom pathlib import Path\nfrom orchestrator.system.file_lock import FileLock\n"
+    "from orchestrator.system.process import run\n"
     "async def main():\n async with FileLock(Path('lock')).hold() as held, anyio.create_task_group() as both:\n"
     "  async def one(script): await run(['sh', '-c', script], env={'PATH': os.defpath}, keep_fds=[held.fd])\n"
     "  both.start_soon(one, sys.argv[1])\n"
@@ -132,7 +132,7 @@ async def test_a_frozen_command_does_not_outlive_the_process_that_started_it(tmp
         wait_for((tmp_path / "pid").exists)
         if is_replaced:
             children = psutil.Process(starter.pid).children()
-            (keeper,) = [one for one in children if "orchestrator.keeper" in " ".join(one.cmdline())]
+            (keeper,) = [one for one in children if "orchestrator.system.command_reaper" in " ".join(one.cmdline())]
             keeper.kill()
             wait_for(lambda: keeper.status() == psutil.STATUS_ZOMBIE, 10)
             (tmp_path / "go").touch()

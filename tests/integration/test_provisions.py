@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.model import Reach
-from orchestrator.domain.secrets import Redactor
-from orchestrator.repo.collect import Collected, collect
-from orchestrator.repo.diffs import live_diff
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import internal_ref
-from orchestrator.repo.inspection import Admission
-from orchestrator.repo.provisions import NotProvided, Provisions
-from orchestrator.repo.source import Source
-from orchestrator.repo.stamps import Stamps
-from orchestrator.repo.worktrees import Worktree
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.intake.collect import Collected, collect
+from orchestrator.repo.intake.diffs import live_diff
+from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.source.source import Source
+from orchestrator.repo.worktrees.change_detection import Stamps
+from orchestrator.repo.worktrees.hub import internal_ref
+from orchestrator.repo.worktrees.provisions import NotProvided, Provisions
+from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.places import Yard
 

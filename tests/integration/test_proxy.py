@@ -16,8 +16,8 @@ import anyio
 import anyio.abc
 import pytest
 
-from orchestrator.domain.hosts import Address
-from orchestrator.sessions.proxy import LARGEST_HEAD, Proxy, Timeouts
+from orchestrator.domain.security.hosts import Address
+from orchestrator.sessions.sandbox.proxy import LARGEST_HEAD, Proxy, Timeouts
 
 PATIENCE = 30.0
 

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.model import Action
-from orchestrator.domain.secrets import Redactor
-from orchestrator.engine.ledger import Ledger
-from orchestrator.engine.requests import submit
+from orchestrator.domain.runs.model import Action
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.scheduler.requests import submit
+from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import HistoryGone, RefusedError
 from orchestrator.protocols import Commit, Event, Key, Record, Store
-from orchestrator.state import reading
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.reading import Tail, backwards, between, following, position_at
+from orchestrator.state.documents import reading
+from orchestrator.state.documents.reading import Tail, backwards, between, following, position_at
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.examples import examples
 from tests.recorded import RUN, orchestrators, record_run, run_document

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 
-from orchestrator.cli.source import is_prompt, read_config
+from orchestrator.cli.core.run_source import is_prompt, read_config
 from orchestrator.config.inline import InlineTasks
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins
@@ -80,7 +80,7 @@ async def test_without_a_file_the_only_installed_adapter_runs_it(
     (programs / "free").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{repository.environ['PATH']}")
     types = dict(TYPES)
-    monkeypatch.setattr("orchestrator.cli.source.load_plugins", lambda *_: Plugins(adapters=types))
+    monkeypatch.setattr("orchestrator.cli.core.run_source.load_plugins", lambda *_: Plugins(adapters=types))
     _, config = await read_config(None, InlineTasks(("Do it.",)))
     assert [task.adapter for task in config.tasks] == ["free"]
     types["free-too"] = _Free

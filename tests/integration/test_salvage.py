@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo import salvage
-from orchestrator.repo.diffs import diff, live_diff
-from orchestrator.repo.git import Git
-from orchestrator.repo.source import Source
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.intake.diffs import diff, live_diff
+from orchestrator.repo.landing import salvage
+from orchestrator.repo.source.source import Source
 from tests.conftest import Repository
 from tests.integration.test_collect import ADMIT, VALUE, Place, place
 

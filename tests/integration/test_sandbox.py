@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from orchestrator.errors import RefusedError, SessionError
-from orchestrator.process_table import start_ticks
-from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
-from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.sessions.sandbox.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
+from orchestrator.sessions.supervision.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.system.process_table import start_ticks
 from tests.processes import children
 from tests.sandboxes import require
 from tests.waiting import wait_for

@@ -5,8 +5,8 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from orchestrator.council import Council
-from orchestrator.engine.report import RunReport, RunStatus
+from orchestrator.api.council import Council
+from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 

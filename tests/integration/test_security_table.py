@@ -18,9 +18,9 @@ import pytest
 from orchestrator.client.session import ShortName
 from orchestrator.config.model import FenceConfig, LimitsConfig, Reach
 from orchestrator.sandbox import seccomp
-from orchestrator.sessions.fencing import Fencing, Ground
-from orchestrator.sessions.sandbox import SandboxKind
-from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
+from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.scope import Fencing, Ground
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
 from tests.sandboxes import require
 
 pytestmark = [

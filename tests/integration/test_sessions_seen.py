@@ -8,14 +8,14 @@ import signal
 import pytest
 
 from orchestrator import Council, RefusedError
-from orchestrator.clock import SystemClock
-from orchestrator.domain.contexts import SessionStatus
-from orchestrator.domain.secrets import Redactor
-from orchestrator.domain.sessions import SessionName
-from orchestrator.engine.contexts import Contexts
-from orchestrator.engine.memory import Memory
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.sessions.contexts import SessionStatus
+from orchestrator.engine.session_api.contexts import Contexts
+from orchestrator.engine.session_api.notes import Memory
 from orchestrator.locking.registry import scope_of
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.command_server import Started
 from tests.conftest import Repository
 from tests.waiting import wait_for

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from orchestrator import Council, Key, RefusedError, Update
 from orchestrator.errors import CouncilError, UnreadableDocument
 from orchestrator.protocols import Commit, Document, JsonObject, Store, Write
-from orchestrator.repo.hub import Hub
-from orchestrator.state.shapes import KINDS, check_change, find_unreadable, flaw_of
-from orchestrator.state.update import update
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.state.documents.shapes import KINDS, check_change, find_unreadable, flaw_of
+from orchestrator.state.documents.update import update
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.examples import examples

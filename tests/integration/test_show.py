@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from orchestrator.council import Council
-from orchestrator.domain.json_values import digest_of
+from orchestrator.api.council import Council
+from orchestrator.domain.documents.json_values import digest_of
 from tests.conftest import Repository
 from tests.integration.test_control import has_begun
 from tests.integration.test_workflow import APPROVE, PLAN, REJECT, SCOUT

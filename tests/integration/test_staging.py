@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.secrets import Redactor
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import create_hub, hub_of, internal_ref
-from orchestrator.repo.inspection import Admission
-from orchestrator.repo.quarantine import Quarantine
-from orchestrator.repo.source import Source
-from orchestrator.repo.staging import Staged, Staging, stage
-from orchestrator.repo.stamps import Stamps
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.quarantine import Quarantine
+from orchestrator.repo.intake.staging import Staged, Staging, stage
+from orchestrator.repo.source.source import Source
+from orchestrator.repo.worktrees.change_detection import Stamps
+from orchestrator.repo.worktrees.hub import create_hub, hub_of, internal_ref
 from tests.conftest import Repository
 
 VALUE = "the-value-of-a-variable"

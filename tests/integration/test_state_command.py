@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.recorded import RUN, recorded
 from tests.waiting import wait_for

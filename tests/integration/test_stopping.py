@@ -13,8 +13,8 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator.sessions.sandbox import SandboxKind, fence_in
-from orchestrator.sessions.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.sessions.sandbox.sandbox import SandboxKind, fence_in
+from orchestrator.sessions.supervision.supervised import Ended, SupervisedCommand, run_supervised
 from tests.integration.test_sandbox import House, until
 from tests.processes import children
 from tests.sandboxes import require

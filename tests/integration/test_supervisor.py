@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from orchestrator.errors import LeaseLost, LockHeld, SessionError
-from orchestrator.sessions.supervised import (
+from orchestrator.sessions.supervision.supervised import (
     Ended,
     SupervisedCommand,
     end_supervised,
@@ -566,7 +566,7 @@ while True:
 ORCHESTRATOR = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.sessions.supervised import SupervisedCommand, run_supervised
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
 
 folder = Path(sys.argv[1])
 anyio.run(run_supervised, SupervisedCommand(

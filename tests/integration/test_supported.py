@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo.checkout import LocalRepository, inspect
-from orchestrator.repo.git import Git
-from orchestrator.repo.supported import check_complete, check_names, check_supported, is_case_insensitive
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.source.checkout import LocalRepository, inspect
+from orchestrator.repo.source.supported import check_complete, check_names, check_supported, is_case_insensitive
 from tests.conftest import Repository
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
-from orchestrator.state import update as module
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.subscription import Changed, subscribe
-from orchestrator.state.update import update
+from orchestrator.state.documents import update as module
+from orchestrator.state.documents.subscription import Changed, subscribe
+from orchestrator.state.documents.update import update
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 
 COUNT = Key("count", "r/a")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.engine.preflight import check_checkout
+from orchestrator.engine.diagnostics.preflight import check_checkout
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git import Git
-from orchestrator.repo.hub import create_hub, hub_of
-from orchestrator.repo.landing import Deferred, Landed, Merge, Target
-from orchestrator.repo.site import find_site
-from orchestrator.repo.users_programs import hooks_in_checkouts
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.landing.target_branch import Deferred, Landed, Merge, Target
+from orchestrator.repo.source.site import find_site
+from orchestrator.repo.source.user_programs import hooks_in_checkouts
+from orchestrator.repo.worktrees.hub import create_hub, hub_of
 from tests.conftest import Repository
 from tests.faults import SHELL
 from tests.permits import permit_for

@@ -14,18 +14,18 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import HISTORY, Commit, Event, JsonObject, Key, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.identity import prepare
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.log.identity import prepare
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
+from orchestrator.views.background import keeping
 from orchestrator.views.content import document_view, version_view
-from orchestrator.views.keeping import keeping
 from orchestrator.views.names import document_path, version_path
-from orchestrator.views.updating import KINDS, Views
+from orchestrator.views.update import KINDS, Views
 from tests.conftest import Repository
 from tests.recorded import RUN, START, record_run, recorded, run_document
 from tests.waiting import wait_for

@@ -11,18 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import process
-from orchestrator.repo import walking
-from orchestrator.repo.index_file import fit_index
-from orchestrator.repo.stamps import Differences, Stamps
-from orchestrator.repo.walking import Walker
+from orchestrator.repo.git.index_file import fit_index
+from orchestrator.repo.worktrees import walk
+from orchestrator.repo.worktrees.change_detection import Differences, Stamps
+from orchestrator.repo.worktrees.walk import Walker
+from orchestrator.system import process
 
 MANY = 100_000
 
 
 def walkers() -> list[psutil.Process]:
     """Return the processes of ours that do so."""
-    return [one for one in psutil.Process().children() if "orchestrator.repo.walker" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children() if "orchestrator.repo.worktrees.walker" in " ".join(one.cmdline())]
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ async def test_a_process_that_is_gone_is_made_up_for(stamps: Stamps) -> None:
 
 async def test_a_process_that_does_not_answer_is_given_up(stamps: Stamps, monkeypatch: pytest.MonkeyPatch) -> None:
     """After some time the answer comes from a thread of ours, and the process is killed."""
-    monkeypatch.setattr(walking, "_PATIENCE", 0.01)
+    monkeypatch.setattr(walk, "_PATIENCE", 0.01)
     async with Walker.open() as walker:
         await walker.run(stamps.compare, MANY)
         (first,) = walkers()
         first.suspend()
-        monkeypatch.setattr(walking, "_LIMIT", 0.01)
+        monkeypatch.setattr(walk, "_LIMIT", 0.01)
         assert await walker.run(stamps.compare, MANY) == stamps.compare()
         assert walkers() == []
 

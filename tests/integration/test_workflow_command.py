@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from orchestrator import Config, Council
-from orchestrator.clock import SystemClock
-from orchestrator.config.workflows import supplied_phases
-from orchestrator.domain.workflow import Phase
-from orchestrator.engine.records import read_run, read_spec
-from orchestrator.state.file import FileStore
+from orchestrator.config.workflows.load import supplied_phases
+from orchestrator.domain.workflow.routing import Phase
+from orchestrator.engine.state.records import read_run, read_spec
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 OWN = {"mine": [{"look": {"access": "read", "prompt": "Look at {{ task.id }}."}}, "build"]}

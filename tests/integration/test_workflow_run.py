@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.model import TaskStatus
-from orchestrator.engine.records import read_handoffs, read_run, read_tasks, task_documents
+from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.engine.state.records import read_handoffs, read_run, read_tasks, task_documents
 from orchestrator.protocols import Event
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Ended, Repository
 from tests.waiting import wait_for
 

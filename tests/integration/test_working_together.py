@@ -14,16 +14,16 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.council import Council
-from orchestrator.domain.claims import Release
-from orchestrator.domain.model import TaskStatus
-from orchestrator.engine.ledger import Change, Ledger
-from orchestrator.engine.report import RunReport
+from orchestrator.api.council import Council
+from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.scheduling.claims import Release
+from orchestrator.engine.reports.report import RunReport
+from orchestrator.engine.state.ledger import Change, Ledger
 from orchestrator.locking.claims import read_claims
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Event
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.command_server import Started
 from tests.conftest import FAKE_CLI, Repository
 from tests.faults import SHELL

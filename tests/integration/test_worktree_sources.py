@@ -11,15 +11,15 @@ import pytest
 
 from adapters.command import CommandAdapter
 from orchestrator import AdapterSettings, Config, Council, SetupSettings, Task, WorktreeSettings
-from orchestrator.clock import SystemClock
 from orchestrator.config.load import load_config
 from orchestrator.config.model import SetupStep, WorktreesConfig, restore_adapter
-from orchestrator.engine.records import read_run
+from orchestrator.engine.state.records import read_run
 from orchestrator.engine.worktree_sources import Base, check_sources
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git import Git
-from orchestrator.repo.site import find_site
-from orchestrator.state.file import FileStore
+from orchestrator.repo.git.runner import Git
+from orchestrator.repo.source.site import find_site
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 ONE: list[dict[str, Any]] = [{"id": "a", "prompt": "write a.txt a"}]

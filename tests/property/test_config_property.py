@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adapters.command import CommandAdapter
-from orchestrator.config.circles import find_circles
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.domain.scheduling.cycles import find_circles
 from orchestrator.errors import ConfigError
 from tests.examples import examples
 

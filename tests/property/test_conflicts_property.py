@@ -8,7 +8,16 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.conflicts import LeftToPerson, Resolved, Strategy, Update, by_key, detect, merge, resolve
+from orchestrator.domain.documents.conflicts import (
+    LeftToPerson,
+    Resolved,
+    Strategy,
+    Update,
+    by_key,
+    detect,
+    merge,
+    resolve,
+)
 
 #: On a busy machine nothing is said by how long an example takes.
 

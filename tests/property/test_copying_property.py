@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import HistoryGone
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
-from orchestrator.state.copying import export, import_from
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.state.transfer.copying import export, import_from
 from orchestrator.testing.clock import ManualClock
 from orchestrator.testing.store_contract import dumped
 from tests.examples import examples

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.delta import apply, compare, lines, revert, to_json
+from orchestrator.domain.documents.delta import apply, compare, lines, revert, to_json
 
 #: On a busy machine nothing is said by how long an example takes.
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.dispatch import AGING, Board, Entry, decide
-from orchestrator.domain.ownership import any_overlap
+from orchestrator.domain.scheduling.dispatch import AGING, Board, Entry, decide
+from orchestrator.domain.scheduling.ownership import any_overlap
 from tests.examples import examples
 
 PATTERNS = ("a/**", "a/b", "b/*", "**/b", "c", "**")

@@ -7,11 +7,11 @@ import re
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orchestrator.config.circles import find_circles
-from orchestrator.config.names import check_name
-from orchestrator.domain.dispatch import Board, Entry, decide
-from orchestrator.domain.expansion import Part, parts_of
-from orchestrator.domain.ownership import check_pattern, is_within, matches
+from orchestrator.config.source.names import check_name
+from orchestrator.domain.scheduling.cycles import find_circles
+from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
+from orchestrator.domain.scheduling.ownership import check_pattern, is_within, matches
+from orchestrator.domain.workflow.expansion import Part, parts_of
 
 IDS = st.one_of(st.sampled_from(["a", "b", "c", "A", "a b", "d.lock"]), st.text(min_size=1, max_size=80))
 PATHS = st.sampled_from(["src/a.py", "src/", "src/**", "docs/*.md", "/etc", "../x", "src/[ab]", "**", "x\\y", ".git/x"])

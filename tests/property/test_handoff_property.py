@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.handoff_kinds import KINDS, Facts
-from orchestrator.domain.handoffs import acknowledged, handed_over, is_intact, last_json_block
-from orchestrator.domain.json_values import canonical, digest_of, flaw_of, read_object
-from orchestrator.domain.phase_context import chained, context_of, filtered, needs_of
-from orchestrator.domain.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseTrigger, step
-from orchestrator.domain.workflow import Phase
+from orchestrator.domain.documents.json_values import canonical, digest_of, flaw_of, read_object
+from orchestrator.domain.runs.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseTrigger, step
+from orchestrator.domain.workflow.handoff_kinds import KINDS, Facts
+from orchestrator.domain.workflow.handoffs import acknowledged, handed_over, is_intact, last_json_block
+from orchestrator.domain.workflow.phase_context import chained, context_of, filtered, needs_of
+from orchestrator.domain.workflow.routing import Phase
 from orchestrator.errors import InvalidTransition
 
 #: Characters of one to four bytes, and those that mean something to JSON or a fence.

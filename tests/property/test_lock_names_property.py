@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import RefusedError
-from orchestrator.locking.names import canonical, folds_case, lock_name
+from orchestrator.locking.lock_names import canonical, folds_case, lock_name
 from tests.examples import examples
 
 # Pairs that a careless name would take for one: a/b and a_b, small and capital, and long ones with the same beginning.

@@ -9,11 +9,11 @@ import anyio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.clock import SystemClock
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.outage import surviving
+from orchestrator.state.offline.outage import surviving
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 from tests.examples import examples
 from tests.outage import QUICK, Line
 

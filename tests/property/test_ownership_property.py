@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.ownership import any_overlap, check_pattern, matches, overlap
+from orchestrator.domain.scheduling.ownership import any_overlap, check_pattern, matches, overlap
 from tests.examples import examples
 
 SEGMENTS = ["".join(text) for size in (1, 2, 3) for text in itertools.product("ab", repeat=size)]

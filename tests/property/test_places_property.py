@@ -22,12 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import GitError
-from orchestrator.repo import reset, worktrees
-from orchestrator.repo.git import Git, sealed_environment
-from orchestrator.repo.places import Place
-from orchestrator.repo.pool import Care, Checkout, Pool
-from orchestrator.repo.reset import Contents, Keep
-from orchestrator.repo.stamps import Differences, stamps_mappings
+from orchestrator.repo.git.runner import Git, sealed_environment
+from orchestrator.repo.worktrees import reset, worktrees
+from orchestrator.repo.worktrees.change_detection import Differences, stamps_mappings
+from orchestrator.repo.worktrees.pool import Care, Checkout, Pool
+from orchestrator.repo.worktrees.reset import Contents, Keep
+from orchestrator.repo.worktrees.slots import Place
 from tests.edits import rename, swap
 from tests.places import Yard
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.dispatch import Entry
-from orchestrator.domain.ownership import any_overlap
-from orchestrator.domain.plan import plan, sessions_at_once
+from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.domain.scheduling.ownership import any_overlap
+from orchestrator.domain.scheduling.plan import plan, sessions_at_once
 
 _PATTERNS = ["src/**", "src/a/*", "src/a/b.py", "src/b*/x", "docs/", "**/x", "docs/[ab]*", "*"]
 

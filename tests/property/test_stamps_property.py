@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.repo.stamps import Stamps
+from orchestrator.repo.worktrees.change_detection import Stamps
 from tests.edits import rename, swap
 from tests.examples import examples
 

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from orchestrator.errors import HistoryGone, LeaseLost, RefusedError, VersionConflict
 from orchestrator.protocols import HISTORY, Commit, Event, Guard, JsonObject, Key, Record, Write
-from orchestrator.state.file import FileStore
+from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.power import lose_power
 

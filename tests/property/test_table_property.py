@@ -7,11 +7,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cli.view import RunView
-from orchestrator.domain.dispatch import Entry
-from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
-from orchestrator.domain.model import FINAL, SUCCESSFUL, Attempt, RunDocument, TaskDocument, TaskStatus
-from orchestrator.engine.report import RunRecord
+from orchestrator.cli.live.model import RunView
+from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, advance
+from orchestrator.domain.runs.model import FINAL, SUCCESSFUL, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.engine.reports.report import RunRecord
 from orchestrator.protocols import Key, Record
 
 COMMIT = "0123456789" * 4

@@ -17,16 +17,16 @@ from typing import cast
 
 import anyio
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.claims import Owner, Release, Role, Timing, Verdict
+from orchestrator.domain.scheduling.claims import Owner, Release, Role, Timing, Verdict
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.locking.claims import Claims, HeldBy
 from orchestrator.locking.merge_permit import MergePermits, permit_key
 from orchestrator.locking.orchestrators import Orchestrators
 from orchestrator.locking.registry import scope_of
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
-from orchestrator.state.memory import MemoryStore
-from orchestrator.state.reading import between
+from orchestrator.state.documents.reading import between
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory
 from tests.simulation.virtual import run_virtually
 

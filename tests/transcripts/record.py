@@ -23,7 +23,7 @@ from typing import Final
 import anyio
 
 from orchestrator.protocols import Adapter, Command, Identified, SessionRequest
-from orchestrator.sessions.homes import furnish
+from orchestrator.sessions.setup.homes import furnish
 from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
 from tests.transcripts.programs import PROGRAMS

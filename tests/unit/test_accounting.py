@@ -7,10 +7,10 @@ from functools import reduce
 import pytest
 
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
-from orchestrator.domain.model import Attempt
-from orchestrator.domain.prices import Price
+from orchestrator.domain.runs.model import Attempt
+from orchestrator.domain.runs.prices import Price
 from orchestrator.engine.accounting import Accounting
-from orchestrator.sessions.transcript import Transcript
+from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS
 

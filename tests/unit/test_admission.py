@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.admission import MIB, Demand, Facts, Fit, NoFit, fit, may_start
-from orchestrator.limits import memory_available, read_facts
+from orchestrator.domain.scheduling.admission import MIB, Demand, Facts, Fit, NoFit, fit, may_start
+from orchestrator.system.resources import memory_available, read_facts
 
 DEMAND = Demand(descriptors=10, memory=100 * MIB, spare_descriptors=20, spare_memory=50 * MIB)
 
@@ -82,8 +82,8 @@ def test_a_system_that_says_nothing_has_no_known_limit(tmp_path: Path) -> None:
 
 CHILD = """
 import json, resource
-from orchestrator.limits import raise_descriptor_limit, read_facts
-from orchestrator.domain.admission import fit
+from orchestrator.system.resources import raise_descriptor_limit, read_facts
+from orchestrator.domain.scheduling.admission import fit
 before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 raised = raise_descriptor_limit()
 found = fit(read_facts(), 64)

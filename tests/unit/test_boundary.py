@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.boundary import Log, boundary
-from orchestrator.cli.output import Output
+from orchestrator.cli.core.boundary import Log, boundary
+from orchestrator.cli.render.output import Output
 from orchestrator.errors import is_exhaustion
-from orchestrator.filelock import FileLock
+from orchestrator.system.file_lock import FileLock
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])

@@ -24,8 +24,8 @@ from adapters.bridges.worktree import OutsideError, Worktree
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.jsonlines import parse_bridge_line
 from adapters.ollama import OllamaAdapter, OllamaOptions
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
     Adapter,
     Identified,
@@ -39,8 +39,8 @@ from orchestrator.protocols import (
     Warned,
 )
 from orchestrator.protocols import Concluded as ConcludedEvent
-from orchestrator.sessions.homes import furnish
-from orchestrator.sessions.transcript import LONGEST_LINE
+from orchestrator.sessions.output.transcript import LONGEST_LINE
+from orchestrator.sessions.setup.homes import furnish
 from orchestrator.testing.model_server import ModelServer
 from tests.conftest import Repository
 from tests.standins.ollama_server import serving

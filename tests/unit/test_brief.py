@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from orchestrator.cli.brief import LINES, brief_lines
-from orchestrator.cli.columns import COLUMNS
-from orchestrator.cli.result import summary
-from orchestrator.domain.halts import HaltReason
-from orchestrator.domain.model import Halt, TaskStatus
-from orchestrator.engine.report import AdapterReport, RunStatus, TaskReport
+from orchestrator.cli.render.brief import LINES, brief_lines
+from orchestrator.cli.render.columns import COLUMNS
+from orchestrator.cli.render.result import summary
+from orchestrator.domain.runs.halts import HaltReason
+from orchestrator.domain.runs.model import Halt, TaskStatus
+from orchestrator.engine.reports.report import AdapterReport, RunStatus, TaskReport
 from tests.unit.test_result import COMMIT, run, task
 
 _TEXTS = st.none() | st.text(max_size=200) | st.just("漢字" * 60)

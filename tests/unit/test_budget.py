@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.budget import Budget, Spending, cost_left, shares, spent_by
-from orchestrator.domain.model import Attempt
-from orchestrator.domain.prices import Price, price_of
+from orchestrator.domain.runs.budget import Budget, Spending, cost_left, shares, spent_by
+from orchestrator.domain.runs.model import Attempt
+from orchestrator.domain.runs.prices import Price, price_of
 
 
 def attempt(**facts: object) -> Attempt:

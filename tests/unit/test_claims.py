@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.claims import (
+from orchestrator.domain.scheduling.claims import (
     Claim,
     Counters,
     Orchestrator,

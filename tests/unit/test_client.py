@@ -12,13 +12,13 @@ from typing import Any
 import click
 import pytest
 
-from orchestrator.cli import session as long_way
-from orchestrator.cli.share import share
+from orchestrator.cli.commands.sessions import session as long_way
+from orchestrator.cli.commands.sessions.share import share
 from orchestrator.client import hook
 from orchestrator.client.commands import COMMANDS
-from orchestrator.client.telling import clean, tell
-from orchestrator.client.words import read
-from orchestrator.domain.sessions import SessionName
+from orchestrator.client.messages import clean, tell
+from orchestrator.client.quick_parser import read
+from orchestrator.domain.runs.session_names import SessionName
 from tests.desks import MemoryDesk
 
 PLAIN = [

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.commands import missing_program, programs_in
+from orchestrator.domain.sessions.shell_commands import missing_program, programs_in
 
 COMMANDS: list[tuple[str, list[str]]] = [
     ("pytest -q", ["pytest"]),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from adapters.command import CommandAdapter
-from orchestrator.config.document import read_document
 from orchestrator.config.load import load_config, load_value
-from orchestrator.config.problems import Problems, TooManyProblems
+from orchestrator.config.source.document import read_document
+from orchestrator.config.source.problems import Problems, TooManyProblems
 from orchestrator.errors import ConfigError
 from tests.unit.test_config_mistakes import MANY, ONE_MISTAKE
 

@@ -19,7 +19,7 @@ from orchestrator.config.model import (
     WorktreesConfig,
     restore_adapter,
 )
-from orchestrator.domain.failures import RETRIED
+from orchestrator.domain.runs.failures import RETRIED
 from orchestrator.errors import RefusedError
 from tests.recorded import task_spec
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.circles import find_circles
-from orchestrator.config.names import check_branch, check_name
-from orchestrator.config.quantities import format_duration, parse_duration
-from orchestrator.config.scalars import resolve_plain
+from orchestrator.config.source.names import check_branch, check_name
+from orchestrator.config.source.quantities import format_duration, parse_duration
+from orchestrator.config.source.scalars import resolve_plain
+from orchestrator.domain.scheduling.cycles import find_circles
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.conflicts import Resolved, Strategy, Update, detect, resolve
+from orchestrator.domain.documents.conflicts import Resolved, Strategy, Update, detect, resolve
 from orchestrator.errors import RefusedError
 
 EARLY = Update("x", 1.0, "ada", {"n": 1, "tags": ["a"], "in": {"ada": 1, "n": 1}, "odd": [1]})

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.consistency import IDLE_AFTER, WorkflowFacts, check_workflow
-from orchestrator.domain.contexts import SessionContext, SessionStatus
-from orchestrator.domain.handoffs import Handoff, acknowledged, handed_over
-from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus
-from orchestrator.domain.phases import Given, PhaseRecord, PhaseStatus
-from orchestrator.domain.violations import Violation
-from orchestrator.domain.workflow import Phase, Workflow
+from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.phases import Given, PhaseRecord, PhaseStatus
+from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
+from orchestrator.domain.workflow.handoffs import Handoff, acknowledged, handed_over
+from orchestrator.domain.workflow.routing import Phase, Workflow
+from orchestrator.domain.workflow.verification import IDLE_AFTER, WorkflowFacts, check_workflow
+from orchestrator.domain.workflow.violations import Violation
 
 COMMIT = "0123456789" * 4
 SUM = "0123456789abcdef" * 4

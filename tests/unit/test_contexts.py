@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.contexts import file_at, path_within
-from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_TEXT, MOST_PATHS, Note, block
-from orchestrator.engine.details import plan_in, readable
+from orchestrator.domain.sessions.contexts import file_at, path_within
+from orchestrator.domain.sessions.notes import LONGEST_BLOCK, LONGEST_TEXT, MOST_PATHS, Note, block
+from orchestrator.engine.session_api.details import plan_in, readable
 from orchestrator.protocols import Concluded, Said, SessionEvent, UsedTool, Warned
 
 TOPS = ("/places/1/tree", "/real/1/tree")

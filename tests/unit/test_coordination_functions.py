@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST, LARGEST_SHARED, LONGEST_WAIT
-from orchestrator.client.strict import DEEPEST
-from orchestrator.domain.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
-from orchestrator.domain.holdings import LONGEST_OWNED, MOST_OWNED
-from orchestrator.domain.notes import LONGEST_BLOCK, LONGEST_PATHS, LONGEST_TEXT, MOST_NOTES, MOST_OF_TASK
-from orchestrator.engine import details
-from orchestrator.engine.sharing import LONGEST_KEY, MOST_BYTES, MOST_KEYS, PATIENCE
+from orchestrator.client.strict_json import DEEPEST
+from orchestrator.domain.scheduling.holdings import LONGEST_OWNED, MOST_OWNED
+from orchestrator.domain.sessions.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
+from orchestrator.domain.sessions.notes import LONGEST_BLOCK, LONGEST_PATHS, LONGEST_TEXT, MOST_NOTES, MOST_OF_TASK
+from orchestrator.engine.session_api import details
+from orchestrator.engine.session_api.shared_values import LONGEST_KEY, MOST_BYTES, MOST_KEYS, PATIENCE
 from tests.functions import FunctionsContract, check_test, rows, sections
 
 ROOT: Final = Path(__file__).parents[2]

@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from adapters.command import CommandAdapter
-from orchestrator.cli.coordinating import coordination_options
+from orchestrator.cli.core.coordination_options import coordination_options
 from orchestrator.config.coordination import VARIABLES, CoordinationOverrides, coordinate, read_environment
 from orchestrator.config.load import load_config
 from orchestrator.config.model import CoordinationConfig
 from orchestrator.config.schema import CoordinationSettings
-from orchestrator.domain.claims import Timing
+from orchestrator.domain.scheduling.claims import Timing
 from orchestrator.errors import ConfigError, RefusedError
 from tests.unit.test_config_load import SMALLEST
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.delta import Delta, Modified, apply, compare, lines, revert, to_json
+from orchestrator.domain.documents.delta import Delta, Modified, apply, compare, lines, revert, to_json
 from orchestrator.errors import RefusedError
 
 OLD = {

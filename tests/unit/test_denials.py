@@ -10,10 +10,10 @@ from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.codex import CodexAdapter, CodexOptions
 from adapters.gemini import GeminiAdapter, GeminiOptions
 from adapters.opencode import OpencodeAdapter, OpencodeOptions
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Denials, Exit, Failed, Limits, judge
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Denials, Exit, Failed, Limits, judge
 from orchestrator.protocols import Adapter, Denied
-from orchestrator.sessions.transcript import Transcript
+from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS
 

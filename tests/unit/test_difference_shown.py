@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from orchestrator.cli.output import Output, plain, spelled
+from orchestrator.cli.render.output import Output, plain, spelled
 
 HIDING = {
     "conceal": "\x1b[8m",

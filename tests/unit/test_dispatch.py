@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.dispatch import AGING, Board, Entry, decide
-from orchestrator.domain.model import TaskStatus
+from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.scheduling.dispatch import AGING, Board, Entry, decide
 
 
 def started(board: Board, free: int = 9, now: float = 0.0) -> list[str]:

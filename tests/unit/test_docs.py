@@ -14,8 +14,10 @@ import yaml
 
 from adapters.command import CommandAdapter
 from adapters.reading import Rule
+from orchestrator.builtin.checklist import Checklist, read_items
+from orchestrator.builtin.jsonlines import JsonLines
 from orchestrator.cli.main import COMMANDS, main
-from orchestrator.cli.output import SENTENCES
+from orchestrator.cli.render.output import SENTENCES
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import (
@@ -34,15 +36,13 @@ from orchestrator.config.schema import (
     TrackerSettings,
     WorktreeSettings,
 )
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.model import TaskStatus
-from orchestrator.engine.report import RunReport, RunStatus, TaskReport
-from orchestrator.engine.steps import TASK_EVENTS
-from orchestrator.outlets.checklist import Checklist, read_items
-from orchestrator.outlets.jsonlines import JsonLines
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
+from orchestrator.engine.state.transitions import TASK_EVENTS
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionRequest
-from orchestrator.sessions.environment import BASE_ENVIRONMENT
+from orchestrator.sessions.setup.environment import BASE_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

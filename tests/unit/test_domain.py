@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.dispatch import Board, Entry, decide
-from orchestrator.domain.failures import RETRIED, RETRYABLE, FailureClass, Policy, policy_of
-from orchestrator.domain.lifecycle import TRANSITIONS, Trigger, advance
-from orchestrator.domain.model import (
+from orchestrator.domain.runs.failures import RETRIED, RETRYABLE, FailureClass, Policy, policy_of
+from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, advance
+from orchestrator.domain.runs.model import (
     FINAL,
     REVIVABLE,
     AdapterDocument,
@@ -20,11 +19,12 @@ from orchestrator.domain.model import (
     TaskDocument,
     TaskStatus,
 )
-from orchestrator.domain.outcome import Built, Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
-from orchestrator.domain.retry import LONGEST_PARK, PARK, Backoff, park_until, retry_delay
-from orchestrator.engine.report import AdapterReport, ReportPlaces, RunRecord, RunReport, RunStatus, report
+from orchestrator.domain.runs.outcome import Built, Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
+from orchestrator.domain.runs.retry import LONGEST_PARK, PARK, Backoff, park_until, retry_delay
+from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
+from orchestrator.engine.reports.report import AdapterReport, ReportPlaces, RunRecord, RunReport, RunStatus, report
 from orchestrator.errors import InvalidTransition, RefusedError
-from orchestrator.instants import local_time
+from orchestrator.system.instants import local_time
 
 DIAMOND = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("a",)), "d": Entry(("b", "c"))}
 

@@ -17,7 +17,7 @@ from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
 from orchestrator.protocols import Adapter, AdapterType
-from orchestrator.sessions.entries import Entries, EntryKind
+from orchestrator.sessions.output.entries import Entries, EntryKind
 from orchestrator.testing.recordings import read_recordings
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"

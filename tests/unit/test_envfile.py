@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.envfile import values_in
+from orchestrator.domain.security.envfile import values_in
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.cli.output import event_text
-from orchestrator.instants import local_time
+from orchestrator.cli.render.output import event_text
 from orchestrator.protocols import Event
+from orchestrator.system.instants import local_time
 
 
 @pytest.mark.parametrize(

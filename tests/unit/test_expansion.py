@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config.names import check_name
-from orchestrator.domain.dispatch import Board, Entry, decide, with_parts
-from orchestrator.domain.expansion import Part, name_of, parts_of
-from orchestrator.domain.model import TaskDocument
-from orchestrator.domain.ownership import is_within
-from orchestrator.domain.violations import Violation
+from orchestrator.config.source.names import check_name
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.scheduling.dispatch import Board, Entry, decide, with_parts
+from orchestrator.domain.scheduling.ownership import is_within
+from orchestrator.domain.workflow.expansion import Part, name_of, parts_of
+from orchestrator.domain.workflow.violations import Violation
 
 
 def plan(*tasks: dict[str, Any], **more: Any) -> dict[str, Any]:

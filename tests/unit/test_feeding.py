@@ -10,16 +10,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.clock import SystemClock
-from orchestrator.domain.retry import Backoff
-from orchestrator.domain.secrets import Redactor
+from orchestrator.domain.runs.retry import Backoff
+from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine import sinks
-from orchestrator.engine.records import cursor_key
 from orchestrator.engine.sinks import Outlet, Patience, feeding
+from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import RefusedError, StoreUnavailable
 from orchestrator.protocols import Commit, Event, Key, Record, RecordedEvent, Sink, Store, Write
-from orchestrator.state.file import FileStore
-from orchestrator.state.memory import MemoryStore
+from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import SystemClock
 
 PATIENCE = Patience(each=0.2, last=0.6, cursor=0.0)
 SECRET = "correct-horse-battery"

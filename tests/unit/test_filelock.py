@@ -18,13 +18,13 @@ import anyio
 import pytest
 
 from orchestrator.errors import LockHeld
-from orchestrator.filelock import FileLock
+from orchestrator.system.file_lock import FileLock
 from tests.programs import python
 
 HOLDER = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.filelock import FileLock
+from orchestrator.system.file_lock import FileLock
 
 async def main():
     async with FileLock(Path(sys.argv[1])).hold() as held:
@@ -37,7 +37,7 @@ OWNER_OF_A_CHILD = """
 import sys, anyio
 from pathlib import Path
 from orchestrator import process
-from orchestrator.filelock import FileLock
+from orchestrator.system.file_lock import FileLock
 
 async def main():
     async with FileLock(Path(sys.argv[1])).hold() as held:
@@ -52,7 +52,7 @@ GIVES_UP = """
 import sys, anyio
 from pathlib import Path
 from orchestrator.errors import LockHeld
-from orchestrator.filelock import FileLock
+from orchestrator.system.file_lock import FileLock
 
 async def main():
     try:
@@ -236,7 +236,7 @@ async def test_a_refusal_names_the_holder(path: Path) -> None:
 async def test_without_a_descriptor_to_spare_the_lock_is_held_unsigned(path: Path) -> None:
     """A lock whose signature fails is held all the same, and given back."""
     code = (
-        "import os, sys, resource, anyio\nfrom pathlib import Path\nfrom orchestrator.filelock import FileLock\n"
+        "import os, sys, resource, anyio\nfrom pathlib import Path\nfrom orchestrator.system.file_lock import FileLock\n"
         "async def main():\n"
         "    lock = FileLock(Path(sys.argv[1]))\n"
         "    async with lock.hold():\n"

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.load import load_config
-from orchestrator.domain.admission import DEFAULT_DEMAND, MIB, Demand, Facts
-from orchestrator.engine import findings
-from orchestrator.engine.facts import Machine, Place, Size, look_at_machine, look_at_place
-from orchestrator.engine.findings import Finding, Level, Need
-from orchestrator.engine.probing import AdapterStatus, ProgramStatus
+from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, MIB, Demand, Facts
+from orchestrator.engine.diagnostics import findings
+from orchestrator.engine.diagnostics.facts import Machine, Place, Size, look_at_machine, look_at_place
+from orchestrator.engine.diagnostics.findings import Finding, Level, Need
+from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
 from orchestrator.errors import ConfigError, RefusedError
-from orchestrator.limits import processes_left
 from orchestrator.plugins import load_plugins
-from orchestrator.sessions.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.system.resources import processes_left
 
 MACHINE = Machine("3.11.2", "Linux", Facts(1024, 10, 8 << 30), None, 1_800_000_000.0, 1_700_000_000.0)
 PLACE = Place(Path("/a/place"), 100 << 30, 1_000_000, Path("/a"), "ext4")

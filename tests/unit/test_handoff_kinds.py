@@ -9,8 +9,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from orchestrator.domain import handoff_models
-from orchestrator.domain.handoff_kinds import (
+from orchestrator.domain.workflow import handoff_models
+from orchestrator.domain.workflow.handoff_kinds import (
     KINDS,
     NEEDS,
     Facts,
@@ -19,7 +19,7 @@ from orchestrator.domain.handoff_kinds import (
     schema_kind,
     validated,
 )
-from orchestrator.domain.violations import MOST_VIOLATIONS, Violation
+from orchestrator.domain.workflow.violations import MOST_VIOLATIONS, Violation
 from orchestrator.errors import RefusedError
 
 SUM = "0123456789abcdef" * 4

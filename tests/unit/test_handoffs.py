@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.client.strict import DEEPEST
-from orchestrator.domain.handoffs import (
+from orchestrator.client.strict_json import DEEPEST
+from orchestrator.domain.documents.json_values import canonical, digest_of, flaw_of, read_object
+from orchestrator.domain.workflow.handoffs import (
     LONGEST_SUMMARY,
     Handoff,
     acknowledged,
@@ -17,9 +18,8 @@ from orchestrator.domain.handoffs import (
     last_json_block,
     payload,
 )
-from orchestrator.domain.json_values import canonical, digest_of, flaw_of, read_object
-from orchestrator.domain.mediation import Mediation, mediate
-from orchestrator.domain.violations import Violation
+from orchestrator.domain.workflow.mediation import Mediation, mediate
+from orchestrator.domain.workflow.violations import Violation
 from orchestrator.errors import HandoffBroken
 
 

@@ -13,7 +13,7 @@ import pytest
 from orchestrator.config.model import Reach
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Home, Overlay
-from orchestrator.sessions.homes import bring_back, furnish, remove
+from orchestrator.sessions.setup.homes import bring_back, furnish, remove
 
 
 @pytest.fixture

@@ -6,7 +6,13 @@ from ipaddress import ip_address
 
 import pytest
 
-from orchestrator.domain.hosts import addresses_to_try, canonical_host, is_allowed, is_public, parse_allowed_host
+from orchestrator.domain.security.hosts import (
+    addresses_to_try,
+    canonical_host,
+    is_allowed,
+    is_public,
+    parse_allowed_host,
+)
 
 
 def allows(entry: str, host: str, port: int = 443) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.config.quantities import shown_size
-from orchestrator.domain.leftovers import (
+from orchestrator.config.source.quantities import shown_size
+from orchestrator.domain.runs.leftovers import (
     STALE_AFTER,
     Holding,
     Standing,
@@ -15,7 +15,7 @@ from orchestrator.domain.leftovers import (
     judge_stray,
     judge_worktree,
 )
-from orchestrator.domain.model import FINAL, Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import FINAL, Attempt, TaskDocument, TaskStatus
 
 
 def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.document import read_document
-from orchestrator.config.location import named_repository
-from orchestrator.config.problems import Problems, TooManyProblems
-from orchestrator.config.templating import compiled
-from orchestrator.engine.prompting import PromptFacts, holds, render
+from orchestrator.config.source.document import read_document
+from orchestrator.config.source.location import named_repository
+from orchestrator.config.source.problems import Problems, TooManyProblems
+from orchestrator.config.workflows.templates import compiled
+from orchestrator.engine.phases.prompts import PromptFacts, holds, render
 from orchestrator.errors import RefusedError
 
 N = 10**9

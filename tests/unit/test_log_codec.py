@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidDocument
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
-from orchestrator.state.log import (
+from orchestrator.state.log.codec import (
     MAX_COMMIT_BYTES,
     MAX_DEPTH,
     Change,

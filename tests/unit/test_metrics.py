@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.claims import ActiveTime, Orchestrator, Owner
-from orchestrator.domain.metrics import measure, minutes_to_land
-from orchestrator.domain.model import Attempt, TaskDocument, TaskStatus
-from orchestrator.engine.overview import landing_times
+from orchestrator.domain.runs.metrics import measure, minutes_to_land
+from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.scheduling.claims import ActiveTime, Orchestrator, Owner
+from orchestrator.engine.reports.overview import landing_times
 from orchestrator.protocols import Document, Key
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.cli.moment import parse_instant
-from orchestrator.state.reading import newest_until
+from orchestrator.cli.core.point_in_time import parse_instant
+from orchestrator.state.documents.reading import newest_until
 
 NOW = 1767323045.0  # 2026-01-02 03:04:05 UTC
 

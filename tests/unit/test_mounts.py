@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.state.mounts import mount_of, refuse_network_mount
+from orchestrator.state.log.mounts import mount_of, refuse_network_mount
 
 TABLE = r"""22 1 0:21 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 22 0:30 / /home rw,relatime shared:2 master:1 - nfs4 server:/home rw,vers=4.2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.engine.own_tests import find_own_tests, read_top
+from orchestrator.engine.diagnostics.test_detection import find_own_tests, read_top
 
 SCRIPT = json.dumps({"scripts": {"test": "jest"}})
 DEPENDS = json.dumps({"scripts": {"test": "jest"}, "devDependencies": {"jest": "29"}})

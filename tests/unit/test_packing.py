@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.state import packing
-from orchestrator.state.packing import Source, Sum, pack, sum_of, unpack
+from orchestrator.state.log import packing
+from orchestrator.state.log.packing import Source, Sum, pack, sum_of, unpack
 
 LINES = b"".join(b'{"position": %d, "words": "some of the same in each line"}\n' % number for number in range(60_000))
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from orchestrator.domain.phases import OPEN, PHASE_TRANSITIONS, PhaseRecord, PhaseStatus, PhaseTrigger, step
+from orchestrator.domain.runs.phases import OPEN, PHASE_TRANSITIONS, PhaseRecord, PhaseStatus, PhaseTrigger, step
 from orchestrator.errors import InvalidTransition
 
 #: What may happen to a visit, told apart from the table that says so.

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.engine import probing
-from orchestrator.engine.probing import judge, make_without_options, probe_adapters, read_version
+from orchestrator.engine.diagnostics import programs
+from orchestrator.engine.diagnostics.programs import judge, make_without_options, probe_adapters, read_version
 from orchestrator.errors import RefusedError
-from orchestrator.process import Completed
 from orchestrator.protocols import Capability, Command, Failed, Home, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.system.process import Completed
 from tests.waiting import wait_for
 
 MakeProgram = Callable[[str, str], Path]
@@ -218,7 +218,7 @@ async def test_a_program_that_hangs_is_killed(
     program: MakeProgram, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It has its time, is not asked a second question, and nothing of it lives on."""
-    monkeypatch.setattr(probing, "_PATIENCE", 0.5)
+    monkeypatch.setattr(programs, "_PATIENCE", 0.5)
     program("tool", f"trap '' TERM\necho $$ > {tmp_path}/pid\nwhile :; do sleep 1; done")
     adapters = {"a": Stand(Program("tool", version=("-V",), ready=("s",)))}
     status = (await probe_adapters(adapters, environ))["a"].programs[0]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.templating import SUPPLIED, supplied_template
-from orchestrator.domain.handoff_kinds import KINDS
-from orchestrator.engine.prompting import (
+from orchestrator.config.workflows.templates import SUPPLIED, supplied_template
+from orchestrator.domain.workflow.handoff_kinds import KINDS
+from orchestrator.engine.phases.prompts import (
     LONGEST_PROMPT,
     LONGEST_VALUE,
     HandingOver,

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.quoting import as_text, barred, marked, plain
+from orchestrator.domain.security.quoting import as_text, barred, marked, plain
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from adapters.command import CommandAdapter, CommandOptions
 from adapters.paths import values_at
 from adapters.reading import Rule
-from orchestrator.domain.failures import FailureClass
-from orchestrator.domain.outcome import Failed
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import Concluded, Identified, Said, SessionEnd, SessionEvent, Spent
 
 LINE = {

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from orchestrator.sessions.redaction import HOLD_BYTES, KEY_BYTES, Redactor, after_gap
+from orchestrator.sessions.supervision.redaction import HOLD_BYTES, KEY_BYTES, Redactor, after_gap
 
 PATTERN = rb"sk-[A-Za-z0-9]{20,}|ghp_[A-Za-z0-9]{36}|(?<=token=)[a-f0-9]{16}".decode()
 TOKEN = b"sk-" + b"Ab3" * 10

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.load import load_value
-from orchestrator.config.requests import requests_of
+from orchestrator.config.permissions import requests_of
 from orchestrator.plugins import load_plugins
 
 INSTALLED = load_plugins()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.reserved_names import reserved_name
+from orchestrator.domain.security.reserved_names import reserved_name
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.draw import MOST_ROWS, result_text
-from orchestrator.cli.result import ResultRow, hints, result_rows, summary, text_lines
-from orchestrator.cli.steps import run_step, task_steps
-from orchestrator.domain.model import Halt
-from orchestrator.engine.report import (
+from orchestrator.cli.render.draw import MOST_ROWS, result_text
+from orchestrator.cli.render.next_steps import run_step, task_steps
+from orchestrator.cli.render.result import ResultRow, hints, result_rows, summary, text_lines
+from orchestrator.domain.runs.model import Halt
+from orchestrator.engine.reports.report import (
     AdapterReport,
     OrchestratorReport,
     RunReport,
@@ -19,7 +19,7 @@ from orchestrator.engine.report import (
     SessionReport,
     TaskReport,
 )
-from orchestrator.repo.counts import Changes
+from orchestrator.repo.git.change_counts import Changes
 
 COMMIT = "0123456789" * 4
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.archive import KeptWork
-from orchestrator.cli.salvage import _applied, _line
+from orchestrator.api.archive import KeptWork
+from orchestrator.cli.commands.runs.salvage import _applied, _line
 
 
 @pytest.mark.parametrize("committed", [99_999_999_999_999, 2**63, -(2**63)])

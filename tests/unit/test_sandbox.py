@@ -10,9 +10,9 @@ import pytest
 
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import bubblewrap, landlock
-from orchestrator.sessions import sandbox
-from orchestrator.sessions.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
-from orchestrator.sessions.supervised import SupervisedCommand
+from orchestrator.sessions.sandbox import sandbox
+from orchestrator.sessions.sandbox.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
+from orchestrator.sessions.supervision.supervised import SupervisedCommand
 
 pytestmark = pytest.mark.sandbox
 

@@ -14,9 +14,9 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict
 
 from adapters.command import CommandAdapter
-from orchestrator.config.document import read_document
 from orchestrator.config.json_schema import file_schema
-from orchestrator.config.names import (
+from orchestrator.config.source.document import read_document
+from orchestrator.config.source.names import (
     BRANCH_PATTERN,
     KEPT_PATTERN,
     NAME_PATTERN,
@@ -26,8 +26,8 @@ from orchestrator.config.names import (
     check_name,
     check_path,
 )
-from orchestrator.config.problems import Problems
-from orchestrator.config.quantities import (
+from orchestrator.config.source.problems import Problems
+from orchestrator.config.source.quantities import (
     DURATION_PATTERN,
     SILENCE_PATTERN,
     SIZE_PATTERN,
@@ -35,7 +35,7 @@ from orchestrator.config.quantities import (
     parse_silence,
     parse_size,
 )
-from orchestrator.engine.result_schema import result_schema, story_schema
+from orchestrator.engine.reports.schema import result_schema, story_schema
 from orchestrator.plugins import load_plugins
 from tests.unit.test_config_from_value import read
 from tests.unit.test_config_load import FULL, SMALLEST, WORKTREES

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.output import Output
-from orchestrator.domain.secrets import (
+from orchestrator.cli.render.output import Output
+from orchestrator.domain.security.secrets import (
     Redactor,
     contains_key,
     is_secret_file,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.model import SetupStep
-from orchestrator.repo.setup_keys import keys_of, steps_to_run
+from orchestrator.repo.worktrees.setup_keys import keys_of, steps_to_run
 
 STEPS = (SetupStep(run="make venv", inputs=("requirements.txt",)), SetupStep(run="make data"))
 THERE = {"requirements.txt": "100644 blob 1"}

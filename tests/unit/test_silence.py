@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.sessions import silence
-from orchestrator.sessions.silence import Silence, Walk
+from orchestrator.sessions.supervision import idle_timeout
+from orchestrator.sessions.supervision.idle_timeout import Silence, Walk
 from tests.waiting import wait_for
 
 LIMIT = 8.0
@@ -30,7 +30,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(idle_timeout, "time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 
@@ -127,5 +127,5 @@ def test_a_tree_that_is_too_large_is_a_look_that_failed(tmp_path: Path, monkeypa
     walk = Walk([str(tmp_path)], give_up=0)
     wait_for(lambda: walk.done)
     assert walk.signature is None
-    monkeypatch.setattr(silence, "MAX_ENTRIES", 500)
+    monkeypatch.setattr(idle_timeout, "MAX_ENTRIES", 500)
     assert walked(tmp_path) is None

@@ -8,10 +8,10 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator.config.document import read_document
 from orchestrator.config.load import load_config
 from orchestrator.config.model import WorktreesConfig
-from orchestrator.config.problems import Problems
+from orchestrator.config.source.document import read_document
+from orchestrator.config.source.problems import Problems
 from orchestrator.config.starter import Starter, StarterAdapter, scalar, starter_text
 from orchestrator.plugins import load_plugins
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.model import Retention
-from orchestrator.engine.findings import Level
-from orchestrator.engine.state_findings import (
+from orchestrator.engine.diagnostics.findings import Level
+from orchestrator.engine.diagnostics.state_findings import (
     SLOW_COMMIT,
     Growth,
     Silent,

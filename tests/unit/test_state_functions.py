@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from orchestrator.domain.model import Maker, TaskStatus
-from orchestrator.engine.findings import Level
-from orchestrator.engine.report import RunStatus
+from orchestrator.domain.runs.model import Maker, TaskStatus
+from orchestrator.engine.diagnostics.findings import Level
+from orchestrator.engine.reports.report import RunStatus
 from tests import functions
 from tests.functions import FunctionsContract
 

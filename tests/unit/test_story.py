@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from orchestrator.cli.story import story_lines
-from orchestrator.domain.handoffs import Handoff, Receipt, handed_over
-from orchestrator.domain.mediation import Mediation
-from orchestrator.domain.model import Attempt, ImportedTask, TaskDocument, TaskStatus
-from orchestrator.domain.phases import Given, PhaseRecord, PhaseStatus
-from orchestrator.engine.report import TaskReport
-from orchestrator.engine.result_schema import story_schema
-from orchestrator.engine.story import Asked, Story, story
+from orchestrator.cli.render.story import story_lines
+from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument, TaskStatus
+from orchestrator.domain.runs.phases import Given, PhaseRecord, PhaseStatus
+from orchestrator.domain.workflow.handoffs import Handoff, Receipt, handed_over
+from orchestrator.domain.workflow.mediation import Mediation
+from orchestrator.engine.reports.report import TaskReport
+from orchestrator.engine.reports.schema import story_schema
+from orchestrator.engine.reports.story import Asked, Story, story
 
 COMMIT, BASE = "0123456789" * 4, "f" * 40
 FINDINGS = [{"path": "a.py", "line": 3, "severity": "major", "message": "say \x1b[31mmore"}, {"message": "and less"}]

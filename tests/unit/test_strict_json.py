@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.client import giving
+from orchestrator.client import values
 from orchestrator.client.commands import COMMANDS, LARGEST_HANDOFF
 from orchestrator.client.session import AskError
-from orchestrator.client.strict import DEEPEST, check, parse
+from orchestrator.client.strict_json import DEEPEST, check, parse
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 VALUES = st.recursive(
@@ -87,31 +87,31 @@ class Typed(io.TextIOWrapper):
 )
 def test_a_word_is_json_or_text(word: str, value: Any) -> None:
     """Text that looks like none stands for itself."""
-    assert giving.value_of(word) == value
+    assert values.value_of(word) == value
 
 
 @pytest.mark.parametrize("word", ["{", '["a"', '{"a": 1, "a": 2}', '"a'])
 def test_what_looks_like_json_must_be_some(word: str) -> None:
     """Else a mistake would be shared as text."""
     with pytest.raises(AskError, match="can't be taken"):
-        giving.value_of(word)
+        values.value_of(word)
 
 
 def test_a_value_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """As JSON or text, too."""
     monkeypatch.setattr(sys, "stdin", Typed(b'{"a":\n1}\n'))
-    assert giving.value_of("-") == {"a": 1}
+    assert values.value_of("-") == {"a": 1}
     monkeypatch.setattr(sys, "stdin", Typed("größer\n".encode()))
-    assert giving.value_of("-") == "größer\n"
+    assert values.value_of("-") == "größer\n"
 
 
 def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object."""
     command = COMMANDS["hand_over"]
     (tmp_path / "plan.json").write_text('{"tasks": []}')
-    assert giving.given(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
+    assert values.given(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
     monkeypatch.setattr(sys, "stdin", Typed(b'{"tasks": [1]}'))
-    assert giving.given(command, {"data": "-"}) == {"data": {"tasks": [1]}}
+    assert values.given(command, {"data": "-"}) == {"data": {"tasks": [1]}}
 
 
 @pytest.mark.parametrize(
@@ -131,5 +131,5 @@ def test_a_handoff_that_is_none_is_refused(tmp_path: Path, text: str | None, why
     if text is not None:
         file.write_text(text)
     with pytest.raises(AskError, match=why) as refused:
-        giving.given(COMMANDS["hand_over"], {"data": str(file)})
+        values.given(COMMANDS["hand_over"], {"data": str(file)})
     assert refused.value.remedy

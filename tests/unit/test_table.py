@@ -10,9 +10,10 @@ import pytest
 from rich.cells import cell_len
 from rich.segment import Segment
 
-from orchestrator.activity import Working
-from orchestrator.cli.draw import frame_lines, wrapped
-from orchestrator.cli.table import (
+from orchestrator.api.activity import Working
+from orchestrator.cli.live.model import RunView
+from orchestrator.cli.render.draw import frame_lines, wrapped
+from orchestrator.cli.render.table import (
     Ahead,
     Frame,
     Row,
@@ -24,14 +25,13 @@ from orchestrator.cli.table import (
     phase,
     time_left,
 )
-from orchestrator.cli.view import RunView
-from orchestrator.domain.dispatch import Entry
-from orchestrator.domain.model import AdapterDocument, Attempt, RunDocument, TaskDocument, TaskStatus
-from orchestrator.domain.phases import PhaseRecord, PhaseStatus
-from orchestrator.engine.report import RunRecord
+from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
+from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.engine.reports.report import RunRecord
 from orchestrator.protocols import Event, Key, Record
-from orchestrator.repo.counts import Changes
-from orchestrator.sessions.transcript import Transcript
+from orchestrator.repo.git.change_counts import Changes
+from orchestrator.sessions.output.transcript import Transcript
 from tests.unit.test_metrics import orchestrator
 
 COMMIT = "0123456789" * 4

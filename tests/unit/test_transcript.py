@@ -7,7 +7,7 @@ from functools import reduce
 import pytest
 
 from orchestrator.protocols import Concluded, Said, SessionEvent, Spent, UsedTool
-from orchestrator.sessions.transcript import LONGEST_WORDS, NOTHING_SAID, Transcript
+from orchestrator.sessions.output.transcript import LONGEST_WORDS, NOTHING_SAID, Transcript
 
 LOOKING = (Said("I am lo", part=True), Said("oking. ", part=True))
 DONE = (Said("It is ", part=True), Said("done.", part=True))

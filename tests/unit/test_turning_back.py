@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.model import Attempt, Intent, TaskDocument, TaskStatus
-from orchestrator.domain.turning_back import turn_back
+from orchestrator.domain.runs.model import Attempt, Intent, TaskDocument, TaskStatus
+from orchestrator.domain.runs.rollback import turn_back
 
 BASE, COMMIT = "a" * 40, "b" * 40
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.domain.model import Attempt, RunDocument, TaskDocument
-from orchestrator.domain.usage import Usage, usage_of
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.usage import Usage, usage_of
 
 RUN = RunDocument(
     id="run",

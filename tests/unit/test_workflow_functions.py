@@ -13,11 +13,11 @@ from pydantic import BaseModel
 
 from orchestrator.client.commands import LARGEST_HANDOFF
 from orchestrator.config.load import load_config
-from orchestrator.domain import handoff_models
-from orchestrator.domain.handoff_kinds import KINDS, NEEDS, Facts
-from orchestrator.domain.phases import PHASE_EVENTS
-from orchestrator.engine.prompting import LONGEST_VALUE
-from orchestrator.engine.sharing import PATIENCE
+from orchestrator.domain.runs.phases import PHASE_EVENTS
+from orchestrator.domain.workflow import handoff_models
+from orchestrator.domain.workflow.handoff_kinds import KINDS, NEEDS, Facts
+from orchestrator.engine.phases.prompts import LONGEST_VALUE
+from orchestrator.engine.session_api.shared_values import PATIENCE
 from orchestrator.plugins import load_plugins
 from tests.functions import FunctionsContract, rows, sections
 from tests.unit.test_consistency import BROKEN

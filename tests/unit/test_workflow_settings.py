@@ -15,11 +15,11 @@ from adapters.codex import CodexAdapter
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_config, load_value
 from orchestrator.config.model import RunConfig, used_adapters
-from orchestrator.config.templating import SUPPLIED, supplied_template
-from orchestrator.config.workflow_text import as_yaml, copied
-from orchestrator.config.workflows import supplied_phases
-from orchestrator.domain.model import TaskDocument
-from orchestrator.domain.workflow import Expansion, Phase, Workflow
+from orchestrator.config.workflows.load import supplied_phases
+from orchestrator.config.workflows.templates import SUPPLIED, supplied_template
+from orchestrator.config.workflows.text import as_yaml, copied
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.workflow.routing import Expansion, Phase, Workflow
 from orchestrator.errors import ConfigError
 from orchestrator.protocols import AdapterType
 

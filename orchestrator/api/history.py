@@ -1,0 +1,294 @@
+"""What is recorded of a project, now and at any earlier moment. It only looks."""
+
+from __future__ import annotations
+
+import difflib
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import anyio.to_thread
+
+from orchestrator.api.runs import Runs
+from orchestrator.domain.runs.metrics import Metrics, active_time, measure
+from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.usage import RunUsage, usage_of
+from orchestrator.engine.reports.overview import Overview, landing_times, overview
+from orchestrator.engine.reports.report import AdapterFailure, last_failures
+from orchestrator.engine.state.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
+from orchestrator.errors import HistoryGone, RefusedError
+from orchestrator.locking.orchestrators import read_orchestrators
+from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.output.files import last_sign
+from orchestrator.state.documents.checkpoints import KIND
+from orchestrator.state.documents.reading import backwards, between, is_of_run, position_at
+
+if TYPE_CHECKING:
+    from orchestrator.engine.reports.story import Story
+
+#: How many events of a run are shown with it.
+EVENTS: Final = 100
+
+
+def concerns_run(record: Record, run: str) -> bool:
+    """Whether a commit changed a document of a run, or recorded an event of it."""
+    keys = (*record.documents, *record.unreadable)
+    return any(is_of_run(key, run) for key in keys) or any(one.data.get("run") == run for one in record.events)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The log of a project's store, and what it says; `run` is a run's id."""
+
+    runs: Runs
+
+    async def position(self) -> int:
+        """Return the newest position."""
+        return await self.runs.store.position()
+
+    async def position_at(self, instant: float) -> int:
+        """Return the position of the newest commit that was not written later than an instant; 0 if all were.
+
+        RefusedError where the log does not go back so far.
+        """
+        return await position_at(self.runs.store, instant)
+
+    async def position_of(self, checkpoint: str) -> int | None:
+        """Return the position that a checkpoint names; None if there is none of this id."""
+        found = await self.runs.store.get(Key(KIND, checkpoint))
+        return None if found is None else int(found.value["position"])
+
+    async def at(self, position: int, *, run: str | None = None, names: Sequence[str] = ()) -> State:
+        """Return the documents right after the commit at a position: all, those of a run, or those that are named.
+
+        A name is `kind/id`, `kind/rest` for `kind/<run>/rest` (the newest run's if none is given), or either with a
+        `*` for any characters. RefusedError for a name that fits nothing, and where the log does not go back so far.
+        """
+        with _refusing():
+            state = await self.runs.store.at(position)
+        documents = {key: one for key, one in state.documents.items() if run is None or is_of_run(key, run)}
+        if names:
+            home = run or await self._newest()
+            keys = [key for name in names for key in _named(name, documents, home, f"at position {position}")]
+            documents = {key: documents[key] for key in keys}
+        return State(state.position, state.time, documents)
+
+    async def key(self, name: str) -> Key:
+        """Return the document that is meant by a name as in `at`, also one that is deleted by now; RefusedError."""
+        kind, _, rest = name.partition("/")
+        exact, newest = Key(kind, rest), await self._newest()
+        for key in (exact, *([Key(kind, f"{newest}/{rest}")] if newest else [])):
+            if await self.runs.store.history(key, 1):
+                return key
+        with _refusing():
+            state = await self.runs.store.at(await self.position())
+        raise _unknown(name, state.documents, newest, "in the state")
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        """Return the newest versions of a document, the newest first: at most `limit`, as far as the log goes back."""
+        return await self.runs.store.history(key, limit)
+
+    async def commits(self, *, run: str | None = None, after: int = 0, until: int) -> AsyncGenerator[Record]:
+        """Yield the commits behind a position up to another, of a run or all; from the oldest there is for 0.
+
+        RefusedError where the log does not go back to `after`.
+        """
+        try:
+            async with aclosing(between(self.runs.store, after, until)) as records:
+                async for record in records:
+                    if run is None or concerns_run(record, run):
+                        yield record
+        except HistoryGone as gone:
+            if after:
+                raise _gone(gone) from None
+            start = gone.first
+        else:
+            return
+        async with aclosing(self.commits(run=run, after=start, until=until)) as rest:
+            async for record in rest:
+                yield record
+
+    async def newest_commits(
+        self, limit: int, *, run: str | None = None, after: int = 0, until: int
+    ) -> Sequence[Record]:
+        """Return the newest of the commits behind a position up to another, at most `limit`, in the log's order."""
+        found: deque[Record] = deque()
+        with suppress(HistoryGone):
+            async with aclosing(backwards(self.runs.store, until, after)) as parts:
+                async for part in parts:
+                    for record in reversed(part):
+                        if run is None or concerns_run(record, run):
+                            found.appendleft(record)
+                        if len(found) == limit:
+                            return found
+        return found
+
+    async def metrics(self, run: str) -> Metrics:
+        """Return the figures of a run."""
+        known = await read_run(self.runs.store, run)  # first: it may grow by tasks meanwhile
+        documents = await read_tasks(self.runs.store, run)
+        tasks = task_documents(documents, known.tasks)
+        landed_at = await self._landed_at(known, tasks, documents)
+        others = await read_orchestrators(self.runs.store, run)
+        return measure(tasks, landed_at, active_time(others.values(), tasks.values(), landed_at, self.runs.clock.now()))
+
+    async def usage(self, run: str) -> RunUsage:
+        """Return what the sessions of a run used up."""
+        record, now = await self.runs.record(run), self.runs.clock.now()
+        tasks: Mapping[str, TaskDocument] = record.tasks
+        if not await self.runs.seems_live(run):
+            tasks = await anyio.to_thread.run_sync(_ended, tasks, self.runs.project.logs(run), now)
+        return usage_of(record.run, tasks, now, sorted(record.damaged))
+
+    async def last_failures(self, run: str) -> dict[str, AdapterFailure]:
+        """Return of each adapter of a run the last session that failed, by the adapter's name."""
+        return last_failures(await self.runs.record(run))
+
+    async def story(self, run: str, task: str) -> Story:
+        """Return the whole story of a task. RefusedError where the run has none of that name."""
+        from orchestrator.engine.reports.story import Asked, story  # noqa: PLC0415  seldom needed
+
+        document = await read_run(self.runs.store, run)
+        await check_task(self.runs.store, document, task)
+        record = await self.runs.without_dropped(await self.runs.record(run), task)
+        shown, now, logs = record.tasks[task], self.runs.clock.now(), self.runs.project.logs(run)
+        is_live = record.run.ended is None and await self.runs.seems_live(run)
+        if not is_live:
+            shown = (await anyio.to_thread.run_sync(_ended, {task: shown}, logs, now))[task]
+        report = next(one for one in self.runs.describe(record, is_live=is_live).tasks if one.id == task)
+        asked = Asked()
+        if record.run.imported is None:
+            spec = await read_spec(self.runs.store, run, task)
+            asked = Asked(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
+            if spec.workflow is not None:
+                names = [phase["name"] for phase in record.run.workflows[spec.workflow]]
+                asked = replace(asked, workflow=spec.workflow, phases=names)
+        handoffs = await read_handoffs(self.runs.store, run, task)
+        found = await read_tasks(self.runs.store, run)
+        landed_at = await self._landed_at(record.run, {task: record.tasks[task]}, found)
+        return story(
+            run,
+            report,
+            shown,
+            asked,
+            {name: one for name, (_, one) in handoffs.items()},
+            target=record.run.target,
+            landed_at=landed_at.get(task),
+            logs=str(logs),
+            now=now,
+            is_merge=record.run.merges is not None,
+            damage=self.runs.damage,
+        )
+
+    async def overview(self, run: str) -> Overview:
+        """Return all that is known of a run, also of one whose repositories are gone."""
+        record = await self.runs.record(run)
+        documents = await read_tasks(self.runs.store, run)
+        is_live = record.run.ended is None and await self.runs.seems_live(run)
+        checkouts = await anyio.to_thread.run_sync(_worktrees, record.run, record.tasks)
+        landed_at = await self._landed_at(record.run, record.tasks, documents)
+        active = active_time(record.orchestrators, record.tasks.values(), landed_at, self.runs.clock.now())
+        report = self.runs.describe(record, is_live=is_live)
+        return overview(record, report, landed_at, checkouts, await self._events(run), active)
+
+    async def _landed_at(
+        self, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]
+    ) -> dict[str, float]:
+        """Return when tasks landed, by task, also of a run whose record was removed and brought back since."""
+        found = landing_times(tasks, documents)
+        for task, time in found.items():
+            if run.imported is None and run.ended is not None and time > run.ended:
+                versions = await self.runs.store.history(documents[task].key)
+                same = [one.time for one in versions if (one.value or {}).get("landed") == tasks[task].landed]
+                found[task] = min(same, default=time)
+        return found
+
+    async def _events(self, run: str) -> list[RecordedEvent]:
+        found: deque[RecordedEvent] = deque()
+        with suppress(HistoryGone):
+            async with aclosing(backwards(self.runs.store, await self.position())) as parts:
+                async for part in parts:
+                    for one in _events_of(part, run):
+                        found.appendleft(one)
+                        if len(found) == EVENTS or one.event.type == "run.created":
+                            return list(found)
+        return list(found)
+
+    async def _newest(self) -> str | None:
+        with suppress(RefusedError):
+            return await self.runs.newest()
+        return None
+
+
+def _events_of(part: Sequence[Record], run: str) -> Iterator[RecordedEvent]:
+    """Yield the events of a run, the newest first."""
+    for record in reversed(part):
+        for event in reversed(record.events):
+            if event.data.get("run") == run:
+                yield RecordedEvent(record.position, record.time, event)
+
+
+def _worktrees(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> dict[str, str]:
+    """Return the checkouts that the newest attempts of tasks have, by task. Blocks."""
+    hub = Hub(Path(run.hub))
+    newest = {task: Worktree(hub, run.id, task, one.attempt.number) for task, one in tasks.items() if one.attempts}
+    return {task: str(place.tree) for task, worktree in newest.items() if (place := worktree.place) is not None}
+
+
+def _named(name: str, documents: Mapping[Key, Document], run: str | None, where: str) -> Sequence[Key]:
+    kind, _, rest = name.partition("/")
+    exact, short = Key(kind, rest), Key(kind, f"{run}/{rest}")
+    for key in (exact, short):
+        if key in documents:
+            return [key]
+        if "*" in name and (found := [one for one in documents if fnmatchcase(str(one), str(key))]):
+            return sorted(found)
+    raise _unknown(name, documents, run, where)
+
+
+def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> RefusedError:
+    """Return how to refuse a name that fits no document."""
+    short = {str(key).replace(f"/{run}/", "/", 1): str(key) for key in keys} if run else {}
+    names = [*short, *(full for full in map(str, keys) if full not in short)]
+    folded = name.casefold()  # in capitals, or without its kind, it is what was meant
+    near = [one for one in names if folded in {one.casefold(), one.casefold().partition("/")[2]}]
+    near = near or difflib.get_close_matches(name, names, n=3)
+    remedy = f"did you mean {' or '.join(near)}?" if near else "`council state at now` lists the documents"
+    if "/" not in name and not near:
+        remedy = f"write kind/id, such as task/models: {remedy}"
+    return RefusedError(f"there is no document {name!r} {where}", remedy)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Have a person told how far the log goes back."""
+    try:
+        yield
+    except HistoryGone as gone:
+        raise _gone(gone) from None
+
+
+def _gone(gone: HistoryGone) -> RefusedError:
+    what = f"the state log does not go back to position {gone.position}, only to {gone.first}"
+    return RefusedError(what, f"name a position from {gone.first} on, or a later time")
+
+
+def _ended(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
+    """Return the tasks of a run that nobody is at work in: sessions without an end were interrupted. Blocks."""
+
+    def end(task: str, one: Attempt) -> Attempt:
+        if one.ended is not None:
+            return one
+        ended = last_sign(logs, task, one.number, one.started, now)
+        return one.model_copy(update={"ended": ended, "outcome": INTERRUPTED})
+
+    return {
+        name: task.model_copy(update={"attempts": tuple(end(name, one) for one in task.attempts)})
+        for name, task in tasks.items()
+    }

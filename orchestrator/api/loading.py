@@ -1,0 +1,52 @@
+"""From what a council is opened with to a run that is known to fit together, and the project that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.config.load import load_config, load_value
+from orchestrator.config.model import RunConfig
+from orchestrator.config.schema import Config
+from orchestrator.config.source.location import named_repository
+from orchestrator.config.source.names import is_url
+from orchestrator.engine.diagnostics.preflight import project_at
+from orchestrator.plugins import Plugins, load_plugins
+from orchestrator.project import Project
+from orchestrator.repo.source.site import find_site
+
+
+async def load(
+    source: str | Path | Config | RunConfig, plugins: Plugins | None, environ: Mapping[str, str]
+) -> tuple[Plugins, RunConfig, Project]:
+    """Return what is installed (unless `plugins` stand for it), the run that `source` describes, and its project."""
+    if plugins is None:
+        places = await anyio.to_thread.run_sync(worked_on, source)
+        plugins = await anyio.to_thread.run_sync(load_plugins, environ, places)
+    config = await anyio.to_thread.run_sync(_load, source, plugins)
+    return plugins, config, project_at(config, await find_site(config.repo, is_url=config.is_url, environ=environ))
+
+
+def worked_on(source: str | Path | Config | RunConfig) -> list[Path]:
+    """Return the file that is worked with, if there is one, and the repository that is. Blocks."""
+    match source:
+        case RunConfig():
+            return [source.path, *([] if source.is_url else [Path(source.repo)])]
+        case Config():
+            return [] if is_url(source.repo) else [Path(source.repo)]
+        case _:
+            named = named_repository(Path(source))
+            return [Path(source), *([] if named is None else [named])]
+
+
+def _load(source: str | Path | Config | RunConfig, plugins: Plugins) -> RunConfig:
+    match source:
+        case RunConfig():
+            return source
+        case Config():
+            value = source.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+            return load_value(value, Path.cwd(), plugins.adapters, "Config", plugins.extensions())
+        case _:
+            return load_config(Path(source), plugins.adapters, plugins.extensions())

@@ -1,0 +1,318 @@
+"""What is recorded of a project's runs, and how they stand. Whatever it takes to run one is not imported here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import anyio.to_thread
+from pydantic import ValidationError
+
+from orchestrator.domain.runs.model import FINAL, WAITING_TO_LAND, RunDocument, TaskStatus
+from orchestrator.domain.scheduling.dispatch import with_parts
+from orchestrator.engine.reports.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
+from orchestrator.engine.state.records import (
+    read_adapters,
+    read_entries,
+    read_run,
+    read_task,
+    read_tasks,
+    task_documents,
+)
+from orchestrator.errors import RefusedError, UnreadableDocument
+from orchestrator.locking.orchestrators import read_orchestrators
+from orchestrator.project import Project
+from orchestrator.protocols import Document, Store
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.system.clock import Clock
+
+if TYPE_CHECKING:
+    from orchestrator.config.model import Retention
+    from orchestrator.repo.git.change_counts import Changes
+
+#: Bytes at the end of a log that are looked at for an error, and how its line begins.
+_TAIL, _OF_COUNCIL = 8192, "council: "
+#: What names the newest run.
+LATEST: Final = "latest"
+#: Runs that are named to somebody whose name is of several.
+_MOST_NAMED: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of a project; `environ` is what stands for the process's environment."""
+
+    project: Project
+    store: Store
+    url: str
+    """Of the store."""
+    clock: Clock
+    environ: Mapping[str, str]
+    follows_file: bool = False
+    """Whether the store is the one that a run's file names, or else the project's own: nobody has chosen another."""
+    unreadable: list[str] = field(default_factory=list)
+    """Of the last look at all runs: the documents that kept one from being described, in words."""
+
+    async def ids(self) -> list[str]:
+        """Return the ids of all runs that can be read, the oldest first."""
+        found = await self.store.list("run")
+        return [one.key.id for one in sorted(found, key=_by_start) if not one.damaged]
+
+    async def newest(self) -> str:
+        """Return the id of the run that was started last, without those that merge another run's branch."""
+        runs = await self.store.list("run")
+        if not runs and self.damage:
+            what = f"no run can be read, the state log is damaged: {'; '.join(self.damage)}"
+            raise RefusedError(what, "start a new run; what has landed stays landed")
+        if not runs:
+            raise RefusedError("there is no run in this project", "start one with `council run FILE`")
+        if len(runs) == 1:  # a run of thousands of tasks is long to read
+            return runs[0].key.id
+        return max([one for one in runs if one.value.get("merges") is None] or runs, key=_by_start).key.id
+
+    async def find(self, name: str | None) -> str:
+        """Return the id of the run that a name means: an id, its beginning if no other begins so, or `latest`.
+
+        None means the newest, too. RefusedError, with the nearest ids, where no run or several are meant.
+        """
+        if name is None:
+            return await self.newest()
+        known = [one.key.id for one in sorted(await self.store.list("run"), key=_by_start)]
+        if name in known:
+            return name
+        if name == LATEST:
+            return await self.newest()
+        found = [run for run in known if name and run.startswith(name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            meant = f"{len(found)} runs begin with {name!r}"
+            raise RefusedError(meant, f"name one of: {', '.join(found[: -_MOST_NAMED - 1 : -1])}")
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RefusedError(
+            f"there is no run {name!r}", f"did you mean {near[0]!r}?" if near else "`council runs` lists them"
+        )
+
+    async def retention(self) -> Retention:
+        """Return how much of the past is kept, as the file of the newest run says."""
+        # Late: whoever only looks at a run needs none of it.
+        from orchestrator.config.model import Retention  # noqa: PLC0415
+
+        for run in reversed(await self.ids()):
+            with suppress(RefusedError, ValidationError):  # what can't be read says nothing
+                return Retention.model_validate((await read_run(self.store, run)).retention)
+        return Retention()
+
+    async def record(self, run: str, *, whole: bool = True) -> RunRecord:
+        """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
+        document = await read_run(self.store, run)
+        found = await read_tasks(self.store, run)
+        is_ours = document.imported is None
+        tasks = task_documents(found, document.tasks)
+        begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
+        blank = document.tasks if not is_ours else () if whole else begun
+        entries = with_parts(await read_entries(self.store, document, blank), tasks)
+        damaged = [task for task, one in found.items() if one.damaged]
+        adapters, others = await read_adapters(self.store, document), await read_orchestrators(self.store, run)
+        return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
+
+    async def without_dropped(self, record: RunRecord, *also: str) -> RunRecord:
+        """Return a record in which finished tasks name only preserved branches that were not dropped since.
+
+        Tasks that landed keep the branches of their attempts on record, unless they are named (`also`).
+        """
+        keeping = {
+            task: one
+            for task, one in record.tasks.items()
+            if task in also or (one.status in FINAL and one.branch is not None)
+        }
+        trusted = Hub(Path(record.run.hub)).trusted
+        if not keeping or record.run.imported is not None or not await anyio.Path(trusted, "HEAD").is_file():
+            return record
+        # Late: most runs have no such task.
+        from orchestrator.repo.git.runner import Git  # noqa: PLC0415
+        from orchestrator.repo.landing import salvage  # noqa: PLC0415
+
+        kept = await salvage.kept(Git(trusted, environ=self.environ), record.run.id)
+        branches = {one.ref.removeprefix("refs/heads/") for one in kept}
+        for task, one in keeping.items():
+            attempts = tuple(
+                made if made.branch in branches else made.model_copy(update={"branch": None}) for made in one.attempts
+            )
+            branch = one.branch if one.branch in branches else None
+            keeping[task] = one.model_copy(update={"branch": branch, "attempts": attempts})
+        return replace(record, tasks={**record.tasks, **keeping})
+
+    def describe(self, record: RunRecord, *, is_live: bool, has_ended: bool | None = None) -> RunReport:
+        """Return the report of a run; `is_live`: a process is active on it; `has_ended` by default as recorded."""
+        places = ReportPlaces(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
+        has_ended = record.run.ended is not None if has_ended is None else has_ended
+        return report(
+            record, places=places, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
+        )
+
+    async def status(self, run: str, *, even_gone: bool = False) -> RunReport:
+        """Describe a run as it stands now; with `even_gone` one whose repositories are gone, too."""
+        record = await self.without_dropped(await self.record(run, whole=False))
+        is_live = False
+        if record.run.ended is None:
+            try:
+                is_live = await self._is_live(record.run)
+            except RefusedError:
+                if not even_gone:
+                    raise
+        described = self.describe(record, is_live=is_live)
+        if described.status is RunStatus.INTERRUPTED:
+            return replace(described, background=await anyio.to_thread.run_sync(self._background_error, run))
+        if described.status is RunStatus.RUNNING:
+            return replace(described, sessions=await self._sessions(run))
+        return replace(described, merged_by=await self._merged_by(record.run))
+
+    async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
+        """Return by task how much each has changed; `commits` are those by which they landed.
+
+        A landing may also bring commits of the user's onto the target, from the base: they do not count.
+        """
+        # Late: only people are shown how much.
+        from orchestrator.repo.git.change_counts import count_many  # noqa: PLC0415
+        from orchestrator.repo.git.runner import Git  # noqa: PLC0415
+
+        document = await read_run(self.store, run)
+        document.check_ours()
+        works = {task: await self._landed_work(run, task, commit) for task, commit in commits.items()}
+        counted = await count_many(Git(Hub(Path(document.hub)).trusted, environ=self.environ), dict(works.values()))
+        return {task: counted[commit] for task, (commit, _) in works.items()}
+
+    async def _landed_work(self, run: str, task: str, landed: str) -> tuple[str, str | None]:
+        """Return the commit that a task built and its base, or the commit by which it landed and None."""
+        with suppress(RefusedError):
+            document = await read_task(self.store, run, task)
+            if document.landed == landed and document.commit is not None:
+                return document.commit, document.builder.base
+        return landed, None
+
+    async def _merged_by(self, run: RunDocument) -> str | None:
+        """Return the run that merged the branch of a run since that ended."""
+        since = run.ended or 0.0
+        found = [one for one in await self._merges(run.id, {TaskStatus.LANDED}) if one.value["started"] >= since]
+        return found[0].key.id if found else None
+
+    async def queued_merge(self, run: str) -> str | None:
+        """Return the newest run that `council merge` made of a run and that could not land yet."""
+        found = await self._merges(run, WAITING_TO_LAND)
+        return found[-1].key.id if found else None
+
+    async def _merges(self, run: str, statuses: Collection[str]) -> list[Document]:
+        """Return the runs that merge a run's branch and whose task has one of some statuses, the oldest first."""
+        found = []
+        for one in sorted(await self.store.list("run"), key=_by_start):
+            if not one.damaged and one.value.get("merges") == run:
+                tasks = (await read_tasks(self.store, one.key.id)).values()
+                if tasks and all(task.value.get("status") in statuses for task in tasks):
+                    found.append(one)
+        return found
+
+    def _background_error(self, run: str) -> str | None:
+        """Return the error that the run's last process in the background ended by. Blocks."""
+        try:
+            with self.project.background_log(run).open("rb") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return None
+        errors = [line.removeprefix(_OF_COUNCIL) for line in lines if line.startswith(_OF_COUNCIL)]
+        return errors[-1] if errors else None
+
+    async def all(self) -> list[RunReport]:
+        """Describe all runs, the oldest first; those that can't be read are told of by `damage` instead."""
+        found = []
+        self.unreadable.clear()
+        for run in await self.ids():
+            try:
+                found.append(await self.status(run, even_gone=True))
+            except UnreadableDocument as error:
+                self.unreadable.append(str(error))
+            except RefusedError as error:  # such as one that has lost a task
+                self.unreadable.append(f"run {run}: {error}")
+        return found
+
+    async def _sessions(self, run: str) -> list[SessionReport]:
+        """Return what the sessions of a run are at, in the order of their names."""
+        from orchestrator.domain.sessions.contexts import at_work  # noqa: PLC0415  only of a run at work
+        from orchestrator.engine.session_api.contexts import read_contexts  # noqa: PLC0415  the same
+
+        return [
+            SessionReport(
+                task=one.task,
+                attempt=one.attempt,
+                adapter=one.adapter,
+                orchestrator=one.orchestrator,
+                status=one.status.value,
+                file=one.file,
+                progress=one.progress,
+                message=one.words,
+                blocked_on=one.blocked_on,
+                files=one.files,
+                updated=one.updated,
+            )
+            for one in at_work(await read_contexts(self.store, run))
+        ]
+
+    async def hub(self, run: RunDocument) -> Hub:
+        """Return the repositories of a run; RefusedError if they are gone, or it never had any here."""
+        run.check_ours()
+        hub = Hub(Path(run.hub))
+        # An attempt that was under way may have made its own folder anew, but nothing else.
+        if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
+            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
+        return hub
+
+    async def is_live(self, run: str) -> bool:
+        """Whether a process is at work in a run."""
+        document = await read_run(self.store, run)
+        return document.imported is None and await self._is_live(document)
+
+    async def _is_live(self, run: RunDocument) -> bool:
+        hub = await self.hub(run)
+        if await hub.run_lock(run.id).is_held() or await hub.life_locks.held(run.id):
+            return True
+        others = (await read_orchestrators(self.store, run.id)).values()
+        here, now = socket.gethostname(), self.clock.now()
+        return any(one.ended is None and one.owner.host != here and now < one.expires for one in others)
+
+    async def interrupted(self) -> list[str]:
+        """Return the ids of the runs that have not ended and that no process is running, the oldest first.
+
+        Those whose repositories are gone, which nobody can resume, are left out.
+        """
+        found = []
+        for run in sorted(await self.store.list("run"), key=_by_start):
+            if run.damaged or run.value.get("ended") is not None or run.value.get("imported") is not None:
+                continue
+            with suppress(RefusedError, UnreadableDocument):
+                if not await self.is_live(run.key.id):
+                    found.append(run.key.id)
+        return found
+
+    async def seems_live(self, run: str) -> bool:
+        """Whether a process is at work in a run as far as can be seen: not where its repositories are gone."""
+        with suppress(RefusedError):
+            return await self.is_live(run)
+        return False
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """What of the state could not be read since it was opened, in words."""
+        return (*(one.describe() for one in self.store.damage), *self.unreadable)
+
+
+def _by_start(run: Document) -> tuple[float, str]:
+    """Return what runs are sorted by, also where nobody knows when one was started."""
+    started = run.value.get("started")
+    return float(started) if isinstance(started, int | float) else 0.0, run.key.id

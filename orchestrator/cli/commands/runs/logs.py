@@ -1,0 +1,161 @@
+"""The command that shows the log of a task: what its sessions and checks did and said."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import asdict
+
+import click
+
+from orchestrator.api.archive import AttemptLog, LogEntry, LogPart
+from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.cli.core.completion import complete_tasks
+from orchestrator.cli.render.output import Output, one_line, plain
+from orchestrator.cli.render.table import amount, duration
+from orchestrator.protocols import JsonObject
+from orchestrator.sessions.output.entries import EntryKind
+from orchestrator.system.instants import local_time
+
+#: Characters of a line of words, at most, however wide the terminal is; and at least.
+_WIDEST, _NARROWEST = 100, 40
+
+
+@click.command()
+@click.argument("task", shell_complete=complete_tasks)
+@click.option("-f", "--follow", is_flag=True, help="Continue with new output until the task has ended.")
+@click.option("--session", "attempt", metavar="N", type=click.IntRange(min=1), help="Another than the newest.")
+@click.option("--phase", metavar="PHASE", help="The newest session of this phase.")
+@click.option("--raw", is_flag=True, help="Print the original lines.")
+@run_option
+@store_option
+@json_option
+def logs(
+    task: str, follow: bool, attempt: int | None, phase: str | None, raw: bool, run: str | None, as_json: bool
+) -> None:
+    """Show what a task's session did and said.
+
+    One line for each tool call with its main argument and outcome, the agent's words, warnings and errors, the output
+    of checks, and at the end the time and cost. Lines that are no JSON are printed as they are. Standard error goes to
+    standard error.
+
+    \b
+    Examples:
+      council logs models
+      council logs models --follow
+      council logs models --session 1 --raw
+      council logs models --phase review
+    """
+    if attempt is not None and phase is not None:
+        raise click.UsageError("--session and --phase both choose a session: name one of them.")
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = await council.find_run(run)
+            archive = council.archive
+            if raw:
+                await _print_raw(context.output, archive.log(name, task, attempt=attempt, phase=phase, follow=follow))
+                return 0
+            adapters = await council.adapters(name)
+            found = archive.entries(name, task, adapters, attempt=attempt, phase=phase, follow=follow)
+            await _print(context.output, found)
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+async def _print(output: Output, entries: AsyncGenerator[LogEntry | AttemptLog]) -> None:
+    shown = _Shown()
+    async with aclosing(entries):
+        async for one in entries:
+            if output.as_json:
+                output.json(_json(one))
+                continue
+            for line in shown.lines(one):
+                output.text(f"{line}\n", err=isinstance(one, LogEntry) and one.stream == "stderr")
+
+
+async def _print_raw(output: Output, parts: AsyncGenerator[LogPart]) -> None:
+    async with aclosing(parts):
+        async for part in parts:
+            if output.as_json:
+                output.json(asdict(part))
+            else:
+                output.text(part.text, err=part.stream == "stderr")
+
+
+def _json(one: LogEntry | AttemptLog) -> JsonObject:
+    if isinstance(one, LogEntry):
+        return asdict(one)
+    attempt = one.attempt
+    told: JsonObject = {"attempt": attempt.number, "kind": one.event}
+    told |= {"phase": attempt.phase, "adapter": attempt.adapter}
+    if one.event == "began":
+        return {**told, "time": attempt.started}
+    used = attempt if one.event == "ended" else one.used
+    spent = {key: getattr(used, key) for key in ("input_tokens", "output_tokens", "cached_tokens", "cost")}
+    return {**told, "time": attempt.ended, "outcome": attempt.outcome, "reason": attempt.reason, **spent}
+
+
+class _Shown:
+    """The lines by which people read a log."""
+
+    def __init__(self) -> None:
+        self._stream = ""
+        columns = shutil.get_terminal_size().columns
+        self._width = max(min(columns, _WIDEST), _NARROWEST)
+
+    def lines(self, one: LogEntry | AttemptLog) -> Iterator[str]:
+        """Yield the lines of an entry, or of an attempt's beginning or end."""
+        if isinstance(one, AttemptLog):
+            yield plain(_mark(one))
+            return
+        if one.stream != self._stream and one.stream.startswith(("before", "after", "check")):
+            yield f"{one.stream.rstrip('0123456789')} {one.stream.lstrip('abcdefghijklmnopqrstuvwxyz')}:"
+        self._stream = one.stream
+        match one.kind:
+            case EntryKind.LINE:
+                yield one.text  # a terminal gets it without what it would obey
+            case EntryKind.TEXT:
+                for line in plain(one.text, keep="\n\t").split("\n"):
+                    yield from self._wrapped(line)
+            case EntryKind.TOOL:
+                yield plain(self._tool(one))
+            case _:
+                yield plain(one.line)
+
+    def _wrapped(self, line: str) -> list[str]:
+        indent = line[: len(line) - len(line.lstrip())]
+        width = self._width
+        parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        return parts or [""]
+
+    def _tool(self, one: LogEntry) -> str:
+        """Return a tool call as one line, with as much of its argument as there is room for."""
+        bare = LogEntry(one.kind, "", one.tool, one.outcome)
+        room = max(self._width - len(bare.line) - 1, _NARROWEST)
+        text = one.text if len(one.text) <= room else f"{one.text[: room - 1]}…"
+        return LogEntry(one.kind, text, one.tool, one.outcome).line
+
+
+def _mark(one: AttemptLog) -> str:
+    attempt = one.attempt
+    if one.event == "began":
+        phase = "" if attempt.phase is None else f", phase {attempt.phase}"
+        return f"session {attempt.number}{phase}, {attempt.adapter}, started {local_time(attempt.started)}"
+    if attempt.ended is None:
+        parts, used = ["running"], one.used
+        told = (used.input_tokens, used.output_tokens, used.cost)
+    else:
+        outcome = (attempt.outcome or "ended").replace("_", " ")
+        reason = f": {one_line(attempt.reason)}" if attempt.reason else ""
+        parts = [f"{outcome} after {duration(attempt.ended - attempt.started)}{reason}"]
+        told = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
+    sent, received, cost = told
+    if sent or received:
+        parts.append(f"{amount(sent)} tokens in, {amount(received)} out")
+    if cost is not None:
+        parts.append(f"${cost:.2f}")
+    return f"session {attempt.number} {', '.join(parts)}"

@@ -1,0 +1,383 @@
+"""Commands that take a run to its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import click
+
+from orchestrator.api.council import Council
+from orchestrator.api.dry_run import rehearse_run
+from orchestrator.cli.core.command import (
+    Context,
+    chosen_store,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    show_result,
+    store_option,
+    verbose_option,
+)
+from orchestrator.cli.core.coordination_options import coordination_options
+from orchestrator.cli.core.quantities import budget_limits
+from orchestrator.cli.core.run_source import is_prompt, read_config
+from orchestrator.cli.core.trust import require_trust, trust_option
+from orchestrator.cli.live.progress import shown
+from orchestrator.cli.render.findings import exit_code, finding_lines
+from orchestrator.cli.render.mermaid import flowchart
+from orchestrator.cli.render.next_steps import needs_retry, own_branch
+from orchestrator.cli.render.output import Output, plain
+from orchestrator.cli.render.plan import plan_text
+from orchestrator.config.coordination import CoordinationOverrides
+from orchestrator.config.inline import InlineTasks
+from orchestrator.config.model import BudgetConfig
+from orchestrator.config.selection import with_capacity, with_failing_base, with_only
+from orchestrator.config.store import MEMORY
+from orchestrator.domain.runs.model import MOST_CAPACITY, WAITING_TO_LAND
+from orchestrator.engine.reports.dry_run import Rehearsal
+from orchestrator.engine.reports.report import RunReport, RunStatus
+from orchestrator.errors import NothingToMerge, RefusedError
+from orchestrator.system.process import start_detached
+
+allow_failing_base_option = click.option(
+    "--allow-failing-base", is_flag=True, help="Start sessions though checks fail on the base."
+)
+
+#: Seconds between two looks whether a process in the background has begun.
+_LOOK = 0.05
+#: Interrupted runs that are named where another is resumed.
+_MOST_NAMED = 3
+
+capacity_option = click.option(
+    "-j",
+    "--capacity",
+    metavar="N",
+    type=click.IntRange(1, MOST_CAPACITY),
+    help="Sessions at once; else as many as the file or the run says.",
+)
+
+
+detach_option = click.option("--detach", is_flag=True, help="Continue in the background, and end at once.")
+
+
+@click.command("run")
+@click.argument("source", metavar="[FILE|PROMPT]", required=False, type=click.Path())
+@click.option("--task", "prompts", metavar="PROMPT", multiple=True, help="Do this instead of the file's tasks.")
+@click.option(
+    "--only", metavar="TASK", multiple=True, help="Of the file's tasks this one, with those that it needs; repeatable."
+)
+@capacity_option
+@click.option("--adapter", metavar="ADAPTER", help="What runs each --task: of the file, or an installed type.")
+@click.option("--base", metavar="BRANCH", help="Where each --task starts.")
+@click.option("--target", metavar="BRANCH", help="Where each --task lands.")
+@click.option("--check", "checks", metavar="COMMAND", multiple=True, help="Must succeed on what each --task built.")
+@click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
+@allow_failing_base_option
+@click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
+@click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
+@detach_option
+@coordination_options
+@trust_option
+@verbose_option
+@store_option
+@json_option
+def run_file(  # noqa: PLR0917  as many as there are options
+    source: str | None,
+    prompts: tuple[str, ...],
+    only: tuple[str, ...],
+    capacity: int | None,
+    adapter: str | None,
+    base: str | None,
+    target: str | None,
+    checks: tuple[str, ...],
+    allow_deferred: bool,
+    allow_failing_base: bool,
+    dry_run: bool,
+    mermaid: bool,
+    detach: bool,
+    as_json: bool,
+    coordination: CoordinationOverrides,
+) -> None:
+    """Run the tasks of FILE and land what they build.
+
+    Without FILE it is council.yaml, here or at the top of the repository. With a PROMPT, as with --task, there is one
+    task with the adapters and defaults of council.yaml, or else with the one adapter whose program is installed. What
+    ends in .yaml or .yml, or exists, is a FILE.
+
+    \b
+    Examples:
+      council run
+      council run "fix the failing test in tests/test_api.py"
+      council run night.yaml --dry-run
+      council run --only api -j 2
+      council run --detach
+      council run --dry-run --mermaid
+      council run --task "Add a --quiet option." --check "make test"
+      council run --task "Fix issue 12." --task "Fix issue 15." --adapter fixer --target fixes
+    """
+    file = None if source is None or is_prompt(source) else Path(source)
+    if source is not None and file is None:
+        prompts = (source, *prompts)
+    if (adapter, base, target, checks) != (None, None, None, ()) and not prompts:
+        raise click.UsageError("--adapter, --base, --target and --check are for --task: a file says all that itself.")
+    if detach and dry_run:
+        raise click.UsageError("--dry-run starts nothing that --detach could leave in the background.")
+    if only and prompts:
+        raise click.UsageError("--only chooses of a file's tasks, and --task replaces them.")
+    if mermaid and (as_json or not dry_run):
+        raise click.UsageError("--mermaid goes with --dry-run, and not with --json.")
+    tasks = InlineTasks(prompts, adapter, base, target, checks) if prompts else None
+
+    async def command(context: Context) -> int:
+        plugins, config = await read_config(file, tasks)
+        config = with_only(config, only) if only else config
+        config = config if capacity is None else with_capacity(config, capacity)
+        await require_trust(config, is_named=file is not None)
+        if dry_run:
+            config = with_failing_base(config) if allow_failing_base else config
+            rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
+            return _show_rehearsal(rehearsal, context.output, mermaid=mermaid)
+        async with opened(context.log, config, plugins) as council:
+            if detach and council.store_url == MEMORY:
+                raise RefusedError("a store in memory ends with this process", "leave --detach out, or choose another")
+            run = await council.create_run(
+                allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
+            )
+            if detach:
+                return await _detach(council, run, context)
+            return await _execute(council, run, context, 0, lambda: council.resume(run, coordination=coordination))
+
+    perform(command, as_json=as_json)
+
+
+def _show_rehearsal(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> int:
+    code = exit_code(rehearsal.findings)
+    if output.as_json:
+        output.json({**rehearsal.to_json(), "exit": code})
+        return code
+    output.text(flowchart(rehearsal) if mermaid else plan_text(rehearsal))
+    if rehearsal.findings:
+        output.text("".join(f"{line}\n" for line in ("", *finding_lines(rehearsal.findings))), err=mermaid)
+    return code
+
+
+@click.command()
+@run_argument
+@click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
+@capacity_option
+@detach_option
+@allow_failing_base_option
+@coordination_options
+@verbose_option
+@store_option
+@json_option
+def resume(
+    run: str | None,
+    budget: BudgetConfig | None,
+    capacity: int | None,
+    detach: bool,
+    allow_failing_base: bool,
+    as_json: bool,
+    coordination: CoordinationOverrides,
+) -> None:
+    """Go on with a run from wherever it was cut off.
+
+    Without RUN it is the newest. LIMITS are of tokens, cost (US dollars) or time, separated by commas.
+
+    \b
+    Examples:
+      council resume
+      council resume 20260102-030405-ab12
+      council resume --budget tokens=5M,cost=20,time=8h
+    """
+
+    if detach and coordination.given():
+        raise click.UsageError("--detach does not take options of coordination: set their variables instead.")
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = await council.find_run(run)
+            others = [] if run else [one for one in await council.interrupted_runs() if one != name]
+            report = await council.status(name)
+            if needs_retry(report) and report.merges is None:
+                context.output.notice(
+                    f"run {name} has finished: `council retry TASK` first, then `council resume {name}`"
+                )
+            if others and report.status is not RunStatus.RUNNING:  # else it is refused below
+                context.output.notice(_also_interrupted(name, others))
+            if detach:
+                limits = {} if budget is None else budget.model_dump(exclude_none=True)
+                said = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
+                options = [*(["--budget", said] if said else []), *([] if capacity is None else ["-j", str(capacity)])]
+                options += ["--allow-failing-base"] if allow_failing_base else []
+                return await _detach(council, name, context, options)
+            after = await council.position()
+            resumed = partial(
+                council.resume,
+                name,
+                budget=budget,
+                capacity=capacity,
+                allow_failing_base=allow_failing_base,
+                coordination=coordination,
+            )
+            return await _execute(council, name, context, after, resumed)
+
+    perform(command, as_json=as_json)
+
+
+@click.command()
+@run_argument
+@verbose_option
+@store_option
+@json_option
+def merge(run: str | None, as_json: bool) -> None:
+    """Land finished work of a run that waits, and merge the run's own branch into its base.
+
+    Work waits where the target could not be moved, for example because its checkout had changes. Where a run landed on
+    council/RUN, that branch is merged into the base with the checks of all tasks, as a run of its own with one task.
+    No session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
+
+    \b
+    Examples:
+      council merge
+      council merge 20260102-030405-ab12
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = await council.find_run(run)
+            report = await council.status(name)
+            if report.status is RunStatus.RUNNING:
+                raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
+            waiting = any(task.state in WAITING_TO_LAND for task in report.tasks)
+            if not waiting and not own_branch(report):
+                return await _show_nothing(context, council, report, f"nothing of run {name} waits to land")
+            after = await council.position()
+            if waiting:
+                code = await _execute(council, name, context, after, lambda: council.land(name))
+                if not own_branch(await council.status(name)):
+                    return code
+                after = await council.position()
+            try:
+                made = await council.create_merge(name)
+            except NothingToMerge as nothing:
+                return await _show_nothing(context, council, report, str(nothing))
+            return await _execute(council, made, context, after, lambda: council.resume(made))
+
+    perform(command, as_json=as_json)
+
+
+async def _show_nothing(context: Context, council: Council, report: RunReport, line: str) -> int:
+    """Print that there is nothing to merge; return the exit code."""
+    if context.output.as_json:
+        await show_result(context, council, report, code=0)
+    else:
+        context.output.text(plain(f"{line}\n", keep="\n"))
+    return 0
+
+
+def _also_interrupted(run: str, others: Sequence[str]) -> str:
+    """Say which runs `resume` without a name does not mean."""
+    named = ", ".join(others[: -_MOST_NAMED - 1 : -1])
+    more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+    return f"the newest run is {run}; also interrupted or halted: {named}{more}; `council resume RUN` resumes one"
+
+
+@click.command()
+@run_argument
+@capacity_option
+@click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
+@partial(coordination_options, joins=True)
+@verbose_option
+@store_option
+@json_option
+def work(
+    run: str | None, capacity: int | None, follow: bool, as_json: bool, coordination: CoordinationOverrides
+) -> None:
+    """Join the runs that are at work as one more process.
+
+    It claims tasks that are free and whose CLI is installed here, and takes over those of processes that are gone. Ends
+    when nothing is left. With RUN it joins this run alone, which nobody need be at work in.
+
+    \b
+    Examples:
+      council work
+      council work 20260102-030405-ab12 --capacity 2
+      council work --follow
+    """
+    if run is not None and follow:
+        raise click.UsageError("--follow joins whatever runs begin; RUN names one.")
+
+    async def join(council: Council, name: str, context: Context) -> int:
+        work = partial(council.work, name, capacity=capacity, coordination=coordination)
+        return await _execute(council, name, context, await council.position(), work)
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            if run is not None:
+                return await join(council, await council.find_run(run), context)
+            code = None
+            async with aclosing(council.active_runs(follow=follow)) as runs:
+                async for name in runs:
+                    code = max(code or 0, await join(council, name, context))
+                    if context.interrupt.is_stopping:
+                        break
+            if code is None:
+                context.output.notice("no run is at work: `council run` starts one, `council resume` goes on with one")
+            return code or 0
+
+    perform(command, as_json=as_json)
+
+
+async def _detach(council: Council, run: str, context: Context, options: Sequence[str] = ()) -> int:
+    """Have another process take a run to its end, which outlives this one and the terminal."""
+    if await council.is_live(run):
+        raise RefusedError(
+            f"run {run} is running already", f"`council watch {run}` shows it, `council work {run}` joins it"
+        )
+    log = council.project.background_log(run)
+    store = chosen_store()
+    arguments = ["resume", run, *(["--state", store] if store else []), *options]
+    await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
+    start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
+    child = await anyio.to_thread.run_sync(start)
+    while child.poll() is None and not await council.is_live(run):  # noqa: ASYNC110  another process
+        await anyio.sleep(_LOOK)
+    if context.output.as_json:
+        context.output.json({"run": run, "pid": child.pid, "log": str(log), "exit": 0})
+    else:
+        context.output.text(
+            f"run {run} continues in the background as process {child.pid}\n"
+            f"  follow: council watch {run}\n"
+            f"  stop:   kill -INT {child.pid} (council resume {run} resumes it)\n"
+        )
+    return 0
+
+
+async def _execute(
+    council: Council, run: str, context: Context, after: int, execute: Callable[[], Awaitable[RunReport]]
+) -> int:
+    """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
+    context.interrupt.stop = council.stop
+    with suppress(RefusedError):  # which executing it says better
+        if not await council.is_live(run):
+            await anyio.to_thread.run_sync(_forget_error, council.project.background_log(run))
+    async with shown(council, run, context.output, after) as progress:
+        report = await execute()
+        await progress.reach(await council.position())
+    await show_result(context, council, report)
+    return report.exit_code
+
+
+def _forget_error(log: Path) -> None:
+    """Remove the errors of an earlier process in the background, unless this is one that writes there. Blocks."""
+    with suppress(OSError):
+        if not os.path.samestat(log.stat(), os.fstat(2)):
+            log.unlink()

@@ -1,0 +1,170 @@
+"""Commands for work that is kept and on no target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import click
+
+from orchestrator.api.archive import KeptWork
+from orchestrator.cli.commands.runs.tasks import stat_option, wants_color
+from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.cli.core.completion import complete_kept
+from orchestrator.cli.core.confirm import confirmed, yes_option
+from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.render.output import plain
+
+
+@click.group(cls=Suggesting)
+def salvage() -> None:
+    """See, take over or drop work that is on no target.
+
+    It is of attempts that failed, conflicted, were cancelled or cut off, also where a later attempt of the task landed.
+
+    \b
+    Examples:
+      council salvage list
+      council salvage show models/2
+    """
+
+
+@salvage.command("list")
+@run_option
+@store_option
+@json_option
+def list_kept(run: str | None, as_json: bool) -> None:
+    """List what is kept, the newest run first.
+
+    With the state that the task of each has now: of one that landed, this is work of an earlier attempt. The other
+    commands take the names, for another run than the newest together with --run.
+
+    \b
+    Examples:
+      council salvage list
+      council salvage list --run 20260102-030405-ab12
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            names = [await council.find_run(run)] if run else [one.run for one in await council.runs()][::-1]
+            kept = [one for name in names for one in await council.archive.kept(name)]
+            if as_json:
+                context.output.json({"kept": [asdict(one) for one in kept]})
+            for one in [] if as_json else kept:
+                context.output.text(_line(one))
+            if not kept:
+                context.output.notice("nothing is preserved" + (f" of run {names[0]}" if run else ""))
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+def _line(one: KeptWork) -> str:
+    when = "" if one.committed is None else _local(one.committed)
+    return plain(f"{one.run}  {one.name:<28} {f'task {one.state}':<15} {when:<16} {one.worktree or one.subject}") + "\n"
+
+
+def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
+    told = "changed nothing"
+    if branch is not None:
+        told = f"made the branch {branch}"
+        if name.endswith("/conflict"):
+            told += ": switch to it, mend what is marked, commit, and merge it into the target"
+    elif changed:
+        told = f"changed {', '.join(changed)}, not committed"
+    return plain(told) + "\n"
+
+
+def _local(instant: int) -> str:
+    """Return a commit's time as a person reads it; whoever committed may have written any number."""
+    try:
+        return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError, OSError):
+        return "?"
+
+
+@salvage.command()
+@click.argument("name", shell_complete=complete_kept)
+@stat_option
+@run_option
+@store_option
+def show(name: str, stat: bool, run: str | None) -> None:
+    """Show what kept work changes.
+
+    \b
+    Examples:
+      council salvage show models/2
+      council salvage show models/conflict --stat
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            work = await council.find_run(run)
+            difference = await council.archive.show(work, name, stat=stat)
+            context.output.difference(difference, color=wants_color(None))
+            return 0
+
+    perform(command, as_json=False)
+
+
+@salvage.command()
+@click.argument("name", shell_complete=complete_kept)
+@click.option("--branch", metavar="BRANCH", help="Make this branch of it instead, in your repository.")
+@run_option
+@store_option
+@json_option
+def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None:
+    """Bring kept work into your files, uncommitted.
+
+    All of it, or nothing if it does not fit. With --branch it becomes a branch of your repository instead.
+
+    \b
+    Examples:
+      council salvage apply models/2
+      council salvage apply models/conflict --branch models-by-hand
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            changed = await council.archive.apply(await council.find_run(run), name, branch)
+            if as_json:
+                context.output.json({"applied": name, "branch": branch, "paths": [] if branch else list(changed)})
+            else:
+                context.output.text(_applied(name, changed, branch))
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@salvage.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_kept)
+@yes_option
+@run_option
+@store_option
+@json_option
+def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
+    """Delete kept work for good, after a yes.
+
+    \b
+    Examples:
+      council salvage drop models/1 models/2
+      council salvage drop models/1 --yes
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            work = await council.find_run(run)
+            kept = {one.name for one in await council.archive.kept(work)}
+            question = f"Delete {', '.join(names)} of run {work} for good?"
+            if kept.issuperset(names) and not await confirmed(context.output, question, yes=yes):
+                return 1
+            await council.archive.drop(work, names)
+            if as_json:
+                context.output.json({"dropped": list(names)})
+            else:
+                context.output.text(f"dropped {', '.join(names)}\n")
+            return 0
+
+    perform(command, as_json=as_json)

@@ -1,0 +1,60 @@
+"""The command that tells the whole story of a task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import click
+
+from orchestrator.api.council import Council
+from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.cli.core.completion import complete_tasks
+from orchestrator.cli.render.next_steps import run_step, task_steps
+from orchestrator.cli.render.output import plain
+from orchestrator.cli.render.story import story_lines
+from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.errors import RefusedError
+
+
+@click.command()
+@click.argument("task", shell_complete=complete_tasks)
+@run_option
+@store_option
+@json_option
+def show(task: str, run: str | None, as_json: bool) -> None:
+    """Tell the whole story of a task: phases, sessions, handoffs.
+
+    With what each phase was given and what was left out, findings, tokens, cost and time, and its landing; of a running
+    task also its latest activity. What was handed over is shortened; with --json it is there as it is.
+
+    \b
+    Examples:
+      council show models
+      council show models --run 20260102-030405-ab12 --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            story = await council.story(task, run)
+            if as_json:
+                context.output.json({**story.to_json(), "exit": 0})
+                return 0
+            steps = await _steps(council, story.run, story.task)
+            for line in (*story_lines(story, time.time()), *steps):
+                context.output.text(f"{line}\n")
+            return 0
+
+    perform(command, as_json=as_json, brief=True)
+
+
+async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
+    """Return the next commands for a task, or for its run, a line each."""
+    try:
+        report = await council.status(run)
+    except RefusedError:  # its repositories are gone
+        return ()
+    shown = next(one for one in report.tasks if one.id == task)
+    steps = task_steps(shown, report, is_newest=await council.newest_run() == run)
+    own = run_step(report) if not steps and shown.state != TaskStatus.LANDED else ""
+    return [plain(str(step)) for step in steps] or ([f"next: {own}"] if own else [])

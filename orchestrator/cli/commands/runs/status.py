@@ -1,0 +1,115 @@
+"""Commands that look at runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestrator.cli.core.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    show_result,
+    store_option,
+    tell_damage,
+)
+from orchestrator.cli.render.next_steps import run_step
+from orchestrator.cli.render.output import plain
+from orchestrator.engine.reports.report import RunReport
+
+if TYPE_CHECKING:
+    from orchestrator.domain.runs.metrics import Metrics
+
+
+@click.command()
+@run_argument
+@store_option
+@json_option
+def status(run: str | None, as_json: bool) -> None:
+    """Show how a run stands; the exit code says so too.
+
+    Without RUN it is the newest.
+
+    \b
+    Examples:
+      council status
+      council status 20260102-030405-ab12 --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            report = await council.status(run)
+            await show_result(context, council, report)
+            return report.exit_code
+
+    perform(command, as_json=as_json, brief=True)
+
+
+@click.command()
+@click.option("--active", is_flag=True, help="Only those that run, are interrupted or halted, or have tasks that wait.")
+@store_option
+@json_option
+def runs(active: bool, as_json: bool) -> None:
+    """List the runs of this project, the oldest first.
+
+    \b
+    Examples:
+      council runs
+      council runs --active
+      council runs --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            found = await council.runs(active=active)
+            told = [(report, await council.past.metrics(report.run)) for report in found]
+            if as_json:
+                listed = [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]
+                context.output.json({"runs": listed, "damage": list(council.damage)})
+            if not as_json:  # it may have hit a run that is not listed then
+                tell_damage(context, council.damage)
+            for report, metrics in [] if as_json else told:
+                for line in _run_lines(report, metrics):
+                    context.output.text(f"{line}\n")
+                if step := run_step(report):
+                    context.output.text(f"    next: {step}\n")
+            return 0
+
+    perform(command, as_json=as_json, brief=True)
+
+
+def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
+    from orchestrator.cli.render.columns import wrapped  # noqa: PLC0415  `status` is quicker without
+    from orchestrator.cli.render.figures import figures  # noqa: PLC0415  the same
+
+    yield from wrapped(plain(figures(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    ")
+
+
+@click.command()
+@store_option
+@json_option
+def where(as_json: bool) -> None:
+    """Say where everything is kept.
+
+    That is the state, the logs and the repositories of our own.
+
+    \b
+    Examples:
+      council where
+      council where --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            places = await council.places()
+            context.output.facts(
+                {name: None if value is None else str(value) for name, value in asdict(places).items()}
+            )
+            return 0
+
+    perform(command, as_json=as_json, brief=True)

@@ -1,0 +1,84 @@
+"""The command that tells what a run used up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestrator.cli.core.command import Context, json_option, opened, perform, run_argument, store_option
+from orchestrator.cli.render.columns import aligned, short_name
+from orchestrator.cli.render.figures import minutes_text
+from orchestrator.cli.render.output import plain
+from orchestrator.domain.runs.budget import Budget, Spending, shares
+
+if TYPE_CHECKING:
+    from orchestrator.domain.runs.usage import RunUsage, Usage
+
+
+@click.command()
+@run_argument
+@store_option
+@json_option
+def usage(run: str | None, as_json: bool) -> None:
+    """Tell what a run used up, by adapter and by task.
+
+    That is the time of its sessions, tokens and US dollars, as far as the CLIs told; what a session cost whose CLI did
+    not tell is estimated by the price of its model, if that is known. Without RUN it is the newest.
+
+    \b
+    Examples:
+      council usage
+      council usage 20260102-030405-ab12 --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            found = await council.past.usage(await council.find_run(run))
+            if as_json:
+                context.output.json({**asdict(found), "exit": 0})
+                return 0
+            for line in aligned(list(_rows(found))):
+                context.output.text(f"{line}\n")
+            for line in _notes(found):
+                context.output.text(f"{plain(line)}\n")
+            return 0
+
+    perform(command, as_json=as_json, brief=True)
+
+
+def _rows(found: RunUsage) -> Iterator[list[str]]:
+    yield ["", "sessions", "time", "tokens in", "tokens out", "cost"]
+    for name, one in found.adapters.items():
+        yield [f"adapter {short_name(name)}", *_cells(one)]
+    for name, one in found.tasks.items():
+        yield [f"task {short_name(name)}", *_cells(one)]
+    yield [f"run {found.run}", *_cells(found.total)]
+
+
+def _cells(one: Usage) -> list[str]:
+    told = one.input_tokens or one.output_tokens
+    tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if told else ["not told"] * 2
+    return [str(one.sessions), minutes_text(one.seconds / 60), *tokens, _cost(one)]
+
+
+def _cost(one: Usage) -> str:
+    if one.cost is None:
+        return "not told"
+    parts = [] if one.priced == one.sessions else [f"of {one.priced} of {one.sessions} sessions"]
+    parts += ["by price"] if one.estimated else []
+    told = f" ({', '.join(parts)})" if parts else ""
+    return f"${one.cost:.4f}{told}"
+
+
+def _notes(found: RunUsage) -> Iterator[str]:
+    limits = Budget(found.budget.get("tokens"), found.budget.get("cost"), found.budget.get("time"))
+    total = found.total
+    spent = Spending(total.input_tokens + total.output_tokens, total.cost or 0.0, total.seconds)
+    for share in shares(limits, spent):
+        yield f"Of its budget: {share.describe()}."
+    if found.damaged:
+        names = ", ".join(found.damaged)
+        yield f"The state log is damaged: {names} may have used up more; `council state verify` tells more."

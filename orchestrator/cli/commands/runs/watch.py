@@ -1,0 +1,57 @@
+"""The command that shows a run that is at work, from any terminal."""
+
+from __future__ import annotations
+
+import anyio
+import click
+
+from orchestrator.cli.core.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    show_result,
+    store_option,
+    verbose_option,
+)
+from orchestrator.cli.live.progress import shown
+from orchestrator.cli.render.result import running_lines
+
+#: Seconds between two looks whether a process is still at work in the run: one that was killed says nothing.
+_ALIVE_PAUSE = 0.5
+
+
+@click.command()
+@run_argument
+@verbose_option
+@store_option
+@json_option
+def watch(run: str | None, as_json: bool) -> None:
+    """Show a run that is at work until it ends; Ctrl-C ends only the showing.
+
+    Without a terminal it prints the tasks that are running now, then a line for each event. Without RUN it is the
+    newest.
+
+    \b
+    Examples:
+      council watch
+      council watch 20260102-030405-abcd
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            name = await council.find_run(run)
+            after = await council.position()
+            if await council.is_live(name):
+                if not (as_json or context.output.draws):  # the table has it
+                    context.output.text("".join(f"{line}\n" for line in running_lines(await council.status(name))))
+                async with shown(council, name, context.output, after) as progress:
+                    while await council.is_live(name):  # noqa: ASYNC110  another process, which may also be killed
+                        await anyio.sleep(_ALIVE_PAUSE)
+                    await progress.reach(await council.position())
+            report = await council.status(name)
+            await show_result(context, council, report)
+            return report.exit_code
+
+    perform(command, as_json=as_json)

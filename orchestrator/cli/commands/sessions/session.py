@@ -1,0 +1,93 @@
+"""The commands that programs in a session type: their help, and what the quick way leaves to click.
+
+Made of the table that the quick way reads too, so that both know the same words.
+"""
+
+from __future__ import annotations
+
+import sys
+from math import isnan
+from typing import Any
+
+import click
+
+from orchestrator.client import main as client
+from orchestrator.client.commands import (
+    COMMANDS,
+    HIGHEST_VERSION,
+    LONGEST_WAIT,
+    OBJECT,
+    PATHS,
+    SECONDS,
+    STANDARD_INPUT,
+    VERSION,
+    Argument,
+    Asked,
+)
+from orchestrator.client.quick_parser import Typed
+
+
+class _Seconds(click.FloatRange):
+    """Seconds within bounds; `nan` is refused, which is below and above none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; what is none is told as what is out of bounds is."""
+        seconds = super().convert(value, param, ctx)
+        if isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return seconds
+
+
+def parameter(argument: Argument) -> click.Parameter:
+    """Return what click has to know of an argument."""
+    kind: click.ParamType[Any] = click.STRING
+    if argument.kind == SECONDS:
+        kind = _Seconds(0, LONGEST_WAIT)
+    elif argument.kind == VERSION:
+        kind = click.IntRange(0, HIGHEST_VERSION)
+    elif argument.choices:
+        kind = click.Choice(argument.choices)
+    if argument.is_word:
+        many = -1 if argument.kind == PATHS else 1
+        default = {"default": STANDARD_INPUT} if argument.kind == OBJECT else {}
+        return click.Argument(
+            [argument.name], type=kind, nargs=many, required=not default, metavar=_word(argument), **default
+        )
+    return click.Option(
+        [argument.option, argument.name],
+        type=kind,
+        multiple=argument.kind == PATHS,
+        help=f"{argument.help.removesuffix('.')}; may be repeated." if argument.kind == PATHS else argument.help,
+        metavar=None if argument.choices else argument.metavar,
+    )
+
+
+def _word(argument: Argument) -> str:
+    if argument.kind == OBJECT:
+        return f"[{argument.metavar}]"
+    return f"{argument.metavar}..." if argument.kind == PATHS else argument.metavar
+
+
+def _command(name: str) -> click.Command:
+    asked = COMMANDS[name]
+
+    def perform(as_json: bool, **given: Any) -> None:
+        arguments = {key: [*value] if isinstance(value, tuple) else value for key, value in given.items()}
+        said = {key: value for key, value in arguments.items() if value not in (None, [])}
+        sys.exit(client.perform(Typed(asked, said, as_json=as_json)))
+
+    as_json = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
+    parameters = [*map(parameter, asked.arguments), as_json]
+    return click.Command(asked.typed[-1], params=parameters, callback=perform, help=help_of(asked))
+
+
+def help_of(asked: Asked) -> str:
+    """Return the help of a command: what it does, for whom it is, and examples."""
+    examples = "\n".join(f"  {line}" for line in asked.examples)
+    where = "" if asked.is_for_all else "For programs that `council run` has started, in their worktree."
+    return f"{asked.help}\n\n{asked.more} {where}\n\n\b\nExamples:\n{examples}"
+
+
+lock, unlock, report, peers, note, notes, ask, hand_over = (
+    _command(name) for name, one in COMMANDS.items() if not one.is_for_all
+)

@@ -1,0 +1,261 @@
+"""The command that tries an adapter: by the contract of adapters, and by one small task in a scratch repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+import click
+
+from orchestrator.api.council import Council
+from orchestrator.cli.core.command import Context, json_option, perform
+from orchestrator.cli.core.environment import Scene, look_around
+from orchestrator.cli.core.quantities import duration
+from orchestrator.cli.core.trust import trust_option
+from orchestrator.cli.render.output import one_line, plain
+from orchestrator.config.load import load_value
+from orchestrator.config.model import AdapterConfig, Reach, RunConfig, make_adapters
+from orchestrator.config.source.quantities import format_duration
+from orchestrator.engine.diagnostics.findings import describe
+from orchestrator.engine.diagnostics.programs import AdapterStatus, make_without_options, probe_adapters
+from orchestrator.engine.reports.report import TaskReport
+from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.protocols import JsonObject
+from orchestrator.repo.git.runner import IDENTITY, Git
+from orchestrator.sessions.output.files import read_tail
+from orchestrator.system import process
+from orchestrator.testing.contract_run import Result
+
+_PROMPT: Final = "Write the single word hello into a file hello.txt in the current folder. Change nothing else."
+_CHECK: Final = "grep -qi hello hello.txt"
+_CONTRACT_PATIENCE: Final = 300.0  # seconds
+_SHOWN: Final = 4_000  # bytes of each stream
+_LONGEST_LINE: Final = 200
+
+
+@click.command("test")
+@click.argument("name")
+@click.option("--no-live", is_flag=True, help="The contract alone: nothing is asked of the program.")
+@click.option("--prompt", default=None, help="Other words for the task: hello.txt is to hold hello.")
+@click.option(
+    "--timeout", metavar="TIME", default="5m", callback=duration, help="The longest that the session may take."
+)
+@trust_option
+@json_option
+def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_json: bool) -> None:
+    """Try an adapter: NAME is one of council.yaml, or an installed type.
+
+    First the contract of adapters is run against it, as it is configured. Then it has one small task in a scratch
+    repository, behind the same fence as in a run: that uses your login, and costs what such a session costs.
+
+    \b
+    Examples:
+      council adapters test claude
+      council adapters test my-cli --no-live
+    """
+
+    async def command(context: Context) -> int:
+        scene = await look_around()
+        adapter = await _find(scene, name)
+        contract = await _check_contract(scene, adapter)
+        status = (await probe_adapters(make_adapters({name: adapter}, scene.plugins.adapters), os.environ))[name]
+        live, said = (None, "") if no_live else await _live(scene, adapter, prompt or _PROMPT, timeout)
+        trial = _Trial(name, adapter.use, contract, status, live, said, is_live=not no_live)
+        if as_json:
+            context.output.json(trial.to_json())
+        else:
+            for line in trial.lines():
+                context.output.text(plain(line) + "\n")
+        return trial.code
+
+    perform(command, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What came of it; `contract` is a sentence where that could not be run, `live` where no session came about."""
+
+    name: str
+    use: str
+    contract: Sequence[Result] | str
+    status: AdapterStatus
+    live: TaskReport | str | None
+    said: str
+    """The end of what a session that did not land printed."""
+    is_live: bool
+
+    @property
+    def failed(self) -> list[Result]:
+        return [] if isinstance(self.contract, str) else [one for one in self.contract if not one.passed]
+
+    @property
+    def code(self) -> int:
+        landed = not self.is_live or (isinstance(self.live, TaskReport) and self.live.state == "landed")
+        return 0 if landed and not isinstance(self.contract, str) and not self.failed else 1
+
+    def lines(self) -> Iterator[str]:
+        if isinstance(self.contract, str):
+            yield f"contract  not run: {one_line(self.contract)}"
+        else:
+            kept = len(self.contract) - len(self.failed)
+            yield f"contract  {kept} of {len(self.contract)} promises kept"
+            for one in self.failed:
+                yield f"          {one.test}: {one.promise}"
+                yield from (f"            {line}" for line in one.said.splitlines()[-5:])
+        for program in self.status.programs:
+            yield f"program   {one_line(describe(program))}"
+        if self.status.trouble is not None:
+            yield f"program   {one_line(self.status.trouble)}"
+        if self.is_live:
+            yield from _live_lines(self.live)
+            yield from (f"          | {line[:_LONGEST_LINE]}" for line in self.said.splitlines()[-8:])
+
+    def to_json(self) -> JsonObject:
+        contract = {"error": self.contract} if isinstance(self.contract, str) else {"results": _plain(self.contract)}
+        live: JsonObject | None = None
+        if isinstance(self.live, TaskReport):
+            live = {name: getattr(self.live, name) for name in TaskReport.__slots__}
+        elif self.live is not None:
+            live = {"error": self.live}
+        return {
+            "name": self.name,
+            "use": self.use,
+            "contract": contract,
+            **self.status.to_json(),
+            "live": live,
+            "said": self.said,
+            "exit": self.code,
+        }
+
+
+def _plain(results: Sequence[Result]) -> list[JsonObject]:
+    return [{name: getattr(one, name) for name in Result.__slots__} for one in results]
+
+
+def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
+    if not isinstance(live, TaskReport):
+        yield f"session   {one_line(live or 'did not come about')}"
+        return
+    if live.state != "landed":
+        yield f"session   {live.state}: {one_line(live.reason or '')}"
+        return
+    tokens = f"{live.input_tokens:,} tokens in, {live.output_tokens:,} out" if live.input_tokens else "tokens not told"
+    cost = "cost not known" if live.cost is None else f"${live.cost:.4f}"
+    yield f"session   landed; {tokens}; {cost}"
+    if live.words:
+        yield f"          it said: {one_line(live.words)[:200]}"
+
+
+async def _find(scene: Scene, name: str) -> AdapterConfig:
+    if isinstance(scene.config, ConfigError) and name not in scene.plugins.adapters:
+        raise scene.config
+    if isinstance(scene.config, RunConfig) and name in scene.config.adapters:
+        return scene.config.adapters[name]
+    types = scene.plugins.adapters
+    of_file = list(scene.config.adapters) if isinstance(scene.config, RunConfig) else []
+    if name not in types:
+        known = ", ".join(sorted({*of_file, *types}))
+        raise RefusedError(f"there is no adapter {name!r} here", f"name one of {known}")
+    _, needs = await anyio.to_thread.run_sync(make_without_options, {name: types[name]})
+    if name in needs:
+        raise RefusedError(f"the type {name!r} {needs[name]}", "add an adapter of it to council.yaml, and name that")
+    options = types[name].Options.model_validate({})
+    return AdapterConfig(name=name, use=name, capacity=None, reach=Reach(), keep_ignored=(), options=options)
+
+
+def contract_command() -> list[str]:
+    """Return the command line that runs the contract of adapters in a process of its own."""
+    # Without `-P` Python would import modules of the current folder, which is the user's repository, in place of ours.
+    return [sys.executable, "-P", "-m", "orchestrator.testing.contract_run"]
+
+
+async def _check_contract(scene: Scene, adapter: AdapterConfig) -> Sequence[Result] | str:
+    spec = {
+        "name": adapter.name,
+        "stored": adapter.stored(),
+        "options": adapter.options.model_dump(mode="json", exclude_unset=True),
+        "places": [str(place) for place in (scene.file, scene.top) if place is not None],
+    }
+    try:
+        done = await process.run(
+            contract_command(),
+            env=os.environ,
+            cwd=Path.cwd(),
+            timeout=_CONTRACT_PATIENCE,
+            input=json.dumps(spec).encode(),
+        )
+    except TimeoutError:
+        return f"it did not end within {_CONTRACT_PATIENCE:g} s"
+    try:
+        told: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        return done.stderr.decode(errors="replace").strip()[-500:] or f"it ended with exit code {done.returncode}"
+    return str(told["error"]) if "error" in told else [Result(**one) for one in told["results"]]
+
+
+async def _live(scene: Scene, adapter: AdapterConfig, prompt: str, timeout: float) -> tuple[TaskReport | str, str]:  # noqa: ASYNC109
+    """Return what became of a small task, and the end of what its session printed unless it landed."""
+    async with AsyncExitStack() as stack:
+        folder = Path(await anyio.to_thread.run_sync(stack.enter_context, tempfile.TemporaryDirectory()))
+        repo = folder / "repository"
+        environ = {**os.environ, "COUNCIL_HOME": str(folder / "home"), "COUNCIL_STATE": ""}
+        await _make_repository(repo)
+        config = _config(scene, adapter, repo, prompt, timeout)
+        try:
+            async with Council.open(config, plugins=scene.plugins, environ=environ) as council:
+                report = await council.run()
+        except RefusedError as error:
+            return str(error), ""
+        (task,) = report.tasks
+        said = "" if task.state == "landed" or task.log is None else await _printed(Path(task.log))
+        closed = next((one.closed for one in report.adapters if one.closed is not None), None)
+        return (task if closed is None else f"stopped: {closed}"), said
+
+
+async def _make_repository(repo: Path) -> None:
+    await anyio.Path(repo).mkdir()
+    await anyio.Path(repo / "README.md").write_text("# A scratch repository\n")
+    git = Git(None, users=True)
+    await git("init", "--quiet", "--initial-branch=main", cwd=repo)
+    await git("add", "--all", cwd=repo)
+    name, email = IDENTITY
+    who = ("-c", f"user.name={name}", "-c", f"user.email={email}", "-c", "commit.gpgsign=false")
+    await git(*who, "commit", "--quiet", "--message", "Begin", cwd=repo)
+
+
+def _config(scene: Scene, adapter: AdapterConfig, repo: Path, prompt: str, timeout: float) -> RunConfig:
+    """Return a run of one task with an adapter as it is configured, behind the file's fence."""
+    value = {
+        "version": 1,
+        "repo": str(repo),
+        "target": "landed",
+        "adapters": {adapter.name: {"use": "command", "argv": ["true"]}},
+        "defaults": {
+            "attempts": 1,
+            "timeout": format_duration(timeout),
+            "checks": [_CHECK],
+            "allow_failing_base": True,
+            "on_checks_failed": "fail",
+        },
+        "tasks": [{"id": "hello", "prompt": prompt}],
+    }
+    config = load_value(value, repo, scene.plugins.adapters)
+    changes: dict[str, Any] = {"adapters": {adapter.name: adapter}}
+    if isinstance(scene.config, RunConfig):
+        changes |= {"fence": scene.config.fence, "prices": scene.config.prices}
+    return config.model_copy(update=changes)
+
+
+async def _printed(log: Path) -> str:
+    """Return the end of both streams of a session; `log` is that of its standard error."""
+    streams = [await read_tail(log.with_suffix(f".{name}"), _SHOWN) for name in ("stdout", "stderr")]
+    return "\n".join(stream.strip() for stream in streams if stream.strip())

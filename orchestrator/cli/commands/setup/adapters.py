@@ -1,0 +1,161 @@
+"""The command that lists adapters and their programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import anyio.to_thread
+import click
+
+from orchestrator.cli.commands.setup.adapter_test import test
+from orchestrator.cli.commands.setup.reopen import reopen
+from orchestrator.cli.core.adapter_state import Learned, learned
+from orchestrator.cli.core.command import Context, json_option, perform, store_option
+from orchestrator.cli.core.environment import Scene, look_around
+from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.core.trust import trust_option
+from orchestrator.cli.render.output import one_line, plain
+from orchestrator.config.model import RunConfig, make_adapters
+from orchestrator.engine.diagnostics.findings import describe
+from orchestrator.engine.diagnostics.programs import AdapterStatus, make_without_options, probe_adapters
+from orchestrator.engine.reports.report import AdapterReport
+from orchestrator.errors import ConfigError
+from orchestrator.protocols import Adapter, JsonObject
+
+
+@click.group(cls=Suggesting, invoke_without_command=True)
+@store_option
+@trust_option
+@json_option
+@click.pass_context
+def adapters(context: click.Context, as_json: bool) -> None:
+    """List the adapters that are installed, with what there is of their programs.
+
+    Then those of the council.yaml of this folder or of its repository's top: what each can be asked for beside a
+    prompt, and, as the newest run has it, whether it can be used now, and which of its sessions failed last.
+
+    \b
+    Examples:
+      council adapters
+      council adapters --json
+      council adapters test claude
+      council adapters reopen claude
+    """
+    if context.invoked_subcommand is not None:
+        return
+
+    async def command(context: Context) -> int:
+        scene = await look_around()
+        types, named = await _list(scene)
+        known = await learned(context) if scene.top is not None or named else Learned()
+        if as_json:
+            context.output.json(_json(scene, types, named, known))
+        else:
+            for line in _lines(scene, types, named, known):
+                context.output.text(plain(line) + "\n")
+        return 0
+
+    perform(command, as_json=as_json)
+
+
+adapters.add_command(test)
+adapters.add_command(reopen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A type, or an adapter of the file; what it needs says why there is nothing to be known of its programs."""
+
+    name: str
+    use: str
+    needs: str | None
+    status: AdapterStatus
+    can: Sequence[str] = ()
+
+
+async def _list(scene: Scene) -> tuple[list[_Listed], list[_Listed]]:
+    """Return all types that are installed, and the adapters of the file."""
+    installed = scene.plugins.adapters
+    made, needs = await anyio.to_thread.run_sync(make_without_options, installed)
+    run = scene.config if isinstance(scene.config, RunConfig) else None
+    of_file = {} if run is None else make_adapters(run.adapters, installed)
+    # A type and an adapter of the file may have the same name.
+    both = {(True, name): one for name, one in made.items()} | {(False, name): one for name, one in of_file.items()}
+    statuses = await probe_adapters(both, os.environ)
+    nothing = AdapterStatus([])
+    types = [_Listed(name, name, needs.get(name), statuses.get((True, name), nothing)) for name in sorted(installed)]
+    named = run.adapters.items() if run is not None else ()
+    listed = [_Listed(name, one.use, None, statuses[False, name], _can(of_file[name])) for name, one in named]
+    return types, listed
+
+
+def _can(adapter: Adapter) -> list[str]:
+    try:
+        return sorted(adapter.capabilities())
+    except Exception as error:  # noqa: BLE001  a plugin's own code
+        return [f"can't be asked: {type(error).__name__}: {error}"]
+
+
+def _json(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], known: Learned) -> JsonObject:
+    nothing = AdapterReport("", None, None)
+    state = {one.name: known.unusable.get(one.name, nothing) for one in named}
+    return {
+        "types": [
+            {
+                "name": one.name,
+                "plugin": asdict(scene.plugins.bringers["adapters", one.name]),
+                "needs": one.needs,
+                **one.status.to_json(),
+            }
+            for one in types
+        ],
+        "left_out": [str(one) for one in scene.plugins.left_out],
+        "file": None if scene.file is None else str(scene.file),
+        "mistakes": len(scene.config.problems) if isinstance(scene.config, ConfigError) else 0,
+        "adapters": [
+            {
+                "name": one.name,
+                "use": one.use,
+                **one.status.to_json(),
+                "parked_until": state[one.name].parked_until,
+                "closed": state[one.name].closed,
+                "capabilities": list(one.can),
+                "last_failure": asdict(known.failed[one.name]) if one.name in known.failed else None,
+            }
+            for one in named
+        ],
+        "exit": 0,
+    }
+
+
+def _lines(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], known: Learned) -> Iterator[str]:
+    for one in types:
+        plugin = scene.plugins.bringers["adapters", one.name]
+        yield f"{one.name} ({plugin.distribution} {plugin.version}){_needs(one)}"
+        yield from _programs(one.status)
+    for left_out in scene.plugins.left_out:
+        yield f"left out: {one_line(str(left_out))}"
+    if isinstance(scene.config, ConfigError):
+        yield f"{scene.file} has mistakes: `council validate` tells them"
+    for one in named:
+        yield f"{one.name} (use: {one.use}, of {scene.file})"
+        yield from _programs(one.status)
+        yield f"  can be asked for: {one_line(', '.join(one.can)) or 'a prompt alone'}"
+        yield from (f"  {line}" for line in known.lines(one.name))
+
+
+def _needs(one: _Listed) -> str:
+    return "" if one.needs is None else f": {one_line(one.needs)}"
+
+
+def _programs(status: AdapterStatus) -> Iterator[str]:
+    if status.trouble is not None:
+        yield f"  {one_line(status.trouble)}"
+    for program in status.programs:
+        yield f"  {one_line(describe(program))}"
+        if program.is_known is False:
+            yield f"    it is made for {program.known}"
+        if program.remedy is not None:
+            yield f"    → {one_line(program.remedy)}"

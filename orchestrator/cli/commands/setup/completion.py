@@ -1,0 +1,35 @@
+"""The command that prints a script for a shell's completion."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+from orchestrator.cli.core.command import Context, perform
+
+_SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(_SHELLS))
+def completion(shell: str) -> None:
+    """Print a script that completes commands in SHELL.
+
+    Commands, options, and the names of runs, tasks and kept work.
+
+    \b
+    Examples:
+      council completion bash > ~/.local/share/bash-completion/completions/council
+      council completion zsh > ~/.zfunc/_council
+      council completion fish > ~/.config/fish/completions/council.fish
+    """
+
+    async def command(context: Context) -> int:
+        root = click.get_current_context().find_root().command
+        found = get_completion_class(shell)
+        assert found is not None  # noqa: S101  click brings all three
+        made = found(root, {}, "council", "_COUNCIL_COMPLETE")
+        context.output.text(made.source_template % made.source_vars())
+        return 0
+
+    perform(command, as_json=False)

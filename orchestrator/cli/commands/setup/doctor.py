@@ -1,0 +1,43 @@
+"""The command that looks whether a run could work here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.core.adapter_state import learned
+from orchestrator.cli.core.command import Context, json_option, perform
+from orchestrator.cli.core.environment import look_around
+from orchestrator.cli.core.trust import trust_option
+from orchestrator.cli.render.findings import exit_code, show_findings
+from orchestrator.engine.diagnostics.doctor import Subject, examine
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@trust_option
+@json_option
+def doctor(file: Path | None, as_json: bool) -> None:
+    """Look whether a run could work here, and say what to mend.
+
+    That is the machine, the repository, the programs and the file: FILE, or the council.yaml of this folder or of its
+    repository's top. It changes nothing. The exit code is 1 if there is a problem, warnings aside.
+
+    \b
+    Examples:
+      council doctor
+      council doctor night.yaml --json
+    """
+
+    async def command(context: Context) -> int:
+        scene = await look_around(file)
+        left_out = [str(one) for one in scene.plugins.left_out]
+        subject = Subject(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
+        findings = [*await examine(subject, os.environ), *(await learned(context)).findings()]
+        code = exit_code(findings)
+        show_findings(findings, code, context.output)
+        return code
+
+    perform(command, as_json=as_json)

@@ -1,0 +1,33 @@
+"""The command that has stopped adapters used again."""
+
+from __future__ import annotations
+
+import click
+
+from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, show_result, store_option
+
+
+@click.command("reopen")
+@click.argument("names", metavar="[ADAPTER]...", nargs=-1)
+@run_option
+@store_option
+@json_option
+def reopen(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
+    """Use adapters again that a run has stopped or paused.
+
+    For example after you logged in, or bought credit. Without ADAPTER, all that the run can't use now. An active run
+    starts their tasks at once; otherwise `council resume` does. A key in a variable of an active process can't be
+    changed: stop that process and resume the run.
+
+    \b
+    Examples:
+      council adapters reopen claude
+      council adapters reopen --run 20260102-030405-ab12
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            await show_result(context, council, await council.reopen(*names, run=run), code=0)
+            return 0
+
+    perform(command, as_json=as_json)

@@ -1,0 +1,55 @@
+"""The command that reads a file as a run would, and starts nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.core.command import Context, json_option, perform
+from orchestrator.cli.core.run_source import read_config
+from orchestrator.cli.render.output import Output, plain
+from orchestrator.cli.render.plan import counted
+from orchestrator.config.model import RunConfig, make_adapters
+from orchestrator.config.warnings import ConfigWarning, find_warnings
+from orchestrator.engine.diagnostics.preflight import surroundings_of
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@json_option
+def validate(file: Path | None, as_json: bool) -> None:
+    """Check FILE without running it, and tell every mistake.
+
+    Without FILE it is council.yaml, here or at the top of the repository. What is no mistake but seldom meant is
+    told as a warning, which changes no exit code. `council run --dry-run` checks programs and branches, too.
+
+    \b
+    Examples:
+      council validate
+      council validate night.yaml --json
+    """
+
+    async def command(context: Context) -> int:
+        plugins, config = await read_config(file)
+        around = await surroundings_of(config, os.environ)
+        adapters = make_adapters(config.adapters, plugins.adapters)
+        _show(config, find_warnings(config, around, adapters), context.output)
+        return 0
+
+    perform(command, as_json=as_json)
+
+
+def _show(config: RunConfig, warnings: list[ConfigWarning], output: Output) -> None:
+    if output.as_json:
+        told = {"file": str(config.path), "tasks": len(config.tasks), "adapters": list(config.adapters)}
+        output.json({"status": "valid", **told, "errors": [], "warnings": [*map(asdict, warnings)], "exit": 0})
+        return
+    parts = {"task": config.tasks, "tracker": config.trackers, "adapter": config.adapters}
+    counts = ", ".join(counted(len(part), word) for word, part in parts.items() if part)
+    target = config.target or "council/<run>"
+    output.text(plain(f"{config.path} is right: {counts}, from {config.base} onto {target}") + "\n")
+    for warning in warnings:
+        output.text(plain(f"warning: {warning}") + "\n")

@@ -1,0 +1,217 @@
+"""Commands for checkpoints: how a run stood at some time, to look at or to go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+
+import click
+
+from orchestrator.api.council import Council
+from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.cli.core.completion import complete_checkpoints
+from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.render.output import plain
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import JsonObject
+from orchestrator.state.documents.checkpoints import WHOLE, Checkpoint, Restoration
+from orchestrator.system.instants import local_time
+
+_all_option = click.option("--all", "whole", is_flag=True, help="Of all runs together.")
+_id_argument = click.argument("checkpoint_id", metavar="CHECKPOINT", shell_complete=complete_checkpoints)
+
+
+@click.group(cls=Suggesting)
+def checkpoint() -> None:
+    """Name how a run stands now, or go back to how it stood.
+
+    A run at work makes one every five minutes, of which the newest twelve stay; `cancel`, `clean` and `restore` make
+    one before they begin. A checkpoint can be restored as long as the state log goes back to it.
+
+    \b
+    Examples:
+      council checkpoint create --reason "before the big merge"
+      council checkpoint show 3
+      council checkpoint restore 3
+    """
+
+
+@checkpoint.command()
+@click.option("--reason", metavar="TEXT", default="by hand", help="Why it is made, to know it by.")
+@run_option
+@_all_option
+@store_option
+@json_option
+def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
+    """Make a checkpoint of the newest run, or of RUN, as it stands now.
+
+    \b
+    Examples:
+      council checkpoint create
+      council checkpoint create --all --reason "before the upgrade"
+    """
+    _check_scope(run, whole=whole)
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            made = await council.checkpoint(run, reason=reason, whole=whole)
+            if as_json:
+                context.output.json(_facts(made))
+            else:
+                context.output.text(f"made checkpoint {made.id}\n")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@checkpoint.command("list")
+@partial(run_option, words="Only those of this run.")
+@click.option("--all", "whole", is_flag=True, help="Only those of all runs together.")
+@store_option
+@json_option
+def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
+    """List the checkpoints of this project, the oldest first.
+
+    \b
+    Examples:
+      council checkpoint list
+      council checkpoint list --run 20260102-030405-ab12
+    """
+    _check_scope(run, whole=whole)
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            found = await council.checkpoints(WHOLE if whole else run)
+            if run is not None and not found:  # of a run whose record was removed they are listed all the same
+                found = await council.checkpoints(await council.find_run(run))
+            if as_json:
+                context.output.json({"checkpoints": [_facts(one) for one in found]})
+            elif not found:
+                context.output.text("there is no checkpoint\n")
+            for one in [] if as_json else found:
+                told = f"{one.id:<24} {local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
+                context.output.text(plain(told) + "\n")
+            return 0
+
+    perform(command, as_json=as_json, brief=True)
+
+
+@checkpoint.command()
+@_id_argument
+@run_option
+@store_option
+@json_option
+def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
+    """Show a checkpoint, and what a restore of it would change now.
+
+    CHECKPOINT is a name as `council checkpoint list` has it; its number alone is one of the newest run.
+
+    \b
+    Examples:
+      council checkpoint show 3
+      council checkpoint show all/1
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            found = await council.restoration(await _full_id(council, checkpoint_id, run))
+            if as_json:
+                context.output.json({**_facts(found.checkpoint), **_changes(found)})
+            for line in () if as_json else _lines(found):
+                context.output.text(plain(line) + "\n")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@checkpoint.command()
+@_id_argument
+@click.option("--force", is_flag=True, help="Take over a run that a process is at work in.")
+@run_option
+@store_option
+@json_option
+def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> None:
+    """Go back to a checkpoint, for `council resume` to go on from there.
+
+    What has landed stays landed, and what sessions did since stays in their logs and in `council salvage`. How things
+    stand now becomes a checkpoint, too.
+
+    \b
+    Examples:
+      council checkpoint restore 3
+      council checkpoint restore 20260102-030405-ab12/3 --force
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            done = await council.restore(await _full_id(council, checkpoint_id, run), force=force)
+            if as_json:
+                context.output.json({**asdict(done), "left": _left(done.left)})
+                return 0
+            for name, why in done.left.items():
+                context.output.text(plain(f"{name} stays: {why}") + "\n")
+            told = (
+                f"restored {done.checkpoint}; how things stood before is {done.before or 'nowhere, nothing was there'}"
+            )
+            if not done.written and not done.deleted:
+                told = "nothing is otherwise than it was"
+            elif not done.runs:
+                told += "\nit was over then: there is nothing for `council resume` to go on with"
+            context.output.text(f"{told}\n")
+            for one in done.runs:
+                context.output.text(f"`council resume {one}` goes on\n")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+def _check_scope(run: str | None, *, whole: bool) -> None:
+    if run is not None and whole:
+        raise click.UsageError("--run and --all exclude each other.")
+
+
+async def _full_id(council: Council, name: str, run: str | None) -> str:
+    named, _, number = name.rpartition("/")
+    if named == WHOLE:
+        return name
+    try:
+        return f"{await council.find_run(named or run)}/{number}"
+    except RefusedError:
+        if not named:
+            raise
+        return name  # its run's record was removed, perhaps
+
+
+def _facts(one: Checkpoint) -> JsonObject:
+    return {**asdict(one), "number": one.number}
+
+
+def _changes(found: Restoration) -> JsonObject:
+    return {
+        "written": [str(key) for key in found.written],
+        "deleted": [str(key) for key in found.deleted],
+        "left": _left({str(key): why for key, why in found.left.items()}),
+    }
+
+
+def _left(left: Mapping[str, str]) -> list[JsonObject]:
+    return [{"document": name, "reason": why} for name, why in left.items()]
+
+
+def _phase(one: Checkpoint) -> str:
+    return ", ".join(f"{count} {status}" for status, count in one.phase.items())
+
+
+def _lines(found: Restoration) -> Iterable[str]:
+    one = found.checkpoint
+    yield f"{one.id}  {local_time(one.time)}  position {one.position}  {one.status or '-'}"
+    yield f"made by {one.maker}: {one.reason}"
+    yield f"tasks: {_phase(one)}"
+    for session in one.sessions:
+        yield f"at work: {session.run}/{session.task}, session {session.attempt}, {session.status}"
+    yield from (f"would be as it was: {key}" for key in found.written)
+    yield from (f"would be gone: {key}" for key in found.deleted)
+    yield from (f"would stay as it is: {key}: {why}" for key, why in found.left.items())
+    if not found.writes:
+        yield "a restore would change nothing"

@@ -1,0 +1,143 @@
+"""Commands for conflicts of updates that wait for a person: see them, and choose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+import click
+import orjson
+
+from orchestrator.cli.core.command import Context, json_option, opened, perform, store_option, tell_damage
+from orchestrator.cli.render.differences import field_changes, field_lines
+from orchestrator.cli.render.output import plain
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Document, JsonObject
+from orchestrator.system.instants import local_time
+
+if TYPE_CHECKING:
+    from orchestrator.state.documents.conflicts import Conflict
+
+
+@click.command()
+@store_option
+@json_option
+def conflicts(as_json: bool) -> None:
+    """List the conflicts of updates that wait for a person, the oldest first.
+
+    Of each there are its id, the document, and the candidates: when, by whom, and what each would change of the
+    document as it is now. `council state settle` takes one of them.
+
+    \b
+    Examples:
+      council state conflicts
+      council state conflicts --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            found = await council.conflicts()
+            now = await council.past.at(await council.position())
+            told = [(one, now.documents.get(one.key)) for one in found]
+            if as_json:
+                listed = [_facts(*pair) for pair in told]
+                context.output.json({"conflicts": listed, "damage": list(council.damage)})
+                return 0
+            for pair in told:
+                for line in _lines(*pair):
+                    context.output.text(f"{line}\n")
+            if not told:
+                context.output.text("no conflict waits\n")
+            tell_damage(context, council.damage)
+            return 0
+
+    perform(command, as_json=as_json, brief=True)
+
+
+@click.command()
+@click.argument("name", metavar="CONFLICT")
+@click.option("--take", metavar="N", type=click.IntRange(min=1), help="The candidate of this number.")
+@click.option("--value", "file", metavar="FILE", help="A value of your own, a JSON object; - is standard input.")
+@click.option("--force", is_flag=True, help="Also where the document was changed since the conflict was found.")
+@store_option
+@json_option
+def settle(name: str, take: int | None, file: str | None, force: bool, as_json: bool) -> None:
+    """Settle a conflict: what you choose becomes the document, and the conflict is gone.
+
+    CONFLICT is an id as `council state conflicts` has it, or the document that it is about, in which the newest run may
+    be left out.
+
+    \b
+    Examples:
+      council state settle task/models --take 2
+      council state settle 3f9ac0d1e2b45678 --value models.json
+    """
+    if (take is None) == (file is None):
+        raise click.UsageError("choose by one of --take and --value.")
+
+    async def command(context: Context) -> int:
+        choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
+        assert choice is not None, "one of them is given"  # noqa: S101
+        async with opened(context.log) as council:
+            done = await council.settle(name, choice, force=force)
+            key, version = str(done.conflict.key), None if done.document is None else done.document.version
+            if as_json:
+                value = None if done.document is None else done.document.value
+                context.output.json({"conflict": done.conflict.id, "key": key, "version": version, "value": value})
+            else:
+                became = "is deleted" if version is None else f"is version {version}"
+                context.output.text(plain(f"settled: {key} {became}") + "\n")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+def _read(file: str) -> JsonObject:
+    named = "standard input" if file == "-" else file
+    try:
+        value = orjson.loads(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+    except OSError as error:
+        raise RefusedError(f"{named} can't be read: {error.strerror}", "name a file that holds a JSON object") from None
+    except orjson.JSONDecodeError as error:
+        raise RefusedError(f"what {named} holds is no JSON: {error}", "give the whole document, as an object") from None
+    if not isinstance(value, dict):
+        raise RefusedError(f"what {named} holds is no JSON object", "give the whole document, as an object")
+    return value
+
+
+def _facts(one: Conflict, now: Document | None) -> JsonObject:
+    candidates = [
+        {
+            "number": number,
+            "time": candidate.time,
+            "writer": candidate.writer,
+            "base": candidate.base,
+            "value": candidate.value,
+            "fields": field_changes(now.value if now else None, candidate.value),
+        }
+        for number, candidate in enumerate(one.candidates, 1)
+    ]
+    version = now.version if now else None
+    return {
+        "id": one.id,
+        "key": str(one.key),
+        "version": one.version,
+        "current_version": version,
+        "candidates": candidates,
+    }
+
+
+def _lines(one: Conflict, now: Document | None) -> Iterator[str]:
+    version = now.version if now else 0
+    since = "" if version == one.version else f", version {version} by now" if version else ", gone by now"
+    yield plain(f"{one.id}  {one.key}  version {one.version}{since}")
+    for number, candidate in enumerate(one.candidates, 1):
+        yield plain(f"  {number}  {local_time(candidate.time)}  {candidate.writer}")
+        if candidate.value is None:
+            yield "       deleted"
+            continue
+        changed = field_lines(now.value if now else None, candidate.value)
+        yield from (f"       {line}" for line in changed or ["as it is now"])

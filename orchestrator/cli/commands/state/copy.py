@@ -1,0 +1,199 @@
+"""Commands that move a whole store: to another one, to a file, and from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+import click
+from anyio import to_thread
+
+from orchestrator.cli.core.command import Context, json_option, named_now, opened, perform, store_option
+from orchestrator.cli.render.output import plain
+from orchestrator.cli.render.streams import forget
+from orchestrator.config.source.quantities import shown_size
+from orchestrator.config.store import store_folder
+from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.project import Project, exclude_from_git, find_project
+
+if TYPE_CHECKING:
+    from orchestrator.protocols import JsonObject
+    from orchestrator.state.transfer.copying import Copied
+
+#: The documents that can't be read which are named.
+_MOST_NAMED: Final = 5
+#: What stands for standard input or output.
+_STREAM: Final = Path("-")
+_file = click.argument("file", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True))
+
+# What moves a store takes long to import: the commands do it when they are performed.
+
+
+@click.command()
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@json_option
+def copy(source: str, target: str, as_json: bool) -> None:
+    """Copy a whole store into an empty one, with all of its past.
+
+    FROM and TO are URLs of stores, or folders. A run may be at work in FROM: it is copied as it is at one moment. The
+    two are compared before anything is said.
+
+    \b
+    Examples:
+      council state copy .council/state /backup/state
+      council state copy file:///home/ada/shop/.council/state file:///backup/state --json
+    """
+
+    async def command(context: Context) -> int:
+        from orchestrator.api.transfer import copy_state  # noqa: PLC0415
+
+        copied = await copy_state(source, target)
+        _tell(context, copied, "was there already" if copied.was_there else "copied")
+        return 0
+
+    perform(command, as_json=as_json)
+
+
+@click.command()
+@_file
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@store_option
+@json_option
+def export(file: Path, force: bool, as_json: bool) -> None:
+    """Write all that is recorded to one file.
+
+    It holds packed JSON lines, which `zstdcat FILE` prints. As - it is standard output, and what is to be told goes to
+    standard error. A run may be at work meanwhile.
+
+    \b
+    Examples:
+      council state export state.jsonl.zst
+      council state export - > state.jsonl.zst
+    """
+
+    async def command(context: Context) -> int:
+        if file != _STREAM:
+            _tell(context, await _export(context, file, force=force), "exported")
+            return 0
+        if sys.stdout.isatty():
+            raise RefusedError("an export is no text for a terminal", "name a file, or send it on, as in `- > FILE`")
+        try:
+            copied = await _export(context, sys.stdout.buffer)
+        except BrokenPipeError:
+            forget(sys.stdout)
+            raise RefusedError("whoever was to read the export has gone", "look why it ended") from None
+        _tell(context, copied, "exported", err=True)
+        return 0
+
+    perform(command, as_json=as_json)
+
+
+@click.command("import")
+@_file
+@store_option
+@json_option
+def import_(file: Path, as_json: bool) -> None:
+    """Load what was exported into a store that has nothing yet.
+
+    Positions, times and versions are those of the original. Of a file that is not whole nothing is loaded. As - it is
+    standard input.
+
+    \b
+    Examples:
+      council state import state.jsonl.zst
+      council state import state.jsonl.zst --state .council/state
+      council state import - --json
+    """
+
+    async def command(context: Context) -> int:
+        if file == _STREAM and sys.stdin.isatty():
+            raise RefusedError("nothing comes in", "name a file, or have one read, as in `- < FILE`")
+        copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
+        _tell(context, copied, "was there already" if copied.was_there else "imported")
+        return 0
+
+    perform(command, as_json=as_json)
+
+
+#: The commands of this module.
+COMMANDS: Final = (copy, export, import_)
+
+
+async def _export(context: Context, file: Path | IO[bytes], *, force: bool = False) -> Copied:
+    async with opened(context.log) as council:
+        return await council.export_state(file, force=force)
+
+
+async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
+    from orchestrator.api.transfer import import_store, open_target  # noqa: PLC0415
+
+    if place := named_now():
+        async with open_target(place) as found:
+            copied = await import_store(file, found)
+        await _exclude(place)
+        return copied
+    try:
+        find_project(Path())
+    except RefusedError as error:
+        remedy = "cd to the top of the repository, and name its store: `--state .council/state`"
+        raise RefusedError(error.what, remedy) from None
+    async with opened(context.log) as council:
+        return await council.import_state(file)
+
+
+async def _exclude(place: str) -> None:
+    """Keep a project's own store out of its commits, as the first run there would."""
+    from orchestrator.repo.git.runner import Git  # noqa: PLC0415
+    from orchestrator.repo.source.checkout import inspect  # noqa: PLC0415
+
+    folder = store_folder(place)
+    if folder is None or folder != Project(folder.parent.parent).own_state:
+        return
+    with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
+        repository = await inspect(folder.parent.parent, Git(None, users=True, environ=os.environ))
+        await to_thread.run_sync(exclude_from_git, repository.git_dir)
+
+
+def _tell(context: Context, copied: Copied, what: str, *, err: bool = False) -> None:
+    if context.output.as_json:
+        line = json.dumps(_copied_json(copied))
+    else:
+        packed = ""
+        if copied.packed is not None and copied.ratio is not None:
+            packed = f", in a file of {shown_size(copied.packed)} (1/{copied.ratio:.0f})"
+        documents = f"{copied.documents:,} {'document' if copied.documents == 1 else 'documents'}"
+        line = f"{copied.commits:,} commits, {documents}, {shown_size(copied.bytes)}{packed}: {what}"
+    context.output.text(f"{line}\n", err=err)
+    for warning in () if context.output.as_json else _warnings(copied):
+        context.output.text(f"{warning}\n", err=True)
+
+
+def _warnings(copied: Copied) -> Iterator[str]:
+    """Yield what a person should know of the documents that were copied, as text that a terminal only shows."""
+    found = list(copied.unreadable.items())
+    for key, flaw in found[:_MOST_NAMED]:
+        yield plain(f"warning: {key} can't be read: {flaw}")
+    if len(found) > _MOST_NAMED:
+        yield f"warning: {len(found) - _MOST_NAMED} more can't be read"
+    if found:
+        yield "`council state verify --repair` restores their last readable versions"
+
+
+def _copied_json(copied: Copied) -> JsonObject:
+    return {
+        "position": copied.position,
+        "first": copied.first,
+        "commits": copied.commits,
+        "documents": copied.documents,
+        "bytes": copied.bytes,
+        "packed_bytes": copied.packed,
+        "ratio": None if copied.ratio is None else round(copied.ratio, 2),
+        "was_there": copied.was_there,
+        "unreadable": {str(key): flaw for key, flaw in copied.unreadable.items()},
+    }

@@ -1,0 +1,95 @@
+"""The commands that show what is locked, and take it away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import click
+
+from orchestrator.cli.core.command import Context, json_option, opened, perform, store_option, tell_damage
+from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.render.columns import aligned
+from orchestrator.cli.render.output import plain
+from orchestrator.config.source.quantities import format_duration
+from orchestrator.locking.overview import Lock, LockUser
+
+
+@click.group(cls=Suggesting, invoke_without_command=True)
+@store_option
+@json_option
+@click.pass_context
+def locks(context: click.Context, as_json: bool) -> None:
+    """List what is locked, by whom and since when, and who waits.
+
+    There are three layers: files that sessions are at work at, paths that they own, and the turn to land on a target.
+
+    \b
+    Examples:
+      council locks
+      council locks --json
+      council locks break ownership/20260102-030405-ab12/models.1 --reason "its machine is gone"
+    """
+    if context.invoked_subcommand is not None:
+        return
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            found = await council.locks()
+            if as_json:
+                context.output.json({"locks": [one.to_json() for one in found], "damage": list(council.damage)})
+                return 0
+            for line in _lines(found):
+                context.output.text(f"{line}\n")
+            if not found:
+                context.output.text("nothing is locked\n")
+            tell_damage(context, council.damage)
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+@locks.command("break")
+@click.argument("name")
+@click.option("--reason", metavar="TEXT", required=True, help="Why; it is recorded.")
+@store_option
+@json_option
+def break_(name: str, reason: str, as_json: bool) -> None:
+    """Take a lock away from whoever holds it.
+
+    NAME is as `council locks` has it. To let others have what a session locked, break its ownership: all that it owns
+    is free then, and the files go with their paths. A file alone, which its process gives back as soon as it reads of
+    that, stays the session's own. What was a dead process's is free, and needs no breaking. Whoever held a merge permit
+    can't land by it any more.
+
+    \b
+    Examples:
+      council locks break ownership/20260102-030405-ab12/models.1 --reason "the session hangs"
+      council locks break merge/3f9ac0d1e2b45678 --reason "its machine is gone"
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            lock = await council.break_lock(name, reason)
+            if as_json:
+                context.output.json({"broken": lock.to_json(), "reason": reason})
+            else:
+                held = ", ".join(one.owner for one in lock.holders)
+                context.output.text(plain(f"broken: {lock.name}, which {held} held") + "\n")
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+def _lines(locks: Sequence[Lock]) -> Iterator[str]:
+    rows: list[Sequence[str]] = []
+    for lock in locks:
+        mode = "shared by" if lock.mode == "shared" else "held by"
+        what = ", ".join(lock.what)
+        about = () if lock.name.endswith(what) else (what,)
+        rows += [(lock.name, mode, _user(one), *about) for one in lock.holders]
+        rows += [(lock.name, "awaited by", _user(one), ", ".join(one.wants)) for one in lock.waiters]
+    yield from aligned(rows)
+
+
+def _user(one: LockUser) -> str:
+    return one.owner if one.age is None else f"{one.owner} for {format_duration(round(one.age))}"

@@ -1,0 +1,273 @@
+"""Commands that look at what is recorded, now and at any earlier moment, or look after it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
+from functools import partial
+
+import click
+
+from orchestrator.api.council import Council
+from orchestrator.api.history import Past, concerns_run
+from orchestrator.cli.commands.state import maintenance
+from orchestrator.cli.commands.state.conflicts import conflicts, settle
+from orchestrator.cli.commands.state.copy import COMMANDS as OF_COPYING
+from orchestrator.cli.commands.state.views import views
+from orchestrator.cli.core.command import (
+    Context,
+    json_option,
+    opened,
+    perform,
+    run_argument,
+    run_option,
+    store_option,
+    tell_damage,
+)
+from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.core.integrity import Settlement, settlements, verified_json, verified_lines
+from orchestrator.cli.core.point_in_time import find_position
+from orchestrator.cli.render.commits import CommitLines, commit_json
+from orchestrator.cli.render.documents import (
+    difference_lines,
+    differences_json,
+    history_json,
+    history_lines,
+    state_json,
+    state_lines,
+)
+from orchestrator.cli.render.overview import overview_lines
+from orchestrator.protocols import HISTORY, JsonObject, Key, Record, Version
+
+_of_run = partial(run_option, words="Only what is of this run.")
+
+
+@click.group(cls=Suggesting)
+def state() -> None:
+    """See what is recorded, now and at any earlier moment.
+
+    A moment is a position of the log, a time (2026-01-02T03:04), how long ago (2h), a checkpoint's id, or now.
+
+    \b
+    Examples:
+      council state log --limit 20
+      council state at 2h
+      council state history task/models
+    """
+
+
+for _command in (maintenance.health, maintenance.compact, maintenance.adopt, views, conflicts, settle, *OF_COPYING):
+    state.add_command(_command)
+
+#: What is looked for: one object for programs, made if it is asked for, or lines for people.
+_Answer = tuple[Callable[[], JsonObject], Iterator[str]]
+
+
+def _look(answer: Callable[[Past], Awaitable[_Answer]], *, as_json: bool) -> None:
+    """Perform a command that only looks."""
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            to_json, lines = await answer(council.past)
+            if as_json:
+                context.output.json(to_json() | {"damage": list(council.damage)})
+                return 0
+            for line in lines:
+                context.output.text(f"{line}\n")
+            tell_damage(context, council.damage)
+            return 0
+
+    perform(command, as_json=as_json, brief=True)
+
+
+async def _find(past: Past, run: str | None) -> str | None:
+    """Return the run that is meant, also one whose record was removed; None for none. RefusedError for an unknown."""
+    return run if run is None or await past.history(Key("run", run), 1) else await past.runs.find(run)
+
+
+@state.command()
+@click.argument("moment", metavar="MOMENT")
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@_of_run
+@store_option
+@json_option
+def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> None:
+    """Show the documents as they were at a moment.
+
+    Without KEY they are listed; with KEY their values are printed. A key is kind/id, in which the newest run may be
+    left out, and * stands for any characters.
+
+    \b
+    Examples:
+      council state at 2026-01-02T03:04
+      council state at 2h task/models
+      council state at 120 'task/*' --json
+    """
+
+    async def answer(past: Past) -> _Answer:
+        found = await past.at(await find_position(past, moment), run=await _find(past, run), names=keys)
+        return lambda: state_json(found), state_lines(found, with_values=bool(keys))
+
+    _look(answer, as_json=as_json)
+
+
+@state.command()
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="[B]", default="now")
+@_of_run
+@store_option
+@json_option
+def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
+    """Show what differs between two moments, field by field.
+
+    Without B the other one is now.
+
+    \b
+    Examples:
+      council state diff 2h
+      council state diff 120 140 --run 20260102-030405-ab12
+    """
+
+    async def answer(past: Past) -> _Answer:
+        only = await _find(past, run)
+        old, new = [await past.at(await find_position(past, one), run=only) for one in (before, after)]
+        return lambda: differences_json(old, new), difference_lines(old, new)
+
+    _look(answer, as_json=as_json)
+
+
+@state.command()
+@click.argument("key", metavar="KEY")
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), default=HISTORY, help="At most so many versions.")
+@store_option
+@json_option
+def history(key: str, limit: int, as_json: bool) -> None:
+    """Show the versions of a document, the newest first.
+
+    Who wrote each and when, what happened with it, and which fields changed. In KEY, kind/id, the newest run may be
+    left out.
+
+    \b
+    Examples:
+      council state history task/models
+      council state history run/20260102-030405-ab12 --limit 3 --json
+    """
+
+    async def answer(past: Past) -> _Answer:
+        found = await past.key(key)
+        # One more, which the oldest of them is compared with.
+        versions = await past.history(found, limit + 1)
+        before: list[Version | None] = [*versions[1:], None]
+        pairs = list(zip(versions, before, strict=True))[:limit]
+        return lambda: history_json(found, pairs), history_lines(found, pairs)
+
+    _look(answer, as_json=as_json)
+
+
+@state.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is committed, until Ctrl-C.")
+@click.option("--after", metavar="POSITION", type=click.IntRange(min=0), default=0, help="Only what is behind it.")
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Only the newest N of those that are there.")
+@_of_run
+@store_option
+@json_option
+def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: bool) -> None:
+    """Print the commits of the log, the oldest first.
+
+    A line for each: position, time, who, what happened, and the documents that it wrote.
+
+    \b
+    Examples:
+      council state log --limit 20
+      council state log --follow --run 20260102-030405-ab12
+      council state log --after 120 --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            only, lines = await _find(council.past, run), CommitLines()
+            async with aclosing(_commits(council, only, after=after, limit=limit, follow=follow)) as commits:
+                async for record in commits:
+                    if as_json:
+                        context.output.json(commit_json(record))
+                    else:
+                        context.output.text(f"{lines.line(record)}\n")
+                    if context.output.has_gone:
+                        break
+            tell_damage(context, council.damage)
+            return 0
+
+    perform(command, as_json=as_json)
+
+
+async def _commits(
+    council: Council, run: str | None, *, after: int, limit: int | None, follow: bool
+) -> AsyncGenerator[Record]:
+    past, until = council.past, await council.position()
+    if limit is None:
+        async with aclosing(past.commits(run=run, after=after, until=until)) as records:
+            async for record in records:
+                yield record
+    else:
+        for record in await past.newest_commits(limit, run=run, after=after, until=until):
+            yield record
+    if follow:
+        async with aclosing(council.records(max(after, until))) as records:
+            async for record in records:
+                if run is None or concerns_run(record, run):
+                    yield record
+
+
+@state.command()
+@run_argument
+@store_option
+@json_option
+def show(run: str | None, as_json: bool) -> None:
+    """Show a run at a glance: options, tasks, sessions, events and figures.
+
+    Without RUN it is the newest.
+
+    \b
+    Examples:
+      council state show
+      council state show 20260102-030405-ab12 --json
+    """
+
+    async def answer(past: Past) -> _Answer:
+        found = await past.overview(await past.runs.find(run))
+        return found.to_json, overview_lines(found)
+
+    _look(answer, as_json=as_json)
+
+
+@state.command()
+@click.option("--repair", is_flag=True, help="Settle for what can be read, where not all can be.")
+@store_option
+@json_option
+def verify(repair: bool, as_json: bool) -> None:
+    """Read all that is recorded anew, and tell whether it is sound.
+
+    The exit code is 1 where it is not. With --repair, the newest value that is known of each document that was hit
+    counts from then on, and what is damaged is kept aside.
+
+    \b
+    Examples:
+      council state verify
+      council state verify --repair --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            found = await council.verify()
+            settled: list[Settlement] = []
+            if repair and not found.is_sound:
+                begin, found = found.position, await council.repair()
+                limit = max(found.position - begin, 1)
+                settled = settlements(await council.past.newest_commits(limit, after=begin, until=found.position))
+            if as_json:
+                context.output.json(verified_json(found, settled))
+            for line in () if as_json else verified_lines(found, settled):
+                context.output.text(f"{line}\n")
+            return 0 if found.is_sound else 1
+
+    perform(command, as_json=as_json)

@@ -1,0 +1,47 @@
+"""The command that writes the readable copies of the state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.core.command import Context, json_option, opened, perform, store_option
+from orchestrator.cli.render.output import plain
+from orchestrator.system.instants import local_time
+
+
+def _shown(path: Path) -> str:
+    return plain(os.path.relpath(path))
+
+
+@click.command()
+@click.option("--rebuild", is_flag=True, help="Make them anew from nothing.")
+@store_option
+@json_option
+def views(rebuild: bool, as_json: bool) -> None:
+    """Bring the readable copies of the state up to date, and say where they are.
+
+    They are files for `cat` and `jq` in .council/views. A run that is at work keeps them up to date; nothing reads them
+    back, so that to change or delete them changes nothing.
+
+    \b
+    Examples:
+      council state views
+      council state views --rebuild --json
+    """
+
+    async def command(context: Context) -> int:
+        async with opened(context.log) as council:
+            stand = await council.refresh_views(anew=rebuild)
+            path = council.project.views
+            moment = f", {local_time(stand.time)}" if stand.position else ""
+            if as_json:
+                facts = {"path": str(path), "position": stand.position, "time": stand.time if stand.position else None}
+                context.output.json({**facts, "damage": list(council.damage)})
+            else:
+                context.output.text(f"{_shown(path)}: position {stand.position}{moment}\n")
+            return 0
+
+    perform(command, as_json=as_json)

@@ -1,0 +1,72 @@
+"""What the newest run has learned about its adapters, for commands that work without one, too."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from orchestrator.cli.core.command import Context, opened
+from orchestrator.cli.render.output import one_line, plain
+from orchestrator.cli.render.result import remedy
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.engine.diagnostics.findings import Finding, Level
+from orchestrator.engine.reports.report import AdapterFailure, AdapterReport, RunStatus
+from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.system.instants import local_time
+
+#: Failures that the next session of the adapter would have, too.
+_OF_THE_ADAPTER = frozenset({FailureClass.AUTH, FailureClass.INVALID, FailureClass.MISSING})
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The adapters that can't be used now, and of each the session that failed last; by name."""
+
+    unusable: Mapping[str, AdapterReport] = field(default_factory=dict)
+    failed: Mapping[str, AdapterFailure] = field(default_factory=dict)
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    """By which command each of the first is used again."""
+
+    def lines(self, name: str) -> list[str]:
+        """Return what is to be told of an adapter."""
+        told = []
+        if (one := self.unusable.get(name)) is not None:
+            told.append(_now(one))
+        if (last := self.failed.get(name)) is not None:
+            told.append(f"failed last {local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}")
+        return told
+
+    def findings(self) -> list[Finding]:
+        """Return the same as findings: what can't be used is a warning, since a new run tries it."""
+        found = []
+        for name in sorted({*self.unusable, *self.failed}):
+            told = "; ".join(self.lines(name))
+            again = f"fix that, then `{self.remedies[name]}`" if name in self.unusable else None
+            level = Level.WARNING if name in self.unusable else Level.OK
+            if level is Level.OK and self.failed[name].failure in _OF_THE_ADAPTER:
+                level, again = Level.WARNING, f"fix that: `council logs {shlex.quote(self.failed[name].task)}` has more"
+            found.append(Finding(f"adapter {name}", level, f"in the newest run: {told}", again))
+        return found
+
+
+async def learned(context: Context) -> Learned:
+    """Return what the newest run of this folder has learned; nothing where there is no run."""
+    try:
+        async with opened(context.log) as council:
+            report = await council.status()
+            failed = await council.past.last_failures(report.run)
+            is_running = report.status is RunStatus.RUNNING
+            remedies = {one.name: remedy(one.name, report.run, is_running=is_running) for one in report.adapters}
+            return Learned({one.name: one for one in report.adapters}, failed, remedies)
+    except RefusedError:
+        return Learned()
+    except (CouncilError, OSError) as error:
+        context.output.notice(plain(f"council: the newest run can't be looked at: {one_line(str(error))}"))
+        return Learned()
+
+
+def _now(one: AdapterReport) -> str:
+    if one.closed is not None:
+        return f"stopped: {one_line(one.closed)}"
+    return f"pauses until {local_time(one.parked_until or 0.0)}"

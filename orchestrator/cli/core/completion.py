@@ -1,0 +1,66 @@
+"""What a shell completes: names of runs, tasks and kept work. Never fails and never prints, whatever is the matter."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Iterable
+
+import anyio
+import click
+
+from orchestrator.api.council import Council
+from orchestrator.domain.runs.model import FINAL, REVIVABLE, TaskStatus
+
+Completer = Callable[[click.Context, click.Parameter, str], list[str]]
+
+#: Seconds after which nobody waits for names any more.
+_PATIENCE = 3.0
+
+
+def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]]) -> Completer:
+    """Return what click asks for the names that begin with a word; `names` gets the value of --run."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        async def ask() -> list[str]:
+            with anyio.fail_after(_PATIENCE):
+                async with Council.open() as council:
+                    return list(await names(council, ctx.params.get("run")))
+
+        try:
+            found = anyio.run(ask)
+        except Exception:  # noqa: BLE001  a shell that completes has no place for a message
+            return []
+        given = ctx.params.get(param.name or "")
+        there = given if isinstance(given, tuple) else ()
+        return [name for name in found if name.startswith(incomplete) and name not in there]
+
+    return complete
+
+
+async def _runs(council: Council, _: str | None) -> Iterable[str]:
+    return (await council.run_ids())[::-1]
+
+
+def _tasks(states: Collection[str]) -> Completer:
+    async def names(council: Council, run: str | None) -> Iterable[str]:
+        report = await council.status(await council.find_run(run))
+        return [task.id for task in report.tasks if task.state in states]
+
+    return _completer(names)
+
+
+async def _kept(council: Council, run: str | None) -> Iterable[str]:
+    return [one.name for one in await council.archive.kept(await council.find_run(run))]
+
+
+async def _checkpoints(council: Council, run: str | None) -> Iterable[str]:
+    return [one.id for one in await council.checkpoints(run)][::-1]
+
+
+_ALL = {*TaskStatus, "blocked"}
+complete_runs = _completer(_runs)
+complete_tasks = _tasks(_ALL)
+complete_live_tasks = _tasks(_ALL - FINAL)
+complete_revivable_tasks = _tasks(REVIVABLE)
+complete_waiting_tasks = _tasks({TaskStatus.WAITING})
+complete_kept = _completer(_kept)
+complete_checkpoints = _completer(_checkpoints)

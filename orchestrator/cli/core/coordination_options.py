@@ -1,0 +1,57 @@
+"""The options by which commands that work in a run say how it is shared with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+import click
+
+from orchestrator.cli.core.quantities import duration
+from orchestrator.config.coordination import CoordinationOverrides
+from orchestrator.config.schema import MOST_RETRIES
+
+_OPTIONS = (
+    click.option("--heartbeat", metavar="DURATION", callback=duration, help="How often claims on tasks are renewed."),
+    click.option("--stale", metavar="DURATION", callback=duration, help="How long a claim holds without that."),
+    click.option(
+        "--max-retries", type=click.IntRange(0, MOST_RETRIES), help="How often a task is tried again at most."
+    ),
+    click.option(
+        "--when-unreachable",
+        type=click.Choice(["pause", "continue"]),
+        help="What is done while the store can't be reached.",
+    ),
+)
+_ALONE = click.option("--no-coordination", is_flag=True, help="Nobody else can join the run.")
+
+
+def coordination_options(command: Callable[..., None], *, joins: bool = False) -> Callable[..., None]:
+    """Give a command these options; it gets them as `coordination`, a CoordinationOverrides.
+
+    One that only `joins` others can't choose to be alone.
+    """
+
+    @wraps(command)
+    def with_coordination(
+        *args: Any,
+        heartbeat: float | None,
+        stale: float | None,
+        max_retries: int | None,
+        when_unreachable: Literal["pause", "continue"] | None,
+        no_coordination: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        coordination = CoordinationOverrides(
+            enabled=False if no_coordination else None,
+            heartbeat=heartbeat,
+            stale=stale,
+            max_retries=max_retries,
+            when_unreachable=when_unreachable,
+        )
+        command(*args, coordination=coordination, **kwargs)
+
+    for option in reversed(_OPTIONS if joins else (*_OPTIONS, _ALONE)):
+        with_coordination = option(with_coordination)
+    return with_coordination

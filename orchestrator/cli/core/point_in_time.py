@@ -1,0 +1,50 @@
+"""A moment of the log as people write it: a position, a time, how long ago, a checkpoint, or `now`."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Final
+
+from orchestrator.api.history import Past
+from orchestrator.config.source.quantities import parse_duration
+from orchestrator.errors import RefusedError
+
+_POSITION: Final = re.compile(r"[0-9]{1,18}")
+_CHECKPOINT: Final = re.compile(r"[^/]+/[0-9]+")
+_LONGEST: Final = 100 * 366 * 86400.0  # seconds
+_REMEDY: Final = (
+    "write a position such as 120, a time such as 2026-01-02T03:04, how long ago, such as 2h, a checkpoint's id, or now"
+)
+
+
+async def find_position(past: Past, text: str) -> int:
+    """Return the position that a moment stands for; RefusedError for what is none."""
+    if text == "now":
+        return await past.position()
+    if _POSITION.fullmatch(text):
+        return int(text)
+    instant = parse_instant(text, past.runs.clock.now())
+    if instant is not None:
+        return await past.position_at(instant)
+    found = await past.position_of(text)
+    if found is None and _CHECKPOINT.fullmatch(text):
+        raise RefusedError(f"there is no checkpoint {text!r}", "`council checkpoint list` names them")
+    if found is None:
+        raise RefusedError(f"{text!r} is no moment of the state log", _REMEDY)
+    return found
+
+
+def parse_instant(text: str, now: float) -> float | None:
+    """Return the instant (wall-clock seconds) of a time in ISO 8601 or so long before `now`; None for other text.
+
+    A time that names no zone is one of the local zone.
+    """
+    try:
+        return now - parse_duration(text.removesuffix("ago").rstrip(), longest=_LONGEST)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None

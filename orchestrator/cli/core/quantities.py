@@ -1,0 +1,62 @@
+"""Lengths of time, sizes and limits as options of commands take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import click
+
+from orchestrator.config.model import BudgetConfig
+from orchestrator.config.source.quantities import MOST_DOLLARS, parse_count, parse_duration, parse_size
+
+_LONGEST: Final = 10 * 365 * 86400.0  # seconds
+
+
+def duration(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    """Return the seconds of an option's value; None where it was not given."""
+    try:
+        return None if value is None else parse_duration(value, longest=_LONGEST)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def size(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+    """Return the bytes of an option's value; None where it was not given."""
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def budget_limits(_context: click.Context, _option: click.Parameter, value: str | None) -> BudgetConfig | None:
+    """Return the limits of an option's value, as in `tokens=5M,cost=20,time=8h`; None where it was not given."""
+    if value is None:
+        return None
+    limits: dict[str, float] = {}
+    for part in value.split(","):
+        key, _, amount = part.partition("=")
+        if key.strip() not in _LIMITS or key.strip() in limits:
+            raise click.BadParameter(f"{part!r} is no limit: write tokens=5M, cost=20 or time=8h, each at most once")
+        try:
+            limits[key.strip()] = _LIMITS[key.strip()](amount.strip())
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return BudgetConfig.model_validate(limits)
+
+
+def _dollars(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = 0.0
+    if not 0 < amount <= MOST_DOLLARS:
+        raise ValueError(f"{text!r} is no amount of US dollars: write a positive one, as in cost=20 or cost=0.50")
+    return amount
+
+
+def _count(text: str) -> int:
+    return parse_count(int(text) if text.isascii() and text.isdigit() else text)
+
+
+_LIMITS: Final[Mapping[str, Callable[[str], float]]] = {"tokens": _count, "cost": _dollars, "time": parse_duration}

@@ -1,0 +1,387 @@
+"""The model of a run that is shown: kept up to date by what is recorded, one record at a time, and drawn elsewhere.
+
+A look at it costs as much as the table that fits on the screen, however many tasks there are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice
+
+from orchestrator.api.activity import Working
+from orchestrator.cli.render.output import one_line, plain
+from orchestrator.cli.render.table import (
+    PHASES,
+    RETRY,
+    Ahead,
+    Frame,
+    Row,
+    Totals,
+    chains,
+    choose,
+    duration,
+    phase,
+    time_left,
+    totals_line,
+)
+from orchestrator.domain.runs.model import (
+    FINAL,
+    REVIVABLE,
+    RUNNING,
+    SUCCESSFUL,
+    AdapterDocument,
+    Attempt,
+    RunDocument,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.domain.scheduling.claims import ActiveTime, Orchestrator
+from orchestrator.domain.scheduling.dispatch import Board, with_parts
+from orchestrator.engine.reports.report import RunRecord
+from orchestrator.engine.state.records import entry_of, run_key, spec_key
+from orchestrator.protocols import Event, JsonObject, Record
+from orchestrator.repo.git.change_counts import Changes
+from orchestrator.sessions.output.transcript import NOTHING_SAID, Transcript
+
+_BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.LANDED})
+#: States in which the lines of a row are those of what the last session left.
+_SESSION_ENDED = (FINAL - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.WAITING}
+_NOT_LANDED = tuple(PHASES[status] for status in TaskStatus if status in REVIVABLE)
+#: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
+_SOON = 1.0
+
+
+class _Spending:
+    """Tokens and US dollars of all attempts that have ended."""
+
+    def __init__(self) -> None:
+        self.tokens, self._cost, self._told = 0, 0.0, 0
+
+    def add(self, task: TaskDocument, times: int) -> None:
+        """Count a task's attempts, or with -1 no longer."""
+        for attempt in task.attempts:
+            self.tokens += times * (attempt.input_tokens + attempt.output_tokens)
+            if attempt.cost is not None:
+                self._cost += times * attempt.cost
+                self._told += times
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars; None where nobody told."""
+        return self._cost if self._told else None
+
+
+class _Pace:
+    """How long tasks took: their sessions, and what follows, of which there is one at a time."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, float] = {}
+        self._in_all = 0.0
+        self._queued: dict[str, float] = {}
+        self._last = self._landing = 0.0
+        self._landed = 0
+
+    def change(self, task: str, after: TaskDocument, time: float) -> None:
+        """A task is where it is since `time`."""
+        if after.status is TaskStatus.QUEUED:
+            self._queued.setdefault(task, time)
+        elif after.status not in _BUILT - FINAL and (queued := self._queued.pop(task, None)) is not None:
+            self._landing += time - max(queued, self._last)
+            self._landed += 1
+            self._last = time
+
+    def built(self, task: str, document: TaskDocument) -> None:
+        """Count the sessions of a task that has been built."""
+        if document.status in _BUILT:
+            seconds = sum(one.ended - one.started for one in document.attempts if one.ended is not None)
+            self._in_all += seconds - self._built.get(task, 0.0)
+            self._built[task] = seconds
+
+    def build(self) -> float | None:
+        """Return the seconds that the sessions of a task take on average; None where there was none yet."""
+        return self._in_all / len(self._built) if self._built else None
+
+    def land(self) -> float:
+        """Return the seconds that checks and landing of a task take on average, as far as it was seen."""
+        return self._landing / self._landed if self._landed else 0.0
+
+
+class RunView:
+    """A run as it is shown: what is recorded of it, and what its sessions say and have changed so far."""
+
+    def __init__(self, record: RunRecord, attempts: Mapping[str, int]) -> None:
+        """Take a run as it stands; `attempts` says how many each task has."""
+        self.run, self._entries, self._attempts = record.run, dict(record.entries), dict(attempts)
+        self._adapters: dict[str, AdapterDocument] = dict(record.adapters)
+        self._board = Board.of(record.entries, {task: one.status for task, one in record.tasks.items()})
+        self._chains = chains(record.entries)
+        self._order = {task: number for number, task in enumerate(record.run.tasks)}
+        self._orchestrators = {one.owner.id: one for one in record.orchestrators}
+        self._capacity = record.run.capacity
+        self._tasks: dict[str, TaskDocument] = {}
+        self._changed: dict[str, float] = {}
+        self._groups: dict[str, dict[str, None]] = {name: {} for name in (*PHASES.values(), RETRY)}
+        self._over: dict[str, None] = {}
+        self._spending, self._pace = _Spending(), _Pace()
+        self._said: dict[str, Transcript] = {}
+        self._changes: dict[str, Changes] = {}
+        self._uncounted: dict[str, str] = {}
+        self._unseen: dict[str, None] = {}
+        self._in_all = Changes()
+        self.is_over = False
+        """Whether the process that was at work in the run has come to its end."""
+        for task, document in sorted(record.tasks.items(), key=lambda item: _last_change(item[1])):
+            self._set(task, document, _last_change(document))
+
+    def apply(self, record: Record) -> None:
+        """Take what was recorded."""
+        prefix = f"{self.run.id}/"
+        if (grown := record.documents.get(run_key(self.run.id))) is not None and grown[1] is not None:
+            self._grow(RunDocument.model_validate(grown[1]), record)
+        for key, (_, value) in record.documents.items():
+            name = key.id.removeprefix(prefix)
+            if name == key.id or value is None:
+                continue
+            if key.kind == "task" and name in self._order:
+                self._change(name, TaskDocument.model_validate(value), record.time)
+            elif key.kind == "adapter":
+                self._adapters[name] = AdapterDocument.model_validate(value)
+            elif key.kind == "orchestrator":
+                self._orchestrators[name] = Orchestrator.model_validate(value)
+        for event in record.events:
+            if event.data.get("run") == self.run.id:
+                self._happened(event)
+
+    def _grow(self, run: RunDocument, record: Record) -> None:
+        """Take the tasks that a plan has become; what records them has all of them."""
+        self.run = run
+        new = [task for task in run.tasks if task not in self._order]
+        specs = [record.documents.get(spec_key(run.id, task)) for task in new]
+        if not new or any(one is None or one[1] is None for one in specs):
+            return
+        for task, one in zip(new, specs, strict=True):
+            value: JsonObject = one[1] if one is not None and one[1] is not None else {}
+            self._entries[task], self._attempts[task] = entry_of(value), value["attempts"]
+            self._tasks[task] = TaskDocument()
+            self._groups[phase(self._tasks[task])][task] = None
+            self._changed[task] = record.time
+        self._order = {task: number for number, task in enumerate(run.tasks)}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Look anew at what waits for what."""
+        self._entries = with_parts(self._entries, self._tasks)
+        self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
+        self._chains = chains(self._entries)
+
+    def _happened(self, event: Event) -> None:
+        match event.type:
+            case "run.claimed":
+                self._capacity, self.is_over = self.run.capacity, False
+            case "run.limited" if not self._groups[PHASES[TaskStatus.RUNNING]]:  # else it is for a moment only
+                self._capacity = event.data["sessions"]
+            case "run.finished" | "run.interrupted" | "run.halted":
+                self.is_over = True
+
+    def _change(self, task: str, after: TaskDocument, time: float) -> None:
+        before, parts = self._tasks[task].status, self._tasks[task].expanded
+        if before is not after.status:
+            self._pace.change(task, after, time)
+            if before in FINAL and after.status in SUCCESSFUL:
+                self._board.revive(task)  # what it blocked waits for others alone
+            if after.status in SUCCESSFUL:
+                self._board.landed(task)
+            elif after.status in FINAL:
+                self._board.ended(task)
+            elif before in FINAL:
+                self._board.revive(task)
+        self._set(task, after, time)
+        if before in SUCCESSFUL and after.status not in SUCCESSFUL:  # what it let start may be blocked after all
+            self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
+        if after.expanded != parts:
+            self._arrange()
+
+    def _set(self, task: str, after: TaskDocument, time: float) -> None:
+        before = self._tasks.get(task)
+        if before is not None:
+            del self._groups[phase(before)][task]
+            self._over.pop(task, None)
+            self._spending.add(before, -1)
+            if len(before.attempts) != len(after.attempts) or after.status is TaskStatus.NO_CHANGE:
+                self._said.pop(task, None)
+                self._replace(task, Changes())
+        self._tasks[task], self._changed[task] = after, time
+        self._groups[phase(after)][task] = None
+        self._spending.add(after, 1)
+        self._pace.built(task, after)
+        if before is not None and before.status is TaskStatus.RUNNING and after.status in _SESSION_ENDED:
+            if after.status is TaskStatus.QUEUED or after.attempt.branch is not None:
+                self._unseen[task] = None
+            else:
+                self._replace(task, Changes())  # nothing is kept of it
+        elif after.status in {TaskStatus.PENDING, TaskStatus.LANDED}:
+            self._unseen.pop(task, None)
+        if after.status in FINAL:
+            self._over[task] = None
+        if after.landed is not None and (before is None or before.landed != after.landed):
+            self._uncounted[task] = after.landed
+
+    def working(self) -> list[Working]:
+        """See `activity.Viewer`."""
+        return [self._session(task, self._tasks[task].attempt) for task in self._groups[PHASES[TaskStatus.RUNNING]]]
+
+    def built(self) -> list[Working]:
+        """See `activity.Viewer`."""
+        return [self._session(task, self._tasks[task].builder) for task in self._unseen]
+
+    def _session(self, task: str, attempt: Attempt) -> Working:
+        return Working(task, attempt.number, attempt.adapter)
+
+    def uncounted(self, most: int) -> dict[str, str]:
+        """See `activity.Viewer`."""
+        return dict(islice(self._uncounted.items(), most))
+
+    def hear(self, session: Working, said: Transcript) -> None:
+        """See `activity.Viewer`."""
+        if self._is_at(session):
+            self._said[session.task] = said
+
+    def see(self, session: Working, changes: Changes) -> None:
+        """See `activity.Viewer`."""
+        if self._is_at(session):
+            self._unseen.pop(session.task, None)
+            self._replace(session.task, changes)
+
+    def count(self, task: str, changes: Changes) -> None:
+        """See `activity.Viewer`."""
+        self._uncounted.pop(task, None)
+        self._replace(task, changes)
+
+    def _is_at(self, session: Working) -> bool:
+        document = self._tasks[session.task]
+        numbers = {one.number for one in (document.attempt, document.builder)} if document.attempts else set()
+        return document.landed is None and session.attempt in numbers
+
+    def _replace(self, task: str, changes: Changes) -> None:
+        before = self._changes.get(task, Changes())
+        self._in_all = self._in_all - before + changes
+        self._changes[task] = changes
+
+    def frame(self, now: float, room: int) -> Frame:
+        """Return what to show at `now` (wall-clock seconds) in `room` lines beside the totals."""
+        has_more = len(self._tasks) > room
+        chosen = self._chosen(max(room - has_more, 0))
+        active = self._active(now)
+        rows = [self._row(task, now, active) for task in sorted(chosen, key=self._order.__getitem__)]
+        return Frame(rows, self._more(chosen) if has_more and room else "", totals_line(self.totals(now)))
+
+    def _active(self, now: float) -> ActiveTime:
+        return ActiveTime.of(self._orchestrators.values(), self._changed.values(), now)
+
+    def _chosen(self, room: int) -> list[str]:
+        working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
+        blocked = self._board.blocked
+        asked = PHASES[TaskStatus.WAITING]
+        pending = chain.from_iterable(self._groups[name] for name in (asked, "queued", RETRY, "waiting"))
+        waiting = chain((task for task in pending if task not in blocked), blocked)
+        return choose(working, waiting, reversed(self._over), room)
+
+    def _more(self, chosen: Sequence[str]) -> str:
+        shown = Counter(self._phase(task) for task in chosen)
+        counts = Counter({name: len(tasks) for name, tasks in self._groups.items()})
+        counts.update("blocked" for _ in self._board.blocked)
+        counts.subtract(phase(self._tasks[task]) for task in self._board.blocked)
+        left = [f"{count - shown[name]} {name}" for name, count in counts.items() if count > shown[name]]
+        return f"and {', '.join(left)}" if left else ""
+
+    def _phase(self, task: str) -> str:
+        return phase(self._tasks[task], is_blocked=task in self._board.blocked)
+
+    def _row(self, task: str, now: float, active: ActiveTime) -> Row:
+        document = self._tasks[task]
+        begun, elapsed = len(document.attempts), ""
+        if begun and document.status not in {TaskStatus.PENDING, TaskStatus.WAITING}:
+            end = self._changed[task] if document.status in FINAL else now
+            elapsed = duration(active.between(document.attempt.started, end))
+        return Row(
+            task=plain(task),
+            phase=self._phase(task),
+            adapter=plain(document.attempt.adapter if begun else self._entries[task].adapter),
+            attempt=self._attempt(task, document),
+            elapsed=elapsed,
+            changes=self._changes.get(task, Changes()),
+            words=plain(one_line(self._words(task, document))),
+            stage=plain(document.phases[-1].phase) if document.status is TaskStatus.RUNNING and document.phases else "",
+        )
+
+    def _attempt(self, task: str, document: TaskDocument) -> str:
+        """Return how many attempts count towards the limit, and the limit."""
+        begun = document.attempted
+        return f"{begun}/{max(self._attempts[task], begun)}" if begun else ""
+
+    def _words(self, task: str, document: TaskDocument) -> str:
+        """Return what a row says at its end: the last words, where a task landed, or why it did not."""
+        need = self._board.blocked.get(task)
+        if document.status is TaskStatus.PENDING and need is not None:
+            return f"needs {need!r}, which did not land"
+        if document.landed is not None:
+            return f"{document.landed[:10]} on {self.run.target}"
+        if document.status is TaskStatus.RUNNING:
+            return self._said.get(task, NOTHING_SAID).words or ""
+        if document.status is TaskStatus.WAITING:
+            return f"`council approve {task}`, or `council reject {task} --note TEXT`: {document.attempt.words or ''}"
+        if document.attempts:
+            return document.reason or document.attempt.words or ""
+        missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESSFUL]
+        return f"needs {', '.join(missing)}" if missing else ""
+
+    def totals(self, now: float) -> Totals:
+        """Return the totals at `now` (wall-clock seconds)."""
+        count = {name: len(tasks) for name, tasks in self._groups.items()}
+        blocked = len(self._board.blocked)
+        running = [self._said[task] for task in self._groups["build"] if task in self._said]
+        costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
+        return Totals(
+            landed=count["landed"],
+            running=sum(count[PHASES[status]] for status in RUNNING),
+            queued=count["queued"],
+            waiting=count["waiting"] + count[RETRY] - blocked,
+            blocked=blocked,
+            failed=len(self._over) - count["landed"] - count["done"],
+            sessions=count["build"],
+            capacity=self._capacity,
+            changes=self._in_all,
+            tokens=self._spending.tokens + sum(one.input_tokens + one.output_tokens for one in running),
+            cost=sum(costs) if costs else None,
+            elapsed=self._active(now).between(self.run.started, now),
+            left=self._left(now),
+            done=count["done"],
+            asked=count[PHASES[TaskStatus.WAITING]],
+            ended={name: count[name] for name in _NOT_LANDED if count.get(name)},
+        )
+
+    def _left(self, now: float) -> float | None:
+        """Return the seconds that are left; None where nobody can know."""
+        build, learned = self._pace.build(), self._adapters.values()
+        is_held = any(one.closed is not None or (one.parked_until or 0.0) > now for one in learned)
+        if build is None or self.is_over or is_held or self._groups[PHASES[TaskStatus.WAITING]]:
+            return None
+        pending = [self._chains[task] for name in ("waiting", RETRY) for task in self._groups[name]
+                   if task not in self._board.blocked]  # fmt: skip
+        ahead = Ahead(
+            build=build,
+            land=self._pace.land(),
+            working=[(self._chains[task], now - self._tasks[task].attempt.started) for task in self._groups["build"]],
+            waiting=len(pending),
+            landing=sum(len(self._groups[PHASES[status]]) for status in _BUILT - FINAL),
+            chain=max(pending, default=0),
+            capacity=self._capacity,
+        )
+        left = time_left(ahead)
+        return left if left >= _SOON else None
+
+
+def _last_change(task: TaskDocument) -> float:
+    """Return when a task last changed, as far as its attempts tell (wall-clock seconds); 0 if it has none."""
+    return (task.attempt.ended or task.attempt.started) if task.attempts else 0.0

@@ -1,0 +1,57 @@
+"""What a person or a program sees of a run while it is at work: lines of events, or a table on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+
+from orchestrator.api.council import Council
+from orchestrator.cli.render.output import Output
+from orchestrator.protocols import Record
+
+
+class Progress:
+    """Knows up to which position of the log a run has been shown."""
+
+    def __init__(self) -> None:
+        self._shown, self._moved = 0, anyio.Event()
+
+    async def reach(self, position: int) -> None:
+        """Wait until all is shown up to a position of the log."""
+        while self._shown < position:
+            await self._moved.wait()
+
+    async def follow(self, council: Council, after: int, take: Callable[[Record], None]) -> None:
+        """Hand over each record behind a position, as it comes."""
+        self._advance(after)
+        async for record in council.records(after):
+            take(record)
+            self._advance(record.position)
+
+    def _advance(self, position: int) -> None:
+        self._shown = position
+        self._moved.set()
+        self._moved = anyio.Event()
+
+
+@asynccontextmanager
+async def shown(council: Council, run: str, output: Output, after: int) -> AsyncIterator[Progress]:
+    """Show what happens in a run behind a position of the log, for the body of the `async with`."""
+    progress = Progress()
+    async with anyio.create_task_group() as group:
+        if output.draws:
+            from orchestrator.cli.live.table import LiveTable  # noqa: PLC0415  rich takes its time
+
+            group.start_soon(LiveTable(council, run, output).show, progress, after)
+        else:
+
+            def take(record: Record) -> None:
+                for event in record.events:
+                    if event.data.get("run") == run:
+                        output.event(record.time, event)
+
+            group.start_soon(progress.follow, council, after, take)
+        yield progress
+        group.cancel_scope.cancel()

@@ -1,0 +1,120 @@
+"""The end of a run on one screen: totals, and what needs attention with the next command. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+
+from rich.cells import cell_len
+
+from orchestrator.cli.render.columns import COLUMNS, short_name, wrapped
+from orchestrator.cli.render.draw import fit, fit_end
+from orchestrator.cli.render.next_steps import task_steps
+from orchestrator.cli.render.output import one_line, plain
+from orchestrator.cli.render.result import (
+    adapter_line,
+    background_error,
+    next_line,
+    reason_words,
+    remedy,
+    session_line,
+    state_counts,
+    state_words,
+    summary,
+)
+from orchestrator.cli.render.table import amount
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.halts import HaltReason
+from orchestrator.domain.runs.model import SUCCESSFUL, Halt, TaskStatus
+from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
+
+LINES = 10
+"""The most that are printed."""
+#: States of tasks for which nothing is to be done themselves.
+_QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING})
+#: The state of tasks that are next once what they need is.
+_BLOCKED = "blocked"
+
+
+def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
+    """Return the totals of a run, the tasks that need attention with the next command of each, and the run's own.
+
+    Commands mean the newest run: for another one (`is_newest`) they name it.
+    """
+    run = "" if is_newest else f" --run {report.run}"
+    head = [*wrapped(summary(report)), *(fit(line, COLUMNS) for line in _totals(report))]
+    most = LINES - len(head)
+    foot = list(_next(report))[:most]
+    if report.halted is not None and report.halted_by is not Halt.BUDGET:
+        foot = foot[: most // 2]
+        foot += _halt(HaltReason.parse(report.halted), most - len(foot))
+    tasks = sorted((task for task in report.tasks if task.state not in _QUIET), key=lambda task: task.state == _BLOCKED)
+    room = LINES - len(head) - len(foot)
+    lines: list[str] = []
+    for left, task in zip(range(len(tasks), 0, -1), tasks, strict=True):
+        more = list(_task(task, report, is_newest=is_newest))
+        if len(lines) + len(more) + (left > 1) > room:
+            lines += [f"  and {left} more: council status{run}"][: room - len(lines)]
+            break
+        lines += more
+    return [*head, *lines, *foot]
+
+
+def _totals(report: RunReport) -> Iterator[str]:
+    parts = state_counts(report)
+    if tokens := sum(task.input_tokens + task.output_tokens for task in report.tasks):
+        parts.append(f"{amount(tokens)} tokens")
+    costs = [task.cost for task in report.tasks if task.cost is not None]
+    if costs:
+        parts.append(f"${sum(costs):.2f}")
+    if parts:
+        yield f"  {', '.join(parts)}"
+
+
+def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[str]:
+    sessions = {one.task: one for one in report.sessions}
+    what = session_line(sessions[task.id]) if task.id in sessions else reason_words(task)
+    words = ": ".join(filter(None, [f"  {short_name(task.id)} {state_words(task.state)}", what]))
+    if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
+        yield from islice(wrapped(plain(words)), LINES // 2)
+    else:
+        yield _shortened(plain(words))
+    steps = task_steps(task, report, is_newest=is_newest)
+    yield from (plain(f"    {step}") for step in (steps if report.merges is not None else steps[:1]))
+
+
+def _shortened(text: str) -> str:
+    """Return text cut to the width of a line, and after it the commands in backticks that the cut would take."""
+    if cell_len(text) <= COLUMNS:
+        return text
+    lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]
+    commands = " ".join(one.group() for one in lost)
+    prose = text[: lost[0].start()] if lost else text
+    room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2) if lost else COLUMNS
+    return f"{fit(f'{prose.rstrip()} …' if lost and cell_len(prose) < room - 1 else prose, room)} {commands}".rstrip()
+
+
+def _next(report: RunReport) -> Iterator[str]:
+    """Say of the whole run what needs attention, the most urgent first."""
+    if report.damage:
+        yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
+    for adapter in report.adapters:
+        again = remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
+        yield _shortened(plain(adapter_line(adapter, again)))
+    yield from map(_shortened, background_error(report))
+    if report.halted is not None and report.halted_by is Halt.BUDGET:
+        yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
+    yield from next_line(report)
+
+
+def _halt(halted: HaltReason, room: int) -> list[str]:
+    """Return a halt in so many lines: the output gives way first, then the end of the remedy, the log never."""
+    head = list(wrapped(plain(f"Halted: {halted.headline}")))
+    log = [] if halted.log is None else [plain(f"log: {halted.log}")]
+    remedy = [line for one in halted.remedy for line in wrapped(plain(one))]
+    left = max(room - len(head) - len(log) - len(remedy), 0)
+    *before, last = [plain(line.expandtabs()) for line in halted.output if line.strip()] or [""]
+    output = [*(fit(line, COLUMNS) for line in before), *filter(None, [fit_end(last, COLUMNS)])]
+    shown = output[-left:] if left else []
+    return [*head[: room - len(log)], *shown, *log, *remedy][:room]

@@ -1,0 +1,57 @@
+"""Rows of text with their columns under each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from rich.cells import cell_len, set_cell_size
+
+from orchestrator.cli.render.output import plain
+
+COLUMNS = 80
+"""The most cells of a terminal that a line takes, unless it has a command, a path or another word that is longer."""
+#: The most cells of a name in a table.
+_LONGEST_NAME = 24
+#: Words that no line break may divide: a command in backticks is one of them.
+_WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+
+
+def short_name(name: str) -> str:
+    """Return a name for a table: of a long one both ends. Not for commands."""
+    if cell_len(name) <= _LONGEST_NAME:
+        return name
+    half = _LONGEST_NAME // 2
+    return f"{set_cell_size(name, half).rstrip()}…{set_cell_size(name[::-1], half - 1).rstrip()[::-1]}"
+
+
+def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
+    """Break text into lines between words, the first behind `head`, the others indented.
+
+    No path and no command in backticks is divided.
+    """
+    line, gap = head, ""
+    for word in _WORDS.findall(text):
+        if line and cell_len(f"{line}{gap}{word}") > COLUMNS:
+            yield line.rstrip()
+            line, gap = indent, ""
+        line, gap = f"{line}{gap}{word}", " "
+    if line:
+        yield line.rstrip()
+
+
+def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
+    """Yield rows of which the last column is prose, which is broken between words."""
+    heads = aligned([[*row[:-1], "|"] for row in rows], indent)
+    for row, head in zip(rows, heads, strict=True):
+        yield from wrapped(plain(row[-1]), head=head.removesuffix("|"), indent=f"{indent}    ")
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
+    """Yield a line for each row, as text that a terminal only shows; rows may end before the last column."""
+    shown = [[plain(cell) for cell in row] for row in rows]
+    columns = max((len(row) for row in shown), default=0)
+    widths = [max((len(row[place]) for row in shown if place < len(row)), default=0) for place in range(columns)]
+    for row in shown:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        yield f"{indent}{'  '.join(cells)}".rstrip()

@@ -1,0 +1,70 @@
+"""Commits of the log as lines and as objects. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from orchestrator.cli.render.output import plain
+from orchestrator.protocols import Event, JsonObject, Record
+from orchestrator.system.instants import local_time
+
+#: Documents of a commit that a line names: with its run all of its tasks are recorded.
+_MOST_NAMED: Final = 4
+
+
+class CommitLines:
+    """Turns commits into lines, whose columns become as wide as was needed so far."""
+
+    def __init__(self) -> None:
+        self._position, self._by = 6, 0
+
+    def line(self, record: Record) -> str:
+        """Return a commit as text that a terminal only shows."""
+        position, by = str(record.position), plain(record.by)
+        self._position, self._by = max(self._position, len(position)), max(self._by, len(by))
+        events = ", ".join(map(event_name, record.events))
+        parts = [
+            position.rjust(self._position),
+            local_time(record.time),
+            by.ljust(self._by),
+            *filter(None, [events, ", ".join(_documents(record))]),
+        ]
+        return plain("  ".join(parts))
+
+
+def event_name(event: Event) -> str:
+    """Return an event with what it is about, as in `task.landed models`."""
+    about = next((event.data[name] for name in ("task", "adapter", "sink", "tracker") if name in event.data), None)
+    return plain(event.type if about is None else f"{event.type} {about}")
+
+
+def _documents(record: Record) -> list[str]:
+    told = [
+        f"{key} deleted" if value is None else f"{key} version {version}"
+        for key, (version, value) in record.documents.items()
+    ]
+    told += [f"{key} unreadable" for key in record.unreadable]
+    rest = len(told) - _MOST_NAMED
+    return told if rest <= 1 else [*told[:_MOST_NAMED], f"and {rest} more"]
+
+
+def events_json(events: Sequence[Event]) -> list[JsonObject]:
+    """Return events as programs get them with what they belong to."""
+    return [{"event": one.type, **one.data} for one in events]
+
+
+def commit_json(record: Record) -> JsonObject:
+    """Return a commit as programs get it, without the values of documents."""
+    documents = [
+        {"key": str(key), "version": version, "deleted": value is None}
+        for key, (version, value) in record.documents.items()
+    ]
+    return {
+        "position": record.position,
+        "time": record.time,
+        "by": record.by,
+        "events": events_json(record.events),
+        "documents": documents,
+        "unreadable": [str(key) for key in record.unreadable],
+    }

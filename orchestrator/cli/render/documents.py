@@ -1,0 +1,161 @@
+"""Documents, what differs between them, and their versions, as lines and as objects. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from orchestrator.cli.render.columns import aligned
+from orchestrator.cli.render.commits import event_name, events_json
+from orchestrator.cli.render.differences import field_changes, field_lines
+from orchestrator.cli.render.output import plain
+from orchestrator.protocols import Document, JsonObject, Key, State, Version
+from orchestrator.system.instants import local_time
+
+
+def state_json(found: State) -> JsonObject:
+    """Return the documents of a moment as programs get them."""
+    return {**_moment_json(found), "documents": [one.to_json() for one in _sorted(found)]}
+
+
+def _moment_json(found: State) -> JsonObject:
+    return {"position": found.position, "time": found.time if found.position else None}
+
+
+def _sorted(found: State) -> list[Document]:
+    return [found.documents[key] for key in sorted(found.documents)]
+
+
+def _moment(found: State) -> str:
+    return (
+        f"position {found.position}, {local_time(found.time)}"
+        if found.position
+        else "position 0, before the first commit"
+    )
+
+
+def state_lines(found: State, *, with_values: bool) -> Iterator[str]:
+    """Yield the documents of a moment, a line for each, perhaps with its value behind it."""
+    documents = _sorted(found)
+    yield f"{_moment(found)}: {len(documents)} {'document' if len(documents) == 1 else 'documents'}"
+    rows = aligned([_row(one) for one in documents], "  ")
+    for one, row in zip(documents, rows, strict=True):
+        yield row
+        if with_values:
+            text = json.dumps(one.value, indent=2, ensure_ascii=False)
+            yield from (f"    {plain(line)}" for line in text.split("\n"))
+
+
+def _row(one: Document) -> list[str]:
+    damaged = ["damaged: an older value"] if one.damaged else []
+    return [str(one.key), f"version {one.version}", f"position {one.position}", local_time(one.time), one.by, *damaged]
+
+
+class Difference(NamedTuple):
+    """A document at two moments; None where it was not there."""
+
+    key: Key
+    old: Document | None
+    new: Document | None
+
+    @property
+    def kind(self) -> str:
+        """`added`, `removed` or `changed`."""
+        if self.old is None:
+            return "added"
+        return "removed" if self.new is None else "changed"
+
+
+def differences(old: State, new: State) -> list[Difference]:
+    """Return the documents that are not at the same version at two moments, by key."""
+    keys = sorted({*old.documents, *new.documents})
+    found = [Difference(key, old.documents.get(key), new.documents.get(key)) for key in keys]
+    return [one for one in found if one.old is None or one.new is None or one.old.version != one.new.version]
+
+
+def differences_json(old: State, new: State) -> JsonObject:
+    """Return what differs between two moments as programs get it."""
+    documents = [_difference_json(one) for one in differences(old, new)]
+    return {"from": _moment_json(old), "to": _moment_json(new), "documents": documents}
+
+
+def _difference_json(one: Difference) -> JsonObject:
+    return {
+        "key": str(one.key),
+        "kind": one.kind,
+        "old_version": None if one.old is None else one.old.version,
+        "new_version": None if one.new is None else one.new.version,
+        "fields": field_changes(one.old.value if one.old else None, one.new.value if one.new else None),
+    }
+
+
+def difference_lines(old: State, new: State) -> Iterator[str]:
+    """Yield what differs between two moments: a line for each document and, of those that changed, for each field."""
+    yield f"from {_moment(old)}"
+    yield f"to   {_moment(new)}"
+    found = differences(old, new)
+    rows = [
+        [one.kind, str(one.key), f"version {' → '.join(str(side.version) for side in (one.old, one.new) if side)}"]
+        for one in found
+    ]
+    for one, row in zip(found, aligned(rows), strict=True):
+        yield row
+        if one.old is not None and one.new is not None:
+            yield from (f"    {line}" for line in field_lines(one.old.value, one.new.value))
+    if not found:
+        yield "nothing differs"
+
+
+#: A version with the one before it; None where there is none, or it is not kept.
+Step = tuple[Version, Version | None]
+
+
+def history_json(key: Key, steps: Sequence[Step]) -> JsonObject:
+    """Return the versions of a document as programs get them."""
+    return {"key": str(key), "versions": [_version_json(*step) for step in steps]}
+
+
+def _version_json(one: Version, before: Version | None) -> JsonObject:
+    return {
+        "version": one.version,
+        "position": one.position,
+        "time": one.time,
+        "by": one.by,
+        "events": events_json(one.events),
+        "deleted": one.value is None and not one.damaged,
+        "damaged": one.damaged,
+        "old_version": None if before is None or before.damaged else before.version,
+        "old": None if before is None else before.value,
+        "new": one.value,
+    }
+
+
+def history_lines(key: Key, steps: Sequence[Step]) -> Iterator[str]:
+    """Yield the versions of a document, a line for each and one for each field that it changed."""
+    yield plain(str(key))
+    rows = [
+        [
+            f"version {one.version}",
+            f"position {one.position}",
+            local_time(one.time),
+            one.by,
+            ", ".join(map(event_name, one.events)),
+        ]
+        for one, _ in steps
+    ]
+    for (one, before), row in zip(steps, aligned(rows, "  "), strict=True):
+        yield row
+        yield from (f"      {line}" for line in _what(one, before))
+
+
+def _what(one: Version, before: Version | None) -> Sequence[str]:
+    if one.damaged:
+        return ["damaged: its value can't be read"]
+    if one.value is None:
+        return ["deleted"]
+    if before is None and one.version > 1:
+        return ["the version before is no longer kept"]
+    if before is not None and before.damaged:
+        return ["the version before can't be read"]
+    return field_lines(before.value if before else None, one.value) or ["written again, nothing changed"]

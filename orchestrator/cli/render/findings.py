@@ -1,0 +1,39 @@
+"""What was looked at and what to do about it, as `doctor` and `state health` print it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+
+from orchestrator.cli.render.output import Output, one_line, plain
+from orchestrator.engine.diagnostics.findings import Finding, Level
+
+
+def show_findings(findings: Sequence[Finding], code: int, output: Output) -> None:
+    """Print findings, each with its remedy, and how many of them are bad."""
+    if output.as_json:
+        output.json({"findings": [asdict(finding) for finding in findings], "exit": code})
+        return
+    for line in finding_lines(findings):
+        output.text(f"{line}\n")
+    counts = Counter(finding.level for finding in findings)
+    output.text(f"{_counted(counts[Level.PROBLEM], 'problem')}, {_counted(counts[Level.WARNING], 'warning')}\n")
+
+
+def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """Yield each finding as a line, with its remedy on the next one."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    for finding in findings:
+        yield plain(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}")
+        if finding.remedy is not None:
+            yield plain(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}")
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Return the exit code: 1 if there is a problem, warnings aside."""
+    return int(any(finding.level is Level.PROBLEM for finding in findings))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"

@@ -1,0 +1,127 @@
+"""The next commands for a task and for a run, as the final report, `status`, `runs` and `show` print them. Pure.
+
+Commands for a task mean the newest run, unless `is_newest` is false: then they name it. Commands for a run name it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orchestrator.cli.render.output import kept_name
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.model import REVIVABLE, WAITING_TO_LAND, Halt, TaskStatus
+from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
+
+
+class Step(NamedTuple):
+    """One command and how it relates to the one before: `next`, `then` or `or`."""
+
+    label: str
+    command: str
+
+    def __str__(self) -> str:
+        """Return a line."""
+        return f"{self.label}: {self.command}"
+
+
+def task_steps(task: TaskReport, report: RunReport, *, is_newest: bool = True) -> Sequence[Step]:
+    """Return the next command for a task and the ones that follow it; none where nothing is to be done for it.
+
+    What waits for the run as a whole (`run_step`) has no command of its own.
+    """
+    if report.imported is not None:
+        return ()
+    if report.merges is not None:
+        return _merge_steps(task, report)
+    name, kept, run = shlex.quote(task.id), kept_as(task), "" if is_newest else f" --run {report.run}"
+    logs, show, retry = (f"council {command} {name}" for command in ("logs", "show", "retry"))
+    apply = [("or", f"council salvage apply {shlex.quote(kept)}")] if kept is not None else []
+    match task.state:
+        case TaskStatus.WAITING:
+            reject = f"council reject {name} --note TEXT"
+            commands = [("next", show), ("then", f"council approve {name}"), ("or", reject)]
+        case TaskStatus.DONE:
+            commands = [("next", show)]
+        case TaskStatus.CONFLICT if kept is not None:
+            branch = shlex.quote(f"{task.id}-conflict")
+            commands = [("next", f"{apply[0][1]} --branch {branch}"), ("or", retry)]
+        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
+            commands = [("next", retry)]
+        case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
+            commands = [("next", logs), ("then", retry), *apply]
+        case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
+            commands = [("next", retry), *apply]
+        case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
+            commands = [("next", f"{logs} -f")]
+        case _:
+            commands = []
+    return [Step(label, f"{command}{run}") for label, command in commands]
+
+
+def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
+    """Return the commands after a failed merge of a run's own branch: a retry would merge the same commits again."""
+    if task.state not in REVIVABLE:
+        return ()
+    base, again = shlex.quote(report.target), f"council merge {report.merges}"
+    match task.state:
+        case TaskStatus.CONFLICT:
+            return [
+                Step("next", f"git switch council/{report.merges} && git merge {base}"),
+                Step("then", "resolve the conflicts, and `git commit --all --no-edit`"),
+                Step("then", again),
+            ]
+        case TaskStatus.FAILED:
+            return [Step("next", f"council logs {shlex.quote(task.id)} --run {report.run}"),
+                    Step("then", f"fix {base} or council/{report.merges}, and commit that"),
+                    Step("then", again)]  # fmt: skip
+        case _:
+            return [Step("next", again)]
+
+
+def run_step(report: RunReport) -> str:
+    """Return the next command for a run; nothing where only its tasks, or nobody, have something to do."""
+    states = {task.state for task in report.tasks}
+    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
+    match report.status:
+        case _ if report.imported is not None:
+            return ""
+        case RunStatus.RUNNING:
+            return ""
+        case RunStatus.HALTED if report.halted_by is Halt.BUDGET:
+            return f"council resume {report.run} --budget LIMITS"
+        case RunStatus.HALTED | RunStatus.INTERRUPTED:
+            return f"council resume {report.run}"
+        case RunStatus.INCOMPLETE if is_stopped or states & _TO_TRY:
+            return f"council resume {report.run}"
+        case RunStatus.INCOMPLETE if states & WAITING_TO_LAND:
+            return f"council merge {report.run}"
+        case _:
+            return f"council merge {report.run}" if waits_for_merge(report) else ""
+
+
+#: States of tasks that a resume continues.
+_TO_TRY = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
+
+
+def kept_as(task: TaskReport) -> str | None:
+    """Return the name by which `council salvage` knows what a task left: its branch without council/ and the run."""
+    return None if task.branch is None else kept_name(task.branch)
+
+
+def own_branch(report: RunReport) -> bool:
+    """Whether what has landed is on a branch of the run's own, and on no other."""
+    return report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks)
+
+
+def waits_for_merge(report: RunReport) -> bool:
+    """Whether `council merge` is the next step: the run has ended, and its own branch is not merged."""
+    return own_branch(report) and report.merged_by is None and report.status is not RunStatus.RUNNING
+
+
+def needs_retry(report: RunReport) -> bool:
+    """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
+    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
+    is_over = report.imported is None and not report.has_work_left
+    return report.status is RunStatus.INCOMPLETE and is_over and not is_stopped

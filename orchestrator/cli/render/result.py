@@ -1,0 +1,203 @@
+"""What a run came to, for people: what landed where, and for what did not why, and what to type next. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
+
+from orchestrator.cli.render.columns import aligned, short_name, wrapped
+from orchestrator.cli.render.next_steps import kept_as, own_branch, run_step, task_steps, waits_for_merge
+from orchestrator.cli.render.output import lines, one_line, plain
+from orchestrator.cli.render.table import ago
+from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.model import RUNNING, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.engine.reports.report import (
+    AdapterReport,
+    OrchestratorReport,
+    RunReport,
+    RunStatus,
+    SessionReport,
+    TaskReport,
+)
+from orchestrator.repo.git.change_counts import Changes
+from orchestrator.system.instants import local_time
+
+#: Characters of the reason of a failed setup.
+_SETUP_REASON = 600
+#: States that read otherwise than they are called.
+_STATES: Mapping[str, str] = {TaskStatus.WAITING: "waiting for approval"}
+
+
+class ResultRow(NamedTuple):
+    """One task, as text that a terminal only shows: its state, the reason, and the next commands, a line each."""
+
+    task: str
+    state: str
+    what: str
+    steps: Sequence[str]
+
+
+def state_words(state: str) -> str:
+    """Return the state of a task as people read it."""
+    return _STATES.get(state, state.replace("_", " "))
+
+
+def result_rows(
+    report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True, now: float | None = None
+) -> Iterator[ResultRow]:
+    """Yield a row for each task in the order of the file; `changes` says how much each changed.
+
+    With `now` (seconds since the epoch), with the age of each session's activity.
+    """
+    sessions = {one.task: one for one in report.sessions}
+    for task in report.tasks:
+        session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
+        yield ResultRow(
+            plain(task.id),
+            state_words(task.state),
+            _what(task, report.target, changes) if session is None else session_line(session, now),
+            [plain(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
+        )
+
+
+def reason_words(task: TaskReport) -> str:
+    """Return the reason of a task on one line; of a failed setup with room for the path of the log and the cause."""
+    reason = task.reason or ""
+    return one_line(reason, _SETUP_REASON) if task.failure == FailureClass.SETUP_FAILED else one_line(reason)
+
+
+def session_line(session: SessionReport, now: float | None = None) -> str:
+    """Say what a session is at: how it does where it is not simply working, the file, its words, and their age."""
+    parts = [] if session.status == "working" else [session.status]
+    if session.blocked_on is not None:
+        parts.append(f"for {session.blocked_on}" if session.status == "waiting" else f"on {session.blocked_on}")
+    if session.progress is not None:
+        parts.append(session.progress)
+    at = ": ".join(filter(None, [session.file, session.message]))
+    line = plain(one_line("; ".join(filter(None, [" ".join(parts), at]))))
+    return line if now is None or not line else f"{line} ({ago(session.updated, now)})"
+
+
+def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
+    parts = []
+    if task.landed is not None:
+        text = f"{task.landed[:10]} on {plain(target)}"
+        if (changed := changes.get(task.id)) is not None:
+            text += f", {changed.files} {'file' if changed.files == 1 else 'files'} {lines(changed)}"
+        parts.append(text)
+    if task.reason is not None:
+        parts.append(plain(reason_words(task)))
+    if task.denied is not None and task.denied not in (task.reason or ""):
+        parts.append(plain(one_line(task.denied)))
+    if (kept := kept_as(task)) is not None:
+        parts.append(f"kept as {plain(kept)}")
+    return "; ".join(parts)
+
+
+def summary(report: RunReport) -> str:
+    """Return the run in a line."""
+    return f"run {report.run}: {report.status}, {landed_words(report)}"
+
+
+def landed_words(report: RunReport) -> str:
+    """Return how many tasks succeeded, on which branch they landed, and the source of an imported record.
+
+    A task that is done has nothing that could land. A run's own branch exists from the first landing on.
+    """
+    states = Counter(task.state for task in report.tasks)
+    done = f"{states[TaskStatus.DONE]} done, " if states[TaskStatus.DONE] else ""
+    exists = report.target != f"council/{report.run}" or own_branch(report)
+    target = f" on {report.target}" if report.target and exists else ""
+    source = "" if report.imported is None else f" (imported from {report.imported})"
+    return plain(f"{done}{states[TaskStatus.LANDED]} of {len(report.tasks)} landed{target}{source}")
+
+
+def state_counts(report: RunReport) -> list[str]:
+    """Return how many tasks are in each state other than success, the most frequent first."""
+    states = Counter(state_words(task.state) for task in report.tasks if task.state not in SUCCESSFUL)
+    return [f"{count} {state}" for state, count in states.most_common()]
+
+
+def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
+    """Yield rows as plain lines, in columns."""
+    return chain.from_iterable(lines for _, lines in row_lines(rows))
+
+
+def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[str]]]:
+    """Yield each row with its lines: name and state in columns, the reason, and the next commands."""
+    heads = aligned([(short_name(row.task), row.state, "|") for row in rows], "  ")
+    for row, head in zip(rows, heads, strict=True):
+        about = wrapped(row.what, head=head.removesuffix("|"), indent="      ")
+        yield row, [*about, *(f"    {step}" for step in row.steps)]
+
+
+def running_lines(report: RunReport) -> Iterator[str]:
+    """Yield the totals of a run, and the tasks that are running, being checked or landing now."""
+    yield summary(report)
+    running = [task for task in report.tasks if task.state in RUNNING]
+    yield from text_lines(list(result_rows(replace(report, tasks=running), {})))
+
+
+def hints(report: RunReport) -> Iterator[str]:
+    """Say who is at work, where that are several, and what to type next."""
+    yield from _at_work(report)
+    for adapter in report.adapters:
+        yield adapter_line(adapter, remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING))
+    if report.imported is not None:
+        yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
+    asked = [task.id for task in report.tasks if task.state == TaskStatus.WAITING]
+    if asked:
+        yield f"Waiting for a person to approve: {plain(', '.join(asked))}."
+    yield from background_error(report)
+    if report.halted is not None:
+        yield "Halted: " + plain(report.halted, keep="\n")
+    for place in report.damage:
+        yield f"The state log is damaged: {place}"
+    if any(task.branch is not None for task in report.tasks):
+        yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
+    yield from next_line(report)
+
+
+def next_line(report: RunReport) -> Iterator[str]:
+    """Yield the next command for a run, where it has one; a halt that is not of a budget has its own remedy."""
+    if report.halted is not None and report.halted_by is not Halt.BUDGET:
+        return
+    if step := run_step(report):
+        if waits_for_merge(report) and "council merge" in step:
+            yield "Landed on its own branch."
+        yield f"Next: {step}"
+
+
+def background_error(report: RunReport) -> Iterator[str]:
+    """Say why the process in the background ended, if that failed."""
+    if report.background is not None:
+        yield f"Its process in the background has ended: {plain(one_line(report.background))}"
+
+
+def _at_work(report: RunReport) -> Iterator[str]:
+    others = [one for one in report.orchestrators if one.ended is None]
+    if report.status is RunStatus.RUNNING and len(others) > 1:
+        each = ", ".join(f"{one.pid} on {plain(one.host)}{_at(report, one)}" for one in others)
+        yield f"{len(others)} processes are at work: {each}."
+
+
+def _at(report: RunReport, process: OrchestratorReport) -> str:
+    """Return in brackets the tasks whose sessions a process runs; nothing where it runs none."""
+    tasks = [one.task for one in report.sessions if one.orchestrator == process.id]
+    return f" ({plain(', '.join(tasks))})" if tasks else ""
+
+
+def remedy(adapter: str, run: str, *, is_running: bool) -> str:
+    """Return the command to use an adapter again that a run has stopped."""
+    return f"council adapters reopen {shlex.quote(adapter)} --run {run}" if is_running else f"council resume {run}"
+
+
+def adapter_line(adapter: AdapterReport, command: str) -> str:
+    """Say why an adapter can't be used now, and by which command it is used again."""
+    if adapter.closed is not None:
+        return f"Adapter {adapter.name} is stopped: {plain(one_line(adapter.closed))}. Fix that, then `{command}`."
+    return f"Adapter {adapter.name} pauses until {local_time(adapter.parked_until or 0.0)}."

@@ -1,0 +1,197 @@
+"""The whole story of a task, for people. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from orchestrator.cli.render.columns import aligned
+from orchestrator.cli.render.output import kept_name, one_line, plain
+from orchestrator.cli.render.table import ago, amount, duration
+from orchestrator.domain.runs.model import WAITING_TO_LAND
+from orchestrator.domain.runs.phases import Given, PhaseStatus
+from orchestrator.engine.reports.story import Figures, HandoffStory, SessionStory, Story, VisitStory
+from orchestrator.system.instants import local_time
+
+#: Characters of a digest, and of a commit, that tell it from others.
+_SHORT = 10
+#: Characters of what was handed over, and of what was asked.
+_LONGEST = 200
+#: Paths that are named, and findings of a review.
+_NAMED = 10
+#: How states of visits read that are called otherwise.
+_WORDS: Mapping[str, str] = {
+    PhaseStatus.IN_PROGRESS: "in progress",
+    PhaseStatus.AWAITING: "waiting for approval",
+    PhaseStatus.REJECTED: "sent back",
+}
+
+
+def story_lines(story: Story, now: float) -> Iterator[str]:
+    """Yield the task, its phases, sessions and handoffs, its landing and figures, each under a heading."""
+    yield plain(f"task {story.task} of run {story.run}: {story.state.replace('_', ' ')}")
+    yield from aligned(list(_head(story, now)), "  ")
+    if story.phases or story.ahead:
+        yield "phases"
+    for visit in story.phases:
+        yield from _visit(visit, story)
+    yield from (plain(f"  {name}: to come") for name in story.ahead)
+    if story.sessions:
+        yield "sessions"
+    for session in story.sessions:
+        yield from _session(session)
+    if story.handoffs:
+        yield "handoffs"
+        for handoff in story.handoffs:
+            yield from _handoff(handoff)
+    yield "landing"
+    yield plain(f"  {_landing(story)}")
+    if story.sessions:
+        yield "figures"
+        yield f"  {_figures(story.figures)}"
+
+
+def _head(story: Story, now: float) -> Iterator[list[str]]:
+    source = "" if story.tracker is None else f" (from {story.tracker})"
+    told = {
+        "asked": "" if story.asked is None else f"{one_line(' '.join(story.asked.split()), _LONGEST)}{source}",
+        "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
+        "workflow": story.workflow or "",
+        "became": ", ".join(story.expanded),
+        "adapter": story.adapter or "",
+        "attempts": str(story.attempts),
+        "needs": ", ".join(story.needs),
+        "reason": one_line(story.reason or ""),
+        "latest": "" if story.latest is None else f"{one_line(story.latest.text)} ({ago(story.latest.time, now)})",
+        "damage": "; ".join(story.damage),
+    }
+    yield from ([name, value] for name, value in told.items() if value)
+
+
+def _visit(visit: VisitStory, story: Story) -> Iterator[str]:
+    again = f" (visit {visit.visit})" if visit.visit > 1 else ""
+    ended = {one.attempt for one in story.sessions if one.ended is not None}
+    is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
+    did = ["pending" if is_pending else _WORDS.get(visit.status, visit.status.replace("_", " "))]
+    if visit.verdict is not None:
+        did.append(f"verdict: {visit.verdict}")
+    if visit.figures.sessions:
+        did += [_figures(visit.figures), " then ".join(visit.adapters)]
+    yield plain(f"  {visit.phase}{again}: {', '.join(did)}")
+    yield from aligned(list(_details(visit, story)), "    ")
+
+
+def _details(visit: VisitStory, story: Story) -> Iterator[list[str]]:
+    times = [local_time(one) for one in (visit.started, visit.ended) if one is not None]
+    told = {
+        "time": " to ".join(times) if visit.figures.sessions else "",
+        "sessions": ", ".join(map(str, visit.attempts)),
+        "given": "" if visit.given is None else _given(visit.given),
+        "received": ", ".join(_named(one, story) for one in visit.received),
+        "handed over": "" if visit.handoff is None else _named(visit.handoff, story),
+        "built": "" if visit.commit is None else visit.commit[:_SHORT],
+        "rounds": str(visit.rounds or ""),
+        "repairs": str(visit.repairs or ""),
+        "note": one_line(visit.note or ""),
+        "reason": one_line(visit.reason or ""),
+        "discarded": _some(visit.discarded),
+    }
+    yield from ([name, value] for name, value in told.items() if value)
+    for one in visit.findings[:_NAMED]:
+        place = ":".join(str(part) for part in (one.get("path"), one.get("line")) if part)
+        said = filter(None, [place, f"({one.get('severity')})", str(one.get("message") or "")])
+        yield ["finding", one_line(" ".join(said))]
+    if len(visit.findings) > _NAMED:
+        yield ["finding", f"and {len(visit.findings) - _NAMED} more"]
+
+
+def _given(given: Given) -> str:
+    """Say what a phase was given, how much of all that is, and what was left out."""
+    if not given.keys and not given.left_out:
+        return "nothing, as nothing was known"
+    names = ", ".join(given.keys) or "nothing"
+    left = f"; left out: {', '.join(given.left_out)}" if given.left_out else ""
+    return f"{names} ({given.size:,} of {given.whole:,} bytes{left})"
+
+
+def _named(handoff: str, story: Story) -> str:
+    """Return what a handoff is and where it comes from, by its id."""
+    found = next((one for one in story.handoffs if one.id == handoff), None)
+    if found is None:
+        return handoff
+    source = "" if found.kind == found.phase else f" of {found.phase}"
+    return f"{found.kind}{source} (session {found.attempt})"
+
+
+def _session(one: SessionStory) -> Iterator[str]:
+    parts = [one.outcome or ("running" if one.ended is None else "ended"), one.adapter]
+    if one.model is not None:
+        parts.append(one.model)
+    parts += [duration(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)]
+    if one.is_estimated:
+        parts.append("by price")
+    if one.resumed:
+        parts.append("went on with an earlier conversation")
+    yield plain(f"  {one.attempt} {one.phase}: {', '.join(parts)}")
+    told = {
+        "reason": one_line(one.reason or ""),
+        "says": one_line(one.words or "", _LONGEST),
+        "kept as": "" if one.branch is None else kept_name(one.branch),
+        "log": one.log,
+        "check": one.check_log or "",
+        "discarded": _some(one.discarded),
+        "denied": one_line(str(one.denied)),
+    }
+    yield from aligned([[name, value] for name, value in told.items() if value], "    ")
+
+
+def _handoff(one: HandoffStory) -> Iterator[str]:
+    where = f"from {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
+    state = "intact" if one.is_intact else "NOT intact: it does not hold what its digest says"
+    parts = [where, one.protocol, f"by {one.by}", f"{one.digest[: _SHORT + len('sha256:')]}, {state}"]
+    if one.key is not None:
+        parts.append(f"shared as {one.key}, version {one.version}")
+    yield plain(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
+    received = ", ".join(f"{receipt.phase} (session {receipt.attempt})" for receipt in one.receipts)
+    taken = [["received", received or "by nobody yet"]] if received or one.to is not None else []
+    yield from aligned([*taken, ["holds", _short(one.data)]], "    ")
+    if one.mediation is not None:
+        how = one.mediation.transformation or "the default"
+        yield from aligned([["mediated", f"by {how}"], ["made", _short(one.mediation.processed)]], "    ")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters, all of it by --json)"
+
+
+def _landing(story: Story) -> str:
+    one = story.landing
+    request = "" if one.pull_request is None else f", pull request {one.pull_request}"
+    if one.landed is not None:
+        when = "" if one.time is None else f", {local_time(one.time)}"
+        return f"landed as {one.landed[:_SHORT]} on {one.target}{when}{request}"
+    if one.paths:
+        kept = "" if one.branch is None else f"; kept as {kept_name(one.branch)}"
+        return f"conflicts with {one.target} in {_some(one.paths)}{kept}{request}"
+    if one.waiting is not None and story.state in WAITING_TO_LAND:
+        return f"{one.waiting[:_SHORT]}, built by session {one.attempt}, waits to land on {one.target}{request}"
+    if one.branch is not None:
+        return f"not landed; what there is is kept as {kept_name(one.branch)}{request}"
+    return f"nothing has landed{request}"
+
+
+def _figures(one: Figures) -> str:
+    sessions = f"{one.sessions} {'session' if one.sessions == 1 else 'sessions'}"
+    return ", ".join([sessions, duration(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)])
+
+
+def _used(tokens_in: int, tokens_out: int, cost: float | None) -> list[str]:
+    told = [f"{amount(tokens_in + tokens_out)} tokens"] if tokens_in or tokens_out else []
+    return told if cost is None else [*told, f"${cost:.4f}"]
+
+
+def _some(paths: Sequence[str]) -> str:
+    """Return paths in a line, of many the first."""
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return f"{', '.join(paths[:_NAMED])}{more}"

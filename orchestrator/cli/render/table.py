@@ -1,0 +1,212 @@
+"""What the table of a run is made of: rows, totals, which tasks get a row, and the time that is left. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from orchestrator.cli.render.output import lines
+from orchestrator.domain.runs.model import TaskDocument, TaskStatus
+from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.repo.git.change_counts import Changes
+
+PHASES: Mapping[TaskStatus, str] = {
+    TaskStatus.PENDING: "waiting",
+    TaskStatus.RUNNING: "build",
+    TaskStatus.QUEUED: "queued",
+    TaskStatus.CHECKING: "checks",
+    TaskStatus.LANDING: "landing",
+    TaskStatus.LANDED: "landed",
+    TaskStatus.WAITING: "approval",
+    TaskStatus.DONE: "done",
+    TaskStatus.NO_CHANGE: "no change",
+    TaskStatus.CONFLICT: "conflict",
+    TaskStatus.FAILED: "failed",
+    TaskStatus.CANCELLED: "cancelled",
+}
+RETRY = "retry"
+"""What waits for another attempt."""
+
+
+def phase(task: TaskDocument, *, is_blocked: bool = False) -> str:
+    """Return what a task is doing, in a word."""
+    if task.status is TaskStatus.PENDING and is_blocked:
+        return "blocked"
+    if task.status is TaskStatus.PENDING and task.attempts and not _goes_on(task):
+        return RETRY
+    return PHASES[task.status]
+
+
+def _goes_on(task: TaskDocument) -> bool:
+    """Whether a task waits for its next phase, and not because anything has failed."""
+    return bool(task.phases) and task.attempt.outcome in {"built", "completed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One task, as text that a terminal only shows."""
+
+    task: str
+    phase: str
+    adapter: str
+    attempt: str
+    elapsed: str
+    changes: Changes
+    words: str
+    stage: str = ""
+    """The phase of its workflow that a session is at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How many tasks are where, and what all of them took; times in seconds."""
+
+    landed: int
+    running: int
+    """At work: in a session, in checks, landing."""
+    queued: int
+    waiting: int
+    blocked: int
+    failed: int
+    """Over without having landed or being done, for whatever reason."""
+    sessions: int
+    capacity: int
+    changes: Changes
+    tokens: int
+    cost: float | None
+    elapsed: float
+    left: float | None
+    done: int = 0
+    """Over, with nothing that could land."""
+    asked: int = 0
+    """A person is to approve what they came to."""
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """How many of `failed` are in each state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a terminal shows at an instant; `more` counts the tasks that have no row."""
+
+    rows: Sequence[Row]
+    more: str
+    totals: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What is left to do: `build` and `land` are the seconds that a task's sessions and its landing took on average.
+
+    `working` has for each session at work how many tasks the longest chain of needs has that begins with it, and
+    how long it has been; `chain` is the longest that begins with a task that waits.
+    """
+
+    build: float
+    land: float
+    working: Sequence[tuple[int, float]]
+    waiting: int
+    landing: int
+    chain: int
+    capacity: int
+
+
+def time_left(ahead: Ahead) -> float:
+    """Return the seconds that what is left will take, going by what was: no less than any of three bounds.
+
+    All sessions side by side, as many as fit; the longest chain, one after another; all landings, one at a time.
+    """
+    each = ahead.build + ahead.land
+    rests = [max(ahead.build - elapsed, 0.0) for _, elapsed in ahead.working]
+    side_by_side = (ahead.waiting * ahead.build + sum(rests)) / max(ahead.capacity, 1)
+    chains = [(length - 1) * each + rest for (length, _), rest in zip(ahead.working, rests, strict=True)]
+    landings = (ahead.waiting + len(ahead.working) + ahead.landing) * ahead.land
+    return max(side_by_side, landings, ahead.chain * each, *chains, 0.0)
+
+
+def chains(entries: Mapping[str, Entry]) -> dict[str, int]:
+    """Return for each task how many tasks the longest chain of needs has that begins with it."""
+    lengths = dict.fromkeys(entries, 1)
+    waiting = Counter(need for entry in entries.values() for need in set(entry.needs))
+    ends = [task for task in entries if not waiting[task]]
+    while ends:
+        task = ends.pop()
+        for need in set(entries[task].needs):
+            lengths[need] = max(lengths[need], lengths[task] + 1)
+            waiting[need] -= 1
+            if not waiting[need]:
+                ends.append(need)
+    return lengths
+
+
+def choose(working: Iterable[str], waiting: Iterable[str], over: Iterable[str], room: int) -> list[str]:
+    """Return the tasks that get one of `room` rows: what is at work, then what has changed and what comes next.
+
+    `over` begins with what changed last; of what is left by those at work it gets the half, and what nobody needs.
+    """
+    chosen = list(islice(working, room))
+    rest = room - len(chosen)
+    coming = list(islice(waiting, rest))
+    chosen += islice(over, max(rest - len(coming), (rest + 1) // 2))
+    return chosen + coming[: room - len(chosen)]
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as on a clock, as in 0:42, 12:03 or 1:02:03."""
+    whole = max(int(seconds), 0)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def ago(time: float, now: float) -> str:
+    """Return how long ago something was, as in `0:42 ago`."""
+    return f"{duration(now - time)} ago"
+
+
+def about(seconds: float) -> str:
+    """Return a length of time in words, as in `about 40 s`, `about 4 min` or `about 2 h 10 min`: rounded up."""
+    if seconds <= 55:
+        return f"about {max(math.ceil(seconds / 5) * 5, 5)} s"
+    minutes = math.ceil(seconds / 60)
+    if minutes < 60:
+        return f"about {minutes} min"
+    minutes = math.ceil(minutes / 10) * 10
+    return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+
+
+def amount(number: int) -> str:
+    """Return a number as people read it, as in 950, 12.3k or 4.5M."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def totals_line(totals: Totals) -> str:
+    """Return the totals as one line; what is zero and need not be told is left out."""
+    counts = {
+        "landed": totals.landed,
+        "done": totals.done,
+        "running": totals.running,
+        "queued": totals.queued,
+        "waiting": totals.waiting,
+        "to be approved": totals.asked,
+        "blocked": totals.blocked,
+        **(totals.ended or {"failed": totals.failed}),
+    }
+    parts = [f"{count} {name}" for name, count in counts.items() if count or name in {"landed", "running"}]
+    parts.append(duration(totals.elapsed))
+    if totals.left is not None:
+        parts.append(f"{about(totals.left)} left")
+    # The capacity is that of one process, and others may be at work beside it.
+    most = f" of {totals.capacity}" if totals.sessions <= totals.capacity else ""
+    parts.append(f"{totals.sessions}{most} sessions")
+    if totals.changes.files:
+        parts.append(lines(totals.changes))
+    if totals.tokens:
+        parts.append(f"{amount(totals.tokens)} tokens")
+    if totals.cost is not None:
+        parts.append(f"${totals.cost:.2f}")
+    return " · ".join(parts)

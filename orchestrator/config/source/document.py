@@ -1,0 +1,268 @@
+"""YAML text to plain values that know where they stand, without anything that could surprise.
+
+A strict part of YAML 1.2: one document, a mapping at the top, text keys that are unique, plain scalars by the core
+schema. Aliases, anchors, merge keys and tags are refused. Built from the parser's event stream, because only
+there each alias, tag and key has a position of its own; without recursion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+import yaml
+
+from orchestrator.config.source.problems import Position, Problems, shown
+from orchestrator.config.source.scalars import resolve_plain
+
+DEEPEST: Final = 64
+"""How many collections may lie within each other."""
+
+# The YAML reader gives up at the first of these; replaced, the rest of the file can be read.
+_NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# An escape in double quotes can still bring in what no program argument and no JSON reader takes.
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+_LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
+_START: Final = Position(1, 1)
+
+UNREADABLE: Final = object()
+"""The value of a node that was refused; the problem is noted already."""
+
+
+_NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
+
+
+class Node(NamedTuple):
+    """A value and the place where it begins.
+
+    `value` is plain data: None, bool, int, float, str, list, dict, or UNREADABLE. `children` holds the nodes of its
+    items by key or index, `keys` the places of a mapping's keys.
+    """
+
+    at: Position
+    value: Any
+    children: Mapping[str | int, Node] = _NOTHING
+    keys: Mapping[str, Position] = _NOTHING
+
+    def get(self, *path: str | int) -> Node | None:
+        """Return the node at a path of keys and indexes, None if there is none."""
+        node: Node | None = self
+        for part in path:
+            node = node.children.get(part) if node is not None else None
+        return node
+
+    def walk(self) -> Iterator[Node]:
+        """Yield this node and everything in it."""
+        waiting = [self]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting.extend(node.children.values())
+
+
+def read_document(text: str, problems: Problems) -> Node | None:
+    """Return the top mapping, its mistakes noted in `problems`; None if there is nothing to go on with.
+
+    Behind a syntax error nothing is known, so that the part before it is not returned either.
+    """
+    text = _printable(text, problems)
+    builder = _Builder(problems)
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if not builder.take(event):
+                break
+    except yaml.MarkedYAMLError as error:
+        problems.add(*_syntax_error(error, text))
+        return None
+    except (ValueError, OverflowError):
+        # Only the reader in pure Python: it hands an escape such as "\Uffffffff" to chr() unseen.
+        problems.add(builder.last, "behind this is an escape that is no character", "write the character itself")
+        return None
+    return builder.result()
+
+
+def find_not_text(text: str) -> str | None:
+    """Return the first character that no program argument and no JSON reader takes, None if there is none."""
+    found = _NOT_TEXT.search(text)
+    return None if found is None else found[0]
+
+
+def _printable(text: str, problems: Problems) -> str:
+    line, begin, seen = 1, 0, 0
+    for found in _NOT_PRINTABLE.finditer(text):
+        for line_break in _LINE_BREAK.finditer(text, seen, found.start()):
+            line, begin = line + 1, line_break.end()
+        seen = found.start()
+        at = Position(line, seen - begin + 1)
+        problems.add(at, f"the character {found[0]!r} is not allowed", "remove it, or write it as an escape in quotes")
+    return _NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class _Refused:
+    """Stands for a key that was refused: the value that follows it is read and dropped."""
+
+
+_REFUSED: Final = _Refused()
+
+
+@dataclass(slots=True)
+class _Open:
+    """A collection that is being read, and in a mapping the key that waits for its value."""
+
+    at: Position
+    value: dict[str, Any] | list[Any]
+    children: dict[str | int, Node] = field(default_factory=dict)
+    keys: dict[str, Position] = field(default_factory=dict)
+    key: str | _Refused | None = None
+
+    def closed(self) -> Node:
+        return Node(self.at, self.value, self.children, self.keys)
+
+
+class _Builder:
+    """Puts nodes together from events; `last` is the place of the newest one."""
+
+    def __init__(self, problems: Problems) -> None:
+        self.last = _START
+        self._problems = problems
+        self._root: Node | None = None
+        self._open: list[_Open] = []
+        self._documents = 0
+        self._too_deep = False
+
+    def result(self) -> Node | None:
+        """Return the top mapping of what was read."""
+        root = self._root
+        if self._too_deep:
+            return None
+        if root is None or root.value is None:
+            self._problems.add(_START, "the file is empty", "write a run: version, adapters and tasks")
+            return None
+        if root.value is UNREADABLE:
+            return None
+        if not isinstance(root.value, dict):
+            self._problems.add(root.at, "the file is not a mapping", "begin with keys: version, adapters, tasks")
+            return None
+        return root
+
+    def take(self, event: yaml.Event) -> bool:
+        """Read one event; False when there is no use in reading on."""
+        mark = event.start_mark
+        self.last = at = Position(mark.line + 1, mark.column + 1) if mark is not None else self.last
+        match event:
+            case yaml.ScalarEvent():
+                self._place(Node(at, self._scalar(event, at)), plain=event.implicit[0] and not event.style)
+            case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
+                return self._start(event, at)
+            case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
+                self._place(self._open.pop().closed())
+            case yaml.AliasEvent():
+                self._problems.add(at, "aliases are not taken", f"write in full what *{event.anchor} stands for")
+                self._place(Node(at, UNREADABLE))
+            case yaml.DocumentStartEvent():
+                return self._start_document(at)
+        return True
+
+    def _start_document(self, at: Position) -> bool:
+        self._documents += 1
+        if self._documents > 1:
+            self._problems.add(at, "a second document begins here", "put each run into a file of its own")
+        return self._documents == 1
+
+    def _start(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, at: Position) -> bool:
+        self._refuse_properties(event, at)
+        if len(self._open) == DEEPEST:
+            self._problems.add(at, f"more than {DEEPEST} collections lie in each other", "nest less deeply")
+            self._too_deep = True
+            return False
+        self._open.append(_Open(at, {} if isinstance(event, yaml.MappingStartEvent) else []))
+        return True
+
+    def _scalar(self, event: yaml.ScalarEvent, at: Position) -> Any:
+        if self._refuse_properties(event, at):
+            return UNREADABLE
+        if event.style or not event.implicit[0]:
+            return self._quoted(event.value, at)
+        try:
+            return resolve_plain(event.value)
+        except ValueError as error:
+            what, _, remedy = str(error).partition(": ")
+            self._problems.add(at, what, remedy)
+            return UNREADABLE
+
+    def _quoted(self, text: str, at: Position) -> Any:
+        found = find_not_text(text)
+        if found is None:
+            return text
+        self._problems.add(at, f"the text holds the character {found!r}", "remove that escape")
+        return UNREADABLE
+
+    def _refuse_properties(
+        self, event: yaml.ScalarEvent | yaml.MappingStartEvent | yaml.SequenceStartEvent, at: Position
+    ) -> bool:
+        if event.anchor is not None:
+            self._problems.add(at, "anchors are not taken", f"remove &{event.anchor}")
+        if event.tag is not None:
+            self._problems.add(at, "tags are not taken", f"remove {shown(event.tag)}, quote what must be text")
+        return event.tag is not None
+
+    def _place(self, node: Node, *, plain: bool = False) -> None:
+        if not self._open:
+            self._root = node
+            return
+        parent = self._open[-1]
+        if isinstance(parent.value, list):
+            parent.children[len(parent.value)] = node
+            parent.value.append(node.value)
+        elif parent.key is None:
+            parent.key = self._key(parent.keys, node, plain=plain)
+        else:
+            if isinstance(parent.key, str):
+                parent.children[parent.key] = node
+                parent.value[parent.key] = node.value
+            parent.key = None
+
+    def _key(self, keys: dict[str, Position], node: Node, *, plain: bool) -> str | _Refused:
+        key = node.value
+        if key is UNREADABLE:
+            return _REFUSED
+        if not isinstance(key, str):
+            self._problems.add(node.at, "a key must be text", "write a word, in quotes if it looks like anything else")
+        elif key == "<<" and plain:
+            self._problems.add(node.at, "merge keys are not taken", "write the keys in full")
+        elif key in keys:
+            first = keys[key].line
+            self._problems.add(
+                node.at, f"the key {shown(key)} is there already, on line {first}", "keep one of the two"
+            )
+        else:
+            keys[key] = node.at
+            return key
+        return _REFUSED
+
+
+_SYNTAX_REMEDIES: Final = (
+    ("mapping values are not allowed", "indent the keys of a mapping alike, and quote text that holds ': '"),
+    ("cannot start any token", "quote text that begins with @, ` or %"),
+    ("',' or '", "close the bracket, with commas between its items"),
+    ("unexpected end of stream", "close the quotes"),
+    ("escape", "write a backslash twice, or use single quotes"),
+    ("<document start>", "put each run into a file of its own"),
+)
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> tuple[Position, str, str]:
+    mark = error.problem_mark or error.context_mark
+    # What is never closed is only missed at the end: where it was opened says more.
+    if mark is not None and error.context_mark is not None and mark.index >= len(text.rstrip()):
+        mark = error.context_mark
+    at = Position(mark.line + 1, mark.column + 1) if mark else _START
+    what = error.problem or "this is not YAML"
+    if mark and text[mark.index : mark.index + 1] == "\t":
+        return at, "a tab can't indent", "use spaces"
+    found = (remedy for part, remedy in _SYNTAX_REMEDIES if part in what)
+    remedy = next(found, "look at the indentation and the punctuation here, quote text that holds any")
+    return at, f"{what} ({error.context})" if error.context else what, remedy

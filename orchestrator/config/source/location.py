@@ -1,0 +1,46 @@
+"""Which repository a file names, known before anything else of the file is looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from orchestrator.config.source.document import DEEPEST
+from orchestrator.config.source.files import LARGEST_FILE, open_regular
+from orchestrator.config.source.names import is_url
+
+
+def named_repository(path: Path) -> Path | None:
+    """Return the folder that the file at `path` names under `repo`; None if it names none, or can't be read.
+
+    Blocks while it reads, no further than that key.
+    """
+    try:
+        with open_regular(path) as file:
+            events = yaml.parse(file.read(LARGEST_FILE), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            repo = next((value for key, value in _top_scalars(events) if key == "repo"), None)
+        return None if repo is None or is_url(repo) else Path(os.path.realpath(path.parent / repo))
+    except (yaml.YAMLError, OSError, ValueError, OverflowError):
+        return None
+
+
+def _top_scalars(events: Iterator[yaml.Event]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of the top mapping whose values are scalars, with those."""
+    depth, key = 0, None
+    for event in events:
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > DEEPEST:  # refused when the file is read; what the parser takes grows with depth times length
+                return
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+            key = None if depth == 1 else key
+        elif depth == 1 and isinstance(event, yaml.ScalarEvent):
+            if key is None:
+                key = event.value
+            else:
+                yield key, event.value
+                key = None

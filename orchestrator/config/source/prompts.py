@@ -1,0 +1,39 @@
+"""Prompts that lie in files of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from orchestrator.config.source.files import open_regular
+
+LARGEST_PROMPT: Final = 1 << 20
+"""Bytes."""
+
+
+def read_prompt(path: Path) -> str:
+    """Return a prompt file's text; ValueError, with the remedy, for what can't be one."""
+    try:
+        data = _read_regular(path)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read, {_reason(error)}: name a readable file") from error
+    if len(data) > LARGEST_PROMPT:
+        raise ValueError(f"{path} is larger than 1 MiB: shorten it, or let the prompt name files to read")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds a NUL character: remove it, no program can be given one")
+    if not text.strip():
+        raise ValueError(f"{path} is empty: say there what is to be done")
+    return text
+
+
+def _read_regular(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(LARGEST_PROMPT + 1)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,147 @@
+"""A pydantic model's judgement on a part of the file, told at the places where the mistakes are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from orchestrator.config.source.document import UNREADABLE, Node
+from orchestrator.config.source.problems import Position, Problems, Vocabulary, kind, shown
+
+Model = TypeVar("Model", bound=BaseModel)
+Location = tuple[int | str, ...]
+
+# By pydantic's error types (docs.pydantic.dev, "Validation Errors"): what would be right, filled from their facts.
+_REMEDIES: Final = {
+    "string_type": "write text, in quotes if it looks like anything else",
+    "int_type": "write a whole number, without quotes",
+    "float_type": "write a number, without quotes",
+    "bool_type": "write true or false",
+    "list_type": "write a list, as in [one, two]",
+    "tuple_type": "write a list, as in [one, two]",
+    "dict_type": "write a mapping of keys and values",
+    "model_type": "write a mapping of keys and values",
+    "literal_error": "write {expected}",
+    "enum": "write {expected}",
+    "greater_than": "write more than {gt}",
+    "greater_than_equal": "write {ge} or more",
+    "less_than": "write less than {lt}",
+    "less_than_equal": "write {le} or less",
+    "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
+    "string_too_short": "give at least {min_length} characters",
+    "string_too_long": "give at most {max_length} characters",
+}
+
+
+def validate(
+    model: type[Model], node: Node, problems: Problems, *, without: Collection[str] = (), folder: Path | None = None
+) -> Model | None:
+    """Return the mapping `node`, apart from the keys `without`, as `model`; None if it does not fit, which is noted.
+
+    `folder` is where relative paths start; validators find it in their context.
+
+    A validator of the model tells what is wrong and what would be right by `ValueError("what: remedy")`.
+    """
+    value = {key: item for key, item in node.value.items() if key not in without}
+    try:
+        return model.model_validate(value, context={"from_file": True, "folder": folder})
+    except ValidationError as error:
+        for details in error.errors(include_url=False, include_input=False):
+            if details["loc"] not in {(key,) for key in without}:
+                _note(details, model, node, problems)
+        return None
+
+
+def refuse_empty(node: Node | None, problems: Problems) -> None:
+    """Note each key of a mapping that is followed by nothing, which a model would take as left out."""
+    for key, child in node.children.items() if node is not None else ():
+        if child.value is None:
+            problems.add(child.at, *_empty(f"{key}"))
+
+
+def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: Problems) -> None:
+    location = details["loc"]
+    found = _find(location, root)
+    key = str(location[-1]) if location else ""
+    if details["type"] == "extra_forbidden":
+        known = Vocabulary(_keys(model, location[:-1]), "the keys here").instead_of(key)
+        problems.add(found.key_at, f"the key {shown(key)} is not known", known)
+    elif found.node.value is UNREADABLE or _miscounted(details, found.node.value):
+        return
+    elif details["type"] == "missing":
+        problems.add(found.node.at, f"the key {key!r} is missing", f"add `{key}:` here")
+    # pydantic marks a mistake in a key itself by this last part.
+    elif key == "[key]":
+        name = str(location[-2])
+        problems.add(found.key_at, *_explain(details, name, f"the key {shown(name)}"))
+    else:
+        problems.add(found.node.at, *_explain(details, found.node.value, found.label))
+
+
+def _miscounted(details: ErrorDetails, value: Any) -> bool:
+    """Tell whether a list is called too short only because pydantic does not count what is wrong in itself."""
+    return details["type"] == "too_short" and len(value) >= details["ctx"]["min_length"]
+
+
+class _Found(NamedTuple):
+    node: Node
+    label: str
+    key_at: Position
+
+
+def _find(location: Location, root: Node) -> _Found:
+    found = _Found(root, "the file", root.at)
+    for part in location:
+        child = found.node.get(part)
+        # What is not there is a missing key, or pydantic's name for a branch of a union: both belong to the node.
+        if child is not None:
+            label = f"{found.label}[{part}]" if isinstance(part, int) else str(part)
+            found = _Found(child, label, found.node.keys.get(str(part), child.at))
+    return found
+
+
+def _explain(details: ErrorDetails, value: Any, label: str) -> tuple[str, str]:
+    if value is None:
+        return _empty(label)
+    facts = details.get("ctx", {})
+    if details["type"] in {"value_error", "assertion_error"}:
+        what, _, told = str(facts["error"]).partition(": ")
+        return what, told or "correct it"
+    word = _unquoted_braces(value)
+    if word is not None and details["type"] == "string_type":
+        return f"{label} is a mapping, which is what braces make", f'quote it: "{{{word}}}"'
+    remedy = _REMEDIES.get(details["type"])
+    if remedy is None:
+        return f"{label} is {kind(value)}", details["msg"]
+    return f"{label} is {kind(value)}", remedy.format_map(facts)
+
+
+def _empty(label: str) -> tuple[str, str]:
+    return f"{label} is empty", "give it a value or leave it out"
+
+
+def _unquoted_braces(value: Any) -> str | None:
+    match value:
+        case dict() if len(value) == 1 and list(value.values()) == [None]:
+            return str(next(iter(value)))
+        case _:
+            return None
+
+
+def _keys(model: type[BaseModel], location: Location) -> list[str]:
+    """Return the keys that are known at a location below a model."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        model = (field and _model_in(field.annotation)) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -1,0 +1,96 @@
+"""Plain Python values to nodes, by the rules that a file is read by: what comes from code is judged like a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orchestrator.config.source.document import DEEPEST, UNREADABLE, Node, find_not_text
+from orchestrator.config.source.problems import Position, Problems, shown
+from orchestrator.config.source.scalars import check_number
+
+
+def read_value(value: Mapping[str, Any], problems: Problems) -> Node | None:
+    """Return a mapping as the top node of a run, its mistakes noted in `problems`; None if it lies too deep.
+
+    Taken are None, bool, int, float, str, paths (as their text), and lists, tuples and mappings of these. Each place
+    is a path of keys and indexes, as in `tasks[0].prompt`.
+    """
+    try:
+        return _Reader(problems).read(value, "", 0)
+    except _TooDeep:
+        return None
+
+
+class _TooDeep(Exception):
+    """There is no use in reading on."""
+
+
+class _Reader:
+    def __init__(self, problems: Problems) -> None:
+        self._problems = problems
+        self._places = 0
+
+    def read(self, value: Any, path: str, depth: int) -> Node:
+        at = self._place(path)
+        match value:
+            case None | bool():
+                return Node(at, value)
+            case int() | float():
+                return Node(at, self._number(value, at))
+            case str():
+                return Node(at, self._text(value, at))
+            case os.PathLike():
+                return Node(at, self._text(os.fsdecode(value), at))
+            case Mapping() | list() | tuple():
+                return self._collection(value, at, depth)
+        self._problems.add(
+            at, f"a {type(value).__name__} is no value of a run", "give text, a number, a list or a dict"
+        )
+        return Node(at, UNREADABLE)
+
+    def _place(self, path: str) -> Position:
+        self._places += 1
+        return Position(0, self._places, path)
+
+    def _number(self, number: float, at: Position) -> Any:
+        try:
+            check_number(number)
+        except ValueError as error:
+            what, _, remedy = str(error).partition(": ")
+            self._problems.add(at, what, remedy)
+            return UNREADABLE
+        return int(number) if isinstance(number, int) else float(number)
+
+    def _text(self, text: str, at: Position) -> Any:
+        text = str.__str__(text)  # of an enumeration's member the plain text
+        found = find_not_text(text)
+        if found is None:
+            return text
+        self._problems.add(at, f"the text holds the character {found!r}", "remove it")
+        return UNREADABLE
+
+    def _collection(self, value: Mapping[Any, Any] | Iterable[Any], at: Position, depth: int) -> Node:
+        if depth == DEEPEST:
+            self._problems.add(at, f"more than {DEEPEST} collections lie in each other", "nest less deeply")
+            raise _TooDeep
+        if isinstance(value, Mapping):
+            return self._mapping(value, at, depth)
+        children: dict[str | int, Node] = {}
+        for index, item in enumerate(value):
+            children[index] = self.read(item, f"{at.path}[{index}]", depth + 1)
+        return Node(at, [child.value for child in children.values()], children)
+
+    def _mapping(self, value: Mapping[Any, Any], at: Position, depth: int) -> Node:
+        children: dict[str | int, Node] = {}
+        keys: dict[str, Position] = {}
+        for key, item in value.items():
+            if not isinstance(key, str) or find_not_text(key) is not None:
+                self._problems.add(at, f"the key {shown(str(key))} is not text", "write a word")
+                continue
+            name = str.__str__(key)
+            path = f"{at.path}.{name}" if at.path else name
+            keys[name] = self._place(path)
+            children[name] = self.read(item, path, depth + 1)
+        return Node(at, {key: child.value for key, child in children.items()}, children, keys)

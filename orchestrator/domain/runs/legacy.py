@@ -1,0 +1,382 @@
+"""What older layouts of state say, as documents of ours: sessions of tasks become runs that are over. Pure.
+
+Two layouts are read: one file with all sessions (versions 1 and 2.0), and a folder with a file for each session and
+each task. They were written by hand-made scripts, so that whatever can be understood is taken: sessions as a list or by
+id, tasks as a list or by id, or as a status alone, names in snake_case or camelCase, times as ISO 8601 or as numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from orchestrator.domain.documents.times import LATEST
+from orchestrator.domain.runs.model import ImportedRun, ImportedTask, RunDocument, TaskDocument, TaskStatus
+
+#: Where tasks are put that no session names.
+NO_SESSION: Final = "tasks-without-session"
+#: Bytes of JSON that options, metrics or phases may take in our documents; what is larger stays in the original alone.
+MAX_PART: Final = 64 << 10
+#: The same of an original.
+MAX_ORIGINAL: Final = 1 << 20
+#: How deep an original may nest.
+MAX_DEPTH: Final = 100
+_MILLISECONDS_FROM: Final = 1e11
+_MAX_TEXT: Final = 2000
+_MAX_PULL_REQUEST: Final = 1 << 53
+
+_COMPLETED: Final = frozenset(
+    {"completed", "complete", "done", "success", "successful", "succeeded", "finished", "merged", "landed"}
+)
+_FAILED: Final = frozenset({"failed", "failure", "error", "errored"})
+_CANCELLED: Final = frozenset({"cancelled", "canceled", "aborted", "stopped", "skipped"})
+_BEGUN: Final = frozenset({"in_progress", "running", "active", "started"})
+_WAITING: Final = frozenset(
+    {"pending", "waiting", "queued", "blocked", "initialized", "created", "not_started", "todo"}
+)
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ODD: Final = re.compile(r"[^A-Za-z0-9._-]+")
+_KEPT_LENGTH: Final = 40
+
+
+class NotUnderstood(ValueError):
+    """A file is not what any of the layouts has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session as it stood in files: its fields but for the tasks, and those of its tasks by their names."""
+
+    name: str
+    source: str
+    """The file that it stood in."""
+    fields: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]
+
+    def over(self, older: Session) -> Session:
+        """Return this session with what only an older record of it has."""
+        tasks = {**older.tasks, **{name: {**older.tasks.get(name, {}), **one} for name, one in self.tasks.items()}}
+        return Session(self.name, self.source, {**older.fields, **self.fields}, tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A session as our documents."""
+
+    run: RunDocument
+    tasks: Mapping[str, TaskDocument]
+    original: Mapping[str, Any]
+    """The session's own fields, or why they are left out."""
+    originals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The same of each task."""
+
+
+def version_of(state: object) -> str:
+    """Return the version that a file of sessions says it has, `1` if it says none."""
+    version = state.get("version") if isinstance(state, dict) else None
+    return str(version) if isinstance(version, str | int | float) else "1"
+
+
+def sessions_in(state: object, source: str, faults: list[str]) -> list[Session]:
+    """Return the sessions of a file of all sessions; what of it is none is added to `faults`.
+
+    NotUnderstood where there are none at all.
+    """
+    if isinstance(state, dict) and "sessions" not in state:
+        # The first version had one session, as the whole file.
+        if any(_get(state, name) is not None for name in ("tasks", "id", "session_id", "started_at")):
+            return [session(state, source, "session-1", faults)]
+        if state.keys() <= {"version"}:
+            return []
+        raise NotUnderstood("it has no sessions")
+    sessions = state.get("sessions") if isinstance(state, dict) else state
+    if isinstance(sessions, dict):
+        named = list(sessions.items())
+    elif isinstance(sessions, list):
+        named = [(f"session-{number}", one) for number, one in enumerate(sessions, 1)]
+    else:
+        raise NotUnderstood("its sessions are neither a list nor an object")
+    faults += [f"{name} is no object" for name, one in named if not isinstance(one, dict)]
+    return [session(one, source, name, faults) for name, one in named if isinstance(one, dict)]
+
+
+def session(value: object, source: str, fallback: str, faults: list[str]) -> Session:
+    """Return a session from its object; `fallback` is its name where it says none. NotUnderstood where it is none."""
+    if not isinstance(value, dict):
+        raise NotUnderstood("it is no object")
+    name = _name(_get(value, "id"), _get(value, "session_id")) or fallback
+    tasks = dict(_tasks(name, _get(value, "tasks"), faults))
+    listed = _get(value, "task_ids")
+    for task in listed if isinstance(listed, list) else ():
+        if (known := _name(task)) is not None:
+            tasks.setdefault(known, {})
+    return Session(name, source, {key: one for key, one in value.items() if key != "tasks"}, tasks)
+
+
+def _tasks(of: str, given: object, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(given, dict):
+        for name, one in given.items():
+            if (fields := task_fields({"status": one} if isinstance(one, str) else one)) is None:
+                faults.append(f"task {name} of {of} is no object")
+            else:
+                yield name, fields
+    elif isinstance(given, list):
+        for number, one in enumerate(given, 1):
+            if (fields := task_fields({"id": one} if isinstance(one, str | int) else one)) is None:
+                faults.append(f"task {number} of {of} is no object")
+            else:
+                yield _name(*(_get(fields, key) for key in ("id", "task_id", "name"))) or f"task-{number}", fields
+    elif given is not None:
+        faults.append(f"the tasks of {of} are neither a list nor an object")
+
+
+def task_fields(value: object) -> Mapping[str, Any] | None:
+    """Return the fields of a task from its object; None for what is none."""
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else None
+
+
+def task_name(state: Mapping[str, Any], fallback: str) -> str:
+    """Return the name of a task that has a file of its own."""
+    return _name(_get(state, "task_id"), _get(state, "id")) or fallback
+
+
+def joined(older: Iterable[Session], newer: Iterable[Session]) -> list[Session]:
+    """Return all sessions, each once where an older and a newer layout have it; others of one name get names apart."""
+    known: dict[str, Session] = {}
+    for group in (older, newer):
+        seen: set[str] = set()
+        for one in group:
+            name, number = one.name, 1
+            while name in seen:
+                number += 1
+                name = f"{one.name}-{number}"
+            seen.add(name)
+            named = Session(name, one.source, one.fields, one.tasks)
+            known[name] = named.over(known[name]) if name in known else named
+    return list(known.values())
+
+
+def with_states(sessions: Sequence[Session], states: Mapping[str, Mapping[str, Any]], source: str) -> list[Session]:
+    """Return sessions with the states of their tasks; those of no session become one of their own, from `source`."""
+    found = [
+        Session(
+            one.name, one.source, one.fields, {task: {**was, **states.get(task, {})} for task, was in one.tasks.items()}
+        )
+        for one in sessions
+    ]
+    named = {task for one in sessions for task in one.tasks}
+    owned: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for task, state in states.items():
+        if task not in named:
+            owned.setdefault(_name(_get(state, "session_id")) or NO_SESSION, {})[task] = state
+    by_name = {one.name: place for place, one in enumerate(found)}
+    for name, tasks in owned.items():
+        if name in by_name:
+            one = found[by_name[name]]
+            found[by_name[name]] = Session(one.name, one.source, one.fields, {**one.tasks, **tasks})
+        else:
+            found.append(Session(name, source, {}, tasks))
+    return found
+
+
+def documents(one: Session, *, top: str, hub: str, written: float, now: float) -> Imported:
+    """Return a session as a run that is over.
+
+    `top` is the project's folder, `hub` stands for the repositories that it never had, `written` is when its file was
+    last written: times that are not recorded, or are yet to come, are that or `now` (wall-clock seconds).
+    """
+    names = _safe_names(one.tasks)
+    tasks = {names[name]: _task(fields, one.source) for name, fields in one.tasks.items()}
+    was = [task.imported for task in tasks.values() if task.imported is not None]
+    times = [time for task in was for time in (task.started, task.completed) if time is not None]
+    touched = [
+        time for name in ("completed_at", "ended_at", "updated_at") if (time := _time(one.fields, name)) is not None
+    ]
+    started = _time(one.fields, "started_at", "created_at")
+    if started is None:
+        started = min([*times, *touched], default=written)
+    started = min(started, now)
+    ended = min(max([*touched, *times], default=written), now)
+    options, metrics = (_part(_get(one.fields, name)) for name in ("options", "metrics"))
+    branch = next((text for name in ("target", "target_branch", "base_branch", "base")
+                   if (text := _text(options.get(name), 200)) is not None), "")  # fmt: skip
+    run = RunDocument(
+        id=safe_name(one.name),
+        config=one.source,
+        repo=top,
+        is_url=False,
+        base=branch,
+        target=branch,
+        capacity=0,
+        session_memory=0,
+        adapters={},
+        fence={},
+        worktrees={},
+        tasks=tuple(tasks),
+        start="",
+        hub=hub,
+        started=started,
+        ended=max(started, ended),
+        imported=ImportedRun(
+            source=one.source, status=_text(_get(one.fields, "status"), 200), options=options, metrics=metrics
+        ),
+    )
+    originals = {names[name]: _original(fields) for name, fields in one.tasks.items()}
+    return Imported(run, tasks, _original(one.fields), originals)
+
+
+def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
+    word = _text(_get(fields, "status"), 200)
+    status, reason = _status(word, source)
+    said = next((text for name in ("error", "failure_reason", "reason")
+                 if (text := _text(_get(fields, name), _MAX_TEXT)) is not None), None)  # fmt: skip
+    number = next(
+        (found for name in ("pr_number", "pull_request", "pr") if (found := _number(_get(fields, name)))), None
+    )
+    return TaskDocument(
+        status=status,
+        reason=said if said is not None and status is not TaskStatus.LANDED else reason,
+        pull_request=number,
+        imported=ImportedTask(
+            status=word,
+            started=_time(fields, "started_at"),
+            completed=_time(fields, "completed_at", "ended_at"),
+            branch=_text(_get(fields, "branch"), _MAX_TEXT),
+            worktree=_text(_get(fields, "worktree"), _MAX_TEXT),
+            phases=_phases(_get(fields, "phases")),
+            metrics=_part(_get(fields, "metrics")),
+        ),
+    )
+
+
+def _status(word: str | None, source: str) -> tuple[TaskStatus, str]:
+    """Return what a status is for us, where nothing can go on any more, and why it is that."""
+    known = _normal(word)
+    if known in _COMPLETED:
+        return TaskStatus.LANDED, f"{source} says that it was {word}; nothing here proves it"
+    if known in _FAILED:
+        return TaskStatus.FAILED, f"{source} says that it {word}" if known == "failed" else f"{source} says {word!r}"
+    if known in _CANCELLED:
+        return TaskStatus.CANCELLED, f"{source} says that it was {word}"
+    if known == "conflict":
+        return TaskStatus.CONFLICT, f"{source} says {word!r}"
+    if known in _BEGUN:
+        return TaskStatus.CANCELLED, f"it was {word} when its session was left"
+    if known in _WAITING or word is None:
+        return TaskStatus.CANCELLED, "it had not begun when its session was left"
+    return TaskStatus.CANCELLED, f"{source} says {word!r}, which is none of the known words"
+
+
+def is_unfinished(task: ImportedTask) -> bool:
+    """Whether a task was running or had not begun when its session was left."""
+    word = _normal(task.status)
+    return word in _BEGUN or word in _WAITING or not word
+
+
+def _normal(word: str | None) -> str:
+    return "" if word is None else re.sub(r"[\s-]+", "_", word.strip().casefold())
+
+
+def safe_name(name: str) -> str:
+    """Return a name that can stand in keys, refs and paths: itself where it can, else a part and a digest."""
+    if _NAME.fullmatch(name) and ".." not in name and not name.endswith((".", ".lock")) and name != "all":
+        return name
+    digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
+    kept = re.sub(r"\.\.+", ".", _ODD.sub("-", name)).strip(".-_")[:_KEPT_LENGTH].strip(".-_")
+    return f"{kept}-{digest}" if kept else f"unnamed-{digest}"
+
+
+def _safe_names(names: Iterable[str]) -> dict[str, str]:
+    return {name: safe_name(name) for name in names}
+
+
+def _get(fields: Mapping[str, Any], name: str) -> Any:
+    """Return a field by its name in snake_case, or in camelCase; None where it has neither."""
+    first, *rest = name.split("_")
+    value = fields.get(name)
+    return fields.get(first + "".join(map(str.capitalize, rest))) if value is None else value
+
+
+def _name(*values: object) -> str | None:
+    for value in values:
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+    return None
+
+
+def _text(value: object, limit: int) -> str | None:
+    if not isinstance(value, str) or not value:
+        return None
+    return value if len(value) <= limit else f"{value[:limit]}…"
+
+
+def _number(value: object) -> int | None:
+    """Return the number of a pull request, which may be written as `#12`, as an address or with fields of its own."""
+    if isinstance(value, dict):
+        return _number(value.get("number"))
+    if isinstance(value, str) and (found := re.search(r"(?:^#?|/)(\d{1,15})/?$", value.strip())):
+        value = int(found[1])
+    is_one = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MAX_PULL_REQUEST
+    return value if is_one else None  # type: ignore[return-value]  # that is what was just asked
+
+
+def _time(fields: Mapping[str, Any], *names: str) -> float | None:
+    """Return the first of these fields that is a time; numbers are seconds or milliseconds, no zone is UTC."""
+    return next((found for name in names if (found := instant(_get(fields, name))) is not None), None)
+
+
+def instant(value: object) -> float | None:
+    """Return a time as wall-clock seconds; None where it is none."""
+    if isinstance(value, str):
+        try:
+            parsed = datetime.fromisoformat(value.strip())
+            seconds = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            return None
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value) / (1000 if value >= _MILLISECONDS_FROM else 1)
+    else:
+        return None
+    return seconds if math.isfinite(seconds) and 0 <= seconds <= LATEST else None
+
+
+def _phases(value: object) -> dict[str, Any]:
+    if isinstance(value, list):
+        value = {_phase_name(one) or f"phase-{number}": one for number, one in enumerate(value, 1)}
+    return _part(value)
+
+
+def _phase_name(value: object) -> str | None:
+    return _name(*(_get(value, key) for key in ("name", "id", "phase"))) if isinstance(value, dict) else _name(value)
+
+
+def _part(value: object) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) and _omission(value, MAX_PART) is None else {}
+
+
+def _original(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    why = _omission(fields, MAX_ORIGINAL)
+    return {"fields": dict(fields)} if why is None else {"omitted": why}
+
+
+def _omission(value: object, limit: int) -> str | None:
+    """Return why a value can't be kept as it is; None where it can."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not level:
+            size = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
+            return None if size <= limit else f"its {size} bytes are more than {limit}"
+    return f"it nests deeper than {MAX_DEPTH} levels"

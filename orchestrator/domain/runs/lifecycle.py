@@ -1,0 +1,112 @@
+"""Every change of a task's status is a row of this table; a missing row is the error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import StrEnum
+from typing import Any, Final
+
+from orchestrator.domain.runs.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus
+from orchestrator.errors import InvalidTransition
+
+
+class Trigger(StrEnum):
+    """What can happen to a task."""
+
+    START = "start"  #: an attempt is recorded
+    RETRY = "retry"  #: the attempt failed, another may follow
+    HOLD = "hold"  #: its adapter can't be used now; the attempt does not count
+    INTERRUPT = "interrupt"  #: the attempt was cut off by our own end
+    FAIL = "fail"  #: the last attempt failed
+    IDLE = "idle"  #: the program ended well and changed nothing
+    BUILD = "build"  #: the attempt's work is a commit
+    ADVANCE = "advance"  #: its phase is complete, another follows
+    EXPAND = "expand"  #: its phase is complete, and what its plan became comes first
+    REPEAT = "repeat"  #: its phase, or an earlier one, is to be done once more
+    ASK = "ask"  #: a person is to approve what its phase came to
+    APPROVE = "approve"  #: a person did
+    SEND_BACK = "send_back"  #: a person did not
+    QUEUE = "queue"  #: no phase is left, what was built waits to land
+    FINISH = "finish"  #: no phase is left, and there is nothing to land
+    CHECK = "check"  #: the merge is to be checked
+    REQUEUE = "requeue"  #: the checks were cut off
+    BOUNCE = "bounce"  #: it can't land as it is, another attempt may follow
+    REJECT = "reject"  #: it can't land, and no further attempt follows
+    INTEND = "intend"  #: the move of the target is about to happen
+    UNDO = "undo"  #: the move did not happen
+    DEFER = "defer"  #: the target can't be moved now
+    CONFLICT = "conflict"  #: the merge has conflicts
+    ADOPT = "adopt"  #: the target has it already
+    LAND = "land"  #: the target has moved
+    LOSE = "lose"  #: the target was rewritten without it
+    DISTRUST = "distrust"  #: the task's own record is damaged
+    CANCEL = "cancel"  #: a person wants it to end
+    IGNORE = "ignore"  #: a person does not want it to be tried again
+    REVIVE = "revive"  #: a person wants it to be tried again
+
+
+_S, _T = TaskStatus, Trigger
+_CANCELLABLE = (_S.PENDING, _S.WAITING, _S.RUNNING, _S.QUEUED, _S.CHECKING)
+
+TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
+    (_S.PENDING, _T.START): _S.RUNNING,
+    (_S.PENDING, _T.ADOPT): _S.LANDED,
+    (_S.PENDING, _T.FAIL): _S.FAILED,
+    (_S.RUNNING, _T.RETRY): _S.PENDING,
+    (_S.RUNNING, _T.HOLD): _S.PENDING,
+    (_S.RUNNING, _T.INTERRUPT): _S.PENDING,
+    (_S.RUNNING, _T.FAIL): _S.FAILED,
+    (_S.RUNNING, _T.IDLE): _S.NO_CHANGE,
+    (_S.RUNNING, _T.BUILD): _S.QUEUED,
+    (_S.RUNNING, _T.ADVANCE): _S.PENDING,
+    (_S.RUNNING, _T.EXPAND): _S.PENDING,
+    (_S.RUNNING, _T.REPEAT): _S.PENDING,
+    (_S.RUNNING, _T.ASK): _S.WAITING,
+    (_S.RUNNING, _T.FINISH): _S.DONE,
+    (_S.WAITING, _T.APPROVE): _S.PENDING,
+    (_S.WAITING, _T.SEND_BACK): _S.PENDING,
+    (_S.PENDING, _T.QUEUE): _S.QUEUED,
+    (_S.PENDING, _T.FINISH): _S.DONE,
+    (_S.QUEUED, _T.CHECK): _S.CHECKING,
+    (_S.CHECKING, _T.REQUEUE): _S.QUEUED,
+    (_S.CHECKING, _T.INTEND): _S.LANDING,
+    (_S.CHECKING, _T.ADOPT): _S.LANDED,
+    (_S.QUEUED, _T.INTEND): _S.LANDING,
+    (_S.QUEUED, _T.DEFER): _S.QUEUED,
+    (_S.QUEUED, _T.CONFLICT): _S.CONFLICT,
+    (_S.QUEUED, _T.ADOPT): _S.LANDED,
+    (_S.LANDING, _T.LAND): _S.LANDED,
+    (_S.LANDING, _T.UNDO): _S.QUEUED,
+    (_S.LANDING, _T.DEFER): _S.QUEUED,
+    (_S.LANDED, _T.LOSE): _S.FAILED,
+    (_S.RUNNING, _T.ADOPT): _S.LANDED,
+    (_S.LANDING, _T.ADOPT): _S.LANDED,
+    (_S.CONFLICT, _T.ADOPT): _S.LANDED,
+    (_S.FAILED, _T.ADOPT): _S.LANDED,
+    **{(status, _T.BOUNCE): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
+    **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
+    **{(status, _T.CANCEL): _S.CANCELLED for status in _CANCELLABLE},
+    (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,
+    **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL},
+    **{(status, _T.REVIVE): _S.PENDING for status in REVIVABLE},
+}
+
+
+def advance(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
+    """Return the task after `trigger`, with `changes` to its other fields; InvalidTransition without a row."""
+    status = TRANSITIONS.get((task.status, trigger))
+    if status is None:
+        raise InvalidTransition(subject, task.status, trigger)
+    return task.model_copy(update={"status": status, **changes})
+
+
+def run_state(statuses: Collection[str], *, has_ended: bool, is_halted: bool, is_live: bool) -> str:
+    """Return the state of a run by the statuses of its tasks and what is recorded of it.
+
+    `is_live`: a process is active on it. A run that was resumed is not halted any more.
+    """
+    if has_ended:
+        return "landed" if SUCCESSFUL.issuperset(statuses) else "incomplete"
+    if is_live:
+        return "running"
+    return "halted" if is_halted else "interrupted"

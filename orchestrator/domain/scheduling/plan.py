@@ -1,0 +1,121 @@
+"""In which order tasks would start if each landed: waves, and which tasks of a wave keep each other waiting. Pure."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
+from orchestrator.domain.scheduling.ownership import any_overlap, literal_prefix
+
+#: How many pairs of tasks are compared in one wave: tens of thousands that own much alike would take minutes.
+_MOST_COMPARISONS = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Tasks whose needs are all in earlier waves, in the order in which they would start."""
+
+    tasks: Sequence[str]
+    follows: Mapping[str, str]
+    """Those that wait for another of the wave, because both own a common path, each with the first such before it."""
+    is_compared: bool = True
+    """False if there were too many owners of paths to compare them all: `follows` may lack some."""
+
+
+def plan(entries: Mapping[str, Entry]) -> list[Wave]:
+    """Return the waves of tasks whose needs name each other without a circle: each task in the earliest it can be in.
+
+    O(n log n) in tasks and needs, but for the tasks that own paths, see `Wave.is_compared`.
+    """
+    order = {task: place for place, task in enumerate(entries)}
+    waves = []
+    for tasks in _levels(entries):
+        tasks.sort(key=lambda task: (-entries[task].priority, order[task]))
+        waves.append(_wave(tasks, entries))
+    return waves
+
+
+def sessions_at_once(wave: Wave, entries: Mapping[str, Entry], capacities: Mapping[str, int], most: int) -> int:
+    """Return how many tasks of a wave would be started together where `most` sessions fit, as `dispatch` does it."""
+    ready = {task: replace(entries[task], needs=()) for task in wave.tasks}
+    return len(decide(Board(ready, capacities), most, 0.0))
+
+
+def _levels(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
+    missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
+    dependents: dict[str, list[str]] = defaultdict(list)
+    for task, entry in entries.items():
+        for need in set(entry.needs):
+            dependents[need].append(task)
+    level = [task for task, many in missing.items() if not many]
+    while level:
+        yield level
+        above = []
+        for task in level:
+            for dependent in dependents[task]:
+                missing[dependent] -= 1
+                if not missing[dependent]:
+                    above.append(dependent)
+        level = above
+
+
+def _wave(tasks: Sequence[str], entries: Mapping[str, Entry]) -> Wave:
+    follows: dict[str, str] = {}
+    owners = _Owners()
+    for task in tasks:
+        owns = entries[task].owns
+        before = owners.first_that_overlaps(owns)
+        if before is not None:
+            follows[task] = before
+        owners.add(task, owns)
+    return Wave(tasks, follows, owners.comparisons < _MOST_COMPARISONS)
+
+
+#: What a task owns, behind the place of the first task that owns just this.
+_Owner = tuple[int, tuple[str, ...], str]
+
+
+class _Owners:
+    """What tasks own, found by the literal beginnings of the patterns; each list is in the order of places."""
+
+    def __init__(self) -> None:
+        self.comparisons = 0
+        self._known: set[tuple[str, ...]] = set()
+        self._at: dict[str, list[_Owner]] = defaultdict(list)
+        self._below: dict[str, list[_Owner]] = defaultdict(list)
+
+    def add(self, task: str, owns: tuple[str, ...]) -> None:
+        """Take one more task; of those that own the same the first counts."""
+        if not owns or owns in self._known:
+            return
+        owner = len(self._known), owns, task
+        self._known.add(owns)
+        for prefix in map(literal_prefix, owns):
+            self._at[prefix].append(owner)
+            for beginning in _beginnings(prefix):
+                self._below[beginning].append(owner)
+
+    def first_that_overlaps(self, owns: tuple[str, ...]) -> str | None:
+        """Return the earliest task that owns a common path; None if there is none, or too much was compared."""
+        for _, other, task in self._near(owns):
+            if self.comparisons >= _MOST_COMPARISONS:
+                return None
+            self.comparisons += 1
+            if any_overlap(other, owns):
+                return task
+        return None
+
+    def _near(self, owns: tuple[str, ...]) -> Iterator[_Owner]:
+        lists = []
+        for prefix in map(literal_prefix, owns):
+            lists.append(self._below.get(prefix, []))
+            lists += [self._at[beginning] for beginning in _beginnings(prefix) if beginning in self._at]
+        return (owner for owner, _ in groupby(heapq.merge(*lists)))
+
+
+def _beginnings(text: str) -> Iterator[str]:
+    return (text[:end] for end in range(len(text) + 1))

@@ -1,0 +1,90 @@
+"""What is left to do of a run that was imported: its unfinished tasks as a file that `council run` takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import anyio.to_thread
+
+from orchestrator.domain.runs.legacy import is_unfinished
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.engine.state.records import read_tasks, task_documents
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Store
+from orchestrator.state.legacy.importer import KIND
+
+#: Fields of a task's original that say what is to be done, the best first.
+_PROMPTS: Final = ("prompt", "instructions", "description", "title")
+_MOST_NAMED: Final = 5
+
+
+class Unfinished(NamedTuple):
+    """A task that was not finished: its id, what is known of its prompt, and the branch with earlier work."""
+
+    id: str
+    prompt: str | None
+    branch: str | None
+
+
+async def unfinished(store: Store, run: RunDocument) -> list[Unfinished]:
+    """Return the tasks of an imported run that were running or had not begun."""
+    tasks = task_documents(await read_tasks(store, run.id), run.tasks)
+    found = await store.list(KIND, f"{run.id}/")
+    originals = {one.key.id.partition("/")[2]: one.value.get("fields", {}) for one in found if not one.damaged}
+    return [
+        Unfinished(task, _prompt(originals.get(task, {})), one.imported.branch)
+        for task, one in tasks.items()
+        if one.imported is not None and is_unfinished(one.imported)
+    ]
+
+
+async def hand_on(store: Store, run: RunDocument, folder: Path) -> RefusedError:
+    """Write the unfinished tasks of an imported run to a file in a folder; return the refusal that names it.
+
+    A file that is there already stays as it is: somebody may be at work on it.
+    """
+    tasks = await unfinished(store, run)
+    source = run.imported.source if run.imported else ""
+    what = f"run {run.id} was imported from {source}, only its record is here"
+    if not tasks:
+        return RefusedError(what, f"`council state show {run.id}` shows it; nothing of it is left to do")
+    path = folder / f"{run.id}.yaml"
+    await anyio.to_thread.run_sync(_write, path, file_of(run.id, source, tasks))
+    lacking = [one.id for one in tasks if one.prompt is None]
+    more = f" and {len(lacking) - _MOST_NAMED} more" if len(lacking) > _MOST_NAMED else ""
+    prompts = f", write the missing prompts of {', '.join(lacking[:_MOST_NAMED])}{more}" if lacking else ""
+    left = f"{len(tasks)} unfinished {'task' if len(tasks) == 1 else 'tasks'}"
+    remedy = f"{path} has its {left}: name an adapter there{prompts}, and `council run` it"
+    return RefusedError(what, f"{remedy}; `council state show {run.id}` shows the record")
+
+
+def file_of(run: str, source: str, tasks: Sequence[Unfinished]) -> str:
+    """Return the file: each JSON text is YAML, so that nothing of a prompt is taken for anything else."""
+    lines = [
+        f"# The unfinished tasks of run {run}, imported from {json.dumps(source)}. Name an adapter",
+        "# (`council init` shows how), write the prompts that are empty, and `council run` this file.",
+        "version: 1",
+        "repo: ../..",
+        "tasks:",
+    ]
+    for one in tasks:
+        prompt = one.prompt or ""
+        if one.prompt and one.branch:
+            prompt += f"\n\nEarlier work on this is on the branch {one.branch}."
+        lines += [f"  - id: {json.dumps(one.id)}", f"    prompt: {json.dumps(prompt)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _prompt(original: Mapping[str, Any]) -> str | None:
+    texts = (original.get(name) for name in _PROMPTS)
+    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), None)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,50 @@
+"""Removing the record of a run that is over: its documents go in one commit, and a checkpoint brings them back.
+
+What no checkpoint brings back stays, a few bytes each: the lease and the claims, whose epochs must go on rising, and
+how far sinks and trackers have been told. So do the run's checkpoints, to be found by. Notes of its sessions stay for
+later runs, unless its target was a branch of its own. The records of its orchestrators go, whose names never come
+again: who has none has ended, so that claims which one left are anybody's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from orchestrator.engine.session_api.notes import KIND as NOTE
+from orchestrator.engine.state.records import run_key
+from orchestrator.locking.registry import scope_of
+from orchestrator.protocols import Commit, Document, Event, Store, Write
+from orchestrator.state.documents.checkpoints import KIND as CHECKPOINT
+from orchestrator.state.documents.reading import is_of_run
+from orchestrator.state.documents.update import retried
+from orchestrator.system.failpoints import failpoint
+
+_STAY: Final = frozenset({"lease", "claim", "cursor", CHECKPOINT})
+
+
+async def forget_run(store: Store, run: str, checkpoint: str) -> None:
+    """Delete the documents of a run that nobody is at work in; `checkpoint` is of how it stands."""
+    await retried(partial(_forget, store, run, checkpoint))
+    failpoint("run.removed")
+
+
+async def _forget(store: Store, run: str, checkpoint: str) -> None:
+    found = (await store.at(await store.position())).documents
+    notes = _notes_prefix(found.get(run_key(run)), run)
+    writes = [
+        Write(key, one.version, None)
+        for key, one in found.items()
+        if (is_of_run(key, run) and key.kind not in _STAY) or (notes and key.kind == NOTE and key.id.startswith(notes))
+    ]
+    if writes:
+        removed = Event("run.removed", {"run": run, "checkpoint": checkpoint})
+        await store.commit(Commit(writes, [removed]))
+
+
+def _notes_prefix(found: Document | None, run: str) -> str | None:
+    """Return what the names of the notes begin with that are of no other run's use; None if there are none such."""
+    value = {} if found is None or found.damaged else found.value
+    if value.get("target") != f"council/{run}":
+        return None
+    return f"{scope_of(value['repo'], value['target'])}/"

@@ -1,0 +1,54 @@
+"""Whether the sandbox shows the programs of adapters to sessions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.config.adapters import trial_request
+from orchestrator.config.model import AdapterConfig, Reach
+from orchestrator.domain.sessions.shell_commands import is_in_worktree, lookup_of
+from orchestrator.engine.diagnostics.findings import Finding, Level
+from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
+from orchestrator.protocols import Adapter
+from orchestrator.repo.git.runner import shown
+from orchestrator.sessions.sandbox.sandbox import SandboxKind
+
+
+async def look_for_adapter_programs(
+    adapters: Mapping[str, Adapter],
+    configs: Mapping[str, AdapterConfig],
+    file: Path | None,
+    probe: SandboxProbe,
+    environ: Mapping[str, str],
+    level: Level = Level.PROBLEM,
+) -> list[Finding]:
+    """Return a finding for each adapter whose program is on PATH, but hidden from its sessions.
+
+    `configs` are the entries of `file`, which may not exist.
+    """
+    found: list[Finding] = []
+    if probe.fencing.kind is SandboxKind.OFF:
+        return found
+    for name, adapter in adapters.items():
+        command = adapter.command(trial_request("task", "prompt"))
+        program, env = command.argv[0], tuple(command.pass_env)
+        is_there = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
+        if is_in_worktree(program) or not is_there:  # a missing one is a finding of its own
+            continue
+        own = configs[name].reach if name in configs else Reach()
+        reach = own | Reach(readable=tuple(map(Path, command.readable)))
+        question = lookup_of(program)
+        if question not in await probe.succeeding([question], env, reach):
+            what = f"program {program!r} is on PATH, but sessions can't see it{probe.why_missing(program, env, reach)}"
+            remedy = f"{_entry_of(name, file)}, or install it elsewhere"
+            found.append(Finding(f"adapter {name}", level, shown(what), remedy))
+    return found
+
+
+def _entry_of(adapter: str, file: Path | None) -> str:
+    """Return how a folder is made readable for the sessions of an adapter. Blocks."""
+    add = f"add its folder to `readable` of the adapter {adapter!r}"
+    return add if file is not None and file.is_file() else f"write a council.yaml with `council init` and {add} there"

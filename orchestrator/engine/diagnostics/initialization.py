@@ -1,0 +1,212 @@
+"""Finds what a first file for a repository should say, and writes it: whole, and over nothing of the user's."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import randbelow
+
+import anyio.to_thread
+
+from orchestrator.config.load import load_config
+from orchestrator.config.source.names import check_name
+from orchestrator.config.store import folder_url
+from orchestrator.domain.sessions.shell_commands import lookup_of, programs_in
+from orchestrator.engine.diagnostics.programs import AdapterStatus, make_without_options, probe_adapters
+from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_FENCE, SandboxProbe
+from orchestrator.engine.diagnostics.test_detection import OwnTests, find_own_tests, read_top
+from orchestrator.errors import ConfigError, RefusedError, unusable
+from orchestrator.project import Project, exclude_from_git, outside
+from orchestrator.protocols import AdapterType
+from orchestrator.repo.git.runner import Git, check_version, split_nul
+from orchestrator.repo.source.branches import find_base
+from orchestrator.repo.source.checkout import check_own
+from orchestrator.repo.source.site import Site, find_site
+
+#: The type that runs any program: what it needs is for the user to fill in.
+ANY_PROGRAM = "command"
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The repository that a first file is for: the top of its checkout, its git directory, where work would start."""
+
+    site: Site
+    top: Path
+    git_dir: Path
+    base: str
+
+
+async def find_ground(folder: Path, environ: Mapping[str, str]) -> Ground:
+    """Return what there is around a folder; RefusedError where no run could work."""
+    try:
+        site = await find_site(str(folder), is_url=False, environ=environ)
+        repository = site.repository
+    except RefusedError:
+        await check_version(environ)
+        if (no_repository := await anyio.to_thread.run_sync(outside, folder)) is None:
+            raise
+        raise no_repository from None
+    if repository is None or repository.top is None:
+        raise RefusedError(f"{folder} is in a bare repository, which has no files", "cd to a checkout of it")
+    base = await find_base(repository, Git(None, users=True, environ=environ))
+    if base is None:
+        what = f"{repository.top} has no commit yet"
+        raise RefusedError(what, "commit something first: sessions start from a commit")
+    return Ground(site, repository.top, repository.git_dir, base)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTests:
+    """How the repository's own tests are run, and the programs for that which the sandbox does not show."""
+
+    tests: OwnTests
+    missing: Sequence[str] = ()
+
+
+async def find_tests(ground: Ground, environ: Mapping[str, str]) -> FoundTests | None:
+    """Return how the tests of the base are run: the best way that works in the sandbox, else the best one."""
+    git = Git(None, users=True, environ=environ)
+    committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
+    top = await anyio.to_thread.run_sync(read_top, ground.top)
+    best = find_own_tests({name: text for name, text in top.items() if name.rstrip("/") in committed})
+    if best is None:
+        return None
+    project = Project(ground.top)
+    store = folder_url(project.own_state)
+    probe = await SandboxProbe.open(DEFAULT_FENCE, ground.site, project, store, environ)
+    if probe is None:  # without a sandbox no run can start, as `council doctor` says
+        return FoundTests(best)
+    needs = {number: needs_of(way) for number, way in enumerate(best.ways)}
+    questions = list(dict.fromkeys(question for asked in needs.values() for question in asked.values()))
+    there = await probe.succeeding(questions)
+    missing = [[name for name, one in needs[number].items() if one not in there] for number in needs]
+    found = next((number for number, names in enumerate(missing) if not names), 0)
+    return FoundTests(best.ways[found], missing[found])
+
+
+def needs_of(tests: OwnTests) -> dict[str, str]:
+    """Return what running tests takes, each with the shell command that succeeds where it is there."""
+    environment = tests.environment
+    commands = [tests.command, *([] if environment is None else [environment.setup])]
+    names = [name for command in commands for name in programs_in(command) if "/" not in name]
+    asked = {name: lookup_of(name) for name in names}
+    return asked | {one: one for one in (*tests.needs, *(() if environment is None else environment.needs))}
+
+
+async def find_adapters(
+    types: Mapping[str, AdapterType], wanted: str | None, environ: Mapping[str, str]
+) -> dict[str, AdapterStatus]:
+    """Return the types that can be used as they are, by name: the best first. Or the `wanted` one, found or not.
+
+    Those are the ones that need no options and whose programs are there. RefusedError if `wanted` is none of them.
+    """
+    made, needs = await anyio.to_thread.run_sync(make_without_options, types)
+    if wanted is not None:
+        if wanted == ANY_PROGRAM:
+            return {}
+        _check_wanted(wanted, made, needs)
+        return await probe_adapters({wanted: made[wanted]}, environ)
+    statuses = await probe_adapters({name: one for name, one in made.items() if _is_name(name)}, environ)
+    found = {name: status for name, status in statuses.items() if status.is_installed}
+    return dict(sorted(found.items(), key=lambda one: _rank(one[1])))
+
+
+def _check_wanted(wanted: str, made: Mapping[str, object], needs: Mapping[str, str]) -> None:
+    if wanted in needs:
+        remedy = f"leave --adapter out, and write the entry with `use: {wanted}` by hand"
+        raise RefusedError(f"the adapter type {wanted!r} {needs[wanted]}", remedy)
+    if wanted not in made:
+        known = sorted({*made, ANY_PROGRAM})
+        near = difflib.get_close_matches(wanted, known, n=1)
+        names = near or known
+        raise RefusedError(f"there is no adapter type {wanted!r}", f"write one of: {', '.join(names)}")
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _rank(status: AdapterStatus) -> int:
+    """Return how near a type is to being used: ready, not known, to be logged in."""
+    readiness = {program.ready for program in status.programs}
+    return 2 if False in readiness else 1 if None in readiness else 0
+
+
+async def write_schema(ground: Ground, text: str, environ: Mapping[str, str]) -> Path | None:
+    """Write a JSON Schema of the file where git does not see it, for editors; None where that can't be."""
+    project = Project(ground.top)
+    try:
+        await check_own(project, environ)
+        return await anyio.to_thread.run_sync(_write_schema, project, ground.git_dir, text)
+    except (RefusedError, OSError):
+        return None
+
+
+def _write_schema(project: Project, git_dir: Path, text: str) -> Path:
+    project.check()
+    exclude_from_git(git_dir)
+    project.create()
+    path = project.folder / "schema.json"
+    staged = _stage(path, text)
+    staged.chmod(0o600)
+    staged.replace(path)
+    return path
+
+
+def check_free(path: Path, *, force: bool) -> None:
+    """Refuse a file that is there already, unless with `force`, and a folder that is not; blocks."""
+    if not path.parent.is_dir():
+        raise RefusedError(f"there is no folder {path.parent}", "make it first")
+    if path.is_dir():
+        raise RefusedError(f"{path} is a folder", "name a file")
+    if os.path.lexists(path) and not force:
+        raise RefusedError(f"{path} is there already", "--force replaces it; or name another file")
+
+
+def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force: bool) -> None:
+    """Write a file that `load_config` takes, all of it or nothing; RefusedError if it can't be. Blocks."""
+    try:
+        staged = _stage(path, text)
+    except OSError as error:
+        remedy = "make its folder writable, or name another file"
+        raise unusable(error, f"{path} can't be written", remedy) from None
+    try:
+        load_config(staged, types)
+        _publish(staged, path, force=force)
+    except ConfigError as error:
+        problem = error.problems[0]
+        raise RefusedError(f"a file there would not load: {problem.what}", problem.remedy) from None
+    finally:
+        with suppress(FileNotFoundError):
+            staged.unlink()
+
+
+def _publish(staged: Path, path: Path, *, force: bool) -> None:
+    if not force:
+        try:
+            # A rename would replace what somebody else has written meanwhile.
+            path.hardlink_to(staged)
+        except OSError:  # it is there, or the file system has no hard links
+            check_free(path, force=False)
+        else:
+            return
+    staged.replace(path)
+
+
+def _stage(path: Path, text: str) -> Path:
+    """Write a file beside `path`, to be renamed."""
+    staged = path.with_name(f".council-{randbelow(10**12)}.new")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return staged

@@ -1,0 +1,155 @@
+"""Whether the programs of checks and setup are there, as the sandbox shows them to sessions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import anyio.to_thread
+
+from orchestrator.config.model import RunConfig
+from orchestrator.domain.sessions.shell_commands import (
+    is_in_worktree,
+    lookup_of,
+    made_executable,
+    may_create,
+    programs_in,
+)
+from orchestrator.engine.diagnostics.findings import Finding, Level
+from orchestrator.engine.diagnostics.repository_findings import covers, ignored_in, is_made
+from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
+from orchestrator.errors import GitError
+from orchestrator.repo.git.runner import Git, shown
+
+_EXECUTABLE: Final = "100755"
+_TITLE: Final = "programs"
+
+
+class _Command(NamedTuple):
+    """A command of the file: what it is called, its text, and the names of variables that it sees."""
+
+    kind: str
+    text: str
+    env: tuple[str, ...]
+    may_fail: bool = False
+    """Whether it may fail on the base, so that a task may add its program to the worktree."""
+
+
+def commands_of(run: RunConfig) -> list[_Command]:
+    """Return the commands that worktrees and checks of a run need, each once."""
+    trees = run.worktrees
+    found = [_Command("setup", step.run, trees.env) for step in trees.setup]
+    found += [_Command("before_run", one, trees.env) for one in trees.before_run]
+    must_pass = {check for task in run.tasks if not task.allow_failing_base for check in task.checks}
+    found += [
+        _Command("check", one, task.checks_env, one not in must_pass) for task in run.tasks for one in task.checks
+    ]
+    return list(dict.fromkeys(found))
+
+
+async def look_for_programs(
+    run: RunConfig, top: Path | None, probe: SandboxProbe, environ: Mapping[str, str]
+) -> list[Finding]:
+    """Return what is wrong with the programs that checks and setup name; one finding that all is well otherwise."""
+    commands = commands_of(run)
+    if not commands:
+        return []
+    by_env: dict[tuple[str, ...], set[str]] = {}
+    for one in commands:
+        by_env.setdefault(one.env, set()).update(name for name in programs_in(one.text) if not is_in_worktree(name))
+    there = {env: await probe.succeeding([lookup_of(name) for name in names], env) for env, names in by_env.items()}
+    names = [name for one in commands for name in _in_worktree(one)]
+    files = await _committed(run, top, names, environ)
+    ignored = set() if top is None else await ignored_in(top, names, environ)
+
+    def judge() -> list[Finding | None]:
+        absent = [
+            (one, name)
+            for one in commands
+            for name in programs_in(one.text)
+            if not is_in_worktree(name) and lookup_of(name) not in there[one.env]
+        ]
+        found: list[Finding | None] = [_missing(one, name, probe, top) for one, name in absent]
+        return found + [
+            _judge_file(run, one, name, files, top, ignored) for one in commands for name in _in_worktree(one)
+        ]
+
+    found = [one for one in await anyio.to_thread.run_sync(judge) if one is not None]
+    return found or [Finding(_TITLE, Level.OK, "checks and setup find theirs in the sandbox")]
+
+
+def _in_worktree(command: _Command) -> list[str]:
+    """Return the programs that a command names by a path in the worktree."""
+    names = programs_in(command.text)
+    return [] if "cd" in names or "pushd" in names else [name for name in names if is_in_worktree(name)]
+
+
+async def _committed(
+    run: RunConfig, top: Path | None, names: Iterable[str], environ: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Return the modes of files in the base, by path; of the names that are not there, nothing."""
+    if top is None:
+        return {}
+    git = Git(None, users=True, environ=environ)
+    try:
+        entries = await git.entries(run.base, set(map(os.path.normpath, names)), top)
+    except GitError:  # what is wrong with the base is another finding
+        return {}
+    return {path: entry.split()[0] for path, entry in entries.items()}
+
+
+def _missing(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:
+    what = f"{_named(command)}: program {name!r} was not found as the sandbox shows the machine"
+    local = next((one for one in (".venv", "venv", "node_modules/.bin") if _has(top, one, name)), None)
+    if local is not None:
+        folder = local if local.startswith("node") else f"{local}/bin"
+        remedy = f"create {local.split('/')[0]} by `worktrees.setup`, and write {folder}/{name}: " + _ONLY_COMMITTED
+    else:
+        remedy = "install it, or create it by `worktrees.setup` and write its path in the worktree"
+    return Finding(_TITLE, Level.PROBLEM, shown(what + probe.why_missing(name, command.env)), remedy)
+
+
+_ONLY_COMMITTED: Final = "worktrees have the committed files alone"
+
+
+def _has(top: Path | None, folder: str, name: str) -> bool:
+    inner = folder if folder.startswith("node") else f"{folder}/bin"
+    return top is not None and os.path.lexists(top / inner / name)
+
+
+def _judge_file(
+    run: RunConfig,
+    command: _Command,
+    name: str,
+    files: Mapping[str, str],
+    top: Path | None,
+    ignored: Collection[str],
+) -> Finding | None:
+    path = os.path.normpath(name)
+    if path in files:
+        if files[path] == _EXECUTABLE:
+            return None
+        what = f"{_named(command)}: {name} is not executable in {run.base}"
+        return Finding(_TITLE, Level.PROBLEM, shown(what), made_executable(path))
+    trees = run.worktrees
+    is_provided = any(covers(one, path) for one in (*trees.copied, *trees.linked))
+    if trees.setup or (is_provided and command.kind != "setup"):
+        return None
+    what = f"{_named(command)}: {name} is not in {run.base}, and there is no `setup` that creates it"
+    is_of_tools = is_made(top or Path(), path)
+    is_uncommitted = is_of_tools or path in ignored
+    if command.may_fail and (not is_uncommitted or may_create(command.text, name)):
+        return Finding(_TITLE, Level.WARNING, shown(what), "commit it, unless a task adds it")
+    remedy = f"create it by `worktrees.setup`: {_ONLY_COMMITTED}"
+    if is_uncommitted and not is_of_tools:
+        remedy = f"name it under `worktrees.copy`, or {remedy}"
+    if not is_uncommitted and top is not None and os.path.lexists(top / path):
+        remedy = "commit it"
+    return Finding(_TITLE, Level.PROBLEM, shown(what), remedy)
+
+
+def _named(command: _Command) -> str:
+    line = " ".join(command.text.split())
+    return f"{command.kind} `{line if len(line) <= 60 else f'{line[:60]}…'}`"

@@ -1,0 +1,308 @@
+"""Which programs adapters need, and what there is of them: where, of which version, ready to be used or not.
+
+A program is strange until it has answered: it has nothing to read, an empty folder, a home like a session's where it is
+to have one of its own, ten seconds, and what it prints is read to 64 KiB. What it leaves running is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+from pydantic import ValidationError
+
+from orchestrator.config.adapters import trial_request
+from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import Adapter, AdapterType, Home, JsonObject, Program
+from orchestrator.sessions.setup.environment import BASE_ENVIRONMENT
+from orchestrator.sessions.setup.homes import furnish
+from orchestrator.system.process import Completed, kill_marked, run_stranger
+
+K = TypeVar("K", bound=Hashable)
+
+_PATIENCE: Final = 10.0  # seconds for each command
+_AT_ONCE: Final = 8
+_MOST_OUTPUT: Final = 64 << 10
+_LONGEST_WORDS: Final = 200
+_MARK: Final = "COUNCIL_PROBE"
+_HOME: Final = Path("/council-home-of-a-probe")
+
+# CSI and OSC sequences of ECMA-48, the latter ended by BEL or ST; then whatever else is not text.
+_ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
+_NUMBERS: Final = r"(\d{1,9}(?:\.\d{1,9}){1,4})([-+.]?[A-Za-z][A-Za-z0-9.+-]{0,40})?"
+#: A number that stands by itself, else one that follows anything, as in `go1.22.1` and `codex/0.46.0`.
+_VERSIONS: Final = (re.compile(rf"(?<![A-Za-z0-9./_-])v?{_NUMBERS}"), re.compile(_NUMBERS))
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramStatus:
+    """What there is of a program. None where it is not known."""
+
+    name: str
+    path: str | None
+    """Where it is; None: not on PATH."""
+    version: str | None = None
+    known: str = ""
+    """The versions that its adapter is made for."""
+    is_known: bool | None = None
+    """Whether its version is one of them."""
+    ready: bool | None = None
+    """Whether it can be used, as far as it says: logged in, its server there."""
+    trouble: str | None = None
+    """What it did instead of answering."""
+    remedy: str | None = None
+    """What to do so that it can be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """The programs of an adapter, or what is wrong with the adapter itself."""
+
+    programs: Sequence[ProgramStatus]
+    trouble: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether it needs programs, and all of them are there.
+
+        One that runs our own Python to reach something else is there if that is ready.
+        """
+        return bool(self.programs) and all(
+            program.path is not None and (program.ready is not False or program.path != sys.executable)
+            for program in self.programs
+        )
+
+    def to_json(self) -> JsonObject:
+        """Return it as plain JSON."""
+        return asdict(self)
+
+
+def make_without_options(types: Mapping[str, AdapterType]) -> tuple[dict[str, Adapter], dict[str, str]]:
+    """Return an adapter of each type that can be made from its defaults alone, and what the others need."""
+    made: dict[str, Adapter] = {}
+    needs: dict[str, str] = {}
+    for name, adapter_type in sorted(types.items()):
+        try:
+            made[name] = adapter_type(adapter_type.Options.model_validate({}))
+        except ValidationError as error:
+            missing = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "missing"]
+            needs[name] = f"needs {', '.join(missing)}" if missing else "has no valid options of its own"
+        except Exception as error:  # noqa: BLE001  a plugin's own code
+            needs[name] = f"can't be made: {type(error).__name__}: {error}"
+    return made, needs
+
+
+async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, str]) -> dict[K, AdapterStatus]:
+    """Look for the programs of all adapters and ask each what it is, side by side; the same one is asked once."""
+    wanted, broken = await anyio.to_thread.run_sync(_programs_of, adapters, environ)
+    mark = f"{_MARK}={secrets.token_hex(8)}"
+    questions = {repr(one): one for found in wanted.values() for one in found}
+    answers: dict[str, ProgramStatus] = {}
+    limiter = anyio.CapacityLimiter(_AT_ONCE)
+
+    async def ask(key: str, question: _Question) -> None:
+        async with limiter:
+            answers[key] = await _probe(question, {_MARK: mark.partition("=")[2]}, environ)
+
+    try:
+        async with anyio.create_task_group() as group:
+            for key, question in questions.items():
+                group.start_soon(ask, key, question)
+    finally:
+        # What left its process group has still the mark.
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(kill_marked, mark.encode())
+    return {
+        name: AdapterStatus([answers[repr(one)] for one in wanted.get(name, ())], broken.get(name)) for name in adapters
+    }
+
+
+async def missing_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the adapters that can't be used on this machine, each with the reason."""
+    found = await probe_adapters(adapters, environ)
+    return {name: why for name, status in found.items() if (why := _obstacle(status)) is not None}
+
+
+def _obstacle(status: AdapterStatus) -> str | None:
+    if status.trouble is not None:
+        return status.trouble
+    return next((f"{one.name} is not installed here" for one in status.programs if one.path is None), None)
+
+
+class _Question(NamedTuple):
+    """A program, the variables that its adapter gives it, sorted, and what it finds in its home.
+
+    Where a variable has the path of the home, `_HOME` stands for it.
+    """
+
+    program: Program
+    env: tuple[tuple[str, str], ...]
+    home: Home | None
+
+
+def _programs_of(
+    adapters: Mapping[K, Adapter], environ: Mapping[str, str]
+) -> tuple[dict[K, list[_Question]], dict[K, str]]:
+    """Return each adapter's programs with what it gives them, and why others have none."""
+    found: dict[K, list[_Question]] = {}
+    broken: dict[K, str] = {}
+    for name, adapter in adapters.items():
+        try:
+            command = adapter.command(trial_request("task", "Do nothing.", _HOME))
+            names = {*BASE_ENVIRONMENT, "HOME", *command.pass_env}
+            env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
+            found[name] = [_Question(one, tuple(sorted(env.items())), command.home) for one in adapter.programs()]
+        except Exception as error:  # noqa: BLE001  a plugin's own code
+            broken[name] = f"{type(error).__name__}: {error}"
+    return found, broken
+
+
+async def _probe(question: _Question, more: Mapping[str, str], environ: Mapping[str, str]) -> ProgramStatus:
+    program, env = question.program, {**dict(question.env), **more}
+    path = await anyio.to_thread.run_sync(_find, program.name, env["PATH"])
+    if path is None:
+        return judge(program, None)
+    try:
+        folder = Path(await anyio.to_thread.run_sync(partial(tempfile.mkdtemp, prefix="council-probe-")))
+    except OSError as error:
+        return judge(program, path, f"it can't be asked: no temporary folder can be made, {error.strerror}")
+    home = folder.with_name(f"{folder.name}-home")
+    env = {name: value.replace(str(_HOME), str(home)) for name, value in env.items()}
+    has_key = any(env.get(key) for key in program.keys)
+    try:
+        if question.home is not None:
+            await furnish(home, question.home, environ)
+        version = await _ask([path, *program.version], env, folder) if program.version else None
+        # Who does not even answer that would only hang once more.
+        is_asked = bool(program.ready) and not has_key and not isinstance(version, str)
+        ready = await _ask([path, *program.ready], env, folder) if is_asked else None
+    except (OSError, RefusedError) as error:
+        return judge(program, path, f"it can't be given a home: {error}")
+    finally:
+        with anyio.CancelScope(shield=True):
+            for place in (folder, home):
+                await anyio.to_thread.run_sync(partial(shutil.rmtree, place, ignore_errors=True))
+    return judge(program, path, version, ready, has_key=has_key, hide=secret_values(env))
+
+
+def _find(name: str, path: str) -> str | None:
+    found = shutil.which(name, path=path)
+    return None if found is None else str(Path(found).absolute())
+
+
+async def _ask(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> Completed | str:
+    """Return how a command ended, or in words why it did not."""
+    asked = " ".join((Path(argv[0]).name, *argv[1:]))
+    own = {**env, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    try:
+        return await run_stranger(argv, env=own, cwd=folder, timeout=_PATIENCE, most=_MOST_OUTPUT)
+    except TimeoutError:
+        return f"`{asked}` did not end within {_PATIENCE:g} s"
+    except OSError as error:
+        return f"it can't be started: {error.strerror}"
+
+
+def judge(
+    program: Program,
+    path: str | None,
+    version: Completed | str | None = None,
+    ready: Completed | str | None = None,
+    *,
+    has_key: bool = False,
+    hide: Iterable[str] = (),
+) -> ProgramStatus:
+    """Return what a program's answers mean. Pure.
+
+    `path` is where it was found. An answer is how its command ended, the reason why it did not, or None where it was
+    not asked. `has_key` says that one of its `keys` is set; `hide` are secrets that it may have printed.
+    """
+    if path is None:
+        return ProgramStatus(program.name, None, known=program.known, remedy=program.install)
+    found = read_version(version) if isinstance(version, Completed) else None
+    is_known, odd = _is_known(found, program.known)
+    is_ready = True if has_key else _is_ready(ready)
+    troubles = [_trouble(version) if found is None else None, odd, _trouble(ready) if is_ready is None else None]
+    told = next(filter(None, troubles), None)
+    log_in = program.log_in or f"log in to {program.name}, or start what it needs"
+    return ProgramStatus(
+        name=program.name,
+        path=path,
+        version=None if found is None else str(found),
+        known=program.known,
+        is_known=is_known,
+        ready=is_ready,
+        trouble=None if told is None else Redactor(hide).text(told),
+        remedy=log_in if is_ready is False else None,
+    )
+
+
+def read_version(answer: Completed) -> Version | None:
+    """Return the first number with dots that looks like a version, on standard output or else standard error."""
+    if answer.returncode > 0:
+        return None
+    for output in (answer.stdout, answer.stderr):
+        text = _readable(output)
+        for pattern in _VERSIONS:
+            match = pattern.search(text)
+            if match is not None:
+                return _version(match[1], match[2] or "")
+    return None
+
+
+def _version(release: str, suffix: str) -> Version:
+    """Return a version with what follows its numbers, if that means something (PEP 440)."""
+    try:
+        return Version(release + suffix.rstrip(".+-"))
+    except InvalidVersion:
+        return Version(release)
+
+
+def _is_known(version: Version | None, known: str) -> tuple[bool | None, str | None]:
+    if version is None or not known:
+        return None, None
+    try:
+        return SpecifierSet(known).contains(version, prereleases=True), None
+    except InvalidSpecifier:
+        return None, f"its adapter names versions that can't be read, {known!r}"
+
+
+def _is_ready(answer: Completed | str | None) -> bool | None:
+    if not isinstance(answer, Completed) or answer.returncode < 0:
+        return None
+    return answer.returncode == 0
+
+
+def _trouble(answer: Completed | str | None) -> str | None:
+    if not isinstance(answer, Completed):
+        return answer
+    if answer.returncode == 0:
+        return "it does not say its version"
+    if len(answer.stdout) + len(answer.stderr) >= _MOST_OUTPUT:
+        return "it prints without end"
+    how = f"exit code {answer.returncode}" if answer.returncode > 0 else f"signal {-answer.returncode}"
+    words = _last_line(answer.stderr) or _last_line(answer.stdout)
+    return f"it ended with {how}: {words}" if words else f"it ended with {how}"
+
+
+def _last_line(output: bytes) -> str:
+    lines = [" ".join(line.split()) for line in _readable(output).splitlines()]
+    return next((line for line in reversed(lines) if line), "")[:_LONGEST_WORDS]
+
+
+def _readable(output: bytes) -> str:
+    text = _ESCAPES.sub("", output.decode(errors="replace"))
+    return "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)

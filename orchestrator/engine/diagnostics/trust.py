@@ -1,0 +1,90 @@
+"""What the user has confirmed of files in repositories: kept outside of all of them, by the file's real path.
+
+    $XDG_CONFIG_HOME/council/trust.json    {"version": 1, "files": {PATH: [DIGEST, …]}}
+
+A digest is that of one line of `config.permissions`: values of variables are not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from secrets import token_hex
+
+import anyio.to_thread
+
+from orchestrator.errors import RefusedError, unusable
+from orchestrator.system.file_lock import FileLock
+
+#: Set to 1, every file is trusted: for continuous integration and other places with nobody to ask.
+VARIABLE = "COUNCIL_TRUST"
+
+
+def trusts_all(environ: Mapping[str, str]) -> bool:
+    """Whether the environment says that every file is trusted."""
+    return environ.get(VARIABLE, "") == "1"
+
+
+def checkout_around(file: Path) -> Path | None:
+    """Return the top of the innermost checkout that a file is in; None where it is in none. Blocks."""
+    folder = Path(os.path.realpath(file)).parent
+    return next((one for one in (folder, *folder.parents) if os.path.lexists(one / ".git")), None)
+
+
+async def unconfirmed(file: Path, requests: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Return those requests of a file that were not confirmed on this machine."""
+    if not requests:
+        return []
+    known = await anyio.to_thread.run_sync(lambda: _read(_store(environ)).get(os.path.realpath(file), []))
+    return [one for one in requests if _digest(one) not in known]
+
+
+async def confirm(file: Path, requests: Iterable[str], environ: Mapping[str, str]) -> None:
+    """Record that the user has confirmed exactly these requests of a file; what it no longer asks for is forgotten.
+
+    RefusedError where that can't be written.
+    """
+    path, digests = _store(environ), [_digest(one) for one in requests]
+    try:
+        await anyio.to_thread.run_sync(lambda: path.parent.mkdir(mode=0o700, parents=True, exist_ok=True))
+        async with FileLock(path.with_suffix(".lock")).hold():
+            await anyio.to_thread.run_sync(lambda: _write(path, {**_read(path), os.path.realpath(file): digests}))
+    except OSError as error:
+        remedy = f"make the folder writable, or set {VARIABLE}=1"
+        raise unusable(error, f"{path} can't be written", remedy) from None
+
+
+def _store(environ: Mapping[str, str]) -> Path:
+    folder = environ.get("XDG_CONFIG_HOME") or (environ.get("HOME") and f"{environ['HOME']}/.config")
+    if not folder:
+        raise RefusedError("neither XDG_CONFIG_HOME nor HOME is set", f"set one of them, or {VARIABLE}=1")
+    return Path(folder).absolute() / "council" / "trust.json"
+
+
+def _digest(request: str) -> str:
+    return hashlib.sha256(request.encode(errors="surrogatepass")).hexdigest()
+
+
+def _read(path: Path) -> dict[str, list[str]]:
+    """Return what is confirmed; nothing where the file is missing or is not one of ours."""
+    try:
+        value = json.loads(path.read_bytes())
+        return {str(file): [str(one) for one in digests] for file, digests in value["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, files: Mapping[str, Sequence[str]]) -> None:
+    staged = path.with_name(f"{path.name}.{token_hex(8)}")
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"version": 1, "files": files}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

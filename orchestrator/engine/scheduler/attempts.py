@@ -1,0 +1,546 @@
+"""One attempt of a task: recorded before anything of it exists, run, and recorded as what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, assert_never
+
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.runs.failures import FailureClass, Policy, policy_of
+from orchestrator.domain.runs.halts import HaltReason
+from orchestrator.domain.runs.lifecycle import Trigger
+from orchestrator.domain.runs.model import INTERRUPTED, AdapterDocument, Attempt, TaskDocument
+from orchestrator.domain.runs.outcome import Answered, Built, Exhausted, Failed, Interrupted, Limits, Misconfigured
+from orchestrator.domain.runs.retry import park_until, retry_delay
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.scheduling.holdings import HeldBy as OwnedBy
+from orchestrator.domain.sessions.notes import block
+from orchestrator.engine.landing.base_checks import BaseChecks
+from orchestrator.engine.landing.base_selection import Start, StartingPoints
+from orchestrator.engine.phases.completion import Concluded, Ended, Phasing
+from orchestrator.engine.phases.start import Rest, Turn
+from orchestrator.engine.run_context import Workshop
+from orchestrator.engine.scheduler.budgets import Budgets, Reached
+from orchestrator.engine.session_api.details import Workplace
+from orchestrator.engine.state.ledger import Learned, Ledger, Outdated
+from orchestrator.engine.state.transitions import Update
+from orchestrator.errors import ClaimLost, HandoffBroken, RefusedError
+from orchestrator.protocols import Capability, Guard, JsonObject, Write
+from orchestrator.repo.intake.diffs import bounded_diff
+from orchestrator.repo.worktrees.pool import Pool
+from orchestrator.repo.worktrees.preserved import try_to_preserve
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.output.files import log_file
+from orchestrator.sessions.session import Assignment, Conversation, Finished, Session
+from orchestrator.sessions.setup.checks import Checks, Passed, Unchecked
+from orchestrator.sessions.setup.handoff_file import read_handed_over
+from orchestrator.sessions.setup.shell import CommandFailed
+from orchestrator.system.clock import Clock
+from orchestrator.system.failpoints import failpoint
+
+#: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
+_LATER = 1.0
+#: Paths that are recorded of what was discarded.
+_DISCARDED = 100
+_NO_TASKS: Final[Mapping[str, TaskSpec]] = {}
+#: Paths that an event names.
+MOST_TOLD = 200
+
+#: Why an attempt begins anew though there is work that it was to mend.
+_DOES_NOT_FIT = "what was built before conflicts with what has landed since: it is done anew"
+
+
+@dataclass(frozen=True, slots=True)
+class ToLand:
+    """The work waits to land."""
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """No attempt follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing is left to do, and there is nothing to land."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A person is to approve what its phase came to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Another attempt may follow after `delay` seconds; None: not while this process runs."""
+
+    delay: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Nothing of the adapter may start before `until` (wall-clock seconds); the task then starts anew."""
+
+    adapter: str
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Nothing of the adapter may start until a person has seen to it."""
+
+    adapter: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Starved:
+    """The machine has not enough of something: nothing should start for a while."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """No attempt can work: a command of checks or setup can't be run here."""
+
+    reason: str
+
+
+After = ToLand | Over | Done | Asked | Again | Parked | Closed | Starved | Halted
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Another orchestrator has the task, or had paths that it is to own: where it is now is in the ledger."""
+
+
+@dataclass(slots=True)
+class Work:
+    """An attempt under way; `cancelled` says that a person does not want the task any more."""
+
+    task: str
+    spec: TaskSpec
+    adapter: str
+    session: Session
+    turn: Turn
+    checks: Checks | None = field(default=None, init=False)
+    """What its work has to pass before its phase is complete, while that is under way."""
+    handed_over: JsonObject | None = field(default=None, init=False)
+    """What its session handed over while it ran."""
+    cancelled: bool = field(default=False, init=False)
+    is_spent: bool = field(default=False, init=False)
+    """Whether the task's budget is used up, so that no other attempt follows."""
+
+    @property
+    def name(self) -> SessionName:
+        """What its session is called."""
+        worktree = self.session.assignment.worktree
+        return SessionName(worktree.run, worktree.task, worktree.attempt)
+
+    def exhaust(self, found: Reached) -> None:
+        """End it because a budget is used up."""
+        self.is_spent = found.scope == "task"
+        self.session.stop(found.outcome if isinstance(found.outcome, Failed) else None)
+
+    def stop(self) -> None:
+        """End its session, and the checks that follow that."""
+        self.session.stop()
+        if self.checks is not None:
+            self.checks.stop()
+
+    def cancel(self) -> None:
+        """End it for good."""
+        self.cancelled = True
+        self.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """Makes and performs the attempts of one run."""
+
+    ledger: Ledger
+    shop: Workshop
+    pool: Pool
+    budgets: Budgets
+    starts: StartingPoints
+    bases: BaseChecks
+    phasing: Phasing
+    clock: Clock
+
+    async def prepare(self, task: str, spec: TaskSpec, turn: Turn, adapter: str, start: Start) -> Work:
+        """Return the next attempt of a task, at its turn, with one of its adapters; nothing of it exists yet."""
+        document = self.ledger.task(task)
+        notes = await self._notes(task, spec)
+        is_anew = document.start is not None and start.commit is None
+        turn = replace(turn, base=start.base, start=start.commit, is_anew=is_anew, is_newest=start.is_newest)
+        brief = await self.phasing.briefing.brief(task, spec, turn, await self._diff(turn))
+        earlier = None
+        if Capability.RESUME in self.shop.adapters[adapter].capabilities():
+            earlier = None if turn.is_anew else _conversation(document, turn.earlier, adapter)
+        timeout = turn.phase.timeout or spec.timeout
+        assignment = Assignment(
+            worktree=Worktree(self.shop.hub, self.ledger.run.id, task, len(document.attempts) + 1),
+            base=start.base,
+            start=start.commit,
+            prompt=brief.text,
+            told="\n\n".join(filter(None, (notes, brief.told))) or None,
+            adapter=self.shop.adapters[adapter],
+            adapter_name=adapter,
+            reach=self.shop.configs[adapter].reach,
+            limits=Limits(timeout, spec.silence),
+            max_file=spec.max_file,
+            instructions=spec.instructions,
+            mcp_servers=self.shop.mcp_servers,
+            most_cost=self.budgets.cost_left(task, spec),
+            earlier=earlier,
+            follow_up="\n\n".join(filter(None, (notes, brief.follow_up))) or None,
+            about=spec.prompt,
+            phase=None if turn.workflow.is_plain else turn.phase.name,
+            writes=turn.phase.writes,
+        )
+        session = Session(self.shop.tools, self.pool, assignment, partial(self.ledger.confirm, task))
+        return Work(task, spec, adapter, session, replace(turn, brief=brief))
+
+    async def _diff(self, turn: Turn) -> str | None:
+        """Return the changes that a phase starts with, if its template may show them."""
+        if turn.base is None or turn.start is None or not turn.phase.shows_diff:
+            return None
+        return self.shop.tools.redactor.text(await bounded_diff(self.shop.git, turn.base, turn.start))
+
+    async def perform(self, work: Work) -> After | Elsewhere:
+        """Record the attempt, run it, record its end, and clean up behind it."""
+        if not await self._begin(work):
+            return Elsewhere()
+        failpoint("attempt.recorded")
+        number = work.session.assignment.worktree.attempt
+        if work.spec.checks or work.turn.phase.until:
+            self.pool.expect_check(work.session.assignment.base)
+        finished = self._by_budget(work, await self._run(work))
+        if not finished.collected:
+            what = work.session.assignment
+            told = await try_to_preserve(self.shop.git, what.worktree, what.start or what.base)
+            finished = replace(finished, notes=(*finished.notes, *told))
+        try:
+            after = await self._record(work, finished)
+        except ClaimLost as lost:
+            facts = {"task": work.task, "attempt": number, "by": lost.by, "branch": finished.branch}
+            await self.ledger.note("task.claim_lost", facts)
+            await work.session.release(saved=finished.collected)
+            return Elsewhere()
+        failpoint("attempt.ended")
+        await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
+        for event, facts in _told(work, finished):
+            await self.ledger.note(event, {"task": work.task, **facts})
+        await work.session.release(saved=finished.collected)
+        return after
+
+    async def _begin(self, work: Work) -> bool:
+        """Record an attempt, with all that it is to have; False where another orchestrator has it, or had its paths."""
+        what = work.session.assignment
+        attempt = Attempt(
+            number=what.worktree.attempt,
+            adapter=work.adapter,
+            base=what.base,
+            start=what.start,
+            started=self.clock.now(),
+            secrets=work.session.secret_names(),
+            phase=what.phase,
+        )
+        earlier = self.ledger.task(work.task).attempts
+        if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
+            return False
+        update = self.phasing.briefing.entering(work.task, work.turn, attempt, (*earlier, attempt))
+        if work.turn.is_anew:
+            update = update._replace(
+                details={**update.details, "reason": _DOES_NOT_FIT},
+                changes={**update.changes, "start": None, "base": None, "feedback": None},
+            )
+        return await self.ledger.start(work.task, update, partial(self._paths, work)) is None
+
+    async def _run(self, work: Work) -> Finished:
+        """Have an attempt's session at work, within its budget, with a seat at the desk."""
+        what, desk = work.session.assignment, self.shop.desk
+        log = log_file(self.shop.tools.logs, work.task, what.worktree.attempt, "stdout")
+        async with AsyncExitStack() as stack:
+            watched = self.budgets.watched(work.task, what.worktree.attempt, work.spec, what.adapter, log, work.exhaust)
+            await stack.enter_async_context(watched)
+            if desk is None:
+                return await work.session.run()
+            takes = self.phasing.concluding.checker(work.task, work.spec, work.turn.phase)
+            seat = desk.seated(work.name, work.adapter, self._workplace(work), keep_ownership=True, takes=takes)
+            await stack.enter_async_context(seat)
+            finished = await work.session.run()
+            work.handed_over = desk.handed_over(work.name)
+        return finished
+
+    def _workplace(self, work: Work) -> Workplace:
+        what, tools = work.session.assignment, self.shop.tools
+        return Workplace(what.worktree, what.base, what.adapter, tools.logs, tools.admission(what.max_file))
+
+    async def _notes(self, task: str, spec: TaskSpec) -> str | None:
+        """Return what earlier sessions left for one of this task, or of the paths that it owns, to read."""
+        if self.shop.desk is None:
+            return None
+        return block(await self.shop.desk.memory.concerning(task, spec.owns))
+
+    async def _paths(self, work: Work, claim: Guard) -> Sequence[Write] | OwnedBy | Outdated:
+        """Return what it takes to own a task's paths under a claim that is about to be taken."""
+        owns = work.spec.owns
+        if not owns:
+            return []
+        orchestrator = self.ledger.orchestrators.me.id
+        planned = await self.shop.registry.plan(work.name, owns, orchestrator=orchestrator, claim=claim)
+        # Whoever had them may have landed since it was looked where to start; from now on nobody else can.
+        if isinstance(planned, OwnedBy) or not work.turn.is_newest:
+            return planned
+        if not await self.starts.is_outdated(owns, work.session.assignment.base):
+            return planned
+        return Outdated()
+
+    def _by_budget(self, work: Work, finished: Finished) -> Finished:
+        """Return the end of a session; one that stopped itself at a limit of ours is that limit's."""
+        if not isinstance(finished.outcome, Failed) or finished.outcome.failure is not FailureClass.LIMIT:
+            return finished
+        found = self.budgets.reached(work.task, work.spec, finished.transcript)
+        if found is None:
+            return finished
+        work.is_spent = found.scope == "task"
+        return replace(finished, outcome=found.outcome)
+
+    async def _record(self, work: Work, finished: Finished) -> After:
+        await self.ledger.hold(work.task)
+        if work.cancelled:
+            await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
+            return Over()
+        outcome = finished.outcome
+        match outcome:
+            case Built() | Answered():
+                return await self._concluded(work, finished)
+            case Interrupted(reason):
+                await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, reason)
+                return Again(None)
+            case Exhausted(reason):
+                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, reason)
+                return Starved(reason)
+            case Misconfigured(reason):
+                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, HaltReason.parse(reason).headline)
+                return Halted(reason)
+            case Failed():
+                return await self._failed(work, finished, outcome)
+            case _:
+                assert_never(outcome)
+
+    async def _concluded(self, work: Work, finished: Finished) -> After:
+        """Record what a session that ended well makes of its phase."""
+        commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
+        failed = await self._until(work, commit) if commit is not None and work.turn.phase.until else None
+        if isinstance(failed, Unchecked | Misconfigured):
+            why = failed.reason if isinstance(failed, Unchecked) else HaltReason.parse(failed.reason).headline
+            await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, why)
+            return Again(None) if isinstance(failed, Unchecked) else Halted(failed.reason)
+        if work.cancelled:
+            await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
+            return Over()
+        place = work.session.assignment.worktree
+        file = await read_handed_over(place) if work.turn.phase.produces is not None else None
+        used = self.shop.accounting.own(finished.transcript, self.ledger.task(work.task).attempts)
+        ended = Ended(commit, failed, file, work.handed_over, finished.answer, used)
+        concluded = await self._conclude(work, finished, ended)
+        if isinstance(concluded, Failed):
+            return await self._failed(work, finished, concluded)
+        failpoint("work.recorded")
+        await self._trust(work.adapter)
+        match concluded.trigger:
+            case Trigger.BUILD:
+                return ToLand()
+            case Trigger.FINISH:
+                return Done()
+            case Trigger.ASK:
+                return Asked()
+            case Trigger.FAIL:
+                return Over()
+            case _:
+                return Again(0.0)
+
+    async def _conclude(self, work: Work, finished: Finished, ended: Ended) -> Concluded | Failed:
+        """Record what a session makes of its phase, and return it; nothing is recorded where the phase has failed."""
+        try:
+            concluded = await self.phasing.concluding.conclude(work.task, work.spec, work.turn, ended)
+        except (RefusedError, HandoffBroken) as error:  # a condition, or what was handed over before, is at fault
+            return Failed(FailureClass.INVALID, str(error))
+        if isinstance(concluded, Concluded):
+            if not work.turn.workflow.is_plain:
+                failpoint("handoff.taken")
+            await self._end(
+                work,
+                concluded.trigger,
+                finished,
+                concluded.outcome,
+                concluded.reason,
+                concluded.details,
+                writes=concluded.writes,
+                events=concluded.events,
+                tasks=concluded.tasks,
+                **concluded.changes,
+            )
+        return concluded
+
+    async def _until(self, work: Work, commit: str) -> CommandFailed | Unchecked | Misconfigured | None:
+        """Return why a session's work is not what its phase is to be done until; None if it is."""
+        base, what = work.session.assignment.base, work.session.assignment.worktree
+        work.checks = self.shop.checks(
+            self.pool, what.run, what.task, what.attempt, work.spec, commands=work.turn.phase.until
+        )
+        unrunnable = None
+        try:
+            result = await work.checks.run(commit, base)
+            if isinstance(result, CommandFailed):
+                commands = work.turn.phase.until
+                unrunnable = await self.bases.why_unrunnable(
+                    what.task, work.spec, commands, result, base, "correct `until` in the file, then start a new run"
+                )
+        finally:
+            work.checks = None
+        failpoint("phase.checked")
+        if unrunnable is not None:
+            return Misconfigured(unrunnable)
+        return None if isinstance(result, Passed) else result
+
+    async def rest(self, task: str, rest: Rest) -> After | Elsewhere:
+        """Record what is left for a task without another session: its work waits to land, or it is done."""
+        update, trigger = self.phasing.briefing.resting(rest)
+        if await self.ledger.start(task, update, trigger=trigger) is not None:
+            return Elsewhere()
+        failpoint("phase.rested")
+        return ToLand() if trigger is Trigger.QUEUE else Done()
+
+    async def _failed(self, work: Work, finished: Finished, outcome: Failed) -> After:
+        failure, reason = outcome.failure, outcome.reason
+        if failure is FailureClass.NO_CHANGE and work.turn.phase.produces is not None:
+            reason += ": write `access: read` for a phase that is to change nothing"
+        match policy_of(failure, work.spec.retry_on):
+            case Policy.PARK:
+                await self._end(work, Trigger.HOLD, finished, failure, reason)
+                return await self._park(work.adapter, outcome)
+            case Policy.CLOSE:
+                await self._end(work, Trigger.HOLD, finished, failure, reason)
+                return await self._close(work, reason)
+            case policy:
+                failures = self.ledger.task(work.task).failures + 1
+                if policy is Policy.RETRY and failures < work.spec.attempts and not work.is_spent:
+                    delay = round(retry_delay(work.spec.backoff.policy(), failures), 3)
+                    facts = {"retry_in": delay}
+                    await self._end(work, Trigger.RETRY, finished, failure, reason, facts, failures=failures)
+                    return Again(delay)
+                trigger = Trigger.IDLE if failure is FailureClass.NO_CHANGE else Trigger.FAIL
+                await self._end(work, trigger, finished, failure, reason, failures=failures)
+                return Over()
+
+    async def _park(self, adapter: str, outcome: Failed) -> Parked:
+        now = self.clock.now()
+
+        def judge(known: AdapterDocument) -> Learned | None:
+            # Sessions that run into one limit side by side are one park.
+            parked_until = known.parked_until if _is_parked(known, now) else None
+            parks = known.parks + (parked_until is None)
+            until = park_until(now, outcome.until, parks)
+            if parked_until is not None and (outcome.until is None or until - parked_until < _LATER):
+                return None
+            learned = AdapterDocument(parked_until=until, parks=parks)
+            return Learned(learned, "adapter.parked", {"until": until, "reason": outcome.reason})
+
+        known, is_new = await self.ledger.learn(adapter, judge)
+        if is_new:
+            failpoint("adapter.parked")
+        assert known.parked_until is not None, "else it would have been parked"  # noqa: S101
+        return Parked(adapter, known.parked_until)
+
+    async def _close(self, work: Work, reason: str) -> Closed | Again:
+        closed = Learned(AdapterDocument(closed=reason), "adapter.closed", {"reason": reason})
+        started = self.ledger.task(work.task).attempts[work.session.assignment.worktree.attempt - 1].started
+
+        def judge(known: AdapterDocument) -> Learned | None:
+            return closed if known.closed is None and started >= (known.reopened or 0.0) else None
+
+        known, _ = await self.ledger.learn(work.adapter, judge)
+        return Again(0.0) if known.closed is None else Closed(work.adapter, known.closed)
+
+    async def _trust(self, adapter: str) -> None:
+        """Forget that an adapter was parked: a session of it has ended well that did not begin before that."""
+        opened, now = Learned(AdapterDocument(), "adapter.opened", {}), self.clock.now()
+        await self.ledger.learn(adapter, lambda known: opened if known.parks and not _is_parked(known, now) else None)
+
+    async def _end(
+        self,
+        work: Work,
+        trigger: Trigger,
+        finished: Finished,
+        outcome: str,
+        reason: str | None,
+        details: JsonObject | None = None,
+        *,
+        writes: Sequence[Write] = (),
+        events: Sequence[tuple[str, JsonObject]] = (),
+        tasks: Mapping[str, TaskSpec] = _NO_TASKS,
+        **changes: Any,
+    ) -> None:
+        document = self.ledger.task(work.task)
+        attempts = document.with_attempt(
+            ended=self.clock.now(),
+            branch=finished.branch,
+            outcome=outcome,
+            reason=reason,
+            is_kept=not finished.collected,
+            folder=None if finished.folder is None else str(finished.folder),
+            resumed=work.session.assignment.earlier is not None,
+            discarded=finished.discarded[:_DISCARDED],
+            denied=finished.transcript.denials,
+            **self.shop.accounting.recorded(finished.transcript, document.attempts),
+        )
+        branch = finished.branch if work.turn.phase.writes else document.branch
+        facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
+        changes = {"attempts": attempts, "branch": branch, "reason": reason, **changes}
+        await self.ledger.change_all(trigger, {work.task: Update(facts, changes, writes, events, tasks)})
+
+
+def _told(work: Work, finished: Finished) -> Iterator[tuple[str, JsonObject]]:
+    """Yield what a session's end has to be told of beside the end itself: events, and what they say."""
+    for ref in finished.salvaged:
+        yield "task.salvaged", {"branch": ref}
+    for fault in finished.faults:
+        yield "task.after_run_failed", {"reason": fault}
+    for fault in finished.desk_faults:
+        yield "task.desk_failed", {"reason": fault}
+    for host in finished.denied_hosts:
+        yield "task.host_denied", {"host": host}
+    if (denials := finished.transcript.denials).count:
+        facts = {"count": denials.count, "tools": [*denials.tools], "reason": str(denials)}
+        yield "task.tools_denied", {"attempt": work.session.assignment.worktree.attempt, **facts}
+    if finished.discarded:
+        number = work.session.assignment.worktree.attempt
+        yield "task.changes_discarded", {"attempt": number, "paths": list(finished.discarded[:MOST_TOLD])}
+    if not finished.collected:
+        reason = "; ".join(("it holds what is on no branch", *finished.notes))
+        yield "task.worktree_kept", {"worktree": str(work.session.assignment.worktree.tree), "reason": reason}
+
+
+def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:
+    """Return what a task's next attempt can go on with: the conversation of the attempt of a number.
+
+    It must have been with the same adapter.
+    """
+    if number is None:
+        return None
+    one = document.attempts[number - 1]
+    if one.adapter != adapter or one.session is None or one.folder is None:
+        return None
+    return Conversation(one.session, Path(one.folder))
+
+
+def _is_parked(adapter: AdapterDocument, now: float) -> bool:
+    return adapter.parked_until is not None and adapter.parked_until > now

@@ -1,0 +1,75 @@
+"""Finds work that somebody else has landed: a person by hand, or whoever merged a pull request of its branch."""
+
+from __future__ import annotations
+
+from orchestrator.domain.runs.lifecycle import Trigger
+from orchestrator.domain.runs.model import CLAIMED, TaskDocument, TaskStatus
+from orchestrator.engine.run_context import Workshop
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.errors import ClaimLost, GitError, VersionConflict
+
+#: Where what was built may have been landed by others, by hand or squashed.
+_BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CONFLICT, TaskStatus.FAILED})
+#: Where a recorded merge counts that is on the target.
+_OPEN = _BUILT | {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING}
+
+_BY_OTHERS = "somebody else has landed it"
+
+
+class Reconciler:
+    """Looks at a run's target each time that this has moved."""
+
+    def __init__(self, ledger: Ledger, shop: Workshop) -> None:
+        self._ledger, self._shop = ledger, shop
+        self._seen: tuple[str | None, int] | None = None
+
+    async def look(self, busy: frozenset[str]) -> list[str]:
+        """Record as landed what is on the target otherwise than by this orchestrator; return those tasks.
+
+        It is for those that are its own, and, if it coordinates the run, those that are nobody's; not for tasks that
+        are `busy` landing.
+        """
+        target = self._shop.target
+        try:
+            await target.refresh()
+            # A task that has failed since may have been landed before.
+            now = (target.known, sum(self._ledger.task(task).status in _BUILT for task in self._ledger.run.tasks))
+            if now == self._seen:
+                return []
+            found = [task for task in self._ledger.run.tasks if task not in busy and await self._adopt(task)]
+        except GitError:  # it can't be reached: the next look will tell
+            return []
+        self._seen = now
+        return found
+
+    async def _adopt(self, task: str) -> bool:
+        document = self._ledger.task(task)
+        if document.status not in _OPEN or self._ledger.is_elsewhere(task):
+            return False
+        if document.status not in CLAIMED and not self._ledger.coordinates.is_set():
+            return False
+        commit, reason = self._shop.target.landing_of(document.intended), None
+        if commit is None:
+            commit, reason = await self._landed_by_others(document), _BY_OTHERS
+        if commit is None:
+            return False
+        facts = {"landed": commit, "reason": reason, "external": reason is not None}
+        try:
+            await self._ledger.change(task, Trigger.ADOPT, facts, landed=commit, reason=reason, branch=None)
+        except (ClaimLost, VersionConflict):  # another orchestrator was quicker
+            return False
+        return True
+
+    async def _landed_by_others(self, document: TaskDocument) -> str | None:
+        """Return the commit of the target that has what a task built, though not by a recorded merge."""
+        tip, built = self._shop.target.known, document.commit
+        if document.status not in _BUILT or built is None or tip is None:
+            return None
+        git = self._shop.git
+        if await self._shop.target.holds(built):
+            since = await git.line("rev-list", "--first-parent", "--ancestry-path", f"{built}..{tip}")
+            return since.split("\n")[-1] or built
+        tree, conflicts = await git.merge_tree(tip, built)
+        if not conflicts and tree == await git.line("rev-parse", f"{tip}^{{tree}}"):
+            return tip  # squashed, or made anew
+        return None

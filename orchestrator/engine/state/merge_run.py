@@ -1,0 +1,76 @@
+"""A run that merges the branch of another run into its base: one task, which is built already. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument, TaskStatus
+
+if TYPE_CHECKING:
+    from orchestrator.config.model import TaskSpec
+
+#: The name of its task.
+MERGE: Final = "merge"
+
+
+class BuiltMerge(NamedTuple):
+    """What is recorded of such a run."""
+
+    run: RunDocument
+    spec: TaskSpec
+    task: TaskDocument
+
+
+def built_merge(
+    run: RunDocument,
+    specs: Sequence[TaskSpec],
+    name: str,
+    *,
+    commit: str,
+    branch: str,
+    start: str,
+    common: str,
+    now: float,
+) -> BuiltMerge:
+    """Return the run `name`, which lands `commit` of a run's target on its base, as it is at `start`.
+
+    `branch` keeps the commit; `common` is the base of the merge. What the tasks of the run were checked by (`specs`)
+    checks the merge, too. It has one attempt: no session follows where the merge fails.
+    """
+    own = {
+        "id": name,
+        "merges": run.id,
+        "target": run.base,
+        "workflows": {},
+        "trackers": {},
+        "tasks": (MERGE,),
+        "given": ("tasks", "target", "workflows"),
+        "start": start,
+        "has_target": True,
+        "started": now,
+        "ended": None,
+        "halted": None,
+        "extra": {},
+    }
+    first = specs[0]
+    task = {
+        "id": MERGE,
+        "prompt": f"Merge the branch {run.target} into {run.base}.",
+        "needs": (),
+        "owns": (),
+        "attempts": 1,
+        "retry_checks": False,
+        "checks": tuple(dict.fromkeys(check for spec in specs for check in spec.checks)),
+        "checks_timeout": max(spec.checks_timeout for spec in specs),
+        "checks_env": tuple(dict.fromkeys(name for spec in specs for name in spec.checks_env)),
+        "workflow": None,
+        "context": {},
+        "tracker": None,
+        "plan": None,
+    }
+    built = Attempt(
+        number=1, adapter=first.adapter, base=common, started=now, ended=now, outcome="built", branch=branch
+    )
+    document = TaskDocument(status=TaskStatus.QUEUED, attempts=(built,), commit=commit, branch=branch)
+    return BuiltMerge(run.model_copy(update=own), first.model_copy(update=task), document)

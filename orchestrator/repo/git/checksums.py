@@ -1,0 +1,58 @@
+"""The checksums of files as a commit has them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import anyio.to_thread
+
+from orchestrator.repo.git.runner import Git
+
+#: Bytes of files that are read at once.
+_BATCH = 64 << 20
+
+
+async def checksums(git: Git, commit: str, paths: Sequence[str]) -> dict[str, str | None]:
+    """Return the SHA-256 (hexadecimal) of files in a commit by their paths; None where there is no such file."""
+    blobs = await _blobs(git, commit, paths)
+    sums: dict[str, str] = {}
+    batch, size = list[str](), 0
+    for blob, length in dict.fromkeys(blobs.values()):
+        if batch and size + length > _BATCH:
+            sums |= await _read(git, batch)
+            batch, size = [], 0
+        batch.append(blob)
+        size += length
+    if batch:
+        sums |= await _read(git, batch)
+    return {path: sums[blobs[path][0]] if path in blobs else None for path in paths}
+
+
+async def _blobs(git: Git, commit: str, paths: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return the object and the size of each file that is there."""
+    wanted = {path.encode(errors="surrogateescape"): path for path in paths}
+    listed = (await git("ls-tree", "-r", "-z", "-l", "--full-tree", commit)).stdout
+    found = {}
+    for entry in listed.split(b"\0"):
+        facts, _, name = entry.partition(b"\t")
+        if name in wanted:
+            _mode, kind, blob, size = facts.split()
+            if kind == b"blob":
+                found[wanted[name]] = (blob.decode(), int(size))
+    return found
+
+
+async def _read(git: Git, blobs: Sequence[str]) -> dict[str, str]:
+    out = (await git("cat-file", "--batch", input_="".join(f"{blob}\n" for blob in blobs).encode())).stdout
+    return await anyio.to_thread.run_sync(_summed, out)
+
+
+def _summed(out: bytes) -> dict[str, str]:
+    sums, at = {}, 0
+    while at < len(out):
+        end = out.index(b"\n", at)
+        blob, _kind, size = out[at:end].decode().split()
+        sums[blob] = hashlib.sha256(memoryview(out)[end + 1 : end + 1 + int(size)]).hexdigest()
+        at = end + 1 + int(size) + 1
+    return sums

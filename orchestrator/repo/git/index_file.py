@@ -1,0 +1,85 @@
+"""What git's index says of files, made to fit others with the same content: see gitformat-index(5).
+
+Git takes a file for unchanged only where its times, inode, owner and size are those in the index; of a copied checkout
+it would read every file to find out that nothing differs, which takes longer than copying it. It also reads each file
+that is not older than the index by a second of the clock (racy-git in its documentation), and so all of a fresh one.
+
+Only the standard library is imported: `orchestrator.repo.worktrees.walker` does this, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+from pathlib import Path
+from typing import Final
+
+_HEADER: Final = struct.Struct(">4sLL")
+# ctime, mtime (each in seconds and nanoseconds), device and inode; mode; owner, group, size; name of the object; flags.
+_ENTRY: Final = struct.Struct(">6LL3L20sH")
+_TIMES: Final = struct.Struct(">6L")
+_OWNER: Final = struct.Struct(">3L")
+_EXTENDED, _NAME = 0x4000, 0x0FFF
+_SKIP_WORKTREE = 0x4000
+_GITLINK = 0o160000
+_SHA1 = 20
+#: Nanoseconds by which files are made to look older than their index.
+_AGE: Final = 10 * 10**9
+_32_BITS = 0xFFFFFFFF
+
+
+def count_entries(index: Path) -> int:
+    """Return how many files an index tells of; 0 if it is none. Blocks."""
+    with index.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        return 0
+    count: int = _HEADER.unpack(header)[2]
+    return count
+
+
+def fit_index(index: Path, tree: Path) -> bool:
+    """Have an index tell of the files in `tree`, which have the content that it says and are made to look old. Blocks.
+
+    False where its format is another than git writes unless it is told to, or a file is missing: then it stays.
+    """
+    data = bytearray(index.read_bytes())
+    try:
+        magic, version, count = _HEADER.unpack_from(data)
+        if magic != b"DIRC" or version not in {2, 3}:
+            return False
+        folder, offset, moment = os.fsencode(tree) + b"/", _HEADER.size, time.time_ns() - _AGE
+        for _ in range(count):
+            offset = _fit_entry(data, offset, folder, moment)
+    except (OSError, struct.error, ValueError):
+        return False
+    data[-_SHA1:] = hashlib.sha1(data[:-_SHA1], usedforsecurity=False).digest()
+    # As a whole: one that is cut off would be of no use to anybody.
+    whole = index.with_name(f"{index.name}.fitted")
+    whole.write_bytes(data)
+    whole.replace(index)
+    return True
+
+
+def _fit_entry(data: bytearray, offset: int, folder: bytes, moment: int) -> int:
+    """Fit the entry at an offset, with a file last written at a moment; return the offset of the next."""
+    *_, mode = _ENTRY.unpack_from(data, offset)[:7]
+    (flags,) = struct.unpack_from(">H", data, offset + _ENTRY.size - 2)
+    begin, more = offset + _ENTRY.size, 0
+    if flags & _EXTENDED:
+        (more,) = struct.unpack_from(">H", data, begin)
+        begin += 2
+    end = begin + (flags & _NAME) if flags & _NAME < _NAME else data.index(b"\0", begin)
+    if mode != _GITLINK and not more & _SKIP_WORKTREE:
+        path = folder + data[begin:end]
+        os.utime(path, ns=(moment, moment), follow_symlinks=False)
+        status = os.lstat(path)
+        seconds, rest = divmod(status.st_ctime_ns, 10**9)
+        changed, changed_rest = divmod(status.st_mtime_ns, 10**9)
+        identity = (status.st_dev & _32_BITS, status.st_ino & _32_BITS)
+        _TIMES.pack_into(data, offset, seconds & _32_BITS, rest, changed & _32_BITS, changed_rest, *identity)
+        _OWNER.pack_into(data, offset + 28, status.st_uid, status.st_gid, status.st_size & _32_BITS)
+    # Each entry ends with one to eight NULs, so that the next begins at a multiple of eight from here.
+    return offset + (end - offset) // 8 * 8 + 8

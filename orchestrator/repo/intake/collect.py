@@ -1,0 +1,235 @@
+"""What an agent left in its worktree becomes one commit in the trusted repository.
+
+The files in the checkout are what counts. They are staged by us, in our repository and with our index, so
+that no filter or hook of the agent's runs. Commits that the agent made on its own branch are kept as history
+if they descend from where it started, and enter as objects that were read, hashed and checked anew. Commits
+that are on no branch of ours then (other branches, tags, stashes, a detached HEAD) are kept under refs/salvage.
+No secret and no huge file comes in by any of these ways (`repo.intake.inspection`).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.errors import GitError, is_exhaustion
+from orchestrator.repo.git.runner import GITLINK, Change, Git, is_object_id, shown
+from orchestrator.repo.intake.commits import History
+from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.quarantine import Quarantine
+from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
+from orchestrator.repo.intake.staging import Staging, remove_blocking, stage
+from orchestrator.repo.worktrees.change_detection import Differences
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.system.failpoints import failpoint
+
+_MOST_SALVAGED = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a worktree held.
+
+    `commit`: what differs from the base, None if nothing does. `refused`: why it can't be landed, or None.
+    `complete`: whether the trusted repository has all that may count; if not, the worktree is all there is of the
+    rest. `left_out`: the paths of secrets and huge files, which the commit does not have: another try won't help.
+    `salvaged`: the refs that were made for commits on no branch. `notes`: what else was not taken, and why.
+    """
+
+    commit: str | None
+    refused: str | None = None
+    complete: bool = True
+    left_out: tuple[str, ...] = ()
+    salvaged: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+async def collect(
+    git: Git, worktree: Worktree, base: str, message: str, *, admit: Admission, found: Differences | None = None
+) -> Collected:
+    """Commit what the worktree holds beyond `base` to the attempt's branch; `git` runs in the trusted repository.
+
+    With `found`, what differs from the checkout that it was handed, less of it need be looked at.
+
+    Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows
+    that nothing of the session lives.
+    """
+    try:
+        return await _collect_all(git, worktree, base, message, admit, found)
+    finally:
+        # What was refused is in there, too.
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(partial(shutil.rmtree, worktree.import_folder, ignore_errors=True))
+
+
+async def _collect_all(
+    git: Git, worktree: Worktree, base: str, message: str, admit: Admission, found: Differences | None
+) -> Collected:
+    left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
+    history = History(git, worktree, base, admit)
+    await history.look()
+    tip, dropped = await _own_commits(history, left)
+    files = await _collect_files(history, tip, left.head, message, found)
+    salvaged, notes = await _salvage(history, left, files.commit or base)
+    return Collected(
+        files.commit,
+        files.refused,
+        complete=files.complete and not dropped and not notes,
+        left_out=files.left_out,
+        salvaged=salvaged,
+        notes=(*dropped, *notes),
+    )
+
+
+async def _own_commits(history: History, left: SessionRefs) -> tuple[str, tuple[str, ...]]:
+    """Return the tip of the agent's own commits if they can be kept as history, else the base and why."""
+    tip = left.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
+    if tip == history.base:
+        return history.base, ()
+    why = await history.bring(tip, history.base, descends=True)
+    if why is None:
+        return tip, ()
+    return history.base, (f"its own commits are not kept as history: {why}",)
+
+
+async def _collect_files(
+    history: History, tip: str, head: str | None, message: str, found: Differences | None
+) -> Collected:
+    git, worktree, base = history.git, history.worktree, history.base
+    staged = await _stage(history, found)
+    refused, left_out = staged.refused, staged.left_out
+    if tip == base and not staged.changes:
+        return Collected(None, refused, complete=refused is None, left_out=left_out)
+    tree = await git.line("write-tree", env={"GIT_INDEX_FILE": str(worktree.index)})
+    base_tree = tip_tree = None  # only what changes something gets here
+    if tip != base:
+        tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
+        if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
+            # It went back to where it began, or elsewhere: what it left on its branch is its work.
+            tree = tip_tree
+    own = tip
+    if tree != tip_tree:
+        tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
+    if tree == base_tree and not (refused and tip != base):
+        return Collected(None, refused, complete=refused is None, left_out=left_out)
+    await git("update-ref", f"refs/heads/{worktree.branch}", tip)
+    failpoint("work.committed")
+    changes = staged.changes if own == base else await git.changes(base, tip)
+    return Collected(tip, refused or _nested_repository(changes), complete=refused is None, left_out=left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """Why some of the checkout is not staged, the paths that may not be, and how the index differs from the base."""
+
+    refused: str | None
+    left_out: tuple[str, ...] = ()
+    changes: Sequence[Change] = ()
+
+
+async def _stage(history: History, found: Differences | None) -> _Staged:
+    """Stage all of the checkout that can and may be."""
+    worktree = history.worktree
+    if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
+        return _Staged("its worktree was removed or replaced by something else")
+    unread = await anyio.to_thread.run_sync(remove_blocking, worktree.tree, found)
+    if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
+        await anyio.to_thread.run_sync(remove_blocking, worktree.git_dir)
+    quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
+    place, git = worktree.place, history.git
+    if place is not None and place.is_sparse:
+        # What is there although it was not to be checked out may differ from the commit: git is to see it, and to look.
+        git, found = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
+    staging = Staging(worktree.tree, worktree.index, quarantine, found)
+    staged = await stage(git, staging, history.base, history.admit)
+    await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
+    failpoint("work.staged")
+    reasons = []
+    if staged.refused:
+        named = [f"{shown(path)!r}: {why}" for path, why in sorted(staged.refused.items())]
+        more = f", and {len(named) - 10} more" if len(named) > 10 else ""
+        reasons.append(f"left out of its commit: {'; '.join(named[:10])}{more}")
+    problem = staged.problem or (f"{shown(unread[0])[-100:]!r} can't be opened" if unread else None)
+    if problem is not None:
+        reasons.append(f"not all of its files can be staged ({problem}): what can't is in {worktree.tree}")
+    return _Staged("; ".join(reasons) or None, tuple(sorted(map(shown, staged.refused))), staged.changes)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _nested_repository(changes: Iterable[Change]) -> str | None:
+    for change in changes:
+        if change.new_mode == GITLINK:
+            return f"{change.path!r} is a git repository of its own: its `.git` must go before it can land"
+    return None
+
+
+async def _salvage(history: History, left: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keep the commits that neither base nor `tip` has; return the refs that hold them, and what was not kept."""
+    worktree = history.worktree
+    before: dict[str, str] | None = None
+    made: dict[str, str] = {}
+    notes = [] if left.complete else ["it has more refs than are looked at"]
+    for name, target in _candidates(left, worktree.branch):
+        if target in {history.base, tip}:
+            continue
+        try:
+            commit = await history.commit_of(target)
+            if commit is None or commit in made or not await history.is_beyond(commit, history.base, tip):
+                continue
+        except GitError as error:  # it refers to what is not there: nothing can be saved of it
+            if is_exhaustion(error):
+                raise
+            continue
+        if len(made) == _MOST_SALVAGED:
+            notes.append(f"only {_MOST_SALVAGED} refs were salvaged")
+            break
+        safe = history.admit.redactor.text(name)
+        ref = _free(salvage_ref(worktree.run, worktree.task, worktree.attempt, safe), made)
+        if before is None:
+            before = await _salvaged_before(history)
+        if before.get(ref) != commit:
+            if why := await history.bring(commit, history.base, tip):
+                notes.append(f"{shown(name)!r} is not salvaged: {why}")
+                continue
+            await history.git("update-ref", ref, commit)
+        made[commit] = ref
+    return tuple(made.values()), tuple(notes)
+
+
+async def _salvaged_before(history: History) -> dict[str, str]:
+    """Return what an earlier call that was cut off has made already."""
+    one = history.worktree
+    listed = await history.git.line(
+        "for-each-ref", "--format=%(refname) %(objectname)", f"refs/salvage/{one.run}/{one.task}.{one.attempt}/"
+    )
+    return dict(line.split(" ") for line in listed.splitlines())
+
+
+def _candidates(left: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:
+    if left.head is not None and is_object_id(left.head):
+        yield "HEAD", left.head
+    for ref, target in sorted(left.refs.items()):
+        own = ref == f"refs/heads/{branch}"
+        yield "branch" if own else ref.removeprefix("refs/").removeprefix("heads/"), target
+
+
+def salvage_ref(run: str, task: str, attempt: int, name: str) -> str:
+    """Return the ref that keeps commits an attempt had on no branch; what a ref's name can't have becomes `-`."""
+    safe = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:64] or "ref"
+    return f"refs/salvage/{run}/{task}.{attempt}/{safe}"
+
+
+def _free(ref: str, made: Mapping[str, str]) -> str:
+    taken = set(made.values())
+    names = (ref if number == 1 else f"{ref}-{number}" for number in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)

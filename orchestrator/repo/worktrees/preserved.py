@@ -1,0 +1,193 @@
+"""A worktree that is preserved for a person: their own git in there must run nothing that an agent has configured.
+
+The session's git directory is exchanged for a clean one of ours, so that `git status` and `git diff` show what differs
+from where the session began. Every other repository in the worktree stops being one, with nothing of it deleted.
+Nothing of the session may live.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+
+from orchestrator.errors import GitError
+from orchestrator.repo.git.runner import Git, shown
+from orchestrator.repo.worktrees.worktrees import Worktree
+
+_SUFFIX: Final = ".disabled-by-council"
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: In the session's folder: the worktree has no git configuration of an agent any more.
+_MARK: Final = "preserved"
+_MOST_NAMED: Final = 3
+
+
+async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
+    """Make a worktree safe to look at with git; return what a person needs to know, None if nothing was found.
+
+    `git` runs in the trusted repository; `base` is the commit that the worktree began at. Safe to repeat. Raises
+    OSError where something in it can't be changed.
+    """
+    tree = worktree.tree
+    await anyio.to_thread.run_sync(_remove_pointer, worktree)
+    changed = await anyio.to_thread.run_sync(disarm, tree)
+    if await anyio.to_thread.run_sync(_is_folder, tree):
+        await _add_repository(git, worktree, base)
+    await anyio.to_thread.run_sync((worktree.root / _MARK).touch)
+    return _told(changed)
+
+
+async def try_to_preserve(git: Git, worktree: Worktree, base: str) -> tuple[str, ...]:
+    """Do as `preserve`; return what the message that names the worktree needs to add, also where that has failed."""
+    try:
+        told = await preserve(git, worktree, base)
+    except (GitError, OSError) as error:
+        return (f"run no git in it, which could run programs of the agent: it could not be disabled ({error})",)
+    return () if told is None else (told,)
+
+
+def is_preserved(worktree: Worktree) -> bool:
+    """Whether `preserve` has made a worktree safe to look at. Blocks."""
+    return (worktree.root / _MARK).is_file()
+
+
+def _remove_pointer(worktree: Worktree) -> None:
+    """Remove the file that names the session's git directory, unless the agent has replaced it."""
+    pointer = worktree.tree / ".git"
+    try:
+        at = os.open(pointer, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(at, "rb") as file:
+            is_ours = file.read(4096) == os.fsencode(f"gitdir: {worktree.git_dir}\n")
+    except OSError:  # there is none, or it is something else
+        return
+    if is_ours:
+        pointer.unlink()
+
+
+def disarm(tree: Path) -> list[str]:
+    """Keep git from finding a repository in a folder or anywhere beneath; return what was renamed. Blocks.
+
+    Files and links called `.git` are renamed, and so is `HEAD` of each folder that git would take for a repository,
+    whatever its name. No link is followed. Folders that are closed to their owner are opened.
+    """
+    changed: list[str] = []
+    try:
+        at = os.open(tree, _DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return changed
+    except OSError:
+        if not _is_folder(tree):  # a link
+            return changed
+        tree.chmod(0o700)
+        at = os.open(tree, _DIRECTORY)
+    try:
+        # By one descriptor, and back by `..`: paths may be longer than the system takes.
+        names: list[str] = []
+        ahead = [_disarm_folder(at, names, changed)]
+        while ahead:
+            if ahead[-1]:
+                name = ahead[-1].pop()
+                at = _moved(at, _open(name, at))
+                names.append(name)
+                ahead.append(_disarm_folder(at, names, changed))
+            else:
+                ahead.pop()
+                if ahead:
+                    names.pop()
+                    at = _moved(at, os.open("..", _DIRECTORY, dir_fd=at))
+    finally:
+        os.close(at)
+    return changed
+
+
+def _moved(old: int, new: int) -> int:
+    os.close(old)
+    return new
+
+
+def _open(name: str, parent: int) -> int:
+    mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+    if mode & stat.S_IRWXU != stat.S_IRWXU:
+        os.chmod(name, stat.S_IMODE(mode) | stat.S_IRWXU, dir_fd=parent)
+    return os.open(name, _DIRECTORY, dir_fd=parent)
+
+
+def _disarm_folder(folder: int, above: list[str], changed: list[str]) -> list[str]:
+    """Rename what makes a folder a repository, or leads to one; return the folders in it."""
+    with os.scandir(folder) as found:
+        entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in found}
+    for name in [*_traps(entries)]:
+        free = _free(name, entries)
+        os.rename(name, free, src_dir_fd=folder, dst_dir_fd=folder)
+        entries[free] = entries.pop(name)
+        changed.append("/".join((*above[-20:], free)))
+    return [name for name, is_folder in entries.items() if is_folder]
+
+
+def _traps(entries: dict[str, bool]) -> Iterator[str]:
+    # Without regard to case, as some file systems have it.
+    folded = {name.casefold() for name in entries}
+    is_repository = "commondir" in folded or {"objects", "refs"} <= folded
+    for name, is_folder in entries.items():
+        leads = name.casefold() == ".git" and not is_folder
+        if leads or (is_repository and name.casefold() == "head"):
+            yield name
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    folded = {one.casefold() for one in taken}
+    names = (f"{name}{_SUFFIX}{number or ''}" for number in range(len(folded) + 1))
+    return next(one for one in names if one.casefold() not in folded)
+
+
+async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
+    """Put a repository of ours at the top: at `base`, with its index, the hub's objects and nothing else."""
+    place = worktree.place
+    made = worktree.root / "preserved.git"
+
+    def lay_out() -> None:
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.copytree(worktree.hub.seed, made)
+        (made / "HEAD").write_text(f"{base}\n")
+        if place is not None and place.is_sparse:
+            (made / "info").mkdir(exist_ok=True)
+            shutil.copyfile(place.git_dir / "info" / "sparse-checkout", made / "info" / "sparse-checkout")
+            with (made / "config").open("a") as config:
+                config.write("[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n")
+
+    await anyio.to_thread.run_sync(lay_out)
+    env = {"GIT_INDEX_FILE": str(made / "index"), "GIT_WORK_TREE": str(worktree.tree)}
+    await git("read-tree", base, env=env)
+    await anyio.to_thread.run_sync(_publish, made, worktree.tree)
+
+
+def _publish(made: Path, tree: Path) -> None:
+    """Put the repository into its place; what is called `.git` there is a folder, and no repository any more."""
+    at = os.open(tree, _DIRECTORY)
+    try:
+        with os.scandir(at) as found:
+            names = [entry.name for entry in found]
+        for name in names:
+            if name.casefold() == ".git":
+                os.rename(name, _free(name, names), src_dir_fd=at, dst_dir_fd=at)
+        os.rename(made, ".git", dst_dir_fd=at)
+    finally:
+        os.close(at)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _told(changed: list[str]) -> str | None:
+    own = [path for path in changed if path not in {f".git{_SUFFIX}", f".git/HEAD{_SUFFIX}"}]
+    if not own:
+        return None
+    named = ", ".join(shown(path)[-100:] for path in own[:_MOST_NAMED])
+    more = f" and {len(own) - _MOST_NAMED} more" if len(own) > _MOST_NAMED else ""
+    return f"git repositories inside of it are disabled, by a rename to {named}{more}"

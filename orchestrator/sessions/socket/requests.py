@@ -1,0 +1,150 @@
+"""What a session asks, checked: an agent wrote it, or whatever it likes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from secrets import compare_digest
+from typing import Any, NamedTuple
+
+from orchestrator.client import commands, strict_json
+from orchestrator.client.commands import (
+    HIGHEST_VERSION,
+    LONGEST_PATH,
+    LONGEST_TEXT,
+    LONGEST_WAIT,
+    MOST_PATHS,
+    Argument,
+    Asked,
+)
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import JsonObject
+
+_KNOWN = {**commands.COMMANDS, commands.CHECK_EDIT.name: commands.CHECK_EDIT}
+OWN_COMMAND = "ask with the command of the session that you are in"
+_SEE_HELP = "`council --help` lists the commands of sessions"
+
+
+class Request(NamedTuple):
+    """A command of `orchestrator.client.commands` with its arguments; those that were not given are not there.
+
+    Except for those with a default. Paths are relative to the worktree's top.
+    """
+
+    command: str
+    arguments: JsonObject
+
+
+def read_request(line: bytes, token: str, tree: Path) -> Request:
+    """Return what a line asks for on behalf of the session with this token and worktree; raises RefusedError."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("arguments"), dict):
+        raise RefusedError("the request is no line of JSON with a command and its arguments", _SEE_HELP)
+    given = value.get("token")
+    if not isinstance(given, str) or not compare_digest(given.encode(errors="replace"), token.encode()):
+        raise RefusedError("the request is not of this session", OWN_COMMAND)
+    command = _KNOWN.get(name) if isinstance(name := value.get("command"), str) else None
+    if command is None:
+        raise RefusedError("there is no such command", _SEE_HELP)
+    return Request(command.name, _arguments(command, value["arguments"], tree))
+
+
+def _arguments(command: Asked, given: JsonObject, tree: Path) -> JsonObject:
+    """Return the arguments of a command; null is as good as none, except where any value is one."""
+    known = {one.name: one for one in command.arguments}
+    values = {one.name for one in command.arguments if one.kind == commands.VALUE}
+    arguments: JsonObject = {key: value for key, value in given.items() if value is not None or key in values}
+    for key in arguments:
+        if key not in known:
+            takes = ", ".join(known) or "nothing"
+            raise RefusedError(f"{command.name} does not take {key[:40]!r}", f"it takes {takes}")
+    for one in command.arguments:
+        if one.name in arguments:
+            arguments[one.name] = _checked(one, arguments[one.name], tree)
+        elif one.is_needed:
+            raise RefusedError(f"{command.name} needs {one.name}", one.help)
+    return arguments
+
+
+def _checked(argument: Argument, value: Any, tree: Path) -> Any:
+    match argument.kind:
+        case commands.TEXT:
+            return _text(argument, value)
+        case commands.PATH:
+            return _path(argument, value, tree)
+        case commands.PATHS:
+            if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= MOST_PATHS:
+                raise _odd(argument, f"a list of 1 to {MOST_PATHS} paths")
+            return list(dict.fromkeys(_path(argument, one, tree) for one in value))
+        case commands.SECONDS | commands.VERSION:
+            return _number(argument, value)
+        case commands.VALUE:
+            return _value(argument, value)
+        case commands.OBJECT:
+            return _object(argument, value)
+        case other:
+            raise ValueError(f"no kind of argument is {other!r}")
+
+
+def _text(argument: Argument, value: Any, longest: int = LONGEST_TEXT) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > longest or not _is_plain(value):
+        raise _odd(argument, f"text of 1 to {longest} characters")
+    if argument.choices and value not in argument.choices:
+        raise _odd(argument, f"one of {', '.join(argument.choices)}")
+    return value
+
+
+def _number(argument: Argument, value: Any) -> float:
+    if argument.kind == commands.VERSION:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= HIGHEST_VERSION:
+            raise _odd(argument, "a version: a number from 0 on")
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= LONGEST_WAIT:
+        raise _odd(argument, f"seconds, from 0 to {LONGEST_WAIT:g}")
+    return float(value)
+
+
+def _value(argument: Argument, value: Any) -> Any:
+    try:
+        strict_json.check(value)
+    except ValueError as error:
+        raise RefusedError(f"{argument.name} can't be taken: {error}", "give plain JSON") from None
+    return value
+
+
+def _object(argument: Argument, value: Any) -> JsonObject:
+    if isinstance(value, str):  # models like to write their objects as text
+        try:
+            value = strict_json.parse(value.encode())
+        except ValueError as error:
+            raise RefusedError(f"{argument.name} can't be taken: {error}", "give a JSON object") from None
+    if not isinstance(value, dict):
+        raise _odd(argument, "a JSON object")
+    checked: JsonObject = _value(argument, value)
+    return checked
+
+
+def _path(argument: Argument, value: Any, tree: Path) -> str:
+    text = _text(argument, value, LONGEST_PATH)
+    inside = os.path.relpath(os.path.join(tree, text), tree)  # noqa: PTH118  no look at the disk
+    if inside in {os.curdir, os.pardir} or inside.startswith(f"{os.pardir}{os.sep}"):
+        raise _odd(argument, "paths of files or folders in the worktree")
+    return inside
+
+
+def _is_plain(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair
+        return False
+    return "\0" not in text
+
+
+def _odd(argument: Argument, wanted: str) -> RefusedError:
+    return RefusedError(f"{argument.name} is not what it should be", f"give {wanted}")

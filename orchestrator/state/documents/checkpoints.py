@@ -1,0 +1,430 @@
+"""Checkpoints: named positions of the log, what the state was there, and what going back to one would change.
+
+A checkpoint is a small document of kind `checkpoint`; what it stands for is in the log, for as long as that goes back
+so far. Going back is a commit like any other, which writes old values anew: no history is rewritten, versions go on.
+What is written back of a run, kind by kind:
+
+run, spec   as they were, and so are `imported` and `handoff`; of a task that stays as it is now, its specification and
+            its handoffs stay, too. But a run has no end as long as something of it is cut off, which `council resume`
+            settles, and tasks that plans became since are of it where sessions were at them.
+task        as `domain.runs.rollback` says: what has landed stays landed, and attempts stay on record.
+shared      as it was: what sessions have shared since, those that are had again share anew. Versions go on.
+lease       never: epochs only rise, so that whoever lost the run stays without it.
+note        what a session of the run left and is gone since is there again; what was left since stays, because what
+            was learned is no less true for going back.
+request     never: what a person has asked for since, and nobody has done yet, is still asked for.
+cursor      never: what sinks and trackers have been told can't be taken back.
+adapter     never: a usage limit that was hit since, or a login that ran out, is a fact of the world outside.
+checkpoint  never: to be able to go forward again.
+ports       never: they are of places on this machine, and of no run.
+rwlock      never: who held a lock then does not hold it now.
+import      never: what was imported of older layouts stays imported.
+claim, orchestrator, ownership, context  never: they are of processes and sessions that are at work now.
+
+A run that began after a checkpoint of the whole store stays, and one that is gone since comes back. Documents of other
+kinds, which are not ours, are part of checkpoints of the whole store: they become as they were, those that were made
+since are deleted, and those that expire by themselves stay as they are. What is damaged or can't be read, then or now,
+is not guessed: such a task stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import anyio.to_thread
+
+from orchestrator.domain.runs.lifecycle import run_state
+from orchestrator.domain.runs.model import FINAL, Maker, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.rollback import turn_back
+from orchestrator.errors import HistoryGone, RefusedError, UnreadableDocument, VersionConflict
+from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.documents.reading import is_of_run
+from orchestrator.state.documents.shapes import KINDS, checkpoint_number, flaw_of, readable
+from orchestrator.system.failpoints import failpoint
+
+KIND: Final = "checkpoint"
+#: What stands for a run's id in the names of checkpoints of the whole store.
+WHOLE: Final = "all"
+
+#: The kinds that are turned back.
+_TURNED_BACK: Final = ("run", "spec", "task", "imported", "handoff", "shared")
+#: Notes of sessions, which only come back. Their names begin with what they are about, and not with their run.
+_NOTE: Final = "note"
+#: The kinds that are looked at.
+_KEPT: Final = (*_TURNED_BACK, _NOTE)
+_AT_WORK: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
+#: How often all is read between two commits of others before it is taken from the log, which takes longer.
+_LOOKS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSession:
+    """A task that was being worked at: `status` is running, checking or landing."""
+
+    run: str
+    task: str
+    attempt: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A named position in the log, of one run (None: of the whole store), and how things stood there."""
+
+    id: str
+    """`<run>/<number>`, or `all/<number>`; numbers rise."""
+    run: str | None
+    position: int
+    """The last commit that is part of it."""
+    time: float
+    """When it was made, in wall-clock seconds."""
+    reason: str
+    maker: Maker
+    status: str | None
+    """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store, or where the run is damaged."""
+    phase: Mapping[str, int]
+    """How many tasks there were of each status; `damaged` are those that could not be read."""
+    sessions: Sequence[LiveSession]
+
+    @property
+    def number(self) -> int:
+        """Its place among those of the same run."""
+        return int(self.id.rpartition("/")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """What going back to a checkpoint would change as things stand."""
+
+    checkpoint: Checkpoint
+    writes: Sequence[Write]
+    """Old values, over the versions that are there now; None deletes."""
+    left: Mapping[Key, str]
+    """What has changed since and stays all the same, with the reason."""
+    runs: Mapping[str, RunDocument]
+    """The runs that something is written of, as they would be."""
+
+    @property
+    def written(self) -> list[Key]:
+        """The documents that would have an old value again."""
+        return [write.key for write in self.writes if write.value is not None]
+
+    @property
+    def deleted(self) -> list[Key]:
+        """The documents that would be gone again."""
+        return [write.key for write in self.writes if write.value is None]
+
+
+async def create(
+    store: Store,
+    run: str | None,
+    reason: str,
+    *,
+    maker: Maker = Maker.HAND,
+    is_live: bool = True,
+    guards: Sequence[Guard] = (),
+) -> Checkpoint:
+    """Make a checkpoint of a run, or of the whole store, as it is now.
+
+    `is_live` says whether a process is at work in the run. RefusedError where there is no such run, LeaseLost where
+    one of the `guards` does not hold.
+    """
+    said = reason.encode(errors="replace").decode()  # arguments of a command may be any bytes
+    while True:
+        position, documents = await _now(store, run)
+        if run is not None and Key("run", run) not in documents:
+            raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
+        key = await _free_key(store, run or WHOLE)
+        # In threads, here and below: thousands of tasks take long to decode.
+        told = await anyio.to_thread.run_sync(_facts, documents.values(), run, is_live)
+        facts = {"position": position, "reason": said, "maker": maker, **told}
+        named = {"checkpoint": key.id, "reason": said}
+        event = Event("checkpoint.created", named if run is None else {"run": run, **named})
+        with suppress(VersionConflict):  # somebody else took the number
+            await store.commit(Commit([Write(key, 0, facts)], [event], guards))
+            failpoint("checkpoint.created")
+            return await read(store, key.id)
+
+
+async def listed(store: Store, run: str | None = None) -> list[Checkpoint]:
+    """Return the checkpoints of a run (`WHOLE`: of the whole store), or all there are; the oldest first."""
+    found = await store.list(KIND, f"{run}/" if run else "")
+    return [_checkpoint(one) for one in sorted(readable(found), key=lambda one: one.position)]
+
+
+async def read(store: Store, checkpoint: str) -> Checkpoint:
+    """Return a checkpoint by its id; RefusedError if there is none, or it can't be read."""
+    found = await store.get(Key(KIND, checkpoint))
+    if found is not None and (flaw := flaw_of(found)) is not None:
+        raise UnreadableDocument(str(found.key), flaw)
+    if found is None or found.damaged:
+        what = "there is no" if found is None else "damage to the state log has hit"
+        raise RefusedError(f"{what} checkpoint {checkpoint!r}", "`council checkpoint list` names them")
+    return _checkpoint(found)
+
+
+async def contents(store: Store, checkpoint: str) -> Mapping[Key, Document]:
+    """Return the documents of a checkpoint's run, or of the whole store, as they were.
+
+    RefusedError where the log does not go back so far any more.
+    """
+    return await _then(store, await read(store, checkpoint))
+
+
+async def restoration(store: Store, checkpoint: str) -> Restoration:
+    """Return what going back to a checkpoint would change now; nothing is changed. Raises as `contents` does."""
+    found = await read(store, checkpoint)
+    then, now = await _then(store, found), await _present(store, found.run)
+    return await anyio.to_thread.run_sync(_decide, found, then, now)
+
+
+async def prune(store: Store, run: str, keep: int, guards: Sequence[Guard] = ()) -> list[str]:
+    """Delete the checkpoints of a run that were made by the clock, but for the newest `keep`; return their ids."""
+    by_clock = [one.id for one in await listed(store, run) if one.maker is Maker.CLOCK]
+    old = by_clock[: max(len(by_clock) - keep, 0)]
+    found = [one for name in old if (one := await store.get(Key(KIND, name))) is not None]
+    with suppress(VersionConflict):  # somebody else is at the same
+        if found:
+            await store.commit(Commit([Write(one.key, one.version, None) for one in found], (), guards))
+    return old
+
+
+def _checkpoint(found: Document) -> Checkpoint:
+    value, run = found.value, found.key.id.rpartition("/")[0]
+    return Checkpoint(
+        id=found.key.id,
+        run=None if run == WHOLE else run,
+        position=value["position"],
+        time=found.time,
+        reason=value["reason"],
+        maker=Maker(value["maker"]),
+        status=value["status"],
+        phase=value["phase"],
+        sessions=[LiveSession(**one) for one in value["sessions"]],
+    )
+
+
+async def _free_key(store: Store, owner: str) -> Key:
+    """Return the key behind the newest; one that was deleted is never used again."""
+    taken = [checkpoint_number(one.key) or 0 for one in await store.list(KIND, f"{owner}/")]
+    number = max(taken, default=0) + 1
+    while await store.history(Key(KIND, f"{owner}/{number}"), 1):
+        number += 1
+    return Key(KIND, f"{owner}/{number}")
+
+
+async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Document]]:
+    """Return the newest position, and what can be turned back as it is there."""
+    position = await store.position()
+    for _ in range(_LOOKS):
+        documents = [one for kind in _KEPT for one in await _listed(store, kind, run)]
+        before, position = position, await store.position()
+        if before == position:
+            return position, {one.key: one for one in documents}
+    found = (await store.at(position)).documents
+    return position, {key: one for key, one in found.items() if key.kind in _KEPT and _is_of(one, run)}
+
+
+async def _present(store: Store, run: str | None) -> Mapping[Key, Document]:
+    """Return what can be turned back as it is now."""
+    if run is not None:
+        return (await _now(store, run))[1]
+    return (await store.at(await store.position())).documents  # only so the kinds are known that are not ours
+
+
+async def _listed(store: Store, kind: str, run: str | None) -> Iterable[Document]:
+    if run is None:
+        return await store.list(kind)
+    if kind == _NOTE:
+        return [one for one in await store.list(kind) if _is_of(one, run)]
+    own = await store.get(Key(kind, run))
+    return [*([] if own is None else [own]), *await store.list(kind, f"{run}/")]
+
+
+async def _then(store: Store, checkpoint: Checkpoint) -> Mapping[Key, Document]:
+    try:
+        found = await store.at(checkpoint.position)
+    except HistoryGone as gone:
+        what = (
+            f"checkpoint {checkpoint.id} is of position {checkpoint.position}, the state log goes back to {gone.first}"
+        )
+        raise RefusedError(what, "choose a later one") from None
+    return {key: one for key, one in found.documents.items() if _is_of(one, checkpoint.run)}
+
+
+def _is_of(found: Document, run: str | None) -> bool:
+    if run is None or is_of_run(found.key, run):
+        return True
+    return found.key.kind == _NOTE and not found.damaged and found.value.get("run") == run
+
+
+def _task_of(key: Key) -> str | None:
+    """Return the task that a specification or a handoff belongs to, as `RUN/TASK`."""
+    if key.kind == "handoff":
+        return key.id.rpartition("/")[0]
+    return key.id if key.kind == "spec" else None
+
+
+def _run_of(key: Key) -> str:
+    return key.id.partition("/")[0]
+
+
+def _facts(documents: Iterable[Document], run: str | None, is_live: bool) -> JsonObject:
+    phase: Counter[str] = Counter()
+    sessions, end, is_halted = [], None, False
+    for found in documents:
+        is_known = found.key.kind in {"run", "task"} and not _marked(found).damaged
+        if found.key.kind == "run":
+            document = RunDocument.model_validate_json(found.encoded) if is_known else None
+            end = 0.0 if document is None else document.ended
+            is_halted = document is not None and document.halted is not None
+        elif found.key.kind == "task":
+            task = TaskDocument.model_validate_json(found.encoded) if is_known else None
+            phase["damaged" if task is None else task.status] += 1
+            if task is not None and task.status in _AT_WORK:
+                owner, _, name = found.key.id.partition("/")
+                sessions.append({"run": owner, "task": name, "attempt": task.attempt.number, "status": task.status})
+    status = None
+    if run is not None and end != 0.0:
+        status = run_state(phase, has_ended=end is not None, is_halted=is_halted, is_live=is_live)
+    return {"status": status, "phase": dict(phase), "sessions": sessions}
+
+
+def _marked(found: Document) -> Document:
+    """Return a document, as damaged where it can't be read."""
+    return found if flaw_of(found) is None else found._replace(damaged=True)
+
+
+def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key, Document]) -> Restoration:
+    """Tell what is to be written for all to be as it was `then`, where it can be."""
+    then, now = ({key: _marked(one) for key, one in found.items()} for found in (then, now))
+    writes: list[Write] = []
+    left: dict[Key, str] = {}
+    runs: dict[str, RunDocument] = {}
+    for name, keys in _by_run([*then, *(key for key in now if key not in then)]).items():
+        key = Key("run", name)
+        if key not in then:
+            left[key] = "it began since"
+        elif then[key].damaged:
+            left[key] = _DAMAGED_THEN
+        else:
+            judged = {one: _judge(then.get(one), now.get(one)) for one in keys if one != key}
+            tasks = {one: what for one, what in judged.items() if one.kind == "task"}
+            # Tasks of plans since the checkpoint that had sessions stay in the run.
+            staying = [one for one, what in tasks.items() if one not in then and _stays(what)]
+            as_now = {one.id for one, what in tasks.items() if isinstance(what, str)} | {one.id for one in staying}
+            judged |= {one: _BEGUN for one, what in judged.items() if what is not None and _task_of(one) in as_now}
+            left |= {one: why for one, why in judged.items() if isinstance(why, str)}
+            changed = [one for one in judged.values() if isinstance(one, Write)]
+            found = now.get(key)
+            if changed or found is None or found.damaged:
+                runs[name] = _run(then[key], [now[one] for one in keys if one in now], staying)
+                writes += [*_write_run(runs[name], found), *changed]
+    for key, note in then.items():
+        if key.kind == _NOTE and key not in now and not note.damaged:
+            writes.append(_write(note.value, key, None))
+    if checkpoint.run is None:
+        own = [key for key in dict.fromkeys((*then, *now)) if key.kind not in KINDS]
+        found_own = {key: _judge_own(then.get(key), now.get(key)) for key in own}
+        left |= {key: why for key, why in found_own.items() if isinstance(why, str)}
+        writes += [one for one in found_own.values() if isinstance(one, Write)]
+    return Restoration(checkpoint, writes, left, runs)
+
+
+_DAMAGED_THEN: Final = "its record of that time is damaged"
+_BEGUN: Final = "what its sessions did stays on record"
+_DAMAGED_NOW: Final = "its record is damaged, what it did since is not known"
+
+
+def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
+    found: dict[str, list[Key]] = {}
+    for key in keys:
+        if key.kind in _TURNED_BACK:
+            found.setdefault(_run_of(key), []).append(key)
+    return found
+
+
+def _judge(then: Document | None, now: Document | None) -> Write | str | None:
+    """Return what is to be written of a task or its spec, or why it stays, or None where nothing has changed."""
+    if then is None:
+        assert now is not None, "a key is of either"  # noqa: S101
+        return _delete(now)
+    if now is not None and (now.version, now.damaged) == (then.version, then.damaged):
+        return None
+    if then.damaged:
+        return _DAMAGED_THEN
+    if then.key.kind == "task":
+        return _judge_task(then, now)
+    return (
+        None if now is not None and not now.damaged and now.value == then.value else _write(then.value, then.key, now)
+    )
+
+
+def _judge_own(then: Document | None, now: Document | None) -> Write | str | None:
+    """Return what is to be written of a document that is no kind of ours, or why it stays, or None if it is as then."""
+    if any(one is not None and one.expires is not None for one in (then, now)):
+        return None  # its time goes on: what it said then is over
+    if then is None:
+        return None if now is None else Write(now.key, now.version, None)
+    if then.damaged:
+        return _DAMAGED_THEN
+    is_same = now is not None and not now.damaged and now.value == then.value
+    return None if is_same else _write(then.value, then.key, now)
+
+
+def _judge_task(then: Document, now: Document | None) -> Write | str | None:
+    was = TaskDocument.model_validate_json(then.encoded)
+    if now is None:
+        return _write(was.model_dump(mode="json"), then.key, None)
+    if now.damaged:
+        return _DAMAGED_NOW
+    found = TaskDocument.model_validate_json(now.encoded)
+    after = turn_back(was, found)
+    if isinstance(after, str):
+        return after if was != found else None
+    return None if after == found else _write(after.model_dump(mode="json"), then.key, now)
+
+
+def _stays(judged: Write | str | None) -> bool:
+    return isinstance(judged, str) or (judged is not None and judged.value is not None)
+
+
+def _delete(now: Document) -> Write | str:
+    """Return what becomes of what was not there: a task that sessions were at stays on record, and is cancelled."""
+    if now.key.kind == "task" and not now.damaged:
+        task = TaskDocument.model_validate_json(now.encoded)
+        if task.status in {TaskStatus.LANDED, TaskStatus.LANDING}:
+            return "it has landed, or may have"
+        if task.status in FINAL:
+            return _BEGUN
+        if task.attempts:
+            over = {"status": TaskStatus.CANCELLED, "reason": "the plan that it was of is undone"}
+            return _write(task.model_copy(update=over).model_dump(mode="json"), now.key, now)
+    return Write(now.key, now.version, None)
+
+
+def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> RunDocument:
+    """Return a run as it was, without an end if anything of it is at work, and perhaps cut off, now.
+
+    Tasks that are `staying` came since, and can't go.
+    """
+    document = RunDocument.model_validate_json(then.encoded)
+    tasks = dict.fromkeys((*document.tasks, *(one.id.partition("/")[2] for one in staying)))
+    document = document.model_copy(update={"tasks": tuple(tasks)})
+    # Of a task that can't be read the status may be anything.
+    at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(_AT_WORK) for one in now)
+    return document.model_copy(update={"ended": None}) if at_work else document
+
+
+def _write_run(run: RunDocument, now: Document | None) -> list[Write]:
+    value = run.model_dump(mode="json")
+    is_same = now is not None and not now.damaged and now.value == value
+    return [] if is_same else [_write(value, Key("run", run.id), now)]
+
+
+def _write(value: JsonObject, key: Key, now: Document | None) -> Write:
+    return Write(key, now.version if now else 0, value)

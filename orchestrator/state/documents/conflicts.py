@@ -1,0 +1,267 @@
+"""Updates that compete for a document: resolved in the commit that writes them, or kept until a person decides.
+
+A conflict that is kept is a document of the kind `conflict`; the document that it is about stays as it was.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, NamedTuple
+
+from orchestrator.domain.documents.conflicts import LeftToPerson, Strategy, Update, by_key, resolve, strategy_named
+from orchestrator.errors import RefusedError, who_and_when
+from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Version, Write
+from orchestrator.state.documents.shapes import flaw_of, readable
+from orchestrator.state.documents.update import ATTEMPTS, Check, retried
+
+#: The kind of the documents that hold the conflicts that wait for a person.
+KIND: Final = "conflict"
+
+_MOST_NAMED: Final = 5
+_OF_CANDIDATE: Final = ("time", "writer", "value", "base")
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Updates of a document of which a person is to choose one; the candidates are in order of time."""
+
+    id: str
+    key: Key
+    version: int
+    """Of the document when the conflict was found; 0: there was none."""
+    candidates: Sequence[Update[Key]]
+
+
+class Settled(NamedTuple):
+    """A conflict that is no more, and the document that it was about: None if it is gone."""
+
+    conflict: Conflict
+    document: Document | None
+
+
+class Applied(NamedTuple):
+    """What became of a batch of updates, by the keys of the documents."""
+
+    written: Sequence[Key]
+    """Has one value now, that of its only update or what its updates were resolved to."""
+    resolved: Sequence[Key]
+    """Those of the written that had more than one."""
+    waiting: Sequence[Conflict]
+    """Was left as it is: a person is to choose (`settle`)."""
+
+
+async def apply_updates(
+    store: Store,
+    updates: Sequence[Update[Key]],
+    strategy: str = Strategy.LAST_WRITE_WINS,
+    *,
+    guards: Sequence[Guard] = (),
+    check: Check | None = None,
+    attempts: int = ATTEMPTS,
+) -> Applied:
+    """Write what updates of any documents amount to, in one commit, and return what became of each document.
+
+    More than one update of a document are resolved by the strategy, with an event `state.conflict_resolved` (key,
+    strategy, writers); with `manual` nothing of that document is written, its candidates are kept, with an event
+    `state.conflict_kept` (key, conflict, writers). Where an update has a `base` and the document was changed since,
+    what it is now competes, too, as of when and by whom it was committed; without one the update replaces whatever
+    there is. Where somebody else commits first, all is done anew, as by `update`. Raises RefusedError for an unknown
+    strategy, what `check` raises for what documents would become, and what `Store.commit` raises, with nothing changed:
+    also for candidates that are too large together for one document.
+    """
+    chosen = strategy_named(strategy)
+    return await retried(partial(_apply, store, by_key(updates), chosen, guards, check), attempts)
+
+
+async def pending(store: Store) -> list[Conflict]:
+    """Return the conflicts that wait for a person, the oldest first.
+
+    One whose record can't be read is not among them.
+    """
+    documents = readable(await store.list(KIND))
+    return [_read(one) for one in sorted(documents, key=lambda one: (one.position, one.key))]
+
+
+async def find(store: Store, name: str, run: str | None = None) -> Conflict:
+    """Return the conflict that is meant by its id, or by the document, `kind/id` or `kind/rest` of a run's.
+
+    RefusedError where none is meant, or more than one.
+    """
+    found = await pending(store)
+    kind, _, rest = name.partition("/")
+    keys = [Key(kind, rest), Key(kind, f"{run}/{rest}")]
+    for meant in (
+        [one for one in found if one.id == name],
+        *([one for one in found if one.key == key] for key in keys),
+    ):
+        if len(meant) > 1:
+            several = ", ".join(one.id for one in meant)
+            raise RefusedError(f"{len(meant)} conflicts about {meant[0].key} wait", f"name one by its id: {several}")
+        if meant:
+            return meant[0]
+    # One that is damaged is not among them, and has its own reason.
+    if await store.get(Key(KIND, name)) is not None:
+        raise _damaged(name)
+    raise _unknown(name, found)
+
+
+async def settle(
+    store: Store,
+    conflict: str,
+    choice: int | JsonObject,
+    *,
+    force: bool = False,
+    guards: Sequence[Guard] = (),
+    check: Check | None = None,
+    attempts: int = ATTEMPTS,
+) -> Document | None:
+    """Write what a person chose and remove the conflict, in one commit; return the document, None if it is gone.
+
+    `conflict` is its id, `choice` the number of a candidate (from 1, in order of time) or a value of its own. The event
+    is `state.conflict_settled` (key, conflict, and the writer of the candidate, null for a value). Raises RefusedError
+    for an unknown id or number, what `check` raises, and, unless it is forced, where the document was changed since the
+    conflict was found.
+    """
+    return await retried(partial(_settle, store, conflict, choice, force, guards, check), attempts)
+
+
+class _Step(NamedTuple):
+    """What a commit has to do about one document."""
+
+    found: Document | None
+    writes: Sequence[Write]
+    event: Event | None = None
+    conflict: Conflict | None = None
+
+
+async def _apply(
+    store: Store,
+    grouped: Mapping[Key, Sequence[Update[Key]]],
+    strategy: Strategy,
+    guards: Sequence[Guard],
+    check: Check | None,
+) -> Applied:
+    steps = {key: await _step(store, key, updates, strategy) for key, updates in grouped.items()}
+    writes = [write for step in steps.values() for write in step.writes]
+    if check is not None:
+        for key, step in steps.items():
+            for write in step.writes if step.conflict is None else ():
+                check(key, step.found, write.value)
+    events = [step.event for step in steps.values() if step.event is not None]
+    if writes or events:
+        await store.commit(Commit(writes, events, guards))
+    return Applied(
+        [key for key, step in steps.items() if step.conflict is None],
+        [key for key, step in steps.items() if step.conflict is None and step.event is not None],
+        [step.conflict for step in steps.values() if step.conflict is not None],
+    )
+
+
+async def _step(store: Store, key: Key, updates: Sequence[Update[Key]], strategy: Strategy) -> _Step:
+    found = await store.get(key)
+    version = found.version if found else 0
+    competing = [*await _unseen(store, key, found, updates), *updates]
+    if len(competing) == 1:
+        return _Step(found, _replace(key, version, updates[0].value))
+    outcome = resolve(competing, strategy)
+    facts = {"key": str(key), "writers": [one.writer for one in sorted(competing, key=lambda one: one.time)]}
+    if isinstance(outcome, LeftToPerson):
+        kept = Conflict(secrets.token_hex(8), key, version, outcome.candidates)
+        return _Step(found, [_record(kept)], Event("state.conflict_kept", {**facts, "conflict": kept.id}), kept)
+    event = Event("state.conflict_resolved", {**facts, "strategy": str(strategy)})
+    return _Step(found, _replace(key, version, outcome.value), event)
+
+
+async def _unseen(store: Store, key: Key, found: Document | None, updates: Sequence[Update[Key]]) -> list[Update[Key]]:
+    """Return what the document is now as an update, where one of the updates was made without knowing it."""
+    bases = [update.base for update in updates if update.base is not None]
+    if all(base == (found.version if found else 0) for base in bases):
+        return []
+    if found is None:
+        gone = await _deletion(store, key)
+        return [Update(key, gone.time, gone.by, None)] if gone else []
+    # A value that is not the newest is none that anybody could choose.
+    return [] if found.damaged else [Update(key, found.time, found.by, found.value)]
+
+
+async def _deletion(store: Store, key: Key) -> Version | None:
+    """Return the version that deleted a document which is not there; None if it expired, or that is not known."""
+    newest = next(iter(await store.history(key, limit=1)), None)
+    return newest if newest and newest.value is None and not newest.damaged else None
+
+
+def _replace(key: Key, version: int, value: JsonObject | None) -> list[Write]:
+    return [Write(key, version, value)] if version or value is not None else []
+
+
+def _record(conflict: Conflict) -> Write:
+    # That it expects no document makes the id nobody else's: else the commit fails, and the next attempt has another.
+    candidates = [{name: getattr(one, name) for name in _OF_CANDIDATE} for one in conflict.candidates]
+    value = {"key": list(conflict.key), "version": conflict.version, "candidates": candidates}
+    return Write(Key(KIND, conflict.id), 0, value)
+
+
+def _read(document: Document) -> Conflict:
+    value = document.value
+    key = Key(*value["key"])
+    candidates = tuple(Update(key, **one) for one in value["candidates"])
+    return Conflict(document.key.id, key, value["version"], candidates)
+
+
+async def _settle(
+    store: Store, name: str, choice: int | JsonObject, force: bool, guards: Sequence[Guard], check: Check | None
+) -> Document | None:
+    record = await store.get(Key(KIND, name))
+    if record is None:
+        raise _unknown(name, await pending(store))
+    if record.damaged or flaw_of(record) is not None:
+        raise _damaged(name)
+    conflict = _read(record)
+    value, writer = (choice, None) if isinstance(choice, dict) else _candidate(conflict, choice)
+    found = await store.get(conflict.key)
+    if check is not None:
+        check(conflict.key, found, value)
+    version = found.version if found else 0
+    if version != conflict.version and not force:
+        raise await _changed(store, conflict, found)
+    event = Event("state.conflict_settled", {"key": str(conflict.key), "conflict": name, "writer": writer})
+    writes = [Write(record.key, record.version, None), *_replace(conflict.key, version, value)]
+    await store.commit(Commit(writes, [event], guards))
+    return await store.get(conflict.key)
+
+
+def _candidate(conflict: Conflict, number: int) -> tuple[JsonObject | None, str]:
+    if not 1 <= number <= len(conflict.candidates):
+        raise RefusedError(
+            f"conflict {conflict.id!r} has no candidate {number}",
+            f"choose one of 1 to {len(conflict.candidates)}, or give a value",
+        )
+    chosen = conflict.candidates[number - 1]
+    return chosen.value, chosen.writer
+
+
+def _damaged(name: str) -> RefusedError:
+    return RefusedError(f"what conflict {name!r} was about is damaged", "`council state verify` tells more")
+
+
+def _unknown(name: str, waiting: Sequence[Conflict]) -> RefusedError:
+    names = [one.id for one in waiting]
+    more = ", …" if len(names) > _MOST_NAMED else ""
+    remedy = f"those that wait are {', '.join(names[:_MOST_NAMED])}{more}" if names else "none waits"
+    return RefusedError(f"no conflict {name!r} waits to be settled", remedy)
+
+
+async def _changed(store: Store, conflict: Conflict, found: Document | None) -> RefusedError:
+    key, deletion = conflict.key, None if found else await _deletion(store, conflict.key)
+    if found:
+        what = f"{key} was changed by {who_and_when(found.by, found.time)}"
+    elif deletion:
+        what = f"{key} was deleted by {who_and_when(deletion.by, deletion.time)}"
+    else:
+        what = f"{key} is gone"
+    return RefusedError(
+        f"{what}, after conflict {conflict.id!r} was found", "look at it first, then force what you choose over it"
+    )

@@ -1,0 +1,287 @@
+"""Reads what older layouts of state have in a project's folder, and keeps aside what can't be read. It blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from orchestrator.domain.runs.legacy import (
+    NotUnderstood,
+    Session,
+    instant,
+    joined,
+    session,
+    sessions_in,
+    task_fields,
+    task_name,
+    version_of,
+    with_states,
+)
+from orchestrator.project import LEGACY_FILE, LEGACY_TREE, Project
+from orchestrator.system import untrusted_files
+
+MAX_FILE: Final = 64 << 20
+#: Files of a tree, and their bytes together.
+MAX_FILES: Final = 20_000
+MAX_TREE: Final = 256 << 20
+#: Sessions, and the tasks of all of them together.
+MAX_SESSIONS: Final = 10_000
+MAX_TASKS: Final = 50_000
+#: Faults of a file that are told.
+_MOST_TOLD: Final = 5
+_VERSION_FILE = re.compile(r"v(\d{1,15})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file or a folder that was read: by its name in the project."""
+
+    path: str
+    version: str | None
+    """What a file of all sessions says that it is."""
+    files: int
+    bytes: int
+    sha256: str
+    """Of the file; of a folder, of the names and digests of all that was read in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A file that could not be imported as it is, why, and where a copy of it is kept (None: nowhere)."""
+
+    path: str
+    reason: str
+    copy: str | None
+
+
+@dataclass(slots=True)
+class Found:
+    """What was read."""
+
+    sessions: list[Session] = field(default_factory=list)
+    written: dict[str, float] = field(default_factory=dict)
+    """When files were last written, by their names."""
+    sources: list[Source] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_layouts(project: Project) -> Found:
+    """Read both layouts; what is newer counts where they say different things. Blocks."""
+    found = Found()
+    reader = _Reader(project, found)
+    older = _read_file(reader)
+    newer = _read_tree(reader)
+    found.sessions = joined(older, newer)
+    if len(found.sessions) > MAX_SESSIONS:
+        beyond = found.sessions[MAX_SESSIONS]
+        reader.problem(
+            beyond.source, f"of {len(found.sessions)} sessions only the first {MAX_SESSIONS} are taken", None
+        )
+        del found.sessions[MAX_SESSIONS:]
+    tasks, kept = 0, []
+    for one in found.sessions:
+        tasks += len(one.tasks)
+        if tasks <= MAX_TASKS:
+            kept.append(one)
+        else:
+            tasks -= len(one.tasks)
+            reader.problem(one.source, f"session {one.name} has too many tasks, {len(one.tasks)}", None)
+    found.sessions = kept
+    return found
+
+
+def _read_file(reader: _Reader) -> list[Session]:
+    data = reader.read(LEGACY_FILE)
+    if data is None:
+        return []
+    faults: list[str] = []
+    version, sessions = None, []
+    try:
+        state = _decoded(data)
+        version, sessions = version_of(state), sessions_in(state, LEGACY_FILE, faults)
+    except ValueError as error:
+        faults.append(str(error))
+    if faults:
+        reader.problem(LEGACY_FILE, _together(faults), data)
+    if sessions or not faults:
+        digest = hashlib.sha256(data).hexdigest()
+        reader.found.sources.append(Source(LEGACY_FILE, version, 1, len(data), digest))
+    return sessions
+
+
+def _read_tree(reader: _Reader) -> list[Session]:
+    lost: list[str] = []
+    sessions: list[Session] = []
+    for path in reader.names(f"{LEGACY_TREE}/sessions", ".json"):
+        stem = path.rpartition("/")[2].removesuffix(".json")
+        faults: list[str] = []
+        data = reader.read(path)
+        try:
+            if data is not None:
+                sessions.append(session(_decoded(data), path, stem, faults))
+        except ValueError as error:
+            faults.append(str(error))
+            lost.append(stem)
+        if faults:
+            reader.problem(path, _together(faults), data)
+    states: dict[str, Any] = {}
+    for folder in reader.names(f"{LEGACY_TREE}/tasks", ""):
+        fallback = folder.rpartition("/")[2].removeprefix("task-")
+        if (state := _task_state(reader, folder)) is not None:
+            states[task_name(state, fallback)] = state
+    sessions += _from_checkpoints(reader, lost, states)
+    if reader.digests:
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(reader.digests.items()))
+        digest = hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
+        reader.found.sources.append(Source(LEGACY_TREE, None, len(reader.digests), reader.total, digest))
+    return with_states(sessions, states, LEGACY_TREE)
+
+
+def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
+    """Return a task's newest state that can be read: its own, else the newest of its history."""
+    path = f"{folder}/state.json"
+    data = reader.read(path)
+    if data is None:
+        return None
+    try:
+        return _object(data)
+    except ValueError as error:
+        why = str(error)
+    versions = [(int(match[1]), name) for name in reader.names(f"{folder}/history", ".json")
+                if (match := _VERSION_FILE.fullmatch(name.rpartition("/")[2]))]  # fmt: skip
+    for number, name in sorted(versions, reverse=True):
+        with suppress(ValueError):
+            if (older := reader.read(name)) is not None:
+                state = _object(older)
+                reader.problem(path, f"{why}; version {number} of its history stands for it", data)
+                return state
+    reader.problem(path, why, data)
+    return None
+
+
+def _from_checkpoints(reader: _Reader, lost: Sequence[str], states: dict[str, Any]) -> list[Session]:
+    """Return the sessions that can't be read as their newest checkpoints have them."""
+    newest: dict[str, tuple[float, str, dict[str, Any]]] = {}
+    for path in reader.names(f"{LEGACY_TREE}/checkpoints", ".json") if lost else ():
+        with suppress(ValueError):
+            if (data := reader.read(path)) is not None:
+                found = _object(data)
+                of, time = found.get("session_id"), instant(found.get("timestamp")) or 0.0
+                if isinstance(of, str) and of in lost and (of not in newest or time > newest[of][0]):
+                    newest[of] = time, path, found
+    sessions = []
+    for of, (_, path, found) in newest.items():
+        with suppress(NotUnderstood):
+            sessions.append(session(found.get("session_state"), path, of, []))
+            then = found.get("task_states")
+            for task, state in then.items() if isinstance(then, dict) else ():
+                if isinstance(state, dict):
+                    states.setdefault(task, state)
+    return sessions
+
+
+def _decoded(data: bytes) -> Any:
+    try:
+        return orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
+    except orjson.JSONDecodeError as error:
+        raise NotUnderstood(f"it is no JSON: {error}" if data.strip() else "it is empty") from None
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    value = task_fields(_decoded(data))
+    if not value:
+        raise NotUnderstood("it is no object with fields")
+    return dict(value)
+
+
+def _together(faults: Sequence[str]) -> str:
+    more = f"; and {len(faults) - _MOST_TOLD} more" if len(faults) > _MOST_TOLD else ""
+    return "; ".join(faults[:_MOST_TOLD]) + more
+
+
+class _Reader:
+    """Reads files of a project that may hold anything: within bounds, and no link out of it is followed."""
+
+    def __init__(self, project: Project, found: Found) -> None:
+        self._project, self.found = project, found
+        self._top = project.top.resolve()
+        self.digests: dict[str, str] = {}
+        """Of all files of the tree that were read."""
+        self.total = 0
+
+    def read(self, name: str) -> bytes | None:
+        """Return what a file holds; None where there is none, or, with a problem noted, where it can't be read."""
+        try:
+            data, changed = self._load(name)
+        except FileNotFoundError:
+            return None
+        except (OSError, RuntimeError, NotUnderstood) as error:  # the second of links in a circle
+            self.problem(name, _why(error), None)
+            return None
+        if name != LEGACY_FILE:
+            self.total += len(data)
+            self.digests[name] = hashlib.sha256(data).hexdigest()
+        self.found.written[name] = changed
+        return data
+
+    def _load(self, name: str) -> tuple[bytes, float]:
+        with os.fdopen(untrusted_files.open_file(self._top, self._real(name)), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_size > MAX_FILE:
+                raise NotUnderstood(f"its {facts.st_size} bytes are more than {MAX_FILE}")
+            if self.total + facts.st_size > MAX_TREE:
+                raise NotUnderstood(f"the files before it have {MAX_TREE} bytes together, which is enough")
+            return file.read(facts.st_size), facts.st_mtime
+
+    def _real(self, name: str) -> str:
+        """Return the path that links lead to now, beneath the top; nothing is opened but through `beneath`."""
+        real = (self._project.top / name).resolve(strict=True)
+        if not real.is_relative_to(self._top):
+            raise NotUnderstood("a link leads out of the project")
+        return str(real.relative_to(self._top))
+
+    def names(self, folder: str, ending: str) -> list[str]:
+        """Return the names in a folder that end so, by their place in the project, in order."""
+        try:
+            with untrusted_files.open_folder(self._top, self._real(folder)) as descriptor:
+                found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except (OSError, RuntimeError, NotUnderstood) as error:
+            self.problem(folder, _why(error), None)
+            return []
+        if len(found) > MAX_FILES:
+            self.problem(folder, f"of its {len(found)} entries only the first {MAX_FILES} are read", None)
+        return [f"{folder}/{name}" for name in found[:MAX_FILES]]
+
+    def problem(self, name: str, reason: str, data: bytes | None) -> None:
+        """Note what is wrong with a file, and keep a copy of what it holds."""
+        self.found.problems.append(Problem(_text(name), reason, None if data is None else self._copy(name, data)))
+
+    def _copy(self, name: str, data: bytes) -> str | None:
+        folder = self._project.legacy
+        path = folder / f"{hashlib.sha256(data).hexdigest()[:12]}-{Path(name).name}"
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+                file.write(data)
+            return _text(str(path.relative_to(self._project.top)))
+        return None
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _text(name: str) -> str:
+    """Return a file's name as text, whatever bytes it has."""
+    return os.fsencode(name).decode(errors="replace")

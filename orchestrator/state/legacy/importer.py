@@ -1,0 +1,151 @@
+"""Imports the state of older layouts, once: the files are read and left as they are, their sessions become runs.
+
+`import/worktrees` records what was imported, with digests and counts. Where it says that the import is not complete, as
+after a kill, the next one goes on: it writes what is missing, and a run appears with the last of its documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Final
+
+import anyio.to_thread
+import orjson
+
+from orchestrator.domain.runs.legacy import Imported, documents
+from orchestrator.errors import CouncilError
+from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE, Project, was_imported
+from orchestrator.protocols import Commit, Event, Key, Store, Write
+from orchestrator.state.documents.update import retried
+from orchestrator.state.legacy.files import Found, Problem, Source, read_layouts
+from orchestrator.system.failpoints import failpoint
+
+#: The kind of the documents that hold the originals of runs and tasks that were imported.
+KIND: Final = "imported"
+
+_WRITES: Final = 1000  # of one commit
+_BYTES: Final = 8 << 20  # the same, roughly
+#: Problems that are recorded, and those that a person is told.
+_MOST_RECORDED: Final = 1000
+_MOST_TOLD: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """What was imported, and what could not be."""
+
+    sources: Sequence[Source]
+    runs: Sequence[str]
+    tasks: int
+    problems: Sequence[Problem]
+
+    def notices(self) -> Iterator[str]:
+        """Yield what a person is told of it."""
+        if self.sources:
+            names = " and ".join(one.path for one in self.sources)
+            runs = f"{len(self.runs)} {'run' if len(self.runs) == 1 else 'runs'}"
+            tasks = f"{self.tasks} {'task' if self.tasks == 1 else 'tasks'}"
+            yield f"Imported {runs} with {tasks} from {names}, left as found: `council runs` lists what is new."
+        for one in self.problems[:_MOST_TOLD]:
+            kept = "the file stays as it is" if one.copy is None else f"a copy is kept as {one.copy}"
+            yield f"Not imported as it is: {one.path}: {one.reason}; {kept}."
+        if len(self.problems) > _MOST_TOLD:
+            yield f"Nor are {len(self.problems) - _MOST_TOLD} more: `council state log` has them."
+
+
+async def import_into(store: Store, project: Project, now: float) -> list[str]:
+    """Import what there is, at `now` (wall-clock seconds), and return what a person is to be told. Raises nothing.
+
+    What stands in the way of an import is told, too, and then it is due again.
+    """
+    try:
+        found = await anyio.to_thread.run_sync(read_layouts, project)
+        runs = await anyio.to_thread.run_sync(_convert, found, project, now)
+        done = await retried(partial(_commit, store, runs, found))
+    except Exception as error:  # noqa: BLE001  files of others, whatever is in them: nobody's command fails for it
+        with suppress(CouncilError):
+            await _remember(store)
+        why = str(error) if isinstance(error, CouncilError | OSError) else f"{type(error).__name__}: {error}"
+        return [f"Nothing was imported from {LEGACY_FILE} and {LEGACY_TREE}: {why}. The next command tries again."]
+    return [] if done is None else list(done.notices())
+
+
+async def _remember(store: Store) -> None:
+    """Record that an import is due, for stores in which something else comes first."""
+    if await store.get(LEGACY_RECORD) is None:
+        await store.commit(Commit([Write(LEGACY_RECORD, 0, {"is_complete": False})]))
+
+
+def _convert(found: Found, project: Project, now: float) -> list[Imported]:
+    place = {"top": str(project.top), "hub": str(project.legacy)}
+    return [documents(one, **place, written=found.written.get(one.source, now), now=now) for one in found.sessions]
+
+
+async def _commit(store: Store, runs: Sequence[Imported], found: Found) -> Import | None:
+    """Write what is not there yet; None where somebody else has done that already."""
+    record = await store.get(LEGACY_RECORD)
+    if record is not None and was_imported(record):
+        return None
+    version = record.version if record is not None else 0
+    problems = found.problems[:_MOST_RECORDED]
+    done = Import(found.sources, [one.run.id for one in runs], sum(len(one.tasks) for one in runs), problems)
+    parts = list(_parts(runs)) or [[]]
+    for number, part in enumerate(parts, 1):
+        is_complete = number == len(parts)
+        writes = [write for one in part if (write := await _needed(store, *one)) is not None]
+        events = [
+            _imported(value) for key, value in part if key.kind == "run" and any(key == one.key for one in writes)
+        ]
+        if is_complete:
+            events += [_damaged(one) for one in done.problems]
+            facts = {"sources": [one.path for one in done.sources], "runs": done.runs, "tasks": done.tasks}
+            events.append(Event("legacy.imported", facts))
+        if is_complete or version == 0:
+            writes.append(Write(LEGACY_RECORD, version, {"is_complete": is_complete, **asdict(done)}))
+            version += 1
+        await store.commit(Commit(writes, events))
+        failpoint("legacy.imported" if is_complete else "legacy.begun")
+    return done
+
+
+def _imported(run: dict[str, Any]) -> Event:
+    facts = {"run": run["id"], "tasks": len(run["tasks"]), "source": run["imported"]["source"]}
+    return Event("run.imported", facts)
+
+
+def _damaged(one: Problem) -> Event:
+    return Event("legacy.damaged", {"path": one.path, "reason": one.reason, "copy": one.copy})
+
+
+async def _needed(store: Store, key: Key, value: dict[str, Any]) -> Write | None:
+    found = await store.get(key)
+    if found is not None and not found.damaged and found.value == value:
+        return None
+    return Write(key, found.version if found else 0, value)
+
+
+def _parts(runs: Iterable[Imported]) -> Iterator[list[tuple[Key, dict[str, Any]]]]:
+    """Yield all documents in parts that fit a commit each, a run behind all that is of it."""
+    part: list[tuple[Key, dict[str, Any]]] = []
+    size = 0
+    for one in runs:
+        for key, value in _documents(one):
+            part.append((key, value))
+            size += len(orjson.dumps(value))
+            if len(part) >= _WRITES or size >= _BYTES:
+                yield part
+                part, size = [], 0
+    if part:
+        yield part
+
+
+def _documents(one: Imported) -> Iterator[tuple[Key, dict[str, Any]]]:
+    run = one.run.id
+    for task, document in one.tasks.items():
+        yield Key("task", f"{run}/{task}"), document.model_dump(mode="json")
+        yield Key(KIND, f"{run}/{task}"), dict(one.originals[task])
+    yield Key(KIND, run), dict(one.original)
+    yield Key("run", run), one.run.model_dump(mode="json")

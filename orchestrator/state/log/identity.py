@@ -1,0 +1,191 @@
+"""Which log a folder holds, and whether it is known on this machine: one that came with a repository is not obeyed.
+
+    <folder>/identity          the log's identity: 32 random hexadecimal digits
+    <folder>/<identity>/       the log itself (`state.log.segments`)
+    <home>/known_stores        a line for each log that was made on this machine, or accepted by a person
+
+The home is outside of all repositories. A file that a checkout or an archive puts into the folder belongs to no log,
+whatever its name is: who can't read the folder does not know the identity. All of this blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import Final
+
+from orchestrator.config.store import named_folder
+from orchestrator.errors import RefusedError, unusable
+from orchestrator.state.log.segments import make_folder, sync_folder
+
+NAME: Final = "identity"
+_IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
+_KNOWN: Final = "known_stores"
+#: Lines of that file, of which every second is empty: each folder that is hidden costs each session's start.
+_MOST_HIDDEN: Final = 200
+
+
+def log_in(folder: Path) -> Path | None:
+    """Return the folder of the log that a store's folder holds; None where none was made. RefusedError if damaged."""
+    path = folder / NAME
+    try:
+        found = _IDENTITY.fullmatch(path.read_bytes()[:64])
+    except OSError as error:
+        if not os.path.lexists(path):
+            return None
+        raise RefusedError(f"{path} can't be read: {error.strerror}", "make it a file that you can read") from None
+    if found is None:
+        remedy = f"write the name of the log's folder into it, which is next to it: `ls {folder}`"
+        raise RefusedError(f"{path} names no log", remedy)
+    return folder / found[1].decode()
+
+
+def existing_log(folder: Path) -> Path:
+    """Return the same; RefusedError where none was made, too."""
+    if (log := log_in(folder)) is None:
+        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
+    return log
+
+
+def prepare(folder: Path, home: Path | None = None) -> Path:
+    """Return the folder of the log, as `log_in`; a new store gets an identity, which is recorded in the home.
+
+    RefusedError where the log is gone that the folder had.
+    """
+    if (log := log_in(folder) or _left_alone(folder, home)) is None:
+        name = token_hex(16)
+        if home is not None:
+            _record(home, name, str(folder))
+        make_folder(folder)
+        make_folder(folder / name)
+        _point(folder, name)
+        log = log_in(folder)
+        assert log is not None, "it was just written"  # noqa: S101
+        if log.name != name:  # another process was faster
+            (folder / name).rmdir()
+    if log.is_symlink() or not log.is_dir():
+        remedy = f"restore it from a copy of yours, or remove {folder / NAME} to begin with an empty state"
+        raise RefusedError(f"the log of the state in {folder} is gone: there is no {log.name}", remedy)
+    return log
+
+
+def _left_alone(folder: Path, home: Path | None) -> Path | None:
+    """Return the log of a folder whose identity is gone, if the home knows it; the identity is written again."""
+    known = set() if home is None else _known(home)
+    try:
+        found = [path for path in folder.iterdir() if path.name.encode() in known and path.is_dir()]
+    except OSError:
+        return None
+    if len(found) != 1:
+        return None
+    _point(folder, found[0].name)
+    return log_in(folder)
+
+
+def _point(folder: Path, name: str) -> None:
+    """Have a folder hold the log of that name, unless it holds another by now."""
+    staged = folder / f"{NAME}.{token_hex(8)}"
+    _write(staged, name, os.O_EXCL)
+    with suppress(FileExistsError):
+        os.link(staged, folder / NAME)
+    staged.unlink()
+    sync_folder(folder)
+
+
+def check_known(url: str, home: Path, *, is_named: bool = True) -> None:
+    """Refuse (RefusedError) a store that was neither made on this machine nor accepted by a person.
+
+    A folder that has none gets an identity. Of other stores, and where only a file names it instead of a person or a
+    run, the URL is what has to be known.
+    """
+    folder = named_folder(url)
+    try:
+        known = _known(home)
+        if not (folder is not None and is_named) and _url_name(url).encode() not in known:
+            raise _unknown(f"the store that {url.partition(':')[0]}: names", home)
+        if folder is not None and prepare(folder, home).name.encode() not in _known(home):
+            raise _unknown(f"the state in {folder}", home)
+    except OSError as error:
+        remedy = "set COUNCIL_HOME to a folder of yours on this machine"
+        raise unusable(error, f"{error.filename or home} can't be used", remedy) from None
+
+
+def refusal(folder: Path, home: Path) -> RefusedError | None:
+    """Return why the log in a folder would be refused; None if it would not be. Changes nothing."""
+    try:
+        log = log_in(folder)
+        is_known = log is None or log.name.encode() in _known(home)
+    except RefusedError as error:
+        return error
+    except OSError:  # the home can't be read: that is looked at on its own
+        return None
+    return None if is_known else _unknown(f"the state in {folder}", home)
+
+
+def _unknown(what: str, home: Path) -> RefusedError:
+    return RefusedError(
+        f"{what} is not known in {home}: it was made on another machine, or with another COUNCIL_HOME, and the commands"
+        " of its runs would be executed",
+        "`council state adopt` if you know where it comes from; else move it away",
+    )
+
+
+def accept(url: str, home: Path) -> None:
+    """Record that a person wants a store to be used that was made elsewhere. RefusedError where there is none."""
+    if (folder := named_folder(url)) is not None:
+        _record(home, existing_log(folder).name, str(folder))
+    use(url, home)
+
+
+def use(url: str, home: Path) -> None:
+    """Record that a run is in the store at a URL, so that a file may name it from then on."""
+    _record(home, _url_name(url), "")
+
+
+def known_folders(home: Path) -> list[Path]:
+    """Return the folders of the stores that were made or accepted on this machine last. Blocks."""
+    try:
+        lines = (home / _KNOWN).read_text(errors="replace").splitlines()[-_MOST_HIDDEN:]
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(Path(json.loads(line.partition(" ")[2])))
+    return [path for path in dict.fromkeys(found) if path.is_absolute() and path.is_dir()]
+
+
+def _url_name(url: str) -> str:
+    # A URL may have a password in it.
+    return f"url-{hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:32]}"
+
+
+def _known(home: Path) -> set[bytes]:
+    try:
+        lines = (home / _KNOWN).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return set()
+    return {line.partition(b" ")[0] for line in lines}
+
+
+def _record(home: Path, name: str, folder: str) -> None:
+    """Add a line; the folder is there for people."""
+    if name.encode() in _known(home):
+        return
+    make_folder(home)
+    # A line that a crash left unfinished ends here.
+    _write(home / _KNOWN, f"\n{name} {json.dumps(folder)}", os.O_APPEND)
+    sync_folder(home)
+
+
+def _write(path: Path, text: str, flag: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flag, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(f"{text}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())

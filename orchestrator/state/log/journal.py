@@ -1,0 +1,559 @@
+"""The commit log as a process has it open: what is known of it, and how more is appended. Everything here blocks.
+
+Any thread may call; those that move the place up to which the log is known wait for each other.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final, TypeGuard
+
+from orchestrator.errors import FULL, SHORTAGES, HistoryGone, StateError, StateLost, StoreFull, StoreUnavailable
+from orchestrator.protocols import Compacted, Damage, DumpedCommit, Key, Record, State, Verified
+from orchestrator.state.log import snapshot
+from orchestrator.state.log.boot import boot_id
+from orchestrator.state.log.codec import (
+    Decoded,
+    EncodedCommit,
+    Incomplete,
+    encode_line,
+    never_durable,
+    to_dumped,
+    to_record,
+)
+from orchestrator.state.log.compaction import log_size, pack_closed, remove_replaced, thin, to_thin, told_after_repair
+from orchestrator.state.log.dumping import damaged_at, not_empty
+from orchestrator.state.log.history import state_at
+from orchestrator.state.log.mounts import refuse_network_mount
+from orchestrator.state.log.packing import Sum, sum_of
+from orchestrator.state.log.replay import Replay
+from orchestrator.state.log.segments import (
+    Cursor,
+    Listing,
+    Lock,
+    LogLostError,
+    Mark,
+    Segment,
+    Thinned,
+    append,
+    create_segment,
+    cut,
+    make_durable,
+    make_folder,
+    rewrite,
+    segments,
+    size_of,
+    sync_folder,
+    thinned_to,
+)
+from orchestrator.state.log.staging import Staging, put_loaded
+from orchestrator.state.log.table import Stage, Table
+from orchestrator.state.log.writer import name_of_writer
+from orchestrator.system.clock import Clock
+from orchestrator.system.failpoints import failpoint
+
+_REMEDIES: Final = {
+    **SHORTAGES,
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "mount the file system writable",
+    errno.EACCES: "give this user access to it",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "name a folder that is there or can be made"),
+    errno.ESTALE: "give the command again",
+}
+_AT_ONCE_BYTES: Final = 16 << 10
+"""So much is read or written on the event loop: some ten commits, which were written just now, or take no sync."""
+PART_BYTES: Final = 1 << 20
+"""So much is read or written per trip to a thread."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """A caller's place in the next group of commits: its commit, then what came of it."""
+
+    commit: EncodedCommit
+    position: int = 0
+    failure: StateError | StoreUnavailable | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known what came of it."""
+        return bool(self.position or self.failure)
+
+
+class AtOnce(Enum):
+    """What came of it."""
+
+    DONE = auto()
+    BUSY = auto()
+    """Another process is at it, which takes it about as long as that would take."""
+    TOO_MUCH = auto()
+    """There is a sync to wait for, or much to read or write."""
+
+
+class Journal:
+    """The log in a directory; nothing but `open` may be called before that."""
+
+    def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
+        """Take the log in `directory`; a segment is closed once it holds `segment_bytes`."""
+        self._directory = directory
+        self._clock, self._by = clock, name_of_writer()
+        self._segment_bytes = segment_bytes
+        self._listing = Listing(directory)
+        self._replay = Replay()
+        self._opened = ExitStack()
+        self._lock: Lock
+        self._cursor: Cursor
+        self._saved = 0  # bytes of the log in the newest snapshot that is known
+        self._seen: Mark | None = None  # up to where the table has the log
+        self._broken: OSError | None = None
+        self._rolls = False  # whether the next commit begins a new segment
+        # Held by the thread that moves the cursor. The event loop never waits for it, and a task that is
+        # cancelled the hard way can't let two threads in.
+        self._io = threading.Lock()
+
+    @property
+    def table(self) -> Table:
+        """What the log amounts to, as far as it is known."""
+        return self._replay.table
+
+    @property
+    def damage(self) -> list[Damage]:
+        """What of it could not be read."""
+        return self._replay.damage
+
+    def mark(self) -> Mark | None:
+        """Return how far the log goes; so cheap that it may be done on the event loop."""
+        return self._lock.read()
+
+    def check_place(self) -> None:
+        """Raise OSError (ESTALE) unless the log is still where it was opened."""
+        self._lock.check_place()
+
+    def refresh_at_once(self) -> bool:
+        """Take in what others have committed if that is so little that a trip to a thread would take longer."""
+        mark = self._lock.read()
+        if mark == self._seen:
+            return True
+        if mark is None or not self._io.acquire(blocking=False):
+            return False
+        try:
+            if not self._is_near(mark):
+                return False
+            self._follow(mark)
+            return True
+        finally:
+            self._io.release()
+
+    def _is_near(self, mark: Mark) -> bool:
+        return mark.segment == self._cursor.segment and mark.end - self._cursor.offset <= _AT_ONCE_BYTES
+
+    def begin_segment(self) -> None:
+        """Have the next commit begin a new segment."""
+        self._rolls = True
+
+    def end(self) -> Mark:
+        """Return where the log ends now."""
+        with self._io, self._lock.held():
+            self._recover()
+            return Mark(self._cursor.segment, self._cursor.offset, self._replay.table.position)
+
+    def check_empty(self) -> None:
+        """Refuse (RefusedError) a log that holds anything."""
+        end = self.end()
+        if end.segment:  # an empty segment is what a commit left that could not be made durable
+            raise not_empty(str(self._directory), end.position)
+
+    def put(self, staging: Staging) -> None:
+        """Make what is staged the log, which must be empty."""
+        with self._io, self._lock.held():
+            self._recover()
+            if self._cursor.segment:
+                raise not_empty(str(self._directory), self._replay.table.position)
+            staging.put()
+            self._recover()
+
+    def verify(self) -> Verified:
+        """Compare what the log tells, read from its beginning, with what is known of it."""
+        replay = Replay()
+        with closing(Cursor(self._directory)) as cursor:
+            _read_on(replay, cursor, self._lock.read())  # most of it while others may commit
+            with self._io:
+                self._follow(self._lock.read())
+                mark = self._seen
+                _read_on(replay, cursor, mark)
+                replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
+                damaged, differs = replay.table.compare(self._replay.table)
+        if replay.damage:  # what we know and the log does not tell any more is what the damage has hit
+            damaged, differs = sorted({*damaged, *differs}), []
+        return Verified(replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs)
+
+    def to_settle(self) -> list[Key]:
+        """Return the documents of which the log tells otherwise than is known once what is damaged is passed over.
+
+        Those that were deleted are among them: they could come back, or their versions be used once more.
+        """
+        with self._io, self._lock.held():
+            self._recover()
+            damaged, differs = told_after_repair(self._directory).compare(self._replay.table)
+            return [*damaged, *differs]
+
+    def replace_damaged(self, damage: Sequence[Damage]) -> None:
+        """Put what can be read of closed segments in their place where any has one of these damages."""
+        paths = {one.path.name for one in damage}
+        closed = segments(self._directory)[:-1]
+        hit = [one for one in closed if paths & {one.path(self._directory).name for one in (one, one.packed())}]
+        if hit:
+            thin(self._directory, hit[-1], self._lock.held(), self._directory / "damaged")
+            with self._lock.held():
+                remove_replaced(self._directory)
+            self._replay.damage.clear()
+
+    def compact(self, older_than: float, largest: int) -> Compacted:
+        """See `Store.compact`; one process at a time."""
+        before = log_size(self._directory)
+        with self._lock.held():
+            remove_replaced(self._directory)
+        pack_closed(self._directory)
+        with suppress(ValueError):  # it is damage, of which is told, and which may be mended
+            while (last := to_thin(self._directory, older_than, largest)) is not None:
+                thin(self._directory, last, self._lock.held())
+                with self._lock.held():
+                    remove_replaced(self._directory)
+                self._renew_snapshot()
+        return Compacted(before, log_size(self._directory), thinned_to(self._directory))
+
+    def _renew_snapshot(self) -> None:
+        """Have one of the log as it is after segments were thinned out."""
+        with self._io, self._lock.held():
+            self._recover()
+            (thinned, *_) = segments(self._directory)
+            made = sum_of(thinned.path(self._directory).read_bytes())
+            if made is not None:
+                left = {first: part for first, part in self._cursor.sums.items() if first > thinned.last}
+                self._cursor.sums = {thinned.first: made, **left}
+                self._saved = 0
+                self._save()
+
+    def state_at(self, position: int) -> State:
+        """See `Store.at`."""
+        while True:
+            check_kept(self._directory, position)
+            first, mark = thinned_to(self._directory), self._lock.read()
+            with suppress(FileNotFoundError), closing(Cursor(self._directory)) as cursor:
+                found = cursor.read(mark) if mark else ()
+                lines = (one.item.line for one in found if isinstance(one.item, Decoded))
+                state = state_at(position, lines, first)
+                if thinned_to(self._directory) == first:  # else some may have been passed over
+                    return state
+
+    def open(self) -> None:
+        """Take the log in. Raises RefusedError on a network file system, OSError."""
+        refuse_network_mount(self._directory)
+        make_folder(self._directory)
+        self._lock = self._opened.enter_context(closing(Lock(self._directory)))
+        self._cursor = Cursor(self._directory)
+        self._opened.callback(self._close_cursor)
+        with self._io, self._lock.held():
+            self._load()
+            self._recover()
+        self._opened.callback(self._save)
+
+    def _load(self) -> None:
+        """Begin at the snapshot, if there is one of this log."""
+        found = snapshot.read(self._directory)
+        if found is not None:
+            self._replay = Replay(found.table)
+            self._cursor.resume(found.sums)
+            self._saved = _size(found.sums)
+
+    def close(self) -> None:
+        """Leave a snapshot if that is worth it, and give all files back."""
+        with self._io:
+            self._opened.close()
+
+    def _save(self) -> None:
+        """Leave a snapshot for the next opener, if that spares it something."""
+        sums = self._cursor.sums
+        if _size(sums) - self._saved < snapshot.WORTH_BYTES or self._broken or self._replay.damage:
+            return
+        with suppress(OSError):  # it only saves time
+            is_log = [one.first for one in segments(self._directory)] == list(sums)  # others may have thinned it out
+            if is_log and self._cursor.is_summed:
+                snapshot.write(self._directory, snapshot.Snapshot(self._replay.table, sums))
+
+    def catch_up(self) -> None:
+        """Take in what others have committed."""
+        with self._io:
+            self._follow(self._lock.read())
+
+    def _follow(self, mark: Mark | None) -> None:
+        """Take in what others have committed up to a mark; `_io` must be held."""
+        # Nobody thins the log out while we go from one segment to the next.
+        if mark is None or mark.segment != self._cursor.segment:
+            with self._lock.held():
+                self._recover()
+        elif mark != self._seen:
+            _read_on(self._replay, self._cursor, mark)
+            self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
+            self._seen = mark
+
+    def commit(self, turns: deque[Turn]) -> None:
+        """Commit what waits by the time that it can be done, and settle it; what it is taken from may be added to."""
+        with self._io:
+            if turns:
+                with self._settling(_all_of(turns)) as group, self._lock.held():
+                    self._recover()
+                    self._append(group)
+
+    def commit_at_once(self, turns: deque[Turn]) -> AtOnce:
+        """Do the same, if that takes so little that a trip to a thread would take longer."""
+        size = sum(len(turn.commit.payload) for turn in turns)
+        if size > _AT_ONCE_BYTES or any(turn.commit.durable for turn in turns) or not self._io.acquire(blocking=False):
+            return AtOnce.TOO_MUCH
+        try:
+            group = list[Turn]()
+            with self._settling(group), self._lock.held_at_once() as is_held:
+                if not is_held:
+                    return AtOnce.BUSY
+                mark = self._lock.read()
+                is_roomy = self._cursor.offset < self._segment_bytes and not self._rolls
+                if mark is None or not (is_roomy and self._is_near(mark) and self._tells_all(mark)):
+                    return AtOnce.TOO_MUCH
+                group += _all_of(turns)
+                self._follow(mark)
+                self._append(group)
+            return AtOnce.DONE if group else AtOnce.TOO_MUCH
+        finally:
+            self._io.release()
+
+    @contextmanager
+    def _settling(self, group: list[Turn]) -> Iterator[list[Turn]]:
+        """Settle the commits of a group in which the system fails."""
+        try:
+            yield group
+        except OSError as error:
+            for turn in group:
+                turn.position, turn.failure = 0, unavailable(self._directory, error)
+
+    def _append(self, group: Sequence[Turn]) -> None:
+        known = self._seen or Mark(0, 0, 0)
+        stage = Stage(self._replay.table, self._by, known.durable)
+        staged = []
+        now = round(self._clock.now(), 6)
+        for turn in group:
+            try:
+                staged.append((turn, stage.add(turn.commit, now)))
+            except StateError as error:
+                turn.failure = error
+        if not staged:
+            return
+        data = b"".join(encode_line(line) for line in stage.lines)
+        self._write(known, data, stage.lines[-1].position, durable=any(turn.commit.durable for turn, _ in staged))
+        self._replay.table.take(stage)
+        for turn, line in staged:
+            turn.position = line.position
+
+    def _write(self, known: Mark, data: bytes, position: int, *, durable: bool) -> None:
+        """Append behind what is `known`, up to `position`, and publish it, or, on an OSError, not at all."""
+        if self._broken:
+            raise self._broken
+        cursor = self._cursor
+        try:
+            if cursor.segment == 0 or cursor.is_closed or cursor.offset >= self._segment_bytes or self._rolls:
+                known = self._roll(known)
+            end = append(cursor.path, cursor.offset, data, durable=durable)
+            failpoint("state.appended")
+            durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
+            mark = Mark(cursor.segment, end, position, durable_end, known_durable, boot_id())
+            self._lock.publish(mark)
+            self._seen = mark
+        except OSError:
+            self._take_back(known)
+            raise
+        failpoint("state.published")
+        cursor.skip(data)
+
+    def _roll(self, known: Mark) -> Mark:
+        """Begin a new segment; return what is known then."""
+        self._rolls = False
+        self._save()  # so that who comes after a kill need replay no more than one segment
+        if known.durable < known.position and not self._cursor.is_closed:  # no later sync is of this file
+            make_durable(self._cursor.path)
+        first = known.position + 1
+        create_segment(self._directory, first)
+        failpoint("state.rolled")
+        self._cursor.begin(first)
+        return Mark(first, 0, known.position, 0, known.position, known.boot)
+
+    def _take_back(self, known: Mark) -> None:
+        """Drop what was written in part, and let whoever commits next, here or elsewhere, see to what is in doubt."""
+        if self._cursor.segment:
+            with suppress(OSError):  # that is tried once more, too
+                cut(self._cursor.path, self._cursor.offset)
+        try:
+            self._lock.publish(known._replace(is_doubtful=True))
+        except OSError as error:
+            # Nobody else is told. What is on disk is found out by the next opener; this one must not append to it.
+            self._broken = error
+
+    def _recover(self) -> None:
+        """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
+        if self._cursor.segment == 0:
+            put_loaded(self._directory)
+        mark = self._lock.read()
+        if mark is not None and self._tells_all(mark):
+            self._follow(mark)
+            return
+        found_segments = self._listing.read() or [Segment(0)]
+        newest, last = found_segments[-1], found_segments[-1].first
+        is_settled = _is_settled(mark)
+        if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
+            self._begin_anew()
+        size = size_of(self._directory, newest) if last else 0
+        cursor = self._cursor
+        if mark and last and (not is_settled or mark[:2] != (last, size)):
+            size = self._drop(mark, newest, size)
+        if (last, size) < (cursor.segment, cursor.offset):
+            raise LogLostError("the log is shorter than what was read from it")
+        lacks_end = False
+        for found in cursor.read(Mark(last, size, 0)):
+            if isinstance(found.item, Incomplete) and cursor.segment == last:
+                cut(found.path, found.offset)
+                self._replay.report(found.path, found.offset, (), "an unfinished line of a process that died: cut")
+                continue
+            self._replay.take(found)
+            lacks_end = isinstance(found.item, Decoded) and not found.item.terminator and cursor.segment == last
+        if lacks_end:
+            append(cursor.path, cursor.offset, b"\n")
+            cursor.skip(b"\n")
+        self._replay.finish(_known_position(mark), cursor.path, cursor.offset)
+        self._adopt(mark)
+
+    def _tells_all(self, mark: Mark) -> bool:
+        """Whether the log holds what the mark says and nothing else, and goes on in the segment that is read here."""
+        found, cursor = self._listing.read(), self._cursor
+        is_newest = bool(found) and cursor.segment == mark.segment == found[-1].first
+        return is_newest and _is_settled(mark) and cursor.offset <= mark.end == cursor.size()
+
+    def _drop(self, mark: Mark, newest: Segment, size: int) -> int:
+        """Cut off what was refused, and what can't be read and was never acknowledged; return what is left."""
+        path, is_ours = newest.path(self._directory), mark.boot == boot_id()
+        if mark.segment > newest.first or newest.is_thinned or newest.is_packed:
+            return size
+        start, position = 0, newest.first - 1
+        if mark.segment == newest.first:
+            start, position = (mark.end, mark.position) if is_ours else (mark.durable_end, mark.durable)
+        if is_ours and mark.is_doubtful:
+            cut(path, min(start, size))
+            return min(start, size)
+        end = never_durable(path.read_bytes(), start, position)
+        if end is None:
+            return size
+        cut(path, end)
+        self._replay.report(path, end, (), "the unfinished work of a process or machine that stopped: cut")
+        return end
+
+    def _adopt(self, mark: Mark | None) -> None:
+        """Publish the end of the log, and what a dead appender had written but not acknowledged."""
+        cursor, position = self._cursor, self._replay.table.position
+        end = Mark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
+        if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
+            self._seen = mark
+            return
+        if cursor.segment:
+            is_same = mark is not None and mark.segment == cursor.segment
+            start = mark.durable_end if mark and is_same else 0
+            if not is_same:
+                sync_folder(self._directory)  # whoever began it may have died before
+            if start < cursor.offset and not cursor.is_closed:
+                rewrite(cursor.path, start, cursor.sums[cursor.segment])
+        self._lock.publish(end)
+        self._seen = end
+
+    def _close_cursor(self) -> None:
+        self._cursor.close()
+
+    def _begin_anew(self) -> None:
+        self._close_cursor()
+        self._replay, self._cursor = Replay(), Cursor(self._directory)
+
+
+def unavailable(directory: Path, error: OSError) -> StoreUnavailable:
+    """Return what an error of the system means to who uses the store."""
+    if isinstance(error, LogLostError):
+        return StateLost(directory, str(error.strerror))
+    remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
+    kind = StoreFull if error.errno in FULL else StoreUnavailable
+    return kind(directory, error.strerror or str(error), remedy)
+
+
+def _size(sums: Mapping[int, Sum]) -> int:
+    return sum(part.size for part in sums.values())
+
+
+def _all_of(turns: deque[Turn]) -> list[Turn]:
+    return [turns.popleft() for _ in range(len(turns))]
+
+
+def _is_settled(mark: Mark | None) -> TypeGuard[Mark]:
+    """Whether all that is written since the machine was started is told by the mark."""
+    return mark is not None and mark.boot == boot_id() and not mark.is_doubtful
+
+
+def _known_position(mark: Mark | None) -> int:
+    """Return the position up to which the log must go: after a start of the machine, as far as it was durable."""
+    if mark is None:
+        return 0
+    return mark.position if mark.boot == boot_id() else mark.durable
+
+
+def _read_on(replay: Replay, cursor: Cursor, mark: Mark | None) -> None:
+    for found in cursor.read(mark) if mark else ():
+        replay.take(found)
+
+
+def read_dumped(cursor: Cursor, end: Mark) -> list[DumpedCommit]:
+    """Return the next commits up to the end; RefusedError where one of them can't be read."""
+    commits, size = list[DumpedCommit](), 0
+    for found in cursor.read(end):
+        if isinstance(found.item, Thinned):
+            continue
+        if not isinstance(found.item, Decoded) or found.item.line.is_damaged:
+            raise damaged_at(commits[-1].position if commits else 0)
+        commits.append(to_dumped(found.item.line))
+        size += len(found.item.line.payload)
+        if size >= PART_BYTES:
+            break
+    return commits
+
+
+def check_kept(directory: Path, after: int) -> None:
+    """Raise HistoryGone where commits behind position `after` are missing on purpose."""
+    first = thinned_to(directory)
+    if after < first:
+        raise HistoryGone(after, first)
+
+
+def read_records(directory: Path, cursor: Cursor, until: Mark, after: int) -> tuple[list[Record], bool]:
+    """Return the next records behind position `after`, and whether `until` is reached."""
+    records, start = [], (cursor.segment, cursor.offset)
+    try:
+        for found in cursor.read(until):
+            if cursor.segment != start[0]:
+                check_kept(directory, after)
+            if isinstance(found.item, Decoded) and found.item.line.position > after:
+                records.append(to_record(found.item.line))
+                after = found.item.line.position
+            if cursor.segment != start[0] or cursor.offset - start[1] >= PART_BYTES:
+                return records, False
+    except FileNotFoundError:
+        check_kept(directory, after)
+        raise
+    return records, True

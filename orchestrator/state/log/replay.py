@@ -1,0 +1,78 @@
+"""From what is found in the log to the state, and to an account of what could not be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.protocols import Damage, Key
+from orchestrator.state.log.codec import Decoded
+from orchestrator.state.log.segments import Found, Thinned
+from orchestrator.state.log.table import Table
+
+
+class Replay:
+    """Feeds a table in the log's order, and decides what each damage means for it.
+
+    Bytes that are no line mean nothing by themselves: only the positions around them tell whether commits are
+    missing. So they are kept as suspects until the next good line, or until the known end.
+    """
+
+    def __init__(self, table: Table | None = None) -> None:
+        """Begin with the table of a log of which some is known, or with none."""
+        self.table = Table() if table is None else table
+        self.damage: list[Damage] = []
+        self._suspects: list[Found] = []
+
+    def take(self, found: Found) -> None:
+        """Take what stands next in the log."""
+        if isinstance(found.item, Thinned):
+            self._end_thinned(found.path, found.item.last)
+            return
+        if isinstance(found.item, Decoded) and found.is_copy:
+            what = f"commit {found.item.line.position} stands there twice: its copy is skipped"
+            self.report(found.path, found.offset, (), what)
+            return
+        if not isinstance(found.item, Decoded) or found.item.line.position <= self.table.position:
+            self._suspects.append(found)
+            return
+        line = found.item.line
+        if not found.is_thinned:  # there it is told at the end
+            self._settle(line.position - 1 - self.table.position, found.path, found.offset)
+        if line.is_damaged:
+            keys = tuple(change.key for change in line.changes if change.length)
+            self.report(found.path, found.offset, keys, f"commit {line.position} is damaged: older values kept")
+        elif found.item.terminator not in {b"\n", b""}:
+            self.report(found.path, found.offset, (), f"commit {line.position} lacks its line's end: nothing lost")
+        self.table.apply(line)
+
+    def _end_thinned(self, path: Path, last: int) -> None:
+        if self._suspects:
+            what = f"some of what is left of the commits up to {last} is unreadable: every document may be out of date"
+            self.report(path, self._suspects[0].offset, None, what)
+            self.table.lose(last)
+            self._suspects.clear()
+        self.table.position = last
+
+    def finish(self, position: int, path: Path, offset: int) -> None:
+        """Account for the end of the log, in which the newest commit is known to be at `position` or later."""
+        missing = position - self.table.position
+        self._settle(max(missing, 1) if self._suspects else missing, path, offset)
+
+    def report(self, path: Path, offset: int, keys: Sequence[Key] | None, what: str) -> None:
+        """Add a damage to the account."""
+        self.damage.append(Damage(path, offset, keys, what))
+
+    def _settle(self, missing: int, path: Path, offset: int) -> None:
+        if self._suspects:
+            path, offset = self._suspects[0].path, self._suspects[0].offset
+        if missing > 0:
+            first = self.table.position + 1
+            last = self.table.position + missing
+            gone = f"commit {first} is" if missing == 1 else f"commits {first} to {last} are"
+            what = f"{gone} unreadable: every document may be out of date"
+            self.report(path, offset, None, what)
+            self.table.lose(missing)
+        elif self._suspects:
+            self.report(path, offset, (), "bytes that are no commit: skipped, no commit is missing")
+        self._suspects.clear()

@@ -1,0 +1,483 @@
+"""The files of the commit log: segments, a lock, and the mark in it that says how far the log goes.
+
+Segments are named by the first position that they hold; what is left of older ones that were thinned out is one that is
+named by its last position, too. Closed ones may be packed (`orchestrator.state.log.packing`). Only the holder of the flock
+appends; readers take no lock: they read up to the mark, which moves after the data is safe, so they never see what a
+failed disk takes back. The mark itself is never made durable: after a start of the machine it may be of any time
+before, and name commits that were to outlive their processes only. All of this blocks: it runs in worker threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from orchestrator.state.log.boot import UNKNOWN
+from orchestrator.state.log.codec import Decoded, Incomplete, Line, Scanned, Unreadable, scan
+from orchestrator.state.log.packing import Source, Sum
+
+_READ_BYTES: Final = 1 << 20
+_MARK_BYTES: Final = 148
+_LOCK: Final = "lock"
+_TICK: Final = 3_000_000_000  # nanoseconds that the clock of any file system takes at most to go on
+_NAME: Final = re.compile(r"(\d{20})(?:-(\d{20}))?\.jsonl(\.zst)?")
+
+
+class Mark(NamedTuple):
+    """How far the log goes: up to offset `end` of the segment that begins with position `segment`."""
+
+    segment: int
+    end: int
+    position: int
+    durable_end: int = 0
+    """Up to where in that segment it is known to be durable; all before the segment is."""
+    durable: int = 0
+    """The position up to which it is."""
+    boot: str = UNKNOWN
+    """The start of the machine that this is of."""
+    is_doubtful: bool = False
+    """Whether a write failed: what is behind `end` was refused, what is not durable yet may never get to the disk."""
+
+    def encode(self) -> bytes:
+        """Return text of fixed length with a checksum: a reader may meet a mark that is half written."""
+        text = b"%020d %020d %020d %020d %020d %b %d" % (*self[:5], self.boot.encode(), self.is_doubtful)
+        return b"%b %08x" % (text, zlib.crc32(text))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Mark | None:
+        """Return the mark, or None if `data` is not one."""
+        fields = data.split(b" ")
+        if len(data) != _MARK_BYTES or len(fields) != 8 or fields[7] != b"%08x" % zlib.crc32(data[:-9]):
+            return None
+        segment, end, position, durable_end, durable = map(int, fields[:5])
+        return cls(segment, end, position, durable_end, durable, fields[5].decode(), fields[6] != b"0")
+
+
+class LogLostError(OSError):
+    """The log does not hold any more what was read from it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EIO, why)
+
+
+class Segment(NamedTuple):
+    """A file of the log, with the commits from `first` on."""
+
+    first: int
+    last: int = 0
+    """With one, it holds what is left of the commits up to that one; else all of them."""
+    is_packed: bool = False
+
+    @property
+    def is_thinned(self) -> bool:
+        """Whether commits are missing on purpose."""
+        return self.last > 0
+
+    def packed(self) -> Segment:
+        """Return its packed form."""
+        return self._replace(is_packed=True)
+
+    def path(self, directory: Path) -> Path:
+        """Return where it is."""
+        last = f"-{self.last:020d}" if self.last else ""
+        return directory / f"{self.first:020d}{last}.jsonl{'.zst' if self.is_packed else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Thinned:
+    """The end of what is left of the commits up to position `last`."""
+
+    last: int
+
+
+class Found(NamedTuple):
+    """What stands in the log at a place; `is_thinned` where positions before it may be missing on purpose.
+
+    `is_copy`: its bytes are those of the line right before it.
+    """
+
+    path: Path
+    offset: int
+    item: Scanned | Thinned
+    is_thinned: bool = False
+    is_copy: bool = False
+
+
+class Lock:
+    """The permanent lock file, kept open; it carries the mark."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = str(directory / _LOCK)
+        self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
+        self._identity = _identity(os.fstat(self._file.fileno()))
+        self._read: tuple[bytes, Mark | None] = b"", None
+
+    def read(self) -> Mark | None:
+        """Return the mark, None if there is none that is whole; so cheap that it may be done on the event loop."""
+        data = os.pread(self._file.fileno(), _MARK_BYTES, 0)
+        known, mark = self._read
+        if data != known:
+            mark = Mark.decode(data)
+            self._read = data, mark
+        return mark
+
+    def publish(self, mark: Mark) -> None:
+        """Let all readers see the log up to `mark`."""
+        data = mark.encode()
+        os.pwrite(self._file.fileno(), data, 0)
+        self._read = data, mark
+
+    def check_place(self) -> None:
+        """Raise OSError (ESTALE) unless the file is still where it was opened.
+
+        Where a folder was moved, or a copy took its place, others lock another file there.
+        """
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if _identity(os.stat(self._path)) == self._identity:  # noqa: PTH116  at each commit: half the time
+                return
+        raise OSError(errno.ESTALE, "it was moved or replaced while it was in use")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Exclude all other appenders, of this process too; blocks without a limit. Raises as `check_place`."""
+        with self._taken(fcntl.LOCK_EX):
+            yield
+
+    @contextmanager
+    def held_at_once(self) -> Iterator[bool]:
+        """As `held`, if nobody holds it by now; tell whether that is so. Raises as `check_place`."""
+        with self._taken(fcntl.LOCK_EX | fcntl.LOCK_NB) as is_taken:
+            yield is_taken
+
+    @contextmanager
+    def _taken(self, flags: int) -> Iterator[bool]:
+        fd = self._file.fileno()
+        try:
+            fcntl.flock(fd, flags)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            self.check_place()
+            yield True
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Give the file back; every later use raises ValueError."""
+        self._file.close()
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def segments(directory: Path) -> list[Segment]:
+    """Return the segments that make up the log, in order.
+
+    A crash may leave what has been replaced: older files than the newest thinned one, and the unpacked form of one.
+    """
+    return _segments_of(os.listdir(directory))  # noqa: PTH208  far fewer objects
+
+
+class Listing:
+    """The segments of a folder, which seldom change while they are asked for again and again."""
+
+    def __init__(self, directory: Path) -> None:
+        """Look at a folder later on."""
+        self._directory = str(directory)
+        self._changed = 0
+        self._segments: list[Segment] = []
+
+    def read(self) -> list[Segment]:
+        """Return what `segments` does."""
+        changed = os.stat(self._directory).st_mtime_ns  # noqa: PTH116  at each commit: half the time
+        if changed != self._changed:
+            now = time.time_ns()
+            self._segments = _segments_of(os.listdir(self._directory))  # noqa: PTH208  far fewer objects
+            # Of what is changed once more so soon after, the time may be the same.
+            self._changed = changed if now - changed > _TICK else 0
+        return self._segments
+
+
+def _segments_of(names: list[str]) -> list[Segment]:
+    matches = (_NAME.fullmatch(name) for name in names)
+    found = [Segment(int(match[1]), int(match[2] or 0), match[3] is not None) for match in matches if match]
+    thinned = max((one for one in found if one.is_thinned), key=lambda one: (one.last, one.is_packed), default=None)
+    end = thinned.last if thinned else 0
+    kept = [one for one in found if one.first > end and not one.is_thinned]
+    whole = {one.first: one for one in sorted(kept, key=lambda one: one.is_packed)}
+    return [*([thinned] if thinned else []), *(whole[first] for first in sorted(whole))]
+
+
+def thinned_to(directory: Path) -> int:
+    """Return the position up to which commits are missing on purpose; 0 if none are."""
+    return next((one.last for one in segments(directory)), 0)
+
+
+def open_segment(directory: Path, segment: Segment) -> Source:
+    """Open a segment, in its packed form if it has been packed meanwhile; FileNotFoundError if it is gone."""
+    try:
+        return Source(segment.path(directory))
+    except FileNotFoundError:
+        return Source(segment.packed().path(directory))
+
+
+def size_of(directory: Path, segment: Segment) -> int:
+    """Return how many bytes of lines a segment holds."""
+    if not segment.is_packed:
+        with suppress(FileNotFoundError):  # it has been packed meanwhile
+            return segment.path(directory).stat().st_size
+    with closing(open_segment(directory, segment)) as source:
+        return source.size()
+
+
+class Cursor:
+    """A place in the log, and what is read from there on."""
+
+    def __init__(self, directory: Path, after: int = 0) -> None:
+        """Stand at the beginning of the segment that holds the position behind `after`."""
+        self.segment, self.offset = 0, 0
+        self.sums: dict[int, Sum] = {}
+        """What stands before here, of each segment that was read from its beginning."""
+        self.path = directory
+        """The segment's file; without any segment, the directory."""
+        self._directory = directory
+        self._file = Segment(0)
+        self._source: Source | None = None
+        self._before = 0  # the position of the line right before here; 0 where that is not known
+        self._start = max((one.first for one in segments(directory) if one.first <= after + 1), default=0)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be added to the segment."""
+        return self._file.is_packed
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether `sums` tells of all that stands before here."""
+        return self.segment > 0 and self.sums[self.segment].size == self.offset
+
+    def size(self) -> int:
+        """Return how many bytes the segment's file has by now; -1 if it is packed, and nothing comes any more."""
+        return -1 if self.is_closed else self.path.stat().st_size
+
+    def read(self, until: Mark) -> Iterator[Found]:
+        """Yield what stands between here and `until`, moving on behind each; a tail that is incomplete stays."""
+        while True:
+            yield from self._rest(until)
+            if self.segment >= until.segment or not self._next_segment():
+                return
+
+    def begin(self, first: int) -> None:
+        """Stand at the beginning of a new segment."""
+        self._move(Segment(first))
+
+    def skip(self, data: bytes) -> None:
+        """Stand behind what this process has appended here."""
+        self.offset += len(data)
+        self._before = 0
+        self._add(data)
+
+    def resume(self, sums: Mapping[int, Sum]) -> None:
+        """Stand behind what is known of some segments, the last of which is gone on with."""
+        self.sums = dict(sums)
+        self.segment = max(sums)
+        found = (one for one in segments(self._directory) if one.first == self.segment)
+        self._file = next(found, Segment(self.segment))
+        self.path = self._file.path(self._directory)
+        self.offset = sums[self.segment].size
+
+    def close(self) -> None:
+        """Give the open segment back."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def _move(self, file: Segment) -> None:
+        self.close()
+        self._file, self.segment, self.offset, self._before = file, file.first, 0, 0
+        self.path = file.path(self._directory)
+        self.sums[file.first] = Sum(0, 0)
+
+    def _rest(self, until: Mark) -> Iterator[Found]:
+        if self.segment == 0:
+            return
+        if self._source is None:
+            self._source = open_segment(self._directory, self._file)
+        source, end = self._source, self._source.size()
+        if self.segment == until.segment and not self._file.is_thinned:
+            end = min(end, until.end)
+        path, span, is_cut_off, is_thinned = self.path, _READ_BYTES, False, self._file.is_thinned
+        if source.is_damaged:
+            yield Found(path, self.offset, Unreadable(self.offset), is_thinned)
+        while self.offset < end:
+            start = self.offset
+            data = source.read(min(span, end - start), start)
+            for item_start, item in _items(data, is_whole=start + len(data) >= end):
+                self.offset = start + (item_start if isinstance(item, Incomplete) else item.end)
+                is_copy = self._is_copy(source, start + item_start, item, item.end - item_start)
+                yield Found(path, start + item_start, item, is_thinned, is_copy)
+                is_cut_off = isinstance(item, Incomplete)
+            self._add(memoryview(data)[: self.offset - start])
+            if is_cut_off:
+                return
+            span = _READ_BYTES if self.offset > start else 2 * span
+        if is_thinned:
+            yield Found(path, self.offset, Thinned(self._file.last), is_thinned)
+
+    def _is_copy(self, source: Source, offset: int, item: Scanned, size: int) -> bool:
+        """Whether the same bytes stand right before some, which are all of an item."""
+        if not isinstance(item, Decoded):
+            return False
+        before, self._before = self._before, item.line.position
+        if before not in {0, item.line.position} or offset < size:
+            return False
+        both = source.read(2 * size, offset - size)
+        return both[:size] == both[size:]
+
+    def _add(self, data: bytes | memoryview) -> None:
+        size, crc = self.sums[self.segment]
+        self.sums[self.segment] = Sum(size + len(data), zlib.crc32(data, crc))
+
+    def _next_segment(self) -> bool:
+        later = [one for one in segments(self._directory) if one.first > self.segment and one.first >= self._start]
+        if not later:
+            return False
+        self._move(later[0])
+        return True
+
+
+def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, Scanned]]:
+    """Yield what `data` holds, each with its offset; unless it is whole, nothing that more bytes might change."""
+    start = 0
+    while start < len(data):
+        item = scan(data, start)
+        at_end = isinstance(item, Incomplete) or (isinstance(item, Decoded) and not item.terminator)
+        if at_end and not is_whole:
+            return
+        yield start, item
+        start = item.end
+
+
+def find_line(directory: Path, position: int) -> Line | None:
+    """Return the line of a commit; None where it is not there, or can't be read."""
+    found = [one for one in segments(directory) if one.first <= position]
+    if not found:
+        return None
+    with closing(open_segment(directory, found[-1])) as source:
+        return _find_line(source.around(position), position)
+
+
+def _find_line(data: bytes, position: int) -> Line | None:
+    """Halve the distance until it is found; lines are in the order of their positions."""
+    low, high = 0, len(data)
+    while low < high:
+        start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low
+        offset, line = start, None
+        while offset < high and line is None:
+            item = scan(data, offset)
+            line = item.line if isinstance(item, Decoded) else None
+            offset = item.end
+        if line is not None and line.position == position:
+            return line
+        if line is None or line.position > position:
+            high = start
+        else:
+            low = offset
+    return None
+
+
+def create_segment(directory: Path, first: int) -> None:
+    """Begin an empty segment, and make its name durable. On an OSError it may be there all the same."""
+    path = Segment(first).path(directory)
+    os.close(private(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    sync_folder(directory)
+
+
+def make_folder(directory: Path) -> None:
+    """Make a private folder where none is, and those that it is in, and make their names durable."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in missing:
+        with suppress(PermissionError):  # one that may be written to, but not be read
+            sync_folder(one.parent)
+
+
+def sync_folder(directory: Path) -> None:
+    """Make the names in a folder durable."""
+    with _opened(directory, os.O_RDONLY) as fd:
+        os.fsync(fd)
+
+
+def append(path: Path, offset: int, data: bytes, *, durable: bool = True) -> int:
+    """Write `data` at `offset`, and return where it ends. On an OSError it may stand there in part."""
+    with _opened(path, os.O_WRONLY) as fd:
+        _write_at(fd, data, offset)
+        if durable:
+            _make_durable(fd)
+    return offset + len(data)
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, memoryview(data)[written:], offset + written)
+
+
+def cut(path: Path, offset: int) -> None:
+    """Drop what stands behind `offset`, durably."""
+    with _opened(path, os.O_WRONLY) as fd:
+        os.ftruncate(fd, offset)
+        _make_durable(fd)
+
+
+def make_durable(path: Path) -> None:
+    """Make durable what was written to a file. After an OSError nothing is known of what was not durable before."""
+    with _opened(path, os.O_WRONLY) as fd:
+        _make_durable(fd)
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, once it is made: an `opener` for `open`."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def rewrite(path: Path, start: int, known: Sum) -> None:
+    """Write once more what stands in a file from `start` on, and make it durable: a failed sync is told only once.
+
+    After one, the next says that all is well, though what was to be written may never get to the disk. An OSError says
+    that this failed, too, or that the file's content is not what is known of it.
+    """
+    with _opened(path, os.O_RDWR) as fd:
+        data = os.pread(fd, known.size, 0)
+        if Sum(len(data), zlib.crc32(data)) != known:
+            raise LogLostError("the log is not what was read from it")
+        _write_at(fd, data[start:], start)
+        _make_durable(fd)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _make_durable(fd: int) -> None:
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync there stops at the drive's own cache
+    else:
+        os.fdatasync(fd)

@@ -1,0 +1,136 @@
+"""The newest documents in one file, so that opening a long log does not replay it. Never the truth, the log is.
+
+    <crc of the rest> <length of the index> <index> <values>
+
+Written when a store is closed, read when one is opened, and only believed if every byte of the log that it stands for
+has still the checksum that the log had when it was replayed: what is damaged is found as without it. One that is
+torn, old or missing costs time and nothing else, so it is not made durable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise, repeat
+from pathlib import Path
+from secrets import randbelow
+from typing import Any, BinaryIO, Final, NamedTuple
+
+from pydantic_core import from_json
+
+from orchestrator.state.log.packing import Sum, sum_of
+from orchestrator.state.log.segments import Segment, private, segments
+from orchestrator.state.log.table import Entry, Table
+from orchestrator.system.failpoints import failpoint
+
+NAME: Final = "snapshot"
+#: How many bytes of the log must have come since the last one to make it worth writing.
+WORTH_BYTES: Final = 1 << 20
+
+# Fresh memory for more bytes, or more documents, at once takes longer than their checksum.
+_READ_BYTES: Final = 1 << 16
+_AT_ONCE: Final = 64
+_HEAD_BYTES: Final = 18  # two numbers of eight hexadecimal digits, each with a space
+
+
+class Snapshot(NamedTuple):
+    """The state behind some bytes of the log: segments by their first position, in order."""
+
+    table: Table
+    sums: Mapping[int, Sum]
+
+
+def write(directory: Path, snapshot: Snapshot) -> None:
+    """Put a snapshot in place of the one before. Blocks; an OSError leaves that one as it is."""
+    values: list[bytes] = []
+    kinds = {}
+    writers: dict[str, int] = {}
+    for kind, entries in snapshot.table.kinds().items():
+        found = list(entries.values())
+        values += [entry.value or b"" for entry in found]
+        kinds[kind] = {
+            "ids": list(entries),
+            "versions": [entry.version for entry in found],
+            "positions": [entry.position for entry in found],
+            "times": [entry.time for entry in found],
+            "by": [writers.setdefault(entry.by, len(writers)) for entry in found],
+            "expire": {place: entry.expires for place, entry in enumerate(found) if entry.expires is not None},
+            "lengths": [len(entry.value or b"") for entry in found],
+        }
+    sums = [(first, *part) for first, part in snapshot.sums.items()]
+    state = {"position": snapshot.table.position, "sums": sums, "kinds": kinds, "writers": list(writers)}
+    index = json.dumps(state).encode()
+    rest = b"%08x " % len(index) + index + b"".join(values)
+    staged = directory / f"{NAME}.{randbelow(10**12)}.new"
+    try:
+        with open(staged, "wb", opener=private) as file:
+            file.write(b"%08x " % zlib.crc32(rest))
+            file.write(rest)
+        failpoint("state.snapshot_staged")
+        staged.rename(directory / NAME)
+        failpoint("state.snapshot_written")
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read(directory: Path) -> Snapshot | None:
+    """Return the snapshot if there is one and the log is still what it was made from. Blocks."""
+    try:
+        with (directory / NAME).open("rb") as file, ThreadPoolExecutor(1) as pool:
+            head = file.read(_HEAD_BYTES)
+            encoded = file.read(int(head[9:17], 16))
+            index = from_json(encoded)
+            sums = {first: Sum(size, crc) for first, size, crc in index["sums"]}
+            is_log = pool.submit(_is_log, directory, sums)  # neither reading files nor checksums hold the interpreter
+            kinds, crc = {}, zlib.crc32(encoded, zlib.crc32(head[9:]))
+            for kind, columns in index["kinds"].items():
+                values, crc = _values(file, columns["lengths"], crc)
+                kinds[kind] = _entries(columns, index["writers"], values)
+            is_whole = head[:9] == b"%08x " % crc and not file.read(1)
+            return Snapshot(Table(index["position"], kinds), sums) if is_whole and is_log.result() else None
+    except Exception:  # noqa: BLE001  its checksum is taken while it is read: a damaged one may lead to any
+        return None
+
+
+def _values(file: BinaryIO, lengths: Sequence[int], crc: int) -> tuple[list[bytes | None], int]:
+    """Read the values of a kind; return them, and the checksum after them."""
+    values: list[bytes | None] = []
+    for start in range(0, len(lengths), _AT_ONCE):
+        ends = list(accumulate(lengths[start : start + _AT_ONCE], initial=0))
+        data = file.read(ends[-1])
+        crc = zlib.crc32(data, crc)
+        values += [data[begin:end] or None for begin, end in pairwise(ends)]
+    return values, crc
+
+
+def _entries(columns: Mapping[str, Any], writers: Sequence[str], values: Sequence[bytes | None]) -> dict[str, Entry]:
+    by = [writers[place] for place in columns["by"]]
+    rows = list(map(Entry, columns["versions"], values, columns["positions"], repeat(False), columns["times"], by))
+    for place, expires in columns["expire"].items():
+        rows[int(place)] = rows[int(place)]._replace(expires=expires)
+    return dict(zip(columns["ids"], rows, strict=True))
+
+
+def _is_log(directory: Path, sums: Mapping[int, Sum]) -> bool:
+    last = max(sums)
+    known = [one for one in segments(directory) if one.first <= last]
+    if [one.first for one in known] != list(sums):
+        return False
+    return all(_has(directory, one, sums[one.first], is_last=one.first == last) for one in known)
+
+
+def _has(directory: Path, segment: Segment, part: Sum, *, is_last: bool) -> bool:
+    path = segment.path(directory)
+    if segment.is_packed:
+        return sum_of(path.read_bytes()) == part
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < part.size or (size > part.size and not is_last):
+            return False
+        left, crc = part.size, 0
+        while left and (data := file.read(min(left, _READ_BYTES))):
+            left, crc = left - len(data), zlib.crc32(data, crc)
+    return (left, crc) == (0, part.crc)

@@ -1,0 +1,117 @@
+"""A log that comes from elsewhere, written aside until all of it is there, and then put into its place at once.
+
+Its segments are written in the folder `loading`. That this is renamed to `loaded` is the moment from which on they
+count: whoever opens the store, or commits, moves them to where they belong before all else. What is killed before
+leaves an empty store and a folder that the next load removes. All of this blocks.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Final
+
+from orchestrator.state.log.codec import Line, encode_line
+from orchestrator.state.log.packing import Packer
+from orchestrator.state.log.segments import Segment, create_segment, make_durable, private, sync_folder
+from orchestrator.system.failpoints import failpoint
+
+_LOADING: Final = "loading"
+_LOADED: Final = "loaded"
+
+
+class Staging:
+    """Segments that are no log yet. One process at a time has one in a store's folder."""
+
+    def __init__(self, directory: Path, first: int, segment_bytes: int) -> None:
+        """Stage a log of which, up to position `first`, there is only what is left; a segment has so many bytes."""
+        self._directory, self._folder = directory, directory / _LOADING
+        self._first, self._segment_bytes = first, segment_bytes
+        self._path = self._folder
+        self._file: IO[bytes] | None = None
+        self._packer: Packer | None = None
+        """While what is left of thinned out commits is written."""
+        self._size = 0
+        self._has_live = False
+
+    def begin(self) -> None:
+        """Begin with nothing, whatever an earlier load has left."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
+        if self._first:
+            self._open(Segment(1, self._first, is_packed=True))
+            self._packer = Packer()
+            self._write(self._packer.head())
+
+    def add(self, lines: Sequence[Line]) -> None:
+        """Add some lines, in the log's order."""
+        left = b"".join(encode_line(line) for line in lines if line.position <= self._first)
+        if self._packer is not None and left:
+            self._write(self._packer.add(left))
+        for line in lines:
+            if line.position > self._first:
+                self._add_live(line)
+
+    def _add_live(self, line: Line) -> None:
+        if not self._has_live or self._size >= self._segment_bytes:
+            self._open(Segment(line.position))
+            self._has_live = True
+        self._write(encode_line(line))
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None, "a segment was opened for it"  # noqa: S101
+        self._file.write(data)
+        self._size += len(data)
+
+    def finish(self) -> None:
+        """Make all of it durable; it does not count yet."""
+        self._close()
+        if not self._has_live:
+            create_segment(self._folder, self._first + 1)  # to what was thinned out nothing is ever appended
+        sync_folder(self._folder)
+        failpoint("state.load_finished")
+
+    def put(self) -> None:
+        """Have it count; the store's lock must be held, and the store be empty."""
+        self._folder.rename(self._directory / _LOADED)
+        sync_folder(self._directory)
+        failpoint("state.loaded")
+        put_loaded(self._directory)
+
+    def discard(self) -> None:
+        """Leave nothing of it, unless it counts."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open(self, segment: Segment) -> None:
+        self._close()
+        self._size, self._path = 0, segment.path(self._folder)
+        self._file = open(self._path, "xb", opener=private)  # noqa: SIM115  `_close` or `discard` closes it
+
+    def _close(self) -> None:
+        """Make what was written last durable."""
+        if self._file is None:
+            return
+        with self._file as file:
+            if self._packer is not None:
+                file.seek(0)
+                file.write(self._packer.head())
+        self._file = self._packer = None
+        make_durable(self._path)
+        failpoint("state.load_staged")
+
+
+def put_loaded(directory: Path) -> None:
+    """Bring a load to its end that counts, if there is one; the store's lock must be held."""
+    loaded = directory / _LOADED
+    if not loaded.is_dir():
+        return
+    for path in sorted(loaded.iterdir()):
+        path.rename(directory / path.name)
+        failpoint("state.load_put")
+    sync_folder(directory)
+    loaded.rmdir()
+    sync_folder(directory)

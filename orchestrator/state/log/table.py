@@ -1,0 +1,239 @@
+"""What the log amounts to: the newest version of each document, by kind and id.
+
+Values stay encoded until somebody reads them: opening costs no parsing, and each reader decodes a copy of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, overload
+
+from orchestrator.errors import LeaseLost, VersionConflict
+from orchestrator.protocols import LARGE_DOCUMENT, Document, Guard, Key, Statistics
+from orchestrator.state.log.codec import Change, EncodedCommit, EncodedWrite, Line, values
+
+
+class Entry(NamedTuple):
+    """A document's newest version. `value` is encoded; None if it was deleted, or lost before it was ever read.
+
+    `damaged`: this version's value is not known, `value` is an older one.
+    """
+
+    version: int
+    value: bytes | None
+    position: int
+    damaged: bool = False
+    time: float = 0.0
+    by: str = ""
+    expires: float | None = None
+
+    def exists(self, now: float) -> bool:
+        """Whether there is a document, be its value known or not; one that is gone only keeps its version."""
+        return (self.value is not None or self.damaged) and (self.expires is None or now < self.expires)
+
+
+class Table:
+    """The state as of `position`. One thread at a time may apply; any thread may read meanwhile."""
+
+    def __init__(self, position: int = 0, kinds: Mapping[str, dict[str, Entry]] | None = None) -> None:
+        """Begin empty, or with the entries that `kinds` gave."""
+        self.position = position
+        self._kinds: dict[str, dict[str, Entry]] = dict(kinds or {})
+        self._sorted_ids: dict[str, list[str]] = {}
+        # Held for one line at a time: no reader sees half of a commit.
+        self._lock = threading.Lock()
+
+    def entry(self, key: Key) -> Entry | None:
+        """Return the entry of a key, that of a deleted document too."""
+        return self._kinds.get(key.kind, {}).get(key.id)
+
+    def compare(self, other: Table) -> tuple[list[Key], list[Key]]:
+        """Return the documents that are damaged in one of them, and those others of which the two differ."""
+        pairs = {
+            Key(kind, name): (self.entry(Key(kind, name)), other.entry(Key(kind, name)))
+            for table in (self, other)
+            for kind, entries in table.kinds().items()
+            for name in entries
+        }
+        damaged = [key for key, found in pairs.items() if any(entry and entry.damaged for entry in found)]
+        differs = [key for key, (ours, theirs) in pairs.items() if ours != theirs]
+        return sorted(damaged), sorted(set(differs) - set(damaged))
+
+    def kinds(self) -> Mapping[str, Mapping[str, Entry]]:
+        """Return all entries by kind and id, those of deleted documents too; only for who applies."""
+        return self._kinds
+
+    def get(self, key: Key, now: float) -> Document | None:
+        """Return the document, or None."""
+        with self._lock:
+            entry = self.entry(key)
+        return _document(key, entry) if entry and entry.exists(now) else None
+
+    def all_documents(self, now: float) -> dict[Key, Document]:
+        """Return every document."""
+        with self._lock:
+            found = [(Key(kind, name), one) for kind, entries in self._kinds.items() for name, one in entries.items()]
+        return {key: _document(key, entry) for key, entry in found if entry.exists(now)}
+
+    def documents(self, kind: str, now: float, prefix: str = "") -> Sequence[Document]:
+        """Return the documents of a kind whose id begins with `prefix`, by id."""
+        with self._lock:
+            entries = self._kinds.get(kind, {})
+            found = [(name, entries[name]) for name in self._ids(kind, prefix)]
+        # As `Entry.exists`, which would take as long again: of thousands of documents most are not looked at.
+        there = [one for one in found if one[1].value is not None or one[1].damaged]
+        return _Documents(kind, [one for one in there if one[1].expires is None or now < one[1].expires])
+
+    def statistics(self, first: int, log_bytes: int, now: float) -> Statistics:
+        """Return how much there is; `first` and `log_bytes` are the log's."""
+        with self._lock:
+            found = [(Key(kind, name), one) for kind, entries in self._kinds.items() for name, one in entries.items()]
+            position = self.position
+        there = [(key, len(one.value or b"")) for key, one in found if one.exists(now)]
+        large = sorted(((key, size) for key, size in there if size > LARGE_DOCUMENT), key=lambda one: -one[1])
+        expired = sorted(key for key, one in found if one.value is not None and not one.exists(now))
+        return Statistics(position, first, len(there), sum(size for _, size in there), log_bytes, expired, large)
+
+    def apply(self, line: Line) -> None:
+        """Take over a line; it must be the one at the next position."""
+        if line.is_damaged:
+            new = [(change, self._damaged(change, line)) for change in line.changes]
+        else:
+            new = [(change, _entry(line, change, value)) for change, value in values(line)]
+        with self._lock:
+            for change, entry in new:
+                self._put(change.key, entry)
+            self.position = line.position
+
+    def take(self, stage: Stage) -> None:
+        """Take over what was staged against this table."""
+        with self._lock:
+            for key, entry in stage.changed.items():
+                self._put(key, entry)
+            self.position = stage.position
+
+    def lose(self, commits: int) -> None:
+        """Step over commits that nothing is known of: whatever exists may have been changed by each of them.
+
+        Versions advance as far as those commits can have raised them, so that no version is ever used twice.
+        """
+        with self._lock:
+            for entries in self._kinds.values():
+                for name, entry in entries.items():
+                    version = entry.version + commits
+                    entries[name] = entry._replace(version=version, damaged=entry.value is not None or entry.damaged)
+            self.position += commits
+
+    def _damaged(self, change: Change, line: Line) -> Entry:
+        known = _entry(line, change, None)
+        if change.length == 0:
+            return known
+        old = self.entry(change.key)
+        return known._replace(damaged=True, value=old.value if old else None, expires=change.expires)
+
+    def _put(self, key: Key, entry: Entry) -> None:
+        kind, name = key
+        entries = self._kinds.get(kind)
+        if entries is None:
+            entries = self._kinds[kind] = {}
+        if name not in entries and kind in self._sorted_ids:
+            insort(self._sorted_ids[kind], name)
+        entries[name] = entry
+
+    def _ids(self, kind: str, prefix: str) -> list[str]:
+        ids = self._sorted_ids.get(kind)
+        if ids is None:
+            ids = self._sorted_ids[kind] = sorted(self._kinds.get(kind, ()))
+        first = bisect_left(ids, prefix)
+        # Sorted by characters, so that those with the prefix stand together.
+        return ids[first : bisect_right(ids, prefix, first, key=lambda name: name[: len(prefix)])]
+
+
+class _Documents(Sequence[Document]):
+    """Documents of a kind that are made when they are looked at."""
+
+    def __init__(self, kind: str, entries: list[tuple[str, Entry]]) -> None:
+        self._kind, self._entries = kind, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Document]: ...
+
+    def __getitem__(self, index: int | slice) -> Document | Sequence[Document]:
+        if isinstance(index, slice):
+            return _Documents(self._kind, self._entries[index])
+        name, entry = self._entries[index]
+        return _document(Key(self._kind, name), entry)
+
+    def __iter__(self) -> Iterator[Document]:
+        return (_document(Key(self._kind, name), entry) for name, entry in self._entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash((self._kind, len(self._entries)))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+class Stage:
+    """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
+
+    def __init__(self, table: Table, by: str, durable: int = 0) -> None:
+        """Stage what the process `by` commits to a log that is known to be durable up to a position."""
+        self.lines: list[Line] = []
+        self.position = table.position
+        self.changed: dict[Key, Entry] = {}
+        self._table, self._by, self._durable = table, by, durable
+
+    def add(self, commit: EncodedCommit, time: float) -> Line:
+        """Give `commit` the next position. Raises VersionConflict or LeaseLost, and then it is not staged."""
+        for guard in commit.guards:
+            self._check_guard(guard, time)
+        changes = tuple(self._change(write, time) for write in commit.writes)
+        line = Line(self.position + 1, time, changes, commit.payload, self._by, self._durable)
+        for change, value in values(line):
+            self.changed[change.key] = _entry(line, change, value)
+        self.position = line.position
+        self.lines.append(line)
+        return line
+
+    def _entry(self, key: Key) -> Entry | None:
+        return self.changed.get(key) or self._table.entry(key)
+
+    def _change(self, write: EncodedWrite, now: float) -> Change:
+        key, entry = write.key, self._entry(write.key)
+        found = entry.version if entry and entry.exists(now) else 0
+        if write.expected != found:
+            by, time = (entry.by, entry.time) if entry else ("", 0.0)
+            raise VersionConflict(str(key), write.expected, found, by=by, time=time)
+        expires = None if write.ttl is None else now + write.ttl
+        before = (entry.version, entry.position) if entry else (0, 0)
+        return Change(key, before[0] + 1, write.length, before[1], expires)
+
+    def _check_guard(self, guard: Guard, now: float) -> None:
+        entry = self._entry(guard.key)
+        # An older value proves nothing: its holder may have been succeeded in the version that is lost.
+        known = entry is not None and entry.exists(now) and not entry.damaged
+        epoch = json.loads(entry.value).get("epoch") if known and entry and entry.value else None
+        if epoch != guard.epoch:
+            raise LeaseLost(str(guard.key), guard.epoch, epoch)
+
+
+def _entry(line: Line, change: Change, value: bytes | None) -> Entry:
+    expires = change.expires if value else None
+    return Entry(change.version, value, line.position, False, line.time, line.by, expires)
+
+
+def _document(key: Key, entry: Entry) -> Document:
+    return Document(key, entry.version, entry.value or b"{}", *entry[2:])

@@ -1,0 +1,361 @@
+"""The file store: all state of one machine in one directory, for any number of processes.
+
+A commit is checked and appended under a flock by one thread for all that wait in this process: one write and one
+`fdatasync` for the whole group. What is small and needs no sync is not worth the trip to that thread. Reads are
+answered from memory after a look at the mark (one system call).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from orchestrator.config.store import named_folder
+from orchestrator.errors import LockHeld
+from orchestrator.protocols import (
+    HISTORY,
+    Commit,
+    Compacted,
+    Damage,
+    Document,
+    Dump,
+    DumpedCommit,
+    Event,
+    Key,
+    Record,
+    State,
+    Statistics,
+    Store,
+    Verified,
+    Version,
+    Write,
+)
+from orchestrator.state.log.codec import MAX_TTL, Line, encode_commit
+from orchestrator.state.log.compaction import log_size
+from orchestrator.state.log.dumping import lines_of, refuse_unsound
+from orchestrator.state.log.history import versions
+from orchestrator.state.log.identity import existing_log, prepare
+from orchestrator.state.log.journal import (
+    PART_BYTES,
+    AtOnce,
+    Journal,
+    Turn,
+    check_kept,
+    read_dumped,
+    read_records,
+    unavailable,
+)
+from orchestrator.state.log.segments import Cursor, Mark, find_line, thinned_to
+from orchestrator.state.log.staging import Staging
+from orchestrator.system.clock import Clock
+from orchestrator.system.file_lock import FileLock
+
+T = TypeVar("T")
+
+SEGMENT_BYTES: Final = 16 << 20
+_POLL_FASTEST: Final = 0.01  # seconds
+_POLL_SLOWEST: Final = 0.25
+_PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
+"""Seconds between one try and the next to commit while other processes are at it, before a thread waits for them."""
+
+
+class FileStore:
+    """A `Store` in a local directory; made by `open`."""
+
+    def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
+        self._directory, self._clock, self._segment_bytes = directory, clock, segment_bytes
+        self._journal = Journal(directory, clock, segment_bytes)
+        self._compacting = FileLock(directory / "compaction.lock")
+        self._turns: deque[Turn] = deque()
+        self._group: anyio.Event | None = None
+        """Set when the group is over that is being committed."""
+        self._news: anyio.Event | None = None
+        """Set when something was committed here; there is one where somebody waits for that."""
+        # Our own threads: those of others may all be taken by slow work.
+        self._threads = anyio.CapacityLimiter(8)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, directory: Path, clock: Clock, *, segment_bytes: int = SEGMENT_BYTES
+    ) -> AsyncIterator[FileStore]:
+        """Open the store in `directory`, which is made if need be; damage never prevents it.
+
+        A segment is closed once it holds `segment_bytes`. Raises RefusedError on a network file system,
+        StoreUnavailable if the directory can't be read and written.
+        """
+        store = cls(directory, clock, segment_bytes)
+        try:
+            await store._in_thread(store._journal.open)
+            yield store
+        finally:
+            with anyio.CancelScope(shield=True):
+                await store._in_thread(store._journal.close)
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`."""
+        turn = Turn(encode_commit(commit))
+        self._turns.append(turn)
+        with anyio.CancelScope(shield=True):
+            if not turn.commit.durable:
+                await self._commit_at_once()
+            while not turn.is_settled:
+                if self._group is None:
+                    await self._lead_group()
+                else:
+                    await self._group.wait()
+        if turn.failure:
+            raise turn.failure
+        return turn.position
+
+    async def _commit_at_once(self) -> None:
+        """Commit what waits without a thread, where that is quicker."""
+        for pause in _PAUSES:
+            await anyio.sleep(pause)  # at first, who else is about to commit comes along
+            if not self._turns or self._group is not None:
+                return
+            done = self._journal.commit_at_once(self._turns)
+            if done is AtOnce.DONE:
+                self._announce()
+            if done is not AtOnce.BUSY:
+                return
+
+    async def _lead_group(self) -> None:
+        """Commit what waits by now; what comes meanwhile is the next group's."""
+        self._group = over = anyio.Event()
+        try:
+            await self._in_thread(partial(self._journal.commit, self._turns))
+        finally:
+            self._group = None
+            over.set()
+            self._announce()
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`."""
+        await self._refresh()
+        return self._journal.table.get(key, self._clock.now())
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`."""
+        await self._refresh()
+        return self._journal.table.documents(kind, self._clock.now(), prefix)
+
+    async def position(self) -> int:
+        """See `Store.position`."""
+        await self._refresh()
+        return self._journal.table.position
+
+    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
+        await self._in_thread(partial(check_kept, self._directory, after))
+        cursor = await self._in_thread(partial(Cursor, self._directory, after))
+        seen, pause = Mark(0, 0, 0), _POLL_FASTEST
+        try:
+            while True:
+                with self._explained():
+                    news = self._news = self._news or anyio.Event()
+                    mark = self._journal.mark()
+                if mark is None or mark == seen:
+                    with self._explained():
+                        self._journal.check_place()
+                    with anyio.move_on_after(pause):
+                        await news.wait()
+                    pause = min(1.25 * pause, _POLL_SLOWEST)
+                    continue
+                records, is_at_mark = await self._in_thread(partial(read_records, self._directory, cursor, mark, after))
+                for record in records:
+                    after = record.position
+                    yield record
+                seen, pause = (mark if is_at_mark else seen), _POLL_FASTEST
+        finally:
+            cursor.close()
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        """See `Store.history`."""
+        await self._refresh()
+        entry = self._journal.table.entry(key)
+        return await self._in_thread(lambda: versions(entry, key, limit, partial(find_line, self._directory)))
+
+    async def at(self, position: int) -> State:
+        """See `Store.at`."""
+        await self._refresh()
+        return await self._in_thread(partial(self._journal.state_at, position))
+
+    async def compact(self, older_than: float, largest: int) -> Compacted:
+        """See `Store.compact`: closed segments are packed, and the oldest thinned out.
+
+        What can't be read wholly stays as it is. Where another process is at it, nothing is done.
+        """
+        with suppress(LockHeld):
+            async with self._alone(0):
+                return await self._in_thread(partial(self._journal.compact, older_than, largest))
+        size, first = await self._in_thread(lambda: (log_size(self._directory), thinned_to(self._directory)))
+        return Compacted(size, size, first)
+
+    async def statistics(self) -> Statistics:
+        """See `Store.statistics`."""
+        await self._refresh()
+        now, folder = self._clock.now(), self._directory
+        return await self._in_thread(lambda: self._journal.table.statistics(thinned_to(folder), log_size(folder), now))
+
+    async def verify(self) -> Verified:
+        """See `Store.verify`: all is read, whatever a snapshot says."""
+        async with self._alone():
+            await self._refresh()
+            return await self._in_thread(self._journal.verify)
+
+    async def repair(self) -> Verified:
+        """See `Store.repair`: segments with damage are replaced by what can be read of them, and kept in `damaged/`.
+
+        The log does not go back behind them any more.
+        """
+        found = await self.verify()
+        if found.damage or found.damaged:
+            async with self._alone():
+                keys = {*found.damaged, *await self._in_thread(self._journal.to_settle)}
+                self._journal.begin_segment()
+                await self.commit(self._settlement(sorted(keys), len(found.damage)))
+                await self._in_thread(partial(self._journal.replace_damaged, found.damage))
+        return await self.verify()
+
+    def _settlement(self, keys: Sequence[Key], damage: int) -> Commit:
+        """Return the commit by which what is known of some documents counts, be it that they are gone."""
+        now, writes, events = self._clock.now(), list[Write](), list[Event]()
+        for key in keys:
+            entry = self._journal.table.entry(key)
+            if entry is None:
+                continue
+            if not entry.exists(now):  # nobody had lost it: only its version is to go on counting
+                writes.append(Write(key, 0, None))
+                continue
+            known = None if entry.value is None else json.loads(entry.value)
+            ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
+            writes.append(Write(key, entry.version, known, ttl))
+            events.append(
+                Event("state.repaired", {"key": str(key), "lost": entry.version, "is_known": known is not None})
+            )
+        return Commit(writes, [*events, Event("state.log_repaired", {"damage": damage})])
+
+    @asynccontextmanager
+    async def dump(self) -> AsyncIterator[Dump]:
+        """See `Store.dump`; nothing is thinned out meanwhile."""
+        async with self._alone():
+            await self._refresh()
+            refuse_unsound(await self._in_thread(self._journal.verify))
+            end = await self._in_thread(self._journal.end)
+            first = await self._in_thread(lambda: thinned_to(self._directory))
+            with closing(await self._in_thread(partial(Cursor, self._directory))) as cursor:
+                yield Dump(end.position, first, self._dumped(cursor, end))
+
+    async def _dumped(self, cursor: Cursor, end: Mark) -> AsyncGenerator[DumpedCommit]:
+        while commits := await self._in_thread(partial(read_dumped, cursor, end)):
+            for commit in commits:
+                yield commit
+
+    async def load(self, dump: Dump) -> None:
+        """See `Store.load`; what it was killed in is brought to its end by whoever opens the store, or is as if it
+        had never begun.
+        """
+        await self._in_thread(self._journal.check_empty)
+        if dump.position == 0:
+            async with aclosing(lines_of(dump)) as lines:
+                async for _ in lines:  # there is none, or it is refused
+                    pass
+            return
+        async with self._alone():
+            await self._in_thread(self._journal.check_empty)
+            staging = Staging(self._directory, dump.first, self._segment_bytes)
+            try:
+                await self._stage(staging, dump)
+                await self._in_thread(partial(self._journal.put, staging))
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._in_thread(staging.discard)
+        self._announce()
+
+    async def _stage(self, staging: Staging, dump: Dump) -> None:
+        await self._in_thread(staging.begin)
+        lines, size = list[Line](), 0
+        async with aclosing(lines_of(dump)) as found:
+            async for line in found:
+                lines.append(line)
+                size += len(line.payload)
+                if size >= PART_BYTES:
+                    await self._in_thread(partial(staging.add, lines))
+                    lines, size = [], 0
+        await self._in_thread(partial(staging.add, lines))
+        await self._in_thread(staging.finish)
+
+    @property
+    def damage(self) -> Sequence[Damage]:
+        """See `Store.damage`."""
+        return tuple(self._journal.damage)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        with self._explained():
+            return await to_thread.run_sync(call, limiter=self._threads)
+
+    @asynccontextmanager
+    async def _alone(self, limit: float | None = None) -> AsyncIterator[None]:
+        """Keep other processes from compacting; LockHeld after so many seconds."""
+        async with AsyncExitStack() as stack:
+            with self._explained():
+                await stack.enter_async_context(self._compacting.hold(limit))
+            yield
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unavailable(self._directory, error) from error
+
+    def _announce(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+
+    async def _refresh(self) -> None:
+        with self._explained():
+            if self._journal.refresh_at_once():
+                return
+        await self._in_thread(self._journal.catch_up)
+
+
+def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
+    """Open the store in the folder that a `file:` URL names; RefusedError if it names none of this machine."""
+    folder = named_folder(url)
+    assert folder is not None, "it is registered for this scheme"  # noqa: S101
+    return _opened(folder, clock)
+
+
+@asynccontextmanager
+async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
+    try:
+        log = await to_thread.run_sync(prepare, folder)
+    except OSError as error:
+        raise unavailable(folder, error) from error
+    async with FileStore.open(log, clock) as store:
+        yield store
+
+
+def require_store(url: str) -> None:
+    """Refuse (RefusedError) the URL of a folder that holds no store, where else an empty one would be made. Blocks."""
+    if (folder := named_folder(url)) is not None:
+        existing_log(folder)

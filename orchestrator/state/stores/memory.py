@@ -1,0 +1,139 @@
+"""The memory store: the file store's rules without its promises, for tests and simulation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+
+from orchestrator.errors import HistoryGone
+from orchestrator.protocols import (
+    HISTORY,
+    Commit,
+    Compacted,
+    Damage,
+    Document,
+    Dump,
+    DumpedCommit,
+    Key,
+    Record,
+    State,
+    Statistics,
+    Verified,
+    Version,
+)
+from orchestrator.state.log.codec import Line, encode_commit, to_dumped, to_record
+from orchestrator.state.log.dumping import lines_of, not_empty, refuse_unsound
+from orchestrator.state.log.history import state_at, versions
+from orchestrator.state.log.table import Stage, Table
+from orchestrator.state.log.writer import name_of_writer
+from orchestrator.system.clock import Clock
+
+
+class MemoryStore:
+    """A `Store` for one process and its lifetime."""
+
+    damage: Sequence[Damage] = ()
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._by = name_of_writer()
+        self._table = Table()
+        self._lines: dict[int, Line] = {}
+        self._kept_from = 0  # the position of the oldest state that can be told
+        self._news = anyio.Event()
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`."""
+        stage = Stage(self._table, self._by)
+        line = stage.add(encode_commit(commit), self._clock.now())
+        self._table.take(stage)
+        self._lines[line.position] = line
+        self._announce()
+        return line.position
+
+    def _announce(self) -> None:
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`."""
+        return self._table.get(key, self._clock.now())
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`."""
+        return self._table.documents(kind, self._clock.now(), prefix)
+
+    async def position(self) -> int:
+        """See `Store.position`."""
+        return self._table.position
+
+    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+        """See `Store.watch`."""
+        while True:
+            news = self._news
+            while after < self._table.position:
+                self._check_kept(after)
+                after += 1
+                yield to_record(self._lines[after])
+            self._check_kept(after)
+            await news.wait()
+
+    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+        """See `Store.history`."""
+        return versions(self._table.entry(key), key, limit, self._lines.get)
+
+    async def compact(self, older_than: float, largest: int) -> Compacted:  # noqa: ARG002  it ends with its process
+        """See `Store.compact`: nothing is ever let go of."""
+        size = self._size()
+        return Compacted(size, size, self._kept_from)
+
+    async def statistics(self) -> Statistics:
+        """See `Store.statistics`."""
+        return self._table.statistics(self._kept_from, self._size(), self._clock.now())
+
+    async def verify(self) -> Verified:
+        """See `Store.verify`."""
+        table = Table()
+        for line in self._lines.values():
+            table.apply(line)
+        return Verified(self._table.position, self._size(), (), *table.compare(self._table))
+
+    async def repair(self) -> Verified:
+        """See `Store.repair`: nothing can be damaged."""
+        return await self.verify()
+
+    def _size(self) -> int:
+        return sum(len(line.payload) for line in self._lines.values())
+
+    async def at(self, position: int) -> State:
+        """See `Store.at`."""
+        self._check_kept(position)
+        return state_at(position, self._lines.values(), self._kept_from)
+
+    @asynccontextmanager
+    async def dump(self) -> AsyncIterator[Dump]:
+        """See `Store.dump`."""
+        refuse_unsound(await self.verify())
+        yield Dump(self._table.position, self._kept_from, self._dumped(list(self._lines.values())))
+
+    async def _dumped(self, lines: Sequence[Line]) -> AsyncGenerator[DumpedCommit]:
+        for line in lines:
+            yield to_dumped(line)
+
+    async def load(self, dump: Dump) -> None:
+        """See `Store.load`."""
+        table, lines = Table(), dict[int, Line]()
+        async for line in lines_of(dump):
+            table.apply(line)
+            lines[line.position] = line
+        table.position = dump.position
+        if self._table.position:
+            raise not_empty("the store in memory", self._table.position)
+        self._table, self._lines, self._kept_from = table, lines, dump.first
+        self._announce()
+
+    def _check_kept(self, position: int) -> None:
+        if position < self._kept_from:
+            raise HistoryGone(position, self._kept_from)

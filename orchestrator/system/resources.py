@@ -1,0 +1,120 @@
+"""What this process and machine have left: file descriptors, memory and processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+from orchestrator.domain.scheduling.admission import Facts
+
+#: Programs that close every descriptor there could be take minutes under limits of a billion, as containers set them.
+_ENOUGH = 1 << 16
+#: A disk with fewer bytes to spare is full.
+_NO_ROOM = 1 << 20
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files to the hard one, as far as makes sense; return what it is then.
+
+    What this process starts inherits it. See getrlimit(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # macOS refuses more than kern.maxfilesperproc, whatever the hard limit says.
+        for value in (wanted, 10240):
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, value), hard))
+                break
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _ENOUGH if soft == resource.RLIM_INFINITY else soft
+
+
+def read_facts() -> Facts:
+    """Return what is left now. Reads a few small files."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = None if soft == resource.RLIM_INFINITY else soft
+    return Facts(limit, len(os.listdir("/dev/fd")) - 1, memory_available())  # noqa: PTH208  (names are all it needs)
+
+
+def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the bytes that can be had without swapping, of the machine or of a cgroup (v2) that we are in.
+
+    None where the system does not say (macOS). See proc_meminfo(5) and
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files.
+    """
+    found = [_of_machine(proc), *(_of_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
+    return min((left for left in found if left is not None), default=None)
+
+
+def is_disk_full(*folders: Path | None) -> bool:
+    """Whether a file system that one of these folders is on has no room left for a file. See statvfs(3). Blocks."""
+    for folder in folders:
+        with suppress(OSError):  # there is no such folder
+            found = None if folder is None else os.statvfs(folder)
+            if found and (found.f_bavail * found.f_frsize < _NO_ROOM or (found.f_files and not found.f_favail)):
+                return True
+    return False
+
+
+def processes_left(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return how many processes and threads may still be started, by the user's limit and those of cgroups (v2).
+
+    None where there is no limit, or the system does not say. See RLIMIT_NPROC in getrlimit(2), which does not bind
+    root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.
+    """
+    found = [_tasks_left(folder) for folder in _own_cgroups(proc, cgroups)]
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if soft != resource.RLIM_INFINITY and os.getuid() != 0 and proc.is_dir():
+        found.append(max(0, soft - _threads_of(os.getuid(), proc)))
+    return min((left for left in found if left is not None), default=None)
+
+
+def _tasks_left(folder: Path) -> int | None:
+    try:
+        return max(0, int((folder / "pids.max").read_text()) - int((folder / "pids.current").read_text()))
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+
+
+def _threads_of(user: int, proc: Path) -> int:
+    tables = [_table(process / "status") for process in proc.glob("[0-9]*")]
+    return sum(table.get("Threads:", 0) for table in tables if table.get("Uid:") == user)
+
+
+def _of_machine(proc: Path) -> int | None:
+    facts = _table(proc / "meminfo")
+    return facts["MemAvailable:"] * 1024 if "MemAvailable:" in facts else None
+
+
+def _own_cgroups(proc: Path, cgroups: Path) -> list[Path]:
+    """Return our cgroup and those that it is in; the limits of all of them count."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    if own is None:
+        return []
+    folder = cgroups / own
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(cgroups))]
+
+
+def _of_cgroup(folder: Path) -> int | None:
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+    # Files that were read once are given up before a limit hurts, but count as used until then.
+    return max(0, limit - used + _table(folder / "memory.stat").get("inactive_file", 0))
+
+
+def _table(file: Path) -> dict[str, int]:
+    try:
+        lines = [line.split() for line in file.read_text(errors="replace").splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
