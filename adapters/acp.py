@@ -19,13 +19,21 @@ from typing import ClassVar, Final, Self
 import pluggy
 from pydantic import BaseModel, model_validator
 
-from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
-from adapters.limits import with_end
-from adapters.opencode import limit_config, limit_in, limit_plugin
-from adapters.options import AdapterOptions, CommandLine, Value, given, own_home
+from adapters.jsonlines import bridge_command, bridge_readable_paths, concluded_failure, parse_bridge_line
+from adapters.limits import with_reset_time
+from adapters.opencode import limit_config, limit_plugin, parse_limit
+from adapters.options import AdapterOptions, CommandLine, OptionValue, option_arguments, own_home_variables
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
-from orchestrator.protocols import Capability, Command, Home, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import (
+    Capability,
+    Program,
+    SessionCommand,
+    SessionEnd,
+    SessionEvent,
+    SessionHome,
+    SessionRequest,
+)
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -45,7 +53,7 @@ class AcpOptions(AdapterOptions):
 
     argv: CommandLine
     """The agent and its arguments, such as `[gemini, --acp]`; it speaks on standard input and output."""
-    model: Value | None = None
+    model: OptionValue | None = None
     """The model, one of those that the agent offers; none: the agent's own choice."""
     resumes: bool = False
     """Whether the agent can load earlier conversations, so that work is mended in the one in which it was done."""
@@ -79,23 +87,23 @@ class AcpAdapter:
             Program(self._options.argv[0], install="install the agent, or correct `argv`"),
         )
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return the bridge's command line, with the agent's after `--`."""
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
         is_opencode = PurePath(self._options.argv[0]).name == "opencode"
         files = limit_plugin("stderr") if is_opencode else {}
         limit = {"OPENCODE_CONFIG_CONTENT": limit_config(request.home)} if is_opencode else {}
-        preset = {**_PRESET, **limit, **own_home(self._options, request)}
+        preset = {**_PRESET, **limit, **own_home_variables(self._options, request)}
         env, passed = self._options.variables(("HOME", "USER"), **preset)
-        return Command(
+        return SessionCommand(
             argv=bridge_command(
-                *("acp", *places, *given("--model", self._options.model)),
+                *("acp", *places, *option_arguments("--model", self._options.model)),
                 *(*_asked(request, resumes=self._options.resumes), "--", *self._options.argv),
             ),
             env=env,
             pass_env=passed,
-            readable=bridge_readable(),
-            home=Home(files) if self._options.has_own_home or files else None,
+            readable=bridge_readable_paths(),
+            home=SessionHome(files) if self._options.has_own_home or files else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -104,12 +112,12 @@ class AcpAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the bridge concluded; a limit with its end, if the agent says when that is."""
-        return with_end(limit_in(end.stderr) or failure_concluded(end), end.time)
+        return with_reset_time(parse_limit(end.stderr) or concluded_failure(end), end.time)
 
 
 def _asked(request: SessionRequest, *, resumes: bool) -> Iterator[str]:
     if resumes:
-        yield from given("--resume", request.resume)
+        yield from option_arguments("--resume", request.resume)
     for one in request.mcp_servers:
         yield from ("--mcp-server", json.dumps(dataclasses.asdict(one)))
 

@@ -13,26 +13,34 @@ from typing import ClassVar, Final
 import pluggy
 from pydantic import BaseModel
 
-from adapters.failures import LONGEST_REASON
-from adapters.jsonlines import failure_concluded
-from adapters.limits import with_end
-from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given, own_home
+from adapters.failures import MAX_REASON_CHARS
+from adapters.jsonlines import concluded_failure
+from adapters.limits import with_reset_time
+from adapters.options import (
+    INSTRUCTIONS_FILE,
+    AdapterOptions,
+    Arguments,
+    OptionValue,
+    ProgramName,
+    option_arguments,
+    own_home_variables,
+)
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    AgentMessage,
     Capability,
-    Command,
-    Concluded,
-    Home,
+    CliWarning,
+    FinalResult,
     Program,
-    Said,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
+    SessionHome,
     SessionRequest,
-    Spent,
-    UsedTool,
-    Warned,
+    ToolCall,
+    UsageReport,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
@@ -90,7 +98,7 @@ class AiderOptions(AdapterOptions):
 
     bin: ProgramName = "aider"
     """The program."""
-    model: Value | None = None
+    model: OptionValue | None = None
     """The model, as in `--model`; none: what aider's own configuration says."""
     args: Arguments = ()
     """More arguments, after ours."""
@@ -121,25 +129,31 @@ class AiderAdapter:
             ),
         )
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; its tags cache, which it makes in the worktree, is no work."""
         options = self._options
         files = {} if request.instructions is None else {INSTRUCTIONS_FILE: request.instructions}
         # It breaks lines at the terminal's width, 80 where there is none; and being told yes to everything, it opens a
         # page of its manual with every second error.
-        preset = {"COLUMNS": "1000", "BROWSER": "true", **own_home(options, request)}
+        preset = {"COLUMNS": "1000", "BROWSER": "true", **own_home_variables(options, request)}
         env, passed = options.variables(("HOME", *_KEYS, *_PLACES), **preset)
-        return Command(
+        return SessionCommand(
             argv=(
-                *(options.bin, *given("--model", options.model), "--message-file", str(request.prompt_file), *_ALONE),
+                *(
+                    options.bin,
+                    *option_arguments("--model", options.model),
+                    "--message-file",
+                    str(request.prompt_file),
+                    *_ALONE,
+                ),
                 *(("--read", str(request.home / INSTRUCTIONS_FILE)) if files else ()),
                 *(("--chat-mode", "ask") if request.read_only else ()),
                 *options.args,
             ),
             env=env,
             pass_env=passed,
-            leavings=("/.aider*",),
-            home=Home(files) if files or options.has_own_home else None,
+            scratch_patterns=("/.aider*",),
+            home=SessionHome(files) if files or options.has_own_home else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -147,26 +161,26 @@ class AiderAdapter:
         text = line.strip()
         spent = _spent(text)
         if spent is not None:
-            return spent, Concluded()
+            return spent, FinalResult()
         if (edit := _EDIT.fullmatch(text)) is not None:
-            return (UsedTool("edit", edit[1], (edit[1],)),)
+            return (ToolCall("edit", edit[1], (edit[1],)),)
         if (failed := _failure(text)) is not None:
-            return (Concluded(text, failed),)
+            return (FinalResult(text, failed),)
         if _WARNING.match(text):
-            return (Warned(text),)
-        return (Said(line),) if text else ()
+            return (CliWarning(text),)
+        return (AgentMessage(line),) if text else ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the last error means, if no answer followed it."""
-        return with_end(failure_concluded(end), end.time)
+        return with_reset_time(concluded_failure(end), end.time)
 
 
-def _spent(text: str) -> Spent | None:
+def _spent(text: str) -> UsageReport | None:
     tokens, cost = _TOKENS.search(text), _COST.search(text)
     if tokens is None and cost is None:
         return None
     sent, received = (0, 0) if tokens is None else (_count(*tokens.group(1, 2)), _count(*tokens.group(3, 4)))
-    return Spent(sent, received, None if cost is None else _number(cost[1]))
+    return UsageReport(sent, received, None if cost is None else _number(cost[1]))
 
 
 def _count(digits: str, thousands: str) -> int:
@@ -182,11 +196,11 @@ def _number(digits: str) -> float:
 
 def _failure(text: str) -> Failed | None:
     if text.startswith(_NO_KEY):
-        return Failed(FailureClass.AUTH, f"{text} {_LOG_IN}"[:LONGEST_REASON])
+        return Failed(FailureClass.AUTH, f"{text} {_LOG_IN}"[:MAX_REASON_CHARS])
     if _INTERRUPTED.fullmatch(text):
         return Failed(FailureClass.CRASHED, "it was interrupted")
     if _TOO_LONG.match(text):
-        return Failed(FailureClass.LIMIT, f"{text[:LONGEST_REASON]} Give it a smaller task or another model")
+        return Failed(FailureClass.LIMIT, f"{text[:MAX_REASON_CHARS]} Give it a smaller task or another model")
     error = _ERROR.search(text)
     if error is None:
         return None
@@ -194,7 +208,7 @@ def _failure(text: str) -> Failed | None:
     failure = _ERRORS.get(error["first"] or error["within"], FailureClass.CRASHED)
     if failure is FailureClass.OVERLOADED and _UNREACHED.search(text):
         failure = FailureClass.TRANSIENT
-    reason = text[:LONGEST_REASON]
+    reason = text[:MAX_REASON_CHARS]
     return Failed(failure, f"{reason}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
 
 

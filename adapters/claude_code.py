@@ -16,39 +16,48 @@ from typing import Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import BaseModel
 
-from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
+from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
 from adapters.jsonlines import (
-    cost_of,
-    failure_concluded,
-    interruption,
-    number_of,
-    read_object,
-    said_plainly,
-    text_of,
-    tool_used,
+    as_cost,
+    as_count,
+    as_text,
+    concluded_failure,
+    detect_interruption,
+    parse_object,
+    parse_plain_line,
+    tool_event,
 )
-from adapters.limits import with_end
-from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, UsDollars, Value, given, least
-from orchestrator.client.commands import SERVER
+from adapters.limits import with_reset_time
+from adapters.options import (
+    AdapterOptions,
+    Arguments,
+    OptionValue,
+    ProgramName,
+    TurnLimit,
+    UsDollars,
+    option_arguments,
+    smallest_limit,
+)
+from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    AgentMessage,
     Capability,
-    Command,
-    Concluded,
-    Denied,
-    Home,
-    Identified,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
     JsonObject,
     Program,
-    Said,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
+    SessionHome,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    Warned,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
@@ -100,7 +109,7 @@ _SERVERS: Final = "council-mcp.json"
 _SETTINGS: Final = "council-settings.json"
 #: Unless it bypasses permissions, it asks for leave to use a tool of a server, and nobody is there to give it; ours
 #: change no file. It is one word, because the option takes the words behind it, too.
-_ALLOWED: Final = f"--allowedTools=mcp__{SERVER}"
+_ALLOWED: Final = f"--allowedTools=mcp__{MCP_SERVER_NAME}"
 _EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
 _HOOK_TIMEOUT: Final = 10  # seconds
 #: Counts of tokens by model, under `modelUsage`.
@@ -113,11 +122,11 @@ class ClaudeCodeOptions(AdapterOptions):
 
     bin: ProgramName = "claude"
     """The program."""
-    model: Value | None = None
+    model: OptionValue | None = None
     """The model, as in `--model`; none: what its own configuration says."""
     permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
     """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
-    max_turns: Turns | None = None
+    max_turns: TurnLimit | None = None
     """How many turns a session may take, as in `--max-turns`."""
     max_cost: UsDollars | None = None
     """What a session may cost, as in `--max-budget-usd`."""
@@ -154,7 +163,7 @@ class ClaudeCodeAdapter:
             ),
         )
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; as root it bypasses permissions only in what it is told to be a sandbox."""
         options = self._options
         mode = options.permission_mode
@@ -162,17 +171,17 @@ class ClaudeCodeAdapter:
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         places = () if options.has_own_home else (_FOLDER,)
         env, passed = options.variables(("HOME", "USER", *_KEYS, _PLACE, *places), **preset, **own)
-        return Command(
+        return SessionCommand(
             argv=(
                 *(options.bin, "-p", "--output-format", "stream-json", "--verbose", "--permission-mode", mode),
-                *given("--model", options.model),
-                *given("--resume", request.resume),
-                *given("--append-system-prompt", request.instructions),
-                *given("--max-turns", options.max_turns),
-                *given("--max-budget-usd", least(options.max_cost, request.most_cost)),
+                *option_arguments("--model", options.model),
+                *option_arguments("--resume", request.resume),
+                *option_arguments("--append-system-prompt", request.instructions),
+                *option_arguments("--max-turns", options.max_turns),
+                *option_arguments("--max-budget-usd", smallest_limit(options.max_cost, request.max_cost)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
                 *(("--settings", str(request.home / _SETTINGS)) if request.pre_edit else ()),
-                *((_ALLOWED,) if any(one.name == SERVER for one in request.mcp_servers) else ()),
+                *((_ALLOWED,) if any(one.name == MCP_SERVER_NAME for one in request.mcp_servers) else ()),
                 *options.args,
             ),
             stdin=request.prompt_file,
@@ -184,9 +193,9 @@ class ClaudeCodeAdapter:
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return what a JSON line means; a line of text is said as it stands."""
-        value = read_object(line)
+        value = parse_object(line)
         if value is None:
-            return said_plainly(line)
+            return parse_plain_line(line)
         match value.get("type"):
             case "system":
                 return tuple(_of_system(value, self._remedy))
@@ -208,21 +217,21 @@ class ClaudeCodeAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the result says, else what the program's plain words do; a limit with its end if one is known."""
-        failed = failure_concluded(end) or _failure_in_words(end) or interruption(end)
+        failed = concluded_failure(end) or _failure_in_words(end) or detect_interruption(end)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
-        told = [one.failed.until for one in end.events if isinstance(one, Concluded) and one.failed is not None]
+        told = [one.failed.until for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
         until = next((one for one in reversed(told) if one is not None), None)
-        return with_end(replace(failed, until=until), end.time)
+        return with_reset_time(replace(failed, until=until), end.time)
 
 
-def _home(request: SessionRequest, *, is_own: bool) -> Home | None:
+def _home(request: SessionRequest, *, is_own: bool) -> SessionHome | None:
     files = {_SERVERS: json.dumps({"mcpServers": _servers(request)})} if request.mcp_servers else {}
     if request.pre_edit:
         files[_SETTINGS] = json.dumps(_hook(request.pre_edit))
     if is_own:
-        return Home(files, _LINKS, (_LOGIN,))
-    return Home(files) if files else None
+        return SessionHome(files, _LINKS, (_LOGIN,))
+    return SessionHome(files) if files else None
 
 
 def _hook(command: Sequence[str]) -> JsonObject:
@@ -237,36 +246,36 @@ def _servers(request: SessionRequest) -> JsonObject:
         # Variables of a server's are those of the session, by their names.
         else {"command": one.argv[0], "args": [*one.argv[1:]], "env": {name: f"${{{name}:-}}" for name in one.env}}
         # Else the model knows only names of tools, and has to search for them before it can hand anything over.
-        | ({"alwaysLoad": True} if one.name == SERVER else {})
+        | ({"alwaysLoad": True} if one.name == MCP_SERVER_NAME else {})
         for one in request.mcp_servers
     }
 
 
 def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
-    session = text_of(value.get("session_id"))
+    session = as_text(value.get("session_id"))
     if value.get("subtype") == "init" and session:
-        yield Identified(session)
+        yield ConversationStarted(session)
         servers = value.get("mcp_servers")
         for server in servers if isinstance(servers, list) else ():
             if isinstance(server, dict) and server.get("status") == "failed":
-                yield Warned(f"the MCP server {text_of(server.get('name'))} did not start")
+                yield CliWarning(f"the MCP server {as_text(server.get('name'))} did not start")
     if value.get("subtype") == "permission_denied":
-        name, why = text_of(value.get("tool_name")) or "a tool", one_line(text_of(value.get("message")))
-        yield Denied(name, why, remedy, text_of(value.get("tool_use_id")) or None)
+        name, why = as_text(value.get("tool_name")) or "a tool", one_line(as_text(value.get("message")))
+        yield ToolDenied(name, why, remedy, as_text(value.get("tool_use_id")) or None)
     if value.get("subtype") == "api_retry":
-        what = text_of(value.get("error")) or "an error"
-        attempt, most = number_of(value.get("attempt")), number_of(value.get("max_retries"))
-        status = number_of(value.get("error_status"))
-        yield Warned(f"{what}{f' ({status})' if status else ''}, it tries again: {attempt} of {most}")
+        what = as_text(value.get("error")) or "an error"
+        attempt, most = as_count(value.get("attempt")), as_count(value.get("max_retries"))
+        status = as_count(value.get("error_status"))
+        yield CliWarning(f"{what}{f' ({status})' if status else ''}, it tries again: {attempt} of {most}")
 
 
-def _denied(denials: Any, remedy: str) -> Iterator[Denied]:
+def _denied(denials: Any, remedy: str) -> Iterator[ToolDenied]:
     """Yield the tools that a result says were denied, each with what it was to do."""
     for one in denials if isinstance(denials, list) else ():
         match one:
-            case {"tool_name": str(name), "tool_input": dict(given)}:
-                detail = tool_used(name, given, _PATH_KEYS, _DETAIL_KEYS).detail
-                yield Denied(name, detail, remedy, text_of(one.get("tool_use_id")) or None)
+            case {"tool_name": str(name), "tool_input": dict(option_arguments)}:
+                detail = tool_event(name, option_arguments, _PATH_KEYS, _DETAIL_KEYS).detail
+                yield ToolDenied(name, detail, remedy, as_text(one.get("tool_use_id")) or None)
             case _:
                 pass
 
@@ -276,11 +285,11 @@ def _of_message(message: Any) -> Iterator[SessionEvent]:
     for block in content if isinstance(content, list) else ():
         match block:
             case {"type": "text", "text": str(text)} if text.strip():
-                yield Said(text)
-            case {"type": "tool_use", "name": str(name), "input": dict(given)}:
-                yield tool_used(name, given, _PATH_KEYS, _DETAIL_KEYS, block.get("id"))
+                yield AgentMessage(text)
+            case {"type": "tool_use", "name": str(name), "input": dict(option_arguments)}:
+                yield tool_event(name, option_arguments, _PATH_KEYS, _DETAIL_KEYS, block.get("id"))
             case {"type": "tool_result", "tool_use_id": str(call)}:
-                yield ToolEnded(call, _result_of(block) if block.get("is_error") is True else None)
+                yield ToolResult(call, _result_of(block) if block.get("is_error") is True else None)
             case _:
                 pass
 
@@ -289,42 +298,42 @@ def _result_of(block: JsonObject) -> str:
     """Return a tool's result as one line: a text, or the texts of a list of blocks."""
     content = block.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
-    return one_line(" ".join(text_of(part.get("text")) for part in parts if isinstance(part, dict)))
+    return one_line(" ".join(as_text(part.get("text")) for part in parts if isinstance(part, dict)))
 
 
 def _of_usage(message: Any) -> Iterator[SessionEvent]:
     """What one call of the model used up so far: it is told with each part of the answer."""
     match message:
         case {"id": str(call), "usage": dict(usage)} if call:
-            yield _spent(usage, call=call, model=text_of(message.get("model")) or None)
+            yield _spent(usage, call=call, model=as_text(message.get("model")) or None)
         case _:
             pass
 
 
-def _spent(usage: Mapping[str, Any], **more: Any) -> Spent:
-    made, read = (number_of(usage.get(f"cache_{kind}_input_tokens")) for kind in ("creation", "read"))
-    sent = number_of(usage.get("input_tokens")) + made + read
-    return Spent(sent, number_of(usage.get("output_tokens")), cached_tokens=read, **more)
+def _spent(usage: Mapping[str, Any], **more: Any) -> UsageReport:
+    made, read = (as_count(usage.get(f"cache_{kind}_input_tokens")) for kind in ("creation", "read"))
+    sent = as_count(usage.get("input_tokens")) + made + read
+    return UsageReport(sent, as_count(usage.get("output_tokens")), cached_tokens=read, **more)
 
 
 def _cost_by_model(usage: Any) -> float | None:
     """Return what all models cost; None where it is not reported for each."""
     models = [*usage.values()] if isinstance(usage, dict) else []
-    costs = [cost_of(one.get("costUSD")) if isinstance(one, dict) else None for one in models]
+    costs = [as_cost(one.get("costUSD")) if isinstance(one, dict) else None for one in models]
     known = [one for one in costs if one is not None]
     return sum(known) if known and len(known) == len(costs) else None
 
 
 def _tokens_by_model(usage: Any) -> int:
     models = [one for one in usage.values() if isinstance(one, dict)] if isinstance(usage, dict) else []
-    return sum(number_of(one.get(key)) for one in models for key in _TOKENS)
+    return sum(as_count(one.get(key)) for one in models for key in _TOKENS)
 
 
 def _of_limit(info: Any) -> Iterator[SessionEvent]:
     """What is rejected may still go on with paid usage: the result, which comes later, has the last word."""
     if isinstance(info, dict) and info.get("status") == "rejected":
-        reason = f"the limit of its account is reached ({text_of(info.get('rateLimitType')) or 'usage'})"
-        yield Concluded("", Failed(FailureClass.RATE_LIMITED, reason, cost_of(info.get("resetsAt"))))
+        reason = f"the limit of its account is reached ({as_text(info.get('rateLimitType')) or 'usage'})"
+        yield FinalResult("", Failed(FailureClass.RATE_LIMITED, reason, as_cost(info.get("resetsAt"))))
 
 
 def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
@@ -333,23 +342,23 @@ def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
         # Since 2.1.300 or so the total includes earlier sessions of the conversation; later versions add what is new.
         own = _cost_by_model(value.get("model_usage_since_last_result"))
         if own is None:
-            total, priced = cost_of(value.get("total_cost_usd")), _tokens_by_model(value.get("modelUsage"))
-            yield _spent(usage, cost=total, in_all=True, priced_tokens=priced)
+            total, priced = as_cost(value.get("total_cost_usd")), _tokens_by_model(value.get("modelUsage"))
+            yield _spent(usage, cost=total, is_cumulative=True, priced_tokens=priced)
         else:
-            yield _spent(usage, in_all=True)
-            yield Spent(cost=own)
-    text = text_of(value.get("result"))
-    yield Concluded(text, _failure_of(value, text))
+            yield _spent(usage, is_cumulative=True)
+            yield UsageReport(cost=own)
+    text = as_text(value.get("result"))
+    yield FinalResult(text, _failure_of(value, text))
 
 
 def _failure_of(value: JsonObject, text: str) -> Failed | None:
-    reason = text.strip()[:LONGEST_REASON]
-    if (known := _SUBTYPES.get(text_of(value.get("subtype")))) is not None:
+    reason = text.strip()[:MAX_REASON_CHARS]
+    if (known := _SUBTYPES.get(as_text(value.get("subtype")))) is not None:
         return Failed(known[0], reason or known[1])
     if value.get("is_error") is not True:
         return None
-    by_words = class_in(text, _WORDS)
-    failure = class_of_status(number_of(value.get("api_error_status"))) or by_words or FailureClass.CRASHED
+    by_words = match_failure_class(text, _WORDS)
+    failure = failure_class_for_status(as_count(value.get("api_error_status"))) or by_words or FailureClass.CRASHED
     # What the account lacks is told by words only: its status is that of a wrong request.
     if failure is FailureClass.INVALID and by_words is not None:
         failure = by_words
@@ -359,8 +368,8 @@ def _failure_of(value: JsonObject, text: str) -> Failed | None:
 def _failure_in_words(end: SessionEnd) -> Failed | None:
     said = [line for line in end.stdout.splitlines() if not line.startswith("{")]
     for line in [*said, *end.stderr.splitlines()][::-1]:
-        if (failure := class_in(line[:4096], _WORDS)) is not None:
-            return _failed(failure, line.strip()[:LONGEST_REASON])
+        if (failure := match_failure_class(line[:4096], _WORDS)) is not None:
+            return _failed(failure, line.strip()[:MAX_REASON_CHARS])
     return None
 
 

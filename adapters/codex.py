@@ -15,30 +15,30 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import AfterValidator, BaseModel
 
-from adapters.failures import class_in, class_of_status, one_line
-from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of
-from adapters.limits import with_end
-from adapters.options import AdapterOptions, Arguments, ProgramName, Value, given
-from orchestrator.client.commands import SERVER
+from adapters.failures import failure_class_for_status, match_failure_class, one_line
+from adapters.jsonlines import as_count, as_text, concluded_failure, parse_object, parse_plain_line
+from adapters.limits import with_reset_time
+from adapters.options import AdapterOptions, Arguments, OptionValue, ProgramName, option_arguments
+from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    AgentMessage,
     Capability,
-    Command,
-    Concluded,
-    Denied,
-    Home,
-    Identified,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
     Program,
-    Said,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
+    SessionHome,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    UsedTool,
-    Warned,
+    ToolCall,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
@@ -127,7 +127,7 @@ class CodexOptions(AdapterOptions):
 
     bin: ProgramName = "codex"
     """The program."""
-    model: Value | None = None
+    model: OptionValue | None = None
     """The model, as in `--model`; none: what its own configuration says."""
     provider: _ProviderName | None = None
     """One of `model_providers` in its configuration, with a key of its own; none: what its own configuration says."""
@@ -168,7 +168,7 @@ class CodexAdapter:
             ),
         )
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; only a provider that is named can be told not to be asked again and again."""
         options = self._options
         provider = () if options.provider is None else _provider_settings(options.provider)
@@ -176,45 +176,45 @@ class CodexAdapter:
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
         env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *places), **own)
-        return Command(
+        return SessionCommand(
             argv=(
                 *(options.bin, "exec", *(() if request.resume is None else ("resume",))),
                 *("--json", "--skip-git-repo-check", *sandbox, *_SETTINGS, *provider),
-                *(*given("--model", options.model), *_request_settings(request), *options.args),
+                *(*option_arguments("--model", options.model), *_request_settings(request), *options.args),
                 *(() if request.resume is None else (request.resume,)),
                 "-",
             ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
-            home=Home(links=_LINKS, renewed=(_LOGIN,)) if options.has_own_home else None,
+            home=SessionHome(links=_LINKS, renewed=(_LOGIN,)) if options.has_own_home else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return what a JSON line means; a line of text is said as it stands."""
-        value = read_object(line)
+        value = parse_object(line)
         if value is None:
-            return said_plainly(line)
+            return parse_plain_line(line)
         match value:
             case {"type": "thread.started", "thread_id": str(thread)} if thread:
-                return (Identified(thread),)
+                return (ConversationStarted(thread),)
             case {"type": "item.started" | "item.completed" as when, "item": {"type": str(kind)} as item}:
                 is_over = when == "item.completed"
                 is_boxed = self._options.sandbox != "none"
                 return (*_of_item(kind, item, is_over=is_over), *(_denied(kind, item, is_boxed) if is_over else ()))
             case {"type": "turn.completed"}:
-                return (*_of_usage(value.get("usage"), self._options.model), Concluded())
+                return (*_of_usage(value.get("usage"), self._options.model), FinalResult())
             case {"type": "turn.failed"}:
                 error = value.get("error")
-                return (_failure(text_of(error.get("message")) if isinstance(error, dict) else ""),)
+                return (_failure(as_text(error.get("message")) if isinstance(error, dict) else ""),)
             case {"type": "error", "message": str(message)}:
-                return (Warned(message) if _RECONNECTING.match(message) else _failure(message),)
+                return (CliWarning(message) if _RECONNECTING.match(message) else _failure(message),)
             case _:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what it says of its end, else what its plain words do; a limit with its end if it tells one."""
-        return with_end(failure_concluded(end) or _failure_in_words(end), end.time)
+        return with_reset_time(concluded_failure(end) or _failure_in_words(end), end.time)
 
 
 def _provider_settings(provider: str) -> tuple[str, ...]:
@@ -239,56 +239,56 @@ def _request_settings(request: SessionRequest) -> Iterator[str]:
         else:
             settings |= {f"{table}.command": one.argv[0], f"{table}.args": [*one.argv[1:]]}
             settings[f"{table}.env_vars"] = [*one.env]
-        if one.name == SERVER:  # in a sandbox of its own it would ask for leave, and be denied
+        if one.name == MCP_SERVER_NAME:  # in a sandbox of its own it would ask for leave, and be denied
             settings[f"{table}.default_tools_approval_mode"] = "approve"
     for key, value in settings.items():
         yield from ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
 
 
 def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[SessionEvent]:
-    call = text_of(item.get("id")) or None
+    call = as_text(item.get("id")) or None
     match kind, is_over:
-        case "agent_message", True if text_of(item.get("text")).strip():
-            yield Said(text_of(item["text"]))
+        case "agent_message", True if as_text(item.get("text")).strip():
+            yield AgentMessage(as_text(item["text"]))
         case "error", True:
-            yield Warned(text_of(item.get("message")) or "an error")
+            yield CliWarning(as_text(item.get("message")) or "an error")
         case "command_execution", False:
-            yield UsedTool("shell", one_line(text_of(item.get("command"))), call=call)
+            yield ToolCall("shell", one_line(as_text(item.get("command"))), call=call)
         case "mcp_tool_call", False:
-            name = ".".join(filter(None, (text_of(item.get(key)) for key in ("server", "tool")))) or "mcp"
-            yield UsedTool(name, call=call)
+            name = ".".join(filter(None, (as_text(item.get(key)) for key in ("server", "tool")))) or "mcp"
+            yield ToolCall(name, call=call)
         case "command_execution" | "mcp_tool_call", True if call is not None:
-            yield ToolEnded(call, _failure_of_tool(item))
+            yield ToolResult(call, _failure_of_tool(item))
         case "web_search", True:
-            yield UsedTool("web_search", one_line(text_of(item.get("query"))))
+            yield ToolCall("web_search", one_line(as_text(item.get("query"))))
         case "file_change", True:
             changes = item.get("changes")
             found = [one.get("path") for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
             paths = tuple(path for path in found if isinstance(path, str))
-            yield UsedTool("edit", one_line(" ".join(paths)), paths, call)
+            yield ToolCall("edit", one_line(" ".join(paths)), paths, call)
             if call is not None:
-                yield ToolEnded(call, _failure_of_tool(item))
+                yield ToolResult(call, _failure_of_tool(item))
         case _:
             pass
 
 
-def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Denied]:
+def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[ToolDenied]:
     """Yield a command or change that was declined, or that failed because of a sandbox of its own."""
-    output = text_of(item.get("aggregated_output"))
+    output = as_text(item.get("aggregated_output"))
     is_kept = is_boxed and item.get("status") == "failed" and _KEPT.search(output) is not None
     if kind in {"command_execution", "file_change"} and (is_kept or item.get("status") == "declined"):
-        used = [one for one in _of_item(kind, item, is_over=kind == "file_change") if isinstance(one, UsedTool)]
+        used = [one for one in _of_item(kind, item, is_over=kind == "file_change") if isinstance(one, ToolCall)]
         remedy = _NO_SANDBOX if is_boxed else _RULES
-        yield from (Denied(one.name, one.detail, remedy, text_of(item.get("id")) or None) for one in used)
+        yield from (ToolDenied(one.name, one.detail, remedy, as_text(item.get("id")) or None) for one in used)
 
 
 def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
     """Return why a tool failed, with the last line that its command printed; None if it did not fail."""
     code, error = item.get("exit_code"), item.get("error")
-    printed = text_of(item.get("aggregated_output")).strip().rpartition("\n")[2]
-    if text_of(item.get("status")) not in {"failed", "declined"} and code in {0, None} and error is None:
+    printed = as_text(item.get("aggregated_output")).strip().rpartition("\n")[2]
+    if as_text(item.get("status")) not in {"failed", "declined"} and code in {0, None} and error is None:
         return None
-    said = text_of(error.get("message")) if isinstance(error, dict) else printed
+    said = as_text(error.get("message")) if isinstance(error, dict) else printed
     return one_line(": ".join(filter(None, (f"exit code {code}" if code else "", said))))
 
 
@@ -296,27 +296,27 @@ def _of_usage(usage: Any, model: str | None) -> Iterator[SessionEvent]:
     """Tokens of the whole conversation, those of earlier sessions included where it went on with one."""
     if isinstance(usage, dict):
         # Cached tokens are among the input's, those of reasoning among the output's.
-        sent, received = number_of(usage.get("input_tokens")), number_of(usage.get("output_tokens"))
-        cached = number_of(usage.get("cached_input_tokens"))
-        yield Spent(sent, received, in_all=True, cached_tokens=cached, model=model, of_conversation=True)
+        sent, received = as_count(usage.get("input_tokens")), as_count(usage.get("output_tokens"))
+        cached = as_count(usage.get("cached_input_tokens"))
+        yield UsageReport(sent, received, is_cumulative=True, cached_tokens=cached, model=model, includes_resumed=True)
 
 
-def _failure(message: str) -> Concluded:
+def _failure(message: str) -> FinalResult:
     failure = _class_of(message) or FailureClass.CRASHED
-    return Concluded("", _failed(failure, _unwrapped(message)))
+    return FinalResult("", _failed(failure, _unwrapped(message)))
 
 
 def _unwrapped(message: str) -> str:
     """Return the message in an answer of the API, which it may say as it stands."""
-    answer = read_object(message) or {}
+    answer = parse_object(message) or {}
     error = answer.get("error")
-    return (text_of(error.get("message")) if isinstance(error, dict) else "") or message
+    return (as_text(error.get("message")) if isinstance(error, dict) else "") or message
 
 
 def _class_of(message: str) -> FailureClass | None:
-    by_words = class_in(message, _WORDS)
+    by_words = match_failure_class(message, _WORDS)
     found = _STATUS.search(message)
-    by_status = None if found is None else class_of_status(int(found[1]))
+    by_status = None if found is None else failure_class_for_status(int(found[1]))
     # What the account lacks is told by words only: its status is that of any request too many.
     if by_words is FailureClass.AUTH and by_status is not FailureClass.OVERLOADED:
         return by_words
@@ -326,12 +326,12 @@ def _class_of(message: str) -> FailureClass | None:
 def _failure_in_words(end: SessionEnd) -> Failed | None:
     """What it waited for to the last; or, where it could not even begin, what it told on standard error."""
     match end.events[-1:]:
-        case [Warned(text)] if _RECONNECTING.match(text):
+        case [CliWarning(text)] if _RECONNECTING.match(text):
             return _failure(text).failed
     if end.exit == 0:
         kept = _KEPT_FROM_WRITING.search(end.stderr)
         return None if kept is None else Failed(FailureClass.REFUSED, f"{one_line(kept[0])}: {_WITHOUT_SANDBOX}")
-    if any(isinstance(event, Identified) for event in end.events):
+    if any(isinstance(event, ConversationStarted) for event in end.events):
         return None
     for line in reversed(end.stderr.splitlines()):
         if not line.startswith("WARNING") and (failure := _class_of(line[:4096])) is not None:

@@ -26,24 +26,24 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from adapters.jsonlines import failure_concluded
-from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, check_argument, own_home
-from adapters.placeholders import check_placeholders, filled, words
-from adapters.reading import LONGEST_LINE, Pattern, Reader, Rule
+from adapters.jsonlines import concluded_failure
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, check_argument, own_home_variables
+from adapters.placeholders import check_placeholders, fill_placeholders, placeholder_names
+from adapters.reading import MAX_LINE_CHARS, OutputReader, OutputRule, RegexPattern
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     Capability,
-    Command,
-    Concluded,
-    Home,
+    FinalResult,
     JsonObject,
     McpServer,
     Program,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
+    SessionHome,
     SessionRequest,
 )
 
@@ -75,13 +75,13 @@ def _check_argument(argument: str, more: Sequence[str] = ()) -> str:
 
 
 def _check_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
-    if words(argv).count("options") > argv[1:].count(_OPTIONS) or argv.count(_OPTIONS) > 1:
+    if placeholder_names(argv).count("options") > argv[1:].count(_OPTIONS) or argv.count(_OPTIONS) > 1:
         raise ValueError("{options} is a place for arguments: write it once, as an argument of its own")
     return argv
 
 
 def _check_used(arguments: tuple[str, ...], one_of: Sequence[str]) -> tuple[str, ...]:
-    if not set(one_of) & set(words(arguments)):
+    if not set(one_of) & set(placeholder_names(arguments)):
         wanted = " or ".join(f"{{{name}}}" for name in one_of)
         raise ValueError(f"{wanted} does not stand in these arguments: write it where it is to go")
     return arguments
@@ -116,7 +116,7 @@ class CommandOptions(AdapterOptions):
 
     argv: _Argv
     """The program and its arguments, with placeholders such as {prompt_file}."""
-    failures: dict[_SaidClass, Pattern] = Field(default_factory=dict)
+    failures: dict[_SaidClass, RegexPattern] = Field(default_factory=dict)
     """Regular expressions, by the class of failure that the program's last words mean where they match."""
     prompt: Literal["stdin"] | None = None
     """`stdin` feeds the prompt there; otherwise it goes where argv names it."""
@@ -124,7 +124,7 @@ class CommandOptions(AdapterOptions):
     """What {model} stands for, and the name by which its price is looked up."""
     output: Literal["text", "jsonl"] = "text"
     """What its standard output holds: lines of text, or lines of JSON."""
-    read: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
+    read: Annotated[tuple[OutputRule, ...], Field(strict=False)] = ()
     """What its lines mean beside words: each entry is for one kind of line."""
     resume: _Resume | None = None
     """Arguments, with {session}, by which it goes on with an earlier conversation."""
@@ -141,13 +141,13 @@ class CommandOptions(AdapterOptions):
     def _check(self) -> Self:
         _check_rules(self)
         lists = (self.argv, self.resume, self.read_only, self.read_write, self.instructions, self.mcp)
-        if self.model is None and any("model" in words(one) for one in lists if one is not None):
+        if self.model is None and any("model" in placeholder_names(one) for one in lists if one is not None):
             raise ValueError("{model} stands for nothing: add `model`, or write the name in its place")
         if self.read_write is not None and self.read_only is None:
             raise ValueError(
                 "all sessions would have the arguments of `read_write`: move them to `argv`, or add `read_only`"
             )
-        if self.resume is not None and not any("session" in rule.reads for rule in self.read):
+        if self.resume is not None and not any("session" in rule.facts_read for rule in self.read):
             raise ValueError("`resume` needs the id of a conversation: add a rule with `session` to `read`")
         if self.resume is not None and "home" not in self.model_fields_set:
             raise ValueError(
@@ -174,9 +174,9 @@ class CommandAdapter:
 
     def __init__(self, options: CommandOptions, /) -> None:
         self._options = options
-        self._reader = Reader(options.read, options.output == "jsonl", options.model, self._class_in)
+        self._reader = OutputReader(options.read, options.output == "jsonl", options.model, self._class_in)
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return argv with its placeholders filled, each once: what a prompt holds is never filled again.
 
         Raises RefusedError if the prompt or the instructions can't be an argument: too long, or with a NUL character.
@@ -191,15 +191,17 @@ class CommandAdapter:
         }
         arguments = tuple(_arguments(options, request))
         for name in _LONG:
-            _check_size(name, values[name], words(arguments).count(name))
-        env, passed = options.variables(**own_home(options, request))
+            _check_size(name, values[name], placeholder_names(arguments).count(name))
+        env, passed = options.variables(**own_home_variables(options, request))
         files = dict(_files(options, request))
-        return Command(
-            argv=filled(arguments, values),
+        return SessionCommand(
+            argv=fill_placeholders(arguments, values),
             stdin=request.prompt_file if options.prompt == "stdin" else None,
             env=env,
             pass_env=passed,
-            home=Home(files) if options.has_own_home or files or "home" in words(arguments) else None,
+            home=SessionHome(files)
+            if options.has_own_home or files or "home" in placeholder_names(arguments)
+            else None,
         )
 
     def verdict(self, end: SessionEnd) -> Failed | None:
@@ -208,13 +210,13 @@ class CommandAdapter:
         A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), says when it may be
         used again.
         """
-        failed = failure_concluded(end)
+        failed = concluded_failure(end)
         if failed is None or failed.failure is FailureClass.CRASHED:
             failed = self._failure_in_words(end) or failed
         elif failed.failure is FailureClass.RATE_LIMITED:
             failed = replace(failed, until=self._until(failed.reason, end.time))
         awaited = self._reader.awaited
-        if awaited is None or end.exit != 0 or any(isinstance(event, Concluded) for event in end.events):
+        if awaited is None or end.exit != 0 or any(isinstance(event, FinalResult) for event in end.events):
             return failed
         failed = failed or Failed(FailureClass.CRASHED, f"it ended without {awaited}"[:_LONGEST_REASON])
         return replace(failed, unfinished=True)
@@ -233,7 +235,7 @@ class CommandAdapter:
     def programs(self) -> Sequence[Program]:
         """Return the program if it is looked for on PATH: neither a path nor known only when a session starts."""
         program = self._options.argv[0]
-        return () if "/" in program or words([program]) else (Program(program),)
+        return () if "/" in program or placeholder_names([program]) else (Program(program),)
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return what the rules of `read` say of a line; one that none is for is said, unless it is JSON."""
@@ -260,7 +262,7 @@ class CommandAdapter:
 
     def _search(self, failure: _SaidClass, text: str) -> re.Match[str] | None:
         pattern = self._options.failures.get(failure)
-        return None if pattern is None else re.search(pattern, text[:LONGEST_LINE], re.IGNORECASE)
+        return None if pattern is None else re.search(pattern, text[:MAX_LINE_CHARS], re.IGNORECASE)
 
 
 def _arguments(options: CommandOptions, request: SessionRequest) -> Iterator[str]:
@@ -278,7 +280,7 @@ def _arguments(options: CommandOptions, request: SessionRequest) -> Iterator[str
 
 def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[str, str]]:
     """Yield the files that arguments name."""
-    if request.instructions is not None and "instructions_file" in words(options.instructions or ()):
+    if request.instructions is not None and "instructions_file" in placeholder_names(options.instructions or ()):
         yield INSTRUCTIONS_FILE, request.instructions
     if request.mcp_servers and options.mcp is not None:
         yield _SERVERS, json.dumps({"mcpServers": {one.name: _server(one) for one in request.mcp_servers}})

@@ -14,30 +14,30 @@ from typing import Any, ClassVar, Final, Literal, Self
 import pluggy
 from pydantic import BaseModel, model_validator
 
-from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
-from adapters.jsonlines import failure_concluded, number_of, read_object, said_plainly, text_of, tool_used
-from adapters.limits import end_of_limit
-from adapters.options import AdapterOptions, Arguments, ProgramName, Turns, Value, given
+from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
+from adapters.jsonlines import as_count, as_text, concluded_failure, parse_object, parse_plain_line, tool_event
+from adapters.limits import limit_reset_time
+from adapters.options import AdapterOptions, Arguments, OptionValue, ProgramName, TurnLimit, option_arguments
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    AgentMessage,
     Capability,
-    Command,
-    Concluded,
-    Denied,
-    Home,
-    Identified,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
     JsonObject,
-    Overlay,
     Program,
-    Said,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
+    SessionHome,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    Warned,
+    SettingsOverlay,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
@@ -149,13 +149,13 @@ class GeminiOptions(AdapterOptions):
 
     bin: ProgramName = "gemini"
     """The program."""
-    model: Value | None = None
+    model: OptionValue | None = None
     """The model, as in `--model`; none: what its own configuration says."""
     approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
     """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
     auth: Literal["gemini-api-key", "oauth-personal", "vertex-ai"] | None = None
     """How it logs in, as `security.auth.selectedType` of its settings has it; none: as they say, or by what is set."""
-    max_turns: Turns | None = None
+    max_turns: TurnLimit | None = None
     """How many turns a session may take."""
     home: Literal["own", "shared"] = "own"
     """Where it keeps its settings and conversations (`GEMINI_CLI_HOME`): in a folder of the task's, or in yours."""
@@ -198,37 +198,41 @@ class GeminiAdapter:
             ),
         )
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; what has no option is set by settings that go over the user's."""
         options = self._options
         mode = options.approval_mode
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
         env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own)
-        settings = {_SETTINGS: Overlay(f"~/{_SETTINGS}", _settings(options, request), _hooks(request.pre_edit))}
-        return Command(
+        settings = {_SETTINGS: SettingsOverlay(f"~/{_SETTINGS}", _settings(options, request), _hooks(request.pre_edit))}
+        return SessionCommand(
             argv=(
                 *(options.bin, "--output-format", "stream-json", "--approval-mode", mode),
-                *(*given("--model", options.model), *given("--resume", request.resume), *options.args),
+                *(
+                    *option_arguments("--model", options.model),
+                    *option_arguments("--resume", request.resume),
+                    *options.args,
+                ),
             ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
-            home=Home({}, _LINKS, (_LOGIN,), settings) if options.has_own_home else None,
+            home=SessionHome({}, _LINKS, (_LOGIN,), settings) if options.has_own_home else None,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return what a JSON line means; a line of text is said as it stands."""
-        value = read_object(line)
+        value = parse_object(line)
         if value is None:
-            return said_plainly(line)
+            return parse_plain_line(line)
         match value.get("type"):
-            case "init" if session := text_of(value.get("session_id")):
-                return (Identified(session),)
-            case "message" if value.get("role") == "assistant" and (text := text_of(value.get("content"))):
-                return (Said(text, part=value.get("delta") is True),)
+            case "init" if session := as_text(value.get("session_id")):
+                return (ConversationStarted(session),)
+            case "message" if value.get("role") == "assistant" and (text := as_text(value.get("content"))):
+                return (AgentMessage(text, part=value.get("delta") is True),)
             case "tool_use":
-                return tuple(_of_tool(text_of(value.get("tool_name")), value.get("parameters"), value.get("tool_id")))
+                return tuple(_of_tool(as_text(value.get("tool_name")), value.get("parameters"), value.get("tool_id")))
             case "tool_result":
                 return tuple(_of_tool_result(value, self._options.approval_mode))
             case "error":
@@ -240,7 +244,7 @@ class GeminiAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what its result says, as far as that tells its class, else what standard error does."""
-        failed = failure_concluded(end)
+        failed = concluded_failure(end)
         if failed is not None and failed.failure is FailureClass.CRASHED:
             failed = _failure_told_before(end) or _failure_reported(end.stderr) or failed
         if failed is None and not _has_result(end):
@@ -289,56 +293,63 @@ def _hooks(command: Sequence[str]) -> JsonObject:
 
 def _of_tool(name: str, given: Any, call: Any) -> Iterator[SessionEvent]:
     if name:
-        yield tool_used(name, given if isinstance(given, dict) else {}, _PATH_KEYS, _DETAIL_KEYS, call)
+        yield tool_event(name, given if isinstance(given, dict) else {}, _PATH_KEYS, _DETAIL_KEYS, call)
 
 
 def _of_tool_result(value: JsonObject, mode: str) -> Iterator[SessionEvent]:
     error = value.get("error")
     error = error if isinstance(error, dict) else {}
-    is_blocked = text_of(value.get("output")) == _BLOCKED
-    message, call = _BLOCKED if is_blocked else one_line(text_of(error.get("message"))), text_of(value.get("tool_id"))
+    is_blocked = as_text(value.get("output")) == _BLOCKED
+    message, call = _BLOCKED if is_blocked else one_line(as_text(error.get("message"))), as_text(value.get("tool_id"))
     has_failed = is_blocked or value.get("status") == "error"
     has_no_remedy = is_blocked or _KEPT_OFF.match(message) is not None
-    if has_failed and (has_no_remedy or text_of(error.get("type")) in _DENIALS):
+    if has_failed and (has_no_remedy or as_text(error.get("type")) in _DENIALS):
         tool = _CALLED.match(call)
         remedy = "" if has_no_remedy else _YOLO if mode == "auto_edit" else _POLICY
-        yield Denied(tool[1] if tool else "a tool", message, remedy, call or None)
+        yield ToolDenied(tool[1] if tool else "a tool", message, remedy, call or None)
     if call:
-        yield ToolEnded(call, message if has_failed else None)
+        yield ToolResult(call, message if has_failed else None)
     elif has_failed and message:
-        yield Warned(f"a tool failed: {message}")
+        yield CliWarning(f"a tool failed: {message}")
 
 
 def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
-    text = text_of(value.get("message"))
+    text = as_text(value.get("message"))
     if value.get("severity") == "error":
-        yield Concluded("", _failure("", text))
+        yield FinalResult("", _failure("", text))
     elif text.strip():
-        yield Warned(one_line(text))
+        yield CliWarning(one_line(text))
 
 
 def _of_result(value: JsonObject, model: str | None) -> Iterator[SessionEvent]:
     """Success takes back no error told before: it also says so where it stopped because of one."""
     stats, error = value.get("stats"), value.get("error")
     stats = stats if isinstance(stats, dict) else {}
-    sent, received = number_of(stats.get("input_tokens")), number_of(stats.get("output_tokens"))
-    cached = number_of(stats.get("cached"))
-    yield Spent(sent, received, in_all=True, cached_tokens=cached, model=_most_used(stats.get("models")) or model)
+    sent, received = as_count(stats.get("input_tokens")), as_count(stats.get("output_tokens"))
+    cached = as_count(stats.get("cached"))
+    yield UsageReport(
+        sent, received, is_cumulative=True, cached_tokens=cached, model=_most_used(stats.get("models")) or model
+    )
     if isinstance(error, dict) or value.get("status") == "error":
         error = error if isinstance(error, dict) else {}
-        yield Concluded("", _failure(text_of(error.get("type")), text_of(error.get("message"))))
+        yield FinalResult("", _failure(as_text(error.get("type")), as_text(error.get("message"))))
 
 
 def _most_used(models: Any) -> str | None:
     """Return the model that a result tells the most tokens of."""
     found = models if isinstance(models, dict) else {}
-    used = {name: number_of(one.get("total_tokens")) for name, one in found.items() if isinstance(one, dict)}
+    used = {name: as_count(one.get("total_tokens")) for name, one in found.items() if isinstance(one, dict)}
     return max(used, key=lambda name: used[name], default=None)
 
 
 def _failure(name: str, text: str) -> Failed:
     text = text.replace('\\"', '"')
-    failure = class_in(text, _PLAIN) or _class_of_status(text) or _NAMES.get(name) or class_in(text, _WORDS)
+    failure = (
+        match_failure_class(text, _PLAIN)
+        or _class_of_status(text)
+        or _NAMES.get(name)
+        or match_failure_class(text, _WORDS)
+    )
     message = _MESSAGE.search(text)
     said = one_line(message[1] if message else text.removeprefix("[API Error: ").replace("]\n", "\n").removesuffix("]"))
     return _failed(failure or FailureClass.CRASHED, said or "it ended with an error")
@@ -346,7 +357,7 @@ def _failure(name: str, text: str) -> Failed:
 
 def _failure_told_before(end: SessionEnd) -> Failed | None:
     """Of an answer that it can't use, its result says no more than that there was an error."""
-    told = [one.failed for one in end.events if isinstance(one, Concluded) and one.failed is not None]
+    told = [one.failed for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
     return next((one for one in reversed(told) if one.failure is not FailureClass.CRASHED), None)
 
 
@@ -356,7 +367,9 @@ def _failure_reported(stderr: str) -> Failed | None:
     if not reported:
         return None
     names = _NAME.findall(report)
-    failure = class_in(report, _PLAIN) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
+    failure = (
+        match_failure_class(report, _PLAIN) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
+    )
     return None if failure is None else _failed(failure, one_line(_NAME.split(report)[-1].partition("\n")[0]))
 
 
@@ -365,15 +378,15 @@ def _failure_in_lines(stderr: str) -> Failed | None:
         if (home := _READ_ONLY.search(line)) is not None:
             reason = f"it can't write to {home[1]}, without which it does not start"
             remedy = "leave `home` at `own`, or name that folder under `writable`"
-            return Failed(FailureClass.INVALID, f"{reason}: {remedy}"[:LONGEST_REASON])
-        if (failure := class_in(line, _PLAIN) or class_in(line, _WORDS)) is not None:
+            return Failed(FailureClass.INVALID, f"{reason}: {remedy}"[:MAX_REASON_CHARS])
+        if (failure := match_failure_class(line, _PLAIN) or match_failure_class(line, _WORDS)) is not None:
             return _failed(failure, one_line(_COLOR.sub("", line)))
     return None
 
 
 def _class_of_status(text: str) -> FailureClass | None:
     found = _STATUS.search(text)
-    return None if found is None else class_of_status(int(found[1]))
+    return None if found is None else failure_class_for_status(int(found[1]))
 
 
 def _failed(failure: FailureClass, reason: str) -> Failed:
@@ -381,17 +394,17 @@ def _failed(failure: FailureClass, reason: str) -> Failed:
 
 
 def _has_begun(end: SessionEnd) -> bool:
-    return any(not isinstance(event, Said) or event.part for event in end.events)
+    return any(not isinstance(event, AgentMessage) or event.part for event in end.events)
 
 
 def _has_result(end: SessionEnd) -> bool:
-    return any(isinstance(event, Spent | Concluded) for event in end.events)
+    return any(isinstance(event, UsageReport | FinalResult) for event in end.events)
 
 
 def _end_of_limit(end: SessionEnd) -> float | None:
     """Return what it said last: in its result, or on standard error."""
     results = [line for line in end.stdout.splitlines() if '"result"' in line]
-    return next(filter(None, (end_of_limit(text, end.time) for text in (*results[-1:], end.stderr))), None)
+    return next(filter(None, (limit_reset_time(text, end.time) for text in (*results[-1:], end.stderr))), None)
 
 
 @hookimpl

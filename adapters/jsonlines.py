@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from adapters import bridges
-from adapters.bridges.lines import FIELDS
+from adapters.bridges.lines import LINE_FIELDS
 from adapters.failures import one_line
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
-    Concluded,
-    Denied,
-    Identified,
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
     JsonObject,
-    Said,
     SessionEnd,
     SessionEvent,
-    Spent,
-    ToolEnded,
-    UsedTool,
-    Warned,
+    ToolCall,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
 
 #: No count or amount that anything means: JSON's numbers have no end, and neither floats nor stores take all of them.
@@ -32,7 +32,7 @@ _TOO_MANY: Final = 1 << 53
 _BRIDGES: Final = Path(bridges.__file__).absolute().parent
 
 
-def read_object(line: str) -> JsonObject | None:
+def parse_object(line: str) -> JsonObject | None:
     """Return the JSON object that a line holds; None if it holds anything else."""
     if not line.startswith("{"):
         return None
@@ -43,9 +43,9 @@ def read_object(line: str) -> JsonObject | None:
     return value if isinstance(value, dict) else None
 
 
-def said_plainly(line: str) -> Sequence[SessionEvent]:
+def parse_plain_line(line: str) -> Sequence[SessionEvent]:
     """Return what a line means that holds no object: it is said as it stands, unless it is some of one."""
-    return (Said(line),) if line.strip() and not line.startswith("{") else ()
+    return (AgentMessage(line),) if line.strip() and not line.startswith("{") else ()
 
 
 def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-P", str(_BRIDGES / f"{name}.py"), *arguments)
 
 
-def bridge_readable() -> tuple[Path, ...]:
+def bridge_readable_paths() -> tuple[Path, ...]:
     """Return the folders that a bridge must be able to read, wherever we are installed."""
     places = (Path(sys.prefix), Path(sys.base_prefix), _BRIDGES.parent)
     return tuple(dict.fromkeys(place.absolute() for place in places))
@@ -64,8 +64,8 @@ def bridge_readable() -> tuple[Path, ...]:
 
 def parse_bridge_line(line: str) -> Sequence[SessionEvent]:
     """Return what a line that a bridge printed means; nothing if it is not as the bridges' table has it."""
-    value = read_object(line)
-    fields = FIELDS.get(value["type"]) if value is not None and isinstance(value.get("type"), str) else None
+    value = parse_object(line)
+    fields = LINE_FIELDS.get(value["type"]) if value is not None and isinstance(value.get("type"), str) else None
     if value is None or fields is None or not all(isinstance(value.get(key), kind) for key, kind in fields.items()):
         return ()
     event = _bridge_event(value)
@@ -75,28 +75,28 @@ def parse_bridge_line(line: str) -> Sequence[SessionEvent]:
 def _bridge_event(value: JsonObject) -> SessionEvent | None:
     match value:
         case {"type": "said", "text": text}:
-            return Said(text)
+            return AgentMessage(text)
         case {"type": "tool" | "tool_ended"}:
             return _bridge_tool(value)
         case {"type": "spent", "input_tokens": sent, "output_tokens": received, "cost": cost}:
-            return Spent(number_of(sent), number_of(received), cost_of(cost), in_all=True)
+            return UsageReport(as_count(sent), as_count(received), as_cost(cost), is_cumulative=True)
         case {"type": "session", "id": session}:
-            return Identified(session)
+            return ConversationStarted(session)
         case {"type": "warned", "text": text}:
-            return Warned(text)
+            return CliWarning(text)
         case {"type": "denied", "tool": tool, "detail": detail, "call": call}:
-            return Denied(tool, detail, call=call or None)
+            return ToolDenied(tool, detail, call=call or None)
         case {"type": "concluded"}:
-            return Concluded(value["text"], _bridge_failure(value))
+            return FinalResult(value["text"], _bridge_failure(value))
         case _:
             return None
 
 
 def _bridge_tool(value: JsonObject) -> SessionEvent:
     if value["type"] == "tool_ended":
-        return ToolEnded(value["call"], value["failed"])
+        return ToolResult(value["call"], value["failed"])
     paths = tuple(path for path in value["paths"] if isinstance(path, str))
-    return UsedTool(value["name"], value["detail"], paths, text_of(value.get("call")) or None)
+    return ToolCall(value["name"], value["detail"], paths, as_text(value.get("call")) or None)
 
 
 def _bridge_failure(value: JsonObject) -> Failed | None:
@@ -106,42 +106,42 @@ def _bridge_failure(value: JsonObject) -> Failed | None:
     return Failed(FailureClass(value["failure"]) if known else FailureClass.CRASHED, value["reason"] or "it failed")
 
 
-def tool_used(
+def tool_event(
     name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str], call: Any = None
-) -> UsedTool:
+) -> ToolCall:
     """Return the use of a tool; its arguments name files by some keys, and by others what else a person may see."""
     paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
     details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
-    return UsedTool(name, one_line((paths or details or ("",))[0]), paths, text_of(call) or None)
+    return ToolCall(name, one_line((paths or details or ("",))[0]), paths, as_text(call) or None)
 
 
-def failure_concluded(end: SessionEnd) -> Failed | None:
+def concluded_failure(end: SessionEnd) -> Failed | None:
     """Return what failed by the program's last word about its end; None if it has none, or says it went well."""
-    last = next((event for event in reversed(end.events) if isinstance(event, Concluded)), None)
+    last = next((event for event in reversed(end.events) if isinstance(event, FinalResult)), None)
     return None if last is None else last.failed
 
 
-def interruption(end: SessionEnd) -> Failed | None:
+def detect_interruption(end: SessionEnd) -> Failed | None:
     """Return that a program which always says how it went ended with 0 and did not; None if it did, or never began."""
-    began = any(isinstance(event, Identified) for event in end.events)
-    if end.exit != 0 or not began or any(isinstance(event, Concluded) for event in end.events):
+    began = any(isinstance(event, ConversationStarted) for event in end.events)
+    if end.exit != 0 or not began or any(isinstance(event, FinalResult) for event in end.events):
         return None
     reason = "it broke off before it was done, as when it is interrupted"
     return Failed(FailureClass.CRASHED, reason, unfinished=True)
 
 
-def text_of(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return a JSON value that should be text; empty if it is none."""
     return value if isinstance(value, str) else ""
 
 
-def number_of(value: Any) -> int:
+def as_count(value: Any) -> int:
     """Return a JSON value that should be a count; 0 if it is none."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _TOO_MANY
     return value if is_count else 0
 
 
-def cost_of(value: Any) -> float | None:
+def as_cost(value: Any) -> float | None:
     """Return a JSON value that should be an amount of money; None if it is none."""
     is_amount = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _TOO_MANY
     return float(value) if is_amount else None

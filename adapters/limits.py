@@ -44,17 +44,17 @@ _MONTHS: Final = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep",
 _PAST: Final = timedelta(hours=1)
 
 
-def end_of_limit(text: str, now: float) -> float | None:
+def limit_reset_time(text: str, now: float) -> float | None:
     """Return the instant that a text names last as the end of a limit, in wall-clock seconds; None if it names none."""
     found = sorted(_named(text, now))
     return found[-1][1] if found else None
 
 
-def with_end(failed: Failed | None, now: float) -> Failed | None:
+def with_reset_time(failed: Failed | None, now: float) -> Failed | None:
     """Return a verdict; where it is a limit whose end is not known, with the end that its reason names."""
     if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
         return failed
-    return replace(failed, until=end_of_limit(failed.reason, now))
+    return replace(failed, until=limit_reset_time(failed.reason, now))
 
 
 def _named(text: str, now: float) -> Iterator[tuple[int, float]]:

@@ -13,12 +13,20 @@ from urllib.parse import urlsplit
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field
 
-from adapters.jsonlines import bridge_command, bridge_readable, failure_concluded, parse_bridge_line
-from adapters.limits import with_end
-from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Value
+from adapters.jsonlines import bridge_command, bridge_readable_paths, concluded_failure, parse_bridge_line
+from adapters.limits import with_reset_time
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, OptionValue
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
-from orchestrator.protocols import Capability, Command, Home, Program, SessionEnd, SessionEvent, SessionRequest
+from orchestrator.protocols import (
+    Capability,
+    Program,
+    SessionCommand,
+    SessionEnd,
+    SessionEvent,
+    SessionHome,
+    SessionRequest,
+)
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -42,7 +50,7 @@ def _check_host(host: str) -> str:
 class OllamaOptions(AdapterOptions):
     """What stands under an adapter that says `use: ollama`."""
 
-    model: Value
+    model: OptionValue
     """The model, as `ollama list` names it."""
     host: Annotated[str, AfterValidator(_check_host)] = "http://127.0.0.1:11434"
     """The server's address."""
@@ -72,20 +80,20 @@ class OllamaAdapter:
         # No keys: that one is set says nothing about the server.
         return (Program(sys.executable, ready=ready[1:], log_in=remedy),)
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return the bridge's command line."""
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
         told = () if request.instructions is None else ("--instructions-file", str(request.home / INSTRUCTIONS_FILE))
         looking = ("--read-only",) if request.read_only else ()
         env, passed = self._options.variables(_KEYS)
-        return Command(
+        return SessionCommand(
             argv=bridge_command(
                 *("ollama", *self._server(), *places, "--context", str(self._options.context), *told, *looking)
             ),
             env=env,
             pass_env=passed,
-            readable=bridge_readable(),
-            home=None if request.instructions is None else Home({INSTRUCTIONS_FILE: request.instructions}),
+            readable=bridge_readable_paths(),
+            home=None if request.instructions is None else SessionHome({INSTRUCTIONS_FILE: request.instructions}),
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
@@ -94,7 +102,7 @@ class OllamaAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what the bridge concluded."""
-        return with_end(failure_concluded(end), end.time)
+        return with_reset_time(concluded_failure(end), end.time)
 
     def _server(self) -> tuple[str, ...]:
         return ("--host", self._options.host, "--model", self._options.model)

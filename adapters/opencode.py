@@ -18,30 +18,38 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
-from adapters.failures import LONGEST_REASON, class_in, class_of_status, one_line
-from adapters.jsonlines import cost_of, failure_concluded, interruption, number_of, read_object, said_plainly, text_of
-from adapters.limits import with_end
-from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, ProgramName, Value, given
+from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
+from adapters.jsonlines import (
+    as_cost,
+    as_count,
+    as_text,
+    concluded_failure,
+    detect_interruption,
+    parse_object,
+    parse_plain_line,
+)
+from adapters.limits import with_reset_time
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, OptionValue, ProgramName, option_arguments
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
-from orchestrator.domain.security.secrets import contains_key, secret_values
+from orchestrator.domain.security.secrets import has_secret_key, secret_values
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
+    AgentMessage,
     Capability,
-    Command,
-    Concluded,
-    Denied,
-    Home,
-    Identified,
+    ConversationStarted,
+    FinalResult,
     JsonObject,
     Program,
-    Said,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
+    SessionHome,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    UsedTool,
+    ToolCall,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
@@ -141,7 +149,7 @@ def _check_model(model: str) -> str:
 
 def _check_config(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
     for name, value in _texts("config", config):
-        if contains_key(value) or secret_values({name: value}):
+        if has_secret_key(value) or secret_values({name: value}):
             raise ValueError(
                 f"{name} looks like a secret, which no file should hold: write '{{env:NAME}}' for its value"
             )
@@ -160,7 +168,7 @@ def _texts(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
             yield from _texts(name, inner)
 
 
-_Model = Annotated[Value, AfterValidator(_check_model)]
+_Model = Annotated[OptionValue, AfterValidator(_check_model)]
 _Config = Annotated[dict[str, JsonValue], AfterValidator(_check_config)]
 
 #: A plugin (https://opencode.ai/docs/plugins) that has a command asked before a file is edited.
@@ -205,7 +213,7 @@ class OpencodeOptions(AdapterOptions):
     """The program."""
     model: _Model | None = None
     """The model as `provider/model`; none: what its own configuration says."""
-    agent: Value | None = None
+    agent: OptionValue | None = None
     """The agent, as in `--agent`; none: what its own configuration says."""
     config: _Config = Field(default_factory=dict)
     """Configuration that goes over what its own files say, written as in an `opencode.json`."""
@@ -243,7 +251,7 @@ class OpencodeAdapter:
             ),
         )
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; what it is not told to deny it may do unasked."""
         options = self._options
         config = json.dumps(_config(options, request), ensure_ascii=False, sort_keys=True)
@@ -255,36 +263,36 @@ class OpencodeAdapter:
             files[INSTRUCTIONS_FILE] = request.instructions
         if request.pre_edit:
             files[_HOOK_FILE] = _HOOK.replace("ARGV", json.dumps([*request.pre_edit]))
-        home = Home(files, _LINKS, (_LOGIN,)) if options.has_own_home else Home(files)
-        return Command(
+        home = SessionHome(files, _LINKS, (_LOGIN,)) if options.has_own_home else SessionHome(files)
+        return SessionCommand(
             argv=(
                 *(options.bin, "run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR"),
-                *given("--model", options.model),
-                *given("--agent", options.agent),
-                *given("--session", request.resume),
+                *option_arguments("--model", options.model),
+                *option_arguments("--agent", options.agent),
+                *option_arguments("--session", request.resume),
                 *options.args,
             ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
-            leavings=_LEAVINGS,
+            scratch_patterns=_LEAVINGS,
             home=home,
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return what a JSON line means; a line of text is said as it stands."""
-        value = read_object(line)
+        value = parse_object(line)
         if value is None:
-            return said_plainly(line)
+            return parse_plain_line(line)
         given = value.get("part")
         part: JsonObject = given if isinstance(given, dict) else {}
         match value.get("type"):
             case "step_start":
-                session = text_of(value.get("sessionID"))
-                return (Identified(session),) if session else ()
+                session = as_text(value.get("sessionID"))
+                return (ConversationStarted(session),) if session else ()
             case "text":
-                text = text_of(part.get("text"))
-                return (Said(text),) if text.strip() else ()
+                text = as_text(part.get("text"))
+                return (AgentMessage(text),) if text.strip() else ()
             case "tool_use":
                 return tuple(_of_tool(part))
             case "step_finish":
@@ -292,23 +300,23 @@ class OpencodeAdapter:
             case "error":
                 return tuple(_of_error(value))
             case "council.limited":
-                return (Concluded("", _limited(value)),)
+                return (FinalResult("", _limited(value)),)
             case _:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return what its events say; where they have no class for it, what its log does."""
-        failed = failure_concluded(end)
-        concluded = any(isinstance(event, Concluded) for event in end.events)
+        failed = concluded_failure(end)
+        concluded = any(isinstance(event, FinalResult) for event in end.events)
         if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
-            return with_end(failed, end.time)
-        return with_end(_failure_in_words(end.stderr) or failed or interruption(end), end.time)
+            return with_reset_time(failed, end.time)
+        return with_reset_time(_failure_in_words(end.stderr) or failed or detect_interruption(end), end.time)
 
 
 def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
     """Return the file of a plugin that ends opencode at a limit that it would silently wait for, for hours perhaps.
 
-    It prints a line to a stream first, which `limit_in` reads.
+    It prints a line to a stream first, which `parse_limit` reads.
     """
     return {_LIMIT_FILE: _LIMIT.replace("STREAM", "1" if stream == "stdout" else "2")}
 
@@ -318,15 +326,15 @@ def limit_config(home: Path) -> str:
     return json.dumps({"plugin": [(home / _LIMIT_FILE).as_uri()]})
 
 
-def limit_in(text: str) -> Failed | None:
+def parse_limit(text: str) -> Failed | None:
     """Return the limit that the plugin printed; None if it printed none."""
-    values = (read_object(line) for line in text.splitlines()[::-1] if "council.limited" in line)
+    values = (parse_object(line) for line in text.splitlines()[::-1] if "council.limited" in line)
     return next((_limited(value) for value in values if value and value.get("type") == "council.limited"), None)
 
 
 def _limited(value: JsonObject) -> Failed:
-    until = number_of(value.get("until"))
-    reason = one_line(text_of(value.get("message"))) or "the limit of its account is reached"
+    until = as_count(value.get("until"))
+    reason = one_line(as_text(value.get("message"))) or "the limit of its account is reached"
     return Failed(FailureClass.RATE_LIMITED, reason, until / 1000 if until else None)
 
 
@@ -356,27 +364,27 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
 
 def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
     state = part.get("state")
-    name = text_of(part.get("tool"))
+    name = as_text(part.get("tool"))
     if not isinstance(state, dict) or not name:
         return
     given = state.get("input")
     given = given if isinstance(given, dict) else {}
     paths = tuple(_paths(given))
     details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
-    call = text_of(part.get("callID")) or None
-    yield UsedTool(name, one_line(" ".join(paths or details[:1])), paths, call)
-    if text_of(state.get("error")).startswith(_DENIED):
-        yield Denied(name, one_line(" ".join(paths or details[:1])), _ALLOW, call)
+    call = as_text(part.get("callID")) or None
+    yield ToolCall(name, one_line(" ".join(paths or details[:1])), paths, call)
+    if as_text(state.get("error")).startswith(_DENIED):
+        yield ToolDenied(name, one_line(" ".join(paths or details[:1])), _ALLOW, call)
     if call is not None:
-        yield ToolEnded(call, _failure_of_tool(state))
+        yield ToolResult(call, _failure_of_tool(state))
 
 
 def _failure_of_tool(state: JsonObject) -> str | None:
     """Return why a tool failed; a command that ends with another code than 0 has not, to opencode."""
     metadata = state.get("metadata")
-    code = number_of(metadata.get("exit")) if isinstance(metadata, dict) else 0
+    code = as_count(metadata.get("exit")) if isinstance(metadata, dict) else 0
     if state.get("status") == "error":
-        return one_line(text_of(state.get("error")))
+        return one_line(as_text(state.get("error")))
     return f"exit code {code}" if code else None
 
 
@@ -384,7 +392,7 @@ def _paths(given: JsonObject) -> Iterator[str]:
     for key in ("filePath", "path"):
         if isinstance(given.get(key), str):
             yield given[key]
-    yield from _PATCHED.findall(text_of(given.get("patchText")))
+    yield from _PATCHED.findall(as_text(given.get("patchText")))
 
 
 def _of_step(part: JsonObject, model: str | None) -> Iterator[SessionEvent]:
@@ -392,48 +400,48 @@ def _of_step(part: JsonObject, model: str | None) -> Iterator[SessionEvent]:
     if isinstance(tokens, dict):
         cache = tokens.get("cache")
         cache = cache if isinstance(cache, dict) else {}
-        sent = number_of(tokens.get("input")) + number_of(cache.get("read")) + number_of(cache.get("write"))
-        received = number_of(tokens.get("output")) + number_of(tokens.get("reasoning"))
+        sent = as_count(tokens.get("input")) + as_count(cache.get("read")) + as_count(cache.get("write"))
+        received = as_count(tokens.get("output")) + as_count(tokens.get("reasoning"))
         # It also says 0 of a model whose price it does not know.
-        cost = cost_of(part.get("cost")) or None
-        yield Spent(sent, received, cost, cached_tokens=number_of(cache.get("read")), model=model)
-    reason = text_of(part.get("reason"))
+        cost = as_cost(part.get("cost")) or None
+        yield UsageReport(sent, received, cost, cached_tokens=as_count(cache.get("read")), model=model)
+    reason = as_text(part.get("reason"))
     if reason == "stop":
-        yield Concluded()
+        yield FinalResult()
     elif reason in _REASONS:
-        yield Concluded("", Failed(*_REASONS[reason]))
+        yield FinalResult("", Failed(*_REASONS[reason]))
 
 
 def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
-    session = text_of(value.get("sessionID"))
+    session = as_text(value.get("sessionID"))
     if session:
-        yield Identified(session)
+        yield ConversationStarted(session)
     error = value.get("error")
     error = error if isinstance(error, dict) else {}
     data = error.get("data")
-    yield Concluded("", _failure_of(text_of(error.get("name")), data if isinstance(data, dict) else {}, value))
+    yield FinalResult("", _failure_of(as_text(error.get("name")), data if isinstance(data, dict) else {}, value))
 
 
 def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
-    said = text_of(data.get("message")).strip()
-    body = text_of(data.get("responseBody"))
+    said = as_text(data.get("message")).strip()
+    body = as_text(data.get("responseBody"))
     failure = _ERRORS.get(name)
     if failure is None and name == "APIError":
-        failure = class_of_status(number_of(data.get("statusCode"))) or class_in(said, _WORDS)
+        failure = failure_class_for_status(as_count(data.get("statusCode"))) or match_failure_class(said, _WORDS)
         if failure is None and data.get("isRetryable") is True:
             failure = FailureClass.TRANSIENT
         if failure in {FailureClass.INVALID, FailureClass.RATE_LIMITED} and _WITHOUT_CREDIT.search(f"{said}\n{body}"):
             failure = FailureClass.AUTH
-    failure = failure or class_in(said, _WORDS) or FailureClass.CRASHED
+    failure = failure or match_failure_class(said, _WORDS) or FailureClass.CRASHED
     until = _instant(data.get("responseHeaders"), event) if failure is FailureClass.RATE_LIMITED else None
-    return _failed(failure, said[:LONGEST_REASON] or f"it ended with an error, {name[:60] or 'unnamed'}", until)
+    return _failed(failure, said[:MAX_REASON_CHARS] or f"it ended with an error, {name[:60] or 'unnamed'}", until)
 
 
 def _instant(headers: Any, event: JsonObject) -> float | None:
     """Return when a limit ends, from what the answer's headers say (RFC 9110, Retry-After); None if they don't."""
-    told = text_of(headers.get("retry-after")) if isinstance(headers, dict) else ""
+    told = as_text(headers.get("retry-after")) if isinstance(headers, dict) else ""
     if told.isascii() and told.isdigit() and len(told) < 10:
-        then = number_of(event.get("timestamp"))
+        then = as_count(event.get("timestamp"))
         return then / 1000 + int(told) if then else None
     try:
         date = parsedate_to_datetime(told)
@@ -451,10 +459,10 @@ def _failure_in_words(log: str) -> Failed | None:
     for line in log.splitlines()[::-1]:
         text = line[:_LONGEST_LINE]
         if _UNWRITABLE.search(text):
-            return Failed(FailureClass.INVALID, f"{text.strip()[:LONGEST_REASON]}: {_WRITE_THERE}")
+            return Failed(FailureClass.INVALID, f"{text.strip()[:MAX_REASON_CHARS]}: {_WRITE_THERE}")
         found = _ERROR_LOGGED.search(text)
-        if found is not None and (failure := class_in(found[1], _WORDS)) is not None:
-            return _failed(failure, found[1].strip('"')[:LONGEST_REASON], None)
+        if found is not None and (failure := match_failure_class(found[1], _WORDS)) is not None:
+            return _failed(failure, found[1].strip('"')[:MAX_REASON_CHARS], None)
     return None
 
 

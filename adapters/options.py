@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from orchestrator.domain.security.secrets import contains_key, secret_values
+from orchestrator.domain.security.secrets import has_secret_key, secret_values
 from orchestrator.protocols import SessionRequest
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -92,7 +92,7 @@ def _check_env_item(item: str) -> str:
 
 def _check_not_secret(env: dict[str, str]) -> dict[str, str]:
     for name, value in env.items():
-        if contains_key(value) or secret_values({name: value}):
+        if has_secret_key(value) or secret_values({name: value}):
             raise ValueError(f"the value of {name} looks like a secret, which no file should hold: {_BY_NAME}")
     return env
 
@@ -111,9 +111,9 @@ _EnvValues = Annotated[
 INSTRUCTIONS_FILE: Final = "council-instructions.md"
 
 #: A word for the program's command line that is no option.
-Value = Annotated[str, AfterValidator(_check_value)]
+OptionValue = Annotated[str, AfterValidator(_check_value)]
 #: How many turns of a model's.
-Turns = Annotated[int, Field(ge=1, le=10_000)]
+TurnLimit = Annotated[int, Field(ge=1, le=10_000)]
 UsDollars = Annotated[float, Field(gt=0, le=1_000_000, strict=False)]
 #: A program: a name that is looked for on PATH, or an absolute path.
 ProgramName = Annotated[str, AfterValidator(_check_program)]
@@ -123,19 +123,19 @@ Arguments = Annotated[tuple[Annotated[str, AfterValidator(check_argument)], ...]
 CommandLine = Annotated[Arguments, Field(min_length=1), AfterValidator(_check_program_first)]
 
 
-def given(option: str, value: str | float | None) -> tuple[str, ...]:
+def option_arguments(option: str, value: str | float | None) -> tuple[str, ...]:
     """Return an option of a command line with its value; nothing where there is none."""
     if value is None:
         return ()
     return (option, value if isinstance(value, str) else f"{value:.6f}".rstrip("0").rstrip("."))
 
 
-def own_home(options: AdapterOptions, request: SessionRequest) -> dict[str, str]:
+def own_home_variables(options: AdapterOptions, request: SessionRequest) -> dict[str, str]:
     """Return the variable by which a program that has no folder of its own to name keeps all in the task's home."""
     return {"HOME": str(request.home)} if options.has_own_home else {}
 
 
-def least(*values: float | None) -> float | None:
+def smallest_limit(*values: float | None) -> float | None:
     """Return the smallest of the limits that there are."""
     return min((one for one in values if one is not None), default=None)
 

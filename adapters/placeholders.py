@@ -12,14 +12,14 @@ from adapters.options import check_argument
 _PLACEHOLDER: Final = re.compile(r"\{\{([a-z_]+)\}\}|\{([a-z_]+)\}")
 
 
-def words(arguments: Iterable[str]) -> list[str]:
+def placeholder_names(arguments: Iterable[str]) -> list[str]:
     """Return the words of the placeholders in arguments, each as often as it stands there."""
     return [match[2] for argument in arguments for match in _PLACEHOLDER.finditer(argument) if match[2] is not None]
 
 
 def check_placeholders(argument: str, known: Sequence[str]) -> str:
     """Return an argument with placeholders that are known; ValueError for what can be none, or has others."""
-    for word in words([argument]):
+    for word in placeholder_names([argument]):
         if word not in known:
             listed = ", ".join(f"{{{name}}}" for name in known)
             raise ValueError(
@@ -28,7 +28,7 @@ def check_placeholders(argument: str, known: Sequence[str]) -> str:
     return check_argument(argument)
 
 
-def filled(arguments: Iterable[str], values: Mapping[str, str]) -> tuple[str, ...]:
+def fill_placeholders(arguments: Iterable[str], values: Mapping[str, str]) -> tuple[str, ...]:
     """Return arguments with each placeholder filled once: what came in by one is left as it is."""
 
     def fill(match: re.Match[str]) -> str:

@@ -19,15 +19,15 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
-from adapters.failures import class_of_status, one_line
-from adapters.jsonlines import cost_of, number_of, read_object, said_plainly, text_of
+from adapters.failures import failure_class_for_status, one_line
+from adapters.jsonlines import as_cost, as_count, as_text, parse_object, parse_plain_line
 from adapters.paths import JsonPath, values_at
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
-from orchestrator.protocols import Concluded, Identified, Said, SessionEvent, Spent
+from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEvent, UsageReport
 
 #: Characters of a line that patterns are looked for in: they are a user's, lines an agent's.
-LONGEST_LINE: Final = 4096
+MAX_LINE_CHARS: Final = 4096
 
 _SPENT: Final = ("input_tokens", "output_tokens", "cached_tokens", "cost")
 _FACTS: Final = ("text", "session", *_SPENT, "model", "error", "status")
@@ -57,7 +57,7 @@ def _check_wanted(value: Any) -> Any:
 
 
 #: A regular expression, checked.
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
+RegexPattern = Annotated[str, AfterValidator(_check_pattern)]
 _Wanted = Annotated[
     Any,
     AfterValidator(_check_wanted),
@@ -65,12 +65,12 @@ _Wanted = Annotated[
 ]
 
 
-class Rule(BaseModel):
+class OutputRule(BaseModel):
     """What stands under `read` for one kind of line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
-    match: Annotated[Pattern, AfterValidator(_check_groups)] | None = None
+    match: Annotated[RegexPattern, AfterValidator(_check_groups)] | None = None
     """A regular expression that such a line has; its named groups are what is read (`(?P<session>\\S+)`)."""
     when: dict[JsonPath, _Wanted] = Field(default_factory=dict)
     """What such a line of JSON has, by paths: each is equal to the value here."""
@@ -113,18 +113,18 @@ class Rule(BaseModel):
     def _check(self) -> Self:
         groups = () if self.match is None else re.compile(self.match).groupindex
         paths = [name for name in _FACTS if getattr(self, name) is not None]
-        if not (self.reads or self.done):
+        if not (self.facts_read or self.done):
             raise ValueError("the rule reads nothing: add a fact such as `text` or `input_tokens`, or `done: true`")
         if twice := [name for name in paths if name in groups]:
             raise ValueError(f"`{twice[0]}` is a path and a group of `match`: keep one of them")
         if self.done and self.match is None and not self.when:
             raise ValueError("each line would say that all is done: add `when` or `match` to this rule")
-        if self.usage != "line" and not self.reads.intersection(_SPENT):
+        if self.usage != "line" and not self.facts_read.intersection(_SPENT):
             raise ValueError("`usage` is of tokens or a cost, and the rule reads none: add `input_tokens` or the like")
         return self
 
     @property
-    def reads(self) -> frozenset[str]:
+    def facts_read(self) -> frozenset[str]:
         """The facts that it reads."""
         groups = () if self.match is None else re.compile(self.match).groupindex
         return frozenset(name for name in _FACTS if name in groups or getattr(self, name) is not None)
@@ -144,23 +144,23 @@ _Facts = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class OutputReader:
     """Reads lines by rules; all that are for a line count.
 
-    `model` is the name of the model where no line tells it; `class_in` returns the class of failure that words mean.
+    `model` is the name of the model where no line tells it; `match_failure_class` returns the class of failure that words mean.
     """
 
-    rules: Sequence[Rule]
+    rules: Sequence[OutputRule]
     is_json: bool
     model: str | None
     class_in: Callable[[str], FailureClass | None]
 
     def read(self, line: str) -> Sequence[SessionEvent]:
         """Return what a line means; one that no rule is for is said as it stands, unless it is JSON."""
-        value = read_object(line) if self.is_json else None
+        value = parse_object(line) if self.is_json else None
         found = [(rule, facts) for rule in self.rules if (facts := _facts(rule, line, value)) is not None]
         if value is None and not any(rule.match is not None for rule, _ in found):
-            return said_plainly(line) if self.is_json else (Said(line),) if line.strip() else ()
+            return parse_plain_line(line) if self.is_json else (AgentMessage(line),) if line.strip() else ()
         return tuple(self._events(found))
 
     @property
@@ -168,43 +168,43 @@ class Reader:
         """What a session has to print to have ended well, in words; None: nothing."""
         return " or ".join(rule.describe() for rule in self.rules if rule.done) or None
 
-    def _events(self, found: Sequence[tuple[Rule, _Facts]]) -> Iterator[SessionEvent]:
+    def _events(self, found: Sequence[tuple[OutputRule, _Facts]]) -> Iterator[SessionEvent]:
         texts = [text for _, facts in found for text in _texts(facts, "text")]
         failed = self._failure([facts for _, facts in found])
         is_over = failed is not None or any(rule.done for rule, _ in found)
         for _, facts in found:
-            yield from (Identified(session) for session in _texts(facts, "session")[:1])
+            yield from (ConversationStarted(session) for session in _texts(facts, "session")[:1])
         if texts and not is_over:
-            yield Said("\n".join(texts))
+            yield AgentMessage("\n".join(texts))
         for rule, facts in found:
             yield from self._spent(rule, facts)
         if is_over:
-            yield Concluded("\n".join(texts), failed)
+            yield FinalResult("\n".join(texts), failed)
 
-    def _spent(self, rule: Rule, facts: _Facts) -> Iterator[Spent]:
+    def _spent(self, rule: OutputRule, facts: _Facts) -> Iterator[UsageReport]:
         model = next(iter(_texts(facts, "model")), None)
         if any(facts[name] for name in _SPENT):
-            sent, received, cached = (number_of(sum(map(_count, facts[name]))) for name in _SPENT[:3])
+            sent, received, cached = (as_count(sum(map(_count, facts[name]))) for name in _SPENT[:3])
             costs = [cost for cost in map(_cost, facts["cost"]) if cost is not None]
-            yield Spent(
+            yield UsageReport(
                 input_tokens=sent,
                 output_tokens=received,
-                cost=cost_of(sum(costs)) if costs else None,
-                in_all=rule.usage != "line",
+                cost=as_cost(sum(costs)) if costs else None,
+                is_cumulative=rule.usage != "line",
                 cached_tokens=cached,
                 model=model or self.model,
-                of_conversation=rule.usage == "conversation",
+                includes_resumed=rule.usage == "conversation",
             )
         elif model is not None:
-            yield Spent(model=model)
+            yield UsageReport(model=model)
 
     def _failure(self, found: Sequence[_Facts]) -> Failed | None:
         told = [one for facts in found for one in facts["error"]]
         # Of an error that has parts all are told.
-        words = [json.dumps(one) if one and isinstance(one, dict) else text_of(one).strip() for one in told]
+        words = [json.dumps(one) if one and isinstance(one, dict) else as_text(one).strip() for one in told]
         message = ": ".join(filter(None, words))
         status = next((number for facts in found for number in map(_count, facts["status"]) if number), 0)
-        by_status = class_of_status(status)
+        by_status = failure_class_for_status(status)
         if not message and by_status is None:
             return None
         # What the file says of words goes before a status, which is often that of any wrong request.
@@ -212,9 +212,9 @@ class Reader:
         return Failed(failure, one_line(message) or f"it ended with the status {status}")
 
 
-def _facts(rule: Rule, line: str, value: Any) -> _Facts | None:
+def _facts(rule: OutputRule, line: str, value: Any) -> _Facts | None:
     """Return what a rule reads from a line; None if it is not for it."""
-    match = None if rule.match is None else re.search(rule.match, line[:LONGEST_LINE], re.IGNORECASE)
+    match = None if rule.match is None else re.search(rule.match, line[:MAX_LINE_CHARS], re.IGNORECASE)
     if rule.match is not None and match is None:
         return None
     if not all(any(_is(one, wanted) for one in values_at(value, path)) for path, wanted in rule.when.items()):
@@ -232,17 +232,17 @@ def _is(value: Any, wanted: Any) -> bool:
 
 
 def _texts(facts: _Facts, name: str) -> list[str]:
-    return [text for text in map(text_of, facts[name]) if text.strip()]
+    return [text for text in map(as_text, facts[name]) if text.strip()]
 
 
 def _count(value: Any) -> int:
     """Return a number of tokens; 0 if it is none."""
     amount = _amount(value) if isinstance(value, str) else value
-    return number_of(round(cost_of(amount) or 0) if isinstance(amount, float) else amount)
+    return as_count(round(as_cost(amount) or 0) if isinstance(amount, float) else amount)
 
 
 def _cost(value: Any) -> float | None:
-    return cost_of(_amount(value) if isinstance(value, str) else value)
+    return as_cost(_amount(value) if isinstance(value, str) else value)
 
 
 def _amount(text: str) -> float | None:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import asking, contexts, cycle, locks, resuming, scheduler, startup, state, worktrees
-from benchmarks.measure import parser, table
+from benchmarks.measure import argument_parser, format_table
 
 RESULTS: Final = Path("build", "bench.md")
 
 
 def main() -> None:
     """Measure everything."""
-    options = parser(__doc__).parse_args()
+    options = argument_parser(__doc__).parse_args()
     rows = [
         *startup.measure(quick=options.quick, folder=options.folder),
         *resuming.measure(quick=options.quick, folder=options.folder),
@@ -33,7 +33,7 @@ def main() -> None:
     ]
     git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S607
     where = f"Python {platform.python_version()}, {git}, {platform.system()} {platform.machine()}"
-    text = f"{table(rows)}\n{where}; medians of paired runs.\n"
+    text = f"{format_table(rows)}\n{where}; medians of paired runs.\n"
     sys.stdout.write(text)
     if not options.quick:
         RESULTS.parent.mkdir(exist_ok=True)

@@ -20,58 +20,70 @@ from typing import Final
 
 from anyio.from_thread import start_blocking_portal
 
-from benchmarks.measure import QUICK_ROUNDS, Cost, Row, environment, paired, parser, scratch, show, timed
+from benchmarks.measure import (
+    QUICK_ROUNDS,
+    BenchmarkRow,
+    Cost,
+    argument_parser,
+    measure_cost,
+    measure_pairs,
+    print_table,
+    scratch_folder,
+    user_environment,
+)
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.slots import Place
+from orchestrator.repo.worktrees.slots import WorktreeSlot
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.socket.listener import Mailbox, open_mailbox
+from orchestrator.sessions.socket.listener import SessionSocket, open_session_socket
 
 _ROUNDS: Final = 100
 _LIMIT: Final = 0.05
 _EDIT: Final = {"hook_event_name": "PreToolUse", "tool_name": "Write", "tool_input": {"file_path": "src/a.py"}}
 
 
-class _Desk:
+class _FakeSessionService:
     async def answer(self, _session: SessionName, command: str, _arguments: JsonObject) -> JsonObject:
         told = {"allowed": True, "owner": None, "since": None, "reason": None}
         return told if command == "check_edit" else {"peers": []}
 
 
-def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     rounds = QUICK_ROUNDS if quick else _ROUNDS
-    with scratch(folder) as place, _session(place) as (worktree, mailbox):
+    with scratch_folder(folder) as place, _session(place) as (worktree, mailbox):
         return [
             _row("council peers, in a session", worktree, [mailbox.command, "peers"], b"", rounds),
             _row("the hook before an edit", worktree, list(mailbox.hook), json.dumps(_EDIT).encode(), rounds),
         ]
 
 
-def _row(what: str, worktree: Worktree, argv: list[str], given: bytes, rounds: int) -> Row:
+def _row(what: str, worktree: Worktree, argv: list[str], given: bytes, rounds: int) -> BenchmarkRow:
     bare = [sys.executable, "-c", "pass"]
-    env = environment()
-    pairs = paired(lambda: _cost(argv, env, worktree.tree, given), lambda: _cost(bare, env, worktree.tree, b""), rounds)
-    took, base = (_slow([pair[side].wall for pair in pairs]) for side in (0, 1))
-    return Row(f"{what}: 95 of 100 within", took, "s", f"python -c pass: {base:.3g} s", took / base, _LIMIT)
+    env = user_environment()
+    pairs = measure_pairs(
+        lambda: _cost(argv, env, worktree.tree, given), lambda: _cost(bare, env, worktree.tree, b""), rounds
+    )
+    took, base = (_percentile_95([pair[side].wall for pair in pairs]) for side in (0, 1))
+    return BenchmarkRow(f"{what}: 95 of 100 within", took, "s", f"python -c pass: {base:.3g} s", took / base, _LIMIT)
 
 
-def _slow(seconds: list[float]) -> float:
+def _percentile_95(seconds: list[float]) -> float:
     return sorted(seconds)[max(0, -(-len(seconds) * 95 // 100) - 1)]
 
 
 def _cost(argv: list[str], env: dict[str, str], cwd: Path, given: bytes) -> Cost:
-    with timed() as cost:
+    with measure_cost() as cost:
         subprocess.run(argv, env=env, cwd=cwd, input=given, stdout=subprocess.DEVNULL, check=True)
     return cost()
 
 
 @contextmanager
-def _session(folder: Path) -> Iterator[tuple[Worktree, Mailbox]]:
+def _session(folder: Path) -> Iterator[tuple[Worktree, SessionSocket]]:
     """Serve a mailbox from a thread of its own, as an orchestrator does from another process."""
     hub = Hub(folder / "hub")
-    place = Place(hub, 1)
+    place = WorktreeSlot(hub, 1)
     worktree = Worktree(hub, "run-1", "task", 1, held=place)
     for one in (worktree.git_dir, place.tree / "src"):
         one.mkdir(parents=True)
@@ -79,7 +91,7 @@ def _session(folder: Path) -> Iterator[tuple[Worktree, Mailbox]]:
     with (
         worktree.lock.open("w") as lock,
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(open_mailbox(worktree, _Desk())) as mailbox,
+        portal.wrap_async_context_manager(open_session_socket(worktree, _FakeSessionService())) as mailbox,
     ):
         # As a supervisor: only its descendants are answered.
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -89,5 +101,5 @@ def _session(folder: Path) -> Iterator[tuple[Worktree, Mailbox]]:
 
 
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
-    show(measure(quick=options.quick, folder=options.folder))
+    options = argument_parser(__doc__).parse_args()
+    print_table(measure(quick=options.quick, folder=options.folder))

@@ -33,7 +33,7 @@ _FORMS: Final = (
 )
 
 
-def write(top: Path, files: int) -> None:
+def write_files(top: Path, files: int) -> None:
     """Write so many files below `top`. Blocks."""
     chance = random.Random(_SEED)  # noqa: S311  nothing secret
     lines = _stock(chance)

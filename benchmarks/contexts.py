@@ -12,11 +12,21 @@ from typing import Final
 
 import anyio
 
-from benchmarks.measure import QUICK_ROUNDS, ROUNDS, Cost, Row, median, parser, scratch, show, timed
+from benchmarks.measure import (
+    QUICK_ROUNDS,
+    ROUNDS,
+    BenchmarkRow,
+    Cost,
+    argument_parser,
+    measure_cost,
+    median,
+    print_table,
+    scratch_folder,
+)
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.contexts import SessionContext
-from orchestrator.engine.session_api.contexts import Contexts
+from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 
@@ -26,32 +36,32 @@ WRITE_LIMIT, READ_LIMIT = 1.0, 5.0  # ms
 _SECRETS: Final = tuple(f"a-secret-of-this-machine-{one}" for one in range(20))
 
 
-def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
-    with scratch(folder) as place:
+    with scratch_folder(folder) as place:
         return anyio.run(_measure, place, QUICK_ROUNDS if quick else ROUNDS)
 
 
-async def _measure(place: Path, rounds: int) -> list[Row]:
+async def _measure(place: Path, rounds: int) -> list[BenchmarkRow]:
     sessions = [SessionName("20260102-030405-ab12", f"task-{one}", 1) for one in range(SESSIONS)]
     files = place / "files"
     files.mkdir()
     async with FileStore.open(place / "state", SystemClock()) as store:
-        contexts = Contexts(store, SystemClock(), "0123456789abcdef", Redactor(_SECRETS), orchestrator="bench")
+        contexts = SessionContexts(store, SystemClock(), "0123456789abcdef", Redactor(_SECRETS), orchestrator="bench")
         for session in sessions:
             await contexts.begin(session, "claude-code")
         writes, reads = list[tuple[Cost, Cost]](), list[tuple[Cost, Cost]]()
         for number in range(rounds + 1):
             message = f"step {number} of adding the endpoint for what was ordered"
-            with timed() as ours:
+            with measure_cost() as ours:
                 for session in sessions:
                     await contexts.update(session, file=f"src/{session.task}.py", message=message, progress="50%")
-            with timed() as theirs:
+            with measure_cost() as theirs:
                 for session in sessions:
                     _write(files, session, message)
-            with timed() as our_look:
+            with measure_cost() as our_look:
                 found = await contexts.all()
-            with timed() as their_look:
+            with measure_cost() as their_look:
                 read = [json.loads(path.read_bytes()) for path in files.glob("*.json")]
             assert len(found) == len(read) == SESSIONS  # noqa: S101  else something else was measured
             if number:  # the first is to have files in memory
@@ -63,10 +73,10 @@ async def _measure(place: Path, rounds: int) -> list[Row]:
     ]
 
 
-def _row(what: str, pairs: list[tuple[Cost, Cost]], each: int, limit: float) -> Row:
+def _row(what: str, pairs: list[tuple[Cost, Cost]], each: int, limit: float) -> BenchmarkRow:
     ours, theirs = (median([pair[side].wall for pair in pairs]) / each * 1e3 for side in (0, 1))
     ratio = median([one.wall / other.wall for one, other in pairs])
-    return Row(what, ours, "ms", f"JSON files, renamed: {theirs:.3g} ms", ratio, limit)
+    return BenchmarkRow(what, ours, "ms", f"JSON files, renamed: {theirs:.3g} ms", ratio, limit)
 
 
 def _write(folder: Path, session: SessionName, message: str) -> None:
@@ -87,5 +97,5 @@ def _write(folder: Path, session: SessionName, message: str) -> None:
 
 
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
-    show(measure(quick=options.quick, folder=options.folder))
+    options = argument_parser(__doc__).parse_args()
+    print_table(measure(quick=options.quick, folder=options.folder))

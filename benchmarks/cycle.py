@@ -23,8 +23,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from benchmarks.ground import clone, file_system, make_repository, run_git
-from benchmarks.measure import Cost, Row, council, environment, median, parser, scratch, show, timed
+from benchmarks.ground import clone, file_system_kind, make_repository, run_git
+from benchmarks.measure import (
+    BenchmarkRow,
+    Cost,
+    argument_parser,
+    council_path,
+    measure_cost,
+    median,
+    print_table,
+    scratch_folder,
+    user_environment,
+)
 
 TASKS: Final = 64
 CAPACITY: Final = 8
@@ -41,11 +51,11 @@ _AGENT: Final = ("sh", "-c", 'read -r name < "$0" && echo done > "$name"')
 
 def measure(
     *, quick: bool, folder: Path | None = None, repository: Path | None = None, sandbox: str = "auto"
-) -> list[Row]:
+) -> list[BenchmarkRow]:
     """Return the rows of this benchmark. RuntimeError on a file system on which it would measure something else."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
-    with scratch(folder) as place:
-        kind = file_system(place)
+    with scratch_folder(folder) as place:
+        kind = file_system_kind(place)
         origin = repository or make_repository(place / "origin", QUICK_FILES if quick else FILES)
         files = len(run_git(origin, "ls-files", "-z").split(b"\0")) - 1
         bytecode = None if quick else place / "bytecode"
@@ -60,10 +70,12 @@ def measure(
     ]
 
 
-def _row(what: str, pairs: Sequence[tuple[Cost, Cost]], part: str, tasks: int, limit: float | None = None) -> Row:
+def _row(
+    what: str, pairs: Sequence[tuple[Cost, Cost]], part: str, tasks: int, limit: float | None = None
+) -> BenchmarkRow:
     took, base = (median([getattr(pair[side], part) for pair in pairs]) / tasks * 1e3 for side in (0, 1))
     ratio = median([getattr(one, part) / getattr(other, part) for one, other in pairs])
-    return Row(what, took, "ms/task", f"plain git: {base:.3g} ms/task", ratio, limit, is_ratio_limited=True)
+    return BenchmarkRow(what, took, "ms/task", f"plain git: {base:.3g} ms/task", ratio, limit, is_ratio_limited=True)
 
 
 def _by_council(top: Path, tasks: int, sandbox: str, bytecode: Path | None) -> Cost:
@@ -82,9 +94,9 @@ def _by_council(top: Path, tasks: int, sandbox: str, bytecode: Path | None) -> C
     }
     file = top.with_name(f"{top.name}.yaml")
     file.write_text(json.dumps(config), encoding="utf-8")
-    env = environment(bytecode, COUNCIL_HOME=str(home))
-    with timed() as cost:
-        done = subprocess.run([council(), "run", str(file)], cwd=top, env=env, capture_output=True, check=False)
+    env = user_environment(bytecode, COUNCIL_HOME=str(home))
+    with measure_cost() as cost:
+        done = subprocess.run([council_path(), "run", str(file)], cwd=top, env=env, capture_output=True, check=False)
         _wait_until_gone(home)
     if done.returncode:
         raise RuntimeError(f"council ended with {done.returncode}: {done.stdout.decode()}{done.stderr.decode()}")
@@ -101,7 +113,7 @@ def _by_git(top: Path, tasks: int) -> Cost:
     worktrees = top.with_name(f"{top.name}-worktrees")
     worktrees.mkdir()
     merging = threading.Lock()
-    with timed() as cost:
+    with measure_cost() as cost:
         run_git(top, "worktree", "add", "--quiet", "-b", "integration", str(worktrees / "integration"), "HEAD")
         with ThreadPoolExecutor(CAPACITY) as pool:
             list(pool.map(lambda task: _one_by_git(top, worktrees, task, merging), range(tasks)))
@@ -131,7 +143,7 @@ def _check(top: Path, tasks: int) -> None:
 
 
 if __name__ == "__main__":
-    options = parser(__doc__)
+    options = argument_parser(__doc__)
     options.add_argument("--repository", type=Path, help="work on clones of this one instead of a made one")
     options.add_argument("--sandbox", default="auto", help="as in a run's file: auto (the default), bubblewrap, off …")
     chosen = options.parse_args()
@@ -139,4 +151,4 @@ if __name__ == "__main__":
         rows = measure(quick=chosen.quick, folder=chosen.folder, repository=chosen.repository, sandbox=chosen.sandbox)
     except RuntimeError as error:
         sys.exit(str(error))
-    show(rows)
+    print_table(rows)

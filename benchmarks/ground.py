@@ -12,7 +12,7 @@ from orchestrator.state.log.mounts import mount_of
 _IDENTITY: Final = ("-c", "user.name=Benchmark", "-c", "user.email=benchmark@localhost")
 
 
-def file_system(place: Path) -> str:
+def file_system_kind(place: Path) -> str:
     """Return the kind of a folder's file system; RuntimeError if it is an ext4 without a journal."""
     table = Path("/proc/self/mountinfo")
     if not table.exists():
@@ -33,7 +33,7 @@ def _has_journal(mount: Path) -> bool:
 def make_repository(path: Path, files: int) -> Path:
     """Make a repository with so many files."""
     run_git(None, "init", "--quiet", "-b", "main", str(path))
-    code_base.write(path, files)
+    code_base.write_files(path, files)
     run_git(path, "add", "--all")
     run_git(path, "commit", "--quiet", "-m", "Begin")
     return path

@@ -21,10 +21,19 @@ import anyio
 import filelock
 import portalocker
 
-from benchmarks.measure import Cost, Row, median, paired, parser, scratch, show, timed
+from benchmarks.measure import (
+    BenchmarkRow,
+    Cost,
+    argument_parser,
+    measure_cost,
+    measure_pairs,
+    median,
+    print_table,
+    scratch_folder,
+)
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.locking.files import FileLocks
-from orchestrator.locking.registry import Registry, claim_key
+from orchestrator.locking.registry import OwnershipRegistry, claim_key
 from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -39,11 +48,11 @@ _ME: Final = SessionName("run", "task", 1)
 _PATH: Final = "src/models/user.py"
 
 
-def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     times, rounds = (QUICK_TIMES, QUICK_ROUNDS) if quick else (TIMES, ROUNDS)
     # Not in shared memory: locks are where the project is.
-    with scratch(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
         beside: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
             "filelock": (partial(_by_entering, filelock.FileLock), 1.0),
             "portalocker": (partial(_by_entering, portalocker.Lock), None),
@@ -52,20 +61,22 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
         rows = [_row(name, place, by, limit, times, rounds) for name, (by, limit) in beside.items()]
         took = [anyio.run(_together, place / f"state{one}", times // 10) for one in range(rounds)]
         together = median([one.wall for one in took]) / (times // 10) * 1e6
-        return [*rows, Row("own a path, lock its file, give both back", together, "µs", limit=TOGETHER_LIMIT)]
+        return [*rows, BenchmarkRow("own a path, lock its file, give both back", together, "µs", limit=TOGETHER_LIMIT)]
 
 
-def _row(name: str, place: Path, by: Callable[[Path, int], Cost], limit: float | None, times: int, rounds: int) -> Row:
-    pairs = paired(lambda: anyio.run(_by_ours, place / "ours", times), lambda: by(place / name, times), rounds)
+def _row(
+    name: str, place: Path, by: Callable[[Path, int], Cost], limit: float | None, times: int, rounds: int
+) -> BenchmarkRow:
+    pairs = measure_pairs(lambda: anyio.run(_by_ours, place / "ours", times), lambda: by(place / name, times), rounds)
     ours, theirs = (median([pair[side].wall for pair in pairs]) / times * 1e6 for side in (0, 1))
     ratio = median([one.wall / other.wall for one, other in pairs])
     what = f"lock a file and unlock it, beside {name}"
-    return Row(what, ours, "µs", f"{name}: {theirs:.3g} µs", ratio, limit, is_ratio_limited=True)
+    return BenchmarkRow(what, ours, "µs", f"{name}: {theirs:.3g} µs", ratio, limit, is_ratio_limited=True)
 
 
 async def _by_ours(folder: Path, times: int) -> Cost:
     locks = FileLocks(folder, SystemClock())
-    with timed() as cost:
+    with measure_cost() as cost:
         for _ in range(times):
             await locks.acquire(_ME, [_PATH])
             await locks.release(_ME, [_PATH])
@@ -74,7 +85,7 @@ async def _by_ours(folder: Path, times: int) -> Cost:
 
 def _by_entering(lock_of: Callable[[Path], AbstractContextManager[object]], path: Path, times: int) -> Cost:
     lock = lock_of(path)
-    with timed() as cost:
+    with measure_cost() as cost:
         for _ in range(times):
             with lock:
                 pass
@@ -82,7 +93,7 @@ def _by_entering(lock_of: Callable[[Path], AbstractContextManager[object]], path
 
 
 def _by_flock(path: Path, times: int) -> Cost:
-    with timed() as cost:
+    with measure_cost() as cost:
         for _ in range(times):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -93,7 +104,7 @@ def _by_flock(path: Path, times: int) -> Cost:
 
 async def _together(place: Path, times: int) -> Cost:
     async with FileStore.open(place / "store", SystemClock()) as store:
-        registry, files = Registry(store, SystemClock(), "scope"), FileLocks(place / "locks", SystemClock())
+        registry, files = OwnershipRegistry(store, SystemClock(), "scope"), FileLocks(place / "locks", SystemClock())
         for one in range(OTHERS):
             other = SessionName("run", f"other-{one}", 1)
             key = claim_key(other)
@@ -101,7 +112,7 @@ async def _together(place: Path, times: int) -> Cost:
             await registry.take(other, [f"lib/{one}/**", f"docs/{one}.md"], orchestrator="o", claim=Guard(key, 1))
         claim = Guard(claim_key(_ME), 1)
         await store.commit(Commit([Write(claim.key, 0, {"epoch": 1, "released": None})]))
-        with timed() as cost:
+        with measure_cost() as cost:
             for _ in range(times):
                 assert await registry.take(_ME, [_PATH], orchestrator="o", claim=claim) is None  # noqa: S101
                 await files.acquire(_ME, [_PATH])
@@ -111,5 +122,5 @@ async def _together(place: Path, times: int) -> Cost:
 
 
 if __name__ == "__main__":
-    chosen = parser(__doc__).parse_args()
-    show(measure(quick=chosen.quick, folder=chosen.folder))
+    chosen = argument_parser(__doc__).parse_args()
+    print_table(measure(quick=chosen.quick, folder=chosen.folder))

@@ -13,16 +13,16 @@ import anyio
 
 from orchestrator.config.model import Backoff, TaskSpec, WorktreesConfig
 from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import Attempt, Intent, RunDocument
-from orchestrator.domain.scheduling.claims import Role, Timing
+from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
+from orchestrator.domain.scheduling.claims import ClaimTiming, Role
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.records import seed
-from orchestrator.engine.state.transitions import Update
-from orchestrator.locking.liveness import LifeLocks
-from orchestrator.locking.orchestrators import Orchestrators, this_process
+from orchestrator.engine.state.records import record_new_run
+from orchestrator.engine.state.transitions import TaskUpdate
+from orchestrator.locking.liveness import LivenessLocks
+from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.project import Project
-from orchestrator.state.log.identity import prepare
+from orchestrator.state.log.identity import ensure_log
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 
@@ -30,7 +30,7 @@ _AT_ONCE: Final = 64
 _PROMPT: Final = "Rewrite the module so that it reads its options from one place, and test that.\n" * 8
 
 
-def make(top: Path, tasks: int, home: Path) -> Path:
+def make_project(top: Path, tasks: int, home: Path) -> Path:
     """Make a repository in `top` with the record of a run of which three quarters are over; return the log's folder.
 
     Of every eight tasks four have landed, one of them at its second attempt, one has failed, one has changed
@@ -39,7 +39,7 @@ def make(top: Path, tasks: int, home: Path) -> Path:
     subprocess.run(["git", "init", "--quiet", "-b", "main", str(top)], check=True)  # noqa: S607  git of the PATH
     project = Project(top)
     project.create()
-    log = prepare(project.own_state, home)
+    log = ensure_log(project.state_folder, home)
     anyio.run(_record_run, project, log, tasks)
     return log
 
@@ -52,9 +52,9 @@ async def _record_run(project: Project, log: Path, tasks: int) -> None:
         (hub / folder).mkdir(parents=True)
     specs = {one.id: one for one in map(_spec, range(tasks))}
     async with FileStore.open(log, clock) as store:
-        await seed(store, _document(run, top, hub, tuple(specs)), specs)
-        others = Orchestrators(
-            store, clock, run, this_process(Role.COORDINATOR), Timing(), LifeLocks(hub / "locks").is_dead
+        await record_new_run(store, _document(run, top, hub, tuple(specs)), specs)
+        others = RunMembership(
+            store, clock, run, create_owner(Role.COORDINATOR), ClaimTiming(), LivenessLocks(hub / "locks").is_dead
         )
         ledger = await Ledger.take(store, clock, Redactor(frozenset()), others, {})
         work = iter(specs)
@@ -128,7 +128,7 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
     if failing is None:
         old, new = next(ids), next(ids)
         await ledger.change(task, Trigger.CHECK, {"merge": new})
-        intent = Intent(old=old, new=new, recorded=1767225800.0)
+        intent = LandingIntent(old=old, new=new, recorded=1767225800.0)
         await ledger.change(task, Trigger.INTEND, {"old": old, "new": new}, intent=intent)
         await ledger.change(task, Trigger.LAND, {"landed": new}, landed=new, intent=None, branch=None)
 
@@ -136,7 +136,7 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
 async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None:
     before = ledger.task(task).attempts
     attempt = Attempt(number=len(before) + 1, adapter="x", base=_commit(0), started=1767225600.5)
-    await ledger.start(task, Update({"adapter": "agent"}, {"attempts": (*before, attempt)}))
+    await ledger.start(task, TaskUpdate({"adapter": "agent"}, {"attempts": (*before, attempt)}))
     outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.IDLE else "crashed"
     branch = f"council/{ledger.run.id}/{task}/{attempt.number}"
     reason = None if end is Trigger.BUILD else "it ended with exit code 1: the options can't be read"

@@ -33,7 +33,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BenchmarkRow:
     """A line of the table: a figure in its unit, that of the baseline in the same run, and what it may be."""
 
     what: str
@@ -54,7 +54,7 @@ class Row:
         return "yes" if limited is not None and limited <= self.limit else "no"
 
 
-def table(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[BenchmarkRow]) -> str:
     """Return the rows as a table in Markdown."""
     lines = ["| what | measured | baseline | ratio | limit | kept |", "|---|---:|---|---:|---:|---|"]
     for row in rows:
@@ -66,7 +66,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def paired(measured: Callable[[], Cost], baseline: Callable[[], Cost], rounds: int) -> list[tuple[Cost, Cost]]:
+def measure_pairs(measured: Callable[[], Cost], baseline: Callable[[], Cost], rounds: int) -> list[tuple[Cost, Cost]]:
     """Return the costs of both, in turn; each is done once before that, so that files are in memory."""
     measured(), baseline()
     return [(measured(), baseline()) for _ in range(rounds)]
@@ -77,14 +77,14 @@ def median(values: Iterator[float] | Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def cost_of(
+def measure_command(
     argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, code: int = 0
 ) -> Cost:
     """Run a program to its end, its output thrown away; what it costs, with all that it waited for.
 
     Raises RuntimeError where it ends with another exit code: what it did then is not what was to be measured.
     """
-    with timed() as cost:
+    with measure_cost() as cost:
         ended = subprocess.run(argv, env=env, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     if ended.returncode != code:
         raise RuntimeError(f"{argv} ended with {ended.returncode}: {ended.stderr.decode(errors='replace')[-2000:]}")
@@ -92,7 +92,7 @@ def cost_of(
 
 
 @contextmanager
-def timed() -> Iterator[Callable[[], Cost]]:
+def measure_cost() -> Iterator[Callable[[], Cost]]:
     """Measure what the body costs; it is asked for afterwards. Of children those count that were waited for."""
     start, before = time.perf_counter(), _cpu()
     yield lambda: Cost(end - start, after - before)
@@ -104,7 +104,7 @@ def _cpu() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def environment(bytecode: Path | None = None, **changes: str) -> dict[str, str]:
+def user_environment(bytecode: Path | None = None, **changes: str) -> dict[str, str]:
     """Return the environment of a user: byte code is kept, in a folder if one is given, and output is buffered."""
     unwanted = {"PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
     kept = {} if bytecode is None else {"PYTHONPYCACHEPREFIX": str(bytecode)}
@@ -112,19 +112,19 @@ def environment(bytecode: Path | None = None, **changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def scratch(folder: Path | None) -> Iterator[Path]:
+def scratch_folder(folder: Path | None) -> Iterator[Path]:
     """Make a folder to work in: in `folder`, else in shared memory where there is such, else where others are."""
     parent = folder or (_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
     with TemporaryDirectory(prefix="council-bench-", dir=parent) as made:
         yield Path(made)
 
 
-def council() -> str:
+def council_path() -> str:
     """Return the path of the `council` command that belongs to this Python."""
     return str(Path(sys.executable).with_name("council"))
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     made.add_argument("--quick", action="store_true", help="a short form that only shows that it works")
@@ -132,6 +132,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def show(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[BenchmarkRow]) -> None:
     """Print the table."""
-    sys.stdout.write(table(rows))
+    sys.stdout.write(format_table(rows))

@@ -19,15 +19,15 @@ from benchmarks.measure import (
     INTERRUPTED,
     QUICK_ROUNDS,
     ROUNDS,
-    Row,
-    cost_of,
-    council,
-    environment,
+    BenchmarkRow,
+    argument_parser,
+    council_path,
+    measure_command,
+    measure_pairs,
     median,
-    paired,
-    parser,
-    scratch,
-    show,
+    print_table,
+    scratch_folder,
+    user_environment,
 )
 
 TASKS: Final = (10_000, 1_000)
@@ -36,10 +36,12 @@ LIMIT: Final = 2.0
 _KILLED: Final = {"COUNCIL_FAILPOINTS": "attempt.recorded=kill"}
 
 
-def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
-    with scratch(folder) as place:
-        env = environment(None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"), COUNCIL_TRUST="1")
+    with scratch_folder(folder) as place:
+        env = user_environment(
+            None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"), COUNCIL_TRUST="1"
+        )
         many, few = QUICK_TASKS if quick else TASKS
         tops = [_killed_run(place, tasks, env) for tasks in (many, few)]
         rounds = QUICK_ROUNDS if quick else ROUNDS
@@ -62,19 +64,21 @@ def _killed_run(place: Path, tasks: int, env: Mapping[str, str]) -> Path:
         "tasks": [{"id": f"task-{number:05d}", "prompt": f"Do number {number}."} for number in range(tasks)],
     }
     file.write_text(json.dumps(config), encoding="utf-8")
-    cost_of([council(), "run", str(file)], env={**env, **_KILLED}, cwd=top, code=-SIGKILL)
+    measure_command([council_path(), "run", str(file)], env={**env, **_KILLED}, cwd=top, code=-SIGKILL)
     return top
 
 
-def _row(what: str, env: Mapping[str, str], tops: list[Path], tasks: tuple[int, int], rounds: int, code: int) -> Row:
-    many, few = (lambda top=top: cost_of([council(), what], env=env, cwd=top, code=code) for top in tops)
-    pairs = paired(many, few, rounds)
+def _row(
+    what: str, env: Mapping[str, str], tops: list[Path], tasks: tuple[int, int], rounds: int, code: int
+) -> BenchmarkRow:
+    many, few = (lambda top=top: measure_command([council_path(), what], env=env, cwd=top, code=code) for top in tops)
+    pairs = measure_pairs(many, few, rounds)
     took, base = (1000 * median([pair[side].cpu for pair in pairs]) for side in (0, 1))
     ratio = median([one.cpu / other.cpu for one, other in pairs])
     name, than = f"council {what}, {tasks[0]:,} tasks, processor", f"{tasks[1]:,} tasks: {base:.3g} ms"
-    return Row(name, took, "ms", than, ratio, LIMIT, is_ratio_limited=True)
+    return BenchmarkRow(name, took, "ms", than, ratio, LIMIT, is_ratio_limited=True)
 
 
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
-    show(measure(quick=options.quick, folder=options.folder))
+    options = argument_parser(__doc__).parse_args()
+    print_table(measure(quick=options.quick, folder=options.folder))

@@ -19,8 +19,8 @@ import tracemalloc
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from benchmarks.measure import Row, median, parser, show
-from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
+from benchmarks.measure import BenchmarkRow, argument_parser, median, print_table
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
 
 TASKS: Final = 100_000
 QUICK_TASKS: Final = 2_000
@@ -31,44 +31,47 @@ _ROUNDS: Final = 5
 _CHAIN: Final = 10
 _SHARED: Final = 50
 
-Shape = Callable[[int], Mapping[str, Entry]]
+Shape = Callable[[int], Mapping[str, DispatchEntry]]
 
 
-def priorities(tasks: int) -> Mapping[str, Entry]:
+def priorities(tasks: int) -> Mapping[str, DispatchEntry]:
     """Return tasks of five priorities and three adapters that are all ready at once."""
-    return {f"task-{one}": Entry((), f"adapter-{one % 3}", one % 5) for one in range(tasks)}
+    return {f"task-{one}": DispatchEntry((), f"adapter-{one % 3}", one % 5) for one in range(tasks)}
 
 
-def chains(tasks: int) -> Mapping[str, Entry]:
+def chains(tasks: int) -> Mapping[str, DispatchEntry]:
     """Return chains of ten tasks, each of which needs the one before."""
     return {
-        f"task-{one}": Entry((f"task-{one - 1}",) if one % _CHAIN else (), "adapter", one % 5) for one in range(tasks)
+        f"task-{one}": DispatchEntry((f"task-{one - 1}",) if one % _CHAIN else (), "adapter", one % 5)
+        for one in range(tasks)
     }
 
 
-def owners(tasks: int) -> Mapping[str, Entry]:
+def owners(tasks: int) -> Mapping[str, DispatchEntry]:
     """Return tasks that own paths, fifty of them the same ones each."""
-    return {f"task-{one}": Entry((), "adapter", one % 5, (f"src/{one // _SHARED}/**",)) for one in range(tasks)}
+    return {f"task-{one}": DispatchEntry((), "adapter", one % 5, (f"src/{one // _SHARED}/**",)) for one in range(tasks)}
 
 
 SHAPES: Final[Mapping[str, Shape]] = {"priorities": priorities, "chains of needs": chains, "owned paths": owners}
 
 
-def measure(*, quick: bool) -> list[Row]:
+def measure(*, quick: bool) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     tasks = QUICK_TASKS if quick else TASKS
     return [*(row for name in SHAPES for row in _picks(name, tasks)), *(_memory(name, tasks) for name in SHAPES)]
 
 
-def _picks(name: str, tasks: int) -> list[Row]:
+def _picks(name: str, tasks: int) -> list[BenchmarkRow]:
     entries = SHAPES[name](tasks)
     rounds = [(_through_board(entries), _through_heap(tasks)) for _ in range(_ROUNDS)]
     pick, way, base = (median([cost[part] / tasks * 1e6 for cost in map(_flat, rounds)]) for part in range(3))
     limit = None if name == "owned paths" else PICK_LIMIT
     than = f"plain heap: {base:.3g} µs"
     return [
-        Row(f"a pick of {tasks:,}, {name}", pick, "µs", than, median([one[0] / two for one, two in rounds]), limit),
-        Row(f"whole way, {tasks:,}, {name}", way, "µs", than, median([one[1] / two for one, two in rounds])),
+        BenchmarkRow(
+            f"a pick of {tasks:,}, {name}", pick, "µs", than, median([one[0] / two for one, two in rounds]), limit
+        ),
+        BenchmarkRow(f"whole way, {tasks:,}, {name}", way, "µs", than, median([one[1] / two for one, two in rounds])),
     ]
 
 
@@ -76,21 +79,21 @@ def _flat(costs: tuple[tuple[float, float], float]) -> tuple[float, float, float
     return *costs[0], costs[1]
 
 
-def _through_board(entries: Mapping[str, Entry]) -> tuple[float, float]:
+def _through_board(entries: Mapping[str, DispatchEntry]) -> tuple[float, float]:
     """Return the seconds of the processor that all decisions took, and those that all of it took."""
-    board = Board(entries)
+    board = DispatchBoard(entries)
     _forget_cycles()
     begin = time.thread_time()
-    deciding = run(board, len(entries))
+    deciding = run_all_tasks(board, len(entries))
     return deciding, time.thread_time() - begin
 
 
-def run(board: Board, tasks: int) -> float:
+def run_all_tasks(board: DispatchBoard, tasks: int) -> float:
     """Pick and land all tasks, `CAPACITY` at a time; return the seconds of the processor that decisions took."""
     now, deciding = 0.0, 0.0
     while tasks:
         begin = time.thread_time()
-        starts = decide(board, CAPACITY, now)
+        starts = choose_tasks(board, CAPACITY, now)
         deciding += time.thread_time() - begin
         for task in starts:
             board.built(task)
@@ -120,25 +123,25 @@ def _forget_cycles() -> None:
     gc.set_threshold(100_000)
 
 
-def _memory(name: str, tasks: int) -> Row:
+def _memory(name: str, tasks: int) -> BenchmarkRow:
     """Return what the board of all tasks adds to a process, at its highest, from the first pick to the last."""
     argv = [sys.executable, __file__, "--memory", name, str(tasks)]
     grown = int(subprocess.run(argv, check=True, capture_output=True).stdout)
-    return Row(f"memory, {tasks:,} tasks, {name}", grown / 1e6, "MB", limit=MEMORY_LIMIT)
+    return BenchmarkRow(f"memory, {tasks:,} tasks, {name}", grown / 1e6, "MB", limit=MEMORY_LIMIT)
 
 
 def _grow(name: str, tasks: int) -> int:
     entries = SHAPES[name](tasks)
     tracemalloc.start()
-    run(Board(entries), tasks)
+    run_all_tasks(DispatchBoard(entries), tasks)
     return tracemalloc.get_traced_memory()[1]
 
 
 if __name__ == "__main__":
-    options = parser(__doc__)
+    options = argument_parser(__doc__)
     options.add_argument("--memory", nargs=2, metavar=("SHAPE", "TASKS"), help="print the bytes of one board")
     chosen = options.parse_args()
     if chosen.memory:
         sys.stdout.write(f"{_grow(chosen.memory[0], int(chosen.memory[1]))}\n")
     else:
-        show(measure(quick=chosen.quick))
+        print_table(measure(quick=chosen.quick))

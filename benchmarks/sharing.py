@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import anyio
 
-from benchmarks.measure import Row, median
+from benchmarks.measure import BenchmarkRow, median
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.file import FileStore
@@ -31,26 +31,26 @@ SEEN_LIMIT: Final = 250.0  # ms
 IDLE_LIMIT: Final = 1.0  # % of a processor
 
 
-def claims(place: Path, *, quick: bool) -> list[Row]:
+def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     """Return how fast eight processes claim tasks by priority; RuntimeError if one is claimed twice or not at all."""
     tasks, rounds = (100, 1) if quick else (2_000, 3)
     pairs = []
     for one in range(rounds):
         anyio.run(_fill, place / f"store{one}", tasks)
         _fill_sqlite(place / f"sqlite{one}", tasks)
-        ours = _together("claim", place / f"store{one}", CLAIMERS, tasks)
-        pairs.append((ours, _together("claim-sqlite", place / f"sqlite{one}", CLAIMERS, tasks)))
+        ours = _run_processes("claim", place / f"store{one}", CLAIMERS, tasks)
+        pairs.append((ours, _run_processes("claim-sqlite", place / f"sqlite{one}", CLAIMERS, tasks)))
     took, theirs = (median([pair[side][0] for pair in pairs]) / tasks * 1e6 for side in (0, 1))
     slowest = median([_percentile(pair[0][1], 0.99) for pair in pairs]) * 1e3
     ratio = median([ours[0] / other[0] for ours, other in pairs])
     what, base = f"claims by priority, {CLAIMERS} processes", f"SQLite WAL, NORMAL: {theirs:.3g} µs"
     return [
-        Row(what, took, "µs", base, ratio, RATE_LIMIT, is_ratio_limited=True),
-        Row(f"{what}: 99 of 100 within", slowest, "ms", limit=CLAIM_LIMIT),
+        BenchmarkRow(what, took, "µs", base, ratio, RATE_LIMIT, is_ratio_limited=True),
+        BenchmarkRow(f"{what}: 99 of 100 within", slowest, "ms", limit=CLAIM_LIMIT),
     ]
 
 
-def watching(place: Path, *, quick: bool) -> list[Row]:
+def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     """Return what it costs to wait for a change, and how soon another process sees one."""
     changes, idle = (3, 0.2) if quick else (40, 5.0)
     argv = [sys.executable, "-m", "benchmarks.sharing", "watch", str(place), str(changes)]
@@ -62,13 +62,15 @@ def watching(place: Path, *, quick: bool) -> list[Row]:
         told = json.loads(watcher.stdout.readline())
     seen = [one * 1e3 for one in told["seen"]]
     return [
-        Row("a change seen by another process, half within", _percentile(seen, 0.5), "ms"),
-        Row("a change seen by another process, 99 of 100 within", _percentile(seen, 0.99), "ms", limit=SEEN_LIMIT),
-        Row("a watcher at rest: processor", max(told["idle"], 1e-3), "%", limit=IDLE_LIMIT),
+        BenchmarkRow("a change seen by another process, half within", _percentile(seen, 0.5), "ms"),
+        BenchmarkRow(
+            "a change seen by another process, 99 of 100 within", _percentile(seen, 0.99), "ms", limit=SEEN_LIMIT
+        ),
+        BenchmarkRow("a watcher at rest: processor", max(told["idle"], 1e-3), "%", limit=IDLE_LIMIT),
     ]
 
 
-def crowd(place: Path, *, quick: bool) -> list[Row]:
+def measure_many_processes(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     """Return the time of a durable commit of one of eight writers until fifty readers have followed."""
     each = 5 if quick else 100
     readers = _start("follow", place, READERS, each * CLAIMERS)
@@ -77,7 +79,7 @@ def crowd(place: Path, *, quick: bool) -> list[Row]:
     for process in (writers, readers):
         process.communicate()
     took = (time.perf_counter() - begin) / (each * CLAIMERS) * 1e6
-    return [Row(f"durable commits of {CLAIMERS} processes, followed by {READERS}", took, "µs")]
+    return [BenchmarkRow(f"durable commits of {CLAIMERS} processes, followed by {READERS}", took, "µs")]
 
 
 def _percentile(found: list[float], part: float) -> float:
@@ -101,7 +103,7 @@ def _begin(*jobs: subprocess.Popen[str]) -> float:
     return time.perf_counter()
 
 
-def _together(job: str, place: Path, processes: int, tasks: int) -> tuple[float, list[float]]:
+def _run_processes(job: str, place: Path, processes: int, tasks: int) -> tuple[float, list[float]]:
     started = _start(job, place, processes, tasks)
     begin = _begin(started)
     started.communicate()
@@ -145,7 +147,7 @@ async def _change(place: Path, changes: int, idle: float) -> None:
 
 async def _watch(place: Path, changes: int) -> None:
     async with FileStore.open(place, SystemClock()) as store:
-        say({"ready": True})
+        print_json({"ready": True})
         seen, idle, since, spent = list[float](), 0.0, 0.0, 0.0
         async for record in store.watch():
             (event,) = record.events
@@ -157,7 +159,7 @@ async def _watch(place: Path, changes: int) -> None:
             seen.append(now - event.data["at"])
             if len(seen) == changes:
                 break
-    say({"seen": seen, "idle": idle})
+    print_json({"seen": seen, "idle": idle})
 
 
 async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
@@ -217,7 +219,7 @@ async def _follow(place: Path, until: int, _me: int, begin: Callable[[], None]) 
                 return
 
 
-def say(facts: dict[str, Any]) -> None:
+def print_json(facts: dict[str, Any]) -> None:
     """Print a line in one piece: several processes share this output."""
     os.write(1, json.dumps(facts).encode() + b"\n")
 
@@ -239,7 +241,7 @@ def _fork(job: Callable[..., Any], place: Path, number: int, processes: int) -> 
         children.append(child)
     for _ in children:
         os.read(ready, 1)
-    say({"ready": True})
+    print_json({"ready": True})
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 

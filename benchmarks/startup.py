@@ -18,16 +18,16 @@ from benchmarks.measure import (
     INTERRUPTED,
     QUICK_ROUNDS,
     ROUNDS,
+    BenchmarkRow,
     Cost,
-    Row,
-    cost_of,
-    council,
-    environment,
+    argument_parser,
+    council_path,
+    measure_command,
+    measure_pairs,
     median,
-    paired,
-    parser,
-    scratch,
-    show,
+    print_table,
+    scratch_folder,
+    user_environment,
 )
 
 TASKS: Final = 10_000
@@ -46,48 +46,50 @@ if __name__ == "__main__":
 """
 
 
-def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    with scratch(folder) as place:
-        env = environment(None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"))
+    with scratch_folder(folder) as place:
+        env = user_environment(None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"))
         return [_help(place, env, rounds), *_status(place, env, rounds, QUICK_TASKS if quick else TASKS)]
 
 
-def _help(place: Path, env: Mapping[str, str], rounds: int) -> Row:
+def _help(place: Path, env: Mapping[str, str], rounds: int) -> BenchmarkRow:
     hello = place / "hello.py"
     hello.write_text(_HELLO, encoding="utf-8")
-    pairs = paired(
-        lambda: cost_of([council(), "--help"], env=env),
-        lambda: cost_of([sys.executable, str(hello)], env=env),
+    pairs = measure_pairs(
+        lambda: measure_command([council_path(), "--help"], env=env),
+        lambda: measure_command([sys.executable, str(hello)], env=env),
         2 * rounds,
     )
     return _row("council --help", pairs, "click hello world", limit=1.3, is_ratio_limited=True)
 
 
-def _status(place: Path, env: Mapping[str, str], rounds: int, tasks: int) -> list[Row]:
+def _status(place: Path, env: Mapping[str, str], rounds: int, tasks: int) -> list[BenchmarkRow]:
     top = place / "repository"
-    log = long_run.make(top, tasks, place / "home")
-    pairs = paired(
-        lambda: cost_of([council(), "status"], env=env, cwd=top, code=INTERRUPTED),
-        lambda: cost_of([sys.executable, "-c", "import click"], env=env),
+    log = long_run.make_project(top, tasks, place / "home")
+    pairs = measure_pairs(
+        lambda: measure_command([council_path(), "status"], env=env, cwd=top, code=INTERRUPTED),
+        lambda: measure_command([sys.executable, "-c", "import click"], env=env),
         rounds,
     )
     (log / "snapshot").unlink()
-    anew = cost_of([council(), "status"], env=env, cwd=top, code=INTERRUPTED)
+    anew = measure_command([council_path(), "status"], env=env, cwd=top, code=INTERRUPTED)
     what = f"council status, {tasks:,} tasks"
     return [
         _row(what, pairs, "import click", limit=0.5),
-        Row(f"{what}, without a snapshot", anew.wall, "s"),
+        BenchmarkRow(f"{what}, without a snapshot", anew.wall, "s"),
     ]
 
 
-def _row(what: str, pairs: list[tuple[Cost, Cost]], than: str, *, limit: float, is_ratio_limited: bool = False) -> Row:
+def _row(
+    what: str, pairs: list[tuple[Cost, Cost]], than: str, *, limit: float, is_ratio_limited: bool = False
+) -> BenchmarkRow:
     took, base = (median([pair[side].wall for pair in pairs]) for side in (0, 1))
     ratio = median([one.wall / other.wall for one, other in pairs])
-    return Row(what, took, "s", f"{than}: {base:.3g} s", ratio, limit, is_ratio_limited)
+    return BenchmarkRow(what, took, "s", f"{than}: {base:.3g} s", ratio, limit, is_ratio_limited)
 
 
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
-    show(measure(quick=options.quick, folder=options.folder))
+    options = argument_parser(__doc__).parse_args()
+    print_table(measure(quick=options.quick, folder=options.folder))

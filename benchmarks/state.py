@@ -21,7 +21,7 @@ from typing import Final
 import anyio
 
 from benchmarks import sharing
-from benchmarks.measure import Cost, Row, median, parser, scratch, show, timed
+from benchmarks.measure import BenchmarkRow, Cost, argument_parser, measure_cost, median, print_table, scratch_folder
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -40,11 +40,11 @@ _REAL_FSYNC: Final = 20e-6
 _SCHEMA: Final = "CREATE TABLE documents (id TEXT PRIMARY KEY, version INTEGER NOT NULL, value TEXT NOT NULL)"
 
 
-def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
+def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark; RuntimeError where nothing is behind an fsync."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
     # Shared memory, where others are measured, has no device behind it.
-    with scratch(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
         if not quick:
             _check_fsync(place)
         rows = []
@@ -55,32 +55,38 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[Row]:
             ]
             rows += _rows(f"{'durable ' if durable else ''}commits, {WRITERS} at once", pairs, level, limit)
         rows += _opening(place / "long", tasks, rounds)
-        rows += sharing.claims(place, quick=quick)
-        return [*rows, *sharing.watching(place / "watched", quick=quick), *sharing.crowd(place / "crowd", quick=quick)]
+        rows += sharing.measure_claims(place, quick=quick)
+        return [
+            *rows,
+            *sharing.measure_watching(place / "watched", quick=quick),
+            *sharing.measure_many_processes(place / "crowd", quick=quick),
+        ]
 
 
-def _rows(what: str, pairs: list[tuple[Cost, Cost]], level: str, limit: float) -> list[Row]:
+def _rows(what: str, pairs: list[tuple[Cost, Cost]], level: str, limit: float) -> list[BenchmarkRow]:
     count = WRITERS * VERSIONS
     ours, theirs = (median([pair[side].wall for pair in pairs]) / count * 1e6 for side in (0, 1))
     ratio = median([one.wall / other.wall for one, other in pairs])
     cpu = median([one.cpu for one, _ in pairs]) / count * 1e6
     base = f"SQLite WAL, {level}, one transaction each: {theirs:.3g} µs"
     return [
-        Row(what, ours, "µs", base, ratio, limit, is_ratio_limited=True),
-        Row(f"{what}: processor", cpu, "µs", limit=CPU_LIMIT),
+        BenchmarkRow(what, ours, "µs", base, ratio, limit, is_ratio_limited=True),
+        BenchmarkRow(f"{what}: processor", cpu, "µs", limit=CPU_LIMIT),
     ]
 
 
-def _opening(place: Path, tasks: int, rounds: int) -> list[Row]:
+def _opening(place: Path, tasks: int, rounds: int) -> list[BenchmarkRow]:
     anyio.run(_fill, place, tasks)
     raw = sum(path.stat().st_size for path in place.glob("*.jsonl"))
     took = [anyio.run(_open, place) for _ in range(rounds)]
     packed = anyio.run(_pack, place)
     what = f"opening {tasks:,} tasks, {tasks * 10:,} commits"
     return [
-        Row(what, median(took), "s", limit=OPEN_LIMIT),
-        Row(f"{what}, packed", median([anyio.run(_open, place) for _ in range(rounds)]), "s", limit=OPEN_LIMIT),
-        Row("packed closed segments", packed / 1e6, "MB", f"as they were: {raw / 1e6:.3g} MB", packed / raw),
+        BenchmarkRow(what, median(took), "s", limit=OPEN_LIMIT),
+        BenchmarkRow(
+            f"{what}, packed", median([anyio.run(_open, place) for _ in range(rounds)]), "s", limit=OPEN_LIMIT
+        ),
+        BenchmarkRow("packed closed segments", packed / 1e6, "MB", f"as they were: {raw / 1e6:.3g} MB", packed / raw),
     ]
 
 
@@ -96,7 +102,7 @@ def _check_fsync(place: Path) -> None:
         raise RuntimeError(f"an fsync in {place} takes {took * 1e6:.0f} µs: there is no device; name another --folder")
 
 
-def document(number: int) -> JsonObject:
+def make_document(number: int) -> JsonObject:
     """Return a value of about 1.8 kB that looks like a task's and is like no other."""
     chance = random.Random(number)  # noqa: S311  the same each time
     attempts = [
@@ -127,12 +133,12 @@ async def _commit_all(place: Path, durable: bool) -> Cost:
     async with FileStore.open(place, SystemClock()) as store:
 
         async def write(one: int) -> None:
-            key, value = Key("task", f"run/{one}"), document(one)
+            key, value = Key("task", f"run/{one}"), make_document(one)
             for version in range(VERSIONS):
                 event = Event("task.started", {"task": str(one)})
                 await store.commit(Commit([Write(key, version, value)], [event], durable=durable))
 
-        with timed() as cost:
+        with measure_cost() as cost:
             async with anyio.create_task_group() as group:
                 for one in range(WRITERS):
                     group.start_soon(write, one)
@@ -144,8 +150,8 @@ def _by_sqlite(path: Path, level: str) -> Cost:
         database.execute("PRAGMA journal_mode=WAL")
         database.execute(f"PRAGMA synchronous={level}")
         database.execute(_SCHEMA)
-        values = [document(one) for one in range(WRITERS)]
-        with timed() as cost:
+        values = [make_document(one) for one in range(WRITERS)]
+        with measure_cost() as cost:
             for version in range(VERSIONS):
                 for one, value in enumerate(values):
                     database.execute("BEGIN IMMEDIATE")
@@ -161,7 +167,7 @@ async def _fill(place: Path, tasks: int) -> None:
         async def write(first: int) -> None:
             for version in range(10):
                 for one in range(first, tasks, WRITERS):
-                    write = Write(Key("task", f"run/{one}"), version, document(one))
+                    write = Write(Key("task", f"run/{one}"), version, make_document(one))
                     await store.commit(Commit([write], durable=False))
 
         async with anyio.create_task_group() as group:
@@ -181,8 +187,8 @@ async def _pack(place: Path) -> int:
 
 
 if __name__ == "__main__":
-    chosen = parser(__doc__).parse_args()
+    chosen = argument_parser(__doc__).parse_args()
     try:
-        show(measure(quick=chosen.quick, folder=chosen.folder))
+        print_table(measure(quick=chosen.quick, folder=chosen.folder))
     except RuntimeError as error:
         sys.exit(str(error))

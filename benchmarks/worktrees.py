@@ -23,13 +23,22 @@ from typing import Final
 
 import anyio
 
-from benchmarks.ground import clone, file_system, make_repository, run_git
-from benchmarks.measure import Cost, Row, cost_of, median, parser, scratch, show, timed
+from benchmarks.ground import clone, file_system_kind, make_repository, run_git
+from benchmarks.measure import (
+    BenchmarkRow,
+    Cost,
+    argument_parser,
+    measure_command,
+    measure_cost,
+    median,
+    print_table,
+    scratch_folder,
+)
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.source import Source
+from orchestrator.repo.source.source import UpstreamRepository
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.hub import Hub, create_hub, hub_of, internal_ref
-from orchestrator.repo.worktrees.pool import Care, Checkout, Pool, PoolLimits
+from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
+from orchestrator.repo.worktrees.pool import HeldSlot, PoolLimits, SlotOptions, SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.clock import SystemClock
 
@@ -37,9 +46,9 @@ FILES: Final = (200, 5_000, 57_000)
 QUICK_FILES: Final = (50,)
 ROUNDS: Final = 7
 QUICK_ROUNDS: Final = 1
-MOVED: Final = 20
+CHANGED_FILES: Final = 20
 """Files that differ where the base has moved."""
-LIMITED_FROM: Final = 5_000
+MIN_FILES_FOR_LIMITS: Final = 5_000
 """Files from which on the limits hold: with fewer, starting programs is all that is measured."""
 
 _ADD, _REMOVE, _STATUS = "git worktree add", "git worktree remove --force", "git status"
@@ -53,7 +62,7 @@ _ROWS: Final = (
 
 
 @dataclass(frozen=True)
-class _Ground:
+class _TestRepository:
     """A repository at two commits, its hub, and what has been measured."""
 
     top: Path
@@ -63,37 +72,37 @@ class _Ground:
     costs: dict[str, list[Cost]] = field(default_factory=lambda: defaultdict(list))
 
 
-def measure(*, quick: bool, folder: Path | None = None, repository: Path | None = None) -> list[Row]:
+def measure(*, quick: bool, folder: Path | None = None, repository: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark. RuntimeError on a file system on which it would measure something else."""
-    rows: list[Row] = []
+    rows: list[BenchmarkRow] = []
     sizes = (0,) if repository else QUICK_FILES if quick else FILES
     for size in sizes:
-        with scratch(folder) as place:
-            kind = file_system(place)
+        with scratch_folder(folder) as place:
+            kind = file_system_kind(place)
             top = clone(repository or make_repository(place / "origin", size), place / "clone")
             files = len(run_git(top, "ls-files", "-z").split(b"\0")) - 1
             ground = anyio.run(_measure, top, QUICK_ROUNDS if quick else ROUNDS)
-            rows.extend(_rows(ground, f"{files:,} files, on {kind}", has_limits=files >= LIMITED_FROM))
+            rows.extend(_rows(ground, f"{files:,} files, on {kind}", has_limits=files >= MIN_FILES_FOR_LIMITS))
     return rows
 
 
-def _rows(ground: _Ground, where: str, *, has_limits: bool) -> list[Row]:
+def _rows(ground: _TestRepository, where: str, *, has_limits: bool) -> list[BenchmarkRow]:
     rows = []
     for what, baseline, limit in _ROWS:
         took = median([cost.cpu for cost in ground.costs[what]])
         name = f"worktree: {what}, {where}"
         if baseline is None:
-            rows.append(Row(name, took * 1e3, "ms"))
+            rows.append(BenchmarkRow(name, took * 1e3, "ms"))
             continue
         base = median([cost.cpu for cost in ground.costs[baseline]])
         ratio = median([a.cpu / b.cpu for a, b in zip(ground.costs[what], ground.costs[baseline], strict=True)])
         said = f"{baseline}: {base * 1e3:.3g} ms"
         allowed = limit if has_limits else None
-        rows.append(Row(name, took * 1e3, "ms", said, ratio, allowed, is_ratio_limited=allowed is not None))
+        rows.append(BenchmarkRow(name, took * 1e3, "ms", said, ratio, allowed, is_ratio_limited=allowed is not None))
     return rows
 
 
-async def _measure(top: Path, rounds: int) -> _Ground:
+async def _measure(top: Path, rounds: int) -> _TestRepository:
     ground = await _ground(top)
     async with _pool(ground) as pool:
         for number in range(rounds + 1):
@@ -107,34 +116,38 @@ async def _measure(top: Path, rounds: int) -> _Ground:
     return ground
 
 
-async def _ground(top: Path) -> _Ground:
-    hub = hub_of(str(top), top.with_name("home"))
+async def _ground(top: Path) -> _TestRepository:
+    hub = locate_hub(str(top), top.with_name("home"))
     git = Git(hub.trusted)
     await create_hub(hub, "sha1", git.environ)
-    source = Source.of(str(top), is_local=True, git=git)
+    source = UpstreamRepository.of(str(top), is_local=True, git=git)
     branch = run_git(top, "branch", "--show-current").decode().strip()
-    old = await source.fetch(branch, internal_ref("bench", "old"))
+    old = await source.fetch(branch, internal_ref_name("bench", "old"))
     names = [name for name in run_git(top, "ls-files", "-z").decode(errors="surrogateescape").split("\0") if name]
-    for name in [name for name in names if (top / name).is_file()][:: max(1, len(names) // MOVED)][:MOVED]:
+    for name in [name for name in names if (top / name).is_file()][:: max(1, len(names) // CHANGED_FILES)][
+        :CHANGED_FILES
+    ]:
         with (top / name).open("ab") as file:
             file.write(b"# moved\n")
     run_git(top, "commit", "--quiet", "-a", "-m", "Move")
-    return _Ground(top, hub, git, (old, await source.fetch(branch, internal_ref("bench", "new"))))
+    return _TestRepository(top, hub, git, (old, await source.fetch(branch, internal_ref_name("bench", "new"))))
 
 
 @asynccontextmanager
-async def _pool(ground: _Ground) -> AsyncIterator[Pool]:
-    async with Pool.open(ground.git, ground.hub, SystemClock(), PoolLimits(places=1), Care(), warm=0) as pool:
-        pool._can_tell = True
+async def _pool(ground: _TestRepository) -> AsyncIterator[SlotPool]:
+    async with SlotPool.open(
+        ground.git, ground.hub, SystemClock(), PoolLimits(places=1), SlotOptions(), warm=0
+    ) as pool:
+        pool._detects_all_changes = True
         yield pool
 
 
-async def _cycle(ground: _Ground, pool: Pool, name: str, commit: str, what: str | None) -> None:
+async def _cycle(ground: _TestRepository, pool: SlotPool, name: str, commit: str, what: str | None) -> None:
     """Have a session that writes a file and removes one."""
     worktree = Worktree(ground.hub, "bench", name, 1)
-    with timed() as cost:
+    with measure_cost() as cost:
         checkout = await pool.take(commit, worktree.root)
-        await worktrees.create(worktree, checkout, "prompt")
+        await worktrees.create_worktree(worktree, checkout, "prompt")
     if what is not None:
         ground.costs[what].append(cost())
     next(path for path in worktree.tree.rglob("*.*") if path.is_file() and path.name != ".git").unlink()
@@ -145,14 +158,14 @@ async def _cycle(ground: _Ground, pool: Pool, name: str, commit: str, what: str 
             ground.costs[step].append(one)
 
 
-async def _end(pool: Pool, worktree: Worktree, checkout: Checkout) -> dict[str, Cost]:
-    status = cost_of(["git", "status", "--porcelain"], cwd=worktree.tree)
-    with timed() as finding:
+async def _end(pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> dict[str, Cost]:
+    status = measure_command(["git", "status", "--porcelain"], cwd=worktree.tree)
+    with measure_cost() as finding:
         found = await checkout.compare()
-    with timed() as giving:
-        await worktrees.leave(worktree)
+    with measure_cost() as giving:
+        await worktrees.remove_session_folder(worktree)
         pool.give_back(checkout, found)
-    with timed() as cleaning:
+    with measure_cost() as cleaning:
         await _until_clean(pool)
     return {
         _STATUS: status,
@@ -162,24 +175,24 @@ async def _end(pool: Pool, worktree: Worktree, checkout: Checkout) -> dict[str, 
     }
 
 
-async def _until_clean(pool: Pool) -> None:
+async def _until_clean(pool: SlotPool) -> None:
     while not pool._idle or any(pool._hub.trash.iterdir()):  # noqa: ASYNC110  nobody else needs to be told
         await anyio.sleep(0.02)
 
 
-def _by_git(ground: _Ground) -> None:
+def _by_git(ground: _TestRepository) -> None:
     path = ground.top.with_name("worktree")
-    ground.costs[_ADD].append(cost_of(["git", "-C", str(ground.top), "worktree", "add", "--detach", str(path)]))
+    ground.costs[_ADD].append(measure_command(["git", "-C", str(ground.top), "worktree", "add", "--detach", str(path)]))
     argv = ["git", "-C", str(ground.top), "worktree", "remove", "--force", str(path)]
-    ground.costs[_REMOVE].append(cost_of(argv))
+    ground.costs[_REMOVE].append(measure_command(argv))
 
 
 if __name__ == "__main__":
-    options = parser(__doc__)
+    options = argument_parser(__doc__)
     options.add_argument("--repository", type=Path, help="work on a clone of this one instead of made ones")
     chosen = options.parse_args()
     try:
         measured = measure(quick=chosen.quick, folder=chosen.folder, repository=chosen.repository)
     except RuntimeError as error:
         sys.exit(str(error))
-    show(measured)
+    print_table(measured)

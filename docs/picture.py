@@ -23,9 +23,9 @@ from rich.segment import SegmentLines
 
 import orchestrator.testing.fake_cli
 from orchestrator.api.council import Council
-from orchestrator.cli.live.model import RunView
+from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.render.draw import frame_lines
-from orchestrator.cli.render.table import Frame
+from orchestrator.cli.render.table import TableFrame
 
 WIDTH, ROOM = 106, 10
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
@@ -130,12 +130,12 @@ def prepare(scratch: Path, environ: dict[str, str]) -> Path:
     return path
 
 
-async def catch(config: Path, environ: dict[str, str]) -> Frame:
+async def catch(config: Path, environ: dict[str, str]) -> TableFrame:
     """Run the file until the moment has come; return what a terminal shows then."""
     async with Council.open(config, environ=environ) as council:
         run = await council.create_run()
         activity = await council.activity(run)
-        view = RunView(activity.record, activity.attempts)
+        view = LiveRun(activity.record, activity.attempts)
 
         async def follow() -> None:
             async for record in council.records(activity.position):
@@ -156,7 +156,7 @@ async def catch(config: Path, environ: dict[str, str]) -> Frame:
     return frame
 
 
-def is_telling(frame: Frame) -> bool:
+def is_telling(frame: TableFrame) -> bool:
     """Whether the moment has come."""
     rows = {row.task: row for row in frame.rows}
     talk = all(rows[task].words for task in TALKING)
@@ -167,7 +167,7 @@ def is_telling(frame: Frame) -> bool:
     )
 
 
-def draw(frame: Frame) -> str:
+def draw(frame: TableFrame) -> str:
     """Return the picture."""
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(SegmentLines(frame_lines(frame, WIDTH), new_lines=True))

@@ -22,9 +22,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from orchestrator.api.archive import Archive, KeptWork, LogPart
-    from orchestrator.api.council import Council, Places
-    from orchestrator.api.history import Past
+    from orchestrator.api.archive import Archive, LogChunk, PreservedWork
+    from orchestrator.api.council import Council, ProjectPaths
+    from orchestrator.api.history import StateHistory
     from orchestrator.api.transfer import adopt_state, copy_state
     from orchestrator.config.schema import (
         AdapterSettings,
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
         TaskDefaults,
         WorktreeSettings,
     )
-    from orchestrator.domain.documents.conflicts import Strategy, Update
+    from orchestrator.domain.documents.conflicts import ConflictStrategy, DocumentUpdate
     from orchestrator.domain.runs.failures import FailureClass
     from orchestrator.domain.runs.model import TaskStatus
     from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, TaskSummary
     from orchestrator.domain.sessions.notes import Note
     from orchestrator.domain.workflow.violations import Violation
-    from orchestrator.engine.phases.verification import CheckedTask, RunCheck
+    from orchestrator.engine.phases.verification import RunVerification, TaskVerification
     from orchestrator.engine.reports.report import (
         AdapterReport,
         OrchestratorReport,
@@ -50,90 +50,90 @@ if TYPE_CHECKING:
         SessionReport,
         TaskReport,
     )
-    from orchestrator.engine.reports.story import Story
-    from orchestrator.engine.scheduler.restore import Restored
+    from orchestrator.engine.reports.story import TaskDetails
+    from orchestrator.engine.scheduler.restore import RestoreResult
     from orchestrator.engine.session_api.details import SessionDetails
     from orchestrator.errors import (
         ConfigError,
         CouncilError,
         LockHeld,
-        LockRefused,
+        LockUnavailable,
         Problem,
         RefusedError,
-        RequestUnanswered,
+        RequestTimeout,
         StateLost,
         StoreUnavailable,
         UnreadableDocument,
         VersionConflict,
     )
     from orchestrator.locking.named_locks import LockInfo
-    from orchestrator.locking.overview import Lock, LockLayer, LockUser
+    from orchestrator.locking.overview import LockLayer, LockParty, LockStatus
     from orchestrator.plugins import Plugins
-    from orchestrator.protocols import Document, Event, Key, RecordedEvent, Verified
-    from orchestrator.state.documents.checkpoints import Checkpoint, Restoration
-    from orchestrator.state.documents.conflicts import Applied, Conflict, Settled
-    from orchestrator.state.documents.subscription import Changed
-    from orchestrator.state.transfer.copying import Copied
+    from orchestrator.protocols import Document, Event, Key, RecordedEvent, VerificationReport
+    from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
+    from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
+    from orchestrator.state.documents.subscription import DocumentChange
+    from orchestrator.state.transfer.copying import CopyResult
 
 __all__ = [
     "AdapterReport",
     "AdapterSettings",
-    "Applied",
+    "UpdateResult",
     "Archive",
     "BackoffSettings",
-    "Changed",
-    "CheckedTask",
+    "DocumentChange",
+    "TaskVerification",
     "Checkpoint",
     "Config",
     "ConfigError",
     "Conflict",
-    "Copied",
+    "CopyResult",
     "Council",
     "CouncilError",
     "Document",
     "Event",
     "FailureClass",
-    "KeptWork",
+    "PreservedWork",
     "Key",
-    "Lock",
+    "LockStatus",
     "LockHeld",
     "LockInfo",
     "LockLayer",
-    "LockRefused",
-    "LockUser",
-    "LogPart",
+    "LockUnavailable",
+    "LockParty",
+    "LogChunk",
     "Note",
     "OrchestratorReport",
-    "Past",
-    "Places",
+    "StateHistory",
+    "ProjectPaths",
     "Plugins",
     "Problem",
     "RecordedEvent",
     "RefusedError",
-    "RequestUnanswered",
-    "Restoration",
-    "Restored",
-    "RunCheck",
+    "RequestTimeout",
+    "RestorePlan",
+    "RestoreResult",
+    "RunVerification",
     "RunReport",
     "RunStatus",
     "SessionContext",
     "SessionDetails",
     "SessionReport",
     "SessionStatus",
-    "Settled",
+    "ConflictResolution",
     "SetupSettings",
     "StateLost",
     "StoreUnavailable",
-    "Story",
-    "Strategy",
+    "TaskDetails",
+    "ConflictStrategy",
     "Task",
     "TaskDefaults",
     "TaskReport",
     "TaskStatus",
     "TaskSummary",
     "UnreadableDocument",
-    "Update",
-    "Verified",
+    "DocumentUpdate",
+    "VerificationReport",
     "VersionConflict",
     "Violation",
     "WorktreeSettings",
@@ -142,7 +142,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "archive": ("Archive", "KeptWork", "LogPart"),
+    "archive": ("Archive", "PreservedWork", "LogChunk"),
     "config.schema": (
         "AdapterSettings",
         "BackoffSettings",
@@ -152,14 +152,14 @@ _MODULES = {
         "TaskDefaults",
         "WorktreeSettings",
     ),
-    "council": ("Council", "Places"),
-    "domain.conflicts": ("Strategy", "Update"),
+    "council": ("Council", "ProjectPaths"),
+    "domain.conflicts": ("ConflictStrategy", "DocumentUpdate"),
     "domain.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
     "domain.failures": ("FailureClass",),
     "domain.model": ("TaskStatus",),
     "domain.notes": ("Note",),
     "domain.violations": ("Violation",),
-    "engine.checking": ("CheckedTask", "RunCheck"),
+    "engine.checking": ("TaskVerification", "RunVerification"),
     "engine.details": ("SessionDetails",),
     "engine.report": (
         "AdapterReport",
@@ -169,30 +169,30 @@ _MODULES = {
         "SessionReport",
         "TaskReport",
     ),
-    "engine.restoring": ("Restored",),
-    "engine.story": ("Story",),
+    "engine.restoring": ("RestoreResult",),
+    "engine.story": ("TaskDetails",),
     "errors": (
         "ConfigError",
         "CouncilError",
         "LockHeld",
-        "LockRefused",
+        "LockUnavailable",
         "Problem",
         "RefusedError",
-        "RequestUnanswered",
+        "RequestTimeout",
         "StateLost",
         "StoreUnavailable",
         "UnreadableDocument",
         "VersionConflict",
     ),
     "locking.named_locks": ("LockInfo",),
-    "locking.overview": ("LockLayer", "Lock", "LockUser"),
-    "past": ("Past",),
+    "locking.overview": ("LockLayer", "LockStatus", "LockParty"),
+    "past": ("StateHistory",),
     "plugins": ("Plugins",),
-    "protocols": ("Document", "Event", "Key", "RecordedEvent", "Verified"),
-    "state.checkpoints": ("Checkpoint", "Restoration"),
-    "state.conflicts": ("Applied", "Conflict", "Settled"),
-    "state.copying": ("Copied",),
-    "state.subscription": ("Changed",),
+    "protocols": ("Document", "Event", "Key", "RecordedEvent", "VerificationReport"),
+    "state.checkpoints": ("Checkpoint", "RestorePlan"),
+    "state.conflicts": ("UpdateResult", "Conflict", "ConflictResolution"),
+    "state.copying": ("CopyResult",),
+    "state.subscription": ("DocumentChange",),
     "transfer": ("adopt_state", "copy_state"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

@@ -83,7 +83,7 @@ class NothingToMerge(RefusedError):
     """All work of a run is where it is to land."""
 
 
-class RunAtWork(RefusedError):
+class RunActive(RefusedError):
     """Another process coordinates a run."""
 
     def __init__(self, run: str, pid: int, host: str) -> None:
@@ -92,7 +92,7 @@ class RunAtWork(RefusedError):
         super().__init__(what, "wait for it, stop it with SIGINT, or join it by `council work`")
 
 
-class FileHeld(RefusedError):
+class FileLocked(RefusedError):
     """A file that a session wants to lock was not free in time."""
 
     def __init__(self, path: str, holder: str, since: float | None) -> None:
@@ -102,7 +102,7 @@ class FileHeld(RefusedError):
         super().__init__(f"{path} is locked by {holder}{when}", "wait for it, or work at something else")
 
 
-class LockRefused(RefusedError):
+class LockUnavailable(RefusedError):
     """A lock was not free in time, or waiting for it would never end."""
 
     def __init__(self, name: str, why: str, remedy: str) -> None:
@@ -114,19 +114,19 @@ class UnreadableDocument(RefusedError):
     """A document of ours has a shape that is none of its kind."""
 
     def __init__(self, key: str, flaw: str) -> None:
-        self.key, self.flaw = key, flaw
+        self.key, self.reason = key, flaw
         remedy = "`council state verify --repair` restores its last readable version"
         super().__init__(f"{key} can't be read: {flaw}", remedy)
 
 
-def mistake_of(error: ValidationError) -> str:
+def describe_validation_error(error: ValidationError) -> str:
     """Return the first mistake that a model has found, in one line."""
     wrong = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, wrong["loc"]))
     return ": ".join(filter(None, (place, f"{wrong['msg'][:1].lower()}{wrong['msg'][1:]}")))
 
 
-def refuse_together(found: Sequence[tuple[str, str]], remedy: str) -> None:
+def raise_combined_refusal(found: Sequence[tuple[str, str]], remedy: str) -> None:
     """Raise RefusedError if anything was found, each a fact and its own remedy; `remedy` is for several at once."""
     if len(found) == 1:
         raise RefusedError(*found[0])
@@ -153,7 +153,7 @@ class InvalidDocument(StateError):
         super().__init__(f"{subject} can't be stored: {why}: store plain JSON objects within the size limit")
 
 
-def who_and_when(by: str, time: float) -> str:
+def format_author(by: str, time: float) -> str:
     """Return a process and an instant (wall-clock seconds) as the sentences of errors name them."""
     return f"{by}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
@@ -172,11 +172,11 @@ class VersionConflict(StateError):
     def __init__(self, subject: str, expected: int, found: int, *, by: str = "", time: float = 0.0) -> None:
         """`by` wrote the version that was `found`, at `time` (wall-clock seconds)."""
         self.expected, self.found, self.by, self.time = expected, found, by, time
-        written = f" (written by {who_and_when(by, time)})" if by else ""
+        written = f" (written by {format_author(by, time)})" if by else ""
         super().__init__(f"{subject} is at version {found}{written}, not {expected}: read it and try again")
 
 
-class HistoryGone(StateError):
+class HistoryCompacted(StateError):
     """What was asked for is older than what the store keeps."""
 
     def __init__(self, position: int, first: int) -> None:
@@ -206,7 +206,7 @@ class ClaimLost(LeaseLost):
         super().__init__(f"the claim on task {task!r}, which {by} has taken over,", held, current)
 
 
-class HandoffBroken(StateError):
+class HandoffCorrupted(StateError):
     """What a phase is to be given is not what was handed over."""
 
     def __init__(self, handoff: str, why: str) -> None:
@@ -215,7 +215,7 @@ class HandoffBroken(StateError):
         super().__init__(f"handoff {handoff}: {why}: {remedy}")
 
 
-class Fenced(LeaseLost):
+class OrchestratorFenced(LeaseLost):
     """This process was taken for gone, and another has taken over all that it was at."""
 
     def __init__(self, run: str, orchestrator: str, why: str) -> None:
@@ -254,7 +254,7 @@ class LockHeld(CouncilError):
         super().__init__(f"{self.what}: {self.remedy}")
 
 
-class RequestUnanswered(CouncilError):
+class RequestTimeout(CouncilError):
     """A request is recorded, and the process that is to perform it has not done so in time."""
 
     def __init__(self, holder: str, timeout: float) -> None:
@@ -285,7 +285,7 @@ class GitKilled(GitError):
         self.args = (f"{self.what}: {self.remedy}",)
 
 
-class TargetGone(GitError):
+class TargetMissing(GitError):
     """The target branch existed and was deleted or renamed since: nothing lands until it exists again."""
 
     def __init__(self, branch: str, commit: str | None) -> None:
@@ -315,40 +315,40 @@ _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
     errno.EAGAIN: ("Resource temporarily unavailable", "raise the limit of processes (`ulimit -u`)"),
 }
 #: The fixes, by errno and by message.
-SHORTAGES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
-SHORTAGE_TEXTS: Final = dict(_SHORTAGES.values())
+RESOURCE_REMEDIES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
+RESOURCE_MESSAGES: Final = dict(_SHORTAGES.values())
 #: The errors of ours that are due to something that may pass.
-_UNAVAILABLE: Final = GitKilled | LockHeld | RequestUnanswered | StoreUnavailable
+_UNAVAILABLE: Final = GitKilled | LockHeld | RequestTimeout | StoreUnavailable
 #: Those of a full disk.
-FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
-def shortage(error: OSError | GitError) -> int | None:
+def find_exhausted_resource(error: OSError | GitError) -> int | None:
     """Return the errno of the resource that this machine lacks now, if an error is due to that."""
     if isinstance(error, GitError):  # it prints the system's messages, in the C locale
         return next((number for number, (text, _) in _SHORTAGES.items() if text in error.stderr), None)
-    return error.errno if error.errno in SHORTAGES else None
+    return error.errno if error.errno in RESOURCE_REMEDIES else None
 
 
-def is_exhaustion(error: OSError | GitError) -> bool:
+def is_resource_exhaustion(error: OSError | GitError) -> bool:
     """Whether something failed because this machine has not enough of something now, which may pass."""
-    return shortage(error) is not None
+    return find_exhausted_resource(error) is not None
 
 
-def as_shortage(error: BaseException) -> tuple[str, str] | None:
+def describe_shortage(error: BaseException) -> tuple[str, str] | None:
     """Return what is unavailable now and the fix, where an error is due to that and to nothing else."""
     if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
         return error.what, error.remedy
-    if not isinstance(error, OSError | GitError) or (number := shortage(error)) is None:
+    if not isinstance(error, OSError | GitError) or (number := find_exhausted_resource(error)) is None:
         return None
     place = error.filename if isinstance(error, OSError) else " ".join(error.argv[:2])
-    return ": ".join(filter(None, (place and str(place), _SHORTAGES[number][0].lower()))), SHORTAGES[number]
+    return ": ".join(filter(None, (place and str(place), _SHORTAGES[number][0].lower()))), RESOURCE_REMEDIES[number]
 
 
-def unusable(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
+def to_unusable_error(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
     """Return the refusal of what can't be used ("PATH can't be written"), or a shortage as it is."""
     why = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
-    return RefusedError(f"{what}: {why}", remedy) if as_shortage(error) is None else error
+    return RefusedError(f"{what}: {why}", remedy) if describe_shortage(error) is None else error
 
 
 _REFUSALS = {
@@ -357,7 +357,7 @@ _REFUSALS = {
 }
 
 
-def as_refusal(error: OSError) -> RefusedError | None:
+def to_permission_refusal(error: OSError) -> RefusedError | None:
     """Return what the machine refuses, with the remedy; None if it may be an internal error."""
     remedy = _REFUSALS.get(error.errno or 0)
     if remedy is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import pluggy
 from pydantic import BaseModel
 
-from orchestrator.domain.workflow.handoff_kinds import Kind, Validator
+from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator
 from orchestrator.domain.workflow.mediation import Transformation
 from orchestrator.protocols import AdapterType, SinkType, StoreType, TrackerType
 
@@ -54,7 +54,7 @@ class RegisterTracker(Protocol):
 class RegisterHandoffKind(Protocol):
     """How a plugin announces a kind of handoff."""
 
-    def __call__(self, name: str, kind: type[BaseModel] | Kind, /) -> None:
+    def __call__(self, name: str, kind: type[BaseModel] | HandoffKind, /) -> None:
         """Make what a model takes available as `produces: NAME` of a phase; a kind says more than a model can."""
 
 
@@ -68,7 +68,7 @@ class RegisterTransformation(Protocol):
 class RegisterValidator(Protocol):
     """How a plugin announces a check of what is handed over."""
 
-    def __call__(self, name: str, validator: Validator, /) -> None:
+    def __call__(self, name: str, validator: HandoffValidator, /) -> None:
         """Have it run on each handoff of its kind, after the kind's own check; `name` stands in what it finds."""
 
 
@@ -111,7 +111,7 @@ def council_register_transformations(register: RegisterTransformation) -> None:
 
 @hookspec
 def council_register_validators(register: RegisterValidator) -> None:
-    """Call `register(name, Validator(kind, function))` for each check of handoffs that this plugin brings."""
+    """Call `register(name, HandoffValidator(kind, function))` for each check of handoffs that this plugin brings."""
 
 
 @hookspec

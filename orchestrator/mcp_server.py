@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from orchestrator.client import main as client
-from orchestrator.client.commands import COMMANDS, OBJECT, PATHS, SECONDS, SERVER, VALUE, VERSION, Argument, Asked
-from orchestrator.client.quick_parser import Typed
-from orchestrator.client.session import AskError, Session, find_session
+from orchestrator.client.commands import (
+    MCP_SERVER_NAME,
+    OBJECT,
+    PATHS,
+    SECONDS,
+    SESSION_COMMANDS,
+    VALUE,
+    VERSION,
+    Argument,
+    SessionCommand,
+)
+from orchestrator.client.quick_parser import ParsedCommand
+from orchestrator.client.session import SessionConnection, SessionRequestError, find_session
 from orchestrator.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -45,18 +55,18 @@ async def serve() -> None:
         raise RefusedError("the SDK of the Model Context Protocol is not installed", _INSTALL) from None
     try:
         session = find_session(os.environ, str(Path.cwd()))
-    except AskError as error:
+    except SessionRequestError as error:
         raise RefusedError(error.what, error.remedy) from None
 
     async def call(_: Any, params: CallToolRequestParams) -> CallToolResult:
-        return await anyio.to_thread.run_sync(partial(_call, session, params.name, params.arguments or {}))
+        return await anyio.to_thread.run_sync(partial(_call_tool, session, params.name, params.arguments or {}))
 
-    server = Server(SERVER, instructions=_INSTRUCTIONS, on_list_tools=_list, on_call_tool=call)
+    server = Server(MCP_SERVER_NAME, instructions=_INSTRUCTIONS, on_list_tools=_list_tools, on_call_tool=call)
     async with stdio_server() as (incoming, outgoing):
         await server.run(incoming, outgoing, server.create_initialization_options())
 
 
-async def _list(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
+async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
     from mcp_types import ListToolsResult, Tool, ToolAnnotations  # noqa: PLC0415
 
     # No tool changes a file or removes anything of a user; a CLI that only reads then allows them without asking.
@@ -71,28 +81,28 @@ async def _list(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResu
                 input_schema=input_schema(one),
                 annotations=annotations,
             )
-            for one in COMMANDS.values()
+            for one in SESSION_COMMANDS.values()
         ]
     )
 
 
-def _call(session: Session, name: str, given: JsonObject) -> CallToolResult:
+def _call_tool(session: SessionConnection, name: str, given: JsonObject) -> CallToolResult:
     from mcp_types import CallToolResult, TextContent  # noqa: PLC0415
 
     def said(text: str, *, is_error: bool = False, result: JsonObject | None = None) -> CallToolResult:
         return CallToolResult(content=[TextContent(text=text)], structured_content=result, is_error=is_error)
 
-    command = COMMANDS.get(name)
+    command = SESSION_COMMANDS.get(name)
     if command is None:
-        return said(f"there is no tool {name[:40]!r}: there are {', '.join(COMMANDS)}", is_error=True)
+        return said(f"there is no tool {name[:40]!r}: there are {', '.join(SESSION_COMMANDS)}", is_error=True)
     try:
-        result = dict(client.ask(session, Typed(command, given, as_json=True), session.tree))
-    except AskError as error:
+        result = dict(client.ask_session(session, ParsedCommand(command, given, as_json=True), session.tree))
+    except SessionRequestError as error:
         return said(str(error), is_error=True)
     return said(json.dumps(result), result=result)
 
 
-def input_schema(command: Asked) -> JsonObject:
+def input_schema(command: SessionCommand) -> JsonObject:
     """Return the JSON Schema of what a command takes; paths are from the worktree's top."""
     return {
         "type": "object",

@@ -21,9 +21,9 @@ from pydantic import BaseModel
 
 from orchestrator import hookspecs
 from orchestrator.config.entries import Extensions
-from orchestrator.config.model import restore
+from orchestrator.config.model import restore_options
 from orchestrator.config.store import scheme_of
-from orchestrator.domain.workflow.handoff_kinds import Kind, Validator, model_kind, validated
+from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator, kind_from_model, with_validators
 from orchestrator.domain.workflow.mediation import Transformation
 from orchestrator.errors import PluginError, RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
@@ -34,15 +34,15 @@ if TYPE_CHECKING:  # it brings what most programs do without
     from orchestrator.domain.workflow.verification import Constraint
 
 #: The distribution whose plugins are always there.
-OURS = "cli-council"
+OWN_DISTRIBUTION = "cli-council"
 #: Names the plugins of others that may be loaded, with commas between them; unset: all. Empty: none.
-LIMIT = "COUNCIL_PLUGINS"
+PLUGINS_VARIABLE = "COUNCIL_PLUGINS"
 
 #: What an adapter must have; one that was written for another version of the contract lacks some of it.
 _ADAPTER = ("Options", "programs", "command", "parse", "verdict")
 _SINK = ("Options",)
 #: By the kind of what is registered: what it must have.
-_WANTED: Mapping[str, Sequence[str]] = {
+_REQUIRED_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "adapters": _ADAPTER,
     "stores": (),
     "sinks": _SINK,
@@ -54,13 +54,13 @@ _WANTED: Mapping[str, Sequence[str]] = {
 }
 
 #: Where the package that is running lies.
-_HOUSE = Path(__file__).resolve().parents[1]
+_PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
 _LONGEST_REASON = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PluginInfo:
     """A plugin: the name of its entry point, and the distribution that brings it."""
 
     name: str
@@ -69,10 +69,10 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class SkippedPlugin:
     """A plugin that is not used, and why."""
 
-    plugin: Found
+    plugin: PluginInfo
     reason: str
     names: frozenset[str] = frozenset()
     """What it would have registered, as far as it came to that."""
@@ -89,24 +89,24 @@ class Plugins:
     stores: dict[str, StoreType] = field(default_factory=dict)
     sinks: dict[str, SinkType] = field(default_factory=dict)
     trackers: dict[str, TrackerType] = field(default_factory=dict)
-    handoff_kinds: dict[str, Kind] = field(default_factory=dict)
+    handoff_kinds: dict[str, HandoffKind] = field(default_factory=dict)
     transformations: dict[str, Transformation] = field(default_factory=dict)
-    validators: dict[str, Validator] = field(default_factory=dict)
+    validators: dict[str, HandoffValidator] = field(default_factory=dict)
     constraints: dict[str, Constraint] = field(default_factory=dict)
-    loaded: list[Found] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-    not_wanted: list[Found] = field(default_factory=list)
+    loaded: list[PluginInfo] = field(default_factory=list)
+    left_out: list[SkippedPlugin] = field(default_factory=list)
+    disabled: list[PluginInfo] = field(default_factory=list)
     """Those of others that `COUNCIL_PLUGINS` does not name; nothing of them was imported."""
-    bringers: dict[tuple[str, str], Found] = field(default_factory=dict)
+    providers: dict[tuple[str, str], PluginInfo] = field(default_factory=dict)
     """The plugin that registered what stands under a kind (`adapters`, …) and a name."""
 
     def kinds(self) -> Mapping[str, dict[str, Any]]:
         """Return the registries by the kind's name in the plural, as the hooks have it."""
-        return {kind: getattr(self, kind) for kind in _WANTED}
+        return {kind: getattr(self, kind) for kind in _REQUIRED_ATTRIBUTES}
 
-    def checked_kinds(self) -> dict[str, Kind]:
+    def checked_kinds(self) -> dict[str, HandoffKind]:
         """Return the kinds of handoffs by name, each with the checks that plugins add to it."""
-        return {name: validated(kind, self.validators) for name, kind in self.handoff_kinds.items()}
+        return {name: with_validators(kind, self.validators) for name, kind in self.handoff_kinds.items()}
 
     def extensions(self) -> Extensions:
         """Return what a file can use beside adapters."""
@@ -116,7 +116,9 @@ class Plugins:
 
     def open(self, kind: str, name: str, stored: JsonObject) -> AbstractAsyncContextManager[Any]:
         """Open a `sink` or `tracker` from what its run has stored of it, for the body of an `async with`."""
-        opens, options = restore(f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(str(stored["use"])))
+        opens, options = restore_options(
+            f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(str(stored["use"]))
+        )
         opened: AbstractAsyncContextManager[Any] = opens(options)
         return opened
 
@@ -131,8 +133,8 @@ class Plugins:
     def explain(self, name: str) -> str | None:
         """Return why a name may be missing that a file calls for: its plugin was left out; None if nothing was."""
         unwanted = {
-            one.name: f"the plugin {one.name!r} of {one.distribution} {one.version}: {LIMIT} does not name it"
-            for one in self.not_wanted
+            one.name: f"the plugin {one.name!r} of {one.distribution} {one.version}: {PLUGINS_VARIABLE} does not name it"
+            for one in self.disabled
         }
         surely = [str(one) for one in self.left_out if name in {one.plugin.name, *one.names}]
         surely += [unwanted[name]] if name in unwanted else []
@@ -143,59 +145,61 @@ class Plugins:
 
 
 def load_plugins(environ: Mapping[str, str] = os.environ, worked_on: Sequence[Path] = ()) -> Plugins:
-    """Load what is installed and allowed; nothing that lies in the repositories of `worked_on` or the current folder.
+    """Load what is installed and allowed; nothing that lies in the repositories of `find_source_paths` or the current folder.
 
     What agents write there must not run as us. Blocks.
     """
     plugins = Plugins()
-    untrusted = [folder for path in (*worked_on, Path()) for folder in _repositories(path.absolute())]
+    untrusted = [folder for path in (*worked_on, Path()) for folder in _enclosing_repositories(path.absolute())]
     for entry, found in _installed():
         if not _is_wanted(found, environ):
-            plugins.not_wanted.append(found)
+            plugins.disabled.append(found)
             continue
         registered: dict[str, dict[str, Any]] = {kind: {} for kind in plugins.kinds()}
         try:
-            _check_place(entry, found, untrusted)
+            _check_location(entry, found, untrusted)
             _call_hooks(entry, found, registered)
-            _take(plugins, found, registered)
+            _add_registered(plugins, found, registered)
         except PluginError as error:
             names = frozenset(name for registry in registered.values() for name in registry)
-            plugins.left_out.append(LeftOut(found, error.why, names))
+            plugins.left_out.append(SkippedPlugin(found, error.why, names))
         else:
             plugins.loaded.append(found)
     return plugins
 
 
-def _repositories(path: Path) -> list[Path]:
+def _enclosing_repositories(path: Path) -> list[Path]:
     """Return the repositories that a file or folder is in."""
     return [folder for folder in (path, *path.parents) if (folder / ".git").exists()]
 
 
-def _installed() -> list[tuple[EntryPoint, Found]]:
+def _installed() -> list[tuple[EntryPoint, PluginInfo]]:
     """Return the plugins that there are. Ours come first: what they register stays theirs."""
     entries = entry_points(group=ENTRY_POINT_GROUP)
-    told = {one: _told(one) for one in {entry.dist for entry in entries}}  # once: each time it is all read anew
-    found = [(entry, Found(entry.name, *told[entry.dist])) for entry in entries]
+    told = {
+        one: _read_name_and_version(one) for one in {entry.dist for entry in entries}
+    }  # once: each time it is all read anew
+    found = [(entry, PluginInfo(entry.name, *told[entry.dist])) for entry in entries]
     return sorted(found, key=lambda one: (not _is_ours(one[1]), one[0].name, one[0].value))
 
 
-def _told(distribution: Distribution | None) -> tuple[str, str]:
+def _read_name_and_version(distribution: Distribution | None) -> tuple[str, str]:
     """Return the name and the version of a distribution."""
     metadata = distribution.metadata if distribution is not None else None
     name, version = (str(metadata[field]) if metadata and field in metadata else "?" for field in ("Name", "Version"))
     return name, version
 
 
-def _is_ours(found: Found) -> bool:
-    return found.distribution == OURS
+def _is_ours(found: PluginInfo) -> bool:
+    return found.distribution == OWN_DISTRIBUTION
 
 
-def _is_wanted(found: Found, environ: Mapping[str, str]) -> bool:
-    limit = environ.get(LIMIT)
+def _is_wanted(found: PluginInfo, environ: Mapping[str, str]) -> bool:
+    limit = environ.get(PLUGINS_VARIABLE)
     return limit is None or _is_ours(found) or found.name in {name.strip() for name in limit.split(",")}
 
 
-def _check_place(entry: EntryPoint, found: Found, untrusted: Sequence[Path]) -> None:
+def _check_location(entry: EntryPoint, found: PluginInfo, untrusted: Sequence[Path]) -> None:
     """Refuse what lies in an untrusted folder, before any of it is imported."""
     places = [] if entry.dist is None else [Path(str(entry.dist.locate_file("")))]
     try:
@@ -206,7 +210,9 @@ def _check_place(entry: EntryPoint, found: Found, untrusted: Sequence[Path]) -> 
     if spec is not None:
         found_in = [Path(place) for place in (spec.origin, *(spec.submodule_search_locations or ())) if place]
         # Whoever works on this package itself has it in the repository, and runs it from there already.
-        places += [place for place in found_in if not (_is_ours(found) and place.resolve().is_relative_to(_HOUSE))]
+        places += [
+            place for place in found_in if not (_is_ours(found) and place.resolve().is_relative_to(_PACKAGE_ROOT))
+        ]
     installed = [Path(place).resolve() for place in (*site.getsitepackages(), site.getusersitepackages(), sys.prefix)]
     for place in map(Path.resolve, places):
         is_installed = any(place.is_relative_to(one) for one in installed)
@@ -214,7 +220,7 @@ def _check_place(entry: EntryPoint, found: Found, untrusted: Sequence[Path]) -> 
             raise PluginError(found.name, f"it lies in the repository that is worked on, {place}: install it elsewhere")
 
 
-def _call_hooks(entry: EntryPoint, found: Found, registered: Mapping[str, dict[str, Any]]) -> None:
+def _call_hooks(entry: EntryPoint, found: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
     """Import one plugin and call its hooks, which add to `registered` by kind and name."""
     try:
         manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
@@ -233,7 +239,7 @@ def _call_hooks(entry: EntryPoint, found: Found, registered: Mapping[str, dict[s
 
 
 #: What is wanted of those kinds that are no types.
-_FIT: Mapping[str, str] = {
+_EXPECTED_TYPES: Mapping[str, str] = {
     "handoff_kinds": "a pydantic model or a Kind of that name",
     "transformations": "a function",
     "validators": "a Validator",
@@ -241,29 +247,29 @@ _FIT: Mapping[str, str] = {
 }
 
 
-def _is_fit(kind: str, name: str, registered: Any) -> bool:
+def _is_valid(kind: str, name: str, registered: Any) -> bool:
     match kind:
         case "handoff_kinds":
-            if isinstance(registered, Kind):
+            if isinstance(registered, HandoffKind):
                 return registered.name == name
             return isinstance(registered, type) and issubclass(registered, BaseModel)
         case "validators":
-            return isinstance(registered, Validator)
+            return isinstance(registered, HandoffValidator)
         case _:
             return callable(registered)
 
 
-def _register(found: Found, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:
-    wanted = _WANTED[kind]
+def _register(found: PluginInfo, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:
+    wanted = _REQUIRED_ATTRIBUTES[kind]
 
     def register(name: Any, registered: Any) -> None:
-        if not isinstance(name, str) or not name or not _is_fit(kind, name, registered):
-            what = _FIT.get(kind, "a type")
+        if not isinstance(name, str) or not name or not _is_valid(kind, name, registered):
+            what = _EXPECTED_TYPES.get(kind, "a type")
             raise PluginError(found.name, f"it registers {registered!r} as {name!r}: a name and {what} are wanted")
         if name in registry:
             raise PluginError(found.name, f"it registers {name!r} twice")
-        if kind == "handoff_kinds" and not isinstance(registered, Kind):
-            registered = model_kind(name, registered)
+        if kind == "handoff_kinds" and not isinstance(registered, HandoffKind):
+            registered = kind_from_model(name, registered)
         registry[name] = registered
         # A type that is made by a function shows what it lacks only when it is used.
         names = wanted if isinstance(registered, type) else [one for one in wanted if one == "Options"]
@@ -278,14 +284,14 @@ def _register(found: Found, kind: str, registry: dict[str, Any]) -> Callable[[An
     return register
 
 
-def _take(plugins: Plugins, found: Found, registered: Mapping[str, dict[str, Any]]) -> None:
+def _add_registered(plugins: Plugins, found: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
     """Add all that a plugin registers, or nothing of it."""
     for kind, registry in registered.items():
         for name in registry:
-            owner = plugins.bringers.get((kind, name))
+            owner = plugins.providers.get((kind, name))
             if owner is not None:
                 what = f"{name!r} among the {kind} is already the plugin {owner.name!r} of {owner.distribution}"
                 raise PluginError(found.name, what)
     for kind, registry in registered.items():
         plugins.kinds()[kind].update(registry)
-        plugins.bringers.update({(kind, name): found for name in registry})
+        plugins.providers.update({(kind, name): found for name in registry})

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbelow
 
-from orchestrator.config.store import MEMORY, check_store, folder_url
+from orchestrator.config.store import MEMORY, check_store_url, folder_url
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Document, Key
 
-FOLDER = ".council"
+COUNCIL_FOLDER = ".council"
 _LONGEST_URL = 1 << 16
 #: What older layouts of state are in, from a project's folder: a file with all sessions, and a folder.
 LEGACY_FILE, LEGACY_TREE = ".worktrees/.parallel-dev-state.json", ".worktrees/.state"
@@ -20,7 +20,7 @@ LEGACY_FILE, LEGACY_TREE = ".worktrees/.parallel-dev-state.json", ".worktrees/.s
 LEGACY_RECORD = Key("import", "worktrees")
 
 
-def was_imported(record: Document) -> bool:
+def is_import_complete(record: Document) -> bool:
     """Whether that document says so; of one that is damaged it is not known, and nothing is imported twice."""
     return record.damaged or bool(record.value.get("is_complete", True))
 
@@ -34,10 +34,10 @@ class Project:
     @property
     def folder(self) -> Path:
         """The folder of our own in it, readable by the owner alone and ignored by git."""
-        return self.top / FOLDER
+        return self.top / COUNCIL_FOLDER
 
     @property
-    def own_state(self) -> Path:
+    def state_folder(self) -> Path:
         """The folder of the project's own store."""
         return self.folder / "state"
 
@@ -52,18 +52,18 @@ class Project:
         RefusedError where the file that names it is not as it was written.
         """
         if not os.path.lexists(self.store_file):
-            return folder_url(self.own_state)
+            return folder_url(self.state_folder)
         lines = [""]
         if self.store_file.is_file():  # a pipe would be waited for
             with self.store_file.open("rb") as file:
                 lines = file.read(_LONGEST_URL).decode(errors="replace").strip().split("\n")
         try:
-            return check_store(lines[0] if len(lines) == 1 else "")
+            return check_store_url(lines[0] if len(lines) == 1 else "")
         except ValueError:
-            remedy = f"write the URL of one into it, or remove it to use {self.own_state}"
+            remedy = f"write the URL of one into it, or remove it to use {self.state_folder}"
             raise RefusedError(f"{self.store_file} names no store", remedy) from None
 
-    def use_store(self, url: str | None) -> None:
+    def set_store_url(self, url: str | None) -> None:
         """Have commands look there, or in the project's own store, where they are told nothing else. Blocks."""
         if url is None or url == MEMORY:  # of which nothing is left to look at
             self.store_file.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ class Project:
         return self.folder / "council.log"
 
     @property
-    def all_logs(self) -> Path:
+    def logs_folder(self) -> Path:
         """Where the output of sessions is kept."""
         return self.folder / "logs"
 
@@ -91,7 +91,7 @@ class Project:
 
     def logs(self, run: str) -> Path:
         """Where the output of a run's sessions is kept."""
-        return self.all_logs / run
+        return self.logs_folder / run
 
     def background_log(self, run: str) -> Path:
         """Where a process that runs a run in the background writes its errors."""
@@ -118,7 +118,15 @@ class Project:
 
     def check(self) -> None:
         """Refuse (RefusedError) a folder that a link leads away from: a repository may bring one."""
-        own = (self.folder, self.all_logs, self.own_state, self.store_file, self.views, self.legacy, self.log_file)
+        own = (
+            self.folder,
+            self.logs_folder,
+            self.state_folder,
+            self.store_file,
+            self.views,
+            self.legacy,
+            self.log_file,
+        )
         for folder in (*own, self.file_locks.parent, self.file_locks, self.views_lock):
             if folder.is_symlink():
                 raise RefusedError(f"{folder} is a link", "remove it, so that one of our own can be made there")
@@ -126,7 +134,7 @@ class Project:
     def create(self) -> None:
         """Make the folder, for the owner alone."""
         self.check()
-        for folder in (self.folder, self.all_logs):
+        for folder in (self.folder, self.logs_folder):
             folder.mkdir(mode=0o700, exist_ok=True)
             folder.chmod(0o700)
 
@@ -144,19 +152,19 @@ def find_project(start: Path) -> Project:
         if os.path.lexists(folder / ".git"):  # what is above a repository is no part of it
             break
     for project in folders:
-        if project.own_state.is_dir() or project.store_file.is_file():
+        if project.state_folder.is_dir() or project.store_file.is_file():
             return project
     for project in folders:
         if project.has_legacy():
             return project
-    if outside(start) is not None:
+    if not_in_repository_error(start) is not None:
         what = f"council has not run in {start}, which is in no git repository"
         raise RefusedError(what, "cd to the repository that it ran in")
     remedy = "start with `council run`, or cd to the repository that it ran in"
     raise RefusedError(f"council has not run in {start}", remedy)
 
 
-def outside(folder: Path) -> RefusedError | None:
+def not_in_repository_error(folder: Path) -> RefusedError | None:
     """Return the error of a folder that is in no repository, so that git has nothing to say about it. Blocks."""
     if any((one / ".git").exists() or (one / "objects").is_dir() for one in (folder, *folder.parents)):  # or a bare one
         return None
@@ -179,7 +187,7 @@ def exclude_from_git(git_dir: Path) -> None:
     """Keep `.council/` out of the user's commits by `info/exclude`, once."""
     exclude = git_dir / "info" / "exclude"
     before = exclude.read_bytes() if exclude.exists() else b""
-    line = f"/{FOLDER}/".encode()
+    line = f"/{COUNCIL_FOLDER}/".encode()
     if line in before.splitlines():
         return
     exclude.parent.mkdir(exist_ok=True)
@@ -191,7 +199,7 @@ def exclude_from_git(git_dir: Path) -> None:
     staged.replace(exclude)
 
 
-def unfinished_excludes(git_dir: Path) -> dict[Path, float]:
+def find_stale_exclude_files(git_dir: Path) -> dict[Path, float]:
     """Return the files that `exclude_from_git` was about to put into place, with when (wall-clock seconds). Blocks."""
     found = (git_dir / "info").glob("exclude.*.new")
     return {path: path.lstat().st_mtime for path in found if path.name.split(".")[1].isdecimal()}

@@ -28,15 +28,15 @@ from orchestrator.domain.runs.outcome import Failed
 from orchestrator.system.clock import Clock
 
 __all__ = [
-    "HISTORY",
-    "LARGE_DOCUMENT",
+    "VERSIONS_KEPT",
+    "LARGE_DOCUMENT_BYTES",
     "Adapter",
     "AdapterType",
     "Capability",
-    "Command",
+    "SessionCommand",
     "Commit",
-    "Compacted",
-    "Concluded",
+    "CompactionResult",
+    "FinalResult",
     "Damage",
     "Document",
     "Dump",
@@ -46,46 +46,46 @@ __all__ = [
     "Failed",
     "FailureClass",
     "Guard",
-    "Home",
-    "Identified",
+    "SessionHome",
+    "ConversationStarted",
     "JsonObject",
     "Key",
     "McpServer",
-    "Overlay",
+    "SettingsOverlay",
     "PathOption",
     "Program",
-    "Record",
+    "CommitRecord",
     "RecordedEvent",
-    "Said",
+    "AgentMessage",
     "SessionEnd",
     "SessionEvent",
     "SessionRequest",
     "Sink",
     "SinkType",
-    "Spent",
-    "State",
-    "Statistics",
+    "UsageReport",
+    "StateSnapshot",
+    "StoreStatistics",
     "Store",
     "StoreType",
-    "ToolEnded",
+    "ToolResult",
     "TrackedTask",
     "Tracker",
     "TrackerType",
-    "UsedTool",
-    "Verified",
-    "Version",
-    "Warned",
+    "ToolCall",
+    "VerificationReport",
+    "DocumentVersion",
+    "CliWarning",
     "Write",
 ]
 
 JsonObject = dict[str, Any]
 
 #: How many versions of a document a store keeps at hand, whatever becomes of its log.
-HISTORY: Final = 10
+VERSIONS_KEPT: Final = 10
 
 
 #: Bytes of a document that are worth a warning: each of its versions takes as much in the log.
-LARGE_DOCUMENT: Final = 1_000_000
+LARGE_DOCUMENT_BYTES: Final = 1_000_000
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
@@ -194,7 +194,7 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class CommitRecord:
     """A commit as the log holds it: its position (from 1, without gaps), wall time in seconds, and content.
 
     `unreadable` names the documents whose new values are lost to damage; they are missing in `documents`.
@@ -211,7 +211,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class DocumentVersion:
     """One version of a document as its history has it.
 
     `value` is None where this version is the document's deletion, and where it is `damaged`. `events` are those of the
@@ -228,7 +228,7 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class StateSnapshot:
     """All documents as of a commit; one that had expired by then is not among them."""
 
     position: int
@@ -253,7 +253,7 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class Compacted:
+class CompactionResult:
     """What came of a compaction: how many bytes the log took before and takes after it.
 
     `first` is the position of the oldest state that can be told after it.
@@ -265,7 +265,7 @@ class Compacted:
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
+class VerificationReport:
     """What a look at all that a store holds has found: up to which position, how many bytes, and what is wrong."""
 
     position: int
@@ -273,7 +273,7 @@ class Verified:
     damage: Sequence[Damage] = ()
     damaged: Sequence[Key] = ()
     """Documents of which a newer version was there than can be read."""
-    differs: Sequence[Key] = ()
+    mismatched: Sequence[Key] = ()
     """Documents that are told otherwise than the log says: a fault of this program or of the machine's memory."""
     unreadable: Mapping[Key, str] = field(default_factory=dict)
     """Documents of council's own whose value is none of their kind, and why; a store leaves this empty."""
@@ -281,11 +281,11 @@ class Verified:
     @property
     def is_sound(self) -> bool:
         """Whether there is nothing to worry about."""
-        return not (self.damage or self.damaged or self.differs or self.unreadable)
+        return not (self.damage or self.damaged or self.mismatched or self.unreadable)
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
+class StoreStatistics:
     """How much a store holds as of `position`; sizes are in bytes."""
 
     position: int
@@ -362,39 +362,39 @@ class Store(Protocol):
     async def position(self) -> int:
         """Return the position of the newest commit, 0 for an empty store."""
 
-    def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+    def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         """Yield every record behind position `after`, then each new one as any process commits it.
 
         Raises HistoryGone where the log does not go back so far.
         """
 
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+    async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """Return the newest versions of a document, that of its deletion too, the newest first: at most `limit`.
 
-        The last `HISTORY` versions are always there, older ones as long as the log goes back to them.
+        The last `VERSIONS_KEPT` versions are always there, older ones as long as the log goes back to them.
         """
 
-    async def at(self, position: int) -> State:
+    async def at(self, position: int) -> StateSnapshot:
         """Return the state right after the commit at a position.
 
         Raises HistoryGone where the log does not go back so far, RefusedError for a position that is yet to come.
         """
 
-    async def compact(self, older_than: float, largest: int) -> Compacted:
-        """Let go of the past: of old commits only the last `HISTORY` versions of each document are left.
+    async def compact(self, older_than: float, largest: int) -> CompactionResult:
+        """Let go of the past: of old commits only the last `VERSIONS_KEPT` versions of each document are left.
 
         That is of those from before `older_than` (wall-clock seconds), and of as many more as it takes to have no more
         than `largest` bytes of log; the newest may stay whole. The documents are what they were. Safe beside others
         that read and commit; who watches and has yet to see what is gone gets HistoryGone.
         """
 
-    async def statistics(self) -> Statistics:
+    async def statistics(self) -> StoreStatistics:
         """Return how much the store holds, what of it has expired, and what is large."""
 
-    async def verify(self) -> Verified:
+    async def verify(self) -> VerificationReport:
         """Read all that the store holds anew, and compare it with what it tells."""
 
-    async def repair(self) -> Verified:
+    async def repair(self) -> VerificationReport:
         """Settle for what can be read, and return what `verify` finds then.
 
         Each damaged document's newest value that is known becomes its next version, for as long as it had; one of
@@ -462,7 +462,7 @@ class Capability(StrEnum):
     READ_ONLY = "read_only"
     INSTRUCTIONS = "instructions"  #: it takes them apart from the prompt; else they are put before it
     MCP = "mcp"  #: it uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
-    COST_LIMIT = "cost_limit"  #: it ends by itself when it has cost so much (`SessionRequest.most_cost`)
+    COST_LIMIT = "cost_limit"  #: it ends by itself when it has cost so much (`SessionRequest.max_cost`)
     PRE_EDIT = "pre_edit"  #: it runs a command before it edits a file, which may deny that (`SessionRequest.pre_edit`)
 
 
@@ -484,7 +484,7 @@ class SessionRequest:
     """What an adapter is asked to run: ids, the prompt both as text and as a 0600 file, and the worktree.
 
     `home` is a folder that the task's sessions with this adapter have to themselves, one after the other; it is there
-    where the command says so (`Command.home`). `resume` is the program's own id of the conversation to go on with: one
+    where the command says so (`SessionCommand.home`). `resume` is the program's own id of the conversation to go on with: one
     that it had in this worktree and this home. What follows is asked for only of adapters that can (`Capability`).
     """
 
@@ -500,7 +500,7 @@ class SessionRequest:
     instructions: str | None = None
     """What it is told apart from the prompt, as a part of what it is told first."""
     mcp_servers: Sequence[McpServer] = ()
-    most_cost: float | None = None
+    max_cost: float | None = None
     """US dollars."""
     pre_edit: Sequence[str] = ()
     """A command to run before each edit of a file: it reads a JSON object from standard input with `hook_event_name`,
@@ -510,7 +510,7 @@ class SessionRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Overlay:
+class SettingsOverlay:
     """A JSON object of the user's, in the file `of` (absolute or from `~`, which may be missing), with `over` over it.
 
     Objects in both are merged, key by key; of all else what is in `over` counts. So is `added` then, but its lists go
@@ -523,7 +523,7 @@ class Overlay:
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class SessionHome:
     """What a session finds in the home of the request, and may change there.
 
     `files` are texts by their names in the home, and `settings` JSON; both are written anew for each session. `links`
@@ -534,11 +534,11 @@ class Home:
     files: Mapping[str, str] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     renewed: Sequence[str] = ()
-    settings: Mapping[str, Overlay] = field(default_factory=dict)
+    settings: Mapping[str, SettingsOverlay] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class SessionCommand:
     """A program to run in the worktree.
 
     `stdin` is a file to read from (None: /dev/null). `env` is set as given, `pass_env` names variables that
@@ -556,13 +556,13 @@ class Command:
     env: Mapping[str, str] = field(default_factory=dict)
     pass_env: Sequence[str] = ()
     readable: Sequence[Path] = ()
-    leavings: Sequence[str] = ()
-    home: Home | None = None
+    scratch_patterns: Sequence[str] = ()
+    home: SessionHome | None = None
     interrupt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class AgentMessage:
     """The agent's words, as a person would read them.
 
     `part`: they come as they are made, and go on with the part before without anything in between.
@@ -573,10 +573,10 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class UsedTool:
+class ToolCall:
     """The agent used a tool: `detail` is one line for people, `paths` are the files it named, as it named them.
 
-    `call` is the program's own id of this call, by which `ToolEnded` names it; None where the program gives none.
+    `call` is the program's own id of this call, by which `ToolResult` names it; None where the program gives none.
     """
 
     name: str
@@ -586,7 +586,7 @@ class UsedTool:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolEnded:
+class ToolResult:
     """A tool call ended: `failed` is None if it succeeded, else one line that says why (it may be empty)."""
 
     call: str
@@ -594,8 +594,8 @@ class ToolEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
-    """What was used up since the last `Spent`, or with `in_all` since the program started.
+class UsageReport:
+    """What was used up since the last `UsageReport`, or with `in_all` since the program started.
 
     Tokens, and US dollars (None: not known). Of the input's tokens `cached_tokens` were read from a cache. What is told
     of one `call` of the model again and again, more each time, counts once. With `of_conversation` what earlier
@@ -605,12 +605,12 @@ class Spent:
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float | None = None
-    in_all: bool = False
+    is_cumulative: bool = False
     cached_tokens: int = 0
     model: str | None = None
     """By its name, for its price where the cost is not known."""
     call: str | None = None
-    of_conversation: bool = False
+    includes_resumed: bool = False
     priced_tokens: int = 0
     """How many tokens `cost` covers, for a CLI whose versions differ in whether it includes that of earlier sessions of
     the conversation: it does where it covers their tokens, too. 0: the cost covers what `of_conversation` says.
@@ -618,21 +618,21 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
-class Identified:
+class ConversationStarted:
     """The CLI's own id of the conversation, by which it can go on with it."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True)
-class Warned:
+class CliWarning:
     """Something that a person may want to know, and that is no failure."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Denied:
+class ToolDenied:
     """The CLI denied its model a tool, or its own sandbox made that fail.
 
     `detail` is one line for people, and `remedy` what allows the tool. Several reports of one `call` are one denial.
@@ -650,7 +650,7 @@ class Denied:
 
 
 @dataclass(frozen=True, slots=True)
-class Concluded:
+class FinalResult:
     """The CLI's own word about its end: the result's text, and what failed (None: nothing, it says).
 
     The last one counts: a program that fails, tries again and succeeds concludes twice.
@@ -660,7 +660,9 @@ class Concluded:
     failed: Failed | None = None
 
 
-SessionEvent = Said | UsedTool | ToolEnded | Spent | Identified | Warned | Denied | Concluded
+SessionEvent = (
+    AgentMessage | ToolCall | ToolResult | UsageReport | ConversationStarted | CliWarning | ToolDenied | FinalResult
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -691,7 +693,7 @@ class Adapter(Protocol):
     def programs(self) -> Sequence[Program]:
         """Return the programs that must be there before a run starts."""
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return what to run for this request; never starts anything itself.
 
         Also called once for each task while a file is loaded, with paths that don't exist: a RefusedError then
@@ -709,9 +711,9 @@ class Adapter(Protocol):
         """Return what a session's words say about why it failed, or None if they say nothing.
 
         Heard only where the program ended with an error, or well but with everything as it was, or, whatever it has
-        changed by then, well but with `failed` in its last `Concluded` or with a verdict of `unfinished`: without what
+        changed by then, well but with `failed` in its last `FinalResult` or with a verdict of `unfinished`: without what
         it prints whenever it comes to its end. Its word counts against it, never for it.
-        Where the last `Concluded` failed, the verdict is never None. The failure's class
+        Where the last `FinalResult` failed, the verdict is never None. The failure's class
         (`orchestrator.domain.runs.failures`) decides what follows: RATE_LIMITED parks the adapter (`until`: wall-clock
         seconds, if known) and AUTH stops it, both without counting the attempt; the `reason` of AUTH says how to
         log in.

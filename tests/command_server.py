@@ -47,7 +47,7 @@ _NOT_IMPORTED: Final = ("orchestrator.testing", "adapters.bridges")
 _USUAL: Final = {"LC_ALL": "C.UTF-8"}
 
 
-class Command:
+class ForkedCommand:
     """A command that was started; as much of `subprocess.Popen` as tests need."""
 
     def __init__(self, pid: int, process: int, told: socket.socket, stdout: io.TextIOBase, stderr: io.TextIOBase):
@@ -122,10 +122,10 @@ class Command:
         self.wait()
 
 
-Started = Command | subprocess.Popen[str]
+StartedCommand = ForkedCommand | subprocess.Popen[str]
 
 
-def start(arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Started:
+def start_command(arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> StartedCommand:
     """Start `council` with some arguments in a session of its own, without input."""
     read = {name: value for name, value in environ.items() if name.startswith(_READ_AT_START)}
     read.pop("PYTHONPATH", None)  # a fork takes it over: what it adds comes behind what is imported already
@@ -174,7 +174,7 @@ class _Server:
         assert first.stderr
         self._stdout, self._stderr = first.stdout, first.stderr
 
-    def start(self, arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Command:
+    def start(self, arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> ForkedCommand:
         """Have a command forked."""
         told, tell = socket.socketpair()
         out, err = os.pipe(), os.pipe()
@@ -187,7 +187,7 @@ class _Server:
         if not data:
             raise RuntimeError(self._stderr.read().decode())
         (process,) = received
-        return Command(int(data), process, told, os.fdopen(out[0]), os.fdopen(err[0]))
+        return ForkedCommand(int(data), process, told, os.fdopen(out[0]), os.fdopen(err[0]))
 
     def close(self) -> None:
         """End the server; commands that run go on."""

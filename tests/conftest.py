@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, settings
 
 import orchestrator.testing.fake_cli
 from orchestrator.project import Project, council_home
-from orchestrator.state.log.identity import prepare
+from orchestrator.state.log.identity import ensure_log
 from orchestrator.testing.fingerprint import Fingerprint
-from orchestrator.testing.invariants import Scene, assert_invariants
+from orchestrator.testing.invariants import RunUnderTest, assert_invariants
 from tests import command_server
-from tests.command_server import Started
-from tests.examples import USUAL, examples
+from tests.command_server import StartedCommand
+from tests.examples import DEFAULT_EXAMPLES, example_settings
 from tests.sandboxes import default_sandbox
 
 # What ignores signals because these tests were started in the background would do so in the programs under test, too.
@@ -33,13 +33,15 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_number, _handler)
 
 # What a machine does beside the tests makes none of them wrong.
-settings.register_profile("suite", examples(USUAL, deadline=None, suppress_health_check=[HealthCheck.too_slow]))
+settings.register_profile(
+    "suite", example_settings(DEFAULT_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+)
 settings.load_profile("suite")
 
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
 
 
-def hermetic(folder: Path) -> dict[str, str]:
+def hermetic_environ(folder: Path) -> dict[str, str]:
     """Return an environment that nothing of the machine reaches into; its home is made in a folder."""
     home = folder / "home"
     home.mkdir()
@@ -73,7 +75,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The whole environment of everything that a test starts."""
-    made = hermetic(tmp_path)
+    made = hermetic_environ(tmp_path)
     for name in list(os.environ):
         if name not in made and not name.startswith(("PYTEST", "COV", "LD_")):
             monkeypatch.delenv(name)
@@ -83,7 +85,7 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """How a command ended."""
 
     code: int
@@ -118,11 +120,11 @@ class Repository:
     @property
     def log(self) -> Path:
         """The folder of the log of its own state, which is made known as a command would."""
-        return self.log_in(Project(self.top).own_state)
+        return self.log_in(Project(self.top).state_folder)
 
     def log_in(self, folder: Path) -> Path:
         """Return the same of the store in a folder."""
-        return prepare(folder, council_home(self.environ))
+        return ensure_log(folder, council_home(self.environ))
 
     def git(self, *arguments: str) -> str:
         """Run git as the user would."""
@@ -148,7 +150,7 @@ class Repository:
         self.git("commit", "--quiet", "--allow-empty", "--message", message)
         return self.git("rev-parse", "HEAD")
 
-    def fake(self, **more: Any) -> dict[str, Any]:
+    def fake_adapter(self, **more: Any) -> dict[str, Any]:
         """Return the entry of an adapter for the fake CLI; `more` is said of it beside."""
         return {
             "use": "command",
@@ -165,7 +167,7 @@ class Repository:
             "repo": str(self.top),
             "target": "main",
             "readable": [sys.prefix, str(FAKE_CLI.parents[2])],
-            "adapters": {"fake": self.fake()},
+            "adapters": {"fake": self.fake_adapter()},
             "defaults": {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"},
             "tasks": list(tasks),
             **default_sandbox(),
@@ -179,12 +181,12 @@ class Repository:
         """Take the fingerprint that the end is compared with."""
         self.before[:] = [Fingerprint.of(self.top)]
 
-    def start(self, *arguments: str, failpoints: str = "") -> Started:
+    def start(self, *arguments: str, failpoints: str = "") -> StartedCommand:
         """Start the real command in a process group of its own."""
         armed = {"COUNCIL_FAILPOINTS": failpoints} if failpoints else {}
-        return command_server.start(arguments, self.top, {**self.environ, **armed})
+        return command_server.start_command(arguments, self.top, {**self.environ, **armed})
 
-    def council(self, *arguments: str, failpoints: str = "", timeout: float = 100) -> Ended:
+    def council(self, *arguments: str, failpoints: str = "", timeout: float = 100) -> CommandResult:
         """Run the real command to its end."""
         child = self.start(*arguments, failpoints=failpoints)
         try:
@@ -193,20 +195,20 @@ class Repository:
             child.send_signal(signal.SIGKILL)
             child.communicate()
             raise
-        return Ended(child.returncode, stdout, stderr)
+        return CommandResult(child.returncode, stdout, stderr)
 
     async def assert_invariants(self, *, target_checked_out: bool = True, canaries: Sequence[str] = ()) -> None:
         """Check all that must hold after any run; `canaries` are secrets that programs were given."""
         before = self.before[0] if self.before else None
         secrets = tuple(canary.encode() for canary in canaries)
-        await assert_invariants(Scene(self.top, self.environ, before, target_checked_out, self.spawns, secrets))
+        await assert_invariants(RunUnderTest(self.top, self.environ, before, target_checked_out, self.spawns, secrets))
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `repository` is a copy of: git takes ten times as long to make one."""
     folder = tmp_path_factory.mktemp("template")
-    made = Repository(folder / "project", hermetic(folder), folder / "spawns")
+    made = Repository(folder / "project", hermetic_environ(folder), folder / "spawns")
     made.top.mkdir()
     made.git("init", "--quiet", "--initial-branch=main")
     made.commit({"README.md": "# Project\n", "src/app.py": "def main():\n    return 0\n"}, "first")

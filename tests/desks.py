@@ -10,19 +10,19 @@ import pytest
 
 from orchestrator.api import execution
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.engine.run_context import Workshop
+from orchestrator.engine.run_context import RunContext
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
 
 @dataclass
-class MemoryDesk:
+class FakeSessionService:
     """Files have one owner; `foreign` belong to somebody who never gives them back.
 
     Locking `fault` makes it fail, `never` takes until who asked has gone.
     """
 
-    foreign: dict[str, str] = field(default_factory=dict)
+    foreign_owners: dict[str, str] = field(default_factory=dict)
     owners: dict[str, SessionName] = field(default_factory=dict)
     asked: list[tuple[SessionName, str, JsonObject]] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class MemoryDesk:
                 self.handed_over.append(arguments["data"])
                 return {"size": 2}
             case "check_edit":
-                owner = self.foreign.get(arguments["path"])
+                owner = self.foreign_owners.get(arguments["path"])
                 return {"allowed": owner is None, "owner": owner, "since": None, "reason": None}
             case _:
                 return {}
@@ -77,7 +77,7 @@ class MemoryDesk:
             finally:
                 self.left += 1
         for path in paths:
-            owner = self.foreign.get(path) or str(self.owners.get(path, session))
+            owner = self.foreign_owners.get(path) or str(self.owners.get(path, session))
             if owner != str(session):
                 raise RefusedError(f"{path} is locked by {owner}", "wait for it, or work at other files")
         self.owners.update(dict.fromkeys(paths, session))
@@ -100,10 +100,10 @@ class MemoryDesk:
         return {**one._asdict(), **told, **more}
 
 
-def answer_in_runs(desk: MemoryDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_in_runs(desk: FakeSessionService, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have runs of this process answer their sessions at a desk."""
 
-    def seat(shop: Workshop, *_: object) -> Workshop:
-        return replace(shop, tools=replace(shop.tools, desk=desk))
+    def seat(shop: RunContext, *_: object) -> RunContext:
+        return replace(shop, tools=replace(shop.tools, session_service=desk))
 
     monkeypatch.setattr(execution, "with_desk", seat)

@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from hypothesis import settings
 
-COMPLETE: Final = "COUNCIL_ALL_EXAMPLES" in os.environ
+ALL_EXAMPLES: Final = "COUNCIL_ALL_EXAMPLES" in os.environ
 #: What hypothesis draws unless a test says otherwise.
-USUAL: Final = 100
+DEFAULT_EXAMPLES: Final = 100
 
 
-def examples(complete: int, **more: Any) -> settings:
+def example_settings(complete: int, **more: Any) -> settings:
     """Return the settings of a test that draws so many examples with the slow tests."""
-    return settings(max_examples=complete if COMPLETE else max(complete // 4, 5), **more)
+    return settings(max_examples=complete if ALL_EXAMPLES else max(complete // 4, 5), **more)

@@ -60,7 +60,7 @@ def council_register_adapters(register):
 
 
 @dataclass(frozen=True)
-class StandIns:
+class FakePrograms:
     """Programs on the PATH of everything that the test starts, and nothing else but what `council` itself starts."""
 
     folder: Path
@@ -77,9 +77,9 @@ class StandIns:
         (self.folder / name).unlink()
 
 
-def install_stand_ins(tmp_path: Path, repository: Repository) -> StandIns:
+def install_fake_programs(tmp_path: Path, repository: Repository) -> FakePrograms:
     """Make the PATH of a repository's commands our own, and install a plugin with `alpha-code` and `beta-code`."""
-    stand_ins = StandIns(tmp_path / "stand-ins")
+    stand_ins = FakePrograms(tmp_path / "stand-ins")
     stand_ins.folder.mkdir()
     for name in ("git", "sh", "rm", "bwrap"):
         found = shutil.which(name)

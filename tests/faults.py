@@ -11,12 +11,12 @@ from typing import Any
 from tests.conftest import Repository
 
 #: The prompt is a shell script.
-SHELL: dict[str, Any] = {"use": "command", "argv": ["sh", "{prompt_file}"]}
+SHELL_ADAPTER: dict[str, Any] = {"use": "command", "argv": ["sh", "{prompt_file}"]}
 #: The prompt is a Python program.
-PYTHON: dict[str, Any] = {"use": "command", "argv": [sys.executable, "-S", "{prompt_file}"]}
+PYTHON_ADAPTER: dict[str, Any] = {"use": "command", "argv": [sys.executable, "-S", "{prompt_file}"]}
 
 
-def objects(repository: Path) -> bytes:
+def read_objects(repository: Path) -> bytes:
     """Return the content of every object in a repository, reachable or not."""
     arguments = ["git", "cat-file", "--batch-all-objects", "--unordered", "--batch"]
     return subprocess.run(arguments, cwd=repository, capture_output=True, check=True).stdout

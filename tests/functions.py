@@ -18,7 +18,7 @@ import orchestrator
 from orchestrator.cli.main import main
 
 
-class FunctionsContract:
+class ReplacedFunctionsContract:
     """What holds of such a page; a subclass takes the rows of its tables."""
 
     functions: ClassVar[Sequence[Sequence[str]]]
@@ -32,12 +32,12 @@ class FunctionsContract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Have a test for each of what the tables name."""
-        here = in_code(self.functions, 1)
+        here = code_spans(self.functions, 1)
         commands = [name for name in here if name.startswith("council ")]
         cases = {
             "line": commands,
             "name": [name for name in here if name not in commands and not self.is_word(name)],
-            "test": in_code(self.functions, 2),
+            "test": code_spans(self.functions, 2),
         }
         for argument in cases.keys() & {*metafunc.fixturenames}:
             metafunc.parametrize(argument, cases[argument])
@@ -82,7 +82,7 @@ def rows(section: str) -> list[list[str]]:
     return [cells for line in lines if (cells := line.strip("| ").split(" | "))[0] not in {"there", "variable"}]
 
 
-def in_code(table: Sequence[Sequence[str]], column: int) -> list[str]:
+def code_spans(table: Sequence[Sequence[str]], column: int) -> list[str]:
     """Return all that stands in code in a column, each once."""
     return list(dict.fromkeys(name for row in table for name in re.findall(r"`([^`]+)`", row[column])))
 

@@ -9,24 +9,24 @@ from typing import TypeVar
 import anyio
 
 from orchestrator.errors import StoreUnavailable
-from orchestrator.protocols import Commit, Record, Store
-from orchestrator.state.offline.outage import Pauses
-from orchestrator.state.offline.wrapping import Wrapping
+from orchestrator.protocols import Commit, CommitRecord, Store
+from orchestrator.state.offline.outage import RetryIntervals
+from orchestrator.state.offline.wrapping import StoreWrapper
 
 T = TypeVar("T")
 
 #: Tests wait for nothing.
-QUICK = Pauses(first=0.001, longest=0.005)
+QUICK_PAUSES = RetryIntervals(first=0.001, longest=0.005)
 
 
-class Line(Wrapping):
+class DisconnectableStore(StoreWrapper):
     """A store at the other end of a line that can be cut."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
         self._is_cut = False
         self._news = anyio.Event()
-        self.loses_answers = 0
+        self.lost_answers = 0
         """How many of the next commits are made without their maker's getting to know."""
 
     def cut(self) -> None:
@@ -35,7 +35,7 @@ class Line(Wrapping):
         self._news.set()
         self._news = anyio.Event()
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         """Put it within reach again."""
         self._is_cut = False
 
@@ -46,8 +46,8 @@ class Line(Wrapping):
     async def commit(self, commit: Commit) -> int:
         self._check()
         position = await self._inner.commit(commit)
-        if self.loses_answers:
-            self.loses_answers -= 1
+        if self.lost_answers:
+            self.lost_answers -= 1
             raise StoreUnavailable("the other end", "it does not answer", "wait")
         return position
 
@@ -55,14 +55,14 @@ class Line(Wrapping):
         self._check()
         return await read()
 
-    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         self._check()
         async with aclosing(self._inner.watch(after)) as records:
             while (record := await self._next(records)) is not None:
                 yield record
 
-    async def _next(self, records: AsyncGenerator[Record]) -> Record | None:
-        found, cut = list[Record](), self._news
+    async def _next(self, records: AsyncGenerator[CommitRecord]) -> CommitRecord | None:
+        found, cut = list[CommitRecord](), self._news
 
         async with anyio.create_task_group() as group:
 

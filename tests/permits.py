@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from orchestrator.locking.merge_permit import MergePermit, MergePermits
+from orchestrator.locking.merge_permit import MergePermit, MergePermitQueue
 from orchestrator.protocols import Store
-from orchestrator.repo.source.source import Source
+from orchestrator.repo.source.source import UpstreamRepository
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import Clock
 from orchestrator.testing.clock import ManualClock
-from tests.recorded import orchestrators
+from tests.recorded import make_orchestrators
 
 
-async def permits(store: Store, clock: Clock, repository: str, branch: str) -> MergePermits:
+async def join_merge_queue(store: Store, clock: Clock, repository: str, branch: str) -> MergePermitQueue:
     """Return the turns of one more orchestrator to land on a branch."""
-    others = orchestrators(store, clock, "r", alone=False)
+    others = make_orchestrators(store, clock, "r", alone=False)
     await others.join()
-    return MergePermits(store, clock, others, repository, branch)
+    return MergePermitQueue(store, clock, others, repository, branch)
 
 
 @asynccontextmanager
-async def permit_for(source: Source, branch: str) -> AsyncIterator[MergePermit]:
+async def hold_permit(source: UpstreamRepository, branch: str) -> AsyncIterator[MergePermit]:
     """Have the right to land on a branch, which nobody else asks for."""
     clock = ManualClock()
-    async with (await permits(MemoryStore(clock), clock, source.location, branch)).hold() as permit:
+    async with (await join_merge_queue(MemoryStore(clock), clock, source.location, branch)).hold() as permit:
         yield permit

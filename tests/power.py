@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from orchestrator.state.log.segments import Mark
+from orchestrator.state.log.segments import HighWaterMark
 
 #: What gets to the disk as a whole or not at all.
 SECTOR = 512
@@ -27,11 +27,11 @@ def lose_power(place: Path, durable: int, dice: Random, mark: bytes | None = Non
                     begin, behind = max(start, durable), min(start + SECTOR, end)
                     left[begin:behind] = bytes(behind - begin)
         newest.write_bytes(left)
-    start_anew(place, mark)
+    simulate_reboot(place, mark)
 
 
-def start_anew(place: Path, mark: bytes | None = None) -> None:
+def simulate_reboot(place: Path, mark: bytes | None = None) -> None:
     """Let the machine have started since the mark was written."""
-    found = Mark.decode((place / "lock").read_bytes() if mark is None else mark)
+    found = HighWaterMark.decode((place / "lock").read_bytes() if mark is None else mark)
     if found is not None:
         (place / "lock").write_bytes(found._replace(boot="f" * 32).encode())

@@ -5,6 +5,10 @@ from __future__ import annotations
 import psutil
 
 
-def children() -> list[psutil.Process]:
+def child_processes() -> list[psutil.Process]:
     """Return what this process has started and is left, except the keeper, which ends with this process."""
-    return [one for one in psutil.Process().children() if "orchestrator.system.command_reaper" not in " ".join(one.cmdline())]
+    return [
+        one
+        for one in psutil.Process().children()
+        if "orchestrator.system.command_reaper" not in " ".join(one.cmdline())
+    ]

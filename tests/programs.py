@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
+def run_python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
     """A program with our code that is dead, whatever happens, when the block ends."""
     argv = [sys.executable, "-c", code, *map(str, args)]
     pipe = subprocess.PIPE

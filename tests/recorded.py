@@ -12,27 +12,27 @@ import pytest
 
 from orchestrator.config.model import Backoff, TaskSpec
 from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import Attempt, Intent, RunDocument
-from orchestrator.domain.scheduling.claims import Owner, Role, Timing
+from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
+from orchestrator.domain.scheduling.claims import ClaimTiming, OrchestratorIdentity, Role
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.records import seed
-from orchestrator.engine.state.transitions import Update
-from orchestrator.locking.orchestrators import Orchestrators, this_process
+from orchestrator.engine.state.records import record_new_run
+from orchestrator.engine.state.transitions import TaskUpdate
+from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import Store
 from orchestrator.state.log import journal
-from orchestrator.state.log.identity import prepare
+from orchestrator.state.log.identity import ensure_log
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import Clock
 from orchestrator.testing.clock import ManualClock
 
 RUN = "20260102-030405-ab12"
 #: 2026-01-02 03:04:05 UTC.
-START = 1767323045.0
-OLD, NEW = "0" * 40, "4f0c2d1e9b" * 4
+RUN_STARTED = 1767323045.0
+OLD_COMMIT, NEW_COMMIT = "0" * 40, "4f0c2d1e9b" * 4
 #: The process that was at work in it, on a machine of which nothing was heard since.
-OWNER = Owner(
+OWNER = OrchestratorIdentity(
     id="box-4711-9b3e50",
     host="box",
     boot="5f0a7c1e-2b7d-4f5e-9a3c-6d1b8e4f2a90",
@@ -42,7 +42,7 @@ OWNER = Owner(
 )
 
 
-def run_document(folder: Path, run: str = RUN, started: float = START) -> RunDocument:
+def run_document(folder: Path, run: str = RUN, started: float = RUN_STARTED) -> RunDocument:
     """Return a run of the tasks `models` and `api`, whose repositories are nowhere."""
     return RunDocument(
         id=run,
@@ -57,7 +57,7 @@ def run_document(folder: Path, run: str = RUN, started: float = START) -> RunDoc
         fence={},
         worktrees={},
         tasks=("models", "api"),
-        start=OLD,
+        start=OLD_COMMIT,
         hub=str(folder / "hub"),
         started=started,
     )
@@ -85,26 +85,33 @@ def task_spec(task: str, prompt: str) -> TaskSpec:
     )
 
 
-def orchestrators(
-    store: Store, clock: Clock, run: str, *, alone: bool = True, me: Owner | None = None
-) -> Orchestrators:
+def make_orchestrators(
+    store: Store, clock: Clock, run: str, *, alone: bool = True, me: OrchestratorIdentity | None = None
+) -> RunMembership:
     """Return those of a run as `me` sees them, else a process with a name of its own; `alone`: all others are dead."""
 
-    async def is_dead(run: str, owner: Owner) -> bool:
+    async def is_dead(run: str, owner: OrchestratorIdentity) -> bool:
         return alone
 
-    return Orchestrators(store, clock, run, me or this_process(Role.COORDINATOR), Timing(), is_dead)
+    return RunMembership(store, clock, run, me or create_owner(Role.COORDINATOR), ClaimTiming(), is_dead)
 
 
-async def record_run(store: Store, clock: ManualClock, run: RunDocument, me: Owner | None = None) -> None:
+async def record_run(
+    store: Store, clock: ManualClock, run: RunDocument, me: OrchestratorIdentity | None = None
+) -> None:
     """Record a run in eleven commits as `me`: `models` lands after 90 s, `api` fails once and is tried again."""
-    await seed(store, run, {"models": task_spec("models", "Add a User model."), "api": task_spec("api", "Add an API.")})
-    others = orchestrators(store, clock, run.id, me=me)
+    await record_new_run(
+        store, run, {"models": task_spec("models", "Add a User model."), "api": task_spec("api", "Add an API.")}
+    )
+    others = make_orchestrators(store, clock, run.id, me=me)
     ledger = await Ledger.take(store, clock, Redactor(()), others, {"sandbox": "bubblewrap"})
     for task in ("models", "api"):
         clock.advance(5)
-        attempt = Attempt(number=1, adapter="fixer", base=OLD, started=clock.now())
-        assert await ledger.start(task, Update({"base": OLD, "adapter": "fixer"}, {"attempts": (attempt,)})) is None
+        attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=clock.now())
+        assert (
+            await ledger.start(task, TaskUpdate({"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)}))
+            is None
+        )
     clock.advance(30)
     failed = {"outcome": "crashed", "reason": "it ended with 1", "branch": None, "retry_in": 2.0}
     tried = ledger.task("api").with_attempt(ended=clock.now(), outcome="crashed", reason="it ended with 1")
@@ -113,29 +120,33 @@ async def record_run(store: Store, clock: ManualClock, run: RunDocument, me: Own
     branch = f"council/{run.id}/models/1"
     spent: dict[str, Any] = {"input_tokens": 12_000, "output_tokens": 800, "cost": 0.12}
     built = ledger.task("models").with_attempt(ended=clock.now(), outcome="built", branch=branch, **spent)
-    await ledger.change("models", Trigger.BUILD, {"branch": branch}, attempts=built, commit=NEW, branch=branch)
-    intent = Intent(old=OLD, new=NEW, recorded=clock.now())
-    await ledger.change("models", Trigger.INTEND, {"old": OLD, "new": NEW}, intent=intent)
+    await ledger.change("models", Trigger.BUILD, {"branch": branch}, attempts=built, commit=NEW_COMMIT, branch=branch)
+    intent = LandingIntent(old=OLD_COMMIT, new=NEW_COMMIT, recorded=clock.now())
+    await ledger.change("models", Trigger.INTEND, {"old": OLD_COMMIT, "new": NEW_COMMIT}, intent=intent)
     clock.advance(2)
-    await ledger.change("models", Trigger.LAND, {"landed": NEW}, intent=None, landed=NEW, branch=None)
+    await ledger.change("models", Trigger.LAND, {"landed": NEW_COMMIT}, intent=None, landed=NEW_COMMIT, branch=None)
     clock.advance(1)
-    again = Attempt(number=2, adapter="fixer", base=NEW, started=clock.now())
+    again = Attempt(number=2, adapter="fixer", base=NEW_COMMIT, started=clock.now())
     attempts = (*ledger.task("api").attempts, again)
-    assert await ledger.start("api", Update({"base": NEW, "adapter": "fixer"}, {"attempts": attempts})) is None
+    assert (
+        await ledger.start("api", TaskUpdate({"base": NEW_COMMIT, "adapter": "fixer"}, {"attempts": attempts})) is None
+    )
     clock.advance(9)
     await ledger.note("run.paused", {"reason": "memory is short", "retry_in": 5.0})
     await ledger.note("run.interrupted", {})
 
 
 @asynccontextmanager
-async def recorded(top: Path, monkeypatch: pytest.MonkeyPatch, folder: Path | None = None) -> AsyncIterator[FileStore]:
+async def recorded_project(
+    top: Path, monkeypatch: pytest.MonkeyPatch, folder: Path | None = None
+) -> AsyncIterator[FileStore]:
     """Make a folder a project with that run, written by ada@box:4711; yields its store.
 
     The run's repositories are in `folder`, which is written down: sizes depend on its length.
     """
     monkeypatch.setattr(journal, "name_of_writer", lambda: "ada@box:4711")
-    clock = ManualClock(START)
+    clock = ManualClock(RUN_STARTED)
     (top / ".council").mkdir(mode=0o700)
-    async with FileStore.open(prepare(Project(top).own_state, council_home(os.environ)), clock) as store:
+    async with FileStore.open(ensure_log(Project(top).state_folder, council_home(os.environ)), clock) as store:
         await record_run(store, clock, run_document(folder or top), OWNER)
         yield store

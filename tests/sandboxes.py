@@ -18,7 +18,7 @@ _PATH = {"PATH": os.environ["PATH"]}
 
 
 @cache
-def problem(kind: SandboxKind, *, network: bool = True, hosts: Sequence[str] = ()) -> str | None:
+def sandbox_problem(kind: SandboxKind, *, network: bool = True, hosts: Sequence[str] = ()) -> str | None:
     """Return why a kind of sandbox does not work on this machine; None if it does."""
 
     async def choose() -> str | None:
@@ -32,21 +32,23 @@ def problem(kind: SandboxKind, *, network: bool = True, hosts: Sequence[str] = (
         return own_loop.submit(anyio.run, choose).result()
 
 
-def require(kind: SandboxKind, *, network: bool = True, hosts: Sequence[str] = ()) -> SandboxKind:
+def require_sandbox(kind: SandboxKind, *, network: bool = True, hosts: Sequence[str] = ()) -> SandboxKind:
     """Return the kind; skip the test if it does not work on this machine."""
-    if (why := problem(kind, network=network, hosts=hosts)) is not None:
+    if (why := sandbox_problem(kind, network=network, hosts=hosts)) is not None:
         pytest.skip(why)
     return kind
 
 
 def default_sandbox() -> dict[str, str]:
     """Return the setting that a config needs on this machine: none, unless no sandbox works here."""
-    return {"sandbox": "off"} if WORKING == (SandboxKind.OFF,) else {}
+    return {"sandbox": "off"} if WORKING_SANDBOXES == (SandboxKind.OFF,) else {}
 
 
 #: What works here, the strongest first.
-WORKING = tuple(kind for kind in (SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF) if not problem(kind))
+WORKING_SANDBOXES = tuple(
+    kind for kind in (SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF) if not sandbox_problem(kind)
+)
 #: The first of them, and the others with the slow tests.
-ONE_OF_WORKING = (WORKING[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in WORKING[1:]))
+SANDBOX_PARAMS = (WORKING_SANDBOXES[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in WORKING_SANDBOXES[1:]))
 #: For what `sandbox: auto` is refused without.
-needs_sandbox = pytest.mark.skipif(WORKING == (SandboxKind.OFF,), reason="no sandbox works on this machine")
+needs_sandbox = pytest.mark.skipif(WORKING_SANDBOXES == (SandboxKind.OFF,), reason="no sandbox works on this machine")

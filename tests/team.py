@@ -14,25 +14,25 @@ from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.contexts import SessionContext
-from orchestrator.engine.session_api.contexts import Contexts
-from orchestrator.engine.session_api.details import Workplace
-from orchestrator.engine.session_api.notes import Memory
-from orchestrator.engine.session_api.service import SessionDesk
+from orchestrator.engine.session_api.contexts import SessionContexts
+from orchestrator.engine.session_api.details import SessionWorkspace
+from orchestrator.engine.session_api.notes import NoteStore
+from orchestrator.engine.session_api.service import SessionService
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
-from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.protocols import Commit, Guard, JsonObject, Store, Write
 from orchestrator.repo.git.change_counts import Changes, count
-from orchestrator.repo.intake.collect import Collected, collect
-from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.pool import Checkout, Pool
+from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import log_file
+from orchestrator.sessions.output.files import log_path
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import Clock, SystemClock
 from tests.conftest import Repository
-from tests.places import Yard
+from tests.places import HubFixture
 
 #: A secret of the machine that the sessions work on.
 SECRET = "hunter2hunter2"
@@ -41,12 +41,12 @@ RUN = "run1"
 
 
 @dataclass
-class Team:
+class SessionTeam:
     """The sessions of one process; several teams on one store and folder are several processes."""
 
     store: Store
-    yard: Yard
-    pool: Pool
+    yard: HubFixture
+    pool: SlotPool
     base: str
     folder: Path
     """For logs and locks."""
@@ -55,16 +55,18 @@ class Team:
     clock: Clock = field(default_factory=SystemClock)
     lock_timeout: float = 5.0
     claims: dict[SessionName, Guard] = field(default_factory=dict)
-    checkouts: dict[SessionName, tuple[Worktree, Checkout]] = field(default_factory=dict)
+    checkouts: dict[SessionName, tuple[Worktree, HeldSlot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Open the desk."""
-        scope, redactor = scope_of(str(self.yard.top), "main"), Redactor([SECRET])
-        self.registry = Registry(self.store, self.clock, scope)
+        scope, redactor = ownership_scope(str(self.yard.top), "main"), Redactor([SECRET])
+        self.registry = OwnershipRegistry(self.store, self.clock, scope)
         self.files = FileLocks(self.folder / "locks", self.clock)
-        self.memory = Memory(self.store, self.clock, scope, redactor)
-        self.contexts = Contexts(self.store, self.clock, scope, redactor, orchestrator=self.name, claim=self.claims.get)
-        self.desk = SessionDesk(
+        self.memory = NoteStore(self.store, self.clock, scope, redactor)
+        self.contexts = SessionContexts(
+            self.store, self.clock, scope, redactor, orchestrator=self.name, claim=self.claims.get
+        )
+        self.session_service = SessionService(
             store=self.store,
             clock=self.clock,
             git=self.yard.git,
@@ -84,10 +86,10 @@ class Team:
         session = SessionName(RUN, task, attempt)
         worktree = self.yard.worktree(task, attempt)
         checkout = await self.pool.take(self.base, worktree.root)
-        self.checkouts[session] = await worktrees.create(worktree, checkout, "prompt"), checkout
+        self.checkouts[session] = await worktrees.create_worktree(worktree, checkout, "prompt"), checkout
         await self.claim(session)
         assert await self.registry.take(session, owns, orchestrator=self.name, claim=self.claims[session]) is None
-        await self.desk.enter(session, "fixer", self.workplace(session))
+        await self.session_service.enter(session, "fixer", self.workplace(session))
         return session
 
     async def claim(self, session: SessionName) -> None:
@@ -101,14 +103,16 @@ class Team:
             held = Guard(key, version + 1)
         self.claims[session] = held
 
-    def workplace(self, session: SessionName) -> Workplace:
+    def workplace(self, session: SessionName) -> SessionWorkspace:
         """Return where a session works."""
         worktree = self.yard.worktree(session.task, session.attempt)
         adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
         self.folder.joinpath("logs").mkdir(exist_ok=True)
-        return Workplace(worktree, self.base, adapter, self.folder / "logs", Admission(Redactor([SECRET]), 100_000))
+        return SessionWorkspace(
+            worktree, self.base, adapter, self.folder / "logs", IntakeRules(Redactor([SECRET]), 100_000)
+        )
 
-    async def _elsewhere(self, session: SessionName) -> Workplace:
+    async def _elsewhere(self, session: SessionName) -> SessionWorkspace:
         return self.workplace(session)
 
     def tree(self, session: SessionName) -> Path:
@@ -131,27 +135,27 @@ class Team:
     def says(self, session: SessionName, *content: Mapping[str, Any]) -> None:
         """Have a session print what its CLI prints of an answer."""
         line = json.dumps({"type": "assistant", "message": {"content": content}})
-        with log_file(self.folder / "logs", session.task, session.attempt, "stdout").open("a") as log:
+        with log_path(self.folder / "logs", session.task, session.attempt, "stdout").open("a") as log:
             log.write(f"{line}\n")
 
-    async def collect(self, session: SessionName) -> Collected:
+    async def collect(self, session: SessionName) -> CollectedWork:
         """Commit what a session has done."""
         admit = self.workplace(session).admit
-        return await collect(self.yard.git, self.checkouts[session][0], self.base, "work", admit=admit)
+        return await collect_work(self.yard.git, self.checkouts[session][0], self.base, "work", admit=admit)
 
-    async def changes(self, collected: Collected) -> Changes:
+    async def changes(self, collected: CollectedWork) -> Changes:
         """Return how much that changes."""
         assert collected.commit is not None
         return await count(self.yard.git, self.base, collected.commit)
 
     async def end(self, session: SessionName) -> None:
         """End a session: all that it has goes, its place is clean for another."""
-        await self.desk.leave(session)
+        await self.session_service.leave(session)
         await self.yard.end(self.pool, *self.checkouts.pop(session))
 
     async def ask(self, session: SessionName, command: str, **arguments: Any) -> JsonObject:
         """Ask the desk as a session."""
-        return await self.desk.answer(session, command, arguments)
+        return await self.session_service.answer(session, command, arguments)
 
     async def refused(self, session: SessionName, command: str, **arguments: Any) -> str:
         """Ask the desk for what it refuses; return what it says."""
@@ -174,11 +178,11 @@ class Team:
 
 
 @asynccontextmanager
-async def team_at(repository: Repository, folder: Path) -> AsyncIterator[Team]:
+async def open_team(repository: Repository, folder: Path) -> AsyncIterator[SessionTeam]:
     """Gather a team at a repository, on a store of files; `folder` is for all that it needs beside that."""
     place = folder / "team"
     place.mkdir()
-    yard = await Yard.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
+    yard = await HubFixture.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
     base = await yard.fetch()
     async with FileStore.open(place / "state", SystemClock()) as store, yard.open() as pool:
-        yield Team(store, yard, pool, base, place, repository.environ)
+        yield SessionTeam(store, yard, pool, base, place, repository.environ)

@@ -35,7 +35,7 @@ def deny_landlock() -> None:
         (_RETURN, 0, 0, _FAIL | errno.ENOSYS),
         (_RETURN, 0, 0, _ALLOW),
     ]
-    seccomp.install(b"".join(struct.pack("=HBBI", *operation) for operation in operations))
+    seccomp.install_filter(b"".join(struct.pack("=HBBI", *operation) for operation in operations))
 
 
 def path_without(program: str, path: str, folder: Path) -> str:

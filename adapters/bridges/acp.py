@@ -8,7 +8,7 @@ or write are in the worktree, or the answer is an error. `--ready` says whether 
 
 --model M             one that the agent offers
 --resume ID           go on with this conversation, which the agent loads
---mcp-server JSON     a server for the agent to use (`conversations.Asked`), again for each
+--mcp-server JSON     a server for the agent to use (`conversations.ConversationRequest`), again for each
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from typing import Any, Final, cast
 import anyio
 import anyio.to_thread
 
-from adapters.bridges.lines import Concluded, Words, write
-from adapters.bridges.statuses import failure_of_status
-from adapters.bridges.worktree import OutsideError, Worktree
+from adapters.bridges.lines import BridgeExit, MessageBuffer, write_line
+from adapters.bridges.statuses import failure_name_for_status
+from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
 try:
     import acp
     from acp import schema
 
-    from adapters.bridges.conversations import Asked, check_loads, choose_model, servers_for
+    from adapters.bridges.conversations import ConversationRequest, check_can_resume, choose_model, mcp_servers_for
 except ImportError:
-    _MISSING = Concluded("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
+    _MISSING = BridgeExit("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
     sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
 
 _AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, ErrorCode
@@ -49,7 +49,7 @@ _QUIET: Final = 0.3  # seconds without more of what was before, until that is ta
 #: Keys under which agents put paths into a tool's raw input.
 _PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
 #: What can be nothing else, whatever code the error has: Gemini CLI has 500 for all that went wrong on the way to it.
-_PLAIN: Final[Mapping[str, re.Pattern[str]]] = {
+_CERTAIN_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     "transient": re.compile(
         r"fetch failed|\bterminated$|ECONN(?:REFUSED|RESET)|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|socket hang up"
         r"|premature close|cannot connect to api|unable to connect|connection (?:error|refused|was closed)",
@@ -61,7 +61,7 @@ _PLAIN: Final[Mapping[str, re.Pattern[str]]] = {
 }
 _STATUS: Final = re.compile(r"\bAPI Error: ([45]\d\d)\b")
 #: What an error means that has no code of its own; the first that matches counts.
-_WORDS: Final[Mapping[str, re.Pattern[str]]] = {
+_ERROR_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     "rate_limited": re.compile(
         r"rate.?limit|usage.?limit|hit your .*limit|limit (?:reached|exceeded)|too many requests|quota|exhausted"
         r"|\b429\b",
@@ -70,7 +70,7 @@ _WORDS: Final[Mapping[str, re.Pattern[str]]] = {
     "auth": re.compile(r"authenticat|not logged in|/login|api.?key|unauthorized|\b40[13]\b", re.IGNORECASE),
     "overloaded": re.compile(r"overloaded|unavailable|internal server error|\b5(?:00|02|03|29)\b", re.IGNORECASE),
 }
-_STOPS: Final[Mapping[str, tuple[str, str]]] = {
+_STOP_REASONS: Final[Mapping[str, tuple[str, str]]] = {
     "refusal": ("refused", "the agent refuses to go on"),
     "max_tokens": ("limit", "the agent used up its tokens"),
     "max_turn_requests": ("limit", "the agent used up its requests for one turn"),
@@ -78,7 +78,7 @@ _STOPS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-class _OneLine(logging.Formatter):
+class _OneLineFormatter(logging.Formatter):
     """What the SDK could not make sense of, without the way there through its code."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's)
@@ -88,9 +88,9 @@ class _OneLine(logging.Formatter):
 class _Client:
     """Our side of the conversation: what the agent tells us and asks of us (`acp.interfaces.Client`)."""
 
-    def __init__(self, worktree: Worktree) -> None:
+    def __init__(self, worktree: ConfinedWorktree) -> None:
         self._worktree = worktree
-        self.words = Words()
+        self.words = MessageBuffer()
         self.refused = ""
         """What it asked leave for and did not get, as long as it has not gone on."""
         self._cost: float | None = None
@@ -133,14 +133,14 @@ class _Client:
             case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
                 self._cost = amount
             case _:
-                self.words.show_life()
+                self.words.write_keepalive()
 
     def _told_earlier(self, update: Any) -> None:
         self._told_before = anyio.current_time()
         match update:
             case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
                 self._cost_before = amount
-        self.words.show_life()
+        self.words.write_keepalive()
 
     async def request_permission(
         self,
@@ -155,7 +155,7 @@ class _Client:
         if why is not None:
             title = " ".join((tool_call.title or tool_call.tool_call_id).split())
             self.refused = f"not allowed: {title}: {why}"
-            write("denied", tool=title, detail=why, call=tool_call.tool_call_id)
+            write_line("denied", tool=title, detail=why, call=tool_call.tool_call_id)
         chosen = next((one for kind in wanted for one in options if one.kind == kind), None)
         if chosen is None:
             return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
@@ -166,7 +166,7 @@ class _Client:
         try:
             for name in sorted(self._named.get(call.tool_call_id, set()) | set(_paths_of(call))):
                 self._worktree.place(name)
-        except OutsideError as error:
+        except OutsideWorktreeError as error:
             return str(error)
         return None
 
@@ -210,8 +210,8 @@ class _Client:
     def _locate(self, path: str) -> Path:
         try:
             return self._worktree.locate(path)
-        except OutsideError as error:
-            write("denied", tool="file", detail=str(error), call="")
+        except OutsideWorktreeError as error:
+            write_line("denied", tool="file", detail=str(error), call="")
             raise acp.RequestError.invalid_params({"details": str(error)}) from None
 
     def _used(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> None:
@@ -225,11 +225,11 @@ class _Client:
         command = self._commands[call.tool_call_id] = _command_of(call) or before
         if is_new or paths or command != before:
             detail = _detail(call.title or "", command, paths)
-            write("tool", name=kind, detail=detail, paths=paths, call=call.tool_call_id)
+            write_line("tool", name=kind, detail=detail, paths=paths, call=call.tool_call_id)
         else:
-            self.words.show_life()
+            self.words.write_keepalive()
         if call.status in {"completed", "failed"}:
-            write("tool_ended", call=call.tool_call_id, failed=_failure_of_tool(call))
+            write_line("tool_ended", call=call.tool_call_id, failed=_failure_of_tool(call))
 
 
 def _command_of(call: schema.ToolCallStart | schema.ToolCallProgress) -> str:
@@ -271,7 +271,9 @@ def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCa
         yield from (call.raw_input[key] for key in _PATH_KEYS if isinstance(call.raw_input.get(key), str))
 
 
-async def _converse(agent: Any, client: _Client, top: Path, prompt: str, asked: Asked) -> Concluded:
+async def _run_conversation(
+    agent: Any, client: _Client, top: Path, prompt: str, asked: ConversationRequest
+) -> BridgeExit:
     """Have one conversation; raises Concluded, or the error that cut it off."""
     # Not reading: Gemini CLI does not know our answer that a file is not there, and then writes no new one.
     ability = schema.FileSystemCapabilities(read_text_file=False, write_text_file=True)
@@ -282,35 +284,37 @@ async def _converse(agent: Any, client: _Client, top: Path, prompt: str, asked: 
     )
     if known.protocol_version != acp.PROTOCOL_VERSION:
         told = f"the agent speaks version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
-        raise Concluded(f"{told}: install another version of it", "invalid")
+        raise BridgeExit(f"{told}: install another version of it", "invalid")
     try:
-        session = await _begin(agent, known, client, top, asked)
+        session = await _start_conversation(agent, known, client, top, asked)
         client.listen()
         answer = await agent.prompt(session_id=session, prompt=[acp.text_block(prompt)])
     except acp.RequestError as error:
         raise _concluded(error, known.auth_methods or ()) from error
     said = client.words.flush()
-    _tell_spent(answer.usage or _usage_beside(answer), client.cost)
-    if answer.stop_reason in _STOPS:
-        failure, reason = _STOPS[answer.stop_reason]
-        return Concluded(reason, failure)
+    _write_spent(answer.usage or _usage_in_metadata(answer), client.cost)
+    if answer.stop_reason in _STOP_REASONS:
+        failure, reason = _STOP_REASONS[answer.stop_reason]
+        return BridgeExit(reason, failure)
     if client.refused:
-        return Concluded(f"the agent went no further: {client.refused}", "refused")
-    return Concluded(said[-2_000:])
+        return BridgeExit(f"the agent went no further: {client.refused}", "refused")
+    return BridgeExit(said[-2_000:])
 
 
-async def _begin(agent: Any, known: schema.InitializeResponse, client: _Client, top: Path, asked: Asked) -> str:
+async def _start_conversation(
+    agent: Any, known: schema.InitializeResponse, client: _Client, top: Path, asked: ConversationRequest
+) -> str:
     """Have a conversation begin, or go on; return its id."""
     started: schema.NewSessionResponse | schema.LoadSessionResponse
     if asked.resume is None:
-        started = await agent.new_session(cwd=str(top), mcp_servers=servers_for(known, asked.servers))
+        started = await agent.new_session(cwd=str(top), mcp_servers=mcp_servers_for(known, asked.servers))
         session = started.session_id
     else:
-        check_loads(known)
+        check_can_resume(known)
         session = asked.resume
-        started = await _load(agent, session, top, servers_for(known, asked.servers))
+        started = await _load(agent, session, top, mcp_servers_for(known, asked.servers))
         await client.settle()
-    write("session", id=session)
+    write_line("session", id=session)
     if asked.model is not None:
         await choose_model(agent, session, started, asked.model)
     return session
@@ -326,10 +330,12 @@ async def _load(agent: Any, session: str, top: Path, servers: Sequence[Any]) -> 
         if error.code == _AUTH_REQUIRED:
             raise
         # The next session begins anew, and may well work.
-        raise Concluded(f"the agent can't load the conversation {session}: {_told(error)}", "transient") from error
+        raise BridgeExit(
+            f"the agent can't load the conversation {session}: {_error_text(error)}", "transient"
+        ) from error
 
 
-def _usage_beside(answer: schema.PromptResponse) -> schema.Usage | None:
+def _usage_in_metadata(answer: schema.PromptResponse) -> schema.Usage | None:
     """Return the tokens that Gemini CLI tells where the protocol has room for anything; None if there are none."""
     try:
         count = (answer.field_meta or {})["quota"]["token_count"]
@@ -339,23 +345,23 @@ def _usage_beside(answer: schema.PromptResponse) -> schema.Usage | None:
         return None
 
 
-def _tell_spent(usage: schema.Usage | None, cost: float | None) -> None:
+def _write_spent(usage: schema.Usage | None, cost: float | None) -> None:
     if usage is not None or cost is not None:
         read = 0 if usage is None else usage.input_tokens + (usage.cached_read_tokens or 0)
         sent = read if usage is None else read + (usage.cached_write_tokens or 0)
-        write("spent", input_tokens=sent, output_tokens=0 if usage is None else usage.output_tokens, cost=cost)
+        write_line("spent", input_tokens=sent, output_tokens=0 if usage is None else usage.output_tokens, cost=cost)
 
 
-def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> Concluded:
-    told = _told(error)
+def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> BridgeExit:
+    told = _error_text(error)
     failure = "auth" if error.code == _AUTH_REQUIRED else _failure(error.code, told)
     if failure != "auth":
-        return Concluded(f"the agent says: {told}", failure)
+        return BridgeExit(f"the agent says: {told}", failure)
     ways = ", ".join(one.name for one in methods)
-    return Concluded(f"the agent says: {told}: log in by the agent itself{f' ({ways})' if ways else ''}", failure)
+    return BridgeExit(f"the agent says: {told}: log in by the agent itself{f' ({ways})' if ways else ''}", failure)
 
 
-def _told(error: acp.RequestError) -> str:
+def _error_text(error: acp.RequestError) -> str:
     details = error.data.get("details") or error.data.get("message") if isinstance(error.data, dict) else error.data
     said = _message_in(str(error))
     return " ".join(f"{said}{f': {details}' if isinstance(details, str) and details else ''}".split())[:300]
@@ -374,15 +380,15 @@ def _failure(code: int, told: str) -> str:
     """Return the class of an error; its code may be the HTTP status that the model's API had."""
     found = _STATUS.search(told)
     status = int(found[1]) if found is not None else code if code < 600 else 0
-    by_status = failure_of_status(status)
-    return _named(_PLAIN, told) or by_status or _named(_WORDS, told) or "crashed"
+    by_status = failure_name_for_status(status)
+    return _named(_CERTAIN_PATTERNS, told) or by_status or _named(_ERROR_PATTERNS, told) or "crashed"
 
 
 def _named(words: Mapping[str, re.Pattern[str]], told: str) -> str | None:
     return next((name for name, pattern in words.items() if pattern.search(told)), None)
 
 
-async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, asked: Asked) -> Concluded:
+async def _run(argv: Sequence[str], worktree: ConfinedWorktree, prompt: str, asked: ConversationRequest) -> BridgeExit:
     client = _Client(worktree)
     # Its errors go where ours go: a pipe that nobody reads would stop it.
     streams = {"stderr": None, "limit": _LONGEST_MESSAGE}
@@ -393,10 +399,10 @@ async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, asked: Aske
         try:
             agent, process = await stack.enter_async_context(spawned)
         except OSError as error:
-            return Concluded(f"the agent {argv[0]!r} can't be started: {error.strerror}", "invalid")
+            return BridgeExit(f"the agent {argv[0]!r} can't be started: {error.strerror}", "invalid")
         try:
-            return await _converse(agent, client, worktree.top, prompt, asked)
-        except Concluded as concluded:
+            return await _run_conversation(agent, client, worktree.top, prompt, asked)
+        except BridgeExit as concluded:
             return concluded
         except acp.RequestError as error:
             return _concluded(error, ())
@@ -405,9 +411,9 @@ async def _run(argv: Sequence[str], worktree: Worktree, prompt: str, asked: Aske
             with anyio.move_on_after(_PATIENCE):
                 await process.wait()
             code = "it closed its output" if process.returncode is None else f"exit code {process.returncode}"
-            return Concluded(f"the agent ended before its answer did ({code})", "crashed")
+            return BridgeExit(f"the agent ended before its answer did ({code})", "crashed")
         except ValueError as error:  # pydantic's
-            return Concluded(f"what the agent answers is not the protocol's: {str(error)[:300]}", "crashed")
+            return BridgeExit(f"what the agent answers is not the protocol's: {str(error)[:300]}", "crashed")
     raise AssertionError("no exception is swallowed")
 
 
@@ -423,14 +429,14 @@ def main() -> int:
     parser.add_argument("argv", nargs="*")
     options = parser.parse_args()
     if options.ready:
-        return Concluded("ready").tell(plain=True)
+        return BridgeExit("ready").tell(plain=True)
     log = logging.StreamHandler()
-    log.setFormatter(_OneLine())
+    log.setFormatter(_OneLineFormatter())
     logging.basicConfig(handlers=[log])
     prompt = options.prompt_file.read_text(encoding="utf-8")
-    asked = Asked(options.model, options.resume, options.mcp_server)
+    asked = ConversationRequest(options.model, options.resume, options.mcp_server)
     try:
-        return anyio.run(_run, options.argv, Worktree(options.worktree), prompt, asked).tell()
+        return anyio.run(_run, options.argv, ConfinedWorktree(options.worktree), prompt, asked).tell()
     except KeyboardInterrupt:  # the agent is gone by now
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)

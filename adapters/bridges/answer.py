@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from adapters.bridges.worktree import OutsideError, Worktree
+from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
 #: What a model is told about how to answer.
-INSTRUCTIONS: Final = """\
+EDIT_INSTRUCTIONS: Final = """\
 You change the files of a git repository. You can't run anything: your answer is applied as it stands.
 
 For each file that is new, or changed in many places, give one block with the whole of its new content:
@@ -38,7 +38,7 @@ use a fence of four. Change nothing that the task does not need. Beside the bloc
 """
 
 #: What it is told where it is not to change anything.
-LOOKING: Final = """\
+READ_ONLY_INSTRUCTIONS: Final = """\
 You look at the files of a git repository, and change nothing. You can't run anything: your answer is read as it stands,
 and nothing of it is applied. Answer in words, with the paths and lines that you mean.
 """
@@ -54,19 +54,19 @@ _HEADER: Final = re.compile(
 _ODD_MODE: Final = re.compile(r"^(?:new file mode|new mode|index \S+) (?:120000|160000)$", re.MULTILINE)
 
 
-class UnfitError(Exception):
+class UnusableAnswerError(Exception):
     """The answer can't be applied: it is cut off, contradicts itself, or does not fit the files that are there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProposedChanges:
     """Whole files by path, and one patch of all the differences."""
 
     files: dict[str, str]
     patch: str
 
 
-def read_answer(text: str) -> Answer:
+def parse_answer(text: str) -> ProposedChanges:
     """Return what a text asks to be changed; blocks of other kinds are words. Raises UnfitError if it is cut off."""
     files: dict[str, str] = {}
     diffs: list[str] = []
@@ -74,11 +74,11 @@ def read_answer(text: str) -> Answer:
         if (file := _FILE.fullmatch(info)) is not None:
             files[file["path"].strip().strip("'\"")] = content
         elif info.lower() in _DIFFS:
-            diffs.append(_separated(content))
-    return Answer(files, "".join(diffs))
+            diffs.append(_separate_files(content))
+    return ProposedChanges(files, "".join(diffs))
 
 
-def _separated(diff: str) -> str:
+def _separate_files(diff: str) -> str:
     """Return a diff with a line between its files by which git, which must not trust its counts, tells them apart."""
     return _HEADER.sub(lambda found: found[1] + ("" if found[1] else "diff -u\n") + found[2], f"{diff.rstrip()}\n")
 
@@ -96,10 +96,10 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
         else:
             lines.append(line)
     if opened is not None and (_FILE.fullmatch(opened["info"].strip()) or opened["info"].strip().lower() in _DIFFS):
-        raise UnfitError("its last block has no end")
+        raise UnusableAnswerError("its last block has no end")
 
 
-def apply_answer(answer: Answer, worktree: Worktree) -> Sequence[str]:
+def apply_answer(answer: ProposedChanges, worktree: ConfinedWorktree) -> Sequence[str]:
     """Change the worktree as an answer says; return the paths that it names.
 
     Raises OutsideError if it names what is not in the worktree or makes a symlink, UnfitError if it does not fit;
@@ -110,29 +110,29 @@ def apply_answer(answer: Answer, worktree: Worktree) -> Sequence[str]:
     patched = _paths_of(answer.patch, strip, worktree) if answer.patch else []
     for name in patched:
         if worktree.relative(name) in places.values():
-            raise UnfitError(f"it gives {name!r} both as a file and as a difference")
+            raise UnusableAnswerError(f"it gives {name!r} both as a file and as a difference")
     if answer.patch:
         _git_apply(answer.patch, "--check", strip, worktree=worktree)
     before = _write_all({path: answer.files[name] for name, path in places.items()})
     try:
         if answer.patch:
             _git_apply(answer.patch, strip, worktree=worktree)
-    except UnfitError:
+    except UnusableAnswerError:
         _restore(before)
         raise
     return [*places, *patched]
 
 
-def _paths_of(patch: str, strip: str, worktree: Worktree) -> list[str]:
+def _paths_of(patch: str, strip: str, worktree: ConfinedWorktree) -> list[str]:
     if _ODD_MODE.search(patch):
-        raise OutsideError("the difference makes a symlink or a repository in the repository")
+        raise OutsideWorktreeError("the difference makes a symlink or a repository in the repository")
     # With -z: `added TAB deleted TAB path NUL`, and for a rename an empty path, then the old and the new one.
     fields = _git_apply(patch, "--numstat", "-z", strip, worktree=worktree).split("\0")
     paths = [field.split("\t", 2)[2] if field.count("\t") >= 2 else field for field in fields]
     return list(dict.fromkeys(path for path in paths if path))
 
 
-def _git_apply(patch: str, *options: str, worktree: Worktree) -> str:
+def _git_apply(patch: str, *options: str, worktree: ConfinedWorktree) -> str:
     done = subprocess.run(
         ["git", "apply", "--recount", "--whitespace=nowarn", *options, "-"],  # noqa: S607
         cwd=worktree.top,
@@ -141,7 +141,7 @@ def _git_apply(patch: str, *options: str, worktree: Worktree) -> str:
         check=False,
     )
     if done.returncode:
-        raise UnfitError(" ".join(done.stderr.decode(errors="replace").split())[:300])
+        raise UnusableAnswerError(" ".join(done.stderr.decode(errors="replace").split())[:300])
     return done.stdout.decode(errors="replace")
 
 
@@ -155,7 +155,7 @@ def _write_all(contents: dict[Path, str]) -> dict[Path, bytes | None]:
             path.write_text(content, encoding="utf-8")
     except OSError as error:
         _restore(before)
-        raise UnfitError(str(error)) from error
+        raise UnusableAnswerError(str(error)) from error
     return before
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
-from adapters.bridges.worktree import OutsideError, Worktree
+from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
 _LARGEST: Final = 64 << 10  # bytes of a file that is shown
 _LISTED: Final = 4  # a part of the budget, one in so many, is for the names
 _WORD: Final = re.compile(r"[\w.+-]+")
 
 
-def describe(worktree: Worktree, prompt: str, budget: int) -> str:
+def describe_worktree(worktree: ConfinedWorktree, prompt: str, budget: int) -> str:
     """Return the names of the worktree's files, and the contents of those that the prompt most likely means.
 
     At most `budget` bytes in all. Only text files are shown, symlinks are not followed.
@@ -34,7 +34,7 @@ def describe(worktree: Worktree, prompt: str, budget: int) -> str:
     return "\n".join(shown)
 
 
-def fenced(info: str, content: str) -> str:
+def code_block(info: str, content: str) -> str:
     """Return a block of text in a fence that is longer than any in the text itself."""
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -42,7 +42,7 @@ def fenced(info: str, content: str) -> str:
     return f"{fence}{info}\n{content}{end}{fence}\n"
 
 
-def _names(worktree: Worktree) -> list[str]:
+def _names(worktree: ConfinedWorktree) -> list[str]:
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],  # noqa: S607
         cwd=worktree.top,
@@ -75,14 +75,14 @@ def _rank(name: str, prompt: str, words: set[str]) -> tuple[int, int, str]:
     return rank, len(path.parts), name
 
 
-def _block(worktree: Worktree, name: str, left: int) -> str | None:
+def _block(worktree: ConfinedWorktree, name: str, left: int) -> str | None:
     """Return a file as a block; None if it does not fit or is no text."""
     try:
         path = worktree.relative(name)
         if not path.is_file() or path.stat().st_size > min(left, _LARGEST):
             return None
         content = path.read_bytes().decode()
-    except (OSError, OutsideError, UnicodeDecodeError):
+    except (OSError, OutsideWorktreeError, UnicodeDecodeError):
         return None
-    block = fenced(f"file {name}", content)
+    block = code_block(f"file {name}", content)
     return None if "\0" in content or len(block.encode()) > left else block

@@ -11,14 +11,14 @@ from typing import Any
 
 from acp import schema
 
-from adapters.bridges.lines import Concluded, write
+from adapters.bridges.lines import BridgeExit, write_line
 
 _Servers = list[schema.HttpMcpServer | schema.SseMcpServer | schema.AcpMcpServer | schema.McpServerStdio]
 _Started = schema.NewSessionResponse | schema.LoadSessionResponse
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ConversationRequest:
     """What a conversation is to be beside what is said in it; `resume` is the agent's id of an earlier one.
 
     Each of `servers` has a `name` and either a `url` or the `argv` of a command with the names of its variables, `env`.
@@ -29,17 +29,17 @@ class Asked:
     servers: Sequence[Mapping[str, Any]] = ()
 
 
-def check_loads(known: schema.InitializeResponse) -> None:
+def check_can_resume(known: schema.InitializeResponse) -> None:
     """Raise Concluded where an agent can't go on with an earlier conversation.
 
     What it is then to be told is only what is new: to one that knows nothing else it would mean nothing. A session
     that fails like this is followed by one that begins anew.
     """
     if known.agent_capabilities is None or not known.agent_capabilities.load_session:
-        raise Concluded("the agent can't go on with an earlier conversation: remove `resumes`", "transient")
+        raise BridgeExit("the agent can't go on with an earlier conversation: remove `resumes`", "transient")
 
 
-def servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[str, Any]]) -> _Servers:
+def mcp_servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[str, Any]]) -> _Servers:
     """Return the servers that an agent can take, as the protocol has them, with variables from our own environment."""
     ability = known.agent_capabilities
     takes_urls = ability is not None and ability.mcp_capabilities is not None and bool(ability.mcp_capabilities.http)
@@ -50,7 +50,7 @@ def servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[str, A
         elif takes_urls:
             servers.append(schema.HttpMcpServer(type="http", name=one["name"], url=one["url"], headers=[]))
         else:
-            write("warned", text=f"the agent takes no server by its URL: it does without {one['name']!r}")
+            write_line("warned", text=f"the agent takes no server by its URL: it does without {one['name']!r}")
     return servers
 
 
@@ -68,7 +68,7 @@ async def choose_model(agent: Any, session: str, started: _Started, model: str) 
     offered = [] if choice is None else list(_values(choice.options))
     if choice is None or model not in offered:
         names = f"only {', '.join(offered[:20])}" if offered else "none: choose it by the agent's own arguments"
-        raise Concluded(f"the agent does not offer the model {model!r}, {names}", "invalid")
+        raise BridgeExit(f"the agent does not offer the model {model!r}, {names}", "invalid")
     await agent.set_config_option(config_id=choice.id, session_id=session, value=model)
 
 

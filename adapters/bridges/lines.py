@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Final
 
 #: By type: the fields of a line, each with what it holds. `adapters.jsonlines` reads them by the same table.
-FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
+LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
     "said": {"text": str},  # the agent's words, whole lines
     "tool": {"name": str, "detail": str, "paths": list, "call": str | None},
     "tool_ended": {"call": str, "failed": str | None},  # one line that says why it failed, None: it did not
@@ -24,25 +24,25 @@ FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
 
 _ALIVE_EVERY: Final = 10.0  # seconds
 #: Characters of a field, and entries of a list: what is more is cut, so that no line is too long to be read.
-LONGEST: Final = 50_000
+MAX_FIELD_CHARS: Final = 50_000
 _MOST: Final = 100
 
 
-def write(type_: str, **fields: Any) -> None:
+def write_line(type_: str, **fields: Any) -> None:
     """Print a line; KeyError or TypeError if it is none of the table."""
-    if fields.keys() != FIELDS[type_].keys():
-        raise TypeError(f"a line of type {type_!r} has the fields {', '.join(FIELDS[type_])}")
+    if fields.keys() != LINE_FIELDS[type_].keys():
+        raise TypeError(f"a line of type {type_!r} has the fields {', '.join(LINE_FIELDS[type_])}")
     sys.stdout.write(json.dumps({"type": type_, **{name: _cut(value) for name, value in fields.items()}}) + "\n")
     sys.stdout.flush()
 
 
 def _cut(value: Any) -> Any:
     if isinstance(value, str):
-        return value[:LONGEST]
+        return value[:MAX_FIELD_CHARS]
     return [str(one)[:500] for one in value[:_MOST]] if isinstance(value, list) else value
 
 
-class Words:
+class MessageBuffer:
     """An agent's words as they come in, piece by piece: whole lines are printed at once, the rest at the end."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Words:
         self._rest = rest
         if newline:
             self._say(lines)
-        self.show_life()
+        self.write_keepalive()
 
     def flush(self) -> str:
         """Print what has no line break yet, since something else comes; return all since the last time."""
@@ -66,21 +66,21 @@ class Words:
         text, self._pieces = "".join(self._pieces), []
         return text
 
-    def show_life(self) -> None:
+    def write_keepalive(self) -> None:
         """Print now and then that something goes on, so that no limit on silence ends it."""
         if time.monotonic() - self._shown >= _ALIVE_EVERY:
             self._shown = time.monotonic()
-            write("alive")
+            write_line("alive")
 
     def _say(self, text: str) -> None:
-        for start in range(0, len(text), LONGEST):
-            part = text[start : start + LONGEST]
+        for start in range(0, len(text), MAX_FIELD_CHARS):
+            part = text[start : start + MAX_FIELD_CHARS]
             if part.strip():
                 self._shown = time.monotonic()
-                write("said", text=part)
+                write_line("said", text=part)
 
 
-class Concluded(Exception):
+class BridgeExit(Exception):
     """Ends a bridge: what it says last, and the class of failure that it came to (None: it went well).
 
     The classes are those of `orchestrator.domain.runs.failures`, by name.
@@ -96,5 +96,5 @@ class Concluded(Exception):
         if plain:
             sys.stdout.write(f"{text}\n")
             return 1 if self.failure else 0
-        write("concluded", text=text, failure=self.failure, reason=text if self.failure else "")
+        write_line("concluded", text=text, failure=self.failure, reason=text if self.failure else "")
         return 1 if self.failure else 0

@@ -24,17 +24,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from adapters.bridges.answer import INSTRUCTIONS, LOOKING, UnfitError, apply_answer, read_answer
-from adapters.bridges.context import describe
-from adapters.bridges.lines import Concluded, Words, write
-from adapters.bridges.statuses import failure_of_status
-from adapters.bridges.worktree import OutsideError, Worktree
+from adapters.bridges.answer import (
+    EDIT_INSTRUCTIONS,
+    READ_ONLY_INSTRUCTIONS,
+    UnusableAnswerError,
+    apply_answer,
+    parse_answer,
+)
+from adapters.bridges.context import describe_worktree
+from adapters.bridges.lines import BridgeExit, MessageBuffer, write_line
+from adapters.bridges.statuses import failure_name_for_status
+from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
 try:
     import httpx
     import ollama
 except ImportError:
-    _MISSING = Concluded("the client of Ollama is missing: pip install 'cli-council[ollama]'", "invalid")
+    _MISSING = BridgeExit("the client of Ollama is missing: pip install 'cli-council[ollama]'", "invalid")
     sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
 
 _PATIENCE: Final = 5.0  # seconds for a server that is just being started
@@ -46,26 +52,26 @@ def _client(host: str) -> ollama.Client:
     return ollama.Client(host=host, timeout=httpx.Timeout(None, connect=_CONNECTING))
 
 
-def _unreachable(host: str, error: Exception) -> Concluded:
+def _unreachable(host: str, error: Exception) -> BridgeExit:
     remedy = "start it with `ollama serve`, or correct `host`; with `network: off` no session reaches it"
-    return Concluded(f"no Ollama server answers at {host} ({error}): {remedy}", "auth")
+    return BridgeExit(f"no Ollama server answers at {host} ({error}): {remedy}", "auth")
 
 
-def _rejected(error: ollama.ResponseError, model: str) -> Concluded:
+def _rejected(error: ollama.ResponseError, model: str) -> BridgeExit:
     told = " ".join(str(error.error).split())[:300]
     status = error.status_code
     if status == 404:
-        return Concluded(f"the server does not have the model {model!r} ({told}): `ollama pull {model}`", "invalid")
+        return BridgeExit(f"the server does not have the model {model!r} ({told}): `ollama pull {model}`", "invalid")
     if "the context length" in told:
-        return Concluded(f"the server says: {told}: lower `context`, so that it is sent less", "limit")
-    failure = failure_of_status(status) or "transient"  # none: it said so in the middle of its answer
+        return BridgeExit(f"the server says: {told}: lower `context`, so that it is sent less", "limit")
+    failure = failure_name_for_status(status) or "transient"  # none: it said so in the middle of its answer
     remedy = ": set OLLAMA_API_KEY, or log in with `ollama signin`" if failure == "auth" else ""
-    return Concluded(f"the server says: {told}{f' ({status})' if status > 0 else ''}{remedy}", failure)
+    return BridgeExit(f"the server says: {told}{f' ({status})' if status > 0 else ''}{remedy}", failure)
 
 
 def _answer(host: str, model: str, messages: Sequence[Mapping[str, str]], context: int) -> str:
     """Return the model's whole answer, printing it meanwhile; raises Concluded if there is none."""
-    words = Words()
+    words = MessageBuffer()
     client = _client(host)
     began = time.monotonic()
     while True:
@@ -75,63 +81,63 @@ def _answer(host: str, model: str, messages: Sequence[Mapping[str, str]], contex
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             if time.monotonic() - began > _PATIENCE:
                 raise _unreachable(host, error) from None
-            write("warned", text=f"no Ollama server answers at {host}, trying again")
+            write_line("warned", text=f"no Ollama server answers at {host}, trying again")
             time.sleep(1)
         except ollama.ResponseError as error:
             raise _rejected(error, model) from None
         except (httpx.HTTPError, ValueError) as error:
             words.flush()
-            raise Concluded(
+            raise BridgeExit(
                 f"the server broke off its answer: {str(error) or type(error).__name__}", "transient"
             ) from None
 
 
-def _read(parts: Iterator[ollama.ChatResponse], words: Words) -> str:
+def _read(parts: Iterator[ollama.ChatResponse], words: MessageBuffer) -> str:
     for part in parts:
         words.add(part.message.content or "")
         if part.done:
             text = words.flush()
             sent, received = part.prompt_eval_count or 0, part.eval_count or 0
-            write("spent", input_tokens=sent, output_tokens=received, cost=None)
+            write_line("spent", input_tokens=sent, output_tokens=received, cost=None)
             if part.done_reason == "length":
-                raise Concluded("the answer does not fit into the model's context: raise `context`", "limit")
+                raise BridgeExit("the answer does not fit into the model's context: raise `context`", "limit")
             return text
     words.flush()
-    raise Concluded("the server broke off its answer", "transient")
+    raise BridgeExit("the server broke off its answer", "transient")
 
 
-def _perform(options: argparse.Namespace) -> Concluded:
-    worktree = Worktree(options.worktree)
+def _perform(options: argparse.Namespace) -> BridgeExit:
+    worktree = ConfinedWorktree(options.worktree)
     prompt = options.prompt_file.read_text(encoding="utf-8")
-    told = LOOKING if options.read_only else INSTRUCTIONS
+    told = READ_ONLY_INSTRUCTIONS if options.read_only else EDIT_INSTRUCTIONS
     more = "" if options.instructions_file is None else options.instructions_file.read_text(encoding="utf-8")
     try:
         # Half of the context is for what is sent, half for the answer; a server cuts off what is too long in silence.
         budget = options.context * _BYTES_A_TOKEN // 2 - len(prompt.encode()) - len(more.encode())
         if budget < 0:
-            return Concluded("the prompt takes more than half of the model's context: raise `context`", "limit")
-        shown = describe(worktree, prompt, budget)
+            return BridgeExit("the prompt takes more than half of the model's context: raise `context`", "limit")
+        shown = describe_worktree(worktree, prompt, budget)
         messages = (
             # In one message: a model's template may have room for no more.
             {"role": "system", "content": f"{told}\n{more}" if more else told},
             {"role": "user", "content": f"{shown}\nThe task:\n\n{prompt}"},
         )
         text = _answer(options.host, options.model, messages, options.context)
-        changed = () if options.read_only else apply_answer(read_answer(text), worktree)
-    except Concluded as concluded:
+        changed = () if options.read_only else apply_answer(parse_answer(text), worktree)
+    except BridgeExit as concluded:
         return concluded
     except (OSError, subprocess.CalledProcessError) as error:
-        return Concluded(f"the worktree can't be read: {error}", "crashed")
-    except OutsideError as error:
-        return Concluded(f"nothing of the answer was applied: {error}", "refused")
-    except UnfitError as error:
-        return Concluded(f"nothing of the answer was applied: {error}", "crashed")
+        return BridgeExit(f"the worktree can't be read: {error}", "crashed")
+    except OutsideWorktreeError as error:
+        return BridgeExit(f"nothing of the answer was applied: {error}", "refused")
+    except UnusableAnswerError as error:
+        return BridgeExit(f"nothing of the answer was applied: {error}", "crashed")
     for path in changed:
-        write("tool", name="edit", detail=path, paths=[path], call=None)
-    return Concluded("")
+        write_line("tool", name="edit", detail=path, paths=[path], call=None)
+    return BridgeExit("")
 
 
-def _ready(host: str, model: str) -> Concluded:
+def _ready(host: str, model: str) -> BridgeExit:
     try:
         _client(host).show(model)
     except (ConnectionError, httpx.HTTPError) as error:
@@ -139,8 +145,8 @@ def _ready(host: str, model: str) -> Concluded:
     except ollama.ResponseError as error:
         return _rejected(error, model)
     except ValueError as error:
-        return Concluded(f"what answers at {host} is no Ollama server ({str(error)[:100]}): correct `host`", "invalid")
-    return Concluded("ready")
+        return BridgeExit(f"what answers at {host} is no Ollama server ({str(error)[:100]}): correct `host`", "invalid")
+    return BridgeExit("ready")
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ _STATUSES: Final[Mapping[int, str]] = {
 }
 
 
-def failure_of_status(status: int) -> str | None:
+def failure_name_for_status(status: int) -> str | None:
     """Return the class of a failure, by name, by an HTTP status; None for one that is no failure."""
     if status >= 500:
         return "overloaded"

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 
-class OutsideError(Exception):
+class OutsideWorktreeError(Exception):
     """A path that an agent named leads out of the worktree, or into git's own files."""
 
 
-class Worktree:
+class ConfinedWorktree:
     """A worktree by its top folder; symlinks are followed before a path is judged."""
 
     def __init__(self, top: Path) -> None:
@@ -23,18 +23,18 @@ class Worktree:
         """
         path = self.place(name)
         if path == self.top:
-            raise OutsideError(f"{name!r} is outside of the worktree")
+            raise OutsideWorktreeError(f"{name!r} is outside of the worktree")
         return path
 
     def place(self, name: str) -> Path:
         """Return the same for a place to work in, which may be the worktree itself."""
         if not name or "\0" in name:
-            raise OutsideError(f"{name!r} is no path")
+            raise OutsideWorktreeError(f"{name!r} is no path")
         path = Path(os.path.realpath(self.top / name))
         if not path.is_relative_to(self.top):
-            raise OutsideError(f"{name!r} is outside of the worktree")
+            raise OutsideWorktreeError(f"{name!r} is outside of the worktree")
         if any(part.lower() == ".git" for part in path.relative_to(self.top).parts):
-            raise OutsideError(f"{name!r} belongs to git")
+            raise OutsideWorktreeError(f"{name!r} belongs to git")
         return path
 
     def relative(self, name: str) -> Path:
@@ -43,8 +43,8 @@ class Worktree:
         No part of it may be `..`, and no folder on the way a symlink: what is written must be what was named.
         """
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise OutsideError(f"{name!r} is outside of the worktree")
+            raise OutsideWorktreeError(f"{name!r} is outside of the worktree")
         path = self.locate(name)
         if path != self.top / Path(name):
-            raise OutsideError(f"{name!r} leads through a symlink")
+            raise OutsideWorktreeError(f"{name!r} leads through a symlink")
         return path

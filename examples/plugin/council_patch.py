@@ -12,15 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     Capability,
-    Command,
+    CliWarning,
     Failed,
     FailureClass,
     Program,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
     SessionRequest,
-    UsedTool,
-    Warned,
+    ToolCall,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
@@ -51,23 +51,23 @@ class PatchAdapter:
         """Return what must be on PATH before a run starts."""
         return [Program("patch", install="install GNU patch", version=["--version"], known=">=2.7,<3")]
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         """Return what to run; the prompt lies in a file."""
         options = ["--batch", "--forward", "--no-backup-if-mismatch", "--reject-file=-"]
-        return Command(["patch", *options, f"--strip={self._options.strip}", f"--input={request.prompt_file}"])
+        return SessionCommand(["patch", *options, f"--strip={self._options.strip}", f"--input={request.prompt_file}"])
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return what a line of standard output means."""
         if found := re.fullmatch(r"patching file '?(.+?)'?", line):
-            return [UsedTool("patch", found[1], [found[1]])]
+            return [ToolCall("patch", found[1], [found[1]])]
         if re.match(r"Hunk #\d+ (FAILED|succeeded)", line):
-            return [Warned(line)]
+            return [CliWarning(line)]
         return []
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Say that a patch which does not apply is not worth another attempt; 1 is patch's word for that."""
         if end.exit == 1:
-            warned = [event.text for event in end.events if isinstance(event, Warned)]
+            warned = [event.text for event in end.events if isinstance(event, CliWarning)]
             return Failed(FailureClass.REFUSED, f"the patch does not apply: {'; '.join(warned)}")
         return None
 

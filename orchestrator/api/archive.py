@@ -15,11 +15,16 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import FINAL, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import FINAL_STATUSES, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.domain.workflow.routing import PLAIN
-from orchestrator.engine.session_api.details import SessionDetails, details, find_workplace, session_files
+from orchestrator.domain.workflow.routing import DEFAULT_PHASES
+from orchestrator.engine.session_api.details import (
+    SessionDetails,
+    find_session_files,
+    find_workspace,
+    read_session_details,
+)
 from orchestrator.engine.state.records import check_task, read_run, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
@@ -27,18 +32,18 @@ from orchestrator.protocols import Adapter, Store
 from orchestrator.repo.git.change_counts import Changes, count
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.intake import diffs
-from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.landing import salvage
-from orchestrator.repo.landing.salvage import Kept
-from orchestrator.repo.source.site import find_site
+from orchestrator.repo.landing.salvage import UnmergedWork
+from orchestrator.repo.source.site import find_run_repository
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.preserved import is_preserved
 from orchestrator.repo.worktrees.slots import empty_trash
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.entries import Entries, Entry, EntryKind
-from orchestrator.sessions.output.files import attempt_streams, log_file, read_tail
-from orchestrator.sessions.output.transcript import NOTHING_SAID, Transcript
+from orchestrator.sessions.output.entries import OutputEntry, OutputEntryBuilder, OutputEntryKind
+from orchestrator.sessions.output.files import list_attempt_streams, log_path, read_tail
+from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
 #: Seconds between two looks at files that are followed.
 _FOLLOW_PAUSE = 0.2
@@ -46,7 +51,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class LogPart:
+class LogChunk:
     """Something that an attempt printed.
 
     `stream` is `stdout`, `stderr`, or `before`, `after` or `check` with the number of the user's command.
@@ -58,7 +63,7 @@ class LogPart:
 
 
 @dataclass(frozen=True, slots=True)
-class LogEntry(Entry):
+class LogEntry(OutputEntry):
     """An entry of an attempt's log; what is not the program's standard output comes as lines."""
 
     attempt: int = 0
@@ -66,17 +71,17 @@ class LogEntry(Entry):
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptLog:
+class AttemptMarker:
     """Where an attempt's log begins (`began`) and ends: its attempt has `ended`, or is `running`."""
 
     event: Literal["began", "ended", "running"]
     attempt: Attempt
-    used: Transcript = NOTHING_SAID
+    used: Transcript = EMPTY_TRANSCRIPT
     """What it said that it used up, so far."""
 
 
 @dataclass(frozen=True, slots=True)
-class KeptWork:
+class PreservedWork:
     """Work that is on no target: a ref of `repository`, or a worktree that could not be collected wholly."""
 
     name: str
@@ -105,13 +110,13 @@ class Archive:
 
     async def log(
         self, run: str, task: str, *, attempt: int | None = None, phase: str | None = None, follow: bool = False
-    ) -> AsyncGenerator[LogPart]:
+    ) -> AsyncGenerator[LogChunk]:
         """Yield the output of an attempt of a task (by default the newest, or the newest of a phase), with its checks.
 
         With `follow`, continue with new output, attempt by attempt, until the task has ended or the run is not active.
         RefusedError if there is no such attempt.
         """
-        async with aclosing(self._looks(run, task, attempt, phase, follow=follow)) as looks:
+        async with aclosing(self._poll(run, task, attempt, phase, follow=follow)) as looks:
             async for _, found in looks:
                 for part in chain.from_iterable(found.values()):
                     yield part
@@ -125,18 +130,18 @@ class Archive:
         attempt: int | None = None,
         phase: str | None = None,
         follow: bool = False,
-    ) -> AsyncGenerator[LogEntry | AttemptLog]:
+    ) -> AsyncGenerator[LogEntry | AttemptMarker]:
         """Yield the same as `log`, read by the adapters: each attempt's beginning, its entries, and its end."""
         logs: dict[int, _SessionLog] = {}
         document = await self._task(run, task)
-        async with aclosing(self._looks(run, task, attempt, phase, follow=follow)) as looks:
+        async with aclosing(self._poll(run, task, attempt, phase, follow=follow)) as looks:
             async for document, found in looks:
                 for number, parts in found.items():
                     if number not in logs:
                         for entry in chain.from_iterable(one.end(document) for one in logs.values()):
                             yield entry
                         logs[number] = await self._session_log(run, task, adapters, document.attempts[number - 1])
-                        yield AttemptLog("began", document.attempts[number - 1])
+                        yield AttemptMarker("began", document.attempts[number - 1])
                     for entry in chain.from_iterable(logs[number].read(part, document) for part in parts):
                         yield entry
                     if follow and not parts:
@@ -154,50 +159,50 @@ class Archive:
         if document.status is not TaskStatus.RUNNING:
             return None
         made = document.attempt
-        file = log_file(self._project.logs(run), task, made.number, "stdout")
+        file = log_path(self._project.logs(run), task, made.number, "stdout")
         log = await self._session_log(run, task, adapters, made)
         try:
             text, time = await read_tail(file), (await anyio.Path(file).stat()).st_mtime
         except FileNotFoundError:
             return None
-        entries = [*log.read(LogPart(made.number, "stdout", text), document), *log.end(document)]
+        entries = [*log.read(LogChunk(made.number, "stdout", text), document), *log.end(document)]
         lines = [one.line for one in entries if isinstance(one, LogEntry) and one.line.strip()]
         return (lines[-1].strip().rpartition("\n")[2], time) if lines else None
 
-    async def _looks(
+    async def _poll(
         self, run: str, task: str, attempt: int | None, phase: str | None, *, follow: bool
-    ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogPart]]]]:
+    ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogChunk]]]]:
         """Yield the new output of each attempt since the last look, with the task's record from before that look."""
         document = await self._task(run, task)
         attempt = (await self._attempt_at(run, task, document, phase)).number if phase is not None else attempt
         number = (await self._attempt(run, task, document, attempt)).number if document.attempts or not follow else 1
-        tails = _Tails(self._project.logs(run), task)
+        tails = _LogTails(self._project.logs(run), task)
         while True:
             # Asked first: what is printed before that is read after it.
             document = await read_task(self._store, run, task)
-            continues = follow and document.status not in FINAL and await self._is_live(run)
+            continues = follow and document.status not in FINAL_STATUSES and await self._is_live(run)
             numbers = range(number, len(document.attempts) + 1) if attempt is None else [number]
             yield document, {one: await anyio.to_thread.run_sync(tails.read, one) for one in numbers}
             if not continues:
                 break
             await anyio.sleep(_FOLLOW_PAUSE)
         if not document.attempts:  # it was followed, and ended or stopped without a session
-            raise await self._not_tried(run, task)
+            raise await self._no_attempt_error(run, task)
 
     async def diff(self, run: str, task: str, *, stat: bool = False) -> bytes:
         """Return what a task has changed, as git shows it: so far, where its session is at work."""
         document, git = await self._task(run, task), await self._git(run)
         if document.status is TaskStatus.RUNNING and await self._is_live(run):
             return await self._live_diff(run, task, document.attempt, stat=stat)
-        return await diffs.diff(git, *await self._ends(git, run, task, document), stat=stat)
+        return await diffs.diff_commits(git, *await self._diff_range(git, run, task, document), stat=stat)
 
     async def changes(self, run: str, task: str) -> Changes:
         """Return how much a task has changed: so far, where its session is at work. RefusedError where nothing is."""
         document, git = await self._task(run, task), await self._git(run)
         if document.status is TaskStatus.RUNNING:
             worktree, admit = await self._session(run, task, document.attempt)
-            return await diffs.count_live(git, worktree, document.attempt.base, admit=admit)
-        return await count(git, *await self._ends(git, run, task, document))
+            return await diffs.count_session_changes(git, worktree, document.attempt.base, admit=admit)
+        return await count(git, *await self._diff_range(git, run, task, document))
 
     async def details(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> SessionDetails:
         """Return what the session of a task has done so far; RefusedError where none is at work."""
@@ -205,15 +210,15 @@ class Archive:
         if document.status is not TaskStatus.RUNNING or not await self._is_live(run):
             raise RefusedError(f"task {task!r} has no session at work", f"`council diff {task}` shows what it left")
         session, redactor = SessionName(run, task, document.attempt.number), self._redactor()
-        at = await find_workplace(self._store, adapters, self._project.all_logs, redactor, session)
-        return await details(await self._git(run), at, redactor)
+        at = await find_workspace(self._store, adapters, self._project.logs_folder, redactor, session)
+        return await read_session_details(await self._git(run), at, redactor)
 
-    async def kept(self, run: str) -> list[KeptWork]:
+    async def kept(self, run: str) -> list[PreservedWork]:
         """Return all work of a run that is kept beside the target."""
-        found = [await self._described(one) for one in await salvage.kept(await self._git(run), run)]
+        found = [await self._describe(one) for one in await salvage.list_unmerged_work(await self._git(run), run)]
         if await self._is_live(run):
             return found
-        return [*found, *[await self._worktree(one) for one in await self._left_over(run)]]
+        return [*found, *[await self._worktree(one) for one in await self._leftover_worktrees(run)]]
 
     async def show(self, run: str, name: str, *, stat: bool = False) -> bytes:
         """Return what kept work changes, as git shows it."""
@@ -222,8 +227,8 @@ class Archive:
             document = await self._task(run, worktree.task)
             attempt = await self._attempt(worktree.run, worktree.task, document, worktree.attempt)
             return await self._live_diff(run, worktree.task, attempt, stat=stat)
-        found = salvage.find(await salvage.kept(git, run), name)
-        return await diffs.diff(git, await self._base(git, found), found.commit, stat=stat)
+        found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
+        return await diffs.diff_commits(git, await self._base(git, found), found.commit, stat=stat)
 
     async def apply(self, run: str, name: str, branch: str | None = None) -> Sequence[str]:
         """Bring kept work into the user's files as changes that are not committed, or as a new branch.
@@ -233,14 +238,14 @@ class Archive:
         git, document = await self._git(run), await read_run(self._store, run)
         if await self._kept_worktree(run, name) is not None:
             raise RefusedError(f"{name!r} is a folder of files that no commit holds", "copy from it by hand")
-        found = salvage.find(await salvage.kept(git, run), name)
-        site = await find_site(document.repo, is_url=document.is_url, environ=self._environ)
+        found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
+        site = await find_run_repository(document.repo, is_url=document.is_url, environ=self._environ)
         if branch is not None:
-            await salvage.make_branch(site.source(git), found.commit, branch)
+            await salvage.create_branch(site.source(git), found.commit, branch)
             return (branch,)
         if site.repository is None or site.repository.top is None:
             raise RefusedError(f"{document.repo} has no checkout", "name a branch to make of it (--branch)")
-        users = Git(None, users=True, environ=self._environ)
+        users = Git(None, as_user=True, environ=self._environ)
         base = await self._base(git, found)
         return await salvage.apply_to_checkout(git, users, site.repository.top, base, found.commit)
 
@@ -248,26 +253,26 @@ class Archive:
         """Delete kept work for good; RefusedError, with nothing deleted, for what the run still needs."""
         git = await self._git(run)
         refs, folders = [], []
-        listed = await salvage.kept(git, run)
+        listed = await salvage.list_unmerged_work(git, run)
         for name in names:
             worktree = await self._kept_worktree(run, name)
-            found = None if worktree else salvage.find(listed, name)
+            found = None if worktree else salvage.find_unmerged_work(listed, name)
             task = worktree.task if worktree else found.task if found else ""
             document = await read_task(self._store, run, task)
-            if document.status not in FINAL:
+            if document.status not in FINAL_STATUSES:
                 raise RefusedError(f"{name!r} belongs to a task that is not over", "cancel the task first, or wait")
             folders += [worktree] if worktree else []
             refs += [found] if found else []
-        await salvage.drop(git, refs)
+        await salvage.delete_refs(git, refs)
         for worktree in folders:
-            await worktrees.remove(worktree)
+            await worktrees.remove_worktree(worktree)
             await empty_trash(worktree.hub, git.environ)
 
-    async def _ends(self, git: Git, run: str, task: str, document: TaskDocument) -> tuple[str, str]:
+    async def _diff_range(self, git: Git, run: str, task: str, document: TaskDocument) -> tuple[str, str]:
         """Return what a task's newest kept work differs from, and that work."""
         kept = [one for one in document.attempts if one.branch is not None]
         if not document.attempts:
-            raise await self._not_tried(run, task)
+            raise await self._no_attempt_error(run, task)
         if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
             raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
         return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
@@ -275,20 +280,20 @@ class Archive:
     async def _live_diff(self, run: str, task: str, attempt: Attempt, *, stat: bool) -> bytes:
         worktree, admit = await self._session(run, task, attempt)
         git = await self._git(run)
-        return await diffs.live_diff(git, worktree, attempt.base, admit=admit, stat=stat)
+        return await diffs.diff_session(git, worktree, attempt.base, admit=admit, stat=stat)
 
-    async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, Admission]:
+    async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, IntakeRules]:
         """Return where an attempt works, and what of it may be shown."""
-        return await session_files(self._store, SessionName(run, task, attempt.number), self._redactor())
+        return await find_session_files(self._store, SessionName(run, task, attempt.number), self._redactor())
 
     def _redactor(self) -> Redactor:
         return Redactor(secret_values(self._environ))
 
-    async def _described(self, one: Kept) -> KeptWork:
+    async def _describe(self, one: UnmergedWork) -> PreservedWork:
         document = await read_task(self._store, one.run, one.task)
-        return KeptWork(one.name, one.run, one.task, document.status, one.subject, one.commit, one.committed, None)
+        return PreservedWork(one.name, one.run, one.task, document.status, one.subject, one.commit, one.committed, None)
 
-    async def _worktree(self, one: Worktree) -> KeptWork:
+    async def _worktree(self, one: Worktree) -> PreservedWork:
         document = await read_task(self._store, one.run, one.task)
         # Before that the user's own git would run in there what the agent has configured.
         is_safe = await anyio.to_thread.run_sync(is_preserved, one)
@@ -296,18 +301,18 @@ class Archive:
         if not is_safe:
             subject = f"a worktree of an interrupted session: `council resume {one.run}` saves it"
         folder = str(one.tree) if is_safe else None
-        return KeptWork(_name(one), one.run, one.task, document.status, subject, None, None, folder)
+        return PreservedWork(_name(one), one.run, one.task, document.status, subject, None, None, folder)
 
     async def _kept_worktree(self, run: str, name: str) -> Worktree | None:
-        return next((one for one in await self._left_over(run) if _name(one) == name), None)
+        return next((one for one in await self._leftover_worktrees(run) if _name(one) == name), None)
 
-    async def _left_over(self, run: str) -> list[Worktree]:
+    async def _leftover_worktrees(self, run: str) -> list[Worktree]:
         document = await read_run(self._store, run)
         hub = Hub(Path(document.hub))
-        left = await anyio.to_thread.run_sync(worktrees.left_over, hub, run, document.tasks)
+        left = await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run, document.tasks)
         return [one for one in left if not one.is_check]
 
-    async def _base(self, git: Git, found: Kept) -> str:
+    async def _base(self, git: Git, found: UnmergedWork) -> str:
         document = await read_task(self._store, found.run, found.task)
         number = found.part.partition("/")[0]
         if not number.isdecimal():  # both sides of a conflict: the first parent is what the target was
@@ -316,12 +321,12 @@ class Archive:
 
     async def _git(self, run: str) -> Git:
         document: RunDocument = await read_run(self._store, run)
-        document.check_ours()
+        document.check_not_imported()
         return Git(Hub(Path(document.hub)).trusted, environ=self._environ)
 
     async def _task(self, run: str, task: str) -> TaskDocument:
         document = await read_run(self._store, run)
-        document.check_ours()
+        document.check_not_imported()
         await check_task(self._store, document, task)
         return await read_task(self._store, run, task)
 
@@ -333,25 +338,25 @@ class Archive:
     async def _attempt_at(self, run: str, task: str, document: TaskDocument, phase: str) -> Attempt:
         """Return the newest attempt of a phase."""
         if not document.attempts:
-            raise await self._not_tried(run, task)
-        found = [one for one in document.attempts if (one.phase or PLAIN[0].name) == phase]
+            raise await self._no_attempt_error(run, task)
+        found = [one for one in document.attempts if (one.phase or DEFAULT_PHASES[0].name) == phase]
         if not found:
-            known = ", ".join(dict.fromkeys(one.phase or PLAIN[0].name for one in document.attempts))
+            known = ", ".join(dict.fromkeys(one.phase or DEFAULT_PHASES[0].name for one in document.attempts))
             what = f"task {task!r} has no session in phase {phase!r}"
             raise RefusedError(what, f"name one of: {known}")
         return found[-1]
 
     async def _attempt(self, run: str, task: str, document: TaskDocument, number: int | None) -> Attempt:
         if not document.attempts:
-            raise await self._not_tried(run, task)
+            raise await self._no_attempt_error(run, task)
         if number is not None and not 0 < number <= len(document.attempts):
             raise RefusedError(f"task {task!r} has no session {number}", f"name one from 1 to {len(document.attempts)}")
         return document.attempts[(number or 0) - 1]
 
-    async def _not_tried(self, run: str, task: str) -> RefusedError:
+    async def _no_attempt_error(self, run: str, task: str) -> RefusedError:
         """Return the error for a task without sessions: why it has none, and the next command."""
         document, halted = await read_task(self._store, run, task), (await read_run(self._store, run)).halted
-        if document.status in FINAL:
+        if document.status in FINAL_STATUSES:
             reason = f" ({document.reason})" if document.reason else ""
             what = f"task {task!r} never started: it was {document.status.replace('_', ' ')}{reason}"
             return RefusedError(what, f"`council retry {shlex.quote(task)} --run {run}` starts it")
@@ -368,44 +373,44 @@ class _SessionLog:
 
     def __init__(self, adapter: Adapter, attempt: Attempt, folder: str, redactor: Redactor) -> None:
         self._adapter, self._attempt, self._folder, self._redactor = adapter, attempt, folder, redactor
-        self._entries, self._rest = Entries(), dict[str, str]()
+        self._entries, self._rest = OutputEntryBuilder(), dict[str, str]()
         self._has_ended = False
 
-    def read(self, part: LogPart, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+    def read(self, part: LogChunk, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
         """Yield the entries of the whole lines up to the end of a piece of output."""
         if part.stream.startswith(("after", "check")):
             yield from self._ended(document)
         *lines, self._rest[part.stream] = (self._rest.get(part.stream, "") + part.text).split("\n")
         yield from self._read(part.stream, lines)
 
-    def pause(self, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+    def pause(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
         """Yield what was held back: there is no new output for now."""
         yield from self._made(self._entries.pause())
         if document.attempts[self._attempt.number - 1].ended is not None:
             yield from self._ended(document)
 
-    def end(self, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+    def end(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
         """Yield what was held back: there is no more output."""
         for stream, rest in self._rest.items():
             yield from self._read(stream, [rest] if rest else [])
         self._rest.clear()
         yield from self._ended(document)
 
-    def _ended(self, document: TaskDocument) -> Iterator[LogEntry | AttemptLog]:
+    def _ended(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
         if not self._has_ended:
             self._has_ended = True
             yield from self._made(self._entries.end())
             attempt = document.attempts[self._attempt.number - 1]
-            yield AttemptLog("running" if attempt.ended is None else "ended", attempt, self._entries.transcript)
+            yield AttemptMarker("running" if attempt.ended is None else "ended", attempt, self._entries.transcript)
 
     def _read(self, stream: str, lines: Sequence[str]) -> Iterator[LogEntry]:
         for line in lines:
             if stream == "stdout":
                 yield from self._made(self._entries.read(self._adapter, line.rstrip("\r")))
             else:
-                yield LogEntry(EntryKind.LINE, line, attempt=self._attempt.number, stream=stream)
+                yield LogEntry(OutputEntryKind.LINE, line, attempt=self._attempt.number, stream=stream)
 
-    def _made(self, entries: Sequence[Entry]) -> Iterator[LogEntry]:
+    def _made(self, entries: Sequence[OutputEntry]) -> Iterator[LogEntry]:
         for one in entries:
             text, outcome = self._shown(one.text), None if one.outcome is None else self._shown(one.outcome)
             yield LogEntry(one.kind, text, one.tool, outcome, self._attempt.number)
@@ -420,18 +425,18 @@ def _name(worktree: Worktree) -> str:
 
 
 @dataclass(slots=True)
-class _Tails:
+class _LogTails:
     """The files that hold what a task's attempts printed, each read up to some place."""
 
     logs: Path
     task: str
     _read: dict[Path, tuple[int, codecs.IncrementalDecoder]] = field(default_factory=dict)
 
-    def read(self, attempt: int) -> list[LogPart]:
+    def read(self, attempt: int) -> list[LogChunk]:
         """Return what has come since the last look."""
         parts = []
         for stream in self._streams(attempt):
-            path = log_file(self.logs, self.task, attempt, stream)
+            path = log_path(self.logs, self.task, attempt, stream)
             at, decoder = self._read.get(path, (0, codecs.getincrementaldecoder("utf-8")("replace")))
             with path.open("rb") as file:
                 if path.stat().st_size < at:  # checks of a merge that was made anew
@@ -440,10 +445,10 @@ class _Tails:
                 while data := file.read(_CHUNK):
                     at += len(data)
                     if text := decoder.decode(data):
-                        parts.append(LogPart(attempt, stream, text))
+                        parts.append(LogChunk(attempt, stream, text))
             self._read[path] = at, decoder
         return parts
 
     def _streams(self, attempt: int) -> list[str]:
         prefix = f"{self.task}.{attempt}."
-        return attempt_streams(path.name.removeprefix(prefix) for path in self.logs.glob(f"{prefix}*"))
+        return list_attempt_streams(path.name.removeprefix(prefix) for path in self.logs.glob(f"{prefix}*"))

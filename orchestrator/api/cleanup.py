@@ -13,11 +13,11 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.domain.runs.leftovers import Kind, Leftover, is_still
-from orchestrator.domain.runs.model import Maker
-from orchestrator.engine.cleanup.orphans import Survey, exists, judged, run_locks
-from orchestrator.engine.cleanup.run_removal import forget_run
-from orchestrator.engine.scheduler.recovery import end_session
+from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, is_unchanged
+from orchestrator.domain.runs.model import CheckpointOrigin
+from orchestrator.engine.cleanup.orphans import OrphanFinder, hub_exists, judge_slot, run_locks
+from orchestrator.engine.cleanup.run_removal import remove_run
+from orchestrator.engine.scheduler.recovery import end_orphaned_session
 from orchestrator.errors import GitError, LockHeld, StoreUnavailable
 from orchestrator.project import Project
 from orchestrator.protocols import Store
@@ -25,13 +25,13 @@ from orchestrator.repo.git.runner import Git
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.removal import disk_usage, remove_all
-from orchestrator.repo.worktrees.slots import Place, empty_trash, place_of, throw_away
-from orchestrator.state.documents.checkpoints import create
+from orchestrator.repo.worktrees.slots import WorktreeSlot, empty_trash, move_to_trash, read_session_slot
+from orchestrator.state.documents.checkpoints import create_checkpoint
 from orchestrator.system.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
-class Removal:
+class RemovalResult:
     """What came of removing something; `error` says why it is still there."""
 
     leftover: Leftover
@@ -53,7 +53,7 @@ class Cleaner:
         """Take the folder of all hubs, and a project together with its store and the store's URL."""
         self._environ, self._store = environ, store
         self._checkpoints: dict[str, str] = {}
-        self._survey = Survey(home, environ, clock, project, store, url)
+        self._survey = OrphanFinder(home, environ, clock, project, store, url)
 
     async def find(
         self, *, logs: float | None = None, runs: float | None = None, even_cut_off: bool = False
@@ -63,40 +63,42 @@ class Cleaner:
         With `logs`, also the output of runs that ended more than so many seconds ago, with `runs` also the records of
         such runs; with `even_cut_off` of those, too, that could be resumed and of which nothing is recorded since.
         """
-        found = await self._survey.everything()
+        found = await self._survey.find_all()
         if logs is not None:
             found += await self._survey.logs(logs)
         if runs is not None:
             found += await self._survey.old_runs(runs, even_cut_off=even_cut_off)
-        return [await anyio.to_thread.run_sync(_measured, one, self._survey.project) for one in found]
+        return [await anyio.to_thread.run_sync(_with_size, one, self._survey.project) for one in found]
 
-    async def remove(self, found: Sequence[Leftover]) -> list[Removal]:
+    async def remove(self, found: Sequence[Leftover]) -> list[RemovalResult]:
         """Remove what `find` returned, whether left over or kept, but nothing that came to be needed since.
 
         Of each run that it is of, a checkpoint is made first. Restoring it brings a record back that was removed, but
         not what the run printed.
         """
         self._checkpoints |= await self._make_checkpoints({one.run for one in found if one.run is not None})
-        return [Removal(one, await self._problem(replace(one, bytes=0))) for one in found]
+        return [RemovalResult(one, await self._problem(replace(one, bytes=0))) for one in found]
 
     async def _make_checkpoints(self, runs: Collection[str]) -> dict[str, str]:
         known, made = await self._survey.runs(), {}
         for run in sorted(known.keys() & runs):
             with suppress(StoreUnavailable):  # on a disk that is full, to clean is the remedy
                 if self._store is not None:
-                    one = await create(self._store, run, "before clean", maker=Maker.COUNCIL, is_live=False)
+                    one = await create_checkpoint(
+                        self._store, run, "before clean", maker=CheckpointOrigin.COUNCIL, is_live=False
+                    )
                     made[run] = one.id
         return made
 
     async def _problem(self, one: Leftover) -> str | None:
         removals = {
-            Kind.WORKTREE: self._remove_worktree,
-            Kind.PLACE: self._remove_place,
-            Kind.REFS: self._remove_refs,
-            Kind.HUB: self._remove_hub,
-            Kind.TEMPORARY: self._remove_temporary,
-            Kind.LOGS: self._remove_logs,
-            Kind.RUN: self._remove_run,
+            LeftoverKind.WORKTREE: self._remove_worktree,
+            LeftoverKind.PLACE: self._remove_place,
+            LeftoverKind.REFS: self._remove_refs,
+            LeftoverKind.HUB: self._remove_hub,
+            LeftoverKind.TEMPORARY: self._remove_temporary,
+            LeftoverKind.LOGS: self._remove_logs,
+            LeftoverKind.RUN: self._remove_run,
         }
         try:
             is_done = await removals[one.kind](one)
@@ -109,29 +111,29 @@ class Cleaner:
         return None if is_done else "it is needed now, or was changed"
 
     async def _remove_worktree(self, one: Leftover) -> bool:
-        async with self._run_held(one) as (git, run):
+        async with self._hold_run(one) as (git, run):
             known = (await self._survey.runs()).get(run)
-            found = await (self._survey.strays(_hub(one)) if known is None else self._survey.worktrees(known))
+            found = await (self._survey.unknown_runs(_hub(one)) if known is None else self._survey.worktrees(known))
             if one not in found:
                 return not await anyio.Path(one.place).exists()
             folder = _hub(one).sessions / run
-            for worktree in await anyio.to_thread.run_sync(worktrees.left_over, _hub(one), run, None):
+            for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, _hub(one), run, None):
                 if str(worktree.root) == one.place:
-                    await end_session(worktree)
-                    await self._delete(worktree.hub, await worktrees.remove(worktree), git.keep_fds)
+                    await end_orphaned_session(worktree)
+                    await self._delete(worktree.hub, await worktrees.remove_worktree(worktree), git.keep_fds)
             await anyio.to_thread.run_sync(worktrees.remove_if_empty, folder)
         return True
 
     async def _remove_place(self, one: Leftover) -> bool:
-        place = Place(_hub(one), int(Path(one.place).name))
+        place = WorktreeSlot(_hub(one), int(Path(one.place).name))
         async with place.lock.hold(0) as lock:
             if not await anyio.Path(place.root).exists():
                 return True
-            if await judged(place, is_ours=True) != one:
+            if await judge_slot(place, is_ours=True) != one:
                 return False
-            thrown = await anyio.to_thread.run_sync(throw_away, place.hub, place.root)
+            thrown = await anyio.to_thread.run_sync(move_to_trash, place.hub, place.root)
             await self._delete(place.hub, thrown, (lock.fd,))
-        await self._survey.forget_leases()
+        await self._survey.release_stale_ports()
         return True
 
     async def _delete(self, hub: Hub, thrown: Sequence[Path], keep_fds: Sequence[int]) -> None:
@@ -140,15 +142,15 @@ class Cleaner:
             await empty_trash(hub, self._environ, keep_fds)
 
     async def _remove_refs(self, one: Leftover) -> bool:
-        async with self._run_held(one) as (git, _):
-            if one not in await self._survey.strays(_hub(one)):
+        async with self._hold_run(one) as (git, _):
+            if one not in await self._survey.unknown_runs(_hub(one)):
                 return False
             listed = await git("for-each-ref", "--format=delete %(refname) %(objectname)", one.place)
             await git("update-ref", "--stdin", input_=listed.stdout)
         return True
 
     async def _remove_logs(self, one: Leftover) -> bool:
-        async with self._run_held(one) as (git, run):
+        async with self._hold_run(one) as (git, run):
             known = (await self._survey.runs()).get(run)
             if known is None or known.ended is None:
                 return False
@@ -156,7 +158,7 @@ class Cleaner:
         return True
 
     async def _remove_run(self, one: Leftover) -> bool:
-        async with self._run_held(one) as (git, run):
+        async with self._hold_run(one) as (git, run):
             known = (await self._survey.runs()).get(run)
             if known is None:
                 return True
@@ -166,15 +168,15 @@ class Cleaner:
             if checkpoint is None:
                 raise StoreUnavailable(f"run {run}", "no checkpoint could be made of it", "make room, and clean again")
             # One that is not over was found because that was asked for; if it was over then, it says so.
-            if not is_still(one, await self._survey.old_run(known, even_cut_off=True)):
+            if not is_unchanged(one, await self._survey.old_run(known, even_cut_off=True)):
                 return False
             # First: by a run that is recorded they are found again.
             await remove_all([project.logs(run)], self._environ, git.keep_fds)
-            await forget_run(store, run, checkpoint)
+            await remove_run(store, run, checkpoint)
         return True
 
     @asynccontextmanager
-    async def _run_held(self, one: Leftover) -> AsyncIterator[tuple[Git, str]]:
+    async def _hold_run(self, one: Leftover) -> AsyncIterator[tuple[Git, str]]:
         """Keep everybody from beginning to work in a run; LockHeld if somebody does.
 
         Yields git in the trusted repository, whose commands hold the run too, and the run's id.
@@ -182,9 +184,9 @@ class Cleaner:
         assert one.run is not None, "it is of a run"  # noqa: S101
         async with AsyncExitStack() as stack:
             fds: tuple[int, ...] = ()
-            if await exists(_hub(one)):  # without it nobody can work in the run
+            if await hub_exists(_hub(one)):  # without it nobody can work in the run
                 fds = ((await stack.enter_async_context(_hub(one).run_lock(one.run).hold(0))).fd,)
-                if living := await _hub(one).life_locks.held(one.run):  # beside whoever coordinates, or after it
+                if living := await _hub(one).liveness_locks.held(one.run):  # beside whoever coordinates, or after it
                     raise await living[0].held_error()
             yield Git(_hub(one).trusted, keep_fds=fds, environ=self._environ), one.run
 
@@ -192,15 +194,15 @@ class Cleaner:
         hub = _hub(one)
         async with AsyncExitStack() as stack:
             fds = ((await stack.enter_async_context(hub.creation_lock.hold(0))).fd,)
-            if not await exists(hub):
+            if not await hub_exists(hub):
                 return True
             for lock in await run_locks(hub):
                 await stack.enter_async_context(lock.hold(0))
-            if one != await self._survey.orphan(hub):
+            if one != await self._survey.orphaned_hub(hub):
                 return False
             for place in await anyio.to_thread.run_sync(lambda: list(hub.sessions.iterdir())):
-                for worktree in await anyio.to_thread.run_sync(worktrees.left_over, hub, place.name, None):
-                    await end_session(worktree)
+                for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, place.name, None):
+                    await end_orphaned_session(worktree)
             await remove_all([hub.unfinished], self._environ, fds)
             await anyio.to_thread.run_sync(hub.root.rename, hub.unfinished)
             await remove_all([hub.unfinished], self._environ, fds)
@@ -211,15 +213,15 @@ class Cleaner:
             fds: tuple[int, ...] = ()
             if one.hub is not None:
                 fds = ((await stack.enter_async_context(_hub(one).creation_lock.hold(0))).fd,)
-            if not await self._is_debris(one):
+            if not await self._is_stale_file(one):
                 return not await anyio.Path(one.place).exists()
             await remove_all([Path(one.place)], self._environ, fds)
         return True
 
-    async def _is_debris(self, one: Leftover) -> bool:
+    async def _is_stale_file(self, one: Leftover) -> bool:
         if one.hub is None:
-            return one in await self._survey.excludes()
-        return one.place == str(_hub(one).unfinished) or one in await self._survey.debris(_hub(one))
+            return one in await self._survey.stale_excludes()
+        return one.place == str(_hub(one).unfinished) or one in await self._survey.stale_files(_hub(one))
 
 
 def _hub(one: Leftover) -> Hub:
@@ -227,12 +229,12 @@ def _hub(one: Leftover) -> Hub:
     return Hub(Path(one.hub))
 
 
-def _measured(one: Leftover, project: Project | None) -> Leftover:
-    if one.kind is Kind.REFS:
+def _with_size(one: Leftover, project: Project | None) -> Leftover:
+    if one.kind is LeftoverKind.REFS:
         return one
     folders = [Path(one.place)]
-    if one.kind is Kind.RUN and project is not None:
+    if one.kind is LeftoverKind.RUN and project is not None:
         folders = [project.logs(one.place)]
-    if one.kind is Kind.WORKTREE and (place := place_of(_hub(one), Path(one.place))) is not None:
+    if one.kind is LeftoverKind.WORKTREE and (place := read_session_slot(_hub(one), Path(one.place))) is not None:
         folders.append(place.root)
     return replace(one, bytes=sum(map(disk_usage, folders)))

@@ -12,53 +12,70 @@ from typing import IO, TYPE_CHECKING, Self
 
 import anyio.to_thread
 
-from orchestrator.api.runs import Runs
-from orchestrator.config.store import folder_url, named_store, scheme_of, store_folder
-from orchestrator.domain.runs.model import Action, TaskStatus
-from orchestrator.domain.security.secrets import without_passwords
+from orchestrator.api.runs import ProjectRuns
+from orchestrator.config.store import folder_url, scheme_of, store_folder, to_store_url
+from orchestrator.domain.runs.model import RequestAction, TaskStatus
+from orchestrator.domain.security.secrets import redact_urls
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.records import check_task, read_run
 from orchestrator.errors import CouncilError, RefusedError, UnreadableDocument
-from orchestrator.project import LEGACY_RECORD, Project, council_home, exclude_from_git, find_project, was_imported
-from orchestrator.protocols import Adapter, Compacted, Document, JsonObject, Key, Record, RecordedEvent, Store, Verified
-from orchestrator.repo.source.checkout import check_own
+from orchestrator.project import (
+    LEGACY_RECORD,
+    Project,
+    council_home,
+    exclude_from_git,
+    find_project,
+    is_import_complete,
+)
+from orchestrator.protocols import (
+    Adapter,
+    CommitRecord,
+    CompactionResult,
+    Document,
+    JsonObject,
+    Key,
+    RecordedEvent,
+    Store,
+    VerificationReport,
+)
+from orchestrator.repo.source.checkout import refuse_tracked_project_folder
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.state.documents.reading import following, is_of_run
-from orchestrator.state.log.identity import check_known
+from orchestrator.state.documents.reading import follow_log, is_run_document
+from orchestrator.state.log.identity import check_trusted
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import Clock, SystemClock
 
 # Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
 if TYPE_CHECKING:
-    from orchestrator.api.activity import Activity
+    from orchestrator.api.activity import RunActivity
     from orchestrator.api.archive import Archive
     from orchestrator.api.cleanup import Cleaner
-    from orchestrator.api.execution import Execution
-    from orchestrator.api.history import Past
+    from orchestrator.api.execution import RunExecutor
+    from orchestrator.api.history import StateHistory
     from orchestrator.config.coordination import CoordinationOverrides
     from orchestrator.config.model import BudgetConfig, RunConfig
     from orchestrator.config.schema import Config
-    from orchestrator.domain.documents.conflicts import Update
+    from orchestrator.domain.documents.conflicts import DocumentUpdate
     from orchestrator.domain.runs.model import RunDocument
     from orchestrator.domain.sessions.contexts import SessionContext, TaskSummary
     from orchestrator.domain.sessions.notes import Note
     from orchestrator.engine.diagnostics.findings import Finding
-    from orchestrator.engine.phases.verification import RunCheck
-    from orchestrator.engine.reports.story import Story
-    from orchestrator.engine.scheduler.restore import Restored
+    from orchestrator.engine.phases.verification import RunVerification
+    from orchestrator.engine.reports.story import TaskDetails
+    from orchestrator.engine.scheduler.restore import RestoreResult
     from orchestrator.engine.session_api.details import SessionDetails
-    from orchestrator.engine.session_api.notes import Memory
-    from orchestrator.engine.session_api.shared_values import Sharing
+    from orchestrator.engine.session_api.notes import NoteStore
+    from orchestrator.engine.session_api.shared_values import SharedValues
     from orchestrator.engine.state.reload import FileChanges
     from orchestrator.locking.named_locks import NamedLocks
-    from orchestrator.locking.overview import Lock, Overview
+    from orchestrator.locking.overview import LockOverview, LockStatus
     from orchestrator.plugins import Plugins
     from orchestrator.repo.git.change_counts import Changes
-    from orchestrator.state.documents.checkpoints import Checkpoint, Restoration
-    from orchestrator.state.documents.conflicts import Applied, Conflict, Settled
-    from orchestrator.state.documents.subscription import Changed
-    from orchestrator.state.transfer.copying import Copied
-    from orchestrator.views.content import Stand
+    from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
+    from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
+    from orchestrator.state.documents.subscription import DocumentChange
+    from orchestrator.state.transfer.copying import CopyResult
+    from orchestrator.views.content import ViewPosition
 
 #: The events behind which nothing more comes of a run, for now.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
@@ -69,7 +86,7 @@ _LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.sei
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class ProjectPaths:
     """Where a project keeps things; the repositories are None before its first run."""
 
     repository: str | None
@@ -94,7 +111,7 @@ class Council:
 
     def __init__(
         self,
-        runs: Runs,
+        runs: ProjectRuns,
         opened_at: int,
         plugins: Plugins | None,
         config: RunConfig | None,
@@ -103,7 +120,7 @@ class Council:
         self.project, self.config, self.notices = runs.project, config, notices
         self._runs, self._store, self._opened_at = runs, runs.store, opened_at
         self._plugins = plugins
-        self._execution: Execution | None = None
+        self._execution: RunExecutor | None = None
         self._stopping = False
 
     @classmethod
@@ -136,23 +153,23 @@ class Council:
         clock = clock or SystemClock()
         source = "." if source is None else source
         config, is_known = None, True
-        chosen = named_store(state or environ.get("COUNCIL_STATE", "")) or None
+        chosen = to_store_url(state or environ.get("COUNCIL_STATE", "")) or None
         if isinstance(source, str | Path) and await anyio.to_thread.run_sync(os.path.isdir, source):
-            project, is_known = await anyio.to_thread.run_sync(_looked_at, Path(source), chosen)
+            project, is_known = await anyio.to_thread.run_sync(_find_source_project, Path(source), chosen)
         else:
-            from orchestrator.api.loading import load  # noqa: PLC0415
+            from orchestrator.api.loading import load_run  # noqa: PLC0415
 
-            plugins, config, project = await load(source, plugins, environ)
-        await check_own(project, environ)
+            plugins, config, project = await load_run(source, plugins, environ)
+        await refuse_tracked_project_folder(project, environ)
         if is_known:  # from elsewhere a store is only looked at
             await anyio.to_thread.run_sync(project.create)
-        url = await anyio.to_thread.run_sync(_store_of, project, config) if chosen is None else chosen
-        is_named = chosen is not None or config is not None or url == folder_url(project.own_state)
+        url = await anyio.to_thread.run_sync(_resolve_store_url, project, config) if chosen is None else chosen
+        is_named = chosen is not None or config is not None or url == folder_url(project.state_folder)
         if scheme_of(url) == "file" or not is_named:  # else a person has named it
-            await anyio.to_thread.run_sync(partial(check_known, url, council_home(environ), is_named=is_named))
+            await anyio.to_thread.run_sync(partial(check_trusted, url, council_home(environ), is_named=is_named))
         async with _open_store(url, project, plugins, clock, environ) as store:
-            notices = await _import(store, project, clock, environ) if state is None else ()
-            runs = Runs(project, store, url, clock, environ, follows_file=chosen is None)
+            notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
+            runs = ProjectRuns(project, store, url, clock, environ, follows_file=chosen is None)
             yield cls(runs, await store.position(), plugins, config, notices)
 
     @property
@@ -164,7 +181,7 @@ class Council:
             self._plugins = load_plugins(self._runs.environ, [self.project.top])
         return self._plugins
 
-    async def _installed(self) -> Plugins:
+    async def _load_plugins(self) -> Plugins:
         return await anyio.to_thread.run_sync(lambda: self.plugins) if self._plugins is None else self._plugins
 
     @property
@@ -177,13 +194,13 @@ class Council:
         if not self.project.folder.is_dir():
             find_project(self.project.top)
 
-    async def _executing(self) -> Execution:
-        from orchestrator.api.execution import Execution  # noqa: PLC0415
+    async def _get_execution(self) -> RunExecutor:
+        from orchestrator.api.execution import RunExecutor  # noqa: PLC0415
 
         await anyio.to_thread.run_sync(self._check_project)
-        plugins = await self._installed()
+        plugins = await self._load_plugins()
         if self._execution is None:
-            self._execution = Execution(self._runs, plugins)
+            self._execution = RunExecutor(self._runs, plugins)
             if self._stopping:
                 self._execution.stop()
         return self._execution
@@ -211,11 +228,11 @@ class Council:
 
         With `allow_failing_base` sessions start though checks fail on the base.
 
-        RefusedError says what stands in the way, as `engine.diagnostics.preflight.check_run` does.
+        RefusedError says what stands in the way, as `engine.diagnostics.preflight.run_preflight` does.
         """
         if self.config is None:
             raise RefusedError("no file was opened", "open the council with a YAML file")
-        execution = await self._executing()
+        execution = await self._get_execution()
         return await execution.create_run(
             self.config,
             allow_deferred=allow_deferred,
@@ -239,13 +256,13 @@ class Council:
         `allow_failing_base` sessions start from now on though checks fail on the base. Only one process can do that at
         a time: RefusedError while another one does.
         """
-        execution = await self._executing()
+        execution = await self._get_execution()
         name = await self.find_run(run)
         return await execution.resume(name, budget, coordination, capacity, allow_failing_base=allow_failing_base)
 
     async def land(self, run: str | None = None) -> RunReport:
         """Land what is built of a run, and start no session; return how the run then stands. Else as `resume`."""
-        return await (await self._executing()).resume(await self.find_run(run), only_lands=True)
+        return await (await self._get_execution()).resume(await self.find_run(run), only_lands=True)
 
     async def create_merge(self, run: str | None = None) -> str:
         """Record a run whose one task is built already, and is all that landed on another run's branch.
@@ -253,7 +270,7 @@ class Council:
         `resume` lands it on that run's base, with the checks of all of its tasks. Return its id, or that of an earlier
         one whose task still waits to land; NothingToMerge where there is nothing.
         """
-        return await (await self._executing()).create_merge(await self.find_run(run))
+        return await (await self._get_execution()).create_merge(await self.find_run(run))
 
     async def work(
         self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
@@ -263,7 +280,7 @@ class Council:
         Tasks are claimed that are free and whose adapter works here, at most `capacity` at once (None: as many as the
         run has). Where nobody coordinates the run any more, this process does.
         """
-        return await (await self._executing()).work(run, capacity, coordination)
+        return await (await self._get_execution()).work(run, capacity, coordination)
 
     async def active_runs(self, *, follow: bool = False) -> AsyncGenerator[str]:
         """Yield the runs that somebody is at work in, the oldest first; with `follow` those that begin later, too."""
@@ -273,7 +290,7 @@ class Council:
             with suppress(UnreadableDocument):  # whoever asks for it is told
                 if (await read_run(self._store, run)).ended is not None:
                     continue
-            if await self._runs.seems_live(run):
+            if await self._runs.has_live_process(run):
                 known.add(run)
                 yield run
         if follow:
@@ -290,21 +307,21 @@ class Council:
         Sessions are stopped, what they did is kept on branches. Whichever process is at work in the run does it. A task
         that has ended stays as it is.
         """
-        return await self._ask(await self.find_run(run), Action.CANCEL, tasks)
+        return await self._ask(await self.find_run(run), RequestAction.CANCEL, tasks)
 
     async def ignore(self, *tasks: str, reason: str, run: str | None = None) -> RunReport:
         """End tasks as `cancel` does, and have nobody try them before `retry`; return how the run then stands."""
         from orchestrator.engine.scheduler.requests import check_reason  # noqa: PLC0415  seldom needed
 
         check_reason(reason)
-        return await self._ask(await self.find_run(run), Action.IGNORE, tasks, reason)
+        return await self._ask(await self.find_run(run), RequestAction.IGNORE, tasks, reason)
 
     async def file_changes(self, run: str | None = None) -> FileChanges:
         """Return what the file of a run says now otherwise than the run's record, for the tasks that are not done.
 
         A run keeps what it recorded when it was made; `retry` with `reload` takes over what the file says of tasks.
         """
-        return await (await self._executing()).file_changes(await self.find_run(run))
+        return await (await self._get_execution()).file_changes(await self.find_run(run))
 
     async def retry(
         self,
@@ -321,7 +338,7 @@ class Council:
         With `reload`, from `file_changes`, the tasks first take over the prompts, limits and adapters of the file;
         RefusedError with the reason for each key that can't change.
         """
-        return await self._ask(await self.find_run(run), Action.RETRY, tasks, phase=from_phase, reload=reload)
+        return await self._ask(await self.find_run(run), RequestAction.RETRY, tasks, phase=from_phase, reload=reload)
 
     async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
         """Approve what a phase of each task came to, so that it goes on; return how the run then stands.
@@ -329,14 +346,14 @@ class Council:
         RefusedError where one waits for no approval. Whichever process is at work in the run goes on at once; otherwise
         the next `resume` does.
         """
-        return await self._answer(Action.APPROVE, tasks, note, run)
+        return await self._answer(RequestAction.APPROVE, tasks, note, run)
 
     async def reject(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
         """Have the phases done again whose result waits to be approved; for the rest see `approve`.
 
         The note is what their sessions are told.
         """
-        return await self._answer(Action.REJECT, tasks, note, run)
+        return await self._answer(RequestAction.REJECT, tasks, note, run)
 
     async def reopen(self, *adapters: str, run: str | None = None) -> RunReport:
         """Have adapters used again that were stopped or paused, all of them if none is named.
@@ -344,9 +361,11 @@ class Council:
         An active run uses them at once, whichever processes work on it; otherwise `resume` does. RefusedError for an
         adapter that can be used anyway, or is none of the run.
         """
-        return await self._ask(await self.find_run(run), Action.REOPEN, (), adapters=adapters)
+        return await self._ask(await self.find_run(run), RequestAction.REOPEN, (), adapters=adapters)
 
-    async def _answer(self, action: Action, tasks: tuple[str, ...], note: str | None, run: str | None) -> RunReport:
+    async def _answer(
+        self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
+    ) -> RunReport:
         from orchestrator.engine.scheduler.requests import check_note  # noqa: PLC0415  seldom needed
 
         check_note(note)
@@ -357,14 +376,14 @@ class Council:
     async def _ask(
         self,
         run: str,
-        action: Action,
+        action: RequestAction,
         tasks: tuple[str, ...],
         reason: str | None = None,
         phase: str | None = None,
         reload: FileChanges | None = None,
         adapters: tuple[str, ...] = (),
     ) -> RunReport:
-        await (await self._executing()).ask(run, action, tasks, reason, phase, reload, adapters)
+        await (await self._get_execution()).ask(run, action, tasks, reason, phase, reload, adapters)
         return await self.status(run)
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:
@@ -372,29 +391,31 @@ class Council:
         from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
 
         if whole:
-            return await checkpoints.create(self._store, None, reason)
+            return await checkpoints.create_checkpoint(self._store, None, reason)
         run = await self.find_run(run)
-        return await checkpoints.create(self._store, run, reason, is_live=await self._runs.seems_live(run))
+        return await checkpoints.create_checkpoint(
+            self._store, run, reason, is_live=await self._runs.has_live_process(run)
+        )
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
         """Return the checkpoints of a run (`all`: those of all runs together), or all there are, the oldest first."""
         from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
 
-        return await checkpoints.listed(self._store, run)
+        return await checkpoints.list_checkpoints(self._store, run)
 
-    async def restoration(self, checkpoint: str) -> Restoration:
+    async def restoration(self, checkpoint: str) -> RestorePlan:
         """Return what `restore` would change now. RefusedError where the log does not go back so far any more."""
         from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
 
-        return await checkpoints.restoration(self._store, checkpoint)
+        return await checkpoints.plan_restore(self._store, checkpoint)
 
-    async def restore(self, checkpoint: str, *, force: bool = False) -> Restored:
+    async def restore(self, checkpoint: str, *, force: bool = False) -> RestoreResult:
         """Go back to a checkpoint, by its id; a new one is made of how things stand, and `resume` goes on from the old.
 
         What has landed stays landed. RefusedError while a process is at work in a run that this would change; with
         `force` it is taken over instead, and that process ends at its next step.
         """
-        return await (await self._executing()).restore(checkpoint, force=force)
+        return await (await self._get_execution()).restore(checkpoint, force=force)
 
     async def document(self, key: Key) -> Document | None:
         """Return a document as it is now, whichever process wrote it; None if there is none."""
@@ -418,13 +439,15 @@ class Council:
         RefusedError for a document of a run that a process is at work in, for a value that would keep a document of
         council's own from being read, and for those that council alone writes (`state.documents.shapes`).
         """
-        from orchestrator.state.documents.shapes import check_change  # noqa: PLC0415  seldom needed
-        from orchestrator.state.documents.update import update  # noqa: PLC0415  the same
+        from orchestrator.state.documents.shapes import check_manual_change  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents.update import update_document  # noqa: PLC0415  the same
 
         await self._check_idle(key)
-        return await update(self._store, key, change, expected_version=expected_version, ttl=ttl, check=check_change)
+        return await update_document(
+            self._store, key, change, expected_version=expected_version, ttl=ttl, check=check_manual_change
+        )
 
-    def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[Changed]:
+    def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
         """Yield each new version of the documents whose name, `kind/id`, matches a pattern, as any process writes it.
 
         In a pattern `*` stands for any characters, `/` too. It begins behind the position `after`: 0 is from the first
@@ -434,67 +457,65 @@ class Council:
 
         return subscribe(self._store, pattern, after)
 
-    async def apply_updates(self, updates: Sequence[Update[Key]], strategy: str = "last_write_wins") -> Applied:
+    async def apply_updates(
+        self, updates: Sequence[DocumentUpdate[Key]], strategy: str = "last_write_wins"
+    ) -> UpdateResult:
         """Write what updates of documents amount to; those that compete are resolved by a strategy.
 
         That is `last_write_wins`, `first_write_wins`, `merge`, or `manual`, which keeps them for `settle`. RefusedError
         for documents of a run that a process is at work in, and for what would keep a run from being read.
         """
-        from orchestrator.state.documents import (
-            conflicts,
-            shapes,  # noqa: PLC0415  seldom needed
-        )
+        from orchestrator.state.documents import conflicts, shapes  # noqa: PLC0415  seldom needed
 
         for key in dict.fromkeys(update.key for update in updates):
             await self._check_idle(key)
-        return await conflicts.apply_updates(self._store, updates, strategy, check=shapes.check_change)
+        return await conflicts.apply_updates(self._store, updates, strategy, check=shapes.check_manual_change)
 
     async def conflicts(self) -> list[Conflict]:
         """Return the conflicts of updates that wait for a person, the oldest first."""
         from orchestrator.state.documents import conflicts  # noqa: PLC0415  the same
 
-        return await conflicts.pending(self._store)
+        return await conflicts.list_pending(self._store)
 
-    async def settle(self, conflict: str, choice: int | JsonObject, *, force: bool = False) -> Settled:
+    async def settle(self, conflict: str, choice: int | JsonObject, *, force: bool = False) -> ConflictResolution:
         """Settle a conflict, named by its id or its document: by the number of a candidate, from 1, or by a value.
 
         RefusedError where the document was changed since, unless that is forced, while a process is at work in the run
         that it is of, and for what would keep that run from being read.
         """
-        from orchestrator.state.documents import (
-            conflicts,
-            shapes,  # noqa: PLC0415  the same
-        )
+        from orchestrator.state.documents import conflicts, shapes  # noqa: PLC0415  the same
 
         newest = None
         with suppress(RefusedError):
             newest = await self.newest_run()
-        found = await conflicts.find(self._store, conflict, newest)
+        found = await conflicts.find_conflict(self._store, conflict, newest)
         await self._check_idle(found.key)
-        check = shapes.check_change
-        return conflicts.Settled(found, await conflicts.settle(self._store, found.id, choice, force=force, check=check))
+        check = shapes.check_manual_change
+        return conflicts.ConflictResolution(
+            found, await conflicts.resolve_conflict(self._store, found.id, choice, force=force, check=check)
+        )
 
     async def _check_idle(self, key: Key) -> None:
         """Refuse to write a document of a run beside the process that is at work in it, which would not know."""
-        run = next((run for run in await self.run_ids() if is_of_run(key, run)), None)
-        if run is not None and await self._runs.seems_live(run):
+        run = next((run for run in await self.run_ids() if is_run_document(key, run)), None)
+        if run is not None and await self._runs.has_live_process(run):
             raise RefusedError(f"{key} is of run {run}, which is at work", "stop it with SIGINT, or wait for its end")
 
-    async def locks(self) -> list[Lock]:
+    async def locks(self) -> list[LockStatus]:
         """Return what is locked in all three layers, with who holds it and who waits for it."""
-        return await (await self._locking()).locks()
+        return await (await self._lock_overview()).locks()
 
-    async def break_lock(self, name: str, reason: str) -> Lock:
+    async def break_lock(self, name: str, reason: str) -> LockStatus:
         """Take a lock away from whoever holds it, by its name (`locks`); the reason is recorded. Returns it as it was.
 
         RefusedError where nobody holds it, and where only the process that does can give it back.
         """
-        return await (await self._locking()).break_lock(name, reason)
+        return await (await self._lock_overview()).break_lock(name, reason)
 
-    async def _locking(self) -> Overview:
-        from orchestrator.locking.overview import Overview  # noqa: PLC0415  seldom needed
+    async def _lock_overview(self) -> LockOverview:
+        from orchestrator.locking.overview import LockOverview  # noqa: PLC0415  seldom needed
 
-        return Overview(self._store, self._runs.clock, self.project.file_locks)
+        return LockOverview(self._store, self._runs.clock, self.project.file_locks)
 
     @property
     def named_locks(self) -> NamedLocks:
@@ -520,19 +541,19 @@ class Council:
         """Return by task how much each has changed; `commits` are those by which they landed."""
         return await self._runs.landed(run, commits)
 
-    async def story(self, task: str, run: str | None = None) -> Story:
+    async def story(self, task: str, run: str | None = None) -> TaskDetails:
         """Return all that is known of a task: phases, sessions, handoffs, landing. RefusedError where there is none.
 
         Without `run` it is the task of the newest run.
         """
         run = await self.find_run(run)
-        found = await self.past.story(run, task)
+        found = await self.history.story(run, task)
         if found.state != TaskStatus.RUNNING:
             return found
-        from orchestrator.engine.reports.story import Latest  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.reports.story import LatestActivity  # noqa: PLC0415  seldom needed
 
         latest = await self.archive.latest(run, task, await self.adapters(run))
-        return found if latest is None else replace(found, latest=Latest(*latest))
+        return found if latest is None else replace(found, latest=LatestActivity(*latest))
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
         """Describe all runs of the project, or only the active ones, the oldest first.
@@ -542,7 +563,7 @@ class Council:
         Runs that can't be read are left out: `damage` names the document.
         """
         found = await self._runs.all()
-        return [report for report in found if not active or report.status in _ACTIVE or report.has_work_left]
+        return [report for report in found if not active or report.status in _ACTIVE or report.has_unfinished_tasks]
 
     async def run_ids(self) -> list[str]:
         """Return the ids of all runs of the project that can be read, the oldest first."""
@@ -567,16 +588,16 @@ class Council:
         """Whether a process is at work in a run."""
         return await self._runs.is_live(run)
 
-    async def places(self) -> Places:
+    async def places(self) -> ProjectPaths:
         """Say where everything is kept."""
         folder = store_folder(self._runs.url)
-        state = without_passwords(self._runs.url) if folder is None else str(folder)
-        log, logs = self.project.log_file, self.project.all_logs
+        state = redact_urls(self._runs.url) if folder is None else str(folder)
+        log, logs = self.project.log_file, self.project.logs_folder
         if not await self._store.list("run"):
-            return Places(None, state, log, logs, None, None)
+            return ProjectPaths(None, state, log, logs, None, None)
         run = await read_run(self._store, await self.newest_run())
         hub = Hub(Path(run.hub))
-        return Places(without_passwords(run.repo), state, log, logs, hub.objects.parent, hub.trusted)
+        return ProjectPaths(redact_urls(run.repo), state, log, logs, hub.objects.parent, hub.trusted)
 
     async def events(self, run: str | None = None, *, after: int | None = None) -> AsyncGenerator[RecordedEvent]:
         """Yield what happens in a run, as it happens, until it is finished or interrupted.
@@ -598,48 +619,48 @@ class Council:
                 if is_over and record.position >= await self.position():
                     return
 
-    def records(self, after: int) -> AsyncGenerator[Record]:
+    def records(self, after: int) -> AsyncGenerator[CommitRecord]:
         """Yield what is recorded behind a position of the log, of every run, as it happens; never ends by itself.
 
         What the log has let go of is missing.
         """
-        return following(self._store, after)
+        return follow_log(self._store, after)
 
     async def position(self) -> int:
         """Return the newest position of the log."""
         return await self._store.position()
 
-    async def verify(self) -> Verified:
+    async def verify(self) -> VerificationReport:
         """Read all that is recorded anew, and tell whether it is sound."""
-        from orchestrator.state.documents.shapes import verified  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents.shapes import verify_store  # noqa: PLC0415  seldom needed
 
-        return await verified(self._store)
+        return await verify_store(self._store)
 
-    async def repair(self) -> Verified:
+    async def repair(self) -> VerificationReport:
         """Settle for what can be read of what is recorded; return what `verify` finds then (see `Store.repair`).
 
         A document that is none of its kind gets its newest readable value again, but not while a process is at work in
         its run.
         """
-        from orchestrator.state.documents.shapes import restore_readable, verified  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents.shapes import repair_documents, verify_store  # noqa: PLC0415  seldom needed
 
         await self._store.repair()
-        found = await verified(self._store)
-        live = [run for run in await self.run_ids() if await self._runs.seems_live(run)]
-        idle = [key for key in found.unreadable if not any(is_of_run(key, run) for run in live)]
-        await restore_readable(self._store, idle)
-        return await verified(self._store) if idle else found
+        found = await verify_store(self._store)
+        live = [run for run in await self.run_ids() if await self._runs.has_live_process(run)]
+        idle = [key for key in found.unreadable if not any(is_run_document(key, run) for run in live)]
+        await repair_documents(self._store, idle)
+        return await verify_store(self._store) if idle else found
 
-    async def check(self, run: str | None = None) -> RunCheck:
+    async def check(self, run: str | None = None) -> RunVerification:
         """Hold all that is recorded of a run's workflows against the rules, those of plugins with them.
 
         Nothing is changed, and a run may be at work meanwhile.
         """
-        from orchestrator.engine.phases.verification import check_run  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.phases.verification import verify_run  # noqa: PLC0415  seldom needed
 
-        plugins, runs = await self._installed(), self._runs
+        plugins, runs = await self._load_plugins(), self._runs
         kinds, name = plugins.checked_kinds(), await self.find_run(run)
-        return await check_run(self._store, name, kinds, plugins.constraints, runs.clock, runs.environ)
+        return await verify_run(self._store, name, kinds, plugins.constraints, runs.clock, runs.environ)
 
     async def health(self) -> list[Finding]:
         """Look at the health of the state: soundness, size, latency, what is cut off, silent or waits for a person.
@@ -650,19 +671,19 @@ class Council:
 
         return await Health(self._runs).examine()
 
-    async def compact(self, age: float | None = None, size: int | None = None) -> Compacted:
+    async def compact(self, age: float | None = None, size: int | None = None) -> CompactionResult:
         """Delete what has expired, and let go of the past as the newest run's file says, or as is said here.
 
         Of what is older than `age` seconds, or more than `size` bytes of log, the last versions of each document stay.
         """
-        from orchestrator.state.documents.maintenance import forget_old, sweep  # noqa: PLC0415
+        from orchestrator.state.documents.maintenance import compact_log, delete_expired  # noqa: PLC0415
 
         kept = await self._runs.retention()
         age, size = kept.age if age is None else age, kept.size if size is None else size
-        await sweep(self._store, {})
-        return await forget_old(self._store, self._runs.clock, age, size, {})
+        await delete_expired(self._store, {})
+        return await compact_log(self._store, self._runs.clock, age, size, {})
 
-    async def export_state(self, file: str | Path | IO[bytes], *, force: bool = False) -> Copied:
+    async def export_state(self, file: str | Path | IO[bytes], *, force: bool = False) -> CopyResult:
         """Write all that is recorded, as it is now, to one file, which `import_state` and other stores take.
 
         RefusedError where not all can be trusted, and where the file is there already, unless `force` says to replace
@@ -672,7 +693,7 @@ class Council:
 
         return await export_store(self._store, file, force=force, clock=self._runs.clock)
 
-    async def import_state(self, file: str | Path | IO[bytes]) -> Copied:
+    async def import_state(self, file: str | Path | IO[bytes]) -> CopyResult:
         """Load what `export_state` wrote, positions, versions and all, into a store that has nothing yet.
 
         RefusedError, with nothing changed, where it is not empty, and where the file is not whole.
@@ -681,7 +702,7 @@ class Council:
 
         return await import_store(file, self._store)
 
-    async def refresh_views(self, *, anew: bool = False) -> Stand:
+    async def refresh_views(self, *, anew: bool = False) -> ViewPosition:
         """Bring the readable copies of the state up to date, with `anew` from nothing; return how far they are.
 
         LockHeld where another process that writes them does not come to it.
@@ -704,21 +725,21 @@ class Council:
         return Archive(self.project, self._store, self._runs.environ, self.is_live)
 
     @property
-    def past(self) -> Past:
+    def history(self) -> StateHistory:
         """What is recorded, now and at any earlier moment."""
-        from orchestrator.api.history import Past  # noqa: PLC0415
+        from orchestrator.api.history import StateHistory  # noqa: PLC0415
 
-        return Past(self._runs)
+        return StateHistory(self._runs)
 
-    async def activity(self, run: str) -> Activity:
+    async def activity(self, run: str) -> RunActivity:
         """Return how a run stands, and a way to see what its sessions do from then on."""
-        from orchestrator.api.activity import Activity  # noqa: PLC0415
+        from orchestrator.api.activity import RunActivity  # noqa: PLC0415
 
         position, record = await self.position(), await self._runs.record(run)
         specs = await self._store.list("spec", f"{run}/")
         attempts = {found.key.id.partition("/")[2]: int(found.value["attempts"]) for found in specs}
         adapters = await self._adapters(record.run)
-        return Activity(record, position, attempts, self._runs, self.archive, adapters, self.project.logs(run))
+        return RunActivity(record, position, attempts, self._runs, self.archive, adapters, self.project.logs(run))
 
     async def adapters(self, run: str) -> Mapping[str, Adapter]:
         """Return the adapters of a run, by their names."""
@@ -727,7 +748,7 @@ class Council:
     async def _adapters(self, run: RunDocument) -> Mapping[str, Adapter]:
         from orchestrator.config.model import make_adapters, restore_adapters  # noqa: PLC0415
 
-        plugins = await self._installed()
+        plugins = await self._load_plugins()
         return make_adapters(restore_adapters(run.adapters, plugins.adapters, plugins.explain), plugins.adapters)
 
     async def contexts(self, run: str | None = None) -> list[SessionContext]:
@@ -738,17 +759,17 @@ class Council:
 
     async def file_conflicts(self, run: str | None = None) -> dict[str, list[SessionContext]]:
         """Return the files that several sessions of a run are at work on or have locked, with these."""
-        from orchestrator.domain.sessions.contexts import conflicts  # noqa: PLC0415  the same
+        from orchestrator.domain.sessions.contexts import find_file_conflicts  # noqa: PLC0415  the same
 
-        return conflicts(await self.contexts(run))
+        return find_file_conflicts(await self.contexts(run))
 
     async def task_summary(self, task: str, run: str | None = None) -> TaskSummary:
         """Return the sessions of a task at a glance. RefusedError where the run has no such task."""
-        from orchestrator.domain.sessions.contexts import summarize  # noqa: PLC0415  the same
+        from orchestrator.domain.sessions.contexts import summarize_task  # noqa: PLC0415  the same
 
         run = await self.find_run(run)
         await check_task(self._store, await read_run(self._store, run), task)
-        return summarize(task, await self.contexts(run))
+        return summarize_task(task, await self.contexts(run))
 
     async def clean_contexts(self, after: float = 1800.0) -> list[str]:
         """Remove what sessions said that were not heard of for `after` seconds; return their names."""
@@ -773,32 +794,32 @@ class Council:
 
         Only those of a task, of a topic and about paths (patterns that overlap), as far as these are given.
         """
-        return await (await self._memory(run)).find(task=task, topic=topic, paths=paths)
+        return await (await self._notes_service(run)).find(task=task, topic=topic, paths=paths)
 
     async def drop_note(self, note: str, run: str | None = None) -> None:
         """Delete a note by its id. RefusedError where there is none."""
-        await (await self._memory(run)).drop(note)
+        await (await self._notes_service(run)).drop(note)
 
-    async def _memory(self, run: str | None) -> Memory:
+    async def _notes_service(self, run: str | None) -> NoteStore:
         from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415  the same
-        from orchestrator.engine.session_api.notes import Memory  # noqa: PLC0415  the same
-        from orchestrator.locking.registry import scope_of  # noqa: PLC0415  the same
+        from orchestrator.engine.session_api.notes import NoteStore  # noqa: PLC0415  the same
+        from orchestrator.locking.registry import ownership_scope  # noqa: PLC0415  the same
 
         document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
-        return Memory(self._store, self._runs.clock, scope_of(document.repo, document.target), redactor)
+        return NoteStore(self._store, self._runs.clock, ownership_scope(document.repo, document.target), redactor)
 
-    async def sharing(self, run: str | None = None) -> Sharing:
+    async def shared_values(self, run: str | None = None) -> SharedValues:
         """Return what the sessions of a run share: values by keys, to put, to get, to wait for and to list.
 
         RefusedError where there is no such run.
         """
         from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415  the same
-        from orchestrator.engine.session_api.shared_values import Sharing  # noqa: PLC0415  the same
+        from orchestrator.engine.session_api.shared_values import SharedValues  # noqa: PLC0415  the same
 
         document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
-        return Sharing(self._store, self._runs.clock, redactor, document.id)
+        return SharedValues(self._store, self._runs.clock, redactor, document.id)
 
     @property
     def cleaner(self) -> Cleaner:
@@ -809,7 +830,7 @@ class Council:
         return Cleaner(council_home(environ), environ, self._runs.clock, self.project, self._store, self._runs.url)
 
 
-def _looked_at(folder: Path, chosen: str | None) -> tuple[Project, bool]:
+def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:
     """Return the project that a folder is in, and True; the folder, and False, in none if a store is chosen. Blocks.
 
     RefusedError where there is nothing to look at.
@@ -822,28 +843,30 @@ def _looked_at(folder: Path, chosen: str | None) -> tuple[Project, bool]:
         return Project(folder.absolute()), False
 
 
-def _store_of(project: Project, config: RunConfig | None) -> str:
+def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
     """Return the URL of the store that a file names; without a file, what that of the newest run named. Blocks."""
     if config is None:
         return project.store()
-    return config.state.url or folder_url(project.own_state)
+    return config.state.url or folder_url(project.state_folder)
 
 
-async def _import(store: Store, project: Project, clock: Clock, environ: Mapping[str, str]) -> Sequence[str]:
+async def _import_legacy_state(
+    store: Store, project: Project, clock: Clock, environ: Mapping[str, str]
+) -> Sequence[str]:
     """Import the state of an older layout into a store that is empty or not done with it; return what is to be told."""
     record = await store.get(LEGACY_RECORD)
-    if await store.position() if record is None else was_imported(record):
+    if await store.position() if record is None else is_import_complete(record):
         return ()
     if not await anyio.to_thread.run_sync(project.has_legacy):
         return ()
     from orchestrator.repo.git.runner import Git  # noqa: PLC0415  the same
-    from orchestrator.repo.source.checkout import inspect  # noqa: PLC0415  seldom needed
-    from orchestrator.state.legacy.importer import import_into  # noqa: PLC0415  the same
+    from orchestrator.repo.source.checkout import find_repository  # noqa: PLC0415  seldom needed
+    from orchestrator.state.legacy.importer import import_legacy_state  # noqa: PLC0415  the same
 
     with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
-        repository = await inspect(project.top, Git(None, users=True, environ=environ))
+        repository = await find_repository(project.top, Git(None, as_user=True, environ=environ))
         await anyio.to_thread.run_sync(exclude_from_git, repository.git_dir)
-    return await import_into(store, project, clock.now())
+    return await import_legacy_state(store, project, clock.now())
 
 
 @asynccontextmanager

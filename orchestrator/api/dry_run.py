@@ -8,24 +8,24 @@ from dataclasses import replace
 
 import anyio
 
-from orchestrator.api.tracked_tasks import with_tracked
-from orchestrator.config.adapters import trial_request
-from orchestrator.config.coordination import CoordinationOverrides, coordinate, with_attempts
+from orchestrator.api.tracked_tasks import add_open_tracked_tasks
+from orchestrator.config.adapters import make_trial_request
+from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
-from orchestrator.domain.scheduling.admission import Demand
-from orchestrator.engine.diagnostics.doctor import Subject, examine
+from orchestrator.domain.scheduling.admission import SessionDemand
+from orchestrator.engine.diagnostics.doctor import DoctorInput, run_doctor
 from orchestrator.engine.diagnostics.findings import Level
-from orchestrator.engine.diagnostics.preflight import check_run, forget, project_at
-from orchestrator.engine.reports.dry_run import Rehearsal, rehearse, starters
-from orchestrator.engine.scheduler.capacity import measure_room
+from orchestrator.engine.diagnostics.preflight import delete_run_refs, project_of_config, run_preflight
+from orchestrator.engine.reports.dry_run import DryRun, build_dry_run, starting_adapters
+from orchestrator.engine.scheduler.capacity import measure_capacity
 from orchestrator.engine.state.records import new_run_id
 from orchestrator.plugins import Plugins
-from orchestrator.repo.source.checkout import check_own
-from orchestrator.repo.source.site import find_site
+from orchestrator.repo.source.checkout import refuse_tracked_project_folder
+from orchestrator.repo.source.site import find_run_repository
 from orchestrator.system.clock import Clock, SystemClock
 
 
-async def rehearse_run(
+async def perform_dry_run(
     config: RunConfig,
     plugins: Plugins,
     *,
@@ -33,30 +33,30 @@ async def rehearse_run(
     coordination: CoordinationOverrides | None = None,
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
-) -> Rehearsal:
+) -> DryRun:
     """Check all that `Council.create_run` and `council doctor` check, and say what the run would do.
 
     Nothing is started or recorded but the programs of adapters, to ask for their versions.
 
     Only our own repositories change: the commits are fetched into them, as for a run.
     """
-    config = with_attempts(config, coordinate(config.coordination, environ, coordination))
-    config = await with_tracked(config, plugins)
+    config = apply_max_retries(config, resolve_coordination(config.coordination, environ, coordination))
+    config = await add_open_tracked_tasks(config, plugins)
     run = new_run_id((clock or SystemClock()).now())
-    site = await find_site(config.repo, is_url=config.is_url, environ=environ)
-    project = project_at(config, site)
+    site = await find_run_repository(config.repo, is_url=config.is_url, environ=environ)
+    project = project_of_config(config, site)
     project.check()
-    await check_own(project, environ)
+    await refuse_tracked_project_folder(project, environ)
     adapters = used_adapters(config, plugins.adapters)
-    cleared = await check_run(config, site, run, adapters, environ, store=None, allow_deferred=allow_deferred)
-    await forget(cleared.hub, run, environ)
-    room = await measure_room(config.capacity, Demand(memory=config.session_memory))
-    starting = starters(config)
+    cleared = await run_preflight(config, site, run, adapters, environ, store=None, allow_deferred=allow_deferred)
+    await delete_run_refs(cleared.hub, run, environ)
+    room = await measure_capacity(config.capacity, SessionDemand(memory=config.session_memory))
+    starting = starting_adapters(config)
     programs = {
-        task.id: adapters[starting[task.id][0]].command(trial_request(task.id, task.prompt)).argv[0]
+        task.id: adapters[starting[task.id][0]].command(make_trial_request(task.id, task.prompt)).argv[0]
         for task in config.tasks
     }
-    planned = rehearse(
+    planned = build_dry_run(
         config,
         starting,
         programs,
@@ -67,7 +67,7 @@ async def rehearse_run(
     )
     file = config.path if await anyio.Path(config.path).is_file() else None
     left_out = [str(one) for one in plugins.left_out]
-    findings = await examine(Subject(config.path.parent, file, config, plugins.adapters, left_out), environ)
+    findings = await run_doctor(DoctorInput(config.path.parent, file, config, plugins.adapters, left_out), environ)
     deferred = {"target"} if allow_deferred else set()
     return replace(
         planned, findings=[one for one in findings if one.level is not Level.OK and one.name not in deferred]

@@ -13,14 +13,14 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.api.runs import Runs
-from orchestrator.api.tracked_tasks import with_tracked
+from orchestrator.api.runs import ProjectRuns
+from orchestrator.api.tracked_tasks import add_open_tracked_tasks
 from orchestrator.config.coordination import (
-    VARIABLES,
+    ENVIRONMENT_VARIABLES,
     CoordinationOverrides,
-    coordinate,
+    apply_max_retries,
     read_environment,
-    with_attempts,
+    resolve_coordination,
 )
 from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.load import load_config
@@ -33,44 +33,52 @@ from orchestrator.config.model import (
     used_adapters,
 )
 from orchestrator.config.store import MEMORY, store_folder
-from orchestrator.domain.runs.model import FINAL, SUCCESSFUL, Action, Halt, Maker, RunDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import Owner, Role
-from orchestrator.domain.scheduling.dispatch import Board, Entry, with_parts
+from orchestrator.domain.runs.model import (
+    FINAL_STATUSES,
+    SUCCESS_STATUSES,
+    CheckpointOrigin,
+    HaltCause,
+    RequestAction,
+    RunDocument,
+    TaskStatus,
+)
+from orchestrator.domain.scheduling.claims import OrchestratorIdentity, Role
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.engine.cleanup.imported import hand_on
+from orchestrator.engine.cleanup.imported import write_unfinished_tasks
 from orchestrator.engine.diagnostics.preflight import (
     check_branches,
     check_checkout,
     check_programs,
-    check_run,
-    fetch_ends,
-    forget,
+    delete_run_refs,
+    fetch_base_and_target,
+    run_preflight,
 )
-from orchestrator.engine.diagnostics.programs import missing_programs
-from orchestrator.engine.phases.completion import Concluding, Phasing
-from orchestrator.engine.phases.start import Briefing
+from orchestrator.engine.diagnostics.programs import find_unusable_adapters
+from orchestrator.engine.phases.completion import PhaseCompleter, PhaseHandlers
+from orchestrator.engine.phases.start import PhaseStarter
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.reports.report import RunRecord, RunReport
-from orchestrator.engine.run_context import Workshop, open_workshop
+from orchestrator.engine.run_context import RunContext, open_run_context
 from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.loop import Scheduler
 from orchestrator.engine.scheduler.monitor import Monitor
-from orchestrator.engine.scheduler.recovery import has_company, recover
+from orchestrator.engine.scheduler.recovery import has_active_peers, recover
 from orchestrator.engine.scheduler.requests import (
+    apply_request,
     check_phase,
     check_reopening,
     check_request,
     is_answered,
-    obey,
-    submit,
+    submit_request,
 )
-from orchestrator.engine.scheduler.restore import Restored, restore
-from orchestrator.engine.session_api.shared_values import Sharing
-from orchestrator.engine.session_factory import with_desk
-from orchestrator.engine.sinks import Outlet, feeding
-from orchestrator.engine.state.leader import seize
+from orchestrator.engine.scheduler.restore import RestoreResult, restore_checkpoint
+from orchestrator.engine.session_api.shared_values import SharedValues
+from orchestrator.engine.session_factory import with_session_service
+from orchestrator.engine.sinks import EventSubscriber, forward_events
+from orchestrator.engine.state.leader import take_leadership
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.merge_run import MERGE, built_merge
+from orchestrator.engine.state.merge_run import MERGE_TASK, build_merge_run
 from orchestrator.engine.state.records import (
     check_task,
     new_run_id,
@@ -81,54 +89,54 @@ from orchestrator.engine.state.records import (
     read_spec,
     read_specs,
     read_task,
+    record_new_run,
     run_key,
-    seed,
     spec_key,
 )
-from orchestrator.engine.state.reload import TASKS, FileChanges, compare, reloaded
+from orchestrator.engine.state.reload import TASKS_KEY, FileChanges, build_reload, compare_with_file
 from orchestrator.errors import (
     REQUEST_RECORDED,
     ConfigError,
     LockHeld,
     NothingToMerge,
     RefusedError,
-    RequestUnanswered,
-    RunAtWork,
+    RequestTimeout,
+    RunActive,
     StoreUnavailable,
 )
-from orchestrator.locking.merge_permit import MergePermits
-from orchestrator.locking.orchestrators import Orchestrators, this_process
+from orchestrator.locking.merge_permit import MergePermitQueue
+from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.plugins import Plugins
 from orchestrator.project import council_home, exclude_from_git
 from orchestrator.protocols import Commit, Event, Guard
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.site import find_site
-from orchestrator.repo.worktrees.hub import Hub, internal_ref, work_branch
-from orchestrator.sessions.supervision.supervised import forking
-from orchestrator.state.documents.checkpoints import create, restoration
-from orchestrator.state.log.identity import use
-from orchestrator.state.offline.outage import is_full, is_outage, surviving
+from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.worktrees.hub import Hub, internal_ref_name, work_branch_name
+from orchestrator.sessions.supervision.supervised import open_fork_server
+from orchestrator.state.documents.checkpoints import create_checkpoint, plan_restore
+from orchestrator.state.log.identity import record_store_use
+from orchestrator.state.offline.outage import is_full, is_outage, survive_outages
 from orchestrator.system import notices
-from orchestrator.system.file_lock import HeldLock, Signature
+from orchestrator.system.file_lock import HeldLock, LockHolder
 from orchestrator.system.process_table import process_stat
-from orchestrator.views.background import keeping
+from orchestrator.views.background import update_in_background
 from orchestrator.views.update import Views
 
 #: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
-HANDOVER_LIMIT = 60.0
+LOCK_HANDOVER_TIMEOUT = 60.0
 
 #: Seconds between two looks whether a run's owner has done what was asked.
-_ANSWER_PAUSE = 0.1
+_REQUEST_POLL_INTERVAL = 0.1
 #: Seconds after which whoever asked waits no longer; a coordinator takes half of that where a session must stop first.
-_ANSWER_LIMIT = 120.0
+_REQUEST_TIMEOUT = 120.0
 #: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
-_STOP_PATIENCE = 15.0
+_STOP_TIMEOUT = 15.0
 
 _NONE: Mapping[str, str] = {}
 
 _log = logging.getLogger("orchestrator.outage")
 #: What is printed at once; the events themselves are recorded when the store is back.
-_OUTAGES: Mapping[str, str] = {
+_OUTAGE_MESSAGES: Mapping[str, str] = {
     "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
     "outage.over": "the state can be read and written again",
     "outage.refused": "not recorded after the outage: {keys}: {reason}",
@@ -136,10 +144,10 @@ _OUTAGES: Mapping[str, str] = {
 }
 
 
-class Execution:
+class RunExecutor:
     """What this process has under way in a project's runs."""
 
-    def __init__(self, runs: Runs, plugins: Plugins) -> None:
+    def __init__(self, runs: ProjectRuns, plugins: Plugins) -> None:
         self._runs, self._plugins = runs, plugins
         self._schedulers: set[Scheduler] = set()
         self._stopping = False
@@ -154,13 +162,13 @@ class Execution:
     ) -> str:
         """See `Council.create_run`."""
         runs = self._runs
-        coordinated = coordinate(config.coordination, runs.environ, coordination)
-        config = await with_tracked(with_attempts(config, coordinated), self._plugins)
+        coordinated = resolve_coordination(config.coordination, runs.environ, coordination)
+        config = await add_open_tracked_tasks(apply_max_retries(config, coordinated), self._plugins)
         run = new_run_id(runs.clock.now())
-        site = await find_site(config.repo, is_url=config.is_url, environ=runs.environ)
+        site = await find_run_repository(config.repo, is_url=config.is_url, environ=runs.environ)
         if site.repository is not None and site.repository.top is not None:
             await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
-        cleared = await check_run(
+        cleared = await run_preflight(
             config,
             site,
             run,
@@ -178,7 +186,7 @@ class Execution:
             target=cleared.target,
             capacity=config.capacity,
             session_memory=config.session_memory,
-            adapters={name: entry.stored() for name, entry in config.adapters.items()},
+            adapters={name: entry.to_stored() for name, entry in config.adapters.items()},
             workflows={
                 name: [phase.model_dump(mode="json", by_alias=True) for phase in phases]
                 for name, phases in config.workflows.items()
@@ -190,8 +198,8 @@ class Execution:
             budget=config.budget.model_dump(mode="json"),
             coordination=coordinated.model_dump(mode="json"),
             prices={name: one.model_dump(mode="json") for name, one in config.prices.items()},
-            sinks={name: sink.stored() for name, sink in config.sinks.items()},
-            trackers={name: tracker.stored() for name, tracker in config.trackers.items()},
+            sinks={name: sink.to_stored() for name, sink in config.sinks.items()},
+            trackers={name: tracker.to_stored() for name, tracker in config.trackers.items()},
             given=config.given,
             tasks=tuple(task.id for task in config.tasks),
             start=cleared.start,
@@ -202,7 +210,7 @@ class Execution:
         )
         if runs.follows_file:
             await anyio.to_thread.run_sync(_use_store, runs, config.state.url)
-        await seed(runs.store, document, {task.id: task for task in config.tasks})
+        await record_new_run(runs.store, document, {task.id: task for task in config.tasks})
         return run
 
     async def create_merge(self, run: str) -> str:
@@ -212,31 +220,34 @@ class Execution:
             return queued
         record = await runs.record(run)
         document, environ = record.run, runs.environ
-        document.check_ours()
-        site = await find_site(document.repo, is_url=document.is_url, environ=environ)
+        document.check_not_imported()
+        site = await find_run_repository(document.repo, is_url=document.is_url, environ=environ)
         hub = await runs.hub(document)
         git = Git(hub.trusted, environ=environ)
         source, base = site.source(git), document.base
         await check_branches(source, base, base)
         await check_checkout(site.repository, base, environ, remedy="commit or stash them, then `council merge`")
-        start = await fetch_ends(site, hub, name, (base, base), environ)
-        commit, branch = await source.fetch(document.target, internal_ref(name, "work")), work_branch(name, MERGE, "1")
+        start = await fetch_base_and_target(site, hub, name, (base, base), environ)
+        commit, branch = (
+            await source.fetch(document.target, internal_ref_name(name, "work")),
+            work_branch_name(name, MERGE_TASK, "1"),
+        )
         if await git.is_ancestor(commit, start):
-            await forget(hub, name, environ)
+            await delete_run_refs(hub, name, environ)
             raise NothingToMerge(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
         specs = [*(await read_specs(runs.store, run, document.tasks)).values()]
-        built = built_merge(
+        built = build_merge_run(
             document, specs, name, commit=commit, branch=branch, start=start, now=runs.clock.now(),
             common=await git.line("merge-base", commit, start),
         )  # fmt: skip
         await git("update-ref", f"refs/heads/{branch}", commit)
-        await seed(runs.store, built.run, {MERGE: built.spec}, {MERGE: built.task})
+        await record_new_run(runs.store, built.run, {MERGE_TASK: built.spec}, {MERGE_TASK: built.task})
         return name
 
-    def _outlets(self, run: RunDocument) -> list[Outlet]:
+    def _outlets(self, run: RunDocument) -> list[EventSubscriber]:
         """Return the sinks and trackers of a run; one whose plugin is gone is told of when it is opened."""
         return [
-            Outlet(kind, name, one.get("events", ("*",)), partial(self._plugins.open, kind, name, one))
+            EventSubscriber(kind, name, one.get("events", ("*",)), partial(self._plugins.open, kind, name, one))
             for kind, stored in (("sink", run.sinks), ("tracker", run.trackers))
             for name, one in stored.items()
         ]
@@ -254,16 +265,16 @@ class Execution:
         """See `Council.resume`."""
         document = await read_runnable(self._runs.store, run)
         if document.imported is not None:
-            raise await hand_on(self._runs.store, document, self._runs.project.legacy)
+            raise await write_unfinished_tasks(self._runs.store, document, self._runs.project.legacy)
         settings = self._settings(document, coordination)
         hub = await self._runs.hub(document)
         try:
-            async with self._ownership(hub, run) as lock, self._serving(document):
+            async with self._ownership(hub, run) as lock, self._background_services(document):
                 before = await self._runs.record(run)
                 if before.is_over and not await read_requests(self._runs.store, run):
                     return await self._runs.status(run)
                 async with (
-                    self._reachable(run, settings) as runs,
+                    self._with_outage_handling(run, settings) as runs,
                     self._taken(runs, document, hub, lock, settings) as (ledger, shop),
                 ):
                     if budget is not None:
@@ -274,20 +285,20 @@ class Execution:
                         await self._note_file_changes(ledger)
                     return await self._work(runs, before, ledger, shop, capacity=capacity, only_lands=only_lands)
         except LockHeld as held:
-            raise _is_at_work(run, held) from None
+            raise _run_active_error(run, held) from None
 
     async def file_changes(self, run: str) -> FileChanges:
         """See `Council.file_changes`."""
         document = await read_run(self._runs.store, run)
         statuses = {task: one.status for task, one in (await self._runs.record(run, whole=False)).tasks.items()}
-        return await self._compared(document, statuses)
+        return await self._compare_file(document, statuses)
 
     async def _note_file_changes(self, ledger: Ledger) -> None:
-        changes = await self._compared(ledger.run, ledger.statuses())
+        changes = await self._compare_file(ledger.run, ledger.statuses())
         if changes:
             await ledger.note("run.file_changed", changes.to_json())
 
-    async def _compared(self, run: RunDocument, statuses: Mapping[str, TaskStatus]) -> FileChanges:
+    async def _compare_file(self, run: RunDocument, statuses: Mapping[str, TaskStatus]) -> FileChanges:
         """Compare a run with its file, where that is still there, without the tasks that are over for good."""
         path = anyio.Path(run.config)
         if run.imported is not None or not await path.is_file():
@@ -304,17 +315,17 @@ class Execution:
             return FileChanges(run.config, unreadable=str(error.problems[0]))
         except RefusedError as error:
             return FileChanges(run.config, unreadable=str(error))
-        settings = coordinate(config.coordination, self._runs.environ, None)
+        settings = resolve_coordination(config.coordination, self._runs.environ, None)
         recorded = run.coordination.get("max_retries", settings.max_retries)
         if recorded != settings.max_retries:  # it was chosen on the command line
             settings = settings.model_copy(update={"max_retries": recorded})
-        left = [task for task, status in statuses.items() if status not in SUCCESSFUL]
+        left = [task for task, status in statuses.items() if status not in SUCCESS_STATUSES]
         specs = await read_specs(self._runs.store, run.id, left)
-        return compare(run, specs, with_attempts(config, settings))
+        return compare_with_file(run, specs, apply_max_retries(config, settings))
 
     async def _inline(self, run: RunDocument) -> InlineTasks | None:
         """Return the tasks that the command line gave, with what it chose for them; None if they are the file's."""
-        if TASKS not in run.given:
+        if TASKS_KEY not in run.given:
             return None
         specs = (await read_specs(self._runs.store, run.id, run.tasks)).values()
         own = [spec for spec in specs if spec.plan is None]
@@ -330,7 +341,7 @@ class Execution:
             specs[task] = (0 if document is None else document.version), await read_spec(store, run, task)
         if found is None:
             raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
-        writes, events = reloaded(found, specs, changes, is_live=is_live)
+        writes, events = build_reload(found, specs, changes, is_live=is_live)
         if changes.config is not None:
             tasks_now = tuple(task for task in changes.config.tasks if task.id in specs)
             config = changes.config.model_copy(update={"tasks": tasks_now})
@@ -349,34 +360,34 @@ class Execution:
         hub = await self._runs.hub(document)
         async with (
             anyio.create_task_group() as group,
-            self._reachable(run, settings) as runs,
-            self._joined(runs, document, hub, settings) as (ledger, shop),
+            self._with_outage_handling(run, settings) as runs,
+            self._join_run(runs, document, hub, settings) as (ledger, shop),
         ):
             over = anyio.Event()
             group.start_soon(self._serve_once_coordinating, document, ledger, over)
-            closed = await missing_programs(shop.adapters, self._runs.environ)
+            closed = await find_unusable_adapters(shop.adapters, self._runs.environ)
             report = await self._work(runs, await runs.record(run), ledger, shop, capacity=capacity, closed=closed)
             over.set()
-            if not ledger.coordinates.is_set():
+            if not ledger.became_leader.is_set():
                 group.cancel_scope.cancel()
         return report
 
     async def _serve_once_coordinating(self, run: RunDocument, ledger: Ledger, over: anyio.Event) -> None:
-        await ledger.coordinates.wait()
-        async with self._serving(run):  # which is to hear of the run's end
+        await ledger.became_leader.wait()
+        async with self._background_services(run):  # which is to hear of the run's end
             await over.wait()
 
     @asynccontextmanager
-    async def _serving(self, run: RunDocument) -> AsyncIterator[None]:
+    async def _background_services(self, run: RunDocument) -> AsyncIterator[None]:
         """Feed a run's sinks and trackers, and keep the views, beside the body."""
         redactor = Redactor(secret_values(self._runs.environ))
-        fed = feeding(self._runs.store, self._runs.clock, redactor, run.id, self._outlets(run))
+        fed = forward_events(self._runs.store, self._runs.clock, redactor, run.id, self._outlets(run))
         views = Views(self._runs.store, self._runs.clock, self._runs.project)
-        async with keeping(views, self._runs.store, self._runs.clock, run.id), fed:
+        async with update_in_background(views, self._runs.store, self._runs.clock, run.id), fed:
             yield
 
     @asynccontextmanager
-    async def _reachable(self, run: str, settings: CoordinationConfig) -> AsyncIterator[Runs]:
+    async def _with_outage_handling(self, run: str, settings: CoordinationConfig) -> AsyncIterator[ProjectRuns]:
         """Yield the runs in a store that is waited for, or gone on without, while it can't be reached.
 
         One of this machine always can be, but its disk may be full: that is waited for, and nothing else.
@@ -388,19 +399,21 @@ class Execution:
         is_local = store_folder(self._runs.url) is not None
 
         async def tell(event: Event) -> None:
-            _log.warning(_OUTAGES[event.type].format(**event.data))
+            _log.warning(_OUTAGE_MESSAGES[event.type].format(**event.data))
             await survived.commit(Commit([], [Event(event.type, {"run": run, **event.data})]))
 
         folder = self._runs.project.folder / "outage"
         mode = "pause" if is_local else settings.when_unreachable
         passes = is_full if is_local else is_outage
-        async with surviving(
+        async with survive_outages(
             store, mode, clock, folder, tell, passes=passes, gives_up=lambda: self._stopping
         ) as survived:
             yield replace(self._runs, store=survived)
 
     def _settings(self, run: RunDocument, coordination: CoordinationOverrides | None) -> CoordinationConfig:
-        return coordinate(CoordinationConfig.model_validate(run.coordination), self._runs.environ, coordination)
+        return resolve_coordination(
+            CoordinationConfig.model_validate(run.coordination), self._runs.environ, coordination
+        )
 
     @asynccontextmanager
     async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:
@@ -412,15 +425,15 @@ class Execution:
             except LockHeld as taken:
                 if taken.owner_lives:
                     raise
-                held = await stack.enter_async_context(lock.hold(HANDOVER_LIMIT, awaited="a git command"))
+                held = await stack.enter_async_context(lock.hold(LOCK_HANDOVER_TIMEOUT, awaited="a git command"))
             yield held
 
     async def _work(
         self,
-        runs: Runs,
+        runs: ProjectRuns,
         before: RunRecord,
         ledger: Ledger,
-        shop: Workshop,
+        shop: RunContext,
         *,
         capacity: int | None = None,
         closed: Mapping[str, str] = _NONE,
@@ -431,24 +444,24 @@ class Execution:
         capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
         statuses = ledger.statuses()
         entries = await _entries(runs, before, ledger)
-        board = Board.of(entries, statuses, capacities)
+        board = DispatchBoard.of(entries, statuses, capacities)
         for task, status in statuses.items():
-            if ledger.is_elsewhere(task):
-                board.mirror(task, status, runs.clock.monotonic())
+            if ledger.is_claimed_elsewhere(task):
+                board.sync_task(task, status, runs.clock.monotonic())
         for name, reason in closed.items():
             board.close(name, reason)
         wanted = capacity or before.run.capacity
         room = await Capacity.measure(wanted, ledger, runs.clock)
-        async with shop.pool(sessions=_most_sessions(wanted, before.run)) as pool:
+        async with shop.pool(sessions=_max_sessions(wanted, before.run)) as pool:
             monitor = Monitor(ledger, runs.store, runs.clock)
-            permits = MergePermits(
+            permits = MergePermitQueue(
                 runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
             )
-            sharing = Sharing(runs.store, runs.clock, shop.tools.redactor, run)
+            sharing = SharedValues(runs.store, runs.clock, shop.tools.redactor, run)
             inputs = PhaseInputs(ledger, self._plugins.checked_kinds(), sharing)
-            phasing = Phasing(
-                Briefing(ledger, inputs, runs.clock, has_tools=shop.desk is not None),
-                Concluding(ledger, inputs, shop.git, runs.clock, self._plugins.transformations),
+            phasing = PhaseHandlers(
+                PhaseStarter(ledger, inputs, runs.clock, has_tools=shop.session_service is not None),
+                PhaseCompleter(ledger, inputs, shop.git, runs.clock, self._plugins.transformations),
             )
             scheduler = Scheduler(
                 ledger,
@@ -468,14 +481,14 @@ class Execution:
             if self._stopping:
                 scheduler.stop()
             try:
-                async with _owning(ledger), forking():
+                async with _raise_if_fenced(ledger), open_fork_server():
                     finished = await scheduler.run()
             finally:
                 self._schedulers.discard(scheduler)
-        coordinates = ledger.coordinates.is_set()
+        coordinates = ledger.became_leader.is_set()
         if scheduler.halted is not None and coordinates:
             await ledger.halt(*scheduler.halted)
-        elif scheduler.halted is not None and scheduler.halted[0] is not Halt.BUDGET:
+        elif scheduler.halted is not None and scheduler.halted[0] is not HaltCause.BUDGET:
             await ledger.note("run.left", {"pid": ledger.orchestrators.me.pid, "reason": scheduler.halted[1]})
         elif not finished and coordinates:
             await ledger.note("run.interrupted", {})
@@ -488,51 +501,51 @@ class Execution:
 
     @asynccontextmanager
     async def _taken(
-        self, runs: Runs, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
-    ) -> AsyncIterator[tuple[Ledger, Workshop]]:
+        self, runs: ProjectRuns, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
+    ) -> AsyncIterator[tuple[Ledger, RunContext]]:
         """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
         role = Role.WORKER if settings.role == "worker" else Role.COORDINATOR
-        me = this_process(role, shares=settings.enabled)
-        async with hub.life_locks.of(run.id, me.id).hold(0) as life:
+        me = create_owner(role, shares=settings.enabled)
+        async with hub.liveness_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
             shop = await self._open_workshop(runs, run, hub, [lock.fd, life.fd], None)
-            facts = {"sandbox": str(shop.tools.fencing.kind)}
+            facts = {"sandbox": str(shop.tools.sandbox.kind)}
             store, clock, redactor = runs.store, runs.clock, shop.tools.redactor
             ledger = await Ledger.take(store, clock, redactor, others, facts, is_shared=settings.enabled)
-            async with _leaving(others):
-                await _check_company(others)
+            async with _leave_on_exit(others):
+                await _check_sharing(others)
                 for left_out in self._plugins.left_out:
                     facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
                     await ledger.note("plugin.left_out", facts)
-                shop = _seated(runs, shop, ledger, settings)
+                shop = _with_session_service(runs, shop, ledger, settings)
                 await recover(ledger, shop, clock)
                 for request in await ledger.requests():
-                    await obey(ledger, request)
+                    await apply_request(ledger, request)
                 yield ledger, shop
 
     @asynccontextmanager
-    async def _joined(
-        self, runs: Runs, run: RunDocument, hub: Hub, settings: CoordinationConfig
-    ) -> AsyncIterator[tuple[Ledger, Workshop]]:
+    async def _join_run(
+        self, runs: ProjectRuns, run: RunDocument, hub: Hub, settings: CoordinationConfig
+    ) -> AsyncIterator[tuple[Ledger, RunContext]]:
         """Be at work in a run for the body, beside others."""
-        me = this_process(Role.COORDINATOR if settings.role == "coordinator" else Role.WORKER)
-        async with hub.life_locks.of(run.id, me.id).hold(0) as life:
+        me = create_owner(Role.COORDINATOR if settings.role == "coordinator" else Role.WORKER)
+        async with hub.liveness_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
             shop = await self._open_workshop(runs, run, hub, [life.fd], me.id)
-            facts = {"sandbox": str(shop.tools.fencing.kind)}
+            facts = {"sandbox": str(shop.tools.sandbox.kind)}
             store, clock = runs.store, runs.clock
-            await _check_company(others)  # before anybody is told that it has come, and after, for who came meanwhile
+            await _check_sharing(others)  # before anybody is told that it has come, and after, for who came meanwhile
             ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
-            async with _leaving(others):
-                await _check_company(others)
-                yield ledger, _seated(runs, shop, ledger, settings)
+            async with _leave_on_exit(others):
+                await _check_sharing(others)
+                yield ledger, _with_session_service(runs, shop, ledger, settings)
 
     async def _open_workshop(
-        self, runs: Runs, run: RunDocument, hub: Hub, lock_fds: Sequence[int], worker: str | None
-    ) -> Workshop:
+        self, runs: ProjectRuns, run: RunDocument, hub: Hub, lock_fds: Sequence[int], worker: str | None
+    ) -> RunContext:
         types = self._plugins.adapters
         configs = restore_adapters(run.adapters, types, self._plugins.explain)
-        return await open_workshop(
+        return await open_run_context(
             run,
             hub,
             runs.project,
@@ -549,7 +562,7 @@ class Execution:
     async def ask(
         self,
         run: str,
-        action: Action,
+        action: RequestAction,
         tasks: Sequence[str],
         reason: str | None = None,
         phase: str | None = None,
@@ -563,22 +576,24 @@ class Execution:
         """
         runs = self._runs
         record = await runs.record(run)
-        record.run.check_ours()
+        record.run.check_not_imported()
         for task in tasks:
             await check_task(runs.store, record.run, task)
         even_waiting = reload is not None and phase is None
-        check_request(action, tasks, record, even_waiting=even_waiting, is_live=await runs.seems_live(run))
+        check_request(action, tasks, record, even_waiting=even_waiting, is_live=await runs.has_live_process(run))
         await self._check_phase(record, tasks, phase)
-        adapters = check_reopening(record, adapters, runs.clock.now()) if action is Action.REOPEN else ()
-        named = _named(record, action, tasks)
-        if action in {Action.CANCEL, Action.IGNORE}:
+        adapters = check_reopening(record, adapters, runs.clock.now()) if action is RequestAction.REOPEN else ()
+        named = _requested_tasks(record, action, tasks)
+        if action in {RequestAction.CANCEL, RequestAction.IGNORE}:
             is_live = await runs.is_live(run)
-            await create(runs.store, run, f"before {action}", maker=Maker.COUNCIL, is_live=is_live)
+            await create_checkpoint(
+                runs.store, run, f"before {action}", maker=CheckpointOrigin.COUNCIL, is_live=is_live
+            )
         if reload is not None:
             await self._reload(run, named, reload)
-        asked = await submit(runs.store, runs.clock, run, action, named, reason, phase, adapters)
+        asked = await submit_request(runs.store, runs.clock, run, action, named, reason, phase, adapters)
         hub = await runs.hub(record.run)
-        waiting = _Waiting()
+        waiting = _RequestWait()
         while not await is_answered(runs.store, run, asked):
             try:
                 settings = self._settings(record.run, None)
@@ -587,19 +602,19 @@ class Execution:
                     self._taken(runs, record.run, hub, lock, settings) as (ledger, shop),
                 ):
                     now, statuses = await runs.record(run), ledger.statuses()
-                    is_over = record.run.ended is not None or Board.of(now.entries, statuses).is_over(statuses)
-                    if is_over and not await has_company(ledger):
+                    is_over = record.run.ended is not None or DispatchBoard.of(now.entries, statuses).is_over(statuses)
+                    if is_over and not await has_active_peers(ledger):
                         await ledger.finish(runs.describe(now, is_live=False, has_ended=True).status)
                     async with shop.pool(sessions=0):
                         pass  # nobody may ever resume it
-            except RunAtWork as other:
+            except RunActive as other:
                 await waiting.pause(other.pid, other.host)
             except LockHeld as held:
                 if not held.owner_lives:
-                    raise _is_at_work(run, held) from None
-                signed = await anyio.to_thread.run_sync(Signature.read, held.path)
+                    raise _run_active_error(run, held) from None
+                signed = await anyio.to_thread.run_sync(LockHolder.read, held.path)
                 await waiting.pause(None if signed is None else signed.pid, socket.gethostname())
-        if action in {Action.CANCEL, Action.IGNORE} and await runs.is_live(run):
+        if action in {RequestAction.CANCEL, RequestAction.IGNORE} and await runs.is_live(run):
             await self._until_over(run, named)
 
     async def _check_phase(self, record: RunRecord, tasks: Sequence[str], phase: str | None) -> None:
@@ -611,26 +626,26 @@ class Execution:
     async def _until_over(self, run: str, tasks: Sequence[str]) -> None:
         """Wait, for as long as a session may take to stop, until tasks that were cancelled are over."""
         store = self._runs.store
-        with anyio.move_on_after(_STOP_PATIENCE):
+        with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
-                while (await read_task(store, run, task)).status not in FINAL:  # noqa: ASYNC110  another process
-                    await anyio.sleep(_ANSWER_PAUSE)
+                while (await read_task(store, run, task)).status not in FINAL_STATUSES:  # noqa: ASYNC110  another process
+                    await anyio.sleep(_REQUEST_POLL_INTERVAL)
 
-    async def restore(self, checkpoint: str, *, force: bool) -> Restored:
+    async def restore(self, checkpoint: str, *, force: bool) -> RestoreResult:
         """See `Council.restore`."""
         store, guards = self._runs.store, dict[str, Guard]()
         async with AsyncExitStack() as stack:
             # Until it is ours, a run may go on, and so may others be changed meanwhile that were as they had been.
             while True:
-                found = await restoration(store, checkpoint)
+                found = await plan_restore(store, checkpoint)
                 new = [run for run in found.runs.values() if run.id not in guards]
                 if not new:
-                    return await restore(store, found, list(guards.values()), self._runs.environ)
+                    return await restore_checkpoint(store, found, list(guards.values()), self._runs.environ)
                 for run in new:
                     await self._hold(stack, run, force=force)
                 for run in new:
-                    me = this_process(Role.COORDINATOR)
-                    guards[run.id] = await seize(store, self._runs.clock, run.id, me)
+                    me = create_owner(Role.COORDINATOR)
+                    guards[run.id] = await take_leadership(store, self._runs.clock, run.id, me)
 
     async def _hold(self, stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
         """Keep everybody else from beginning to work in a run; with `force`, somebody may be at work in it."""
@@ -639,11 +654,11 @@ class Execution:
             return
         try:
             await stack.enter_async_context(self._ownership(hub, run.id))
-            if (living := await hub.life_locks.held(run.id)) and not force:
+            if (living := await hub.liveness_locks.held(run.id)) and not force:
                 raise await living[0].held_error()
         except LockHeld as held:
             if not force:
-                raise _is_at_work(run.id, held, or_else="take it over by --force") from None
+                raise _run_active_error(run.id, held, or_else="take it over by --force") from None
 
     def stop(self) -> None:
         """See `Council.stop`."""
@@ -652,7 +667,7 @@ class Execution:
             scheduler.stop()
 
 
-class _Waiting:
+class _RequestWait:
     """The wait until a run's coordinator has performed a request."""
 
     def __init__(self) -> None:
@@ -661,15 +676,15 @@ class _Waiting:
     async def pause(self, pid: int | None, host: str) -> None:
         """Sleep until the next look; RequestUnanswered after the limit, and a notice some seconds after the start."""
         waited = anyio.current_time() - self._began
-        if waited >= _ANSWER_LIMIT:
-            raise RequestUnanswered(_describe_silent(pid, host), _ANSWER_LIMIT)
+        if waited >= _REQUEST_TIMEOUT:
+            raise RequestTimeout(_describe_process(pid, host), _REQUEST_TIMEOUT)
         if waited >= notices.NOTICE_AFTER and not self._is_noticed:
             self._is_noticed = True
-            notices.log.warning("waiting for %s: %s", _describe_silent(pid, host), REQUEST_RECORDED)
-        await anyio.sleep(_ANSWER_PAUSE)
+            notices.logger.warning("waiting for %s: %s", _describe_process(pid, host), REQUEST_RECORDED)
+        await anyio.sleep(_REQUEST_POLL_INTERVAL)
 
 
-def _describe_silent(pid: int | None, host: str) -> str:
+def _describe_process(pid: int | None, host: str) -> str:
     """Return the words for a process that does not answer. Blocks."""
     if pid is None:
         return "the run's process, which has not answered yet"
@@ -679,32 +694,36 @@ def _describe_silent(pid: int | None, host: str) -> str:
     return f"process {pid}, which {'is stopped' if stat is not None and stat.state in 'Tt' else 'has not answered yet'}"
 
 
-async def _entries(runs: Runs, before: RunRecord, ledger: Ledger) -> dict[str, Entry]:
+async def _entries(runs: ProjectRuns, before: RunRecord, ledger: Ledger) -> dict[str, DispatchEntry]:
     """Return what decisions need of the tasks that the ledger knows, as they stand there; some may be of plans."""
     known = before.entries
     if ledger.run.tasks != before.run.tasks:
         known = await read_entries(runs.store, ledger.run)
-    return with_parts({task: known[task] for task in ledger.run.tasks}, ledger.documents())
+    return with_subtasks({task: known[task] for task in ledger.run.tasks}, ledger.documents())
 
 
-def _most_sessions(wanted: int, run: RunDocument) -> int:
+def _max_sessions(wanted: int, run: RunDocument) -> int:
     """Return how many sessions there can be at once where so many are wanted: plans may become further tasks."""
     can_grow = any(phase.get("expand") is not None for phases in run.workflows.values() for phase in phases)
     return wanted if can_grow else min(wanted, len(run.tasks))
 
 
-def _orchestrators(runs: Runs, run: RunDocument, hub: Hub, me: Owner, settings: CoordinationConfig) -> Orchestrators:
-    return Orchestrators(runs.store, runs.clock, run.id, me, settings.timing(), hub.life_locks.is_dead)
+def _orchestrators(
+    runs: ProjectRuns, run: RunDocument, hub: Hub, me: OrchestratorIdentity, settings: CoordinationConfig
+) -> RunMembership:
+    return RunMembership(runs.store, runs.clock, run.id, me, settings.timing(), hub.liveness_locks.is_dead)
 
 
-def _seated(runs: Runs, shop: Workshop, ledger: Ledger, settings: CoordinationConfig) -> Workshop:
+def _with_session_service(
+    runs: ProjectRuns, shop: RunContext, ledger: Ledger, settings: CoordinationConfig
+) -> RunContext:
     if not (settings.enabled and settings.tools):
         return shop
-    return with_desk(shop, ledger, runs.store, runs.clock, runs.project, settings.lock_timeout)
+    return with_session_service(shop, ledger, runs.store, runs.clock, runs.project, settings.lock_timeout)
 
 
 @asynccontextmanager
-async def _leaving(others: Orchestrators) -> AsyncIterator[None]:
+async def _leave_on_exit(others: RunMembership) -> AsyncIterator[None]:
     """Say at the body's end, however it ends, that this orchestrator is at work no more."""
     try:
         yield
@@ -713,33 +732,33 @@ async def _leaving(others: Orchestrators) -> AsyncIterator[None]:
             await others.leave()
 
 
-def _named(record: RunRecord, action: Action, tasks: Sequence[str]) -> Sequence[str]:
+def _requested_tasks(record: RunRecord, action: RequestAction, tasks: Sequence[str]) -> Sequence[str]:
     """Return the tasks that something is asked of: those that are named, or all that are not over."""
-    if action is Action.REOPEN:
+    if action is RequestAction.REOPEN:
         return ()
-    return tasks or [task for task, one in record.tasks.items() if one.status not in FINAL]
+    return tasks or [task for task, one in record.tasks.items() if one.status not in FINAL_STATUSES]
 
 
 @asynccontextmanager
-async def _owning(ledger: Ledger) -> AsyncIterator[None]:
+async def _raise_if_fenced(ledger: Ledger) -> AsyncIterator[None]:
     """Raise Fenced instead of any error of the body if this process has lost its part in the run."""
     try:
         yield
     except Exception as error:
-        if (lost := await ledger.orchestrators.fenced()) is not None:
+        if (lost := await ledger.orchestrators.find_fencing_error()) is not None:
             raise lost from error
         raise
 
 
-async def _check_company(others: Orchestrators) -> None:
+async def _check_sharing(others: RunMembership) -> None:
     """Refuse (RefusedError) to be beside others where one of them, or this process, shares the run with nobody."""
-    beside = await others.unshared()
+    beside = await others.find_exclusive_peer()
     if beside is None:
         return
     what = f"process {beside.owner.pid} on {beside.owner.host} is at work in run {others.run}"
     if beside.owner.shares:
         raise RefusedError(f"{what}, too", "wait for it, stop it with SIGINT, or share the run with it")
-    again = f"`{VARIABLES['enabled']}=true council resume {others.run}`"
+    again = f"`{ENVIRONMENT_VARIABLES['enabled']}=true council resume {others.run}`"
     raise RefusedError(f"{what} and shares it with nobody", f"wait for it, or stop it with SIGINT and go on by {again}")
 
 
@@ -747,21 +766,21 @@ def _how_to_share(run: str, environ: Mapping[str, str], options: CoordinationOve
     """Return what to change where the settings of whoever wants to join a run share it with nobody."""
     if options is not None and options.enabled is False:
         return "leave out what switches that off for this process"
-    name = VARIABLES["enabled"]
+    name = ENVIRONMENT_VARIABLES["enabled"]
     if read_environment(environ).enabled is False:
         return f"unset {name}, or set it to true"
     again = f"stop it, and go on by `{name}=true council resume {run}`"
     return f"{again}; `coordination: {{enabled: true}}` in the file holds for new runs"
 
 
-def _is_at_work(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
+def _run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
     remedy = ", or ".join(filter(None, ("wait for it", "stop it with SIGINT", or_else)))
     if not held.owner_lives:
         remedy = f"end what it left running: `fuser {held.path}` names it"
     return RefusedError(f"run {run} is at work under {held.holder}", remedy)
 
 
-def _use_store(runs: Runs, url: str | None) -> None:
+def _use_store(runs: ProjectRuns, url: str | None) -> None:
     if url is not None:
-        use(url, council_home(runs.environ))
-    runs.project.use_store(url)
+        record_store_use(url, council_home(runs.environ))
+    runs.project.set_store_url(url)

@@ -10,47 +10,47 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.api.runs import Runs
+from orchestrator.api.runs import ProjectRuns
 from orchestrator.domain.runs.model import RunDocument, TaskStatus
 from orchestrator.engine.diagnostics import state_findings as findings
 from orchestrator.engine.diagnostics.findings import Finding, Level
-from orchestrator.engine.diagnostics.state_findings import Growth, Silent
+from orchestrator.engine.diagnostics.state_findings import LogGrowth, SilentSession
 from orchestrator.engine.state.records import read_run, read_spec, read_tasks, task_documents
-from orchestrator.errors import HistoryGone, RefusedError, StoreUnavailable, UnreadableDocument
-from orchestrator.protocols import Commit, Event, Record, Statistics, Store
-from orchestrator.sessions.output.files import log_file
-from orchestrator.state.documents.conflicts import pending
-from orchestrator.state.documents.reading import between
-from orchestrator.state.documents.shapes import verified
+from orchestrator.errors import HistoryCompacted, RefusedError, StoreUnavailable, UnreadableDocument
+from orchestrator.protocols import Commit, CommitRecord, Event, Store, StoreStatistics
+from orchestrator.sessions.output.files import log_path
+from orchestrator.state.documents.conflicts import list_pending
+from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.shapes import verify_store
 
 #: How many of the newest commits tell how fast the log grows.
-_OF_LATE: Final = 1000
+_RECENT_COMMITS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
     """Looks at the store of a project's runs."""
 
-    runs: Runs
+    runs: ProjectRuns
 
     async def examine(self) -> list[Finding]:
         """Return all that was found; one durable commit is made, to see how long that takes."""
         store = self.runs.store
         runs = [run for name in await self.runs.ids() if (run := await self._run(name)) is not None]
-        open_runs = {run.id: await self.runs.seems_live(run.id) for run in runs if run.ended is None}
+        open_runs = {run.id: await self.runs.has_live_process(run.id) for run in runs if run.ended is None}
         sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._readable_sessions(run)]
         statistics = await store.statistics()
         return [
-            *findings.judge_integrity(await verified(store)),
+            *findings.judge_integrity(await verify_store(store)),
             findings.judge_log(
                 statistics, await _growth(store, statistics, self.runs.clock.now()), await self.runs.retention()
             ),
             *findings.judge_documents(statistics),
             findings.judge_expired(statistics),
             await self._latency(),
-            findings.judge_cut_off([run for run, is_live in open_runs.items() if not is_live]),
-            *findings.judge_silence(sessions),
-            findings.judge_conflicts(len(await pending(store))),
+            findings.judge_interrupted_runs([run for run, is_live in open_runs.items() if not is_live]),
+            *findings.judge_silent_sessions(sessions),
+            findings.judge_conflicts(len(await list_pending(store))),
         ]
 
     async def _run(self, run: str) -> RunDocument | None:
@@ -67,12 +67,12 @@ class Health:
             return Finding("latency", Level.PROBLEM, error.what, error.remedy)
         return findings.judge_latency(clock.monotonic() - began)
 
-    async def _readable_sessions(self, run: str) -> list[Silent]:
+    async def _readable_sessions(self, run: str) -> list[SilentSession]:
         with suppress(UnreadableDocument):
             return await self._sessions(run)
         return []
 
-    async def _sessions(self, run: str) -> list[Silent]:
+    async def _sessions(self, run: str) -> list[SilentSession]:
         """Return the sessions of a run at work."""
         document = await read_run(self.runs.store, run)
         tasks = task_documents(await read_tasks(self.runs.store, run), document.tasks)
@@ -80,14 +80,14 @@ class Health:
         for task, one in tasks.items():
             if one.status is TaskStatus.RUNNING:
                 logs = self.runs.project.logs(run)
-                files = [log_file(logs, task, one.attempt.number, stream) for stream in ("stdout", "stderr")]
-                heard = max(await anyio.to_thread.run_sync(_changed, files), one.attempt.started)
+                files = [log_path(logs, task, one.attempt.number, stream) for stream in ("stdout", "stderr")]
+                heard = max(await anyio.to_thread.run_sync(_last_written, files), one.attempt.started)
                 limit = (await read_spec(self.runs.store, run, task)).silence
-                found.append(Silent(run, task, max(self.runs.clock.now() - heard, 0.0), limit))
+                found.append(SilentSession(run, task, max(self.runs.clock.now() - heard, 0.0), limit))
         return found
 
 
-def _changed(files: Sequence[Path]) -> float:
+def _last_written(files: Sequence[Path]) -> float:
     """Return when one of some files was last written, 0 where none is there. Blocks."""
     times = [0.0]
     for file in files:
@@ -96,17 +96,17 @@ def _changed(files: Sequence[Path]) -> float:
     return max(times)
 
 
-async def _growth(store: Store, found: Statistics, now: float) -> Growth:
+async def _growth(store: Store, found: StoreStatistics, now: float) -> LogGrowth:
     """Return how the log has grown by its newest commits, and how far back it goes."""
-    begin = max(found.position - _OF_LATE, found.first)
-    oldest, early = await _first_behind(store, found.first), await _first_behind(store, begin)
+    begin = max(found.position - _RECENT_COMMITS, found.first)
+    oldest, early = await _first_record_after(store, found.first), await _first_record_after(store, begin)
     seconds = 0.0 if early is None else max(now - early.time, 0.0)
-    return Growth(found.position - begin, seconds, 0.0 if oldest is None else max(now - oldest.time, 0.0))
+    return LogGrowth(found.position - begin, seconds, 0.0 if oldest is None else max(now - oldest.time, 0.0))
 
 
-async def _first_behind(store: Store, position: int) -> Record | None:
+async def _first_record_after(store: Store, position: int) -> CommitRecord | None:
     """Return the first commit behind a position, None where there is none or it is gone by now."""
-    with suppress(HistoryGone):
-        async with aclosing(between(store, position, position + 1)) as records:
+    with suppress(HistoryCompacted):
+        async with aclosing(read_range(store, position, position + 1)) as records:
             return await anext(records, None)
     return None

@@ -13,40 +13,48 @@ from typing import TYPE_CHECKING, Final
 
 import anyio.to_thread
 
-from orchestrator.api.runs import Runs
-from orchestrator.domain.runs.metrics import Metrics, active_time, measure
+from orchestrator.api.runs import ProjectRuns
+from orchestrator.domain.runs.metrics import Metrics, active_time, compute_metrics
 from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
-from orchestrator.domain.runs.usage import RunUsage, usage_of
-from orchestrator.engine.reports.overview import Overview, landing_times, overview
+from orchestrator.domain.runs.usage import RunUsage, compute_usage
+from orchestrator.engine.reports.overview import RunOverview, build_overview, landing_times
 from orchestrator.engine.reports.report import AdapterFailure, last_failures
 from orchestrator.engine.state.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
-from orchestrator.errors import HistoryGone, RefusedError
+from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.locking.orchestrators import read_orchestrators
-from orchestrator.protocols import HISTORY, Document, Key, Record, RecordedEvent, State, Version
+from orchestrator.protocols import (
+    VERSIONS_KEPT,
+    CommitRecord,
+    Document,
+    DocumentVersion,
+    Key,
+    RecordedEvent,
+    StateSnapshot,
+)
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import last_sign
-from orchestrator.state.documents.checkpoints import KIND
-from orchestrator.state.documents.reading import backwards, between, is_of_run, position_at
+from orchestrator.sessions.output.files import last_activity
+from orchestrator.state.documents.checkpoints import CHECKPOINT_KIND
+from orchestrator.state.documents.reading import find_position, is_run_document, read_backwards, read_range
 
 if TYPE_CHECKING:
-    from orchestrator.engine.reports.story import Story
+    from orchestrator.engine.reports.story import TaskDetails
 
 #: How many events of a run are shown with it.
-EVENTS: Final = 100
+MAX_EVENTS: Final = 100
 
 
-def concerns_run(record: Record, run: str) -> bool:
+def is_about_run(record: CommitRecord, run: str) -> bool:
     """Whether a commit changed a document of a run, or recorded an event of it."""
     keys = (*record.documents, *record.unreadable)
-    return any(is_of_run(key, run) for key in keys) or any(one.data.get("run") == run for one in record.events)
+    return any(is_run_document(key, run) for key in keys) or any(one.data.get("run") == run for one in record.events)
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class StateHistory:
     """The log of a project's store, and what it says; `run` is a run's id."""
 
-    runs: Runs
+    runs: ProjectRuns
 
     async def position(self) -> int:
         """Return the newest position."""
@@ -57,27 +65,27 @@ class Past:
 
         RefusedError where the log does not go back so far.
         """
-        return await position_at(self.runs.store, instant)
+        return await find_position(self.runs.store, instant)
 
     async def position_of(self, checkpoint: str) -> int | None:
         """Return the position that a checkpoint names; None if there is none of this id."""
-        found = await self.runs.store.get(Key(KIND, checkpoint))
+        found = await self.runs.store.get(Key(CHECKPOINT_KIND, checkpoint))
         return None if found is None else int(found.value["position"])
 
-    async def at(self, position: int, *, run: str | None = None, names: Sequence[str] = ()) -> State:
+    async def at(self, position: int, *, run: str | None = None, names: Sequence[str] = ()) -> StateSnapshot:
         """Return the documents right after the commit at a position: all, those of a run, or those that are named.
 
         A name is `kind/id`, `kind/rest` for `kind/<run>/rest` (the newest run's if none is given), or either with a
         `*` for any characters. RefusedError for a name that fits nothing, and where the log does not go back so far.
         """
-        with _refusing():
+        with _refuse_compacted():
             state = await self.runs.store.at(position)
-        documents = {key: one for key, one in state.documents.items() if run is None or is_of_run(key, run)}
+        documents = {key: one for key, one in state.documents.items() if run is None or is_run_document(key, run)}
         if names:
             home = run or await self._newest()
             keys = [key for name in names for key in _named(name, documents, home, f"at position {position}")]
             documents = {key: documents[key] for key in keys}
-        return State(state.position, state.time, documents)
+        return StateSnapshot(state.position, state.time, documents)
 
     async def key(self, name: str) -> Key:
         """Return the document that is meant by a name as in `at`, also one that is deleted by now; RefusedError."""
@@ -86,27 +94,27 @@ class Past:
         for key in (exact, *([Key(kind, f"{newest}/{rest}")] if newest else [])):
             if await self.runs.store.history(key, 1):
                 return key
-        with _refusing():
+        with _refuse_compacted():
             state = await self.runs.store.at(await self.position())
         raise _unknown(name, state.documents, newest, "in the state")
 
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+    async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """Return the newest versions of a document, the newest first: at most `limit`, as far as the log goes back."""
         return await self.runs.store.history(key, limit)
 
-    async def commits(self, *, run: str | None = None, after: int = 0, until: int) -> AsyncGenerator[Record]:
+    async def commits(self, *, run: str | None = None, after: int = 0, until: int) -> AsyncGenerator[CommitRecord]:
         """Yield the commits behind a position up to another, of a run or all; from the oldest there is for 0.
 
         RefusedError where the log does not go back to `after`.
         """
         try:
-            async with aclosing(between(self.runs.store, after, until)) as records:
+            async with aclosing(read_range(self.runs.store, after, until)) as records:
                 async for record in records:
-                    if run is None or concerns_run(record, run):
+                    if run is None or is_about_run(record, run):
                         yield record
-        except HistoryGone as gone:
+        except HistoryCompacted as gone:
             if after:
-                raise _gone(gone) from None
+                raise _compacted_refusal(gone) from None
             start = gone.first
         else:
             return
@@ -116,14 +124,14 @@ class Past:
 
     async def newest_commits(
         self, limit: int, *, run: str | None = None, after: int = 0, until: int
-    ) -> Sequence[Record]:
+    ) -> Sequence[CommitRecord]:
         """Return the newest of the commits behind a position up to another, at most `limit`, in the log's order."""
-        found: deque[Record] = deque()
-        with suppress(HistoryGone):
-            async with aclosing(backwards(self.runs.store, until, after)) as parts:
+        found: deque[CommitRecord] = deque()
+        with suppress(HistoryCompacted):
+            async with aclosing(read_backwards(self.runs.store, until, after)) as parts:
                 async for part in parts:
                     for record in reversed(part):
-                        if run is None or concerns_run(record, run):
+                        if run is None or is_about_run(record, run):
                             found.appendleft(record)
                         if len(found) == limit:
                             return found
@@ -136,43 +144,45 @@ class Past:
         tasks = task_documents(documents, known.tasks)
         landed_at = await self._landed_at(known, tasks, documents)
         others = await read_orchestrators(self.runs.store, run)
-        return measure(tasks, landed_at, active_time(others.values(), tasks.values(), landed_at, self.runs.clock.now()))
+        return compute_metrics(
+            tasks, landed_at, active_time(others.values(), tasks.values(), landed_at, self.runs.clock.now())
+        )
 
     async def usage(self, run: str) -> RunUsage:
         """Return what the sessions of a run used up."""
         record, now = await self.runs.record(run), self.runs.clock.now()
         tasks: Mapping[str, TaskDocument] = record.tasks
-        if not await self.runs.seems_live(run):
-            tasks = await anyio.to_thread.run_sync(_ended, tasks, self.runs.project.logs(run), now)
-        return usage_of(record.run, tasks, now, sorted(record.damaged))
+        if not await self.runs.has_live_process(run):
+            tasks = await anyio.to_thread.run_sync(_mark_interrupted, tasks, self.runs.project.logs(run), now)
+        return compute_usage(record.run, tasks, now, sorted(record.damaged))
 
     async def last_failures(self, run: str) -> dict[str, AdapterFailure]:
         """Return of each adapter of a run the last session that failed, by the adapter's name."""
         return last_failures(await self.runs.record(run))
 
-    async def story(self, run: str, task: str) -> Story:
+    async def story(self, run: str, task: str) -> TaskDetails:
         """Return the whole story of a task. RefusedError where the run has none of that name."""
-        from orchestrator.engine.reports.story import Asked, story  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.reports.story import TaskDefinition, build_task_details  # noqa: PLC0415  seldom needed
 
         document = await read_run(self.runs.store, run)
         await check_task(self.runs.store, document, task)
         record = await self.runs.without_dropped(await self.runs.record(run), task)
         shown, now, logs = record.tasks[task], self.runs.clock.now(), self.runs.project.logs(run)
-        is_live = record.run.ended is None and await self.runs.seems_live(run)
+        is_live = record.run.ended is None and await self.runs.has_live_process(run)
         if not is_live:
-            shown = (await anyio.to_thread.run_sync(_ended, {task: shown}, logs, now))[task]
+            shown = (await anyio.to_thread.run_sync(_mark_interrupted, {task: shown}, logs, now))[task]
         report = next(one for one in self.runs.describe(record, is_live=is_live).tasks if one.id == task)
-        asked = Asked()
+        asked = TaskDefinition()
         if record.run.imported is None:
             spec = await read_spec(self.runs.store, run, task)
-            asked = Asked(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
+            asked = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
             if spec.workflow is not None:
                 names = [phase["name"] for phase in record.run.workflows[spec.workflow]]
                 asked = replace(asked, workflow=spec.workflow, phases=names)
         handoffs = await read_handoffs(self.runs.store, run, task)
         found = await read_tasks(self.runs.store, run)
         landed_at = await self._landed_at(record.run, {task: record.tasks[task]}, found)
-        return story(
+        return build_task_details(
             run,
             report,
             shown,
@@ -186,16 +196,16 @@ class Past:
             damage=self.runs.damage,
         )
 
-    async def overview(self, run: str) -> Overview:
+    async def overview(self, run: str) -> RunOverview:
         """Return all that is known of a run, also of one whose repositories are gone."""
         record = await self.runs.record(run)
         documents = await read_tasks(self.runs.store, run)
-        is_live = record.run.ended is None and await self.runs.seems_live(run)
+        is_live = record.run.ended is None and await self.runs.has_live_process(run)
         checkouts = await anyio.to_thread.run_sync(_worktrees, record.run, record.tasks)
         landed_at = await self._landed_at(record.run, record.tasks, documents)
         active = active_time(record.orchestrators, record.tasks.values(), landed_at, self.runs.clock.now())
         report = self.runs.describe(record, is_live=is_live)
-        return overview(record, report, landed_at, checkouts, await self._events(run), active)
+        return build_overview(record, report, landed_at, checkouts, await self._events(run), active)
 
     async def _landed_at(
         self, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]
@@ -211,12 +221,12 @@ class Past:
 
     async def _events(self, run: str) -> list[RecordedEvent]:
         found: deque[RecordedEvent] = deque()
-        with suppress(HistoryGone):
-            async with aclosing(backwards(self.runs.store, await self.position())) as parts:
+        with suppress(HistoryCompacted):
+            async with aclosing(read_backwards(self.runs.store, await self.position())) as parts:
                 async for part in parts:
                     for one in _events_of(part, run):
                         found.appendleft(one)
-                        if len(found) == EVENTS or one.event.type == "run.created":
+                        if len(found) == MAX_EVENTS or one.event.type == "run.created":
                             return list(found)
         return list(found)
 
@@ -226,7 +236,7 @@ class Past:
         return None
 
 
-def _events_of(part: Sequence[Record], run: str) -> Iterator[RecordedEvent]:
+def _events_of(part: Sequence[CommitRecord], run: str) -> Iterator[RecordedEvent]:
     """Yield the events of a run, the newest first."""
     for record in reversed(part):
         for event in reversed(record.events):
@@ -266,26 +276,26 @@ def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> R
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def _refuse_compacted() -> Iterator[None]:
     """Have a person told how far the log goes back."""
     try:
         yield
-    except HistoryGone as gone:
-        raise _gone(gone) from None
+    except HistoryCompacted as gone:
+        raise _compacted_refusal(gone) from None
 
 
-def _gone(gone: HistoryGone) -> RefusedError:
+def _compacted_refusal(gone: HistoryCompacted) -> RefusedError:
     what = f"the state log does not go back to position {gone.position}, only to {gone.first}"
     return RefusedError(what, f"name a position from {gone.first} on, or a later time")
 
 
-def _ended(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
+def _mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
     """Return the tasks of a run that nobody is at work in: sessions without an end were interrupted. Blocks."""
 
     def end(task: str, one: Attempt) -> Attempt:
         if one.ended is not None:
             return one
-        ended = last_sign(logs, task, one.number, one.started, now)
+        ended = last_activity(logs, task, one.number, one.started, now)
         return one.model_copy(update={"ended": ended, "outcome": INTERRUPTED})
 
     return {

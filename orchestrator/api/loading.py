@@ -12,24 +12,28 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import Config
 from orchestrator.config.source.location import named_repository
 from orchestrator.config.source.names import is_url
-from orchestrator.engine.diagnostics.preflight import project_at
+from orchestrator.engine.diagnostics.preflight import project_of_config
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.project import Project
-from orchestrator.repo.source.site import find_site
+from orchestrator.repo.source.site import find_run_repository
 
 
-async def load(
+async def load_run(
     source: str | Path | Config | RunConfig, plugins: Plugins | None, environ: Mapping[str, str]
 ) -> tuple[Plugins, RunConfig, Project]:
     """Return what is installed (unless `plugins` stand for it), the run that `source` describes, and its project."""
     if plugins is None:
-        places = await anyio.to_thread.run_sync(worked_on, source)
+        places = await anyio.to_thread.run_sync(find_source_paths, source)
         plugins = await anyio.to_thread.run_sync(load_plugins, environ, places)
     config = await anyio.to_thread.run_sync(_load, source, plugins)
-    return plugins, config, project_at(config, await find_site(config.repo, is_url=config.is_url, environ=environ))
+    return (
+        plugins,
+        config,
+        project_of_config(config, await find_run_repository(config.repo, is_url=config.is_url, environ=environ)),
+    )
 
 
-def worked_on(source: str | Path | Config | RunConfig) -> list[Path]:
+def find_source_paths(source: str | Path | Config | RunConfig) -> list[Path]:
     """Return the file that is worked with, if there is one, and the repository that is. Blocks."""
     match source:
         case RunConfig():

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 import anyio.to_thread
 from pydantic import ValidationError
 
-from orchestrator.domain.runs.model import FINAL, WAITING_TO_LAND, RunDocument, TaskStatus
-from orchestrator.domain.scheduling.dispatch import with_parts
-from orchestrator.engine.reports.report import ReportPlaces, RunRecord, RunReport, RunStatus, SessionReport, report
+from orchestrator.domain.runs.model import FINAL_STATUSES, LANDING_STATUSES, RunDocument, TaskStatus
+from orchestrator.domain.scheduling.dispatch import with_subtasks
+from orchestrator.engine.reports.report import ReportPaths, RunRecord, RunReport, RunStatus, SessionReport, build_report
 from orchestrator.engine.state.records import (
     read_adapters,
     read_entries,
@@ -45,7 +45,7 @@ _MOST_NAMED: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class ProjectRuns:
     """The runs of a project; `environ` is what stands for the process's environment."""
 
     project: Project
@@ -62,7 +62,7 @@ class Runs:
     async def ids(self) -> list[str]:
         """Return the ids of all runs that can be read, the oldest first."""
         found = await self.store.list("run")
-        return [one.key.id for one in sorted(found, key=_by_start) if not one.damaged]
+        return [one.key.id for one in sorted(found, key=_start_key) if not one.damaged]
 
     async def newest(self) -> str:
         """Return the id of the run that was started last, without those that merge another run's branch."""
@@ -74,7 +74,7 @@ class Runs:
             raise RefusedError("there is no run in this project", "start one with `council run FILE`")
         if len(runs) == 1:  # a run of thousands of tasks is long to read
             return runs[0].key.id
-        return max([one for one in runs if one.value.get("merges") is None] or runs, key=_by_start).key.id
+        return max([one for one in runs if one.value.get("merges") is None] or runs, key=_start_key).key.id
 
     async def find(self, name: str | None) -> str:
         """Return the id of the run that a name means: an id, its beginning if no other begins so, or `latest`.
@@ -83,7 +83,7 @@ class Runs:
         """
         if name is None:
             return await self.newest()
-        known = [one.key.id for one in sorted(await self.store.list("run"), key=_by_start)]
+        known = [one.key.id for one in sorted(await self.store.list("run"), key=_start_key)]
         if name in known:
             return name
         if name == LATEST:
@@ -117,7 +117,7 @@ class Runs:
         tasks = task_documents(found, document.tasks)
         begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
         blank = document.tasks if not is_ours else () if whole else begun
-        entries = with_parts(await read_entries(self.store, document, blank), tasks)
+        entries = with_subtasks(await read_entries(self.store, document, blank), tasks)
         damaged = [task for task, one in found.items() if one.damaged]
         adapters, others = await read_adapters(self.store, document), await read_orchestrators(self.store, run)
         return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
@@ -130,7 +130,7 @@ class Runs:
         keeping = {
             task: one
             for task, one in record.tasks.items()
-            if task in also or (one.status in FINAL and one.branch is not None)
+            if task in also or (one.status in FINAL_STATUSES and one.branch is not None)
         }
         trusted = Hub(Path(record.run.hub)).trusted
         if not keeping or record.run.imported is not None or not await anyio.Path(trusted, "HEAD").is_file():
@@ -139,7 +139,7 @@ class Runs:
         from orchestrator.repo.git.runner import Git  # noqa: PLC0415
         from orchestrator.repo.landing import salvage  # noqa: PLC0415
 
-        kept = await salvage.kept(Git(trusted, environ=self.environ), record.run.id)
+        kept = await salvage.list_unmerged_work(Git(trusted, environ=self.environ), record.run.id)
         branches = {one.ref.removeprefix("refs/heads/") for one in kept}
         for task, one in keeping.items():
             attempts = tuple(
@@ -151,9 +151,9 @@ class Runs:
 
     def describe(self, record: RunRecord, *, is_live: bool, has_ended: bool | None = None) -> RunReport:
         """Return the report of a run; `is_live`: a process is active on it; `has_ended` by default as recorded."""
-        places = ReportPlaces(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
+        places = ReportPaths(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
         has_ended = record.run.ended is not None if has_ended is None else has_ended
-        return report(
+        return build_report(
             record, places=places, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
         )
 
@@ -184,7 +184,7 @@ class Runs:
         from orchestrator.repo.git.runner import Git  # noqa: PLC0415
 
         document = await read_run(self.store, run)
-        document.check_ours()
+        document.check_not_imported()
         works = {task: await self._landed_work(run, task, commit) for task, commit in commits.items()}
         counted = await count_many(Git(Hub(Path(document.hub)).trusted, environ=self.environ), dict(works.values()))
         return {task: counted[commit] for task, (commit, _) in works.items()}
@@ -194,7 +194,7 @@ class Runs:
         with suppress(RefusedError):
             document = await read_task(self.store, run, task)
             if document.landed == landed and document.commit is not None:
-                return document.commit, document.builder.base
+                return document.commit, document.building_attempt.base
         return landed, None
 
     async def _merged_by(self, run: RunDocument) -> str | None:
@@ -205,13 +205,13 @@ class Runs:
 
     async def queued_merge(self, run: str) -> str | None:
         """Return the newest run that `council merge` made of a run and that could not land yet."""
-        found = await self._merges(run, WAITING_TO_LAND)
+        found = await self._merges(run, LANDING_STATUSES)
         return found[-1].key.id if found else None
 
     async def _merges(self, run: str, statuses: Collection[str]) -> list[Document]:
         """Return the runs that merge a run's branch and whose task has one of some statuses, the oldest first."""
         found = []
-        for one in sorted(await self.store.list("run"), key=_by_start):
+        for one in sorted(await self.store.list("run"), key=_start_key):
             if not one.damaged and one.value.get("merges") == run:
                 tasks = (await read_tasks(self.store, one.key.id)).values()
                 if tasks and all(task.value.get("status") in statuses for task in tasks):
@@ -244,7 +244,7 @@ class Runs:
 
     async def _sessions(self, run: str) -> list[SessionReport]:
         """Return what the sessions of a run are at, in the order of their names."""
-        from orchestrator.domain.sessions.contexts import at_work  # noqa: PLC0415  only of a run at work
+        from orchestrator.domain.sessions.contexts import filter_active  # noqa: PLC0415  only of a run at work
         from orchestrator.engine.session_api.contexts import read_contexts  # noqa: PLC0415  the same
 
         return [
@@ -261,12 +261,12 @@ class Runs:
                 files=one.files,
                 updated=one.updated,
             )
-            for one in at_work(await read_contexts(self.store, run))
+            for one in filter_active(await read_contexts(self.store, run))
         ]
 
     async def hub(self, run: RunDocument) -> Hub:
         """Return the repositories of a run; RefusedError if they are gone, or it never had any here."""
-        run.check_ours()
+        run.check_not_imported()
         hub = Hub(Path(run.hub))
         # An attempt that was under way may have made its own folder anew, but nothing else.
         if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
@@ -280,7 +280,7 @@ class Runs:
 
     async def _is_live(self, run: RunDocument) -> bool:
         hub = await self.hub(run)
-        if await hub.run_lock(run.id).is_held() or await hub.life_locks.held(run.id):
+        if await hub.run_lock(run.id).is_held() or await hub.liveness_locks.held(run.id):
             return True
         others = (await read_orchestrators(self.store, run.id)).values()
         here, now = socket.gethostname(), self.clock.now()
@@ -292,7 +292,7 @@ class Runs:
         Those whose repositories are gone, which nobody can resume, are left out.
         """
         found = []
-        for run in sorted(await self.store.list("run"), key=_by_start):
+        for run in sorted(await self.store.list("run"), key=_start_key):
             if run.damaged or run.value.get("ended") is not None or run.value.get("imported") is not None:
                 continue
             with suppress(RefusedError, UnreadableDocument):
@@ -300,7 +300,7 @@ class Runs:
                     found.append(run.key.id)
         return found
 
-    async def seems_live(self, run: str) -> bool:
+    async def has_live_process(self, run: str) -> bool:
         """Whether a process is at work in a run as far as can be seen: not where its repositories are gone."""
         with suppress(RefusedError):
             return await self.is_live(run)
@@ -312,7 +312,7 @@ class Runs:
         return (*(one.describe() for one in self.store.damage), *self.unreadable)
 
 
-def _by_start(run: Document) -> tuple[float, str]:
+def _start_key(run: Document) -> tuple[float, str]:
     """Return what runs are sorted by, also where nobody knows when one was started."""
     started = run.value.get("started")
     return float(started) if isinstance(started, int | float) else 0.0, run.key.id

@@ -12,15 +12,15 @@ from typing import IO
 import anyio
 from anyio import to_thread
 
-from orchestrator.config.store import MEMORY, named_folder, named_store, scheme_of
+from orchestrator.config.store import MEMORY, require_local_folder, scheme_of, to_store_url
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.project import council_home
 from orchestrator.protocols import Store
-from orchestrator.state.log.identity import accept, check_known
+from orchestrator.state.log.identity import adopt_store, check_trusted
 from orchestrator.state.stores.file import require_store
-from orchestrator.state.transfer.copying import Copied, copy, export, import_from
-from orchestrator.state.transfer.portable import Staged
+from orchestrator.state.transfer.copying import CopyResult, copy_store, export_to_stream, import_from_stream
+from orchestrator.state.transfer.portable import StagedFile
 from orchestrator.state.transfer.target import TargetFolder
 from orchestrator.system.clock import Clock, SystemClock
 
@@ -38,11 +38,11 @@ async def open_store(
 
     With `is_there`, a folder that holds none is refused (RefusedError), where else one would be made.
     """
-    url = named_store(str(place))
+    url = to_store_url(str(place))
     if is_there:
         await to_thread.run_sync(require_store, url)
     if scheme_of(url) == "file":
-        await to_thread.run_sync(check_known, url, council_home(environ))
+        await to_thread.run_sync(check_trusted, url, council_home(environ))
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with plugins.open_store(url, clock or SystemClock()) as store:
@@ -64,10 +64,13 @@ async def open_target(
     the store that is gone with the process, and for a folder that can't be one of a store of its own; `source` is where
     that to copy is.
     """
-    url = named_store(str(place))
+    url = to_store_url(str(place))
     if url == MEMORY:
         raise RefusedError("what is copied to memory: is gone at once", "name a folder, or the URL of another store")
-    folder, within = named_folder(url), named_folder(named_store(str(source))) if source is not None else None
+    folder, within = (
+        require_local_folder(url),
+        require_local_folder(to_store_url(str(source))) if source is not None else None,
+    )
     if folder is None:
         async with open_store(url, plugins=plugins, clock=clock, environ=environ) as store:
             yield store
@@ -89,7 +92,7 @@ async def copy_state(
     plugins: Plugins | None = None,
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
-) -> Copied:
+) -> CopyResult:
     """Copy a whole store into an empty one, each named by its URL or folder, also while a run is at work in it.
 
     Positions, times, versions, events: the past of the copy is that of the original. RefusedError, with nothing
@@ -105,7 +108,7 @@ async def copy_state(
         copied = await stores.enter_async_context(
             open_target(target, source, plugins=plugins, clock=clock, environ=environ)
         )
-        return await copy(original, copied)
+        return await copy_store(original, copied)
 
 
 async def adopt_state(place: str | Path, *, environ: Mapping[str, str] = os.environ) -> str:
@@ -114,10 +117,10 @@ async def adopt_state(place: str | Path, *, environ: Mapping[str, str] = os.envi
     What is in it is obeyed from then on: the commands of its runs are executed by `resume`. RefusedError where there is
     none.
     """
-    url = named_store(str(place))
+    url = to_store_url(str(place))
     if url == MEMORY or not (scheme_of(url) == "file" or await to_thread.run_sync(_is_installed, url, environ)):
         raise RefusedError(f"{scheme_of(url)}: is no kind of store that can be adopted", "name the folder of a store")
-    await to_thread.run_sync(accept, url, council_home(environ))
+    await to_thread.run_sync(adopt_store, url, council_home(environ))
     return url
 
 
@@ -127,14 +130,14 @@ def _is_installed(url: str, environ: Mapping[str, str]) -> bool:
 
 async def export_store(
     store: Store, file: str | Path | IO[bytes], *, force: bool = False, clock: Clock | None = None
-) -> Copied:
+) -> CopyResult:
     """Write a whole store as it is now to one file; see `Council.export_state`. A stream is written to as it is."""
     now = (clock or SystemClock()).now()
     if not isinstance(file, str | Path):
-        return await export(store, file, now)
-    staged = await to_thread.run_sync(partial(Staged, Path(file), force=force))
+        return await export_to_stream(store, file, now)
+    staged = await to_thread.run_sync(partial(StagedFile, Path(file), force=force))
     try:
-        copied = await export(store, staged.stream, now)
+        copied = await export_to_stream(store, staged.stream, now)
         await to_thread.run_sync(staged.put)
     finally:
         with anyio.CancelScope(shield=True):
@@ -142,10 +145,10 @@ async def export_store(
     return copied
 
 
-async def import_store(file: str | Path | IO[bytes], store: Store) -> Copied:
+async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult:
     """Load a file that `export_store` wrote into an empty store; see `Council.import_state`. A stream is closed."""
     if not isinstance(file, str | Path):
-        return await import_from("what comes in", lambda: file, store)
+        return await import_from_stream("what comes in", lambda: file, store)
     if not await to_thread.run_sync(os.path.isfile, file):
         raise RefusedError(f"there is no file {file}", "name one that `council state export` wrote")
-    return await import_from(str(file), lambda: Path(file).open("rb"), store)
+    return await import_from_stream(str(file), lambda: Path(file).open("rb"), store)

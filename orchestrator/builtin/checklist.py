@@ -27,7 +27,7 @@ import anyio.to_thread
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.config.source.files import open_regular
+from orchestrator.config.source.files import open_regular_file
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
 from orchestrator.protocols import PathOption, RecordedEvent, TrackedTask
@@ -45,7 +45,7 @@ _SUCCESSFUL: Final = frozenset({"task.landed", "task.done"})
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ChecklistItem:
     """One item: its line (from 1), the offset of its mark, whether it is ticked, its id, and all that it says."""
 
     line: int
@@ -55,7 +55,7 @@ class Item:
     text: str
 
 
-def read_items(data: bytes) -> list[Item]:
+def read_items(data: bytes) -> list[ChecklistItem]:
     """Return the items of a checklist, those in code blocks left out."""
     lines = data.splitlines(keepends=True)
     found, offset, fence = [], 0, b""
@@ -66,16 +66,16 @@ def read_items(data: bytes) -> list[Item]:
         item = None if fence else _ITEM.fullmatch(line)
         if item is None:
             continue
-        rest = b"".join(_rest(lines, index + 1, len(item["indent"])))
+        rest = b"".join(_continuation_lines(lines, index + 1, len(item["indent"])))
         text, told = item["text"].decode(errors="replace"), _ID.search(item["text"].decode(errors="replace"))
         text = _ID.sub("", text).strip()
         said = "\n".join(filter(None, (text, dedent(rest.decode(errors="replace")).strip())))
         name = told[1] if told else _NOT_IN_SLUG.sub("-", text.lower())[:_LONGEST_SLUG].strip("-")
-        found.append(Item(index + 1, begin + item.end("before"), item["mark"] != b" ", name, said))
+        found.append(ChecklistItem(index + 1, begin + item.end("before"), item["mark"] != b" ", name, said))
     return found
 
 
-def _rest(lines: Sequence[bytes], begin: int, indent: int) -> Iterator[bytes]:
+def _continuation_lines(lines: Sequence[bytes], begin: int, indent: int) -> Iterator[bytes]:
     """Yield the lines from `begin` on that belong to an item: indented below it, and no item of their own."""
     for index in range(begin, len(lines)):
         line = lines[index]
@@ -94,7 +94,7 @@ class ChecklistOptions(BaseModel):
     """The Markdown file, relative to this one; git may not track it."""
 
 
-class Checklist:
+class ChecklistTracker:
     """The open items of a file."""
 
     Options: ClassVar[type[BaseModel]] = ChecklistOptions
@@ -133,14 +133,14 @@ class Checklist:
         path = await anyio.to_thread.run_sync(self._path.resolve)
         if not await anyio.to_thread.run_sync(path.parent.is_dir):
             return
-        found = await Git(None, users=True)("ls-files", "-z", "--", path.name, cwd=path.parent, ok=(0, 128))
+        found = await Git(None, as_user=True)("ls-files", "-z", "--", path.name, cwd=path.parent, ok=(0, 128))
         if found.stdout:
             remedy = "keep it elsewhere, or `git rm --cached` it and name it in .gitignore"
             raise RefusedError(f"git tracks {self._path}, and ticks in it would keep work from landing", remedy)
 
     def _read(self) -> bytes:
         try:
-            with open_regular(self._path) as file:
+            with open_regular_file(self._path) as file:
                 return file.read()
         except OSError as error:
             what = f"{self._path} can't be read, {(error.strerror or str(error)).lower()}"
@@ -174,4 +174,4 @@ def _replace(path: Path, data: bytes) -> None:
 @hookimpl
 def council_register_trackers(register: RegisterTracker) -> None:
     """Register `use: checklist`."""
-    register("checklist", Checklist)
+    register("checklist", ChecklistTracker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pluggy
 
-from orchestrator.domain.workflow.handoff_kinds import KINDS
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterHandoffKind, RegisterTransformation
 
@@ -14,7 +14,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 @hookimpl
 def council_register_handoff_kinds(register: RegisterHandoffKind) -> None:
     """Register what phases hand over: scout, plan, build, test, deploy and review."""
-    for name, kind in KINDS.items():
+    for name, kind in HANDOFF_KINDS.items():
         register(name, kind)
 
 

@@ -25,7 +25,7 @@ from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterSink
 from orchestrator.protocols import PathOption, RecordedEvent
 
 #: Seconds to wait for the file's lock, and between two looks.
-LOCK_LIMIT = 10.0
+LOCK_TIMEOUT = 10.0
 _LOCK_PAUSE = 0.01
 
 _BEGIN = b'{"position":'
@@ -42,7 +42,7 @@ class JsonLinesOptions(BaseModel):
     """The file that the lines are added to, relative to this one; made if it does not exist, for its owner alone."""
 
 
-class JsonLines:
+class JsonLinesSink:
     """Adds lines to a file, durably, each once: what is in the file already is not written again.
 
     Several runs may share a file: each looks under a lock what was added meanwhile.
@@ -85,7 +85,7 @@ class JsonLines:
 
     def _lock(self, file: BufferedRandom) -> None:
         """Lock the file; TimeoutError if somebody else holds it for too long: a thread that waits can't be ended."""
-        deadline = time.monotonic() + LOCK_LIMIT
+        deadline = time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,4 +138,4 @@ def _line(one: RecordedEvent) -> bytes:
 @hookimpl
 def council_register_sinks(register: RegisterSink) -> None:
     """Register `use: jsonlines`."""
-    register("jsonlines", JsonLines)
+    register("jsonlines", JsonLinesSink)

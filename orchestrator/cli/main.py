@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import click
 
-from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.render.streams import usable_streams
-from orchestrator.client.commands import COMMANDS as SESSION_COMMANDS
+from orchestrator.client.commands import SESSION_COMMANDS as SESSION_COMMANDS
 
 
-class Entry(NamedTuple):
+class CommandEntry(NamedTuple):
     """Where a command is, as `module:name`, and the sentence that lists it; a test holds it to the command's own."""
 
     place: str
@@ -23,74 +23,123 @@ class Entry(NamedTuple):
 
 
 #: All commands, under the headings that `--help` shows them by.
-COMMANDS: Mapping[str, Mapping[str, Entry]] = {
+COMMANDS_BY_SECTION: Mapping[str, Mapping[str, CommandEntry]] = {
     "Run": {
-        "run": Entry("orchestrator.cli.commands.runs.run:run_file", "Run the tasks of FILE and land what they build."),
-        "resume": Entry("orchestrator.cli.commands.runs.run:resume", "Go on with a run from wherever it was cut off."),
-        "merge": Entry(
+        "run": CommandEntry(
+            "orchestrator.cli.commands.runs.run:run_file", "Run the tasks of FILE and land what they build."
+        ),
+        "resume": CommandEntry(
+            "orchestrator.cli.commands.runs.run:resume", "Go on with a run from wherever it was cut off."
+        ),
+        "merge": CommandEntry(
             "orchestrator.cli.commands.runs.run:merge",
             "Land finished work of a run that waits, and merge the run's own branch into its base.",
         ),
-        "work": Entry("orchestrator.cli.commands.runs.run:work", "Join the runs that are at work as one more process."),
+        "work": CommandEntry(
+            "orchestrator.cli.commands.runs.run:work", "Join the runs that are at work as one more process."
+        ),
     },
     "Set up": {
-        "init": Entry("orchestrator.cli.commands.setup.init:init", "Write a council.yaml for this repository."),
-        "validate": Entry(
-            "orchestrator.cli.commands.setup.validate:validate", "Check FILE without running it, and tell every mistake."
+        "init": CommandEntry("orchestrator.cli.commands.setup.init:init", "Write a council.yaml for this repository."),
+        "validate": CommandEntry(
+            "orchestrator.cli.commands.setup.validate:validate",
+            "Check FILE without running it, and tell every mistake.",
         ),
-        "doctor": Entry("orchestrator.cli.commands.setup.doctor:doctor", "Look whether a run could work here, and say what to mend."),
-        "adapters": Entry(
+        "doctor": CommandEntry(
+            "orchestrator.cli.commands.setup.doctor:doctor", "Look whether a run could work here, and say what to mend."
+        ),
+        "adapters": CommandEntry(
             "orchestrator.cli.commands.setup.adapters:adapters",
             "List the adapters that are installed, with what there is of their programs.",
         ),
-        "workflow": Entry(
-            "orchestrator.cli.commands.setup.workflow:workflow", "Show the workflows that there are, or copy one to change it."
+        "workflow": CommandEntry(
+            "orchestrator.cli.commands.setup.workflow:workflow",
+            "Show the workflows that there are, or copy one to change it.",
         ),
-        "schema": Entry("orchestrator.cli.commands.setup.schema:schema", "Print the JSON Schema of the file, for your editor."),
-        "completion": Entry(
+        "schema": CommandEntry(
+            "orchestrator.cli.commands.setup.schema:schema", "Print the JSON Schema of the file, for your editor."
+        ),
+        "completion": CommandEntry(
             "orchestrator.cli.commands.setup.completion:completion", "Print a script that completes commands in SHELL."
         ),
     },
     "Look": {
-        "status": Entry("orchestrator.cli.commands.runs.status:status", "Show how a run stands; the exit code says so too."),
-        "show": Entry("orchestrator.cli.commands.runs.show:show", "Tell the whole story of a task: phases, sessions, handoffs."),
-        "watch": Entry(
-            "orchestrator.cli.commands.runs.watch:watch", "Show a run that is at work until it ends; Ctrl-C ends only the showing."
+        "status": CommandEntry(
+            "orchestrator.cli.commands.runs.status:status", "Show how a run stands; the exit code says so too."
         ),
-        "runs": Entry("orchestrator.cli.commands.runs.status:runs", "List the runs of this project, the oldest first."),
-        "usage": Entry("orchestrator.cli.commands.runs.usage:usage", "Tell what a run used up, by adapter and by task."),
-        "logs": Entry("orchestrator.cli.commands.runs.logs:logs", "Show what a task's session did and said."),
-        "diff": Entry("orchestrator.cli.commands.runs.tasks:diff", "Show what a task has changed, so far if it is at work."),
-        "check": Entry("orchestrator.cli.commands.runs.check:check", "Hold what is recorded of a run's workflows against the rules."),
-        "state": Entry("orchestrator.cli.commands.state.state:state", "See what is recorded, now and at any earlier moment."),
-        "locks": Entry("orchestrator.cli.commands.state.locks:locks", "List what is locked, by whom and since when, and who waits."),
-        "where": Entry("orchestrator.cli.commands.runs.status:where", "Say where everything is kept."),
+        "show": CommandEntry(
+            "orchestrator.cli.commands.runs.show:show", "Tell the whole story of a task: phases, sessions, handoffs."
+        ),
+        "watch": CommandEntry(
+            "orchestrator.cli.commands.runs.watch:watch",
+            "Show a run that is at work until it ends; Ctrl-C ends only the showing.",
+        ),
+        "runs": CommandEntry(
+            "orchestrator.cli.commands.runs.status:runs", "List the runs of this project, the oldest first."
+        ),
+        "usage": CommandEntry(
+            "orchestrator.cli.commands.runs.usage:usage", "Tell what a run used up, by adapter and by task."
+        ),
+        "logs": CommandEntry("orchestrator.cli.commands.runs.logs:logs", "Show what a task's session did and said."),
+        "diff": CommandEntry(
+            "orchestrator.cli.commands.runs.tasks:diff", "Show what a task has changed, so far if it is at work."
+        ),
+        "check": CommandEntry(
+            "orchestrator.cli.commands.runs.check:check",
+            "Hold what is recorded of a run's workflows against the rules.",
+        ),
+        "state": CommandEntry(
+            "orchestrator.cli.commands.state.state:state", "See what is recorded, now and at any earlier moment."
+        ),
+        "locks": CommandEntry(
+            "orchestrator.cli.commands.state.locks:locks", "List what is locked, by whom and since when, and who waits."
+        ),
+        "where": CommandEntry("orchestrator.cli.commands.runs.status:where", "Say where everything is kept."),
     },
     "In a session": {
         **{
-            one.typed[0]: Entry(f"orchestrator.cli.commands.sessions.session:{name}", one.help)
+            one.typed[0]: CommandEntry(f"orchestrator.cli.commands.sessions.session:{name}", one.help)
             for name, one in SESSION_COMMANDS.items()
             if not one.is_for_all
         },
-        "share": Entry("orchestrator.cli.commands.sessions.share:share", "Share values between the sessions of a run, or look at them."),
-        "mcp": Entry("orchestrator.cli.commands.sessions.mcp:mcp", "Serve the commands of a session by the Model Context Protocol."),
+        "share": CommandEntry(
+            "orchestrator.cli.commands.sessions.share:share",
+            "Share values between the sessions of a run, or look at them.",
+        ),
+        "mcp": CommandEntry(
+            "orchestrator.cli.commands.sessions.mcp:mcp",
+            "Serve the commands of a session by the Model Context Protocol.",
+        ),
     },
     "Steer": {
-        "cancel": Entry("orchestrator.cli.commands.runs.tasks:cancel", "Cancel tasks; without TASK, all that have not ended."),
-        "retry": Entry("orchestrator.cli.commands.runs.tasks:retry", "Try tasks again that are over without having landed."),
-        "approve": Entry("orchestrator.cli.commands.runs.tasks:approve", "Approve what tasks came to, so that they go on."),
-        "reject": Entry("orchestrator.cli.commands.runs.tasks:reject", "Have done again what waits for approval."),
-        "task": Entry("orchestrator.cli.commands.runs.tasks:task", "Say what is to become of single tasks."),
-        "salvage": Entry("orchestrator.cli.commands.runs.salvage:salvage", "See, take over or drop work that is on no target."),
-        "checkpoint": Entry(
-            "orchestrator.cli.commands.state.checkpoint:checkpoint", "Name how a run stands now, or go back to how it stood."
+        "cancel": CommandEntry(
+            "orchestrator.cli.commands.runs.tasks:cancel", "Cancel tasks; without TASK, all that have not ended."
         ),
-        "clean": Entry("orchestrator.cli.commands.state.clean:clean", "Remove what runs left over and nothing needs."),
+        "retry": CommandEntry(
+            "orchestrator.cli.commands.runs.tasks:retry", "Try tasks again that are over without having landed."
+        ),
+        "approve": CommandEntry(
+            "orchestrator.cli.commands.runs.tasks:approve", "Approve what tasks came to, so that they go on."
+        ),
+        "reject": CommandEntry(
+            "orchestrator.cli.commands.runs.tasks:reject", "Have done again what waits for approval."
+        ),
+        "task": CommandEntry("orchestrator.cli.commands.runs.tasks:task", "Say what is to become of single tasks."),
+        "salvage": CommandEntry(
+            "orchestrator.cli.commands.runs.salvage:salvage", "See, take over or drop work that is on no target."
+        ),
+        "checkpoint": CommandEntry(
+            "orchestrator.cli.commands.state.checkpoint:checkpoint",
+            "Name how a run stands now, or go back to how it stood.",
+        ),
+        "clean": CommandEntry(
+            "orchestrator.cli.commands.state.clean:clean", "Remove what runs left over and nothing needs."
+        ),
     },
 }
 
 
-class Commands(Suggesting):
+class LazyCommandGroup(SuggestingGroup):
     """The group of all commands; knows their names without importing them."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,18 +155,18 @@ class Commands(Suggesting):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would exit with 1
-            from orchestrator.cli.core.boundary import INTERRUPTED  # noqa: PLC0415  `--help` must be quick
+            from orchestrator.cli.core.boundary import EXIT_INTERRUPTED  # noqa: PLC0415  `--help` must be quick
 
             click.echo("council: interrupted", err=True)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(EXIT_INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """Return all names in the order that they are shown."""
-        return [name for entries in COMMANDS.values() for name in entries]
+        return [name for entries in COMMANDS_BY_SECTION.values() for name in entries]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
         """Import a command; None if there is none of this name."""
-        entry = next((entries[cmd_name] for entries in COMMANDS.values() if cmd_name in entries), None)
+        entry = next((entries[cmd_name] for entries in COMMANDS_BY_SECTION.values() if cmd_name in entries), None)
         if entry is None:
             return None
         module, _, name = entry.place.partition(":")
@@ -130,12 +179,12 @@ class Commands(Suggesting):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  the same
         """Write the commands under their headings."""
-        for heading, entries in COMMANDS.items():
+        for heading, entries in COMMANDS_BY_SECTION.items():
             with formatter.section(heading):
                 formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyCommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cli-council", prog_name="council")
 def main() -> None:
     """Run many AI coding CLIs at once on one git repository.

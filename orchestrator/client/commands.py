@@ -19,19 +19,19 @@ OBJECT = "object"
 STANDARD_INPUT = "-"
 
 #: The name of our own server of the Model Context Protocol among those of a session.
-SERVER = "council"
+MCP_SERVER_NAME = "council"
 
 #: Bytes of a request, at most; characters of a text or of a path; how many paths.
-LARGEST_REQUEST = (1 << 20) + (1 << 17)
-LONGEST_TEXT = 16_000
-LONGEST_PATH = 4096
-MOST_PATHS = 1000
-LONGEST_WAIT = 600
+MAX_REQUEST_BYTES = (1 << 20) + (1 << 17)
+MAX_TEXT_CHARS = 16_000
+MAX_PATH_CHARS = 4096
+MAX_PATHS = 1000
+MAX_WAIT_SECONDS = 600
 #: What JSON numbers are exact up to.
-HIGHEST_VERSION = (1 << 53) - 1
+MAX_VERSION = (1 << 53) - 1
 #: Bytes of what a session hands over, and of a value that it shares, as JSON in UTF-8.
-LARGEST_HANDOFF = 1 << 20
-LARGEST_SHARED = 1 << 18
+MAX_HANDOFF_BYTES = 1 << 20
+MAX_SHARED_BYTES = 1 << 18
 
 
 class Argument:
@@ -57,7 +57,7 @@ class Argument:
         self.metavar = metavar or name.upper()
 
 
-class Asked:
+class SessionCommand:
     """A command: its name on the wire, the words by which it is typed, what it takes, and how it is explained.
 
     One that `is_for_all` can be typed outside of sessions, too.
@@ -85,10 +85,10 @@ _PATHS_HELP = "Files, or folders with all in them, from the current folder."
 _KEY = Argument("key", TEXT, "Its name, such as `api/port`.", is_word=True, is_needed=True)
 
 #: What an agent can ask for, by name; all of these are commands of `council` and tools of its MCP server.
-COMMANDS = {
+SESSION_COMMANDS = {
     one.name: one
     for one in (
-        Asked(
+        SessionCommand(
             "lock",
             "Take files for this session alone, all of them or none.",
             "Who takes files that another session has is told whose they are and since when.",
@@ -101,14 +101,14 @@ COMMANDS = {
             ),
             examples=("council lock src/models.py", "council lock src/api docs/api.md --wait 60"),
         ),
-        Asked(
+        SessionCommand(
             "unlock",
             "Give files back that this session took.",
             "At the end of a session all that it took is given back.",
             Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
             examples=("council unlock src/models.py",),
         ),
-        Asked(
+        SessionCommand(
             "report",
             "Tell the other sessions what this one is at.",
             "What is not given stays as it was told last.",
@@ -122,13 +122,13 @@ COMMANDS = {
                 "council report --status blocked --blocked-on models --message 'waits for the User model'",
             ),
         ),
-        Asked(
+        SessionCommand(
             "peers",
             "List the sessions that are at work now, and what they are at.",
             "This one is among them, marked.",
             examples=("council peers", "council peers --json"),
         ),
-        Asked(
+        SessionCommand(
             "note",
             "Leave a note for later sessions.",
             "They find it by its task, its topic or its paths.",
@@ -137,7 +137,7 @@ COMMANDS = {
             Argument("paths", PATHS, "A file or a pattern that it is about.", option="--path", metavar="PATH"),
             examples=("council note 'The tests need the database of port 5433.' --topic tests",),
         ),
-        Asked(
+        SessionCommand(
             "notes",
             "Show the notes that sessions left.",
             "Without an option all of them, whichever task left them; of many the newest.",
@@ -146,14 +146,14 @@ COMMANDS = {
             Argument("paths", PATHS, "Only those about this file or pattern.", option="--path", metavar="PATH"),
             examples=("council notes --topic tests", "council notes --path src/models.py --json"),
         ),
-        Asked(
+        SessionCommand(
             "ask",
             "Show how another task stands: its plan, its changes so far, what its program says.",
             "It is not disturbed by that.",
             Argument("task", TEXT, "The id of the task.", is_word=True, is_needed=True),
             examples=("council ask models", "council ask models --json"),
         ),
-        Asked(
+        SessionCommand(
             "share_put",
             "Share a value with the other sessions of the run.",
             "It replaces what is there under its key, and whoever waits for that is told.",
@@ -170,7 +170,7 @@ COMMANDS = {
             typed="share put",
             is_for_all=True,
         ),
-        Asked(
+        SessionCommand(
             "share_get",
             "Show a value that sessions share.",
             "With its version, and who put it there.",
@@ -179,7 +179,7 @@ COMMANDS = {
             typed="share get",
             is_for_all=True,
         ),
-        Asked(
+        SessionCommand(
             "share_wait",
             "Wait for a value that another session is to share.",
             "What is there already is had at once, unless a later version is asked for.",
@@ -190,7 +190,7 @@ COMMANDS = {
             typed="share wait",
             is_for_all=True,
         ),
-        Asked(
+        SessionCommand(
             "share_list",
             "List what the sessions of the run share.",
             "Keys with their versions and sizes, without the values.",
@@ -199,7 +199,7 @@ COMMANDS = {
             typed="share list",
             is_for_all=True,
         ),
-        Asked(
+        SessionCommand(
             "hand_over",
             "Hand over what this session's phase is to produce.",
             "Who hands over what is not right is told why, and can mend it; of several the last counts.",
@@ -218,10 +218,10 @@ COMMANDS = {
 }
 
 #: The same by the words by which they are typed.
-TYPED = {one.typed: one for one in COMMANDS.values()}
+COMMANDS_BY_WORDS = {one.typed: one for one in SESSION_COMMANDS.values()}
 
 #: What a hook asks before an edit; no command of its own.
-CHECK_EDIT = Asked(
+CHECK_EDIT = SessionCommand(
     "check_edit",
     "Whether this session may edit a file.",
     "",

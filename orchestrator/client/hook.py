@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 
-from orchestrator.client.commands import CHECK_EDIT, LARGEST_REQUEST
-from orchestrator.client.session import AskError, find_session
+from orchestrator.client.commands import CHECK_EDIT, MAX_REQUEST_BYTES
+from orchestrator.client.session import SessionRequestError, find_session
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,15 +31,15 @@ def run(given: BinaryIO, out: TextIO) -> int:
     """Answer one call of the hook; return the exit code, which is always 0."""
     try:
         call = json.loads(given.read(_LONGEST_INPUT))
-        reason = _why_not(call)
+        reason = _denial_reason(call)
         if reason is not None:
             out.write(json.dumps(_denial(call.get("hook_event_name"), reason)) + "\n")
-    except (AskError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (SessionRequestError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # a hook that fails must keep nobody from working
     return 0
 
 
-def _why_not(call: dict[str, Any]) -> str | None:
+def _denial_reason(call: dict[str, Any]) -> str | None:
     """Return why the edit is denied; None if it is not. Raises AskError, and whatever odd input leads to."""
     cwd = call.get("cwd") or os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
     paths = dict.fromkeys(_paths(call["tool_input"]))
@@ -48,7 +48,7 @@ def _why_not(call: dict[str, Any]) -> str | None:
     session = find_session(os.environ, cwd)
     for path in list(paths)[:_MOST_PATHS]:
         inside = session.within(path, cwd)
-        if inside is None or len(inside) > LARGEST_REQUEST:
+        if inside is None or len(inside) > MAX_REQUEST_BYTES:
             continue
         answer = session.ask(CHECK_EDIT.name, {"path": inside}, _PATIENCE)
         if answer["allowed"] is False:

@@ -9,18 +9,18 @@ import json
 import os
 import sys
 
-from orchestrator.client.commands import LONGEST_WAIT, OBJECT, PATH, PATHS, SECONDS, VALUE
-from orchestrator.client.messages import clean, in_one_line, tell
-from orchestrator.client.quick_parser import Typed, read
-from orchestrator.client.session import PATIENCE, AskError, Session, find_session
+from orchestrator.client.commands import MAX_WAIT_SECONDS, OBJECT, PATH, PATHS, SECONDS, VALUE
+from orchestrator.client.messages import format_result, join_lines, strip_control_characters
+from orchestrator.client.quick_parser import ParsedCommand, parse_words
+from orchestrator.client.session import ANSWER_TIMEOUT, SessionConnection, SessionRequestError, find_session
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-REFUSED = 1
-BAD_INPUT = 2
+EXIT_REFUSED = 1
+EXIT_BAD_INPUT = 2
 
 
 def run(words: Sequence[str]) -> int | None:
@@ -29,53 +29,53 @@ def run(words: Sequence[str]) -> int | None:
         from orchestrator.client import hook  # noqa: PLC0415  only where it is wanted
 
         return hook.run(sys.stdin.buffer, sys.stdout)
-    typed = read(words)
+    typed = parse_words(words)
     # What others can ask for, too, is theirs where there is no session.
-    return None if typed is None or (typed.command.is_for_all and not is_in_session()) else perform(typed)
+    return None if typed is None or (typed.command.is_for_all and not is_in_session()) else run_session_command(typed)
 
 
 def is_in_session() -> bool:
     """Whether this process is part of a session that is at work."""
     try:
         find_session(os.environ, os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
-    except (AskError, FileNotFoundError):
+    except (SessionRequestError, FileNotFoundError):
         return False
     return True
 
 
-def perform(typed: Typed) -> int:
+def run_session_command(typed: ParsedCommand) -> int:
     """Ask the orchestrator, print what it says, and return the exit code."""
     try:
-        result = ask_from_here(typed)
-    except AskError as error:
-        code = REFUSED if error.is_refused else BAD_INPUT
+        result = ask_current_session(typed)
+    except SessionRequestError as error:
+        code = EXIT_REFUSED if error.is_refused else EXIT_BAD_INPUT
         if typed.as_json:
             _print({"status": "refused", "error": error.what, "remedy": error.remedy, "exit": code})
         else:
-            sys.stderr.write(clean(f"council: {in_one_line(str(error))}\n"))
+            sys.stderr.write(strip_control_characters(f"council: {join_lines(str(error))}\n"))
         return code
     if typed.as_json:
         _print({**result, "exit": 0})
     else:
-        sys.stdout.write(clean(tell(typed.command.name, result)))
+        sys.stdout.write(strip_control_characters(format_result(typed.command.name, result)))
     return 0
 
 
-def ask_from_here(typed: Typed) -> Mapping[str, Any]:
+def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
     """Ask as the session that this process is in; raises AskError."""
     try:
         cwd = os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
     except FileNotFoundError:
-        raise AskError("the current folder does not exist any more", "cd to one that does") from None
+        raise SessionRequestError("the current folder does not exist any more", "cd to one that does") from None
     session = find_session(os.environ, cwd)
     if any(one.kind in {VALUE, OBJECT} for one in typed.command.arguments):
-        from orchestrator.client.values import given  # noqa: PLC0415  only where it is wanted
+        from orchestrator.client.values import resolve_arguments  # noqa: PLC0415  only where it is wanted
 
-        typed = Typed(typed.command, given(typed.command, typed.arguments), as_json=typed.as_json)
-    return ask(session, typed, cwd)
+        typed = ParsedCommand(typed.command, resolve_arguments(typed.command, typed.arguments), as_json=typed.as_json)
+    return ask_session(session, typed, cwd)
 
 
-def ask(session: Session, typed: Typed, cwd: str) -> Mapping[str, Any]:
+def ask_session(session: SessionConnection, typed: ParsedCommand, cwd: str) -> Mapping[str, Any]:
     """Ask as a session, with paths as they are typed in `cwd`; raises AskError."""
     arguments = dict(typed.arguments)
     for one in typed.command.arguments:
@@ -86,17 +86,17 @@ def ask(session: Session, typed: Typed, cwd: str) -> Mapping[str, Any]:
             arguments[one.name] = [_within(session, path, cwd) for path in value]
     waits = next((one.name for one in typed.command.arguments if one.kind == SECONDS), None)
     # Who does not say how long is waited for as long as the run says.
-    wait = 0.0 if waits is None else arguments.get(waits, LONGEST_WAIT)
-    return session.ask(typed.command.name, arguments, PATIENCE + (wait if isinstance(wait, int | float) else 0))
+    wait = 0.0 if waits is None else arguments.get(waits, MAX_WAIT_SECONDS)
+    return session.ask(typed.command.name, arguments, ANSWER_TIMEOUT + (wait if isinstance(wait, int | float) else 0))
 
 
-def _within(session: Session, path: Any, cwd: str) -> Any:
+def _within(session: SessionConnection, path: Any, cwd: str) -> Any:
     """Return a path from the worktree's top; what is none the orchestrator refuses."""
     if not isinstance(path, str) or "\0" in path:
         return path
     found = session.within(path, cwd)
     if found is None:
-        raise AskError(f"{path} is not in this session's worktree", f"name files in {session.tree}")
+        raise SessionRequestError(f"{path} is not in this session's worktree", f"name files in {session.tree}")
     return found
 
 

@@ -10,28 +10,28 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def clean(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Return a text without what a terminal would obey: other sessions wrote parts of it."""
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
 
 
-def in_one_line(text: str) -> str:
+def join_lines(text: str) -> str:
     """Return a text without line breaks: nobody's words are to look like a line of ours."""
     return " ".join(text.split())
 
 
-def tell(command: str, result: Mapping[str, Any]) -> str:
+def format_result(command: str, result: Mapping[str, Any]) -> str:
     """Return the lines that say a result."""
     lines = list(_LINES[command](result))
     return "".join(f"{line}\n" for line in lines)
 
 
 def _locked(result: Mapping[str, Any]) -> Iterator[str]:
-    yield in_one_line(f"locked: {', '.join(result['locked'])}")
+    yield join_lines(f"locked: {', '.join(result['locked'])}")
 
 
 def _unlocked(result: Mapping[str, Any]) -> Iterator[str]:
-    yield in_one_line(f"unlocked: {', '.join(result['unlocked'])}") if result["unlocked"] else "none of that was locked"
+    yield join_lines(f"unlocked: {', '.join(result['unlocked'])}") if result["unlocked"] else "none of that was locked"
 
 
 def _reported(_result: Mapping[str, Any]) -> Iterator[str]:
@@ -46,7 +46,7 @@ def _peers(result: Mapping[str, Any]) -> Iterator[str]:
         if one["files"]:
             facts.append(f"has {', '.join(one['files'])}")
         name = f"{one['task']}.{one['attempt']} ({one['adapter']}{', this session' if one['is_me'] else ''})"
-        yield in_one_line(f"{name}: {', '.join(str(fact) for fact in facts if fact not in {None, ''})}")
+        yield join_lines(f"{name}: {', '.join(str(fact) for fact in facts if fact not in {None, ''})}")
 
 
 def _noted(result: Mapping[str, Any]) -> Iterator[str]:
@@ -58,7 +58,7 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
         yield "there are no such notes"
     for one in result["notes"]:
         about = [f"task {one['task']}", *([f"topic {one['topic']}"] if one["topic"] else []), *one["paths"]]
-        yield in_one_line(f"{one['id']} ({', '.join(about)}):")
+        yield join_lines(f"{one['id']} ({', '.join(about)}):")
         yield from (f"  {line}" for line in one["text"].splitlines())
 
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from orchestrator.client.commands import HIGHEST_VERSION, OBJECT, PATHS, SECONDS, STANDARD_INPUT, TYPED, VERSION, Asked
+from orchestrator.client.commands import (
+    COMMANDS_BY_WORDS,
+    MAX_VERSION,
+    OBJECT,
+    PATHS,
+    SECONDS,
+    STANDARD_INPUT,
+    VERSION,
+    SessionCommand,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,18 +19,18 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-class Typed:
+class ParsedCommand:
     """A command with its arguments, and whether JSON is wanted."""
 
     __slots__ = ("arguments", "as_json", "command")
 
-    def __init__(self, command: Asked, arguments: dict[str, Any], *, as_json: bool) -> None:
+    def __init__(self, command: SessionCommand, arguments: dict[str, Any], *, as_json: bool) -> None:
         self.command, self.arguments, self.as_json = command, arguments, as_json
 
 
-def read(words: Sequence[str]) -> Typed | None:
+def parse_words(words: Sequence[str]) -> ParsedCommand | None:
     """Return what the words after `council` ask for; None where they are none of these commands, or not right."""
-    command = TYPED.get(tuple(words[:1])) or TYPED.get(tuple(words[:2]))
+    command = COMMANDS_BY_WORDS.get(tuple(words[:1])) or COMMANDS_BY_WORDS.get(tuple(words[:2]))
     if command is None:
         return None
     options = {one.option: one for one in command.arguments if not one.is_word}
@@ -50,10 +59,10 @@ def read(words: Sequence[str]) -> Typed | None:
                 found[option.name] = number
             else:
                 return None
-    return Typed(command, found, as_json=as_json) if _put(command, plain, found) else None
+    return ParsedCommand(command, found, as_json=as_json) if _assign_positionals(command, plain, found) else None
 
 
-def _put(command: Asked, plain: list[str], found: dict[str, Any]) -> bool:
+def _assign_positionals(command: SessionCommand, plain: list[str], found: dict[str, Any]) -> bool:
     """Put plain words where they belong; return whether that is right."""
     places = [one for one in command.arguments if one.is_word]
     if places and places[0].kind == PATHS:
@@ -74,7 +83,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _version(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < len(str(HIGHEST_VERSION)) else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < len(str(MAX_VERSION)) else None
 
 
 _NUMBERS = {SECONDS: _seconds, VERSION: _version}

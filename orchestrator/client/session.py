@@ -14,7 +14,7 @@ from _socket import AF_UNIX, SOCK_STREAM
 from _socket import socket as Socket  # noqa: N812  a class, whatever it is called
 from time import monotonic, sleep
 
-from orchestrator.client.commands import LARGEST_REQUEST
+from orchestrator.client.commands import MAX_REQUEST_BYTES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
-VARIABLE = "COUNCIL_SESSION"
-SOCKET, CARD = "socket", "session.json"
+SESSION_VARIABLE = "COUNCIL_SESSION"
+SOCKET_NAME, SESSION_FILE = "socket", "session.json"
 #: The folder of a session's mailbox, beside its git directory.
-MAILBOX = "mailbox"
+SOCKET_FOLDER = "mailbox"
 
 #: Seconds for which an answer is waited for, beside what the request itself says.
-PATIENCE = 30.0
-_REST = 0.05  # seconds between two tries to be let in
+ANSWER_TIMEOUT = 30.0
+_CONNECT_INTERVAL = 0.05  # seconds between two tries to be let in
 _LONGEST_ANSWER = 1 << 26
 _LONGEST_NAME = 100  # of a unix socket, in bytes; 104 to 108 by system
 
@@ -38,7 +38,7 @@ NO_SESSION_REMEDY = "the command is for programs that `council run` starts; `cou
 _GONE_REMEDY = "go on without it: what you change is checked when it lands"
 
 
-class AskError(Exception):
+class SessionRequestError(Exception):
     """What was asked for was not done: what is wrong, and what to do.
 
     `is_refused` where the orchestrator says so; else it could not be asked.
@@ -49,7 +49,7 @@ class AskError(Exception):
         super().__init__(f"{what}: {remedy}" if remedy else what)
 
 
-class Session:
+class SessionConnection:
     """One that is at work: where its mailbox is, the word by which it is known there, and its worktree."""
 
     __slots__ = ("folder", "token", "tree")
@@ -63,44 +63,48 @@ class Session:
         found = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)  # noqa: PTH118  pathlib takes 10 ms
         return None if found == os.pardir or found.startswith(os.pardir + os.sep) else found
 
-    def ask(self, command: str, arguments: Mapping[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
+    def ask(self, command: str, arguments: Mapping[str, Any], patience: float = ANSWER_TIMEOUT) -> dict[str, Any]:
         """Ask and return the result; raises AskError. Blocks, at most `patience` seconds from one byte to the next."""
         request = {"token": self.token, "command": command, "arguments": dict(arguments)}
         # As it is: a character escaped would take up to six times its bytes of what a request may have.
         encoded = json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
-        if len(encoded) > LARGEST_REQUEST:
-            raise AskError(
-                f"the request has {len(encoded)} bytes, {LARGEST_REQUEST} fit", "ask for less at once", is_refused=True
+        if len(encoded) > MAX_REQUEST_BYTES:
+            raise SessionRequestError(
+                f"the request has {len(encoded)} bytes, {MAX_REQUEST_BYTES} fit",
+                "ask for less at once",
+                is_refused=True,
             )
         connected = Socket(AF_UNIX, SOCK_STREAM)
         try:
             connected.settimeout(patience)
-            with ShortName(self.folder) as folder:
-                _connect(connected, f"{folder}/{SOCKET}", monotonic() + patience)
+            with ShortSocketPath(self.folder) as folder:
+                _connect(connected, f"{folder}/{SOCKET_NAME}", monotonic() + patience)
             connected.sendall(encoded)
             line = _line(connected)
         except OSError as error:
             why = error.strerror or str(error)
-            raise AskError(f"the orchestrator of this session does not answer ({why})", _GONE_REMEDY) from None
+            raise SessionRequestError(
+                f"the orchestrator of this session does not answer ({why})", _GONE_REMEDY
+            ) from None
         finally:
             connected.close()
         return _result(line)
 
 
-def find_session(environ: Mapping[str, str], cwd: str) -> Session:
+def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:
     """Return the session that a program in a folder is part of; raises AskError where it is part of none."""
-    for folder in (environ.get(VARIABLE), _beside_git(cwd)):
+    for folder in (environ.get(SESSION_VARIABLE), _find_socket_folder(cwd)):
         if folder:
             try:
-                with open(f"{folder}/{CARD}", encoding="utf-8") as file:  # noqa: PTH123  pathlib takes 10 ms
+                with open(f"{folder}/{SESSION_FILE}", encoding="utf-8") as file:  # noqa: PTH123  pathlib takes 10 ms
                     card = json.load(file)
-                return Session(folder, card["token"], card["tree"])
+                return SessionConnection(folder, card["token"], card["tree"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-    raise AskError(NO_SESSION, NO_SESSION_REMEDY)
+    raise SessionRequestError(NO_SESSION, NO_SESSION_REMEDY)
 
 
-def _beside_git(folder: str) -> str | None:
+def _find_socket_folder(folder: str) -> str | None:
     while True:
         try:
             with open(f"{folder}/.git", encoding="utf-8") as file:  # noqa: PTH123
@@ -112,7 +116,7 @@ def _beside_git(folder: str) -> str | None:
             folder = above
             continue
         git_dir = first.removeprefix("gitdir: ").rstrip("\n")
-        return f"{os.path.dirname(os.path.join(folder, git_dir))}/{MAILBOX}"  # noqa: PTH118, PTH120
+        return f"{os.path.dirname(os.path.join(folder, git_dir))}/{SOCKET_FOLDER}"  # noqa: PTH118, PTH120
 
 
 def _connect(connected: Socket, address: str, deadline: float) -> None:
@@ -122,7 +126,7 @@ def _connect(connected: Socket, address: str, deadline: float) -> None:
         except BlockingIOError:  # too many wait already, and with a time limit the system does not wait for them
             if monotonic() > deadline:
                 raise
-            sleep(_REST)
+            sleep(_CONNECT_INTERVAL)
 
 
 def _line(connected: Socket) -> bytes:
@@ -143,16 +147,16 @@ def _result(line: bytes) -> dict[str, Any]:
         if is_done is True:
             result: dict[str, Any] = answer["result"]
             return result
-        refused = AskError(str(answer["error"]), str(answer["remedy"]), is_refused=True)
+        refused = SessionRequestError(str(answer["error"]), str(answer["remedy"]), is_refused=True)
     except (ValueError, KeyError, TypeError):
-        raise AskError("the orchestrator of this session broke off its answer", _GONE_REMEDY) from None
+        raise SessionRequestError("the orchestrator of this session broke off its answer", _GONE_REMEDY) from None
     raise refused
 
 
-class ShortName:
+class ShortSocketPath:
     """A name of a folder that, with a socket's, is short enough for a socket's address; good within the block."""
 
-    def __init__(self, folder: str, name: str = SOCKET) -> None:
+    def __init__(self, folder: str, name: str = SOCKET_NAME) -> None:
         self._name = name
         self._folder, self._descriptor, self._made = folder, -1, ""
 

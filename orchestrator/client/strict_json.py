@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: How many lists and objects may be inside of each other.
-DEEPEST = 64
+MAX_DEPTH = 64
 #: What text holds that no store and no file takes: half of a pair, and the end of a C string.
 _ODD = frozenset(["\0", *map(chr, range(0xD800, 0xE000))])
 
@@ -30,19 +30,19 @@ def parse(data: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except RecursionError:
-        raise ValueError(f"it is nested more than {DEEPEST} deep") from None
-    check(value)
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
+    check_value(value)
     return value
 
 
-def check(value: Any) -> None:
+def check_value(value: Any) -> None:
     """Raise ValueError where a value, as `json` reads it, can't be passed on as it is."""
     level = [value]
-    for depth in range(DEEPEST + 1):
+    for depth in range(MAX_DEPTH + 1):
         inner: list[Any] = []
         for one in level:
-            if depth == DEEPEST and isinstance(one, (dict, list)):
-                raise ValueError(f"it is nested more than {DEEPEST} deep")
+            if depth == MAX_DEPTH and isinstance(one, (dict, list)):
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
             if isinstance(one, dict):
                 _check_text(one)
                 inner += one.values()

@@ -6,14 +6,14 @@ import sys
 
 from orchestrator.client import strict_json
 from orchestrator.client.commands import (
-    LARGEST_HANDOFF,
-    LARGEST_SHARED,
+    MAX_HANDOFF_BYTES,
+    MAX_SHARED_BYTES,
     OBJECT,
     STANDARD_INPUT,
     VALUE,
-    Asked,
+    SessionCommand,
 )
-from orchestrator.client.session import AskError
+from orchestrator.client.session import SessionRequestError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,39 +24,43 @@ if TYPE_CHECKING:
 _JSON = ("{", "[", '"')
 
 
-def given(command: Asked, words: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_arguments(command: SessionCommand, words: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a command with values in place of the words that say where these are; raises AskError."""
     found = dict(words)
     for one in command.arguments:
         if one.name in found and one.kind == VALUE:
-            found[one.name] = value_of(found[one.name])
+            found[one.name] = parse_value(found[one.name])
         elif one.name in found and one.kind == OBJECT:
             found[one.name] = _object_in(found[one.name])
     return found
 
 
-def value_of(word: str) -> Any:
+def parse_value(word: str) -> Any:
     """Return the value that a word stands for: JSON, or else the text itself; raises AskError."""
-    data = _bytes_of(None, LARGEST_SHARED) if word == STANDARD_INPUT else word.encode(errors="surrogateescape")
+    data = _bytes_of(None, MAX_SHARED_BYTES) if word == STANDARD_INPUT else word.encode(errors="surrogateescape")
     try:
         return strict_json.parse(data)
     except ValueError as error:
         text = data.decode(errors="surrogateescape")
         if text.lstrip().startswith(_JSON):
-            raise AskError(f"the value can't be taken: {error}", "give JSON, or text that looks like none") from None
+            raise SessionRequestError(
+                f"the value can't be taken: {error}", "give JSON, or text that looks like none"
+            ) from None
         return text
 
 
 def _object_in(name: str) -> dict[str, Any]:
     what = "standard input" if name == STANDARD_INPUT else name
     try:
-        value = strict_json.parse(_bytes_of(None if name == STANDARD_INPUT else name, LARGEST_HANDOFF))
+        value = strict_json.parse(_bytes_of(None if name == STANDARD_INPUT else name, MAX_HANDOFF_BYTES))
     except OSError as error:
-        raise AskError(f"{name} can't be read: {error.strerror}", "name a file with the JSON object") from None
+        raise SessionRequestError(
+            f"{name} can't be read: {error.strerror}", "name a file with the JSON object"
+        ) from None
     except ValueError as error:
-        raise AskError(f"what is in {what} can't be taken: {error}", "write one JSON object there") from None
+        raise SessionRequestError(f"what is in {what} can't be taken: {error}", "write one JSON object there") from None
     if not isinstance(value, dict):
-        raise AskError(f"what is in {what} is no object", "write one JSON object there")
+        raise SessionRequestError(f"what is in {what} is no object", "write one JSON object there")
     return value
 
 
@@ -68,5 +72,7 @@ def _bytes_of(file: str | None, most: int) -> bytes:
         with open(file, "rb") as opened:  # noqa: PTH123  pathlib takes 10 ms
             data = opened.read(most + 1)
     if len(data) > most:
-        raise AskError(f"{file or 'standard input'} has more than {most} bytes", "give what others need, and no more")
+        raise SessionRequestError(
+            f"{file or 'standard input'} has more than {most} bytes", "give what others need, and no more"
+        )
     return data

@@ -8,15 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from orchestrator.config.entries import Explain, read_entries
-from orchestrator.config.model import AdapterConfig, Reach
-from orchestrator.config.references import items_of, task_nodes
+from orchestrator.config.entries import ExplainMissing, read_entries
+from orchestrator.config.model import AdapterConfig, PathAccess
+from orchestrator.config.references import iter_items, iter_task_nodes
 from orchestrator.config.schema import AdapterSettings
 from orchestrator.config.source.document import Node
-from orchestrator.config.source.names import check_kept
-from orchestrator.config.source.problems import Position, Problems, Vocabulary, shown
+from orchestrator.config.source.names import check_kept_path
+from orchestrator.config.source.problems import KnownWords, Position, Problems, quote_text
 from orchestrator.config.source.validation import validate
-from orchestrator.config.workflows.load import phase_nodes, workflow_of
+from orchestrator.config.workflows.load import iter_phase_nodes, workflow_of
 from orchestrator.domain.workflow.routing import Phase
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AdapterType, SessionRequest
@@ -25,13 +25,13 @@ _NOWHERE: Final = Path("/nowhere")
 
 
 def read_adapters(
-    root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], explain: Explain, problems: Problems
+    root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], explain: ExplainMissing, problems: Problems
 ) -> dict[str, AdapterConfig]:
     """Return the adapters whose type is known and whose options are right; the others are noted."""
     found: dict[str, AdapterConfig] = {}
     own = AdapterSettings.model_fields.keys()
     for name, node, use, options in read_entries(root, "adapter", adapter_types, own, folder, explain, problems):
-        reach = read_reach(node, folder, problems)
+        reach = read_path_access(node, folder, problems)
         capacity = node.value.get("capacity")
         if capacity is None or isinstance(capacity, int):
             found[name] = AdapterConfig(
@@ -46,11 +46,11 @@ def _kept(node: Node) -> tuple[str, ...]:
     listed = node.value.get("keep_ignored")
     for item in listed if isinstance(listed, list) else ():
         with suppress(ValueError):
-            found += [check_kept(item)] if isinstance(item, str) else []
+            found += [check_kept_path(item)] if isinstance(item, str) else []
     return tuple(found)
 
 
-def read_reach(node: Node, folder: Path, problems: Problems) -> Reach:
+def read_path_access(node: Node, folder: Path, problems: Problems) -> PathAccess:
     """Return the absolute paths under `writable` and `readable` of a mapping; those that don't exist are noted."""
     found: dict[str, list[Path]] = {"writable": [], "readable": []}
     for key, paths in found.items():
@@ -60,12 +60,14 @@ def read_reach(node: Node, folder: Path, problems: Problems) -> Reach:
                 continue
             path = Path(os.path.realpath(folder / Path(item.value).expanduser()))
             if not path.exists():
-                problems.add(item.at, f"{shown(item.value)} does not exist", "make it first, or remove it from here")
+                problems.add(
+                    item.at, f"{quote_text(item.value)} does not exist", "make it first, or remove it from here"
+                )
             paths.append(path)
-    return Reach(writable=tuple(found["writable"]), readable=tuple(found["readable"]))
+    return PathAccess(writable=tuple(found["writable"]), readable=tuple(found["readable"]))
 
 
-def with_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
+def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
     """Return the file with an entry for each adapter that is named, has none, and is a type that needs no options."""
     section = root.get("adapters")
     if section is not None and not isinstance(section.value, dict):  # which is told of with the file's shape
@@ -75,7 +77,7 @@ def with_named_types(root: Node, folder: Path, adapter_types: Mapping[str, Adapt
     added: dict[str | int, Node] = {
         name: Node(one.at, {"use": name}, {"use": Node(one.at, name)}, {"use": one.at})
         for name, one in named.items()
-        if name not in entries and name in adapter_types and needs_no_options(adapter_types[name], folder)
+        if name not in entries and name in adapter_types and has_only_optional_options(adapter_types[name], folder)
     }
     if not added:
         return root
@@ -91,15 +93,15 @@ def with_named_types(root: Node, folder: Path, adapter_types: Mapping[str, Adapt
     return root._replace(value={**root.value, "adapters": value}, children={**root.children, "adapters": made})
 
 
-def needs_no_options(adapter_type: AdapterType, folder: Path) -> bool:
+def has_only_optional_options(adapter_type: AdapterType, folder: Path) -> bool:
     """Whether an adapter type can be used without a word on it."""
     nothing = Node(Position(1, 1), {})
     return validate(adapter_type.Options, nothing, Problems(""), folder=folder) is not None
 
 
-def only_adapter(written: Node, root: Node) -> str | None:
+def find_only_adapter(written: Node, root: Node) -> str | None:
     """Return the adapter of what names none: the only one that the file has an entry for, or else names; None if there
-    are several. `root` is the file with the entries that `with_named_types` adds to what is `written`."""
+    are several. `root` is the file with the entries that `add_named_types` adds to what is `written`."""
     for file in (written, root):
         section = file.get("adapters")
         if section is not None and isinstance(section.value, dict) and section.value:
@@ -119,13 +121,13 @@ def assign_adapters(
     if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
         return {}
     names = adapters.value.keys()
-    vocabulary = Vocabulary(names, "the adapters")
+    vocabulary = KnownWords(names, "the adapters")
     for named in _named(root):
         if isinstance(named.value, str) and named.value not in names:
-            problems.add(named.at, f"there is no adapter {shown(named.value)}", vocabulary.instead_of(named.value))
+            problems.add(named.at, f"there is no adapter {quote_text(named.value)}", vocabulary.suggest(named.value))
     default = root.get("defaults", "adapter")
     assigned: dict[int, str] = {}
-    for index, task in task_nodes(root):
+    for index, task in iter_task_nodes(root):
         choice = task.get("adapter") or default
         name: Any = (only or _of_phases(task, root, workflows)) if choice is None else choice.value
         if isinstance(name, str):
@@ -148,14 +150,14 @@ def _named(root: Node) -> Iterator[Node]:
     """Yield each name of an adapter in the file: of those that work, and of those that stand in for them."""
     section = root.get("workflows")
     workflows = section.children.values() if section is not None and isinstance(section.value, dict) else ()
-    phases = (phase.node for workflow in workflows for phase in phase_nodes(workflow))
-    for entry in (root.get("defaults"), *(task for _, task in task_nodes(root)), *phases):
+    phases = (phase.node for workflow in workflows for phase in iter_phase_nodes(workflow))
+    for entry in (root.get("defaults"), *(task for _, task in iter_task_nodes(root)), *phases):
         if entry is not None and (choice := entry.get("adapter")) is not None:
             yield choice
-        yield from items_of(None if entry is None else entry.get("fallback"))
+        yield from iter_items(None if entry is None else entry.get("fallback"))
 
 
-def trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> SessionRequest:
+def make_trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> SessionRequest:
     """Return what an adapter is asked to see what it would run; its paths don't exist, but for the home perhaps."""
     return SessionRequest(
         run="run",
@@ -188,10 +190,10 @@ def possible_adapters(
 ) -> dict[int, list[str]]:
     """Return the names of all adapters that may run a task or a phase of it, by the task's index."""
     found: dict[int, list[str]] = {}
-    for index, task in task_nodes(root):
+    for index, task in iter_task_nodes(root):
         told = task.get("fallback") or root.get("defaults", "fallback")
         phases = workflows.get(workflow_of(task, root) or "", ())
-        names = [assigned.get(index), *(one.value for one in items_of(told))]
+        names = [assigned.get(index), *(one.value for one in iter_items(told))]
         names += [name for phase in phases for name in (phase.adapter, *phase.fallback)]
         found[index] = [name for name in dict.fromkeys(names) if isinstance(name, str)]
     return found
@@ -207,10 +209,10 @@ def try_commands(
 ) -> None:
     """Ask each task's adapters for their command, which starts nothing, and note what they refuse."""
     made = {name: adapter_types[adapter.use](adapter.options) for name, adapter in adapters.items()}
-    for index, task in task_nodes(root):
+    for index, task in iter_task_nodes(root):
         if index not in prompts:
             continue
-        request = trial_request(str(task.value.get("id")), prompts[index])
+        request = make_trial_request(str(task.value.get("id")), prompts[index])
         for name in possible.get(index, ()):
             if name not in made:
                 continue
@@ -228,8 +230,8 @@ def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:
     except RefusedError:
         raise
     except Exception as error:
-        what = f"the adapter {shown(name)} can't make its command, {type(error).__name__}: {error}"
+        what = f"the adapter {quote_text(name)} can't make its command, {type(error).__name__}: {error}"
         raise RefusedError(" ".join(what.split()), "update its plugin, or use another adapter") from error
     if not argv or not all(isinstance(part, str) for part in argv):
-        what = f"the adapter {shown(name)} makes a command that is not of text: {argv!r}"
+        what = f"the adapter {quote_text(name)} makes a command that is not of text: {argv!r}"
         raise RefusedError(what, "update its plugin, or use another adapter")

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from orchestrator.config.model import CoordinationConfig, RunConfig, TaskSpec
-from orchestrator.config.schema import MOST_RETRIES
-from orchestrator.config.source.problems import shown
-from orchestrator.config.source.quantities import LONGEST, format_duration
-from orchestrator.errors import refuse_together
+from orchestrator.config.schema import MAX_RETRIES
+from orchestrator.config.source.problems import quote_text
+from orchestrator.config.source.quantities import MAX_DURATION, format_duration
+from orchestrator.errors import raise_combined_refusal
 
 #: By the key of the file: the variable that stands above it.
-VARIABLES: Final[Mapping[str, str]] = {
+ENVIRONMENT_VARIABLES: Final[Mapping[str, str]] = {
     "enabled": "SHARED_STATE_ENABLED",
     "heartbeat": "SHARED_STATE_HEARTBEAT_INTERVAL_MS",
     "stale": "SHARED_STATE_STALE_THRESHOLD_MS",
@@ -23,11 +23,15 @@ VARIABLES: Final[Mapping[str, str]] = {
     "max_retries": "SHARED_STATE_MAX_RETRIES",
 }
 #: By the key of the file: the option of commands that stands above both.
-OPTIONS: Final[Mapping[str, str]] = {"heartbeat": "--heartbeat", "stale": "--stale", "max_retries": "--max-retries"}
+COMMAND_OPTIONS: Final[Mapping[str, str]] = {
+    "heartbeat": "--heartbeat",
+    "stale": "--stale",
+    "max_retries": "--max-retries",
+}
 
 #: What fits how often into what: two beats may be lost before a claim is, and nobody that may well be alive loses one
 #: earlier than a stranger.
-_FITS: Final = (("heartbeat", "stale", 3), ("stale", "owner_stale", 1))
+_DURATION_RULES: Final = (("heartbeat", "stale", 3), ("stale", "owner_stale", 1))
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _WHOLE: Final = re.compile("[0-9]{1,15}")
 _MILLISECONDS: Final = 1000
@@ -50,7 +54,7 @@ class CoordinationOverrides:
         return {key: value for key, value in values.items() if value is not None}
 
 
-class Misfit(NamedTuple):
+class DurationConflict(NamedTuple):
     """A duration that does not fit `times` into another, by the keys of both."""
 
     short: str
@@ -58,14 +62,14 @@ class Misfit(NamedTuple):
     times: int
 
 
-def misfits(config: CoordinationConfig) -> Iterator[Misfit]:
+def find_duration_conflicts(config: CoordinationConfig) -> Iterator[DurationConflict]:
     """Yield each pair of durations that contradict each other."""
-    for short, long, times in _FITS:
+    for short, long, times in _DURATION_RULES:
         if getattr(config, short) * times > getattr(config, long):
-            yield Misfit(short, long, times)
+            yield DurationConflict(short, long, times)
 
 
-def explain(misfit: Misfit, config: CoordinationConfig) -> tuple[str, str]:
+def explain_duration_conflict(misfit: DurationConflict, config: CoordinationConfig) -> tuple[str, str]:
     """Return what is wrong and what would be right, in the words of the file."""
     return _explain(misfit, config, {})
 
@@ -77,15 +81,15 @@ def read_environment(environ: Mapping[str, str]) -> CoordinationOverrides:
     """
     found: dict[str, Any] = {}
     wrong: list[tuple[str, str]] = []
-    for key, name in VARIABLES.items():
+    for key, name in ENVIRONMENT_VARIABLES.items():
         text = environ.get(name, "").strip()
         if not text:
             continue
         try:
             found[key] = _read(key, text)
         except ValueError as error:
-            wrong.append((f"{name} can't be {shown(text)}", str(error)))
-    refuse_together(wrong, "correct these variables, or unset them")
+            wrong.append((f"{name} can't be {quote_text(text)}", str(error)))
+    raise_combined_refusal(wrong, "correct these variables, or unset them")
     return CoordinationOverrides(**found)
 
 
@@ -96,16 +100,16 @@ def _read(key: str, text: str) -> float | bool:
         return _BOOLEANS[text.lower()]
     number = int(text) if _WHOLE.fullmatch(text) else -1
     if key == "max_retries":
-        if not 0 <= number <= MOST_RETRIES:
-            raise ValueError(f"write a whole number from 0 to {MOST_RETRIES}, as in 3")
+        if not 0 <= number <= MAX_RETRIES:
+            raise ValueError(f"write a whole number from 0 to {MAX_RETRIES}, as in 3")
         return number
-    if not 0 < number <= LONGEST * _MILLISECONDS:
+    if not 0 < number <= MAX_DURATION * _MILLISECONDS:
         default = _milliseconds(getattr(CoordinationConfig(), key))
         raise ValueError(f"write milliseconds as a whole number above 0, as in {default}")
     return number / _MILLISECONDS
 
 
-def coordinate(
+def resolve_coordination(
     config: CoordinationConfig, environ: Mapping[str, str], options: CoordinationOverrides | None = None
 ) -> CoordinationConfig:
     """Return what holds of a run's `config`, with the environment above it and a command's `options` above both.
@@ -113,13 +117,18 @@ def coordinate(
     RefusedError names the variable that can't be read, or what contradicts what.
     """
     found, above = read_environment(environ).given(), {} if options is None else options.given()
-    names = {**{key: VARIABLES[key] for key in found}, **{key: OPTIONS[key] for key in above if key in OPTIONS}}
+    names = {
+        **{key: ENVIRONMENT_VARIABLES[key] for key in found},
+        **{key: COMMAND_OPTIONS[key] for key in above if key in COMMAND_OPTIONS},
+    }
     config = config.model_copy(update={**found, **above})
-    refuse_together([_explain(one, config, names) for one in misfits(config)], "change these settings")
+    raise_combined_refusal(
+        [_explain(one, config, names) for one in find_duration_conflicts(config)], "change these settings"
+    )
     return config
 
 
-def with_attempts(config: RunConfig, coordination: CoordinationConfig) -> RunConfig:
+def apply_max_retries(config: RunConfig, coordination: CoordinationConfig) -> RunConfig:
     """Return a run whose tasks are tried again as often as `max_retries` says, where they say nothing themselves.
 
     Without that setting they are tried as often as is usual.
@@ -135,7 +144,7 @@ def with_attempts(config: RunConfig, coordination: CoordinationConfig) -> RunCon
     return config.model_copy(update={"tasks": tuple(map(filled, config.tasks)), "template": template})
 
 
-def _explain(misfit: Misfit, config: CoordinationConfig, names: Mapping[str, str]) -> tuple[str, str]:
+def _explain(misfit: DurationConflict, config: CoordinationConfig, names: Mapping[str, str]) -> tuple[str, str]:
     """Return the same with the names by which keys were given; those of the file where a key is not among `names`."""
     short, long = getattr(config, misfit.short), getattr(config, misfit.long)
     limit = {1: "", 3: "a third of "}[misfit.times]
@@ -150,17 +159,17 @@ def _explain(misfit: Misfit, config: CoordinationConfig, names: Mapping[str, str
 
 def _named(key: str, config: CoordinationConfig, names: Mapping[str, str]) -> str:
     name, value = names.get(key), getattr(config, key)
-    if name == VARIABLES[key]:
+    if name == ENVIRONMENT_VARIABLES[key]:
         return f"{name} ({_milliseconds(value)})"
     return f"{name or f'`{key}`'} ({format_duration(value)})"
 
 
 def _written(key: str, seconds: float, like: str) -> str:
     """Return how a key is given a value in the place where `like` was given: a variable, an option, or the file."""
-    if like.startswith("--") and key in OPTIONS:
-        return f"{OPTIONS[key]} {format_duration(seconds)}"
+    if like.startswith("--") and key in COMMAND_OPTIONS:
+        return f"{COMMAND_OPTIONS[key]} {format_duration(seconds)}"
     if like:
-        return f"{VARIABLES[key]}={_milliseconds(seconds)}"
+        return f"{ENVIRONMENT_VARIABLES[key]}={_milliseconds(seconds)}"
     return f"`{key}: {format_duration(seconds)}`"
 
 

@@ -12,14 +12,14 @@ from pydantic import BaseModel
 from orchestrator.config.model import SinkConfig, TrackerConfig
 from orchestrator.config.schema import SinkSettings, TrackerSettings
 from orchestrator.config.source.document import UNREADABLE, Node
-from orchestrator.config.source.problems import Problems, Vocabulary, shown
+from orchestrator.config.source.problems import KnownWords, Problems, quote_text
 from orchestrator.config.source.validation import validate
-from orchestrator.domain.workflow.handoff_kinds import KINDS
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
 from orchestrator.protocols import SinkType, TrackerType
 
 
-class Optioned(Protocol):
+class HasOptions(Protocol):
     """What a plugin registers under a name, as far as options go."""
 
     @property
@@ -27,7 +27,7 @@ class Optioned(Protocol):
         """The model of the entry's own keys."""
 
 
-Explain = Callable[[str], str | None]
+ExplainMissing = Callable[[str], str | None]
 """Returns why a type of this name may be missing, None if there is no reason known."""
 
 
@@ -41,14 +41,14 @@ class Extensions:
 
     sinks: Mapping[str, SinkType] = field(default_factory=dict)
     trackers: Mapping[str, TrackerType] = field(default_factory=dict)
-    explain: Explain = _unexplained
-    kinds: Collection[str] = tuple(KINDS)
+    explain: ExplainMissing = _unexplained
+    kinds: Collection[str] = tuple(HANDOFF_KINDS)
     """The names of the kinds of handoffs, those that are there already among them."""
     transformations: Collection[str] = tuple(TRANSFORMATIONS)
     """The same of what mediates."""
 
 
-class Used(NamedTuple):
+class PluginEntry(NamedTuple):
     """An entry whose type is known and whose options are right."""
 
     name: str
@@ -60,30 +60,30 @@ class Used(NamedTuple):
 def read_entries(
     root: Node,
     kind: str,
-    types: Mapping[str, Optioned],
+    types: Mapping[str, HasOptions],
     own: Collection[str],
     folder: Path,
-    explain: Explain,
+    explain: ExplainMissing,
     problems: Problems,
-) -> Iterator[Used]:
+) -> Iterator[PluginEntry]:
     """Yield the entries of the section `<kind>s` that can be used; the mistakes of the others are noted.
 
     `own` are the keys that every entry of the section has beside its type's options.
     """
-    installed = Vocabulary(types, "the installed ones")
+    installed = KnownWords(types, "the installed ones")
     for name, node in _nodes(root, f"{kind}s"):
         use = node.get("use")
         if use is None or not isinstance(use.value, str):
             continue
         if use.value not in types:
-            remedy = "; ".join(filter(None, (explain(use.value), installed.instead_of(use.value))))
-            problems.add(use.at, f"there is no {kind} type {shown(use.value)}", remedy)
+            remedy = "; ".join(filter(None, (explain(use.value), installed.suggest(use.value))))
+            problems.add(use.at, f"there is no {kind} type {quote_text(use.value)}", remedy)
             continue
         # A type's own validators are never shown what the file's reader refused.
         unreadable = {key for key in node.value if _holds_unreadable(node.children[key])}
         options = validate(types[use.value].Options, node, problems, without={*own, *unreadable}, folder=folder)
         if options is not None and not unreadable:
-            yield Used(name, node, use.value, options)
+            yield PluginEntry(name, node, use.value, options)
 
 
 def read_sinks(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, SinkConfig]:

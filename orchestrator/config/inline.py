@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config.adapters import needs_no_options
+from orchestrator.config.adapters import has_only_optional_options
 from orchestrator.config.entries import Extensions
-from orchestrator.config.load import NONE_INSTALLED, judge, read_file
+from orchestrator.config.load import NO_EXTENSIONS, build_run_config, read_file
 from orchestrator.config.model import RunConfig
 from orchestrator.config.source.document import Node
-from orchestrator.config.source.problems import Problems, Vocabulary
+from orchestrator.config.source.problems import KnownWords, Problems
 from orchestrator.config.source.values import read_value
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import AdapterType, JsonObject
 
 #: What problems are told under where there is no file.
-NAME = "<run>"
+INLINE_NAME = "<run>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +37,24 @@ def load_inline(
     file: Path | None,
     folder: Path,
     adapter_types: Mapping[str, AdapterType],
-    extensions: Extensions = NONE_INSTALLED,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> RunConfig:
     """Return the run of these tasks, task-1 and so on: with all but the tasks of a file, or in the repository `folder`.
 
     Raises ConfigError as `load_config` and `load_value` do, RefusedError if it is not clear which adapter is meant.
     """
-    path = folder.absolute() / NAME if file is None else file.absolute()
-    problems = Problems(NAME if file is None else file)
+    path = folder.absolute() / INLINE_NAME if file is None else file.absolute()
+    problems = Problems(INLINE_NAME if file is None else file)
 
     def read() -> Node | None:
         below = read_value({"version": 1}, problems) if file is None else read_file(file, problems)
         if below is None:
             return None
-        check_choice(tasks.adapter, below, folder, adapter_types)
+        check_adapter_choice(tasks.adapter, below, folder, adapter_types)
         above = read_value(_settings(tasks), problems)
-        return None if above is None else _laid_over(_without(below, "trackers"), above)
+        return None if above is None else _overlay(_without(below, "trackers"), above)
 
-    return judge(read, path, adapter_types, extensions, problems).model_copy(update={"given": _given(tasks)})
+    return build_run_config(read, path, adapter_types, extensions, problems).model_copy(update={"given": _given(tasks)})
 
 
 def _given(tasks: InlineTasks) -> tuple[str, ...]:
@@ -70,7 +70,9 @@ def _settings(tasks: InlineTasks) -> JsonObject:
     return {"tasks": entries, **{key: branch for key, branch in branches.items() if branch is not None}}
 
 
-def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> None:
+def check_adapter_choice(
+    wanted: str | None, file: Node, folder: Path, adapter_types: Mapping[str, AdapterType]
+) -> None:
     """Raise RefusedError if there is no such adapter, or none is wanted and it is not clear which is meant.
 
     An adapter is one that the file names, or an installed type that takes no options or only optional ones.
@@ -78,12 +80,12 @@ def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Ma
     named = file.value.get("adapters", {})
     if not isinstance(named, dict):  # which is told of as any mistake of the file
         return
-    ready = [use for use, kind in sorted(adapter_types.items()) if needs_no_options(kind, folder)]
+    ready = [use for use, kind in sorted(adapter_types.items()) if has_only_optional_options(kind, folder)]
     possible = [*named, *(use for use in ready if use not in named)]
     if wanted is None:
         default = file.get("defaults", "adapter")
         if default is None and not named and possible and not any(_is_installed(adapter_types[one]) for one in ready):
-            raise no_program(possible)
+            raise no_program_error(possible)
         if default is None and len(named) != 1:
             what = "the file has several adapters and no default" if named else "there is no file that names an adapter"
             raise RefusedError(what, _choices(possible))
@@ -93,10 +95,10 @@ def check_choice(wanted: str | None, file: Node, folder: Path, adapter_types: Ma
     what = f"there is no adapter {wanted!r}"
     if wanted in adapter_types:
         what = f"{wanted!r} takes options, which only a file can give"
-    raise RefusedError(what, Vocabulary(possible, "possible ones").instead_of(wanted) if possible else _choices([]))
+    raise RefusedError(what, KnownWords(possible, "possible ones").suggest(wanted) if possible else _choices([]))
 
 
-def no_program(adapters: Iterable[str]) -> RefusedError:
+def no_program_error(adapters: Iterable[str]) -> RefusedError:
     """Return the error where the program of none of the adapters is on PATH, and no file names another one."""
     remedy = "install one, or write a council.yaml with an adapter of `use: command`, which runs any program"
     return RefusedError(f"no CLI is on PATH that an adapter runs ({', '.join(adapters)})", remedy)
@@ -122,7 +124,7 @@ def _without(node: Node, key: str) -> Node:
     return node._replace(value={name: value for name, value in node.value.items() if name != key}, children=children)
 
 
-def _laid_over(below: Node, above: Node) -> Node:
+def _overlay(below: Node, above: Node) -> Node:
     """Return one mapping of both: what is above counts."""
     children = {**below.children, **above.children}
     value = {key: child.value for key, child in children.items()}

@@ -14,11 +14,11 @@ from orchestrator.config.model import (
     Backoff,
     BudgetConfig,
     CoordinationConfig,
-    FenceConfig,
     LimitsConfig,
     McpServerConfig,
     Retention,
     RunConfig,
+    SandboxConfig,
     StateConfig,
     TaskSpec,
     WorktreesConfig,
@@ -33,29 +33,29 @@ from orchestrator.config.schema import (
     TaskDefaults,
 )
 from orchestrator.config.source.document import Node, read_document
-from orchestrator.config.source.files import LARGEST_FILE, open_regular
+from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
 from orchestrator.config.source.names import is_url
 from orchestrator.config.source.problems import Position, Problems, TooManyProblems
 from orchestrator.config.source.validation import validate
 from orchestrator.config.source.values import read_value
 from orchestrator.config.store import folder_url
 from orchestrator.config.workflows import load
-from orchestrator.domain.runs.failures import RETRIED, FailureClass
+from orchestrator.domain.runs.failures import RETRIED_BY_DEFAULT, FailureClass
 from orchestrator.protocols import AdapterType
 
 T = TypeVar("T")
 
 """Bytes."""
-NONE_INSTALLED: Final = Extensions()
+NO_EXTENSIONS: Final = Extensions()
 _START: Final = Position(1, 1)
 _TIMEOUT: Final = 30 * 60.0
-_SILENCE: Final = 10 * 60.0
+_IDLE_TIMEOUT: Final = 10 * 60.0
 _CHECKS_TIMEOUT: Final = 10 * 60.0
 _MAX_FILE: Final = 50_000_000
 
 
 def load_config(
-    path: Path, adapter_types: Mapping[str, AdapterType], extensions: Extensions = NONE_INSTALLED
+    path: Path, adapter_types: Mapping[str, AdapterType], extensions: Extensions = NO_EXTENSIONS
 ) -> RunConfig:
     """Return the run that a file describes, its prompt files read; blocks while it reads.
 
@@ -63,7 +63,7 @@ def load_config(
     file's order.
     """
     problems = Problems(path)
-    return judge(lambda: read_file(path, problems), path.absolute(), adapter_types, extensions, problems)
+    return build_run_config(lambda: read_file(path, problems), path.absolute(), adapter_types, extensions, problems)
 
 
 def load_value(
@@ -71,7 +71,7 @@ def load_value(
     folder: Path,
     adapter_types: Mapping[str, AdapterType],
     name: str = "<run>",
-    extensions: Extensions = NONE_INSTALLED,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> RunConfig:
     """Return the run that a value describes, which has the shape of a file; relative paths start from `folder`.
 
@@ -79,10 +79,12 @@ def load_value(
     `tasks[0].prompt` for the place in it.
     """
     problems = Problems(name)
-    return judge(lambda: read_value(value, problems), folder.absolute() / name, adapter_types, extensions, problems)
+    return build_run_config(
+        lambda: read_value(value, problems), folder.absolute() / name, adapter_types, extensions, problems
+    )
 
 
-def judge(
+def build_run_config(
     read: Callable[[], Node | None],
     path: Path,
     adapter_types: Mapping[str, AdapterType],
@@ -108,14 +110,14 @@ def read_file(path: Path, problems: Problems) -> Node | None:
 
 def _read_text(path: Path, problems: Problems) -> str | None:
     try:
-        with open_regular(path) as file:
-            data = file.read(LARGEST_FILE + 1)
+        with open_regular_file(path) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         problems.add(
             _START, f"the file can't be read, {(error.strerror or str(error)).lower()}", "name a readable file"
         )
         return None
-    if len(data) > LARGEST_FILE:
+    if len(data) > MAX_FILE_BYTES:
         problems.add(_START, "the file is larger than 8 MiB", "move prompts into files of their own (prompt_file)")
         return None
     try:
@@ -133,11 +135,11 @@ def _read_run(
 ) -> RunConfig | None:
     if not references.check_size(written, problems):
         return None
-    root = adapters.with_named_types(written, path.parent, adapter_types)
-    only = adapters.only_adapter(written, root)
+    root = adapters.add_named_types(written, path.parent, adapter_types)
+    only = adapters.find_only_adapter(written, root)
     file = validate(Config, root, problems)
-    references.check_presence(root, problems)
-    references.check_emptiness(root, problems)
+    references.check_required_sections(root, problems)
+    references.check_empty_keys(root, problems)
     references.check_folder(root, path.parent, problems)
     references.check_ids(root, problems)
     references.check_needs(root, problems)
@@ -145,11 +147,11 @@ def _read_run(
     found = adapters.read_adapters(root, path.parent, adapter_types, extensions.explain, problems)
     sinks = read_sinks(root, path.parent, extensions, problems)
     trackers = read_trackers(root, path.parent, extensions, problems)
-    reach = adapters.read_reach(root, path.parent, problems)
+    reach = adapters.read_path_access(root, path.parent, problems)
     references.check_state(root, problems)
     references.check_coordination(root, problems)
     references.check_network(root, problems)
-    references.check_shared(root, problems)
+    references.check_copied_files(root, problems)
     references.check_commands(root, problems)
     references.check_mcp_servers(root, problems)
     phases = load.read_workflows(root, path.parent, extensions, problems)
@@ -170,7 +172,7 @@ def _read_run(
         target=file.target,
         capacity=file.capacity,
         session_memory=file.session_memory,
-        fence=FenceConfig(
+        fence=SandboxConfig(
             sandbox=file.sandbox,
             network=file.network == "on",
             hosts=file.network.allow if isinstance(file.network, NetworkSettings) else (),
@@ -212,7 +214,7 @@ def _template(file: Config, backoff: Backoff, adapter: str) -> TaskSpec:
 def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
     defaults, workflow = file.defaults, task.workflow or file.defaults.workflow
     workflow = None if workflow == NO_WORKFLOW else workflow
-    silence = task.silence or defaults.silence or _SILENCE
+    silence = task.silence or defaults.silence or _IDLE_TIMEOUT
     attempts = task.attempts or defaults.attempts
     spec = TaskSpec(
         id=task.id,
@@ -223,7 +225,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         timeout=task.timeout or defaults.timeout or _TIMEOUT,
         silence=None if silence == math.inf else silence,
         backoff=_backoff(task.backoff, backoff),
-        retry_on=frozenset(map(FailureClass, _first(task.retry_on, defaults.retry_on, RETRIED))),
+        retry_on=frozenset(map(FailureClass, _first(task.retry_on, defaults.retry_on, RETRIED_BY_DEFAULT))),
         checks=_first(task.checks, defaults.checks, ()),
         checks_timeout=task.checks_timeout or defaults.checks_timeout or _CHECKS_TIMEOUT,
         checks_env=_first(task.checks_env, defaults.checks_env, ()),
@@ -268,11 +270,11 @@ def _backoff(entry: BackoffSettings | None, default: Backoff) -> Backoff:
 
 def _worktrees(file: Config) -> WorktreesConfig:
     given = file.worktrees.model_dump()
-    most = {} if given["max"] is not None else {"max": default_slots(file.capacity)}
+    most = {} if given["max"] is not None else {"max": default_slot_count(file.capacity)}
     return WorktreesConfig.model_validate(given | most)
 
 
-def default_slots(capacity: int) -> int:
+def default_slot_count(capacity: int) -> int:
     """Return how many worktree slots there are where a file does not say: one more than sessions, for checks."""
     return max(WorktreesConfig().max, capacity + 1)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SerializeAsA
 from orchestrator.domain.runs import budget, retry
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.prices import Price
-from orchestrator.domain.scheduling.claims import Timing
+from orchestrator.domain.scheduling.claims import ClaimTiming
 from orchestrator.domain.workflow.routing import Phase
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AdapterType, JsonObject, McpServer, SinkType, TrackerType
@@ -128,7 +128,7 @@ class TaskSpec(_Model):
 _Paths = Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(strict=False)]
 
 
-class Reach(_Model):
+class PathAccess(_Model):
     """What sessions may reach of this machine beyond their worktree; paths are absolute."""
 
     writable: _Paths = ()
@@ -136,9 +136,9 @@ class Reach(_Model):
     readable: _Paths = ()
     """Files and folders to read inside of what is hidden."""
 
-    def __or__(self, other: Reach) -> Reach:
+    def __or__(self, other: PathAccess) -> PathAccess:
         """Return both together."""
-        return Reach(writable=self.writable + other.writable, readable=self.readable + other.readable)
+        return PathAccess(writable=self.writable + other.writable, readable=self.readable + other.readable)
 
 
 class LimitsConfig(_Model):
@@ -160,7 +160,7 @@ class LimitsConfig(_Model):
         return {"CORE": 0, **{name: most for name, most in found.items() if most is not None}}
 
 
-class FenceConfig(_Model):
+class SandboxConfig(_Model):
     """What fences all sessions and checks of a run in."""
 
     sandbox: str
@@ -173,7 +173,7 @@ class FenceConfig(_Model):
     """Whether they may make user namespaces, and so sandboxes of their own."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     """What each of their processes may have of a resource."""
-    reach: Reach
+    reach: PathAccess
     """What all of them may reach."""
 
 
@@ -246,14 +246,14 @@ class AdapterConfig(_Model):
     """The name that a plugin registered its type under."""
     capacity: int | None
     """How many of its sessions may run at once; None: as many as the run's capacity."""
-    reach: Reach
+    reach: PathAccess
     """What its sessions may reach beyond what all may."""
     keep_ignored: _Strings
     """What stays for its next session beside `WorktreesConfig.keep_ignored`."""
     options: SerializeAsAny[BaseModel]
     """An instance of that type's `Options`."""
 
-    def stored(self) -> JsonObject:
+    def to_stored(self) -> JsonObject:
         """Return what `restore_adapter` takes, as plain JSON."""
         return self.model_dump(mode="json", exclude={"name"})
 
@@ -270,7 +270,7 @@ class SinkConfig(_Model):
     options: SerializeAsAny[BaseModel]
     """An instance of that type's `Options`."""
 
-    def stored(self) -> JsonObject:
+    def to_stored(self) -> JsonObject:
         """Return what `restore` takes, as plain JSON."""
         return self.model_dump(mode="json", exclude={"name"})
 
@@ -285,7 +285,7 @@ class TrackerConfig(_Model):
     options: SerializeAsAny[BaseModel]
     """An instance of that type's `Options`."""
 
-    def stored(self) -> JsonObject:
+    def to_stored(self) -> JsonObject:
         """Return what `restore` takes, as plain JSON."""
         return self.model_dump(mode="json", exclude={"name"})
 
@@ -293,7 +293,9 @@ class TrackerConfig(_Model):
 Type = TypeVar("Type", AdapterType, SinkType, TrackerType)
 
 
-def restore(what: str, stored: JsonObject, types: Mapping[str, Type], why: str | None = None) -> tuple[Type, BaseModel]:
+def restore_options(
+    what: str, stored: JsonObject, types: Mapping[str, Type], why: str | None = None
+) -> tuple[Type, BaseModel]:
     """Return the type and the options that a config's `stored` gave, without the file that it came from.
 
     `what` names it in messages. Raises RefusedError if its plugin is no longer installed, with `why` if that is known,
@@ -319,11 +321,11 @@ def _outdated(what: str, use: str, how: str) -> RefusedError:
 def restore_adapter(
     name: str, stored: JsonObject, adapter_types: Mapping[str, AdapterType], why: str | None = None
 ) -> AdapterConfig:
-    """Return the adapter that `AdapterConfig.stored` gave; see `restore`."""
+    """Return the adapter that `AdapterConfig.to_stored` gave; see `restore`."""
     what = f"adapter {name!r}"
-    _, options = restore(what, stored, adapter_types, why)
+    _, options = restore_options(what, stored, adapter_types, why)
     try:
-        reach = Reach.model_validate(stored["reach"])
+        reach = PathAccess.model_validate(stored["reach"])
         return AdapterConfig(
             name=name,
             use=stored["use"],
@@ -355,7 +357,7 @@ def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[s
 def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
     """Return the adapters that a config's tasks use, made as a resume would make them from what is recorded."""
     used = {name for task in config.tasks for name in config.adapters_of(task)}
-    stored = {name: entry.stored() for name, entry in config.adapters.items() if name in used}
+    stored = {name: entry.to_stored() for name, entry in config.adapters.items() if name in used}
     return make_adapters(restore_adapters(stored, adapter_types), adapter_types)
 
 
@@ -401,9 +403,9 @@ class CoordinationConfig(_Model):
     lock_timeout: float = 5.0
     """How many seconds a session waits for a lock, where it does not say."""
 
-    def timing(self) -> Timing:
+    def timing(self) -> ClaimTiming:
         """Return what of it decisions about claims take."""
-        return Timing(self.heartbeat, self.stale, self.owner_stale, self.sweep, self.max_retries)
+        return ClaimTiming(self.heartbeat, self.stale, self.owner_stale, self.sweep, self.max_retries)
 
 
 class RunConfig(_Model):
@@ -425,7 +427,7 @@ class RunConfig(_Model):
     """How many sessions may run at once."""
     session_memory: int
     """Bytes of memory that one session is expected to take."""
-    fence: FenceConfig
+    fence: SandboxConfig
     """What sessions and checks are fenced in by."""
     worktrees: WorktreesConfig
     """What they take turns in."""

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from orchestrator.config.model import (
     AdapterConfig,
-    FenceConfig,
-    Reach,
+    PathAccess,
     RunConfig,
+    SandboxConfig,
     SinkConfig,
     TrackerConfig,
     WorktreesConfig,
 )
 
 
-def requests_of(config: RunConfig, inside: Path) -> tuple[str, ...]:
+def list_permission_requests(config: RunConfig, inside: Path) -> tuple[str, ...]:
     """Return what a file asks for beyond the default, one line each, in the order of the file's keys.
 
     `inside` is the top of the checkout that the file is in. Tasks, prompts in it, commands of checks and of worktrees,
@@ -48,7 +48,7 @@ def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
     yield from _outlets("trackers", config.trackers)
 
 
-def _fence(fence: FenceConfig) -> Iterator[str]:
+def _fence(fence: SandboxConfig) -> Iterator[str]:
     if fence.sandbox == "off":
         yield "sandbox: off (sessions and checks run without a sandbox)"
     if fence.nesting:
@@ -86,7 +86,7 @@ def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:
                 yield f"{at}env: {name}={value} (set for its program, also without a sandbox)"
 
 
-def _reach(at: str, reach: Reach) -> Iterator[str]:
+def _reach(at: str, reach: PathAccess) -> Iterator[str]:
     yield from (f"{at}writable: {path} (sessions can change it)" for path in reach.writable)
     yield from (f"{at}readable: {path} (sessions can read it)" for path in reach.readable)
 

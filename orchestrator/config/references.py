@@ -11,22 +11,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from orchestrator.client.commands import SERVER
-from orchestrator.config.coordination import explain, misfits
+from orchestrator.client.commands import MCP_SERVER_NAME
+from orchestrator.config.coordination import explain_duration_conflict, find_duration_conflicts
 from orchestrator.config.model import CoordinationConfig
-from orchestrator.config.schema import MOST_TASKS, CoordinationSettings
+from orchestrator.config.schema import MAX_TASKS, CoordinationSettings
 from orchestrator.config.source.document import Node
 from orchestrator.config.source.names import check_path, check_repo, is_url
-from orchestrator.config.source.problems import Position, Problems, Vocabulary, shown
+from orchestrator.config.source.problems import KnownWords, Position, Problems, quote_text
 from orchestrator.config.source.prompts import read_prompt
-from orchestrator.config.source.validation import refuse_empty, validate
-from orchestrator.domain.scheduling.cycles import find_circles
-from orchestrator.domain.security.secrets import contains_key
+from orchestrator.config.source.validation import reject_empty_keys, validate
+from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.security.secrets import has_secret_key
 
 _MOST_NAMED: Final = 8
 
 
-def task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
+def iter_task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
     """Yield each task that is a mapping, with its index in the list."""
     tasks = root.get("tasks")
     for index, task in tasks.children.items() if tasks is not None else ():
@@ -37,13 +37,13 @@ def task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
 def check_size(root: Node, problems: Problems) -> bool:
     """Note a list of more tasks than are taken; False then, since nothing else about them matters."""
     tasks = root.get("tasks")
-    if tasks is None or len(tasks.children) <= MOST_TASKS:
+    if tasks is None or len(tasks.children) <= MAX_TASKS:
         return True
-    problems.add(tasks.at, f"there are {len(tasks.children)} tasks", f"split them into runs of at most {MOST_TASKS}")
+    problems.add(tasks.at, f"there are {len(tasks.children)} tasks", f"split them into runs of at most {MAX_TASKS}")
     return False
 
 
-def check_presence(root: Node, problems: Problems) -> None:
+def check_required_sections(root: Node, problems: Problems) -> None:
     """Note that there are no adapters, or no tasks and no tracker that could give some."""
     if root.get("adapters") is None:
         problems.add(root.at, "the key 'adapters' is missing", "add `adapters:` here")
@@ -56,21 +56,21 @@ def check_presence(root: Node, problems: Problems) -> None:
         problems.add(tasks.at, "tasks is an empty list", "give at least 1")
 
 
-def check_emptiness(root: Node, problems: Problems) -> None:
+def check_empty_keys(root: Node, problems: Problems) -> None:
     """Note keys without a value, wherever a key may be left out."""
     for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
-        refuse_empty(node, problems)
+        reject_empty_keys(node, problems)
     for section in ("worktrees", "state", "coordination"):
-        refuse_empty(root.get(section), problems)
-    for step in items_of(root.get("worktrees", "setup")):
-        refuse_empty(step if isinstance(step.value, dict) else None, problems)
+        reject_empty_keys(root.get(section), problems)
+    for step in iter_items(root.get("worktrees", "setup")):
+        reject_empty_keys(step if isinstance(step.value, dict) else None, problems)
     for section in ("adapters", "mcp_servers", "sinks", "trackers"):
         entries = root.get(section)
         for entry in entries.children.values() if entries is not None else ():
-            refuse_empty(entry, problems)
-    for _, task in task_nodes(root):
-        refuse_empty(task, problems)
-        refuse_empty(task.get("backoff"), problems)
+            reject_empty_keys(entry, problems)
+    for _, task in iter_task_nodes(root):
+        reject_empty_keys(task, problems)
+        reject_empty_keys(task.get("backoff"), problems)
 
 
 def check_folder(root: Node, folder: Path, problems: Problems) -> None:
@@ -87,7 +87,9 @@ def check_folder(root: Node, folder: Path, problems: Problems) -> None:
     except OSError:
         is_folder = False
     if not is_folder:
-        problems.add(repo.at, f"there is no folder {shown(repo.value)}", "write a path relative to this file, or a URL")
+        problems.add(
+            repo.at, f"there is no folder {quote_text(repo.value)}", "write a path relative to this file, or a URL"
+        )
 
 
 def check_state(root: Node, problems: Problems) -> None:
@@ -110,9 +112,9 @@ def check_coordination(root: Node, problems: Problems) -> None:
     if found is None:  # which is told of with the file's shape
         return
     config = CoordinationConfig.model_validate(found.model_dump())
-    for misfit in misfits(config):
+    for misfit in find_duration_conflicts(config):
         at = node.get(misfit.short) or node.get(misfit.long) or node
-        problems.add(at.at, *explain(misfit, config))
+        problems.add(at.at, *explain_duration_conflict(misfit, config))
 
 
 def check_network(root: Node, problems: Problems) -> None:
@@ -127,13 +129,13 @@ def check_network(root: Node, problems: Problems) -> None:
         problems.add(network.at, what, "write `sandbox: auto`, or `network: on`")
 
 
-def check_shared(root: Node, problems: Problems) -> None:
+def check_copied_files(root: Node, problems: Problems) -> None:
     """Note what worktrees are to get from a checkout twice, or from a repository that has none on this machine."""
     repo = root.get("repo")
     is_remote = repo is not None and isinstance(repo.value, str) and is_url(repo.value)
     found: dict[str, Position] = {}
     for key in ("copy", "link"):
-        for item in items_of(root.get("worktrees", key)):
+        for item in iter_items(root.get("worktrees", key)):
             try:
                 path = check_path(item.value) if isinstance(item.value, str) else None
             except ValueError:
@@ -144,18 +146,18 @@ def check_shared(root: Node, problems: Problems) -> None:
                     item.at, what, "make them by a command under `setup:`, or set `repo` to the path of a clone"
                 )
             elif path is not None and found.setdefault(path, item.at) != item.at:
-                problems.add(item.at, f"{shown(path)} is there already, {found[path]}", "name it once")
+                problems.add(item.at, f"{quote_text(path)} is there already, {found[path]}", "name it once")
     for path, at in found.items():
         above = next((str(one) for one in PurePosixPath(path).parents if str(one) in found), None)
         if above is not None:
             problems.add(
                 at,
-                f"{shown(path)} is in {shown(above)}, which is there already, {found[above]}",
+                f"{quote_text(path)} is in {quote_text(above)}, which is there already, {found[above]}",
                 "remove one of the two",
             )
 
 
-def items_of(listed: Node | None) -> Iterator[Node]:
+def iter_items(listed: Node | None) -> Iterator[Node]:
     """Yield the items of a list; none of what is no list."""
     if listed is not None and isinstance(listed.value, list):
         yield from listed.children.values()
@@ -164,16 +166,16 @@ def items_of(listed: Node | None) -> Iterator[Node]:
 def check_ids(root: Node, problems: Problems) -> None:
     """Note ids that are there twice; folder names may not tell upper from lower case."""
     first: dict[str, tuple[str, Position]] = {}
-    for _, task in task_nodes(root):
+    for _, task in iter_task_nodes(root):
         found = task.get("id")
         if found is None or not isinstance(found.value, str):
             continue
         name, at = first.setdefault(found.value.casefold(), (found.value, found.at))
         if at == found.at:
             continue
-        what = f"the task {shown(name)} is there already, {at}"
+        what = f"the task {quote_text(name)} is there already, {at}"
         if name != found.value:
-            what = f"{shown(found.value)} differs only in case from the task {shown(name)} {at}"
+            what = f"{quote_text(found.value)} differs only in case from the task {quote_text(name)} {at}"
         problems.add(found.at, what, "give each task an id of its own")
 
 
@@ -181,39 +183,39 @@ def check_needs(root: Node, problems: Problems) -> None:
     """Note needs of tasks that do not exist, of the task itself, named twice, or in a circle."""
     edges: dict[str, dict[str, Position]] = {}
     nameless = not _all_are_mappings(root)
-    for _, task in task_nodes(root):
+    for _, task in iter_task_nodes(root):
         if isinstance(task.value.get("id"), str):
             edges[task.value["id"]] = {}
         else:
             nameless = True
     # A task whose id can't be read may be the one that is meant.
-    known = Vocabulary(edges, "the tasks") if not nameless else None
-    for _, task in task_nodes(root):
+    known = KnownWords(edges, "the tasks") if not nameless else None
+    for _, task in iter_task_nodes(root):
         _check_needs_of(task, edges, known, problems)
-    for circle in find_circles(edges):
-        _note_circle(circle, edges, problems)
+    for circle in find_cycles(edges):
+        _note_cycle(circle, edges, problems)
 
 
 def _check_needs_of(
-    task: Node, edges: Mapping[str, dict[str, Position]], known: Vocabulary | None, problems: Problems
+    task: Node, edges: Mapping[str, dict[str, Position]], known: KnownWords | None, problems: Problems
 ) -> None:
     name = task.value.get("id")
     named: set[str] = set()
     for need in _needs(task):
         if need.value in named:
-            problems.add(need.at, f"{shown(need.value)} is named twice", "name it once")
+            problems.add(need.at, f"{quote_text(need.value)} is named twice", "name it once")
         elif need.value == name:
-            problems.add(need.at, f"the task {shown(need.value)} needs itself", "remove it from its needs")
+            problems.add(need.at, f"the task {quote_text(need.value)} needs itself", "remove it from its needs")
         elif need.value in edges:
             if isinstance(name, str):
                 edges[name].setdefault(need.value, need.at)
         elif known is not None:
-            problems.add(need.at, f"there is no task {shown(need.value)}", known.instead_of(need.value))
+            problems.add(need.at, f"there is no task {quote_text(need.value)}", known.suggest(need.value))
         named.add(need.value)
 
 
 def _needs(task: Node) -> Iterator[Node]:
-    yield from (need for need in items_of(task.get("needs")) if isinstance(need.value, str))
+    yield from (need for need in iter_items(task.get("needs")) if isinstance(need.value, str))
 
 
 def _all_are_mappings(root: Node) -> bool:
@@ -221,7 +223,7 @@ def _all_are_mappings(root: Node) -> bool:
     return tasks is not None and isinstance(tasks.value, list) and all(isinstance(task, dict) for task in tasks.value)
 
 
-def _note_circle(circle: list[str], edges: Mapping[str, Mapping[str, Position]], problems: Problems) -> None:
+def _note_cycle(circle: list[str], edges: Mapping[str, Mapping[str, Position]], problems: Problems) -> None:
     steps = zip(circle, [*circle[1:], circle[0]], strict=True)
     at, begin = min((edges[task][need], index) for index, (task, need) in enumerate(steps))
     named = [*circle[begin:], *circle[:begin], circle[begin]]
@@ -232,47 +234,47 @@ def _note_circle(circle: list[str], edges: Mapping[str, Mapping[str, Position]],
 
 def check_commands(root: Node, problems: Problems) -> None:
     """Note keys in the commands of worktrees, which are recorded."""
-    steps = items_of(root.get("worktrees", "setup"))
+    steps = iter_items(root.get("worktrees", "setup"))
     commands = [step.get("run") or step for step in steps]
     for key in ("before_run", "after_run", "teardown"):
-        commands += items_of(root.get("worktrees", key))
+        commands += iter_items(root.get("worktrees", key))
     for command in commands:
         if isinstance(command.value, str):
-            refuse_key(command, command.value, "command", "`env` of `worktrees`", problems)
+            reject_secret(command, command.value, "command", "`env` of `worktrees`", problems)
 
 
 def check_mcp_servers(root: Node, problems: Problems) -> None:
     """Note servers that are neither a command nor a URL or both, and keys in what is recorded of them."""
     servers = root.get("mcp_servers")
-    if servers is not None and SERVER in servers.keys:
-        what = f"{SERVER!r} is the name of the server that sessions get of us, to ask about each other"
-        problems.add(servers.keys[SERVER], what, "give yours another name")
+    if servers is not None and MCP_SERVER_NAME in servers.keys:
+        what = f"{MCP_SERVER_NAME!r} is the name of the server that sessions get of us, to ask about each other"
+        problems.add(servers.keys[MCP_SERVER_NAME], what, "give yours another name")
     for server in servers.children.values() if servers is not None else ():
         command, url = server.get("command"), server.get("url")
         if isinstance(server.value, dict) and (command is None) == (url is None):
             what = "the server has neither command nor url" if command is None else "there are both command and url"
             problems.add(server.at, what, "add `command:` or `url:`" if command is None else "keep one of the two")
-        for item in (*items_of(command), *([] if url is None else [url])):
+        for item in (*iter_items(command), *([] if url is None else [url])):
             if isinstance(item.value, str):
-                refuse_key(item, item.value, "server", "its `env`", problems)
+                reject_secret(item, item.value, "server", "its `env`", problems)
 
 
-def refuse_key(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
+def reject_secret(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
     """Note what looks like a secret in a text that is recorded; `env` is where a variable can be named instead."""
-    if contains_key(text):
+    if has_secret_key(text):
         remedy = f"take it out, and pass a variable on by its name under {env}"
         problems.add(node.at, f"the {what} holds what looks like a secret key, and {what}s are recorded", remedy)
 
 
 def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
-    refuse_key(node, prompt, "prompt", "the adapter's `env`", problems)
+    reject_secret(node, prompt, "prompt", "the adapter's `env`", problems)
 
 
 def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]:
     """Return the prompt of each task by index, read from its file where it names one, for those that have one."""
     prompts: dict[int, str] = {}
     read = functools.cache(read_prompt)
-    for index, task in task_nodes(root):
+    for index, task in iter_task_nodes(root):
         prompt, file = task.get("prompt"), task.get("prompt_file")
         if prompt is not None and file is not None:
             problems.add(task.keys["prompt_file"], "there are both prompt and prompt_file", "keep one of the two")

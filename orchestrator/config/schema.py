@@ -26,19 +26,19 @@ from orchestrator.config.source.names import (
     NAME_PATTERN,
     PATH_PATTERN,
     check_branch,
-    check_kept,
+    check_kept_path,
     check_name,
     check_path,
     check_repo,
 )
-from orchestrator.config.source.problems import kind, shown
+from orchestrator.config.source.problems import describe_value, quote_text
 from orchestrator.config.source.quantities import (
     COUNT_PATTERN,
     DURATION_PATTERN,
-    LARGEST_COUNT,
-    LONGEST_RETENTION,
-    MOST_DOLLARS,
-    SILENCE_PATTERN,
+    MAX_COUNT,
+    MAX_DOLLARS,
+    MAX_RETENTION,
+    OPTIONAL_DURATION_PATTERN,
     SIZE_PATTERN,
     check_bytes,
     check_seconds,
@@ -46,24 +46,24 @@ from orchestrator.config.source.quantities import (
     format_size,
     parse_count,
     parse_duration,
-    parse_silence,
+    parse_optional_duration,
     parse_size,
 )
-from orchestrator.config.store import STORE_PATTERN, check_store
+from orchestrator.config.store import STORE_PATTERN, check_store_url
 from orchestrator.domain.runs.failures import RETRYABLE
-from orchestrator.domain.runs.model import MOST_CAPACITY
+from orchestrator.domain.runs.model import MAX_CAPACITY
 from orchestrator.domain.runs.prices import Price
 from orchestrator.domain.scheduling.ownership import check_pattern
 from orchestrator.domain.security.hosts import parse_allowed_host
 
-MOST_TASKS = 100_000
-MOST_RETRIES = 99
-MOST_PHASES = 50
-MOST_HOSTS = 1_000
+MAX_TASKS = 100_000
+MAX_RETRIES = 99
+MAX_PHASES = 50
+MAX_HOSTS = 1_000
 #: What a task says that has no workflow although the defaults name one.
 NO_WORKFLOW: Final = "none"
 #: Bytes of one `context:` as JSON.
-LARGEST_CONTEXT: Final = 64 << 10
+MAX_CONTEXT_BYTES: Final = 64 << 10
 VALUE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -87,15 +87,15 @@ def _seconds(value: Any, info: ValidationInfo) -> float:
 def _silence(value: Any, info: ValidationInfo) -> float:
     if value == math.inf and not _is_from_file(info):
         return math.inf
-    return check_seconds(value) if _is_number_of_code(value, info) else parse_silence(value)
+    return check_seconds(value) if _is_number_of_code(value, info) else parse_optional_duration(value)
 
 
 def _retention(value: Any, info: ValidationInfo) -> float:
     if value == math.inf and not _is_from_file(info):
         return math.inf
     if _is_number_of_code(value, info):
-        return check_seconds(value, longest=LONGEST_RETENTION)
-    return parse_silence(value, longest=LONGEST_RETENTION)
+        return check_seconds(value, longest=MAX_RETENTION)
+    return parse_optional_duration(value, longest=MAX_RETENTION)
 
 
 def _bytes(value: Any, info: ValidationInfo) -> int:
@@ -131,7 +131,7 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def _check_env_name(name: str) -> str:
     if not _ENV_NAME.fullmatch(name):
         raise ValueError(
-            f"{shown(name)} can't name a variable: use letters, digits and '_', not beginning with a digit"
+            f"{quote_text(name)} can't name a variable: use letters, digits and '_', not beginning with a digit"
         )
     return name
 
@@ -139,7 +139,7 @@ def _check_env_name(name: str) -> str:
 def _check_retryable(name: str) -> str:
     if name not in RETRYABLE:
         raise ValueError(
-            f"{shown(name)} is no class of failure that can be retried: use {', '.join(sorted(RETRYABLE))}"
+            f"{quote_text(name)} is no class of failure that can be retried: use {', '.join(sorted(RETRYABLE))}"
         )
     return name
 
@@ -156,7 +156,7 @@ def _step(value: Any) -> Any:
             return {"run": value}
         case dict() | BaseModel():
             return value
-    raise ValueError(f"a step can't be {kind(value)}: write a shell command, or a mapping with `run:`")
+    raise ValueError(f"a step can't be {describe_value(value)}: write a shell command, or a mapping with `run:`")
 
 
 def _store(value: Any) -> Any:
@@ -165,7 +165,7 @@ def _store(value: Any) -> Any:
             return {"url": value}
         case dict() | BaseModel():
             return value
-    raise ValueError(f"a store can't be {kind(value)}: write its URL, or a mapping")
+    raise ValueError(f"a store can't be {describe_value(value)}: write its URL, or a mapping")
 
 
 def _network(value: Any) -> str:
@@ -174,7 +174,9 @@ def _network(value: Any) -> str:
 
 def _check_network(value: Any) -> Any:
     if value not in ("on", "off"):  # which may be a list, that no set takes
-        raise ValueError(f"the network can't be {kind(value)}: write on, off, or {{allow: [api.example.com]}}")
+        raise ValueError(
+            f"the network can't be {describe_value(value)}: write on, off, or {{allow: [api.example.com]}}"
+        )
     return value
 
 
@@ -188,7 +190,9 @@ def _produces(value: Any) -> Any:
             return {"kind": value}
         case dict() | BaseModel():
             return value
-    raise ValueError(f"a handoff can't be {kind(value)}: write its kind, or a mapping with `kind:` and `schema:`")
+    raise ValueError(
+        f"a handoff can't be {describe_value(value)}: write its kind, or a mapping with `kind:` and `schema:`"
+    )
 
 
 def _session(value: Any) -> Any:
@@ -197,7 +201,7 @@ def _session(value: Any) -> Any:
             return {}
         case dict() | BaseModel():
             return value
-    raise ValueError(f"a session can't be {kind(value)}: write `continue`, or {{continue: PHASE}}")
+    raise ValueError(f"a session can't be {describe_value(value)}: write `continue`, or {{continue: PHASE}}")
 
 
 def _expand(value: Any) -> Any:
@@ -208,7 +212,7 @@ def _expand(value: Any) -> Any:
             return None
         case dict() | BaseModel():
             return value
-    raise ValueError(f"expand can't be {kind(value)}: write true, or a mapping with `max:` and `workflow:`")
+    raise ValueError(f"expand can't be {describe_value(value)}: write true, or a mapping with `max:` and `workflow:`")
 
 
 def _phase(value: Any) -> Any:
@@ -219,25 +223,31 @@ def _phase(value: Any) -> Any:
             name, settings = next(iter(value.items()))
             if settings is not None:
                 return value
-            raise ValueError(f"the phase {shown(str(name))} is empty: write `- {name}`, or its keys")
+            raise ValueError(f"the phase {quote_text(str(name))} is empty: write `- {name}`, or its keys")
         case dict() if value and next(iter(value.values())) is None:
             name = next(iter(value))
-            raise ValueError(f"the keys of the phase {shown(str(name))} are beside its name: indent them more than it")
-    raise ValueError(f"a phase can't be {kind(value)}: write `- NAME: {{…}}`, one name with the keys of the phase")
+            raise ValueError(
+                f"the keys of the phase {quote_text(str(name))} are beside its name: indent them more than it"
+            )
+    raise ValueError(
+        f"a phase can't be {describe_value(value)}: write `- NAME: {{…}}`, one name with the keys of the phase"
+    )
 
 
 def _check_value_name(name: str) -> str:
     if not VALUE_NAME.fullmatch(name):
         raise ValueError(
-            f"{shown(name)} can't name a value: use up to 64 letters, digits and '_', not beginning with a digit"
+            f"{quote_text(name)} can't name a value: use up to 64 letters, digits and '_', not beginning with a digit"
         )
     return name
 
 
 def _check_context(context: dict[str, Any]) -> dict[str, Any]:
     size = len(json.dumps(context, ensure_ascii=False, default=str).encode())
-    if size > LARGEST_CONTEXT:
-        raise ValueError(f"these values take {size} bytes: keep them within {LARGEST_CONTEXT}, or name a file to read")
+    if size > MAX_CONTEXT_BYTES:
+        raise ValueError(
+            f"these values take {size} bytes: keep them within {MAX_CONTEXT_BYTES}, or name a file to read"
+        )
     return context
 
 
@@ -256,13 +266,19 @@ def _check_key(key: str) -> str:
 RetryableName = Annotated[str, AfterValidator(_check_retryable), WithJsonSchema({"enum": sorted(RETRYABLE)})]
 EnvName = Annotated[str, AfterValidator(_check_env_name), _text(f"^{_ENV_NAME.pattern}$")]
 Command = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
-Silence = Annotated[
-    float, BeforeValidator(_silence), PlainSerializer(format_duration, when_used="json"), _text(SILENCE_PATTERN)
+IdleTimeout = Annotated[
+    float,
+    BeforeValidator(_silence),
+    PlainSerializer(format_duration, when_used="json"),
+    _text(OPTIONAL_DURATION_PATTERN),
 ]
 Retention = Annotated[
-    float, BeforeValidator(_retention), PlainSerializer(format_duration, when_used="json"), _text(SILENCE_PATTERN)
+    float,
+    BeforeValidator(_retention),
+    PlainSerializer(format_duration, when_used="json"),
+    _text(OPTIONAL_DURATION_PATTERN),
 ]
-StoreUrl = Annotated[str, AfterValidator(check_store), _text(STORE_PATTERN)]
+StoreUrl = Annotated[str, AfterValidator(check_store_url), _text(STORE_PATTERN)]
 Size = Annotated[int, BeforeValidator(_bytes), PlainSerializer(format_size, when_used="json"), _text(SIZE_PATTERN)]
 Count = Annotated[
     int,
@@ -270,7 +286,7 @@ Count = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": LARGEST_COUNT},
+                {"type": "integer", "minimum": 1, "maximum": MAX_COUNT},
                 {"type": "string", "pattern": COUNT_PATTERN},
             ]
         }
@@ -282,7 +298,9 @@ Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=
 RepositoryPaths = Annotated[
     tuple[Annotated[str, AfterValidator(check_path), _text(PATH_PATTERN)], ...], Field(strict=False)
 ]
-Kept = Annotated[tuple[Annotated[str, AfterValidator(check_kept), _text(KEPT_PATTERN)], ...], Field(strict=False)]
+KeptPaths = Annotated[
+    tuple[Annotated[str, AfterValidator(check_kept_path), _text(KEPT_PATTERN)], ...], Field(strict=False)
+]
 Commands = Annotated[tuple[Command, ...], Field(strict=False)]
 EnvNames = Annotated[tuple[EnvName, ...], Field(strict=False)]
 ValueName = Annotated[str, AfterValidator(_check_value_name), _text(f"^{VALUE_NAME.pattern}$")]
@@ -313,7 +331,7 @@ class BudgetSettings(_Entry):
 
     tokens: Count | None = None
     """Tokens in and out, such as 500k or 2M."""
-    cost: Annotated[float, Field(gt=0, le=MOST_DOLLARS, strict=False)] | None = None
+    cost: Annotated[float, Field(gt=0, le=MAX_DOLLARS, strict=False)] | None = None
     """US dollars, as far as they are known."""
     time: Duration | None = None
     """Wall-clock time of sessions, one after the other."""
@@ -322,7 +340,7 @@ class BudgetSettings(_Entry):
 class NetworkSettings(_Entry):
     """The hosts that sessions and checks reach by HTTP and HTTPS, through a proxy; they reach no others."""
 
-    allow: Annotated[tuple[AllowedHost, ...], Field(strict=False, min_length=1, max_length=MOST_HOSTS)]
+    allow: Annotated[tuple[AllowedHost, ...], Field(strict=False, min_length=1, max_length=MAX_HOSTS)]
     """Hosts such as api.example.com (ports 80 and 443), *.example.com (its subdomains), or localhost:8080."""
 
 
@@ -448,7 +466,7 @@ class TaskDefaults(_Entry):
     """How often a task is tried at most: 3 unless given, or once more than `coordination.max_retries` if that is."""
     backoff: BackoffSettings | None = None
     """How long to wait between attempts."""
-    silence: Silence | None = None
+    silence: IdleTimeout | None = None
     """How long a session may go without output and without a change in its worktree: 10m unless given."""
     retry_on: Annotated[frozenset[RetryableName], Field(strict=False)] | None = None
     """The classes of failure that are worth another attempt."""
@@ -512,7 +530,7 @@ class AdapterSettings(_Entry):
     """Files and folders that its sessions may write, beside their worktree."""
     readable: Paths = ()
     """Files and folders inside of what is hidden that its sessions may read."""
-    keep_ignored: Kept = ()
+    keep_ignored: KeptPaths = ()
     """Ignored files and folders of a worktree that stay for the adapter's next session, beside those of all."""
     __pydantic_extra__: dict[str, Any]
 
@@ -586,7 +604,7 @@ class WorktreeSettings(_Entry):
     """Files and folders of your checkout that git doesn't track: each worktree gets a copy."""
     linked: RepositoryPaths = Field((), alias="link")
     """Files and folders of your checkout that git doesn't track: each worktree gets a link, to read only."""
-    keep_ignored: Kept = ()
+    keep_ignored: KeptPaths = ()
     """Ignored files and folders that stay for the next session, not for checks: names, or paths from the top."""
     ports: Annotated[int, Field(ge=0, le=100)] = 0
     """How many free ports each worktree gets, as COUNCIL_PORT_0 and so on."""
@@ -620,7 +638,7 @@ class CoordinationSettings(_Entry):
     """The same for an owner on this machine, unless it is proven dead: at least `stale`."""
     sweep: Annotated[Duration, _unless_given("90s")] = 90.0
     """How often tasks whose claim counts no more are looked for."""
-    max_retries: Annotated[int, Field(ge=0, le=MOST_RETRIES)] = 3
+    max_retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 3
     """How often a task is tried again at most, whatever its `attempts`; a takeover counts as one."""
     when_unreachable: Literal["pause", "continue"] = "pause"
     """While the store can't be reached: wait for it, or go on with what this machine knows."""
@@ -652,7 +670,7 @@ class Config(_Entry):
     """The branch that work starts from."""
     target: Branch | None = None
     """The branch that work lands on: council/ and the run's id unless given."""
-    capacity: Annotated[int, Field(ge=1, le=MOST_CAPACITY)] = 4
+    capacity: Annotated[int, Field(ge=1, le=MAX_CAPACITY)] = 4
     """How many sessions may run at once."""
     session_memory: Annotated[Size, Field(json_schema_extra={"default": "256MiB"})] = 256 << 20
     """The memory that one session is expected to take: no more are started than fit."""
@@ -704,7 +722,7 @@ class Config(_Entry):
                 ],
                 ...,
             ],
-            Field(strict=False, min_length=1, max_length=MOST_PHASES),
+            Field(strict=False, min_length=1, max_length=MAX_PHASES),
         ],
     ] = {}
     """Phases that tasks go through one after the other, by a name of your own; `adw` is there already."""
@@ -714,5 +732,5 @@ class Config(_Entry):
     """Who gets to know what happens, by a name of your own."""
     trackers: dict[Name, TrackerSettings] = {}
     """Lists of tasks that are kept elsewhere, by a name of your own."""
-    tasks: Annotated[tuple[Task, ...], Field(strict=False, max_length=MOST_TASKS)] = ()
+    tasks: Annotated[tuple[Task, ...], Field(strict=False, max_length=MAX_TASKS)] = ()
     """What is to be done; required unless there are trackers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from orchestrator.config.load import default_slots
+from orchestrator.config.load import default_slot_count
 from orchestrator.config.model import RunConfig
 from orchestrator.errors import RefusedError
 
@@ -13,7 +13,7 @@ from orchestrator.errors import RefusedError
 _MOST_NAMED = 5
 
 
-def with_only(config: RunConfig, names: Sequence[str]) -> RunConfig:
+def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
     """Return a run of these tasks and those that they need, directly or not, in the file's order.
 
     Its trackers bring no further tasks. RefusedError for a name that no task has.
@@ -36,8 +36,8 @@ def with_only(config: RunConfig, names: Sequence[str]) -> RunConfig:
 def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
     """Return a run with so many sessions at once, and worktree slots for as many where the file leaves that open."""
     worktrees = config.worktrees
-    if worktrees.max == default_slots(config.capacity):
-        worktrees = worktrees.model_copy(update={"max": default_slots(capacity)})
+    if worktrees.max == default_slot_count(config.capacity):
+        worktrees = worktrees.model_copy(update={"max": default_slot_count(capacity)})
     given = (*config.given, "capacity", *(["worktrees"] if worktrees != config.worktrees else []))
     return config.model_copy(update={"capacity": capacity, "worktrees": worktrees, "given": given})
 

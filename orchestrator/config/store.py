@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
-from orchestrator.config.source.problems import shown
+from orchestrator.config.source.problems import quote_text
 from orchestrator.errors import RefusedError
 
 #: The URL of the store that is gone with its process.
@@ -18,18 +18,18 @@ STORE_PATTERN: Final = r"^[a-z][a-z0-9+.-]+:"
 _SCHEME = re.compile(STORE_PATTERN)
 
 
-def check_store(url: str) -> str:
+def check_store_url(url: str) -> str:
     """Accept the URL of a store; ValueError otherwise. Which schemes there are is for what is installed."""
     if not _SCHEME.match(url):
         raise ValueError(
-            f"{shown(url)} is no URL of a store: write file:///a/folder or memory:, or name a folder under `state_dir`"
+            f"{quote_text(url)} is no URL of a store: write file:///a/folder or memory:, or name a folder under `state_dir`"
         )
     if scheme_of(url) == "file":
         store_folder(url)
     return url
 
 
-def named_store(text: str) -> str:
+def to_store_url(text: str) -> str:
     """Return the URL of a store that a person has named, by its URL or by the path of its folder."""
     return text if _SCHEME.match(text) or not text else folder_url(Path(text).expanduser().absolute())
 
@@ -52,11 +52,11 @@ def store_folder(url: str) -> Path | None:
         parts = urlsplit("file://?")
     path = unquote(parts.path)
     if parts.netloc not in {"", "localhost"} or not path.startswith("/") or "\0" in path:
-        raise ValueError(f"{shown(url)} names no folder of this machine: write file:///an/absolute/path")
+        raise ValueError(f"{quote_text(url)} names no folder of this machine: write file:///an/absolute/path")
     return Path(path)
 
 
-def named_folder(url: str) -> Path | None:
+def require_local_folder(url: str) -> Path | None:
     """Return the same for a URL that somebody has named; RefusedError if it names none of this machine."""
     try:
         return store_folder(url)

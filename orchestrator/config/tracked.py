@@ -14,7 +14,7 @@ from orchestrator.config.source.values import read_value
 from orchestrator.protocols import AdapterType, TrackedTask
 
 
-def add_tracked(
+def add_tracked_tasks(
     config: RunConfig, found: Mapping[str, Sequence[TrackedTask]], adapter_types: Mapping[str, AdapterType]
 ) -> RunConfig:
     """Return the run with the tasks that its trackers gave, by tracker, behind its own.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.config.model import RunConfig
-from orchestrator.config.source.problems import listed
+from orchestrator.config.source.problems import join_names
 from orchestrator.protocols import Adapter, Capability
 
 #: What package managers and compilers keep downloads and results in.
@@ -21,7 +21,7 @@ _CACHES: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class RepositoryPaths:
     """What is known of the repository on this machine; None where there is none."""
 
     top: Path | None = None
@@ -42,7 +42,7 @@ class ConfigWarning:
         return f"{self.what}: {self.remedy}"
 
 
-def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str, Adapter]) -> list[ConfigWarning]:
+def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[str, Adapter]) -> list[ConfigWarning]:
     """Return what to tell of a file that is right; `adapters` are all of its own, by name."""
     found = []
     specs = [*config.tasks, *([] if config.template is None else [config.template])]
@@ -73,7 +73,7 @@ def find_warnings(config: RunConfig, around: Surroundings, adapters: Mapping[str
     used = dict.fromkeys(name for spec in specs for name in config.adapters_of(spec))
     unable = [repr(name) for name in used if Capability.MCP not in adapters[name].capabilities()]
     if config.mcp_servers and unable:
-        what = f"sessions of {listed(unable)} are not told of `mcp_servers`: {listed([*map(repr, config.mcp_servers)])}"
+        what = f"sessions of {join_names(unable)} are not told of `mcp_servers`: {join_names([*map(repr, config.mcp_servers)])}"
         found.append(ConfigWarning(what, "give tasks that need them an adapter that can use them"))
     return found
 
@@ -94,7 +94,7 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
             tasks.setdefault(adapters, []).append(task)
     for (first, *rest), whose in tasks.items():
         again = dict.fromkeys(repr(name) for place, name in enumerate(rest) if name in {first, *rest[:place]})
-        what = f"`fallback` of {listed(whose)} names {listed([*again])} again: an adapter can't stand in for itself"
+        what = f"`fallback` of {join_names(whose)} names {join_names([*again])} again: an adapter can't stand in for itself"
         yield ConfigWarning(what, f"name others than `adapter: {first}` there, each once")
 
 
@@ -103,7 +103,7 @@ def _package_caches(config: RunConfig) -> list[Path]:
     return [path for path in config.fence.reach.writable if path.name in _CACHES or path.parent.name == ".cache"]
 
 
-def _open_repository(config: RunConfig, around: Surroundings) -> list[Path]:
+def _open_repository(config: RunConfig, around: RepositoryPaths) -> list[Path]:
     """Return what is writable of which the repository's checkout or git directory is a part."""
     reaches = [config.fence.reach, *(adapter.reach for adapter in config.adapters.values())]
     inside = [path for path in (around.top, around.git_dir) if path is not None]

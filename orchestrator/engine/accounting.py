@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.domain.runs.model import Attempt, known_cost
-from orchestrator.domain.runs.prices import Price, price_of
+from orchestrator.domain.runs.model import Attempt, sum_known_cost
+from orchestrator.domain.runs.prices import Price, find_price
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.transcript import Transcript
 
@@ -17,7 +17,7 @@ class Accounting:
 
     prices: Mapping[str, Price]
 
-    def own(self, said: Transcript, attempts: Sequence[Attempt]) -> Transcript:
+    def net_usage(self, said: Transcript, attempts: Sequence[Attempt]) -> Transcript:
         """Return what a session said without what the task's `attempts` before it used up in the same conversation.
 
         Its own attempt may be among them, since nothing is recorded of that yet. Its cost is estimated where the CLI
@@ -25,9 +25,9 @@ class Accounting:
         """
         before = [one for one in attempts if said.session is not None and one.session == said.session]
         cost = said.cost
-        if cost is not None and (said.of_conversation or _covers(said, before)):
-            said = replace(said, cost=max(cost - (known_cost(before) or 0.0), 0.0))
-        if said.of_conversation:
+        if cost is not None and (said.includes_resumed or _includes_earlier_cost(said, before)):
+            said = replace(said, cost=max(cost - (sum_known_cost(before) or 0.0), 0.0))
+        if said.includes_resumed:
             said = replace(
                 said,
                 input_tokens=max(said.input_tokens - sum(one.input_tokens for one in before), 0),
@@ -38,7 +38,7 @@ class Accounting:
 
     def recorded(self, said: Transcript, attempts: Sequence[Attempt]) -> JsonObject:
         """Return what is recorded of an attempt for what it said; `attempts` are those of its task, as for `own`."""
-        own = self.own(said, attempts)
+        own = self.net_usage(said, attempts)
         return {
             "words": own.words,
             "session": own.session,
@@ -51,13 +51,13 @@ class Accounting:
         }
 
     def _estimate(self, said: Transcript) -> float | None:
-        price = price_of(said.model, self.prices)
+        price = find_price(said.model, self.prices)
         if price is None or not (said.input_tokens or said.output_tokens):
             return None
         return price.cost(said.input_tokens, said.output_tokens, said.cached_tokens)
 
 
-def _covers(said: Transcript, before: Sequence[Attempt]) -> bool:
+def _includes_earlier_cost(said: Transcript, before: Sequence[Attempt]) -> bool:
     """Return whether the reported cost includes that of earlier sessions, judged by the tokens that it covers."""
     earlier = sum(one.input_tokens + one.output_tokens for one in before)
     return 0 < earlier <= said.priced_tokens - said.input_tokens - said.output_tokens

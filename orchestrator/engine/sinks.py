@@ -17,34 +17,34 @@ import anyio
 from orchestrator.domain.runs.retry import Backoff, retry_delay
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import cursor_key
-from orchestrator.errors import CouncilError, HistoryGone, VersionConflict
-from orchestrator.protocols import Commit, Event, JsonObject, Record, RecordedEvent, Sink, Store, Write
+from orchestrator.errors import CouncilError, HistoryCompacted, VersionConflict
+from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, RecordedEvent, Sink, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
 #: Events that are delivered at once, at most (those of one commit stay together).
-BATCH = 100
+MAX_BATCH_EVENTS = 100
 #: How long to wait before what failed is tried again; and at the run's end, when there is little time.
-AGAIN = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
-LAST_AGAIN = 0.5
+RETRY_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
+FINAL_RETRY_DELAY = 0.5
 
-_LONGEST_REASON = 500  # characters
+_MAX_REASON_LENGTH = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class DeliveryTimeouts:
     """Seconds: for a sink to open, to send or to close; for all that is left at the run's end; between cursors."""
 
-    each: float = 30.0
+    per_call: float = 30.0
     last: float = 10.0
     cursor: float = 1.0
 
 
-PATIENCE = Patience()
+DELIVERY_TIMEOUTS = DeliveryTimeouts()
 
 
 @dataclass(frozen=True, slots=True)
-class Outlet:
+class EventSubscriber:
     """A sink or tracker of a run: its kind and name, the events it wants (by patterns), and how it is opened."""
 
     kind: str
@@ -60,20 +60,20 @@ class Outlet:
 
 
 @asynccontextmanager
-async def feeding(
+async def forward_events(
     store: Store,
     clock: Clock,
     redactor: Redactor,
     run: str,
-    outlets: Sequence[Outlet],
-    patience: Patience = PATIENCE,
+    outlets: Sequence[EventSubscriber],
+    patience: DeliveryTimeouts = DELIVERY_TIMEOUTS,
 ) -> AsyncIterator[None]:
     """Feed the outlets of a run during the body, then until they have all of it, within limits.
 
     What is left then is told as `sink.behind`, and delivered when this is entered again. If the body raises, it ends
     at once.
     """
-    feeders = [Feeder(store, clock, redactor, run, outlet, patience) for outlet in outlets]
+    feeders = [EventForwarder(store, clock, redactor, run, outlet, patience) for outlet in outlets]
     raised: Exception | None = None
     goal = 0
     async with anyio.create_task_group() as group:
@@ -94,14 +94,20 @@ async def feeding(
         await feeder.close(goal)
 
 
-class Feeder:
+class EventForwarder:
     """Delivers the events of one run to one outlet."""
 
     def __init__(
-        self, store: Store, clock: Clock, redactor: Redactor, run: str, outlet: Outlet, patience: Patience
+        self,
+        store: Store,
+        clock: Clock,
+        redactor: Redactor,
+        run: str,
+        outlet: EventSubscriber,
+        patience: DeliveryTimeouts,
     ) -> None:
         self._store, self._clock, self._redactor = store, clock, redactor
-        self._run, self._outlet, self._patience = run, outlet, patience
+        self._run, self._subscriber, self._timeouts = run, outlet, patience
         self._key = cursor_key(run, outlet.kind, outlet.name)
         self._version = 0
         self._recorded = 0
@@ -135,7 +141,7 @@ class Feeder:
         """Nothing comes behind the position `goal`: deliver up to there, and be over."""
         self._goal = goal
         self._hurry.set()
-        if self._is_through() and self._idle is not None:
+        if self._is_caught_up() and self._idle is not None:
             self._idle.cancel()
 
     async def close(self, goal: int) -> None:
@@ -161,15 +167,15 @@ class Feeder:
                 await self._deliver_all()
         except _StoreFailed as failed:
             raise failed.error from None
-        except HistoryGone as gone:
+        except HistoryCompacted as gone:
             await self._skip(gone.first)
             return None
         except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001  it is somebody else's code
-            return _told(error)
+            return _describe_error(error)
         if self._limit.cancelled_caught:
-            return f"it took longer than {self._patience.each:g} s"
+            return f"it took longer than {self._timeouts.per_call:g} s"
         return None if self._is_over else "it closed by itself"
 
     def _allow(self, seconds: float) -> None:
@@ -180,32 +186,32 @@ class Feeder:
         batch: list[RecordedEvent] = []
         async with aclosing(self._store.watch(self._done)) as records, AsyncExitStack() as stack:
             while (record := await self._next(records)) is not None:
-                wanted = [event for event in record.events if self._outlet.wants(event, self._run)]
+                wanted = [event for event in record.events if self._subscriber.wants(event, self._run)]
                 batch += [RecordedEvent(record.position, record.time, event) for event in wanted]
                 newest = self._goal if self._goal is not None else await self._ask_position()
-                if record.position < newest and len(batch) < BATCH:
+                if record.position < newest and len(batch) < MAX_BATCH_EVENTS:
                     continue
                 if batch:
-                    self._allow(self._patience.each)
+                    self._allow(self._timeouts.per_call)
                     if sink is None:
-                        sink = await stack.enter_async_context(self._outlet.open())
+                        sink = await stack.enter_async_context(self._subscriber.open())
                     await _send(sink, batch)
                     self._allow(inf)
                     await self._sent(batch[-1].position)
                     batch = []
                 self._done = record.position
-            self._is_over = self._is_through()
-            self._allow(self._patience.each)
+            self._is_over = self._is_caught_up()
+            self._allow(self._timeouts.per_call)
 
-    async def _next(self, records: AsyncGenerator[Record]) -> Record | None:
+    async def _next(self, records: AsyncGenerator[CommitRecord]) -> CommitRecord | None:
         """Return the next record; None once nothing more is to come."""
-        if self._is_through():
+        if self._is_caught_up():
             return None
         with anyio.CancelScope() as scope:
             self._idle = scope
             try:
                 return await anext(records, None)
-            except HistoryGone:
+            except HistoryCompacted:
                 raise
             except (CouncilError, OSError) as error:
                 raise _StoreFailed(error) from error
@@ -219,7 +225,7 @@ class Feeder:
         self._done = self._delivered = max(self._delivered, first)
         await self._record()
 
-    def _is_through(self) -> bool:
+    def _is_caught_up(self) -> bool:
         return self._goal is not None and self._done >= self._goal
 
     async def _ask_position(self) -> int:
@@ -235,7 +241,7 @@ class Feeder:
             if self._is_failing:
                 self._is_failing = False
                 await self._note("recovered", {})
-            if self._clock.monotonic() - self._recorded_at >= self._patience.cursor:
+            if self._clock.monotonic() - self._recorded_at >= self._timeouts.cursor:
                 await self._record()
         except (CouncilError, OSError) as error:
             raise _StoreFailed(error) from error
@@ -259,16 +265,16 @@ class Feeder:
             await self._note("failing", {"reason": self._redactor.text(why)})
 
     async def _note(self, what: str, details: JsonObject) -> None:
-        kind = self._outlet.kind
+        kind = self._subscriber.kind
         await self._store.commit(
-            Commit([], [Event(f"{kind}.{what}", {"run": self._run, kind: self._outlet.name, **details})])
+            Commit([], [Event(f"{kind}.{what}", {"run": self._run, kind: self._subscriber.name, **details})])
         )
 
     async def _pause(self, failures: int) -> None:
-        delay = retry_delay(AGAIN, failures)
+        delay = retry_delay(RETRY_BACKOFF, failures)
         if self._goal is not None:
             self._hurry = anyio.Event()
-            delay = min(delay, LAST_AGAIN)
+            delay = min(delay, FINAL_RETRY_DELAY)
         await self._clock.wait(self._hurry, self._clock.monotonic() + delay)
 
     async def _count(self, goal: int) -> int:
@@ -280,7 +286,7 @@ class Feeder:
             async for record in records:
                 if record.position > goal:
                     break
-                left += sum(self._outlet.wants(event, self._run) for event in record.events)
+                left += sum(self._subscriber.wants(event, self._run) for event in record.events)
                 if record.position == goal:
                     break
         return left
@@ -313,8 +319,8 @@ class _StoreFailed(Exception):
         self.error = error
 
 
-def _told(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     told = str(error) if isinstance(error, CouncilError) else f"{type(error).__name__}: {error}"
-    return " ".join(told.split())[:_LONGEST_REASON]
+    return " ".join(told.split())[:_MAX_REASON_LENGTH]

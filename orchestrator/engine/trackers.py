@@ -11,17 +11,19 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import TrackedTask, Tracker
 
 #: Seconds that a tracker may take.
-LIMIT = 60.0
+FETCH_TIMEOUT = 60.0
 
-Open = Callable[[], AbstractAsyncContextManager[Tracker]]
+OpenTracker = Callable[[], AbstractAsyncContextManager[Tracker]]
 
 
-async def ask_trackers(trackers: Mapping[str, Open], limit: float = LIMIT) -> dict[str, Sequence[TrackedTask]]:
+async def fetch_tracked_tasks(
+    trackers: Mapping[str, OpenTracker], limit: float = FETCH_TIMEOUT
+) -> dict[str, Sequence[TrackedTask]]:
     """Return the open tasks of each tracker by its name; RefusedError if one can't tell them."""
-    return {name: await _ask(name, tracker, limit) for name, tracker in trackers.items()}
+    return {name: await _fetch(name, tracker, limit) for name, tracker in trackers.items()}
 
 
-async def _ask(name: str, opened: Open, limit: float) -> Sequence[TrackedTask]:
+async def _fetch(name: str, opened: OpenTracker, limit: float) -> Sequence[TrackedTask]:
     remedy = "mend that, or take the tracker out of the file"
     try:
         with anyio.fail_after(limit):

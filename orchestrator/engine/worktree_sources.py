@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.config.model import WorktreesConfig
-from orchestrator.errors import RefusedError, refuse_together
+from orchestrator.errors import RefusedError, raise_combined_refusal
 from orchestrator.project import Project
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.source.checkout import LocalRepository
 from orchestrator.repo.worktrees.provisions import Provisions
 
-_Fault = tuple[str, str]
+_Problem = tuple[str, str]
 """What is wrong, and what to do."""
-_SEVERAL: Final = "mend these under `worktrees:`"
+_REMEDY: Final = "mend these under `worktrees:`"
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseCommit:
     """The branch that work starts from, and the commit or ref of it that `git` finds in its repository."""
 
     branch: str
@@ -28,8 +28,8 @@ class Base:
     git: Git
 
 
-async def check_sources(
-    worktrees: WorktreesConfig, base: Base, repository: LocalRepository | None, hidden: Sequence[Path]
+async def check_worktree_sources(
+    worktrees: WorktreesConfig, base: BaseCommit, repository: LocalRepository | None, hidden: Sequence[Path]
 ) -> None:
     """Refuse (RefusedError, with all that is wrong) worktrees that can't be made as they are configured.
 
@@ -37,27 +37,27 @@ async def check_sources(
     of `repository` and not in the base. Its last part may be a link: then it is what that leads to, wherever it is,
     unless it leads to `hidden`, to what is ours, or to what git itself works with. Folders before it may be no links.
     """
-    faults = list(_missing(worktrees, base.branch, await _kinds(base, _asked(worktrees))))
+    faults = list(_missing(worktrees, base.branch, await _object_types(base, _required_paths(worktrees))))
     if worktrees.copied or worktrees.linked:
         if repository is None or repository.top is None:
             remedy = "remove them, or set `repo` to a checkout"
             raise RefusedError("`worktrees.copy` and `worktrees.link` need a checkout, and there is none", remedy)
-        provisions = provisions_of(worktrees, repository.top, (*hidden, repository.git_dir))
+        provisions = make_provisions(worktrees, repository.top, (*hidden, repository.git_dir))
         found = await provisions.faults(base.commit, base.git, repr(base.branch))
         faults += [(fault.what, fault.remedy) for fault in found]
-    refuse_together(faults, _SEVERAL)
+    raise_combined_refusal(faults, _REMEDY)
 
 
-def provisions_of(worktrees: WorktreesConfig, top: Path, hidden: Iterable[Path]) -> Provisions:
+def make_provisions(worktrees: WorktreesConfig, top: Path, hidden: Iterable[Path]) -> Provisions:
     """Return what each worktree gets from the user's checkout at `top`; what is ours there is hidden, too."""
     return Provisions(top, worktrees.copied, worktrees.linked, (*hidden, Project(top).folder))
 
 
-def _asked(worktrees: WorktreesConfig) -> set[str]:
+def _required_paths(worktrees: WorktreesConfig) -> set[str]:
     return {*worktrees.sparse, *(path for step in worktrees.setup for path in step.inputs)}
 
 
-async def _kinds(base: Base, paths: set[str]) -> dict[str, str]:
+async def _object_types(base: BaseCommit, paths: set[str]) -> dict[str, str]:
     """Return `blob` or `tree` for each path that is in the base."""
     asked = sorted(paths)
     if not asked:
@@ -69,7 +69,7 @@ async def _kinds(base: Base, paths: set[str]) -> dict[str, str]:
     return {path: kind for path, kind in found if kind in {"blob", "tree"}}
 
 
-def _missing(worktrees: WorktreesConfig, branch: str, kinds: Mapping[str, str]) -> Iterator[_Fault]:
+def _missing(worktrees: WorktreesConfig, branch: str, kinds: Mapping[str, str]) -> Iterator[_Problem]:
     for path in worktrees.sparse:
         if kinds.get(path) != "tree":
             yield f"`worktrees.sparse`: there is no folder {path!r} in {branch!r}", "name folders that are committed"

@@ -11,18 +11,26 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.domain.scheduling.claims import Claim, Release, Standing, Verdict, may_take, should_try, tries_before
+from orchestrator.domain.scheduling.claims import (
+    Claim,
+    ClaimVerdict,
+    OwnerStatus,
+    ReleaseReason,
+    can_claim,
+    count_earlier_tries,
+    should_try,
+)
 from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
-from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
-from orchestrator.state.documents.shapes import readable
+from orchestrator.state.documents.shapes import filter_readable
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
 _KIND = "claim"
 
 #: Returns what a takeover must also write, by the guards of the claims and the name of who takes them.
-Also = Callable[[Sequence[Guard], str], Awaitable[Sequence[Write]]]
+TakeoverWrites = Callable[[Sequence[Guard], str], Awaitable[Sequence[Write]]]
 
 _log = logging.getLogger("orchestrator.claims")
 
@@ -35,11 +43,11 @@ def claim_key(run: str, task: str) -> Key:
 async def read_claims(store: Store, run: str) -> dict[str, Claim]:
     """Return the claims on a run's tasks, released ones too, by task."""
     found = await store.list(_KIND, f"{run}/")
-    return {one.key.id.partition("/")[2]: Claim.model_validate_json(one.encoded) for one in readable(found)}
+    return {one.key.id.partition("/")[2]: Claim.model_validate_json(one.encoded) for one in filter_readable(found)}
 
 
 @dataclass(frozen=True, slots=True)
-class Taking:
+class PlannedClaim:
     """A claim that is about to be taken: the write that a commit must have, and the guard of what follows it.
 
     That commit itself is guarded by the orchestrator's own record, so that none is taken by one that is over.
@@ -53,23 +61,23 @@ class Taking:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldBy:
+class ClaimHolder:
     """A claim that can't be taken, and how its owner stands; None where that is not known."""
 
     claim: Claim
-    standing: Standing | None
+    standing: OwnerStatus | None
 
 
 class Claims:
     """What one orchestrator has claimed of its run. Its tasks plan for the same task of the run one at a time."""
 
-    def __init__(self, store: Store, clock: Clock, orchestrators: Orchestrators) -> None:
+    def __init__(self, store: Store, clock: Clock, orchestrators: RunMembership) -> None:
         self._store, self._clock, self._others = store, clock, orchestrators
         self._held: dict[str, Guard] = {}
         self._claims: dict[str, Claim] = {}
         self._owners: dict[str, tuple[int, str | None]] = {}
         """By task: the version of a claim, and whose it was in that, or that it was released."""
-        self._strays: dict[str, int] = {}
+        self._unrecorded: dict[str, int] = {}
         """Claims that were ours at the last sweep without our knowing of them, and their versions."""
 
     def __contains__(self, task: str) -> bool:
@@ -88,7 +96,7 @@ class Claims:
         """Return the claim on a task, whoever has it; None where there is none that can be read."""
         return _read(await self._store.get(claim_key(self._others.run, task)))
 
-    async def verdict(self, task: str, *, ignored: str | None = None) -> Verdict:
+    async def verdict(self, task: str, *, ignored: str | None = None) -> ClaimVerdict:
         """Return whether a task should be tried now."""
         try:
             _, claim, holder = await self._look(task)
@@ -97,7 +105,7 @@ class Claims:
             raise
         return should_try(claim, holder, self._others.timing, ignored=ignored)
 
-    async def _look(self, task: str) -> tuple[int, Claim | None, Standing | None]:
+    async def _look(self, task: str) -> tuple[int, Claim | None, OwnerStatus | None]:
         """Return the version of a claim, the claim, and how its owner stands."""
         document = await self._store.get(claim_key(self._others.run, task))
         version, claim = 0 if document is None else document.version, _read(document)
@@ -105,12 +113,12 @@ class Claims:
             return version, claim, None
         if claim.owner.id == self._others.me.id and task not in self._held:
             # It was committed, and we never learned of that: nothing has been done under it.
-            return version, claim.model_copy(update={"released": Release.ABANDONED}), None
-        return version, claim, await self._others.standing_of(claim.owner.id)
+            return version, claim.model_copy(update={"released": ReleaseReason.ABANDONED}), None
+        return version, claim, await self._others.read_liveness(claim.owner.id)
 
     async def plan(
         self, task: str, *, override: bool = False, is_asked: bool = False, retries: int | None = None
-    ) -> Taking | HeldBy:
+    ) -> PlannedClaim | ClaimHolder:
         """Return what it takes to claim a task, or who has it; `took` is to follow once that is committed.
 
         From one that is gone this takes the one task, and does not say of it that it is over, as `sweep` does.
@@ -119,19 +127,19 @@ class Claims:
         """
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
-        if not may_take(before, self._others.me, holder, override=override, is_asked=is_asked):
+        if not can_claim(before, self._others.me, holder, override=override, is_asked=is_asked):
             assert before is not None, "what nobody has is free"  # noqa: S101
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
-            return HeldBy(before, holder)
-        count = tries_before(before) if retries is None else retries
+            return ClaimHolder(before, holder)
+        count = count_earlier_tries(before) if retries is None else retries
         claim = Claim(owner=self._others.me, epoch=version + 1, since=self._clock.now(), retries=count)
         is_takeover = before is not None and before.released is None
-        return Taking(
+        return PlannedClaim(
             Write(key, version, claim.model_dump(mode="json")), Guard(key, version + 1), claim, is_takeover=is_takeover
         )
 
-    def took(self, task: str, taking: Taking) -> None:
+    def mark_claimed(self, task: str, taking: PlannedClaim) -> None:
         """A claim that was planned is committed."""
         known = self._held.get(task)
         if known is not None and known.epoch >= taking.guard.epoch:
@@ -140,14 +148,14 @@ class Claims:
         self._others.count(claims=1, retries=int(taking.claim.retries > 0), takeovers=int(taking.is_takeover))
         _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, taking.guard.epoch)
 
-    async def claim(self, task: str, *, override: bool = False, is_asked: bool = False) -> Guard | HeldBy:
+    async def claim(self, task: str, *, override: bool = False, is_asked: bool = False) -> Guard | ClaimHolder:
         """Claim a task by itself; what is written about it from then on is to carry the guard.
 
         Whether anything is left to do is to be read only then: it may have been done since it was last looked at.
         """
         while True:
             planned = await self.plan(task, override=override, is_asked=is_asked)
-            if isinstance(planned, HeldBy):
+            if isinstance(planned, ClaimHolder):
                 return planned
             facts = {"run": self._others.run, "task": task, "owner": self._others.me.id, "epoch": planned.claim.epoch}
             try:
@@ -157,11 +165,11 @@ class Claims:
             except CouncilError as error:
                 _log.warning("claim failed: run %s, task %s: %s", self._others.run, task, error)
                 raise
-            self.took(task, planned)
+            self.mark_claimed(task, planned)
             return planned.guard
 
     def ending(
-        self, task: str, how: Release, reason: str | None, *, counts: bool = False, afresh: bool = False
+        self, task: str, how: ReleaseReason, reason: str | None, *, counts: bool = False, afresh: bool = False
     ) -> Write:
         """Return the write that releases a claim of ours; `released` is to follow once it is committed.
 
@@ -187,7 +195,7 @@ class Claims:
         _log.warning("claim lost: run %s, task %s was taken over", self._others.run, task)
         self.released(task)
 
-    async def release(self, task: str, how: Release, reason: str | None = None, *, counts: bool = False) -> None:
+    async def release(self, task: str, how: ReleaseReason, reason: str | None = None, *, counts: bool = False) -> None:
         """Release a claim by itself. LeaseLost where somebody else has it by now; with any other error it is kept."""
         guard = self._held.get(task)
         if guard is None:
@@ -224,7 +232,7 @@ class Claims:
         claim = await self.read(task)
         return None if claim is None else claim.epoch
 
-    async def sweep(self, *, counts: bool = True, also: Also | None = None) -> Mapping[str, str]:
+    async def sweep(self, *, counts: bool = True, also: TakeoverWrites | None = None) -> Mapping[str, str]:
         """Take over all claims of orchestrators that are gone: they are ours then, each by the name of whose it was.
 
         `also` returns what else is written with the claims, by their guards and our name. `counts` says that each is a
@@ -240,12 +248,12 @@ class Claims:
         taken: dict[str, str] = {}
         for name, theirs in left.items():
             # Who has ended may have claimed something after it was last looked at what it has.
-            if name in gone or await self._others.standing_of(name) is Standing.ENDED:
+            if name in gone or await self._others.read_liveness(name) is OwnerStatus.ENDED:
                 fence = [self._others.ending(*gone[name])] if name in gone else []
-                why = self._others.why_gone(*gone[name][1:]) if name in gone else "it left the run"
+                why = self._others.describe_loss(*gone[name][1:]) if name in gone else "it left the run"
                 taken |= dict.fromkeys(await self._take_over(name, why, theirs, fence, also, counts=counts), name)
-        strays = {task: document for task, document in ours.items() if self._strays.get(task) == document.version}
-        self._strays = {task: document.version for task, document in ours.items()}
+        strays = {task: document for task, document in ours.items() if self._unrecorded.get(task) == document.version}
+        self._unrecorded = {task: document.version for task, document in ours.items()}
         if strays:
             name = self._others.me.id
             why = "its claims were not recorded here"
@@ -274,13 +282,14 @@ class Claims:
         why: str,
         claims: Mapping[str, Document],
         fence: Sequence[Write],
-        also: Also | None,
+        also: TakeoverWrites | None,
         *,
         counts: bool,
     ) -> list[str]:
         is_takeover = name != self._others.me.id
         takings = {
-            task: self._taking(document, counts=counts, is_takeover=is_takeover) for task, document in claims.items()
+            task: self._plan_takeover(document, counts=counts, is_takeover=is_takeover)
+            for task, document in claims.items()
         }
         tasks = sorted(takings)
         facts = {"run": self._others.run, "orchestrator": name, "reason": why, "count": len(tasks), "tasks": tasks}
@@ -296,16 +305,16 @@ class Claims:
             raise
         failpoint("claims.swept")
         for task in tasks:
-            self.took(task, takings[task])
+            self.mark_claimed(task, takings[task])
         _log.info("claims swept: run %s, %d of %s: %s", self._others.run, len(tasks), name, ", ".join(tasks) or "none")
         return tasks
 
-    def _taking(self, document: Document, *, counts: bool, is_takeover: bool) -> Taking:
+    def _plan_takeover(self, document: Document, *, counts: bool, is_takeover: bool) -> PlannedClaim:
         claim, epoch = Claim.model_validate_json(document.encoded), document.version + 1
         changes = {"owner": self._others.me, "epoch": epoch, "since": self._clock.now()}
         after = claim.model_copy(update={**changes, "retries": claim.retries + int(counts)})
         write = Write(document.key, document.version, after.model_dump(mode="json"))
-        return Taking(write, Guard(document.key, epoch), after, is_takeover=is_takeover)
+        return PlannedClaim(write, Guard(document.key, epoch), after, is_takeover=is_takeover)
 
 
 def _read(document: Document | None) -> Claim | None:

@@ -23,23 +23,23 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.deadlocks import Wait, deadlock_of, merged
-from orchestrator.errors import CouncilError, FileHeld, LockRefused, RefusedError
-from orchestrator.locking.lock_names import canonical, folds_case, lock_name
-from orchestrator.locking.marks import Mark, all_marks, marked
+from orchestrator.domain.scheduling.deadlocks import LockWait, find_deadlock, merge_waits
+from orchestrator.errors import CouncilError, FileLocked, LockUnavailable, RefusedError
+from orchestrator.locking.lock_names import canonical_path, folds_case, lock_name
+from orchestrator.locking.marks import LockMarker, hold_marker, list_markers
 from orchestrator.system.clock import Clock
-from orchestrator.system.file_lock import FileLock, HeldLock, Mode, Signature
-from orchestrator.system.resources import read_facts
+from orchestrator.system.file_lock import FileLock, FileLockMode, HeldLock, LockHolder
+from orchestrator.system.resources import read_resources
 
 #: Seconds that a file is waited for.
-TIMEOUT: Final = 5.0
+FILE_LOCK_TIMEOUT: Final = 5.0
 
 #: Seconds between two looks for a circle: of two that begin to wait at once, neither may have seen the other.
 _LOOK: Final = 0.25
 
 _LOCK, _GATE = ".lock", ".gate"
 #: Of how many files at most it is kept what their locks are called.
-_MOST_KNOWN: Final = 10_000
+_MAX_CACHED: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class FileLockRecord:
     id: str
     path: str
     """Relative to the top of the repository, in the one spelling that the lock is known by."""
-    mode: Mode
+    mode: FileLockMode
     owner: str
     """The session, as `<run>/<task>.<attempt>`."""
     since: float
@@ -64,15 +64,15 @@ class FileLockRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _HeldFileLock:
     record: FileLockRecord
     lock: HeldLock
-    mark: Mark | None
+    mark: LockMarker | None
     """Of one that is shared: its lock file has no room for all that share it."""
 
     def release(self) -> None:
         if self.mark is None:
-            self.lock.sign(None)
+            self.lock.write_holder(None)
         self.lock.release()
         if self.mark is not None:
             self.mark.drop()
@@ -82,9 +82,9 @@ class _Held:
 _RESERVE: Final = 512
 
 
-def _check_room(count: int) -> None:
+def _check_descriptors(count: int) -> None:
     """Refuse so many locks where this process would have too few descriptors left. Blocks."""
-    facts = read_facts()
+    facts = read_resources()
     if count and facts.descriptor_limit is not None:
         left = facts.descriptor_limit - facts.descriptors_open
         if left < count + min(_RESERVE, facts.descriptor_limit // 2):
@@ -97,7 +97,7 @@ class FileLocks:
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder, self._clock = folder, clock
-        self._held: dict[SessionName, dict[str, _Held]] = {}
+        self._held: dict[SessionName, dict[str, _HeldFileLock]] = {}
         self._asked: set[tuple[SessionName, str]] = set()
         self._known: dict[str, tuple[FileLock, FileLock]] = {}
 
@@ -107,9 +107,9 @@ class FileLocks:
         paths: Sequence[str],
         *,
         shared: bool = False,
-        timeout: float = TIMEOUT,  # noqa: ASYNC109  it raises FileHeld
+        timeout: float = FILE_LOCK_TIMEOUT,  # noqa: ASYNC109  it raises FileHeld
         top: Path | None = None,
-        also: Callable[[], Awaitable[Mapping[str, Wait]]] | None = None,
+        also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None = None,
     ) -> Sequence[FileLockRecord]:
         """Lock files for a session, all or none, and return the records; `timeout` is in seconds, 0 only tries.
 
@@ -119,15 +119,15 @@ class FileLocks:
         in a circle, of which this one began to wait last; `also` returns what they wait for besides files. A cancelled
         call has locked nothing.
         """
-        await anyio.to_thread.run_sync(_check_room, len(paths))
+        await anyio.to_thread.run_sync(_check_descriptors, len(paths))
         wanted = self._wanted(session, paths, top)
         self._asked |= {(session, path) for path in wanted}
         try:
             with ExitStack() as releases:
-                taken: dict[str, _Held] = {}
+                taken: dict[str, _HeldFileLock] = {}
                 until = anyio.current_time() + timeout
                 for path in wanted:
-                    held = self._take_now(session, path, shared=shared)
+                    held = self._try_acquire(session, path, shared=shared)
                     if held is None and timeout > 0:
                         held = await self._wait_until(until, session, path, shared=shared, also=also)
                     if held is None:
@@ -162,7 +162,7 @@ class FileLocks:
         return folds_case(self._folder)
 
     def _canonical(self, path: str, top: Path | None) -> str:
-        return canonical(path, top, folds_case=self._folds_case)
+        return canonical_path(path, top, folds_case=self._folds_case)
 
     def _wanted(self, session: SessionName, paths: Sequence[str], top: Path | None) -> list[str]:
         wanted = sorted({self._canonical(path, top) for path in paths})
@@ -173,22 +173,22 @@ class FileLocks:
                 raise RefusedError(f"{session} is waiting for {path} already", "wait for that, or cancel it first")
         return wanted
 
-    def _take_now(self, session: SessionName, path: str, *, shared: bool) -> _Held | None:
+    def _try_acquire(self, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock | None:
         """Take a lock that nobody holds or waits for; None if somebody does."""
         # On the loop: what has not to wait costs less than handing it to a thread.
         gate, lock = self._locks_of(path)
-        passing = gate.take_now()
+        passing = gate.try_acquire()
         if passing is None:
             return None
         try:
-            taken = lock.take_now(shared=shared)
+            taken = lock.try_acquire(shared=shared)
         finally:
             passing.release()
         return None if taken is None else self._signed(taken, session, path, shared=shared)
 
-    async def waits(self) -> dict[str, Wait]:
+    async def waits(self) -> dict[str, LockWait]:
         """Return which sessions wait for files, of this and of other processes, and for whom."""
-        return waits_of(await anyio.to_thread.run_sync(records, self._folder))
+        return find_waits(await anyio.to_thread.run_sync(list_file_locks, self._folder))
 
     async def _wait_until(
         self,
@@ -197,17 +197,19 @@ class FileLocks:
         path: str,
         *,
         shared: bool,
-        also: Callable[[], Awaitable[Mapping[str, Wait]]] | None,
-    ) -> _Held | None:
+        also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None,
+    ) -> _HeldFileLock | None:
         """Return the lock once it is had; None where the time is over. LockRefused where it would never be."""
-        held: _Held | None = None
+        held: _HeldFileLock | None = None
         circle: str | None = None
         failure: CouncilError | OSError | None = None
 
         async def look(scope: anyio.CancelScope) -> None:
             nonlocal circle
             while True:
-                circle = deadlock_of(str(session), merged(await self.waits(), {} if also is None else await also()))
+                circle = find_deadlock(
+                    str(session), merge_waits(await self.waits(), {} if also is None else await also())
+                )
                 if circle is not None:
                     scope.cancel()
                     return
@@ -229,12 +231,12 @@ class FileLocks:
         if failure is not None:
             raise failure
         if held is None and circle is not None:
-            raise LockRefused(path, f"waiting for it would never end: {circle}", "unlock something, and ask again")
+            raise LockUnavailable(path, f"waiting for it would never end: {circle}", "unlock something, and ask again")
         return held
 
-    async def _wait(self, session: SessionName, path: str, *, shared: bool) -> _Held:
+    async def _wait(self, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
         gate, lock = self._locks_of(path)
-        with marked(self._folder, "waits", self._signature(session, path, shared=shared)):
+        with hold_marker(self._folder, "waits", self._signature(session, path, shared=shared)):
             passing = await gate.take()
             try:
                 taken = await lock.take(shared=shared)
@@ -242,13 +244,13 @@ class FileLocks:
                 passing.release()
         return self._signed(taken, session, path, shared=shared)
 
-    def _signed(self, lock: HeldLock, session: SessionName, path: str, *, shared: bool) -> _Held:
+    def _signed(self, lock: HeldLock, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
         signature = self._signature(session, path, shared=shared)
         if not shared:
-            lock.sign(signature)
-            return _Held(_record(signature), lock, None)
+            lock.write_holder(signature)
+            return _HeldFileLock(_record(signature), lock, None)
         try:
-            return _Held(_record(signature), lock, Mark(self._folder, "shares", signature))
+            return _HeldFileLock(_record(signature), lock, LockMarker(self._folder, "shares", signature))
         except BaseException:
             lock.release()
             raise
@@ -256,21 +258,21 @@ class FileLocks:
     def _locks_of(self, path: str) -> tuple[FileLock, FileLock]:
         """Return the gate and the lock of a file."""
         if (known := self._known.get(path)) is None:
-            if len(self._known) >= _MOST_KNOWN:
+            if len(self._known) >= _MAX_CACHED:
                 self._known.clear()
             name = lock_name(path)
             known = FileLock(self._folder / f"{name}{_GATE}"), FileLock(self._folder / f"{name}{_LOCK}")
             self._known[path] = known
         return known
 
-    def _signature(self, session: SessionName, path: str, *, shared: bool) -> Signature:
-        return Signature.now(self._clock.now(), "shared" if shared else "exclusive", str(session), path)
+    def _signature(self, session: SessionName, path: str, *, shared: bool) -> LockHolder:
+        return LockHolder.now(self._clock.now(), "shared" if shared else "exclusive", str(session), path)
 
-    def _refusal(self, path: str) -> FileHeld:
-        for one in records(self._folder, lock_name(path)):
+    def _refusal(self, path: str) -> FileLocked:
+        for one in list_file_locks(self._folder, lock_name(path)):
             if one.path == path and one.state == "held":
-                return FileHeld(path, f"{one.owner} (process {one.pid})", one.since)
-        return FileHeld(path, "somebody who has not signed it", None)
+                return FileLocked(path, f"{one.owner} (process {one.pid})", one.since)
+        return FileLocked(path, "somebody who has not signed it", None)
 
     def _give_back(self, session: SessionName, paths: Iterable[str]) -> int:
         held = self._held.get(session, {})
@@ -282,9 +284,9 @@ class FileLocks:
         return len(given)
 
 
-def waits_of(found: Sequence[FileLockRecord]) -> dict[str, Wait]:
+def find_waits(found: Sequence[FileLockRecord]) -> dict[str, LockWait]:
     """Return who waits for whom: for holders, and for waiters that came before, unless both share the lock."""
-    waits: dict[str, Wait] = {}
+    waits: dict[str, LockWait] = {}
     for one in found:
         if one.state == "waiting":
             before = (other for other in found if other.path == one.path and other.owner != one.owner)
@@ -294,28 +296,28 @@ def waits_of(found: Sequence[FileLockRecord]) -> dict[str, Wait]:
                 if "exclusive" in (one.mode, other.mode)
                 and (other.state == "held" or (other.since, other.id) < (one.since, one.id))
             }
-            waits = merged(waits, {one.owner: Wait(one.since, one.path, blockers)})
+            waits = merge_waits(waits, {one.owner: LockWait(one.since, one.path, blockers)})
     return waits
 
 
-def records(folder: Path, name: str = "*") -> list[FileLockRecord]:
+def list_file_locks(folder: Path, name: str = "*") -> list[FileLockRecord]:
     """Return all file locks of a folder, held and waited for, the oldest first; of one lock by its `lock_name`.
 
     Any process can look. Whoever only tries to take a lock at that moment may find it held.
     """
-    found = [_record(one.signature, "held" if one.kind == "shares" else "waiting") for one in all_marks(folder)]
+    found = [_record(one.signature, "held" if one.kind == "shares" else "waiting") for one in list_markers(folder)]
     for path in folder.glob(f"{name}{_LOCK}"):
-        signature = Signature.read(path)
+        signature = LockHolder.read(path)
         if signature is None:  # nobody has it alone
             continue
-        if (free := FileLock(path).take_now(shared=True)) is not None:
+        if (free := FileLock(path).try_acquire(shared=True)) is not None:
             free.release()  # its process died with it
         else:
             found.append(_record(signature))
     return sorted(found, key=lambda one: (one.since, one.path, one.owner))
 
 
-def _record(signature: Signature, state: Literal["held", "waiting"] = "held") -> FileLockRecord:
+def _record(signature: LockHolder, state: Literal["held", "waiting"] = "held") -> FileLockRecord:
     return FileLockRecord(
         signature.id, signature.subject, signature.mode, signature.owner, signature.since, signature.pid, state
     )

@@ -8,12 +8,12 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.domain.scheduling.claims import Owner
+from orchestrator.domain.scheduling.claims import OrchestratorIdentity
 from orchestrator.system.file_lock import FileLock, is_held
 
 
 @dataclass(frozen=True, slots=True)
-class LifeLocks:
+class LivenessLocks:
     """The locks of a hub's orchestrators, each held by its process and by the git commands that this started."""
 
     folder: Path
@@ -22,7 +22,7 @@ class LifeLocks:
         """Return the lock of one, by its run and its name in that."""
         return FileLock(self.folder / f"run-{run}.{orchestrator}")
 
-    async def is_dead(self, run: str, owner: Owner) -> bool:
+    async def is_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
         """Whether it is proven that an orchestrator has ended, and all git commands of it have."""
         lock = self.of(run, owner.id)
         # Without it, it is of another machine, though that may have the same name.
@@ -32,7 +32,7 @@ class LifeLocks:
         """Return the held locks of a run's orchestrators."""
         return [FileLock(path) for path in await anyio.to_thread.run_sync(self._held, run)]
 
-    async def living(self, run: str) -> frozenset[str]:
+    async def list_alive(self, run: str) -> frozenset[str]:
         """Return the ids of a run's orchestrators on this machine whose process, or a git command of it, runs."""
         found = await anyio.to_thread.run_sync(self._held, run)
         return frozenset(path.name.removeprefix(f"run-{run}.") for path in found)

@@ -23,7 +23,7 @@ _READABLE: Final = 80
 _ODD: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 
-def canonical(path: str, top: Path | None = None, *, folds_case: bool = False) -> str:
+def canonical_path(path: str, top: Path | None = None, *, folds_case: bool = False) -> str:
     """Return the one path of a file, relative to the top of the repository; RefusedError for one outside of it.
 
     `path` is relative to `top`, or absolute within it. Without `top` there are no links to follow: `..` takes a segment

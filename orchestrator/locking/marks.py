@@ -12,35 +12,35 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from orchestrator.system.file_lock import FileLock, Signature
+from orchestrator.system.file_lock import FileLock, LockHolder
 
-Kind = Literal["shares", "waits"]
+MarkerKind = Literal["shares", "waits"]
 
 #: More than it takes to make a mark, by far.
 _SECONDS_TO_MAKE: Final = 60.0
 
 
-class Found(NamedTuple):
+class LiveMarker(NamedTuple):
     """A mark of somebody who lives."""
 
-    kind: Kind
-    signature: Signature
+    kind: MarkerKind
+    signature: LockHolder
 
 
-class Mark:
+class LockMarker:
     """A mark that is there until it is dropped."""
 
-    def __init__(self, folder: Path, kind: Kind, signature: Signature) -> None:
+    def __init__(self, folder: Path, kind: MarkerKind, signature: LockHolder) -> None:
         """Make a mark; OSError if that can't be done."""
         self._path = folder / f"{signature.id}.{kind}"
         made = folder / f"{signature.id}.new"
-        lock = FileLock(made).take_now()
+        lock = FileLock(made).try_acquire()
         assert lock is not None, "nobody else knows of it"  # noqa: S101  its name is new
         self._lock = lock
         with ExitStack() as stack:
             stack.callback(lock.release)
             stack.callback(made.unlink, missing_ok=True)
-            lock.sign(signature)
+            lock.write_holder(signature)
             made.rename(self._path)  # from now on it can be found, and is locked already
             stack.pop_all()
 
@@ -51,27 +51,27 @@ class Mark:
 
 
 @contextmanager
-def marked(folder: Path, kind: Kind, signature: Signature) -> Iterator[None]:
+def hold_marker(folder: Path, kind: MarkerKind, signature: LockHolder) -> Iterator[None]:
     """Have a mark for the body."""
-    mark = Mark(folder, kind, signature)
+    mark = LockMarker(folder, kind, signature)
     try:
         yield
     finally:
         mark.drop()
 
 
-def all_marks(folder: Path) -> Iterator[Found]:
+def list_markers(folder: Path) -> Iterator[LiveMarker]:
     """Yield the marks of those who live, and remove what others left."""
-    kinds: tuple[Kind, Kind] = ("shares", "waits")
+    kinds: tuple[MarkerKind, MarkerKind] = ("shares", "waits")
     for kind in kinds:
         for path in sorted(folder.glob(f"*.{kind}")):
-            signature = Signature.read(path)
+            signature = LockHolder.read(path)
             # Shared, or two that look at once would take each other for its maker.
-            if (left := FileLock(path).take_now(shared=True)) is not None:
+            if (left := FileLock(path).try_acquire(shared=True)) is not None:
                 path.unlink(missing_ok=True)
                 left.release()
             elif signature is not None:
-                yield Found(kind, signature)
+                yield LiveMarker(kind, signature)
     for path in folder.glob("*.new"):
         _remove_old(path)
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import anyio
 
-from orchestrator.domain.scheduling.claims import MergeLease, MergeParty, Standing
+from orchestrator.domain.scheduling.claims import MergeLease, MergeParticipant, OwnerStatus
 from orchestrator.errors import StoreUnavailable, VersionConflict
-from orchestrator.locking.orchestrators import Orchestrators
-from orchestrator.locking.registry import scope_of
+from orchestrator.locking.orchestrators import RunMembership
+from orchestrator.locking.registry import ownership_scope
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
-from orchestrator.state.documents.shapes import flaw_of, readable
+from orchestrator.state.documents.shapes import filter_readable, find_document_error
 from orchestrator.system.clock import Clock
 
 #: Seconds between two looks whether it is this one's turn: at first, and at last.
@@ -26,31 +26,31 @@ _PAUSES = (0.05, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class MergePermit:
-    """The right to land on a branch, as long as its guard holds; made by `MergePermits.hold` alone."""
+    """The right to land on a branch, as long as its guard holds; made by `MergePermitQueue.hold` alone."""
 
     scope: str
     guard: Guard
 
 
-def permit_key(scope: str) -> Key:
+def merge_lease_key(scope: str) -> Key:
     """Return the key of the lease on landing on a branch."""
     return Key("lease", f"merge/{scope}")
 
 
-async def read_leases(store: Store) -> dict[str, tuple[Document, MergeLease]]:
+async def read_merge_leases(store: Store) -> dict[str, tuple[Document, MergeLease]]:
     """Return all leases on landing with their documents, by scope."""
     found = await store.list("lease", "merge/")
-    return {one.key.id.partition("/")[2]: (one, MergeLease.model_validate(one.value)) for one in readable(found)}
+    return {one.key.id.partition("/")[2]: (one, MergeLease.model_validate(one.value)) for one in filter_readable(found)}
 
 
-class MergePermits:
+class MergePermitQueue:
     """The turns of one orchestrator to land on one branch."""
 
-    def __init__(self, store: Store, clock: Clock, orchestrators: Orchestrators, repository: str, target: str) -> None:
+    def __init__(self, store: Store, clock: Clock, orchestrators: RunMembership, repository: str, target: str) -> None:
         self._store, self._clock, self._others = store, clock, orchestrators
         self._blank = MergeLease(repository=repository, target=target)
-        self.scope = scope_of(repository, target)
-        self._key = permit_key(self.scope)
+        self.scope = ownership_scope(repository, target)
+        self._key = merge_lease_key(self.scope)
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[MergePermit]:
@@ -95,7 +95,7 @@ class MergePermits:
                 if not changes or await self._write(document, lease.model_copy(update=changes), is_guarded=False):
                     return
         except StoreUnavailable:
-            self._others.owe(self._leave_later)  # or all others wait for as long as this process lives
+            self._others.defer(self._leave_later)  # or all others wait for as long as this process lives
 
     async def _leave_later(self) -> None:
         turn = self._others.turn(f"merge/{self.scope}")
@@ -104,20 +104,21 @@ class MergePermits:
         async with turn:
             await self._leave()
 
-    def _party(self) -> MergeParty:
+    def _party(self) -> MergeParticipant:
         me = self._others.me
-        return MergeParty(id=me.id, host=me.host, pid=me.pid, run=self._others.run, since=self._clock.now())
+        return MergeParticipant(id=me.id, host=me.host, pid=me.pid, run=self._others.run, since=self._clock.now())
 
-    async def _is_gone(self, party: MergeParty) -> bool:
+    async def _is_gone(self, party: MergeParticipant) -> bool:
         return (
-            party.id == self._others.me.id or await self._others.standing_of(party.id, party.run) is not Standing.ALIVE
+            party.id == self._others.me.id
+            or await self._others.read_liveness(party.id, party.run) is not OwnerStatus.ALIVE
         )
 
     async def _read(self) -> tuple[Document | None, MergeLease]:
         document = await self._store.get(self._key)
         if document is None:
             return None, self._blank
-        if document.damaged or flaw_of(document) is not None:  # no epoch was ever higher than the version
+        if document.damaged or find_document_error(document) is not None:  # no epoch was ever higher than the version
             return document, self._blank.model_copy(update={"epoch": document.version})
         return document, MergeLease.model_validate_json(document.encoded)
 

@@ -17,12 +17,12 @@ from typing import Any, Final, Literal, get_args
 
 import anyio
 
-from orchestrator.domain.scheduling.deadlocks import Wait, deadlock_of, merged
-from orchestrator.errors import LockRefused, RefusedError, UnreadableDocument, VersionConflict
+from orchestrator.domain.scheduling.deadlocks import LockWait, find_deadlock, merge_waits
+from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import following
-from orchestrator.state.documents.shapes import LOCK, flaw_of, readable
-from orchestrator.state.documents.update import retried
+from orchestrator.state.documents.reading import follow_log
+from orchestrator.state.documents.shapes import LOCK_KIND, filter_readable, find_document_error
+from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.state.log.boot import boot_id
 from orchestrator.state.log.codec import MAX_TTL
 from orchestrator.system.clock import Clock
@@ -31,8 +31,8 @@ from orchestrator.system.process_table import start_ticks
 LockMode = Literal["read", "write"]
 
 #: Seconds until a lock ends by itself, and that it is waited for, unless the caller says otherwise.
-EXPIRY: Final = 30.0
-TIMEOUT: Final = 5.0
+DEFAULT_EXPIRY: Final = 30.0
+DEFAULT_TIMEOUT: Final = 5.0
 #: The longest time between two looks at a lock that is waited for: its holder may have died.
 _LOOK: Final = 0.5
 _TRIES: Final = 50
@@ -56,7 +56,7 @@ class LockInfo:
     started: int | None
 
     @property
-    def has_died(self) -> bool:
+    def is_process_dead(self) -> bool:
         """Whether its process is known to have ended: on this machine alone."""
         if self.host != socket.gethostname():
             return False
@@ -64,21 +64,21 @@ class LockInfo:
 
     def counts(self, now: float) -> bool:
         """Whether it still holds or waits."""
-        return now < self.expires_at and not self.has_died
+        return now < self.expires_at and not self.is_process_dead
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class _LockState:
     version: int = 0
     holders: tuple[LockInfo, ...] = ()
     waiters: tuple[LockInfo, ...] = ()
 
     @classmethod
-    def of(cls, found: Document | None, now: float) -> _State:
+    def of(cls, found: Document | None, now: float) -> _LockState:
         """Return what counts of a lock's document."""
         if found is None:
             return cls()
-        if (flaw := flaw_of(found)) is not None:
+        if (flaw := find_document_error(found)) is not None:
             raise UnreadableDocument(str(found.key), flaw)
         value: dict[str, Any] = found.value
         holders, waiters = (
@@ -110,8 +110,8 @@ class NamedLocks:
         *,
         mode: LockMode = "write",
         owner: str | None = None,
-        expiry: float = EXPIRY,
-        timeout: float = TIMEOUT,  # noqa: ASYNC109  it raises LockRefused
+        expiry: float = DEFAULT_EXPIRY,
+        timeout: float = DEFAULT_TIMEOUT,  # noqa: ASYNC109  it raises LockRefused
     ) -> LockInfo:
         """Take a lock, and return what was taken; `release` takes that.
 
@@ -133,39 +133,41 @@ class NamedLocks:
         try:
             while True:
                 position = await self._store.position()
-                state = await retried(lambda: self._try(wanted, expiry, waits=timeout > 0), _TRIES)
+                state = await retry_on_conflict(lambda: self._try(wanted, expiry, waits=timeout > 0), _TRIES)
                 taken = next((one for one in state.holders if one.id == wanted.id), None)
                 if taken is not None:
                     is_held = True
                     return taken
                 blockers = state.blockers(wanted)
-                circle = deadlock_of(who, await self._waits())
+                circle = find_deadlock(who, await self._waits())
                 if circle is not None:
-                    raise LockRefused(name, f"waiting for it would never end: {circle}", "release a lock, and retry")
+                    raise LockUnavailable(
+                        name, f"waiting for it would never end: {circle}", "release a lock, and retry"
+                    )
                 left = until - self._clock.monotonic()
                 if left <= 0:
                     raise _timed_out(name, blockers, timeout)
                 ends = min((one.expires_at for one in blockers), default=0.0) - self._clock.now()
-                await self._change(Key(LOCK, name), position, min(left, _LOOK, max(ends, 0.0)))
+                await self._change(Key(LOCK_KIND, name), position, min(left, _LOOK, max(ends, 0.0)))
         finally:
             if not is_held and timeout > 0:
                 with anyio.CancelScope(shield=True):
-                    await retried(lambda: self._drop(wanted), _TRIES)
+                    await retry_on_conflict(lambda: self._drop(wanted), _TRIES)
 
     async def release(self, lock: LockInfo) -> bool:
         """Release a lock; return whether it was held until now, and had not expired."""
-        return await retried(lambda: self._drop(lock), _TRIES)
+        return await retry_on_conflict(lambda: self._drop(lock), _TRIES)
 
     async def held(self) -> list[LockInfo]:
         """Return what is held, the oldest first."""
-        found = [_State.of(one, self._clock.now()) for one in readable(await self._store.list(LOCK))]
+        found = [_LockState.of(one, self._clock.now()) for one in filter_readable(await self._store.list(LOCK_KIND))]
         return sorted((one for state in found for one in state.holders), key=lambda one: (one.acquired_at, one.id))
 
     async def cleanup_expired(self) -> list[str]:
         """Delete what expired or dead owners left; return the names of the locks that this has freed."""
         freed = []
-        for one in readable(await self._store.list(LOCK)):
-            state = _State.of(one, self._clock.now())
+        for one in filter_readable(await self._store.list(LOCK_KIND)):
+            state = _LockState.of(one, self._clock.now())
             if len(state.holders) < len(one.value["holders"]) or not (state.holders or state.waiters):
                 try:
                     await self._write(one.key, state)
@@ -174,10 +176,10 @@ class NamedLocks:
                     continue
         return freed
 
-    async def _try(self, wanted: LockInfo, expiry: float, *, waits: bool) -> _State:
+    async def _try(self, wanted: LockInfo, expiry: float, *, waits: bool) -> _LockState:
         """Take a lock if it is free, else wait for it; return how it stands then."""
-        key, now = Key(LOCK, wanted.name), self._clock.now()
-        state = _State.of(await self._store.get(key), now)
+        key, now = Key(LOCK_KIND, wanted.name), self._clock.now()
+        state = _LockState.of(await self._store.get(key), now)
         if any(one.owner == wanted.owner for one in state.holders):
             remedy = "release it first; a read lock can't become a write lock while it is held"
             raise RefusedError(f"{wanted.owner} holds {wanted.name} already", remedy)
@@ -193,8 +195,8 @@ class NamedLocks:
         return after
 
     async def _drop(self, lock: LockInfo) -> bool:
-        key = Key(LOCK, lock.name)
-        state = _State.of(await self._store.get(key), self._clock.now())
+        key = Key(LOCK_KIND, lock.name)
+        state = _LockState.of(await self._store.get(key), self._clock.now())
         holders = tuple(one for one in state.holders if one.id != lock.id)
         waiters = tuple(one for one in state.waiters if one.id != lock.id)
         was_held = len(holders) < len(state.holders)
@@ -202,18 +204,18 @@ class NamedLocks:
             await self._write(key, replace(state, holders=holders, waiters=waiters))
         return was_held
 
-    async def _write(self, key: Key, state: _State) -> None:
+    async def _write(self, key: Key, state: _LockState) -> None:
         value = state.to_json() if state.holders or state.waiters else None
         await self._store.commit(Commit([Write(key, state.version, value)], durable=False))
 
-    async def _waits(self) -> dict[str, Wait]:
+    async def _waits(self) -> dict[str, LockWait]:
         """Return who waits for whom, over all locks."""
-        waits: dict[str, Wait] = {}
-        for found in readable(await self._store.list(LOCK)):
-            state = _State.of(found, self._clock.now())
+        waits: dict[str, LockWait] = {}
+        for found in filter_readable(await self._store.list(LOCK_KIND)):
+            state = _LockState.of(found, self._clock.now())
             for one in state.waiters:
                 blockers = {other.owner for other in state.blockers(one)}
-                waits = merged(waits, {one.owner: Wait(one.acquired_at, one.name, blockers)})
+                waits = merge_waits(waits, {one.owner: LockWait(one.acquired_at, one.name, blockers)})
         return waits
 
     async def _change(self, key: Key, position: int, seconds: float) -> None:
@@ -221,7 +223,7 @@ class NamedLocks:
         changed = anyio.Event()
 
         async def look() -> None:
-            async with aclosing(following(self._store, position)) as records:
+            async with aclosing(follow_log(self._store, position)) as records:
                 async for record in records:
                     if key in record.documents:
                         break
@@ -245,9 +247,9 @@ def _check(name: object, mode: object, owner: object, expiry: float, timeout: fl
         raise RefusedError(what, remedy)
 
 
-def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockRefused:
+def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockUnavailable:
     if not blockers:
-        return LockRefused(name, f"it was not free within {timeout:g} s", "try again")
+        return LockUnavailable(name, f"it was not free within {timeout:g} s", "try again")
     first = blockers[0]
     who = f"{first.owner} (process {first.pid} on {first.host}, mode {first.mode})"
-    return LockRefused(name, f"held by {who}, not free within {timeout:g} s", "wait longer, or release it there")
+    return LockUnavailable(name, f"held by {who}, not free within {timeout:g} s", "wait longer, or release it there")

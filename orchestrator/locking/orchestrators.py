@@ -17,8 +17,22 @@ from typing import NamedTuple
 import anyio
 from pydantic import ValidationError
 
-from orchestrator.domain.scheduling.claims import Counters, Orchestrator, Owner, Role, Standing, Timing, standing
-from orchestrator.errors import CouncilError, Fenced, UnreadableDocument, VersionConflict, mistake_of
+from orchestrator.domain.scheduling.claims import (
+    ClaimCounters,
+    ClaimTiming,
+    OrchestratorIdentity,
+    OrchestratorLease,
+    OwnerStatus,
+    Role,
+    judge_owner_status,
+)
+from orchestrator.errors import (
+    CouncilError,
+    OrchestratorFenced,
+    UnreadableDocument,
+    VersionConflict,
+    describe_validation_error,
+)
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.log.boot import boot_id
 from orchestrator.system.clock import Clock
@@ -27,7 +41,7 @@ from orchestrator.system.process_table import start_ticks
 _KIND = "orchestrator"
 
 #: For so many seconds a process that was not dead is taken not to be, without a look at it.
-_TRUSTED = 1.0
+_LIVENESS_CACHE_SECONDS = 1.0
 
 _log = logging.getLogger("orchestrator.claims")
 # Who wants to read it says so: without a handler, Python would print warnings to the terminal.
@@ -39,10 +53,10 @@ def orchestrator_key(run: str, orchestrator: str) -> Key:
     return Key(_KIND, f"{run}/{orchestrator}")
 
 
-def this_process(role: Role, *, shares: bool = True) -> Owner:
+def create_owner(role: Role, *, shares: bool = True) -> OrchestratorIdentity:
     """Return this process as an orchestrator under a new name; `shares` says whether others can be beside it."""
     host, pid = socket.gethostname(), os.getpid()
-    return Owner(
+    return OrchestratorIdentity(
         id=f"{host}-{pid}-{secrets.token_hex(3)}",
         host=host,
         boot=boot_id(),
@@ -53,23 +67,23 @@ def this_process(role: Role, *, shares: bool = True) -> Owner:
     )
 
 
-async def read_orchestrators(store: Store, run: str) -> dict[str, Orchestrator]:
+async def read_orchestrators(store: Store, run: str) -> dict[str, OrchestratorLease]:
     """Return the records of all that were ever at work in a run, by their names."""
     found = [_read(document) for document in await store.list(_KIND, f"{run}/")]
     return {one.owner.id: one for one in found if one is not None}
 
 
-def _read(document: Document | None) -> Orchestrator | None:
+def _read(document: Document | None) -> OrchestratorLease | None:
     """Return a record; None where there is none, or nobody knows what it is by now."""
     if document is None or document.damaged:
         return None
     try:
-        return Orchestrator.model_validate_json(document.encoded)
+        return OrchestratorLease.model_validate_json(document.encoded)
     except ValidationError as error:
-        raise UnreadableDocument(str(document.key), mistake_of(error)) from None
+        raise UnreadableDocument(str(document.key), describe_validation_error(error)) from None
 
 
-class _Seen(NamedTuple):
+class _Heartbeat(NamedTuple):
     """A sign of life: which, since when it is the last, and when that was last looked at (monotonic seconds)."""
 
     heartbeat: float
@@ -77,7 +91,7 @@ class _Seen(NamedTuple):
     looked: float
 
 
-class Orchestrators:
+class RunMembership:
     """Those of one run, as one of them, `me`, sees them."""
 
     def __init__(
@@ -85,22 +99,22 @@ class Orchestrators:
         store: Store,
         clock: Clock,
         run: str,
-        me: Owner,
-        timing: Timing,
-        is_dead: Callable[[str, Owner], Awaitable[bool]],
+        me: OrchestratorIdentity,
+        timing: ClaimTiming,
+        is_dead: Callable[[str, OrchestratorIdentity], Awaitable[bool]],
     ) -> None:
         """Take a run; `is_dead` tells whether a process is proven to have ended, by its run and itself."""
         self.run, self.me, self.timing = run, me, timing
-        self.counters = Counters()
+        self.counters = ClaimCounters()
         self.guard = Guard(orchestrator_key(run, me.id), 1)
         """What makes a commit refused once this orchestrator is taken for gone."""
         self._store, self._clock, self._is_dead = store, clock, is_dead
         self._version = 0
-        self._record: Orchestrator | None = None
+        self._record: OrchestratorLease | None = None
         self._writing = anyio.Lock()
         self._turns: dict[str, anyio.Lock] = {}
-        self._owed: list[Callable[[], Awaitable[None]]] = []
-        self._seen: dict[tuple[str, str], _Seen] = {}
+        self._deferred: list[Callable[[], Awaitable[None]]] = []
+        self._seen: dict[tuple[str, str], _Heartbeat] = {}
         """By run and name."""
         self._alive: dict[str, float] = {}
         """When a process was last asked for, and was not proven to have ended (monotonic seconds)."""
@@ -119,29 +133,29 @@ class Orchestrators:
         """Return what the tasks of this process take turns by at something that all of them do as this orchestrator."""
         return self._turns.setdefault(what, anyio.Lock())
 
-    def owe(self, what: Callable[[], Awaitable[None]]) -> None:
+    def defer(self, what: Callable[[], Awaitable[None]]) -> None:
         """Have something done with the next sign of life: the store could not be reached for it now."""
-        self._owed.append(what)
+        self._deferred.append(what)
 
-    def joining(self) -> Write:
+    def join_write(self) -> Write:
         """Return the write that makes this process one of them; `joined` is to follow."""
         now = self._clock.now()
         expires = now + self.timing.stale
-        self._record = Orchestrator(owner=self.me, epoch=1, since=now, heartbeat=now, expires=expires)
+        self._record = OrchestratorLease(owner=self.me, epoch=1, since=now, heartbeat=now, expires=expires)
         return Write(self.guard.key, 0, self._record.model_dump(mode="json"))
 
-    def joined(self) -> None:
+    def mark_joined(self) -> None:
         """The write of `joining` was committed."""
         self._version = 1
 
     async def join(self) -> None:
         """Become one of them."""
         try:
-            await self._store.commit(Commit([self.joining()]))
+            await self._store.commit(Commit([self.join_write()]))
         except VersionConflict:  # nobody else has this name: a commit that we never learned of has done it
             self._version = await self._own_version()
         else:
-            self.joined()
+            self.mark_joined()
 
     async def renew(self) -> None:
         """Give a sign of life for this orchestrator and all of its claims. Fenced where another took over."""
@@ -153,14 +167,14 @@ class Orchestrators:
             _log.warning("claim sync failed: run %s, %s: %s", self.run, self.me.id, error)
             raise
         _log.info("claims synced: run %s, %s", self.run, self.me.id)
-        while self._owed:
-            await self._owed.pop(0)()
+        while self._deferred:
+            await self._deferred.pop(0)()
 
     async def leave(self, reason: str | None = None) -> None:
         """Say that this orchestrator is at work no more, which holds no claims by then; nothing where it is fenced."""
         try:
             await self._write(ended=self._clock.now(), reason=reason, epoch=2)
-        except Fenced:
+        except OrchestratorFenced:
             return
 
     async def _write(self, **changes: object) -> None:
@@ -186,20 +200,20 @@ class Orchestrators:
             raise self._error(record)
         return found.version
 
-    async def fenced(self) -> Fenced | None:
+    async def find_fencing_error(self) -> OrchestratorFenced | None:
         """Return the error that says why this orchestrator may write nothing any more; None if it still may."""
         record = _read(await self._store.get(self.guard.key))
         return None if record is not None and record.epoch == self.guard.epoch else self._error(record)
 
-    def _error(self, record: Orchestrator | None) -> Fenced:
+    def _error(self, record: OrchestratorLease | None) -> OrchestratorFenced:
         why = "its record is gone" if record is None else record.reason or "it has said that it ended"
-        return Fenced(self.run, self.me.id, why)
+        return OrchestratorFenced(self.run, self.me.id, why)
 
-    async def all(self) -> dict[str, Orchestrator]:
+    async def all(self) -> dict[str, OrchestratorLease]:
         """Return the records of all that were ever at work in the run, by their names."""
         return await read_orchestrators(self._store, self.run)
 
-    async def unshared(self) -> Orchestrator | None:
+    async def find_exclusive_peer(self) -> OrchestratorLease | None:
         """Return one beside which this one can't be at work, as one of the two shares the run with nobody.
 
         Each looks when it has joined: of two who join at once, one at least sees the other.
@@ -208,79 +222,79 @@ class Orchestrators:
             is_me = one.owner.id == self.me.id
             if is_me or (one.owner.shares and self.me.shares):
                 continue
-            if await self.standing(one) is Standing.ALIVE:
+            if await self.standing(one) is OwnerStatus.ALIVE:
                 return one
         return None
 
-    async def has_precedence(self) -> bool:
+    async def is_outranked(self) -> bool:
         """Whether another process that is alive is to coordinate the run rather than this one, by their roles."""
         if self.me.role is Role.COORDINATOR:
             return False
         others = [one for one in (await self.all()).values() if one.owner.role is Role.COORDINATOR]
-        return any([await self.standing(one) is Standing.ALIVE for one in others])
+        return any([await self.standing(one) is OwnerStatus.ALIVE for one in others])
 
-    async def find(self, orchestrator: str, run: str | None = None) -> Orchestrator | None:
+    async def find(self, orchestrator: str, run: str | None = None) -> OrchestratorLease | None:
         """Return the record of one, of this run or another."""
         return _read(await self._store.get(orchestrator_key(run or self.run, orchestrator)))
 
-    async def standing_of(self, orchestrator: str, run: str | None = None) -> Standing:
+    async def read_liveness(self, orchestrator: str, run: str | None = None) -> OwnerStatus:
         """Return how one stands by its name; one without a record has ended."""
         found = await self.find(orchestrator, run)
-        return Standing.ENDED if found is None else await self.standing(found, run)
+        return OwnerStatus.ENDED if found is None else await self.standing(found, run)
 
-    async def standing(self, one: Orchestrator, run: str | None = None) -> Standing:
+    async def standing(self, one: OrchestratorLease, run: str | None = None) -> OwnerStatus:
         """Return how one stands."""
         if one.owner.id == self.me.id:
-            return Standing.ALIVE if one.ended is None else Standing.ENDED
+            return OwnerStatus.ALIVE if one.ended is None else OwnerStatus.ENDED
         is_here = (one.owner.host, one.owner.boot) == (self.me.host, self.me.boot)
         run = run or self.run
         # Nothing of a process outlives the machine's start; whose host has the same name is told by its lock.
         is_dead = one.ended is None and one.owner.host == self.me.host and await self._is_proven_dead(run, one.owner)
-        now, watched = self._clock.now(), self._watched(run, one)
-        return standing(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
+        now, watched = self._clock.now(), self._seconds_unchanged(run, one)
+        return judge_owner_status(one, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
 
-    async def _is_proven_dead(self, run: str, owner: Owner) -> bool:
+    async def _is_proven_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
         # As many tasks as somebody has claimed, as often it is asked how that one stands.
         now, asked = self._clock.monotonic(), self._alive.get(owner.id)
-        if asked is not None and now - asked < _TRUSTED:
+        if asked is not None and now - asked < _LIVENESS_CACHE_SECONDS:
             return False
         if await self._is_dead(run, owner):
             return True
         self._alive[owner.id] = now
         return False
 
-    def doubt(self, orchestrators: Iterable[str]) -> None:
+    def expire_liveness(self, orchestrators: Iterable[str]) -> None:
         """Have it be looked again, the next time that somebody asks, whether these are dead."""
         for one in orchestrators:
             self._alive.pop(one, None)
 
-    def _watched(self, run: str, one: Orchestrator) -> float:
+    def _seconds_unchanged(self, run: str, one: OrchestratorLease) -> float:
         """Return for how many seconds this has been seen to be its last sign of life, without a long look away."""
         now, seen = self._clock.monotonic(), self._seen.get((run, one.owner.id))
         # A process that was stopped, or a whole machine, has to look anew: so may have been the other.
         away = max(self.timing.stale, 2 * self.timing.sweep)
         is_new = seen is None or seen.heartbeat != one.heartbeat or now - seen.looked > away
         since = now if seen is None or is_new else seen.since
-        self._seen[run, one.owner.id] = _Seen(one.heartbeat, since, now)
+        self._seen[run, one.owner.id] = _Heartbeat(one.heartbeat, since, now)
         return now - since
 
-    async def gone(self) -> dict[str, tuple[Document, Orchestrator, Standing]]:
+    async def gone(self) -> dict[str, tuple[Document, OrchestratorLease, OwnerStatus]]:
         """Return those that are taken for gone and have not been told so yet."""
         self.count(sweeps=1)
-        found: dict[str, tuple[Document, Orchestrator, Standing]] = {}
+        found: dict[str, tuple[Document, OrchestratorLease, OwnerStatus]] = {}
         for document in await self._store.list(_KIND, f"{self.run}/"):
             one = _read(document)
-            if one is not None and (stands := await self.standing(one)) in {Standing.STALE, Standing.DEAD}:
+            if one is not None and (stands := await self.standing(one)) in {OwnerStatus.STALE, OwnerStatus.DEAD}:
                 found[one.owner.id] = (document, one, stands)
         return found
 
-    def why_gone(self, one: Orchestrator, stands: Standing) -> str:
+    def describe_loss(self, one: OrchestratorLease, stands: OwnerStatus) -> str:
         """Return why one is gone, in words."""
         silence = self._clock.now() - one.heartbeat
-        return "process exited" if stands is Standing.DEAD else f"no heartbeat for {silence:.0f} s"
+        return "process exited" if stands is OwnerStatus.DEAD else f"no heartbeat for {silence:.0f} s"
 
-    def ending(self, document: Document, one: Orchestrator, stands: Standing) -> Write:
+    def ending(self, document: Document, one: OrchestratorLease, stands: OwnerStatus) -> Write:
         """Return the write that fences one that is gone."""
-        reason = f"{self.me.id} took over: {self.why_gone(one, stands)}"
+        reason = f"{self.me.id} took over: {self.describe_loss(one, stands)}"
         changes = {"ended": self._clock.now(), "reason": reason, "epoch": one.epoch + 1}
         return Write(document.key, document.version, one.model_copy(update=changes).model_dump(mode="json"))

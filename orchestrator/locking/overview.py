@@ -16,19 +16,19 @@ from typing import Any, Final, Literal
 import anyio.to_thread
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.claims import MergeParty
-from orchestrator.domain.scheduling.holdings import Holding, counts
+from orchestrator.domain.scheduling.claims import MergeParticipant
+from orchestrator.domain.scheduling.holdings import PathOwnership, is_current
 from orchestrator.errors import RefusedError
-from orchestrator.locking.files import FileLockRecord, FileLocks, records
-from orchestrator.locking.merge_permit import permit_key, read_leases
-from orchestrator.locking.registry import KIND, claim_key
-from orchestrator.protocols import Commit, Event, JsonObject, Record, Store, Write
-from orchestrator.state.documents.shapes import readable
-from orchestrator.state.documents.update import retried
+from orchestrator.locking.files import FileLockRecord, FileLocks, list_file_locks
+from orchestrator.locking.merge_permit import merge_lease_key, read_merge_leases
+from orchestrator.locking.registry import OWNERSHIP_KIND, claim_key
+from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, Store, Write
+from orchestrator.state.documents.shapes import filter_readable
+from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.clock import Clock
 
 #: The event that tells everybody of a lock that a person broke.
-BROKEN: Final = "lock.broken"
+LOCK_BROKEN: Final = "lock.broken"
 
 _MERGE: Final = "merge/"
 
@@ -42,7 +42,7 @@ class LockLayer(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class LockUser:
+class LockParty:
     """Somebody who holds a lock, or waits for it."""
 
     owner: str
@@ -56,7 +56,7 @@ class LockUser:
 
 
 @dataclass(frozen=True, slots=True)
-class Lock:
+class LockStatus:
     """A lock with who holds it and who waits for it."""
 
     name: str
@@ -65,8 +65,8 @@ class Lock:
     what: tuple[str, ...]
     """The file, the patterns, or the target's scope."""
     mode: Literal["exclusive", "shared"]
-    holders: tuple[LockUser, ...]
-    waiters: tuple[LockUser, ...] = ()
+    holders: tuple[LockParty, ...]
+    waiters: tuple[LockParty, ...] = ()
     epoch: int | None = None
     """Of the claim that the ownership is part of, or of the merge permit."""
 
@@ -76,19 +76,19 @@ class Lock:
 
 
 @dataclass(frozen=True, slots=True)
-class Overview:
+class LockOverview:
     """Looks at all locks of a project: its store, and the folder of its file locks."""
 
     store: Store
     clock: Clock
     files: Path
 
-    async def locks(self) -> list[Lock]:
+    async def locks(self) -> list[LockStatus]:
         """Return all that is held or waited for: files, ownership, merge permits, each by age."""
-        found = await anyio.to_thread.run_sync(records, self.files)
+        found = await anyio.to_thread.run_sync(list_file_locks, self.files)
         return [*self._files(found), *await self._ownership(), *await self._merges()]
 
-    async def break_lock(self, name: str, reason: str) -> Lock:
+    async def break_lock(self, name: str, reason: str) -> LockStatus:
         """Take a lock away from whoever holds it, by its name; return it as it was. The reason is recorded.
 
         RefusedError where nobody holds it, and where only the process that does can give it back.
@@ -99,65 +99,65 @@ class Overview:
             if name.startswith(f"{LockLayer.FILE}/"):
                 listed = f"what a dead process had locked is free already, without breaking; {listed}"
             raise RefusedError(what, listed)
-        await retried(lambda: self._break(found, reason))
+        await retry_on_conflict(lambda: self._break(found, reason))
         return found
 
-    async def _break(self, lock: Lock, reason: str) -> None:
+    async def _break(self, lock: LockStatus, reason: str) -> None:
         holders = [one.owner for one in lock.holders]
         facts: JsonObject = {"name": lock.name, "layer": str(lock.layer), "what": list(lock.what), "holders": holders}
-        await self.store.commit(Commit(await self._writes(lock), [Event(BROKEN, {**facts, "reason": reason})]))
+        await self.store.commit(Commit(await self._writes(lock), [Event(LOCK_BROKEN, {**facts, "reason": reason})]))
 
-    async def _writes(self, lock: Lock) -> Sequence[Write]:
+    async def _writes(self, lock: LockStatus) -> Sequence[Write]:
         match lock.layer:
             case LockLayer.FILE:
                 return ()
             case LockLayer.OWNERSHIP:
                 holder = lock.holders[0].owner
-                found = [one for one in await self.store.list(KIND) if one.key.id.endswith(f"/{holder}")]
+                found = [one for one in await self.store.list(OWNERSHIP_KIND) if one.key.id.endswith(f"/{holder}")]
                 # It stays on record without them: what it once had would count where what it changed is to land.
-                left = {one.key: Holding.from_json(one.value).taken_away() for one in found}
+                left = {one.key: PathOwnership.from_json(one.value).without_patterns() for one in found}
                 return [Write(one.key, one.version, left[one.key].to_json()) for one in found]
             case LockLayer.MERGE:
-                document, lease = (await read_leases(self.store))[lock.name.removeprefix(_MERGE)]
+                document, lease = (await read_merge_leases(self.store))[lock.name.removeprefix(_MERGE)]
                 freed = lease.model_copy(update={"epoch": lease.epoch + 1, "holder": None})
                 return [Write(document.key, document.version, freed.model_dump(mode="json"))]
 
-    def _files(self, found: Sequence[FileLockRecord]) -> list[Lock]:
-        locks: dict[str, Lock] = {}
+    def _files(self, found: Sequence[FileLockRecord]) -> list[LockStatus]:
+        locks: dict[str, LockStatus] = {}
         for one in found:
             user = self._user(one.owner, one.since)
             name = f"{LockLayer.FILE}/{one.path}"
-            known = locks.get(one.path) or Lock(name, LockLayer.FILE, (one.path,), one.mode, ())
+            known = locks.get(one.path) or LockStatus(name, LockLayer.FILE, (one.path,), one.mode, ())
             if one.state == "held":
                 locks[one.path] = replace(known, mode=one.mode, holders=(*known.holders, user))
             else:
                 locks[one.path] = replace(known, waiters=(*known.waiters, user))
         return list(locks.values())
 
-    async def _ownership(self) -> list[Lock]:
-        live: list[Holding] = []
-        for document in readable(await self.store.list(KIND)):
+    async def _ownership(self) -> list[LockStatus]:
+        live: list[PathOwnership] = []
+        for document in filter_readable(await self.store.list(OWNERSHIP_KIND)):
             if "/" in document.key.id:  # else it is the turnstile of a scope
-                holding = Holding.from_json(document.value)
+                holding = PathOwnership.from_json(document.value)
                 claim = await self.store.get(claim_key(holding.session))
-                if counts(holding, None if claim is None else claim.value):
+                if is_current(holding, None if claim is None else claim.value):
                     live.append(holding)
         live.sort(key=lambda one: (one.since, one.session))
         return [self._owned(one, live) for one in live if one.patterns]
 
-    def _owned(self, one: Holding, live: Sequence[Holding]) -> Lock:
+    def _owned(self, one: PathOwnership, live: Sequence[PathOwnership]) -> LockStatus:
         waiters = tuple(
             self._user(str(other.session), other.waiting.since, other.waiting.patterns)
             for other in live
-            if other.waiting is not None and one.stands_in_the_way(other.session, other.waiting.patterns)
+            if other.waiting is not None and one.has_conflict_with(other.session, other.waiting.patterns)
         )
         name, holder = f"{LockLayer.OWNERSHIP}/{one.session}", self._user(str(one.session), one.since)
-        return Lock(name, LockLayer.OWNERSHIP, one.patterns, "exclusive", (holder,), waiters, one.epoch)
+        return LockStatus(name, LockLayer.OWNERSHIP, one.patterns, "exclusive", (holder,), waiters, one.epoch)
 
-    async def _merges(self) -> list[Lock]:
+    async def _merges(self) -> list[LockStatus]:
         return [
-            Lock(
-                permit_key(scope).id,
+            LockStatus(
+                merge_lease_key(scope).id,
                 LockLayer.MERGE,
                 (f"{lease.target} of {lease.repository}",),
                 "exclusive",
@@ -165,17 +165,17 @@ class Overview:
                 tuple(self._user(_process(one), one.since) for one in lease.waiting),
                 lease.epoch,
             )
-            for scope, (_, lease) in (await read_leases(self.store)).items()
+            for scope, (_, lease) in (await read_merge_leases(self.store)).items()
             if lease.holder is not None or lease.waiting
         ]
 
-    def _user(self, owner: str, since: float | None, wants: tuple[str, ...] = ()) -> LockUser:
+    def _user(self, owner: str, since: float | None, wants: tuple[str, ...] = ()) -> LockParty:
         age = None if since is None else max(0.0, self.clock.now() - since)
-        return LockUser(owner, since, age, wants)
+        return LockParty(owner, since, age, wants)
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class BrokenLock:
     """What of a session's was broken: single files, or all that it owned."""
 
     sessions: tuple[str, ...]
@@ -183,25 +183,25 @@ class Broken:
     """Files; none: all that they have locked."""
 
 
-def broken(record: Record) -> list[Broken]:
+def read_broken_locks(record: CommitRecord) -> list[BrokenLock]:
     """Return what a commit says that a person has broken of sessions."""
     found = []
     for event in record.events:
-        if event.type == BROKEN and event.data["layer"] != LockLayer.MERGE:
+        if event.type == LOCK_BROKEN and event.data["layer"] != LockLayer.MERGE:
             paths = event.data["what"] if event.data["layer"] == LockLayer.FILE else ()
-            found.append(Broken(tuple(event.data["holders"]), tuple(paths)))
+            found.append(BrokenLock(tuple(event.data["holders"]), tuple(paths)))
     return found
 
 
-async def heed(record: Record, files: FileLocks, sessions: Sequence[SessionName]) -> int:
+async def release_broken_locks(record: CommitRecord, files: FileLocks, sessions: Sequence[SessionName]) -> int:
     """Have sessions of this process give back the file locks that a commit says are broken; return how many."""
     given = 0
-    for one in broken(record):
+    for one in read_broken_locks(record):
         for session in sessions:
             if str(session) in one.sessions:
                 given += await (files.release(session, one.paths) if one.paths else files.release_all(session))
     return given
 
 
-def _process(party: MergeParty) -> str:
+def _process(party: MergeParticipant) -> str:
     return f"{party.id} (process {party.pid} on {party.host})"

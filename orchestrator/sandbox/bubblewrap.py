@@ -14,32 +14,32 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 #: How often a program is asked that somebody kills meanwhile.
 ATTEMPTS: Final = 3
-_PATIENCE: Final = 20.0  # seconds; it takes milliseconds
+_TIMEOUT: Final = 20.0  # seconds; it takes milliseconds
 
 
-def find(environ: Mapping[str, str] | None = None) -> str | None:
+def find_bwrap(environ: Mapping[str, str] | None = None) -> str | None:
     """Return the absolute path of the program on PATH; None if there is none."""
     found = shutil.which("bwrap", path=None if environ is None else environ.get("PATH"))
     return None if found is None else str(Path(found).absolute())
 
 
 @retry(retry=retry_if_exception_type(InterruptedError), stop=stop_after_attempt(ATTEMPTS), reraise=True)
-def _say_version(program: str) -> subprocess.CompletedProcess[bytes]:
+def _run_version(program: str) -> subprocess.CompletedProcess[bytes]:
     argv = [program, "--version"]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False)
     if done.returncode < 0:
         raise InterruptedError(f"`{program} --version` was killed by signal {-done.returncode}")
     return done
 
 
 @cache
-def seals_namespaces(program: str) -> bool:
+def can_disable_userns(program: str) -> bool:
     """Return whether it can keep what it runs from making user namespaces (`--disable-userns`, from 0.8). Blocks.
 
     OSError where that can't be found out because it is killed each time.
     """
     try:
-        done = _say_version(program)
+        done = _run_version(program)
     except (FileNotFoundError, PermissionError, subprocess.SubprocessError):
         return False
     version = re.search(rb"(\d+)\.(\d+)", done.stdout)

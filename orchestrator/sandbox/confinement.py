@@ -66,7 +66,7 @@ class Confinement:
 
         OSError where rights can't be taken away. `mechanism` is for tests; the best available one is the default.
         """
-        match mechanism or available():
+        match mechanism or best_mechanism():
             case Mechanism.LANDLOCK:
                 return _in_thread(lambda: self._start_here(argv, start))
             case Mechanism.BUBBLEWRAP:
@@ -75,9 +75,9 @@ class Confinement:
                 return start(argv)
 
     def _start_here(self, argv: Sequence[str], start: Callable[[Sequence[str]], T]) -> T:
-        landlock.confine(list(self._rules()))
+        landlock.restrict_thread(list(self._rules()))
         if seccomp.is_supported():
-            seccomp.install(_filter())
+            seccomp.install_filter(_filter())
         return start(argv)
 
     def _rules(self) -> Iterator[tuple[str, str]]:
@@ -86,7 +86,7 @@ class Confinement:
         yield from ((path, landlock.WRITE_DATA) for path in ("/dev/null", *_resolved(self.writable)))
 
     def _bubblewrap(self) -> Iterator[str]:
-        yield from (bubblewrap.find() or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent")
+        yield from (bubblewrap.find_bwrap() or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent")
         yield from ("--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev")
         # /lib and /bin may be symlinks to folders in /usr.
         links = (Path(path) for path in (*_LIBRARIES, *_PROGRAMS) if Path(path).is_symlink())
@@ -102,7 +102,7 @@ class Confinement:
 
 @cache
 def _filter() -> bytes:
-    return seccomp.build(sockets=seccomp.NONE, namespaced=False)
+    return seccomp.build_filter(sockets=seccomp.NONE, namespaced=False)
 
 
 def _resolved(paths: Iterable[str | Path]) -> tuple[str, ...]:
@@ -145,13 +145,13 @@ def _in_thread(call: Callable[[], T]) -> T:
 
 
 @cache
-def available() -> Mechanism:
+def best_mechanism() -> Mechanism:
     """Return the best mechanism that works on this machine; tried out once. Blocks."""
     if sys.platform != "linux":
         return Mechanism.NONE
-    if landlock.abi() >= landlock.ABI_NEEDED:
+    if landlock.abi_version() >= landlock.MIN_ABI:
         return Mechanism.LANDLOCK
-    bwrap = bubblewrap.find()
+    bwrap = bubblewrap.find_bwrap()
     if bwrap is None:
         return Mechanism.NONE
     confinement = Confinement(Path(bwrap))

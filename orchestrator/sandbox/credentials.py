@@ -50,7 +50,7 @@ _CREDENTIALS: Final = (
 )
 _CONFIG: Final = ".config/"
 #: Variables that name files and folders of that kind; some name several, with colons between them.
-_NAMING: Final = (
+_PATH_VARIABLES: Final = (
     *("GNUPGHOME", "KUBECONFIG", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "DOCKER_CONFIG", "NETRC"),
     *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CONFIG_DIR", "CLOUDSDK_CONFIG", "GH_CONFIG_DIR", "GLAB_CONFIG_DIR"),
     *("NPM_CONFIG_USERCONFIG", "HISTFILE", "SOPS_AGE_KEY_FILE", "XAUTHORITY", "PASSWORD_STORE_DIR"),
@@ -58,12 +58,12 @@ _NAMING: Final = (
 )
 
 
-def credentials_of(environ: Mapping[str, str]) -> tuple[Path, ...]:
+def find_credentials(environ: Mapping[str, str]) -> tuple[Path, ...]:
     """Return the files and folders with credentials that there are, in the user's home or where variables say. Blocks.
 
     What is made later is not among them.
     """
-    named = [part for name in _NAMING for part in environ.get(name, "").split(":")]
+    named = [part for name in _PATH_VARIABLES for part in environ.get(name, "").split(":")]
     if home := environ.get("HOME"):
         named += [f"{home}/{name}" for name in _CREDENTIALS]
     if folder := environ.get("XDG_CONFIG_HOME"):

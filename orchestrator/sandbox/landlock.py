@@ -16,8 +16,8 @@ from functools import cache
 READ, WRITE = "read", "write"
 #: The same without the right to execute.
 READ_DATA, WRITE_DATA = "read-data", "write-data"
-ABI_NEEDED = 3  # Linux 6.2; before it truncation is not controlled
-ABI_OF_PORTS = 4  # Linux 6.7; before it connections are not controlled
+MIN_ABI = 3  # Linux 6.2; before it truncation is not controlled
+MIN_ABI_FOR_PORTS = 4  # Linux 6.7; before it connections are not controlled
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION, _PATH_BENEATH, _NET_PORT = 1, 1, 2
@@ -35,7 +35,7 @@ _READING = _EXECUTE | _READ_FILE | _READ_DIR
 
 
 @cache
-def abi() -> int:
+def abi_version() -> int:
     """Return the version of Landlock that this kernel has, 0 for none."""
     if sys.platform != "linux":
         return 0
@@ -48,7 +48,7 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def confine(rules: list[tuple[str, str]], port: int | None = None) -> None:
+def restrict_thread(rules: list[tuple[str, str]], port: int | None = None) -> None:
     """Leave this thread, and what it starts, nothing but `rules`: pairs of an absolute path and the kind of access.
 
     A rule is for all that is beneath its path; a path that is gone is passed over. What may be written may be
@@ -56,8 +56,8 @@ def confine(rules: list[tuple[str, str]], port: int | None = None) -> None:
     processes outside are neither signalled nor reached by abstract unix sockets. With a `port`, no TCP socket is
     bound, and none is connected but to that port, of whichever host. Raises OSError, also where the kernel can't do it.
     """
-    version = abi()
-    handled = _ALL[min(max(version, ABI_NEEDED), 5)]
+    version = abi_version()
+    handled = _ALL[min(max(version, MIN_ABI), 5)]
     network = 0 if port is None else _BIND_TCP | _CONNECT_TCP
     attributes = struct.pack("=QQQ", handled, network, _SCOPES if version >= 6 else 0)
     ruleset = _call(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)

@@ -28,7 +28,7 @@ def main() -> None:
     os.set_inheritable(complaint, False)
     what = "the sandbox could not be made"
     try:
-        pass_on(meeting, port)
+        send_listener(meeting, port)
         for name in filter(None, unset.split(",")):
             os.environ.pop(name, None)
         # Python ignores these, and a program that is started inherits that.
@@ -42,7 +42,7 @@ def main() -> None:
     os._exit(127)
 
 
-def pass_on(meeting: str, port: int) -> None:
+def send_listener(meeting: str, port: int) -> None:
     """Listen on the port, and send the socket to whoever accepts connections at `meeting`."""
     folder, name = os.path.split(meeting)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

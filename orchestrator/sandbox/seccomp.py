@@ -89,7 +89,7 @@ _DENIED = {
     "vhangup": (153, 58),
 }
 #: What namespaces cover where there are some: System V and POSIX means to share memory.
-_SHARED = {
+_SHARED_IPC = {
     "shmget": (29, 194),
     "shmat": (30, 196),
     "shmctl": (31, 195),
@@ -106,7 +106,7 @@ _SHARED = {
 }
 #: What namespaces cover as well: calls that change a process which an argument names, and which that is; 0 is itself.
 #: A limit on processor time ends a process as a signal does.
-_NAMING = {
+_PROCESS_TARGETING = {
     "prlimit64": ((302, 261), 0),
     "setpriority": ((141, 140), 1),
     "ioprio_set": ((251, 30), 1),
@@ -143,7 +143,7 @@ def is_supported() -> bool:
     return sys.platform == "linux" and os.uname().machine in _ARCHITECTURES
 
 
-def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False) -> bytes:
+def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False) -> bytes:
     """Return a filter for this machine: an array of `struct sock_filter`, as bubblewrap's `--seccomp` reads it.
 
     `sockets` is one of the constants; pairs of connected sockets can always be made. NAMESPACED leaves out families
@@ -188,16 +188,16 @@ def build(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False)
 def _instead_of_namespaces(column: int) -> list[bytes]:
     """Deny what reaches other processes, what they share, and attributes of files."""
     made = []
-    for numbers in _SHARED.values():
+    for numbers in _SHARED_IPC.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
     for numbers in _ATTRIBUTES.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.ENOTSUP))
-    for numbers, argument in _NAMING.values():
+    for numbers, argument in _PROCESS_TARGETING.values():
         made += _only_argument(numbers[column], argument, (0,), errno.EPERM)
     return [*made, *_when_argument(_IOCTL[column], 1, _EQUAL, _SETTING_FLAGS, errno.ENOTTY)]
 
 
-def install(program: bytes) -> None:
+def install_filter(program: bytes) -> None:
     """Put a filter on this thread and all that it starts, for good. Raises OSError."""
     buffer = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a length and, aligned, a pointer

@@ -2,7 +2,7 @@
 
 Its standard input is a pipe from that process, whose lines are `+PID` for a command that was started as the leader of
 a session and `-PID` for one that has ended. The end of the pipe means that the process has ended: commands that are
-left get `LIMIT` seconds to finish, a frozen one `GRACE`; then they are killed with all that descends from them.
+left get `EXIT_TIMEOUT` seconds to finish, a frozen one `STOPPED_TIMEOUT`; then they are killed with all that descends from them.
 Only the standard library is imported.
 """
 
@@ -16,13 +16,13 @@ import time
 from orchestrator.system.process_table import ProcessStat, process_ids, process_stat
 
 #: Seconds that a command gets to finish: a push that is killed half done leaves a checkout to repair.
-LIMIT = 20.0
+EXIT_TIMEOUT = 20.0
 #: Seconds after which a command is killed of which a process is stopped.
-GRACE = 0.5
-PAUSE = 0.02
+STOPPED_TIMEOUT = 0.5
+POLL_SECONDS = 0.02
 
 
-def tree(leader: int) -> dict[int, ProcessStat]:
+def read_process_tree(leader: int) -> dict[int, ProcessStat]:
     """Return the processes of a leader's session that live, with all that descends from them."""
     stats = ((pid, process_stat(pid)) for pid in process_ids())
     everyone = {pid: stat for pid, stat in stats if stat is not None and not stat.has_ended}
@@ -37,7 +37,7 @@ def tree(leader: int) -> dict[int, ProcessStat]:
 def kill_tree(leader: int) -> None:
     """Kill a session of processes with all that descends from them, frozen ones too."""
     killed: set[int] = set()
-    while new := tree(leader).keys() - killed:
+    while new := read_process_tree(leader).keys() - killed:
         for pid in new:
             try:  # noqa: SIM105  (contextlib is a slow import)
                 os.kill(pid, signal.SIGKILL)
@@ -57,10 +57,10 @@ def main() -> None:
     while left:
         lasted = time.monotonic() - end
         for leader in tuple(left):
-            family = tree(leader).values()
+            family = read_process_tree(leader).values()
             is_stopped = any(one.state in "Tt" for one in family)
-            if family and lasted >= (GRACE if is_stopped else LIMIT):
+            if family and lasted >= (STOPPED_TIMEOUT if is_stopped else EXIT_TIMEOUT):
                 kill_tree(leader)
             elif not family:
                 left.discard(leader)
-        time.sleep(PAUSE)
+        time.sleep(POLL_SECONDS)

@@ -104,7 +104,7 @@ def arm(spec: str) -> None:
     _armed.update(armed)
 
 
-def is_struck(name: str) -> bool:
+def is_triggered(name: str) -> bool:
     """Whether a crash test asked for a signal here, at this time."""
     if not _armed or name not in _armed:
         return False
@@ -115,7 +115,7 @@ def is_struck(name: str) -> bool:
 
 def failpoint(name: str) -> None:
     """Die or stop here if a crash test asked for it; otherwise nothing."""
-    if is_struck(name):
+    if is_triggered(name):
         os.kill(os.getpid(), _armed[name][1])
 
 

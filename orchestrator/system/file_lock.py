@@ -8,7 +8,7 @@ what else they left behind (a daemon of a hook of the user's) must not hold it f
 permanent: unlinking one while somebody waits makes two holders.
 
 A lock can be held by one, or be shared by any number that all ask for it so. Who holds it alone has signed its file
-(`Signature`), for messages and for people.
+(`LockHolder`), for messages and for people.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 
 from orchestrator.errors import LockHeld, StoreUnavailable
-from orchestrator.system.notices import NOTICE_AFTER, noticed
+from orchestrator.system.notices import NOTICE_AFTER, warn_if_slow
 from orchestrator.system.process_table import start_ticks
 
 #: A signature has room for so many bytes, and for as many more again as it takes: what was there before is covered.
-_ROOM: Final = 512
+_HOLDER_BLOCK_BYTES: Final = 512
 
-Mode = Literal["exclusive", "shared"]
+FileLockMode = Literal["exclusive", "shared"]
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
+class LockHolder:
     """What a lock's file says of who holds it."""
 
     id: str
@@ -53,20 +53,20 @@ class Signature:
     """When that process started, in the kernel's ticks since boot; None where they can't be told."""
     since: float
     """Wall-clock seconds."""
-    mode: Mode = "exclusive"
+    mode: FileLockMode = "exclusive"
     owner: str = ""
     """For whom the process took it, in its own words."""
     subject: str = ""
     """What is locked, in its own words."""
 
     @classmethod
-    def now(cls, since: float, mode: Mode = "exclusive", owner: str = "", subject: str = "") -> Signature:
+    def now(cls, since: float, mode: FileLockMode = "exclusive", owner: str = "", subject: str = "") -> LockHolder:
         """Return a signature of this process."""
         pid = os.getpid()
-        return cls(secrets.token_hex(8), pid, _own_start(pid), since, mode, owner, subject)
+        return cls(secrets.token_hex(8), pid, _own_start_ticks(pid), since, mode, owner, subject)
 
     @classmethod
-    def read(cls, path: Path) -> Signature | None:
+    def read(cls, path: Path) -> LockHolder | None:
         """Return the signature that a file has; None if it has none, or one that can't be read."""
         try:
             raw = path.read_bytes()
@@ -82,10 +82,10 @@ class Signature:
         """Return the line that `read` reads, with room behind it."""
         record = {name: getattr(self, name) for name in self.__slots__}
         raw = json.dumps(record).encode() + b"\n"
-        return raw.ljust(-(-len(raw) // _ROOM) * _ROOM)
+        return raw.ljust(-(-len(raw) // _HOLDER_BLOCK_BYTES) * _HOLDER_BLOCK_BYTES)
 
     @property
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the process that signed lives, as far as is known."""
         return _is_alive(self.pid, self.started)
 
@@ -97,7 +97,7 @@ class HeldLock:
     path: Path
     fd: int
 
-    def sign(self, signature: Signature | None) -> None:
+    def write_holder(self, signature: LockHolder | None) -> None:
         """Say in its file who holds it, or that nobody does; who shares a lock must not.
 
         It only serves messages: a full disk must not keep anyone from locking.
@@ -131,7 +131,7 @@ class FileLock:
         holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
         return LockHeld(self.path, holder, owner_lives=lives)
 
-    def take_now(self, *, shared: bool = False) -> HeldLock | None:
+    def try_acquire(self, *, shared: bool = False) -> HeldLock | None:
         """Take the lock if it is free, before anybody of this event loop who waits for it; None if it is not.
 
         Blocks for no longer than it takes to open a local file. It is not signed. Raises as `hold` does.
@@ -173,7 +173,7 @@ class FileLock:
         notice = (
             nullcontext()
             if awaited is None
-            else noticed(lambda: f"{awaited} of {_describe_holder(self.path)[0]}", NOTICE_AFTER)
+            else warn_if_slow(lambda: f"{awaited} of {_describe_holder(self.path)[0]}", NOTICE_AFTER)
         )
         with ExitStack() as releases:
             fd = None
@@ -186,7 +186,7 @@ class FileLock:
             releases.callback(_unlock, fd)
             held = HeldLock(self.path, fd)
             with suppress(OSError):  # without a descriptor to spare it stays unsigned
-                held.sign(Signature.now(time.time()))
+                held.write_holder(LockHolder.now(time.time()))
             yield held
 
 
@@ -358,16 +358,16 @@ def _unlock(fd: int) -> None:
 
 def _describe_holder(path: Path) -> tuple[str, bool]:
     """Return who signed the lock file, in words, and whether that process lives as far as is known."""
-    found = Signature.read(path)
+    found = LockHolder.read(path)
     if found is None:
         return "a process that has not signed it", True
     since = datetime.fromtimestamp(found.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    state = "alive" if found.lives else "ended, but something it started holds it"
-    return f"process {found.pid} ({state}, since {since})", found.lives
+    state = "alive" if found.is_alive else "ended, but something it started holds it"
+    return f"process {found.pid} ({state}, since {since})", found.is_alive
 
 
 @cache
-def _own_start(pid: int) -> int | None:
+def _own_start_ticks(pid: int) -> int | None:
     return start_ticks(pid)
 
 

@@ -12,13 +12,13 @@ from typing import Final
 NOTICE_AFTER: Final = 3.0
 
 #: By default its warnings are printed on standard error.
-log: Final = logging.getLogger("orchestrator.waiting")
+logger: Final = logging.getLogger("orchestrator.waiting")
 
 
 @contextmanager
-def noticed(describe: Callable[[], str], after: float) -> Iterator[None]:
+def warn_if_slow(describe: Callable[[], str], after: float) -> Iterator[None]:
     """Report what is waited for if the body takes longer than `after` seconds; `describe` is called then."""
-    timer = asyncio.get_running_loop().call_later(after, lambda: log.warning("waiting for %s", describe()))
+    timer = asyncio.get_running_loop().call_later(after, lambda: logger.warning("waiting for %s", describe()))
     try:
         yield
     finally:

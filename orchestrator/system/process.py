@@ -27,17 +27,17 @@ import anyio.to_thread
 
 from orchestrator.sandbox.confinement import Confinement
 from orchestrator.system import command_reaper
-from orchestrator.system.failpoints import is_struck
+from orchestrator.system.failpoints import is_triggered
 
-_LOOK = 0.02  # seconds between two looks whether a program has ended: others may keep its streams open
+_POLL_SECONDS = 0.02  # seconds between two looks whether a program has ended: others may keep its streams open
 #: Seconds after which a command that does nothing at all is killed, and one of which a process is stopped (SIGSTOP).
-IDLE_LIMIT, STOPPED_LIMIT = 300.0, 10.0
-_IDLE_LOOK = 2.0  # seconds between two looks whether it does anything
+IDLE_TIMEOUT, STOPPED_TIMEOUT = 300.0, 10.0
+_IDLE_POLL_SECONDS = 2.0  # seconds between two looks whether it does anything
 _PIPE = 1 << 20  # bytes, the most that a pipe holds unless root says otherwise, see pipe(7)
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
+class CompletedCommand:
     """How a command ended: `returncode` is negative for the signal that killed it."""
 
     returncode: int
@@ -55,13 +55,13 @@ async def run(
     timeout: float | None = None,  # noqa: ASYNC109  (it kills the command, a cancel scope must not)
     memory: int | None = None,
     confinement: Confinement | None = None,
-) -> Completed:
+) -> CompletedCommand:
     """Run a short command, such as git, to its end, with exactly `env` and with `input` or nothing to read.
 
     `keep_fds` stay open in the command: a lock whose descriptor it keeps is free only when it, too, has
     ended. It does not outlive this process by more than `keeper.LIMIT` then. Cancelling the caller does not cut the
     command short. After `timeout` seconds it is killed with all that it started, and TimeoutError raised; so it is
-    after `IDLE_LIMIT` without any processor time, or after `STOPPED_LIMIT` where a process of it is stopped (Linux). A
+    after `IDLE_TIMEOUT` without any processor time, or after `STOPPED_TIMEOUT` where a process of it is stopped (Linux). A
     program that can't be started is an OSError. `memory` is how many bytes of its own the command, and each that it
     starts, may have (RLIMIT_DATA, setrlimit(2); Linux only). With a `confinement` it runs in a sandbox of its own.
 
@@ -80,7 +80,7 @@ def _run(
     timeout: float | None,
     memory: int | None,
     confinement: Confinement | None,
-) -> Completed:
+) -> CompletedCommand:
     def start(argv: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             argv,
@@ -94,15 +94,15 @@ def _run(
         )
 
     if keep_fds:
-        _tell_keeper(b"-0\n")  # it is there before the command is; no command has this id
+        _notify_reaper(b"-0\n")  # it is there before the command is; no command has this id
     with (
         nullcontext() if stdin is None else _file_of(stdin) as given,
         start(argv) if confinement is None else confinement.start(argv, start) as child,
     ):
         _limit_memory(child.pid, memory)
-        if argv[0] == "git" and is_struck("git.started"):
+        if argv[0] == "git" and is_triggered("git.started"):
             os.killpg(child.pid, signal.SIGKILL)
-        with _kept(child.pid) if keep_fds else nullcontext():
+        with _reaped_on_exit(child.pid) if keep_fds else nullcontext():
             try:
                 stdout, stderr = _communicate(child, timeout)
             except TimeoutError as why:
@@ -110,7 +110,7 @@ def _run(
                 command_reaper.kill_tree(child.pid)
                 os.killpg(child.pid, signal.SIGKILL)
                 raise TimeoutError(f"`{' '.join(argv)}` was killed: {why}") from None
-    return Completed(child.returncode, stdout, stderr)
+    return CompletedCommand(child.returncode, stdout, stderr)
 
 
 def _file_of(data: bytes) -> IO[bytes]:
@@ -128,48 +128,48 @@ def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple
     before = -1
     while True:
         try:
-            return child.communicate(timeout=min(deadline - now, _IDLE_LOOK))
+            return child.communicate(timeout=min(deadline - now, _IDLE_POLL_SECONDS))
         except subprocess.TimeoutExpired:
             now = time.monotonic()
         if now >= deadline:
             raise TimeoutError(f"it ran longer than {timeout:g} s")
-        family = command_reaper.tree(child.pid).values()
+        family = command_reaper.read_process_tree(child.pid).values()
         ran, is_stopped = sum(one.ran for one in family), any(one.state in "Tt" for one in family)
         if ran != before or not family:
             before, since = ran, now
-        if now - since >= (STOPPED_LIMIT if is_stopped else IDLE_LIMIT):
+        if now - since >= (STOPPED_TIMEOUT if is_stopped else IDLE_TIMEOUT):
             how = "was stopped" if is_stopped else "did nothing"
             raise TimeoutError(f"it {how} for {now - since:.0f} s")
 
 
-_keeper: tuple[int, IO[bytes]] | None = None
+_reaper: tuple[int, IO[bytes]] | None = None
 """The process that started the keeper, which forks may be of, and the keeper's standard input."""
 _leaders: set[int] = set()
 """The commands that a keeper which replaces a killed one has to learn of."""
 _starting = threading.Lock()
 
 
-def _tell_keeper(line: bytes) -> None:
+def _notify_reaper(line: bytes) -> None:
     with _starting, suppress(OSError):  # without a keeper, or descriptors for one, all is as without it
-        if _keeper is None or _keeper[0] != os.getpid():
+        if _reaper is None or _reaper[0] != os.getpid():
             _leaders.clear()
-            _start_keeper()
+            _start_reaper()
         try:
-            _write_keeper(line)
+            _write_to_reaper(line)
         except BrokenPipeError:  # it was killed
-            _start_keeper()
-            _write_keeper(line)
+            _start_reaper()
+            _write_to_reaper(line)
         (_leaders.add if line[:1] == b"+" else _leaders.discard)(int(line[1:]))
 
 
-def _write_keeper(line: bytes) -> None:
-    assert _keeper is not None, "it was started before"  # noqa: S101
-    _keeper[1].write(line)
+def _write_to_reaper(line: bytes) -> None:
+    assert _reaper is not None, "it was started before"  # noqa: S101
+    _reaper[1].write(line)
 
 
-def _start_keeper() -> None:
-    global _keeper  # noqa: PLW0603  one a process
-    argv, env = own_program("orchestrator.system.command_reaper", "main")
+def _start_reaper() -> None:
+    global _reaper  # noqa: PLW0603  one a process
+    argv, env = internal_program("orchestrator.system.command_reaper", "main")
     reads, writes = os.pipe()
     with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123
         pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  closed with this process
@@ -177,18 +177,18 @@ def _start_keeper() -> None:
         one = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
                                start_new_session=True)  # fmt: skip
         one.returncode = 0  # nobody waits for it: it ends right after this process
-    _keeper = os.getpid(), pipe
+    _reaper = os.getpid(), pipe
     pipe.writelines(b"+%d\n" % leader for leader in _leaders)
 
 
 @contextmanager
-def _kept(leader: int) -> Iterator[None]:
+def _reaped_on_exit(leader: int) -> Iterator[None]:
     """Have a command killed, with all that it started, if this process ends while the body runs."""
-    _tell_keeper(b"+%d\n" % leader)
+    _notify_reaper(b"+%d\n" % leader)
     try:
         yield
     finally:
-        _tell_keeper(b"-%d\n" % leader)
+        _notify_reaper(b"-%d\n" % leader)
 
 
 def _limit_memory(pid: int, memory: int | None) -> None:
@@ -198,14 +198,14 @@ def _limit_memory(pid: int, memory: int | None) -> None:
             resource.prlimit(pid, resource.RLIMIT_DATA, (memory, memory))
 
 
-async def run_stranger(
+async def run_untrusted(
     argv: Sequence[str],
     *,
     env: Mapping[str, str],
     cwd: Path,
     timeout: float,  # noqa: ASYNC109  (it kills the program, a cancel scope must not)
     most: int,
-) -> Completed:
+) -> CompletedCommand:
     """Run a program of which nothing is known, such as a CLI that is asked for its version.
 
     It has nothing to read. As soon as it has ended, or has printed more than `most` bytes, all that is left of its
@@ -215,7 +215,9 @@ async def run_stranger(
     return await anyio.to_thread.run_sync(partial(_run_stranger, argv, env, cwd, timeout, most))
 
 
-def _run_stranger(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float, most: int) -> Completed:
+def _run_stranger(
+    argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float, most: int
+) -> CompletedCommand:
     deadline = time.monotonic() + timeout
     with subprocess.Popen(
         argv,
@@ -234,7 +236,7 @@ def _run_stranger(argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeou
                 os.killpg(child.pid, signal.SIGKILL)
         if time.monotonic() >= deadline:
             raise TimeoutError(f"`{' '.join(argv)}` was killed: it ran longer than {timeout:g} s")
-    return Completed(child.returncode, stdout, stderr)
+    return CompletedCommand(child.returncode, stdout, stderr)
 
 
 def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tuple[bytes, bytes]:
@@ -247,7 +249,7 @@ def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tu
         while time.monotonic() < deadline and sum(map(len, read.values())) <= most:
             # Asked before the pipes are read: what it wrote before its end is in them by then.
             is_over = _has_ended(child)
-            for key, _ in selector.select(0 if is_over else _LOOK):
+            for key, _ in selector.select(0 if is_over else _POLL_SECONDS):
                 data = os.read(key.fd, _PIPE)
                 read[key.fd] += data
                 if not data:
@@ -265,25 +267,32 @@ def _has_ended(child: subprocess.Popen[bytes]) -> bool:
     return child.poll() is not None
 
 
-def own_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
+def internal_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
     """Return the command line and the environment by which a function of this package is a program of its own.
 
     It sees the standard library and this package, and nothing else that is installed.
     """
     # Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a start.
     code = f"import sys; sys.path.append(sys.argv.pop(1)); from {module} import {function}; {function}()"
-    argv = [os.fspath(walkable(Path(sys.executable))), "-I", "-S", "-c", code, os.fspath(Path(__file__).parents[1])]
+    argv = [
+        os.fspath(without_dotdot(Path(sys.executable))),
+        "-I",
+        "-S",
+        "-c",
+        code,
+        os.fspath(Path(__file__).parents[1]),
+    ]
     # A Python that was built as a shared library may not start without this.
     return argv, {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
-def own_files() -> tuple[Path, ...]:
-    """Return the folders that a program of `own_program` must be able to read. Blocks."""
+def internal_program_folders() -> tuple[Path, ...]:
+    """Return the folders that a program of `internal_program` must be able to read. Blocks."""
     folders = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parent)
-    return tuple(dict.fromkeys(map(walkable, folders)))
+    return tuple(dict.fromkeys(map(without_dotdot, folders)))
 
 
-def walkable(path: Path) -> Path:
+def without_dotdot(path: Path) -> Path:
     """Return an absolute path without `..`, which could lead through a folder that a fence hides. Blocks."""
     path = path.absolute()
     return path.parent.resolve() / path.name if ".." in path.parts else path
@@ -377,7 +386,7 @@ class ForkServer:
         self._server.wait()
 
 
-def kill_marked(marker: bytes) -> int:
+def kill_by_environment(marker: bytes) -> int:
     """Kill every process that has `marker` in its environment; return how many there were. Blocks.
 
     For what is left of a session whose supervisor was itself killed. A process that cleared its environment is

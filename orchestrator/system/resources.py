@@ -7,12 +7,12 @@ import resource
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.domain.scheduling.admission import Facts
+from orchestrator.domain.scheduling.admission import AvailableResources
 
 #: Programs that close every descriptor there could be take minutes under limits of a billion, as containers set them.
-_ENOUGH = 1 << 16
+_MAX_DESCRIPTORS = 1 << 16
 #: A disk with fewer bytes to spare is full.
-_NO_ROOM = 1 << 20
+_MIN_FREE_BYTES = 1 << 20
 
 
 def raise_descriptor_limit() -> int:
@@ -21,7 +21,7 @@ def raise_descriptor_limit() -> int:
     What this process starts inherits it. See getrlimit(2).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         # macOS refuses more than kern.maxfilesperproc, whatever the hard limit says.
         for value in (wanted, 10240):
@@ -29,23 +29,23 @@ def raise_descriptor_limit() -> int:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, value), hard))
                 break
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return _ENOUGH if soft == resource.RLIM_INFINITY else soft
+    return _MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
-def read_facts() -> Facts:
+def read_resources() -> AvailableResources:
     """Return what is left now. Reads a few small files."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = None if soft == resource.RLIM_INFINITY else soft
-    return Facts(limit, len(os.listdir("/dev/fd")) - 1, memory_available())  # noqa: PTH208  (names are all it needs)
+    return AvailableResources(limit, len(os.listdir("/dev/fd")) - 1, available_memory())  # noqa: PTH208  (names are all it needs)
 
 
-def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return the bytes that can be had without swapping, of the machine or of a cgroup (v2) that we are in.
 
     None where the system does not say (macOS). See proc_meminfo(5) and
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files.
     """
-    found = [_of_machine(proc), *(_of_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
+    found = [_available_on_machine(proc), *(_available_in_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
     return min((left for left in found if left is not None), default=None)
 
 
@@ -54,12 +54,12 @@ def is_disk_full(*folders: Path | None) -> bool:
     for folder in folders:
         with suppress(OSError):  # there is no such folder
             found = None if folder is None else os.statvfs(folder)
-            if found and (found.f_bavail * found.f_frsize < _NO_ROOM or (found.f_files and not found.f_favail)):
+            if found and (found.f_bavail * found.f_frsize < _MIN_FREE_BYTES or (found.f_files and not found.f_favail)):
                 return True
     return False
 
 
-def processes_left(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+def remaining_processes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return how many processes and threads may still be started, by the user's limit and those of cgroups (v2).
 
     None where there is no limit, or the system does not say. See RLIMIT_NPROC in getrlimit(2), which does not bind
@@ -84,7 +84,7 @@ def _threads_of(user: int, proc: Path) -> int:
     return sum(table.get("Threads:", 0) for table in tables if table.get("Uid:") == user)
 
 
-def _of_machine(proc: Path) -> int | None:
+def _available_on_machine(proc: Path) -> int | None:
     facts = _table(proc / "meminfo")
     return facts["MemAvailable:"] * 1024 if "MemAvailable:" in facts else None
 
@@ -102,7 +102,7 @@ def _own_cgroups(proc: Path, cgroups: Path) -> list[Path]:
     return [folder, *(parent for parent in folder.parents if parent.is_relative_to(cgroups))]
 
 
-def _of_cgroup(folder: Path) -> int | None:
+def _available_in_cgroup(folder: Path) -> int | None:
     try:
         limit = int((folder / "memory.max").read_text())
         used = int((folder / "memory.current").read_text())

@@ -36,7 +36,7 @@ def open_folder(top: Path, path: str = "", *, make: bool = False) -> Iterator[in
     descriptor = os.open(top, _FOLDER)
     try:
         for name in _names(path):
-            below = _into(descriptor, name, make=make)
+            below = _open_subfolder(descriptor, name, make=make)
             os.close(descriptor)
             descriptor = below
         yield descriptor
@@ -98,7 +98,7 @@ def make_link(top: Path, path: str, target: Path) -> None:
         os.symlink(target, name, dir_fd=within)
 
 
-def kind_of(top: Path, path: str) -> int | None:
+def file_type(top: Path, path: str) -> int | None:
     """Return the file type beneath `top` as `stat.S_IFMT` has it, of a link its own; None if nothing is there."""
     folder, name = _split(path)
     with suppress(OSError), open_folder(top, folder) as within:
@@ -127,7 +127,7 @@ def _split(path: str) -> tuple[str, str]:
     return folder, name
 
 
-def _into(folder: int, name: str, *, make: bool) -> int:
+def _open_subfolder(folder: int, name: str, *, make: bool) -> int:
     try:
         return os.open(name, _FOLDER, dir_fd=folder)
     except OSError:

@@ -21,23 +21,23 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel
 
-from orchestrator.domain.runs.failures import RETRIED, FailureClass, Policy, policy_of
-from orchestrator.domain.runs.retry import park_until
+from orchestrator.domain.runs.failures import RETRIED_BY_DEFAULT, FailureClass, FailurePolicy, get_failure_policy
+from orchestrator.domain.runs.retry import compute_cooldown_end
 from orchestrator.protocols import (
     Adapter,
     AdapterType,
     Capability,
-    Command,
-    Home,
     McpServer,
     Program,
+    SessionCommand,
     SessionEnd,
     SessionEvent,
+    SessionHome,
     SessionRequest,
-    Spent,
-    UsedTool,
+    ToolCall,
+    UsageReport,
 )
-from orchestrator.sessions.output.transcript import LONGEST_LINE, NOTHING_SAID, Transcript, has_admitted_failure
+from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, MAX_LINE_BYTES, Transcript, has_reported_failure
 from orchestrator.testing.options_contract import OptionsContract
 from orchestrator.testing.recordings import read_recordings
 
@@ -76,7 +76,7 @@ _ODD_LINES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordingMeaning:
     """What a recording means: the class of its failure (None: the program's word is that all went well), and, where
     they are given, the id of its conversation, the result's text, the tokens that went in and came out in all, and the
     files that its tools named.
@@ -106,7 +106,7 @@ class AdapterContract(OptionsContract):
     """Ends at the limit of an account, and when it ends as the program said (wall-clock seconds)."""
     transcripts: ClassVar[Path | None] = None
     """A folder of recordings (`orchestrator.testing.recordings`), made by running the program."""
-    recorded: ClassVar[Mapping[str, Recorded]] = {}
+    recorded: ClassVar[Mapping[str, RecordingMeaning]] = {}
     """What each of them means, by its name."""
 
     def options_type(self) -> type[BaseModel]:
@@ -134,7 +134,7 @@ class AdapterContract(OptionsContract):
             for attempt, prompt in enumerate(_PROMPTS, start=1)
         ]
 
-    def commands(self, folder: Path) -> list[Command]:
+    def commands(self, folder: Path) -> list[SessionCommand]:
         """Return the command for each request, from a new adapter."""
         adapter = self.adapter_type(self.validated())
         return [adapter.command(request) for request in self.requests(folder)]
@@ -158,7 +158,7 @@ class AdapterContract(OptionsContract):
     def test_home_holds_names_and_texts(self, tmp_path: Path) -> None:
         """What a session finds in its home has names within it; links lead to absolute places, or from the user's."""
         for command in self.commands(tmp_path):
-            home = command.home or Home()
+            home = command.home or SessionHome()
             for name in (*home.files, *home.links, *home.settings):
                 path = PurePosixPath(name)
                 assert name == str(path), f"{name!r} should be {str(path)!r}"
@@ -205,8 +205,10 @@ class AdapterContract(OptionsContract):
     def test_leavings_are_patterns(self, tmp_path: Path) -> None:
         """What the program leaves for itself is named by patterns that take something away, one a line."""
         for command in self.commands(tmp_path):
-            assert not isinstance(command.leavings, str), "leavings is a list of patterns"
-            odd = [one for one in command.leavings if not one.strip() or one.startswith(("!", "#")) or "\n" in one]
+            assert not isinstance(command.scratch_patterns, str), "leavings is a list of patterns"
+            odd = [
+                one for one in command.scratch_patterns if not one.strip() or one.startswith(("!", "#")) or "\n" in one
+            ]
             assert odd == []
 
     def test_environment_names_are_valid(self, tmp_path: Path) -> None:
@@ -243,14 +245,14 @@ class AdapterContract(OptionsContract):
             assert not program.known or program.version, "a range of versions needs a way to ask for the version"
             assert [name for name in program.keys if not _ENV_NAME.fullmatch(name)] == []
 
-    @pytest.mark.parametrize("line", [*_ODD_LINES, "x" * LONGEST_LINE])
+    @pytest.mark.parametrize("line", [*_ODD_LINES, "x" * MAX_LINE_BYTES])
     def test_any_line_can_be_parsed(self, line: str) -> None:
         """Whatever a line holds, the same line means the same events, and nothing is raised."""
         adapter = self.adapter_type(self.validated())
         events: list[object] = list(adapter.parse(line))
         assert list(adapter.parse(line)) == events
         assert [event for event in events if not isinstance(event, SessionEvent)] == []
-        costs = [event.cost for event in events if isinstance(event, Spent) and event.cost is not None]
+        costs = [event.cost for event in events if isinstance(event, UsageReport) and event.cost is not None]
         assert all(math.isfinite(cost) for cost in costs), costs
 
     def test_lines_that_were_recorded_mean_what_they_should(self) -> None:
@@ -267,7 +269,7 @@ class AdapterContract(OptionsContract):
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert (verdict.failure if verdict else None) == failure, end
-            admitted = has_admitted_failure(parsed)
+            admitted = has_reported_failure(parsed)
             assert verdict is not None or not admitted, f"its last conclusion failed, and the verdict is None: {end}"
 
     def test_a_limit_parks_the_adapter_until_it_ends(self) -> None:
@@ -277,28 +279,28 @@ class AdapterContract(OptionsContract):
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert verdict is not None, end
-            assert policy_of(verdict.failure, RETRIED) is Policy.PARK, verdict
+            assert get_failure_policy(verdict.failure, RETRIED_BY_DEFAULT) is FailurePolicy.PARK, verdict
             assert verdict.until is not None, f"it names the end of its limit, and the verdict does not: {end}"
-            assert abs(park_until(end.time, verdict.until, 1) - until) < 1, verdict
+            assert abs(compute_cooldown_end(end.time, verdict.until, 1) - until) < 1, verdict
 
     def test_recordings_mean_what_they_should(self) -> None:
         """Each recording of the folder is named in `recorded`, and means what stands there."""
         found = read_recordings(self.transcripts) if self.transcripts else {}
         assert sorted(found) == sorted(self.recorded)
         adapter = self.adapter_type(self.validated())
-        meant = {name: meaning(adapter, one.end(), self.recorded[name]) for name, one in found.items()}
+        meant = {name: interpret_end(adapter, one.end(), self.recorded[name]) for name, one in found.items()}
         assert meant == self.recorded
 
 
-def meaning(adapter: Adapter, end: SessionEnd, asked: Recorded) -> Recorded:
+def interpret_end(adapter: Adapter, end: SessionEnd, asked: RecordingMeaning) -> RecordingMeaning:
     """Return what an end means, as far as it is asked."""
     parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
     verdict = adapter.verdict(replace(end, events=parsed))
-    told = reduce(Transcript.after, parsed, NOTHING_SAID)
-    return Recorded(
+    told = reduce(Transcript.after, parsed, EMPTY_TRANSCRIPT)
+    return RecordingMeaning(
         verdict.failure if verdict else None,
         None if asked.session is None else told.session,
         None if asked.text is None else told.words,
         None if asked.tokens is None else (told.input_tokens, told.output_tokens),
-        None if asked.paths is None else frozenset(p for one in parsed if isinstance(one, UsedTool) for p in one.paths),
+        None if asked.paths is None else frozenset(p for one in parsed if isinstance(one, ToolCall) for p in one.paths),
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from orchestrator.domain.scheduling.claims import Claim, Orchestrator
-from orchestrator.protocols import JsonObject, Key, Record
+from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
+from orchestrator.protocols import CommitRecord, JsonObject, Key
 
 #: Tells of a document's new value under which epoch of which task's claim, and by whom, it was written: (task, epoch,
 #: orchestrator). None: under none.
@@ -32,14 +32,14 @@ class ClaimHistory:
     violations: list[str] = field(default_factory=list)
     claims: dict[str, Claim] = field(default_factory=dict)
     """By run and task, as `run/task`."""
-    orchestrators: dict[str, Orchestrator] = field(default_factory=dict)
+    orchestrators: dict[str, OrchestratorLease] = field(default_factory=dict)
     """By run and name, as `run/name`."""
     takeovers: int = 0
     """How often a claim went from one orchestrator to another that had not been given it."""
     _permits: dict[Key, JsonObject] = field(default_factory=dict)
     _versions: dict[Key, int] = field(default_factory=dict)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: CommitRecord) -> None:
         """Look at the next record."""
         before, over = dict[str, Claim](), {name for name, one in self.orchestrators.items() if one.epoch != 1}
         found: list[str] = []
@@ -68,7 +68,7 @@ class ClaimHistory:
             if name.partition("/")[0] not in removed:
                 yield f"the record of {name} was deleted"
             return
-        before, one = self.orchestrators.get(name), Orchestrator.model_validate(value)
+        before, one = self.orchestrators.get(name), OrchestratorLease.model_validate(value)
         self.orchestrators[name] = one
         if before is None and one.epoch != 1:
             yield f"{name} began at epoch {one.epoch}"

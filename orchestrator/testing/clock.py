@@ -37,7 +37,7 @@ class ManualClock:
         self._passed += seconds
         self._ring()
 
-    async def waited_for(self, until: float) -> None:
+    async def wait_until_awaited(self, until: float) -> None:
         """Return once somebody waits for that time of the monotonic clock: only then does it make sense to advance."""
         while until not in (one for one, _ in self._waiting):
             more = self._more_wait = anyio.Event()

@@ -1,7 +1,7 @@
 """The contract of adapters, run against one as it is configured: `python -m orchestrator.testing.contract_run`.
 
 It reads a JSON object from standard input, `{"name", "stored", "options", "places"}`: the adapter's name, what
-`AdapterConfig.stored` gave, the options as in the file, and where local plugins are looked for. It prints one JSON
+`AdapterConfig.to_stored` gave, the options as in the file, and where local plugins are looked for. It prints one JSON
 object, `{"results": [{"test", "promise", "passed", "said"}]}`, or `{"error"}` where it can't be run.
 """
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 _SPEC = "COUNCIL_TESTED_ADAPTER"
 _MODULE = "from orchestrator.testing.contract_run import contract\n\nTestAdapter = contract()\n"
 _LONGEST = 2_000  # characters of what a failed test says
-INSTALL = "pip install 'cli-council[testing]'"
+INSTALL_COMMAND = "pip install 'cli-council[testing]'"
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ContractResult:
     """What came of one test of the contract."""
 
     test: str
@@ -38,7 +38,7 @@ class Result:
     said: str = ""
 
 
-def contract() -> type[AdapterContract]:
+def contract_suite() -> type[AdapterContract]:
     """Return the suite for the adapter that this process was started for."""
     from orchestrator.plugins import load_plugins  # noqa: PLC0415  (the command only asks for constants)
     from orchestrator.testing.adapter_contract import AdapterContract  # noqa: PLC0415
@@ -53,7 +53,7 @@ def contract() -> type[AdapterContract]:
 class _Recorder:
     """A plugin of pytest's that keeps what came of each test."""
 
-    results: list[Result] = field(default_factory=list)
+    results: list[ContractResult] = field(default_factory=list)
     _promises: dict[str, str] = field(default_factory=dict)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -65,7 +65,7 @@ class _Recorder:
         if report.when == "call" or report.failed:
             said = report.longreprtext[-_LONGEST:] if report.failed else ""
             name = report.nodeid.rpartition("::")[2]
-            self.results.append(Result(name, self._promises.get(report.nodeid, name), report.passed, said))
+            self.results.append(ContractResult(name, self._promises.get(report.nodeid, name), report.passed, said))
 
 
 def main() -> dict[str, Any]:
@@ -74,7 +74,7 @@ def main() -> dict[str, Any]:
     try:
         import pytest  # noqa: PLC0415  (an extra)
     except ImportError:
-        return {"error": f"the contract is run by pytest, which is not installed: {INSTALL}"}
+        return {"error": f"the contract is run by pytest, which is not installed: {INSTALL_COMMAND}"}
     recorder = _Recorder()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said:
         module = Path(folder) / "test_adapter.py"

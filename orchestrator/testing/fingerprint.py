@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.project import FOLDER
+from orchestrator.project import COUNCIL_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Fingerprint:
     def of(cls, top: Path) -> Fingerprint:
         """Read a repository whose git directory is `.git` in its checkout."""
         skipped = {Path(".git", name) for name in ("objects", "logs", "info")} | {Path(".git", "ORIG_HEAD")}
-        digests = {str(path): _digest(top / path) for path in _walk(top, Path(), skipped | {Path(FOLDER)})}
+        digests = {str(path): _digest(top / path) for path in _walk(top, Path(), skipped | {Path(COUNCIL_FOLDER)})}
         return cls(
             {path: digest for path, digest in digests.items() if path.startswith(".git/")},
             {path: digest for path, digest in digests.items() if not path.startswith(".git/")},

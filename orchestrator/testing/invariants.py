@@ -25,17 +25,17 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.runs.model import REVIVABLE, RunDocument, TaskDocument, TaskStatus
-from orchestrator.engine.phases.verification import RunCheck, check_run
+from orchestrator.domain.runs.model import RETRYABLE_STATUSES, RunDocument, TaskDocument, TaskStatus
+from orchestrator.engine.phases.verification import RunVerification, verify_run
 from orchestrator.engine.session_api.contexts import KIND as CONTEXT
 from orchestrator.plugins import load_plugins
 from orchestrator.project import Project
-from orchestrator.protocols import JsonObject, Key, Record, Store
+from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.landing.target_branch import TRAILER
+from orchestrator.repo.landing.target_branch import TASK_TRAILER
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.slots import places_of, read_record, user_of
-from orchestrator.repo.worktrees.worktrees import lock_files
+from orchestrator.repo.worktrees.slots import list_slots, read_record, read_slot_session
+from orchestrator.repo.worktrees.worktrees import list_lock_files
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory
@@ -43,7 +43,7 @@ from orchestrator.testing.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class RunUnderTest:
     """What is looked at: the user's checkout and its fingerprint from before, and the fake CLI's own record."""
 
     top: Path
@@ -57,30 +57,30 @@ class Scene:
     @property
     def git(self) -> Git:
         """Git at the user's side."""
-        return Git(None, users=True, environ=self.environ)
+        return Git(None, as_user=True, environ=self.environ)
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    records: list[Record]
+    records: list[CommitRecord]
     documents: dict[Key, JsonObject]
     damage: int
-    checks: list[RunCheck]
+    checks: list[RunVerification]
 
     def of(self, kind: str) -> dict[str, JsonObject]:
         return {key.id: value for key, value in self.documents.items() if key.kind == kind}
 
 
-async def assert_invariants(scene: Scene) -> None:
+async def assert_invariants(scene: RunUnderTest) -> None:
     """Raise AssertionError that lists every invariant which does not hold."""
     state = await _read(scene)
     broken = [violation async for violation in _violations(scene, state)]
     assert not broken, "\n".join(broken)  # noqa: S101  the purpose of this function
 
 
-async def _read(scene: Scene) -> _State:
+async def _read(scene: RunUnderTest) -> _State:
     async with open_file_store(Project(scene.top).store(), SystemClock()) as store:
-        last, records = await store.position(), list[Record]()
+        last, records = await store.position(), list[CommitRecord]()
         if last:
             async for record in store.watch():
                 records.append(record)
@@ -93,15 +93,15 @@ async def _read(scene: Scene) -> _State:
         return _State(records, documents, len(store.damage), await _checked(scene, store, runs))
 
 
-async def _checked(scene: Scene, store: Store, runs: Sequence[str]) -> list[RunCheck]:
+async def _checked(scene: RunUnderTest, store: Store, runs: Sequence[str]) -> list[RunVerification]:
     if not runs:
         return []
     plugins = await anyio.to_thread.run_sync(load_plugins, scene.environ)
     kinds, constraints = plugins.checked_kinds(), plugins.constraints
-    return [await check_run(store, run, kinds, constraints, SystemClock(), scene.environ) for run in runs]
+    return [await verify_run(store, run, kinds, constraints, SystemClock(), scene.environ) for run in runs]
 
 
-async def _violations(scene: Scene, state: _State) -> AsyncIterator[str]:
+async def _violations(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
     for violation in (*_log(state), *_modes(scene.top), *_workflows(state)):
         yield violation
     async for violation in _secrets(scene, state):
@@ -166,7 +166,7 @@ def _modes(top: Path) -> list[str]:
 
 
 def _attempts(
-    scene: Scene, run: RunDocument, tasks: Mapping[str, TaskDocument], specs: Mapping[str, TaskSpec]
+    scene: RunUnderTest, run: RunDocument, tasks: Mapping[str, TaskDocument], specs: Mapping[str, TaskSpec]
 ) -> list[str]:
     broken = [] if set(tasks) == set(run.tasks) else ["7: the run's tasks and their records differ"]
     for task, document in tasks.items():
@@ -182,7 +182,7 @@ def _attempts(
     return broken
 
 
-async def _secrets(scene: Scene, state: _State) -> AsyncIterator[str]:
+async def _secrets(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
     if not scene.canaries:
         return
     for path in Project(scene.top).folder.rglob("*"):
@@ -197,7 +197,7 @@ async def _secrets(scene: Scene, state: _State) -> AsyncIterator[str]:
             yield f"14: an object of {repository} has {found!r}"
 
 
-def _canary(scene: Scene, data: bytes) -> bytes | None:
+def _canary(scene: RunUnderTest, data: bytes) -> bytes | None:
     return next((canary for canary in scene.canaries if canary in data), None)
 
 
@@ -210,7 +210,7 @@ def _unsettled(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]
 
 def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]:
     hub = Hub(Path(run.hub))
-    broken = [f"10: {lock.path} is left" for lock in lock_files(hub)]
+    broken = [f"10: {lock.path} is left" for lock in list_lock_files(hub)]
     kept = {f"{task}.{one.number}" for task, document in tasks.items() for one in document.attempts if one.is_kept}
     indexes = hub.indexes.glob(f"{run.id}-*")
     broken += [f"10: {path} is left" for path in indexes if path.name.removeprefix(f"{run.id}-") not in kept]
@@ -224,10 +224,10 @@ async def _places(hub: Hub) -> list[str]:
     """Look for what became of checkouts: each is clean, stays with a session, or is somebody's right now."""
     broken = [f"10: {path} is left" for path in hub.places.glob("*.new")]
     broken += [f"10: {path} was not deleted" for path in hub.trash.glob("*")]
-    for place in places_of(hub):
+    for place in list_slots(hub):
         if not await place.lock.is_held():
             broken += [f"10: {path} is left" for path in (*place.root.glob("*.new"), *place.scratch.glob("*"))]
-            if read_record(place) is None and user_of(place) is None:
+            if read_record(place) is None and read_slot_session(place) is None:
                 broken.append(f"10: {place.root} is nobody's, and not clean")
     return broken
 
@@ -246,9 +246,9 @@ def _processes(hub: Hub, sessions: Path) -> list[str]:
     return broken
 
 
-async def _landings(scene: Scene, run: RunDocument, tasks: Mapping[str, TaskDocument]) -> AsyncIterator[str]:
+async def _landings(scene: RunUnderTest, run: RunDocument, tasks: Mapping[str, TaskDocument]) -> AsyncIterator[str]:
     git = scene.git
-    form = f"--format=%H %P %T %(trailers:key={TRAILER},valueonly,separator=%x20)"
+    form = f"--format=%H %P %T %(trailers:key={TASK_TRAILER},valueonly,separator=%x20)"
     exists = await git("rev-parse", "--verify", "--quiet", f"refs/heads/{run.target}", cwd=scene.top, ok=(0, 1))
     lines = []
     if not exists.returncode:
@@ -269,12 +269,12 @@ async def _landings(scene: Scene, run: RunDocument, tasks: Mapping[str, TaskDocu
             yield f"1: {task} landed {len(found)} times"
         if document.status is TaskStatus.LANDED and not (found == [document.landed] or (not found and landed_here)):
             yield f"1: {task} is landed as {document.landed}, the target has {found}"
-        if document.status in REVIVABLE and found:
+        if document.status in RETRYABLE_STATUSES and found:
             yield f"1: {task} is {document.status} but on the target as {found}"
 
 
 async def _starts(
-    run: RunDocument, tasks: Mapping[str, TaskDocument], specs: Mapping[str, TaskSpec], scene: Scene
+    run: RunDocument, tasks: Mapping[str, TaskDocument], specs: Mapping[str, TaskSpec], scene: RunUnderTest
 ) -> AsyncIterator[str]:
     git = Git(Hub(Path(run.hub)).trusted, environ=scene.environ)
     for task, spec in specs.items():
@@ -289,7 +289,7 @@ async def _starts(
                     yield f"7: attempt {attempt.number} of {task} started without the landing of {need}"
 
 
-async def _repository(scene: Scene, state: _State) -> AsyncIterator[str]:
+async def _repository(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
     targets = {value["target"] for value in state.of("run").values()}
     for root in {Path(value["hub"]) for value in state.of("run").values()}:
         for violation in await _places(Hub(root)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestrator.protocols import SessionEnd
 
-TIME = 1_790_000_000.0
+RECORDING_TIME = 1_790_000_000.0
 """When each of them ended, in wall-clock seconds: what a program says of the time is recorded as of then."""
 
 
@@ -24,7 +24,7 @@ class Recording:
 
     def end(self) -> SessionEnd:
         """Return it as an adapter gets to see it; no line is parsed yet."""
-        return SessionEnd(self.exit, self.signal, TIME, _text(self.stdout), _text(self.stderr))
+        return SessionEnd(self.exit, self.signal, RECORDING_TIME, _text(self.stdout), _text(self.stderr))
 
     def write(self, path: Path) -> None:
         """Keep it as a JSON file."""

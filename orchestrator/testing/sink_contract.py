@@ -28,9 +28,9 @@ from orchestrator.protocols import Event, JsonObject, RecordedEvent, SinkType
 from orchestrator.testing.options_contract import OptionsContract
 
 #: Seconds that anything may take.
-PATIENCE = 30.0
+TIMEOUT = 30.0
 #: How often in a row `send` may raise: the other side may be down at first.
-TRIES = 5
+MAX_TRIES = 5
 
 _RUN = "20260101-120000-abcd"
 _DATA: Sequence[tuple[str, JsonObject]] = (
@@ -70,7 +70,7 @@ class SinkContract(OptionsContract):
         `folder` is the one that `given` had.
         """
 
-    async def deliver(self, options: BaseModel, *batches: Sequence[RecordedEvent], tries: int = TRIES) -> None:
+    async def deliver(self, options: BaseModel, *batches: Sequence[RecordedEvent], tries: int = MAX_TRIES) -> None:
         """Deliver as a run does: what raises is tried again with a sink that is opened anew, but not for ever."""
         waiting = deque(batches)
         try:
@@ -81,7 +81,7 @@ class SinkContract(OptionsContract):
             await self.deliver(options, *waiting, tries=tries - 1)
 
     async def _deliver(self, options: BaseModel, waiting: deque[Sequence[RecordedEvent]]) -> None:
-        with anyio.fail_after(PATIENCE):
+        with anyio.fail_after(TIMEOUT):
             async with self.sink_type(options) as sink:
                 while waiting:
                     await sink.send(waiting[0])
@@ -107,7 +107,7 @@ class SinkContract(OptionsContract):
     async def test_a_call_that_is_cancelled_can_be_made_again(self, tmp_path: Path) -> None:
         """Cut off in the middle, a sink lets go; opened anew, it takes the same events."""
         options, events = self.validated(tmp_path), sample_events()
-        with anyio.fail_after(PATIENCE):
+        with anyio.fail_after(TIMEOUT):
             with anyio.CancelScope() as scope:
                 async with self.sink_type(options) as sink:
                     scope.cancel()

@@ -15,11 +15,12 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.errors import HistoryGone, InvalidDocument, LeaseLost, RefusedError, VersionConflict
+from orchestrator.errors import HistoryCompacted, InvalidDocument, LeaseLost, RefusedError, VersionConflict
 from orchestrator.protocols import (
-    HISTORY,
-    LARGE_DOCUMENT,
+    LARGE_DOCUMENT_BYTES,
+    VERSIONS_KEPT,
     Commit,
+    CommitRecord,
     Dump,
     DumpedCommit,
     DumpedDocument,
@@ -27,15 +28,14 @@ from orchestrator.protocols import (
     Guard,
     JsonObject,
     Key,
-    Record,
     Store,
     Write,
 )
 
 TASK = Key("task", "a")
-OTHER = Key("task", "b")
+OTHER_TASK = Key("task", "b")
 LEASE = Key("lease", "a")
-PATIENCE = 10.0
+TIMEOUT = 10.0
 """Seconds after which something that must come has not come."""
 
 
@@ -46,7 +46,7 @@ def _nested(depth: int) -> JsonObject:
     return value
 
 
-REFUSED: dict[str, Any] = {
+INVALID_VALUES: dict[str, Any] = {
     "NaN": {"x": float("nan")},
     "infinity": {"x": [1.0, float("inf")]},
     "half a surrogate pair": {"x": "\ud800"},
@@ -63,18 +63,20 @@ REFUSED: dict[str, Any] = {
 
 
 #: A log that was thinned out up to position 6, of which nothing is left of some commits, and some of others.
-THINNED: Sequence[DumpedCommit] = (
+COMPACTED_LOG: Sequence[DumpedCommit] = (
     DumpedCommit(
         2, 1e9, "ada@box:1", (DumpedDocument(TASK, 2, b'{"n":2}', previous=1),), (Event("two", {"n": 2**70}),)
     ),
-    DumpedCommit(3, 1e9 + 0.5, "ada@box:1", (DumpedDocument(OTHER, 4, None, previous=1),)),
+    DumpedCommit(3, 1e9 + 0.5, "ada@box:1", (DumpedDocument(OTHER_TASK, 4, None, previous=1),)),
     DumpedCommit(5, 1e9 - 9, "bob@box:2", (DumpedDocument(TASK, 3, b'{"n": 3.50}', 2e9, previous=2),)),
     DumpedCommit(7, 1e9 + 1, "bob@box:2", (), (Event("seven"),)),
     DumpedCommit(8, 1e9 + 2, "bob@box:2", (DumpedDocument(TASK, 4, '{"n":"ü"}'.encode(), 1e9 + 3, previous=5),)),
 )
 
 
-def dump_of(commits: Sequence[DumpedCommit], position: int, first: int = 0, *, error: Exception | None = None) -> Dump:
+def make_dump(
+    commits: Sequence[DumpedCommit], position: int, first: int = 0, *, error: Exception | None = None
+) -> Dump:
     """Return a dump that is not a store's; with an `error`, which comes behind its commits."""
 
     async def generate() -> AsyncGenerator[DumpedCommit]:
@@ -86,13 +88,13 @@ def dump_of(commits: Sequence[DumpedCommit], position: int, first: int = 0, *, e
     return Dump(position, first, generate())
 
 
-async def dumped(store: Store) -> tuple[int, int, list[DumpedCommit]]:
+async def read_dump(store: Store) -> tuple[int, int, list[DumpedCommit]]:
     """Return what a store dumps."""
     async with store.dump() as dump:
         return dump.position, dump.first, [commit async for commit in dump.commits]
 
 
-def write(key: Key, expected: int, value: JsonObject | None) -> Commit:
+def make_commit(key: Key, expected: int, value: JsonObject | None) -> Commit:
     """Return a commit of one write."""
     return Commit([Write(key, expected, value)])
 
@@ -123,13 +125,13 @@ class StoreContract(ABC):
                 assert (await store.verify()).is_sound
                 assert (await store.repair()).is_sound
                 assert (await store.compact(0.0, 0)).first == 0
-                assert await dumped(store) == (0, 0, [])
+                assert await read_dump(store) == (0, 0, [])
 
     async def test_versions_and_positions_count_from_one(self) -> None:
         """Each commit takes the next position, each write of a document its next version."""
         async with self.open_store() as store:
             for number in range(1, 6):
-                assert await store.commit(write(TASK, number - 1, {"n": number})) == number
+                assert await store.commit(make_commit(TASK, number - 1, {"n": number})) == number
                 document = await store.get(TASK)
                 assert document is not None
                 assert (document.key, document.version, document.value) == (TASK, number, {"n": number})
@@ -140,10 +142,10 @@ class StoreContract(ABC):
     async def test_a_write_at_another_version_conflicts(self, expected: int) -> None:
         """A write whose expected version is not the current one changes nothing and says what it found."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {"n": 1}))
-            await store.commit(write(TASK, 1, {"n": 2}))
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            await store.commit(make_commit(TASK, 1, {"n": 2}))
             with pytest.raises(VersionConflict) as caught:
-                await store.commit(write(TASK, expected, {"n": 3}))
+                await store.commit(make_commit(TASK, expected, {"n": 3}))
             assert (caught.value.expected, caught.value.found) == (expected, 2)
             newest = await store.get(TASK)
             assert newest is not None
@@ -155,34 +157,36 @@ class StoreContract(ABC):
         """A write that expects a version of a document that was never written conflicts with 0."""
         async with self.open_store() as store:
             with pytest.raises(VersionConflict) as caught:
-                await store.commit(write(TASK, 1, {}))
+                await store.commit(make_commit(TASK, 1, {}))
             assert caught.value.found == 0
             await _assert_only(store, {}, position=0)
 
     async def test_a_deleted_document_counts_on_when_it_returns(self) -> None:
         """Deletion hides a document and is a version; what is created anew expects 0 and gets the next version."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {"n": 1}))
-            await store.commit(write(TASK, 1, None))
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            await store.commit(make_commit(TASK, 1, None))
             await _assert_only(store, {}, position=2)
             with pytest.raises(VersionConflict) as caught:
-                await store.commit(write(TASK, 1, {"n": 9}))
+                await store.commit(make_commit(TASK, 1, {"n": 9}))
             assert caught.value.found == 0
-            await store.commit(write(TASK, 0, {"n": 3}))
+            await store.commit(make_commit(TASK, 0, {"n": 3}))
             await _assert_only(store, {TASK: (3, {"n": 3})}, position=3)
 
     async def test_a_commit_of_several_documents_is_whole(self) -> None:
         """All writes of a commit take effect at one position."""
         async with self.open_store() as store:
-            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER, 0, {"n": 2})]))
-            await _assert_only(store, {TASK: (1, {"n": 1}), OTHER: (1, {"n": 2})}, position=1)
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})]))
+            await _assert_only(store, {TASK: (1, {"n": 1}), OTHER_TASK: (1, {"n": 2})}, position=1)
             assert {document.position for document in await store.list("task")} == {1}
 
-    @pytest.mark.parametrize("bad", [Write(OTHER, 7, {}), Write(OTHER, 0, {"x": float("nan")}), Write(TASK, 2, {})])
+    @pytest.mark.parametrize(
+        "bad", [Write(OTHER_TASK, 7, {}), Write(OTHER_TASK, 0, {"x": float("nan")}), Write(TASK, 2, {})]
+    )
     async def test_one_bad_write_spoils_the_commit(self, bad: Write) -> None:
         """If one write conflicts, can't be stored, or is the same document's second, none takes effect."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {"n": 1}))
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
             with pytest.raises((VersionConflict, InvalidDocument)):
                 await store.commit(Commit([Write(TASK, 1, {"n": 2}), bad], [Event("never")]))
             await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
@@ -190,7 +194,7 @@ class StoreContract(ABC):
     async def test_a_guard_lets_the_current_epoch_pass(self) -> None:
         """A commit whose guard names the lease's epoch is accepted, also one that renews the lease itself."""
         async with self.open_store() as store:
-            await store.commit(write(LEASE, 0, {"epoch": 4}))
+            await store.commit(make_commit(LEASE, 0, {"epoch": 4}))
             guard = Guard(LEASE, 4)
             renewal = Write(LEASE, 1, {"epoch": 4, "until": 9})
             assert await store.commit(Commit([Write(TASK, 0, {}), renewal], guards=[guard])) == 2
@@ -200,7 +204,7 @@ class StoreContract(ABC):
         """A guard fails on a newer or older epoch, a lease without one, and a missing lease; nothing changes."""
         async with self.open_store() as store:
             if lease is not None:
-                await store.commit(write(LEASE, 0, lease))
+                await store.commit(make_commit(LEASE, 0, lease))
             before = await store.position()
             with pytest.raises(LeaseLost) as caught:
                 await store.commit(Commit([Write(TASK, 0, {})], guards=[Guard(LEASE, 4)]))
@@ -211,8 +215,8 @@ class StoreContract(ABC):
     async def test_a_deleted_lease_guards_nothing(self) -> None:
         """Once a lease is deleted, its last epoch is refused."""
         async with self.open_store() as store:
-            await store.commit(write(LEASE, 0, {"epoch": 4}))
-            await store.commit(write(LEASE, 1, None))
+            await store.commit(make_commit(LEASE, 0, {"epoch": 4}))
+            await store.commit(make_commit(LEASE, 1, None))
             with pytest.raises(LeaseLost):
                 await store.commit(Commit(guards=[Guard(LEASE, 4)]))
 
@@ -220,14 +224,14 @@ class StoreContract(ABC):
         """A follower sees documents with versions, deletions as None, and events, commit by commit."""
         async with self.open_store() as store:
             happened = [Event("started", {"by": "ü"}), Event("seen")]
-            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER, 0, {"n": 2})], happened))
-            await store.commit(Commit([Write(TASK, 1, None), Write(OTHER, 1, {"n": 3})]))
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})], happened))
+            await store.commit(Commit([Write(TASK, 1, None), Write(OTHER_TASK, 1, {"n": 3})]))
             await store.commit(Commit(events=[Event("alone")]))
             first, second, third = await _watch(store, 0, 3)
             assert [first.position, second.position, third.position] == [1, 2, 3]
-            assert dict(first.documents) == {TASK: (1, {"n": 1}), OTHER: (1, {"n": 2})}
+            assert dict(first.documents) == {TASK: (1, {"n": 1}), OTHER_TASK: (1, {"n": 2})}
             assert list(first.events) == happened
-            assert dict(second.documents) == {TASK: (2, None), OTHER: (2, {"n": 3})}
+            assert dict(second.documents) == {TASK: (2, None), OTHER_TASK: (2, {"n": 3})}
             assert (dict(third.documents), list(third.events)) == ({}, [Event("alone")])
             assert not any(record.unreadable for record in (first, second, third))
             assert 0 < first.time <= third.time
@@ -236,13 +240,13 @@ class StoreContract(ABC):
         """`watch(after)` yields the commits behind `after` and no other."""
         async with self.open_store() as store:
             for number in range(5):
-                await store.commit(write(TASK, number, {"n": number}))
+                await store.commit(make_commit(TASK, number, {"n": number}))
             assert [record.position for record in await _watch(store, 3, 2)] == [4, 5]
 
     async def test_watch_wakes_up_for_what_comes_later(self) -> None:
         """A follower that has reached the end sees each new commit while it waits."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {"n": 0}))
+            await store.commit(make_commit(TASK, 0, {"n": 0}))
             seen: list[int] = []
             caught_up = anyio.Event()
 
@@ -253,21 +257,21 @@ class StoreContract(ABC):
                     if record.position == 4:
                         return
 
-            with anyio.fail_after(PATIENCE):
+            with anyio.fail_after(TIMEOUT):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(follow)
                     await caught_up.wait()
                     for number in range(1, 4):
-                        await store.commit(write(TASK, number, {"n": number}))
+                        await store.commit(make_commit(TASK, number, {"n": number}))
             assert seen == [1, 2, 3, 4]
 
     async def test_history_has_each_version_with_who_when_and_what_happened(self) -> None:
         """The newest comes first; a deletion is a version without a value, and what returns counts on."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1})], [Event("made")]))
-            await store.commit(write(OTHER, 0, {"n": 9}))
+            await store.commit(make_commit(OTHER_TASK, 0, {"n": 9}))
             await store.commit(Commit([Write(TASK, 1, None)], [Event("dropped", {"why": "ü"})]))
-            await store.commit(Commit([Write(TASK, 0, {"n": 3}), Write(OTHER, 1, {})]))
+            await store.commit(Commit([Write(TASK, 0, {"n": 3}), Write(OTHER_TASK, 1, {})]))
             found = await store.history(TASK)
             assert [(one.version, one.position, one.value) for one in found] == [
                 (3, 4, {"n": 3}), (2, 3, None), (1, 1, {"n": 1}),
@@ -284,22 +288,22 @@ class StoreContract(ABC):
         """Without a word the last ten versions, otherwise so many, as far as the log goes back."""
         async with self.open_store() as store:
             for number in range(15):
-                await store.commit(write(TASK, number, {"n": number}))
-            for limit, first in ((HISTORY, 6), (3, 13), (100, 1)):
-                versions = await (store.history(TASK) if limit == HISTORY else store.history(TASK, limit))
+                await store.commit(make_commit(TASK, number, {"n": number}))
+            for limit, first in ((VERSIONS_KEPT, 6), (3, 13), (100, 1)):
+                versions = await (store.history(TASK) if limit == VERSIONS_KEPT else store.history(TASK, limit))
                 assert [one.version for one in versions] == list(range(15, first - 1, -1))
                 assert [one.value for one in versions] == [{"n": one.version - 1} for one in versions]
 
     async def test_the_state_at_each_position_is_what_it_was(self) -> None:
         """Every commit leads from one state to the next, also one that deletes; there is nothing at position 0."""
         async with self.open_store() as store:
-            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER, 0, {"n": 2})]))
-            await store.commit(write(TASK, 1, None))
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})]))
+            await store.commit(make_commit(TASK, 1, None))
             await store.commit(Commit(events=[Event("alone")]))
-            await store.commit(write(TASK, 0, {"n": 4}))
+            await store.commit(make_commit(TASK, 0, {"n": 4}))
             expected: list[dict[Key, tuple[int, JsonObject]]] = [
-                {}, {TASK: (1, {"n": 1}), OTHER: (1, {"n": 2})}, {OTHER: (1, {"n": 2})}, {OTHER: (1, {"n": 2})},
-                {OTHER: (1, {"n": 2}), TASK: (3, {"n": 4})},
+                {}, {TASK: (1, {"n": 1}), OTHER_TASK: (1, {"n": 2})}, {OTHER_TASK: (1, {"n": 2})}, {OTHER_TASK: (1, {"n": 2})},
+                {OTHER_TASK: (1, {"n": 2}), TASK: (3, {"n": 4})},
             ]  # fmt: skip
             for position, documents in enumerate(expected):
                 state = await store.at(position)
@@ -312,32 +316,32 @@ class StoreContract(ABC):
     async def test_there_is_no_state_of_the_future(self) -> None:
         """A position that is yet to come is refused."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {}))
+            await store.commit(make_commit(TASK, 0, {}))
             with pytest.raises(RefusedError):
                 await store.at(2)
 
     async def test_compaction_changes_nothing_of_the_present(self) -> None:
         """Documents and their last versions are what they were; what is left of the log goes on from there."""
         async with self.open_store() as store:
-            await store.commit(Commit([Write(OTHER, 0, {"n": 0}), Write(LEASE, 0, {})]))
-            await store.commit(write(LEASE, 1, None))
-            for number in range(3 * HISTORY):
-                await store.commit(write(TASK, number, {"n": number}))
-            documents = [await store.get(key) for key in (TASK, OTHER, LEASE)]
+            await store.commit(Commit([Write(OTHER_TASK, 0, {"n": 0}), Write(LEASE, 0, {})]))
+            await store.commit(make_commit(LEASE, 1, None))
+            for number in range(3 * VERSIONS_KEPT):
+                await store.commit(make_commit(TASK, number, {"n": number}))
+            documents = [await store.get(key) for key in (TASK, OTHER_TASK, LEASE)]
             versions, position = await store.history(TASK), await store.position()
             compacted = await store.compact(float("inf"), 0)
-            assert [await store.get(key) for key in (TASK, OTHER, LEASE)] == documents
+            assert [await store.get(key) for key in (TASK, OTHER_TASK, LEASE)] == documents
             assert await store.history(TASK) == versions
-            assert (await store.at(position)).documents.keys() == {TASK, OTHER}
+            assert (await store.at(position)).documents.keys() == {TASK, OTHER_TASK}
             assert (await store.at(compacted.first)).position == compacted.first
             if compacted.first:
-                with pytest.raises(HistoryGone):
+                with pytest.raises(HistoryCompacted):
                     await store.at(compacted.first - 1)
-                with pytest.raises(HistoryGone):
+                with pytest.raises(HistoryCompacted):
                     await _watch(store, compacted.first - 1, 1)
             left = await _watch(store, compacted.first, position - compacted.first)
             assert [record.position for record in left] == list(range(compacted.first + 1, position + 1))
-            await store.commit(write(LEASE, 0, {}))
+            await store.commit(make_commit(LEASE, 0, {}))
             found = await store.get(LEASE)
             assert found is not None
             assert found.version == 3
@@ -345,7 +349,7 @@ class StoreContract(ABC):
     async def test_what_is_sound_is_verified_and_not_repaired(self) -> None:
         """There is nothing to tell of, and nothing to do."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {}))
+            await store.commit(make_commit(TASK, 0, {}))
             verified = await store.verify()
             assert verified.is_sound
             assert (verified.position, verified.bytes > 0) == (1, True)
@@ -359,19 +363,19 @@ class StoreContract(ABC):
             await store.commit(
                 Commit([Write(TASK, 0, {"n": 1}), Write(LEASE, 0, lease, ttl=3600)], [Event("ü", lease)])
             )
-            await store.commit(Commit([Write(OTHER, 0, {"n": 1}, ttl=1e-6)]))
+            await store.commit(Commit([Write(OTHER_TASK, 0, {"n": 1}, ttl=1e-6)]))
             await store.commit(Commit(events=[Event("alone"), Event("twice")]))
             await store.commit(Commit([Write(TASK, 1, None), Write(LEASE, 1, {"epoch": 4}, ttl=7200)], durable=False))
-            await store.commit(write(TASK, 0, {"n": 2}))
+            await store.commit(make_commit(TASK, 0, {"n": 2}))
             await store.commit(Commit([Write(TASK, 3, None)]))
             async with store.dump() as dump:
                 await copy.load(dump)
-            assert await dumped(copy) == await dumped(store)
+            assert await read_dump(copy) == await read_dump(store)
             assert await copy.position() == 6
             for position in range(7):
                 assert await copy.at(position) == await store.at(position)
             assert await _watch(copy, 0, 6) == await _watch(store, 0, 6)
-            for key in (TASK, OTHER, LEASE):
+            for key in (TASK, OTHER_TASK, LEASE):
                 assert await copy.get(key) == await store.get(key)
                 assert await copy.history(key) == await store.history(key)
             assert (await copy.verify()).is_sound
@@ -383,14 +387,14 @@ class StoreContract(ABC):
     async def test_a_copy_of_what_was_thinned_out_goes_back_as_far(self) -> None:
         """Gaps and all; it can be copied on, and is committed to like any other."""
         async with self.open_store() as store:
-            await store.load(dump_of(THINNED, 8, 6))
-            assert await dumped(store) == (8, 6, list(THINNED))
+            await store.load(make_dump(COMPACTED_LOG, 8, 6))
+            assert await read_dump(store) == (8, 6, list(COMPACTED_LOG))
             assert (await store.verify()).is_sound
             assert await store.position() == 8
-            with pytest.raises(HistoryGone) as caught:
+            with pytest.raises(HistoryCompacted) as caught:
                 await store.at(5)
             assert caught.value.first == 6
-            with pytest.raises(HistoryGone):
+            with pytest.raises(HistoryCompacted):
                 await _watch(store, 5, 1)
             state = await store.at(6)
             assert (state.position, state.time) == (6, 1e9 - 9)
@@ -404,15 +408,15 @@ class StoreContract(ABC):
             assert [(one.version, one.value) for one in history] == [(4, {"n": "ü"}), (3, {"n": 3.5}), (2, {"n": 2})]
             assert list(history[2].events) == [Event("two", {"n": 2**70})]
             assert await store.get(TASK) is None  # its time is over
-            await store.commit(Commit([Write(OTHER, 0, {}), Write(TASK, 0, {})]))
+            await store.commit(Commit([Write(OTHER_TASK, 0, {}), Write(TASK, 0, {})]))
             assert [one.version for one in await store.list("task")] == [5, 5]
             assert await store.position() == 9
 
     async def test_a_copy_may_end_where_its_past_begins(self) -> None:
         """Behind what was thinned out nothing need have been committed."""
         async with self.open_store() as store:
-            await store.load(dump_of(THINNED[:3], 6, 6))
-            assert await dumped(store) == (6, 6, list(THINNED[:3]))
+            await store.load(make_dump(COMPACTED_LOG[:3], 6, 6))
+            assert await read_dump(store) == (6, 6, list(COMPACTED_LOG[:3]))
             assert (await store.at(6)).documents.keys() == {TASK}
             assert await store.commit(Commit(events=[Event("next")])) == 7
             assert [one.position for one in await _watch(store, 6, 1)] == [7]
@@ -421,41 +425,41 @@ class StoreContract(ABC):
     async def test_a_dump_is_of_one_moment(self) -> None:
         """What is committed while it is open is not in it, and need not wait."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {"n": 1}))
-            with anyio.fail_after(PATIENCE):
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            with anyio.fail_after(TIMEOUT):
                 async with store.dump() as dump:
-                    await store.commit(write(TASK, 1, {"n": 2}))
+                    await store.commit(make_commit(TASK, 1, {"n": 2}))
                     assert (dump.position, dump.first) == (1, 0)
                     assert [commit.position async for commit in dump.commits] == [1]
-            assert [commit.position for commit in (await dumped(store))[2]] == [1, 2]
+            assert [commit.position for commit in (await read_dump(store))[2]] == [1, 2]
 
     async def test_an_empty_store_can_be_copied(self) -> None:
         """Which leaves an empty one."""
         async with self.open_store() as store, self.open_store() as copy:
             async with store.dump() as dump:
                 await copy.load(dump)
-            assert await dumped(copy) == (0, 0, [])
-            assert await copy.commit(write(TASK, 0, {})) == 1
+            assert await read_dump(copy) == (0, 0, [])
+            assert await copy.commit(make_commit(TASK, 0, {})) == 1
 
     async def test_only_an_empty_store_is_loaded(self) -> None:
         """What was committed is never replaced."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {"n": 1}))
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
             with pytest.raises(RefusedError):
-                await store.load(dump_of(THINNED, 8, 6))
+                await store.load(make_dump(COMPACTED_LOG, 8, 6))
             await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
 
     @pytest.mark.parametrize(
         ("commits", "position", "first"),
         [
-            (THINNED[:4], 8, 6),
-            (THINNED, 9, 6),
-            (THINNED, 7, 6),
-            (THINNED, 8, 5),
-            ((*THINNED[:3], *THINNED[4:]), 8, 6),
-            ((*THINNED[:3], THINNED[1], *THINNED[3:]), 8, 6),
+            (COMPACTED_LOG[:4], 8, 6),
+            (COMPACTED_LOG, 9, 6),
+            (COMPACTED_LOG, 7, 6),
+            (COMPACTED_LOG, 8, 5),
+            ((*COMPACTED_LOG[:3], *COMPACTED_LOG[4:]), 8, 6),
+            ((*COMPACTED_LOG[:3], COMPACTED_LOG[1], *COMPACTED_LOG[3:]), 8, 6),
             ((), 8, 0),
-            (THINNED, 0, 0),
+            (COMPACTED_LOG, 0, 0),
         ],
         ids=["cut off", "too short", "too long", "a gap", "a hole", "disorder", "nothing", "something"],
     )
@@ -465,24 +469,26 @@ class StoreContract(ABC):
         """Then the store is empty, and can be loaded or committed to."""
         async with self.open_store() as store:
             with pytest.raises(RefusedError):
-                await store.load(dump_of(commits, position, first))
-            assert await dumped(store) == (0, 0, [])
-            await store.load(dump_of(THINNED, 8, 6))
-            assert (await dumped(store))[0] == 8
+                await store.load(make_dump(commits, position, first))
+            assert await read_dump(store) == (0, 0, [])
+            await store.load(make_dump(COMPACTED_LOG, 8, 6))
+            assert (await read_dump(store))[0] == 8
 
-    @pytest.mark.parametrize("last", [OSError("gone"), replace(THINNED[4], events=[Event("e", {"n": float("nan")})])])
+    @pytest.mark.parametrize(
+        "last", [OSError("gone"), replace(COMPACTED_LOG[4], events=[Event("e", {"n": float("nan")})])]
+    )
     async def test_a_load_that_is_cut_off_leaves_an_empty_store(self, last: OSError | DumpedCommit) -> None:
         """Whether no more comes of the dump, or something that can't be stored."""
         async with self.open_store() as store:
             if isinstance(last, OSError):
                 with pytest.raises(OSError, match="gone"):
-                    await store.load(dump_of(THINNED, 8, 6, error=last))
+                    await store.load(make_dump(COMPACTED_LOG, 8, 6, error=last))
             else:
                 with pytest.raises(InvalidDocument):
-                    await store.load(dump_of((*THINNED[:4], last), 8, 6))
-            assert await dumped(store) == (0, 0, [])
-            await store.load(dump_of(THINNED, 8, 6))
-            assert (await dumped(store))[0] == 8
+                    await store.load(make_dump((*COMPACTED_LOG[:4], last), 8, 6))
+            assert await read_dump(store) == (0, 0, [])
+            await store.load(make_dump(COMPACTED_LOG, 8, 6))
+            assert (await read_dump(store))[0] == 8
 
     async def test_of_two_loads_at_once_one_is(self) -> None:
         """The other is refused."""
@@ -491,60 +497,62 @@ class StoreContract(ABC):
 
             async def load() -> None:
                 try:
-                    await store.load(dump_of(THINNED, 8, 6))
+                    await store.load(make_dump(COMPACTED_LOG, 8, 6))
                 except RefusedError as error:
                     refused.append(error)
 
-            with anyio.fail_after(PATIENCE):
+            with anyio.fail_after(TIMEOUT):
                 async with anyio.create_task_group() as tasks:
                     for _ in range(2):
                         tasks.start_soon(load)
             assert len(refused) == 1
-            assert await dumped(store) == (8, 6, list(THINNED))
+            assert await read_dump(store) == (8, 6, list(COMPACTED_LOG))
 
     async def test_who_watches_an_empty_store_sees_what_is_loaded(self) -> None:
         """Each commit, or that there is no telling of the first."""
         async with self.open_store() as store:
-            seen = list[Record]()
+            seen = list[CommitRecord]()
 
             async def follow() -> None:
                 seen.extend(await _watch(store, 0, 2))
 
-            with anyio.fail_after(PATIENCE):
+            with anyio.fail_after(TIMEOUT):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(follow)
                     await anyio.lowlevel.checkpoint()
-                    await store.load(dump_of([replace(THINNED[3], position=1), replace(THINNED[4], position=2)], 2))
+                    await store.load(
+                        make_dump([replace(COMPACTED_LOG[3], position=1), replace(COMPACTED_LOG[4], position=2)], 2)
+                    )
             assert [record.position for record in seen] == [1, 2]
         async with self.open_store() as store:
             gone = anyio.Event()
 
             async def expect_gone() -> None:
-                with pytest.raises(HistoryGone):
+                with pytest.raises(HistoryCompacted):
                     await _watch(store, 0, 1)
                 gone.set()
 
-            with anyio.fail_after(PATIENCE):
+            with anyio.fail_after(TIMEOUT):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(expect_gone)
                     await anyio.lowlevel.checkpoint()
-                    await store.load(dump_of(THINNED, 8, 6))
+                    await store.load(make_dump(COMPACTED_LOG, 8, 6))
                     await gone.wait()
 
     async def test_a_document_whose_time_is_over_is_as_if_deleted(self) -> None:
         """It is not read, not listed and guards nothing; what is written in its place expects 0 and counts on."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=1e-6), Write(LEASE, 0, {"epoch": 1}, ttl=1e-6)]))
-            with anyio.fail_after(PATIENCE):
+            with anyio.fail_after(TIMEOUT):
                 while await store.get(TASK) is not None:  # noqa: ASYNC110  time that passes at the store
                     await anyio.sleep(0.001)
             assert list(await store.list("task")) == []
             with pytest.raises(LeaseLost):
-                await store.commit(Commit([Write(OTHER, 0, {})], guards=[Guard(LEASE, 1)]))
+                await store.commit(Commit([Write(OTHER_TASK, 0, {})], guards=[Guard(LEASE, 1)]))
             with pytest.raises(VersionConflict) as caught:
-                await store.commit(write(TASK, 1, {"n": 2}))
+                await store.commit(make_commit(TASK, 1, {"n": 2}))
             assert caught.value.found == 0
-            await store.commit(write(TASK, 0, {"n": 2}))
+            await store.commit(make_commit(TASK, 0, {"n": 2}))
             await _assert_only(store, {TASK: (2, {"n": 2})}, position=2)
 
     async def test_a_document_can_be_given_more_time(self) -> None:
@@ -558,7 +566,7 @@ class StoreContract(ABC):
             assert second is not None
             assert first.expires == pytest.approx(first.time + 3600)
             assert second.expires == pytest.approx(second.time + 7200)
-            await store.commit(write(TASK, 2, {"n": 3}))
+            await store.commit(make_commit(TASK, 2, {"n": 3}))
             third = await store.get(TASK)
             assert third is not None
             assert third.expires is None
@@ -577,7 +585,7 @@ class StoreContract(ABC):
             await store.commit(Commit([Write(TASK, 0, {"n": 1})], durable=False))
             with pytest.raises(VersionConflict):
                 await store.commit(Commit([Write(TASK, 0, {"n": 2})], durable=False))
-            await store.commit(write(TASK, 1, {"n": 2}))
+            await store.commit(make_commit(TASK, 1, {"n": 2}))
             assert [record.documents[TASK] for record in await _watch(store, 0, 2)] == [(1, {"n": 1}), (2, {"n": 2})]
 
     async def test_statistics_tell_how_much_there_is(self) -> None:
@@ -586,13 +594,13 @@ class StoreContract(ABC):
             empty = await store.statistics()
             assert (empty.position, empty.documents, empty.bytes, empty.expired, empty.large) == (0, 0, 0, [], [])
             await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(LEASE, 0, {})]))
-            await store.commit(write(OTHER, 0, {"x": "x" * (LARGE_DOCUMENT + 1)}))
-            await store.commit(write(LEASE, 1, None))
+            await store.commit(make_commit(OTHER_TASK, 0, {"x": "x" * (LARGE_DOCUMENT_BYTES + 1)}))
+            await store.commit(make_commit(LEASE, 1, None))
             found = await store.statistics()
             assert (found.position, found.documents) == (3, 2)
             (large,) = found.large
-            assert large[0] == OTHER
-            assert LARGE_DOCUMENT < large[1] < found.bytes < large[1] + 100
+            assert large[0] == OTHER_TASK
+            assert LARGE_DOCUMENT_BYTES < large[1] < found.bytes < large[1] + 100
             assert found.log_bytes > empty.log_bytes
             assert list(found.expired) == []
 
@@ -602,7 +610,7 @@ class StoreContract(ABC):
             ids = ["r1/b", "r10/a", "r1/a", "r1/é", "r2/a", "r1/gone"]
             await store.commit(Commit([Write(Key("task", name), 0, {"id": name}) for name in ids]))
             await store.commit(Commit([Write(Key("run", "r1/x"), 0, {}), Write(Key("task", "r1/gone"), 1, None)]))
-            await store.commit(write(Key("task", "r1/aa"), 0, {"id": "r1/aa"}))
+            await store.commit(make_commit(Key("task", "r1/aa"), 0, {"id": "r1/aa"}))
             listed = await store.list("task", "r1/")
             assert [document.key.id for document in listed] == ["r1/a", "r1/aa", "r1/b", "r1/é"]
             assert all(document.value == {"id": document.key.id} for document in listed)
@@ -614,7 +622,7 @@ class StoreContract(ABC):
         """Changing a value after writing it, or after reading it, changes nothing in the store."""
         async with self.open_store() as store:
             value: JsonObject = {"list": [1]}
-            await store.commit(write(TASK, 0, value))
+            await store.commit(make_commit(TASK, 0, value))
             value["list"].append(2)
             read = await store.get(TASK)
             assert read is not None
@@ -640,12 +648,12 @@ class StoreContract(ABC):
             assert record.documents[key] == (1, value)
             assert list(record.events) == [Event("ü\n", value)]
 
-    @pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
+    @pytest.mark.parametrize("value", INVALID_VALUES.values(), ids=INVALID_VALUES)
     async def test_what_is_not_plain_json_is_refused(self, value: Any) -> None:
         """A value that JSON can't hold or that is over a limit is refused as document and as event data."""
         async with self.open_store() as store:
-            await store.commit(write(TASK, 0, {"n": 1}))
-            for bad in (write(TASK, 1, value), Commit([Write(TASK, 1, {})], [Event("e", value)])):
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            for bad in (make_commit(TASK, 1, value), Commit([Write(TASK, 1, {})], [Event("e", value)])):
                 with pytest.raises(InvalidDocument):
                     await store.commit(bad)
             await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
@@ -657,7 +665,7 @@ class StoreContract(ABC):
 
             async def compete(name: int, expected: int) -> None:
                 try:
-                    await store.commit(write(TASK, expected, {"by": name}))
+                    await store.commit(make_commit(TASK, expected, {"by": name}))
                 except VersionConflict:
                     return
                 winners.append((expected, name))
@@ -679,7 +687,7 @@ class StoreContract(ABC):
             positions: list[int] = []
 
             async def create(name: int) -> None:
-                positions.append(await store.commit(write(Key("task", str(name)), 0, {"n": name})))
+                positions.append(await store.commit(make_commit(Key("task", str(name)), 0, {"n": name})))
 
             async with anyio.create_task_group() as tasks:
                 for name in range(40):
@@ -703,22 +711,22 @@ class StoreContract(ABC):
             left = [document.key.id for document in await store.list("left")]
             assert left == [document.key.id for document in await store.list("right")]
             assert await store.position() == len(left)
-            assert await store.commit(write(TASK, 0, {})) == len(left) + 1
+            assert await store.commit(make_commit(TASK, 0, {})) == len(left) + 1
 
 
 async def _assert_only(store: Store, documents: dict[Key, tuple[int, JsonObject]], position: int) -> None:
     found = [document for kind in ("task", "lease") for document in await store.list(kind)]
     assert {document.key: (document.version, document.value) for document in found} == documents
-    for key in (TASK, OTHER):
+    for key in (TASK, OTHER_TASK):
         document = await store.get(key)
         assert (document and (document.version, document.value)) == documents.get(key)
     assert await store.position() == position
 
 
-async def _watch(store: Store, after: int, count: int) -> list[Record]:
+async def _watch(store: Store, after: int, count: int) -> list[CommitRecord]:
     """Return the first `count` records behind `after`."""
-    records: list[Record] = []
-    with anyio.fail_after(PATIENCE):
+    records: list[CommitRecord] = []
+    with anyio.fail_after(TIMEOUT):
         if count == 0:
             return []
         async for record in store.watch(after):

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from orchestrator.config.source.names import check_name
 from orchestrator.protocols import Event, RecordedEvent, TrackedTask, TrackerType
 from orchestrator.testing.options_contract import OptionsContract
-from orchestrator.testing.sink_contract import PATIENCE, sample_events
+from orchestrator.testing.sink_contract import TIMEOUT, sample_events
 
 
 class TrackerContract(OptionsContract):
@@ -38,13 +38,13 @@ class TrackerContract(OptionsContract):
 
     async def open_tasks(self, options: BaseModel) -> Sequence[TrackedTask]:
         """Open the tracker and ask for its tasks."""
-        with anyio.fail_after(PATIENCE):
+        with anyio.fail_after(TIMEOUT):
             async with self.tracker_type(options) as tracker:
                 return await tracker.tasks()
 
     async def tell(self, options: BaseModel, *events: RecordedEvent) -> None:
         """Open the tracker and send events."""
-        with anyio.fail_after(PATIENCE):
+        with anyio.fail_after(TIMEOUT):
             async with self.tracker_type(options) as tracker:
                 await tracker.send(events)
 

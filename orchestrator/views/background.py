@@ -15,23 +15,23 @@ from orchestrator.system.clock import Clock
 from orchestrator.views.update import Views
 
 #: Seconds between two updates, at least and at most; in between it is so many times as long as the last one took.
-PAUSE: Final = 1.0
-LONGEST_PAUSE: Final = 10.0
-RESTRAINT: Final = 20
+MIN_INTERVAL: Final = 1.0
+MAX_INTERVAL: Final = 10.0
+INTERVAL_FACTOR: Final = 20
 #: How long to wait before what failed is tried again.
-AGAIN: Final = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
+RETRY_BACKOFF: Final = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
 #: Seconds that there are at the run's end for what is left.
-LAST: Final = 10.0
+FINAL_UPDATE_TIMEOUT: Final = 10.0
 
 
 @asynccontextmanager
-async def keeping(views: Views, store: Store, clock: Clock, run: str) -> AsyncIterator[None]:
+async def update_in_background(views: Views, store: Store, clock: Clock, run: str) -> AsyncIterator[None]:
     """Keep the views up to date during the body, and bring them to its end, within a limit.
 
     Where another process does it, it is left to that one until it ends. That they can't be written is recorded once,
     as `views.failing` of the run. If the body raises, it ends at once.
     """
-    keeper = Keeper(views, store, clock, run)
+    keeper = BackgroundUpdater(views, store, clock, run)
     raised: Exception | None = None
     async with anyio.create_task_group() as group:
         group.start_soon(keeper.keep)
@@ -41,12 +41,12 @@ async def keeping(views: Views, store: Store, clock: Clock, run: str) -> AsyncIt
             raised = error
             group.cancel_scope.cancel()
         keeper.end()
-        group.cancel_scope.deadline = anyio.current_time() + LAST
+        group.cancel_scope.deadline = anyio.current_time() + FINAL_UPDATE_TIMEOUT
     if raised is not None:
         raise raised
 
 
-class Keeper:
+class BackgroundUpdater:
     """Updates the views about once a second, whenever it is this process's turn."""
 
     def __init__(self, views: Views, store: Store, clock: Clock, run: str) -> None:
@@ -69,7 +69,7 @@ class Keeper:
                 return
             if is_last:
                 return
-            await self._pause(retry_delay(AGAIN, failures))
+            await self._pause(retry_delay(RETRY_BACKOFF, failures))
 
     def end(self) -> None:
         """Nothing more comes: bring the views up to date, and be over."""
@@ -97,7 +97,7 @@ class Keeper:
             if is_last:
                 return
             took = anyio.current_time() - began
-            await self._pause(min(max(PAUSE, RESTRAINT * took), LONGEST_PAUSE))
+            await self._pause(min(max(MIN_INTERVAL, INTERVAL_FACTOR * took), MAX_INTERVAL))
 
     async def _pause(self, seconds: float) -> None:
         self._hurry = anyio.Event()

@@ -12,8 +12,8 @@ import orjson
 from pydantic import ValidationError
 
 from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
-from orchestrator.protocols import HISTORY, Document, Event, JsonObject, Key, Record, Version
-from orchestrator.repo.worktrees.hub import work_branch
+from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, DocumentVersion, Event, JsonObject, Key
+from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.views.names import document_path, version_path
 
 #: Told in `index.json`; what was written in another form is made anew.
@@ -27,7 +27,7 @@ _AT_WORK: Final = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.C
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
+class ViewPosition:
     """How far views have come: the commit at `position`, and all before it.
 
     Its time and who made it tell whether a log is the one that they were made from; `events` is how many bytes
@@ -43,10 +43,10 @@ class Stand:
 
     def encode(self) -> bytes:
         """Return what stands in `index.json`."""
-        return pretty({"about": _ABOUT, "format": _FORMAT, **asdict(self)})
+        return encode_pretty_json({"about": _ABOUT, "format": _FORMAT, **asdict(self)})
 
     @classmethod
-    def decode(cls, data: bytes) -> Stand | None:
+    def decode(cls, data: bytes) -> ViewPosition | None:
         """Return what `index.json` says; None where somebody else wrote it, or a program that made other views."""
         with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             told = json.loads(data)
@@ -65,7 +65,7 @@ class Stand:
 
 
 @dataclass(slots=True)
-class Changes:
+class ViewChanges:
     """What is to be done: files with their new content (None: removed), and lines for `events.jsonl`."""
 
     files: dict[str, bytes | None] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class AtWork:
+class ActiveTask:
     """A task that is between its start and its end, with the patterns of the paths that it owns."""
 
     run: str
@@ -88,7 +88,7 @@ class AtWork:
         return self.status == TaskStatus.RUNNING and self.attempt.ended is None
 
 
-def pretty(value: Any) -> bytes:
+def encode_pretty_json(value: Any) -> bytes:
     """Return JSON as a person reads it, with a newline at its end."""
     try:
         return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
@@ -98,12 +98,12 @@ def pretty(value: Any) -> bytes:
 
 def document_view(document: Document) -> bytes:
     """Return what the file of a document says."""
-    return pretty(document.to_json())
+    return encode_pretty_json(document.to_json())
 
 
-def version_view(key: Key, version: Version) -> bytes:
+def version_view(key: Key, version: DocumentVersion) -> bytes:
     """Return what the file of one version of a document says."""
-    return pretty(
+    return encode_pretty_json(
         {
             "key": str(key),
             "version": version.version,
@@ -118,24 +118,24 @@ def version_view(key: Key, version: Version) -> bytes:
     )
 
 
-def document_changes(documents: Mapping[Key, Document | None]) -> Changes:
+def document_changes(documents: Mapping[Key, Document | None]) -> ViewChanges:
     """Return the files of documents; None stands for one that is not there any more."""
     files = {document_path(key): None if one is None else document_view(one) for key, one in documents.items()}
-    return Changes(files)
+    return ViewChanges(files)
 
 
-def history_changes(key: Key, versions: Iterable[Version]) -> Changes:
+def history_changes(key: Key, versions: Iterable[DocumentVersion]) -> ViewChanges:
     """Return the files of versions of a document."""
-    return Changes({version_path(key, one.version): version_view(key, one) for one in versions})
+    return ViewChanges({version_path(key, one.version): version_view(key, one) for one in versions})
 
 
-def log_changes(records: Sequence[Record], newest: Mapping[Key, int]) -> Changes:
+def log_changes(records: Sequence[CommitRecord], newest: Mapping[Key, int]) -> ViewChanges:
     """Return what a part of the log means for histories and events.
 
     `newest` is the newest version of each task as far as it is known: what is too old for it is left out, and removed
     where it was the newest before this part.
     """
-    changes = Changes()
+    changes = ViewChanges()
     oldest: dict[Key, int] = {}
     last: dict[Key, int] = {}
     for record in records:
@@ -144,11 +144,11 @@ def log_changes(records: Sequence[Record], newest: Mapping[Key, int]) -> Changes
             if key.kind == "task":
                 oldest.setdefault(key, version)
                 last[key] = max(version, newest.get(key, 0))
-                if version > last[key] - HISTORY:
-                    found = Version(version, record.position, record.time, record.by, value, record.events)
+                if version > last[key] - VERSIONS_KEPT:
+                    found = DocumentVersion(version, record.position, record.time, record.by, value, record.events)
                     changes.files[version_path(key, version)] = version_view(key, found)
     for key, version in last.items():
-        for gone in range(max(1, oldest[key] - HISTORY), version - HISTORY + 1):
+        for gone in range(max(1, oldest[key] - VERSIONS_KEPT), version - VERSIONS_KEPT + 1):
             changes.files[version_path(key, gone)] = None
     return changes
 
@@ -157,7 +157,7 @@ def _event(event: Event) -> JsonObject:
     return {"type": event.type, "data": event.data}
 
 
-def _event_line(record: Record, event: Event) -> bytes:
+def _event_line(record: CommitRecord, event: Event) -> bytes:
     line = {"position": record.position, "time": record.time, "by": record.by, **_event(event)}
     try:
         return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
@@ -165,7 +165,7 @@ def _event_line(record: Record, event: Event) -> bytes:
         return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
-def at_work(document: Document, spec: Document | None) -> AtWork | None:
+def active_task(document: Document, spec: Document | None) -> ActiveTask | None:
     """Return what a task is at; None where it is not at work, or that can't be told."""
     if document.damaged:
         return None
@@ -177,10 +177,10 @@ def at_work(document: Document, spec: Document | None) -> AtWork | None:
     if read.status not in _AT_WORK or not read.attempts:
         return None
     owns = [] if spec is None else spec.value.get("owns", [])
-    return AtWork(run, task, read.status, read.attempt, owns)
+    return ActiveTask(run, task, read.status, read.attempt, owns)
 
 
-def ownership_view(working: Iterable[AtWork]) -> bytes:
+def ownership_view(working: Iterable[ActiveTask]) -> bytes:
     """Return what `ownership.json` says; who names no paths may change any."""
     ordered = sorted(working, key=lambda one: (one.attempt.started, one.run, one.task))
     owners = [
@@ -194,20 +194,20 @@ def ownership_view(working: Iterable[AtWork]) -> bytes:
         }
         for one in ordered
     ]
-    return pretty({"owners": owners})
+    return encode_pretty_json({"owners": owners})
 
 
-def context_view(one: AtWork, worktree: str | None) -> bytes:
+def context_view(one: ActiveTask, worktree: str | None) -> bytes:
     """Return what the file of a session says, as far as it is recorded."""
     attempt = one.attempt
-    return pretty(
+    return encode_pretty_json(
         {
             "run": one.run,
             "task": one.task,
             "attempt": attempt.number,
             "adapter": attempt.adapter,
             "since": attempt.started,
-            "branch": work_branch(one.run, one.task, str(attempt.number)),
+            "branch": work_branch_name(one.run, one.task, str(attempt.number)),
             "worktree": worktree,
             "words": attempt.words,
             "input_tokens": attempt.input_tokens,

@@ -13,7 +13,7 @@ from typing import Final
 
 from orchestrator.errors import RefusedError
 from orchestrator.system.failpoints import failpoint
-from orchestrator.views.content import Changes, Stand
+from orchestrator.views.content import ViewChanges, ViewPosition
 from orchestrator.views.names import CONTEXT, EVENTS, INDEX
 
 #: How large `events.jsonl` becomes before its older half goes.
@@ -23,7 +23,7 @@ _STAGED: Final = ".staged"
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-class Folder:
+class ViewFolder:
     """Files for reading, each written aside and put in its place as a whole; only `events.jsonl` grows in place.
 
     Whoever writes holds a lock that keeps others from it.
@@ -45,18 +45,18 @@ class Folder:
         self._make("")
         self._make(_STAGED)
 
-    def read_stand(self) -> Stand | None:
+    def read_position(self) -> ViewPosition | None:
         """Return how far the views say that they are; None where that can't be read."""
         try:
-            return Stand.decode((self.path / INDEX).read_bytes())
+            return ViewPosition.decode((self.path / INDEX).read_bytes())
         except OSError:
             return None
 
-    def forget_stand(self) -> None:
+    def remove_index(self) -> None:
         """Have nobody go on from here."""
         (self.path / INDEX).unlink(missing_ok=True)
 
-    def stamp(self) -> tuple[int, int, int] | None:
+    def index_stamp(self) -> tuple[int, int, int] | None:
         """Return what tells whether another `index.json` is there than before; None where there is none."""
         try:
             found = (self.path / INDEX).lstat()
@@ -64,9 +64,9 @@ class Folder:
             return None
         return found.st_ino, found.st_size, found.st_mtime_ns
 
-    def is_whole(self, names: Iterable[str], stand: Stand) -> bool:
+    def is_whole(self, names: Iterable[str], stand: ViewPosition) -> bool:
         """Whether these files are there and nothing has been written since `index.json`, the last that is."""
-        newest = self.stamp()
+        newest = self.index_stamp()
         if newest is None:
             return False
         try:
@@ -82,12 +82,12 @@ class Folder:
         except OSError:
             return False
 
-    def resume(self, stand: Stand) -> None:
+    def resume(self, stand: ViewPosition) -> None:
         """Go on from there: what came behind it is written anew, sessions too."""
         os.truncate(self.path / EVENTS, stand.events)
         shutil.rmtree(self.path / CONTEXT, ignore_errors=True)
 
-    def apply(self, changes: Changes) -> None:
+    def apply(self, changes: ViewChanges) -> None:
         """Write what is to be written, and remove what is to go."""
         for name, data in changes.files.items():
             if data is not None:
@@ -115,7 +115,7 @@ class Folder:
             self._make(name.rpartition("/")[0])
             os.rename(staged, f"{self.path}/{name}")  # noqa: PTH104  as above
 
-    def conclude(self, stand: Stand) -> None:
+    def conclude(self, stand: ViewPosition) -> None:
         """Say how far the views are, once all else is written."""
         failpoint("views.written")
         self.write(INDEX, stand.encode())
@@ -124,14 +124,14 @@ class Folder:
         """Return how many bytes of events there are."""
         return (self.path / EVENTS).stat().st_size
 
-    def successor(self) -> Folder:
+    def create_replacement(self) -> ViewFolder:
         """Return an empty folder beside this one that may take its place."""
-        made = Folder(self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new"), self._events_bytes)
+        made = ViewFolder(self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new"), self._events_bytes)
         made.begin()
         made._append(b"")
         return made
 
-    def replace_by(self, successor: Folder) -> None:
+    def replace_with(self, successor: ViewFolder) -> None:
         """Have what is in another folder instead of what is in this one."""
         old = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new")
         with suppress(FileNotFoundError):

@@ -11,29 +11,29 @@ from typing import Final, TypeVar
 import anyio
 import anyio.to_thread
 
-from orchestrator.errors import HistoryGone, LockHeld
+from orchestrator.errors import HistoryCompacted, LockHeld
 from orchestrator.project import Project
-from orchestrator.protocols import Document, Key, Record, Store
-from orchestrator.state.documents.reading import Tail
+from orchestrator.protocols import CommitRecord, Document, Key, Store
+from orchestrator.state.documents.reading import LogTail
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
-from orchestrator.views.content import Changes, Stand, document_changes, history_changes, log_changes
-from orchestrator.views.folder import Folder
+from orchestrator.views.content import ViewChanges, ViewPosition, document_changes, history_changes, log_changes
+from orchestrator.views.folder import ViewFolder
 from orchestrator.views.names import document_path, version_path
-from orchestrator.views.sessions import Sessions
+from orchestrator.views.sessions import ActiveSessions
 
 T = TypeVar("T")
 
 #: The kinds of documents that there are; others are known once they are written.
-KINDS: Final = (
+DOCUMENT_KINDS: Final = (
     *("run", "spec", "task", "lease", "adapter", "cursor", "request", "conflict", "checkpoint", "ports"),
     *("claim", "orchestrator", "ownership", "context", "note", "handoff", "shared"),
 )
 #: Records, and documents, that are dealt with at once: no more of the log is ever held.
 _PART: Final = 256
 #: Seconds in which whoever else writes the views is to have come far enough, and between two looks whether it has.
-_TURN_LIMIT: Final = 30.0
-_TURN_PAUSE: Final = 0.1
+_LOCK_TIMEOUT: Final = 30.0
+_LOCK_INTERVAL: Final = 0.1
 #: Seconds for the versions of tasks that the log does not go back to: each is looked up by itself.
 _HISTORY_LIMIT: Final = 15.0
 #: How often all is begun again because the log was thinned out meanwhile.
@@ -46,11 +46,11 @@ class Views:
     def __init__(self, store: Store, clock: Clock, project: Project) -> None:
         self.lock = FileLock(project.views_lock)
         self._store, self._clock = store, clock
-        self._folder = Folder(project.views)
-        self._tail: Tail | None = None
-        self._stand = Stand()
+        self._folder = ViewFolder(project.views)
+        self._tail: LogTail | None = None
+        self._stand = ViewPosition()
         self._stamp: tuple[int, int, int] | None = None
-        self._sessions = Sessions()
+        self._sessions = ActiveSessions()
         self._is_new = False
         """Whether there is something to write although nothing has been committed."""
 
@@ -59,12 +59,12 @@ class Views:
         """Where they are."""
         return self._folder.path
 
-    async def refresh(self, *, anew: bool = False) -> Stand:
+    async def refresh(self, *, anew: bool = False) -> ViewPosition:
         """Bring them up to date, or make them anew; where another process writes them, wait until it has done so.
 
         Raises LockHeld if that takes too long.
         """
-        goal, deadline = await self._store.position(), anyio.current_time() + _TURN_LIMIT
+        goal, deadline = await self._store.position(), anyio.current_time() + _LOCK_TIMEOUT
         has_asked = False
         while True:
             try:
@@ -75,23 +75,23 @@ class Views:
                         await self.close()
             except LockHeld:
                 if anew and not has_asked:  # whoever writes them begins anew where this is missing
-                    await _in_thread(self._folder.forget_stand)
+                    await _in_thread(self._folder.remove_index)
                     has_asked = True
-                stand = await _in_thread(self._folder.read_stand)
+                stand = await _in_thread(self._folder.read_position)
                 if stand is not None and stand.position >= goal:
                     return stand
                 if anyio.current_time() > deadline:
                     raise
-            await anyio.sleep(_TURN_PAUSE)
+            await anyio.sleep(_LOCK_INTERVAL)
 
-    async def update(self, *, anew: bool = False) -> Stand:
+    async def update(self, *, anew: bool = False) -> ViewPosition:
         """Bring them up to date; the caller holds the lock, and calls `close` in the end.
 
         Raises OSError where they can't be written, and what the store raises.
         """
         try:
             for _ in range(_TRIES):
-                with suppress(HistoryGone):
+                with suppress(HistoryCompacted):
                     return await self._update(anew=anew)
                 await self.close()
             return await self._update(anew=True)
@@ -106,72 +106,74 @@ class Views:
         if tail is not None:
             await tail.close()
 
-    async def _update(self, *, anew: bool) -> Stand:
-        is_ours = self._stamp is not None and self._stamp == await _in_thread(self._folder.stamp)
+    async def _update(self, *, anew: bool) -> ViewPosition:
+        is_ours = self._stamp is not None and self._stamp == await _in_thread(self._folder.index_stamp)
         if anew or self._tail is None or not is_ours or self._stand.damage != self._damage():
             await self.close()
             self._tail = await self._begin(anew=anew)
         return await self._follow(self._tail)
 
-    async def _begin(self, *, anew: bool) -> Tail:
+    async def _begin(self, *, anew: bool) -> LogTail:
         """Return the log from where the views stand, which is the beginning if they can't be gone on with."""
         await _in_thread(self._folder.begin)
-        stand = None if anew else await _in_thread(self._folder.read_stand)
+        stand = None if anew else await _in_thread(self._folder.read_position)
         tail = None if stand is None else await self._tail_behind(stand)
         if stand is None or tail is None:
             tail = await self._rebuild()
         else:
             self._stand = stand
             await _in_thread(partial(self._folder.resume, stand))
-        self._sessions, self._is_new = Sessions(), True
+        self._sessions, self._is_new = ActiveSessions(), True
         for run in await _in_thread(partial(_unfinished, await self._store.list("run"))):
             for part in _parts(await self._store.list("task", f"{run}/")):
                 await self._write(self._folder, (), {}, tasks={one.key: one for one in part})
         return tail
 
-    async def _tail_behind(self, stand: Stand) -> Tail | None:
+    async def _tail_behind(self, stand: ViewPosition) -> LogTail | None:
         """Return the log behind a stand; None where the views are not what they were when it was written down."""
         if stand.damage != self._damage() or stand.position > await self._store.position():
             return None
-        documents = [one for kind in KINDS for one in await self._store.list(kind) if one.position <= stand.position]
+        documents = [
+            one for kind in DOCUMENT_KINDS for one in await self._store.list(kind) if one.position <= stand.position
+        ]
         if not await _in_thread(lambda: self._folder.is_whole(_names(documents), stand)):
             return None
-        tail = Tail(self._store, max(stand.position - 1, 0))
+        tail = LogTail(self._store, max(stand.position - 1, 0))
         try:
             for record in await tail.part(stand.position, 1):
                 if (record.position, record.time, record.by) == (stand.position, stand.time, stand.by):
                     return tail
-        except HistoryGone:
+        except HistoryCompacted:
             pass
         if stand.position == 0:
             return tail
         await tail.close()
         return None
 
-    async def _rebuild(self) -> Tail:
+    async def _rebuild(self) -> LogTail:
         """Make the folder anew, and return the log behind what is in it then."""
-        self._stand = Stand()
-        folder = await _in_thread(self._folder.successor)
+        self._stand = ViewPosition()
+        folder = await _in_thread(self._folder.create_replacement)
         try:
             tail = await self._write_log(folder)
-            await _in_thread(partial(self._folder.replace_by, folder))
+            await _in_thread(partial(self._folder.replace_with, folder))
         except Exception:
             await _in_thread(folder.remove)
             raise
         return tail
 
-    async def _write_log(self, folder: Folder) -> Tail:
-        until, is_whole, kinds = await self._store.position(), not self._store.damage, set(KINDS)
+    async def _write_log(self, folder: ViewFolder) -> LogTail:
+        until, is_whole, kinds = await self._store.position(), not self._store.damage, set(DOCUMENT_KINDS)
         newest = {one.key: one.version for one in await self._store.list("task")}
-        tail = Tail(self._store, 0)
+        tail = LogTail(self._store, 0)
         try:
             records = await tail.part(until, _PART)
-        except HistoryGone as gone:
-            tail, is_whole = Tail(self._store, gone.first), False
+        except HistoryCompacted as gone:
+            tail, is_whole = LogTail(self._store, gone.first), False
             records = await tail.part(until, _PART)
         while records:
             kinds.update(key.kind for record in records for key in record.documents)
-            self._stand = _stand_at(records[-1])
+            self._stand = _position_of(records[-1])
             await _in_thread(partial(_apply, folder, partial(log_changes, records, newest)))
             records = await tail.part(until, _PART)
         if not is_whole:
@@ -182,7 +184,7 @@ class Views:
                 await _in_thread(partial(_apply, folder, partial(document_changes, found)))
         return tail
 
-    async def _write_histories(self, folder: Folder) -> None:
+    async def _write_histories(self, folder: ViewFolder) -> None:
         """Write the versions of tasks that the log does not tell, of those first that changed last."""
         tasks = sorted(await self._store.list("task"), key=lambda one: one.position, reverse=True)
         with anyio.move_on_after(_HISTORY_LIMIT):
@@ -190,22 +192,22 @@ class Views:
                 versions = await self._store.history(one.key)
                 await _in_thread(partial(_apply, folder, partial(history_changes, one.key, versions)))
 
-    async def _follow(self, tail: Tail) -> Stand:
+    async def _follow(self, tail: LogTail) -> ViewPosition:
         until = await self._store.position()
         while records := await tail.part(until, _PART):
             keys = dict.fromkeys(key for record in records for key in (*record.documents, *record.unreadable))
             documents = {key: await self._store.get(key) for key in keys}
-            self._stand, self._is_new = _stand_at(records[-1]), True
+            self._stand, self._is_new = _position_of(records[-1]), True
             tasks = {key: one for key, one in documents.items() if key.kind == "task"}
             await self._write(self._folder, records, documents, tasks)
-        if self._is_new or self._sessions.lacks_worktree:
+        if self._is_new or self._sessions.has_missing_worktree:
             await _in_thread(self._conclude)
         return self._stand
 
     async def _write(
         self,
-        folder: Folder,
-        records: Sequence[Record],
+        folder: ViewFolder,
+        records: Sequence[CommitRecord],
         documents: Mapping[Key, Document | None],
         tasks: Mapping[Key, Document | None],
     ) -> None:
@@ -216,7 +218,7 @@ class Views:
 
         def write() -> None:
             for run, document in runs.items():
-                self._sessions.take_run(run, document)
+                self._sessions.set_run(run, document)
             self._sessions.take(tasks, specs)
             newest = {key: one.version for key, one in documents.items() if one is not None}
             folder.apply(log_changes(records, newest))
@@ -230,20 +232,20 @@ class Views:
         if self._is_new:
             one, now = self._stand, self._clock.now()
             events = self._folder.events_size()
-            self._stand = Stand(one.position, one.time, one.by, now, events, self._damage())
+            self._stand = ViewPosition(one.position, one.time, one.by, now, events, self._damage())
             self._folder.conclude(self._stand)
-            self._stamp, self._is_new = self._folder.stamp(), False
+            self._stamp, self._is_new = self._folder.index_stamp(), False
 
     def _damage(self) -> tuple[str, ...]:
         return tuple(one.describe() for one in self._store.damage)
 
 
-def _apply(folder: Folder, decide: Callable[[], Changes]) -> None:
+def _apply(folder: ViewFolder, decide: Callable[[], ViewChanges]) -> None:
     folder.apply(decide())
 
 
-def _stand_at(record: Record) -> Stand:
-    return Stand(record.position, record.time, record.by)
+def _position_of(record: CommitRecord) -> ViewPosition:
+    return ViewPosition(record.position, record.time, record.by)
 
 
 def _names(documents: Sequence[Document]) -> Iterator[str]:

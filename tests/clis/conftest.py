@@ -22,8 +22,8 @@ from orchestrator.system.clock import SystemClock
 from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.model_server import ModelServer
 from tests.clis.programs import CLIS, MODEL, Program, selected
-from tests.command_server import Started
-from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.command_server import StartedCommand
+from tests.conftest import FAKE_CLI, CommandResult, Repository
 from tests.waiting import wait_for
 
 #: Nothing listens there.
@@ -70,25 +70,25 @@ class Stage:
         readable = [sys.prefix, str(FAKE_CLI.parents[2]), str(CLIS), str(self.home)]
         return self.repository.configure(tasks, adapters=adapters, readable=readable, **settings)
 
-    def start(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Started:
+    def start(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> StartedCommand:
         """Start a run of one task; `settings` are those of the run, all others the task's."""
         task = {"id": "task", "adapter": next(iter(self.programs)), "timeout": "3m", "prompt": prompt, **more}
         path = self.configure([task], **(settings or {}))
         return self.repository.start("run", str(path), "--json")
 
-    def run(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Ended:
+    def run(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> CommandResult:
         """Run one task to its end."""
         return self.end(self.start(prompt, settings, **more))
 
-    def end(self, started: Started) -> Ended:
+    def end(self, started: StartedCommand) -> CommandResult:
         """Wait for the end of a run."""
         try:
             stdout, stderr = started.communicate(timeout=_LONGEST)
         finally:
             started.kill()
-        return Ended(started.returncode, stdout, stderr)
+        return CommandResult(started.returncode, stdout, stderr)
 
-    def tell(self, ended: Ended) -> str:
+    def tell(self, ended: CommandResult) -> str:
         """Return what a person would look at to see why a run ended as it did."""
         lines = [ended.stderr]
         for task in ended.result.get("tasks", [ended.result]):

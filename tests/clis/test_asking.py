@@ -9,7 +9,7 @@ import pytest
 from orchestrator import Council
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
-from tests.desks import MemoryDesk, answer_in_runs
+from tests.desks import FakeSessionService, use_in_runs
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 
@@ -20,8 +20,8 @@ async def test_a_session_asks_and_leaves_alone_what_is_anothers(
     """Its shell knows `council`, its model the tools, and a file of another session is not written."""
     for name, value in stage.repository.environ.items():
         monkeypatch.setenv(name, value)
-    desk = MemoryDesk(foreign={"theirs.txt": "run-0/other.1"})
-    answer_in_runs(desk, monkeypatch)
+    desk = FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"})
+    use_in_runs(desk, monkeypatch)
     prompt = "write theirs.txt hi\nrun council lock ours.txt\nwrite ours.txt hi"
     path = stage.configure([{"id": "task", "adapter": next(iter(stage.programs)), "timeout": "3m", "prompt": prompt}])
     async with Council.open(path) as council:

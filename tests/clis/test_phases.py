@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import pytest
 
-from orchestrator.testing.model_server import Request
+from orchestrator.testing.model_server import RecordedRequest
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
-from tests.conftest import Ended
+from tests.conftest import CommandResult
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 
@@ -33,7 +33,7 @@ def answer(data: Any) -> str:
     return f"say Here it is.\nsay ```json\nsay {json.dumps(data)}\nsay ```"
 
 
-def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> Ended:
+def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandResult:
     """Run one task through the phases; what its model does in each is chosen by what it is asked to hand over."""
     prompt = (
         "write hello.txt MARMALADE\nsay It is written.\nusage 120 34\n"
@@ -90,9 +90,9 @@ def assert_handed_over(stage: Stage, *, by: str) -> None:
     assert checked.code == 0, checked
 
 
-def _is_of_build(request: Request) -> bool:
+def _is_of_build(request: RecordedRequest) -> bool:
     return request.dialect is not None and "Do all of the task in the files here" in _prompt(request)
 
 
-def _prompt(request: Request) -> str:
+def _prompt(request: RecordedRequest) -> str:
     return json.dumps(request.body)

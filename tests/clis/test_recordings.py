@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from orchestrator.testing.adapter_contract import AdapterContract, meaning
+from orchestrator.testing.adapter_contract import AdapterContract, interpret_end
 from tests.clis.conftest import SELECTED
 from tests.clis.programs import CLIS
 from tests.contract.test_adapters import TestClaudeCode as ClaudeCodeContract
@@ -43,7 +43,7 @@ def test_the_installed_version_is_understood_as_the_recorded_one(program: str, c
     contract = CONTRACTS[program]()
     adapter = contract.adapter_type(contract.validated())
     wanted = contract.recorded[case]
-    found = meaning(adapter, record(PROGRAMS[program], PROGRAMS[program].cases[case], str(CLIS)).end(), wanted)
+    found = interpret_end(adapter, record(PROGRAMS[program], PROGRAMS[program].cases[case], str(CLIS)).end(), wanted)
     assert (found.failure, found.text, found.tokens) == (wanted.failure, wanted.text, wanted.tokens)
     assert {path.removeprefix("/work/") for path in found.paths or ()} == {
         path.removeprefix("/work/") for path in wanted.paths or ()

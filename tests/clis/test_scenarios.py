@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from orchestrator.domain.runs.model import TaskStatus
-from orchestrator.testing.model_server import Request, anthropic, gemini, ollama, openai_chat, openai_responses
+from orchestrator.testing.model_server import RecordedRequest, anthropic, gemini, ollama, openai_chat, openai_responses
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
 from tests.standins import mcp_server
@@ -123,7 +123,7 @@ async def test_without_a_login_the_adapter_is_closed_with_the_remedy(logged_out:
     await logged_out.assert_clean()
 
 
-def _goes_on(request: Request) -> bool:
+def _goes_on(request: RecordedRequest) -> bool:
     """Whether a request holds an earlier prompt, with what was done for it, before the one that it is about."""
     if request.dialect is None:
         return False

@@ -15,21 +15,21 @@ from adapters.codex import CodexAdapter
 from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
-from orchestrator.client.commands import SERVER
+from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.protocols import (
     AdapterType,
-    Concluded,
-    Identified,
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
     McpServer,
-    Said,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    UsedTool,
-    Warned,
+    ToolCall,
+    ToolResult,
+    UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
 
 
@@ -60,54 +60,54 @@ class TestClaudeCode(AdapterContract):
     adapter_type = ClaudeCodeAdapter
     options: ClassVar = {"model": "opus", "permission_mode": "bypassPermissions", "args": ["--max-turns", "3"]}
     lines: ClassVar = (
-        (claude("system", subtype="init", cwd="/w", tools=["Edit"]), (Identified(SESSION),)),
+        (claude("system", subtype="init", cwd="/w", tools=["Edit"]), (ConversationStarted(SESSION),)),
         (
             claude("system", subtype="api_retry", attempt=1, max_retries=3, retry_delay_ms=504.9, error_status=401,
                    error="authentication_failed"),
-            (Warned("authentication_failed (401), it tries again: 1 of 3"),),
+            (CliWarning("authentication_failed (401), it tries again: 1 of 3"),),
         ),
-        (claude("assistant", message={"content": [{"type": "text", "text": "Hi."}]}), (Said("Hi."),)),
+        (claude("assistant", message={"content": [{"type": "text", "text": "Hi."}]}), (AgentMessage("Hi."),)),
         (
             claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Edit",
                                                       "input": {"file_path": "/w/a.py", "old_string": "x"}}]}),
-            (UsedTool("Edit", "/w/a.py", ("/w/a.py",), "t"),),
+            (ToolCall("Edit", "/w/a.py", ("/w/a.py",), "t"),),
         ),
         (
             claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Bash",
                                                       "input": {"command": "make\n test"}}]}),
-            (UsedTool("Bash", "make test", call="t"),),
+            (ToolCall("Bash", "make test", call="t"),),
         ),
         (
             claude("assistant", message={"id": "msg_1", "model": "claude-opus-4-8", "content": [], "usage":
                                          {"input_tokens": 7, "cache_read_input_tokens": 2, "output_tokens": 1}}),
-            (Spent(9, 1, cached_tokens=2, model="claude-opus-4-8", call="msg_1"),),
+            (UsageReport(9, 1, cached_tokens=2, model="claude-opus-4-8", call="msg_1"),),
         ),
         (claude("user", message={"content": [{"type": "tool_result", "content": "ok"}]}), ()),
         (
             claude("user", message={"content": [{"type": "tool_result", "tool_use_id": "t", "content": "ok"}]}),
-            (ToolEnded("t"),),
+            (ToolResult("t"),),
         ),
         (
             claude("user", message={"content": [{"type": "tool_result", "tool_use_id": "t", "is_error": True,
                                                  "content": [{"type": "text", "text": "Exit code 1\nno"}, 7]}]}),
-            (ToolEnded("t", "Exit code 1 no"),),
+            (ToolResult("t", "Exit code 1 no"),),
         ),
-        (claude_result(result="Done."), (Spent(321, 4, 0.25, in_all=True, cached_tokens=300), Concluded("Done."))),
+        (claude_result(result="Done."), (UsageReport(321, 4, 0.25, is_cumulative=True, cached_tokens=300), FinalResult("Done."))),
         (
             claude_result(result="Done.", modelUsage={"a": {"inputTokens": 21, "outputTokens": 4,
                                                             "cacheReadInputTokens": 700}, "b": {}, "c": None}),
-            (Spent(321, 4, 0.25, in_all=True, cached_tokens=300, priced_tokens=725), Concluded("Done.")),
+            (UsageReport(321, 4, 0.25, is_cumulative=True, cached_tokens=300, priced_tokens=725), FinalResult("Done.")),
         ),
         (
             claude_result(result="Done.", modelUsage={"a": {"inputTokens": 900}},
                           model_usage_since_last_result={"a": {"costUSD": 0.0625}, "b": {"costUSD": 0.125}}),
-            (Spent(321, 4, in_all=True, cached_tokens=300), Spent(cost=0.1875), Concluded("Done.")),
+            (UsageReport(321, 4, is_cumulative=True, cached_tokens=300), UsageReport(cost=0.1875), FinalResult("Done.")),
         ),
         (claude("rate_limit_event", rate_limit_info={"status": "allowed_warning", "resetsAt": 1}), ()),
         ('{"type": "assistant", "message": {"content": [{"type": "text"', ()),
         ('{"type":"result","total_cost_usd":1e999,"usage":{"output_tokens":-1}}',
-         (Spent(0, 0, None, in_all=True), Concluded(""))),
-        ("plain words", (Said("plain words"),)),
+         (UsageReport(0, 0, None, is_cumulative=True), FinalResult(""))),
+        ("plain words", (AgentMessage("plain words"),)),
     )  # fmt: skip
     ends: ClassVar = (
         (end(claude_result(result="Done."), 0), None),
@@ -136,37 +136,37 @@ class TestClaudeCode(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "claude-code"
     recorded: ClassVar = {
-        "resumed": Recorded(
+        "resumed": RecordingMeaning(
             session="af571613-75db-40bd-83d9-e050c6c1020c",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "resumed-total-cost": Recorded(text="Both are there.", tokens=(2 * 20, 2 * 4)),
-        "resumed-both-costs": Recorded(text="Both are there.", tokens=(2 * 20, 2 * 4)),
-        "denied": Recorded(text="Tried.", tokens=(300, 30)),
-        "read-only": Recorded(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
-        "edit": Recorded(
+        "resumed-total-cost": RecordingMeaning(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "resumed-both-costs": RecordingMeaning(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "denied": RecordingMeaning(text="Tried.", tokens=(300, 30)),
+        "read-only": RecordingMeaning(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
+        "edit": RecordingMeaning(
             session="4bed88d2-6f82-4d37-b63d-09e23746405d",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "tool": Recorded(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
-        "limited": Recorded(FailureClass.RATE_LIMITED),
-        "limited-until": Recorded(FailureClass.RATE_LIMITED),
-        "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
-        "no-login": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.TRANSIENT),
-        "broken-stream": Recorded(FailureClass.TRANSIENT),
-        "invalid": Recorded(FailureClass.INVALID),
-        "refused": Recorded(text="It is not written."),
-        "turns": Recorded(FailureClass.LIMIT, paths=frozenset({"/work/a.txt"})),
-        "interrupted": Recorded(FailureClass.CRASHED),
-        "interrupted-tool": Recorded(FailureClass.CRASHED, tokens=(120, 34)),
-        "terminated": Recorded(),
+        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-until": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "refused": RecordingMeaning(text="It is not written."),
+        "turns": RecordingMeaning(FailureClass.LIMIT, paths=frozenset({"/work/a.txt"})),
+        "interrupted": RecordingMeaning(FailureClass.CRASHED),
+        "interrupted-tool": RecordingMeaning(FailureClass.CRASHED, tokens=(120, 34)),
+        "terminated": RecordingMeaning(),
     }
 
 
@@ -220,13 +220,13 @@ def test_wrong_options(adapter_type: AdapterType, options: dict[str, Any]) -> No
 
 def test_the_tools_of_the_council_are_not_deferred_behind_a_search(tmp_path: Any) -> None:
     """Those of the user's servers are, where Claude Code does that."""
-    servers = (McpServer(SERVER, ("council", "mcp")), McpServer("docs", ("docs",)))
+    servers = (McpServer(MCP_SERVER_NAME, ("council", "mcp")), McpServer("docs", ("docs",)))
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", mcp_servers=servers)
     home = ClaudeCodeAdapter(ClaudeCodeAdapter.Options()).command(request).home  # type: ignore[arg-type]
     assert home is not None
     (written,) = home.files.values()
     known = json.loads(written)["mcpServers"]
-    assert {name for name, one in known.items() if one.get("alwaysLoad")} == {SERVER}
+    assert {name for name, one in known.items() if one.get("alwaysLoad")} == {MCP_SERVER_NAME}
 
 
 def test_what_a_file_says_of_a_variable_replaces_the_adapters_own(tmp_path: Any) -> None:

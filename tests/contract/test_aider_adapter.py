@@ -9,8 +9,8 @@ from typing import ClassVar
 from adapters.aider import AiderAdapter, AiderOptions
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
-from orchestrator.protocols import Concluded, Said, SessionRequest, Spent, UsedTool, Warned
-from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.protocols import AgentMessage, CliWarning, FinalResult, SessionRequest, ToolCall, UsageReport
+from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end
 
@@ -23,22 +23,22 @@ class TestAider(AdapterContract):
     adapter_type = AiderAdapter
     options: ClassVar = {"model": "openai/gpt-5", "args": ["--map-tokens", "0"], "env": ["MY_KEY", "OPENAI_API_BASE=x"]}
     lines: ClassVar = (
-        ("Aider v0.86.1", (Said("Aider v0.86.1"),)),
+        ("Aider v0.86.1", (AgentMessage("Aider v0.86.1"),)),
         ("", ()),
         (
             "Tokens: 4.2k sent, 1.1k received. Cost: $0.01 message, $0.02 session.",
-            (Spent(4200, 1100, 0.01), Concluded()),
+            (UsageReport(4200, 1100, 0.01), FinalResult()),
         ),
-        ("Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.", (Spent(12_000, 300), Concluded())),
-        ("Cost: $0.00012 message, $1.25 session.", (Spent(cost=0.00012), Concluded())),
-        ("Tokens: 1,234 sent, 5 received.", (Spent(1234, 5), Concluded())),
-        ("Applied edit to src/a b.py", (UsedTool("edit", "src/a b.py", ("src/a b.py",)),)),
-        ("Retrying in 0.2 seconds...", (Warned("Retrying in 0.2 seconds..."),)),
-        ("Only 3 reflections allowed, stopping.", (Warned("Only 3 reflections allowed, stopping."),)),
-        ("Only the tests change.", (Said("Only the tests change."),)),
-        (OPENAI, (Concluded(OPENAI, Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
-        (f"half a li{OPENAI}", (Concluded(f"half a li{OPENAI}", Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
-        ("It raises litellm.RateLimitError: then.", (Said("It raises litellm.RateLimitError: then."),)),
+        ("Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.", (UsageReport(12_000, 300), FinalResult())),
+        ("Cost: $0.00012 message, $1.25 session.", (UsageReport(cost=0.00012), FinalResult())),
+        ("Tokens: 1,234 sent, 5 received.", (UsageReport(1234, 5), FinalResult())),
+        ("Applied edit to src/a b.py", (ToolCall("edit", "src/a b.py", ("src/a b.py",)),)),
+        ("Retrying in 0.2 seconds...", (CliWarning("Retrying in 0.2 seconds..."),)),
+        ("Only 3 reflections allowed, stopping.", (CliWarning("Only 3 reflections allowed, stopping."),)),
+        ("Only the tests change.", (AgentMessage("Only the tests change."),)),
+        (OPENAI, (FinalResult(OPENAI, Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
+        (f"half a li{OPENAI}", (FinalResult(f"half a li{OPENAI}", Failed(FailureClass.RATE_LIMITED, OPENAI)),)),
+        ("It raises litellm.RateLimitError: then.", (AgentMessage("It raises litellm.RateLimitError: then."),)),
     )
     ends: ClassVar = (
         (
@@ -58,24 +58,24 @@ class TestAider(AdapterContract):
     limits: ClassVar = ((end(f"{OPENAI} Please try again in 20s.", 0), 1_790_000_020.0),)
     transcripts = TRANSCRIPTS / "aider"
     recorded: ClassVar = {
-        "edit": Recorded(tokens=(1900, 20), paths=frozenset({"hello.txt"})),
-        "tool": Recorded(paths=frozenset({"out/b.txt"})),
-        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-then-well": Recorded(paths=frozenset({"hello.txt"})),
-        "no-login": Recorded(FailureClass.AUTH),
-        "no-key": Recorded(FailureClass.AUTH),
-        "no-model": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.TRANSIENT),
-        "broken-stream": Recorded(FailureClass.TRANSIENT, paths=frozenset()),
-        "invalid": Recorded(FailureClass.INVALID),
-        "unknown-model": Recorded(FailureClass.INVALID),
-        "no-such-model": Recorded(FailureClass.INVALID),
-        "too-long": Recorded(FailureClass.LIMIT),
-        "out-of-tokens": Recorded(FailureClass.LIMIT),
-        "interrupted": Recorded(FailureClass.CRASHED),
-        "terminated": Recorded(),
+        "edit": RecordingMeaning(tokens=(1900, 20), paths=frozenset({"hello.txt"})),
+        "tool": RecordingMeaning(paths=frozenset({"out/b.txt"})),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-then-well": RecordingMeaning(paths=frozenset({"hello.txt"})),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "no-key": RecordingMeaning(FailureClass.AUTH),
+        "no-model": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT, paths=frozenset()),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "unknown-model": RecordingMeaning(FailureClass.INVALID),
+        "no-such-model": RecordingMeaning(FailureClass.INVALID),
+        "too-long": RecordingMeaning(FailureClass.LIMIT),
+        "out-of-tokens": RecordingMeaning(FailureClass.LIMIT),
+        "interrupted": RecordingMeaning(FailureClass.CRASHED),
+        "terminated": RecordingMeaning(),
     }
 
 

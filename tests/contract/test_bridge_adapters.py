@@ -14,41 +14,47 @@ from adapters.ollama import OllamaAdapter
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
-    Concluded,
-    Denied,
-    Identified,
-    Said,
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
     SessionEnd,
     SessionEvent,
-    Spent,
-    ToolEnded,
-    UsedTool,
-    Warned,
+    ToolCall,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end
 
 BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
-    ('{"type": "said", "text": "Hi."}', (Said("Hi."),)),
-    ('{"type": "tool", "name": "edit", "detail": "x", "paths": ["a", 1]}', (UsedTool("edit", "x", ("a",)),)),
-    ('{"type": "tool", "name": "x", "detail": "", "paths": [], "call": "c"}', (UsedTool("x", call="c"),)),
-    ('{"type": "tool_ended", "call": "c", "failed": null}', (ToolEnded("c"),)),
-    ('{"type": "tool_ended", "call": "c", "failed": "no"}', (ToolEnded("c", "no"),)),
-    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": null}', (Spent(1, 2, None, in_all=True),)),
-    ('{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": NaN}', (Spent(1, 2, None, in_all=True),)),
-    ('{"type": "session", "id": "s"}', (Identified("s"),)),
-    ('{"type": "warned", "text": "x"}', (Warned("x"),)),
-    ('{"type": "denied", "tool": "x", "detail": "y", "call": ""}', (Denied("x", "y"),)),
+    ('{"type": "said", "text": "Hi."}', (AgentMessage("Hi."),)),
+    ('{"type": "tool", "name": "edit", "detail": "x", "paths": ["a", 1]}', (ToolCall("edit", "x", ("a",)),)),
+    ('{"type": "tool", "name": "x", "detail": "", "paths": [], "call": "c"}', (ToolCall("x", call="c"),)),
+    ('{"type": "tool_ended", "call": "c", "failed": null}', (ToolResult("c"),)),
+    ('{"type": "tool_ended", "call": "c", "failed": "no"}', (ToolResult("c", "no"),)),
+    (
+        '{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": null}',
+        (UsageReport(1, 2, None, is_cumulative=True),),
+    ),
+    (
+        '{"type": "spent", "input_tokens": 1, "output_tokens": 2, "cost": NaN}',
+        (UsageReport(1, 2, None, is_cumulative=True),),
+    ),
+    ('{"type": "session", "id": "s"}', (ConversationStarted("s"),)),
+    ('{"type": "warned", "text": "x"}', (CliWarning("x"),)),
+    ('{"type": "denied", "tool": "x", "detail": "y", "call": ""}', (ToolDenied("x", "y"),)),
     ('{"type": "alive"}', ()),
-    ('{"type": "concluded", "text": "x", "failure": null, "reason": ""}', (Concluded("x"),)),
+    ('{"type": "concluded", "text": "x", "failure": null, "reason": ""}', (FinalResult("x"),)),
     (
         '{"type": "concluded", "text": "x", "failure": "auth", "reason": "y"}',
-        (Concluded("x", Failed(FailureClass.AUTH, "y")),),
+        (FinalResult("x", Failed(FailureClass.AUTH, "y")),),
     ),
     (
         '{"type": "concluded", "text": "", "failure": "news", "reason": ""}',
-        (Concluded("", Failed(FailureClass.CRASHED, "it failed")),),
+        (FinalResult("", Failed(FailureClass.CRASHED, "it failed")),),
     ),
     ('{"type": "said", "text": 1}', ()),
     ('{"type": "spent", "input_tokens": 1}', ()),
@@ -73,20 +79,20 @@ BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
 
 
 #: What all agents make of what all programs are put through.
-_AGENTS: Mapping[str, Recorded] = {
-    "tool": Recorded(text="Both done."),
-    "limited": Recorded(FailureClass.RATE_LIMITED),
-    "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
-    "no-login": Recorded(FailureClass.AUTH),
-    "server-error": Recorded(FailureClass.OVERLOADED),
-    "overloaded": Recorded(FailureClass.OVERLOADED),
-    "dead-server": Recorded(FailureClass.TRANSIENT),
-    "broken-stream": Recorded(FailureClass.TRANSIENT),
-    "unknown-model": Recorded(FailureClass.INVALID),
-    "out-of-tokens": Recorded(tokens=(100, 10)),  # they say that their turn is over, and nothing else
-    "interrupted": Recorded(),
-    "terminated": Recorded(),
-    "read-only": Recorded(text="It is looked at."),
+_AGENTS: Mapping[str, RecordingMeaning] = {
+    "tool": RecordingMeaning(text="Both done."),
+    "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
+    "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
+    "no-login": RecordingMeaning(FailureClass.AUTH),
+    "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+    "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+    "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+    "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+    "unknown-model": RecordingMeaning(FailureClass.INVALID),
+    "out-of-tokens": RecordingMeaning(tokens=(100, 10)),  # they say that their turn is over, and nothing else
+    "interrupted": RecordingMeaning(),
+    "terminated": RecordingMeaning(),
+    "read-only": RecordingMeaning(text="It is looked at."),
 }
 
 
@@ -101,24 +107,24 @@ class TestAcp(AdapterContract):
     transcripts = TRANSCRIPTS / "acp-gemini"
     recorded: ClassVar = {
         **_AGENTS,
-        "edit": Recorded(
+        "edit": RecordingMeaning(
             session="5957b2fb-b08e-4bcf-b6d1-3062d25e682e",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "resumed": Recorded(
+        "resumed": RecordingMeaning(
             session="b0b76deb-32df-4659-b447-42897f325ffa",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
         ),
-        "invalid": Recorded(FailureClass.INVALID),
-        "no-key": Recorded(FailureClass.AUTH),
-        "not-installed": Recorded(FailureClass.INVALID),
-        "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
-        "too-long": Recorded(FailureClass.LIMIT),
-        "outside": Recorded(text="It is not written.", paths=frozenset()),  # it refuses that by itself
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "no-key": RecordingMeaning(FailureClass.AUTH),
+        "not-installed": RecordingMeaning(FailureClass.INVALID),
+        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "too-long": RecordingMeaning(FailureClass.LIMIT),
+        "outside": RecordingMeaning(text="It is not written.", paths=frozenset()),  # it refuses that by itself
     }
 
 
@@ -132,24 +138,24 @@ class TestAcpOpencode(AdapterContract):
         (end("", None, 'opencode\n{"type":"council.limited","message":"No.","until":1790003600000}'), 1_790_003_600.0),
     )
     recorded: ClassVar = {
-        "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
+        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
         **_AGENTS,
-        "edit": Recorded(
+        "edit": RecordingMeaning(
             session="ses_df60b8be3ffelymAhaWpKaVZd7",
             text="It is written.",
             tokens=(120, 34),  # of its last answer
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "resumed": Recorded(
+        "resumed": RecordingMeaning(
             session="ses_df60a4719ffeonBmdhPR9d3Aob",
             text="Both are there.",
             tokens=(20, 4),
             paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
         ),
-        "asking": Recorded(text="Done.", paths=frozenset({"/work", "/work/hello.txt"})),
-        "outside": Recorded(FailureClass.REFUSED),
-        "invalid": Recorded(FailureClass.CRASHED),
-        "too-long": Recorded(text="Done.Done."),  # it sums up and goes on
+        "asking": RecordingMeaning(text="Done.", paths=frozenset({"/work", "/work/hello.txt"})),
+        "outside": RecordingMeaning(FailureClass.REFUSED),
+        "invalid": RecordingMeaning(FailureClass.CRASHED),
+        "too-long": RecordingMeaning(text="Done.Done."),  # it sums up and goes on
     }
 
 
@@ -161,22 +167,22 @@ class TestAcpClaude(AdapterContract):
     transcripts = TRANSCRIPTS / "acp-claude"
     recorded: ClassVar = {
         **_AGENTS,
-        "edit": Recorded(
+        "edit": RecordingMeaning(
             session="2cde79db-c2f8-4569-93b8-5c3634bf1923",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "resumed": Recorded(
+        "resumed": RecordingMeaning(
             session="18c52824-ec82-431b-ba54-6dff1cd846fd",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
         ),
-        "invalid": Recorded(FailureClass.INVALID),
-        "too-long": Recorded(FailureClass.LIMIT),
-        "out-of-tokens": Recorded(FailureClass.LIMIT),
-        "outside": Recorded(text="It is not written.", paths=frozenset({"/work/../beside.txt"})),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "too-long": RecordingMeaning(FailureClass.LIMIT),
+        "out-of-tokens": RecordingMeaning(FailureClass.LIMIT),
+        "outside": RecordingMeaning(text="It is not written.", paths=frozenset({"/work/../beside.txt"})),
     }
 
 
@@ -190,25 +196,25 @@ class TestOllama(AdapterContract):
     limits = LIMITS
     transcripts = TRANSCRIPTS / "ollama"
     recorded: ClassVar = {
-        "edit": Recorded(text="It is written.", tokens=(120, 34), paths=frozenset({"hello.txt"})),
-        "tool": Recorded(text="Both done.", paths=frozenset({"out/b.txt"})),
-        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-then-well": Recorded(FailureClass.RATE_LIMITED),
-        "no-login": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.AUTH),  # somebody has to start it
-        "broken-stream": Recorded(FailureClass.TRANSIENT, paths=frozenset()),
-        "invalid": Recorded(FailureClass.INVALID),
-        "unknown-model": Recorded(FailureClass.INVALID),
-        "too-long": Recorded(FailureClass.LIMIT),
-        "out-of-tokens": Recorded(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset()),
-        "cut-off": Recorded(FailureClass.CRASHED, paths=frozenset()),
-        "unfit": Recorded(FailureClass.CRASHED, paths=frozenset()),
-        "read-only": Recorded(tokens=(100, 10), paths=frozenset()),
-        "outside": Recorded(FailureClass.REFUSED, paths=frozenset()),
-        "interrupted": Recorded(),
-        "terminated": Recorded(),
+        "edit": RecordingMeaning(text="It is written.", tokens=(120, 34), paths=frozenset({"hello.txt"})),
+        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"out/b.txt"})),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-then-well": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.AUTH),  # somebody has to start it
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT, paths=frozenset()),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "unknown-model": RecordingMeaning(FailureClass.INVALID),
+        "too-long": RecordingMeaning(FailureClass.LIMIT),
+        "out-of-tokens": RecordingMeaning(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset()),
+        "cut-off": RecordingMeaning(FailureClass.CRASHED, paths=frozenset()),
+        "unfit": RecordingMeaning(FailureClass.CRASHED, paths=frozenset()),
+        "read-only": RecordingMeaning(tokens=(100, 10), paths=frozenset()),
+        "outside": RecordingMeaning(FailureClass.REFUSED, paths=frozenset()),
+        "interrupted": RecordingMeaning(),
+        "terminated": RecordingMeaning(),
     }
 
 

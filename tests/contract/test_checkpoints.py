@@ -10,20 +10,20 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.domain.runs.model import Attempt, Maker, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, CheckpointOrigin, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.engine.session_api.shared_values import Sharing
-from orchestrator.errors import HistoryGone, LeaseLost, RefusedError
-from orchestrator.protocols import Commit, Document, Guard, JsonObject, Key, State, Store, Write
+from orchestrator.engine.session_api.shared_values import SharedValues
+from orchestrator.errors import HistoryCompacted, LeaseLost, RefusedError
+from orchestrator.protocols import Commit, Document, Guard, JsonObject, Key, StateSnapshot, Store, Write
 from orchestrator.state.documents.checkpoints import (
-    WHOLE,
-    LiveSession,
-    contents,
-    create,
-    listed,
-    prune,
-    read,
-    restoration,
+    WHOLE_STORE,
+    CheckpointSession,
+    create_checkpoint,
+    list_checkpoints,
+    plan_restore,
+    prune_checkpoints,
+    read_checkpoint,
+    read_contents,
 )
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
@@ -91,15 +91,15 @@ async def test_a_checkpoint_says_where_and_how_things_stood(store: Store) -> Non
     """Position, reason, status, tasks by status and live sessions are those of the moment."""
     await seed(store, a=task(TaskStatus.RUNNING, 2), b=task(), c=task())
     position = await store.position()
-    made = await create(store, RUN, "before lunch")
+    made = await create_checkpoint(store, RUN, "before lunch")
     assert (made.id, made.run, made.number, made.position) == (f"{RUN}/1", RUN, 1, position)
-    assert (made.reason, made.maker, made.status) == ("before lunch", Maker.HAND, "running")
+    assert (made.reason, made.maker, made.status) == ("before lunch", CheckpointOrigin.HAND, "running")
     assert made.phase == {"running": 1, "pending": 2}
-    assert list(made.sessions) == [LiveSession(RUN, "a", 2, "running")]
-    assert await read(store, made.id) == made
-    assert (await create(store, RUN, "x", is_live=False)).status == "interrupted"
+    assert list(made.sessions) == [CheckpointSession(RUN, "a", 2, "running")]
+    assert await read_checkpoint(store, made.id) == made
+    assert (await create_checkpoint(store, RUN, "x", is_live=False)).status == "interrupted"
     await put(store, {Key("run", RUN): run_document(ended=5.0)})
-    assert (await create(store, RUN, "x")).status == "incomplete"
+    assert (await create_checkpoint(store, RUN, "x")).status == "incomplete"
     found = (await store.history(Key("checkpoint", f"{RUN}/1"), 1))[0]
     assert [(one.type, one.data["checkpoint"]) for one in found.events] == [("checkpoint.created", f"{RUN}/1")]
 
@@ -108,10 +108,10 @@ async def test_numbers_rise_and_are_never_used_again(store: Store) -> None:
     """What was pruned leaves its number taken; each run and the whole store count for themselves."""
     await seed(store, a=task())
     for _ in range(2):
-        await create(store, RUN, "x", maker=Maker.CLOCK)
-    assert await prune(store, RUN, 0) == [f"{RUN}/1", f"{RUN}/2"]
-    assert (await create(store, RUN, "x")).id == f"{RUN}/3"
-    assert (await create(store, None, "x")).id == f"{WHOLE}/1"
+        await create_checkpoint(store, RUN, "x", maker=CheckpointOrigin.CLOCK)
+    assert await prune_checkpoints(store, RUN, 0) == [f"{RUN}/1", f"{RUN}/2"]
+    assert (await create_checkpoint(store, RUN, "x")).id == f"{RUN}/3"
+    assert (await create_checkpoint(store, None, "x")).id == f"{WHOLE_STORE}/1"
 
 
 async def test_many_at_once_never_collide(stores: list[Store]) -> None:
@@ -120,23 +120,29 @@ async def test_many_at_once_never_collide(stores: list[Store]) -> None:
     made: list[str] = []
 
     async def one(store: Store) -> None:
-        made.append((await create(store, RUN, "x")).id)
+        made.append((await create_checkpoint(store, RUN, "x")).id)
 
     async with anyio.create_task_group() as group:
         for store in [*stores] * 4:
             group.start_soon(one, store)
     assert sorted(made) == sorted(f"{RUN}/{number}" for number in range(1, 9))
-    assert [one.number for one in await listed(stores[0], RUN)] == list(range(1, 9))
+    assert [one.number for one in await list_checkpoints(stores[0], RUN)] == list(range(1, 9))
 
 
 async def test_pruning_spares_what_was_not_made_by_the_clock(store: Store) -> None:
     """Of those made by the clock the newest stay, all others, too."""
     await seed(store, a=task())
-    for maker in (Maker.CLOCK, Maker.HAND, Maker.CLOCK, Maker.COUNCIL, *[Maker.CLOCK] * 10):
-        await create(store, RUN, "x", maker=maker)
-    await prune(store, RUN, 3)
-    assert [one.number for one in await listed(store, RUN)] == [2, 4, 12, 13, 14]
-    assert await prune(store, RUN, 3) == []
+    for maker in (
+        CheckpointOrigin.CLOCK,
+        CheckpointOrigin.HAND,
+        CheckpointOrigin.CLOCK,
+        CheckpointOrigin.COUNCIL,
+        *[CheckpointOrigin.CLOCK] * 10,
+    ):
+        await create_checkpoint(store, RUN, "x", maker=maker)
+    await prune_checkpoints(store, RUN, 3)
+    assert [one.number for one in await list_checkpoints(store, RUN)] == [2, 4, 12, 13, 14]
+    assert await prune_checkpoints(store, RUN, 3) == []
 
 
 async def test_contents_are_those_of_then(store: Store) -> None:
@@ -144,29 +150,31 @@ async def test_contents_are_those_of_then(store: Store) -> None:
     await seed(store, a=task())
     await seed(store, "other", a=task())
     await put(store, {LEASE: {"epoch": 1}})
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     await put(store, {key("a"): task(TaskStatus.FAILED, 1), Key("request", f"{RUN}/1"): {"x": 1}})
-    found = await contents(store, made.id)
+    found = await read_contents(store, made.id)
     assert set(found) == {Key("run", RUN), key("a"), LEASE}
     assert found[key("a")].value == task()
-    assert {Key("run", "other"), key("a", "other")} < set(await contents(store, (await create(store, None, "x")).id))
+    assert {Key("run", "other"), key("a", "other")} < set(
+        await read_contents(store, (await create_checkpoint(store, None, "x")).id)
+    )
 
 
 async def test_a_restoration_writes_old_values_over_new_versions(store: Store) -> None:
     """What has changed is written back and goes on counting versions; the unchanged and the landed are not touched."""
     await seed(store, a=task(TaskStatus.RUNNING, 1), b=task(), c=task(), d=task())
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     changed = {"a": task(TaskStatus.FAILED, 2), "b": task(TaskStatus.LANDED, 1, landed="d" * 40)}
     await put(store, {key(name): value for name, value in changed.items()})
     await put(store, {key("d"): task(TaskStatus.CANCELLED), Key("run", RUN): run_document(tasks=("a",), ended=9.0)})
-    found = await restoration(store, made.id)
+    found = await plan_restore(store, made.id)
     assert set(found.written) == {Key("run", RUN), key("a"), key("d")}
     assert (found.deleted, found.left) == ([], {key("b"): "it has landed"})
     await store.commit(Commit(found.writes))
     back = await store.get(key("a"))
     assert back is not None
     assert (back.version, back.value["status"], len(back.value["attempts"])) == (3, "running", 2)
-    assert (await restoration(store, made.id)).writes == []
+    assert (await plan_restore(store, made.id)).writes == []
     run = await store.get(Key("run", RUN))
     assert run is not None
     assert (run.value["ended"], run.value["tasks"]) == (None, ["a", "b", "c", "d"])
@@ -179,18 +187,18 @@ async def test_kinds_that_are_never_turned_back(store: Store, kind: str) -> None
     there = Key(kind, f"run/{RUN}" if kind == "lease" else f"{RUN}/9")
     value = {"epoch": 1, "position": 1, "reason": "x", "maker": "hand", "status": None, "phase": {}, "sessions": []}
     await put(store, {there: value})
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     await put(store, {there: {**value, "epoch": 2}, Key(kind, f"{RUN}/10"): value})
-    found = await restoration(store, made.id)
+    found = await plan_restore(store, made.id)
     assert (found.writes, found.left) == ([], {})
 
 
 async def test_a_run_whose_tasks_are_as_they_were_keeps_its_end(store: Store) -> None:
     """The run's document goes with its tasks: by itself it would make an ended run look cut off."""
     await seed(store, a=task())
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     await put(store, {Key("run", RUN): run_document(ended=9.0), key("a"): task(TaskStatus.LANDED, 1, landed="d" * 40)})
-    found = await restoration(store, made.id)
+    found = await plan_restore(store, made.id)
     assert (found.writes, found.left) == ([], {key("a"): "it has landed"})
 
 
@@ -198,32 +206,32 @@ async def test_what_is_cut_off_now_has_the_run_go_on(store: Store) -> None:
     """A run had ended, and was retried and killed: it has no end again, so that a resume looks after what is left."""
     await seed(store, a=task(TaskStatus.FAILED, 1))
     await put(store, {Key("run", RUN): run_document(ended=9.0)})
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     await put(store, {Key("run", RUN): run_document(), key("a"): task(TaskStatus.RUNNING, 2)})
-    assert (await restoration(store, made.id)).runs[RUN].ended is None
+    assert (await plan_restore(store, made.id)).runs[RUN].ended is None
     await put(store, {key("a"): task(TaskStatus.FAILED, 2)})
-    assert (await restoration(store, made.id)).runs[RUN].ended == 9.0
+    assert (await plan_restore(store, made.id)).runs[RUN].ended == 9.0
 
 
 async def test_of_the_whole_store_what_began_since_stays_and_what_is_gone_comes_back(store: Store) -> None:
     """A run that did not exist then is left alone, one that was cleaned away is there again."""
     await seed(store, a=task(TaskStatus.LANDED, 1, landed="d" * 40))
     await seed(store, "kept", a=task())
-    made = await create(store, None, "x")
+    made = await create_checkpoint(store, None, "x")
     assert (made.run, made.status, made.phase) == (None, None, {"landed": 1, "pending": 1})
     await put(store, {Key("run", RUN): None, key("a"): None})
     await seed(store, "new", a=task())
-    found = await restoration(store, made.id)
+    found = await plan_restore(store, made.id)
     assert set(found.written) == {Key("run", RUN), key("a")}
     assert (found.left, list(found.runs)) == ({Key("run", "new"): "it began since"}, [RUN])
     await store.commit(Commit(found.writes))
-    assert (await restoration(store, made.id)).writes == []
+    assert (await plan_restore(store, made.id)).writes == []
 
 
 async def test_a_task_that_was_not_there_then_is_deleted_unless_a_session_was_at_it(store: Store) -> None:
     """What was added to a run since goes with it, but for what is on the target, and attempts stay on record."""
     await seed(store, a=task())
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     since = {
         "b": task(),
         "c": task(TaskStatus.LANDED, 1, landed="d" * 40),
@@ -232,7 +240,7 @@ async def test_a_task_that_was_not_there_then_is_deleted_unless_a_session_was_at
     }
     specs = {name: Key("spec", f"{RUN}/{name}") for name in since}
     await put(store, {key(name): one for name, one in since.items()} | {one: {"x": 1} for one in specs.values()})
-    found = await restoration(store, made.id)
+    found = await plan_restore(store, made.id)
     assert set(found.deleted) == {key("b"), specs["b"]}
     assert set(found.left) == {key("c"), key("d"), *(specs[name] for name in "cde")}
     assert found.runs[RUN].tasks == ("a", "c", "d", "e")
@@ -247,38 +255,38 @@ async def test_a_task_that_was_not_there_then_is_deleted_unless_a_session_was_at
 async def test_what_is_not_there_is_refused(store: Store) -> None:
     """A run or checkpoint that does not exist is told with what to do."""
     with pytest.raises(RefusedError, match="there is no run"):
-        await create(store, "nonsense", "x")
+        await create_checkpoint(store, "nonsense", "x")
     with pytest.raises(RefusedError, match="council checkpoint list"):
-        await read(store, f"{RUN}/7")
-    assert await listed(store) == []
+        await read_checkpoint(store, f"{RUN}/7")
+    assert await list_checkpoints(store) == []
 
 
 async def test_a_stale_owner_makes_none(store: Store) -> None:
     """Under a guard that holds no more neither a checkpoint is made nor one pruned."""
     await seed(store, a=task())
     await put(store, {LEASE: {"epoch": 2}})
-    await create(store, RUN, "x", maker=Maker.CLOCK)
+    await create_checkpoint(store, RUN, "x", maker=CheckpointOrigin.CLOCK)
     with pytest.raises(LeaseLost):
-        await create(store, RUN, "x", guards=[Guard(LEASE, 1)])
+        await create_checkpoint(store, RUN, "x", guards=[Guard(LEASE, 1)])
     with pytest.raises(LeaseLost):
-        await prune(store, RUN, 0, [Guard(LEASE, 1)])
-    assert len(await listed(store, RUN)) == 1
+        await prune_checkpoints(store, RUN, 0, [Guard(LEASE, 1)])
+    assert len(await list_checkpoints(store, RUN)) == 1
 
 
 class Forgetful(MemoryStore):
     """A store whose log goes back to nowhere."""
 
-    async def at(self, position: int) -> State:
+    async def at(self, position: int) -> StateSnapshot:
         """Know nothing."""
-        raise HistoryGone(position, position + 1)
+        raise HistoryCompacted(position, position + 1)
 
 
 async def test_a_checkpoint_older_than_the_log_is_refused() -> None:
     """It is listed, but its contents are gone, and that is said."""
     store = Forgetful(ManualClock())
     await seed(store, a=task())
-    made = await create(store, RUN, "x")
-    for ask in (contents, restoration):
+    made = await create_checkpoint(store, RUN, "x")
+    for ask in (read_contents, plan_restore):
         with pytest.raises(RefusedError, match="choose a later one"):
             await ask(store, made.id)
 
@@ -293,11 +301,11 @@ class Damaged(MemoryStore):
         """Mark what is damaged now."""
         return [one._replace(damaged=one.key == self.now) for one in await super().list(kind, prefix)]
 
-    async def at(self, position: int) -> State:
+    async def at(self, position: int) -> StateSnapshot:
         """Mark what was damaged then."""
         found = await super().at(position)
         marked = {name: one._replace(damaged=name == self.then) for name, one in found.documents.items()}
-        return State(found.position, found.time, marked)
+        return StateSnapshot(found.position, found.time, marked)
 
 
 @pytest.mark.parametrize("when", ["now", "then"])
@@ -305,14 +313,14 @@ async def test_what_is_damaged_stays_and_holds_nothing_else_up(when: str) -> Non
     """Only the task that can't be trusted is left; the others are turned back."""
     store = Damaged(ManualClock())
     await seed(store, a=task(), b=task())
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     await put(store, {key("a"): task(TaskStatus.FAILED, 1), key("b"): task(TaskStatus.FAILED, 1)})
     setattr(store, when, key("a"))
-    found = await restoration(store, made.id)
+    found = await plan_restore(store, made.id)
     assert found.written == [key("b")]
     assert "damaged" in found.left[key("a")]
     if when == "now":
-        assert (await create(store, RUN, "x")).phase == {"damaged": 1, "failed": 1}
+        assert (await create_checkpoint(store, RUN, "x")).phase == {"damaged": 1, "failed": 1}
 
 
 class Restless(MemoryStore):
@@ -328,9 +336,9 @@ async def test_between_the_commits_of_others_it_is_taken_from_the_log() -> None:
     """Where no two looks agree, what the checkpoint says is still what its position holds."""
     store = Restless(ManualClock())
     await seed(store, a=task(), b=task())
-    made = await create(store, RUN, "x")
+    made = await create_checkpoint(store, RUN, "x")
     assert made.phase == {"pending": 2}
-    assert (await contents(store, made.id)).keys() == {Key("run", RUN), key("a"), key("b")}
+    assert (await read_contents(store, made.id)).keys() == {Key("run", RUN), key("a"), key("b")}
 
 
 def note(run: str, text: str) -> JsonObject:
@@ -343,17 +351,17 @@ async def test_notes_of_a_run_come_back_and_none_is_lost(store: Store) -> None:
     ours, later, theirs = (Key("note", f"0123456789abcdef/{name}") for name in ("1", "2", "3"))
     await seed(store, a=task())
     await put(store, {ours: note(RUN, "x"), theirs: note("another", "y")})
-    made = await create(store, RUN, "before")
-    assert {key for key in await contents(store, made.id) if key.kind == "note"} == {ours}
+    made = await create_checkpoint(store, RUN, "before")
+    assert {key for key in await read_contents(store, made.id) if key.kind == "note"} == {ours}
     await put(store, {ours: None, theirs: None, later: note(RUN, "z")})
-    found = await restoration(store, made.id)
+    found = await plan_restore(store, made.id)
     assert [(write.key, write.value) for write in found.writes] == [(ours, note(RUN, "x"))]
     assert (found.deleted, found.left) == ([], {})
     await store.commit(Commit(found.writes))
     assert {one.key for one in await store.list("note")} == {ours, later}
-    whole = await create(store, None, "all")
+    whole = await create_checkpoint(store, None, "all")
     await put(store, {ours: None, later: None})
-    assert {write.key for write in (await restoration(store, whole.id)).writes} == {ours, later}
+    assert {write.key for write in (await plan_restore(store, whole.id)).writes} == {ours, later}
 
 
 async def test_documents_of_other_kinds_are_part_of_a_checkpoint_of_everything(store: Store) -> None:
@@ -363,25 +371,25 @@ async def test_documents_of_other_kinds_are_part_of_a_checkpoint_of_everything(s
     await seed(store, a=task())
     await put(store, {kept: {"n": 1}, changed: {"n": 1}, gone: {"n": 1}})
     await store.commit(Commit([Write(lock, 0, {"n": 1}, 1000.0)]))
-    whole, own = await create(store, None, "before"), await create(store, RUN, "before")
-    assert {kept, changed, gone, lock} <= (await contents(store, whole.id)).keys()
+    whole, own = await create_checkpoint(store, None, "before"), await create_checkpoint(store, RUN, "before")
+    assert {kept, changed, gone, lock} <= (await read_contents(store, whole.id)).keys()
     await put(store, {changed: {"n": 2}, gone: None, new: {"n": 3}, lock: None})
-    assert (await restoration(store, own.id)).writes == []
-    found = await restoration(store, whole.id)
+    assert (await plan_restore(store, own.id)).writes == []
+    found = await plan_restore(store, whole.id)
     assert {write.key: write.value for write in found.writes} == {changed: {"n": 1}, gone: {"n": 1}, new: None}
     await store.commit(Commit(found.writes))
-    assert (await restoration(store, whole.id)).writes == []
+    assert (await plan_restore(store, whole.id)).writes == []
 
 
 async def test_what_was_shared_comes_back_as_it_was(store: Store) -> None:
     """What was not there yet goes: sessions that are had again share it anew."""
-    sharing = Sharing(store, ManualClock(), Redactor(), RUN)
+    sharing = SharedValues(store, ManualClock(), Redactor(), RUN)
     await store.commit(Commit([Write(Key("run", RUN), 0, run_document(ended=2.0))]))
     await sharing.put("k", "then")
-    made = await create(store, RUN, "by hand")
+    made = await create_checkpoint(store, RUN, "by hand")
     await sharing.put("k", "since")
     await sharing.put("new", 1)
-    found = {write.key.id: write.value for write in (await restoration(store, made.id)).writes}
+    found = {write.key.id: write.value for write in (await plan_restore(store, made.id)).writes}
     assert found.keys() == {f"{RUN}/k", f"{RUN}/new"}
     assert (found[f"{RUN}/k"] or {})["value"] == "then"
     assert found[f"{RUN}/new"] is None

@@ -14,11 +14,20 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from orchestrator.domain.scheduling.claims import Claim, MergeLease, Owner, Release, Role, Standing, Timing, Verdict
-from orchestrator.errors import Fenced, LeaseLost, StoreUnavailable
-from orchestrator.locking.claims import Claims, HeldBy, Taking, claim_key, read_claims
-from orchestrator.locking.merge_permit import MergePermits, permit_key
-from orchestrator.locking.orchestrators import Orchestrators, orchestrator_key
+from orchestrator.domain.scheduling.claims import (
+    Claim,
+    ClaimTiming,
+    ClaimVerdict,
+    MergeLease,
+    OrchestratorIdentity,
+    OwnerStatus,
+    ReleaseReason,
+    Role,
+)
+from orchestrator.errors import LeaseLost, OrchestratorFenced, StoreUnavailable
+from orchestrator.locking.claims import ClaimHolder, Claims, PlannedClaim, claim_key, read_claims
+from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key
+from orchestrator.locking.orchestrators import RunMembership, orchestrator_key
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
@@ -53,9 +62,9 @@ class Process:
     """An orchestrator that has joined."""
 
     line: Line
-    others: Orchestrators
+    others: RunMembership
     claims: Claims
-    permits: MergePermits
+    permits: MergePermitQueue
 
     @property
     def name(self) -> str:
@@ -82,15 +91,17 @@ class Place:
         shares: bool = True,
     ) -> Process:
         """Have another orchestrator join, of a machine of its own unless it is said."""
-        owner = Owner(id=name, host=host or name, boot="1", pid=len(name), started=None, role=role, shares=shares)
+        owner = OrchestratorIdentity(
+            id=name, host=host or name, boot="1", pid=len(name), started=None, role=role, shares=shares
+        )
 
-        async def is_dead(_run: str, other: Owner) -> bool:
+        async def is_dead(_run: str, other: OrchestratorIdentity) -> bool:
             return other.id in self.dead
 
         line, clock = Line(self.store), clock or self.clock
-        others = Orchestrators(line, clock, run, owner, Timing(), is_dead)  # type: ignore[arg-type]
+        others = RunMembership(line, clock, run, owner, ClaimTiming(), is_dead)  # type: ignore[arg-type]
         claims = Claims(line, clock, others)  # type: ignore[arg-type]
-        permits = MergePermits(line, clock, others, "/repository", "main")  # type: ignore[arg-type]
+        permits = MergePermitQueue(line, clock, others, "/repository", "main")  # type: ignore[arg-type]
         await others.join()
         return Process(line, others, claims, permits)
 
@@ -104,7 +115,7 @@ class Place:
 
     async def lease(self, process: Process) -> MergeLease:
         """Return the merge permit's document."""
-        found = await self.store.get(permit_key(process.permits.scope))
+        found = await self.store.get(merge_lease_key(process.permits.scope))
         assert found is not None
         return MergeLease.model_validate(found.value)
 
@@ -154,15 +165,15 @@ class ClaimsContract(ABC):
         first = await gets(a, "t")
         assert (list(a.claims), "t" in a.claims, a.claims.guard("t")) == (["t"], True, first)
         held = await b.claims.claim("t")
-        assert isinstance(held, HeldBy)
-        assert (held.claim.owner, held.standing, "t" in b.claims) == (a.others.me, Standing.ALIVE, False)
+        assert isinstance(held, ClaimHolder)
+        assert (held.claim.owner, held.standing, "t" in b.claims) == (a.others.me, OwnerStatus.ALIVE, False)
         await place.write(first)
-        await a.claims.release("t", Release.ABANDONED, "later", counts=True)
+        await a.claims.release("t", ReleaseReason.ABANDONED, "later", counts=True)
         assert "t" not in a.claims
         with pytest.raises(LeaseLost):
             await place.write(first)
         given = await place.claim("t")
-        assert (given.released, given.reason, given.retries, given.epoch) == (Release.ABANDONED, "later", 1, 2)
+        assert (given.released, given.reason, given.retries, given.epoch) == (ReleaseReason.ABANDONED, "later", 1, 2)
         second = await gets(b, "t")
         assert second.epoch == 3
         await place.write(second)
@@ -174,7 +185,7 @@ class ClaimsContract(ABC):
     async def test_of_many_at_once_one_has_it(self, place: Place) -> None:
         """All others are told who."""
         processes = [await place.join(f"p{number}") for number in range(8)]
-        found = list[Guard | HeldBy]()
+        found = list[Guard | ClaimHolder]()
 
         async def claim(process: Process) -> None:
             found.append(await process.claims.claim("t"))
@@ -185,7 +196,7 @@ class ClaimsContract(ABC):
         (guard,) = (one for one in found if isinstance(one, Guard))
         assert guard == Guard(claim_key(RUN, "t"), 1)
         winner = (await place.claim("t")).owner
-        assert {one.claim.owner for one in found if isinstance(one, HeldBy)} == {winner}
+        assert {one.claim.owner for one in found if isinstance(one, ClaimHolder)} == {winner}
         assert sum(process.others.counters.conflicts for process in processes) == 7
 
     async def test_signs_of_life_write_no_claim_and_keep_all_of_them(self, place: Place) -> None:
@@ -198,7 +209,7 @@ class ClaimsContract(ABC):
             place.clock.advance(60.0)
             await a.others.renew()
             assert await b.claims.sweep() == {}
-            assert await b.claims.verdict("t") is Verdict.CLAIMED
+            assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
         assert list(await place.store.list("claim")) == list(before)
         record = (await b.others.all())["a"]
         assert (record.heartbeat, record.expires) == (place.clock.now(), place.clock.now() + 300.0)
@@ -208,7 +219,7 @@ class ClaimsContract(ABC):
         """In one commit, once it was watched; what it then still wants to do is refused, and it learns why."""
         a, b = await place.join("a"), await place.join("b")
         guards = [await gets(a, task) for task in ("t", "u")]
-        await a.claims.release("u", Release.COMPLETE)
+        await a.claims.release("u", ReleaseReason.COMPLETE)
         place.clock.advance(301.0)
         assert await b.claims.sweep() == {}  # b has not looked until now
         await watch_for(b, 90.0, place.clock)
@@ -231,10 +242,10 @@ class ClaimsContract(ABC):
             await a.claims.sweep()
         assert (await place.claim("w")).owner == c.others.me
         with pytest.raises(LeaseLost):
-            await a.claims.release("t", Release.COMPLETE)
+            await a.claims.release("t", ReleaseReason.COMPLETE)
         assert "t" not in a.claims
         assert a.others.counters.refused == 1
-        with pytest.raises(Fenced, match=r"b took over: no heartbeat for 391 s"):
+        with pytest.raises(OrchestratorFenced, match=r"b took over: no heartbeat for 391 s"):
             await a.others.renew()
         await a.others.leave()
         assert await b.claims.sweep() == {"w": "c"}
@@ -259,12 +270,12 @@ class ClaimsContract(ABC):
         """However often it is asked how it stands: not each of thousands of claims costs a look at its process."""
         a, b = [await place.join(name, host="box") for name in "ab"]
         await gets(a, "t")
-        assert await b.claims.verdict("t") is Verdict.CLAIMED
+        assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
         place.dead.add("a")
         place.clock.advance(0.9)
-        assert await b.claims.verdict("t") is Verdict.CLAIMED
+        assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
         place.clock.advance(0.1)
-        assert await b.claims.verdict("t") is Verdict.TRY
+        assert await b.claims.verdict("t") is ClaimVerdict.TRY
 
     async def test_a_look_away_proves_nothing(self, place: Place) -> None:
         """Whoever was stopped for long, as all of the machine may have been, has to watch anew."""
@@ -284,13 +295,13 @@ class ClaimsContract(ABC):
         await gets(a, "t")
         place.dead.add("a")
         late = await a.claims.plan("late")
-        assert isinstance(late, Taking)
+        assert isinstance(late, PlannedClaim)
         await place.store.commit(Commit([late.write], guards=[a.others.guard]))
         gone = await b.others.gone()
         assert not gone  # it is of another machine
         document, record = await place.store.get(orchestrator_key(RUN, "a")), (await b.others.all())["a"]
         assert document is not None
-        await place.store.commit(Commit([b.others.ending(document, record, Standing.DEAD)]))
+        await place.store.commit(Commit([b.others.ending(document, record, OwnerStatus.DEAD)]))
         assert await b.claims.sweep() == {"t": "a", "late": "a"}
 
     async def test_one_that_has_left_is_no_holder(self, place: Place) -> None:
@@ -299,7 +310,7 @@ class ClaimsContract(ABC):
         old = await gets(a, "t")
         await a.others.leave("it was told to")
         await a.others.leave()
-        assert await b.claims.verdict("t") is Verdict.TRY
+        assert await b.claims.verdict("t") is ClaimVerdict.TRY
         await gets(b, "t")
         assert (await place.claim("t")).retries == 1
         assert b.others.counters.takeovers == 1
@@ -310,22 +321,22 @@ class ClaimsContract(ABC):
         await place.store.commit(Commit([Write(found.key, found.version, None)]))
         c = await place.join("c")
         assert await c.claims.sweep() == {"t": "b"}
-        with pytest.raises(Fenced, match="its record is gone"):
+        with pytest.raises(OrchestratorFenced, match="its record is gone"):
             await b.others.renew()
 
     async def test_a_coordinator_overrides_those_that_are_none(self, place: Place) -> None:
         """If it says so; that counts as a takeover and as a try. A worker overrides nobody."""
         a, chief, b = await place.join("a"), await place.join("chief", Role.COORDINATOR), await place.join("b")
         old = await gets(a, "t")
-        assert isinstance(await chief.claims.claim("t"), HeldBy)
-        assert isinstance(await b.claims.claim("t", override=True), HeldBy)
+        assert isinstance(await chief.claims.claim("t"), ClaimHolder)
+        assert isinstance(await b.claims.claim("t", override=True), ClaimHolder)
         await gets(chief, "t", override=True)
         assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
         with pytest.raises(LeaseLost):
             await place.write(old)
         other = await place.join("other chief", Role.COORDINATOR)
-        assert isinstance(await other.claims.claim("t", override=True), HeldBy)
-        await chief.claims.release("t", Release.ABANDONED)
+        assert isinstance(await other.claims.claim("t", override=True), ClaimHolder)
+        await chief.claims.release("t", ReleaseReason.ABANDONED)
         await gets(chief, "t", override=True)
         assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
 
@@ -333,26 +344,26 @@ class ClaimsContract(ABC):
         """Four of them, in whichever way they end; a person may have the count begin anew."""
         a = await place.join("a")
         for number in range(4):
-            assert await a.claims.verdict("t") is Verdict.TRY
+            assert await a.claims.verdict("t") is ClaimVerdict.TRY
             await gets(a, "t")
             assert (await place.claim("t")).retries == number
             if number % 2:
-                await a.claims.release("t", Release.FAILED, counts=True)
+                await a.claims.release("t", ReleaseReason.FAILED, counts=True)
             else:
                 b = await place.join(f"b{number}")
                 await a.others.leave()
                 a = b
                 if number == 0:
                     assert await a.claims.sweep() == {"t": "a"}
-                    await a.claims.release("t", Release.ABANDONED)
-        assert await a.claims.verdict("t") is Verdict.TRIED_OUT
-        assert await a.claims.verdict("t", ignored="not now") is Verdict.IGNORED
+                    await a.claims.release("t", ReleaseReason.ABANDONED)
+        assert await a.claims.verdict("t") is ClaimVerdict.TRIED_OUT
+        assert await a.claims.verdict("t", ignored="not now") is ClaimVerdict.IGNORED
         afresh = await a.claims.afresh("t")
         await place.store.commit(Commit(afresh))
-        assert await a.claims.verdict("t") is Verdict.TRY
+        assert await a.claims.verdict("t") is ClaimVerdict.TRY
         assert await a.claims.afresh("t") == await a.claims.afresh("never claimed") == []
         again = await a.claims.plan("t", retries=0)
-        assert isinstance(again, Taking)
+        assert isinstance(again, PlannedClaim)
         assert again.claim.retries == 0
 
     async def test_a_sweep_for_a_person_counts_no_try(self, place: Place) -> None:
@@ -367,16 +378,16 @@ class ClaimsContract(ABC):
         """All or nothing: what is planned twice is had once."""
         a, b = await place.join("a"), await place.join("b")
         plans = [await process.claims.plan("t") for process in (a, b)]
-        mine, theirs = [one for one in plans if isinstance(one, Taking)]
+        mine, theirs = [one for one in plans if isinstance(one, PlannedClaim)]
         await place.store.commit(Commit([theirs.write, Write(TASK, 0, {"by": "b"})], guards=[b.others.guard]))
-        b.claims.took("t", theirs)
+        b.claims.mark_claimed("t", theirs)
         assert b.claims.guard("t") == theirs.guard
         with pytest.raises(Exception, match=r"is at version 1 .*, not 0"):
             await place.store.commit(Commit([mine.write, Write(TASK, 1, {"by": "a"})], guards=[a.others.guard]))
-        done = b.claims.ending("t", Release.COMPLETE, None)
+        done = b.claims.ending("t", ReleaseReason.COMPLETE, None)
         await place.store.commit(Commit([done, Write(TASK, 1, {"by": "b"})], guards=[theirs.guard]))
         b.claims.released("t")
-        assert ("t" in b.claims, (await place.claim("t")).released) == (False, Release.COMPLETE)
+        assert ("t" in b.claims, (await place.claim("t")).released) == (False, ReleaseReason.COMPLETE)
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
     async def test_no_fault_of_a_commit_loses_anything(self, place: Place, fault: str) -> None:
@@ -389,14 +400,14 @@ class ClaimsContract(ABC):
         a.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
             await a.claims.claim("t")
-        assert await a.claims.verdict("t") is Verdict.TRY
+        assert await a.claims.verdict("t") is ClaimVerdict.TRY
         await gets(a, "t")
         assert (await place.claim("t")).retries == 0
         a.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
-            await a.claims.release("t", Release.COMPLETE, "done")
+            await a.claims.release("t", ReleaseReason.COMPLETE, "done")
         assert "t" in a.claims
-        await a.claims.release("t", Release.COMPLETE, "done")
+        await a.claims.release("t", ReleaseReason.COMPLETE, "done")
         assert ("t" in a.claims, (await place.claim("t")).reason) == (False, "done")
         await gets(a, "u")
         await a.others.leave()
@@ -416,10 +427,10 @@ class ClaimsContract(ABC):
         """A sweep between the commit of a claim and the word of that is nothing to worry about."""
         a = await place.join("a")
         taking = await a.claims.plan("t")
-        assert isinstance(taking, Taking)
+        assert isinstance(taking, PlannedClaim)
         await place.store.commit(Commit([taking.write]))
         assert await a.claims.sweep() == {}
-        a.claims.took("t", taking)
+        a.claims.mark_claimed("t", taking)
         assert await a.claims.sweep() == {}
         await place.write(a.claims.guard("t"))
 
@@ -427,14 +438,14 @@ class ClaimsContract(ABC):
     async def test_who_is_alone_and_another_know_of_each_other(self, place: Place, alone: str) -> None:
         """Whichever of the two shares the run with nobody; who has ended is in nobody's way."""
         first = await place.join("first", shares=alone != "first")
-        assert await first.others.unshared() is None
+        assert await first.others.find_exclusive_peer() is None
         second = await place.join("second", shares=alone != "second")
-        seen = [await one.others.unshared() for one in (first, second)]
+        seen = [await one.others.find_exclusive_peer() for one in (first, second)]
         assert [one and one.owner.id for one in seen] == [second.others.me.id, first.others.me.id]
         await first.others.leave()
-        assert await second.others.unshared() is None
+        assert await second.others.find_exclusive_peer() is None
         third = await place.join("third", shares=alone != "second")
-        assert (await third.others.unshared() is None) is (alone == "first")
+        assert (await third.others.find_exclusive_peer() is None) is (alone == "first")
 
     async def test_joining_is_done_once_whatever_is_heard_of_it(self, place: Place) -> None:
         """Its record is its own, be its commit acknowledged or not."""
@@ -442,7 +453,7 @@ class ClaimsContract(ABC):
         await a.others.join()
         await a.others.renew()
         await a.others.leave()
-        with pytest.raises(Fenced, match="it has said that it ended"):
+        with pytest.raises(OrchestratorFenced, match="it has said that it ended"):
             await a.others.join()
 
     async def test_what_happens_is_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -452,12 +463,12 @@ class ClaimsContract(ABC):
         for task in ("t", "u"):
             await gets(a, task)
         await a.others.renew()
-        await a.claims.release("t", Release.COMPLETE)
+        await a.claims.release("t", ReleaseReason.COMPLETE)
         await gets(a, "t")
         await a.others.leave()
         await b.claims.sweep()
         with pytest.raises(LeaseLost):
-            await a.claims.release("t", Release.COMPLETE)
+            await a.claims.release("t", ReleaseReason.COMPLETE)
         a.line.faults = ["fails"]
         with pytest.raises(StoreUnavailable):
             await a.others.renew()
@@ -505,7 +516,7 @@ class ClaimsContract(ABC):
         a, order = await place.join("a"), list[str]()
 
         async def second() -> None:
-            async with MergePermits(place.store, place.clock, a.others, "/repository", "main").hold() as permit:
+            async with MergePermitQueue(place.store, place.clock, a.others, "/repository", "main").hold() as permit:
                 order.append("second")
                 await place.write(permit.guard)
 

@@ -16,16 +16,16 @@ from adapters.codex import CodexAdapter
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
-    Concluded,
-    Identified,
-    Said,
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    UsedTool,
-    Warned,
+    ToolCall,
+    ToolResult,
+    UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
 
@@ -54,63 +54,63 @@ class TestCodex(AdapterContract):
         "env": ["MY_KEY"],
     }
     lines: ClassVar = (
-        (json.dumps({"type": "thread.started", "thread_id": SESSION}), (Identified(SESSION),)),
+        (json.dumps({"type": "thread.started", "thread_id": SESSION}), (ConversationStarted(SESSION),)),
         ('{"type":"turn.started"}', ()),
-        (codex_item("completed", "agent_message", text="Hi."), (Said("Hi."),)),
+        (codex_item("completed", "agent_message", text="Hi."), (AgentMessage("Hi."),)),
         (codex_item("completed", "agent_message", text=" "), ()),
         (codex_item("completed", "reasoning", text="Hm."), ()),
         (
             codex_item("completed", "error", message="Model metadata for `x` not found."),
-            (Warned("Model metadata for `x` not found."),),
+            (CliWarning("Model metadata for `x` not found."),),
         ),
         (
             codex_item("started", "command_execution", command="/bin/bash -lc 'make\n test'", exit_code=None),
-            (UsedTool("shell", "/bin/bash -lc 'make test'", call="item_0"),),
+            (ToolCall("shell", "/bin/bash -lc 'make test'", call="item_0"),),
         ),
         (
             codex_item("completed", "command_execution", command="/bin/bash -lc true", exit_code=0),
-            (ToolEnded("item_0"),),
+            (ToolResult("item_0"),),
         ),
         (
             codex_item("completed", "command_execution", exit_code=2, aggregated_output="one\ntwo\n", status="failed"),
-            (ToolEnded("item_0", "exit code 2: two"),),
+            (ToolResult("item_0", "exit code 2: two"),),
         ),
         (
             codex_item("completed", "mcp_tool_call", status="failed", error={"message": "no such tool"}),
-            (ToolEnded("item_0", "no such tool"),),
+            (ToolResult("item_0", "no such tool"),),
         ),
         (codex_item("started", "file_change", changes=[{"path": "/w/a.py", "kind": "add"}]), ()),
         (
             codex_item("completed", "file_change", changes=[{"path": "/w/a.py", "kind": "add"}, {"path": "/w/b.py"}]),
-            (UsedTool("edit", "/w/a.py /w/b.py", ("/w/a.py", "/w/b.py"), "item_0"), ToolEnded("item_0")),
+            (ToolCall("edit", "/w/a.py /w/b.py", ("/w/a.py", "/w/b.py"), "item_0"), ToolResult("item_0")),
         ),
         (
             codex_item("completed", "file_change", changes=[1, {"path": 2}]),
-            (UsedTool("edit", call="item_0"), ToolEnded("item_0")),
+            (ToolCall("edit", call="item_0"), ToolResult("item_0")),
         ),
         (
             codex_item("started", "mcp_tool_call", server="docs", tool="find", arguments={}),
-            (UsedTool("docs.find", call="item_0"),),
+            (ToolCall("docs.find", call="item_0"),),
         ),
-        (codex_item("completed", "web_search", query="pep 440"), (UsedTool("web_search", "pep 440"),)),
+        (codex_item("completed", "web_search", query="pep 440"), (ToolCall("web_search", "pep 440"),)),
         (
             '{"type":"turn.completed","usage":{"input_tokens":120,"cached_input_tokens":100,"output_tokens":34}}',
             (
-                Spent(120, 34, in_all=True, cached_tokens=100, model="gpt-5.5", of_conversation=True),
-                Concluded(),
+                UsageReport(120, 34, is_cumulative=True, cached_tokens=100, model="gpt-5.5", includes_resumed=True),
+                FinalResult(),
             ),
         ),
-        ('{"type":"turn.completed","usage":null}', (Concluded(),)),
+        ('{"type":"turn.completed","usage":null}', (FinalResult(),)),
         (
             '{"type":"error","message":"Reconnecting... 1/5 (unexpected status 401 Unauthorized: no)"}',
-            (Warned("Reconnecting... 1/5 (unexpected status 401 Unauthorized: no)"),),
+            (CliWarning("Reconnecting... 1/5 (unexpected status 401 Unauthorized: no)"),),
         ),
         (
             '{"type":"turn.failed","error":{"message":"Selected model is at capacity."}}',
-            (Concluded("", Failed(FailureClass.OVERLOADED, "Selected model is at capacity.")),),
+            (FinalResult("", Failed(FailureClass.OVERLOADED, "Selected model is at capacity.")),),
         ),
-        ('{"type":"turn.failed"}', (Concluded("", Failed(FailureClass.CRASHED, "it ended with an error")),)),
-        ("plain words", (Said("plain words"),)),
+        ('{"type":"turn.failed"}', (FinalResult("", Failed(FailureClass.CRASHED, "it ended with an error")),)),
+        ("plain words", (AgentMessage("plain words"),)),
     )
     ends: ClassVar = (
         (end(codex_failure("unexpected status 403 Forbidden: Country not supported")), FailureClass("auth")),
@@ -148,34 +148,34 @@ class TestCodex(AdapterContract):
     limits: ClassVar = ((end(codex_failure(f"{HIT} or try again in 3600s.")), 1_790_003_600.0),)
     transcripts = TRANSCRIPTS / "codex"
     recorded: ClassVar = {
-        "resumed": Recorded(
+        "resumed": RecordingMeaning(
             session="01a203c4-e80d-7503-b13e-fcc6f0fb2765",
             text="Both are there.",
             tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "denied": Recorded(text="Tried."),
-        "read-only": Recorded(FailureClass.REFUSED, text="It is looked at.", paths=frozenset()),
-        "edit": Recorded(
+        "denied": RecordingMeaning(text="Tried."),
+        "read-only": RecordingMeaning(FailureClass.REFUSED, text="It is looked at.", paths=frozenset()),
+        "edit": RecordingMeaning(
             session="01a20367-e977-74a0-a6b2-e9a9a51bad2e",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "tool": Recorded(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
-        "limited": Recorded(FailureClass.RATE_LIMITED),
-        "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
-        "no-login": Recorded(FailureClass.AUTH),
-        "no-key": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.TRANSIENT),
-        "broken-stream": Recorded(FailureClass.TRANSIENT),
-        "invalid": Recorded(FailureClass.INVALID),
-        "unwritable": Recorded(FailureClass.INVALID),
-        "refused": Recorded(FailureClass.REFUSED),
-        "interrupted": Recorded(),
-        "terminated": Recorded(),
+        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "no-key": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "unwritable": RecordingMeaning(FailureClass.INVALID),
+        "refused": RecordingMeaning(FailureClass.REFUSED),
+        "interrupted": RecordingMeaning(),
+        "terminated": RecordingMeaning(),
     }
 
 

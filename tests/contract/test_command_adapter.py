@@ -10,8 +10,8 @@ import yaml
 
 from adapters.command import CommandAdapter
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.protocols import Concluded, Identified, Said, Spent
-from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, UsageReport
+from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from tests.contract.judging import SESSION, TRANSCRIPTS, end
 from tests.transcripts.programs.qwen_code import QWEN_CODE
 
@@ -33,7 +33,11 @@ class TestEverything(AdapterContract):
         "read": [{"session": "id"}, {"match": "^the end$", "done": True}],
         "failures": {"rate_limited": r"again in (?P<seconds>\d+) s"},
     }
-    lines: ClassVar = (('{"id": "s1"}', (Identified("s1"),)), ("the end", (Concluded(),)), ("words", (Said("words"),)))
+    lines: ClassVar = (
+        ('{"id": "s1"}', (ConversationStarted("s1"),)),
+        ("the end", (FinalResult(),)),
+        ("words", (AgentMessage("words"),)),
+    )
     ends: ClassVar = ((end("words", 0), FailureClass.CRASHED), (end("the end", 0), None), (end("words"), None))
 
 
@@ -58,23 +62,23 @@ class TestQwenCode(AdapterContract):
     options: ClassVar = QWEN_CODE.options
     transcripts = TRANSCRIPTS / "qwen-code"
     recorded: ClassVar = {
-        "edit": Recorded(text="It is written.", tokens=(2 * 120, 2 * 34)),
-        "resumed": Recorded(
+        "edit": RecordingMeaning(text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "resumed": RecordingMeaning(
             session="72cde56b-a359-453c-a80e-efb673b668d5",
             text="Both are there.",
             tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
         ),
-        "read-only": Recorded(tokens=(2 * 100, 2 * 10)),
-        "tool": Recorded(text="Both done."),
-        "limited-then-well": Recorded(text="Done."),
-        "no-login": Recorded(FailureClass.AUTH),
-        "no-key": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.TRANSIENT),
-        "broken-stream": Recorded(FailureClass.TRANSIENT),
-        "invalid": Recorded(FailureClass.INVALID),
-        "interrupted": Recorded(),
-        "terminated": Recorded(),
+        "read-only": RecordingMeaning(tokens=(2 * 100, 2 * 10)),
+        "tool": RecordingMeaning(text="Both done."),
+        "limited-then-well": RecordingMeaning(text="Done."),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "no-key": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "interrupted": RecordingMeaning(),
+        "terminated": RecordingMeaning(),
     }
 
 
@@ -111,38 +115,38 @@ class TestCodexFromYaml(AdapterContract):
           refused: patch rejected
     """)
     lines: ClassVar = (
-        (json.dumps({"type": "thread.started", "thread_id": SESSION}), (Identified(SESSION),)),
+        (json.dumps({"type": "thread.started", "thread_id": SESSION}), (ConversationStarted(SESSION),)),
         ('{"type":"turn.started"}', ()),
         (
             '{"type":"turn.completed","usage":{"input_tokens":120,"cached_input_tokens":100,"output_tokens":34}}',
             (
-                Spent(120, 34, in_all=True, cached_tokens=100, model="gpt-5.5", of_conversation=True),
-                Concluded(),
+                UsageReport(120, 34, is_cumulative=True, cached_tokens=100, model="gpt-5.5", includes_resumed=True),
+                FinalResult(),
             ),
         ),
     )
     transcripts = TRANSCRIPTS / "codex"
     recorded: ClassVar = {
-        "edit": Recorded(
+        "edit": RecordingMeaning(
             session="01a20367-e977-74a0-a6b2-e9a9a51bad2e", text="It is written.", tokens=(2 * 120, 2 * 34)
         ),
-        "resumed": Recorded(text="Both are there.", tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4)),
-        "read-only": Recorded(FailureClass.REFUSED, text="It is looked at."),
-        "tool": Recorded(text="Both done."),
-        "denied": Recorded(text="Tried."),
-        "limited": Recorded(FailureClass.RATE_LIMITED),
-        "limited-then-well": Recorded(text="Done."),
-        "no-login": Recorded(FailureClass.AUTH),
-        "no-key": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(),
-        "broken-stream": Recorded(FailureClass.TRANSIENT),
-        "invalid": Recorded(FailureClass.INVALID),
-        "unwritable": Recorded(FailureClass.INVALID),
-        "refused": Recorded(FailureClass.REFUSED),
-        "interrupted": Recorded(),
-        "terminated": Recorded(),
+        "resumed": RecordingMeaning(text="Both are there.", tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4)),
+        "read-only": RecordingMeaning(FailureClass.REFUSED, text="It is looked at."),
+        "tool": RecordingMeaning(text="Both done."),
+        "denied": RecordingMeaning(text="Tried."),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-then-well": RecordingMeaning(text="Done."),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "no-key": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "unwritable": RecordingMeaning(FailureClass.INVALID),
+        "refused": RecordingMeaning(FailureClass.REFUSED),
+        "interrupted": RecordingMeaning(),
+        "terminated": RecordingMeaning(),
     }
 
 
@@ -187,30 +191,32 @@ class TestOpencodeFromYaml(AdapterContract):
                     },
                 }
             ),
-            (Spent(321, 54, 0.25, cached_tokens=300), Concluded()),
+            (UsageReport(321, 54, 0.25, cached_tokens=300), FinalResult()),
         ),
     )
     transcripts = TRANSCRIPTS / "opencode"
     recorded: ClassVar = {
-        "edit": Recorded(session="ses_dfc986321ffeZTBadsNvnjbr3u", text="It is written.", tokens=(2 * 120, 2 * 34)),
-        "resumed": Recorded(text="Both are there.", tokens=(2 * 20, 2 * 4)),
-        "read-only": Recorded(text="It is looked at."),
-        "tool": Recorded(text="Both done."),
-        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-for-long": Recorded(),  # without the plugin that ours has
-        "limited-until": Recorded(FailureClass.RATE_LIMITED),
-        "limited-then-well": Recorded(text="Done."),
-        "no-login": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.TRANSIENT),
-        "broken-stream": Recorded(FailureClass.TRANSIENT),
-        "invalid": Recorded(FailureClass.INVALID),
-        "unknown-model": Recorded(FailureClass.INVALID),
-        "unwritable": Recorded(FailureClass.INVALID),
-        "refused": Recorded(text="It is not written."),
-        "interrupted": Recorded(),
-        "terminated": Recorded(),
+        "edit": RecordingMeaning(
+            session="ses_dfc986321ffeZTBadsNvnjbr3u", text="It is written.", tokens=(2 * 120, 2 * 34)
+        ),
+        "resumed": RecordingMeaning(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "read-only": RecordingMeaning(text="It is looked at."),
+        "tool": RecordingMeaning(text="Both done."),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-for-long": RecordingMeaning(),  # without the plugin that ours has
+        "limited-until": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-then-well": RecordingMeaning(text="Done."),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "unknown-model": RecordingMeaning(FailureClass.INVALID),
+        "unwritable": RecordingMeaning(FailureClass.INVALID),
+        "refused": RecordingMeaning(text="It is not written."),
+        "interrupted": RecordingMeaning(),
+        "terminated": RecordingMeaning(),
     }
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import REDACTED, Redactor
-from orchestrator.domain.sessions.contexts import STALE_AFTER, SessionStatus
-from orchestrator.engine.session_api.contexts import Contexts, context_key, read_contexts
+from orchestrator.domain.sessions.contexts import STALE_CONTEXT_SECONDS, SessionStatus
+from orchestrator.engine.session_api.contexts import SessionContexts, context_key, read_contexts
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
-from orchestrator.state.documents.maintenance import sweep
+from orchestrator.state.documents.maintenance import delete_expired
 from orchestrator.testing.clock import ManualClock
 
 API, WEB, OTHER = SessionName("r", "api", 1), SessionName("r", "web", 2), SessionName("s", "api", 1)
@@ -21,19 +21,19 @@ SCOPE = "0123456789abcdef"
 
 
 @pytest.fixture
-def contexts(store: Store, clock: ManualClock) -> Contexts:
+def contexts(store: Store, clock: ManualClock) -> SessionContexts:
     """Those of one process."""
-    return Contexts(store, clock, SCOPE, Redactor([SECRET]), orchestrator="o1")
+    return SessionContexts(store, clock, SCOPE, Redactor([SECRET]), orchestrator="o1")
 
 
 @pytest.fixture
-def others(store: Store, clock: ManualClock) -> Contexts:
+def others(store: Store, clock: ManualClock) -> SessionContexts:
     """Those of another process on the same store."""
-    return Contexts(store, clock, SCOPE, Redactor(), orchestrator="o2")
+    return SessionContexts(store, clock, SCOPE, Redactor(), orchestrator="o2")
 
 
 async def test_what_one_session_reports_every_process_reads(
-    contexts: Contexts, others: Contexts, clock: ManualClock
+    contexts: SessionContexts, others: SessionContexts, clock: ManualClock
 ) -> None:
     """What is not named stays as it was; each report says when."""
     await contexts.begin(API, "fixer")
@@ -53,7 +53,7 @@ async def test_what_one_session_reports_every_process_reads(
     assert await others.all("s") == []
 
 
-async def test_files_that_several_are_on_are_conflicts(contexts: Contexts, others: Contexts) -> None:
+async def test_files_that_several_are_on_are_conflicts(contexts: SessionContexts, others: SessionContexts) -> None:
     """At work on it or having it locked; not those that are done, and not those of another scope."""
     await contexts.begin(API, "fixer")
     await others.begin(WEB, "fixer")
@@ -64,12 +64,12 @@ async def test_files_that_several_are_on_are_conflicts(contexts: Contexts, other
     assert {path: [one.task for one in on] for path, on in (await contexts.conflicts()).items()} == {
         "src/api.py": ["api", "web"]
     }
-    assert [one.session for one in await contexts.on("src/web.py")] == [WEB]
+    assert [one.session for one in await contexts.sessions_on_file("src/web.py")] == [WEB]
     await others.end(WEB)
     assert await contexts.conflicts() == {}
 
 
-async def test_a_task_at_a_glance(contexts: Contexts) -> None:
+async def test_a_task_at_a_glance(contexts: SessionContexts) -> None:
     """Its sessions are counted by status, with the files that they are on."""
     sessions = [SessionName("r", "api", number) for number in (1, 2, 3)]
     for one in sessions:
@@ -84,7 +84,7 @@ async def test_a_task_at_a_glance(contexts: Contexts) -> None:
     assert (found.total, found.files) == (3, ["a.py", "b.py"])
 
 
-async def test_who_waits_is_as_before_when_it_is_over(contexts: Contexts) -> None:
+async def test_who_waits_is_as_before_when_it_is_over(contexts: SessionContexts) -> None:
     """Unless it has said otherwise in the meantime."""
     await contexts.begin(API, "fixer")
     await contexts.mark_blocked(API, "x", "the schema")
@@ -103,27 +103,29 @@ async def test_who_waits_is_as_before_when_it_is_over(contexts: Contexts) -> Non
 
 
 async def test_what_was_not_heard_of_for_half_an_hour_is_gone(
-    contexts: Contexts, others: Contexts, store: Store, clock: ManualClock
+    contexts: SessionContexts, others: SessionContexts, store: Store, clock: ManualClock
 ) -> None:
     """By itself; each word renews it, and one that speaks again is there again with all that it said."""
     await contexts.begin(API, "fixer")
     await contexts.begin(WEB, "fixer")
     await contexts.update(API, message="long work")
-    clock.advance(STALE_AFTER - 1)
+    clock.advance(STALE_CONTEXT_SECONDS - 1)
     await contexts.update(WEB, progress="1 of 2")
     clock.advance(1)
     assert [one.session for one in await others.all()] == [WEB]
-    assert await sweep(store, {}) == [context_key(API)]
+    assert await delete_expired(store, {}) == [context_key(API)]
     await contexts.update(API, progress="90%")
     found = await others.read(API)
     assert found is not None
     assert (found.message, found.progress) == ("long work", "90%")
 
 
-async def test_old_ones_are_removed_on_request(contexts: Contexts, others: Contexts, clock: ManualClock) -> None:
+async def test_old_ones_are_removed_on_request(
+    contexts: SessionContexts, others: SessionContexts, clock: ManualClock
+) -> None:
     """Those that are older than is said, and those whose time is over; whoever wrote them."""
     await contexts.begin(API, "fixer")
-    clock.advance(STALE_AFTER)
+    clock.advance(STALE_CONTEXT_SECONDS)
     await contexts.begin(WEB, "fixer")
     clock.advance(60)
     await contexts.begin(OTHER, "fixer")
@@ -139,10 +141,10 @@ async def test_who_was_taken_over_writes_nothing_any_more(store: Store, clock: M
     """A record is written under the claim of its task; the new owner ends what the old one has left."""
     key = claim_key(API)
     await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
-    old = Contexts(store, clock, SCOPE, Redactor(), orchestrator="o1", claim=lambda _: Guard(key, 1))
+    old = SessionContexts(store, clock, SCOPE, Redactor(), orchestrator="o1", claim=lambda _: Guard(key, 1))
     await old.begin(API, "fixer")
     await store.commit(Commit([Write(key, 1, {"epoch": 2, "released": None})]))
-    new = Contexts(store, clock, SCOPE, Redactor(), orchestrator="o2", claim=lambda _: Guard(key, 2))
+    new = SessionContexts(store, clock, SCOPE, Redactor(), orchestrator="o2", claim=lambda _: Guard(key, 2))
     await new.end(API)
     with pytest.raises(LeaseLost):
         await old.update(API, message="am I here?")
@@ -154,19 +156,21 @@ async def test_who_was_taken_over_writes_nothing_any_more(store: Store, clock: M
     assert len(await new.all()) == 1
 
 
-async def test_words_of_programs_are_made_fit(contexts: Contexts) -> None:
+async def test_words_of_programs_are_made_fit(contexts: SessionContexts) -> None:
     """Secrets are hidden, half characters replaced, long messages cut; who is not at work here is refused."""
     await contexts.begin(API, "fixer")
     found = await contexts.update(API, message=f"uses {SECRET} \ud800 " + "x" * 600, progress="9" * 50)
     assert found.message is not None
     assert found.message.startswith(f"uses {REDACTED} ? xxx")
     assert (len(found.message), len(found.progress or "")) == (500, 40)
-    assert (await contexts.saw(API, f"Bash curl {SECRET}", None)).seen == f"Bash curl {REDACTED}"
+    assert (await contexts.record_activity(API, f"Bash curl {SECRET}", None)).seen == f"Bash curl {REDACTED}"
     with pytest.raises(RefusedError, match="not at work here"):
         await contexts.update(WEB, message="x")
 
 
-async def test_many_words_at_once_are_all_there(contexts: Contexts, others: Contexts, store: Store) -> None:
+async def test_many_words_at_once_are_all_there(
+    contexts: SessionContexts, others: SessionContexts, store: Store
+) -> None:
     """Of one session none overtakes another, and what is cleaned away meanwhile comes back."""
     await contexts.begin(API, "fixer")
 

@@ -10,15 +10,15 @@ import pytest
 from adapters.gemini import _POLICY, GeminiAdapter
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.protocols import (
-    Denied,
-    Identified,
-    Said,
-    Spent,
-    ToolEnded,
-    UsedTool,
-    Warned,
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
+    ToolCall,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
 
 
@@ -52,36 +52,36 @@ class TestGemini(AdapterContract):
     adapter_type = GeminiAdapter
     options: ClassVar = {"model": "gemini-2.5-pro", "approval_mode": "yolo", "args": ["--debug"], "env": ["MY_KEY"]}
     lines: ClassVar = (
-        (gemini("init", session_id=SESSION, model="gemini-2.5-pro"), (Identified(SESSION),)),
+        (gemini("init", session_id=SESSION, model="gemini-2.5-pro"), (ConversationStarted(SESSION),)),
         (gemini("message", role="user", content="Fix it."), ()),
-        (gemini("message", role="assistant", content="It is w", delta=True), (Said("It is w", part=True),)),
-        (gemini("message", role="assistant", content="Whole."), (Said("Whole."),)),
+        (gemini("message", role="assistant", content="It is w", delta=True), (AgentMessage("It is w", part=True),)),
+        (gemini("message", role="assistant", content="Whole."), (AgentMessage("Whole."),)),
         (
             gemini("tool_use", tool_name="write_file", tool_id="w", parameters={"file_path": "a b.py", "content": "x"}),
-            (UsedTool("write_file", "a b.py", ("a b.py",), "w"),),
+            (ToolCall("write_file", "a b.py", ("a b.py",), "w"),),
         ),
         (
             gemini("tool_use", tool_name="run_shell_command", tool_id="r", parameters={"command": "make\n test"}),
-            (UsedTool("run_shell_command", "make test", call="r"),),
+            (ToolCall("run_shell_command", "make test", call="r"),),
         ),
-        (gemini("tool_use", tool_name="odd", tool_id="o", parameters=None), (UsedTool("odd", call="o"),)),
-        (gemini("tool_result", tool_id="w", status="success", output="ok"), (ToolEnded("w"),)),
+        (gemini("tool_use", tool_name="odd", tool_id="o", parameters=None), (ToolCall("odd", call="o"),)),
+        (gemini("tool_result", tool_id="w", status="success", output="ok"), (ToolResult("w"),)),
         (
             gemini(
                 "tool_result", tool_id="w", status="error", error={"type": "policy_violation", "message": "Denied."}
             ),
-            (Denied("w", "Denied.", _POLICY, "w"), ToolEnded("w", "Denied.")),
+            (ToolDenied("w", "Denied.", _POLICY, "w"), ToolResult("w", "Denied.")),
         ),
         (
             gemini("error", severity="warning", message="Loop detected, stopping execution"),
-            (Warned("Loop detected, stopping execution"),),
+            (CliWarning("Loop detected, stopping execution"),),
         ),
-        (gemini_result(), (Spent(300, 20, in_all=True, cached_tokens=100, model="gemini-2.5-pro"),)),
+        (gemini_result(), (UsageReport(300, 20, is_cumulative=True, cached_tokens=100, model="gemini-2.5-pro"),)),
         (
             gemini("result", status="success", stats={"input_tokens": -1}),
-            (Spent(0, 0, in_all=True, model="gemini-2.5-pro"),),
+            (UsageReport(0, 0, is_cumulative=True, model="gemini-2.5-pro"),),
         ),
-        ("plain words", (Said("plain words"),)),
+        ("plain words", (AgentMessage("plain words"),)),
     )
     ends: ClassVar = (
         (end(gemini_result(), 0), None),
@@ -133,37 +133,37 @@ class TestGemini(AdapterContract):
     limits: ClassVar = ((end(gemini_result(f"[API Error: {GEMINI_QUOTA}]"), 173), 1_790_012_030.0),)
     transcripts = TRANSCRIPTS / "gemini"
     recorded: ClassVar = {
-        "resumed": Recorded(
+        "resumed": RecordingMeaning(
             session="4e5f5457-0b1e-4832-9f0c-ca8359ded3b8",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "read-only": Recorded(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
-        "edit": Recorded(text="It is written.", tokens=(240, 68), paths=frozenset({"hello.txt"})),
-        "tool": Recorded(text="Both done.", paths=frozenset({"out/b.txt"})),
+        "read-only": RecordingMeaning(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
+        "edit": RecordingMeaning(text="It is written.", tokens=(240, 68), paths=frozenset({"hello.txt"})),
+        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"out/b.txt"})),
         # The tool answered with an error; the program goes on, and says that all went well.
-        "refused": Recorded(text="Done.", paths=frozenset({"../beside.txt"})),
-        "denied": Recorded(text="Tried."),
+        "refused": RecordingMeaning(text="Done.", paths=frozenset({"../beside.txt"})),
+        "denied": RecordingMeaning(text="Tried."),
         # Of what it may not do unasked, the model does not even hear.
-        "no-shell": Recorded(paths=frozenset({"hello.txt"})),
-        "limited": Recorded(FailureClass.RATE_LIMITED, paths=frozenset()),
-        "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
-        "limited-then-well": Recorded(text="Done.", paths=frozenset({"hello.txt"})),
-        "no-login": Recorded(FailureClass.AUTH),
-        "no-key": Recorded(FailureClass.AUTH),
-        "gateway": Recorded(FailureClass.AUTH),
-        "untrusted": Recorded(FailureClass.INVALID),
-        "wrong-request": Recorded(FailureClass.INVALID),
-        "no-such-model": Recorded(FailureClass.INVALID),
-        "turns": Recorded(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset({"a.txt"})),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.TRANSIENT),
-        "broken-stream": Recorded(FailureClass.TRANSIENT),
+        "no-shell": RecordingMeaning(paths=frozenset({"hello.txt"})),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, paths=frozenset()),
+        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"hello.txt"})),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "no-key": RecordingMeaning(FailureClass.AUTH),
+        "gateway": RecordingMeaning(FailureClass.AUTH),
+        "untrusted": RecordingMeaning(FailureClass.INVALID),
+        "wrong-request": RecordingMeaning(FailureClass.INVALID),
+        "no-such-model": RecordingMeaning(FailureClass.INVALID),
+        "turns": RecordingMeaning(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset({"a.txt"})),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
         # Both end it with 0 and without a result.
-        "interrupted": Recorded(FailureClass.CRASHED),
-        "terminated": Recorded(FailureClass.CRASHED),
+        "interrupted": RecordingMeaning(FailureClass.CRASHED),
+        "terminated": RecordingMeaning(FailureClass.CRASHED),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import REDACTED, Redactor
 from orchestrator.domain.sessions import notes as bounds
-from orchestrator.engine.session_api.notes import Memory
+from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
@@ -20,12 +20,12 @@ SCOPE = "0123456789abcdef"
 
 
 @pytest.fixture
-def memory(store: Store, clock: ManualClock) -> Memory:
+def memory(store: Store, clock: ManualClock) -> NoteStore:
     """The notes of a scope."""
-    return Memory(store, clock, SCOPE, Redactor([SECRET]))
+    return NoteStore(store, clock, SCOPE, Redactor([SECRET]))
 
 
-async def test_notes_are_found_by_task_topic_and_path(memory: Memory, store: Store, clock: ManualClock) -> None:
+async def test_notes_are_found_by_task_topic_and_path(memory: NoteStore, store: Store, clock: ManualClock) -> None:
     """Paths are patterns that overlap, topics count in whatever case, and all that is asked must fit."""
     first = await memory.leave(API, "the port is 8080", topic="Set-up", paths=["src/api/**"])
     clock.advance(1)
@@ -35,15 +35,17 @@ async def test_notes_are_found_by_task_topic_and_path(memory: Memory, store: Sto
     assert await memory.find(topic="SET-UP") == [first, second]
     assert await memory.find(paths=["src/*/routes.py"]) == [first]
     assert await memory.find(topic="set-up", task="web", paths=["src"]) == []
-    assert await memory.concerning("web", ["src/**"]) == [first, second]
-    assert await memory.concerning("docs", ["docs/**"]) == []
-    assert await Memory(store, clock, "another", Redactor()).all() == []
+    assert await memory.find_relevant("web", ["src/**"]) == [first, second]
+    assert await memory.find_relevant("docs", ["docs/**"]) == []
+    assert await NoteStore(store, clock, "another", Redactor()).all() == []
     with pytest.raises(RefusedError, match="no path"):
         await memory.find(paths=["/etc"])
     assert (first.text, first.task, first.attempt, first.run) == ("the port is 8080", "api", 1, "r")
 
 
-async def test_of_too_many_the_oldest_go(memory: Memory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_of_too_many_the_oldest_go(
+    memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A scope has room for so many."""
     monkeypatch.setattr("orchestrator.engine.session_api.notes.MOST_NOTES", 3)
     for number in range(5):
@@ -53,7 +55,7 @@ async def test_of_too_many_the_oldest_go(memory: Memory, clock: ManualClock, mon
 
 
 async def test_of_too_many_of_one_task_its_own_go(
-    memory: Memory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever leaves notes without end takes no other task's away."""
     monkeypatch.setattr("orchestrator.engine.session_api.notes.MOST_OF_TASK", 2)
@@ -64,14 +66,14 @@ async def test_of_too_many_of_one_task_its_own_go(
     assert [one.text for one in await memory.all()] == ["of another", "note 3", "note 4"]
 
 
-async def test_no_more_is_looked_for_than_a_note_can_name(memory: Memory) -> None:
+async def test_no_more_is_looked_for_than_a_note_can_name(memory: NoteStore) -> None:
     """What patterns have in common takes as long as both together are."""
     for paths, why in ((["a"] * 51, "51 paths"), (["*" * 1001], "1001 characters"), (["a" * 999] * 3, "2997 char")):
         with pytest.raises(RefusedError, match=why):
             await memory.find(paths=paths)
 
 
-async def test_many_at_once_all_stay(memory: Memory) -> None:
+async def test_many_at_once_all_stay(memory: NoteStore) -> None:
     """Nobody's note takes another's place."""
     async with anyio.create_task_group() as group:
         for number in range(20):
@@ -93,7 +95,7 @@ async def test_many_at_once_all_stay(memory: Memory) -> None:
     ],
 )
 async def test_what_does_not_fit_is_refused(
-    memory: Memory, text: str, topic: str | None, paths: list[str], why: str
+    memory: NoteStore, text: str, topic: str | None, paths: list[str], why: str
 ) -> None:
     """With what would fit; nothing is kept."""
     with pytest.raises(RefusedError, match=why):
@@ -101,14 +103,14 @@ async def test_what_does_not_fit_is_refused(
     assert await memory.all() == []
 
 
-async def test_secrets_stay_out_and_the_largest_note_fits(memory: Memory) -> None:
+async def test_secrets_stay_out_and_the_largest_note_fits(memory: NoteStore) -> None:
     """Also in topics; what is not Unicode is replaced."""
     note = await memory.leave(API, f"key {SECRET}\ud800", topic=f"about {SECRET}")
     assert (note.text, note.topic) == (f"key {REDACTED}?", f"about {REDACTED}")
-    assert len((await memory.leave(API, "x" * bounds.LONGEST_TEXT)).text) == bounds.LONGEST_TEXT
+    assert len((await memory.leave(API, "x" * bounds.MAX_TEXT_BYTES)).text) == bounds.MAX_TEXT_BYTES
 
 
-async def test_a_note_is_dropped_by_its_id(memory: Memory) -> None:
+async def test_a_note_is_dropped_by_its_id(memory: NoteStore) -> None:
     """One that is not there is refused."""
     note = await memory.leave(API, "wrong")
     await memory.drop(note.id)
@@ -117,7 +119,7 @@ async def test_a_note_is_dropped_by_its_id(memory: Memory) -> None:
         await memory.drop(note.id)
 
 
-async def test_who_was_taken_over_leaves_no_note(memory: Memory, store: Store) -> None:
+async def test_who_was_taken_over_leaves_no_note(memory: NoteStore, store: Store) -> None:
     """It is written under the claim of its task."""
     await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
     with pytest.raises(LeaseLost):

@@ -9,16 +9,16 @@ from adapters.opencode import OpencodeAdapter
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
-    Concluded,
-    Denied,
-    Identified,
-    Said,
+    AgentMessage,
+    ConversationStarted,
+    FinalResult,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    UsedTool,
+    ToolCall,
+    ToolDenied,
+    ToolResult,
+    UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, Recorded
+from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end, judged
 
@@ -51,7 +51,7 @@ NO_MODEL = 'timestamp=x level=ERROR run=1 message="failed" error="ProviderModelN
 WAITS = 'timestamp=x level=ERROR message="stream error" agent=build error.error="AI_APICallError: Rate limit reached"'
 
 MODEL = "openrouter/qwen/qwen3-coder"
-STEP = Spent(321, 54, 0.25, cached_tokens=300, model=MODEL)
+STEP = UsageReport(321, 54, 0.25, cached_tokens=300, model=MODEL)
 
 
 class TestOpencode(AdapterContract):
@@ -66,48 +66,48 @@ class TestOpencode(AdapterContract):
         "env": ["MY_KEY"],
     }
     lines: ClassVar = (
-        (opencode("step_start", {"type": "step-start"}), (Identified("ses_1"),)),
-        (opencode("text", {"type": "text", "text": "Hi."}), (Said("Hi."),)),
+        (opencode("step_start", {"type": "step-start"}), (ConversationStarted("ses_1"),)),
+        (opencode("text", {"type": "text", "text": "Hi."}), (AgentMessage("Hi."),)),
         (opencode("text", {"type": "text", "text": " "}), ()),
         (opencode("reasoning", {"type": "reasoning", "text": "Hm."}), ()),
-        (opencode_tool("edit", input={"filePath": "/w/a.py"}), (UsedTool("edit", "/w/a.py", ("/w/a.py",)),)),
-        (opencode_tool("bash", input={"command": "make\n test"}), (UsedTool("bash", "make test"),)),
+        (opencode_tool("edit", input={"filePath": "/w/a.py"}), (ToolCall("edit", "/w/a.py", ("/w/a.py",)),)),
+        (opencode_tool("bash", input={"command": "make\n test"}), (ToolCall("bash", "make test"),)),
         (
             opencode("tool_use", {"tool": "bash", "callID": "c", "state": {"input": {}, "metadata": {"exit": 1}}}),
-            (UsedTool("bash", call="c"), ToolEnded("c", "exit code 1")),
+            (ToolCall("bash", call="c"), ToolResult("c", "exit code 1")),
         ),
-        (opencode_tool("bash", "error", input={"command": "x"}, error="Timeout"), (UsedTool("bash", "x"),)),
+        (opencode_tool("bash", "error", input={"command": "x"}, error="Timeout"), (ToolCall("bash", "x"),)),
         (
             opencode_tool("apply_patch", input={"patchText": "*** Begin Patch\n*** Update File: a.py\n*** Move to: b.py"
                                                              "\n@@\n-x\n+y\n*** Add File: c d.py\n+z\n*** End Patch"}),
-            (UsedTool("apply_patch", "a.py b.py c d.py", ("a.py", "b.py", "c d.py")),),
+            (ToolCall("apply_patch", "a.py b.py c d.py", ("a.py", "b.py", "c d.py")),),
         ),
         (
             opencode_tool("write", "error", input={"filePath": "a"}, error="The user has specified a rule which"
                           " prevents you from using this specific tool call. Here are some of the relevant rules []"),
             (
-                UsedTool("write", "a", ("a",)),
-                Denied("write", "a", "allow it by `permission` under the adapter's `config`"),
+                ToolCall("write", "a", ("a",)),
+                ToolDenied("write", "a", "allow it by `permission` under the adapter's `config`"),
             ),
         ),
         (opencode_step("tool-calls"), (STEP,)),
-        (opencode_step("stop"), (STEP, Concluded())),
+        (opencode_step("stop"), (STEP, FinalResult())),
         ('{"type":"step_finish","part":{"reason":"stop","tokens":{"cache":1,"output":true},"cost":0}}',
-         (Spent(model=MODEL), Concluded())),
+         (UsageReport(model=MODEL), FinalResult())),
         (
             opencode_api_error(429, responseHeaders={"retry-after": "60"}),
-            (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_060.5))),
+            (ConversationStarted("ses_1"), FinalResult("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_060.5))),
         ),
         (
             opencode_api_error(429, responseHeaders={"retry-after": "Mon, 21 Sep 2026 14:13:20 GMT"}),
-            (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_000.0))),
+            (ConversationStarted("ses_1"), FinalResult("", Failed(FailureClass.RATE_LIMITED, "No.", 1_790_000_000.0))),
         ),
         (
             opencode_api_error(429, responseHeaders={"retry-after": "soon"}),
-            (Identified("ses_1"), Concluded("", Failed(FailureClass.RATE_LIMITED, "No."))),
+            (ConversationStarted("ses_1"), FinalResult("", Failed(FailureClass.RATE_LIMITED, "No."))),
         ),
-        ('{"type":"error"}', (Concluded("", Failed(FailureClass.CRASHED, "it ended with an error, unnamed")),)),
-        ("plain words", (Said("plain words"),)),
+        ('{"type":"error"}', (FinalResult("", Failed(FailureClass.CRASHED, "it ended with an error, unnamed")),)),
+        ("plain words", (AgentMessage("plain words"),)),
     )  # fmt: skip
     ends: ClassVar = (
         (end(opencode_api_error(403)), FailureClass("auth")),
@@ -145,35 +145,35 @@ class TestOpencode(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "opencode"
     recorded: ClassVar = {
-        "resumed": Recorded(
+        "resumed": RecordingMeaning(
             session="ses_dfc3ada87ffe7Zbxaq2o2A54xT",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "read-only": Recorded(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
-        "edit": Recorded(
+        "read-only": RecordingMeaning(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
+        "edit": RecordingMeaning(
             session="ses_dfc986321ffeZTBadsNvnjbr3u",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "tool": Recorded(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
-        "limited": Recorded(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-for-long": Recorded(FailureClass.RATE_LIMITED),
-        "limited-until": Recorded(FailureClass.RATE_LIMITED),
-        "limited-then-well": Recorded(text="Done.", paths=frozenset({"/work/hello.txt"})),
-        "no-login": Recorded(FailureClass.AUTH),
-        "server-error": Recorded(FailureClass.OVERLOADED),
-        "overloaded": Recorded(FailureClass.OVERLOADED),
-        "dead-server": Recorded(FailureClass.TRANSIENT),
-        "broken-stream": Recorded(FailureClass.TRANSIENT),
-        "invalid": Recorded(FailureClass.INVALID),
-        "unknown-model": Recorded(FailureClass.INVALID),
-        "unwritable": Recorded(FailureClass.INVALID),
-        "refused": Recorded(text="It is not written.", paths=frozenset({"/work/hello.txt"})),
-        "interrupted": Recorded(),
-        "terminated": Recorded(),
+        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-until": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": RecordingMeaning(FailureClass.AUTH),
+        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
+        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
+        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
+        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+        "invalid": RecordingMeaning(FailureClass.INVALID),
+        "unknown-model": RecordingMeaning(FailureClass.INVALID),
+        "unwritable": RecordingMeaning(FailureClass.INVALID),
+        "refused": RecordingMeaning(text="It is not written.", paths=frozenset({"/work/hello.txt"})),
+        "interrupted": RecordingMeaning(),
+        "terminated": RecordingMeaning(),
     }
 
 

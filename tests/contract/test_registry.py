@@ -12,15 +12,15 @@ import anyio
 import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import HeldBy
-from orchestrator.errors import LeaseLost, LockRefused, RefusedError, VersionConflict
-from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.domain.scheduling.holdings import OwnershipConflict
+from orchestrator.errors import LeaseLost, LockUnavailable, RefusedError, VersionConflict
+from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.protocols import Commit, Guard, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 
-SCOPE = scope_of("/repo", "main")
+SCOPE = ownership_scope("/repo", "main")
 ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
 
 
@@ -45,13 +45,13 @@ class Owners:
 
     def __init__(self, store: Store, scope: str = SCOPE) -> None:
         self.alive = set[SessionName]()
-        self.store, self.registry = store, Registry(store, SystemClock(), scope, self.lives)
+        self.store, self.registry = store, OwnershipRegistry(store, SystemClock(), scope, self.is_alive)
         self.claims: dict[SessionName, Guard] = {}
 
-    async def lives(self, session: SessionName) -> bool:
+    async def is_alive(self, session: SessionName) -> bool:
         return session in self.alive
 
-    async def take(self, session: SessionName, *patterns: str, wait: float = 0.0) -> HeldBy | None:
+    async def take(self, session: SessionName, *patterns: str, wait: float = 0.0) -> OwnershipConflict | None:
         if session not in self.claims:
             self.claims[session] = await claimed(self.store, session)
         return await self.registry.take(session, patterns, orchestrator="o1", claim=self.claims[session], wait=wait)
@@ -116,7 +116,7 @@ class RegistryContract(ABC):
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             await owners.take(BOB, "b")
-            registry, had = owners.registry, list[HeldBy | None]()
+            registry, had = owners.registry, list[OwnershipConflict | None]()
 
             async def wait() -> None:
                 claim = owners.claims[ADA]
@@ -125,10 +125,12 @@ class RegistryContract(ABC):
             with anyio.fail_after(20):
                 async with anyio.create_task_group() as group:
                     group.start_soon(wait)
-                    while not await registry.waits_of_all():
+                    while not await registry.list_waits():
                         await anyio.sleep(0.01)
                     claim = owners.claims[BOB]
-                    with pytest.raises(LockRefused, match=r"would never end: r/bob.1 waits for a, r/ada.1 waits for b"):
+                    with pytest.raises(
+                        LockUnavailable, match=r"would never end: r/bob.1 waits for a, r/ada.1 waits for b"
+                    ):
                         await registry.take(BOB, ["a"], orchestrator="o1", claim=claim, wait=60.0)
                     assert await owners.owned() == {"ada": ("a",), "bob": ("b",)}
                     await registry.give_back(BOB, ["b"], claim)
@@ -141,7 +143,7 @@ class RegistryContract(ABC):
             for session in (ADA, BOB):
                 claim = await claimed(owners.store, session)
                 plan = await owners.registry.plan(session, ["a"], orchestrator="o1", claim=claim)
-                assert not isinstance(plan, HeldBy)
+                assert not isinstance(plan, OwnershipConflict)
                 plans.append(plan)
             await owners.store.commit(Commit(plans[0]))
             with pytest.raises(VersionConflict):
@@ -153,7 +155,7 @@ class RegistryContract(ABC):
         async with self.owners() as owners:
             claim = Guard(claim_key(ADA), 1)
             plan = await owners.registry.plan(ADA, ["a"], orchestrator="o1", claim=claim)
-            assert not isinstance(plan, HeldBy)
+            assert not isinstance(plan, OwnershipConflict)
             assert await owners.registry.holdings() == []
             write = Write(claim.key, 0, {"epoch": 1, "released": None})
             await owners.store.commit(Commit([write, *plan]))
@@ -217,7 +219,7 @@ class RegistryContract(ABC):
             before = await owners.store.get(claim_key(ADA))
             assert before is not None
             later = Guard(before.key, before.version + 1)
-            kept = await owners.registry.handed_on([later], "o2")
+            kept = await owners.registry.plan_transfer([later], "o2")
             claim = Write(before.key, before.version, {"epoch": later.epoch, "released": None})
             await owners.store.commit(Commit([claim, *kept]))
             assert await owners.owned() == {"ada": ("a",)}
@@ -254,7 +256,7 @@ class RegistryContract(ABC):
         """A wait shows in the holdings for as long as it lasts."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
-            got: list[HeldBy | None] = []
+            got: list[OwnershipConflict | None] = []
 
             async def wait() -> None:
                 got.append(await owners.take(BOB, "a", wait=60))
@@ -289,7 +291,7 @@ class RegistryContract(ABC):
     async def test_scopes_have_nothing_to_do_with_each_other(self) -> None:
         """The same path of another target or repository is another path."""
         async with self.owners() as owners:
-            other = Owners(owners.store, scope_of("/repo", "next"))
+            other = Owners(owners.store, ownership_scope("/repo", "next"))
             await owners.take(ADA, "a")
             assert await other.take(BOB, "a") is None
             assert await owners.owned() == {"ada": ("a",)}

@@ -7,15 +7,15 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.client.commands import LARGEST_SHARED
-from orchestrator.client.strict_json import DEEPEST
+from orchestrator.client.commands import MAX_SHARED_BYTES
+from orchestrator.client.strict_json import MAX_DEPTH
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import REDACTED, Redactor
-from orchestrator.engine.session_api.shared_values import KIND, LONGEST_KEY, SharedValue, Sharing
+from orchestrator.engine.session_api.shared_values import KIND, MAX_KEY_LENGTH, SharedValue, SharedValues
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
-from orchestrator.state.documents.reading import between
+from orchestrator.state.documents.reading import read_range
 from orchestrator.testing.clock import ManualClock
 
 API, WEB = SessionName("r", "api", 1), SessionName("r", "web", 2)
@@ -24,12 +24,12 @@ PATIENT = 30  # seconds for what is to happen at once
 
 
 @pytest.fixture
-def sharing(store: Store, clock: ManualClock) -> Sharing:
+def sharing(store: Store, clock: ManualClock) -> SharedValues:
     """What the sessions of a run share."""
-    return Sharing(store, clock, Redactor([SECRET]), "r")
+    return SharedValues(store, clock, Redactor([SECRET]), "r")
 
 
-async def test_what_one_puts_all_read_by_its_key(sharing: Sharing, store: Store, clock: ManualClock) -> None:
+async def test_what_one_puts_all_read_by_its_key(sharing: SharedValues, store: Store, clock: ManualClock) -> None:
     """With its version, who put it there and when; nobody of another run."""
     await sharing.put("api/port", 8080, writer=API)
     clock.advance(1)
@@ -37,7 +37,7 @@ async def test_what_one_puts_all_read_by_its_key(sharing: Sharing, store: Store,
     assert put == SharedValue("api/port", 2, {"ports": [8081, None]}, "r/web.2", clock.now())
     assert await sharing.get("api/port") == put
     assert await sharing.get("api") is None
-    assert await Sharing(store, clock, Redactor(), "s").get("api/port") is None
+    assert await SharedValues(store, clock, Redactor(), "s").get("api/port") is None
     await sharing.put("done", None)
     listed = await sharing.list()
     assert [(one.key, one.version, one.size, one.writer) for one in listed] == [
@@ -47,17 +47,17 @@ async def test_what_one_puts_all_read_by_its_key(sharing: Sharing, store: Store,
     assert [one.key for one in await sharing.list("api/")] == ["api/port"]
 
 
-async def test_each_put_is_told_without_its_value(sharing: Sharing, store: Store) -> None:
+async def test_each_put_is_told_without_its_value(sharing: SharedValues, store: Store) -> None:
     """Sinks get the events of a run: they hear that there is something, and where."""
     await sharing.put("api/port", 8080, writer=API)
     await sharing.put("api/port", 8081)
-    events = [event async for record in between(store, 0, await store.position()) for event in record.events]
+    events = [event async for record in read_range(store, 0, await store.position()) for event in record.events]
     assert [event.type for event in events] == ["shared.put"] * 2
     assert events[0].data == {"run": "r", "task": "api", "attempt": 1, "key": "api/port"}
     assert events[1].data == {"run": "r", "task": None, "attempt": None, "key": "api/port"}
 
 
-async def test_who_put_a_value_by_its_version_overwrites_nobody(sharing: Sharing) -> None:
+async def test_who_put_a_value_by_its_version_overwrites_nobody(sharing: SharedValues) -> None:
     """Of many that build on one version, one puts the next; those that do not say so all do."""
     await sharing.put("count", 0, if_version=0)
     done: list[int] = []
@@ -84,7 +84,7 @@ async def test_who_put_a_value_by_its_version_overwrites_nobody(sharing: Sharing
         await sharing.put("other", 9, if_version=1)
 
 
-async def test_many_at_once_all_count(sharing: Sharing) -> None:
+async def test_many_at_once_all_count(sharing: SharedValues) -> None:
     """Each is a version of its own."""
     made: list[int] = []
 
@@ -110,13 +110,13 @@ class AwaitedClock(ManualClock):
         await super().wait(event, until)
 
 
-async def test_who_waits_is_woken_by_the_next_version(sharing: Sharing, store: Store) -> None:
+async def test_who_waits_is_woken_by_the_next_version(sharing: SharedValues, store: Store) -> None:
     """By whoever puts it, and by nothing else; what is there already is had at once."""
     got: list[SharedValue | None] = []
     clock = AwaitedClock()
 
     async def wait(after: int | None) -> None:
-        got.append(await Sharing(store, clock, Redactor(), "r").wait("k", after=after))
+        got.append(await SharedValues(store, clock, Redactor(), "r").wait("k", after=after))
 
     with anyio.fail_after(PATIENT):
         async with anyio.create_task_group() as group:
@@ -135,7 +135,7 @@ async def test_who_waits_is_woken_by_the_next_version(sharing: Sharing, store: S
     assert got == [first, second]
 
 
-async def test_a_chain_of_sessions_goes_over_one_key(sharing: Sharing) -> None:
+async def test_a_chain_of_sessions_goes_over_one_key(sharing: SharedValues) -> None:
     """Each takes what the one before it made, in order, whichever began to wait first."""
     made: list[Any] = []
 
@@ -157,7 +157,7 @@ async def test_nothing_that_comes_is_none_after_its_time(store: Store) -> None:
     """Half a minute, unless another time is said."""
     got: list[SharedValue | None] = []
     clock = AwaitedClock()
-    sharing = Sharing(store, clock, Redactor(), "r")
+    sharing = SharedValues(store, clock, Redactor(), "r")
 
     async def wait() -> None:
         got.append(await sharing.wait("k"))
@@ -175,7 +175,7 @@ async def test_nothing_that_comes_is_none_after_its_time(store: Store) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "/", "a/", "/a", "a//b", "../a", "a b", "a*", "ä", "x.lock", "a/" * 101 + "a"])
-async def test_what_is_no_key_is_refused(sharing: Sharing, key: str) -> None:
+async def test_what_is_no_key_is_refused(sharing: SharedValues, key: str) -> None:
     """By all that take one."""
     for refused in (sharing.put(key, 1), sharing.get(key), sharing.wait(key, timeout=0)):
         with pytest.raises(RefusedError, match="can't be the key"):
@@ -183,14 +183,14 @@ async def test_what_is_no_key_is_refused(sharing: Sharing, key: str) -> None:
     assert await sharing.list() == []
 
 
-async def test_the_longest_key_is_one(sharing: Sharing) -> None:
+async def test_the_longest_key_is_one(sharing: SharedValues) -> None:
     """Of several names."""
     key = "/".join(["a" * 49] * 4) + "b"
-    assert len(key) == LONGEST_KEY
+    assert len(key) == MAX_KEY_LENGTH
     assert (await sharing.put(key, 1)).key == key
 
 
-async def test_secrets_are_neither_keys_nor_kept(sharing: Sharing) -> None:
+async def test_secrets_are_neither_keys_nor_kept(sharing: SharedValues) -> None:
     """Names of fields are hidden, too."""
     put = await sharing.put("k", {SECRET: [f"key {SECRET}"]})
     assert put.value == {REDACTED: [f"key {REDACTED}"]}
@@ -209,38 +209,38 @@ def _nested(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ("x" * (LARGEST_SHARED - 1), f"{LARGEST_SHARED + 1} bytes, {LARGEST_SHARED} fit"),
-        ("ä" * (LARGEST_SHARED // 2), "fit"),
+        ("x" * (MAX_SHARED_BYTES - 1), f"{MAX_SHARED_BYTES + 1} bytes, {MAX_SHARED_BYTES} fit"),
+        ("ä" * (MAX_SHARED_BYTES // 2), "fit"),
         (float("inf"), "infinite"),
         (["\ud800"], "can't be shared"),
         ("a\0b", r"U\+0000"),
         ({1: 2}, "can't be shared"),
         (1 << 70, "can't be shared"),
-        (_nested(DEEPEST + 1), "nested more than"),
+        (_nested(MAX_DEPTH + 1), "nested more than"),
         (_nested(5000), "can't be shared"),
         (object(), "can't be shared"),
     ],
     ids=range(10),
 )
-async def test_what_does_not_fit_is_refused(sharing: Sharing, value: Any, why: str) -> None:
+async def test_what_does_not_fit_is_refused(sharing: SharedValues, value: Any, why: str) -> None:
     """Nothing is kept."""
     with pytest.raises(RefusedError, match=why):
         await sharing.put("k", value)
     assert await sharing.get("k") is None
 
 
-async def test_the_largest_and_the_deepest_fit(sharing: Sharing) -> None:
+async def test_the_largest_and_the_deepest_fit(sharing: SharedValues) -> None:
     """As they are."""
-    for value in ("x" * (LARGEST_SHARED - 2), _nested(DEEPEST)):
+    for value in ("x" * (MAX_SHARED_BYTES - 2), _nested(MAX_DEPTH)):
         await sharing.put("k", value)
         found = await sharing.get("k")
         assert found is not None
         assert found.value == value
 
 
-async def test_a_run_has_room_for_so_many_keys(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_run_has_room_for_so_many_keys(sharing: SharedValues, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are there can still be written."""
-    monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MOST_KEYS", 2)
+    monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MAX_KEYS", 2)
     await sharing.put("a", 1)
     await sharing.put("b", 1)
     with pytest.raises(RefusedError, match="no room for c: run r has 2 other"):
@@ -248,9 +248,9 @@ async def test_a_run_has_room_for_so_many_keys(sharing: Sharing, monkeypatch: py
     assert (await sharing.put("a", 2)).version == 2
 
 
-async def test_a_run_has_room_for_so_many_bytes(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_run_has_room_for_so_many_bytes(sharing: SharedValues, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit that goes back to a checkpoint has to hold all of them; what is replaced does not count."""
-    monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MOST_BYTES", 1000)
+    monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MAX_BYTES", 1000)
     await sharing.put("a", "x" * 300)
     await sharing.put("b", "x" * 300)
     with pytest.raises(RefusedError, match="no room for c"):
@@ -260,7 +260,7 @@ async def test_a_run_has_room_for_so_many_bytes(sharing: Sharing, monkeypatch: p
         await sharing.put("a", "x" * 900)
 
 
-async def test_who_was_taken_over_puts_nothing(sharing: Sharing, store: Store) -> None:
+async def test_who_was_taken_over_puts_nothing(sharing: SharedValues, store: Store) -> None:
     """It is written under the claim of its task."""
     await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
     with pytest.raises(LeaseLost):
@@ -269,7 +269,7 @@ async def test_who_was_taken_over_puts_nothing(sharing: Sharing, store: Store) -
     await sharing.put("k", "in time", writer=API, claim=Guard(claim_key(API), 2))
 
 
-async def test_versions_go_on_behind_what_was_removed(sharing: Sharing, store: Store) -> None:
+async def test_versions_go_on_behind_what_was_removed(sharing: SharedValues, store: Store) -> None:
     """So that who waits for a later one is not told of an old one, nor misses the new one."""
     await sharing.put("k", 1)
     await store.commit(Commit([Write(Key(KIND, "r/k"), 1, None)]))
@@ -280,7 +280,7 @@ async def test_versions_go_on_behind_what_was_removed(sharing: Sharing, store: S
     assert await sharing.wait("k", after=1, timeout=0) == put
 
 
-async def test_what_somebody_else_wrote_there_is_no_value(sharing: Sharing, store: Store) -> None:
+async def test_what_somebody_else_wrote_there_is_no_value(sharing: SharedValues, store: Store) -> None:
     """It can be replaced."""
     await store.commit(Commit([Write(Key(KIND, "r/k"), 0, {"odd": 1})]))
     with pytest.raises(RefusedError, match="can't be read: put it there anew"):

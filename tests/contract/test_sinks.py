@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.builtin import jsonlines
-from orchestrator.builtin.jsonlines import JsonLines
+from orchestrator.builtin.jsonlines import JsonLinesSink
 from orchestrator.protocols import Event, RecordedEvent
 from orchestrator.testing.sink_contract import SinkContract, sample_events
 
@@ -20,7 +20,7 @@ from orchestrator.testing.sink_contract import SinkContract, sample_events
 class TestJsonLines(SinkContract):
     """The contract with a file."""
 
-    sink_type = JsonLines
+    sink_type = JsonLinesSink
 
     def given(self, folder: Path) -> Mapping[str, Any]:
         """Name a file that does not exist."""
@@ -76,7 +76,7 @@ class TestJsonLines(SinkContract):
     async def test_a_file_that_was_emptied_is_gone_on_with(self, tmp_path: Path) -> None:
         """Who rotates it while a run is at work loses nothing that comes later."""
         events, path = sample_events(), tmp_path / "events.jsonl"
-        async with JsonLines(self.validated(tmp_path)) as sink:
+        async with JsonLinesSink(self.validated(tmp_path)) as sink:
             await sink.send(events[:4])
             path.write_bytes(b"")
             await sink.send(events[4:6])
@@ -88,10 +88,10 @@ class TestJsonLines(SinkContract):
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It is an error, so that the sink is told as failing and tried again."""
-        monkeypatch.setattr(jsonlines, "LOCK_LIMIT", 0.05)
+        monkeypatch.setattr(jsonlines, "LOCK_TIMEOUT", 0.05)
         with (tmp_path / "events.jsonl").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            async with JsonLines(self.validated(tmp_path)) as sink:
+            async with JsonLinesSink(self.validated(tmp_path)) as sink:
                 with pytest.raises(TimeoutError, match=r"another process keeps .*events\.jsonl locked"):
                     await sink.send(sample_events())
         assert self.arrived(tmp_path) == []
@@ -103,7 +103,7 @@ class TestJsonLines(SinkContract):
                 for run in range(4)]  # fmt: skip
 
         def write(events: list[RecordedEvent]) -> None:
-            sink = JsonLines(options)
+            sink = JsonLinesSink(options)
             for one in events:
                 sink._append([one])
 

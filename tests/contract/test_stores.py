@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from orchestrator.protocols import Event, Store
-from orchestrator.state.offline.outage import surviving
+from orchestrator.state.offline.outage import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
@@ -59,7 +59,7 @@ class TestPausing(StoreContract):
             folder, clock = Path(directory), SystemClock()
             async with (
                 FileStore.open(folder / "state", clock) as store,
-                surviving(store, self.mode, clock, folder / "outage", _tell) as survivor,
+                survive_outages(store, self.mode, clock, folder / "outage", _tell) as survivor,
             ):
                 yield survivor
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.builtin.checklist import Checklist
+from orchestrator.builtin.checklist import ChecklistTracker
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Event, RecordedEvent
 from orchestrator.testing.tracker_contract import TrackerContract
@@ -38,7 +38,7 @@ TEXT = """\
 class TestChecklist(TrackerContract):
     """The contract with a file."""
 
-    tracker_type = Checklist
+    tracker_type = ChecklistTracker
 
     def given(self, folder: Path) -> Mapping[str, Any]:
         """Write a list."""

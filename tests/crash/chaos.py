@@ -27,17 +27,17 @@ from pathlib import Path
 
 import anyio
 
-from tests.conftest import Ended, Repository, hermetic
-from tests.crash.judging import Commit, Judge, Process, processes
-from tests.crash.workload import Workload, workload
+from tests.conftest import CommandResult, Repository, hermetic_environ
+from tests.crash.judging import Judge, RunProcess, UserCommit, find_processes
+from tests.crash.workload import Workload, make_workload
 
 #: Seconds that a run may take to its end once nothing goes wrong any more.
-BOUND = 120.0
+END_TIMEOUT = 120.0
 #: Marks the user's own processes, to which nothing happens.
-USER = "CHAOS_USER=1"
+USER_MARKER = "CHAOS_USER=1"
 #: Set where the file systems that are mounted are this process's own.
-INSIDE = "CHAOS_INSIDE"
-DISK = 96 << 20
+INSIDE_VARIABLE = "CHAOS_INSIDE"
+DISK_BYTES = 96 << 20
 #: What is killed and stopped, and how much more often.
 KINDS = {"orchestrator": 2, "git": 4, "session": 2, "supervisor": 2, "bwrap": 1, "check": 1}
 ACTIVE = ("run", "resume", "work")
@@ -48,7 +48,7 @@ _RESTORED = (*_GIVEN_UP, "conflict")
 _OVER = {"landed", "incomplete"}
 
 
-class Running(threading.Thread):
+class RunningCommand(threading.Thread):
     """A command, whose output is read while it runs."""
 
     def __init__(self, repository: Repository, *arguments: str) -> None:
@@ -57,25 +57,25 @@ class Running(threading.Thread):
         self.name, self.began = " ".join(arguments), time.monotonic()
         self._command = repository.start(*arguments)
         self.pid = self._command.pid
-        self.ended: Ended | None = None
+        self.ended: CommandResult | None = None
         self.start()
 
     def run(self) -> None:
         """Read all that it prints."""
         out, err = self._command.communicate()
-        self.ended = Ended(int(self._command.returncode), out, err)
+        self.ended = CommandResult(int(self._command.returncode), out, err)
 
 
-class User(threading.Thread):
+class CommittingUser(threading.Thread):
     """Commits to the target that is checked out, and tries again until git takes it."""
 
     def __init__(self, repository: Repository, dice: random.Random) -> None:
         """Take the repository of a run."""
         super().__init__(daemon=True)
         self._repository, self._dice = repository, dice
-        self._environ = {**repository.environ, **dict([USER.split("=")])}
+        self._environ = {**repository.environ, **dict([USER_MARKER.split("=")])}
         self._environ |= {f"GIT_{who}_{what}": "User" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        self.commits: list[Commit] = []
+        self.commits: list[UserCommit] = []
         self.done = threading.Event()
         self.problem = ""
 
@@ -98,7 +98,7 @@ class User(threading.Thread):
         file = self._repository.top / path
         options = [] if self._dice.random() < 0.5 else ["--only", path]
         staging = ["rm", "-q", "--ignore-unmatch"] if is_gone else ["add"]
-        deadline = time.monotonic() + BOUND
+        deadline = time.monotonic() + END_TIMEOUT
         while time.monotonic() < deadline:
             with suppress(OSError):
                 if is_gone:
@@ -112,7 +112,9 @@ class User(threading.Thread):
                     self._git("commit", "-q", "-m", message, *options)
                 # On a full disk git may fail after it has committed.
                 if not self._git("log", "-9", "--format=%s") and message in self._said.splitlines():
-                    self.commits.append(Commit(message, {} if is_gone else {path: message}, path if is_gone else None))
+                    self.commits.append(
+                        UserCommit(message, {} if is_gone else {path: message}, path if is_gone else None)
+                    )
                     return
             time.sleep(0.05)
         self._git("commit", "--dry-run", "--short", *options)
@@ -134,7 +136,7 @@ class User(threading.Thread):
         return done.returncode
 
 
-class Trial:
+class ChaosTrial:
     """One run: its workload, what happens to it, and what came of that."""
 
     def __init__(self, seed: int, root: Path, *, seconds: float, most: int, has_disk: bool) -> None:
@@ -146,20 +148,22 @@ class Trial:
         self.trace: list[str] = []
         self.findings: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.commands: list[Running] = []
+        self.commands: list[RunningCommand] = []
         self._frozen: dict[int, float] = {}
         self._has_restored = False
         self.repository = Repository(
-            root / "project", {**hermetic(root), "PYTHONFAULTHANDLER": "1"}, root / "ledger" / "spawns"
+            root / "project", {**hermetic_environ(root), "PYTHONFAULTHANDLER": "1"}, root / "ledger" / "spawns"
         )
         for folder in (self.repository.top, self.repository.spawns.parent):
             folder.mkdir()
-        self.workload: Workload = workload(random.Random(f"{seed} work"), str(self.repository.spawns.parent), most=most)
+        self.workload: Workload = make_workload(
+            random.Random(f"{seed} work"), str(self.repository.spawns.parent), most=most
+        )
         self.repository.git("init", "--quiet", "--initial-branch=main")
         self._start = self.repository.commit({"README.md": "# Project\n", **self.workload.files}, "first")
         jobs = [job.entry for job in self.workload.jobs.values()]
         self._config = self.repository.configure(jobs, **self.workload.settings)
-        self._user = User(self.repository, random.Random(f"{seed} user"))
+        self._user = CommittingUser(self.repository, random.Random(f"{seed} user"))
 
     def note(self, what: str) -> None:
         """Add a line to what happened."""
@@ -180,7 +184,7 @@ class Trial:
             self._dice.choices(list(actions), list(actions.values()))[0]()
         self._thaw(math.inf)
         self._user.done.set()
-        self._user.join(BOUND)
+        self._user.join(END_TIMEOUT)
         if self._user.problem:
             self.findings.append(self._user.problem)
         self._settle()
@@ -203,11 +207,11 @@ class Trial:
             **disk,
         }
 
-    def _processes(self) -> list[Process]:
+    def _processes(self) -> list[RunProcess]:
         commands = {one.pid for one in self.commands if one.ended is None}
-        return list(processes(self.root, commands, USER.encode()))
+        return list(find_processes(self.root, commands, USER_MARKER.encode()))
 
-    def _victim(self) -> Process | None:
+    def _victim(self) -> RunProcess | None:
         """Return a process of a random kind; wait a moment for one, as most of git's processes are short."""
         (kind,) = self._dice.choices(list(KINDS), list(KINDS.values()))
         deadline = time.monotonic() + 0.2
@@ -225,7 +229,7 @@ class Trial:
             self._frozen[one.pid] = time.monotonic() + self._dice.choice([0.1, 0.5, 3.0])
             self._signal(one, signal.SIGSTOP)
 
-    def _signal(self, one: Process, number: signal.Signals) -> None:
+    def _signal(self, one: RunProcess, number: signal.Signals) -> None:
         self.counts[f"{number.name} {one.kind}"] += 1
         self.note(f"{number.name} {one.kind} {one.pid}")
         with suppress(ProcessLookupError):
@@ -237,13 +241,13 @@ class Trial:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-    def _begin(self, *arguments: str) -> Running:
-        one = Running(self.repository, *arguments)
+    def _begin(self, *arguments: str) -> RunningCommand:
+        one = RunningCommand(self.repository, *arguments)
         self.note(f"council {one.name} is {one.pid}")
         self.commands.append(one)
         return one
 
-    def _active(self) -> list[Running]:
+    def _active(self) -> list[RunningCommand]:
         return [one for one in self.commands if one.ended is None and one.name.startswith(ACTIVE)]
 
     def _keep_going(self) -> None:
@@ -253,7 +257,7 @@ class Trial:
     def _has_run(self) -> bool:
         return any((self.repository.top / ".council").glob("logs/*/")) and self._ask("status").code != 2
 
-    def _ask(self, *arguments: str) -> Ended:
+    def _ask(self, *arguments: str) -> CommandResult:
         """Run a command that a frozen process may hold up; that goes on after a while."""
         thaw = threading.Timer(5, self._thaw, (math.inf,))
         thaw.start()
@@ -307,16 +311,16 @@ class Trial:
         if not self._has_run() and not self._active():
             self._begin("run", str(self._config))
         for one in self.commands:
-            one.join(max(began + BOUND - time.monotonic(), 0))
+            one.join(max(began + END_TIMEOUT - time.monotonic(), 0))
         self._resume(began)
-        while (again := self._given_up()) and time.monotonic() < began + BOUND:
+        while (again := self._given_up()) and time.monotonic() < began + END_TIMEOUT:
             self._wait(began, "retry", *again)
             self._wait(began, "resume")
             self._resume(began)
         self.note("over")
         hanging = [one.name for one in self.commands if one.ended is None]
         if hanging or not self._is_over():
-            self.findings.append(f"not over {BOUND:.0f} s after the last fault: {hanging} {self._processes()}")
+            self.findings.append(f"not over {END_TIMEOUT:.0f} s after the last fault: {hanging} {self._processes()}")
             self._abort()
             self.end()
             for one in self.commands:
@@ -334,7 +338,7 @@ class Trial:
         self.findings += anyio.run(judge.findings)
 
     def _wait(self, began: float, *arguments: str) -> None:
-        self._begin(*arguments).join(max(began + BOUND - time.monotonic(), 0))
+        self._begin(*arguments).join(max(began + END_TIMEOUT - time.monotonic(), 0))
 
     def _is_over(self) -> bool:
         ended = self.repository.council("status", "--json")
@@ -358,7 +362,7 @@ class Trial:
             one.join(5)
 
     def _resume(self, began: float) -> None:
-        while not self._is_over() and time.monotonic() < began + BOUND:
+        while not self._is_over() and time.monotonic() < began + END_TIMEOUT:
             self._wait(began, "resume")
 
     def _given_up(self) -> list[str]:
@@ -370,7 +374,7 @@ class Trial:
         return next(filter(None, found), [])
 
 
-def report(trial: Trial, seconds: float) -> str:
+def report(trial: ChaosTrial, seconds: float) -> str:
     """Return what happened in a trial and what was found."""
     counts = ", ".join(f"{times} {what}" for what, times in sorted(trial.counts.items()))
     lines = [
@@ -385,13 +389,13 @@ def report(trial: Trial, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def try_out(seed: int, given: argparse.Namespace) -> bool:
+def run_trial(seed: int, given: argparse.Namespace) -> bool:
     """Run a trial in a folder of its own and print its report; return whether nothing was found."""
     root = Path(tempfile.mkdtemp(prefix="chaos-"))
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(root)]
-    has_disk = INSIDE in os.environ and not subprocess.run(mount, check=False).returncode
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(root)]
+    has_disk = INSIDE_VARIABLE in os.environ and not subprocess.run(mount, check=False).returncode
     began = time.monotonic()
-    trial = Trial(seed, root, seconds=given.seconds, most=given.most, has_disk=has_disk and not given.no_disk)
+    trial = ChaosTrial(seed, root, seconds=given.seconds, most=given.most, has_disk=has_disk and not given.no_disk)
     findings = trial.run()
     print(report(trial, time.monotonic() - began), flush=True)
     if findings and given.keep:
@@ -413,12 +417,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder for copies of trials with findings")
     given = parser.parse_args()
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
-    if INSIDE not in os.environ:
+    if INSIDE_VARIABLE not in os.environ:
         if shutil.which("unshare") and not subprocess.run([*alone, "true"], check=False).returncode:
             command = [*alone, sys.executable, "-m", "tests.crash.chaos", *sys.argv[1:]]
-            os.execvpe(command[0], command, {**os.environ, INSIDE: "1"})
+            os.execvpe(command[0], command, {**os.environ, INSIDE_VARIABLE: "1"})
         print("no file system of its own (`unshare --user --mount` fails): the disk is never full")
-    sys.exit(not min([try_out(seed, given) for seed in given.seeds]))
+    sys.exit(not min([run_trial(seed, given) for seed in given.seeds]))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.domain.runs.model import SUCCESSFUL, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import SUCCESS_STATUSES, TaskDocument, TaskStatus
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.crash.workload import Workload
 
 #: Files that git leaves where it was killed.
@@ -20,7 +20,7 @@ _STALE = ("*.lock", "tmp_objdir-*", "tmp_pack_*", "tmp_idx_*")
 
 
 @dataclass(frozen=True)
-class Process:
+class RunProcess:
     """A process of a run: its id and what kind it is."""
 
     pid: int
@@ -28,7 +28,7 @@ class Process:
     command: str
 
 
-def processes(root: Path, commands: Container[int], without: bytes) -> Iterator[Process]:
+def find_processes(root: Path, commands: Container[int], without: bytes) -> Iterator[RunProcess]:
     """Yield the processes that have to do with a folder, but for those with `without` in their environment."""
     wanted = os.fsencode(root)
     for folder in Path("/proc").glob("[0-9]*"):
@@ -43,7 +43,7 @@ def processes(root: Path, commands: Container[int], without: bytes) -> Iterator[
             ):
                 pid = int(folder.name)
                 kind = "orchestrator" if pid in commands else _kind(command.split(b"\0"))
-                yield Process(pid, kind, os.fsdecode(command.replace(b"\0", b" "))[:300])
+                yield RunProcess(pid, kind, os.fsdecode(command.replace(b"\0", b" "))[:300])
         except OSError:  # it has ended
             continue
 
@@ -63,7 +63,7 @@ def _kind(command: Sequence[bytes]) -> str:
 
 
 @dataclass(frozen=True)
-class Commit:
+class UserCommit:
     """A commit of the user: its message, and the lines that it adds to files and removes with them."""
 
     message: str
@@ -79,8 +79,8 @@ class Judge:
     workload: Workload
     start: str
     """The target's commit before the run."""
-    commits: Sequence[Commit]
-    commands: Sequence[tuple[str, Ended]]
+    commits: Sequence[UserCommit]
+    commands: Sequence[tuple[str, CommandResult]]
 
     async def findings(self) -> list[str]:
         """Return all that is wrong once the run has ended."""
@@ -185,13 +185,13 @@ class Judge:
         yield from (f"{task} was a part of the plans of attempts {one}" for task, one in plans.items() if len(one) > 1)
         for task, document in documents.items():
             job = self.workload.jobs.get(task)
-            expected = self.workload.lines_of_part(task, max(plans[task])) if job is None else job.lines
+            expected = self.workload.lines_for_part(task, max(plans[task])) if job is None else job.lines
             wanted = int(document.status is TaskStatus.LANDED)
             for path, line in expected.items():
                 known.add((path, f"+{line}"))
                 if (found := lines[path, f"+{line}"]) != wanted:
                     yield f"{task} is {document.status}, and its line {line!r} was added to {path} {found} times"
-            if job is not None and job.must_land and document.status not in SUCCESSFUL:
+            if job is not None and job.must_land and document.status not in SUCCESS_STATUSES:
                 yield f"{task} should have landed and is {document.status}: {document.reason}"
             if document.status is TaskStatus.DONE:
                 yield from self._expansion(task, document, documents)
@@ -202,6 +202,6 @@ class Judge:
 
     def _expansion(self, task: str, document: TaskDocument, documents: Mapping[str, TaskDocument]) -> Iterator[str]:
         for part in document.expanded:
-            if part not in documents or documents[part].status not in SUCCESSFUL:
+            if part not in documents or documents[part].status not in SUCCESS_STATUSES:
                 found = documents[part].status if part in documents else "not there"
                 yield f"{task} is done, and its part {part} is {found}"

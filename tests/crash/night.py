@@ -20,17 +20,17 @@ import anyio
 
 from orchestrator.api.council import Council
 from orchestrator.errors import RefusedError
-from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.conftest import FAKE_CLI, CommandResult, Repository
 
-#: Where work starts; it never moves, and where it meets the target both have changed `BOTH`.
-BASE, BOTH = "dev", "both.txt"
+#: Where work starts; it never moves, and where it meets the target both have changed `CONFLICT_FILE`.
+BASE, CONFLICT_FILE = "dev", "both.txt"
 #: A secret by its variable's name, and one by its form.
 CANARIES = {"CANARY_TOKEN": "canary-value-0451-xyz", "HARMLESS": "ghp_" + "Canary0451" * 4}
-CLIMBS = {"on_checks_failed": "fail"}
+FAIL_ON_CHECKS = {"on_checks_failed": "fail"}
 
 
 @dataclass(frozen=True)
-class Job:
+class NightTask:
     """One task: what its agent does, how it ends (state, class of failure), and what else its entry says."""
 
     prompt: str
@@ -39,15 +39,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Rivals:
+class RivalTasks:
     """Tasks of which exactly one lands; which one it is depends on who comes first."""
 
-    jobs: Mapping[str, Job]
+    jobs: Mapping[str, NightTask]
     loser: tuple[str, str | None]
 
 
 @dataclass(frozen=True)
-class Suite:
+class ProjectTests:
     """A project's own tests: the command that runs them, and a file with one more, for a name and an assertion."""
 
     check: str
@@ -60,12 +60,12 @@ class Suite:
 
 
 #: Standard library alone: for repositories that have nothing else.
-UNITTEST = Suite(
+UNITTEST = ProjectTests(
     f"{sys.executable} -S -m unittest -q",
     ".",
     "import unittest; T = type('T', (unittest.TestCase,), dict(test_{name}=lambda self: self.assertTrue({claim})))",
 )
-PYTEST = Suite(
+PYTEST = ProjectTests(
     f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=src:. {sys.executable}"
     " -m pytest -q -x -p no:cacheprovider testing",
     "testing",
@@ -73,60 +73,68 @@ PYTEST = Suite(
 )
 
 
-def few(suite: Suite, ledger: Path) -> tuple[dict[str, Job], list[Rivals]]:
+def few_tasks(suite: ProjectTests, ledger: Path) -> tuple[dict[str, NightTask], list[RivalTasks]]:
     """Return the kinds that matter most."""
     jobs = {
-        "first": Job(suite.write("first")),
-        "second": Job(f"append log.txt second\n{suite.write('second')}", entry={"needs": ["first"]}),
-        "crash-once": Job(f"once exit 3\n{suite.write('crash_once')}"),
-        "hang": Job("hang", ("failed", "timeout"), {"timeout": "1s", "attempts": 1}),
-        "daemon": Job("write own/d.txt x\ndaemon own/d.txt"),
-        "breaks-once": Job(f"{suite.write('mended')}\nonce {suite.write('mended', 'False')}"),
-        "conflict": Job(f"write {BOTH} agent", ("conflict", "conflict")),
-        "cancelled": Job("write half.txt x\nhang", ("cancelled", None), {"timeout": "10m"}),
-        "retried": Job(f"without {ledger.parent}/mended exit 1\nwrite r.txt x", entry={"attempts": 1}),
+        "first": NightTask(suite.write("first")),
+        "second": NightTask(f"append log.txt second\n{suite.write('second')}", entry={"needs": ["first"]}),
+        "crash-once": NightTask(f"once exit 3\n{suite.write('crash_once')}"),
+        "hang": NightTask("hang", ("failed", "timeout"), {"timeout": "1s", "attempts": 1}),
+        "daemon": NightTask("write own/d.txt x\ndaemon own/d.txt"),
+        "breaks-once": NightTask(f"{suite.write('mended')}\nonce {suite.write('mended', 'False')}"),
+        "conflict": NightTask(f"write {CONFLICT_FILE} agent", ("conflict", "conflict")),
+        "cancelled": NightTask("write half.txt x\nhang", ("cancelled", None), {"timeout": "10m"}),
+        "retried": NightTask(f"without {ledger.parent}/mended exit 1\nwrite r.txt x", entry={"attempts": 1}),
     }  # fmt: skip
     return jobs, []
 
 
-def many(suite: Suite, ledger: Path, outside: Path) -> tuple[dict[str, Job], list[Rivals]]:
+def many_tasks(suite: ProjectTests, ledger: Path, outside: Path) -> tuple[dict[str, NightTask], list[RivalTasks]]:
     """Return forty tasks of all kinds."""
-    jobs, _ = few(suite, ledger)
+    jobs, _ = few_tasks(suite, ledger)
     never = {"attempts": 1}
-    jobs["third"] = Job(f"append log.txt third\n{suite.write('third')}", entry={"needs": ["second"]})
+    jobs["third"] = NightTask(f"append log.txt third\n{suite.write('third')}", entry={"needs": ["second"]})
     for n in range(2):
-        jobs[f"side-{n}"] = Job(suite.write(f"side_{n}"), entry={"priority": n - 1, "checks": [suite.check, "true"]})
-        jobs[f"owner-{n}"] = Job(f"append shared.txt {n}", entry={"owns": ["shared.*"]})
+        jobs[f"side-{n}"] = NightTask(
+            suite.write(f"side_{n}"), entry={"priority": n - 1, "checks": [suite.check, "true"]}
+        )
+        jobs[f"owner-{n}"] = NightTask(f"append shared.txt {n}", entry={"owns": ["shared.*"]})
     jobs |= {
-        "idle": Job("print nothing to do", ("no_change", "no_change")),
-        "idle-once": Job("once exit 0\nwrite io.txt x", entry={"retry_on": ["no_change", "crashed"]}),
-        "crashes": Job("write c.txt x\nexit 3", ("failed", "crashed"), {"attempts": 2}),
-        "blocked": Job("write never.txt x", ("blocked", None), {"needs": ["crashes", "first"]}),
-        "silent": Job("write s.txt x\nhang", ("failed", "silence"), {"silence": "1s", **never}),
-        "stubborn": Job("stubborn\nwrite s.txt x\nhang", ("failed", "timeout"), {"timeout": "1s", **never}),
-        "flood": Job("flood 67108864\nwrite flood.txt x"),
-        "daemon-fails": Job("write d.txt x\ndaemon d.txt\nexit 1", ("failed", "crashed"), never),
-        "conflict-again": Job(f"append {BOTH} again", entry={"retry_on": ["conflict"]}),
-        "breaks": Job(suite.write("bad", "False"), ("failed", "checks_failed"), CLIMBS),
-        "breaks-always": Job(suite.write("worse", "False"), ("failed", "checks_failed"), {"attempts": 2}),
-        "commits": Job("write c1.txt x\ncommit one\nwrite c2.txt x\ncommit two\nwrite c3.txt x"),
-        "other-branch": Job("git switch --quiet --create other\nwrite ob.txt x\ncommit there\nwrite ob2.txt x"),
-        "moves-main": Job("write mm.txt x\ncommit it\ngit update-ref refs/heads/main HEAD"),
-        "hooks": Job(f"write h.txt x\ncommit it\nwrite h2.txt x\nplant {ledger.parent}/planted"),
-        "no-git": Job("write ng.txt x\nwipe .git"),
-        "outside": Job(f"intrude {outside}/planted x\nintrude {outside}/.git/hooks/post-commit x\nwrite out.txt x"),
-        "key": Job("print-env CANARY_TOKEN\nprint-env HARMLESS\nwrite key.txt x"),
-        "key-kept": Job("write good.txt x\nwrite-env leak.txt HARMLESS", ("failed", "refused")),
-        "limited": Job("once exit 1 limit reached, again in 1 s\nwrite l.txt x", entry={"adapter": "limited"}),
-        "limited-too": Job("write l2.txt x", entry={"adapter": "limited", "priority": -1}),
-        "after-retried": Job("write ar.txt x", entry={"needs": ["retried"]}),
+        "idle": NightTask("print nothing to do", ("no_change", "no_change")),
+        "idle-once": NightTask("once exit 0\nwrite io.txt x", entry={"retry_on": ["no_change", "crashed"]}),
+        "crashes": NightTask("write c.txt x\nexit 3", ("failed", "crashed"), {"attempts": 2}),
+        "blocked": NightTask("write never.txt x", ("blocked", None), {"needs": ["crashes", "first"]}),
+        "silent": NightTask("write s.txt x\nhang", ("failed", "silence"), {"silence": "1s", **never}),
+        "stubborn": NightTask("stubborn\nwrite s.txt x\nhang", ("failed", "timeout"), {"timeout": "1s", **never}),
+        "flood": NightTask("flood 67108864\nwrite flood.txt x"),
+        "daemon-fails": NightTask("write d.txt x\ndaemon d.txt\nexit 1", ("failed", "crashed"), never),
+        "conflict-again": NightTask(f"append {CONFLICT_FILE} again", entry={"retry_on": ["conflict"]}),
+        "breaks": NightTask(suite.write("bad", "False"), ("failed", "checks_failed"), FAIL_ON_CHECKS),
+        "breaks-always": NightTask(suite.write("worse", "False"), ("failed", "checks_failed"), {"attempts": 2}),
+        "commits": NightTask("write c1.txt x\ncommit one\nwrite c2.txt x\ncommit two\nwrite c3.txt x"),
+        "other-branch": NightTask("git switch --quiet --create other\nwrite ob.txt x\ncommit there\nwrite ob2.txt x"),
+        "moves-main": NightTask("write mm.txt x\ncommit it\ngit update-ref refs/heads/main HEAD"),
+        "hooks": NightTask(f"write h.txt x\ncommit it\nwrite h2.txt x\nplant {ledger.parent}/planted"),
+        "no-git": NightTask("write ng.txt x\nwipe .git"),
+        "outside": NightTask(
+            f"intrude {outside}/planted x\nintrude {outside}/.git/hooks/post-commit x\nwrite out.txt x"
+        ),
+        "key": NightTask("print-env CANARY_TOKEN\nprint-env HARMLESS\nwrite key.txt x"),
+        "key-kept": NightTask("write good.txt x\nwrite-env leak.txt HARMLESS", ("failed", "refused")),
+        "limited": NightTask("once exit 1 limit reached, again in 1 s\nwrite l.txt x", entry={"adapter": "limited"}),
+        "limited-too": NightTask("write l2.txt x", entry={"adapter": "limited", "priority": -1}),
+        "after-retried": NightTask("write ar.txt x", entry={"needs": ["retried"]}),
     }
     rivals = [
-        Rivals({name: Job(f"write rival.txt {name}") for name in ("left", "right")}, ("conflict", "conflict")),
-        Rivals(
+        RivalTasks(
+            {name: NightTask(f"write rival.txt {name}") for name in ("left", "right")}, ("conflict", "conflict")
+        ),
+        RivalTasks(
             {
-                "rename": Job("write nightlib.py def g(): return None", entry=CLIMBS),
-                "caller": Job(f"write {suite.folder}/test_caller.py from nightlib import f as test_f", entry=CLIMBS),
+                "rename": NightTask("write nightlib.py def g(): return None", entry=FAIL_ON_CHECKS),
+                "caller": NightTask(
+                    f"write {suite.folder}/test_caller.py from nightlib import f as test_f", entry=FAIL_ON_CHECKS
+                ),
             },
             ("failed", "checks_failed"),
         ),
@@ -137,20 +145,20 @@ def many(suite: Suite, ledger: Path, outside: Path) -> tuple[dict[str, Job], lis
 
 
 @dataclass(frozen=True)
-class Night:
+class OvernightRun:
     """A repository, what is to be done in it over night, and what must come of that."""
 
     repository: Repository
-    suite: Suite
-    jobs: Mapping[str, Job]
-    rivals: Sequence[Rivals]
+    suite: ProjectTests
+    jobs: Mapping[str, NightTask]
+    rivals: Sequence[RivalTasks]
 
     def prepare(self) -> Path:
         """Set the repository up and write the config."""
         repository = self.repository
-        repository.commit({BOTH: "base\n", "nightlib.py": "def f(): return None\n"}, "for the night")
+        repository.commit({CONFLICT_FILE: "base\n", "nightlib.py": "def f(): return None\n"}, "for the night")
         repository.git("branch", BASE)
-        repository.commit({BOTH: "target\n"}, "meanwhile on the target")
+        repository.commit({CONFLICT_FILE: "target\n"}, "meanwhile on the target")
         repository.remember()
         repository.environ.update(CANARIES)
         fake = {
@@ -174,7 +182,7 @@ class Night:
             },
         )
 
-    async def assert_ended_well(self, ended: Ended) -> None:
+    async def assert_ended_well(self, ended: CommandResult) -> None:
         """Compare each task's end, run the project's tests on each commit of the target, check the invariants."""
         assert ended.code == 1, ended
         self._assert_ends(ended)
@@ -194,7 +202,7 @@ class Night:
         assert repository.council("resume", "--json").code == 1
         assert self._everything() == state
 
-    def _assert_ends(self, ended: Ended) -> None:
+    def _assert_ends(self, ended: CommandResult) -> None:
         found = {one["id"]: (one["state"], one["failure"]) for one in ended.result["tasks"]}
         wrong = {one["id"]: one for one in ended.result["tasks"]}
         for rivals in self.rivals:
@@ -220,7 +228,7 @@ class Night:
         return self.repository.git("rev-parse", "main"), {path: path.read_bytes() for path in state.iterdir()}
 
 
-class Person(threading.Thread):
+class Operator(threading.Thread):
     """Mends what `retried` needs once it has failed; when that has landed, and may be, cancels `cancelled`.
 
     Before that the run can't come to its end.
@@ -236,7 +244,7 @@ class Person(threading.Thread):
     def run(self) -> None:
         """Ask again whenever there was nobody who could be asked."""
         while not self.done.is_set():
-            states = anyio.run(look, self._repository)
+            states = anyio.run(read_task_states, self._repository)
             if states.get("retried") == "failed" and not self._mended:
                 (self._repository.spawns.parent / "mended").touch()
                 self._mended = self._repository.council("retry", "retried").code == 0
@@ -246,7 +254,7 @@ class Person(threading.Thread):
             self.done.wait(0.2)
 
 
-async def look(repository: Repository) -> dict[str, str]:
+async def read_task_states(repository: Repository) -> dict[str, str]:
     """Return the states of the newest run's tasks; none where there is no run yet."""
     try:
         async with Council.open(repository.top, environ=repository.environ) as council:
@@ -256,16 +264,16 @@ async def look(repository: Repository) -> dict[str, str]:
     return {task.id: task.state for task in found.tasks}
 
 
-def at_work_elsewhere(ended: Ended) -> bool:
+def is_running_elsewhere(ended: CommandResult) -> bool:
     """Whether a command was refused because another one is at work in the run, as a person's is for a moment."""
     return ended.code == 2 and "is at work" in ended.stdout
 
 
-def settle(repository: Repository) -> Ended:
+def resume_to_end(repository: Repository) -> CommandResult:
     """Resume until the run is over."""
     for _ in range(50):
         ended = repository.council("resume", "--json", timeout=400)
-        if not at_work_elsewhere(ended):
+        if not is_running_elsewhere(ended):
             return ended
         time.sleep(0.2)
     raise AssertionError("the run never came free")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Repository
-from tests.crash.test_crashes import OF_CHECKPOINTS, chain_and_sides, configure, finish
+from tests.crash.test_crashes import CHECKPOINT_FAILPOINTS, chain_and_sides, configure, resume_and_check
 
 
 @pytest.mark.extended
@@ -16,7 +16,10 @@ from tests.crash.test_crashes import OF_CHECKPOINTS, chain_and_sides, configure,
     "name",
     [
         "checkpoint.restored",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(OF_CHECKPOINTS - {"checkpoint.restored"})),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in sorted(CHECKPOINT_FAILPOINTS - {"checkpoint.restored"})
+        ),
     ],
 )
 async def test_killed_while_a_checkpoint_is_restored(repository: Repository, name: str) -> None:
@@ -32,7 +35,7 @@ async def test_killed_while_a_checkpoint_is_restored(repository: Repository, nam
     assert _states(repository) == (before if name == "checkpoint.restored" else cancelled)
     assert repository.council("checkpoint", "restore", made["id"]).code == 0
     assert _states(repository) == before
-    await finish(repository, 4)
+    await resume_and_check(repository, 4)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ async def test_killed_after_a_checkpoint_was_restored(repository: Repository, na
     assert repository.council("checkpoint", "restore", made["id"]).code == 0
     assert repository.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
     assert repository.council("checkpoint", "restore", made["id"]).code == 0
-    await finish(repository, 4)
+    await resume_and_check(repository, 4)
 
 
 def _states(repository: Repository) -> dict[str, Any]:

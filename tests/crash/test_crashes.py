@@ -14,34 +14,43 @@ import pytest
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.system.failpoints import FAILPOINTS
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 #: Reached by a request from another process; see below.
-OF_REQUESTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
+REQUEST_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
 #: Those of the store, which has tests of its own; see test_file_store_kills.py, test_compaction.py and test_copying.py
 #: in tests/integration.
-OF_STORE = frozenset(name for name in FAILPOINTS if name.startswith("state."))
+STORE_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("state."))
 #: Reached by making or restoring a checkpoint; see tests/crash/test_checkpoints.py.
-OF_CHECKPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
+CHECKPOINT_FAILPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
 #: Reached by writing the readable copies; see tests/integration/test_views.py.
-OF_VIEWS = frozenset({"views.written", "views.replaced"})
+VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
 #: Reached by importing what older layouts have, and by forgetting runs; see tests/integration/test_legacy.py and
 #: test_clean_runs.py there.
-OF_RECORDS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
+RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
 #: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
-OF_PHASES = frozenset({"phase.checked", "phase.rested", "handoff.taken", "plan.expanded"})
+PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.rested", "handoff.taken", "plan.expanded"})
 #: Those that a run never reaches by itself.
-BESIDE = OF_REQUESTS | OF_STORE | OF_CHECKPOINTS | OF_VIEWS | OF_RECORDS | OF_PHASES
+UNREACHED_FAILPOINTS = (
+    REQUEST_FAILPOINTS
+    | STORE_FAILPOINTS
+    | CHECKPOINT_FAILPOINTS
+    | VIEW_FAILPOINTS
+    | RECORD_FAILPOINTS
+    | PHASE_FAILPOINTS
+)
 #: Reached only once by the tasks of `chain_and_sides`.
-ONCE = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
-IN_RECOVERY = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
+SINGLE_HIT_FAILPOINTS = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
+RECOVERY_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
 #: Those that every process reaches that has some tasks to work on.
-IN_TURN = sorted(FAILPOINTS - IN_RECOVERY - BESIDE - ONCE - {"place.half_made"})
+FAILPOINTS_IN_TURN = sorted(
+    FAILPOINTS - RECOVERY_FAILPOINTS - UNREACHED_FAILPOINTS - SINGLE_HIT_FAILPOINTS - {"place.half_made"}
+)
 #: So many that enough are left for the last of them.
 TASKS_IN_TURN = 12
 #: Where the first process must die for a recovery to reach each point.
-LEADS_TO = {
+FIRST_KILL_FOR = {
     "recovery.session_reaped": "session.spawned",
     "recovery.attempt_returned": "attempt.recorded",
     "recovery.landing_settled": "landing.pushed",
@@ -82,7 +91,7 @@ def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
     return path
 
 
-async def assert_told(repository: Repository) -> None:
+async def assert_sink_complete(repository: Repository) -> None:
     """Check that the file of the sink, if there is one, has every event once and in order."""
     file = repository.top.parent / "events.jsonl"
     async with FileStore.open(repository.log, SystemClock()) as store:
@@ -95,14 +104,14 @@ async def assert_told(repository: Repository) -> None:
     assert [(line["position"], line["event"]) for line in told] == (recorded if file.exists() else [])
 
 
-async def finish(repository: Repository, count: int) -> Ended:
+async def resume_and_check(repository: Repository, count: int) -> CommandResult:
     """Resume until the run is over; check that it all landed once, and that one more resume changes nothing."""
     ended = repository.council("resume", "--json")
     assert ended.code == 0, ended
     assert set(ended.states.values()) == {"landed"}
     assert len(ended.states) == count
     await repository.assert_invariants()
-    await assert_told(repository)
+    await assert_sink_complete(repository)
     log = {path: path.read_bytes() for path in repository.log.iterdir()}
     head = repository.git("rev-parse", "main")
     assert repository.council("resume", "--json").code == 0
@@ -116,19 +125,19 @@ async def test_killed_at_one_step_after_the_other(repository: Repository) -> Non
     """One run that is killed at each step in turn, whatever the kill before has left, loses and repeats nothing."""
     config = configure(repository, chain_and_sides(TASKS_IN_TURN))
     command = ["run", str(config)]
-    for name in ("run.seeded", "run.claimed", "adapter.parked", *IN_TURN):
+    for name in ("run.seeded", "run.claimed", "adapter.parked", *FAILPOINTS_IN_TURN):
         killed = repository.council(*command, "--json", failpoints=f"{name}=kill")
         assert killed.code == -signal.SIGKILL, (name, killed)
         command = ["resume"]
-    await finish(repository, TASKS_IN_TURN)
+    await resume_and_check(repository, TASKS_IN_TURN)
 
 
 @pytest.mark.parametrize(
     ("name", "hit"),
     [
         pytest.param(name, hit, marks=() if name == "run.finished" else pytest.mark.slow)
-        for name in sorted(FAILPOINTS - IN_RECOVERY - BESIDE)
-        for hit in ((1,) if name in ONCE else (1, 3))
+        for name in sorted(FAILPOINTS - RECOVERY_FAILPOINTS - UNREACHED_FAILPOINTS)
+        for hit in ((1,) if name in SINGLE_HIT_FAILPOINTS else (1, 3))
     ],
 )
 async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
@@ -136,14 +145,14 @@ async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int
     config = configure(repository, chain_and_sides(4))
     killed = repository.council("run", str(config), "--json", failpoints=f"{name}=kill@{hit}")
     assert killed.code == -signal.SIGKILL, killed
-    await finish(repository, 4)
+    await resume_and_check(repository, 4)
 
 
 @pytest.mark.parametrize(
     ("name", "again"),
     [
         pytest.param(name, again, marks=() if (name, again) == ("recovery.landing_settled", "") else pytest.mark.slow)
-        for name in sorted(IN_RECOVERY)
+        for name in sorted(RECOVERY_FAILPOINTS)
         for again in ("", "landing.intended", "worktree.removed")
     ],
 )
@@ -153,17 +162,20 @@ async def test_killed_inside_a_recovery(repository: Repository, name: str, again
     # It starts after the third landing, so that each of the processes below has a session and a landing to make.
     tasks[3]["needs"] = ["t0", "t1", "t2"]
     config = configure(repository, tasks)
-    assert repository.council("run", str(config), failpoints=f"{LEADS_TO[name]}=kill@2").code == -signal.SIGKILL
+    assert repository.council("run", str(config), failpoints=f"{FIRST_KILL_FOR[name]}=kill@2").code == -signal.SIGKILL
     assert repository.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
     if again:
         assert repository.council("resume", failpoints=f"{again}=kill").code == -signal.SIGKILL
-    await finish(repository, 4)
+    await resume_and_check(repository, 4)
 
 
 @pytest.mark.parametrize("action", ["cancel", pytest.param("retry", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(sorted(OF_REQUESTS))],
+    [
+        pytest.param(name, marks=pytest.mark.slow if number else ())
+        for number, name in enumerate(sorted(REQUEST_FAILPOINTS))
+    ],
 )
 async def test_killed_while_a_request_is_dealt_with(repository: Repository, name: str, action: str) -> None:
     """What was asked happens once, whoever is killed: the one who asks, or the one who obeys."""
@@ -187,7 +199,7 @@ async def test_resume_at_once_waits_until_a_stubborn_agent_is_dead(repository: R
     prompt = "stubborn\nwrite file.txt first\ndaemon file.txt\nattempt 1 hang"
     config = repository.configure([{"id": "stubborn", "prompt": prompt}])
     child = repository.start("run", str(config))
-    wait_for(lambda: repository.spawns.exists() and any_growing(repository))
+    wait_for(lambda: repository.spawns.exists() and is_daemon_running(repository))
     child.send_signal(signal.SIGKILL)
     child.communicate()
     killed_at = time.monotonic()
@@ -199,7 +211,7 @@ async def test_resume_at_once_waits_until_a_stubborn_agent_is_dead(repository: R
     await repository.assert_invariants()
 
 
-def any_growing(repository: Repository) -> bool:
+def is_daemon_running(repository: Repository) -> bool:
     """Whether an agent's daemon is at work in a session of the repository."""
     homes = repository.top.parent / "council-home"
     return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/place/tree/file.txt"))
@@ -214,14 +226,14 @@ async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: 
     wait_for(lambda: list(homes.glob("*/sessions/*/*/place/tree/half.txt")))
     child.send_signal(signal.SIGINT)
     stdout, stderr = child.communicate(timeout=30)
-    ended = Ended(child.returncode, stdout, stderr)
+    ended = CommandResult(child.returncode, stdout, stderr)
     assert (ended.code, ended.result["status"], ended.result["exit"]) == (130, "interrupted", 130)
     task = ended.result["tasks"][0]
     assert task["state"] == "pending"
     where = repository.council("where", "--json").result
     show = ["git", "show", f"{task['branch']}:half.txt"]
     assert subprocess.run(show, check=True, cwd=where["trusted"], capture_output=True).stdout == b"half\n"
-    await finish(repository, 1)
+    await resume_and_check(repository, 1)
 
 
 async def test_a_killed_supervisor_costs_one_attempt_and_leaves_nothing_running(repository: Repository) -> None:
@@ -238,7 +250,7 @@ async def test_a_killed_supervisor_costs_one_attempt_and_leaves_nothing_running(
     assert supervisor is not None
     supervisor.kill()
     stdout, stderr = child.communicate(timeout=60)
-    ended = Ended(child.returncode, stdout, stderr)
+    ended = CommandResult(child.returncode, stdout, stderr)
     assert ended.states == {"victim": "landed", "neighbour": "landed"}, ended
     assert not [pid for pid in psutil.process_iter() if is_session(pid, "victim")]
 

@@ -16,28 +16,37 @@ from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.system.failpoints import FAILPOINTS
-from tests.command_server import Started
+from tests.command_server import StartedCommand
 from tests.conftest import Repository
-from tests.crash.test_crashes import BESIDE, IN_RECOVERY, LEADS_TO, assert_told, chain_and_sides, configure
+from tests.crash.test_crashes import (
+    FIRST_KILL_FOR,
+    RECOVERY_FAILPOINTS,
+    UNREACHED_FAILPOINTS,
+    assert_sink_complete,
+    chain_and_sides,
+    configure,
+)
 from tests.integration.test_working_together import QUICK, assert_each_landed_once, ended, happened, states
 from tests.waiting import wait_for
 
 #: What only the coordinator reaches.
-COORDINATING: Final = frozenset({"run.seeded", "run.claimed", "run.finished", "sink.sent"})
+LEADER_FAILPOINTS: Final = frozenset({"run.seeded", "run.claimed", "run.finished", "sink.sent"})
 #: What only who stands in for another reaches.
-STANDING_IN: Final = IN_RECOVERY | {"claims.swept"}
+TAKEOVER_FAILPOINTS: Final = RECOVERY_FAILPOINTS | {"claims.swept"}
 #: What a process reaches before the session of its first task is at work.
-EARLY: Final = frozenset(
+EARLY_FAILPOINTS: Final = frozenset(
     {"attempt.recorded", "place.half_made", "place.moved", "worktree.half_built", "worktree.created", "session.spawned"}
 )
 #: Commits, of which each process makes many.
-COMMITS: Final = frozenset({"state.appended", "state.published"})
-ANYWHERE: Final = FAILPOINTS - BESIDE - COORDINATING - STANDING_IN | COMMITS
+COMMIT_FAILPOINTS: Final = frozenset({"state.appended", "state.published"})
+WORKER_FAILPOINTS: Final = (
+    FAILPOINTS - UNREACHED_FAILPOINTS - LEADER_FAILPOINTS - TAKEOVER_FAILPOINTS | COMMIT_FAILPOINTS
+)
 #: The short form: the coordinator is killed, then whoever replaces it.
-QUICKLY: Final = {("stand-in", "claims.swept", 1)}
+QUICK_CASES: Final = {("stand-in", "claims.swept", 1)}
 
 #: Whoever is dead is known to be by its lock, and who is only slow is left alone.
-PROVEN: Final = {**QUICK, "stale": "60s", "owner_stale": "60s"}
+SLOW_EXPIRY: Final = {**QUICK, "stale": "60s", "owner_stale": "60s"}
 
 #: Tasks that wait for a word of the test's: while a process has one, it starts no other.
 GATED: Final = ("first", "second", "third")
@@ -45,11 +54,11 @@ COUNT: Final = 5
 
 
 @dataclass
-class Crew:
+class RunProcesses:
     """Processes in one run, each of which begins with a task that waits until it may end."""
 
     repository: Repository
-    processes: list[Started] = field(default_factory=list)
+    processes: list[StartedCommand] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Write the config."""
@@ -64,7 +73,7 @@ class Crew:
         ]
         self.tasks = [*GATED, *(f"t{one}" for one in range(COUNT))]
         path = configure(self.repository, [*tasks, *chain_and_sides(COUNT)])
-        config = {**json.loads(path.read_text()), "capacity": 1, "coordination": PROVEN}
+        config = {**json.loads(path.read_text()), "capacity": 1, "coordination": SLOW_EXPIRY}
         path.write_text(json.dumps(config))
         self.config = path
 
@@ -76,17 +85,17 @@ class Crew:
         for task in tasks:
             self._gate(task).touch()
 
-    def run(self, failpoints: str = "") -> Started:
+    def run(self, failpoints: str = "") -> StartedCommand:
         """Start the run; return once its process is at a session or dead."""
         child = self.repository.start("run", str(self.config), "--json", failpoints=failpoints)
         return self._added(child)
 
-    def work(self, failpoints: str = "") -> Started:
+    def work(self, failpoints: str = "") -> StartedCommand:
         """Have one more process join; return once it is at a session or dead."""
         child = self.repository.start("work", "--run", self.id, "--json", failpoints=failpoints)
         return self._added(child)
 
-    def _added(self, child: Started) -> Started:
+    def _added(self, child: StartedCommand) -> StartedCommand:
         self.processes.append(child)
         before = self.begun()
         wait_for(lambda: self.begun() > before or child.poll() is not None)
@@ -107,35 +116,38 @@ class Crew:
         return sum(event.type == "run.claimed" for event in await happened(self.repository))
 
 
-def killed(child: Started) -> bool:
+def is_killed(child: StartedCommand) -> bool:
     """Whether a process has been killed by now."""
     return child.poll() == -signal.SIGKILL
 
 
-def cases() -> list[object]:
+def kill_cases() -> list[object]:
     """Return who is killed where, at which time that it gets there."""
-    found = [("coordinator", name, 1 + (name in EARLY - {"place.half_made"})) for name in ANYWHERE | COORDINATING]
-    found += [("worker", name, 1) for name in ANYWHERE]
-    found += [("stand-in", name, 1) for name in STANDING_IN | COORDINATING - {"run.seeded"}]
-    found += [(who, name, hit) for who in ("coordinator", "worker") for name in COMMITS for hit in (20, 33)]
-    return [pytest.param(*one, marks=() if one in QUICKLY else pytest.mark.slow) for one in sorted(found)]
+    found = [
+        ("coordinator", name, 1 + (name in EARLY_FAILPOINTS - {"place.half_made"}))
+        for name in WORKER_FAILPOINTS | LEADER_FAILPOINTS
+    ]
+    found += [("worker", name, 1) for name in WORKER_FAILPOINTS]
+    found += [("stand-in", name, 1) for name in TAKEOVER_FAILPOINTS | LEADER_FAILPOINTS - {"run.seeded"}]
+    found += [(who, name, hit) for who in ("coordinator", "worker") for name in COMMIT_FAILPOINTS for hit in (20, 33)]
+    return [pytest.param(*one, marks=() if one in QUICK_CASES else pytest.mark.slow) for one in sorted(found)]
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize(("who", "name", "hit"), cases())
+@pytest.mark.parametrize(("who", "name", "hit"), kill_cases())
 async def test_the_others_finish_what_one_left(repository: Repository, who: str, name: str, hit: int) -> None:
     """One is killed at a failpoint while the others are at sessions: each task lands once, nothing is left."""
-    crew = Crew(repository)
+    crew = RunProcesses(repository)
     spec = f"{name}=kill@{hit}"
     if who == "stand-in":
-        first = crew.run(f"{LEADS_TO[name]}=kill" if LEADS_TO.get(name) == "landing.pushed" else "")
+        first = crew.run(f"{FIRST_KILL_FOR[name]}=kill" if FIRST_KILL_FOR.get(name) == "landing.pushed" else "")
         victim = crew.work(spec)
-        if LEADS_TO.get(name) == "landing.pushed":
+        if FIRST_KILL_FOR.get(name) == "landing.pushed":
             crew.open("first")
         else:
             first.send_signal(signal.SIGKILL)
-        wait_for(lambda: killed(first))
-        while await crew.claimed() < 2 and not killed(victim):
+        wait_for(lambda: is_killed(first))
+        while await crew.claimed() < 2 and not is_killed(victim):
             pass
         crew.work()
         crew.open(*GATED)
@@ -148,7 +160,7 @@ async def test_the_others_finish_what_one_left(repository: Repository, who: str,
         if name == "run.finished":
             crew.open(*GATED)
     wait_for(lambda: victim.poll() is not None, 60)
-    assert killed(victim), victim.communicate()
+    assert is_killed(victim), victim.communicate()
     crew.open(*GATED)
     codes = ended(*crew.processes)
     assert {code for code in codes if code != -signal.SIGKILL} <= {0}, [one.communicate() for one in crew.processes]
@@ -166,7 +178,7 @@ async def assert_finished(repository: Repository, tasks: Sequence[str], *, unend
     status = repository.council("status", "--json").result
     assert (status["status"], set(states(repository).values())) == ("landed", {"landed"})
     await assert_each_landed_once(repository, tasks)
-    await assert_told(repository)
+    await assert_sink_complete(repository)
     async with FileStore.open(repository.log, SystemClock()) as store:
         crew = (await read_orchestrators(store, status["run"])).values()
         assert sum(one.ended is None for one in crew) == unended

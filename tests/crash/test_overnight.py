@@ -10,27 +10,37 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ended, Repository
-from tests.crash.night import PYTEST, UNITTEST, Night, Person, at_work_elsewhere, few, look, many, settle
+from tests.conftest import CommandResult, Repository
+from tests.crash.night import (
+    PYTEST,
+    UNITTEST,
+    Operator,
+    OvernightRun,
+    few_tasks,
+    is_running_elsewhere,
+    many_tasks,
+    read_task_states,
+    resume_to_end,
+)
 from tests.crash.sdists import download, unpack
 
 PROJECT = "pluggy==1.6.0"
 
 
 @pytest.fixture
-def person(repository: Repository) -> Iterator[Person]:
+def person(repository: Repository) -> Iterator[Operator]:
     """Somebody who looks in from another terminal."""
-    made = Person(repository)
+    made = Operator(repository)
     yield made
     made.done.set()
     made.join()
 
 
 @pytest.fixture
-def short(repository: Repository) -> Night:
+def short(repository: Repository) -> OvernightRun:
     """Nine tasks in a small repository."""
     repository.commit({"test_app.py": UNITTEST.template.format(name="app", claim="True")})
-    return Night(repository, UNITTEST, *few(UNITTEST, repository.spawns))
+    return OvernightRun(repository, UNITTEST, *few_tasks(UNITTEST, repository.spawns))
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +50,15 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def long(archive: Path, repository: Repository) -> Night:
+def long(archive: Path, repository: Repository) -> OvernightRun:
     """Forty tasks in a real project."""
     unpack(archive, repository)
-    night = Night(repository, PYTEST, *many(PYTEST, repository.spawns, repository.top))
+    night = OvernightRun(repository, PYTEST, *many_tasks(PYTEST, repository.spawns, repository.top))
     assert len(night.jobs) == 40
     return night
 
 
-async def spend(night: Night, person: Person) -> None:
+async def run_uninterrupted(night: OvernightRun, person: Operator) -> None:
     """Run without a crash."""
     config = night.prepare()
     person.may_cancel.set()
@@ -59,42 +69,44 @@ async def spend(night: Night, person: Person) -> None:
     await night.assert_ended_well(ended)
 
 
-async def spend_killed(night: Night, person: Person, kills: int, dice: random.Random, longest: float) -> None:
+async def run_with_kills(
+    night: OvernightRun, person: Operator, kills: int, dice: random.Random, longest: float
+) -> None:
     """Kill `kills` owners of the run at moments that no one chose, then let one come to the end."""
     repository, command = night.repository, ["run", str(night.prepare()), "--json"]
     person.start()
     while kills:
         child = repository.start(*command)
         try:
-            ended = Ended(-1, *child.communicate(timeout=dice.uniform(0.3, longest)))
-            assert at_work_elsewhere(Ended(child.returncode, ended.stdout, ended.stderr)), ended
+            ended = CommandResult(-1, *child.communicate(timeout=dice.uniform(0.3, longest)))
+            assert is_running_elsewhere(CommandResult(child.returncode, ended.stdout, ended.stderr)), ended
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
             child.communicate()
             kills -= 1
         # Killed before the run was recorded there is nothing to resume.
-        command = ["resume", "--json"] if await look(repository) else command
+        command = ["resume", "--json"] if await read_task_states(repository) else command
     person.may_cancel.set()
-    ended = settle(repository) if command[0] == "resume" else repository.council(*command, timeout=400)
+    ended = resume_to_end(repository) if command[0] == "resume" else repository.council(*command, timeout=400)
     person.done.set()
     person.join()
     await night.assert_ended_well(ended)
 
 
 @pytest.mark.slow
-async def test_a_short_night(short: Night, person: Person) -> None:
+async def test_a_short_night(short: OvernightRun, person: Operator) -> None:
     """Tasks that succeed, crash, hang, conflict, break the tests, are cancelled and retried."""
-    await spend(short, person)
+    await run_uninterrupted(short, person)
 
 
 @pytest.mark.slow
-async def test_a_short_night_with_kills(short: Night, person: Person) -> None:
+async def test_a_short_night_with_kills(short: OvernightRun, person: Operator) -> None:
     """The same end, with three owners killed on the way."""
-    await spend_killed(short, person, 3, random.Random(0), 2.0)
+    await run_with_kills(short, person, 3, random.Random(0), 2.0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_a_long_night(long: Night, person: Person) -> None:
+async def test_a_long_night(long: OvernightRun, person: Operator) -> None:
     """Forty tasks of every kind on a real project with its own tests as checks."""
-    await spend(long, person)
+    await run_uninterrupted(long, person)

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.system.failpoints import FAILPOINTS
 from tests.conftest import Repository
 from tests.crash.sdists import download, unpack
-from tests.crash.test_crashes import BESIDE, IN_RECOVERY, LEADS_TO, finish
+from tests.crash.test_crashes import FIRST_KILL_FOR, RECOVERY_FAILPOINTS, UNREACHED_FAILPOINTS, resume_and_check
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -64,17 +64,19 @@ def configure(project: Repository) -> Path:
 async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
     """Without any crash."""
     assert project.council("run", str(configure(project)), "--json").code == 0
-    await finish(project, len(EDITS))
+    await resume_and_check(project, len(EDITS))
 
 
-@pytest.mark.parametrize("name", sorted(FAILPOINTS - BESIDE - {"adapter.parked", "landing.bounced", "sink.sent"}))
+@pytest.mark.parametrize(
+    "name", sorted(FAILPOINTS - UNREACHED_FAILPOINTS - {"adapter.parked", "landing.bounced", "sink.sent"})
+)
 async def test_killed_at_every_failpoint(project: Repository, name: str) -> None:
     """Killed at the fifth time (or the only one) that a step is reached."""
     config = str(configure(project))
     hit = 1 if name.startswith("run.") else 5
-    if name in IN_RECOVERY:
-        assert project.council("run", config, failpoints=f"{LEADS_TO[name]}=kill@{hit}").code == -signal.SIGKILL
+    if name in RECOVERY_FAILPOINTS:
+        assert project.council("run", config, failpoints=f"{FIRST_KILL_FOR[name]}=kill@{hit}").code == -signal.SIGKILL
         assert project.council("resume", failpoints=f"{name}=kill").code == -signal.SIGKILL
     else:
         assert project.council("run", config, failpoints=f"{name}=kill@{hit}").code == -signal.SIGKILL
-    await finish(project, len(EDITS))
+    await resume_and_check(project, len(EDITS))

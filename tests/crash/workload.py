@@ -27,7 +27,7 @@ WORKFLOWS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkloadTask:
     """One task: its entry in the configuration, the lines that it adds to files, and whether it must land."""
 
     entry: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Job:
 class Workload:
     """The tasks of a run, and the options of its configuration."""
 
-    jobs: Mapping[str, Job]
+    jobs: Mapping[str, WorkloadTask]
     settings: Mapping[str, Any]
 
     @property
@@ -52,7 +52,7 @@ class Workload:
         """The files that the tasks change and that exist before."""
         return {f"{folder}/{one}.txt": "first\n" for folder in ("shared", "owned") for one in range(3)}
 
-    def lines_of_part(self, part: str, plan: int) -> Mapping[str, str]:
+    def lines_for_part(self, part: str, plan: int) -> Mapping[str, str]:
         """Return the lines of a task that the plan of an attempt became."""
         task, _, own = part.partition("-")
         return part_lines(task.partition(".")[0], plan, own)
@@ -63,9 +63,9 @@ def part_lines(task: str, plan: int, part: str) -> Mapping[str, str]:
     return {f"parts/{task}.{plan}.{part}.txt": f"{task} plan {plan} part {part}"}
 
 
-def workload(dice: random.Random, holds: str, *, most: int = 30) -> Workload:
+def make_workload(dice: random.Random, holds: str, *, most: int = 30) -> Workload:
     """Return a random workload; sessions hold the file of what they own in the folder `holds`."""
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, WorkloadTask] = {}
     kinds = _KINDS if dice.random() < 0.7 else (_planner, _planner, _owner)  # some trials are about plans
     for number in range(round(dice.triangular(5, most, 9))):
         needs = dice.sample(sorted(jobs), 1) if jobs and dice.random() < 0.3 else []
@@ -73,7 +73,7 @@ def workload(dice: random.Random, holds: str, *, most: int = 30) -> Workload:
         job = kind(f"t{number}", dice, holds)
         must_land = job.must_land and all(jobs[one].must_land for one in needs)
         entry = {"attempts": ATTEMPTS, "needs": needs, "priority": dice.randint(-2, 2), **job.entry}
-        jobs[job.id] = Job(entry, job.lines, must_land)
+        jobs[job.id] = WorkloadTask(entry, job.lines, must_land)
     settings = {
         "capacity": dice.randint(1, 5),
         "sandbox": dice.choice(["auto", "auto", "landlock", "off"]),
@@ -98,70 +98,72 @@ def _adding(lines: Mapping[str, str]) -> list[str]:
     return [f"{'write' if path.startswith(_OWN) else 'append'} {path} {line}" for path, line in lines.items()]
 
 
-def _plain(task: str, dice: random.Random, _holds: str) -> Job:
+def _plain(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
     lines = {f"tasks/{task}.txt": f"{task} works"}
-    return Job({"id": task, "prompt": _steps(dice, *_adding(lines))}, lines)
+    return WorkloadTask({"id": task, "prompt": _steps(dice, *_adding(lines))}, lines)
 
 
-def _owner(task: str, dice: random.Random, holds: str) -> Job:
+def _owner(task: str, dice: random.Random, holds: str) -> WorkloadTask:
     owned = f"owned/{dice.randrange(3)}.txt"
     lines = {f"tasks/{task}.txt": f"{task} works", owned: f"{task} owns"}
     prompt = f"hold {holds}/{owned.replace('/', '-')}\n{_steps(dice, *_adding(lines))}"
-    return Job({"id": task, "prompt": prompt, "owns": [f"tasks/{task}.txt", owned]}, lines)
+    return WorkloadTask({"id": task, "prompt": prompt, "owns": [f"tasks/{task}.txt", owned]}, lines)
 
 
-def _rival(task: str, dice: random.Random, _holds: str) -> Job:
+def _rival(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
     """May conflict with others, and with the user."""
     lines = {f"tasks/{task}.txt": f"{task} works", f"shared/{dice.randrange(3)}.txt": f"{task} shares"}
     entry = {"id": task, "prompt": _steps(dice, *_adding(lines)), "attempts": 3, "retry_on": ["conflict", "crashed"]}
-    return Job(entry, lines, must_land=False)
+    return WorkloadTask(entry, lines, must_land=False)
 
 
-def _crashing_once(task: str, dice: random.Random, holds: str) -> Job:
+def _crashing_once(task: str, dice: random.Random, holds: str) -> WorkloadTask:
     job = _plain(task, dice, holds)
-    return Job({**job.entry, "prompt": f"once exit 3\n{job.entry['prompt']}"}, job.lines)
+    return WorkloadTask({**job.entry, "prompt": f"once exit 3\n{job.entry['prompt']}"}, job.lines)
 
 
-def _failing(task: str, dice: random.Random, holds: str) -> Job:
+def _failing(task: str, dice: random.Random, holds: str) -> WorkloadTask:
     prompt = f"{_plain(task, dice, holds).entry['prompt']}\nexit 3"
-    return Job({"id": task, "prompt": prompt, "attempts": dice.randint(1, 2)}, must_land=False)
+    return WorkloadTask({"id": task, "prompt": prompt, "attempts": dice.randint(1, 2)}, must_land=False)
 
 
-def _fixing_its_checks(task: str, dice: random.Random, holds: str) -> Job:
+def _fixing_its_checks(task: str, dice: random.Random, holds: str) -> WorkloadTask:
     job, bad = _plain(task, dice, holds), f"bad/{task}.txt"
     steps = [f"discard {bad}", f"once write {bad} x", job.entry["prompt"]]
-    return Job({"id": task, "prompt": "\n".join(steps), "checks": ["sleep 0.1", f"test ! -e {bad}"]}, job.lines)
+    return WorkloadTask(
+        {"id": task, "prompt": "\n".join(steps), "checks": ["sleep 0.1", f"test ! -e {bad}"]}, job.lines
+    )
 
 
-def _failing_its_checks(task: str, dice: random.Random, holds: str) -> Job:
+def _failing_its_checks(task: str, dice: random.Random, holds: str) -> WorkloadTask:
     entry = _plain(task, dice, holds).entry
-    return Job(
+    return WorkloadTask(
         {**entry, "checks": ["false"], "allow_failing_base": True, "attempts": dice.randint(1, 2)}, must_land=False
     )
 
 
-def _idle(task: str, dice: random.Random, _holds: str) -> Job:
-    return Job({"id": task, "prompt": _steps(dice, "print nothing to do"), "attempts": 2}, must_land=False)
+def _idle(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
+    return WorkloadTask({"id": task, "prompt": _steps(dice, "print nothing to do"), "attempts": 2}, must_land=False)
 
 
-def _hanging(task: str, dice: random.Random, _holds: str) -> Job:
+def _hanging(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
     prompt = _steps(
         dice, *dice.sample(["stubborn"], dice.randint(0, 1)), f"write tasks/{task}.txt {task} works", "hang"
     )
-    return Job({"id": task, "prompt": prompt, "timeout": "1s", "attempts": 1}, must_land=False)
+    return WorkloadTask({"id": task, "prompt": prompt, "timeout": "1s", "attempts": 1}, must_land=False)
 
 
-def _leaving_a_process(task: str, dice: random.Random, holds: str) -> Job:
+def _leaving_a_process(task: str, dice: random.Random, holds: str) -> WorkloadTask:
     job = _plain(task, dice, holds)
     prompt = f"{job.entry['prompt']}\nwrite noise/{task}.txt x\ndaemon noise/{task}.txt"
-    return Job({**job.entry, "prompt": prompt}, job.lines)
+    return WorkloadTask({**job.entry, "prompt": prompt}, job.lines)
 
 
-def _planner(task: str, dice: random.Random, _holds: str) -> Job:
+def _planner(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
     """Makes another plan in each attempt, of parts that have the same names."""
     count = dice.randint(1, 3)
     plans = [f"attempt {number} hand-over {_plan(task, number, count)}" for number in range(1, PLANS + 1)]
-    return Job({"id": task, "prompt": _steps(dice, *plans), "workflow": "split"})
+    return WorkloadTask({"id": task, "prompt": _steps(dice, *plans), "workflow": "split"})
 
 
 def _plan(task: str, number: int, count: int) -> str:
@@ -176,10 +178,10 @@ def _plan(task: str, number: int, count: int) -> str:
     return json.dumps({"tasks": parts, "dependencies": [], "timeline": [], "resources": []})
 
 
-def _reviewed(task: str, dice: random.Random, _holds: str) -> Job:
+def _reviewed(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
     lines = {f"tasks/{task}.txt": f"{task} works"}
     steps = [f"in build {one}" for one in _adding(lines)] + [f"in review hand-over {APPROVE}"]
-    return Job({"id": task, "prompt": _steps(dice, *steps), "workflow": "reviewed"}, lines)
+    return WorkloadTask({"id": task, "prompt": _steps(dice, *steps), "workflow": "reviewed"}, lines)
 
 
 _KINDS = (

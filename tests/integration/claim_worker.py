@@ -12,11 +12,11 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.domain.scheduling.claims import Release, Role, Timing
+from orchestrator.domain.scheduling.claims import ClaimTiming, ReleaseReason, Role
 from orchestrator.errors import LeaseLost
-from orchestrator.locking.claims import Claims, HeldBy
-from orchestrator.locking.liveness import LifeLocks
-from orchestrator.locking.orchestrators import Orchestrators, this_process
+from orchestrator.locking.claims import ClaimHolder, Claims
+from orchestrator.locking.liveness import LivenessLocks
+from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -38,9 +38,9 @@ def work_key(task: str) -> Key:
 class Worker:
     """What one process does."""
 
-    def __init__(self, store: Store, locks: LifeLocks, patience: float, number: int, fate: str) -> None:
+    def __init__(self, store: Store, locks: LivenessLocks, patience: float, number: int, fate: str) -> None:
         self.store, self.locks, self.number, self.fate = store, locks, number, fate
-        self.timing = Timing(heartbeat=0.25, stale=patience, owner_stale=patience, sweep=0.25, max_retries=100)
+        self.timing = ClaimTiming(heartbeat=0.25, stale=patience, owner_stale=patience, sweep=0.25, max_retries=100)
         self.clock = SystemClock()
         self.claimed = self.done = 0
 
@@ -51,8 +51,8 @@ class Worker:
         say(self.number, "done", self.done)
 
     async def _joins(self) -> bool:
-        me = this_process(Role.WORKER)
-        others = Orchestrators(self.store, self.clock, RUN, me, self.timing, self.locks.is_dead)
+        me = create_owner(Role.WORKER)
+        others = RunMembership(self.store, self.clock, RUN, me, self.timing, self.locks.is_dead)
         claims = Claims(self.store, self.clock, others)
         async with self.locks.of(RUN, me.id).hold(0):
             await others.join()
@@ -65,7 +65,7 @@ class Worker:
             except BaseExceptionGroup as errors:
                 if errors.split(LeaseLost)[1] is not None:
                     raise
-                say(self.number, "fenced", await others.fenced())
+                say(self.number, "fenced", await others.find_fencing_error())
                 return False
             await others.leave()
             return True
@@ -75,7 +75,7 @@ class Worker:
             await do()
             await anyio.sleep(seconds)
 
-    async def _empty(self, claims: Claims, others: Orchestrators) -> None:
+    async def _empty(self, claims: Claims, others: RunMembership) -> None:
         queue = await self.store.get(QUEUE)
         assert queue is not None
         left: list[str] = queue.value["tasks"]
@@ -83,15 +83,15 @@ class Worker:
             begin, rest = self.done, list[str]()
             for task in left:
                 claim = await claims.read(task)
-                if claim is not None and claim.released is Release.COMPLETE:
+                if claim is not None and claim.released is ReleaseReason.COMPLETE:
                     continue
                 if task not in claims:
                     is_held = claim is not None and claim.released is None  # its owner's end is noticed by the sweep
-                    if is_held or isinstance(await claims.claim(task), HeldBy):
+                    if is_held or isinstance(await claims.claim(task), ClaimHolder):
                         rest.append(task)
                         continue
                 if await self.store.get(work_key(task)) is not None:  # done between the look and the claim
-                    await claims.release(task, Release.COMPLETE)
+                    await claims.release(task, ReleaseReason.COMPLETE)
                     continue
                 guard = claims.guard(task)
                 assert guard is not None
@@ -109,14 +109,14 @@ class Worker:
             say(self.number, kind, task, os.getpid())
             os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
 
-    async def _finishes(self, task: str, guard: Guard, claims: Claims, others: Orchestrators) -> bool:
+    async def _finishes(self, task: str, guard: Guard, claims: Claims, others: RunMembership) -> bool:
         work = Write(work_key(task), 0, {"by": others.me.id, "epoch": guard.epoch})
         try:
-            await self.store.commit(Commit([work, claims.ending(task, Release.COMPLETE, None)], guards=[guard]))
+            await self.store.commit(Commit([work, claims.ending(task, ReleaseReason.COMPLETE, None)], guards=[guard]))
         except LeaseLost:
             say(self.number, "refused", task)
             claims.lost(task)
-            if (error := await others.fenced()) is not None:
+            if (error := await others.find_fencing_error()) is not None:
                 raise error from None
             return False
         claims.released(task)
@@ -133,7 +133,7 @@ async def seed(state: str, count: str) -> None:
 async def main(state: str, locks: str, patience: str, number: int, fate: str) -> None:
     """Work in one process."""
     async with FileStore.open(Path(state), SystemClock()) as store:
-        await Worker(store, LifeLocks(Path(locks)), float(patience), number, fate).work()
+        await Worker(store, LivenessLocks(Path(locks)), float(patience), number, fate).work()
 
 
 def fork_all(state: str, locks: str, patience: str, *fates: str) -> None:

@@ -90,14 +90,14 @@ class Scenario:
     async def upkeep(self, store: FileStore) -> None:
         """Pack, name a position, look back, thin out, check."""
         await attempt("pack", lambda: store.compact(0.0, 1 << 40))
-        await attempt("checkpoint", lambda: checkpoints.create(store, None, "by test"))
+        await attempt("checkpoint", lambda: checkpoints.create_checkpoint(store, None, "by test"))
         await attempt("history", lambda: store.history(KEYS[0]))
         await attempt("thin", lambda: store.compact(self.clock.now() - 300, 1 << 40))
         await attempt("verify", store.verify)
 
 
 if __name__ == "__main__":
-    snapshot.WORTH_BYTES = 1  # type: ignore[misc]  # so that even this log is worth one
+    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # so that even this log is worth one
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

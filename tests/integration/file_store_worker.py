@@ -73,7 +73,7 @@ async def churn(place: str, name: str) -> None:
 
 async def snapshots(place: str, name: str) -> None:
     """Commit until killed, and leave a snapshot with each segment."""
-    snapshot.WORTH_BYTES = 1  # type: ignore[misc]  # even this log is worth one
+    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this log is worth one
     async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
         for version in range(200):
             write = Write(Key("own", name), version, {"n": version + 1, "text": "x" * 300})
@@ -82,7 +82,7 @@ async def snapshots(place: str, name: str) -> None:
 
 def churn_by_many(place: str) -> None:
     """Do so in a process for each name that is read, forked after the imports; say its id."""
-    snapshot.WORTH_BYTES = 1  # type: ignore[misc]  # even this log is worth one
+    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this log is worth one
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for line in sys.stdin:
         child = os.fork()

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.repo.worktrees.pool import Pool
-from tests.places import Yard
+from orchestrator.repo.worktrees.pool import SlotPool
+from tests.places import HubFixture
 
 
-async def _session(yard: Yard, pool: Pool, commit: str, name: str, chance: random.Random) -> None:
+async def _session(yard: HubFixture, pool: SlotPool, commit: str, name: str, chance: random.Random) -> None:
     worktree, checkout = await yard.begin(pool, name, commit)
     tree = worktree.tree
     assert (tree / "README.md").read_text() == "# Project\n", name
@@ -40,12 +40,12 @@ async def _session(yard: Yard, pool: Pool, commit: str, name: str, chance: rando
 async def main(*arguments: str) -> None:
     """Do it."""
     top, home, count, takers, seed, places = arguments
-    yard = await Yard.of(Path(top), Path(home), os.environ)
+    yard = await HubFixture.of(Path(top), Path(home), os.environ)
     commits = [await yard.fetch(branch) for branch in ("main", "other")]
     names = iter(f"{seed}-{os.getpid()}-{number}" for number in range(int(count)))
     memory = []
 
-    async def taker(pool: Pool, number: int) -> None:
+    async def taker(pool: SlotPool, number: int) -> None:
         chance = random.Random(f"{seed}{number}")
         for name in names:
             await _session(yard, pool, chance.choice(commits), name, chance)

@@ -11,9 +11,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.api.activity import Working
+from orchestrator.api.activity import ObservedSession
 from orchestrator.api.council import Council
-from orchestrator.protocols import Adapter, Said, SessionEvent, Spent, UsedTool
+from orchestrator.protocols import Adapter, AgentMessage, SessionEvent, ToolCall, UsageReport
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.sessions.output.transcript import Transcript
 from tests.conftest import Repository
@@ -24,25 +24,25 @@ from tests.waiting import wait_for
 class Watcher:
     """Looks at what it is told to, and keeps what it sees."""
 
-    sessions: Sequence[Working] = ()
+    sessions: Sequence[ObservedSession] = ()
     commits: dict[str, str] = field(default_factory=dict)
     heard: dict[str, Transcript] = field(default_factory=dict)
     seen: dict[str, Changes] = field(default_factory=dict)
     counted: dict[str, Changes] = field(default_factory=dict)
 
-    def working(self) -> Sequence[Working]:
+    def working(self) -> Sequence[ObservedSession]:
         return self.sessions
 
-    def built(self) -> Sequence[Working]:
+    def built(self) -> Sequence[ObservedSession]:
         return ()
 
-    def uncounted(self, most: int) -> Mapping[str, str]:
+    def uncounted_commits(self, most: int) -> Mapping[str, str]:
         return dict(list(self.commits.items())[:most])
 
-    def hear(self, session: Working, said: Transcript) -> None:
+    def on_transcript(self, session: ObservedSession, said: Transcript) -> None:
         self.heard[session.task] = said
 
-    def see(self, session: Working, changes: Changes) -> None:
+    def on_changes(self, session: ObservedSession, changes: Changes) -> None:
         self.seen[session.task] = changes
 
     def count(self, task: str, changes: Changes) -> None:
@@ -57,11 +57,11 @@ class Talker:
     def parse(self, line: str) -> Sequence[SessionEvent]:
         match json.loads(line):
             case {"say": text}:
-                return (Said(text),)
+                return (AgentMessage(text),)
             case {"tool": name}:
-                return (UsedTool(name, "src/app.py"),)
+                return (ToolCall(name, "src/app.py"),)
             case {"tokens": count}:
-                return (Spent(input_tokens=count, cost=0.25),)
+                return (UsageReport(input_tokens=count, cost=0.25),)
         raise ValueError(line)
 
 
@@ -128,7 +128,7 @@ async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository
         async with Council.open(repository.top, environ=repository.environ) as council:
             run = await council.newest_run()
             activity = await council.activity(run)
-            watcher = Watcher(sessions=[Working("t", 1, "fake"), Working("never", 1, "fake")])
+            watcher = Watcher(sessions=[ObservedSession("t", 1, "fake"), ObservedSession("never", 1, "fake")])
             async with anyio.create_task_group() as group:
                 group.start_soon(activity.show, watcher)
                 await until(lambda: watcher.heard and watcher.seen.get("t") == Changes(1, 1, 0))
@@ -147,13 +147,13 @@ async def test_lines_are_heard_once_and_whole(
     repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a line waits for its end, of much only the end is read, and an adapter's mistake ends nothing."""
-    monkeypatch.setattr("orchestrator.api.activity.WORDS_PAUSE", 0.01)
+    monkeypatch.setattr("orchestrator.api.activity.TRANSCRIPT_INTERVAL", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
         activity = await council.activity(await council.newest_run())
         talker: Adapter = Talker()  # type: ignore[assignment]
         activity = dataclasses.replace(activity, position=0, attempts={}, adapters={"talker": talker})
         file = activity.logs / "x.1.stdout"
-        watcher = Watcher(sessions=[Working("x", 1, "talker")])
+        watcher = Watcher(sessions=[ObservedSession("x", 1, "talker")])
         async with anyio.create_task_group() as group:
             group.start_soon(activity.show, watcher)
             file.write_text('{"tokens": 5}\n{"say": "first"}\n{"say": "sec')
@@ -192,12 +192,12 @@ class SlowArchive:
 @pytest.mark.extended
 async def test_looking_costs_little(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a look takes long, the next comes much later; each session has its turn."""
-    monkeypatch.setattr("orchestrator.api.activity.CHANGES_PAUSE", 0.01)
+    monkeypatch.setattr("orchestrator.api.activity.CHANGES_INTERVAL", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
         found = await council.activity(await council.newest_run())
     archive = SlowArchive()
     activity = dataclasses.replace(found, archive=archive)  # type: ignore[arg-type]
-    watcher = Watcher(sessions=[Working("a", 1, "fake"), Working("b", 1, "fake")])
+    watcher = Watcher(sessions=[ObservedSession("a", 1, "fake"), ObservedSession("b", 1, "fake")])
     async with anyio.create_task_group() as group:
         group.start_soon(activity.show, watcher)
         began = anyio.current_time()

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.testing.fake_cli import __file__ as fake_cli
 from tests import distributions
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.distributions import ADAPTER, REGISTERS
 from tests.standins.script import ROOT, install
 
@@ -37,7 +37,7 @@ def claude(repository: Repository, tmp_path: Path) -> Repository:
     return repository
 
 
-def tried(repository: Repository, name: str, *options: str) -> Ended:
+def tried(repository: Repository, name: str, *options: str) -> CommandResult:
     return repository.council("adapters", "test", name, *options, "--json")
 
 

@@ -16,10 +16,10 @@ import pytest
 
 from orchestrator.api.council import Council
 from orchestrator.testing.clock import ManualClock
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.integration.test_scheduler import until_event
-from tests.sandboxes import ONE_OF_WORKING
-from tests.standins.ollama_server import Server, serving
+from tests.sandboxes import SANDBOX_PARAMS
+from tests.standins.ollama_server import Server, run_server
 from tests.standins.script import ROOT, install
 
 ADAPTERS = ("claude-code", "aider", "acp", "ollama")
@@ -45,7 +45,7 @@ class Bench:
 
     def run(
         self, use: str, *prompts: str, sandbox: str = "off", options: dict[str, Any] | None = None, **more: Any
-    ) -> Ended:
+    ) -> CommandResult:
         """Run tasks t0, t1, … with one adapter; `more` are keys of each of them."""
         tasks = [{"id": f"t{number}", "prompt": text, "attempts": 1, **more} for number, text in enumerate(prompts)]
         config = self.repository.configure(
@@ -56,7 +56,7 @@ class Bench:
         )
         return self.repository.council("run", str(config), "--json")
 
-    def said(self, ended: Ended) -> str:
+    def said(self, ended: CommandResult) -> str:
         """Return what the first task's program printed."""
         logs = self.repository.top / ".council" / "logs" / ended.result["run"]
         return "".join(path.read_text() for path in sorted(logs.glob("t0.1.std*")))
@@ -69,7 +69,7 @@ def bench(repository: Repository, tmp_path: Path) -> Iterator[Bench]:
     for name, module in (("claude", "claude"), ("aider", "aider"), ("acp-agent", "acp_agent")):
         install(folder, name, f"tests.standins.{module}")
     repository.environ["PATH"] = f"{folder}{os.pathsep}{repository.environ['PATH']}"
-    with serving() as server:
+    with run_server() as server:
         yield Bench(repository, folder, server)
 
 
@@ -79,7 +79,7 @@ def write(use: str, path: str, text: str) -> str:
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("sandbox", ONE_OF_WORKING)
+@pytest.mark.parametrize("sandbox", SANDBOX_PARAMS)
 @pytest.mark.parametrize("use", ADAPTERS)
 async def test_what_a_program_writes_lands(bench: Bench, use: str, sandbox: str) -> None:
     """A real change of a real program is on the target, and what it leaves for itself is not."""
@@ -211,7 +211,7 @@ async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("sandbox", ONE_OF_WORKING)
+@pytest.mark.parametrize("sandbox", SANDBOX_PARAMS)
 async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, sandbox: str) -> None:
     """Claude Code says what was spent when it is interrupted, and only then."""
     ended = bench.run("claude-code", "hang", sandbox=sandbox, timeout="4s")

@@ -13,8 +13,8 @@ from orchestrator.api.council import Council
 from orchestrator.cli.render.output import event_text
 from orchestrator.protocols import Event
 from orchestrator.sessions.session import Session
-from tests.command_server import Started
-from tests.conftest import Ended, Repository
+from tests.command_server import StartedCommand
+from tests.conftest import CommandResult, Repository
 from tests.integration.test_workflow import PLAN
 from tests.waiting import wait_for
 
@@ -48,12 +48,12 @@ def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
     return found
 
 
-def finished(child: Started) -> Ended:
+def finished(child: StartedCommand) -> CommandResult:
     stdout, stderr = child.communicate(timeout=60)
-    return Ended(child.returncode, stdout, stderr)
+    return CommandResult(child.returncode, stdout, stderr)
 
 
-def events(ended: Ended, name: str) -> list[dict[str, Any]]:
+def events(ended: CommandResult, name: str) -> list[dict[str, Any]]:
     return [one for one in ended.lines if one.get("event") == name]
 
 

@@ -12,16 +12,16 @@ import pytest
 from orchestrator import Council
 from orchestrator.api import execution
 from orchestrator.engine.reports.report import RunReport
-from orchestrator.engine.run_context import Workshop
+from orchestrator.engine.run_context import RunContext
 from tests.conftest import Repository
-from tests.desks import MemoryDesk, answer_in_runs
+from tests.desks import FakeSessionService, use_in_runs
 from tests.standins.script import ROOT, install
 
 
 @pytest.fixture
-def desk() -> MemoryDesk:
+def desk() -> FakeSessionService:
     """One to whom a file belongs that is of no session here."""
-    return MemoryDesk(foreign={"theirs.txt": "run-0/other.1"})
+    return FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"})
 
 
 async def run(
@@ -41,10 +41,10 @@ async def run(
 
 
 async def test_a_session_asks_by_its_shell_and_its_hook(
-    repository: Repository, desk: MemoryDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Repository, desk: FakeSessionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is known by who it is; what belongs to another is not written."""
-    answer_in_runs(desk, monkeypatch)
+    use_in_runs(desk, monkeypatch)
     prompt = "write theirs.txt no\nrun council lock ours.txt\nwrite ours.txt yes\ntell told.json"
     report = await run(repository, tmp_path / "bin", monkeypatch, prompt)
     assert [task.state for task in report.tasks] == ["landed"], report
@@ -70,7 +70,7 @@ async def test_the_file_says_how_long_a_lock_is_waited_for(
     """Where the session does not."""
     told: list[float] = []
 
-    def seat(shop: Workshop, *rest: Any) -> Workshop:
+    def seat(shop: RunContext, *rest: Any) -> RunContext:
         told.append(rest[-1])
         return shop
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 #: Passes where `code` is good.
@@ -37,7 +37,7 @@ def commit_script(repository: Repository, path: str, text: str) -> None:
     repository.git("reset", "--quiet", "--hard")
 
 
-def types(ended: Ended) -> list[str]:
+def types(ended: CommandResult) -> list[str]:
     """Return the types of the events that a command printed."""
     return [line["event"] for line in ended.lines if "event" in line]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.command_server import Started
-from tests.conftest import Ended, Repository
+from tests.command_server import StartedCommand
+from tests.conftest import CommandResult, Repository
 from tests.integration.test_base_checks import sessions, types
 from tests.integration.test_working_together import QUICK
 from tests.waiting import wait_for
@@ -24,9 +24,9 @@ class Gated:
 
     def __init__(self, repository: Repository) -> None:
         self.repository, self.folder = repository, repository.spawns.parent
-        self.children: list[Started] = []
+        self.children: list[StartedCommand] = []
 
-    def start(self, command: str, *others: dict[str, Any], **settings: Any) -> Started:
+    def start(self, command: str, *others: dict[str, Any], **settings: Any) -> StartedCommand:
         """Start the run, or one more process, and return as soon as it waits."""
         if command == "run":
             gate = f"while [ ! -e {self.folder}/open ]; do sleep 0.05; done"
@@ -65,10 +65,10 @@ def gated(repository: Repository) -> Iterator[Gated]:
             child.send_signal(signal.SIGKILL)
 
 
-def outcome(child: Started) -> Ended:
+def outcome(child: StartedCommand) -> CommandResult:
     """Return how a process ended and what it printed."""
     out, error = child.communicate(timeout=LIMIT)
-    return Ended(child.wait(), out, error)
+    return CommandResult(child.wait(), out, error)
 
 
 async def test_a_process_that_waits_checks_the_base_itself_when_the_other_is_killed(gated: Gated) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks import asking, contexts, cycle, locks, resuming, scheduler, startup, state, worktrees
-from benchmarks.measure import Cost, Row, median, paired, table, timed
+from benchmarks.measure import BenchmarkRow, Cost, format_table, measure_cost, measure_pairs, median
 
 
-def check(rows: list[Row], expected: list[str]) -> None:
+def check(rows: list[BenchmarkRow], expected: list[str]) -> None:
     """Every row that is expected is there, has a figure, and is a line of the table."""
     assert [row.what for row in rows if not any(part in row.what for part in expected)] == []
     assert [part for part in expected if not any(part in row.what for row in rows)] == []
@@ -19,7 +19,7 @@ def check(rows: list[Row], expected: list[str]) -> None:
         assert math.isfinite(row.measured), row
         assert row.measured > 0, row
         assert row.ratio is None or row.ratio > 0, row
-    lines = table(rows).splitlines()
+    lines = format_table(rows).splitlines()
     assert len(lines) == len(rows) + 2
     assert {line.count("|") for line in lines} == {7}
 
@@ -102,9 +102,9 @@ def test_each_is_a_program(name: str) -> None:
 
 def test_limits_are_on_figures_or_on_ratios() -> None:
     """The table says whether each was kept."""
-    assert Row("a", 2.0, "s", limit=1.0).verdict == "no"
-    assert Row("a", 2.0, "s", ratio=0.5, limit=1.0, is_ratio_limited=True).verdict == "yes"
-    assert Row("a", 2.0, "s").verdict == ""
+    assert BenchmarkRow("a", 2.0, "s", limit=1.0).verdict == "no"
+    assert BenchmarkRow("a", 2.0, "s", ratio=0.5, limit=1.0, is_ratio_limited=True).verdict == "yes"
+    assert BenchmarkRow("a", 2.0, "s").verdict == ""
 
 
 def test_pairs_take_turns() -> None:
@@ -113,13 +113,13 @@ def test_pairs_take_turns() -> None:
 
     def side(name: str) -> Callable[[], Cost]:
         def measure() -> Cost:
-            with timed() as cost:
+            with measure_cost() as cost:
                 order.append(name)
             return cost()
 
         return measure
 
-    pairs = paired(side("a"), side("b"), 2)
+    pairs = measure_pairs(side("a"), side("b"), 2)
     assert order == ["a", "b"] * 3
     assert len(pairs) == 2
     assert median([3.0, 1.0, 2.0]) == 2.0

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.project import LEGACY_TREE, Project
-from orchestrator.protocols import Home
+from orchestrator.protocols import SessionHome
 from orchestrator.repo.intake.session_refs import read_session_refs
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.setup.handoff_file import Delivered, _read
+from orchestrator.sessions.setup.handoff_file import HandoffData, _read
 from orchestrator.sessions.setup.homes import _bring_back, _furnish
-from orchestrator.state.legacy.files import read_layouts
+from orchestrator.state.legacy.files import read_legacy_files
 from orchestrator.system import untrusted_files
 
 CANARY = "canary-4f1d"
@@ -162,8 +162,8 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     os.link(tmp_path / "file", tmp_path / "other")
     with pytest.raises(OSError, match="links"):
         untrusted_files.read_file(tmp_path, "file", 5, sole=True)
-    assert untrusted_files.kind_of(tmp_path, "link") == stat.S_IFLNK
-    assert untrusted_files.kind_of(tmp_path, "link/x") is None
+    assert untrusted_files.file_type(tmp_path, "link") == stat.S_IFLNK
+    assert untrusted_files.file_type(tmp_path, "link/x") is None
 
 
 def _worktree(tmp_path: Path) -> Worktree:
@@ -197,7 +197,7 @@ def test_a_handoff_is_not_read_through_a_link_that_is_exchanged(tmp_path: Path, 
 
     def read() -> None:
         found = _read(worktree)
-        seen.add(json.dumps(found.data) if isinstance(found, Delivered) else "")
+        seen.add(json.dumps(found.data) if isinstance(found, HandoffData) else "")
 
     with exchanging(file, file.with_name("link")):
         repeat(read, lambda: '{"own": 1}' in seen)
@@ -211,7 +211,7 @@ def test_a_login_is_not_brought_back_through_a_link_that_is_exchanged(tmp_path: 
     (outside / "key").write_text(CANARY)
     (folder / "dir").mkdir()
     (folder / "link").symlink_to(outside)
-    what = Home(links={"dir/key": str(login)}, renewed=("dir/key",))
+    what = SessionHome(links={"dir/key": str(login)}, renewed=("dir/key",))
     seen: set[str] = set()
 
     def bring() -> None:
@@ -233,7 +233,7 @@ def test_settings_are_not_written_through_a_link_that_is_exchanged(tmp_path: Pat
     login.write_text("login")
     (outside / "settings.json").write_text(CANARY)
     (folder / "link").symlink_to(outside)
-    what = Home(files={"dir/settings.json": "ours"}, links={"dir/login": str(login)})
+    what = SessionHome(files={"dir/settings.json": "ours"}, links={"dir/login": str(login)})
 
     def furnish() -> None:
         with suppress(OSError):
@@ -256,7 +256,7 @@ def test_legacy_state_is_not_read_through_a_link_that_is_exchanged(tmp_path: Pat
 
     def read() -> None:
         with suppress(OSError):
-            read_layouts(project)
+            read_legacy_files(project)
 
     with exchanging(sessions, sessions.parent / "link"):
         repeat(read)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.conftest import FAKE_CLI, CommandResult, Repository
 from tests.standins.script import ROOT, install
 
 #: Longer than any of these tests: who is not stopped before fails them.
@@ -35,7 +35,7 @@ def configured(repository: Repository, *prompts: str, task: dict[str, Any] | Non
     return repository.configure(tasks, adapters=adapters, defaults=defaults, readable=readable, sandbox="off", **more)
 
 
-def happened(ended: Ended, event: str) -> list[dict[str, Any]]:
+def happened(ended: CommandResult, event: str) -> list[dict[str, Any]]:
     return [line for line in ended.lines if line.get("event") == event]
 
 

@@ -16,12 +16,12 @@ import anyio.lowlevel
 import pytest
 
 from orchestrator import Council
-from orchestrator.domain.documents.json_values import digest_of
+from orchestrator.domain.documents.json_values import compute_digest
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
-from orchestrator.domain.workflow.handoff_kinds import KINDS
-from orchestrator.domain.workflow.verification import IDLE_AFTER, WorkflowFacts
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
+from orchestrator.domain.workflow.verification import IDLE_LIMIT, WorkflowRecord
 from orchestrator.domain.workflow.violations import Violation
-from orchestrator.engine.phases.verification import check_run
+from orchestrator.engine.phases.verification import verify_run
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Write
 from orchestrator.state.stores.file import FileStore
@@ -86,21 +86,21 @@ def no_plan(value: JsonObject | None) -> JsonObject | None:
     """Have a plan's task wait for one that there is not."""
     assert value is not None
     data = {**value["data"], "tasks": [{**value["data"]["tasks"][0], "dependencies": ["nobody"]}]}
-    return {**value, "data": data, "digest": digest_of(data)}
+    return {**value, "data": data, "digest": compute_digest(data)}
 
 
 def other_checksum(value: JsonObject | None) -> JsonObject | None:
     """Name another checksum than that of the file."""
     assert value is not None
     data = {**value["data"], "artifacts": [{"path": "b.txt", "checksum": "0" * 64}]}
-    return {**value, "data": data, "digest": digest_of(data)}
+    return {**value, "data": data, "digest": compute_digest(data)}
 
 
 def no_file(value: JsonObject | None) -> JsonObject | None:
     """Name a file that is not there."""
     assert value is not None
     data = {**value["data"], "artifacts": [{"path": "gone.txt", "checksum": "0" * 64}]}
-    return {**value, "data": data, "digest": digest_of(data)}
+    return {**value, "data": data, "digest": compute_digest(data)}
 
 
 def no_receipts(value: JsonObject | None) -> JsonObject | None:
@@ -215,9 +215,9 @@ async def test_a_session_that_is_done_and_ends_nothing_is_told(repository: Repos
             Write(Key("context", f"{run}/t.2"), context.version if context else 0, idle.to_json()),
         ]
         await store.commit(Commit(writes))
-        for seconds, rules in ((IDLE_AFTER - 1, []), (2, ["sessions.idle"])):
+        for seconds, rules in ((IDLE_LIMIT - 1, []), (2, ["sessions.idle"])):
             clock.advance(seconds)
-            found = await check_run(store, run, KINDS, {}, clock, repository.environ)
+            found = await verify_run(store, run, HANDOFF_KINDS, {}, clock, repository.environ)
             assert [one.rule for one in found.violations] == rules
 
 
@@ -225,10 +225,10 @@ async def test_rules_of_plugins_run_too_and_their_faults_are_told(repository: Re
     """A rule that fails is no reason to look at nothing else."""
     landed(repository)
 
-    def names(facts: WorkflowFacts) -> Iterable[Violation]:
+    def names(facts: WorkflowRecord) -> Iterable[Violation]:
         yield Violation("names.short", facts.place, "its name is short", "give it a longer one")
 
-    def broken(_facts: WorkflowFacts) -> Iterable[Violation]:
+    def broken(_facts: WorkflowRecord) -> Iterable[Violation]:
         raise ZeroDivisionError
 
     plugins = load_plugins(repository.environ)
@@ -275,7 +275,7 @@ async def test_what_belongs_together_is_read_as_of_one_moment(repository: Reposi
         writes.append(Write(one.key, known.version if known else 0, one.value))
     assert {write.key.kind for write in writes} == {"task", "handoff"}
     overtaking.next = writes
-    found = await check_run(overtaking, run, KINDS, {}, SystemClock(), repository.environ)
+    found = await verify_run(overtaking, run, HANDOFF_KINDS, {}, SystemClock(), repository.environ)
     assert not found.violations
     assert not overtaking.next
     assert found.tasks[0].visits == 2, "what came meanwhile was seen"

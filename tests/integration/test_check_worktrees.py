@@ -11,10 +11,10 @@ import anyio
 import pytest
 
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.pool import Pool
-from orchestrator.repo.worktrees.slots import places_of, read_record
-from tests.conftest import Ended, Repository
-from tests.places import Yard
+from orchestrator.repo.worktrees.pool import SlotPool
+from orchestrator.repo.worktrees.slots import list_slots, read_record
+from tests.conftest import CommandResult, Repository
+from tests.places import HubFixture
 
 #: What `setup` makes: it passes where `code` is good, and only `src` and `lock` say what it is made of.
 JEST = "#!/bin/sh\\ngrep -qx good code\\n"
@@ -79,7 +79,7 @@ def write(file: str, text: str) -> str:
     return f"cat > {file} <<'END'\n{text}\nEND\n"
 
 
-def run(repository: Repository, config: Path) -> Ended:
+def run(repository: Repository, config: Path) -> CommandResult:
     """Run a file to its end."""
     return repository.council("run", str(config), "--json")
 
@@ -236,32 +236,32 @@ async def test_what_only_an_adapters_sessions_may_write_no_check_can(repository:
 
 
 @pytest.fixture
-async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Yard:
+async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> HubFixture:
     """A hub for a repository."""
-    return await Yard.of(repository.top, tmp_path / "home", environ)
+    return await HubFixture.of(repository.top, tmp_path / "home", environ)
 
 
 class TestPool:
     """Sessions and checks share the number and the size of worktree slots, and never a slot."""
 
     @staticmethod
-    async def check(yard: Yard, pool: Pool, commit: str) -> Path:
+    async def check(yard: HubFixture, pool: SlotPool, commit: str) -> Path:
         """Take a slot for a check and release it; return its tree."""
         worktree = replace(yard.worktree("t"), is_check=True)
-        checkout = await pool.checks.take_to_check(commit, commit, worktree.root)
-        await worktrees.create(worktree, checkout, "")
+        checkout = await pool.checks.acquire_for_check(commit, commit, worktree.root)
+        await worktrees.create_worktree(worktree, checkout, "")
         await yard.end(pool.checks, worktree, checkout)
         return checkout.place.tree
 
     @staticmethod
-    async def session(yard: Yard, pool: Pool, commit: str) -> Path:
+    async def session(yard: HubFixture, pool: SlotPool, commit: str) -> Path:
         """Take a slot for a session and release it; return its tree."""
         worktree, checkout = await yard.begin(pool, "t", commit)
         await yard.end(pool, worktree, checkout)
         return checkout.place.tree
 
     @pytest.mark.parametrize("places", [2, 16])
-    async def test_each_kind_has_its_own_also_in_the_next_pool(self, yard: Yard, places: int) -> None:
+    async def test_each_kind_has_its_own_also_in_the_next_pool(self, yard: HubFixture, places: int) -> None:
         """A slot is used again by its own kind only, by another process, too."""
         commit = await yard.fetch()
         found: dict[str, set[Path]] = {"session": set(), "check": set()}
@@ -274,7 +274,9 @@ class TestPool:
         assert not found["session"] & found["check"]
 
     @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
-    async def test_an_idle_slot_of_the_other_kind_makes_room(self, yard: Yard, places: int, size: int | None) -> None:
+    async def test_an_idle_slot_of_the_other_kind_makes_room(
+        self, yard: HubFixture, places: int, size: int | None
+    ) -> None:
         """With room for one slot they take turns, each in a new one."""
         commit = await yard.fetch()
         async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
@@ -285,7 +287,7 @@ class TestPool:
                 assert await self.kinds(yard, pool) == [True]
 
     @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
-    async def test_a_check_never_waits_for_a_session(self, yard: Yard, places: int, size: int | None) -> None:
+    async def test_a_check_never_waits_for_a_session(self, yard: HubFixture, places: int, size: int | None) -> None:
         """Whose slot has no room for another beside it: the session may wait for the check."""
         commit = await yard.fetch()
         async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
@@ -295,20 +297,20 @@ class TestPool:
             await yard.end(pool, worktree, checkout)
 
     @staticmethod
-    async def size(yard: Yard, commit: str) -> int:
+    async def size(yard: HubFixture, commit: str) -> int:
         """Return the bytes that a slot takes."""
         async with yard.open(places=1, size=1_000_000_000) as pool:
             await TestPool.session(yard, pool, commit)
-        (place,) = places_of(yard.hub)
+        (place,) = list_slots(yard.hub)
         record = read_record(place)
         assert record is not None
         return record.bytes
 
     @staticmethod
-    async def kinds(yard: Yard, pool: Pool) -> list[bool]:
+    async def kinds(yard: HubFixture, pool: SlotPool) -> list[bool]:
         """Return of each slot whether it is for checks, when all are idle."""
         while pool._cleaning or pool.checks._cleaning:
             await anyio.sleep(0)
-        ours = {**pool._ours, **pool.checks._ours}
-        assert sorted(ours) == [place.number for place in places_of(yard.hub)]
+        ours = {**pool._held_slots, **pool.checks._held_slots}
+        assert sorted(ours) == [place.number for place in list_slots(yard.hub)]
         return [one.contents.record.is_check for one in ours.values()]

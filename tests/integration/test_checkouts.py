@@ -10,14 +10,14 @@ import pytest
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.runner import Git, read_ref
-from orchestrator.repo.source.checkout import LocalRepository, checkout_of
+from orchestrator.repo.source.checkout import LocalRepository, find_checkout
 from tests.conftest import Repository
 
 
 async def found(repository: Repository, branch: str) -> Path | None:
     """Look for it."""
     local = LocalRepository(repository.top / ".git", repository.top, "sha1")
-    return await checkout_of(local, branch, Git(None, users=True, environ=repository.environ))
+    return await find_checkout(local, branch, Git(None, as_user=True, environ=repository.environ))
 
 
 async def test_a_branch_is_found_in_the_main_and_in_linked_checkouts(repository: Repository, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import anyio
 import pytest
 
 from orchestrator.api.council import Council
-from orchestrator.domain.runs.model import Maker, TaskDocument
+from orchestrator.domain.runs.model import CheckpointOrigin, TaskDocument
 from orchestrator.domain.scheduling.claims import Role
 from orchestrator.engine.reports.report import RunStatus
-from orchestrator.engine.scheduler.monitor import CHECKPOINT_PAUSE
-from orchestrator.engine.state.leader import seize
+from orchestrator.engine.scheduler.monitor import CHECKPOINT_INTERVAL
+from orchestrator.engine.state.leader import take_leadership
 from orchestrator.engine.state.records import read_task
-from orchestrator.locking.orchestrators import this_process
+from orchestrator.locking.orchestrators import create_owner
 from orchestrator.protocols import Commit, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -224,7 +224,7 @@ async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) 
             await until(council, "task.started")
             await anyio.wait_all_tasks_blocked()
             for count in range(1, 15):
-                clock.advance(CHECKPOINT_PAUSE - 1)
+                clock.advance(CHECKPOINT_INTERVAL - 1)
                 await anyio.wait_all_tasks_blocked()
                 clock.advance(1)
                 await until(council, "checkpoint.created", count + 1)
@@ -235,8 +235,8 @@ async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) 
             council.stop()
     assert by_hand.id == found[0].id
     assert [one.number for one in found[1:]] == list(range(4, 16))
-    assert {(one.maker, one.status) for one in found[1:]} == {(Maker.CLOCK, "running")}
-    assert found[-1].time - found[-2].time == CHECKPOINT_PAUSE
+    assert {(one.maker, one.status) for one in found[1:]} == {(CheckpointOrigin.CLOCK, "running")}
+    assert found[-1].time - found[-2].time == CHECKPOINT_INTERVAL
     assert [one.task for one in found[-1].sessions] == ["long"]
 
 
@@ -358,7 +358,7 @@ async def test_a_run_is_taken_over_though_a_process_renews_its_record_meanwhile(
         key = Key("orchestrator", "run/other")
         await store.commit(Commit([Write(key, 0, {"ended": None, "epoch": 1})]))
         renewed = cast("Store", _Renewed(store))
-        guard = await seize(renewed, SystemClock(), "run", this_process(Role.COORDINATOR))
+        guard = await take_leadership(renewed, SystemClock(), "run", create_owner(Role.COORDINATOR))
         assert guard.epoch == 1
         found = await store.get(key)
         assert found is not None

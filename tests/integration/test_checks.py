@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
 from tests.conftest import Repository
-from tests.sandboxes import require
+from tests.sandboxes import require_sandbox
 from tests.waiting import wait_for
 
 #: Fails as soon as `f` is defined nowhere but still called.
@@ -112,7 +112,7 @@ async def test_a_check_can_not_reach_the_users_tree_and_what_it_writes_does_not_
         f"echo evil >> a.txt; touch new.txt; git commit -qam x; ! touch {repository.top}/planted && test ! -e .council"
     )
     settings = checked([{"id": "t", "prompt": "write a.txt a\ncommit mine"}], [check])
-    ended = repository.council("run", str(repository.configure(**settings, sandbox=require(sandbox))), "--json")
+    ended = repository.council("run", str(repository.configure(**settings, sandbox=require_sandbox(sandbox))), "--json")
     claimed = next(line for line in ended.lines if line.get("event") == "run.claimed")
     assert claimed["sandbox"] == sandbox
     assert ended.states == {"t": "landed"}, ended

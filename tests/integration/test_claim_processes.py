@@ -15,8 +15,8 @@ import anyio
 import pytest
 
 from orchestrator.locking.claims import claim_key
-from orchestrator.protocols import JsonObject, Key, Record, Store
-from orchestrator.state.documents.reading import between
+from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
+from orchestrator.state.documents.reading import read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory
@@ -58,7 +58,7 @@ def authorship(key: Key, value: JsonObject) -> tuple[str, int, str] | None:
     return (key.id, value["epoch"], value["by"]) if key.kind == "work" else None
 
 
-def check(records: list[Record], tasks: int) -> ClaimHistory:
+def check(records: list[CommitRecord], tasks: int) -> ClaimHistory:
     """Every task was done once, by who had it, and what was claimed was claimed by the process that it names."""
     history, done = ClaimHistory(authorship), Counter[Key]()
     for record in records:
@@ -107,7 +107,7 @@ async def test_every_task_of_a_queue_is_done_once(
                         await is_taken_over(store, task, int(pid))
                         os.kill(int(pid), signal.SIGCONT)
             assert process.wait() == 0
-        history = check([record async for record in between(store, 0, await store.position())], tasks)
+        history = check([record async for record in read_range(store, 0, await store.position())], tasks)
     killed, stopped = [[one for one in said if one[1] == kind] for kind in ("kill", "stop")]
     assert (len(killed), len(stopped)) == tuple(
         sum(fate.startswith(kind) for fate in fates) for kind in ("kill", "stop")

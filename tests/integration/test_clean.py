@@ -17,30 +17,30 @@ from typing import Any
 import pytest
 
 from orchestrator.api.cleanup import Cleaner
-from orchestrator.domain.runs.leftovers import STALE_AFTER, Kind, Leftover
+from orchestrator.domain.runs.leftovers import STALE_FILE_SECONDS, Leftover, LeftoverKind
 from orchestrator.project import Project
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.system.file_lock import FileLock
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 #: Changes a file and leaves a key beside it, so that its worktree stays.
 KEEPS: dict[str, Any] = {"id": "keeps", "prompt": "write good.txt g\nwrite .env KEY=1", "attempts": 1}
 
 
-def found(ended: Ended) -> list[tuple[str, str]]:
+def found(ended: CommandResult) -> list[tuple[str, str]]:
     """Return the standing and the last part of the place of all that `clean --json` listed, but for places."""
     return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "place")
 
 
-def standings(ended: Ended) -> set[str]:
+def standings(ended: CommandResult) -> set[str]:
     """Return what `clean --json` says of the places that sessions took turns in."""
     return {one["standing"] for one in ended.result["found"] if one["kind"] == "place"}
 
 
-def nothing(ended: Ended) -> bool:
+def nothing(ended: CommandResult) -> bool:
     """Whether `clean --json` listed nothing but places that wait for the next run."""
     return found(ended) == [] and standings(ended) <= {"ready"}
 
@@ -63,7 +63,7 @@ def trees(repository: Repository) -> list[str]:
 
 def age(path: Path) -> Path:
     """Make a path look as if nobody had touched it for long."""
-    then = time.time() - 2 * STALE_AFTER
+    then = time.time() - 2 * STALE_FILE_SECONDS
     os.utime(path, (then, then), follow_symlinks=False)
     return path
 
@@ -75,7 +75,7 @@ def run_once(repository: Repository, *tasks: dict[str, Any], code: int = 0) -> s
     return str(ended.result["run"])
 
 
-def elsewhere(repository: Repository, *arguments: str) -> Ended:
+def elsewhere(repository: Repository, *arguments: str) -> CommandResult:
     """Run the command in a folder that is no project."""
     folder = repository.top.parent / "elsewhere"
     folder.mkdir(exist_ok=True)
@@ -192,7 +192,7 @@ async def test_a_live_run_is_left_alone(repository: Repository) -> None:
     assert [name for name in trees(repository) if ".0.check" not in name] == ["keeps.1", "long.1"]
     assert repository.council("cancel", "long").code == 0
     stdout, stderr = child.communicate(timeout=60)
-    assert Ended(child.returncode, stdout, stderr).states == {"keeps": "failed", "long": "cancelled"}
+    assert CommandResult(child.returncode, stdout, stderr).states == {"keeps": "failed", "long": "cancelled"}
     await repository.assert_invariants()
 
 
@@ -424,7 +424,7 @@ async def test_what_can_not_be_removed_is_named(repository: Repository) -> None:
 async def listed_in_process(repository: Repository, store: FileStore) -> tuple[Cleaner, list[Leftover]]:
     """Return a cleaner of the project, and the worktrees that it finds."""
     cleaner = Cleaner(home_of(repository), repository.environ, SystemClock(), Project(repository.top), store)
-    return cleaner, [one for one in await cleaner.find() if one.kind is Kind.WORKTREE]
+    return cleaner, [one for one in await cleaner.find() if one.kind is LeftoverKind.WORKTREE]
 
 
 async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repository) -> None:

@@ -17,8 +17,8 @@ from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.protocols import Commit, Guard, Key
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from tests.conftest import Ended, Repository
-from tests.recorded import recorded
+from tests.conftest import CommandResult, Repository
+from tests.recorded import recorded_project
 
 DAY = 86400.0
 LANDS: dict[str, Any] = {"id": "a", "prompt": "write a.txt a"}
@@ -54,7 +54,7 @@ async def removed(council: Council, **wanted: Any) -> list[str | None]:
 
 async def documents(council: Council, run: str) -> set[str]:
     """Return the kinds of the documents that there are of a run."""
-    return {key.kind for key in (await council.past.at(await council.position(), run=run)).documents}
+    return {key.kind for key in (await council.history.at(await council.position(), run=run)).documents}
 
 
 async def test_old_runs_go_and_come_back(repository: Repository) -> None:
@@ -65,12 +65,12 @@ async def test_old_runs_go_and_come_back(repository: Repository) -> None:
     async with later(repository, 6.9) as council:
         assert await judged(council) == {}
     async with later(repository, 7.1) as council:
-        before = (await council.past.overview(run)).to_json()
+        before = (await council.history.overview(run)).to_json()
         assert await judged(council) == {run: "left_over"}
         position = await council.position()
         assert await removed(council) == [None]
         # A checkpoint, and all documents in one commit.
-        created, gone = [one async for one in council.past.commits(after=position, until=await council.position())]
+        created, gone = [one async for one in council.history.commits(after=position, until=await council.position())]
         checkpoint = created.events[0].data["checkpoint"]
         assert [(event.type, event.data) for event in gone.events] == [
             ("run.removed", {"run": run, "checkpoint": checkpoint})
@@ -84,7 +84,7 @@ async def test_old_runs_go_and_come_back(repository: Repository) -> None:
         assert [one.event.type async for one in council.events(run, after=position)][-1] == "run.removed"
         restored = await council.restore(checkpoint)
         assert (restored.runs, f"run/{run}" in restored.written) == ([], True)
-        after = (await council.past.overview(run)).to_json()
+        after = (await council.history.overview(run)).to_json()
         assert {**after, "events": []} == {**before, "events": []}
     await repository.assert_invariants()
 
@@ -148,7 +148,7 @@ async def test_a_run_at_work_never_goes(repository: Repository) -> None:
         cleaner = council.cleaner
         found = [one for one in await cleaner.find(runs=7 * DAY) if one.kind == "run"]
         # Who coordinates it, and who works in it beside that, or goes on where that was killed.
-        for lock in (hub.run_lock(run), hub.life_locks.of(run, "box-1-ab12cd")):
+        for lock in (hub.run_lock(run), hub.liveness_locks.of(run, "box-1-ab12cd")):
             async with lock.hold(0):
                 assert await judged(council, even_cut_off=True) == {}
                 [removal] = await cleaner.remove(found)
@@ -187,7 +187,7 @@ async def test_the_command_shows_first(repository: Repository) -> None:
     assert f"run        {run}: it ended on " in shown.stdout
     assert "add --yes to remove them" in shown.stdout
     assert repository.council("runs").stdout.startswith(run)
-    done: Ended = repository.council("clean", "--runs", "1ms", "--yes", "--json")
+    done: CommandResult = repository.council("clean", "--runs", "1ms", "--yes", "--json")
     [facts] = [one for one in done.result["found"] if one["kind"] == "run"]
     assert (facts["place"], facts["standing"], facts["removed"]) == (run, "left_over", True)
     assert facts["bytes"] > 0
@@ -199,7 +199,7 @@ async def test_the_command_shows_first(repository: Repository) -> None:
 
 async def test_without_a_checkpoint_no_record_goes(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a disk that is full, which is told."""
-    async with recorded(repository.top, monkeypatch):
+    async with recorded_project(repository.top, monkeypatch):
         pass
     (log,) = (repository.top / ".council/state").glob("*/*.jsonl")
     before = log.read_bytes()

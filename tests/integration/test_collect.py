@@ -14,18 +14,18 @@ import pytest
 
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.intake.collect import Collected, collect
-from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.change_detection import Stamps
+from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
-from tests.places import Yard
+from tests.places import HubFixture
 
 VALUE = "the-value-of-a-variable"
 KEY = "gh" + "p_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fXaB3d"
 
-ADMIT = Admission(Redactor([VALUE]), max_file=100_000)
+ADMIT = IntakeRules(Redactor([VALUE]), max_file=100_000)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Place:
     worktree: Worktree
     base: str
     environ: Mapping[str, str]
-    stamps: Stamps
+    snapshot: TreeSnapshot
 
     def agent(self, *arguments: str) -> str:
         """Run git as the agent would."""
@@ -67,10 +67,12 @@ class Place:
         self.agent("commit", "--quiet", "--message", message)
         return self.agent("rev-parse", "HEAD")
 
-    async def collect(self) -> Collected:
+    async def collect(self) -> CollectedWork:
         """Collect, twice: what is found by stamps must also be found without, and again."""
-        first = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT, found=self.stamps.compare())
-        again = await collect(self.git, self.worktree, self.base, "work\n", admit=ADMIT)
+        first = await collect_work(
+            self.git, self.worktree, self.base, "work\n", admit=ADMIT, found=self.snapshot.compare()
+        )
+        again = await collect_work(self.git, self.worktree, self.base, "work\n", admit=ADMIT)
         assert await self.tree(first.commit) == await self.tree(again.commit)
         assert (first.refused, first.left_out, first.salvaged) == (again.refused, again.left_out, again.salvaged)
         checked = await self.git("fsck", "--no-dangling", "--connectivity-only")
@@ -94,14 +96,14 @@ class Place:
 async def place(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Place:
     """A worktree of the repository's `main`, in a place that another one had before."""
     repository.commit({".env.tracked": "A=1\n", "config.py": f"OLD = '{KEY}'\n", "link/x": "x\n"}, "more")
-    yard = await Yard.of(repository.top, tmp_path / "council-home", environ)
+    yard = await HubFixture.of(repository.top, tmp_path / "council-home", environ)
     base = await yard.fetch()
     async with yard.open() as pool:
         _, source = await yard.begin(pool, "earlier", base)
         await yard.end(pool, yard.worktree("earlier"), source)
         worktree, checkout = await yard.begin(pool, "task", base)
         await pool.lose(checkout)
-    return Place(yard.git, worktree, base, environ, checkout.contents.stamps)
+    return Place(yard.git, worktree, base, environ, checkout.contents.snapshot)
 
 
 async def test_ordinary_work_comes_in_whole(place: Place) -> None:
@@ -111,7 +113,7 @@ async def test_ordinary_work_comes_in_whole(place: Place) -> None:
     (place.worktree.tree / "sym").symlink_to("/etc/passwd")
     (place.worktree.tree / "README.md").unlink()
     left = await place.collect()
-    assert left == Collected(left.commit)
+    assert left == CollectedWork(left.commit)
     assert await place.tree(left.commit) == sorted(
         [
             ".env.tracked",
@@ -132,7 +134,7 @@ async def test_ordinary_work_comes_in_whole(place: Place) -> None:
 async def test_nothing_is_nothing(place: Place) -> None:
     """An untouched worktree holds nothing, a file that was only touched neither."""
     os.utime(place.worktree.tree / ".env.tracked", (1, 1))
-    assert await place.collect() == Collected(None)
+    assert await place.collect() == CollectedWork(None)
 
 
 async def test_secret_and_huge_files_stay_out(place: Place) -> None:
@@ -162,7 +164,7 @@ async def test_a_secret_that_the_base_has_is_nothing_new(place: Place) -> None:
     place.write("config.py", f"OLD = '{KEY}'\nNEW = 1\n")
     (place.worktree.tree / ".env.tracked").unlink()
     left = await place.collect()
-    assert left == Collected(left.commit)
+    assert left == CollectedWork(left.commit)
     assert ".env.tracked" not in await place.tree(left.commit)
     place.write(".env.tracked", "B=2\n")
     left = await place.collect()
@@ -366,7 +368,7 @@ async def test_a_secret_as_a_name_without_content_stays_out(place: Place) -> Non
 @pytest.mark.extended
 async def test_a_tree_that_unfolds_without_end_takes_no_memory(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve small trees that mean 10^12 files: the history is not taken, the files are."""
-    monkeypatch.setattr("orchestrator.repo.git.runner._MOST_MEMORY", 100 << 20)
+    monkeypatch.setattr("orchestrator.repo.git.runner._MAX_MEMORY", 100 << 20)
     blob = place.agent("rev-parse", "HEAD:config.py")
     tree = place.tree_of("".join(f"100644 blob {blob}\tf{number}\n" for number in range(10)))
     for _ in range(11):
@@ -402,13 +404,13 @@ async def test_files_deeper_than_paths_can_be_are_not_lost(place: Place) -> None
     assert "good.txt" in await place.tree(collected.commit)
     assert "can't be opened" in (collected.refused or "")
     assert not collected.complete
-    await worktrees.remove(place.worktree)
+    await worktrees.remove_worktree(place.worktree)
 
 
 @pytest.mark.parametrize("where", ["tree", "git"])
 async def test_a_pipe_behind_a_pointer_does_not_hang(place: Place, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A `.git` that is a link, or names a folder, leads git to a pipe that lies elsewhere."""
-    monkeypatch.setattr("orchestrator.repo.intake.staging.STAGING_LIMIT", 5.0)
+    monkeypatch.setattr("orchestrator.repo.intake.staging.STAGING_TIMEOUT", 5.0)
     evil = (place.worktree.tree if where == "tree" else place.worktree.git_dir) / "evil"
     for name in ("objects", "refs"):
         (evil / name).mkdir(parents=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.errors import HistoryGone
-from orchestrator.protocols import HISTORY, Commit, Event, Key, Record, Store, Write
+from orchestrator.errors import HistoryCompacted
+from orchestrator.protocols import VERSIONS_KEPT, Commit, CommitRecord, Event, Key, Store, Write
 from orchestrator.state.log import snapshot
-from orchestrator.state.log.segments import segments
+from orchestrator.state.log.segments import list_segments
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 
@@ -43,9 +43,9 @@ async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[FileStore]:
         yield opened
 
 
-async def told(store: Store, after: int = 0) -> list[Record]:
+async def told(store: Store, after: int = 0) -> list[CommitRecord]:
     """Return all records behind a position."""
-    records, last = list[Record](), await store.position()
+    records, last = list[CommitRecord](), await store.position()
     async with aclosing(store.watch(after)) as watched:
         async for record in watched:
             records.append(record)
@@ -74,7 +74,7 @@ async def test_packed_segments_tell_all_that_they_told(store: FileStore, tmp_pat
             assert not one.damage
         await other.commit(Commit([Write(FEW, 1, {"n": 1})]))
         assert (await told(store, after=len(records)))[0].documents == {FEW: (2, {"n": 1})}
-    (tmp_path / "state" / snapshot.NAME).unlink(missing_ok=True)
+    (tmp_path / "state" / snapshot.SNAPSHOT_FILE).unlink(missing_ok=True)
     async with FileStore.open(tmp_path / "state", clock) as replayed:
         assert (await told(replayed))[:-1] == records
 
@@ -91,14 +91,14 @@ async def test_of_old_commits_the_last_versions_are_left(store: FileStore, tmp_p
             assert [await one.get(key) for key in (MUCH, FEW, GONE)] == newest
             assert await one.at(40) == recent
             assert (await one.at(compacted.first)).documents.keys() == {MUCH, FEW}
-            with pytest.raises(HistoryGone, match=str(compacted.first)):
+            with pytest.raises(HistoryCompacted, match=str(compacted.first)):
                 await one.at(compacted.first - 1)
             kept = await one.history(MUCH, 100)
             assert kept == whole[: len(kept)]
-            assert len(kept) >= HISTORY
+            assert len(kept) >= VERSIONS_KEPT
             assert [version.value for version in await one.history(FEW)] == [{"n": 0}]
             assert list((await one.history(FEW))[0].events) == [Event("begun")]
-            with pytest.raises(HistoryGone):
+            with pytest.raises(HistoryCompacted):
                 await told(one)
             assert (await told(one, compacted.first))[0].position == compacted.first + 1
             assert not one.damage
@@ -115,10 +115,10 @@ async def test_it_can_be_thinned_out_again_and_again(store: FileStore, tmp_path:
         await store.compact(start + minutes * 60, ALL)
         kept = await store.history(MUCH, 100)
         assert kept == versions[: len(kept)]
-        assert len(kept) >= HISTORY
-    assert len([one for one in segments(tmp_path / "state") if one.is_thinned]) == 1
+        assert len(kept) >= VERSIONS_KEPT
+    assert len([one for one in list_segments(tmp_path / "state") if one.is_pruned]) == 1
     async with FileStore.open(tmp_path / "state", clock) as other:
-        assert await other.history(MUCH) == versions[:HISTORY]
+        assert await other.history(MUCH) == versions[:VERSIONS_KEPT]
         assert not other.damage
 
 
@@ -132,7 +132,7 @@ async def test_a_log_has_no_more_bytes_than_it_may(store: FileStore, clock: Manu
     found = await store.get(MUCH)
     assert found is not None
     assert found.version == COMMITS
-    assert len(await store.history(MUCH)) == HISTORY
+    assert len(await store.history(MUCH)) == VERSIONS_KEPT
 
 
 async def test_who_lags_behind_begins_anew(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
@@ -155,7 +155,7 @@ async def test_who_watches_and_lags_behind_is_told(store: FileStore, clock: Manu
         first = await anext(watched)
         assert first.position == 4
         await store.compact(clock.now(), ALL)
-        with pytest.raises(HistoryGone), anyio.fail_after(10):
+        with pytest.raises(HistoryCompacted), anyio.fail_after(10):
             async for _ in watched:
                 pass
 
@@ -165,7 +165,7 @@ async def test_what_is_damaged_is_not_thinned_out(store: FileStore, tmp_path: Pa
     oldest = tmp_path / "state" / files(tmp_path)[1]
     oldest.write_bytes(oldest.read_bytes().replace(b'"text":"xxx', b'"text":"yyy', 1))
     assert (await store.compact(clock.now(), ALL)).first == 0
-    assert not any(one.is_thinned for one in segments(tmp_path / "state"))
+    assert not any(one.is_pruned for one in list_segments(tmp_path / "state"))
 
 
 async def test_a_damaged_part_of_what_was_thinned_out_is_told(
@@ -174,7 +174,7 @@ async def test_a_damaged_part_of_what_was_thinned_out_is_told(
     """Whatever byte it is: each document that was not written since is marked, none is silently older."""
     await store.commit(Commit([Write(OTHER, 0, {"n": 0})]))
     await store.compact(clock.now(), ALL)
-    (thinned,) = [one.path(tmp_path / "state") for one in segments(tmp_path / "state") if one.is_thinned]
+    (thinned,) = [one.path(tmp_path / "state") for one in list_segments(tmp_path / "state") if one.is_pruned]
     good = thinned.read_bytes()
     for offset in range(0, len(good), 7):
         thinned.write_bytes(good[:offset] + bytes([good[offset] ^ 0x10]) + good[offset + 1 :])
@@ -210,6 +210,6 @@ async def test_killed_in_a_compaction(store: FileStore, tmp_path: Path, clock: M
             assert not one.damage
         compacted = await other.compact(clock.now(), ALL)
     assert compacted.first > 30
-    assert len(files(tmp_path)) == len(segments(tmp_path / "state"))
+    assert len(files(tmp_path)) == len(list_segments(tmp_path / "state"))
     assert (await store.get(MUCH), await store.history(MUCH)) == (newest, versions)
     assert subprocess.run(["ls", tmp_path / "state"], capture_output=True, check=True).stdout.count(b".new") == 0

@@ -17,20 +17,20 @@ import pytest
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import GitError
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.intake.collect import collect
-from orchestrator.repo.intake.diffs import live_diff
-from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.collect import collect_work
+from orchestrator.repo.intake.diffs import diff_session
+from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
-from orchestrator.repo.worktrees.hub import create_hub, hub_of
+from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sandbox import confinement, landlock
 from orchestrator.sandbox.confinement import Confinement, Mechanism
 from tests.conftest import Repository
-from tests.places import Yard
+from tests.places import HubFixture
 
 pytestmark = pytest.mark.sandbox
 
-ADMIT = Admission(Redactor([]))
+ADMIT = IntakeRules(Redactor([]))
 _EXCHANGE = 2  # RENAME_EXCHANGE, renameat2(2)
 
 
@@ -40,17 +40,17 @@ def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     wanted: Mechanism = request.param
     with monkeypatch.context() as patched:
         if wanted is Mechanism.BUBBLEWRAP:
-            patched.setattr(landlock, "abi", lambda: 0)
-        if confinement.available.__wrapped__() is not wanted:
+            patched.setattr(landlock, "abi_version", lambda: 0)
+        if confinement.best_mechanism.__wrapped__() is not wanted:
             pytest.skip(f"there is no {wanted} here")
-    monkeypatch.setattr(confinement, "available", lambda: wanted)
+    monkeypatch.setattr(confinement, "best_mechanism", lambda: wanted)
     return wanted
 
 
 class Attempt:
     """A worktree that an agent has, and what we do with it."""
 
-    def __init__(self, yard: Yard, worktree: Worktree, base: str) -> None:
+    def __init__(self, yard: HubFixture, worktree: Worktree, base: str) -> None:
         self.git, self.worktree, self.base, self.tree = yard.git, worktree, base, worktree.tree
 
     def run(self, *arguments: str, cwd: str = ".") -> None:
@@ -61,7 +61,7 @@ class Attempt:
 
 @pytest.fixture
 async def attempt(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Attempt:
-    yard = await Yard.of(repository.top, tmp_path / "council-home", environ)
+    yard = await HubFixture.of(repository.top, tmp_path / "council-home", environ)
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "task", base)
@@ -96,7 +96,7 @@ async def test_collect_of_a_nested_repository_runs_none_of_its_programs(
         (attempt.tree / "bad").mkdir()
         (attempt.tree / "bad" / "x").write_text("x")
         (attempt.tree / "bad" / "x").chmod(0o000)
-    left = await collect(attempt.git, attempt.worktree, attempt.base, "work\n", admit=ADMIT)
+    left = await collect_work(attempt.git, attempt.worktree, attempt.base, "work\n", admit=ADMIT)
     assert not marker.exists()
     assert left.refused is not None
 
@@ -211,7 +211,7 @@ async def test_a_live_diff_never_reads_what_a_link_leads_to(
     aside.symlink_to(secret)
     with swapping(attempt.tree / "file", aside) as swapped:
         for _ in range(15):
-            shown = await live_diff(attempt.git, attempt.worktree, attempt.base, admit=ADMIT)
+            shown = await diff_session(attempt.git, attempt.worktree, attempt.base, admit=ADMIT)
             assert b"+canary" not in shown
     assert swapped() > 100
 
@@ -220,7 +220,7 @@ async def test_an_object_that_is_not_what_its_name_says_does_not_enter_the_hub(
     repository: Repository, tmp_path: Path, environ: dict[str, str]
 ) -> None:
     """What was written by a git that looked at an agent's files is hashed before anything relies on it."""
-    hub = hub_of(str(repository.top), tmp_path / "council-home")
+    hub = locate_hub(str(repository.top), tmp_path / "council-home")
     await create_hub(hub, "sha1", environ)
     quarantine = Quarantine(tmp_path / "quarantine", hub.objects)
     quarantine.empty()
@@ -238,6 +238,6 @@ async def test_collect_after_a_killed_git_ignores_its_lock(attempt: Attempt) -> 
     """A command that was killed at its limit leaves a lock on our index; nobody else uses that."""
     (attempt.tree / "new").write_text("x")
     attempt.worktree.index.with_name("index.lock").touch()
-    left = await collect(attempt.git, attempt.worktree, attempt.base, "work\n", admit=ADMIT)
+    left = await collect_work(attempt.git, attempt.worktree, attempt.base, "work\n", admit=ADMIT)
     assert left.refused is None
     assert left.commit is not None

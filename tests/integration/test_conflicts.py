@@ -10,11 +10,17 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.domain.documents.conflicts import Strategy, Update
+from orchestrator.domain.documents.conflicts import ConflictStrategy, DocumentUpdate
 from orchestrator.errors import InvalidDocument, LeaseLost, RefusedError, VersionConflict
-from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Record, Store, Write
+from orchestrator.protocols import Commit, CommitRecord, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents import update as retrying
-from orchestrator.state.documents.conflicts import KIND, Conflict, apply_updates, pending, settle
+from orchestrator.state.documents.conflicts import (
+    CONFLICT_KIND,
+    Conflict,
+    apply_updates,
+    list_pending,
+    resolve_conflict,
+)
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
@@ -44,14 +50,14 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrying, "FIRST_PAUSE", 1e-4)
 
 
-def ada(key: Key, value: JsonObject | None, base: int | None = None) -> Update[Key]:
+def ada(key: Key, value: JsonObject | None, base: int | None = None) -> DocumentUpdate[Key]:
     """The earlier update."""
-    return Update(key, 1.0, "ada", value, base)
+    return DocumentUpdate(key, 1.0, "ada", value, base)
 
 
-def bob(key: Key, value: JsonObject | None, base: int | None = None) -> Update[Key]:
+def bob(key: Key, value: JsonObject | None, base: int | None = None) -> DocumentUpdate[Key]:
     """The later update."""
-    return Update(key, 2.0, "bob", value, base)
+    return DocumentUpdate(key, 2.0, "bob", value, base)
 
 
 async def put(store: Store, key: Key, value: JsonObject | None) -> None:
@@ -66,13 +72,13 @@ async def value_of(store: Store, key: Key) -> JsonObject | None:
     return found.value if found else None
 
 
-async def record_at(store: Store, position: int) -> Record:
+async def record_at(store: Store, position: int) -> CommitRecord:
     """Return a commit."""
     async with aclosing(store.watch(position - 1)) as records:
         return await anext(records)
 
 
-async def kept(store: Store, *updates: Update[Key]) -> Conflict:
+async def kept(store: Store, *updates: DocumentUpdate[Key]) -> Conflict:
     """Leave updates to a person."""
     (conflict,) = (await apply_updates(store, updates, "manual")).waiting
     return conflict
@@ -102,12 +108,12 @@ def overtaken(store: Store, interfere: Callable[[], Awaitable[object]], times: i
 @pytest.mark.parametrize(
     ("strategy", "value"),
     [
-        (Strategy.LAST_WRITE_WINS, {"n": 2, "tags": ["b"]}),
-        (Strategy.FIRST_WRITE_WINS, {"n": 1, "tags": ["a"]}),
-        (Strategy.MERGE, {"n": 1, "tags": ["a", "b"]}),
+        (ConflictStrategy.LAST_WRITE_WINS, {"n": 2, "tags": ["b"]}),
+        (ConflictStrategy.FIRST_WRITE_WINS, {"n": 1, "tags": ["a"]}),
+        (ConflictStrategy.MERGE, {"n": 1, "tags": ["a", "b"]}),
     ],
 )
-async def test_a_batch_is_resolved_in_one_commit(store: Store, strategy: Strategy, value: JsonObject) -> None:
+async def test_a_batch_is_resolved_in_one_commit(store: Store, strategy: ConflictStrategy, value: JsonObject) -> None:
     """Of several documents, with an event only for that which has more than one update."""
     await put(store, A, {"n": 0})
     updates = [bob(A, {"n": 2, "tags": ["b"]}), ada(B, {"n": 5}), ada(A, {"n": 1, "tags": ["a"]})]
@@ -167,7 +173,7 @@ async def test_of_many_batches_at_once_each_is_whole(store: Store) -> None:
 
     async def write(number: int) -> None:
         value = {"n": number}
-        await apply_updates(store, [Update(key, number, "w", value) for key in (A, B)], attempts=1_000)
+        await apply_updates(store, [DocumentUpdate(key, number, "w", value) for key in (A, B)], attempts=1_000)
 
     async with anyio.create_task_group() as group:
         for number in range(8):
@@ -185,7 +191,7 @@ async def test_an_update_of_an_older_version_competes_with_what_is_there(store: 
     await put(store, A, {"theirs": 1})
     found = await store.get(A)
     assert found is not None
-    early, late = (Update(A, clock.now() + distance, "ada", {"mine": 1}, 1) for distance in (-1, 1))
+    early, late = (DocumentUpdate(A, clock.now() + distance, "ada", {"mine": 1}, 1) for distance in (-1, 1))
     applied = await apply_updates(store, [early])
     assert (list(applied.resolved), await value_of(store, A)) == ([A], {"theirs": 1})
     assert (await record_at(store, 3)).events[0].data["writers"] == ["ada", found.by]
@@ -200,9 +206,9 @@ async def test_a_deletion_that_was_not_known_competes_too(store: Store) -> None:
     """It is a candidate as any other; one that the writer saw, who read that there is nothing, is none."""
     await put(store, A, {"base": 0})
     await put(store, A, None)
-    conflict = await kept(store, Update(A, 2e9, "ada", {"mine": 1}, 1))
+    conflict = await kept(store, DocumentUpdate(A, 2e9, "ada", {"mine": 1}, 1))
     assert [(one.value, one.base) for one in conflict.candidates] == [(None, None), ({"mine": 1}, 1)]
-    assert await pending(store) == [conflict]
+    assert await list_pending(store) == [conflict]
     assert list((await apply_updates(store, [ada(A, {"mine": 1}, 0)])).resolved) == []
 
 
@@ -219,7 +225,7 @@ async def test_a_conflict_that_arises_while_it_is_written_is_seen(store: Store) 
     """Whoever is overtaken looks anew at what competes."""
     await put(store, A, {"base": 0})
     slow = overtaken(store, lambda: put(store, A, {"theirs": 1}))
-    assert list((await apply_updates(slow, [Update(A, 2e9, "ada", {"mine": 1}, 1)], "merge")).resolved) == [A]
+    assert list((await apply_updates(slow, [DocumentUpdate(A, 2e9, "ada", {"mine": 1}, 1)], "merge")).resolved) == [A]
     assert await value_of(store, A) == {"theirs": 1, "mine": 1}
 
 
@@ -231,7 +237,7 @@ async def test_what_is_left_to_a_person_is_kept_and_told(store: Store) -> None:
     assert (list(applied.written), list(applied.resolved)) == ([B], [])
     assert (conflict.key, conflict.version) == (A, 1)
     assert list(conflict.candidates) == [ada(A, None), bob(A, {"n": 2})]
-    assert await pending(store) == [conflict]
+    assert await list_pending(store) == [conflict]
     assert (await value_of(store, A), await value_of(store, B), await store.position()) == ({"n": 0}, {"n": 5}, 2)
     facts = {"key": "task/r/a", "writers": ["ada", "bob"], "conflict": conflict.id}
     assert list((await record_at(store, 2)).events) == [Event("state.conflict_kept", facts)]
@@ -247,9 +253,9 @@ async def test_many_conflicts_at_once_are_all_kept(store: Store) -> None:
     async with anyio.create_task_group() as group:
         for _ in range(10):
             group.start_soon(leave)
-    listed = await pending(store)
+    listed = await list_pending(store)
     assert {one.id for one in listed} == {one.id for one in found}
-    positions = [document.position for one in listed if (document := await store.get(Key(KIND, one.id)))]
+    positions = [document.position for one in listed if (document := await store.get(Key(CONFLICT_KIND, one.id)))]
     assert positions == list(range(1, 11))
 
 
@@ -258,7 +264,7 @@ async def test_an_id_that_is_taken_is_not_taken_twice(store: Store, monkeypatch:
     given = iter(["same", "same", "other"])
     monkeypatch.setattr("orchestrator.state.documents.conflicts.secrets.token_hex", lambda _: next(given))
     assert [(await kept(store, ada(key, {}), bob(key, {}))).id for key in (A, B)] == ["same", "other"]
-    assert [one.key for one in await pending(store)] == [A, B]
+    assert [one.key for one in await list_pending(store)] == [A, B]
 
 
 @pytest.mark.parametrize(
@@ -270,9 +276,9 @@ async def test_a_choice_is_written_and_the_conflict_gone(
     """In one commit, with an event that says whose it was: a candidate's, which may delete, or a value of one's own."""
     await put(store, A, {"n": 0})
     conflict = await kept(store, bob(A, None), ada(A, {"n": 1}))
-    written = await settle(store, conflict.id, choice)
+    written = await resolve_conflict(store, conflict.id, choice)
     assert (written.value if written else None, await value_of(store, A)) == (value, value)
-    assert (await pending(store), await store.position()) == ([], 3)
+    assert (await list_pending(store), await store.position()) == ([], 3)
     facts = {"key": "task/r/a", "conflict": conflict.id, "writer": writer}
     assert list((await record_at(store, 3)).events) == [Event("state.conflict_settled", facts)]
 
@@ -280,18 +286,18 @@ async def test_a_choice_is_written_and_the_conflict_gone(
 async def test_what_does_not_wait_cannot_be_settled(store: Store) -> None:
     """An unknown id is told with those that wait, an unknown candidate with how many there are; nothing is written."""
     with pytest.raises(RefusedError) as caught:
-        await settle(store, "nope", 1)
+        await resolve_conflict(store, "nope", 1)
     assert str(caught.value) == "no conflict 'nope' waits to be settled: none waits"
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match=f"those that wait are {conflict.id}$"):
-        await settle(store, "nope", 1)
+        await resolve_conflict(store, "nope", 1)
     for number in (0, 3, -1):
         with pytest.raises(RefusedError, match="choose one of 1 to 2, or give a value"):
-            await settle(store, conflict.id, number)
+            await resolve_conflict(store, conflict.id, number)
     assert await store.position() == 1
-    await settle(store, conflict.id, 2)
+    await resolve_conflict(store, conflict.id, 2)
     with pytest.raises(RefusedError, match="none waits"):
-        await settle(store, conflict.id, 1)
+        await resolve_conflict(store, conflict.id, 1)
     assert await value_of(store, A) == {"n": 2}
 
 
@@ -302,14 +308,14 @@ async def test_a_document_that_was_changed_since_is_not_overwritten(store: Store
     found = await store.get(A)
     assert found is not None
     with pytest.raises(RefusedError) as caught:
-        await settle(store, conflict.id, 1)
+        await resolve_conflict(store, conflict.id, 1)
     assert caught.value.what == (
         f"task/r/a was changed by {found.by}, 2001-09-09 01:46:40 UTC, after conflict {conflict.id!r} was found"
     )
     assert "force" in caught.value.remedy
-    assert (await value_of(store, A), await pending(store)) == ({"n": 3}, [conflict])
-    await settle(store, conflict.id, 1, force=True)
-    assert (await value_of(store, A), await pending(store)) == ({"n": 1}, [])
+    assert (await value_of(store, A), await list_pending(store)) == ({"n": 3}, [conflict])
+    await resolve_conflict(store, conflict.id, 1, force=True)
+    assert (await value_of(store, A), await list_pending(store)) == ({"n": 1}, [])
 
 
 async def test_a_document_that_is_gone_since_does_not_come_back_by_itself(store: Store, clock: ManualClock) -> None:
@@ -320,11 +326,11 @@ async def test_a_document_that_is_gone_since_does_not_come_back_by_itself(store:
     await put(store, A, None)
     clock.advance(6)
     with pytest.raises(RefusedError, match=r"task/r/a was deleted by .*, 2001-09-09 01:46:40 UTC"):
-        await settle(store, first.id, 1)
+        await resolve_conflict(store, first.id, 1)
     with pytest.raises(RefusedError, match="task/r/b is gone, after"):
-        await settle(store, second.id, 1)
+        await resolve_conflict(store, second.id, 1)
     for conflict in (first, second):
-        await settle(store, conflict.id, 1, force=True)
+        await resolve_conflict(store, conflict.id, 1, force=True)
     assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"n": 1})
 
 
@@ -332,8 +338,8 @@ async def test_a_change_at_the_last_moment_is_seen(store: Store) -> None:
     """What somebody writes between the look and the commit is told as well, or overwritten if that is forced."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match="was changed by"):
-        await settle(overtaken(store, lambda: put(store, A, {"n": 3})), conflict.id, 1)
-    await settle(overtaken(store, lambda: put(store, A, {"n": 4})), conflict.id, 1, force=True)
+        await resolve_conflict(overtaken(store, lambda: put(store, A, {"n": 3})), conflict.id, 1)
+    await resolve_conflict(overtaken(store, lambda: put(store, A, {"n": 4})), conflict.id, 1, force=True)
     assert await value_of(store, A) == {"n": 1}
 
 
@@ -341,7 +347,9 @@ async def test_a_conflict_is_settled_once(store: Store) -> None:
     """Of two persons one decides, and the other is told that it is over."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match="none waits"):
-        await settle(overtaken(store, lambda: settle(store, conflict.id, 2)), conflict.id, 1, force=True)
+        await resolve_conflict(
+            overtaken(store, lambda: resolve_conflict(store, conflict.id, 2)), conflict.id, 1, force=True
+        )
     assert await value_of(store, A) == {"n": 2}
 
 
@@ -350,8 +358,8 @@ async def test_who_lost_the_lease_settles_nothing(store: Store) -> None:
     await put(store, LEASE, {"epoch": 2})
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(LeaseLost):
-        await settle(store, conflict.id, 1, guards=[Guard(LEASE, 1)])
-    assert await pending(store) == [conflict]
+        await resolve_conflict(store, conflict.id, 1, guards=[Guard(LEASE, 1)])
+    assert await list_pending(store) == [conflict]
 
 
 async def test_a_conflict_outlives_its_process(tmp_path: Path, clock: ManualClock) -> None:
@@ -359,8 +367,8 @@ async def test_a_conflict_outlives_its_process(tmp_path: Path, clock: ManualCloc
     async with FileStore.open(tmp_path, clock) as store:
         conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     async with FileStore.open(tmp_path, clock) as store:
-        assert await pending(store) == [conflict]
-        await settle(store, conflict.id, 2)
+        assert await list_pending(store) == [conflict]
+        await resolve_conflict(store, conflict.id, 2)
         assert await value_of(store, A) == {"n": 2}
 
 
@@ -373,8 +381,8 @@ async def test_a_damaged_conflict_is_no_conflict(tmp_path: Path, clock: ManualCl
         if path.is_file():
             path.write_bytes(path.read_bytes().replace(b"damaged", b"demaged"))
     async with FileStore.open(tmp_path, clock) as store:
-        assert await pending(store) == [other]
+        assert await list_pending(store) == [other]
         with pytest.raises(RefusedError, match="is damaged: `council state verify`"):
-            await settle(store, lost.id, 1)
-        await settle(store, other.id, 1)
+            await resolve_conflict(store, lost.id, 1)
+        await resolve_conflict(store, other.id, 1)
         assert (await value_of(store, A), await value_of(store, B)) == (None, {"n": 1})

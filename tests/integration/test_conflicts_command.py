@@ -19,7 +19,7 @@ from orchestrator.state.documents.conflicts import apply_updates
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, START, recorded
+from tests.recorded import RUN, RUN_STARTED, recorded_project
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 EXAMPLES = re.findall(r"```text\n\$ (council state (?:conflicts|settle).*?)```", GUIDE, re.DOTALL)
@@ -31,14 +31,17 @@ async def updates(store: FileStore) -> list[Update[Key]]:
     found = await store.get(API)
     assert found is not None
     changed = found.value | {"status": "failed", "reason": "needs a key"}
-    return [Update(API, START + 115, "ada@box:4711", changed), Update(API, START + 125, "bob@attic:12", None)]
+    return [
+        Update(API, RUN_STARTED + 115, "ada@box:4711", changed),
+        Update(API, RUN_STARTED + 125, "bob@attic:12", None),
+    ]
 
 
 @pytest.fixture
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A repository with a run, and a conflict about one of its tasks."""
     repository.environ["TZ"] = "UTC"
-    async with recorded(repository.top, monkeypatch) as store:
+    async with recorded_project(repository.top, monkeypatch) as store:
         with monkeypatch.context() as patched:
             patched.setattr("secrets.token_hex", lambda _: NAME)
             await apply_updates(store, await updates(store), "manual")
@@ -47,7 +50,7 @@ async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Re
 
 async def change(repository: Repository, key: Key, value: dict[str, Any] | None) -> None:
     """Write a document, whatever it was."""
-    async with FileStore.open(repository.log, ManualClock(START + 200)) as store:
+    async with FileStore.open(repository.log, ManualClock(RUN_STARTED + 200)) as store:
         found = await store.get(key)
         await store.commit(Commit([Write(key, found.version if found else 0, value)]))
 
@@ -73,7 +76,7 @@ async def test_conflicts_for_programs(project: Repository) -> None:
     first, second = one["candidates"]
     assert (first["number"], first["writer"], first["value"]["status"]) == (1, "ada@box:4711", "failed")
     assert {tuple(field["path"]) for field in first["fields"]["modified"]} == {("status",), ("reason",)}
-    assert (second["value"], second["time"], second["base"]) == (None, START + 125, None)
+    assert (second["value"], second["time"], second["base"]) == (None, RUN_STARTED + 125, None)
     done = project.council("state", "settle", NAME, "--take", "1", "--json").result
     assert done == {"conflict": NAME, "key": str(API), "version": 5, "value": first["value"]}
     assert project.council("state", "conflicts", "--json").result == {"conflicts": [], "damage": []}
@@ -81,7 +84,7 @@ async def test_conflicts_for_programs(project: Repository) -> None:
 
 async def pending(repository: Repository) -> dict[str, Any]:
     """Return what the task in conflict would be if it were to be tried again."""
-    async with FileStore.open(repository.log, ManualClock(START + 200)) as store:
+    async with FileStore.open(repository.log, ManualClock(RUN_STARTED + 200)) as store:
         found = await store.get(API)
     assert found is not None
     return {**found.value, "status": "pending"}
@@ -139,7 +142,7 @@ async def test_a_document_that_was_changed_since_needs_force(project: Repository
 
 async def test_of_several_about_one_document_the_id_is_asked_for(project: Repository) -> None:
     """Each has one of its own."""
-    async with FileStore.open(project.log, ManualClock(START + 200)) as store:
+    async with FileStore.open(project.log, ManualClock(RUN_STARTED + 200)) as store:
         await apply_updates(store, await updates(store), "manual")
     async with Council.open(project.top, environ=project.environ) as council:
         first, second = await council.conflicts()
@@ -183,4 +186,4 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
             [mine, Update(API, 2.0, "you", {**again, "reason": "b"})], "first_write_wins"
         )
         assert (applied.resolved, applied.waiting) == ([API], [])
-        assert (await council.past.at(await council.position())).documents[API].value == again
+        assert (await council.history.at(await council.position())).documents[API].value == again

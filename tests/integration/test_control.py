@@ -14,9 +14,9 @@ import pytest
 
 from orchestrator import Council, RequestUnanswered
 from orchestrator.api import execution
-from orchestrator.errors import as_shortage
-from tests.command_server import Started
-from tests.conftest import Ended, Repository
+from orchestrator.errors import describe_shortage
+from tests.command_server import StartedCommand
+from tests.conftest import CommandResult, Repository
 from tests.terminal import Terminal
 from tests.waiting import wait_for
 
@@ -44,7 +44,7 @@ async def test_cancel_on_a_live_run_ends_a_session_and_keeps_its_work(repository
     cancelled = repository.council("cancel", "long", "--json")
     assert cancelled.code == 0, cancelled
     stdout, stderr = child.communicate(timeout=60)
-    ended = Ended(child.returncode, stdout, stderr)
+    ended = CommandResult(child.returncode, stdout, stderr)
     assert (ended.code, ended.states) == (1, {"long": "cancelled", "after": "blocked", "other": "landed"}), ended
     assert "half" in repository.council("salvage", "show", "long/1").stdout
     await repository.assert_invariants()
@@ -82,7 +82,7 @@ def test_a_request_to_a_stopped_process_says_what_it_waits_for(
 
 def test_a_request_that_nobody_performs_stays_recorded(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends with exit code 1; the process performs the request when it continues."""
-    monkeypatch.setattr(execution, "_ANSWER_LIMIT", 0.3)
+    monkeypatch.setattr(execution, "_REQUEST_TIMEOUT", 0.3)
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "hang"}])))
     has_begun(repository, "a")
     child.send_signal(signal.SIGSTOP)
@@ -96,14 +96,14 @@ def test_a_request_that_nobody_performs_stays_recorded(repository: Repository, m
             anyio.run(cancel)
     finally:
         child.send_signal(signal.SIGCONT)
-    what, remedy = as_shortage(unanswered.value) or ("", "")
+    what, remedy = describe_shortage(unanswered.value) or ("", "")
     assert what == f"no answer within 0.3 s from process {child.pid}, which is stopped"
     assert "the request is recorded" in remedy
     stdout, _ = child.communicate(timeout=60)
     assert (child.returncode, "a cancelled: on request" in stdout) == (1, True)
 
 
-def run_until_push(repository: Repository, free: Path) -> Started:
+def run_until_push(repository: Repository, free: Path) -> StartedCommand:
     """Start a run, and return when its push waits in a hook until there is a file `free`."""
     hook, begun = repository.top / ".git/hooks/pre-receive", free.with_name("begun")
     hook.write_text(f"#!/bin/sh\ntouch {begun}\nwhile ! test -e {free}; do sleep 0.05; done\n")
@@ -221,7 +221,11 @@ async def test_retry_on_a_live_run_has_a_failed_task_tried_again(repository: Rep
     wait_for(lambda: repository.council("status", "--json").states["after"] == "landed")
     assert repository.council("cancel", "long").code == 0
     stdout, stderr = child.communicate(timeout=60)
-    assert Ended(child.returncode, stdout, stderr).states == {"flaky": "landed", "after": "landed", "long": "cancelled"}
+    assert CommandResult(child.returncode, stdout, stderr).states == {
+        "flaky": "landed",
+        "after": "landed",
+        "long": "cancelled",
+    }
     await repository.assert_invariants()
 
 
@@ -561,7 +565,7 @@ async def test_a_long_name_is_shortened_in_tables_only(repository: Repository) -
     assert "  a-task-whose…" in shown[1]
 
 
-def of(ended: Ended, task: str) -> dict[str, Any]:
+def of(ended: CommandResult, task: str) -> dict[str, Any]:
     """Return what the result says of a task."""
     return next(one for one in ended.result["tasks"] if one["id"] == task)
 
@@ -660,7 +664,7 @@ async def test_reload_takes_over_adapters_and_pending_tasks(repository: Reposito
     shell = {"use": "command", "argv": ["sh", "-c", "echo x > shell.txt"]}
     now = [{**one, "adapter": "fake"} for one in tasks]
     now[0]["adapter"], now[1]["prompt"], now[2]["prompt"] = "sh", "write later.txt new", "write f x"
-    _file(repository, now, adapters={"sh": shell, "fake": repository.fake()})
+    _file(repository, now, adapters={"sh": shell, "fake": repository.fake_adapter()})
     assert repository.council("retry", "first", "later", "t", "--reload").code == 0
     assert set(repository.council("resume", "--json").states.values()) == {"landed"}
     assert (repository.top / "later.txt").read_text().strip() == "new"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.standins.script import ROOT, install
 
 #: It passes once somebody has written `right` into the file.
@@ -26,7 +26,9 @@ def bin_folder(repository: Repository, tmp_path: Path) -> Path:
     return folder
 
 
-def run(repository: Repository, folder: Path, prompt: str, adapter: dict[str, Any] | None = None, **more: Any) -> Ended:
+def run(
+    repository: Repository, folder: Path, prompt: str, adapter: dict[str, Any] | None = None, **more: Any
+) -> CommandResult:
     """Run one task with Claude Code, whose work is checked, in the fence."""
     task = {"id": "t", "prompt": prompt, "attempts": 3, **more.pop("task", {})}
     config = repository.configure(
@@ -43,7 +45,7 @@ def run(repository: Repository, folder: Path, prompt: str, adapter: dict[str, An
     return repository.council("run", str(config), "--json")
 
 
-def attempts(repository: Repository, ended: Ended) -> list[dict[str, Any]]:
+def attempts(repository: Repository, ended: CommandResult) -> list[dict[str, Any]]:
     """Return what is recorded of the task's attempts."""
     shown = repository.council("state", "history", f"task/{ended.result['run']}/t", "--json")
     found: list[dict[str, Any]] = shown.result["versions"][0]["new"]["attempts"]
@@ -135,7 +137,7 @@ async def test_a_login_of_the_users_is_found_and_can_be_renewed(
 NUMBER = {"kind": "number", "schema": {"type": "object", "required": ["n"]}}
 
 
-def prompts_of(repository: Repository, ended: Ended) -> list[str]:
+def prompts_of(repository: Repository, ended: CommandResult) -> list[str]:
     """Return what the program was told, as it keeps its conversation."""
     (kept,) = (repository.top / ".council/logs" / ended.result["run"] / "homes/t/claude").rglob("*.jsonl")
     return [json.loads(line) for line in kept.read_text().splitlines()]

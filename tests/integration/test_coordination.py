@@ -8,25 +8,25 @@ import anyio
 import pytest
 
 from orchestrator.domain.sessions.contexts import SessionStatus
-from orchestrator.repo.landing.target_branch import Landed, Merge, Target
-from orchestrator.repo.source.site import find_site
-from orchestrator.repo.worktrees.hub import internal_ref
+from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Target
+from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.worktrees.hub import internal_ref_name
 from tests.conftest import Repository
-from tests.permits import permits
-from tests.team import Team, team_at
+from tests.permits import join_merge_queue
+from tests.team import SessionTeam, open_team
 
 
-async def target(team: Team) -> Target:
+async def target(team: SessionTeam) -> Target:
     """Return the branch that the sessions' work lands on."""
-    site = await find_site(str(team.yard.top), is_url=False, environ=team.environ)
-    ref = internal_ref("run1", "target")
+    site = await find_run_repository(str(team.yard.top), is_url=False, environ=team.environ)
+    ref = internal_ref_name("run1", "target")
     source = site.source(team.yard.git)
     return Target(team.yard.hub, team.yard.git, source, site.repository, branch="main", start=team.base, ref=ref)
 
 
 async def test_create_session_worktree(repository: Repository, tmp_path: Path) -> None:
     """A session has the files of its base in a folder of its own, outside of the user's repository."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         tree = team.tree(session)
         assert (tree / "README.md").read_text() == (team.yard.top / "README.md").read_text()
@@ -39,7 +39,7 @@ async def test_create_session_worktree(repository: Repository, tmp_path: Path) -
 
 async def test_parallel_sessions_same_task(repository: Repository, tmp_path: Path) -> None:
     """Three attempts at one task do not see what the others write."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         sessions = [await team.join("auth", attempt) for attempt in (1, 2, 3)]
         assert len({team.tree(one) for one in sessions}) == 3
         for one in sessions:
@@ -51,7 +51,7 @@ async def test_parallel_sessions_same_task(repository: Repository, tmp_path: Pat
 
 async def test_commit_in_worktree(repository: Repository, tmp_path: Path) -> None:
     """What a session did is a commit of ours, with its own commits behind it, and is counted while it is at work."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         team.write(session, "auth.py", "one\ntwo\n")
         team.git(session, "add", "--all")
@@ -68,7 +68,7 @@ async def test_commit_in_worktree(repository: Repository, tmp_path: Path) -> Non
 
 async def test_file_lock_acquisition(repository: Repository, tmp_path: Path) -> None:
     """A lock is the session's in both layers until it gives it back."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         assert await team.ask(session, "lock", paths=["src/api.py", "./src/../src/web.py"]) == {
             "locked": ["src/api.py", "src/web.py"]
@@ -84,7 +84,7 @@ async def test_file_lock_acquisition(repository: Repository, tmp_path: Path) -> 
 
 async def test_lock_conflict_detection(repository: Repository, tmp_path: Path) -> None:
     """A second session is told who has it, and gets it when it is free."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["src/api.py"])
         told = await team.refused(second, "lock", paths=["src/api.py"], wait=0)
@@ -109,7 +109,7 @@ async def test_lock_conflict_detection(repository: Repository, tmp_path: Path) -
 
 async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -> None:
     """One lands at a time; who comes second merges onto what the first has landed."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         sessions = [await team.join(name) for name in ("auth", "web")]
         ready = []
         for one in sessions:
@@ -118,10 +118,10 @@ async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -
         branch, order = await target(team), list[str]()
 
         async def take_turn(name: str, commit: str) -> None:
-            async with (await permits(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
+            async with (await join_merge_queue(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
                 order.append(f"{name} begins")
                 merge = await branch.prepare(permit, f"run1/{name}", commit, team.base)
-                assert isinstance(merge, Merge)
+                assert isinstance(merge, PreparedMerge)
                 assert isinstance(await branch.move(permit, [merge]), Landed)
                 order.append(f"{name} ends")
 
@@ -136,7 +136,7 @@ async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -
 @pytest.mark.parametrize("progress", [50, "50", "50%"])
 async def test_update_and_read_context(repository: Repository, tmp_path: Path, progress: int | str) -> None:
     """What a session reports, the others are told, by whichever process they are run."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(
             first, "report", status="working", file="src/api.py", message="adds an endpoint", progress=progress
@@ -155,7 +155,7 @@ async def test_update_and_read_context(repository: Repository, tmp_path: Path, p
 
 async def test_conflict_detection(repository: Repository, tmp_path: Path) -> None:
     """Two sessions at one file are a conflict, until one goes elsewhere."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "report", file="src/api.py")
         await team.ask(second, "report", file=str(team.tree(second) / "src/api.py"))
@@ -169,7 +169,7 @@ async def test_conflict_detection(repository: Repository, tmp_path: Path) -> Non
 
 async def test_task_summary(repository: Repository, tmp_path: Path) -> None:
     """The sessions of a task, by how they do."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         sessions = [await team.join("auth", attempt) for attempt in (1, 2, 3)]
         await team.ask(sessions[0], "report", status="blocked", message="needs the schema", blocked_on="src/models.py")
         await team.end(sessions[1])
@@ -181,7 +181,7 @@ async def test_task_summary(repository: Repository, tmp_path: Path) -> None:
 
 async def test_parallel_execution_workflow(repository: Repository, tmp_path: Path) -> None:
     """Several sessions lock, write, report and land side by side; behind them nothing is held and nothing is lost."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         branch = await target(team)
 
         async def work(number: int) -> None:
@@ -194,9 +194,9 @@ async def test_parallel_execution_workflow(repository: Repository, tmp_path: Pat
             await team.ask(session, "unlock", paths=[shared])
             commit = (await team.collect(session)).commit
             assert commit is not None
-            async with (await permits(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
+            async with (await join_merge_queue(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
                 merge = await branch.prepare(permit, f"run1/t{number}", commit, team.base)
-                assert isinstance(merge, Merge)
+                assert isinstance(merge, PreparedMerge)
                 assert isinstance(await branch.move(permit, [merge]), Landed)
             await team.end(session)
 

@@ -23,18 +23,18 @@ import pytest
 import zstandard
 
 from orchestrator.api.transfer import copy_state, export_store, import_store, open_store
-from orchestrator.errors import HistoryGone, RefusedError, StoreUnavailable
-from orchestrator.protocols import Commit, Document, Event, Key, Record, Store, Version, Write
+from orchestrator.errors import HistoryCompacted, RefusedError, StoreUnavailable
+from orchestrator.protocols import Commit, CommitRecord, Document, DocumentVersion, Event, Key, Store, Write
 from orchestrator.state.log import journal
-from orchestrator.state.log.segments import segments
+from orchestrator.state.log.segments import list_segments
 from orchestrator.state.log.staging import Staging
 from orchestrator.state.stores import file as file_store
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
-from orchestrator.state.transfer.copying import Copied, copy, export, import_from
+from orchestrator.state.transfer.copying import CopyResult, copy_store, export_to_stream, import_from_stream
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from orchestrator.testing.store_contract import THINNED, dump_of, dumped
+from orchestrator.testing.store_contract import COMPACTED_LOG, make_dump, read_dump
 
 MUCH, GONE, BRIEF, LONG = (Key("task", name) for name in ("much", "gone", "brief", "long"))
 ALL = 1 << 40  # bytes
@@ -72,11 +72,11 @@ async def told(store: Store) -> Told:
     for moment in range(position + 1):
         try:
             moments.append(await store.at(moment))
-        except HistoryGone as gone:
+        except HistoryCompacted as gone:
             moments.append(gone.first)
     first = next((one for one in moments if not isinstance(one, int)), None)
     begin = moments.index(first)
-    records = list[Record]()
+    records = list[CommitRecord]()
     if begin < position:
         async for record in store.watch(begin):
             records.append(record)
@@ -84,7 +84,7 @@ async def told(store: Store) -> Told:
                 break
     keys = (MUCH, GONE, BRIEF, LONG)
     documents: list[Document | None] = [await store.get(key) for key in keys]
-    versions: list[Sequence[Version]] = [await store.history(key, 100) for key in keys]
+    versions: list[Sequence[DocumentVersion]] = [await store.history(key, 100) for key in keys]
     return position, moments, records, documents, versions, await store.list("task")
 
 
@@ -101,7 +101,7 @@ def files(place: Path) -> set[str]:
 async def test_there_and_back_again(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """From files to memory, to a file, to files: at each stop all is told as before, also to the next opener."""
     expected, memory = await told(source), MemoryStore(clock)
-    copied = await copy(source, memory)
+    copied = await copy_store(source, memory)
     assert (copied.position, copied.was_there) == (82, False)
     assert copied.first == (await source.compact(0.0, ALL)).first > 0
     assert copied.documents == 2  # one was deleted, one has expired
@@ -119,7 +119,7 @@ async def test_there_and_back_again(source: FileStore, tmp_path: Path, clock: Ma
         assert (await target.verify()).is_sound
         assert (await target.compact(clock.now() - 60, ALL)).first > copied.first
         assert (await target.verify()).is_sound
-    sizes = [one.path(tmp_path / "target").stat().st_size for one in segments(tmp_path / "target")]
+    sizes = [one.path(tmp_path / "target").stat().st_size for one in list_segments(tmp_path / "target")]
     assert len(sizes) > 1
     assert not files(tmp_path / "target") & {"loading", "loaded"}
 
@@ -127,8 +127,8 @@ async def test_there_and_back_again(source: FileStore, tmp_path: Path, clock: Ma
 async def test_segments_have_their_usual_size(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """However many commits there are at once."""
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
-        await copy(source, target)
-        found = [one.path(tmp_path / "target").stat() for one in segments(tmp_path / "target")]
+        await copy_store(source, target)
+        found = [one.path(tmp_path / "target").stat() for one in list_segments(tmp_path / "target")]
     assert len(found) > 3
     assert all(SMALL <= one.st_size < SMALL + 400 for one in found[1:-1])
     assert {one.st_mode & 0o777 for one in found} == {0o600}
@@ -153,7 +153,7 @@ async def test_what_is_at_work_is_copied_as_of_a_moment(source: FileStore, tmp_p
         tasks.start_soon(work)
         while await source.position() < 90:
             await anyio.lowlevel.checkpoint()
-        copied = await copy(source, target)
+        copied = await copy_store(source, target)
         is_over.set()
     assert 90 <= copied.position <= await source.position()
     async with FileStore.open(tmp_path / "target", clock) as target:
@@ -164,20 +164,20 @@ async def test_what_is_at_work_is_copied_as_of_a_moment(source: FileStore, tmp_p
 async def test_a_second_copy_is_there_already(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """But neither one of another store, nor one that was committed to, nor one of a store that has gone on."""
     async with FileStore.open(tmp_path / "target", clock) as target:
-        copied = await copy(source, target)
-        assert await copy(source, target) == replace(copied, was_there=True)
-        assert await copy(source, source) == replace(copied, was_there=True)
+        copied = await copy_store(source, target)
+        assert await copy_store(source, target) == replace(copied, was_there=True)
+        assert await copy_store(source, source) == replace(copied, was_there=True)
         other = MemoryStore(clock)
         for _ in range(82):
             await other.commit(Commit(events=[Event("else")]))
         with pytest.raises(RefusedError, match="not empty"):
-            await copy(other, target)
+            await copy_store(other, target)
         await source.commit(Commit(events=[Event("more")]))
         with pytest.raises(RefusedError, match="not empty"):
-            await copy(source, target)
+            await copy_store(source, target)
         await target.commit(Commit(events=[Event("other")]))
         with pytest.raises(RefusedError, match="not empty"):
-            await copy(source, target)
+            await copy_store(source, target)
         assert await target.position() == 83
 
 
@@ -199,7 +199,7 @@ async def test_a_copy_that_differs_is_told(clock: ManualClock) -> None:
     source = MemoryStore(clock)
     await source.commit(Commit([Write(MUCH, 0, {})], [Event("e")]))
     with pytest.raises(StoreUnavailable, match="differs"):
-        await copy(source, Forgetful(clock))
+        await copy_store(source, Forgetful(clock))
 
 
 async def test_what_is_damaged_is_not_copied(tmp_path: Path, clock: ManualClock) -> None:
@@ -207,17 +207,17 @@ async def test_what_is_damaged_is_not_copied(tmp_path: Path, clock: ManualClock)
     async with FileStore.open(tmp_path / "source", clock, segment_bytes=600) as source:
         for number in range(20):
             await source.commit(Commit([Write(MUCH, number, {"n": number, "text": "x" * 50})]))
-        path = segments(tmp_path / "source")[1].path(tmp_path / "source")
+        path = list_segments(tmp_path / "source")[1].path(tmp_path / "source")
         path.write_bytes(path.read_bytes().replace(b"xxx", b"xyx", 1))
         async with FileStore.open(tmp_path / "target", clock) as target:
             with pytest.raises(RefusedError, match=r"damaged.*verify --repair"):
-                await copy(source, target)
-            assert await dumped(target) == (0, 0, [])
+                await copy_store(source, target)
+            assert await read_dump(target) == (0, 0, [])
             with pytest.raises(RefusedError, match=r"damaged.*verify --repair"):
                 await export_store(source, tmp_path / "file")
             assert files(tmp_path) == {"source", "target"}
             assert (await source.repair()).is_sound
-            await copy(source, target)
+            await copy_store(source, target)
             assert await told(target) == await told(source)
 
 
@@ -227,8 +227,8 @@ async def test_another_process_that_has_the_empty_target_open(tmp_path: Path, cl
         FileStore.open(tmp_path / "target", clock) as target,
         FileStore.open(tmp_path / "target", clock) as other,
     ):
-        await target.load(dump_of(THINNED, 8, 6))
-        assert await dumped(other) == (8, 6, list(THINNED))
+        await target.load(make_dump(COMPACTED_LOG, 8, 6))
+        assert await read_dump(other) == (8, 6, list(COMPACTED_LOG))
         assert await other.commit(Commit(events=[Event("next")])) == 9
         assert await target.position() == 9
     async with (
@@ -236,7 +236,7 @@ async def test_another_process_that_has_the_empty_target_open(tmp_path: Path, cl
         FileStore.open(tmp_path / "second", clock) as other,
     ):
         memory = MemoryStore(clock)
-        await memory.load(dump_of(THINNED, 8, 6))
+        await memory.load(make_dump(COMPACTED_LOG, 8, 6))
         async with memory.dump() as dump:
 
             async def interrupted() -> AsyncIterator[object]:
@@ -307,13 +307,13 @@ async def test_killed_in_a_load(
         if opens and is_there:
             assert await before.commit(Commit(events=[Event("next")])) == 83
         elif opens:
-            assert await dumped(before) == (0, 0, [])
+            assert await read_dump(before) == (0, 0, [])
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
         assert not target.damage
         assert (await target.verify()).is_sound
         assert await target.position() == 82 * is_there + (opens and is_there)
         if not (opens and is_there):
-            assert (await copy(source, target)).was_there is is_there
+            assert (await copy_store(source, target)).was_there is is_there
             assert await told(target) == expected
         assert not files(tmp_path / "target") & {"loading", "loaded"}
 
@@ -325,8 +325,8 @@ async def test_on_a_full_disk_nothing_is_loaded(source: FileStore, tmp_path: Pat
     assert b"StoreUnavailable" in full.stderr
     assert "loading" not in files(tmp_path / "target")
     async with FileStore.open(tmp_path / "target", clock) as target:
-        assert await dumped(target) == (0, 0, [])
-        await copy(source, target)
+        assert await read_dump(target) == (0, 0, [])
+        await copy_store(source, target)
         assert await told(target) == await told(source)
 
 
@@ -360,7 +360,7 @@ async def test_an_export_is_lines_that_anybody_reads(exported: Path, clock: Manu
 async def refused(data: bytes, store: Store) -> str:
     """Import something that is no whole export into an empty store; return why it is refused."""
     with pytest.raises(RefusedError) as caught:
-        await import_from("FILE", lambda: io.BytesIO(data), store)
+        await import_from_stream("FILE", lambda: io.BytesIO(data), store)
     assert await store.position() == 0
     return str(caught.value)
 
@@ -388,9 +388,9 @@ async def test_a_file_with_a_flipped_bit_is_refused(exported: Path, clock: Manua
         store, flipped = MemoryStore(clock), bytearray(whole)
         flipped[place] ^= 1 << place % 8
         try:
-            await import_from("FILE", partial(io.BytesIO, bytes(flipped)), store)
+            await import_from_stream("FILE", partial(io.BytesIO, bytes(flipped)), store)
         except RefusedError:
-            assert await dumped(store) == (0, 0, [])
+            assert await read_dump(store) == (0, 0, [])
             refusals += 1
         else:
             unpacker = zstandard.ZstdDecompressor().decompressobj()
@@ -423,7 +423,7 @@ async def test_what_is_no_export_is_refused(exported: Path, clock: ManualClock) 
     bad = lines[1].replace(b'"n":0', b'"n":NaN', 1)
     assert bad != lines[1]
     assert "can't be stored" in await refused(packed([lines[0], bad, *lines[2:]]), store)
-    await import_from("FILE", lambda: io.BytesIO(packed(lines)), store)
+    await import_from_stream("FILE", lambda: io.BytesIO(packed(lines)), store)
     assert await store.position() == 82
 
 
@@ -528,7 +528,7 @@ async def test_an_export_that_can_not_be_written_leaves_nothing(source: FileStor
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        await export(source, Full(), 0.0)
+        await export_to_stream(source, Full(), 0.0)
     for place in (tmp_path / "none/file", tmp_path / "source/lock/file", tmp_path / ("long" * 100)):
         with pytest.raises(RefusedError, match="name a file in a folder that is there"):
             await export_store(source, place)
@@ -541,9 +541,9 @@ async def test_a_place_that_was_taken_meanwhile_is_left_alone(
     """Who came first stays."""
     place = tmp_path / "file"
 
-    async def export_and_lose(store: Store, stream: IO[bytes], time: float) -> Copied:
+    async def export_and_lose(store: Store, stream: IO[bytes], time: float) -> CopyResult:
         place.write_text("first")
-        return await export(store, stream, time)
+        return await export_to_stream(store, stream, time)
 
     monkeypatch.setattr("orchestrator.api.transfer.export", export_and_lose)
     with pytest.raises(RefusedError, match="there already"):
@@ -587,5 +587,5 @@ async def test_large_logs_take_little_memory(tmp_path: Path, monkeypatch: pytest
             add(staging, lines)  # type: ignore[arg-type]  # they are lines
 
         monkeypatch.setattr(Staging, "add", watched)
-        await copy(source, target)
+        await copy_store(source, target)
     assert 0 < most < 10

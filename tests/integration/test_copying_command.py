@@ -14,19 +14,19 @@ from orchestrator import Council, copy_state
 from orchestrator.errors import RefusedError
 from orchestrator.project import council_home
 from orchestrator.protocols import Commit, Event, Key
-from orchestrator.state.documents.update import update
-from orchestrator.state.log.identity import prepare
+from orchestrator.state.documents.update import update_document
+from orchestrator.state.log.identity import ensure_log
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
-from tests.recorded import RUN, recorded
+from tests.recorded import RUN, recorded_project
 from tests.waiting import wait_for
 
 
 @pytest.fixture
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A repository in which the run is recorded."""
-    async with recorded(repository.top, monkeypatch):
+    async with recorded_project(repository.top, monkeypatch):
         pass
     return repository
 
@@ -205,7 +205,7 @@ async def test_from_python(project: Repository, tmp_path: Path) -> None:
 
 async def _another(folder: Path, council: Council) -> Path:
     """Return an export of a store that is not the council's."""
-    async with FileStore.open(prepare(folder / "else", council_home(os.environ)), SystemClock()) as store:
+    async with FileStore.open(ensure_log(folder / "else", council_home(os.environ)), SystemClock()) as store:
         await store.commit(Commit(events=[Event("else")]))
     async with Council.open(council.project.top, state=(folder / "else").as_uri()) as other:
         await other.export_state(folder / "other-file")
@@ -230,7 +230,9 @@ async def test_documents_that_cant_be_read_are_reported(project: Repository, tmp
     """They are copied as they are; each command names them, with the flaw and the fix."""
     key, flaw = f"task/{RUN}/api", "progress: extra inputs are not permitted"
     async with Council.open(project.top, environ=project.environ) as council:
-        await update(council._store, Key("task", f"{RUN}/api"), lambda value: {**(value or {}), "progress": "50%"})
+        await update_document(
+            council._store, Key("task", f"{RUN}/api"), lambda value: {**(value or {}), "progress": "50%"}
+        )
     again = str(tmp_path / "again")
     for words in (["export", "file"], ["import", "file", "--state", again], ["copy", again, str(tmp_path / "copy")]):
         done = project.council("state", *words)

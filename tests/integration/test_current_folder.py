@@ -13,7 +13,7 @@ import pytest
 from adapters.jsonlines import bridge_command
 from orchestrator.cli.commands.setup.adapter_test import contract_command
 from orchestrator.system import process
-from orchestrator.system.process import own_program
+from orchestrator.system.process import internal_program
 from tests.conftest import Repository
 
 #: Names that our programs import, of this package and of others.
@@ -38,7 +38,7 @@ def trap(tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatc
 
 def own(module: str, function: str) -> list[str]:
     """Return the command line of a program of ours that reads what it is to do."""
-    return own_program(module, function)[0]
+    return internal_program(module, function)[0]
 
 
 COMMANDS = {

@@ -16,7 +16,7 @@ import pytest
 from orchestrator.locking.claims import read_claims
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.command_server import Started
+from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.integration.test_working_together import assert_each_landed_once, ended, states
 from tests.waiting import wait_for
@@ -56,7 +56,7 @@ async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repos
         for task, gate in gates.items()
     ]
     config = repository.configure(tasks, capacity=6, worktrees={"max": 40})
-    children: list[Started] = []
+    children: list[StartedCommand] = []
     for command in (("run", str(config)), ("work",), ("work",)):
         children.append(repository.start(*command, "--json"))
         running = 6 * len(children)

@@ -9,25 +9,25 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.client.commands import LARGEST_HANDOFF
+from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import LONGEST_OWNED, MOST_OWNED
+from orchestrator.domain.scheduling.holdings import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS
 from orchestrator.domain.sessions.contexts import SessionStatus
-from orchestrator.engine.session_api.details import LONGEST_DIFF
-from orchestrator.engine.session_api.quota import OVERHEAD, Quota
+from orchestrator.engine.session_api.details import MAX_DIFF_LENGTH
+from orchestrator.engine.session_api.quota import OVERHEAD, WriteQuota
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
 from orchestrator.locking.registry import claim_key
 from orchestrator.protocols import Commit, Guard, Write
-from orchestrator.state.documents.reading import between
+from orchestrator.state.documents.reading import read_range
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.team import SECRET, team_at
+from tests.team import SECRET, open_team
 
 
 async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repository, tmp_path: Path) -> None:
     """The session still owns what it has locked, and no more of what it asked for with it."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "lock", paths=["a.py"])
         assert "has locked a.py already" in await team.refused(session, "lock", paths=["a.py", "b.py"])
@@ -39,19 +39,19 @@ async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repositor
 
 async def test_who_does_not_say_how_long_to_wait_waits_as_the_run_says(repository: Repository, tmp_path: Path) -> None:
     """With nothing of that, it is refused at once, and was never seen to wait."""
-    async with team_at(repository, tmp_path) as gathered:
+    async with open_team(repository, tmp_path) as gathered:
         team = replace(gathered, lock_timeout=0.0)
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["a.py"])
         position = await team.store.position()
         assert "owns a.py" in await team.refused(second, "lock", paths=["a.py"])
-        records = [one async for one in between(team.store, position, await team.store.position())]
+        records = [one async for one in read_range(team.store, position, await team.store.position())]
         assert [event.type for one in records for event in one.events] == []
 
 
 async def test_what_was_owned_from_the_start_stays_owned(repository: Repository, tmp_path: Path) -> None:
     """A lock on it and its end take nothing of that away."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth", owns=["src/**", "a.py"])
         await team.ask(session, "lock", paths=["a.py", "src/api.py", "b.py"])
         await team.ask(session, "unlock", paths=["a.py", "src/api.py", "b.py"])
@@ -60,7 +60,7 @@ async def test_what_was_owned_from_the_start_stays_owned(repository: Repository,
 
 async def test_names_with_special_characters_are_taken_as_they_are(repository: Repository, tmp_path: Path) -> None:
     """A star in a file's name owns no other file."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["src/[id].tsx", "src/*.py"])
         assert await team.ask(second, "lock", paths=["src/i.tsx", "src/a.py"], wait=0)
@@ -71,13 +71,13 @@ async def test_names_with_special_characters_are_taken_as_they_are(repository: R
 
 async def test_a_session_can_not_take_without_end(repository: Repository, tmp_path: Path) -> None:
     """Its record is written again with each lock. What it gives back makes room; others are not held up."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
-        for number in range(0, MOST_OWNED, 200):
+        for number in range(0, MAX_OWNED_PATTERNS, 200):
             paths = [f"{number + one}" for one in range(200)]
             await team.ask(first, "lock", paths=paths)
-        assert f"{MOST_OWNED} of {LONGEST_OWNED} fit" in await team.refused(first, "lock", paths=["more"])
-        assert len(team.files.held(first)) == MOST_OWNED
+        assert f"{MAX_OWNED_PATTERNS} of {MAX_OWNED_CHARS} fit" in await team.refused(first, "lock", paths=["more"])
+        assert len(team.files.held(first)) == MAX_OWNED_PATTERNS
         assert await team.ask(first, "unlock", paths=["2"])
         assert await team.ask(first, "lock", paths=["3000"])
         assert await team.ask(second, "lock", paths=["more", "2"])
@@ -86,7 +86,7 @@ async def test_a_session_can_not_take_without_end(repository: Repository, tmp_pa
 
 async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: Repository, tmp_path: Path) -> None:
     """A file that somebody has locked whom the registry does not know, such as a session on another target."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session, other = await team.join("auth"), FileLocks(team.folder / "locks", team.clock)
         stranger = session._replace(task="stranger")
         await other.acquire(stranger, ["b.py"])
@@ -96,7 +96,7 @@ async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: 
         assert await team.owned() == {}
         assert team.files.held() == []
         async with anyio.create_task_group() as group:
-            group.start_soon(team.desk.answer, session, "lock", {"paths": ["a.py", "b.py"], "wait": 30})
+            group.start_soon(team.session_service.answer, session, "lock", {"paths": ["a.py", "b.py"], "wait": 30})
             while (await team.context(session)).status is not SessionStatus.WAITING:
                 await anyio.sleep(0.01)
             holder = f"run1/stranger.1 (process {other.held()[0].pid})"
@@ -108,12 +108,12 @@ async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: 
 
 async def test_a_wait_that_is_cut_off_leaves_nothing(repository: Repository, tmp_path: Path) -> None:
     """Neither a lock nor a waiter; the session is as it was."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["a.py"])
         await team.ask(second, "report", status="blocked", blocked_on="the schema")
         async with anyio.create_task_group() as group:
-            group.start_soon(team.desk.answer, second, "lock", {"paths": ["a.py", "b.py"], "wait": 60})
+            group.start_soon(team.session_service.answer, second, "lock", {"paths": ["a.py", "b.py"], "wait": 60})
             while not any(one.waiting for one in await team.registry.holdings()):
                 await anyio.sleep(0.01)
             group.cancel_scope.cancel()
@@ -126,11 +126,11 @@ async def test_a_wait_that_is_cut_off_leaves_nothing(repository: Repository, tmp
 
 async def test_all_goes_with_the_session(repository: Repository, tmp_path: Path) -> None:
     """Locks, ownership, and what it waits for; again is no mistake, and it is answered no more."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
         await team.ask(first, "lock", paths=["a.py"])
-        await team.desk.leave(first)
-        await team.desk.leave(first)
+        await team.session_service.leave(first)
+        await team.session_service.leave(first)
         assert await team.owned() == {}
         assert team.files.held() == []
         found = await team.context(first)
@@ -138,14 +138,14 @@ async def test_all_goes_with_the_session(repository: Repository, tmp_path: Path)
         assert "session run1/auth.1 is over" in await team.refused(first, "peers")
         assert [one["task"] for one in (await team.ask(second, "peers"))["peers"]] == ["web"]
         assert await team.ask(second, "lock", paths=["a.py", "src/api.py"], wait=0)
-        await team.desk.leave(second, keep_ownership=True)
+        await team.session_service.leave(second, keep_ownership=True)
         assert team.files.held() == []
         assert await team.owned() == {"web.1": ("a.py", "src/api.py")}
 
 
 async def test_an_edit_of_what_another_owns_is_denied(repository: Repository, tmp_path: Path) -> None:
     """By whatever name; what nobody else owns may be edited, and so may what is not in the repository."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
         tree = team.tree(second)
         (tree / "link").symlink_to("src")
@@ -163,7 +163,7 @@ async def test_an_edit_of_what_another_owns_is_denied(repository: Repository, tm
 
 async def test_details_are_there_while_a_session_is_at_work(repository: Repository, tmp_path: Path) -> None:
     """The plan, the diff so far, its last words and its figures, without secrets; nothing of it is touched."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session, asker = await team.join("auth"), await team.join("web")
         team.write(session, "src/auth.py", f"one\ntwo\nkey = '{SECRET}'\n")
         team.write(session, "README.md", "shorter\n")
@@ -182,21 +182,21 @@ async def test_details_are_there_while_a_session_is_at_work(repository: Reposito
         assert (found["stats"]["files"], found["stats"]["added"], found["stats"]["commits"]) == (1, 1, 0)
         team.write(session, "src/large.py", "x\n" * 40_000)
         found = await team.ask(asker, "ask", task="auth")
-        assert len(found["diff"]) <= LONGEST_DIFF + 100
+        assert len(found["diff"]) <= MAX_DIFF_LENGTH + 100
         assert found["diff"].endswith("more characters are left out\n")
         assert "has no session at work" in await team.refused(asker, "ask", task="docs")
 
 
 async def test_what_a_program_prints_is_what_its_session_is_seen_at(repository: Repository, tmp_path: Path) -> None:
     """Without its saying a word to us: what it did last, and the file that it changed."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         tree = team.tree(session)
 
         def used(name: str, **given: str) -> dict[str, Any]:
             return {"type": "tool_use", "name": name, "input": given}
 
-        async with team.desk.seated(session, "fixer", team.workplace(session)):
+        async with team.session_service.serve_session(session, "fixer", team.workplace(session)):
             team.says(session, used("Read", file_path=str(tree / "README.md")))
             team.says(session, used("Edit", file_path=str(tree / "src/api.py")), used("Bash", command=f"echo {SECRET}"))
             with anyio.fail_after(20):
@@ -214,7 +214,7 @@ async def test_what_a_program_prints_is_what_its_session_is_seen_at(repository: 
 
 async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) -> None:
     """By any session of the same target; those of a task, of a topic, about paths."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         left = await team.ask(first, "note", text="the port is 8080", topic="set-up", paths=["src/api/**"])
         [note] = (await team.ask(second, "notes", paths=["src/**"]))["notes"]
@@ -228,7 +228,7 @@ async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) 
 
 async def test_what_takes_long_is_answered_one_at_a_time(repository: Repository, tmp_path: Path) -> None:
     """Who asks for much at once waits for itself alone, and holds nobody else up."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         for number in range(5):
             await team.ask(session, "note", text="x", paths=["*a" * 200 + str(number)])
@@ -252,7 +252,7 @@ async def test_what_takes_long_is_answered_one_at_a_time(repository: Repository,
 
 async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
     """Whatever it wants to write is refused, and nothing of it is written."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         key = claim_key(session)
         await team.store.commit(Commit([Write(key, 1, {"epoch": 2, "released": None})]))
@@ -265,7 +265,7 @@ async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_pat
             assert told.startswith("task auth was taken over by another process: end here"), command
         assert team.files.held() == []
         assert await team.memory.all() == []
-        await team.desk.leave(session)
+        await team.session_service.leave(session)
         assert (await team.context(session)).message is None
 
 
@@ -273,7 +273,7 @@ async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
     repository: Repository, tmp_path: Path
 ) -> None:
     """It has seen in the log that the claim is another's, or has the task once more: neither is that session's."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "lock", paths=["a.py"])
         await team.store.commit(Commit([Write(claim_key(session), 1, {"epoch": 2, "released": None})]))
@@ -291,7 +291,7 @@ async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
             team.claims[session] = Guard(claim_key(session), 2)
         assert await team.memory.all() == []
         assert (await team.context(session)).message is None
-        await team.desk.leave(session)
+        await team.session_service.leave(session)
         assert team.files.held() == []
         assert await team.owned() == {}
 
@@ -316,16 +316,16 @@ async def test_what_can_t_be_asked_is_refused(
     repository: Repository, tmp_path: Path, command: str, arguments: dict[str, Any], why: str
 ) -> None:
     """With what is wrong and what would be right."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         with pytest.raises(RefusedError, match=why):
-            await team.desk.answer(session, command, arguments)
+            await team.session_service.answer(session, command, arguments)
         assert team.files.held() == []
 
 
 async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> None:
     """By whoever put them; who waits is seen to, and is told where nothing comes."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         assert "nothing is shared as api/port" in await team.refused(second, "share_get", key="api/port")
         assert "within 0 s" in await team.refused(second, "share_wait", key="api/port", timeout=0)
@@ -354,7 +354,7 @@ async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> 
 
 async def test_who_was_taken_over_shares_nothing(repository: Repository, tmp_path: Path) -> None:
     """And is told so."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         key = claim_key(session)
         await team.store.commit(Commit([Write(key, 1, {"epoch": 9, "released": None})]))
@@ -370,28 +370,28 @@ async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp
         judged.append(data)
         return [] if "summary" in data else ["summary: there is none", "tasks: there are none"]
 
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         assert "nothing to hand over" in await team.refused(session, "hand_over", data={"summary": "x"})
-        await team.desk.enter(session, "fixer", team.workplace(session), takes=takes)
-        assert team.desk.handed_over(session) is None
+        await team.session_service.enter(session, "fixer", team.workplace(session), takes=takes)
+        assert team.session_service.handed_over(session) is None
         said = await team.refused(session, "hand_over", data={})
         assert said.endswith(":\n- summary: there is none\n- tasks: there are none")
         assert "not taken: mend this" in said
-        assert team.desk.handed_over(session) is None
+        assert team.session_service.handed_over(session) is None
         assert (await team.ask(session, "hand_over", data={"summary": "a"}))["size"] == len('{"summary":"a"}')
         await team.ask(session, "hand_over", data={"summary": f"key {SECRET}"})
-        assert team.desk.handed_over(session) == judged[-1] == {"summary": "key [redacted]"}
+        assert team.session_service.handed_over(session) == judged[-1] == {"summary": "key [redacted]"}
         await team.refused(session, "hand_over", data={"worse": 1})
-        large = {"summary": "x" * (LARGEST_HANDOFF - len('{"summary":""}'))}
-        assert f"{LARGEST_HANDOFF + 1} bytes" in await team.refused(
+        large = {"summary": "x" * (MAX_HANDOFF_BYTES - len('{"summary":""}'))}
+        assert f"{MAX_HANDOFF_BYTES + 1} bytes" in await team.refused(
             session, "hand_over", data={"summary": large["summary"] + "x"}
         )
-        assert team.desk.handed_over(session) == {"summary": "key [redacted]"}
+        assert team.session_service.handed_over(session) == {"summary": "key [redacted]"}
         await team.ask(session, "hand_over", data=large)
-        assert team.desk.handed_over(session) == large
-        await team.desk.leave(session)
-        assert team.desk.handed_over(session) is None
+        assert team.session_service.handed_over(session) == large
+        await team.session_service.leave(session)
+        assert team.session_service.handed_over(session) is None
 
 
 # Secrets
@@ -401,7 +401,7 @@ async def test_no_word_of_a_session_becomes_a_record_with_a_secret_in_it(
     repository: Repository, tmp_path: Path
 ) -> None:
     """Neither what a note is about, nor a topic, nor what is waited for; a path that is one to lock is refused."""
-    async with team_at(repository, tmp_path) as team:
+    async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "note", text=f"is {SECRET}", topic=SECRET, paths=[f"src/{SECRET}/**", f"{SECRET}.py"])
         await team.ask(session, "report", message=SECRET, progress=SECRET, blocked_on=f"on {SECRET}")
@@ -428,7 +428,7 @@ async def test_no_word_of_a_session_becomes_a_record_with_a_secret_in_it(
 
 async def test_a_session_that_shares_without_end_is_refused(repository: Repository, tmp_path: Path) -> None:
     """Its log grows by a few megabytes and no more, whatever it writes; others go on, and so does it after a while."""
-    async with team_at(repository, tmp_path) as gathered:
+    async with open_team(repository, tmp_path) as gathered:
         clock = ManualClock()
         team = replace(gathered, clock=clock)
         first, second = await team.join("auth"), await team.join("web")
@@ -444,12 +444,12 @@ async def test_a_session_that_shares_without_end_is_refused(repository: Reposito
 @pytest.mark.parametrize("command", ["note", "report", "unlock"])
 async def test_many_small_requests_are_refused_too(repository: Repository, tmp_path: Path, command: str) -> None:
     """Each is a commit, however little it says."""
-    async with team_at(repository, tmp_path) as gathered:
+    async with open_team(repository, tmp_path) as gathered:
         team = replace(gathered, clock=ManualClock())
         session = await team.join("auth")
         words: dict[str, Any] = {"note": {"text": "x"}, "report": {"message": "x"}, "unlock": {"paths": ["a"]}}
-        quota = Quota(team.clock, {"burst": 50_000, "rate": 1 << 10, "session": 1 << 20, "run": 1 << 20})
-        team.desk._quota = quota
+        quota = WriteQuota(team.clock, {"burst": 50_000, "rate": 1 << 10, "session": 1 << 20, "run": 1 << 20})
+        team.session_service._quota = quota
         for _ in range(12):
             await team.ask(session, command, **words[command])
         assert "1 KiB a second" in await team.refused(session, command, **words[command])
@@ -459,7 +459,7 @@ def test_a_session_and_a_run_have_a_total() -> None:
     """However slowly it is written; that of a run counts sessions that have ended, too."""
     clock = ManualClock()
     mib = 1 << 20
-    quota = Quota(clock, {"burst": mib, "rate": mib, "session": 2 * mib, "run": 3 * mib})
+    quota = WriteQuota(clock, {"burst": mib, "rate": mib, "session": 2 * mib, "run": 3 * mib})
     written = 0
 
     def write(session: SessionName) -> None:

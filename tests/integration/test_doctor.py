@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 
 from orchestrator.testing.fingerprint import Fingerprint
-from tests.conftest import Ended, Repository
-from tests.fake_path import StandIns, install_plugin, install_stand_ins
+from tests.conftest import CommandResult, Repository
+from tests.fake_path import FakePrograms, install_fake_programs, install_plugin
 from tests.sandboxes import default_sandbox, needs_sandbox
 
 TASKS = [{"id": "a", "prompt": "write a.txt a"}]
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path, repository: Repository) -> StandIns:
-    return install_stand_ins(tmp_path, repository)
+def stand_ins(tmp_path: Path, repository: Repository) -> FakePrograms:
+    return install_fake_programs(tmp_path, repository)
 
 
-def findings(ended: Ended) -> dict[str, list[tuple[str, str, str | None]]]:
+def findings(ended: CommandResult) -> dict[str, list[tuple[str, str, str | None]]]:
     """Return level, what was found and remedy of each finding by name; the exit code agrees with them."""
     found: dict[str, list[tuple[str, str, str | None]]] = {}
     for one in ended.result["findings"]:
@@ -61,7 +61,7 @@ def test_a_machine_where_all_is_well(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_it_reads_as_text(repository: Repository, stand_ins: StandIns) -> None:
+def test_it_reads_as_text(repository: Repository, stand_ins: FakePrograms) -> None:
     """A line for each finding, its remedy below, and how many there are."""
     stand_ins.add("alpha", "echo alpha 2.1")
     ended = repository.council("doctor")
@@ -87,7 +87,7 @@ def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_without_git(repository: Repository, stand_ins: StandIns) -> None:
+def test_without_git(repository: Repository, stand_ins: FakePrograms) -> None:
     """It is said to be missing, and what can be looked at without it is."""
     stand_ins.remove("git")
     found = doctor(repository)
@@ -100,7 +100,7 @@ def test_without_git(repository: Repository, stand_ins: StandIns) -> None:
     assert repository.council("init").code == 2
 
 
-def test_with_an_old_git(repository: Repository, stand_ins: StandIns) -> None:
+def test_with_an_old_git(repository: Repository, stand_ins: FakePrograms) -> None:
     """It is named with its version, and not used."""
     stand_ins.remove("git")
     stand_ins.add("git", "echo git version 2.30.2")
@@ -263,13 +263,13 @@ def test_a_low_limit_of_open_files(repository: Repository) -> None:
         check=False,
         preexec_fn=lower,
     )
-    found = findings(Ended(done.returncode, done.stdout, done.stderr))
+    found = findings(CommandResult(done.returncode, done.stdout, done.stderr))
     assert level(found, "open files") == "warning"
     assert found["open files"][0][2] == "raise it with `ulimit -n`"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no sandbox elsewhere")
-def test_sandboxes(repository: Repository, stand_ins: StandIns) -> None:
+def test_sandboxes(repository: Repository, stand_ins: FakePrograms) -> None:
     """A bubblewrap that does not work is told with its own words and the remedy, and `off` is warned of."""
     (stand_ins.folder / "bwrap").unlink(missing_ok=True)
     stand_ins.add("bwrap", "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1")
@@ -284,7 +284,7 @@ def test_sandboxes(repository: Repository, stand_ins: StandIns) -> None:
     assert level(doctor(repository, str(off)), "sandbox") == "warning"
 
 
-def test_installed_adapters_without_a_file(repository: Repository, stand_ins: StandIns) -> None:
+def test_installed_adapters_without_a_file(repository: Repository, stand_ins: FakePrograms) -> None:
     """All that need no options are looked at; what is missing is no problem as long as another one is there."""
     (status, words, remedy) = doctor(repository)["adapters"][0]
     assert (status, "no CLI is on PATH that an adapter runs" in words) == ("problem", True)
@@ -298,7 +298,7 @@ def test_installed_adapters_without_a_file(repository: Repository, stand_ins: St
     assert "adapter needy" not in found
 
 
-def test_adapters_of_a_file(repository: Repository, stand_ins: StandIns) -> None:
+def test_adapters_of_a_file(repository: Repository, stand_ins: FakePrograms) -> None:
     """Those that tasks use must be there, of a known version, and logged in."""
     stand_ins.add("alpha", "echo alpha 2.1")
     stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) test "$BETA_LOGIN" = yes;; esac')
@@ -328,7 +328,7 @@ def test_plugins_that_are_left_out(repository: Repository, tmp_path: Path) -> No
     assert "left out: the plugin 'broken_one'" in repository.council("adapters").stdout
 
 
-def test_the_list_of_adapters(repository: Repository, stand_ins: StandIns) -> None:
+def test_the_list_of_adapters(repository: Repository, stand_ins: FakePrograms) -> None:
     """Types with what there is of their programs, and what they need that can't be looked at."""
     path = stand_ins.add("alpha", "echo alpha 2.1")
     ended = repository.council("adapters", "--json")
@@ -391,7 +391,9 @@ def test_a_file_with_mistakes_does_not_keep_types_from_being_listed(repository: 
     assert "has mistakes" in repository.council("adapters").stdout
 
 
-def test_what_programs_say_does_not_reach_the_terminal_as_it_is(repository: Repository, stand_ins: StandIns) -> None:
+def test_what_programs_say_does_not_reach_the_terminal_as_it_is(
+    repository: Repository, stand_ins: FakePrograms
+) -> None:
     """Neither escapes nor several lines."""
     stand_ins.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
     text = repository.council("doctor").stdout + repository.council("adapters").stdout
@@ -504,7 +506,9 @@ def test_a_run_whose_program_is_hidden_is_refused(repository: Repository) -> Non
 
 
 @needs_sandbox
-def test_a_prompt_whose_program_is_hidden_can_be_run_by_the_remedy(repository: Repository, stand_ins: StandIns) -> None:
+def test_a_prompt_whose_program_is_hidden_can_be_run_by_the_remedy(
+    repository: Repository, stand_ins: FakePrograms
+) -> None:
     """Without a file: it names the command that writes one, and doctor finds the same."""
     hidden = repository.top / "tools"
     hidden.mkdir()

@@ -11,10 +11,10 @@ import pytest
 from orchestrator import Changed, Council, Document, Key, RefusedError, RunStatus, VersionConflict
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.state.documents.update import update
+from orchestrator.state.documents.update import update_document
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, START, record_run, recorded, run_document
+from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
 NOTE, API = Key("memo", "x"), Key("task", f"{RUN}/api")
 
@@ -22,10 +22,10 @@ NOTE, API = Key("memo", "x"), Key("task", f"{RUN}/api")
 @pytest.fixture
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A repository in which a run is recorded that was interrupted, and one that is over."""
-    async with recorded(repository.top, monkeypatch) as store:
-        clock = ManualClock(START - 1000)
+    async with recorded_project(repository.top, monkeypatch) as store:
+        clock = ManualClock(RUN_STARTED - 1000)
         await record_run(store, clock, run_document(repository.top, "over", clock.now()))
-        await update(store, Key("run", "over"), lambda value: {**(value or {}), "ended": START})
+        await update_document(store, Key("run", "over"), lambda value: {**(value or {}), "ended": RUN_STARTED})
     hub = Hub(repository.top / "hub")
     for folder in (hub.trusted, hub.root / "locks"):
         folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ async def test_what_somebody_writes_everybody_reads(project: Repository) -> None
         assert made is not None
         assert (made.version, made.value, seen) == (2, {"n": 2}, [None, {"n": 1}])
         assert (await ours.update(NOTE, lambda _: None), await theirs.document(NOTE)) == (None, None)
-        assert [one.value for one in await ours.past.history(NOTE)] == [None, {"n": 2}, {"n": 1}]
+        assert [one.value for one in await ours.history.history(NOTE)] == [None, {"n": 2}, {"n": 1}]
 
 
 async def test_progress_of_a_task_is_merged_and_counted(project: Repository) -> None:
@@ -62,7 +62,7 @@ async def test_progress_of_a_task_is_merged_and_counted(project: Repository) -> 
     async with opened(project) as ours, opened(project) as theirs:
         before = await ours.document(API)
         assert before is not None
-        assert (await ours.past.metrics(RUN)).in_progress == 1
+        assert (await ours.history.metrics(RUN)).in_progress == 1
 
         async def note(council: Council, progress: JsonObject) -> None:
             await council.update(API, lambda value: {**(value or {}), **progress})
@@ -75,25 +75,25 @@ async def test_progress_of_a_task_is_merged_and_counted(project: Repository) -> 
         changed = {"status": "failed", "reason": "needs a key", "pull_request": 12}
         assert (after.version, after.value) == (before.version + 2, before.value | changed)
         assert before.value["attempts"]
-        figures = await ours.past.metrics(RUN)
+        figures = await ours.history.metrics(RUN)
         assert (figures.in_progress, figures.failed) == (0, 1)
 
 
 async def test_a_version_that_was_expected(project: Repository) -> None:
     """With the wrong one nothing is written, and it is told at once who was there, and when."""
-    async with opened(project, ManualClock(START + 500)) as council:
+    async with opened(project, ManualClock(RUN_STARTED + 500)) as council:
         made = await council.update(NOTE, lambda _: {"n": 1}, expected_version=0)
         assert made is not None
         with pytest.raises(VersionConflict) as caught:
             await council.update(NOTE, lambda _: {"n": 2}, expected_version=2)
         told = caught.value
-        assert (told.expected, told.found, told.by, told.time) == (2, 1, "ada@box:4711", START + 500)
+        assert (told.expected, told.found, told.by, told.time) == (2, 1, "ada@box:4711", RUN_STARTED + 500)
         assert await council.document(NOTE) == made
 
 
 async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
     """One has it; the next gets it when it is given back, or when its time is over."""
-    clock, lock = ManualClock(START + 500), Key("lock", "deploy")
+    clock, lock = ManualClock(RUN_STARTED + 500), Key("lock", "deploy")
     async with opened(project, clock) as ours, opened(project, clock) as theirs:
 
         async def take(council: Council, owner: str) -> Document | None:
@@ -101,7 +101,7 @@ async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
 
         held = await take(ours, "a")
         assert held is not None
-        assert held.expires == START + 505
+        assert held.expires == RUN_STARTED + 505
         clock.advance(4.9)
         with pytest.raises(VersionConflict, match="ada@box:4711"):
             await take(theirs, "b")

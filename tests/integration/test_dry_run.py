@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.core.run_source import read_config
+from orchestrator.cli.core.run_source import load_run_config
 from orchestrator.config.inline import InlineTasks
 from orchestrator.plugins import Plugins
 from orchestrator.testing.fingerprint import Fingerprint
@@ -268,12 +268,12 @@ async def test_without_a_file_the_repository_is_the_one_around(
     (repository.top / "sub").mkdir()
     monkeypatch.chdir(repository.top / "sub")
     repository.git("checkout", "--quiet", "-b", "work")
-    _, config = await read_config(None, InlineTasks(("Do it.",), adapter="free"))
+    _, config = await load_run_config(None, InlineTasks(("Do it.",), adapter="free"))
     assert (config.repo, config.base, config.target) == (str(repository.top), "work", None)
-    _, config = await read_config(None, InlineTasks(("Do it.",), adapter="free", base="main"))
+    _, config = await load_run_config(None, InlineTasks(("Do it.",), adapter="free", base="main"))
     assert config.base == "main"
     repository.git("checkout", "--quiet", "--detach")
-    _, config = await read_config(None, InlineTasks(("Do it.",), adapter="free"))
+    _, config = await load_run_config(None, InlineTasks(("Do it.",), adapter="free"))
     assert config.base == "main"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator import Council
 from orchestrator.api.health import Health
-from orchestrator.api.runs import Runs
+from orchestrator.api.runs import ProjectRuns
 from orchestrator.cli.commands.state.state import state
 from orchestrator.protocols import Commit, Event
 from tests.conftest import Repository
@@ -62,15 +62,15 @@ async def test_each_look_from_python_at_an_empty_store_ends(repository: Reposito
             council.conflicts,
             council.locks,
             council.places,
-            lambda: council.past.at(0),
-            lambda: council.past.position_at(0.0),
-            lambda: council.past.newest_commits(10, until=1),
+            lambda: council.history.at(0),
+            lambda: council.history.position_at(0.0),
+            lambda: council.history.newest_commits(10, until=1),
             council.health,  # the last: it makes a commit
         ]
         with anyio.fail_after(10):
             for look in looks:
                 await look()
-            assert [one async for one in council.past.commits(until=9)] != []
+            assert [one async for one in council.history.commits(until=9)] != []
 
 
 async def test_health_while_others_write(repository: Repository) -> None:
@@ -80,7 +80,7 @@ async def test_health_while_others_write(repository: Repository) -> None:
         Council.open(repository.top, environ=repository.environ) as other,
         anyio.create_task_group() as group,
     ):
-        runs: Runs = council._runs
+        runs: ProjectRuns = council._runs
 
         async def write() -> None:
             while True:

@@ -12,8 +12,8 @@ import anyio
 import pytest
 
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import LocalRepository, inspect
-from orchestrator.repo.source.snapshot import Seal, changes, live_git, take
+from orchestrator.repo.source.checkout import LocalRepository, find_repository
+from orchestrator.repo.source.snapshot import RepositorySnapshot, describe_changes, is_user_git_running, take_snapshot
 from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import Repository
 from tests.sandboxes import needs_sandbox
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.sandbox
 @pytest.fixture
 def git(environ: dict[str, str]) -> Git:
     """Git at the user's side."""
-    return Git(None, users=True, environ=environ)
+    return Git(None, as_user=True, environ=environ)
 
 
-async def sealed(repository: Repository, git: Git, previous: Seal | None = None) -> Seal:
+async def sealed(repository: Repository, git: Git, previous: RepositorySnapshot | None = None) -> RepositorySnapshot:
     """Take a seal of what the fixture made."""
-    return await take(await inspect(repository.top, git), git, previous)
+    return await take_snapshot(await find_repository(repository.top, git), git, previous)
 
 
 def write(path: str, content: str, mode: int = 0o644) -> Callable[[Repository], object]:
@@ -90,7 +90,7 @@ async def test_what_is_seen(
     before = await sealed(repository, git)
     act(repository)
     fingerprint = Fingerprint.of(repository.top)
-    found = changes(before, await sealed(repository, git, before), ours={})
+    found = describe_changes(before, await sealed(repository, git, before), ours={})
     assert Fingerprint.of(repository.top) == fingerprint
     if sentence is None:
         assert found == []
@@ -104,13 +104,13 @@ async def test_a_landing_is_ours(repository: Repository, git: Git) -> None:
     before = await sealed(repository, git)
     commit = repository.commit({"f": "1"})
     after = await sealed(repository, git, before)
-    assert changes(before, after, ours={"refs/heads/main": commit}) == []
+    assert describe_changes(before, after, ours={"refs/heads/main": commit}) == []
     old = before.refs.content["refs/heads/main"]
-    assert changes(before, after, ours={"refs/heads/other": commit}) == [
+    assert describe_changes(before, after, ours={"refs/heads/other": commit}) == [
         ".git/index has other staged entries",
         f"refs/heads/main moved from {old[:10]} to {commit[:10]}",
     ]
-    assert changes(before, after, ours={"refs/heads/main": old}) == [
+    assert describe_changes(before, after, ours={"refs/heads/main": old}) == [
         f"refs/heads/main moved from {old[:10]} to {commit[:10]}"
     ]
 
@@ -131,26 +131,28 @@ async def test_what_looks_the_same_is_not_read_again(repository: Repository, git
     changed = await sealed(repository, git, again)
     assert changed.refs is not seal.refs
     assert changed.indexes["."] is seal.indexes["."]
-    assert [sentence.split(" at ")[0] for sentence in changes(seal, changed, ours={})] == ["refs/heads/x appeared"]
+    assert [sentence.split(" at ")[0] for sentence in describe_changes(seal, changed, ours={})] == [
+        "refs/heads/x appeared"
+    ]
 
 
 async def test_a_bare_repository_can_be_sealed(tmp_path: Path, repository: Repository, git: Git) -> None:
     """It has refs and configuration, no staged entries."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
-    bare = await inspect(tmp_path / "bare.git", git)
-    before = await take(bare, git)
+    bare = await find_repository(tmp_path / "bare.git", git)
+    before = await take_snapshot(bare, git)
     subprocess.run(["git", "branch", "x", "main"], cwd=bare.git_dir, check=True, env=repository.environ)
-    found = changes(before, await take(bare, git, before), ours={})
+    found = describe_changes(before, await take_snapshot(bare, git, before), ours={})
     assert [sentence.split(" at ")[0] for sentence in found] == ["refs/heads/x appeared"]
 
 
 async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, git: Git) -> None:
     """A command that hangs below us is ours; one whose parents ended is not."""
-    local: LocalRepository = await inspect(repository.top, git)
-    assert not await live_git(local)
+    local: LocalRepository = await find_repository(repository.top, git)
+    assert not await is_user_git_running(local)
     waits = ["git", "cat-file", "--batch"]
     with subprocess.Popen(waits, cwd=repository.top, stdin=subprocess.PIPE, env=repository.environ) as own:
-        assert not await live_git(local)
+        assert not await is_user_git_running(local)
         own.communicate(b"")
     # The shell ends at once, so that init (or a subreaper above us) is the parent.
     reader, writer = os.pipe()
@@ -162,7 +164,7 @@ async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, 
     os.close(reader)
     try:
         with anyio.fail_after(30):
-            while not await live_git(local):
+            while not await is_user_git_running(local):
                 await anyio.sleep(0.02)
     finally:
         os.close(writer)
@@ -221,5 +223,5 @@ async def test_what_is_odd_beside_what_is_watched_is_no_error(repository: Reposi
     (repository.top / ".git" / "worktrees" / ".DS_Store").write_text("x")
     before = await sealed(repository, git)
     repository.git("branch", "three\u0085four")
-    found = changes(before, await sealed(repository, git, before), ours={})
+    found = describe_changes(before, await sealed(repository, git, before), ours={})
     assert [one.partition(" at ")[0] for one in found] == ["refs/heads/three\u0085four appeared"]

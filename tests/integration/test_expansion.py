@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.integration.test_working_together import QUICK, ended, happened, states
 from tests.waiting import wait_for
 
@@ -48,7 +48,7 @@ def landings(repository: Repository) -> list[str]:
     return [line.rpartition("/")[2] for line in lines if line]
 
 
-def reason_of(run: Ended, task: str) -> str:
+def reason_of(run: CommandResult, task: str) -> str:
     """Return why a task is where it is."""
     return next(str(one["reason"]) for one in run.result["tasks"] if one["id"] == task)
 

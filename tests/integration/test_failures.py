@@ -13,7 +13,7 @@ from orchestrator.api.council import Council
 from orchestrator.cli.render.output import event_text
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.protocols import Event
-from orchestrator.system.instants import local_time
+from orchestrator.system.instants import format_local_time
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event
@@ -29,7 +29,7 @@ FAILURES = {
 
 def fake(repository: Repository, **more: Any) -> dict[str, Any]:
     """Return the entry of an adapter whose words are classified."""
-    return repository.fake(**{"failures": FAILURES, **more})
+    return repository.fake_adapter(**{"failures": FAILURES, **more})
 
 
 async def test_a_class_decides_whether_another_attempt_follows(repository: Repository) -> None:
@@ -351,7 +351,9 @@ async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repos
                 await until_event(council, "run.waiting", count)
                 instants.append(clock.now() + seconds)
                 reasons = {task.id: task.reason for task in (await council.status(run)).tasks}
-                waits = f"waits for the adapter 'limited' until {local_time(instants[-1])}; 'locked' is stopped: "
+                waits = (
+                    f"waits for the adapter 'limited' until {format_local_time(instants[-1])}; 'locked' is stopped: "
+                )
                 assert str(reasons["t"]).startswith(waits)
                 assert (reasons["after2"], reasons["other"]) == (None, None)
                 await council.cancel(f"after{count}", run=run)  # it looks again at what is to do
@@ -360,7 +362,9 @@ async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repos
         waited = await events_of(council, run, "run.waiting")
     assert [event.data["until"] for event in waited] == instants
     assert {tuple(event.data["adapters"]) for event in waited} == {("limited",)}
-    assert event_text(waited[0]) == (f"nothing is left to do before {local_time(instants[0])} but to wait for limited")
+    assert event_text(waited[0]) == (
+        f"nothing is left to do before {format_local_time(instants[0])} but to wait for limited"
+    )
     await repository.assert_invariants()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import Repository
-from tests.faults import PYTHON, SHELL
+from tests.faults import PYTHON_ADAPTER, SHELL_ADAPTER
 
 BASE = {"content/f": "1\n2\n3\n", "gone/f": "a\nb\nc\n", "names/f": "x\ny\nz\n", "kinds/keep": "k\n",
         "binary/f": "\0\1base", "link/keep": "k\n"}  # fmt: skip
@@ -38,7 +38,7 @@ async def test_conflicts_of_all_kinds(repository: Repository) -> None:
     repository.git("checkout", "--quiet", "main")
     repository.remember()
     tasks = [{"id": kind, "prompt": theirs} for kind, (_, theirs, _) in KINDS.items()]
-    config = repository.configure(tasks, adapters={"sh": SHELL}, target="out", capacity=6)
+    config = repository.configure(tasks, adapters={"sh": SHELL_ADAPTER}, target="out", capacity=6)
     ended = repository.council("run", str(config), "--json")
     assert (ended.code, ended.states) == (1, dict.fromkeys(KINDS, "conflict")), ended
     assert repository.git("rev-parse", "out") == out
@@ -61,7 +61,7 @@ async def test_a_rename_in_case_only_lands_and_its_checks_see_it(repository: Rep
         "allow_failing_base": True,
         "checks": ["test -e readme.md && test ! -e README.md && test -e Src/app.py && test ! -e src"],
     }
-    config = repository.configure([{"id": "case", "prompt": script, **settings}], adapters={"sh": SHELL})
+    config = repository.configure([{"id": "case", "prompt": script, **settings}], adapters={"sh": SHELL_ADAPTER})
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"case": "landed"}, ended
     assert sorted(path.name for path in repository.top.iterdir()) == [".council", ".git", "Src", "readme.md"]
@@ -103,7 +103,7 @@ async def test_hostile_file_names_through_run_conflict_diff_and_salvage(reposito
         {"id": "fails", "prompt": WRITE.format(names=[b"f" + name for name in NAMES], content=b"f",
                                                rest="raise SystemExit(1)"), "attempts": 1},
     ]  # fmt: skip
-    ended = repository.council("run", str(repository.configure(tasks, adapters={"py": PYTHON})), "--json")
+    ended = repository.council("run", str(repository.configure(tasks, adapters={"py": PYTHON_ADAPTER})), "--json")
     both = {ended.states["lands"], ended.states["meets"]}
     assert (both, ended.states["fails"]) == ({"landed", "conflict"}, "failed"), ended
     landed = next(task for task in ended.result["tasks"] if task["state"] == "landed")["id"]

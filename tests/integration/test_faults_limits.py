@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
-from tests.faults import PYTHON, SHELL, processes_with
+from tests.conftest import CommandResult, Repository
+from tests.faults import PYTHON_ADAPTER, SHELL_ADAPTER, processes_with
 from tests.waiting import wait_for
 
 MIB = 1 << 20
@@ -52,7 +52,7 @@ async def test_a_flood_of_output_takes_bounded_memory_and_files(
     tasks.append(
         {"id": "checked", "prompt": "open('c', 'w').write('c')", "checks": [f"yes 12345678 | head -c {blocks}000000"]}
     )
-    config = repository.configure(tasks, adapters={"py": PYTHON})
+    config = repository.configure(tasks, adapters={"py": PYTHON_ADAPTER})
     child = repository.start("run", str(config), "--json")
     peak = 0
     while child.poll() is None:
@@ -62,7 +62,7 @@ async def test_a_flood_of_output_takes_bounded_memory_and_files(
         except subprocess.TimeoutExpired:
             continue
     stdout, stderr = child.communicate()
-    ended = Ended(child.returncode, stdout, stderr)
+    ended = CommandResult(child.returncode, stdout, stderr)
     assert ended.states == dict.fromkeys(("a", "b", "checked"), "landed"), [
         task["reason"] for task in ended.result["tasks"]
     ]
@@ -88,7 +88,7 @@ async def test_a_program_that_asks_fails_at_once(repository: Repository) -> None
         {"id": "git", "prompt": "git fetch https://user@localhost:1/x.git"},
     ]
     limits = {"attempts": 1, "timeout": "60s"}
-    config = repository.configure([{**task, **limits} for task in tasks], adapters={"sh": SHELL})
+    config = repository.configure([{**task, **limits} for task in tasks], adapters={"sh": SHELL_ADAPTER})
     ended = repository.council("run", str(config), "--json", timeout=50)
     assert set(ended.states.values()) == {"failed"}, ended
     assert all("exit code" in task["reason"] for task in ended.result["tasks"]), ended
@@ -112,7 +112,7 @@ async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Si
     wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/place/tree/half.txt")))
     child.send_signal(number)
     stdout, stderr = child.communicate(timeout=30)
-    ended = Ended(child.returncode, stdout, stderr)
+    ended = CommandResult(child.returncode, stdout, stderr)
     assert (ended.code, ended.result["exit"], ended.result["status"]) == (130, 130, "interrupted"), ended
     assert nothing_lives(repository), processes_with(bytes(repository.top.parent))
     assert repository.council("salvage", "list").stdout.count("one/1") == 1
@@ -175,13 +175,13 @@ async def test_capacity_of_a_thousand_under_a_low_limit_of_descriptors(repositor
     tasks = [{"id": f"t{number}", "prompt": f"write {number}.txt x"} for number in range(5)]
     config = repository.configure(tasks, capacity=1000)
 
-    def limited(most: int) -> Ended:
+    def limited(most: int) -> CommandResult:
         done = subprocess.run(
             [sys.executable, "-m", "orchestrator.cli.main", "run", str(config), "--json"],
             cwd=repository.top, env=repository.environ, capture_output=True, text=True, check=False,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
         )  # fmt: skip
-        return Ended(done.returncode, done.stdout, done.stderr)
+        return CommandResult(done.returncode, done.stdout, done.stderr)
 
     ended = limited(64)
     assert (ended.code, set(ended.states.values())) == (0, {"landed"}), ended

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.system.process_table import process_stat
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 ONE = [{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}]
@@ -114,7 +114,7 @@ async def test_a_target_that_is_deleted_during_a_run_is_not_created_again(
     if "stop" in failpoint:
         child.send_signal(signal.SIGCONT)
         stdout, stderr = child.communicate(timeout=60)
-        ended = Ended(child.returncode, stdout, stderr)
+        ended = CommandResult(child.returncode, stdout, stderr)
         last = "two" if "@2" in failpoint else "one"
         assert ended.states[last] == "queued", ended
         (reason,) = (one["reason"] for one in ended.result["tasks"] if one["id"] == last)

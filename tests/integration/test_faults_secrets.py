@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Repository
-from tests.faults import PYTHON, drop_kept_worktrees, files_with, objects
+from tests.faults import PYTHON_ADAPTER, drop_kept_worktrees, files_with, read_objects
 from tests.sandboxes import needs_sandbox
 
 CANARY = "cnry-5Tq81zXw0Vd"
@@ -25,7 +25,7 @@ def assert_nowhere(repository: Repository, needle: str, *places: Path) -> None:
     for folder in places or (home, repository.top):
         assert files_with(folder, needle.encode()) == []
     for objects_of in (repository.top / ".git", *home.glob("*/hub.git"), *home.glob("*/trusted.git")):
-        assert needle.encode() not in objects(objects_of), objects_of
+        assert needle.encode() not in read_objects(objects_of), objects_of
 
 
 SCRIPT = """
@@ -60,7 +60,7 @@ WAYS = {
 async def test_a_variable_that_is_a_secret_leaves_no_trace(repository: Repository, tmp_path: Path) -> None:
     """Printed, thrown, written, committed, taken back, stashed, as a name or a message: it is in nothing of ours."""
     repository.environ["SERVICE_API_KEY"] = CANARY
-    python = {**PYTHON, "env": ["SERVICE_API_KEY"]}
+    python = {**PYTHON_ADAPTER, "env": ["SERVICE_API_KEY"]}
     tasks = [{"id": way, "prompt": SCRIPT.format(code), "attempts": 1} for way, code in WAYS.items()]
     config = repository.configure(tasks, adapters={"py": python}, capacity=6)
     run = repository.council("run", str(config), "--json")
@@ -130,7 +130,7 @@ async def test_what_should_not_be_committed_is_no_object_of_ours(repository: Rep
         {"id": name.replace(" ", "-").strip("."), "prompt": start + code + end, "max_file": "300KB"}
         for name, (code, _) in LEFT.items()
     ]
-    config = repository.configure(tasks, adapters={"py": PYTHON}, capacity=5)
+    config = repository.configure(tasks, adapters={"py": PYTHON_ADAPTER}, capacity=5)
     ended = repository.council("run", str(config), "--json")
     in_files = {"env", "id_rsa", "key-in-a-file", "huge"}
     assert {task for task, state in ended.states.items() if state == "failed"} == in_files, ended
@@ -139,7 +139,7 @@ async def test_what_should_not_be_committed_is_no_object_of_ours(repository: Rep
     hubs = [*Path(repository.environ["COUNCIL_HOME"]).glob("*/hub.git")]
     assert len(hubs) == 1
     for place in (repository.top / ".git", *hubs):
-        everything = objects(place)
+        everything = read_objects(place)
         for name, (_, canary) in LEFT.items():
             assert canary not in everything, (name, place)
     drop_kept_worktrees(repository)
@@ -177,7 +177,7 @@ raise SystemExit({code})
         {"id": "other", "prompt": "raise SystemExit(1)", "attempts": 1},
         {"id": "needs", "prompt": "open('n', 'w')", "needs": ["other"]},
     ]
-    ended = repository.council("run", str(repository.configure(tasks, adapters={"py": PYTHON})), "--json")
+    ended = repository.council("run", str(repository.configure(tasks, adapters={"py": PYTHON_ADAPTER})), "--json")
     expected = {"lands": "landed", "fails": "failed", "bounces": "failed", "other": "failed", "needs": "blocked"}
     assert ended.states == expected, ended
     assert ended.states == repository.council("resume", "--json").states
@@ -213,7 +213,7 @@ async def test_links_out_of_the_worktree_are_links(repository: Repository, tmp_p
     (out / "heads").mkdir()
     before = sorted(out.rglob("*"))
     tasks = [{"id": name, "prompt": OUT.format(out=str(out), rest=rest)} for name, rest in LINKS.items()]
-    config = repository.configure(tasks, adapters={"py": PYTHON}, sandbox=sandbox, target="out")
+    config = repository.configure(tasks, adapters={"py": PYTHON_ADAPTER}, sandbox=sandbox, target="out")
     ended = repository.council("run", str(config), "--json")
     assert ended.states == dict.fromkeys(LINKS, "landed"), ended
     listed = repository.git("ls-tree", "-r", "out").splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import Repository
-from tests.faults import SHELL
+from tests.faults import SHELL_ADAPTER
 from tests.sandboxes import needs_sandbox
 
 pytestmark = pytest.mark.sandbox
@@ -31,7 +31,7 @@ KINDS = {
 async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Repository, sandbox: str) -> None:
     """Only the files of its own checkout land, once each, on the target; no branch or setting of anyone's moves."""
     tasks = [{"id": name, "prompt": script} for name, (script, _) in KINDS.items()]
-    config = repository.configure(tasks, adapters={"sh": SHELL}, sandbox=sandbox, capacity=6)
+    config = repository.configure(tasks, adapters={"sh": SHELL_ADAPTER}, sandbox=sandbox, capacity=6)
     ended = repository.council("run", str(config), "--json")
     assert ended.states == dict.fromkeys(KINDS, "landed"), [task["reason"] for task in ended.result["tasks"]]
     for name, (_, content) in KINDS.items():
@@ -60,7 +60,7 @@ true
     task = {"id": "reaches", "prompt": script}
     if sandbox == "off":
         task["prompt"] = "\n".join(script.splitlines()[:5])  # the rest would do harm
-    config = repository.configure([task], adapters={"sh": SHELL}, sandbox=sandbox)
+    config = repository.configure([task], adapters={"sh": SHELL_ADAPTER}, sandbox=sandbox)
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"reaches": "landed"}, ended
     changed = [line for line in ended.lines if line.get("event") == "repository.changed"]

@@ -16,10 +16,10 @@ import anyio
 import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.errors import FileHeld, LockRefused, RefusedError
-from orchestrator.locking.files import FileLocks, records
+from orchestrator.errors import FileLocked, LockUnavailable, RefusedError
+from orchestrator.locking.files import FileLocks, list_file_locks
 from orchestrator.system.clock import SystemClock
-from tests.programs import python
+from tests.programs import run_python
 
 ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
 
@@ -111,7 +111,7 @@ def let_go(child: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def held_elsewhere(folder: Path, task: str, path: str, mode: str = "exclusive") -> Iterator[subprocess.Popen[str]]:
-    with python(HOLDER, folder, task, path, mode) as child:
+    with run_python(HOLDER, folder, task, path, mode) as child:
         assert line(child) == "held"
         yield child
 
@@ -130,7 +130,7 @@ def locked_files(folder: Path) -> list[str]:
 
 async def until_waiting(folder: Path, owner: SessionName) -> None:
     with anyio.fail_after(20):
-        while not any(one.owner == str(owner) and one.state == "waiting" for one in records(folder)):
+        while not any(one.owner == str(owner) and one.state == "waiting" for one in list_file_locks(folder)):
             await anyio.sleep(0.002)
 
 
@@ -156,7 +156,7 @@ async def test_a_file_of_another_process_is_refused_with_its_holder(folder: Path
     """The refusal says which session of which process has it since when; other files are free."""
     with held_elsewhere(folder, "ada", "src/a.py") as child:
         began = time.monotonic()
-        with pytest.raises(FileHeld) as caught:
+        with pytest.raises(FileLocked) as caught:
             await locks_of(folder).acquire(BOB, ["src/a.py"], timeout=0.05)
         assert time.monotonic() - began < 4
         assert caught.value.holder == f"r/ada.1 (process {child.pid})"
@@ -173,19 +173,19 @@ async def test_it_is_waited_for_until_it_is_free(folder: Path) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: locks.acquire(BOB, ["a"], timeout=60))
             await until_waiting(folder, BOB)
-            seen = [(one.owner, one.path, one.mode, one.state) for one in records(folder)]
+            seen = [(one.owner, one.path, one.mode, one.state) for one in list_file_locks(folder)]
             assert seen == [("r/ada.1", "a", "exclusive", "held"), ("r/bob.1", "a", "exclusive", "waiting")]
             let_go(child)
-    assert [(one.owner, one.state) for one in records(folder)] == [("r/bob.1", "held")]
+    assert [(one.owner, one.state) for one in list_file_locks(folder)] == [("r/bob.1", "held")]
     assert await locks.release_all(BOB) == 1
-    assert records(folder) == []
+    assert list_file_locks(folder) == []
 
 
 async def test_several_are_taken_all_or_none(folder: Path) -> None:
     """Where one of three is not free, the others are free again."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "b"):
-        with pytest.raises(FileHeld, match=r"^b is locked by r/ada\.1"):
+        with pytest.raises(FileLocked, match=r"^b is locked by r/ada\.1"):
             await locks.acquire(BOB, ["c", "b", "a"], timeout=0)
         assert locks.held() == []
         taken = await locks.acquire(EVE, ["c", "a", "./a"], timeout=0)
@@ -213,7 +213,7 @@ async def test_sessions_of_one_process_exclude_each_other(folder: Path) -> None:
     """It is the session that holds a file, not the process."""
     locks = locks_of(folder)
     await locks.acquire(ADA, ["a"])
-    with pytest.raises(FileHeld, match=r"locked by r/ada\.1"):
+    with pytest.raises(FileLocked, match=r"locked by r/ada\.1"):
         await locks.acquire(BOB, ["a"], timeout=0.02)
     await locks.release_all(ADA)
     await locks.acquire(BOB, ["a"])
@@ -225,22 +225,22 @@ async def test_shared_locks_go_together_and_keep_out_who_wants_it_alone(folder: 
     with held_elsewhere(folder, "ada", "a", "shared") as child:
         await locks.acquire(BOB, ["a"], shared=True, timeout=0)
         await locks.acquire(EVE, ["a"], shared=True, timeout=0)
-        seen = [(one.owner, one.mode, one.state) for one in records(folder)]
+        seen = [(one.owner, one.mode, one.state) for one in list_file_locks(folder)]
         assert sorted(seen) == [(f"r/{task}.1", "shared", "held") for task in ("ada", "bob", "eve")]
         writer = SessionName("r", "writer", 1)
-        with pytest.raises(FileHeld, match="is locked by r/"):
+        with pytest.raises(FileLocked, match="is locked by r/"):
             await locks.acquire(writer, ["a"], timeout=0.02)
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: locks.acquire(writer, ["a"], timeout=60))
             await until_in_the_gate(folder)
             late = SessionName("r", "late", 1)
-            with pytest.raises(FileHeld):  # who comes behind a writer does not overtake it
+            with pytest.raises(FileLocked):  # who comes behind a writer does not overtake it
                 await locks.acquire(late, ["a"], shared=True, timeout=0.02)
             let_go(child)
             await locks.release_all(BOB)
             await locks.release_all(EVE)
         child.wait(20)  # the marks of another process go after its lock
-        assert [one.owner for one in records(folder)] == ["r/writer.1"]
+        assert [one.owner for one in list_file_locks(folder)] == ["r/writer.1"]
 
 
 @pytest.mark.extended_but_first
@@ -257,7 +257,7 @@ async def test_a_cancelled_wait_leaves_nothing_locked(
             for _ in range(turns):
                 await anyio.sleep(0.0005)
             group.cancel_scope.cancel()
-        assert [one.owner for one in records(folder)] == ["r/ada.1"]
+        assert [one.owner for one in list_file_locks(folder)] == ["r/ada.1"]
         let_go(child)
         child.wait(20)
     await locks.acquire(EVE, ["a", "b"], timeout=20)
@@ -274,27 +274,27 @@ async def test_who_gave_up_waiting_to_share_leaves_room_for_who_wants_it_alone(
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "a") as child:
         for shared in (True, False, True):
-            with pytest.raises(FileHeld):
+            with pytest.raises(FileLocked):
                 await locks.acquire(BOB, ["a"], shared=shared, timeout=0.05)
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: locks.acquire(EVE, ["a"], timeout=60))
             await until_waiting(folder, EVE)
             let_go(child)
-    with pytest.raises(FileHeld, match=r"r/eve\.1"):
+    with pytest.raises(FileLocked, match=r"r/eve\.1"):
         await locks.acquire(BOB, ["a"], shared=True, timeout=0)
     await until_no_thread(known)
 
 
 async def test_free_when_the_owner_is_killed_though_its_child_lives_on(folder: Path) -> None:
     """`kill -9` frees what it had locked at once: no child of its own inherits a lock, even one that inherits all."""
-    with python(WITH_A_CHILD, folder, "ada", "a", "exclusive") as owner:
+    with run_python(WITH_A_CHILD, folder, "ada", "a", "exclusive") as owner:
         child = int(line(owner))
         try:
-            assert [one.owner for one in records(folder)] == ["r/ada.1"]
+            assert [one.owner for one in list_file_locks(folder)] == ["r/ada.1"]
             owner.kill()
             owner.wait(20)
             os.kill(child, 0)
-            assert records(folder) == []
+            assert list_file_locks(folder) == []
             await locks_of(folder).acquire(BOB, ["a"], timeout=0)
         finally:
             os.kill(child, signal.SIGKILL)
@@ -302,20 +302,20 @@ async def test_free_when_the_owner_is_killed_though_its_child_lives_on(folder: P
 
 async def test_what_a_killed_process_shared_or_waited_for_is_not_shown(folder: Path) -> None:
     """Its marks are removed by whoever looks."""
-    with held_elsewhere(folder, "ada", "a"), python(HOLDER, folder, "bob", "a", "exclusive") as waiter:
+    with held_elsewhere(folder, "ada", "a"), run_python(HOLDER, folder, "bob", "a", "exclusive") as waiter:
         await until_waiting(folder, BOB)
         with held_elsewhere(folder, "eve", "b", "shared") as sharer:
-            assert {one.owner for one in records(folder)} == {"r/ada.1", "r/bob.1", "r/eve.1"}
+            assert {one.owner for one in list_file_locks(folder)} == {"r/ada.1", "r/bob.1", "r/eve.1"}
             for child in (waiter, sharer):
                 child.kill()
                 child.wait(20)
-        assert [one.owner for one in records(folder)] == ["r/ada.1"]
+        assert [one.owner for one in list_file_locks(folder)] == ["r/ada.1"]
         assert {path.suffix for path in folder.iterdir()} == {".lock", ".gate"}
 
 
 def passed_by(folder: Path, modes: list[str], rounds: int) -> list[float]:
     """How often others got the file, as a rule, while each of so many processes waited for it."""
-    stack = [python(AGAIN_AND_AGAIN, folder, number, mode, rounds) for number, mode in enumerate(modes)]
+    stack = [run_python(AGAIN_AND_AGAIN, folder, number, mode, rounds) for number, mode in enumerate(modes)]
     children = [one.__enter__() for one in stack]
     try:
         assert {line(child) for child in children} == {"ready"}
@@ -345,8 +345,8 @@ async def test_opposite_orders_never_block_each_other(folder: Path, rounds: int)
     count = folder.with_name("count")
     count.write_text("0")
     with (
-        python(ROUNDS, folder, "ada", rounds, *paths) as one,
-        python(ROUNDS, folder, "bob", rounds, *reversed(paths)) as other,
+        run_python(ROUNDS, folder, "ada", rounds, *paths) as one,
+        run_python(ROUNDS, folder, "bob", rounds, *reversed(paths)) as other,
     ):
         assert [one.wait(100), other.wait(100)] == [0, 0]
     assert int(count.read_text()) == 2 * rounds
@@ -367,7 +367,7 @@ THEN_ANOTHER = HOLDER.replace(
 async def test_a_circle_of_two_processes_is_broken_at_once(folder: Path) -> None:
     """The session that began to wait last is refused with the circle, and has what it had; the other goes on."""
     ours = FileLocks(folder, SystemClock())
-    with python(THEN_ANOTHER, folder, "ada", "a", "exclusive") as theirs:
+    with run_python(THEN_ANOTHER, folder, "ada", "a", "exclusive") as theirs:
         assert theirs.stdout is not None
         assert theirs.stdin is not None
         assert theirs.stdout.readline() == "held\n"
@@ -377,7 +377,7 @@ async def test_a_circle_of_two_processes_is_broken_at_once(folder: Path) -> None
         with anyio.fail_after(20):
             while "r/ada.1" not in await ours.waits():
                 await anyio.sleep(0.01)
-            with pytest.raises(LockRefused, match=r"would never end: r/bob.1 waits for a, r/ada.1 waits"):
+            with pytest.raises(LockUnavailable, match=r"would never end: r/bob.1 waits for a, r/ada.1 waits"):
                 await ours.acquire(BOB, ["a"], timeout=60)
         assert [one.path for one in ours.held(BOB)] == ["b"]
         await ours.release_all(BOB)
@@ -395,7 +395,7 @@ async def test_a_circle_of_three_with_a_shared_lock_is_broken_by_one(folder: Pat
     async def take(session: SessionName, path: str) -> None:
         try:
             await locks.acquire(session, [path], timeout=60)
-        except LockRefused:
+        except LockUnavailable:
             refused.append(session)
         await locks.release_all(session)
 

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from orchestrator.errors import StoreUnavailable
-from orchestrator.protocols import Commit, Event, Record
+from orchestrator.protocols import Commit, CommitRecord, Event
 from orchestrator.state.stores import file
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -103,7 +103,7 @@ async def test_a_commit_cut_off_the_hard_way_is_whole_or_absent(tmp_path: Path) 
         assert (await store.position(), list(store.damage)) == (end, [])
 
 
-async def _until(store: FileStore, end: int) -> AsyncIterator[Record]:
+async def _until(store: FileStore, end: int) -> AsyncIterator[CommitRecord]:
     async for record in store.watch():
         yield record
         if record.position == end:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocols import HISTORY, Commit, Key, Write
+from orchestrator.protocols import VERSIONS_KEPT, Commit, Key, Write
 from orchestrator.state.log import snapshot
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -57,14 +57,14 @@ async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
         reached = (own.version, own.position) if own else (0, 0)
         assert position in {len(said), len(said) + 1}
         assert reached == ((position, position) if position else (0, 0))
-        assert [one.version for one in await store.history(OWN)] == list(range(position, 0, -1))[:HISTORY]
+        assert [one.version for one in await store.history(OWN)] == list(range(position, 0, -1))[:VERSIONS_KEPT]
         found = await store.verify()
         assert found.is_sound, found
         assert [damage.keys for damage in store.damage if damage.keys != ()] == []
     async with FileStore.open(tmp_path, SystemClock()) as again:  # and by whoever comes next
         assert (await again.position(), (await again.verify()).is_sound) == (position, True)
         await again.compact(-inf, 1 << 30)
-    assert not list(tmp_path.glob(f"{snapshot.NAME}*.new"))
+    assert not list(tmp_path.glob(f"{snapshot.SNAPSHOT_FILE}*.new"))
 
 
 @pytest.mark.extended_but_first

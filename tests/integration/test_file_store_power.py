@@ -10,10 +10,10 @@ import pytest
 
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.log import snapshot
-from orchestrator.state.log.segments import Mark
+from orchestrator.state.log.segments import HighWaterMark
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
-from tests.power import lose_power, start_anew
+from tests.power import lose_power, simulate_reboot
 
 BEAT, WORK = Key("beat", "b"), Key("work", "w")
 
@@ -60,7 +60,7 @@ async def test_what_was_never_durable_may_be_gone(tmp_path: Path) -> None:
             assert 2 <= beaten.version <= 10
             await work(store)
             await beat(store, 1)
-            assert not (await store.verify()).differs
+            assert not (await store.verify()).mismatched
         async with FileStore.open(place, ManualClock()) as store:
             assert (await store.verify()).is_sound
             found = await store.get(WORK)
@@ -79,7 +79,7 @@ async def test_what_was_durable_and_is_spoiled_is_told(tmp_path: Path, is_old: b
     log = newest(tmp_path)
     first, second, *rest = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([first, b"\0" * (len(second) - 1) + b"\n", *rest]))
-    start_anew(tmp_path, old if is_old else None)
+    simulate_reboot(tmp_path, old if is_old else None)
     async with FileStore.open(tmp_path, ManualClock()) as store:
         assert [one.keys for one in store.damage] == [None]
         found = await store.get(BEAT)
@@ -97,7 +97,7 @@ async def test_what_was_durable_and_is_gone_is_told(tmp_path: Path) -> None:
         await beat(store, 3)
     log = newest(tmp_path)
     log.write_bytes(log.read_bytes()[:size])
-    start_anew(tmp_path)
+    simulate_reboot(tmp_path)
     async with FileStore.open(tmp_path, ManualClock()) as store:
         (damage,) = store.damage
         assert damage.keys is None
@@ -127,11 +127,11 @@ async def test_an_old_mark_hides_nothing(tmp_path: Path) -> None:
             await beat(store, 1)
             await work(store)
     assert len(list(tmp_path.glob("*.jsonl"))) > 2
-    (tmp_path / snapshot.NAME).unlink(missing_ok=True)
-    start_anew(tmp_path, old)
+    (tmp_path / snapshot.SNAPSHOT_FILE).unlink(missing_ok=True)
+    simulate_reboot(tmp_path, old)
     async with FileStore.open(tmp_path, ManualClock()) as store:
         assert (await store.position(), store.damage) == (11, ())
-        mark = Mark.decode((tmp_path / "lock").read_bytes())
+        mark = HighWaterMark.decode((tmp_path / "lock").read_bytes())
         assert mark is not None
         assert (mark.position, mark.durable) == (11, 11)
 
@@ -139,10 +139,10 @@ async def test_an_old_mark_hides_nothing(tmp_path: Path) -> None:
 async def test_a_segment_is_durable_before_the_next_begins(tmp_path: Path) -> None:
     """A durable commit makes all before it durable, in the segments before it too."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
-        marks = list[Mark]()
+        marks = list[HighWaterMark]()
         for _ in range(12):
             await beat(store, 1)
-            mark = Mark.decode((tmp_path / "lock").read_bytes())
+            mark = HighWaterMark.decode((tmp_path / "lock").read_bytes())
             assert mark is not None
             marks.append(mark)
     assert len({mark.segment for mark in marks}) > 2

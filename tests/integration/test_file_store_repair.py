@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import HistoryGone
+from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state.documents.reading import between
+from orchestrator.state.documents.reading import read_range
 from orchestrator.state.log import snapshot
 from orchestrator.state.stores.file import SEGMENT_BYTES, FileStore
 from orchestrator.testing.clock import ManualClock
@@ -26,7 +26,7 @@ async def place(tmp_path: Path) -> Path:
             await store.commit(Commit([Write(WHOLE, number, {"n": number})], [Event("counted")]))
             if number == 4:
                 await store.commit(Commit([Write(HIT, 1, {"n": "second"}), Write(NEVER, 0, {"n": "only"})]))
-    (tmp_path / snapshot.NAME).unlink(missing_ok=True)
+    (tmp_path / snapshot.SNAPSHOT_FILE).unlink(missing_ok=True)
     assert len(log(tmp_path)) >= 3
     return tmp_path
 
@@ -60,7 +60,7 @@ async def test_damage_that_comes_while_a_store_is_open_is_found(place: Path) -> 
         verified = await store.verify()
         assert not verified.is_sound
         assert set(verified.damaged) == {HIT, NEVER}
-        assert not verified.differs
+        assert not verified.mismatched
         assert (await store.repair()).is_sound
         found = await store.get(HIT)
         assert found is not None
@@ -88,7 +88,7 @@ async def test_what_is_lost_is_settled_for(place: Path, damage: Callable[[Path],
         assert await store.get(NEVER) is None
         events = (await store.history(HIT))[0].events
         assert [event.data["key"] for event in events if event.type == "state.repaired"].count("task/hit") == 1
-        with pytest.raises(HistoryGone):
+        with pytest.raises(HistoryCompacted):
             await store.at(1)
     assert any(path.read_bytes() == spoiled for path in (place / "damaged").iterdir())
     async with FileStore.open(place, ManualClock()) as store:
@@ -158,7 +158,7 @@ async def test_versions_of_what_was_deleted_never_go_back(tmp_path: Path, *, is_
         found = await store.get(GONE)
         assert found is not None
         assert found.version > 3
-        told = [event.data["key"] async for record in between(store, 3, await store.position())
+        told = [event.data["key"] async for record in read_range(store, 3, await store.position())
                 for event in record.events if event.type == "state.repaired"]  # fmt: skip
         assert told == ["task/whole"]
 
@@ -189,14 +189,14 @@ async def test_a_copy_of_a_commit_right_behind_it_hits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, with_snapshot: bool
 ) -> None:
     """Of the newest as of any other, also where the log is read from a snapshot on."""
-    monkeypatch.setattr(snapshot, "WORTH_BYTES", 1 if with_snapshot else 1 << 20)
+    monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1 if with_snapshot else 1 << 20)
     segment = (await requested(tmp_path, segment_bytes=1))[number]
     segment.write_bytes(2 * segment.read_bytes())
     async with FileStore.open(tmp_path, ManualClock()) as store:
         (damage,) = store.damage
         assert damage.keys == ()
         found = await store.verify()
-        assert (found.is_sound, found.position, found.damaged, found.differs) == (False, 3, [], [])
+        assert (found.is_sound, found.position, found.damaged, found.mismatched) == (False, 3, [], [])
         whole = await store.get(WHOLE)
         assert whole is not None
         assert (whole.version, whole.damaged) == (2, False)

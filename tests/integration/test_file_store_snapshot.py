@@ -24,7 +24,7 @@ Found = tuple[Mapping[Key, Document], int, Sequence[Damage]]
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store of several segments that was closed with a snapshot of its first three commits, and went on."""
-    monkeypatch.setattr(snapshot, "WORTH_BYTES", 1)
+    monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1)
     return tmp_path / "state"
 
 
@@ -44,17 +44,17 @@ async def look(place: Path) -> Found:
 
 async def without_snapshot(place: Path) -> Found:
     """Return what an opener finds in the log alone."""
-    (place / snapshot.NAME).unlink()
+    (place / snapshot.SNAPSHOT_FILE).unlink()
     return await look(place)
 
 
 async def test_a_snapshot_gives_what_the_log_gives(place: Path) -> None:
     """All documents, versions and positions are those of the log, and what came after it is replayed."""
     await commit(place, HISTORY[:3])
-    image = (place / snapshot.NAME).read_bytes()
+    image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
     await commit(place, HISTORY[3:])
-    (place / snapshot.NAME).write_bytes(image)
-    assert snapshot.read(place) is not None
+    (place / snapshot.SNAPSHOT_FILE).write_bytes(image)
+    assert snapshot.read_snapshot(place) is not None
     quick = await look(place)
     assert quick == await without_snapshot(place)
     assert {key: one.value for key, one in quick[0].items()} == {KEPT: {"n": 4}, MOVED: {"n": 5}}
@@ -64,7 +64,7 @@ async def test_a_snapshot_gives_what_the_log_gives(place: Path) -> None:
 async def test_a_snapshot_remembers_the_versions_of_what_was_deleted(place: Path) -> None:
     """A document that is made again after a reopening goes on counting."""
     await commit(place, HISTORY)
-    assert snapshot.read(place) is not None
+    assert snapshot.read_snapshot(place) is not None
     await commit(place, [Commit([Write(GONE, 0, {})])])
     assert (await look(place))[0][GONE].version == 3
 
@@ -72,60 +72,60 @@ async def test_a_snapshot_remembers_the_versions_of_what_was_deleted(place: Path
 async def test_damage_is_found_behind_a_snapshot(place: Path) -> None:
     """Whatever byte of the log is not what it was, an opener finds what it finds without the snapshot."""
     await commit(place, HISTORY)
-    image = (place / snapshot.NAME).read_bytes()
+    image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
     segments = sorted(place.glob("*.jsonl"))
     assert len(segments) > 1
     for segment in segments:
         good = segment.read_bytes()
         for offset in range(len(good)):
             segment.write_bytes(good[:offset] + bytes([good[offset] ^ 0x40]) + good[offset + 1 :])
-            (place / snapshot.NAME).write_bytes(image)
-            assert snapshot.read(place) is None
+            (place / snapshot.SNAPSHOT_FILE).write_bytes(image)
+            assert snapshot.read_snapshot(place) is None
         segment.write_bytes(good)
 
 
 async def test_a_shorter_log_is_found_behind_a_snapshot(place: Path) -> None:
     """A segment that is cut or gone is reported, and so is one that was put in between."""
     await commit(place, HISTORY)
-    image, segments = (place / snapshot.NAME).read_bytes(), sorted(place.glob("*.jsonl"))
+    image, segments = (place / snapshot.SNAPSHOT_FILE).read_bytes(), sorted(place.glob("*.jsonl"))
     for segment in segments:
         good = segment.read_bytes()
         segment.unlink()
-        assert snapshot.read(place) is None
+        assert snapshot.read_snapshot(place) is None
         segment.write_bytes(good[:-1])
-        assert snapshot.read(place) is None
+        assert snapshot.read_snapshot(place) is None
         segment.write_bytes(good)
-    assert snapshot.read(place) is not None
+    assert snapshot.read_snapshot(place) is not None
     (place / f"{2:020d}.jsonl").touch()
-    assert snapshot.read(place) is None
+    assert snapshot.read_snapshot(place) is None
     (place / f"{2:020d}.jsonl").unlink()
     segments[0].write_bytes(segments[0].read_bytes()[:-10])
     found = await look(place)
     assert found[2]
-    assert (place / snapshot.NAME).read_bytes() == image
+    assert (place / snapshot.SNAPSHOT_FILE).read_bytes() == image
     assert found == await without_snapshot(place)
 
 
 async def test_a_torn_snapshot_is_passed_over(place: Path) -> None:
     """Any part of one, and any change to one, counts as none; so does one whose parts make no sense."""
     await commit(place, HISTORY)
-    image = (place / snapshot.NAME).read_bytes()
+    image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
     for size in range(len(image)):
-        (place / snapshot.NAME).write_bytes(image[:size])
-        assert snapshot.read(place) is None
-        (place / snapshot.NAME).write_bytes(image[:size] + bytes([image[size] ^ 0x40]) + image[size + 1 :])
-        assert snapshot.read(place) is None
-    (place / snapshot.NAME).write_bytes(image[:20])
+        (place / snapshot.SNAPSHOT_FILE).write_bytes(image[:size])
+        assert snapshot.read_snapshot(place) is None
+        (place / snapshot.SNAPSHOT_FILE).write_bytes(image[:size] + bytes([image[size] ^ 0x40]) + image[size + 1 :])
+        assert snapshot.read_snapshot(place) is None
+    (place / snapshot.SNAPSHOT_FILE).write_bytes(image[:20])
     assert (await look(place))[1:] == (4, ())
 
 
 async def test_there_is_a_snapshot_after_each_segment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that after a kill no more than the newest one has to be replayed."""
-    monkeypatch.setattr(snapshot, "WORTH_BYTES", 1)
+    monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1)
     async with FileStore.open(place, SystemClock(), segment_bytes=500) as store:
         for number in range(20):
             await store.commit(Commit([Write(KEPT, number, {"n": number})]))
-        found = snapshot.read(place)
+        found = snapshot.read_snapshot(place)
         assert found is not None
         newest = max(int(path.stem) for path in place.glob("*.jsonl"))
         assert found.table.position == newest - 1
@@ -136,9 +136,9 @@ async def test_damage_leaves_no_snapshot(place: Path) -> None:
     await commit(place, HISTORY)
     segment = min(place.glob("*.jsonl"))
     segment.write_bytes(segment.read_bytes().replace(b'"n":1', b'"n":9'))
-    (place / snapshot.NAME).unlink()
+    (place / snapshot.SNAPSHOT_FILE).unlink()
     assert (await look(place))[2]
-    assert not (place / snapshot.NAME).exists()
+    assert not (place / snapshot.SNAPSHOT_FILE).exists()
     assert (await look(place))[2]
 
 
@@ -149,13 +149,13 @@ async def test_what_is_damaged_while_the_store_is_open_is_not_taken_for_good(pla
         await store.commit(HISTORY[1])
         segment = min(place.glob("*.jsonl"))
         segment.write_bytes(segment.read_bytes().replace(b'"n":1', b'"n":9'))
-    assert (place / snapshot.NAME).exists()
+    assert (place / snapshot.SNAPSHOT_FILE).exists()
     assert (await look(place))[2]
 
 
 async def test_a_snapshot_that_can_not_be_written_stops_nobody(place: Path) -> None:
     """It only saves time."""
     place.mkdir()
-    (place / snapshot.NAME).mkdir()
+    (place / snapshot.SNAPSHOT_FILE).mkdir()
     await commit(place, HISTORY)
     assert (await look(place))[1:] == (4, ())

@@ -11,9 +11,9 @@ import pytest
 from orchestrator.config.store import folder_url
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project, council_home
-from orchestrator.state.log.identity import NAME, check_known, log_in, prepare
+from orchestrator.state.log.identity import IDENTITY_FILE, check_trusted, ensure_log, find_log
 from tests.conftest import Repository
-from tests.faults import SHELL
+from tests.faults import SHELL_ADAPTER
 
 NOT_OURS = "made on another machine"
 
@@ -22,7 +22,7 @@ def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
     """Return the `.council` of another machine, with an interrupted run whose command leaves a trace, and the trace."""
     trace = tmp_path / "trace"
     task = {"id": "evil", "prompt": f"touch {trace}", "adapter": "sh"}
-    config = repository.configure([task], adapters={"sh": SHELL}, sandbox="off")
+    config = repository.configure([task], adapters={"sh": SHELL_ADAPTER}, sandbox="off")
     elsewhere = {**repository.environ, "COUNCIL_HOME": str(tmp_path / "another-machine")}
     attacker = Repository(repository.top, elsewhere, repository.spawns)
     assert attacker.council("run", str(config), failpoints="worktree.created=kill").code < 0
@@ -38,7 +38,7 @@ async def test_what_a_file_in_the_folder_is_called_does_not_make_it_a_part_of_th
     """Not even one that would stand for all that there is: `verify`, `status` and `resume` do not see it."""
     made, trace = forged(repository, tmp_path)
     ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
-    state = Project(repository.top).own_state
+    state = Project(repository.top).state_folder
     for segment in (made / "state").glob("*/*.jsonl"):
         for name in (segment.name, f"{1:020d}-{99999999:020d}.jsonl", f"{12:020d}.jsonl"):
             shutil.copy(segment, state / name)
@@ -118,8 +118,8 @@ def test_a_project_that_was_moved_is_known(repository: Repository, tmp_path: Pat
 def test_a_lost_identity_is_found_again_and_a_lost_log_is_named(repository: Repository) -> None:
     """Neither makes an empty state of one that had runs."""
     ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
-    state = Project(repository.top).own_state
-    (state / NAME).unlink()
+    state = Project(repository.top).state_folder
+    (state / IDENTITY_FILE).unlink()
     assert repository.council("status", "--json").result["run"] == ended.result["run"]
     shutil.rmtree(repository.log)
     for command in (["status"], ["runs"], ["state", "verify"], ["resume"]):
@@ -145,7 +145,7 @@ def test_no_session_sees_the_state_of_another_project(repository: Repository, tm
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     assert repository.council("state", "copy", ".council/state", str(other)).code == 0
     script = f"cat {other}/identity >stolen || echo nothing >stolen"
-    config = repository.configure([{"id": "thief", "prompt": script}], adapters={"sh": SHELL})
+    config = repository.configure([{"id": "thief", "prompt": script}], adapters={"sh": SHELL_ADAPTER})
     assert repository.council("run", str(config)).code == 0
     assert (repository.top / "stolen").read_text() == "nothing\n"
 
@@ -184,13 +184,13 @@ def test_a_state_above_a_repository_is_not_its_own(repository: Repository) -> No
 def test_a_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> None:
     """Which is on record before it counts; a damaged one is named."""
     home, folder = council_home(environ), tmp_path / "state"
-    assert log_in(folder) is None
-    check_known(folder_url(folder), home)
-    log = prepare(folder, home)
-    assert log == prepare(folder) == log_in(folder)
-    check_known(folder_url(folder), home)
+    assert find_log(folder) is None
+    check_trusted(folder_url(folder), home)
+    log = ensure_log(folder, home)
+    assert log == ensure_log(folder) == find_log(folder)
+    check_trusted(folder_url(folder), home)
     with pytest.raises(RefusedError, match=NOT_OURS):
-        check_known(folder_url(folder), tmp_path / "another-home")
-    (folder / NAME).write_text("../../evil\n")
+        check_trusted(folder_url(folder), tmp_path / "another-home")
+    (folder / IDENTITY_FILE).write_text("../../evil\n")
     with pytest.raises(RefusedError, match="names no log"):
-        check_known(folder_url(folder), home)
+        check_trusted(folder_url(folder), home)

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.repo.landing.target_branch import Deferred
-from tests.conftest import Repository, hermetic
-from tests.faults import SHELL
+from orchestrator.repo.landing.target_branch import DeferredLanding
+from tests.conftest import Repository, hermetic_environ
+from tests.faults import SHELL_ADAPTER
 from tests.integration.test_interrupted_landings import Landing
-from tests.permits import permit_for
+from tests.permits import hold_permit
 from tests.waiting import wait_for
 
 #: Room for a repository, a run and its sessions.
@@ -35,7 +35,7 @@ def small(tmp_path: Path, environ: dict[str, str], template: Path) -> Iterator[R
     if mounted.returncode:
         pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
     try:
-        made = Repository(disk / "project", {**environ, **hermetic(disk)}, disk / "ledger" / "spawns")
+        made = Repository(disk / "project", {**environ, **hermetic_environ(disk)}, disk / "ledger" / "spawns")
         made.spawns.parent.mkdir()
         shutil.copytree(template, made.top)
         made.git("update-index", "--refresh")
@@ -61,7 +61,7 @@ def fill(repository: Repository) -> None:
 async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: Repository) -> None:
     """Work that is finished when the disk fills up is collected later; a session that fails then costs no attempt."""
     folder = small.spawns.parent
-    sh = {**SHELL, "writable": [str(folder)]}
+    sh = {**SHELL_ADAPTER, "writable": [str(folder)]}
     room = f"until [ -e {folder}/go ]; do sleep 0.05; done"
     # A file that its session can't write while there is no room: what a program does that finds the disk full.
     fails = "head -c 100000 /dev/zero > big.txt || exit 7"
@@ -106,7 +106,7 @@ async def test_a_landing_that_meets_a_full_disk_leaves_the_checkout_as_it_was(sm
     small.remember()
     flag.touch()
     writes = "; ".join(f"yes text | head -c {size} > {name}" for name in names)  # of zeros git makes holes
-    path = small.configure([{"id": "t", "prompt": writes}], adapters={"sh": SHELL})
+    path = small.configure([{"id": "t", "prompt": writes}], adapters={"sh": SHELL_ADAPTER})
     ended = small.council("run", str(path), "--json")
     assert (ended.code, ended.states) == (1, {"t": "queued"}), ended
     assert small.git("status", "--porcelain") == ""
@@ -125,9 +125,9 @@ async def test_a_landing_that_finds_no_room_to_lock_the_index_leaves_no_lock(sma
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(f"#!/bin/sh\ncat /dev/zero >{filler(small)}\nexit 0\n")
     hook.chmod(0o755)
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         refused = await landing.target.move(permit, [landing.merge])
-        assert isinstance(refused, Deferred), refused
+        assert isinstance(refused, DeferredLanding), refused
         assert not landing.lock.exists()
         hook.unlink()
         filler(small).unlink()

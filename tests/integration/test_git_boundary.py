@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.landing.target_branch import Landed, Merge, Stale, Target
-from orchestrator.repo.source.site import find_site
-from orchestrator.repo.source.source import Source
-from orchestrator.repo.worktrees.hub import create_hub, hub_of, internal_ref
+from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, StaleTarget, Target
+from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from orchestrator.system.clock import SystemClock
-from tests.command_server import Started
+from tests.command_server import StartedCommand
 from tests.conftest import Repository
-from tests.permits import permit_for
+from tests.permits import hold_permit
 
 pytestmark = pytest.mark.sandbox
 
@@ -32,7 +32,7 @@ def plant(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def run_armed(repository: Repository, config: Path, pid: Path, armed: Path) -> Started:
+def run_armed(repository: Repository, config: Path, pid: Path, armed: Path) -> StartedCommand:
     """Run until what was planted with ONCE ends it."""
     child = repository.start("run", str(config), "--json")
     pid.write_text(str(child.pid))
@@ -187,12 +187,12 @@ async def test_a_nested_repository_is_refused_and_its_work_kept(repository: Repo
 
 async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository) -> None:
     """An earlier owner's push that arrives after the new owner began is found under the same lease, never repeated."""
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
-    hub = hub_of(site.identity, Path(repository.environ["COUNCIL_HOME"]))
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
+    hub = locate_hub(site.identity, Path(repository.environ["COUNCIL_HOME"]))
     await create_hub(hub, site.object_format, repository.environ)
     git = Git(hub.trusted, environ=repository.environ)
-    source = Source.of(site.location, is_local=True, git=git)
-    start = await source.fetch("main", internal_ref("r", "start"))
+    source = UpstreamRepository.of(site.location, is_local=True, git=git)
+    start = await source.fetch("main", internal_ref_name("r", "start"))
     listing = await git.line("ls-tree", start)
 
     async def work_of(attempt: int) -> str:
@@ -201,18 +201,20 @@ async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository)
         return await git.line("commit-tree", tree, "-p", start, input_=b"work")
 
     def owner() -> Target:
-        return Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref("r", "target"))
+        return Target(
+            hub, git, source, site.repository, branch="main", start=start, ref=internal_ref_name("r", "target")
+        )
 
     zombie, successor = owner(), owner()
-    async with permit_for(source, "main") as permit:
+    async with hold_permit(source, "main") as permit:
         old_merge = await zombie.prepare(permit, "r/task", await work_of(1), start)
-    async with permit_for(source, "main") as permit:
+    async with hold_permit(source, "main") as permit:
         new_merge = await successor.prepare(permit, "r/task", await work_of(2), start)
-        assert isinstance(old_merge, Merge)
-        assert isinstance(new_merge, Merge)
+        assert isinstance(old_merge, PreparedMerge)
+        assert isinstance(new_merge, PreparedMerge)
         pushed = await source.push(old_merge.new, "main", old_merge.old, ())  # the zombie's push arrives only now
         assert pushed.moved
-        assert await successor.move(permit, [new_merge]) == Stale()
+        assert await successor.move(permit, [new_merge]) == StaleTarget()
         again = await successor.prepare(permit, "r/task", await work_of(2), start, intended=[old_merge.new])
     assert again == Landed(old_merge.new)
     assert repository.git("rev-list", "--first-parent", "--count", f"{start}..main") == "1"

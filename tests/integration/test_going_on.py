@@ -8,9 +8,9 @@ import pytest
 
 from orchestrator.api.council import Council
 from orchestrator.config.model import TaskSpec
-from orchestrator.engine.landing.base_selection import Start
-from orchestrator.engine.phases.start import Turn
-from orchestrator.engine.scheduler.attempts import Attempts, Work
+from orchestrator.engine.landing.base_selection import StartPoint
+from orchestrator.engine.phases.start import NextPhase
+from orchestrator.engine.scheduler.attempts import ActiveAttempt, AttemptRunner
 from tests.conftest import Repository
 
 
@@ -58,17 +58,17 @@ async def test_what_is_owned_may_have_changed_since_it_was_looked_where_to_start
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever had it has landed in between: the attempt starts from that, and not from what was seen before."""
-    prepare, looks = Attempts.prepare, [1, 2]
+    prepare, looks = AttemptRunner.prepare, [1, 2]
 
     async def land_meanwhile(
-        attempts: Attempts, task: str, spec: TaskSpec, turn: Turn, adapter: str, start: Start
-    ) -> Work:
+        attempts: AttemptRunner, task: str, spec: TaskSpec, turn: NextPhase, adapter: str, start: StartPoint
+    ) -> ActiveAttempt:
         if looks.pop() == 2:
             repository.commit({"s.txt": "another\n"}, "another")
             repository.remember()
         return await prepare(attempts, task, spec, turn, adapter, start)
 
-    monkeypatch.setattr(Attempts, "prepare", land_meanwhile)
+    monkeypatch.setattr(AttemptRunner, "prepare", land_meanwhile)
     path = repository.configure([{"id": "t", "prompt": "append s.txt mine", "owns": ["s.txt"]}])
     async with Council.open(path, environ=repository.environ) as council:
         report = await council.resume(await council.create_run())

@@ -11,19 +11,19 @@ import anyio
 import pytest
 
 from orchestrator import Council, RefusedError
-from orchestrator.client.commands import LARGEST_HANDOFF
-from orchestrator.protocols import Command
+from orchestrator.client.commands import MAX_HANDOFF_BYTES
+from orchestrator.protocols import SessionCommand
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.setup.environment import session_environment
-from orchestrator.sessions.setup.handoff_file import VARIABLE, Delivered, Malformed, read_handed_over
+from orchestrator.sessions.setup.environment import build_session_environment
+from orchestrator.sessions.setup.handoff_file import HANDOFF_VARIABLE, HandoffData, MalformedHandoff, read_handoff
 from tests.conftest import Repository
-from tests.desks import MemoryDesk
+from tests.desks import FakeSessionService
 from tests.integration.test_mailbox import KINDS, Site
-from tests.places import Yard
-from tests.sandboxes import require
+from tests.places import HubFixture
+from tests.sandboxes import require_sandbox
 
 pytestmark = pytest.mark.sandbox
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.sandbox
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of fence that works here, or none."""
-    return require(request.param)
+    return require_sandbox(request.param)
 
 
 @pytest.fixture
@@ -44,22 +44,22 @@ def worktree(tmp_path: Path) -> Worktree:
 
 async def test_a_session_has_a_folder_for_it(repository: Repository) -> None:
     """Its own from its beginning, gone with it, and its environment says where."""
-    yard = await Yard.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
+    yard = await HubFixture.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree = yard.worktree("t")
         checkout = await pool.take(base, worktree.root)
-        worktree = await worktrees.create(worktree, checkout, "prompt")
+        worktree = await worktrees.create_worktree(worktree, checkout, "prompt")
         folder = worktree.handoff_file.parent
         assert (folder.is_dir(), folder.stat().st_mode & 0o777, list(folder.iterdir())) == (True, 0o700, [])
-        env = session_environment(Command(["x"], env={VARIABLE: "/elsewhere"}), {}, worktree, {})
-        assert env[VARIABLE] == str(worktree.handoff_file)
-        assert await read_handed_over(worktree) is None
+        env = build_session_environment(SessionCommand(["x"], env={HANDOFF_VARIABLE: "/elsewhere"}), {}, worktree, {})
+        assert env[HANDOFF_VARIABLE] == str(worktree.handoff_file)
+        assert await read_handoff(worktree) is None
         worktree.handoff_file.write_text("{}")
-        assert await read_handed_over(worktree) == Delivered({})
+        assert await read_handoff(worktree) == HandoffData({})
         await yard.end(pool, worktree, checkout)
         assert not folder.exists()
-        assert await read_handed_over(worktree) is None
+        assert await read_handoff(worktree) is None
 
 
 WRITE = """
@@ -81,7 +81,7 @@ async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: S
     """Neither another session's nor the prompt."""
     hub = Hub(tmp_path / "hub")
     hub.root.mkdir()
-    site = Site(hub, MemoryDesk())
+    site = Site(hub, FakeSessionService())
     async with site.session() as (first, mailbox), site.session("api", 2) as (second, _):
         for one in (first, second):
             one.handoff_file.parent.mkdir()
@@ -90,8 +90,8 @@ async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: S
         assert code == 0, said
         is_off = kind is SandboxKind.OFF
         assert json.loads(said) == {names[0]: True, names[1]: is_off, names[2]: is_off}
-        assert await read_handed_over(first) == Delivered({"by": "the program"})
-        assert await read_handed_over(second) == (Delivered({"by": "the program"}) if is_off else None)
+        assert await read_handoff(first) == HandoffData({"by": "the program"})
+        assert await read_handoff(second) == (HandoffData({"by": "the program"}) if is_off else None)
 
 
 @pytest.mark.parametrize(
@@ -103,25 +103,25 @@ async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: S
         (b'{"a": NaN}', "NaN is no number"),
         (b'{"a": 1, "a": 2}', "'a' twice"),
         (b'{"a": "\xff"}', "no UTF-8"),
-        (b"{" + b" " * (LARGEST_HANDOFF - 1) + b"}", f"more than {LARGEST_HANDOFF} bytes"),
+        (b"{" + b" " * (MAX_HANDOFF_BYTES - 1) + b"}", f"more than {MAX_HANDOFF_BYTES} bytes"),
     ],
     ids=range(7),
 )
 async def test_what_is_no_object_is_told(worktree: Worktree, data: bytes, why: str) -> None:
     """With why, and what to do."""
     worktree.handoff_file.write_bytes(data)
-    found = await read_handed_over(worktree)
-    assert isinstance(found, Malformed)
+    found = await read_handoff(worktree)
+    assert isinstance(found, MalformedHandoff)
     assert why in found.why
-    assert f"${VARIABLE}" in found.why
+    assert f"${HANDOFF_VARIABLE}" in found.why
 
 
 async def test_the_largest_is_read(worktree: Worktree) -> None:
     """To its last byte."""
-    data = {"a": "x" * (LARGEST_HANDOFF - len('{"a": ""}'))}
+    data = {"a": "x" * (MAX_HANDOFF_BYTES - len('{"a": ""}'))}
     worktree.handoff_file.write_text(json.dumps(data))
-    assert worktree.handoff_file.stat().st_size == LARGEST_HANDOFF
-    assert await read_handed_over(worktree) == Delivered(data)
+    assert worktree.handoff_file.stat().st_size == MAX_HANDOFF_BYTES
+    assert await read_handoff(worktree) == HandoffData(data)
 
 
 @pytest.mark.parametrize("what", ["link", "hard link", "pipe", "folder", "socket", "linked folder", "file for folder"])
@@ -149,8 +149,8 @@ async def test_nothing_but_a_file_is_read(worktree: Worktree, tmp_path: Path, wh
             file.parent.rmdir()
             file.parent.write_text("{}")
     with anyio.fail_after(10):
-        found = await read_handed_over(worktree)
-    assert isinstance(found, Malformed)
+        found = await read_handoff(worktree)
+    assert isinstance(found, MalformedHandoff)
     assert "password" not in found.why
 
 
@@ -172,7 +172,7 @@ async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository
     assert json.loads((repository.top / "got.txt").read_text()) == {"text": "hello"}
     assert "nothing to hand over" in (repository.top / "err.txt").read_text()
     async with Council.open(config) as council:
-        (entry,) = await (await council.sharing()).list()
+        (entry,) = await (await council.shared_values()).list()
     assert (entry.key, entry.version, entry.writer) == ("greeting", 1, f"{ended.result['run']}/puts.1")
     await repository.assert_invariants()
 
@@ -182,7 +182,7 @@ async def test_a_person_looks_at_what_is_shared_and_puts_it(repository: Reposito
     config = repository.configure([{"id": "t", "prompt": "write a.txt x"}])
     async with Council.open(config) as council:
         run = await council.create_run()
-        await (await council.sharing()).put("greeting", {"text": "hello"})
+        await (await council.shared_values()).put("greeting", {"text": "hello"})
         assert repository.council("share", "get", "greeting", "--run", run).stdout == '{\n  "text": "hello"\n}\n'
         put = repository.council("share", "put", "greeting", "bye", "--if-version", "1")
         assert (put.code, put.stdout) == (0, "shared as version 2 of greeting\n")
@@ -193,4 +193,4 @@ async def test_a_person_looks_at_what_is_shared_and_puts_it(repository: Reposito
         assert (late.code, late.result["status"]) == (2, "refused")
         assert repository.council("share", "put", "greeting", "{", "--run", run).code == 2
         with pytest.raises(RefusedError, match="none"):
-            await council.sharing("none")
+            await council.shared_values("none")

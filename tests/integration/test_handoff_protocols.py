@@ -11,7 +11,7 @@ from orchestrator import Council
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import PhaseStatus
 from orchestrator.domain.workflow.handoffs import Handoff, is_intact
-from orchestrator.domain.workflow.routing import Phase, Workflow, completed
+from orchestrator.domain.workflow.routing import Phase, Workflow, completed_visits
 from orchestrator.engine.state.records import read_handoffs, read_task
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -24,7 +24,9 @@ REJECT = json.dumps({"verdict": "reject", "findings": [{"path": "b.txt", "messag
 
 def telling(repository: Repository) -> dict[str, Any]:
     """Return an adapter for the fake CLI whose words say what it used up."""
-    return repository.fake(read=[{"match": r"^used (?P<input_tokens>\d+) (?P<output_tokens>\d+) (?P<cost>\S+)$"}])
+    return repository.fake_adapter(
+        read=[{"match": r"^used (?P<input_tokens>\d+) (?P<output_tokens>\d+) (?P<cost>\S+)$"}]
+    )
 
 
 async def recorded(repository: Repository, run: str) -> tuple[TaskDocument, dict[str, Handoff]]:
@@ -153,7 +155,7 @@ async def test_only_what_is_complete_counts(repository: Repository) -> None:
             ("review", PhaseStatus.COMPLETED),
             ("build", PhaseStatus.IN_PROGRESS),
         ]
-        assert completed(phases, document) == {}
+        assert completed_visits(phases, document) == {}
         assert sorted(handoffs) == ["build.1", "review.2"]
     ended = repository.council("resume", "--json")
     assert ended.states == {"t": "failed"}, ended

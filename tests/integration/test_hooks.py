@@ -12,32 +12,40 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator.config.model import FenceConfig, Reach, SetupStep
+from orchestrator.config.model import PathAccess, SandboxConfig, SetupStep
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.outcome import Exhausted, Failed, Interrupted, Outcome
+from orchestrator.domain.runs.outcome import Failed, Interrupted, Outcome, ResourcesExhausted
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.setup_keys import setup_keys, steps_to_run
+from orchestrator.repo.worktrees.setup_keys import first_step_to_run, read_setup_keys
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import attempt_streams
+from orchestrator.sessions.output.files import list_attempt_streams
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.sandbox.scope import Fencing, Ground
-from orchestrator.sessions.setup.environment import attempt_variables, base_environment
+from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
 from orchestrator.sessions.setup.hooks import (
-    HooksEnded,
+    HooksResult,
     after_commands,
     before_commands,
-    outcome_of,
-    run_each,
-    run_in_turn,
+    hook_outcome,
+    run_all,
+    run_until_failure,
     setup_commands,
     teardown_commands,
 )
-from orchestrator.sessions.setup.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, ShellResult, Stopped
+from orchestrator.sessions.setup.shell import (
+    CommandFailed,
+    CommandNotRun,
+    CommandStopped,
+    CommandSucceeded,
+    Shell,
+    ShellCommand,
+    ShellResult,
+)
 from tests.conftest import Repository
-from tests.processes import children
-from tests.sandboxes import require
+from tests.processes import child_processes
+from tests.sandboxes import require_sandbox
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.sandbox
@@ -55,15 +63,17 @@ class Place:
         (self.hidden / "secret").write_text("canary")
         environ = {"PATH": os.environ["PATH"], "GIVEN": "g", "OTHER": "o"}
         variables = {"COUNCIL_NAME": "place-1", "COUNCIL_PORT_0": "5000"}
-        fencing = Fencing(
-            kind, (self.hidden,), FenceConfig(sandbox=kind, network=True, reach=Reach(readable=(Path(sys.prefix),)))
+        fencing = RunSandbox(
+            kind,
+            (self.hidden,),
+            SandboxConfig(sandbox=kind, network=True, reach=PathAccess(readable=(Path(sys.prefix),))),
         )
         self.shell = Shell(
-            fencing=fencing,
-            ground=Ground((self.tree,), (top / "readable",), top / "place" / "tmp"),
+            sandbox=fencing,
+            ground=SandboxScope((self.tree,), (top / "readable",), top / "place" / "tmp"),
             cwd=self.tree,
             lock=top / "place" / "lock",
-            environment=base_environment(["GIVEN"], environ, self.tree, variables),
+            environment=build_base_environment(["GIVEN"], environ, self.tree, variables),
             redactor=Redactor(["the-secret-value"]),
         )
         self.top = top
@@ -78,7 +88,7 @@ class Place:
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """One behind a fence that this machine has."""
-    return Place(tmp_path, require(request.param))
+    return Place(tmp_path, require_sandbox(request.param))
 
 
 async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:
@@ -90,7 +100,7 @@ async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:
     echo "$GIVEN-$OTHER-$COUNCIL_NAME-$COUNCIL_PORT_0-$COUNCIL_TASK-$GIT_CEILING_DIRECTORIES"
     echo the-secret-value >&2
     """
-    assert await place.shell.run(place.command(script)) == Done()
+    assert await place.shell.run(place.command(script)) == CommandSucceeded()
     assert (place.tree / "made").read_text() == "made\n"
     assert (place.top / "place/tmp/x").exists()
     assert not any((folder / "planted").exists() for folder in (place.top, place.hidden, place.top / "readable"))
@@ -107,13 +117,13 @@ async def test_a_command_that_fails_says_how_and_what_it_printed(place: Place) -
     assert isinstance(result, CommandFailed)
     assert result.ended == "ran for longer than 1 s, its limit (`worktrees.hooks_timeout`)"
     assert result.said == "begun\n"
-    assert not children()
+    assert not child_processes()
 
 
 async def test_a_command_leaves_nothing_running(place: Place) -> None:
     """What it puts into the background ends with it."""
-    assert await place.shell.run(place.command("sleep 600 & echo started")) == Done()
-    assert not children()
+    assert await place.shell.run(place.command("sleep 600 & echo started")) == CommandSucceeded()
+    assert not child_processes()
     assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)]
 
 
@@ -125,7 +135,7 @@ async def test_a_cancellation_ends_a_command_with_its_grace(place: Place) -> Non
         await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
         group.cancel_scope.cancel()
     assert (place.tree / "cleaned").exists()
-    assert not children()
+    assert not child_processes()
 
 
 async def test_a_command_whose_supervisor_dies_is_not_known_to_be_done(place: Place) -> None:
@@ -138,20 +148,20 @@ async def test_a_command_whose_supervisor_dies_is_not_known_to_be_done(place: Pl
     async with anyio.create_task_group() as group:
         group.start_soon(run)
         await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
-        children()[0].kill()
-    assert isinstance(results[0], NotRun)
+        child_processes()[0].kill()
+    assert isinstance(results[0], CommandNotRun)
     wait_for(lambda: not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)])
 
 
 async def test_what_can_not_be_started_is_no_failure_of_the_command(place: Place) -> None:
     """Its folder is gone, or there is nowhere to write down what it prints."""
     result = await replace(place.shell, cwd=place.top / "gone").run(place.command("true"))
-    assert isinstance(result, NotRun)
+    assert isinstance(result, CommandNotRun)
     assert str(place.top / "gone") in result.reason
     shutil.rmtree(place.logs)
     place.logs.write_text("a file")
     result = await place.shell.run(place.command("true"))
-    assert isinstance(result, NotRun)
+    assert isinstance(result, CommandNotRun)
     assert not result.exhausted
 
 
@@ -160,12 +170,12 @@ async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> Non
     """How far they came is told, each has a log; going on begins where it ended."""
     steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
     steps.append(SetupStep(run="echo 3 >>ran"))
-    ended = await run_in_turn(place.shell, setup_commands(steps, 0, place.logs, 7))
+    ended = await run_until_failure(place.shell, setup_commands(steps, 0, place.logs, 7))
     assert (ended.done, type(ended.last)) == (1, CommandFailed)
     assert sorted(path.name for path in place.logs.iterdir()) == ["place-7.setup1", "place-7.setup2"]
     (place.tree / "allowed").touch()
-    ended = await run_in_turn(place.shell, setup_commands(steps, ended.done, place.logs, 7))
-    assert ended == HooksEnded(2, Done())
+    ended = await run_until_failure(place.shell, setup_commands(steps, ended.done, place.logs, 7))
+    assert ended == HooksResult(2, CommandSucceeded())
     assert (place.tree / "ran").read_text() == "1\n2\n3\n"
     assert (place.logs / "place-7.setup3").exists()
 
@@ -174,7 +184,7 @@ async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> Non
 async def test_what_is_only_told_of_keeps_nothing_from_running(place: Place) -> None:
     """Each command of a teardown runs, whatever became of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
-    told = await run_each(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
+    told = await run_all(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
     assert [one.ended for one in told if isinstance(one, CommandFailed)] == [
         "ended with exit code 1",
         "ended with exit code 4",
@@ -188,12 +198,10 @@ async def test_hooks_of_an_attempt_know_it_and_log_beside_it(place: Place) -> No
     worktree = Worktree(Hub(place.top / "hub"), "run1", "task", 2)
     shell = replace(place.shell, environment={**place.shell.environment, **attempt_variables(worktree)})
     for commands in (before_commands, after_commands):
-        assert (
-            await run_each(shell, commands(["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"], 60.0, place.logs, worktree)) == []
-        )
+        assert await run_all(shell, commands(["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"], 60.0, place.logs, worktree)) == []
     assert place.said("task.2.before1") == place.said("task.2.after1") == "task.2\n"
     names = [path.name.removeprefix("task.2.") for path in place.logs.iterdir()]
-    assert attempt_streams([*names, "check10", "check9", "stderr", "stdout", "stdout1", "check", "x"]) == [
+    assert list_attempt_streams([*names, "check10", "check9", "stderr", "stdout", "stdout1", "check", "x"]) == [
         *("before1", "stdout", "stderr", "after1", "check9", "check10")
     ]
 
@@ -201,19 +209,19 @@ async def test_hooks_of_an_attempt_know_it_and_log_beside_it(place: Place) -> No
 @pytest.mark.parametrize(
     ("ended", "outcome"),
     [
-        (Done(), None),
+        (CommandSucceeded(), None),
         (
             CommandFailed("make\n  venv", "ended with exit code 3", "no such package\n", Path("log")),
             Failed(FailureClass.SETUP_FAILED, "`make venv` ended with exit code 3 before the session\nno such package"),
         ),
-        (Stopped(), Interrupted("the run was stopped")),
-        (NotRun("why"), Failed(FailureClass.TRANSIENT, "a command before the session was not run: why")),
-        (NotRun("why", exhausted=True), Exhausted("a command before the session was not run: why")),
+        (CommandStopped(), Interrupted("the run was stopped")),
+        (CommandNotRun("why"), Failed(FailureClass.TRANSIENT, "a command before the session was not run: why")),
+        (CommandNotRun("why", exhausted=True), ResourcesExhausted("a command before the session was not run: why")),
     ],
 )
 def test_what_keeps_a_session_from_its_start_is_told_apart(ended: ShellResult, outcome: Outcome | None) -> None:
     """A command that fails is the user's to mend; what may pass by itself is tried again."""
-    assert outcome_of(ended) == outcome
+    assert hook_outcome(ended) == outcome
 
 
 async def test_logs_show_what_ran_around_a_session(repository: Repository) -> None:
@@ -244,11 +252,13 @@ async def test_keys_follow_the_files_of_the_commit(repository: Repository) -> No
         {"later.txt": "1\n"},
         {"requirements.txt": "2\n"},
     ):
-        wanted = await setup_keys(git, repository.commit(files), steps, sparse=("src",), env=("A",))
-        first.append(steps_to_run(done, wanted))
+        wanted = await read_setup_keys(git, repository.commit(files), steps, sparse=("src",), env=("A",))
+        first.append(first_step_to_run(done, wanted))
         done = wanted
     repository.git("rm", "--quiet", "later.txt")
-    first.append(steps_to_run(done, await setup_keys(git, repository.commit({}), steps, sparse=("src",), env=("A",))))
+    first.append(
+        first_step_to_run(done, await read_setup_keys(git, repository.commit({}), steps, sparse=("src",), env=("A",)))
+    )
     assert first == [0, 2, 1, 1, 0, 0, 0]
     without = (SetupStep(run="a"),)
-    assert await setup_keys(git, "HEAD", without) == await setup_keys(git, "HEAD~3", without)
+    assert await read_setup_keys(git, "HEAD", without) == await read_setup_keys(git, "HEAD~3", without)

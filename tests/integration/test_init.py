@@ -20,14 +20,14 @@ from orchestrator.config.model import RunConfig
 from orchestrator.engine.diagnostics.initialization import write_file
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import load_plugins
-from tests.conftest import FAKE_CLI, Ended, Repository
-from tests.fake_path import StandIns, install_stand_ins
+from tests.conftest import FAKE_CLI, CommandResult, Repository
+from tests.fake_path import FakePrograms, install_fake_programs
 from tests.sandboxes import needs_sandbox
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path, repository: Repository) -> StandIns:
-    return install_stand_ins(tmp_path, repository)
+def stand_ins(tmp_path: Path, repository: Repository) -> FakePrograms:
+    return install_fake_programs(tmp_path, repository)
 
 
 def load(path: Path) -> RunConfig:
@@ -49,7 +49,7 @@ def refusal(repository: Repository, *arguments: str) -> str:
     return f"{ended.result['error']}: {ended.result['remedy']}"
 
 
-def test_without_any_cli(repository: Repository, stand_ins: StandIns) -> None:
+def test_without_any_cli(repository: Repository, stand_ins: FakePrograms) -> None:
     """A file for any program, to be filled in; it loads, and git sees that file alone."""
     result = init(repository)
     path = repository.top / "council.yaml"
@@ -61,7 +61,7 @@ def test_without_any_cli(repository: Repository, stand_ins: StandIns) -> None:
     assert "use: command" in path.read_text()
 
 
-def test_what_is_found_is_used(repository: Repository, stand_ins: StandIns) -> None:
+def test_what_is_found_is_used(repository: Repository, stand_ins: FakePrograms) -> None:
     """The adapters whose programs are there, the ready one first, and the repository's own tests."""
     stand_ins.add("alpha", "echo alpha 2.1")
     stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) exit 0;; esac')
@@ -84,7 +84,7 @@ def test_what_is_found_is_used(repository: Repository, stand_ins: StandIns) -> N
     assert "run `beta login`" in (repository.top / "council.yaml").read_text()
 
 
-def test_it_says_what_to_type_next(repository: Repository, stand_ins: StandIns) -> None:
+def test_it_says_what_to_type_next(repository: Repository, stand_ins: FakePrograms) -> None:
     """The commands, with the file's name where it is not the usual one."""
     text = repository.council("init").stdout
     assert [line.split("  ")[-1].strip() for line in text.splitlines() if line.startswith("next")] == [
@@ -95,7 +95,7 @@ def test_it_says_what_to_type_next(repository: Repository, stand_ins: StandIns) 
     assert init(repository, "an other.yaml")["next"][0] == "council doctor 'an other.yaml'"
 
 
-def test_a_file_that_is_there_stays(repository: Repository, stand_ins: StandIns) -> None:
+def test_a_file_that_is_there_stays(repository: Repository, stand_ins: FakePrograms) -> None:
     """Without --force nothing is replaced, whatever it is; with it a file is, a folder is not."""
     path = repository.top / "council.yaml"
     path.write_text("mine\n")
@@ -112,7 +112,7 @@ def test_a_file_that_is_there_stays(repository: Repository, stand_ins: StandIns)
     assert sorted(one.name for one in repository.top.iterdir() if "new" in one.name) == []
 
 
-def test_it_can_be_written_elsewhere(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+def test_it_can_be_written_elsewhere(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """Relative to where it was typed; the repository is named from there."""
     inner = replace(repository, top=repository.top / "src")
     assert init(inner)["path"] == str(repository.top / "council.yaml")
@@ -123,7 +123,7 @@ def test_it_can_be_written_elsewhere(repository: Repository, stand_ins: StandIns
     assert "there is no folder" in refusal(repository, "no/such/folder.yaml")
 
 
-def test_names_with_odd_characters(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+def test_names_with_odd_characters(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """Spaces, quotes, colons and other scripts in paths and branches come through."""
     top = tmp_path / "a 'b' \"c\" # ü: ö"
     repository.top.rename(top)
@@ -137,14 +137,14 @@ def test_names_with_odd_characters(repository: Repository, stand_ins: StandIns, 
 
 
 @pytest.mark.parametrize("name", ["on", "null", "1.0", "0x10"])
-def test_branches_that_look_like_something_else(name: str, repository: Repository, stand_ins: StandIns) -> None:
+def test_branches_that_look_like_something_else(name: str, repository: Repository, stand_ins: FakePrograms) -> None:
     """A branch's name is text, whatever YAML would make of it."""
     repository.git("branch", "--move", name)
     assert init(repository)["base"] == name
     assert load(repository.top / "council.yaml").base == name
 
 
-def test_the_base_without_a_branch(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+def test_the_base_without_a_branch(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """With a detached HEAD it is the default branch of `origin`, else one with a usual name."""
     repository.git("branch", "other")
     repository.git("switch", "--quiet", "--detach")
@@ -158,7 +158,7 @@ def test_the_base_without_a_branch(repository: Repository, stand_ins: StandIns, 
     assert init(cloned)["base"] == "other"
 
 
-def test_where_no_run_could_work(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+def test_where_no_run_could_work(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """Outside of a repository, without a commit, in a bare one: each says so, and nothing is written."""
     for name, words in (("plain", "is in no git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
         top = tmp_path / name
@@ -170,7 +170,7 @@ def test_where_no_run_could_work(repository: Repository, stand_ins: StandIns, tm
         assert sorted(top.iterdir()) == before
 
 
-def test_an_adapter_that_is_asked_for(repository: Repository, stand_ins: StandIns) -> None:
+def test_an_adapter_that_is_asked_for(repository: Repository, stand_ins: FakePrograms) -> None:
     """It is used, there or not; one that needs options, or is none, is refused with what could be meant."""
     stand_ins.add("beta", "echo 1.0")
     result = init(repository, "--adapter", "alpha-code")
@@ -181,7 +181,7 @@ def test_an_adapter_that_is_asked_for(repository: Repository, stand_ins: StandIn
     assert "write one of: alpha-code" in refusal(repository, "--adapter", "alpha-cod", "--force")
 
 
-def test_editors_get_a_schema(repository: Repository, stand_ins: StandIns) -> None:
+def test_editors_get_a_schema(repository: Repository, stand_ins: FakePrograms) -> None:
     """It lies where git does not see it, and has the types that are installed."""
     result = init(repository)
     first = (repository.top / "council.yaml").read_text().splitlines()[0]
@@ -190,7 +190,9 @@ def test_editors_get_a_schema(repository: Repository, stand_ins: StandIns) -> No
     assert stat.S_IMODE((repository.top / ".council").stat().st_mode) == 0o700
 
 
-def test_no_schema_where_our_folder_is_not_ours(repository: Repository, stand_ins: StandIns, tmp_path: Path) -> None:
+def test_no_schema_where_our_folder_is_not_ours(
+    repository: Repository, stand_ins: FakePrograms, tmp_path: Path
+) -> None:
     """A `.council` that is a link, or came with the repository, is not written to."""
     (tmp_path / "trap").mkdir()
     (repository.top / ".council").symlink_to(tmp_path / "trap")
@@ -219,7 +221,7 @@ def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_what_was_written_runs(repository: Repository, stand_ins: StandIns) -> None:
+def test_what_was_written_runs(repository: Repository, stand_ins: FakePrograms) -> None:
     """With the program filled in, the first run lands."""
     init(repository)
     stand_ins.add("my-cli", 'test -f "$1" && echo better > README.md')
@@ -241,11 +243,11 @@ def wheel(folder: Path, module: str, code: str) -> None:
             archive.writestr(one, text)
 
 
-async def run_with_fake(repository: Repository) -> Ended:
+async def run_with_fake(repository: Repository) -> CommandResult:
     """Commit the first file, and run its settings with a task for the fake CLI."""
     path = repository.top / "council.yaml"
     config = yaml.safe_load(path.read_text())
-    config |= {"target": "main", "adapters": {"fake": repository.fake()}}
+    config |= {"target": "main", "adapters": {"fake": repository.fake_adapter()}}
     config["readable"] = [sys.prefix, str(FAKE_CLI.parents[2])]
     config["tasks"] = [{"id": "a", "prompt": "write a.txt a"}]
     path.write_text(json.dumps(config))
@@ -319,7 +321,7 @@ async def test_a_node_project_runs_by_what_is_written(repository: Repository) ->
     assert ended.states == {"a": "landed"}, ended
 
 
-def test_programs_that_are_not_there_are_commented_out(repository: Repository, stand_ins: StandIns) -> None:
+def test_programs_that_are_not_there_are_commented_out(repository: Repository, stand_ins: FakePrograms) -> None:
     """The file names what is missing; it loads without checks, and they can be had by removing the marks."""
     repository.commit({"package.json": json.dumps({"scripts": {"test": "x"}}), "pnpm-lock.yaml": ""})
     result = init(repository)
@@ -331,7 +333,7 @@ def test_programs_that_are_not_there_are_commented_out(repository: Repository, s
     assert load(path).tasks[0].checks == ("pnpm test",)
 
 
-def test_what_is_not_committed_says_nothing(repository: Repository, stand_ins: StandIns) -> None:
+def test_what_is_not_committed_says_nothing(repository: Repository, stand_ins: FakePrograms) -> None:
     """Sessions would not see it."""
     (repository.top / "Makefile").write_text("test:\n")
     assert init(repository)["checks"] == []

@@ -17,18 +17,18 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.errors import GitError, RefusedError, TargetGone
+from orchestrator.errors import GitError, RefusedError, TargetMissing
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.landing import target_branch as landings
-from orchestrator.repo.landing.target_branch import AlreadyThere, Deferred, Landed, Merge, Target
-from orchestrator.repo.source.checkout import inspect, lock_mark, settle
-from orchestrator.repo.source.site import find_site
-from orchestrator.repo.source.source import Source
-from orchestrator.repo.worktrees.hub import create_hub, hub_of
+from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, NothingToLand, PreparedMerge, Target
+from orchestrator.repo.source.checkout import find_repository, lock_marker, recover_push
+from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from orchestrator.system import file_lock
-from orchestrator.system.process import kill_marked
+from orchestrator.system.process import kill_by_environment
 from tests.conftest import Repository
-from tests.permits import permit_for
+from tests.permits import hold_permit
 from tests.waiting import wait_for
 
 #: What the landing brings; None deletes.
@@ -47,9 +47,9 @@ class Landing:
 
     repository: Repository
     target: Target
-    source: Source
+    source: UpstreamRepository
     git: Git
-    merge: Merge
+    merge: PreparedMerge
 
     @property
     def old(self) -> str:
@@ -66,8 +66,8 @@ class Landing:
     async def prepare(cls, repository: Repository, tmp_path: Path) -> Landing:
         """Have the merge made as a run would, of work that was built on what `main` is at."""
         start = repository.commit({"gone.txt": "gone\n", "kept.txt": "kept\n"}, "start")
-        site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
-        hub = hub_of(site.location, tmp_path / "hubs")
+        site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
+        hub = locate_hub(site.location, tmp_path / "hubs")
         await create_hub(hub, site.object_format, repository.environ)
         git = Git(hub.trusted, environ=repository.environ)
         source = site.source(git)
@@ -84,9 +84,9 @@ class Landing:
         tree = await git.line("write-tree", env=env)
         work = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
         target = Target(hub, git, source, site.repository, branch="main", start=start, ref="refs/council/target")
-        async with permit_for(source, "main") as permit:
+        async with hold_permit(source, "main") as permit:
             merge = await target.prepare(permit, "run/one", work, start)
-        assert isinstance(merge, Merge), merge
+        assert isinstance(merge, PreparedMerge), merge
         return cls(repository, target, source, git, merge)
 
     async def bring_objects(self) -> None:
@@ -108,18 +108,18 @@ class Landing:
 
         The intent is `ago` seconds old, as the clock shows it.
         """
-        async with permit_for(self.source, "main") as permit:
+        async with hold_permit(self.source, "main") as permit:
             settled: object = await self.target.settle(permit, self.merge, [self.merge.new], time.time() - ago)
             intended = [self.merge.new]
             for _ in range(5):
-                if isinstance(settled, Landed | AlreadyThere | Deferred):
+                if isinstance(settled, Landed | NothingToLand | DeferredLanding):
                     break
                 work = await self.git.line("rev-parse", f"{self.merge.new}^2")
                 settled = await self.target.prepare(permit, "run/one", work, self.old, None, intended)
-                if isinstance(settled, Merge):
+                if isinstance(settled, PreparedMerge):
                     intended.append(settled.new)
                     settled = await self.target.move(permit, [settled])
-        assert isinstance(settled, Landed | AlreadyThere), settled
+        assert isinstance(settled, Landed | NothingToLand), settled
 
     def judge(self, theirs: Mapping[str, str | None], uncommitted: Mapping[str, str]) -> None:
         """Check that all landed, that what the user did is as they did it, and that nothing is left over.
@@ -175,7 +175,7 @@ def undoing(landing: Landing) -> None:
     writing(5)(landing)
     (landing.repository.top / "README.md").write_text("# Project\n")
     (landing.repository.top / "src/app.py").write_text("def main():\n    return 0")
-    landing.lock.write_text(lock_mark("main"))
+    landing.lock.write_text(lock_marker("main"))
 
 
 STAGES = {
@@ -351,7 +351,7 @@ cd {repository.top} && git switch --quiet main && echo user > user.txt && git ad
 git -c user.name=user -c user.email=user commit --quiet --message user
 """)
     hook.chmod(0o755)
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         await landing.target.move(permit, [landing.merge])
     hook.unlink()
     assert repository.git("log", "-1", "--format=%s") == "user"
@@ -394,7 +394,7 @@ async def test_a_commit_while_a_refused_push_is_undone_is_not_reverted_by_the_ne
     (programs / "git").chmod(0o755)
     path, identity = environ["PATH"], {f"GIT_{who}_NAME": "user" for who in ("AUTHOR", "COMMITTER")}
     environ |= {**identity, "PATH": f"{programs}:{path}"}
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         await landing.target.move(permit, [landing.merge])
     assert (tmp_path / "done").exists()
     environ["PATH"] = path
@@ -421,13 +421,13 @@ async def test_a_refused_push_that_could_not_be_undone_is_undone_before_the_next
     (programs / "git").chmod(0o755)
     environ["PATH"] = f"{programs}:{path}"
     work = await landing.git.line("rev-parse", f"{landing.merge.new}^2")
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         with pytest.raises(GitError, match="128"):
             await landing.target.move(permit, [landing.merge])
         refuse.unlink()
         environ["PATH"] = path
         again = await landing.target.prepare(permit, "run/one", work, landing.old, None, [landing.merge.new])
-        assert isinstance(again, Merge)
+        assert isinstance(again, PreparedMerge)
         assert isinstance(await landing.target.move(permit, [again]), Landed)
     landing.judge({}, {})
 
@@ -463,15 +463,15 @@ async def test_a_landing_whose_push_still_runs_stays_one_that_was_interrupted(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a hook that is stopped: what is staged when it is killed is not taken for changes of the user's."""
-    monkeypatch.setattr(landings, "_MOVING_LIMIT", 0.1)
+    monkeypatch.setattr(landings, "_PUSH_TIMEOUT", 0.1)
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         async with landing.target._landing_lock.hold(0):
             with pytest.raises(RefusedError, match="is being moved by"):
                 await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
             staged(landing)
-        assert await landing.target.obstacle(landing.merge) is None
+        assert await landing.target.find_obstacle(landing.merge) is None
     await landing.finish()
     landing.judge({}, {})
 
@@ -499,7 +499,7 @@ async def test_what_the_user_does_inside_an_update_of_their_checkout_is_refused(
     landing = await Landing.prepare(repository, tmp_path)
     repository.git("branch", "other")
     environ |= {**identity, "GIT_EXEC_PATH": str(programs)}
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         await landing.target.move(permit, [landing.merge])
     assert (tmp_path / "refused").exists()
     del environ["GIT_EXEC_PATH"]
@@ -527,8 +527,8 @@ async def test_who_leaves_the_target_inside_a_push_takes_nothing_along(
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(MEANWHILE.format(top=repository.top, act=act))
     hook.chmod(0o755)
-    async with permit_for(landing.source, "main") as permit:
-        with suppress(TargetGone):
+    async with hold_permit(landing.source, "main") as permit:
+        with suppress(TargetMissing):
             await landing.target.move(permit, [landing.merge])
     hook.unlink()
     assert repository.git("branch", "--show-current") in {"other", "other2"}
@@ -551,7 +551,7 @@ async def test_who_comes_to_the_target_inside_a_push_gets_what_lands(
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(MEANWHILE.format(top=repository.top, act="switch --quiet main"))
     hook.chmod(0o755)
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         moved = await landing.target.move(permit, [landing.merge])
     assert isinstance(moved, Landed)
     landing.judge({}, {})
@@ -565,7 +565,7 @@ async def test_a_killed_push_is_settled_after_the_clock_was_set_back(
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
     STAGES[stage](landing)
-    landing.lock.write_text(lock_mark("main"))
+    landing.lock.write_text(lock_marker("main"))
     await landing.finish(ago=-3600)
     landing.judge({}, {})
 
@@ -587,8 +587,8 @@ async def test_who_removes_the_lock_of_a_killed_push_and_leaves_takes_nothing_al
     repository.git("add", "kept.txt", "user.txt")
     (repository.top / "kept.txt").write_text("changed\n")
     repository.git(*leave.split())
-    async with permit_for(landing.source, "main") as permit:
-        with suppress(TargetGone):
+    async with hold_permit(landing.source, "main") as permit:
+        with suppress(TargetMissing):
             await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
     assert repository.git("status", "--porcelain").splitlines() == ["MM kept.txt", "A  user.txt"]
     if "--move" in leave:
@@ -628,7 +628,7 @@ async def test_what_the_user_takes_back_after_a_push_stays_as_it_is(repository: 
     hook.write_text(MEANWHILE.format(top=repository.top, act=f"worktree add --quiet --detach {tmp_path}/other"))
     hook.write_text(hook.read_text().replace("exit 0", "echo '# Project' > README.md; rm new.txt"))
     hook.chmod(0o755)
-    async with permit_for(landing.source, "main") as permit:
+    async with hold_permit(landing.source, "main") as permit:
         assert isinstance(await landing.target.move(permit, [landing.merge]), Landed)
     assert repository.git("status", "--porcelain").splitlines() == [" M README.md", " D new.txt"]
 
@@ -640,8 +640,8 @@ async def test_a_lock_that_refuses_a_push_is_left_to_whoever_has_it(repository: 
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(f"#!/bin/sh\n: > {landing.lock}\n")
     hook.chmod(0o755)
-    async with permit_for(landing.source, "main") as permit:
-        assert isinstance(await landing.target.move(permit, [landing.merge]), Deferred)
+    async with hold_permit(landing.source, "main") as permit:
+        assert isinstance(await landing.target.move(permit, [landing.merge]), DeferredLanding)
     hook.unlink()
     assert landing.lock.exists()
     landing.lock.unlink()
@@ -654,11 +654,11 @@ async def test_a_lock_on_the_head_of_a_bare_repository_is_removed(repository: Re
     bare, checkout, git = tmp_path / "bare.git", tmp_path / "checkout", Git(None, environ=repository.environ)
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(bare))
     await git("worktree", "add", "--quiet", str(checkout), "main", cwd=bare)
-    local, tip = await inspect(bare, git), repository.git("rev-parse", "main")
+    local, tip = await find_repository(bare, git), repository.git("rev-parse", "main")
     locks = [bare / "HEAD.lock", bare / "worktrees/checkout/HEAD.lock", bare / "refs/heads/main.lock"]
     for lock in locks:
         lock.touch()
-    assert await settle(local, checkout, "main", (None, tip), 0, git, may_finish=True) == []
+    assert await recover_push(local, checkout, "main", (None, tip), 0, git, may_finish=True) == []
     assert not [lock for lock in locks if lock.exists()]
 
 
@@ -678,7 +678,7 @@ async def test_a_push_that_takes_long_is_reported(
             while len(caplog.messages) < count:
                 await anyio.sleep(0.02)
 
-    async with permit_for(landing.source, "main") as permit, anyio.create_task_group() as group:
+    async with hold_permit(landing.source, "main") as permit, anyio.create_task_group() as group:
         group.start_soon(landing.target.move, permit, [landing.merge])
         await reported(1)
         group.start_soon(landing.target.settle, permit, landing.merge, [landing.merge.new], time.time())
@@ -703,7 +703,7 @@ async def test_pushes_killed_at_random_moments(repository: Repository, tmp_path:
 
     def kill() -> None:
         time.sleep(moments[0])
-        kill_marked(f"COUNCIL_TEST_MARK={mark}".encode())
+        kill_by_environment(f"COUNCIL_TEST_MARK={mark}".encode())
 
     def commit() -> None:
         time.sleep(moments[1])
@@ -720,7 +720,7 @@ async def test_pushes_killed_at_random_moments(repository: Repository, tmp_path:
     try:
         with suppress(GitError):
             if is_move:
-                async with permit_for(landing.source, "main") as permit:
+                async with hold_permit(landing.source, "main") as permit:
                     await landing.target.move(permit, [landing.merge])
             else:
                 await landing.source.push(landing.merge.new, "main", landing.old, ())

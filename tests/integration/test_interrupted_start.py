@@ -28,7 +28,12 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.mark.parametrize(
     "module",
-    ["orchestrator.client.session", "orchestrator.cli.main", "orchestrator.cli.commands.runs.run", "anyio._backends._asyncio"],
+    [
+        "orchestrator.client.session",
+        "orchestrator.cli.main",
+        "orchestrator.cli.commands.runs.run",
+        "anyio._backends._asyncio",
+    ],
 )
 def test_an_interrupt_during_the_start_is_reported_as_one(repository: Repository, tmp_path: Path, module: str) -> None:
     """While its modules are imported, and while the command is looked up."""

@@ -14,8 +14,8 @@ import pytest
 
 from orchestrator.errors import GitError, GitKilled
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import remove_incoming
-from orchestrator.repo.worktrees.hub import Hub, create_hub, hub_of
+from orchestrator.repo.source.checkout import remove_incoming_objects
+from orchestrator.repo.worktrees.hub import Hub, create_hub, locate_hub
 from tests.conftest import FAKE_CLI, Repository
 
 
@@ -63,7 +63,7 @@ async def test_a_git_command_of_a_run_may_be_killed(repository: Repository, numb
 
 async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]:
     """Make a hub, and return it with git in its trusted repository."""
-    hub = hub_of(str(repository.top), tmp_path / "hubs")
+    hub = locate_hub(str(repository.top), tmp_path / "hubs")
     await create_hub(hub, "sha1", repository.environ)
     return hub, Git(hub.trusted, environ=repository.environ)
 
@@ -157,7 +157,7 @@ async def test_what_a_killed_push_has_received_is_removed_by_the_next_process(re
     assert not left.exists()
     left.mkdir()
     with subprocess.Popen(["git", "-c", "alias.last=!sleep 0.5", "last"], cwd=repository.top / ".git"):
-        remove_incoming(repository.top / ".git", 0)
+        remove_incoming_objects(repository.top / ".git", 0)
     assert not left.exists()
     await repository.assert_invariants()
 

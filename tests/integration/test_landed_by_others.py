@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Repository
-from tests.faults import PYTHON
+from tests.faults import PYTHON_ADAPTER
 from tests.waiting import wait_for
 
 
@@ -63,7 +63,7 @@ def test_no_commit_message_says_what_has_landed(repository: Repository, label: s
         {"id": "long", "prompt": "import time; time.sleep(1000)"},
         {"id": "pending", "prompt": "open('pending.txt', 'w')", "needs": ["long"]},
     ]
-    config = repository.configure(tasks, adapters={"py": PYTHON}, coordination={"sweep": "200ms"})
+    config = repository.configure(tasks, adapters={"py": PYTHON_ADAPTER}, coordination={"sweep": "200ms"})
     child = repository.start("run", str(config), "--json")
 
     def states() -> dict[str, str]:

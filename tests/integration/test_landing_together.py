@@ -13,14 +13,14 @@ import anyio
 import pytest
 
 from orchestrator.project import Project
-from orchestrator.repo.source.site import find_site
-from orchestrator.repo.worktrees.hub import hub_of
+from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.worktrees.hub import locate_hub
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.system.file_lock import FileLock
-from tests.command_server import Started
-from tests.conftest import Ended, Repository
-from tests.permits import permits
+from tests.command_server import StartedCommand
+from tests.conftest import CommandResult, Repository
+from tests.permits import join_merge_queue
 from tests.waiting import wait_for
 
 
@@ -171,16 +171,16 @@ def recorded(repository: Repository, event: str) -> int:
 
 async def landing_lock(repository: Repository) -> FileLock:
     """Return what whoever lands on `main` must hold."""
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
-    hub = hub_of(site.identity, Path(repository.environ["COUNCIL_HOME"]))
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
+    hub = locate_hub(site.identity, Path(repository.environ["COUNCIL_HOME"]))
     hub.root.joinpath("locks").mkdir(parents=True, exist_ok=True)
     return hub.landing_lock(site.location, "main")
 
 
-def ended(child: Started) -> Ended:
+def ended(child: StartedCommand) -> CommandResult:
     """Return how a run ended."""
     stdout, stderr = child.communicate(timeout=60)
-    return Ended(child.returncode, stdout, stderr)
+    return CommandResult(child.returncode, stdout, stderr)
 
 
 async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repository: Repository) -> None:
@@ -189,8 +189,8 @@ async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repos
     project, clock = Project(repository.top), SystemClock()
     await anyio.to_thread.run_sync(project.create)
     async with FileStore.open(repository.log, clock) as store, AsyncExitStack() as stack:
-        site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
-        await stack.enter_async_context((await permits(store, clock, site.location, "main")).hold())
+        site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
+        await stack.enter_async_context((await join_merge_queue(store, clock, site.location, "main")).hold())
         child = repository.start("run", str(config), "--json")
         wait_for(lambda: states(repository) == {"t0": "queued", "t1": "queued"})
         assert repository.council("cancel", "t0").code == 0

@@ -8,16 +8,20 @@ import anyio
 import pytest
 
 from orchestrator.api.council import Council
-from orchestrator.domain.runs.model import Action
+from orchestrator.domain.runs.model import RequestAction
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.sessions.session import Session
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
 
 async def states_after(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch, tasks: list[dict[str, Any]], end: str, action: Action
+    repository: Repository,
+    monkeypatch: pytest.MonkeyPatch,
+    tasks: list[dict[str, Any]],
+    end: str,
+    action: RequestAction,
 ) -> dict[str, str]:
     """Run tasks and ask for `action` on `t` when its first end is recorded but its worktree not removed yet."""
     may_remove = anyio.Event()
@@ -41,7 +45,7 @@ async def states_after(
             async with anyio.create_task_group() as group:
                 group.start_soon(execute, council)
                 await until_event(council, end, 1)
-                group.start_soon(council.cancel if action is Action.CANCEL else council.retry, "t")
+                group.start_soon(council.cancel if action is RequestAction.CANCEL else council.retry, "t")
                 await until_event(council, "request.answered", 1)
                 may_remove.set()
     await repository.assert_invariants()
@@ -57,7 +61,7 @@ async def test_a_retry_right_after_the_end_of_an_attempt_is_obeyed(
         {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x", "attempts": 1},
         {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
     ]
-    states = await states_after(repository, monkeypatch, tasks, "task.failed", Action.RETRY)
+    states = await states_after(repository, monkeypatch, tasks, "task.failed", RequestAction.RETRY)
     assert states == {"t": "landed", "after": "landed"}
 
 
@@ -73,7 +77,7 @@ async def test_a_cancel_right_after_the_end_of_an_attempt_is_obeyed(
         {"id": "t", "prompt": prompt},
         {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
     ]
-    states = await states_after(repository, monkeypatch, tasks, end, Action.CANCEL)
+    states = await states_after(repository, monkeypatch, tasks, end, RequestAction.CANCEL)
     assert states == {"t": "cancelled", "after": "blocked"}
 
 
@@ -100,5 +104,5 @@ async def test_a_task_that_was_cancelled_while_it_was_checked_lands_after_a_retr
     wait_for(lambda: repository.council("status", "--json").states["t"] == "landed")
     assert repository.council("cancel", "long").code == 0
     stdout, stderr = child.communicate(timeout=60)
-    assert Ended(child.returncode, stdout, stderr).states == {"t": "landed", "long": "cancelled"}
+    assert CommandResult(child.returncode, stdout, stderr).states == {"t": "landed", "long": "cancelled"}
     await repository.assert_invariants()

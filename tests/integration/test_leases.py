@@ -21,8 +21,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.engine.state.port_leases import Lease, PortLeases, forget, stale_leases
-from orchestrator.engine.state.ports import free_block, ports_in_use
+from orchestrator.engine.state.port_leases import PortLease, PortLeases, delete_port_leases, find_stale_port_leases
+from orchestrator.engine.state.ports import find_free_block, ports_in_use
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
@@ -74,9 +74,9 @@ def leases_of(store: Store, ports: range, count: int = 3) -> PortLeases:
     return PortLeases(store, SystemClock(), count, ports=ports)
 
 
-async def lease_all(leases: PortLeases, places: Sequence[Path]) -> dict[Path, Lease]:
+async def lease_all(leases: PortLeases, places: Sequence[Path]) -> dict[Path, PortLease]:
     """Lease for all places side by side."""
-    found: dict[Path, Lease] = {}
+    found: dict[Path, PortLease] = {}
 
     async def work(place: Path) -> None:
         found[place] = await leases.lease(place)
@@ -93,7 +93,7 @@ async def recorded(store: Store) -> dict[int, str]:
     return {int(one.key.id.rpartition("/")[2]): one.value["place"] for one in documents}
 
 
-def expected(found: dict[Path, Lease]) -> dict[int, str]:
+def expected(found: dict[Path, PortLease]) -> dict[int, str]:
     """Return what the store should say."""
     return {port: str(place) for place, lease in found.items() for port in lease.ports}
 
@@ -170,7 +170,7 @@ async def test_a_block_is_chosen_under_the_lock_of_the_home(store: Store, ports:
     """While another process chooses, nothing is looked at and nothing written; afterwards what it took is seen."""
     tight = ports[:6]
     ours, theirs = make_place(tmp_path, 1), make_place(tmp_path, 2)
-    found: dict[Path, Lease] = {}
+    found: dict[Path, PortLease] = {}
 
     async def work() -> None:
         found[ours] = await leases_of(store, tight).lease(ours)
@@ -237,7 +237,7 @@ async def test_a_port_that_a_stranger_takes_costs_the_block(
         assert after.name == before.name
         assert before.ports[1] not in after.ports
         assert await recorded(store) == expected({place: after})
-        assert await leases.lease(place) == Lease(after.name, after.ports)
+        assert await leases.lease(place) == PortLease(after.name, after.ports)
 
 
 async def test_what_is_in_use_is_never_given(store: Store, ports: range, tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ async def test_what_is_in_use_is_never_given(store: Store, ports: range, tmp_pat
 def test_a_block_is_looked_for_all_around(ports: range) -> None:
     """Wherever the search begins, it finds the one block that is left, and only whole ones."""
     taken = {*ports[:4], *ports[7:10]}
-    assert {free_block(ports[:10], 3, begin, taken) for begin in range(20)} == {ports[4:7]}
-    assert free_block(ports[:10], 4, 0, taken) is None
-    assert free_block(ports[:2], 3, 0, ()) is None
+    assert {find_free_block(ports[:10], 3, begin, taken) for begin in range(20)} == {ports[4:7]}
+    assert find_free_block(ports[:10], 4, 0, taken) is None
+    assert find_free_block(ports[:2], 3, 0, ()) is None
 
 
 def test_a_port_in_time_wait_is_free_again(ports: range) -> None:
@@ -309,10 +309,10 @@ async def test_documents_that_their_places_deny_are_taken_over(store: Store, por
     file = moved / "lease.json"
     elsewhere = [port + 100 for port in old[moved].ports]
     file.write_text(json.dumps({**json.loads(file.read_text()), "ports": elsewhere}))
-    assert {one.value["place"] for one in await stale_leases(store)} == {str(gone), str(bare), str(moved)}
+    assert {one.value["place"] for one in await find_stale_port_leases(store)} == {str(gone), str(bare), str(moved)}
     new = await lease_all(leases_of(store, tight, 1), [make_place(tmp_path / "new", number) for number in range(3)])
     assert await recorded(store) == expected(new)
-    assert await stale_leases(store) == []
+    assert await find_stale_port_leases(store) == []
 
 
 async def test_the_ports_of_a_live_place_are_not_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
@@ -340,15 +340,15 @@ async def test_stale_leases_are_found_and_forgotten(store: Store, ports: range, 
     found = await lease_all(leases, places)
     foreign = Key("ports", f"other.{HOST}/20000")
     await store.commit(Commit([Write(foreign, 0, {"place": str(tmp_path / "nowhere")})]))
-    assert await stale_leases(store) == []
+    assert await find_stale_port_leases(store) == []
     shutil.rmtree(places[0])
     shutil.rmtree(places[1])
-    stale = await stale_leases(store)
+    stale = await find_stale_port_leases(store)
     assert {int(one.key.id.rpartition("/")[2]) for one in stale} == {*found[places[0]].ports, *found[places[1]].ports}
     make_place(tmp_path, 1)
     found[places[1]] = await leases.lease(places[1])
-    await forget(store, stale)
-    await forget(store, stale)
+    await delete_port_leases(store, stale)
+    await delete_port_leases(store, stale)
     del found[places[0]]
     assert await recorded(store) == expected(found)
     assert await store.get(foreign) is not None
@@ -364,10 +364,10 @@ async def test_a_lease_that_is_lost_to_damage_is_recorded_anew(ports: range, tmp
     segment.write_bytes(segment.read_bytes().replace(b'"name"', b'"nam\xff"'))
     async with opened(state) as store:
         assert all(one.damaged for one in await store.list("ports"))
-        assert len(await stale_leases(store)) == 3
+        assert len(await find_stale_port_leases(store)) == 3
         assert await leases_of(store, ports).lease(place) == lease
         assert await recorded(store) == expected({place: lease})
-        assert await stale_leases(store) == []
+        assert await find_stale_port_leases(store) == []
 
 
 async def test_a_home_that_cannot_be_looked_at_is_not_taken_for_an_empty_one(
@@ -427,7 +427,7 @@ async def test_many_processes_get_blocks_of_their_own(
     said: dict[int, str] = {}
     for number in range(stores):
         async with opened(tmp_path / f"state{number}") as store:
-            assert await stale_leases(store) == []
+            assert await find_stale_port_leases(store) == []
             said |= await recorded(store)
     assert said == {port: str(place) for place, block in found.items() for port in block}
 
@@ -455,5 +455,5 @@ async def test_killed_processes_leave_nothing_that_overlaps_or_stays(
     async with opened(state) as store:
         found = await lease_all(leases_of(store, ports), left)
         assert_disjoint([lease.ports for lease in found.values()], 3)
-        await forget(store, await stale_leases(store))
+        await delete_port_leases(store, await find_stale_port_leases(store))
         assert await recorded(store) == expected(found)

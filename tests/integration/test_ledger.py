@@ -12,46 +12,46 @@ import pytest
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, TaskStatus
 from orchestrator.domain.scheduling.claims import Role
-from orchestrator.domain.scheduling.holdings import HeldBy as OwnedBy
+from orchestrator.domain.scheduling.holdings import OwnershipConflict as OwnedBy
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.engine.scheduler.requests import cancel, revive
-from orchestrator.engine.state.ledger import Learned, Ledger, Moved, Outdated
-from orchestrator.engine.state.records import seed
-from orchestrator.engine.state.transitions import Update
-from orchestrator.errors import RunAtWork
-from orchestrator.locking.claims import HeldBy
-from orchestrator.locking.orchestrators import this_process
+from orchestrator.engine.scheduler.requests import cancel_task, retry_task
+from orchestrator.engine.state.ledger import AdapterUpdate, Ledger, OutdatedBase, TaskMoved
+from orchestrator.engine.state.records import record_new_run
+from orchestrator.engine.state.transitions import TaskUpdate
+from orchestrator.errors import RunActive
+from orchestrator.locking.claims import ClaimHolder
+from orchestrator.locking.orchestrators import create_owner
 from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import Clock
 from orchestrator.testing.clock import ManualClock
-from tests.recorded import NEW, OLD, orchestrators, run_document, task_spec
+from tests.recorded import NEW_COMMIT, OLD_COMMIT, make_orchestrators, run_document, task_spec
 
 
-async def start(ledger: Ledger, task: str) -> HeldBy | OwnedBy | Outdated | Moved | None:
+async def start(ledger: Ledger, task: str) -> ClaimHolder | OwnedBy | OutdatedBase | TaskMoved | None:
     """Record the first attempt of a task."""
-    attempt = Attempt(number=1, adapter="fixer", base=OLD, started=0.0)
-    return await ledger.start(task, Update({"base": OLD, "adapter": "fixer"}, {"attempts": (attempt,)}))
+    attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=0.0)
+    return await ledger.start(task, TaskUpdate({"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)}))
 
 
 async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
     """Return a new run as each of two orchestrators has it."""
     run = run_document(folder)
-    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     return [await join(store, clock, run.id) for _ in range(2)]
 
 
 async def join(store: Store, clock: Clock, run: str) -> Ledger:
     """Return a run as one more orchestrator has it, which is a worker."""
-    others = orchestrators(store, clock, run, alone=False, me=this_process(Role.WORKER))
+    others = make_orchestrators(store, clock, run, alone=False, me=create_owner(Role.WORKER))
     return await Ledger.join(store, clock, Redactor([]), others, {})
 
 
 async def coordinator_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[Ledger, Ledger]:
     """Return a new run as its coordinator has it, and as a worker has it."""
     run = run_document(folder)
-    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
-    others = orchestrators(store, clock, run.id, alone=False)
+    await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    others = make_orchestrators(store, clock, run.id, alone=False)
     return await Ledger.take(store, clock, Redactor([]), others, {}), await join(store, clock, run.id)
 
 
@@ -108,7 +108,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     async with aclosing(ours.changes()) as changes:
 
         async def land() -> None:
-            await theirs.change("models", Trigger.ADOPT, landed=NEW)
+            await theirs.change("models", Trigger.ADOPT, landed=NEW_COMMIT)
 
         async def claim() -> None:
             assert not await ours.claim("models")
@@ -118,7 +118,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
             async with anyio.create_task_group() as group:
                 group.start_soon(start, theirs, "models")
                 assert (await anext(changes)).task == "models"
-            await theirs.change("models", Trigger.BUILD, commit=NEW)
+            await theirs.change("models", Trigger.BUILD, commit=NEW_COMMIT)
             if is_looked_meanwhile:
                 store.quicker = land
             else:
@@ -155,7 +155,7 @@ async def test_what_another_has_tried_meanwhile_is_not_started_as_it_was_before(
     assert await start(theirs, "models") is None
     await theirs.change("models", trigger, reason="theirs")
     status = theirs.task("models").status
-    assert await start(ours, "models") == Moved(status)
+    assert await start(ours, "models") == TaskMoved(status)
     assert ours.task("models") == theirs.task("models")
 
 
@@ -165,11 +165,11 @@ async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(
     store = Overtaken(clock, "adapter.parked")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
 
-    def judge(known: AdapterDocument) -> Learned | None:
-        return None if known.parks else Learned(AdapterDocument(parked_until=60.0, parks=1), "adapter.parked", {})
+    def judge(known: AdapterDocument) -> AdapterUpdate | None:
+        return None if known.parks else AdapterUpdate(AdapterDocument(parked_until=60.0, parks=1), "adapter.parked", {})
 
-    store.quicker = lambda: theirs.learn("fixer", judge)
-    assert await ours.learn("fixer", judge) == (AdapterDocument(parked_until=60.0, parks=1), False)
+    store.quicker = lambda: theirs.update_adapter("fixer", judge)
+    assert await ours.update_adapter("fixer", judge) == (AdapterDocument(parked_until=60.0, parks=1), False)
     assert (await ours.adapter("fixer")).parks == 1
 
 
@@ -178,7 +178,7 @@ async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -
     clock = ManualClock()
     ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
-    assert await cancel(ours, "models")
+    assert await cancel_task(ours, "models")
     assert ours.task("models").status is TaskStatus.CANCELLED
     assert ours.claims is not None
     claim = await ours.claims.read("models")
@@ -196,7 +196,7 @@ async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Pa
     assert await start(theirs, "models") is None
     await ours.refresh("models")
     await theirs.change("models", Trigger.RETRY)
-    assert await cancel(ours, "models")
+    assert await cancel_task(ours, "models")
     assert ours.task("models").status is TaskStatus.CANCELLED
 
 
@@ -207,14 +207,14 @@ async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Pa
     ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
     await ours.refresh("models")
-    await theirs.change("models", Trigger.BUILD, commit=NEW)
+    await theirs.change("models", Trigger.BUILD, commit=NEW_COMMIT)
     await theirs.change("models", Trigger.INTEND)
     if seen is TaskStatus.LANDING:
         await ours.refresh("models")
     assert ours.task("models").status is seen
-    assert not await cancel(ours, "models")
-    await theirs.change("models", Trigger.LAND, landed=NEW)
-    assert not await cancel(ours, "models")
+    assert not await cancel_task(ours, "models")
+    await theirs.change("models", Trigger.LAND, landed=NEW_COMMIT)
+    assert not await cancel_task(ours, "models")
 
 
 async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_
     assert await start(ours, "models") is None
     await ours.change("models", Trigger.FAIL)
     await theirs.refresh("models")
-    await theirs.change("models", Trigger.ADOPT, landed=NEW)
-    assert not await revive(ours, "models")
+    await theirs.change("models", Trigger.ADOPT, landed=NEW_COMMIT)
+    assert not await retry_task(ours, "models")
     assert ours.task("models").status is TaskStatus.LANDED
 
 
@@ -234,10 +234,10 @@ async def test_who_takes_a_run_when_another_becomes_its_coordinator_is_told_who_
     clock = ManualClock()
     store = Overtaken(clock, "run.claimed")
     theirs, _ = await two_ledgers(store, clock, tmp_path)
-    store.quicker = theirs.campaign
+    store.quicker = theirs.try_to_lead
     run = theirs.run.id
-    with pytest.raises(RunAtWork, match=f"under process {theirs.orchestrators.me.pid}"):
-        await Ledger.take(store, clock, Redactor([]), orchestrators(store, clock, run, alone=False), {})
+    with pytest.raises(RunActive, match=f"under process {theirs.orchestrators.me.pid}"):
+        await Ledger.take(store, clock, Redactor([]), make_orchestrators(store, clock, run, alone=False), {})
 
 
 @pytest.mark.parametrize("event", ["run.claimed", "run.joined"])
@@ -245,7 +245,7 @@ async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, ev
     """The documents were read before, and whoever restores a checkpoint is no orchestrator of the run."""
     clock = ManualClock()
     store, run = Overtaken(clock, event), run_document(tmp_path)
-    await seed(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     (key,) = [found.key for found in await store.list("task", f"{run.id}/models")]
 
     async def restore() -> None:
@@ -254,11 +254,11 @@ async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, ev
         await store.commit(Commit([Write(key, found.version, {**found.value, "status": "cancelled"})], []))
 
     store.quicker = restore
-    others = orchestrators(store, clock, run.id, alone=False)
+    others = make_orchestrators(store, clock, run.id, alone=False)
     take = Ledger.take if event == "run.claimed" else Ledger.join
     ledger = await take(store, clock, Redactor([]), others, {})
     assert ledger.task("models").status is TaskStatus.CANCELLED
-    assert ledger.coordinates.is_set() == (event == "run.claimed")
+    assert ledger.became_leader.is_set() == (event == "run.claimed")
     await ledger.note("run.waiting", {})
 
 
@@ -267,9 +267,9 @@ async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) 
     clock = ManualClock()
     store = Overtaken(clock, "run")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
-    store.quicker = theirs.campaign
-    assert not await ours.campaign()
-    assert theirs.coordinates.is_set()
+    store.quicker = theirs.try_to_lead
+    assert not await ours.try_to_lead()
+    assert theirs.became_leader.is_set()
     await theirs.note("run.waiting", {})
 
 
@@ -284,9 +284,9 @@ async def test_a_coordinator_takes_what_a_worker_has_claimed_and_not_begun(
     ours = first if role is Role.COORDINATOR else await join(store, clock, first.run.id)
     assert ours.orchestrators.me.role is role
     assert worker.claims is not None
-    assert not isinstance(await worker.claims.claim("models"), HeldBy)
+    assert not isinstance(await worker.claims.claim("models"), ClaimHolder)
     found = await start(ours, "models")
-    assert isinstance(found, HeldBy) == is_theirs
+    assert isinstance(found, ClaimHolder) == is_theirs
     assert (ours.task("models").status is TaskStatus.RUNNING) == (not is_theirs)
 
 
@@ -295,8 +295,8 @@ async def test_a_worker_leaves_it_to_a_coordinator_to_lead(tmp_path: Path) -> No
     clock = ManualClock()
     store = MemoryStore(clock)
     worker, other = await two_ledgers(store, clock, tmp_path)
-    others = orchestrators(store, clock, worker.run.id, alone=False, me=this_process(Role.COORDINATOR))
+    others = make_orchestrators(store, clock, worker.run.id, alone=False, me=create_owner(Role.COORDINATOR))
     chosen = await Ledger.join(store, clock, Redactor([]), others, {})
-    assert not await worker.campaign()
-    assert not await other.campaign()
-    assert await chosen.campaign()
+    assert not await worker.try_to_lead()
+    assert not await other.try_to_lead()
+    assert await chosen.try_to_lead()

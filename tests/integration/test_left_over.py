@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.worktrees import left_over
+from orchestrator.repo.worktrees.worktrees import list_worktrees
 
 
 def test_a_folder_that_goes_while_it_is_looked_at_holds_nothing(
@@ -25,4 +25,4 @@ def test_a_folder_that_goes_while_it_is_looked_at_holds_nothing(
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
     monkeypatch.setattr(Path, "iterdir", gone)
-    assert left_over(hub, "run", ["t"]) == []
+    assert list_worktrees(hub, "run", ["t"]) == []

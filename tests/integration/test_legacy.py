@@ -106,7 +106,7 @@ def states(run: RunReport) -> dict[str, str]:
 async def events(repository: Repository, kind: str) -> list[dict[str, Any]]:
     """Return the events of a kind that the log has."""
     async with Council.open(repository.top, environ=repository.environ) as council:
-        records = [one async for one in council.past.commits(until=await council.position())]
+        records = [one async for one in council.history.commits(until=await council.position())]
         return [event.data for record in records for event in record.events if event.type == kind]
 
 

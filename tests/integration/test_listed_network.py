@@ -15,18 +15,18 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from orchestrator.client.session import ShortName
-from orchestrator.config.model import FenceConfig, Reach
+from orchestrator.client.session import ShortSocketPath
+from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import landlock
 from orchestrator.sessions.sandbox.sandbox import SandboxKind, choose_sandbox
-from orchestrator.sessions.sandbox.scope import Fencing, Ground
-from orchestrator.sessions.setup.shell import CommandFailed, Done, Shell, ShellCommand, ShellResult
-from orchestrator.sessions.supervision.supervised import Ended, SupervisedCommand, run_supervised
-from orchestrator.system.process import own_files
+from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.setup.shell import CommandFailed, CommandSucceeded, Shell, ShellCommand, ShellResult
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.system.process import internal_program_folders
 from tests.conftest import Repository
-from tests.sandboxes import require
+from tests.sandboxes import require_sandbox
 from tests.waiting import wait_for
 
 pytestmark = [
@@ -97,7 +97,7 @@ def port() -> Iterator[int]:
 @pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of sandbox that this machine has, and that can limit the network to hosts."""
-    return require(request.param, network=False, hosts=("a.example",))
+    return require_sandbox(request.param, network=False, hosts=("a.example",))
 
 
 class Place:
@@ -108,13 +108,15 @@ class Place:
         self.tree.mkdir()
         self.denied: list[str] = []
 
-    def fencing(self, kind: SandboxKind, hosts: tuple[str, ...]) -> Fencing:
-        config = FenceConfig(sandbox=kind, network=False, hosts=hosts, reach=Reach(readable=own_files()))
-        return Fencing(kind, (), config)
+    def sandbox(self, kind: SandboxKind, hosts: tuple[str, ...]) -> RunSandbox:
+        config = SandboxConfig(
+            sandbox=kind, network=False, hosts=hosts, reach=PathAccess(readable=internal_program_folders())
+        )
+        return RunSandbox(kind, (), config)
 
     @property
-    def ground(self) -> Ground:
-        return Ground((self.tree,), (), self.scratch)
+    def ground(self) -> SandboxScope:
+        return SandboxScope((self.tree,), (), self.scratch)
 
     def command(self, argv: list[str], **env: str) -> SupervisedCommand:
         return SupervisedCommand(
@@ -130,9 +132,9 @@ class Place:
             lock=self.top / "task.1.lock",
         )
 
-    async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> Ended:
+    async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> SupervisedExit:
         command = self.command(argv, **env)
-        async with self.fencing(kind, hosts).around(self.ground, command, Reach()) as fenced:
+        async with self.sandbox(kind, hosts).around(self.ground, command, PathAccess()) as fenced:
             ended = await run_supervised(fenced.command)
         self.denied = list(fenced.denied)
         return ended
@@ -140,7 +142,7 @@ class Place:
     async def shell(self, kind: SandboxKind, hosts: tuple[str, ...], text: str) -> ShellResult:
         environment = {"PATH": os.environ["PATH"]}
         lock = self.top / "check.lock"
-        shell = Shell(self.fencing(kind, hosts), self.ground, self.tree, lock, environment, Redactor({}))
+        shell = Shell(self.sandbox(kind, hosts), self.ground, self.tree, lock, environment, Redactor({}))
         return await shell.run(ShellCommand(text, self.top / "logs" / "check", PATIENCE, "checks_timeout"))
 
     @property
@@ -202,7 +204,7 @@ async def test_nothing_is_reached_without_the_proxy(place: Place, kind: SandboxK
 async def test_tcp_stays_tcp(place: Place) -> None:
     """No module of the kernel can be put in its place, which Landlock would not look at."""
     source = "import socket; socket.socket().setsockopt(6, 31, b'smc')"
-    if landlock.abi() < landlock.ABI_OF_PORTS:
+    if landlock.abi_version() < landlock.MIN_ABI_FOR_PORTS:
         pytest.skip("this kernel's Landlock limits no connections")
     await place.run(SandboxKind.LANDLOCK, ("api.example.com",), python(source))
     assert "OSError: [Errno 92] Protocol not available" in place.said
@@ -250,7 +252,7 @@ async def test_proxy_settings_of_the_user_do_not_count(place: Place, kind: Sandb
 
 async def test_a_loopback_of_its_own(place: Place, port: int) -> None:
     """In a bubblewrap a server of the session's own is reached directly, as tests of a project need it."""
-    require(SandboxKind.BUBBLEWRAP, network=False)
+    require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     script = "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & echo mine >page; "
     script += "curl --silent --retry 50 --retry-connrefused --retry-delay 1 http://127.0.0.1:8000/page"
     await place.run(SandboxKind.BUBBLEWRAP, ("api.example.com",), ["sh", "-c", script])
@@ -273,7 +275,7 @@ async def test_it_starts_as_clean_as_without(place: Place, kind: SandboxKind) ->
 async def test_a_program_that_is_missing(place: Place, kind: SandboxKind) -> None:
     """Is told from one that fails, as in each sandbox."""
     ended = await place.run(kind, ("api.example.com",), ["no-such-program"])
-    assert ended == Ended(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
+    assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
     ended = await place.run(kind, ("api.example.com",), ["sh", "-c", "exit 127"])
     assert (ended.exit, ended.spawn_error) == (127, None)
 
@@ -296,14 +298,14 @@ open("part", "w").write(str(port)); os.rename("part", "port"); time.sleep(300)""
 
 async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port: int) -> None:
     """What another process passes on before the session starts is not taken, and the session gets its proxy."""
-    require(SandboxKind.BUBBLEWRAP, network=False)
+    require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     hosts = (f"127.0.0.1:{port}",)
     command = place.command(python(FETCH, f"http://127.0.0.1:{port}/"))
-    fencing = place.fencing(SandboxKind.BUBBLEWRAP, hosts)
+    fencing = place.sandbox(SandboxKind.BUBBLEWRAP, hosts)
     with socket.create_server(("127.0.0.1", 0)) as planted:
-        async with fencing.around(place.ground, command, Reach()) as fenced:
+        async with fencing.around(place.ground, command, PathAccess()) as fenced:
             (meeting,) = place.scratch.glob(".council-*")
-            with ShortName(str(place.scratch), meeting.name) as folder, socket.socket(socket.AF_UNIX) as intruder:
+            with ShortSocketPath(str(place.scratch), meeting.name) as folder, socket.socket(socket.AF_UNIX) as intruder:
                 intruder.connect(f"{folder}/{meeting.name}")
                 socket.send_fds(intruder, [b"+"], [planted.fileno()])
                 with socket.create_connection(planted.getsockname()):
@@ -316,7 +318,7 @@ async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port:
 async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind: SandboxKind, port: int) -> None:
     """Since what it prints of that may be little."""
     url = f"http://127.0.0.1:{port}/"
-    assert await place.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == Done()
+    assert await place.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == CommandSucceeded()
     failed = await place.shell(kind, ("api.example.com",), f"curl --silent --fail --noproxy '' {url}")
     assert isinstance(failed, CommandFailed)
     assert f"(`network.allow` does not cover 127.0.0.1:{port})" in failed.describe()
@@ -345,7 +347,7 @@ def test_a_run_reports_refused_hosts(repository: Repository, kind: SandboxKind, 
 
 async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to do, and only where hosts are listed."""
-    monkeypatch.setattr(landlock, "abi", lambda: 3)
+    monkeypatch.setattr(landlock, "abi_version", lambda: 3)
     with pytest.raises(
         RefusedError, match=r"only its ABI 3, and `network.allow` needs ABI 4 .*`network: off`.*bubblewrap"
     ):
@@ -363,6 +365,6 @@ async def test_without_a_sandbox_hosts_are_refused() -> None:
 
 async def test_without_bubblewrap_landlock_is_taken() -> None:
     """If the kernel can limit connections."""
-    require(SandboxKind.LANDLOCK, network=False, hosts=("a.example",))
+    require_sandbox(SandboxKind.LANDLOCK, network=False, hosts=("a.example",))
     environ = {"PATH": "/nowhere"}
     assert await choose_sandbox("auto", network=False, hosts=("a.example",), environ=environ) is SandboxKind.LANDLOCK

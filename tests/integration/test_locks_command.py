@@ -13,18 +13,18 @@ import pytest
 
 from orchestrator import Council, RefusedError
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.claims import MergeLease, MergeParty
+from orchestrator.domain.scheduling.claims import MergeLease, MergeParticipant
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.files import FileLocks
-from orchestrator.locking.overview import heed
-from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.locking.overview import release_broken_locks
+from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.project import Project
-from orchestrator.protocols import Commit, Guard, Key, Record, Store, Write
-from orchestrator.repo.source.site import find_site
+from orchestrator.protocols import Commit, CommitRecord, Guard, Key, Store, Write
+from orchestrator.repo.source.site import find_run_repository
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.conftest import Ended, Repository
-from tests.permits import permits
+from tests.conftest import CommandResult, Repository
+from tests.permits import join_merge_queue
 
 ADA, BOB = (SessionName("r", task, 1) for task in ("ada", "bob"))
 
@@ -56,11 +56,11 @@ def owners(users: list[dict[str, Any]]) -> list[str]:
     return [user["owner"] for user in users]
 
 
-def broken(repository: Repository, name: str, reason: str = "it hangs") -> Ended:
+def broken(repository: Repository, name: str, reason: str = "it hangs") -> CommandResult:
     return repository.council("locks", "break", name, "--reason", reason, "--json")
 
 
-async def last(store: Store) -> Record:
+async def last(store: Store) -> CommitRecord:
     records = store.watch(await store.position() - 1)
     record = await anext(records)
     await records.aclose()
@@ -77,15 +77,15 @@ async def test_without_locks_there_is_nothing(repository: Repository) -> None:
 async def test_all_three_layers_are_shown_with_who_waits(repository: Repository) -> None:
     """Files by any process, ownership and the merge permit from the store."""
     repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt x"}])), "--json")
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
-    scope = scope_of(site.location, "main")
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
+    scope = ownership_scope(site.location, "main")
     async with opened(repository) as store:
         files = FileLocks(Project(repository.top).file_locks, SystemClock())
-        registry = Registry(store, SystemClock(), scope)
+        registry = OwnershipRegistry(store, SystemClock(), scope)
         ada, bob = await claim(store, ADA), await claim(store, BOB)
         await registry.take(ADA, ["src/**", "a.md"], orchestrator="o1", claim=ada)
         await files.acquire(ADA, ["src/a.py"])
-        landing, other = [await permits(store, SystemClock(), site.location, "main") for _ in range(2)]
+        landing, other = [await join_merge_queue(store, SystemClock(), site.location, "main") for _ in range(2)]
         async with landing.hold(), anyio.create_task_group() as group:
             group.start_soon(lambda: files.acquire(BOB, ["src/a.py"], timeout=60))
             await registry.waits(BOB, ["src/b.py"], orchestrator="o1", claim=bob)
@@ -111,7 +111,7 @@ async def test_broken_ownership_is_free_and_its_owner_gives_its_files_back(repos
     """The record has the reason; the process that held it learns from that what to give back."""
     async with opened(repository) as store:
         files = FileLocks(Project(repository.top).file_locks, SystemClock())
-        registry = Registry(store, SystemClock(), "0" * 16)
+        registry = OwnershipRegistry(store, SystemClock(), "0" * 16)
         await registry.take(ADA, ["a"], orchestrator="o1", claim=await claim(store, ADA))
         await files.acquire(ADA, ["a", "b"])
         await files.acquire(BOB, ["c"])
@@ -120,7 +120,7 @@ async def test_broken_ownership_is_free_and_its_owner_gives_its_files_back(repos
         record = await last(store)
         assert [(event.type, event.data["reason"]) for event in record.events] == [("lock.broken", "it hangs")]
         assert await registry.holdings() == []
-        assert await heed(record, files, [ADA, BOB]) == 2
+        assert await release_broken_locks(record, files, [ADA, BOB]) == 2
         assert [one.path for one in files.held()] == ["c"]
         again = broken(repository, "ownership/r/ada.1")
         assert (again.code, "nobody holds" in again.result["error"]) == (2, True)
@@ -129,7 +129,7 @@ async def test_broken_ownership_is_free_and_its_owner_gives_its_files_back(repos
 async def test_what_was_broken_locks_nothing(repository: Repository) -> None:
     """Others may land there, and take it."""
     async with opened(repository) as store:
-        registry, guard = Registry(store, SystemClock(), "0" * 16), await claim(store, ADA)
+        registry, guard = OwnershipRegistry(store, SystemClock(), "0" * 16), await claim(store, ADA)
         await registry.take(ADA, ["a"], orchestrator="o1", claim=guard, is_lock=True)
         assert [one.session for one in await registry.locked_by_others(BOB)] == [ADA]
         assert broken(repository, "ownership/r/ada.1").code == 0
@@ -143,7 +143,7 @@ async def test_a_broken_file_lock_is_given_back_by_its_process(repository: Repos
         files = FileLocks(Project(repository.top).file_locks, SystemClock())
         await files.acquire(ADA, ["a", "b"])
         assert broken(repository, "file/a").code == 0
-        assert await heed(await last(store), files, [ADA]) == 1
+        assert await release_broken_locks(await last(store), files, [ADA]) == 1
         assert [one.path for one in files.held()] == ["b"]
         refused = broken(repository, "file/a")
         assert refused.code == 2
@@ -155,7 +155,7 @@ async def test_who_held_a_broken_merge_permit_is_refused(repository: Repository)
     async with opened(repository) as store:
         key = Key("lease", "merge/" + "0" * 16)
         holder = {"id": "o1", "host": "box", "pid": 4711, "run": "r", "since": time.time() - 9}
-        permit = MergeLease(epoch=1, holder=MergeParty(**holder), repository="shop", target="main")
+        permit = MergeLease(epoch=1, holder=MergeParticipant(**holder), repository="shop", target="main")
         await store.commit(Commit([Write(key, 0, permit.model_dump(mode="json"))]))
         (lock,) = listed(repository)
         assert (owners(lock["holders"]), lock["epoch"]) == (["o1 (process 4711 on box)"], 1)
@@ -172,7 +172,7 @@ async def test_from_python_the_same(repository: Repository, monkeypatch: pytest.
     """`Council.locks` and `Council.break_lock`."""
     monkeypatch.chdir(repository.top)
     async with opened(repository) as store:
-        registry = Registry(store, SystemClock(), "0" * 16)
+        registry = OwnershipRegistry(store, SystemClock(), "0" * 16)
         await registry.take(ADA, ["a"], orchestrator="o1", claim=await claim(store, ADA))
         async with Council.open(repository.top, environ=repository.environ) as council:
             assert [(one.name, one.what) for one in await council.locks()] == [("ownership/r/ada.1", ("a",))]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.log.codec import Decoded, scan
+from orchestrator.state.log.codec import DecodedLine, scan
 from orchestrator.state.log.segments import find_line
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
@@ -43,7 +43,7 @@ def _starts(data: bytes) -> list[int]:
     offsets, offset = [], 0
     while offset < len(data):
         item = scan(data, offset)
-        assert isinstance(item, Decoded)
+        assert isinstance(item, DecodedLine)
         offsets.append(offset)
         offset = item.end
     return offsets

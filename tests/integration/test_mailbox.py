@@ -21,22 +21,22 @@ import anyio
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST
-from orchestrator.client.session import Session
-from orchestrator.config.model import FenceConfig, Reach
+from orchestrator.client.commands import MAX_HANDOFF_BYTES, MAX_REQUEST_BYTES
+from orchestrator.client.session import SessionConnection
+from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import RefusedError
 from orchestrator.locking.files import FileLocks
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.slots import Place
+from orchestrator.repo.worktrees.slots import WorktreeSlot
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.sandbox.scope import Fencing, Ground
-from orchestrator.sessions.socket.listener import Mailbox, open_mailbox
+from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.socket.listener import SessionSocket, open_session_socket
 from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
 from orchestrator.system.clock import SystemClock
-from tests.desks import MemoryDesk
-from tests.sandboxes import require
+from tests.desks import FakeSessionService
+from tests.sandboxes import require_sandbox
 
 pytestmark = pytest.mark.sandbox
 
@@ -46,7 +46,7 @@ KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF]
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of fence that works here, or none."""
-    return require(request.param)
+    return require_sandbox(request.param)
 
 
 @dataclass
@@ -54,11 +54,11 @@ class Site:
     """Sessions of one run, each with its worktree, all hidden from each other."""
 
     hub: Hub
-    desk: MemoryDesk
+    session_service: FakeSessionService
 
     def worktree(self, task: str, number: int, attempt: int = 1) -> Worktree:
         """Make the folders of a session."""
-        place = Place(self.hub, number)
+        place = WorktreeSlot(self.hub, number)
         made = Worktree(self.hub, "run-1", task, attempt, held=place)
         for folder in (made.git_dir, made.tree / "src", self.hub.objects):
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,14 +69,14 @@ class Site:
     @asynccontextmanager
     async def session(
         self, task: str = "models", number: int = 1, attempt: int = 1
-    ) -> AsyncIterator[tuple[Worktree, Mailbox]]:
+    ) -> AsyncIterator[tuple[Worktree, SessionSocket]]:
         """Open the mailbox of a session."""
         worktree = self.worktree(task, number, attempt)
-        async with open_mailbox(worktree, self.desk) as mailbox:
+        async with open_session_socket(worktree, self.session_service) as mailbox:
             yield worktree, mailbox
 
     async def run(
-        self, kind: SandboxKind, worktree: Worktree, mailbox: Mailbox, argv: list[str], **changes: Any
+        self, kind: SandboxKind, worktree: Worktree, mailbox: SessionSocket, argv: list[str], **changes: Any
     ) -> tuple[int | None, str]:
         """Run a program in the session's fence; return its exit code and all that it printed."""
         said = [self.hub.root.parent / f"{worktree.task}.{stream}" for stream in ("out", "err")]
@@ -84,7 +84,7 @@ class Site:
             one.unlink(missing_ok=True)
         command = SupervisedCommand(
             argv=argv,
-            env=mailbox.added_to({"PATH": os.defpath}),
+            env=mailbox.extend_environment({"PATH": os.defpath}),
             cwd=worktree.tree,
             stdin=None,
             stdout=said[0],
@@ -94,8 +94,8 @@ class Site:
             grace=5,
             lock=worktree.lock,
         )
-        fencing = Fencing(kind, (self.hub.root,), FenceConfig(sandbox=kind, network=True, reach=Reach()))
-        async with fencing.around(Ground.of(worktree), replace(command, **changes), mailbox.reach) as fenced:
+        fencing = RunSandbox(kind, (self.hub.root,), SandboxConfig(sandbox=kind, network=True, reach=PathAccess()))
+        async with fencing.around(SandboxScope.of(worktree), replace(command, **changes), mailbox.reach) as fenced:
             ended = await run_supervised(fenced.command)
         assert ended.spawn_error is None, ended
         return ended.exit, "".join(one.read_text() for one in said)
@@ -106,7 +106,7 @@ def site(tmp_path: Path) -> Site:
     """A place whose paths are longer than a socket's address may be."""
     hub = Hub(tmp_path / ("a-long-name-" * 10) / "hub")
     hub.root.mkdir(parents=True)
-    return Site(hub, MemoryDesk())
+    return Site(hub, FakeSessionService())
 
 
 # From inside
@@ -124,7 +124,7 @@ async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: Sandbo
     assert code == 0, said
     (peer,) = json.loads(said)["peers"]
     assert (peer["task"], peer["files"], peer["is_me"]) == ("models", ["src/a.py", "b.py"], True)
-    assert {str(session) for session, _, _ in site.desk.asked} == {"run-1/models.1"}
+    assert {str(session) for session, _, _ in site.session_service.asked} == {"run-1/models.1"}
 
 
 async def test_council_starts_in_a_fence_wherever_python_was_started_from(
@@ -152,7 +152,7 @@ async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: Sand
         assert await site.run(kind, worktree, mailbox, put) == (0, "shared as version 1 of api/ports\n")
         code, said = await site.run(kind, worktree, mailbox, ["council", "share", "get", "api/ports", "--json"])
     assert (code, json.loads(said)["value"]) == (0, [1, "two"])
-    assert site.desk.handed_over == [{"tasks": []}]
+    assert site.session_service.handed_over == [{"tasks": []}]
 
 
 async def test_the_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
@@ -169,7 +169,7 @@ async def test_files_of_another_are_refused_with_whose_they_are(site: Site) -> N
         async with site.session("docs", 3) as (third, thirds):
             assert (await site.run(SandboxKind.OFF, third, thirds, ["council", "lock", "a.py"]))[0] == 0
             code, said = await site.run(SandboxKind.OFF, second, mailbox, ["council", "lock", "a.py", "--json"])
-        assert first.mailbox.is_dir()
+        assert first.socket_folder.is_dir()
     assert code == 1
     told = json.loads(said)
     assert told["status"] == "refused"
@@ -201,8 +201,8 @@ print(json.dumps({"card": bool(found), "said": said}))
 async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKind) -> None:
     """It can't be read in a fence; where its socket can be reached, a token of another session is refused."""
     async with site.session() as (first, mailbox), site.session("api", 2) as (second, _):
-        token = json.loads((first.mailbox / "session.json").read_text())["token"]
-        argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.mailbox), token]
+        token = json.loads((first.socket_folder / "session.json").read_text())["token"]
+        argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.socket_folder), token]
         code, said = await site.run(kind, first, mailbox, argv)
     assert code == 0, said
     found = json.loads(said)
@@ -211,11 +211,11 @@ async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKi
         assert found["said"] == ""
     else:
         assert "not of this session" in json.loads(found["said"])["error"]
-    assert site.desk.asked == []
+    assert site.session_service.asked == []
 
 
 @asynccontextmanager
-async def busy(site: Site, kind: SandboxKind, worktree: Worktree, mailbox: Mailbox) -> AsyncIterator[None]:
+async def busy(site: Site, kind: SandboxKind, worktree: Worktree, mailbox: SessionSocket) -> AsyncIterator[None]:
     """Have a session run a program for the body."""
     (worktree.tree / "end").unlink(missing_ok=True)
     source = "import os, time\nopen('begun', 'w')\nwhile not os.path.exists('end'): time.sleep(0.01)"
@@ -233,9 +233,9 @@ async def busy(site: Site, kind: SandboxKind, worktree: Worktree, mailbox: Mailb
 async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: SandboxKind) -> None:
     """The kernel says which process connected, and it does not descend from the supervisor of the token's session."""
     async with site.session() as (first, mailbox), site.session("api", 2) as (second, others):
-        stolen = json.loads((second.mailbox / "session.json").read_text())["token"]
+        stolen = json.loads((second.socket_folder / "session.json").read_text())["token"]
         async with busy(site, kind, second, others):
-            argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.mailbox), stolen]
+            argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.socket_folder), stolen]
             code, said = await site.run(kind, first, mailbox, argv)
             assert code == 0, said
             found = json.loads(said)
@@ -246,7 +246,7 @@ async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: 
             # Neither is it to a process of the user's that no session started.
             done = await anyio.to_thread.run_sync(lambda: subprocess.run(argv, capture_output=True, check=True))
             assert "not of this session" in json.loads(json.loads(done.stdout)["said"])["error"]
-    assert site.desk.asked == []
+    assert site.session_service.asked == []
 
 
 DAEMON = """
@@ -285,7 +285,7 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
                 one = socket.socket(socket.AF_UNIX)
                 one.setblocking(False)
                 strangers.append(one)
-                there = os.open(worktree.mailbox, os.O_RDONLY)
+                there = os.open(worktree.socket_folder, os.O_RDONLY)
                 with suppress(BlockingIOError):
                     one.connect(f"/proc/self/fd/{there}/socket")
                 os.close(there)
@@ -302,23 +302,23 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
 async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kind: SandboxKind) -> None:
     """Neither the mailbox of the next attempt nor that of another task; and by its own nobody is there."""
     async with site.session() as (over, _):
-        token = json.loads((over.mailbox / "session.json").read_text())["token"]
+        token = json.loads((over.socket_folder / "session.json").read_text())["token"]
     async with site.session(number=2, attempt=2) as (again, mailbox), site.session("api", 3) as (other, _):
         said = {}
         for one in (again, other, over):
-            argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(one.mailbox), token]
+            argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(one.socket_folder), token]
             code, told = await site.run(kind, again, mailbox, argv)
             assert code == 0, told
             said[one.name] = json.loads(told)["said"]
     assert "not of this session" in said[again.name]
     assert said[other.name] == "" if kind is SandboxKind.BUBBLEWRAP else "not of this session" in said[other.name]
     assert said[over.name] == ""
-    assert site.desk.asked == []
+    assert site.session_service.asked == []
 
 
 async def test_the_hook_before_an_edit_asks_from_each_fence(site: Site, kind: SandboxKind) -> None:
     """As the CLI starts it there; where a fence kept it from asking, every edit would be allowed."""
-    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, mailbox):
         tool = {"file_path": "src/theirs.py"}
         told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
@@ -332,7 +332,7 @@ async def test_the_end_of_a_session_ends_its_mailbox(site: Site) -> None:
     with pytest.raises(KeyError, match="as it is"):
         async with site.session() as (worktree, mailbox):
             raise KeyError("as it is")
-    assert not worktree.mailbox.exists()
+    assert not worktree.socket_folder.exists()
     argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
     code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
     assert code == 2
@@ -356,7 +356,7 @@ class Caller:
     """Speaks to a mailbox as no client of ours does; its process holds the session's lock as a supervisor does."""
 
     def __init__(self, worktree: Worktree) -> None:
-        self.folder = worktree.mailbox
+        self.folder = worktree.socket_folder
         lock = os.open(worktree.lock, os.O_RDWR | os.O_CREAT)
         weakref.finalize(self, os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -442,7 +442,7 @@ async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
         for command, arguments in REFUSED:
             answer = await anyio.to_thread.run_sync(caller.say, caller.line(command, **arguments))
             assert (answer["ok"], bool(answer["remedy"])) == (False, True), (command, arguments)
-        assert site.desk.asked == []
+        assert site.session_service.asked == []
         inside = caller.line("lock", paths=[str(worktree.tree / "src" / "a.py")])
         assert await anyio.to_thread.run_sync(caller.say, inside) == {"ok": True, "result": {"locked": ["src/a.py"]}}
     assert mailbox.faults == []
@@ -450,22 +450,22 @@ async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
 
 async def test_the_largest_handoff_fits_into_a_request(site: Site) -> None:
     """As a session sends it, whatever its characters; an object that a model wrote as text is one, too."""
-    largest = {"a": "ä" * (LARGEST_HANDOFF // 2 - 4)}
+    largest = {"a": "ä" * (MAX_HANDOFF_BYTES // 2 - 4)}
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
-        session = Session(str(worktree.mailbox), caller.token, str(worktree.tree))
+        session = SessionConnection(str(worktree.socket_folder), caller.token, str(worktree.tree))
         assert await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": largest}) == {"size": 2}
         await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": '{"b": [null]}'})
         await anyio.to_thread.run_sync(session.ask, "share_put", {"key": "k", "value": None})
-    assert site.desk.handed_over == [largest, {"b": [None]}]
-    assert site.desk.shared == {"k": None}
+    assert site.session_service.handed_over == [largest, {"b": [None]}]
+    assert site.session_service.shared == {"k": None}
 
 
 async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:
     """Without reading all of it."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
-        answer = await anyio.to_thread.run_sync(caller.say, b"x" * (LARGEST_REQUEST + 1))
+        answer = await anyio.to_thread.run_sync(caller.say, b"x" * (MAX_REQUEST_BYTES + 1))
         assert "larger than" in answer["error"]
         assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
 
@@ -475,7 +475,7 @@ async def test_who_types_too_much_is_told_so(site: Site) -> None:
     async with site.session() as (worktree, mailbox):
         argv = ["council", "lock", *(f"{number}{'x' * 2000}" for number in range(600))]
         code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
-    assert (code, f"{LARGEST_REQUEST} fit: ask for less at once" in said) == (1, True), said
+    assert (code, f"{MAX_REQUEST_BYTES} fit: ask for less at once" in said) == (1, True), said
 
 
 async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:
@@ -495,10 +495,10 @@ async def test_who_leaves_is_not_answered(site: Site) -> None:
         with caller.connect() as one:
             one.sendall(caller.line("lock", paths=["never"]))
             with anyio.fail_after(10):
-                while not site.desk.asked:
+                while not site.session_service.asked:
                     await anyio.sleep(0)
         with anyio.fail_after(10):
-            while not site.desk.left:
+            while not site.session_service.left:
                 await anyio.sleep(0)
 
 
@@ -519,7 +519,7 @@ async def test_a_thousand_that_say_nothing_harm_nobody(site: Site) -> None:
                 os.close(there)
             for asking in (neighbour, caller):
                 start = time.monotonic()
-                ours = Session(str(asking.folder), asking.token, "/")
+                ours = SessionConnection(str(asking.folder), asking.token, "/")
                 assert (await anyio.to_thread.run_sync(ours.ask, "peers", {}))["peers"]
                 assert time.monotonic() - start < 2
         finally:
@@ -537,7 +537,7 @@ async def test_so_many_that_wait_for_an_answer_are_told_to_come_again(site: Site
                 waiting.append(caller.connect())
                 waiting[-1].sendall(caller.line("lock", paths=["never"]))
                 with anyio.fail_after(10):
-                    while len(site.desk.asked) <= number:
+                    while len(site.session_service.asked) <= number:
                         await anyio.sleep(0)
             answer = await anyio.to_thread.run_sync(caller.say, caller.line("peers"))
             assert "32 requests of this session" in answer["error"]
@@ -558,7 +558,7 @@ async def test_half_a_line_is_left_alone(site: Site) -> None:
                 return one.recv(100)
 
         assert await anyio.to_thread.run_sync(wait) == b""
-    assert site.desk.asked == []
+    assert site.session_service.asked == []
 
 
 # The hook before an edit
@@ -577,7 +577,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("event", "given", "what"), CALLS, ids=[what for _, _, what in CALLS])
 async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
     """In the form that the CLI knows, with whose it is; other files may be edited."""
-    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, mailbox):
         (worktree.tree / "src" / "link.py").symlink_to("theirs.py")
 
@@ -606,9 +606,9 @@ async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given:
 
 async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
     """What lands is checked all the same; other commands say that nobody answers."""
-    site.desk.foreign["src/theirs.py"] = "run-0/other.1"
+    site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, mailbox):
-        (worktree.mailbox / "socket").unlink()
+        (worktree.socket_folder / "socket").unlink()
         tool = {"file_path": "src/theirs.py"}
         told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
         worktree.prompt_file.write_text(json.dumps(told))

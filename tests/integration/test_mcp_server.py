@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import jsonschema
 import pytest
 
-from orchestrator.client.commands import COMMANDS
+from orchestrator.client.commands import SESSION_COMMANDS
 from orchestrator.mcp_server import input_schema
 from orchestrator.repo.worktrees.hub import Hub
-from tests.desks import MemoryDesk
+from tests.desks import FakeSessionService
 from tests.integration.test_mailbox import Caller, Site
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def site(tmp_path: Path) -> Site:
     """A place for sessions."""
     (tmp_path / "hub").mkdir()
-    return Site(Hub(tmp_path / "hub"), MemoryDesk(foreign={"theirs.txt": "run-0/other.1"}))
+    return Site(Hub(tmp_path / "hub"), FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"}))
 
 
 @asynccontextmanager
@@ -50,7 +50,7 @@ async def test_the_tools_are_the_commands(site: Site) -> None:
     """Each is explained, and says what it takes."""
     async with client(site) as session:
         tools = (await session.list_tools()).tools
-    assert [tool.name for tool in tools] == list(COMMANDS)
+    assert [tool.name for tool in tools] == list(SESSION_COMMANDS)
     assert all(tool.description for tool in tools)
     assert tools[0].input_schema["required"] == ["paths"]
 
@@ -61,7 +61,7 @@ async def test_the_tools_say_that_they_change_no_file(site: Site) -> None:
     async with client(site) as session:
         tools = (await session.list_tools()).tools
     found = {tool.name: tool.annotations for tool in tools}
-    assert {name for name, one in found.items() if one is not None and one.read_only_hint} == set(COMMANDS)
+    assert {name for name, one in found.items() if one is not None and one.read_only_hint} == set(SESSION_COMMANDS)
     assert [name for name, one in found.items() if one is None or one.destructive_hint is not False] == []
 
 
@@ -78,7 +78,7 @@ async def test_a_tool_asks_as_the_session(site: Site) -> None:
             assert (await session.call_tool("lock", odd)).is_error, odd
         assert (await session.call_tool("shutdown", {})).is_error
         assert not (await session.call_tool("peers", {})).is_error
-    assert {str(session) for session, _, _ in site.desk.asked} == {"run-1/models.1"}
+    assert {str(session) for session, _, _ in site.session_service.asked} == {"run-1/models.1"}
 
 
 async def test_values_go_as_they_are(site: Site) -> None:
@@ -92,10 +92,10 @@ async def test_values_go_as_they_are(site: Site) -> None:
         assert not (await session.call_tool("hand_over", {"data": {"summary": "done"}})).is_error
         for odd in ({}, {"data": [1]}, {"data": "none"}):
             assert (await session.call_tool("hand_over", odd)).is_error, odd
-    assert site.desk.handed_over == [{"summary": "done"}]
+    assert site.session_service.handed_over == [{"summary": "done"}]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", SESSION_COMMANDS)
 def test_each_schema_is_one(name: str) -> None:
     """By the standard."""
-    jsonschema.Draft202012Validator.check_schema(input_schema(COMMANDS[name]))
+    jsonschema.Draft202012Validator.check_schema(input_schema(SESSION_COMMANDS[name]))

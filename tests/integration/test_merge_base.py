@@ -8,11 +8,11 @@ import pytest
 
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.landing import target_branch
-from orchestrator.repo.landing.target_branch import Landed, Merge, Target
-from orchestrator.repo.source.site import find_site
-from orchestrator.repo.worktrees.hub import create_hub, hub_of, internal_ref
+from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Target
+from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from tests.conftest import Repository
-from tests.permits import permit_for
+from tests.permits import hold_permit
 
 
 @pytest.mark.extended_but_first
@@ -22,13 +22,13 @@ async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
 ) -> None:
     """Work lands beside other work, and on a part of itself that the user has merged by hand and changed."""
     monkeypatch.setattr(target_branch, "_FEW", few)
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
-    hub = hub_of(site.location, tmp_path / "council-home")
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
+    hub = locate_hub(site.location, tmp_path / "council-home")
     await create_hub(hub, site.object_format, repository.environ)
     git = Git(hub.trusted, environ=repository.environ)
     source = site.source(git)
-    start = await source.fetch("main", internal_ref("r", "start"))
-    target = Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref("r", "target"))
+    start = await source.fetch("main", internal_ref_name("r", "start"))
+    target = Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref_name("r", "target"))
 
     async def built_on(parent: str, name: str) -> str:
         blob = await git.line("hash-object", "-w", "--stdin", input_=name.encode())
@@ -37,9 +37,9 @@ async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
         return await git.line("commit-tree", tree, "-p", parent, input_=b"work")
 
     async def land(task: str, commit: str) -> None:
-        async with permit_for(source, "main") as permit:
+        async with hold_permit(source, "main") as permit:
             merge = await target.prepare(permit, f"r/{task}", commit, start)
-            assert isinstance(merge, Merge)
+            assert isinstance(merge, PreparedMerge)
             assert isinstance(await target.move(permit, [merge]), Landed)
 
     part = await built_on(start, "part")

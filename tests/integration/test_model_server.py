@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from adapters.bridges.answer import INSTRUCTIONS, read_answer
+from adapters.bridges.answer import EDIT_INSTRUCTIONS, parse_answer
 from orchestrator.testing.model_server import ModelServer
 from tests.waiting import wait_for
 
@@ -642,11 +642,11 @@ def test_the_ollama_bridge_can_read_the_answer(server: ModelServer) -> None:
     """A model without tools gives the files in the form that the bridge asks for; files shown to it are no scripts."""
     shown = "```file README.md\nrun make\n  write shown.txt x\n```\n"
     messages = [
-        {"role": "system", "content": INSTRUCTIONS},
+        {"role": "system", "content": EDIT_INSTRUCTIONS},
         {"role": "user", "content": f"{shown}\nThe task:\n\nwrite a/b.txt one\nwrite c.txt two\nsay words"},
     ]
     raw = post(server, "/api/chat", {"model": "m", "messages": messages}).raw
-    assert read_answer(ollama_read(raw, True).text).files == {"a/b.txt": "one\n", "c.txt": "two\n"}
+    assert parse_answer(ollama_read(raw, True).text).files == {"a/b.txt": "one\n", "c.txt": "two\n"}
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -13,14 +13,14 @@ import pytest
 
 from orchestrator.config.model import Retention
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.engine.scheduler.monitor import CHECKPOINT_PAUSE, SWEEP_PAUSE, Monitor
+from orchestrator.engine.scheduler.monitor import CHECKPOINT_INTERVAL, SWEEP_INTERVAL, Monitor
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.protocols import LARGE_DOCUMENT, Commit, Event, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import between
+from orchestrator.protocols import LARGE_DOCUMENT_BYTES, Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.state.documents.reading import read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, START, orchestrators, record_run, run_document
+from tests.recorded import RUN, RUN_STARTED, make_orchestrators, record_run, run_document
 from tests.waiting import wait_for
 
 LOCK, LATER = Key("lock", "a"), Key("lock", "b")
@@ -31,7 +31,7 @@ async def watched(store: Store, clock: ManualClock, folder: Path, retention: Ret
     """Have a run at work looked after."""
     run = run_document(folder).model_copy(update={"retention": retention.model_dump(mode="json")})
     await record_run(store, clock, run)
-    ledger = await Ledger.take(store, clock, Redactor(()), orchestrators(store, clock, RUN), {})
+    ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), {})
     async with anyio.create_task_group() as group:
         group.start_soon(Monitor(ledger, store, clock).watch)
         await anyio.wait_all_tasks_blocked()
@@ -60,13 +60,13 @@ async def drive(clock: ManualClock, is_so: Callable[[], Awaitable[bool]]) -> Non
 async def pass_(clock: ManualClock, seconds: float) -> None:
     """Advance the clock so far that all that is done by it is due, and return when a sweep has ended."""
     clock.advance(seconds)
-    await clock.waited_for(clock.monotonic() + SWEEP_PAUSE)
+    await clock.wait_until_awaited(clock.monotonic() + SWEEP_INTERVAL)
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[tuple[FileStore, ManualClock]]:
     """A store of small segments, and its clock."""
-    clock = ManualClock(START)
+    clock = ManualClock(RUN_STARTED)
     async with FileStore.open(tmp_path / "state", clock, segment_bytes=2_000) as opened:
         yield opened, clock
 
@@ -78,7 +78,7 @@ async def test_what_has_expired_is_swept_every_thirty_seconds(
     state, clock = store
     async with watched(state, clock, tmp_path, Retention()):
         await state.commit(Commit([Write(LOCK, 0, {"by": 1}, ttl=10), Write(LATER, 0, {}, ttl=1000)]))
-        clock.advance(SWEEP_PAUSE - 1)
+        clock.advance(SWEEP_INTERVAL - 1)
         await anyio.wait_all_tasks_blocked()
         assert (await state.statistics()).expired == [LOCK]
         clock.advance(1)
@@ -95,7 +95,7 @@ async def test_the_past_goes_as_the_file_says(store: tuple[FileStore, ManualCloc
     async with watched(state, clock, tmp_path, Retention(age=3600.0, size=1_000_000)):
         for number in range(40):
             await state.commit(Commit([Write(LATER, number, {"n": number, "text": "x" * 200})]))
-        await pass_(clock, CHECKPOINT_PAUSE)
+        await pass_(clock, CHECKPOINT_INTERVAL)
         assert (await state.statistics()).first == 0
 
         async def has_gone() -> bool:
@@ -116,7 +116,7 @@ async def compacted(store: Store) -> Event:
     """Return the newest event that tells of a compaction, once there is one."""
     with anyio.fail_after(60):
         while True:
-            records = between(store, (await store.statistics()).first, await store.position())
+            records = read_range(store, (await store.statistics()).first, await store.position())
             found = [one async for record in records for one in record.events if one.type == "state.compacted"]
             if found:
                 return found[-1]
@@ -149,7 +149,7 @@ async def test_a_run_that_logs_without_end_stays_within_its_size(
 async def test_what_a_person_should_know_is_recorded_once(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
     """A document that has grown too large, and damage; told anew only if it was well in between."""
     state, clock = store
-    big = {"text": "x" * LARGE_DOCUMENT}
+    big = {"text": "x" * LARGE_DOCUMENT_BYTES}
     async with watched(state, clock, tmp_path, Retention()):
         await state.commit(Commit([Write(LATER, 0, big)]))
 
@@ -175,7 +175,7 @@ async def test_what_a_person_should_know_is_recorded_once(store: tuple[FileStore
 
 async def warnings(store: Store) -> list[JsonObject]:
     """Return what was recorded for people."""
-    records = [record async for record in between(store, 0, await store.position())]
+    records = [record async for record in read_range(store, 0, await store.position())]
     told = [one.data for record in records for one in record.events if one.type == "state.warning"]
     return [one for one in told if one["about"] != "latency"]  # hours pass while something is committed
 
@@ -232,7 +232,7 @@ async def test_compact_by_hand(repository: Repository) -> None:
     """It takes what the newest run's file says unless told otherwise, and what went can't be looked at any more."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], state={"retention": "off"})
     assert repository.council("run", str(path)).code == 0
-    clock = ManualClock(START)
+    clock = ManualClock(RUN_STARTED)
     async with FileStore.open(repository.log, clock, segment_bytes=1_000) as store:
         for number in range(50):
             await store.commit(Commit([Write(LATER, number, {"text": "x" * 200})]))

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.deadlocks import Wait, cycle_of, deadlock_of, victim_of
-from orchestrator.errors import LockRefused, RefusedError, UnreadableDocument
+from orchestrator.domain.scheduling.deadlocks import LockWait, choose_victim, find_cycle, find_deadlock
+from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocument
 from orchestrator.locking.named_locks import LockMode, NamedLocks
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.documents.shapes import LOCK, find_unreadable
+from orchestrator.state.documents.shapes import LOCK_KIND, find_unreadable
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from tests.examples import examples
-from tests.programs import python
+from tests.examples import example_settings
+from tests.programs import run_python
 
 #: Takes a lock, says so, and keeps it until its standard input ends; then it may want another.
 HOLDER = """
@@ -60,7 +60,7 @@ async def locks(tmp_path: Path) -> AsyncIterator[NamedLocks]:
 @contextmanager
 def holder(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """A process that holds a lock."""
-    with python(HOLDER, folder / "state", *words) as child:
+    with run_python(HOLDER, folder / "state", *words) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         yield child
@@ -71,15 +71,15 @@ async def test_readers_share_and_a_writer_is_alone(locks: NamedLocks, tmp_path: 
     with holder(tmp_path, "ada", "deploy", "read") as reader:
         mine = await locks.acquire("deploy", mode="read", owner="bob", expiry=10)
         assert (mine.owner, mine.mode, mine.expires_at - mine.acquired_at) == ("bob", "read", 10)
-        with pytest.raises(LockRefused, match=rf"held by ada \(process {reader.pid} on "):
+        with pytest.raises(LockUnavailable, match=rf"held by ada \(process {reader.pid} on "):
             await locks.acquire("deploy", owner="eve", timeout=0)
         assert await locks.release(mine)
         assert not await locks.release(mine)
-        with pytest.raises(LockRefused, match="not free within"):
+        with pytest.raises(LockUnavailable, match="not free within"):
             await locks.acquire("deploy", owner="eve", timeout=0.05)
     written = await locks.acquire("deploy", owner="eve", timeout=5)
     assert [one.owner for one in await locks.held()] == ["eve"]
-    with pytest.raises(LockRefused):
+    with pytest.raises(LockUnavailable):
         await locks.acquire("deploy", mode="read", owner="bob", timeout=0)
     with pytest.raises(RefusedError, match="eve holds deploy already"):
         await locks.acquire("deploy", mode="read", owner="eve")
@@ -93,7 +93,7 @@ async def test_a_silent_owner_loses_its_lock_with_its_time() -> None:
     first = await locks.acquire("a", owner="ada", expiry=10)
     await locks.acquire("b", owner="ada", expiry=10)
     clock.advance(9.9)
-    with pytest.raises(LockRefused, match="held by ada"):
+    with pytest.raises(LockUnavailable, match="held by ada"):
         await locks.acquire("a", owner="bob", timeout=0)
     clock.advance(0.2)
     assert (await locks.acquire("a", owner="bob", timeout=0)).owner == "bob"
@@ -133,14 +133,14 @@ async def test_a_circle_of_two_processes_is_broken_at_once(locks: NamedLocks, tm
         with anyio.fail_after(10):
             while "ada" not in await locks._waits():
                 await anyio.sleep(0.01)
-            with pytest.raises(LockRefused, match=r"never end: bob waits for a, ada waits for b, held by bob"):
+            with pytest.raises(LockUnavailable, match=r"never end: bob waits for a, ada waits for b, held by bob"):
                 await locks.acquire("a", owner="bob", timeout=60)
         await locks.release(mine)
         assert theirs.stdout.readline() == "both\n"
 
 
 @given(data=st.data())
-@examples(25, deadline=None)
+@example_settings(25, deadline=None)
 def test_no_deadlock_persists(data: st.DataObject) -> None:
     """Owners take random locks in random orders and modes: each call ends long before its time-out."""
     names = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["read", "write"])), min_size=1, max_size=3)
@@ -159,7 +159,7 @@ def test_no_deadlock_persists(data: st.DataObject) -> None:
                     kind: LockMode = "read" if mode == "read" else "write"
                     held.append(await locks.acquire(name, mode=kind, owner=owner, timeout=60))
                     await anyio.sleep(0)
-            except LockRefused as error:
+            except LockUnavailable as error:
                 refused.append(str(error))
             for lock in held:
                 await locks.release(lock)
@@ -183,20 +183,20 @@ OWNERS = "abcdef"
 )
 def test_exactly_the_circles_are_found(graph: dict[str, tuple[int, set[str]]]) -> None:
     """One who is in a circle finds one, nobody else does, and of each circle one has to give up."""
-    waits = {owner: Wait(float(since), "x", blockers) for owner, (since, blockers) in graph.items()}
+    waits = {owner: LockWait(float(since), "x", blockers) for owner, (since, blockers) in graph.items()}
     reach = {owner: set(wait.blockers) for owner, wait in waits.items()}
     for via, one, other in itertools.product(OWNERS, repeat=3):
         if via in reach.get(one, ()) and other in reach.get(via, ()):
             reach[one].add(other)
     for owner in OWNERS:
-        cycle = cycle_of(owner, waits)
+        cycle = find_cycle(owner, waits)
         assert bool(cycle) == (owner in reach.get(owner, ()))
         for one, following in zip(cycle, (*cycle[1:], *cycle[:1]), strict=True):
             assert following in waits[one].blockers
         if cycle:
-            victim = victim_of(cycle, waits)
+            victim = choose_victim(cycle, waits)
             assert all(waits[one].since <= waits[victim].since for one in cycle)
-            assert (deadlock_of(owner, waits) is not None) == (victim == owner)
+            assert (find_deadlock(owner, waits) is not None) == (victim == owner)
 
 
 async def test_what_could_not_be_read_back_is_refused() -> None:
@@ -213,7 +213,7 @@ async def test_what_could_not_be_read_back_is_refused() -> None:
     assert await store.position() == 0
     await locks.acquire("deploy", expiry=1e9)
     assert await find_unreadable(store) == []
-    await store.commit(Commit([Write(Key(LOCK, "other"), 0, {"holders": "me", "waiters": []})]))
+    await store.commit(Commit([Write(Key(LOCK_KIND, "other"), 0, {"holders": "me", "waiters": []})]))
     with pytest.raises(UnreadableDocument, match="rwlock/other can't be read"):
         await locks.acquire("other")
     assert [one.name for one in await locks.held()] == ["deploy"]

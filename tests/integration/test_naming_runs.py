@@ -8,7 +8,7 @@ import pytest
 from orchestrator.cli.main import main
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, START, record_run, recorded, run_document
+from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
 from tests.unit.test_help import ALL
 
 NEWER = "20260203-101112-cd34"
@@ -20,8 +20,8 @@ OF_A_TASK = ["show models", "logs models", "salvage list", "checkpoint list", "s
 @pytest.fixture
 async def runs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A project with two runs that were made up."""
-    async with recorded(repository.top, monkeypatch) as store:
-        clock = ManualClock(START + 86400)
+    async with recorded_project(repository.top, monkeypatch) as store:
+        clock = ManualClock(RUN_STARTED + 86400)
         await record_run(store, clock, run_document(repository.top, NEWER, clock.now()))
     (repository.top / "hub/trusted.git").mkdir(parents=True)
     return repository

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import LONGEST_OWNED, MOST_OWNED, Holding
-from orchestrator.engine.landing.ownership_check import Escape
-from orchestrator.locking.registry import Registry, claim_key, scope_of
+from orchestrator.domain.scheduling.holdings import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS, PathOwnership
+from orchestrator.engine.landing.ownership_check import OwnershipViolation
+from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.protocols import Commit, Guard, Write
-from orchestrator.repo.source.site import find_site
+from orchestrator.repo.source.site import find_run_repository
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.sandbox
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.sandbox
 DEFAULTS = {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"}
 
 
-def run(repository: Repository, *tasks: dict[str, Any], **defaults: Any) -> Ended:
+def run(repository: Repository, *tasks: dict[str, Any], **defaults: Any) -> CommandResult:
     config = repository.configure(list(tasks), defaults={**DEFAULTS, **defaults})
     return repository.council("run", str(config), "--json")
 
 
-def events(ended: Ended, event: str) -> list[dict[str, Any]]:
+def events(ended: CommandResult, event: str) -> list[dict[str, Any]]:
     return [line for line in ended.lines if line.get("event") == event]
 
 
@@ -174,20 +174,20 @@ async def test_extend_lands_whatever_a_file_is_called(repository: Repository) ->
 async def test_extend_goes_back_where_there_are_too_many(repository: Repository) -> None:
     """As many as no record should have; the reason says how many would fit."""
     program = repository.top.parent / "many.py"
-    program.write_text(f"for n in range({MOST_OWNED + 1}): open(f'{{n}}.txt', 'w').write('x')\n")
+    program.write_text(f"for n in range({MAX_OWNED_PATTERNS + 1}): open(f'{{n}}.txt', 'w').write('x')\n")
     adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
     task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
     ended = repository.council("run", str(repository.configure([task], adapters={"many": adapter})), "--json")
     assert ended.states == {"t": "failed"}, ended
-    assert f"{MOST_OWNED} of {LONGEST_OWNED} fit" in ended.result["tasks"][0]["reason"]
+    assert f"{MAX_OWNED_PATTERNS} of {MAX_OWNED_CHARS} fit" in ended.result["tasks"][0]["reason"]
     (failed,) = events(ended, "task.failed")
-    assert 0 < len(failed["paths"]) < MOST_OWNED
+    assert 0 < len(failed["paths"]) < MAX_OWNED_PATTERNS
     await repository.assert_invariants()
 
 
 def test_of_very_many_paths_some_are_told() -> None:
     """A session may leave any number of files, and neither prompt nor record may grow with it; how many is said."""
-    escape = Escape(tuple(f"node_modules/{'d' * 100}/{number}" for number in range(100_000)), ("src/**",))
+    escape = OwnershipViolation(tuple(f"node_modules/{'d' * 100}/{number}" for number in range(100_000)), ("src/**",))
     assert len(escape.told("mark")) < 100_000
     assert '"node_modules' in escape.told("mark")
     assert "and 99800 more\n[mark what the task may change]" in escape.told("mark")
@@ -198,12 +198,12 @@ def test_of_very_many_paths_some_are_told() -> None:
 @pytest.mark.parametrize("pattern", ["*.md", "other/**"])
 async def test_extend_goes_back_where_another_session_owns_the_path(repository: Repository, pattern: str) -> None:
     """A live session of another run holds it: the reason says who. What it holds besides is in nobody's way."""
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     session = SessionName("another", "task", 1)
     async with FileStore.open(repository.log, SystemClock()) as store:
         key = claim_key(session)
         await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
-        registry = Registry(store, SystemClock(), scope_of(site.location, "main"))
+        registry = OwnershipRegistry(store, SystemClock(), ownership_scope(site.location, "main"))
         assert await registry.take(session, [pattern], orchestrator="o", claim=Guard(key, 1)) is None
     task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
     ended = run(repository, task)
@@ -260,10 +260,10 @@ async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
 
 def test_a_lock_is_about_what_would_take_its_place() -> None:
     """A file or a link where a folder of the locked path would be, which need not be there yet."""
-    holding = Holding(SessionName("r", "t", 1), (), 0.0, "o", 1).with_taken(
+    holding = PathOwnership(SessionName("r", "t", 1), (), 0.0, "o", 1).with_patterns(
         ["src/new/deep/x.py", "a[b]"], 1.0, is_lock=True
     )
     for path in ("src/new/deep/x.py", "src/new/deep", "src", "src/new/deep/x.py/more", "ab"):
-        assert holding.lock_on([path]) is not None, path
+        assert holding.find_lock([path]) is not None, path
     for path in ("src/new/deep/y.py", "src/ne", "a", "other"):
-        assert holding.lock_on([path]) is None, path
+        assert holding.find_lock([path]) is None, path

@@ -14,11 +14,11 @@ import pytest
 
 from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.offline.outage import surviving
+from orchestrator.state.offline.outage import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
-from tests.outage import QUICK, Line
+from tests.outage import QUICK_PAUSES, DisconnectableStore
 
 A, B, CLAIM = Key("task", "r/a"), Key("task", "r/b"), Key("claim", "r/a")
 PATIENCE = 20
@@ -33,7 +33,7 @@ class Scene:
 
     def __init__(self, folder: Path) -> None:
         self.real = MemoryStore(SystemClock())
-        self.line = Line(self.real)
+        self.line = DisconnectableStore(self.real)
         self.folder = folder
         self.told: list[Event] = []
         self._news = anyio.Event()
@@ -52,13 +52,15 @@ class Scene:
     async def back(self) -> None:
         """Mend the line, and wait until that is noticed."""
         self.told.clear()
-        self.line.mend()
+        self.line.reconnect()
         await self.until_told("outage.over")
 
     @asynccontextmanager
     async def opened(self, mode: Literal["pause", "continue"]) -> AsyncIterator[Store]:
         with anyio.fail_after(PATIENCE):
-            async with surviving(self.line, mode, SystemClock(), self.folder, self.tell, pauses=QUICK) as store:
+            async with survive_outages(
+                self.line, mode, SystemClock(), self.folder, self.tell, pauses=QUICK_PAUSES
+            ) as store:
                 yield store
 
     async def value(self, key: Key) -> JsonObject | None:
@@ -99,7 +101,7 @@ async def test_commits_wait_in_their_order_and_it_is_told_twice(scene: Scene) ->
                 await anyio.wait_all_tasks_blocked()
             await scene.until_told("outage.began")
             assert positions == {}
-            scene.line.mend()
+            scene.line.reconnect()
         assert positions == {number: number + 2 for number in range(20)}
     assert [one.type for one in scene.told] == ["outage.began", "outage.over"]
     assert scene.told[0].data["mode"] == "pause"
@@ -131,7 +133,7 @@ async def test_reads_and_who_watches_wait_too(scene: Scene) -> None:
             await scene.until_told("outage.began")
             await scene.real.commit(writing(A, 1))
             await scene.real.commit(writing(B, 0))
-            scene.line.mend()
+            scene.line.reconnect()
         assert seen == [1, 2, 3]
 
 
@@ -145,7 +147,7 @@ async def test_who_gives_up_waiting_has_committed_nothing(scene: Scene) -> None:
                 await scene.until_told("outage.began")
                 scope.cancel()
                 await store.commit(writing(A, 0))
-            scene.line.mend()
+            scene.line.reconnect()
         assert await scene.value(A) is None
         assert await scene.value(B) == {"n": 1}
 
@@ -160,12 +162,14 @@ async def test_an_outage_while_the_last_is_told_at_the_end_breaks_nothing(scene:
         await store.commit(writing(B, 0))
 
     with anyio.fail_after(PATIENCE):
-        async with surviving(scene.line, "pause", SystemClock(), scene.folder, tell, pauses=QUICK) as store:
+        async with survive_outages(
+            scene.line, "pause", SystemClock(), scene.folder, tell, pauses=QUICK_PAUSES
+        ) as store:
             scene.line.cut()
             async with anyio.create_task_group() as group:
                 group.start_soon(store.commit, writing(A, 0))
                 await anyio.wait_all_tasks_blocked()
-                scene.line.mend()
+                scene.line.reconnect()
             ended.set()
     assert await scene.value(A) == {"n": 1}
 
@@ -173,9 +177,9 @@ async def test_an_outage_while_the_last_is_told_at_the_end_breaks_nothing(scene:
 async def test_a_commit_whose_answer_is_lost_is_made_once(scene: Scene) -> None:
     """It is known again by what it wrote; one that somebody else beat is refused as ever."""
     async with scene.opened("pause") as store:
-        scene.line.loses_answers = 1
+        scene.line.lost_answers = 1
         assert await store.commit(writing(A, 0)) == 1
-        scene.line.loses_answers = 1
+        scene.line.lost_answers = 1
         assert await store.commit(Commit([Write(A, 1, None), Write(B, 0, {"n": 1})])) == 2
         assert await scene.real.position() == 2
         scene.line.cut()
@@ -189,7 +193,7 @@ async def test_a_commit_whose_answer_is_lost_is_made_once(scene: Scene) -> None:
             group.start_soon(lose)
             await scene.until_told("outage.began")
             await scene.real.commit(writing(B, 1, {"n": "theirs"}))
-            scene.line.mend()
+            scene.line.reconnect()
 
 
 class Emptied(MemoryStore):
@@ -207,7 +211,7 @@ async def test_what_is_lost_is_not_waited_for(tmp_path: Path, mode: Literal["pau
         raise AssertionError(event)
 
     with pytest.raises(StateLost), anyio.fail_after(PATIENCE):
-        async with surviving(Emptied(SystemClock()), mode, SystemClock(), tmp_path / "x", tell) as store:
+        async with survive_outages(Emptied(SystemClock()), mode, SystemClock(), tmp_path / "x", tell) as store:
             await store.commit(writing(A, 0))
 
 
@@ -231,7 +235,7 @@ async def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, mode: Literal["
         with anyio.fail_after(PATIENCE):
             async with (
                 FileStore.open(disk / "state", clock) as inner,
-                surviving(inner, mode, clock, disk / "outage", tell, pauses=QUICK) as store,
+                survive_outages(inner, mode, clock, disk / "outage", tell, pauses=QUICK_PAUSES) as store,
             ):
                 await store.commit(writing(A, 0))
                 with suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -379,14 +383,14 @@ async def test_who_watches_sees_what_is_there_when_it_is_over(scene: Scene) -> N
             scene.line.cut()
             await store.commit(writing(A, 1))
             await scene.real.commit(writing(B, 0))
-            scene.line.mend()
+            scene.line.reconnect()
         assert seen == [(1, [A]), (2, [B]), (3, [A])]
 
 
 async def test_a_moment_is_no_outage(scene: Scene) -> None:
     """One failure is followed by another try, and a commit that was made by the first is known again."""
     async with scene.opened("continue") as store:
-        scene.line.loses_answers = 1
+        scene.line.lost_answers = 1
         await store.commit(writing(A, 0))
         await store.commit(writing(A, 1))
     assert scene.told == []
@@ -397,7 +401,7 @@ async def test_a_commit_whose_answer_was_lost_at_the_beginning_is_made_once(scen
     """It is made here, too, since nobody can know, and known again there."""
     async with scene.opened("continue") as store:
         await store.list("task")
-        scene.line.loses_answers = 1
+        scene.line.lost_answers = 1
         commits = writing(A, 0, {"n": "once"})
         original = scene.line.commit
 
@@ -457,7 +461,7 @@ async def test_what_a_killed_process_did_alone_is_told_by_the_next(tmp_path: Pat
         # As if the next had been killed after the first of them.
         await real.commit(Commit([Write(A, 0, {"n": 1})], [Event("done")]))
         for _ in range(2):
-            async with surviving(real, "continue", clock, tmp_path / "outage", tell) as store:
+            async with survive_outages(real, "continue", clock, tmp_path / "outage", tell) as store:
                 found = await store.get(A)
                 assert found is not None
                 assert (found.version, found.value) == (5, {"n": 5})
@@ -472,10 +476,10 @@ async def test_what_is_left_at_the_end_is_kept_and_told_by_the_next(scene: Scene
         await store.list("task")
         scene.line.cut()
         await store.commit(writing(A, 0))
-        async with surviving(scene.real, "continue", SystemClock(), scene.folder, scene.tell):
+        async with survive_outages(scene.real, "continue", SystemClock(), scene.folder, scene.tell):
             assert await scene.value(A) is None
     assert [one.type for one in scene.told] == ["outage.began", "outage.kept"]
-    scene.line.mend()
+    scene.line.reconnect()
     async with scene.opened("continue"):
         assert await scene.value(A) == {"n": 1}
 

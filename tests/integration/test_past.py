@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from orchestrator.api.council import Council
-from orchestrator.api.history import Past, concerns_run
-from orchestrator.api.runs import Runs
+from orchestrator.api.history import StateHistory, is_about_run
+from orchestrator.api.runs import ProjectRuns
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
-from orchestrator.protocols import Commit, Event, Key, Record, Write
-from orchestrator.state.documents.reading import is_of_run
+from orchestrator.protocols import Commit, CommitRecord, Event, Key, Write
+from orchestrator.state.documents.reading import is_run_document
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.integration.test_reading import ForgetfulStore
-from tests.recorded import RUN, START, record_run, recorded, run_document
+from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 MODELS, API, CLAIM = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api"), Key("claim", f"{RUN}/models")
@@ -32,7 +32,7 @@ MODELS, API, CLAIM = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api"), Ke
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A repository in which the run is recorded, on a machine whose zone is UTC."""
     repository.environ["TZ"] = "UTC"
-    async with recorded(repository.top, monkeypatch, Path("/home/ada/shop")):
+    async with recorded_project(repository.top, monkeypatch, Path("/home/ada/shop")):
         pass
     return repository
 
@@ -61,7 +61,7 @@ async def test_a_moment_can_be_named_in_many_ways(project: Repository, moment: s
     """Position, times with and without a zone, and a checkpoint lead to the same documents."""
     await add(project, Commit([Write(Key("checkpoint", f"{RUN}/1"), 0, {"position": 5})]))
     told = project.council("state", "at", moment, "--json").result
-    assert (told["position"], told["time"], len(told["documents"])) == (5, START + 40, 9)
+    assert (told["position"], told["time"], len(told["documents"])) == (5, RUN_STARTED + 40, 9)
     api = next(one for one in told["documents"] if one["key"] == str(API))
     assert (api["version"], api["position"], api["by"]) == (3, 5, "ada@box:4711")
     assert (api["value"]["status"], api["value"]["failures"]) == ("pending", 1)
@@ -194,7 +194,7 @@ async def test_the_log_is_cut_as_asked(project: Repository) -> None:
     ]
     first = project.council("state", "log", "--json").lines[0]
     assert first["documents"][0] == {"key": f"run/{RUN}", "version": 1, "deleted": False}
-    assert (first["events"][0]["event"], first["time"], first["unreadable"]) == ("run.created", START, [])
+    assert (first["events"][0]["event"], first["time"], first["unreadable"]) == ("run.created", RUN_STARTED, [])
 
 
 async def test_what_a_terminal_would_obey_is_not_printed(project: Repository) -> None:
@@ -275,7 +275,7 @@ async def test_damage_is_told_of(project: Repository) -> None:
 async def test_a_run_at_a_glance(project: Repository) -> None:
     """Its options, tasks, phases, events and figures; nothing of it is live, and its repositories are gone."""
     told = project.council("state", "show", RUN, "--json").result
-    assert (told["run"], told["status"], told["started"], told["sessions"]) == (RUN, "interrupted", START, [])
+    assert (told["run"], told["status"], told["started"], told["sessions"]) == (RUN, "interrupted", RUN_STARTED, [])
     assert (told["options"]["capacity"], told["options"]["base"]) == (2, "main")
     models, api = told["tasks"]
     assert (models["status"], models["metrics"]["time_minutes"], models["worktree"]) == ("landed", 1.5, None)
@@ -289,14 +289,14 @@ async def test_a_run_at_a_glance(project: Repository) -> None:
     }  # fmt: skip
 
 
-def past_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> Past:
+def past_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> StateHistory:
     """Return what a store knows of the past."""
-    return Past(Runs(Project(folder), store, "memory:", clock, {}))
+    return StateHistory(ProjectRuns(Project(folder), store, "memory:", clock, {}))
 
 
 async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None:
     """Those of other runs do not count."""
-    clock = ManualClock(START)
+    clock = ManualClock(RUN_STARTED)
     store = ForgetfulStore(clock)
     await record_run(store, clock, run_document(tmp_path))
     for number in range(150):
@@ -307,7 +307,7 @@ async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None
 
 async def test_where_the_log_begins_late_that_is_told(tmp_path: Path) -> None:
     """What is asked for explicitly is refused with what can be had; what is open begins where the log does."""
-    clock = ManualClock(START)
+    clock = ManualClock(RUN_STARTED)
     store = ForgetfulStore(clock)
     await record_run(store, clock, run_document(tmp_path))
     store.first = 6
@@ -331,15 +331,15 @@ async def test_where_the_log_begins_late_that_is_told(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_documents_of_a_run(key: Key, expected: bool) -> None:
     """By the beginning of their ids; a task that is named as a run is none of it."""
-    assert is_of_run(key, "r") is expected
-    assert concerns_run(Record(1, 0.0, {key: (1, {})}, ()), "r") is expected
+    assert is_run_document(key, "r") is expected
+    assert is_about_run(CommitRecord(1, 0.0, {key: (1, {})}, ()), "r") is expected
 
 
 async def test_the_past_from_python(project: Repository) -> None:
     """`council.past` has what the commands print."""
     async with Council.open(project.top, environ=project.environ) as council:
-        past = council.past
-        assert await past.position_at(START + 41) == 5
+        past = council.history
+        assert await past.position_at(RUN_STARTED + 41) == 5
         assert (await past.at(5, names=["task/api"])).documents.keys() == {API}
         assert (await past.key("task/models")) == MODELS
         assert [one.version for one in await past.history(MODELS, 2)] == [5, 4]

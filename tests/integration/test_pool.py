@@ -19,12 +19,12 @@ import pytest
 from orchestrator.errors import RefusedError
 from orchestrator.repo.worktrees import pool as pool_module
 from orchestrator.repo.worktrees import reset, worktrees
-from orchestrator.repo.worktrees.change_detection import Stamps
-from orchestrator.repo.worktrees.pool import Care, Checkout, Pool, SetupError
-from orchestrator.repo.worktrees.reset import Keep
-from orchestrator.repo.worktrees.slots import Place, places_of, read_record, user_of
+from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.pool import HeldSlot, SetupError, SlotOptions, SlotPool
+from orchestrator.repo.worktrees.reset import KeepRules
+from orchestrator.repo.worktrees.slots import WorktreeSlot, list_slots, read_record, read_slot_session
 from tests.conftest import Repository
-from tests.places import Yard
+from tests.places import HubFixture
 from tests.waiting import wait_for
 
 WORKER = Path(__file__).with_name("pool_worker.py")
@@ -40,7 +40,7 @@ def any_file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Yard:
+async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> HubFixture:
     """A hub for a repository with a program, links, strange names, and a branch `other`."""
     (repository.top / "run").write_text("#!/bin/sh\n")
     (repository.top / "run").chmod(0o755)
@@ -52,7 +52,7 @@ async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) 
     repository.git("add", "--force", "wanted.o")
     repository.commit({}, "and what is ignored")
     repository.git("checkout", "--quiet", "main")
-    return await Yard.of(repository.top, tmp_path / "council-home", environ)
+    return await HubFixture.of(repository.top, tmp_path / "council-home", environ)
 
 
 def files(tree: Path) -> dict[str, tuple[int, object]]:
@@ -64,31 +64,31 @@ def files(tree: Path) -> dict[str, tuple[int, object]]:
     return {name: facts for name, facts in found.items() if name != ".git"}
 
 
-async def by_git(yard: Yard, branch: str, to: Path) -> dict[str, tuple[int, object]]:
+async def by_git(yard: HubFixture, branch: str, to: Path) -> dict[str, tuple[int, object]]:
     """Return what git checks out."""
     subprocess.run(["git", "clone", "-q", "-b", branch, str(yard.top), str(to)], check=True)
     shutil.rmtree(to / ".git")
     return files(to)
 
 
-async def settled(pool: Pool) -> None:
+async def settled(pool: SlotPool) -> None:
     """Wait until nothing goes on in the background: all places are idle or handed out."""
     with anyio.fail_after(30):
-        while pool._is_making or pool._coming or len(pool._ours) < pool._wanted:
+        while pool._is_making or pool._in_preparation or len(pool._held_slots) < pool._wanted:
             await anyio.sleep(0.01)
 
 
-async def idle(pool: Pool, count: int) -> None:
+async def idle(pool: SlotPool, count: int) -> None:
     """Wait until so many are idle."""
     with anyio.fail_after(30):
         while len(pool._idle) < count:
             await anyio.sleep(0.01)
 
 
-async def assert_no_leaks(yard: Yard) -> None:
+async def assert_no_leaks(yard: HubFixture) -> None:
     """Every place is clean, or a session's that is there; nothing waits for deletion, and nobody holds a lock."""
-    for place in places_of(yard.hub):
-        assert read_record(place) is not None or user_of(place) is not None, place
+    for place in list_slots(yard.hub):
+        assert read_record(place) is not None or read_slot_session(place) is not None, place
         assert not await place.lock.is_held(), place
     assert not list(yard.hub.trash.iterdir())
 
@@ -96,7 +96,7 @@ async def assert_no_leaks(yard: Yard) -> None:
 # Handing out.
 
 
-async def test_many_takers_get_places_of_their_own(yard: Yard, tmp_path: Path) -> None:
+async def test_many_takers_get_places_of_their_own(yard: HubFixture, tmp_path: Path) -> None:
     """At once; each is what git checks out, git and the stamps find no difference, and all are taken back."""
     commit, expected = await yard.fetch(), await by_git(yard, "main", tmp_path / "clone")
     began = []
@@ -117,14 +117,14 @@ async def test_many_takers_get_places_of_their_own(yard: Yard, tmp_path: Path) -
             assert not status.stdout
             found = await checkout.compare()
             assert found is not None
-            assert found.is_few(0)
+            assert found.is_small(0)
             await yard.end(pool, worktree, checkout)
     assert not list(yard.hub.sessions.glob("*"))
-    assert len(places_of(yard.hub)) == MANY
+    assert len(list_slots(yard.hub)) == MANY
     await assert_no_leaks(yard)
 
 
-async def test_whatever_ends_a_pool_nothing_is_left_of_unknown_state(yard: Yard) -> None:
+async def test_whatever_ends_a_pool_nothing_is_left_of_unknown_state(yard: HubFixture) -> None:
     """What is idle is there for the next; a place goes whose session another process has taken away."""
     commit = await yard.fetch()
 
@@ -134,20 +134,20 @@ async def test_whatever_ends_a_pool_nothing_is_left_of_unknown_state(yard: Yard)
             await idle(pool, 2)
             worktree, _ = await yard.begin(pool, "task", commit)
             await settled(pool)
-            await worktrees.leave(worktree)
+            await worktrees.remove_session_folder(worktree)
             raise ValueError("fenced")
 
     with pytest.raises(ExceptionGroup, match="TaskGroup"):
         await be_fenced()
     await assert_no_leaks(yard)
-    assert len(places_of(yard.hub)) == 1
+    assert len(list_slots(yard.hub)) == 1
 
 
-async def test_a_warm_pool_makes_places_ahead(yard: Yard) -> None:
+async def test_a_warm_pool_makes_places_ahead(yard: HubFixture) -> None:
     """As many as are wanted, once it is known of which commit; also the last one, which others are copied from."""
     commit = await yard.fetch()
     async with yard.open(warm=3) as pool:
-        assert not places_of(yard.hub)
+        assert not list_slots(yard.hub)
         pool.warm(commit)
         await idle(pool, 3)
         began = [await yard.begin(pool, f"task{number}", commit) for number in range(3)]
@@ -157,7 +157,7 @@ async def test_a_warm_pool_makes_places_ahead(yard: Yard) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_a_place_keeps_its_path_and_moves(yard: Yard, tmp_path: Path) -> None:
+async def test_a_place_keeps_its_path_and_moves(yard: HubFixture, tmp_path: Path) -> None:
     """One place serves both branches in turn, as git checks them out, whatever the session did before."""
     commits = {branch: await yard.fetch(branch) for branch in ("main", "other")}
     expected = {branch: await by_git(yard, branch, tmp_path / branch) for branch in commits}
@@ -175,7 +175,7 @@ async def test_a_place_keeps_its_path_and_moves(yard: Yard, tmp_path: Path) -> N
 # Limits.
 
 
-async def test_there_are_never_more_than_allowed(yard: Yard) -> None:
+async def test_there_are_never_more_than_allowed(yard: HubFixture) -> None:
     """Those that wait go on as soon as one comes back, and waiting costs next to nothing."""
     commit = await yard.fetch()
     out, most = 0, 0
@@ -194,23 +194,23 @@ async def test_there_are_never_more_than_allowed(yard: Yard) -> None:
                 for number in range(MANY):
                     group.start_soon(session, f"task{number}")
         assert most == 2
-    assert len(places_of(yard.hub)) == 2
+    assert len(list_slots(yard.hub)) == 2
     await assert_no_leaks(yard)
 
 
-async def test_waiting_does_not_spin(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_does_not_spin(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no more may be made, whether that has changed is looked at twice a second."""
     commit, looks = await yard.fetch(), 0
-    counted = Pool._counted
+    counted = SlotPool._counted
 
-    async def count(pool: Pool) -> dict[Place, int]:
+    async def count(pool: SlotPool) -> dict[WorktreeSlot, int]:
         nonlocal looks
         looks += 1
         return await counted(pool)
 
     async with yard.open(places=1) as pool:
         one = await yard.begin(pool, "first", commit)
-        monkeypatch.setattr(Pool, "_counted", count)
+        monkeypatch.setattr(SlotPool, "_counted", count)
         with anyio.move_on_after(1.2) as waited:
             await yard.begin(pool, "second", commit)
         assert waited.cancelled_caught
@@ -218,16 +218,16 @@ async def test_waiting_does_not_spin(yard: Yard, monkeypatch: pytest.MonkeyPatch
         await yard.end(pool, *one)
 
 
-async def test_bytes_are_limited(yard: Yard) -> None:
+async def test_bytes_are_limited(yard: HubFixture) -> None:
     """Of places of one size as many are made as fit; what another run left makes room, and what it uses does not."""
     commit = await yard.fetch()
 
-    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+    async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         if not checkout.contents.record.setup:
             (checkout.place.tree / "large.o").write_bytes(bytes(1 << 20))
         return ("large",)
 
-    care = Care(furnish=furnish)
+    care = SlotOptions(set_up=furnish)
     async with yard.open(care, size=5 << 19) as pool:
         began = [await yard.begin(pool, f"task{number}", commit) for number in range(2)]
         with anyio.move_on_after(1.2) as waited:
@@ -235,15 +235,15 @@ async def test_bytes_are_limited(yard: Yard) -> None:
         assert waited.cancelled_caught
         for one in began:
             await yard.end(pool, *one)
-    assert [record.bytes >> 20 for place in places_of(yard.hub) if (record := read_record(place))] == [1, 1]
+    assert [record.bytes >> 20 for place in list_slots(yard.hub) if (record := read_record(place))] == [1, 1]
     async with yard.open(replace(care, sparse=("src",)), size=5 << 19) as pool:
         with anyio.fail_after(30):
             await yard.end(pool, *await yard.begin(pool, "task", commit))
-    assert len(places_of(yard.hub)) == 2
+    assert len(list_slots(yard.hub)) == 2
     await assert_no_leaks(yard)
 
 
-async def test_where_none_may_be_made_it_is_said(yard: Yard) -> None:
+async def test_where_none_may_be_made_it_is_said(yard: HubFixture) -> None:
     """Instead of waiting for ever."""
     async with yard.open(places=0) as pool:
         with anyio.fail_after(30), pytest.raises(RefusedError):
@@ -253,10 +253,10 @@ async def test_where_none_may_be_made_it_is_said(yard: Yard) -> None:
 # What gets in the way.
 
 
-async def test_a_file_in_the_way_of_a_move(yard: Yard, tmp_path: Path) -> None:
+async def test_a_file_in_the_way_of_a_move(yard: HubFixture, tmp_path: Path) -> None:
     """A kept file that is tracked by the next commit: another place is made, and what it has is the commit's."""
     main, other = await yard.fetch(), await yard.fetch("other")
-    async with yard.open(Care(keep=Keep((("wanted.o", ""),)))) as pool:
+    async with yard.open(SlotOptions(keep=KeepRules((("wanted.o", ""),)))) as pool:
         worktree, checkout = await yard.begin(pool, "first", main)
         (worktree.tree / "wanted.o").write_text("kept\n")
         await yard.end(pool, worktree, checkout)
@@ -275,12 +275,12 @@ async def test_a_file_in_the_way_of_a_move(yard: Yard, tmp_path: Path) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_what_is_not_ignored_any_more_does_not_stay(yard: Yard, repository: Repository) -> None:
+async def test_what_is_not_ignored_any_more_does_not_stay(yard: HubFixture, repository: Repository) -> None:
     """A kept folder goes where the next commit does not ignore it."""
     main = await yard.fetch()
     repository.commit({".gitignore": "*.o\n"}, "no cache")
     newer = await yard.fetch()
-    async with yard.open(Care(keep=Keep((("cache", ""),))), places=1) as pool:
+    async with yard.open(SlotOptions(keep=KeepRules((("cache", ""),))), places=1) as pool:
         for name, commit, is_there in (("a", main, False), ("b", main, True), ("c", newer, False)):
             worktree, checkout = await yard.begin(pool, name, commit)
             assert (worktree.tree / "cache").exists() is is_there
@@ -290,10 +290,10 @@ async def test_what_is_not_ignored_any_more_does_not_stay(yard: Yard, repository
     await assert_no_leaks(yard)
 
 
-async def test_what_adapters_keep_is_theirs(yard: Yard) -> None:
+async def test_what_adapters_keep_is_theirs(yard: HubFixture) -> None:
     """What is kept for sessions of one is not seen by those of another, nor by checks; what is for all is."""
     commit = await yard.fetch()
-    async with yard.open(Care(keep=Keep((("one.o", "one"), ("cache", "")))), places=1) as pool:
+    async with yard.open(SlotOptions(keep=KeepRules((("one.o", "one"), ("cache", "")))), places=1) as pool:
         seen = list[tuple[bool, bool]]()
         for name in ("one", "one", "two", "one", ""):
             worktree, checkout = await yard.begin(pool, f"task{len(seen)}", commit, name)
@@ -306,11 +306,11 @@ async def test_what_adapters_keep_is_theirs(yard: Yard) -> None:
     assert seen == [(False, False), (True, True), (False, True), (False, True), (False, True)]
 
 
-async def test_what_setup_made_stays_or_the_place_goes(yard: Yard) -> None:
+async def test_what_setup_made_stays_or_the_place_goes(yard: HubFixture) -> None:
     """It is made once; where a session changed it, the next one has a new place."""
     commit, made = await yard.fetch(), 0
 
-    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+    async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         nonlocal made
         if checkout.contents.record.setup:
             return checkout.contents.record.setup
@@ -319,7 +319,7 @@ async def test_what_setup_made_stays_or_the_place_goes(yard: Yard) -> None:
         (checkout.place.tree / "plain.txt").write_text("whole\n")
         return ("made",)
 
-    async with yard.open(Care(furnish=furnish), places=1) as pool:
+    async with yard.open(SlotOptions(set_up=furnish), places=1) as pool:
         for number, (edit, count) in enumerate(
             ((None, 1), ("README.md", 1), ("setup.o", 1), ("plain.txt", 2), (None, 3))
         ):
@@ -332,16 +332,16 @@ async def test_what_setup_made_stays_or_the_place_goes(yard: Yard) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_a_setup_that_fails_is_told_to_whoever_waits(yard: Yard) -> None:
+async def test_a_setup_that_fails_is_told_to_whoever_waits(yard: HubFixture) -> None:
     """Once each, and nothing is left; the next one tries again."""
     is_broken = True
 
-    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+    async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         if is_broken:
             raise SetupError("it can't be")
         return ()
 
-    async with yard.open(Care(furnish=furnish)) as pool:
+    async with yard.open(SlotOptions(set_up=furnish)) as pool:
         for number in range(2):
             with anyio.fail_after(30), pytest.raises(SetupError):
                 await yard.begin(pool, f"task{number}", await yard.fetch())
@@ -350,35 +350,35 @@ async def test_a_setup_that_fails_is_told_to_whoever_waits(yard: Yard) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_a_file_system_that_tells_too_little(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_system_that_tells_too_little(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place is used once: also where its clock is not ours, and where setup has made something."""
     commit = await yard.fetch()
 
-    async def furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+    async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         (checkout.place.tree / "setup.o").write_text("made\n")
         return ("made",)
 
     for name, value in (("stamps_mappings", lambda folder: False), ("Stamps", None)):
         with monkeypatch.context() as patch:
             if value is None:
-                patch.setattr(Stamps, "take", classmethod(lambda cls, *_: None))
+                patch.setattr(TreeSnapshot, "take", classmethod(lambda cls, *_: None))
             else:
                 patch.setattr(pool_module, name, value)
-            async with yard.open(Care(furnish=furnish), places=2) as pool:
+            async with yard.open(SlotOptions(set_up=furnish), places=2) as pool:
                 for number in range(3):
                     with anyio.fail_after(30):
                         worktree, checkout = await yard.begin(pool, f"{name}{number}", commit)
                     assert not (checkout.place.scratch / "used").exists()
                     (checkout.place.scratch / "used").touch()
                     await yard.end(pool, worktree, checkout)
-        assert not places_of(yard.hub)
+        assert not list_slots(yard.hub)
         await assert_no_leaks(yard)
 
 
-async def test_taking_may_be_cancelled(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_taking_may_be_cancelled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it waits, and while a place is brought to another commit: nothing is lost, and the next one gets it."""
     main, other = await yard.fetch(), await yard.fetch("other")
-    move, moving = reset.move, anyio.Event()
+    move, moving = reset.move_slot, anyio.Event()
 
     async def slow(*arguments: object) -> object:
         moving.set()
@@ -391,12 +391,12 @@ async def test_taking_may_be_cancelled(yard: Yard, monkeypatch: pytest.MonkeyPat
             await yard.begin(pool, "waits", main)
         await yard.end(pool, *one)
         await idle(pool, 1)
-        monkeypatch.setattr(reset, "move", slow)
+        monkeypatch.setattr(reset, "move_slot", slow)
         async with anyio.create_task_group() as group:
             group.start_soon(yard.begin, pool, "moves", other)
             await moving.wait()
             group.cancel_scope.cancel()
-        monkeypatch.setattr(reset, "move", move)
+        monkeypatch.setattr(reset, "move_slot", move)
         with anyio.fail_after(30):
             await yard.end(pool, *await yard.begin(pool, "next", other))
     await assert_no_leaks(yard)
@@ -404,7 +404,7 @@ async def test_taking_may_be_cancelled(yard: Yard, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in range(3, 8))])
-async def test_takers_that_are_cancelled_at_any_moment(yard: Yard, seed: int) -> None:
+async def test_takers_that_are_cancelled_at_any_moment(yard: HubFixture, seed: int) -> None:
     """Of many some give up at a random moment; the others go on, and nothing is lost."""
     commits, chance = [await yard.fetch(), await yard.fetch("other")], random.Random(seed)
     async with yard.open(places=3, warm=2) as pool:
@@ -414,7 +414,7 @@ async def test_takers_that_are_cancelled_at_any_moment(yard: Yard, seed: int) ->
                 worktree = yard.worktree(f"task{number}")
                 checkout = await pool.take(chance.choice(commits), worktree.root)
                 with anyio.CancelScope(shield=True):
-                    await worktrees.create(worktree, checkout, "")
+                    await worktrees.create_worktree(worktree, checkout, "")
                     (worktree.tree / "README.md").write_text("changed\n")
                     await yard.end(pool, worktree, checkout)
 
@@ -422,22 +422,22 @@ async def test_takers_that_are_cancelled_at_any_moment(yard: Yard, seed: int) ->
             async with anyio.create_task_group() as group:
                 for number in range(12):
                     group.start_soon(session, number)
-    assert len(places_of(yard.hub)) <= 3
+    assert len(list_slots(yard.hub)) <= 3
     await assert_no_leaks(yard)
 
 
 # Between processes and runs.
 
 
-async def test_the_next_pool_goes_on_with_what_was_left(yard: Yard) -> None:
+async def test_the_next_pool_goes_on_with_what_was_left(yard: HubFixture) -> None:
     """Places that a closed pool left are used again, but for one that was changed in between, which goes."""
     commit = await yard.fetch()
     async with yard.open(warm=3) as pool:
         pool.warm(commit)
         await idle(pool, 3)
-    for place in places_of(yard.hub):
+    for place in list_slots(yard.hub):
         (place.root / "mark").touch()
-    (Place(yard.hub, 2).tree / "README.md").write_text("changed in between\n")
+    (WorktreeSlot(yard.hub, 2).tree / "README.md").write_text("changed in between\n")
     again, began = {}, []
     async with yard.open(places=3, warm=3) as pool:
         for number in range(3):
@@ -448,19 +448,19 @@ async def test_the_next_pool_goes_on_with_what_was_left(yard: Yard) -> None:
         for one in began:
             await yard.end(pool, *one)
     assert again == {1: True, 2: False, 3: True}
-    assert len(places_of(yard.hub)) == 3
+    assert len(list_slots(yard.hub)) == 3
     await assert_no_leaks(yard)
 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", ["record.json", "stamps.json", "tree"])
-async def test_damaged_places_are_not_used(yard: Yard, damage: str) -> None:
+async def test_damaged_places_are_not_used(yard: HubFixture, damage: str) -> None:
     """Half a record, or no checkout: the place is thrown away."""
     commit = await yard.fetch()
     async with yard.open(warm=1) as pool:
         pool.warm(commit)
         await idle(pool, 1)
-    place = Place(yard.hub, 1)
+    place = WorktreeSlot(yard.hub, 1)
     if damage == "tree":
         shutil.rmtree(place.tree)
     else:
@@ -473,7 +473,7 @@ async def test_damaged_places_are_not_used(yard: Yard, damage: str) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_a_kept_session_keeps_its_place(yard: Yard) -> None:
+async def test_a_kept_session_keeps_its_place(yard: HubFixture) -> None:
     """It counts for nothing, no pool touches it, and removing the session takes the place away, too."""
     commit = await yard.fetch()
     async with yard.open(places=1) as pool:
@@ -483,14 +483,14 @@ async def test_a_kept_session_keeps_its_place(yard: Yard) -> None:
     async with yard.open(places=1, warm=1) as pool:
         await yard.end(pool, *await yard.begin(pool, "next", commit))
     assert (worktree.tree / "work.txt").read_text() == "work\n"
-    await worktrees.remove(worktree)
-    assert [place.number for place in places_of(yard.hub)] == [2]
+    await worktrees.remove_worktree(worktree)
+    assert [place.number for place in list_slots(yard.hub)] == [2]
     async with yard.open():
         pass
     await assert_no_leaks(yard)
 
 
-async def test_two_pools_of_one_hub(yard: Yard) -> None:
+async def test_two_pools_of_one_hub(yard: HubFixture) -> None:
     """Neither touches what the other has, idle or in use; what one does not use makes room for the other."""
     commit = await yard.fetch()
     async with yard.open(places=3, warm=2) as one, yard.open(places=3, warm=2) as two:
@@ -504,11 +504,11 @@ async def test_two_pools_of_one_hub(yard: Yard) -> None:
         assert len({first[0].tree, second[0].tree}) == 2
         await yard.end(one, *first)
         await yard.end(two, *second)
-    assert len(places_of(yard.hub)) == 3
+    assert len(list_slots(yard.hub)) == 3
     await assert_no_leaks(yard)
     async with yard.open(places=1) as pool:
         await yard.end(pool, *await yard.begin(pool, "last", commit))
-    assert len(places_of(yard.hub)) == 1
+    assert len(list_slots(yard.hub)) == 1
     await assert_no_leaks(yard)
 
 
@@ -526,23 +526,23 @@ def worker(repository: Repository, *arguments: object, failpoints: str = "") -> 
 
 
 @pytest.fixture
-async def plain(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Yard:
+async def plain(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> HubFixture:
     """A hub for a repository with two branches of the same files."""
     repository.git("branch", "other")
     repository.commit({"src/app.py": "changed\n"}, "second")
-    return await Yard.of(repository.top, tmp_path / "council-home", environ)
+    return await HubFixture.of(repository.top, tmp_path / "council-home", environ)
 
 
-def forget_sessions(yard: Yard) -> None:
+def forget_sessions(yard: HubFixture) -> None:
     """Do what a recovery does once it has saved what sessions of a killed run left, and no command of that lives."""
     until_free(yard)
-    for worktree in worktrees.left_over(yard.hub, "run1", None):
+    for worktree in worktrees.list_worktrees(yard.hub, "run1", None):
         worktrees._remove(worktree)
 
 
-def until_free(yard: Yard) -> None:
+def until_free(yard: HubFixture) -> None:
     """Wait for the commands of a killed process, which hold the locks of places until they have ended."""
-    wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in places_of(yard.hub)))
+    wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in list_slots(yard.hub)))
 
 
 @pytest.mark.extended_but_first
@@ -550,7 +550,7 @@ def until_free(yard: Yard) -> None:
     "step",
     [pytest.param(one, marks=() if one in {"place.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],
 )
-async def test_a_place_is_not_lost_with_its_process(plain: Yard, repository: Repository, step: str) -> None:
+async def test_a_place_is_not_lost_with_its_process(plain: HubFixture, repository: Repository, step: str) -> None:
     """Killed at any step: the next pool throws away what nobody can vouch for, keeps sessions' places, and works."""
     before = worker(repository, 4, 2, "before", 2)
     _, errors = before.communicate(timeout=60)
@@ -559,18 +559,18 @@ async def test_a_place_is_not_lost_with_its_process(plain: Yard, repository: Rep
     _, errors = child.communicate(timeout=60)
     assert child.returncode == -9, errors
     await anyio.to_thread.run_sync(until_free, plain)
-    sessions = {one.root: one.place for one in worktrees.left_over(plain.hub, "run1", None)}
+    sessions = {one.root: one.place for one in worktrees.list_worktrees(plain.hub, "run1", None)}
     async with plain.open(warm=2) as pool:
         await plain.end(pool, *await plain.begin(pool, "after", await plain.fetch()))
         for root, place in sessions.items():
-            assert place is None or user_of(place) == root
+            assert place is None or read_slot_session(place) == root
     await anyio.to_thread.run_sync(forget_sessions, plain)
     async with plain.open():
         pass
     await assert_no_leaks(plain)
 
 
-async def _many(yard: Yard, repository: Repository, total: int) -> None:
+async def _many(yard: HubFixture, repository: Repository, total: int) -> None:
     """Two processes at once hand places out until it is enough; most are killed at a random moment."""
     chance, handed = random.Random(total), 0
     while handed < total:
@@ -587,25 +587,25 @@ async def _many(yard: Yard, repository: Repository, total: int) -> None:
                 count, half, end = map(int, output.split())
                 handed += count
                 assert end < half * 1.2 + 4_000
-        assert len(places_of(yard.hub)) <= 6 + 2 * 16
+        assert len(list_slots(yard.hub)) <= 6 + 2 * 16
         await anyio.to_thread.run_sync(forget_sessions, yard)
     async with yard.open():
         pass
     await assert_no_leaks(yard)
-    assert len(places_of(yard.hub)) <= 6
+    assert len(list_slots(yard.hub)) <= 6
     assert not list((yard.hub.indexes).iterdir())
 
 
 @pytest.mark.extended
 @pytest.mark.timeout(600)
-async def test_two_processes_that_are_killed_now_and_then(plain: Yard, repository: Repository) -> None:
+async def test_two_processes_that_are_killed_now_and_then(plain: HubFixture, repository: Repository) -> None:
     """Of some dozen hand-outs none fails, nothing is left, and memory does not grow."""
     await _many(plain, repository, 60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-async def test_ten_thousand(plain: Yard, repository: Repository) -> None:
+async def test_ten_thousand(plain: HubFixture, repository: Repository) -> None:
     """The same, far longer."""
     await _many(plain, repository, 10_000)
 
@@ -631,11 +631,11 @@ def test_a_sessions_folder_is_made_while_the_last_one_beside_it_goes(tmp_path: P
 
 
 async def test_a_place_that_is_asked_for_while_it_is_cleaned_is_waited_for(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch
+    yard: HubFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A conversation goes on in its own folder alone, and not in another that is clean already."""
     main = await yard.fetch()
-    clean, begun, may_end = reset.clean, anyio.Event(), anyio.Event()
+    clean, begun, may_end = reset.clean_slot, anyio.Event(), anyio.Event()
 
     async def slowly(*arguments: Any) -> Any:
         begun.set()
@@ -647,7 +647,7 @@ async def test_a_place_that_is_asked_for_while_it_is_cleaned_is_waited_for(
         second, other = await yard.begin(pool, "second", main)
         await yard.end(pool, second, other)
         await idle(pool, 1)
-        monkeypatch.setattr(reset, "clean", slowly)
+        monkeypatch.setattr(reset, "clean_slot", slowly)
         await yard.end(pool, first, mine)
         await begun.wait()
         async with anyio.create_task_group() as group:
@@ -657,7 +657,7 @@ async def test_a_place_that_is_asked_for_while_it_is_cleaned_is_waited_for(
         await pool.discard(again)
 
 
-async def let_go_once(pool: Pool, may_end: anyio.Event) -> None:
+async def let_go_once(pool: SlotPool, may_end: anyio.Event) -> None:
     """Let the cleaning end as soon as somebody waits for a place."""
     while not pool._waiting:
         await anyio.sleep(0.01)

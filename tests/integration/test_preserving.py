@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.repo.worktrees.preserved import disarm, is_preserved, preserve
+from orchestrator.repo.worktrees.preserved import disable_repositories, is_preserved, preserve
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
-from tests.places import Yard
+from tests.places import HubFixture
 
 COMMANDS = ("status", "diff", "log", "fetch", "branch", "stash", "st", "add --all", "commit --all -m x", "gc")
 
@@ -132,7 +132,7 @@ async def test_no_git_command_in_a_preserved_worktree_runs_a_program_of_the_agen
     repository: Repository, tmp_path: Path, attack: Callable[[Agent, Worktree], list[Path]]
 ) -> None:
     """Neither at the top nor anywhere below; and all content is still there."""
-    yard = await Yard.of(repository.top, tmp_path / "hubs", repository.environ)
+    yard = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
     base, trace = await yard.fetch(), tmp_path / "trace"
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "t", base)
@@ -155,7 +155,7 @@ async def test_git_in_a_preserved_worktree_shows_what_differs_from_where_the_ses
     repository: Repository, tmp_path: Path
 ) -> None:
     """It is at that commit, with files that were changed, added and deleted; what was disabled is named."""
-    yard = await Yard.of(repository.top, tmp_path / "hubs", repository.environ)
+    yard = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "t", base)
@@ -183,8 +183,8 @@ async def test_what_was_disabled_is_told(repository: Repository, tmp_path: Path)
     agent_of.mkdir(parents=True)
     (agent_of / ".git").write_text("gitdir: /x\n")
     (agent_of / ".git.disabled-by-council").write_text("taken\n")
-    assert disarm(tree) == ["lib/.git.disabled-by-council1"]
-    assert disarm(tree) == []
+    assert disable_repositories(tree) == ["lib/.git.disabled-by-council1"]
+    assert disable_repositories(tree) == []
     assert (agent_of / ".git.disabled-by-council").read_text() == "taken\n"
 
 
@@ -202,7 +202,7 @@ def test_a_worktree_deeper_than_paths_can_be_is_disarmed(tmp_path: Path) -> None
         os.close(at)
         at = below
     os.symlink("/x", ".git", dir_fd=at)
-    assert len(disarm(tree)) == 1
+    assert len(disable_repositories(tree)) == 1
     assert os.readlink(".git.disabled-by-council", dir_fd=at) == "/x"
     os.close(at)
     assert (outside / ".git").exists()

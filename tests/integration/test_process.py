@@ -31,7 +31,7 @@ async def test_a_command_sees_exactly_the_given_environment_and_input() -> None:
 
 async def test_a_command_that_is_looked_at_while_it_runs_gets_its_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it takes."""
-    monkeypatch.setattr(process, "_IDLE_LOOK", 0.05)
+    monkeypatch.setattr(process, "_IDLE_POLL_SECONDS", 0.05)
     data = bytes(1 << 20)  # more than a pipe takes
     done = await process.run(["sh", "-c", "sleep 0.3; cat"], env={"PATH": os.defpath}, input=data)
     assert done.stdout == data
@@ -87,7 +87,7 @@ async def test_a_command_of_which_a_process_is_stopped_is_killed_with_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would ever let it go on; without that, whoever waits for it would wait for ever."""
-    monkeypatch.setattr(process, "STOPPED_LIMIT", 0.5)
+    monkeypatch.setattr(process, "STOPPED_TIMEOUT", 0.5)
     with pytest.raises(TimeoutError, match=r"killed: it was stopped for \d+ s"):
         await process.run(["sh", "-c", FROZEN], env=ENV, cwd=tmp_path)
     wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
@@ -96,7 +96,7 @@ async def test_a_command_of_which_a_process_is_stopped_is_killed_with_all_of_it(
 @pytest.mark.extended
 async def test_a_command_that_does_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no processor time at all; one that takes some is left alone."""
-    monkeypatch.setattr(process, "IDLE_LIMIT", 3.0)
+    monkeypatch.setattr(process, "IDLE_TIMEOUT", 3.0)
     with pytest.raises(TimeoutError, match=r"killed: it did nothing for \d+ s"):
         await process.run(["sleep", "60"], env=ENV)
     busy = "import time\nuntil = time.monotonic() + 6\nwhile time.monotonic() < until: pass"

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.model import Reach
+from orchestrator.config.model import PathAccess
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.intake.collect import Collected, collect
-from orchestrator.repo.intake.diffs import live_diff
-from orchestrator.repo.intake.inspection import Admission
-from orchestrator.repo.source.source import Source
-from orchestrator.repo.worktrees.change_detection import Stamps
-from orchestrator.repo.worktrees.hub import internal_ref
-from orchestrator.repo.worktrees.provisions import NotProvided, Provisions
+from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.diffs import diff_session
+from orchestrator.repo.intake.inspection import IntakeRules
+from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.hub import internal_ref_name
+from orchestrator.repo.worktrees.provisions import ProvisionFailure, Provisions
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
-from tests.places import Yard
+from tests.places import HubFixture
 
 COPIED = (".env", "config/local.yaml", "vendor/a b*[c]")
 
@@ -38,20 +38,20 @@ class Place:
     base: str
     environ: Mapping[str, str]
     provisions: Provisions
-    stamps: Stamps
+    snapshot: TreeSnapshot
 
     @property
     def tree(self) -> Path:
         return self.worktree.tree
 
-    async def provide(self) -> None:
+    async def prepare(self) -> None:
         """Put everything into the worktree, as before each session."""
-        assert isinstance(await self.provisions.put_into(self.tree, self.base, self.git), Reach)
+        assert isinstance(await self.provisions.install_into(self.tree, self.base, self.git), PathAccess)
 
-    async def refuse(self) -> NotProvided:
+    async def refuse(self) -> ProvisionFailure:
         """Return why not everything can be put into it."""
-        result = await self.provisions.put_into(self.tree, self.base, self.git)
-        assert isinstance(result, NotProvided)
+        result = await self.provisions.install_into(self.tree, self.base, self.git)
+        assert isinstance(result, ProvisionFailure)
         return result
 
     def agent(self, *arguments: str) -> str:
@@ -59,12 +59,12 @@ class Place:
         done = subprocess.run(["git", *arguments], cwd=self.tree, env=self.environ, check=True, capture_output=True)
         return done.stdout.decode().strip()
 
-    async def collect(self) -> Collected:
+    async def collect(self) -> CollectedWork:
         """Collect, twice: what is found by stamps must also be found without, and again."""
-        admit = Admission(Redactor(), withheld=self.provisions.paths)
-        found = self.stamps.compare()
-        first = await collect(self.git, self.worktree, self.base, "work\n", admit=admit, found=found)
-        again = await collect(self.git, self.worktree, self.base, "work\n", admit=admit)
+        admit = IntakeRules(Redactor(), withheld=self.provisions.paths)
+        found = self.snapshot.compare()
+        first = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit, found=found)
+        again = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit)
         assert await self.paths(first.commit) == await self.paths(again.commit)
         assert (first.refused, first.left_out, first.notes) == (again.refused, again.left_out, again.notes)
         return first
@@ -93,18 +93,18 @@ async def place(repository: Repository, tmp_path: Path, environ: dict[str, str])
     (folder / "out").symlink_to("/etc/passwd")
     (top / "data/models").mkdir(parents=True)
     (top / "data/models/big").write_text("of the user\n")
-    yard = await Yard.of(top, tmp_path / "council-home", environ)
+    yard = await HubFixture.of(top, tmp_path / "council-home", environ)
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "task", base)
         await pool.lose(checkout)
     provisions = Provisions(top, COPIED, ("data/models",))
-    return Place(yard.git, worktree, base, environ, provisions, checkout.contents.stamps)
+    return Place(yard.git, worktree, base, environ, provisions, checkout.contents.snapshot)
 
 
 async def test_copies_are_as_the_user_has_them(place: Place) -> None:
     """Files, folders, what is nested; modes are kept, and links in a folder stay links."""
-    reach = await place.provisions.put_into(place.tree, place.base, place.git)
+    reach = await place.provisions.install_into(place.tree, place.base, place.git)
     assert (place.tree / ".env").read_text() == "API_TOKEN=of-the-user-1\nDEBUG=1\n"
     assert stat.S_IMODE((place.tree / ".env").stat().st_mode) == 0o600
     assert (place.tree / "config/local.yaml").read_text() == "secret: user\n"
@@ -113,22 +113,22 @@ async def test_copies_are_as_the_user_has_them(place: Place) -> None:
     assert [(folder / name).readlink() for name in ("link", "out")] == [Path("deep/run"), Path("/etc/passwd")]
     models = place.provisions.checkout / "data/models"
     assert (place.tree / "data/models").readlink() == models
-    assert reach == Reach(readable=(models,))
+    assert reach == PathAccess(readable=(models,))
 
 
 async def test_what_is_only_there_is_no_work(place: Place) -> None:
     """Neither is it complained of; what else there is comes in."""
-    await place.provide()
-    assert await place.collect() == Collected(None)
+    await place.prepare()
+    assert await place.collect() == CollectedWork(None)
     (place.tree / "config/new.yaml").write_text("b: 1\n")
     left = await place.collect()
-    assert left == Collected(left.commit)
+    assert left == CollectedWork(left.commit)
     assert await place.paths(left.commit) == ["config/new.yaml"]
 
 
 async def test_what_a_session_does_to_it_is_no_work(place: Place) -> None:
     """It may change, delete and replace all of it; the next session gets it as the user has it."""
-    await place.provide()
+    await place.prepare()
     (place.tree / ".env").write_text("API_TOKEN=of-the-agent\n")
     (place.tree / "config/local.yaml").unlink()
     shutil.rmtree(place.tree / "vendor/a b*[c]")
@@ -138,9 +138,9 @@ async def test_what_a_session_does_to_it_is_no_work(place: Place) -> None:
     (place.tree / "data/models/own").write_text("own\n")
     (place.tree / ".gitignore").write_text("!.env\n!*\n")
     left = await place.collect()
-    assert left == Collected(left.commit)
+    assert left == CollectedWork(left.commit)
     assert await place.paths(left.commit) == [".gitignore"]
-    await place.provide()
+    await place.prepare()
     assert "of-the-user-1" in (place.tree / ".env").read_text()
     assert (place.tree / "config/local.yaml").exists()
     assert (place.tree / "vendor/a b*[c]/deep/run").exists()
@@ -149,24 +149,24 @@ async def test_what_a_session_does_to_it_is_no_work(place: Place) -> None:
 
 async def test_many_changes_beside_it_are_found_without_it(place: Place) -> None:
     """Also where there are too many to be named one by one, and a .gitignore lets everything in."""
-    await place.provide()
+    await place.prepare()
     (place.tree / ".gitignore").write_text("!.env\n!*\n")
     for number in range(150):
         (place.tree / f"{number}.txt").write_text("x\n")
         (place.tree / f"vendor/a b*[c]/{number}").write_text("x\n")
     left = await place.collect()
-    assert left == Collected(left.commit)
+    assert left == CollectedWork(left.commit)
     assert await place.paths(left.commit) == sorted([".gitignore", *(f"{number}.txt" for number in range(150))])
 
 
 async def test_where_git_looks_at_everything_it_does_not_come_in(place: Place) -> None:
     """A folder that became a link makes git look through the checkout, where a .gitignore lets everything in."""
-    await place.provide()
+    await place.prepare()
     (place.tree / ".gitignore").write_text("!.env\n!*\n")
     shutil.rmtree(place.tree / "src")
     (place.tree / "src").symlink_to("vendor")
     left = await place.collect()
-    assert left == Collected(left.commit)
+    assert left == CollectedWork(left.commit)
     assert await place.paths(left.commit) == [".gitignore", "src", "src/app.py"]
 
 
@@ -181,7 +181,7 @@ async def test_where_git_looks_at_everything_it_does_not_come_in(place: Place) -
 )
 async def test_what_an_agent_commits_by_force_does_not_come_in(place: Place, path: str) -> None:
     """Its own commits are not kept then; the rest of its work is."""
-    await place.provide()
+    await place.prepare()
     (place.tree / "new.txt").write_text("new\n")
     place.agent("add", "--force", "--", f":(literal){path}", "new.txt")
     place.agent("commit", "--quiet", "--message", "mine")
@@ -197,7 +197,7 @@ async def test_a_link_in_place_of_its_folder_leads_nobody_out(place: Place, tmp_
     """It is no work that can land, and nothing is written through it the next time."""
     outside = tmp_path / "outside"
     outside.mkdir()
-    await place.provide()
+    await place.prepare()
     shutil.rmtree(place.tree / "config")
     (place.tree / "config").symlink_to(outside)
     left = await place.collect()
@@ -206,7 +206,7 @@ async def test_a_link_in_place_of_its_folder_leads_nobody_out(place: Place, tmp_
     assert left.commit is None
     shutil.rmtree(place.tree / "vendor")
     (place.tree / "vendor").symlink_to(outside)
-    await place.provide()
+    await place.prepare()
     assert not list(outside.iterdir())
     assert not (place.tree / "config").is_symlink()
     assert (place.tree / "vendor/a b*[c]/deep/run").exists()
@@ -217,13 +217,13 @@ async def test_a_link_in_place_of_it_is_not_written_through(place: Place, tmp_pa
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("kept\n")
-    await place.provide()
+    await place.prepare()
     for path, target in ((".env", outside / "file"), ("config/local.yaml", outside / "none")):
         (place.tree / path).unlink()
         (place.tree / path).symlink_to(target)
     shutil.rmtree(place.tree / "vendor/a b*[c]")
     (place.tree / "vendor/a b*[c]").symlink_to(outside)
-    await place.provide()
+    await place.prepare()
     assert [path.name for path in outside.iterdir()] == ["file"]
     assert (outside / "file").read_text() == "kept\n"
     assert not (place.tree / ".env").is_symlink()
@@ -262,8 +262,8 @@ async def test_a_link_on_the_way_is_refused_in_the_users_checkout(place: Place, 
     (top / "config/local.yaml").symlink_to(elsewhere / "local.yaml")
     shutil.rmtree(top / "data/models")
     (top / "data/models").symlink_to(elsewhere)
-    reach = await place.provisions.put_into(place.tree, place.base, place.git)
-    assert reach == Reach(readable=(elsewhere,))
+    reach = await place.provisions.install_into(place.tree, place.base, place.git)
+    assert reach == PathAccess(readable=(elsewhere,))
     assert (place.tree / "config/local.yaml").read_text() == "of somebody\n"
     assert not (place.tree / "config/local.yaml").is_symlink()
     place.provisions = replace(place.provisions, hidden=(elsewhere / "deeper",))
@@ -281,7 +281,9 @@ async def test_a_tracked_link_on_the_way_stays(place: Place, repository: Reposit
     """It is what the commit has there; the user is told to name the folder itself."""
     (repository.top / "conf").symlink_to("config")
     base = repository.commit({}, "a link")
-    await Source.of(str(repository.top), is_local=True, git=place.git).fetch("main", internal_ref("run1", "base"))
+    await UpstreamRepository.of(str(repository.top), is_local=True, git=place.git).fetch(
+        "main", internal_ref_name("run1", "base")
+    )
     place.base, place.provisions = base, Provisions(repository.top, ("conf/local.yaml",))
     assert "'conf' is no folder in the commit" in str(await place.refuse())
 
@@ -296,9 +298,9 @@ async def test_a_pipe_is_not_waited_for(place: Place) -> None:
 
 async def test_a_live_diff_shows_nothing_of_it(place: Place) -> None:
     """Neither the copy nor a line about it."""
-    await place.provide()
-    admit = Admission(Redactor(), withheld=place.provisions.paths)
-    assert await live_diff(place.git, place.worktree, place.base, admit=admit) == b""
+    await place.prepare()
+    admit = IntakeRules(Redactor(), withheld=place.provisions.paths)
+    assert await diff_session(place.git, place.worktree, place.base, admit=admit) == b""
 
 
 async def test_values_of_secrets_in_it_are_found(place: Place) -> None:
@@ -316,16 +318,16 @@ async def test_values_of_secrets_in_it_are_found(place: Place) -> None:
 
 async def test_what_was_there_untracked_before_the_session_may_change(place: Place) -> None:
     """A cache that stayed, or what a setup made: it is looked at as git looks at it without stamps."""
-    await place.provide()
+    await place.prepare()
     (place.tree / ".gitignore").write_text(".env\ncache\n")
     place.agent("add", "--all", ".gitignore")
     place.agent("commit", "--quiet", "--message", "ignore")
     (place.tree / "cache").write_text("1\n")
-    stamps = Stamps.take(place.tree)
+    stamps = TreeSnapshot.take(place.tree)
     assert stamps is not None
-    place.stamps = stamps
+    place.snapshot = stamps
     (place.tree / "cache").write_text("2\n")
     (place.tree / "README.md").write_text("work\n")
     left = await place.collect()
-    assert left == Collected(left.commit)
+    assert left == CollectedWork(left.commit)
     assert await place.paths(left.commit) == [".gitignore", "README.md"]

@@ -17,7 +17,7 @@ import anyio.abc
 import pytest
 
 from orchestrator.domain.security.hosts import Address
-from orchestrator.sessions.sandbox.proxy import LARGEST_HEAD, Proxy, Timeouts
+from orchestrator.sessions.sandbox.proxy import MAX_HEAD_BYTES, Proxy, ProxyTimeouts
 
 PATIENCE = 30.0
 
@@ -289,7 +289,7 @@ async def test_a_body_of_unknown_length_is_refused() -> None:
         assert (await ask(port, request)).startswith("HTTP/1.1 411 Length Required")
 
 
-@pytest.mark.parametrize("size", [LARGEST_HEAD + 1, 40 * LARGEST_HEAD])
+@pytest.mark.parametrize("size", [MAX_HEAD_BYTES + 1, 40 * MAX_HEAD_BYTES])
 async def test_a_head_that_is_too_large_is_refused(upstream: Upstream, size: int) -> None:
     """Whether or not it has an end."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
@@ -302,7 +302,7 @@ async def test_a_head_that_is_too_large_is_refused(upstream: Upstream, size: int
 
 async def test_a_head_that_does_not_end_is_not_waited_for() -> None:
     """A connection that sends nothing is closed."""
-    proxy = Proxy(["api.example.com"], timeouts=Timeouts(head=0.05))
+    proxy = Proxy(["api.example.com"], timeouts=ProxyTimeouts(head=0.05))
     async with serving(proxy) as port:
         for request in ("", "CONNECT api.example"):
             assert (await ask(port, request)).startswith("HTTP/1.1 408 Request Timeout")
@@ -310,7 +310,7 @@ async def test_a_head_that_does_not_end_is_not_waited_for() -> None:
 
 async def test_an_idle_tunnel_is_closed(upstream: Upstream) -> None:
     """From both sides."""
-    proxy = Proxy([f"127.0.0.1:{upstream.port}"], timeouts=Timeouts(idle=0.05))
+    proxy = Proxy([f"127.0.0.1:{upstream.port}"], timeouts=ProxyTimeouts(idle=0.05))
     async with serving(proxy) as port:
         assert await connect(proxy, port, f"127.0.0.1:{upstream.port}") == (
             "HTTP/1.1 200 Connection established\r\n\r\n"
@@ -359,5 +359,5 @@ def test_the_limits_are_those_of_the_page() -> None:
     page = " ".join((Path(__file__).parents[2] / "docs" / "security.md").read_text().split())
     proxy = Proxy([])
     assert f"At most {proxy.most_connections} connections are open at once" in page
-    assert f"a request's head has at most {LARGEST_HEAD >> 10} KiB and {proxy.timeouts.head:.0f} seconds" in page
+    assert f"a request's head has at most {MAX_HEAD_BYTES >> 10} KiB and {proxy.timeouts.head:.0f} seconds" in page
     assert f"an idle connection ends after {proxy.timeouts.idle / 60:.0f} minutes" in page

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.sandboxes import needs_sandbox
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(repository: Repository, name: str, *arguments: str) -> Ended:
+def run(repository: Repository, name: str, *arguments: str) -> CommandResult:
     """Run an example in the repository."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
@@ -25,7 +25,7 @@ def run(repository: Repository, name: str, *arguments: str) -> Ended:
         text=True,
         timeout=90,
     )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("name", ["run_file.py", pytest.param("from_sync_code.py", marks=pytest.mark.slow)])

@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.runs.model import Action
+from orchestrator.domain.runs.model import RequestAction
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.engine.scheduler.requests import submit
+from orchestrator.engine.scheduler.requests import submit_request
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import HistoryGone, RefusedError
-from orchestrator.protocols import Commit, Event, Key, Record, Store
+from orchestrator.errors import HistoryCompacted, RefusedError
+from orchestrator.protocols import Commit, CommitRecord, Event, Key, Store
 from orchestrator.state.documents import reading
-from orchestrator.state.documents.reading import Tail, backwards, between, following, position_at
+from orchestrator.state.documents.reading import LogTail, find_position, follow_log, read_backwards, read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
-from tests.examples import examples
-from tests.recorded import RUN, orchestrators, record_run, run_document
+from tests.examples import example_settings
+from tests.recorded import RUN, make_orchestrators, record_run, run_document
 
 TASK = Key("task", "r/a")
 
@@ -34,10 +34,10 @@ class ForgetfulStore(MemoryStore):
 
     first = 0
 
-    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         """See `Store.watch`."""
         if after < self.first:
-            raise HistoryGone(after, self.first)
+            raise HistoryCompacted(after, self.first)
         async with aclosing(super().watch(after)) as records:
             async for record in records:
                 yield record
@@ -77,14 +77,14 @@ async def test_a_part_of_the_log_ends(store: Store, clock: ManualClock) -> None:
     """Nothing before, nothing behind, and no waiting for what is yet to come."""
     await fill(store, 30, clock)
     for after, until in ((0, 30), (0, 1), (7, 7), (7, 8), (12, 30), (30, 30), (30, 5)):
-        found = [record.position async for record in between(store, after, until)]
+        found = [record.position async for record in read_range(store, after, until)]
         assert found == list(range(after + 1, until + 1))
 
 
 async def test_parts_come_from_the_newest_and_leave_nothing_out(store: Store, clock: ManualClock) -> None:
     """Each commit is in one part, in order within it."""
     await fill(store, 30, clock)
-    parts = [[record.position for record in part] async for part in backwards(store, 30, 3)]
+    parts = [[record.position for record in part] async for part in read_backwards(store, 30, 3)]
     assert parts[0] == [27, 28, 29, 30]
     assert [position for part in reversed(parts) for position in part] == list(range(4, 31))
 
@@ -97,15 +97,15 @@ async def test_what_is_sought_among_the_newest_needs_no_old_log(clock: ManualClo
     found: list[int] = []
 
     async def read() -> None:
-        async for part in backwards(store, 30):
+        async for part in read_backwards(store, 30):
             found.extend(record.position for record in part)
 
-    with pytest.raises(HistoryGone):
+    with pytest.raises(HistoryCompacted):
         await read()
     assert sorted(found) == list(range(21, 31))
-    assert await position_at(store, 1025.5) == 26
+    assert await find_position(store, 1025.5) == 26
     with pytest.raises(RefusedError, match="a position from 20 on"):
-        await position_at(store, 1010.0)
+        await find_position(store, 1010.0)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ async def test_a_time_leads_to_the_newest_commit_until_then(
 ) -> None:
     """Position 0 before all of them."""
     await fill(store, 30, clock)
-    assert await position_at(store, instant) == position
+    assert await find_position(store, instant) == position
 
 
-@examples(60)
+@example_settings(60)
 @given(steps=st.lists(st.integers(-5, 5), max_size=40), instant=st.integers(950, 1050))
 async def test_whatever_the_clock_did_the_newest_commit_until_then_counts(steps: list[int], instant: int) -> None:
     """The same as a look at every commit says."""
@@ -131,7 +131,7 @@ async def test_whatever_the_clock_did_the_newest_commit_until_then_counts(steps:
         await store.commit(Commit())
         times.append(clock.now())
     expected = [position for position, time in enumerate(times, 1) if time <= instant]
-    assert await position_at(store, instant) == (expected[-1] if expected else 0)
+    assert await find_position(store, instant) == (expected[-1] if expected else 0)
 
 
 async def test_a_log_whose_newest_commit_is_unreadable_still_ends(
@@ -149,8 +149,8 @@ async def test_a_log_whose_newest_commit_is_unreadable_still_ends(
     async with FileStore.open(tmp_path, clock) as store:
         assert store.damage
         assert await store.position() == 10
-        assert [record.position async for record in between(store, 0, 10)] == list(range(1, 10))
-        assert await position_at(store, 9999.0) == 9
+        assert [record.position async for record in read_range(store, 0, 10)] == list(range(1, 10))
+        assert await find_position(store, 9999.0) == 9
 
 
 async def forget(store: Store) -> int:
@@ -164,7 +164,7 @@ async def test_a_follower_that_was_stopped_goes_on_behind_what_is_gone(tmp_path:
     """Whether it had begun or not, and more than once."""
     async with (
         FileStore.open(tmp_path, clock, segment_bytes=2_000) as store,
-        aclosing(following(store, 0)) as records,
+        aclosing(follow_log(store, 0)) as records,
     ):
         await store.commit(Commit(events=[Event("e")]))
         assert (await anext(records)).position == 1
@@ -180,7 +180,7 @@ async def test_a_follower_that_was_stopped_goes_on_behind_what_is_gone(tmp_path:
             assert positions == sorted(positions)
             assert set(range(first + 1, last + 1)) <= set(positions)
             before = last
-        async with aclosing(following(store, 0)) as late:
+        async with aclosing(follow_log(store, 0)) as late:
             assert (await anext(late)).position == first + 1
 
 
@@ -190,10 +190,10 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
     """Though the log that told of it is gone."""
     async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as store:
         await record_run(store, clock, run_document(tmp_path))
-        ledger = await Ledger.take(store, clock, Redactor(()), orchestrators(store, clock, RUN), {})
+        ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), {})
         async with aclosing(ledger.changes()) as changes:
             for task in ("models", "api"):
-                await submit(store, clock, RUN, Action.CANCEL, [task])
+                await submit_request(store, clock, RUN, RequestAction.CANCEL, [task])
                 await forget(store)
                 with anyio.fail_after(10):
                     found = (await anext(changes)).request
@@ -205,10 +205,10 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
 async def test_what_is_yet_to_come_is_not_waited_for(store: Store) -> None:
     """A part of the log ends where the log ends, whatever position is asked for."""
     with anyio.fail_after(5):
-        assert [one async for one in between(store, 0, 1)] == []
-        assert [part async for part in backwards(store, 5) if part] == []
-        assert await Tail(store, 0).part(3, 10) == []
+        assert [one async for one in read_range(store, 0, 1)] == []
+        assert [part async for part in read_backwards(store, 5) if part] == []
+        assert await LogTail(store, 0).part(3, 10) == []
         await store.commit(Commit([], [Event("a")]))
-        assert [one.position async for one in between(store, 0, 9)] == [1]
-        assert [one.position for part in [part async for part in backwards(store, 9)] for one in part] == [1]
-        assert [one.position for one in await Tail(store, 0).part(9, 10)] == [1]
+        assert [one.position async for one in read_range(store, 0, 9)] == [1]
+        assert [one.position for part in [part async for part in read_backwards(store, 9)] for one in part] == [1]
+        assert [one.position for one in await LogTail(store, 0).part(9, 10)] == [1]

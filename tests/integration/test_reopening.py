@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.command_server import Started
+from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
@@ -26,7 +26,7 @@ def configured(repository: Repository, tmp_path: Path, *tasks: dict[str, Any], *
         "readable": [str(tmp_path)],
     }
     keeps_busy = {"id": "busy", "prompt": f"await {tmp_path / 'gate'}\nwrite busy.txt x", "adapter": "fake"}
-    adapters = {"fake": repository.fake(readable=[str(tmp_path)]), "locked": locked}
+    adapters = {"fake": repository.fake_adapter(readable=[str(tmp_path)]), "locked": locked}
     return str(repository.configure([keeps_busy, *tasks], adapters=adapters, sandbox="off", **settings))
 
 
@@ -46,7 +46,7 @@ def has_landed(repository: Repository, task: str) -> bool:
     return repository.council("status", "--json").states.get(task) == "landed"
 
 
-def finish(child: Started, tmp_path: Path) -> str:
+def finish(child: StartedCommand, tmp_path: Path) -> str:
     (tmp_path / "gate").touch()
     return child.communicate(timeout=60)[0]
 

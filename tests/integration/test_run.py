@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.testing.fingerprint import Fingerprint
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 
@@ -119,7 +119,7 @@ async def test_a_target_that_moves_under_the_run_is_merged_with(repository: Repo
     wait_for(repository.spawns.exists)
     moved = repository.commit({"mine.txt": "mine\n"}, "while it runs")
     stdout, stderr = child.communicate(timeout=60)
-    assert Ended(child.returncode, stdout, stderr).states == {"one": "landed"}
+    assert CommandResult(child.returncode, stdout, stderr).states == {"one": "landed"}
     assert repository.git("merge-base", "--is-ancestor", moved, "main") == ""
     assert (repository.top / "mine.txt").read_text() == "mine\n"
     repository.before.clear()
@@ -133,7 +133,7 @@ async def test_two_runs_at_once_disturb_nothing_of_each_other(repository: Reposi
     for name in ("left", "right"):
         config = repository.configure([{**task, "prompt": task["prompt"].format(name)} for task in tasks])
         children.append(repository.start("run", str(config.rename(tmp_path / f"{name}.yaml")), "--json"))
-    ends = [Ended(child.wait(), *child.communicate(timeout=90)) for child in children]
+    ends = [CommandResult(child.wait(), *child.communicate(timeout=90)) for child in children]
     assert [ended.code for ended in ends] == [0, 0], ends
     assert ends[0].result["run"] != ends[1].result["run"]
     for name in ("left", "right"):
@@ -327,7 +327,7 @@ async def test_a_landing_that_the_user_rewrote_away_is_not_called_landed(reposit
     wait_for(has_landed)
     repository.git("branch", "--force", "out", "main")
     stdout, stderr = child.communicate(timeout=60)
-    ended = Ended(child.returncode, stdout, stderr)
+    ended = CommandResult(child.returncode, stdout, stderr)
     lost = ended.result["tasks"][0]
     assert (ended.code, lost["state"], lost["landed"]) == (1, "failed", None)
     assert "rewritten" in lost["reason"]

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 
-from orchestrator.cli.core.run_source import is_prompt, read_config
+from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.config.inline import InlineTasks
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins
@@ -81,11 +81,11 @@ async def test_without_a_file_the_only_installed_adapter_runs_it(
     monkeypatch.setenv("PATH", f"{programs}:{repository.environ['PATH']}")
     types = dict(TYPES)
     monkeypatch.setattr("orchestrator.cli.core.run_source.load_plugins", lambda *_: Plugins(adapters=types))
-    _, config = await read_config(None, InlineTasks(("Do it.",)))
+    _, config = await load_run_config(None, InlineTasks(("Do it.",)))
     assert [task.adapter for task in config.tasks] == ["free"]
     types["free-too"] = _Free
     with pytest.raises(RefusedError, match="name one by --adapter: free, free-too"):
-        await read_config(None, InlineTasks(("Do it.",)))
+        await load_run_config(None, InlineTasks(("Do it.",)))
 
 
 async def test_only_some_tasks_run_with_what_they_need(repository: Repository) -> None:

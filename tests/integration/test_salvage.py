@@ -9,9 +9,9 @@ import pytest
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.intake.diffs import diff, live_diff
+from orchestrator.repo.intake.diffs import diff_commits, diff_session
 from orchestrator.repo.landing import salvage
-from orchestrator.repo.source.source import Source
+from orchestrator.repo.source.source import UpstreamRepository
 from tests.conftest import Repository
 from tests.integration.test_collect import ADMIT, VALUE, Place, place
 
@@ -23,7 +23,7 @@ BINARY = bytes(range(256)) * 8
 @pytest.fixture
 def users(environ: dict[str, str]) -> Git:
     """Git at the user's side."""
-    return Git(None, users=True, environ=environ)
+    return Git(None, as_user=True, environ=environ)
 
 
 @pytest.fixture
@@ -63,32 +63,32 @@ async def test_kept_work_is_listed_and_found(place: Place, work: str) -> None:
                 "refs/salvage/run1/task.1/stash",
                 "refs/salvage/run1/a.b.2/1", "refs/heads/council/run1/a.b/2", "refs/council/run1/x"):  # fmt: skip
         await place.git("update-ref", ref, work)
-    all_runs = await salvage.kept(place.git)
+    all_runs = await salvage.list_unmerged_work(place.git)
     assert [f"{one.run}/{one.name}" for one in all_runs] == [
         "run1/a.b/2", "run1/a.b/2/1", "run1/task/1", "run1/task/1/stash", "run1/task/conflict", "run2/task/1",
     ]  # fmt: skip
-    run1 = await salvage.kept(place.git, "run1")
+    run1 = await salvage.list_unmerged_work(place.git, "run1")
     assert len(run1) == 5
-    found = salvage.find(run1, "task/1/stash")
+    found = salvage.find_unmerged_work(run1, "task/1/stash")
     assert (found.ref, found.commit, found.subject) == ("refs/salvage/run1/task.1/stash", work, "work")
     assert found.committed > 1_600_000_000
-    assert salvage.find(all_runs, "run2/task/1").run == "run2"
+    assert salvage.find_unmerged_work(all_runs, "run2/task/1").run == "run2"
     with pytest.raises(RefusedError, match="more than one run"):
-        salvage.find(all_runs, "task/1")
+        salvage.find_unmerged_work(all_runs, "task/1")
     with pytest.raises(RefusedError, match="task/conflict"):
-        salvage.find(run1, "task/conflct")
+        salvage.find_unmerged_work(run1, "task/conflct")
     with pytest.raises(RefusedError, match="task/1, task/1/stash, task/conflict"):
-        salvage.find(run1, "task")
+        salvage.find_unmerged_work(run1, "task")
 
 
 async def test_differences_are_shown(place: Place, work: str) -> None:
     """A difference is a patch or a summary, with colors if asked for, whatever the files are called."""
-    shown = await diff(place.git, place.base, work)
+    shown = await diff_commits(place.git, place.base, work)
     assert b'"b/new\\nline"' in shown
     assert b"rename to src/main.py" in shown
     assert b"\x1b[" not in shown
-    assert b"README.md" in await diff(place.git, place.base, work, stat=True)
-    assert b"+changed" not in await diff(place.git, place.base, work, stat=True)
+    assert b"README.md" in await diff_commits(place.git, place.base, work, stat=True)
+    assert b"+changed" not in await diff_commits(place.git, place.base, work, stat=True)
 
 
 async def test_a_live_session_is_looked_at_without_a_trace(place: Place) -> None:
@@ -98,7 +98,7 @@ async def test_a_live_session_is_looked_at_without_a_trace(place: Place) -> None
     place.agent("add", "new.txt")
     before = (place.worktree.index.read_bytes(), (place.worktree.git_dir / "index").read_bytes())
     there = set(place.worktree.index.parent.iterdir())
-    shown = (await live_diff(place.git, place.worktree, place.base, admit=ADMIT)).decode()
+    shown = (await diff_session(place.git, place.worktree, place.base, admit=ADMIT)).decode()
     assert "+live" in shown
     assert "b/new.txt" in shown
     assert VALUE not in shown
@@ -113,7 +113,7 @@ async def test_a_live_session_is_looked_at_without_a_trace(place: Place) -> None
     assert not await place.has(b"# Project\nlive\n")
     os.mkfifo(place.worktree.tree / ".gitignore")
     with pytest.raises(RefusedError, match="gitignore"):
-        await live_diff(place.git, place.worktree, place.base, admit=ADMIT)
+        await diff_session(place.git, place.worktree, place.base, admit=ADMIT)
 
 
 async def test_work_is_applied_to_a_checkout(place: Place, work: str, users: Git, repository: Repository) -> None:
@@ -184,25 +184,25 @@ async def test_a_link_to_another_repository_is_not_applied(place: Place, users: 
 
 async def test_a_branch_is_made_once(place: Place, work: str, repository: Repository) -> None:
     """The branch is made where there is none of that name, and only with a name that git takes."""
-    source = Source.of(str(repository.top), is_local=True, git=place.git)
-    await salvage.make_branch(source, work, "rescued/work")
+    source = UpstreamRepository.of(str(repository.top), is_local=True, git=place.git)
+    await salvage.create_branch(source, work, "rescued/work")
     assert repository.git("rev-parse", "rescued/work") == work
     for taken, why in (("rescued/work", "exists"), ("main", "exists"), ("rescued", "can't be made"),
                        ("-x", "can't be the name"),
                        ("a..b", "can't be the name"), ("x:y", "can't be the name"),
                        ("", "can't be the name")):  # fmt: skip
         with pytest.raises(RefusedError, match=why):
-            await salvage.make_branch(source, work, taken)
+            await salvage.create_branch(source, work, taken)
 
 
 async def test_only_what_was_listed_is_dropped(place: Place, work: str) -> None:
     """If one of the refs has moved none is deleted; else all are."""
     await place.git("update-ref", "refs/salvage/run1/task.1/stash", work)
-    listed = await salvage.kept(place.git, "run1")
+    listed = await salvage.list_unmerged_work(place.git, "run1")
     await place.git("update-ref", "refs/salvage/run1/task.1/stash", place.base)
     with pytest.raises(RefusedError, match="list it"):
-        await salvage.drop(place.git, listed)
-    listed = await salvage.kept(place.git, "run1")
+        await salvage.delete_refs(place.git, listed)
+    listed = await salvage.list_unmerged_work(place.git, "run1")
     assert len(listed) == 2
-    await salvage.drop(place.git, listed)
-    assert await salvage.kept(place.git, "run1") == []
+    await salvage.delete_refs(place.git, listed)
+    assert await salvage.list_unmerged_work(place.git, "run1") == []

@@ -19,11 +19,11 @@ import psutil
 import pytest
 
 from orchestrator.errors import RefusedError, SessionError
-from orchestrator.sessions.sandbox.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
-from orchestrator.sessions.supervision.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.sessions.sandbox.sandbox import SandboxKind, SandboxPolicy, choose_sandbox, sandbox_command
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
 from orchestrator.system.process_table import start_ticks
-from tests.processes import children
-from tests.sandboxes import require
+from tests.processes import child_processes
+from tests.sandboxes import require_sandbox
 from tests.waiting import wait_for
 
 pytestmark = [
@@ -58,10 +58,10 @@ class House:
         (self.house / "kept").write_text("kept")
         (self.objects / "object").write_text("object")
 
-    def fence(self, **changes: Any) -> Fence:
+    def fence(self, **changes: Any) -> SandboxPolicy:
         # The interpreter may be in a folder for temporary files, as these folders are.
         readable = (self.house, self.outside, self.objects, HOSTILE, Path(sys.prefix), Path(sys.base_prefix))
-        fence = Fence((self.tree / "work", self.house / "gone"), readable, (self.hidden,), self.scratch)
+        fence = SandboxPolicy((self.tree / "work", self.house / "gone"), readable, (self.hidden,), self.scratch)
         return replace(fence, **changes)
 
     def command(self, argv: list[str], **changes: Any) -> SupervisedCommand:
@@ -91,12 +91,12 @@ def house(tmp_path: Path) -> House:
 @pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of sandbox that this machine has."""
-    return require(request.param)
+    return require_sandbox(request.param)
 
 
 @pytest.fixture
 def bubblewrap() -> SandboxKind:
-    return require(SandboxKind.BUBBLEWRAP)
+    return require_sandbox(SandboxKind.BUBBLEWRAP)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def names(folder: Path) -> list[str]:
 
 
 async def attack(
-    house: House, kind: SandboxKind, fence: Fence, attacks: list[str], pid: int = 1, port: int = 0
+    house: House, kind: SandboxKind, fence: SandboxPolicy, attacks: list[str], pid: int = 1, port: int = 0
 ) -> list[str]:
     """Run the hostile program in the fence and return the names of the attacks that succeeded."""
     setting: dict[str, object] = {
@@ -129,7 +129,7 @@ async def attack(
     }
     setting |= {"outside": str(house.outside), "pid": pid, "port": port}
     argv = [sys.executable, "-I", "-S", str(HOSTILE), json.dumps(setting), *attacks]
-    ended = await run_supervised(fence_in(kind, house.command(argv), fence))
+    ended = await run_supervised(sandbox_command(kind, house.command(argv), fence))
     assert (ended.exit, ended.spawn_error) == (0, None), house.said()
     succeeded: list[str] = json.loads((house.house.parent / "stdout").read_text())
     return succeeded
@@ -162,7 +162,7 @@ async def test_a_hidden_folder_inside_a_writable_one_is_hidden(house: House, kin
     fence = house.fence(writable=(house.tree,), hidden=(house.hidden, house.tree / "private"))
     assert await attack(house, kind, fence, ["read_hidden", "read_hidden_inside_writable"]) == []
     script = f"echo ok >{house.tree}/work/new && cat {house.objects}/object && ! echo x >{house.objects}/object"
-    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", script]), fence))
+    ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", script]), fence))
     assert (ended.exit, (house.tree / "work" / "new").read_text()) == (0, "ok\n"), house.said()
     assert (house.objects / "object").read_text() == "object"
 
@@ -179,7 +179,9 @@ async def test_a_part_of_the_system_can_be_hidden(house: House, kind: SandboxKin
     shown = next(path for path in (Path("/usr/share"), Path("/usr/lib")) if path.is_dir())
     hidden = next(path for path in shown.iterdir() if path.is_dir() and not path.is_symlink() and any(path.iterdir()))
     script = f"! ls {hidden}/* && ! touch {hidden}/x && ls /usr/bin/env"
-    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", script]), house.fence(hidden=(hidden,))))
+    ended = await run_supervised(
+        sandbox_command(kind, house.command(["sh", "-c", script]), house.fence(hidden=(hidden,)))
+    )
     assert ended.exit == 0, house.said()
 
 
@@ -215,7 +217,9 @@ async def test_a_session_is_kept_off_the_network(house: House, bubblewrap: Sandb
     assert await attack(house, bubblewrap, house.fence(network=False), attacks, port=port) == []
     source = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())"
     alone = house.command([sys.executable, "-I", "-S", "-c", source])
-    assert (await run_supervised(fence_in(bubblewrap, alone, house.fence(network=False)))).exit == 0, house.said()
+    assert (await run_supervised(sandbox_command(bubblewrap, alone, house.fence(network=False)))).exit == 0, (
+        house.said()
+    )
 
 
 # What must work
@@ -241,7 +245,7 @@ open("/dev/stdout", "w").close(); subprocess.run("echo x | cat > from-shell", sh
 """
     shared = (Path("/dev/shm"),) if kind is SandboxKind.LANDLOCK else ()
     fence = house.fence(writable=(house.tree / "work", *shared))
-    ended = await run_supervised(fence_in(kind, house.command([sys.executable, "-c", source]), fence))
+    ended = await run_supervised(sandbox_command(kind, house.command([sys.executable, "-c", source]), fence))
     assert (ended.exit, ended.spawn_error) == (0, None), house.said()
     assert (house.tree / "work" / "from-shell").read_text() == "x\n"
 
@@ -260,7 +264,7 @@ async def test_a_commit_with_borrowed_objects_works(house: House, kind: SandboxK
     subprocess.run(["sh", "-c", seed], env=env, check=True)
     script = "echo 2 >>file && git add --all && git commit -qm second && git log --oneline && git fsck && git status"
     command = house.command(["sh", "-c", script], cwd=tree, env=env)
-    ended = await run_supervised(fence_in(kind, command, house.fence()))
+    ended = await run_supervised(sandbox_command(kind, command, house.fence()))
     assert ended.exit == 0, house.said()
     log = subprocess.run(["git", "log", "--format=%s"], cwd=tree, env=env, capture_output=True, text=True, check=True)
     assert log.stdout.split() == ["second", "first"]
@@ -271,7 +275,7 @@ async def test_a_program_in_a_fence_starts_as_clean_as_without(house: House, kin
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])"
     source += "; print(os.getcwd(), sys.argv[1], os.environ['A'])"
     command = house.command([sys.executable, "-I", "-S", "-c", source, "-x"], env={"A": "b"})
-    assert (await run_supervised(fence_in(kind, command, house.fence()))).exit == 0, house.said()
+    assert (await run_supervised(sandbox_command(kind, command, house.fence()))).exit == 0, house.said()
     assert (house.house.parent / "stdout").read_text() == f"[0, 1, 2]\n{house.tree / 'work'} -x b\n"
 
 
@@ -280,19 +284,19 @@ async def test_a_program_in_a_fence_starts_as_clean_as_without(house: House, kin
 
 async def test_a_missing_program_is_told_from_one_that_fails(house: House, kind: SandboxKind) -> None:
     """The program's name and why, as without a sandbox; an exit code of 1 is the program's own."""
-    ended = await run_supervised(fence_in(kind, house.command(["no-such-program"]), house.fence()))
-    assert ended == Ended(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
+    ended = await run_supervised(sandbox_command(kind, house.command(["no-such-program"]), house.fence()))
+    assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
     (house.tree / "work" / "text").write_text("not a program")
-    ended = await run_supervised(fence_in(kind, house.command(["./text"]), house.fence()))
+    ended = await run_supervised(sandbox_command(kind, house.command(["./text"]), house.fence()))
     assert ended.spawn_error == "./text: Permission denied"
     script = "echo 'bwrap: execvp x: No such file or directory' >&2; exit 1"
-    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", script]), house.fence()))
+    ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", script]), house.fence()))
     assert (ended.exit, ended.spawn_error) == (1, None)
 
 
 async def test_a_crash_is_seen_in_a_fence(house: House, kind: SandboxKind) -> None:
     """As a signal, or in a bubblewrap as a shell sees it."""
-    ended = await run_supervised(fence_in(kind, house.command(["sh", "-c", "kill -SEGV $$"]), house.fence()))
+    ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", "kill -SEGV $$"]), house.fence()))
     expected = (139, None) if kind is SandboxKind.BUBBLEWRAP else (None, signal.SIGSEGV)
     assert (ended.exit, ended.signal) == expected
 
@@ -317,7 +321,7 @@ async def test_a_stopped_program_has_its_grace_in_a_fence(house: House, kind: Sa
     """At the limit, program and descendants get SIGTERM and can save, and no longer than they need is waited."""
     began = time.monotonic()
     command = house.command([sys.executable, "-I", "-S", "-c", SAVES, *loader], timeout=2)
-    ended = await run_supervised(fence_in(kind, command, house.fence()))
+    ended = await run_supervised(sandbox_command(kind, command, house.fence()))
     assert (house.tree / "work" / "last-word").read_text() == "saved"
     assert (ended.exit, ended.signal) == ((None, signal.SIGTERM) if loader else (7, None))
     assert ended.ended_by == "timeout"
@@ -328,7 +332,7 @@ async def test_a_stopped_program_has_its_grace_in_a_fence(house: House, kind: Sa
 async def test_a_program_that_ignores_sigterm_is_killed_in_a_fence(house: House, kind: SandboxKind) -> None:
     """The grace is all it gets."""
     command = house.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
-    ended = await run_supervised(fence_in(kind, command, house.fence()))
+    ended = await run_supervised(sandbox_command(kind, command, house.fence()))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
 
 
@@ -359,8 +363,8 @@ async def test_a_cancellation_during_the_start_leaves_nothing(
     """However early it comes, nothing lives afterwards."""
     command = house.command(["sleep", "300"], grace=30, interrupt=interrupt)
     with anyio.move_on_after(delay):
-        await run_supervised(fence_in(kind, command, house.fence()))
-    assert not children()
+        await run_supervised(sandbox_command(kind, command, house.fence()))
+    assert not child_processes()
 
 
 DETACHED = """
@@ -384,13 +388,13 @@ async def test_nothing_outlives_a_kill_of_the_supervisor(house: House, bubblewra
 
     async def kill() -> None:
         await until(lambda: grows.exists() and grows.stat().st_size)
-        children()[0].kill()
+        child_processes()[0].kill()
 
     command = house.command([sys.executable, "-I", "-S", "-c", DETACHED])
     async with anyio.create_task_group() as group:
         group.start_soon(kill)
         with pytest.raises(SessionError):
-            await run_supervised(fence_in(bubblewrap, command, house.fence()))
+            await run_supervised(sandbox_command(bubblewrap, command, house.fence()))
     await until(lambda: not any(_is_daemon(process) for process in psutil.process_iter(["cmdline", "cwd"])))
     size = grows.stat().st_size
     await anyio.sleep(0.1)
@@ -420,7 +424,7 @@ async def test_a_bubblewrap_that_may_do_nothing_is_not_chosen(tmp_path: Path) ->
     said = r"uid map: Permission denied.*apparmor_restrict_unprivileged_userns=0.*`sandbox: off`"
     with pytest.raises(RefusedError, match=said):
         await choose_sandbox("bubblewrap", network=True, environ=environ)
-    require(SandboxKind.LANDLOCK)
+    require_sandbox(SandboxKind.LANDLOCK)
     for network in (True, False):
         assert await choose_sandbox("auto", network=network, environ=environ) is SandboxKind.LANDLOCK
 

@@ -39,13 +39,13 @@ async def test_backoff_is_waited_for_on_the_clock(repository: Repository) -> Non
         async with anyio.create_task_group() as group:
             group.start_soon(execute)
             await until_event(council, "task.retrying", 1)
-            await clock.waited_for(HOUR)
+            await clock.wait_until_awaited(HOUR)
             clock.advance(HOUR - 1)
             await anyio.wait_all_tasks_blocked()
             assert (await council.status(run)).tasks[0].attempts == 1
             clock.advance(1)
             await until_event(council, "task.retrying", 2)
-            await clock.waited_for(3 * HOUR)
+            await clock.wait_until_awaited(3 * HOUR)
             clock.advance(2 * HOUR)
     assert reports[0].status is RunStatus.LANDED
     assert reports[0].tasks[0].attempts == 3

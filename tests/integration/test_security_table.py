@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.client.session import ShortName
-from orchestrator.config.model import FenceConfig, LimitsConfig, Reach
+from orchestrator.client.session import ShortSocketPath
+from orchestrator.config.model import LimitsConfig, PathAccess, SandboxConfig
 from orchestrator.sandbox import seccomp
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.sandbox.scope import Fencing, Ground
+from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
 from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
-from tests.sandboxes import require
+from tests.sandboxes import require_sandbox
 
 pytestmark = [
     pytest.mark.sandbox,
@@ -108,7 +108,7 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
         controller, terminal = os.openpty()
         stack.callback(os.close, controller), stack.callback(os.close, terminal)
         server, other = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        house = stack.enter_context(ShortName(str(folders["house"])))
+        house = stack.enter_context(ShortSocketPath(str(folders["house"])))
         for address in (f"{house}/socket", str(run_socket), str(hidden_socket), f"\0council-test-{os.getpid()}"):
             listening = stack.enter_context(socket.socket(socket.AF_UNIX))
             with suppress(FileNotFoundError, PermissionError):
@@ -146,12 +146,12 @@ async def tried(
     """Return the rows of which something succeeded in a session."""
     place = {name: Path(str(setting[name])) for name in ("house", "hidden", "tree", "scratch")}
     python = (Path(sys.prefix), Path(sys.base_prefix))
-    config = FenceConfig(
+    config = SandboxConfig(
         sandbox=kind,
         network=network,
         hosts=hosts,
         limits=LimitsConfig(file_size=FILE_SIZE, memory=MEMORY),
-        reach=Reach(readable=(HOSTILE, place["house"], *python)),
+        reach=PathAccess(readable=(HOSTILE, place["house"], *python)),
     )
     attacks = [attack for names in rows.values() for attack in names.split()]
     top = place["house"].parent
@@ -167,8 +167,8 @@ async def tried(
         grace=5,
         lock=top / "task.1.lock",
     )
-    fencing = Fencing(kind, (place["hidden"], Path(str(setting["hidden_socket"]))), config)
-    async with fencing.around(Ground((place["tree"],), (), place["scratch"]), command, Reach()) as fenced:
+    fencing = RunSandbox(kind, (place["hidden"], Path(str(setting["hidden_socket"]))), config)
+    async with fencing.around(SandboxScope((place["tree"],), (), place["scratch"]), command, PathAccess()) as fenced:
         # Another host, whose server has the port number of the proxy.
         ports = {name: value.rpartition(":")[2] for name, value in fenced.command.env.items()}
         with socket.create_server(("127.0.0.2", int(ports.get("HTTPS_PROXY", 0)))):
@@ -183,7 +183,7 @@ async def tried(
 @pytest.mark.parametrize("kind", SandboxKind)
 async def test_a_session_can_do_what_the_table_says(kind: SandboxKind, outside: dict[str, object]) -> None:
     """Yes where an attempt succeeds, no where it does not, in each kind of sandbox that this machine has."""
-    require(kind)
+    require_sandbox(kind)
     expected = {row: cells[kind] == "yes" for row, cells in table().items()}
     rows = set(ROWS)
     if not Path(str(outside["run_socket"])).is_socket():

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
 from tests.conftest import Repository
 from tests.integration.test_working_together import QUICK, ended, states
-from tests.sandboxes import ONE_OF_WORKING
+from tests.sandboxes import SANDBOX_PARAMS
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.sandbox
@@ -31,7 +31,7 @@ echo x >a.txt
 """
 
 
-@pytest.fixture(params=ONE_OF_WORKING)
+@pytest.fixture(params=SANDBOX_PARAMS)
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
     """A kind of sandbox that works here, or none."""
     return SandboxKind(request.param)

@@ -11,19 +11,19 @@ from orchestrator import Council, RefusedError
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.contexts import SessionStatus
-from orchestrator.engine.session_api.contexts import Contexts
-from orchestrator.engine.session_api.notes import Memory
-from orchestrator.locking.registry import scope_of
+from orchestrator.engine.session_api.contexts import SessionContexts
+from orchestrator.engine.session_api.notes import NoteStore
+from orchestrator.locking.registry import ownership_scope
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.command_server import Started
+from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
 TASKS = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("auth", "web")]
 
 
-def started(repository: Repository) -> tuple[Started, str]:
+def started(repository: Repository) -> tuple[StartedCommand, str]:
     """Start a run of two sessions that do not end; return its id once both are at work."""
     child = repository.start("run", str(repository.configure(TASKS)))
     spawned = wait_for(lambda: repository.spawns.exists() and len(repository.spawns.read_text().splitlines()) == 2)
@@ -31,7 +31,7 @@ def started(repository: Repository) -> tuple[Started, str]:
     return child, str(repository.council("status", "--json").result["run"])
 
 
-def ended(repository: Repository, child: Started) -> None:
+def ended(repository: Repository, child: StartedCommand) -> None:
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
 
@@ -44,8 +44,8 @@ async def test_what_sessions_are_at_is_seen_from_outside(repository: Repository)
             FileStore.open(repository.log, SystemClock()) as store,
             Council.open(repository.top, environ=repository.environ) as council,
         ):
-            scope = scope_of(str(repository.top), "main")
-            contexts = Contexts(store, SystemClock(), scope, Redactor(), orchestrator="o1")
+            scope = ownership_scope(str(repository.top), "main")
+            contexts = SessionContexts(store, SystemClock(), scope, Redactor(), orchestrator="o1")
             auth, web = SessionName(run, "auth", 1), SessionName(run, "web", 1)
             for one in (auth, web):
                 await contexts.begin(one, "fake")
@@ -107,7 +107,7 @@ async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -
         FileStore.open(repository.log, SystemClock()) as store,
         Council.open(repository.top, environ=repository.environ) as council,
     ):
-        memory = Memory(store, SystemClock(), scope_of(str(repository.top), "main"), Redactor())
+        memory = NoteStore(store, SystemClock(), ownership_scope(str(repository.top), "main"), Redactor())
         first = await memory.leave(SessionName(runs[0], "a", 1), "of the first", topic="order", paths=["src/**"])
         second = await memory.leave(SessionName(runs[1], "a", 1), "of the second")
         assert await council.notes() == await council.notes(runs[0], task="a") == [first, second]
@@ -130,7 +130,7 @@ async def test_notes_about_a_branch_of_a_runs_own_go_with_its_record(repository:
         FileStore.open(repository.log, SystemClock()) as store,
         Council.open(repository.top, environ=repository.environ) as council,
     ):
-        memory = Memory(store, SystemClock(), scope_of(str(repository.top), f"council/{run}"), Redactor())
+        memory = NoteStore(store, SystemClock(), ownership_scope(str(repository.top), f"council/{run}"), Redactor())
         note = await memory.leave(SessionName(run, "a", 1), "x")
         assert await council.notes() == [note]
         await forget(council, run)

@@ -18,12 +18,17 @@ from orchestrator import Council, Key, RefusedError, Update
 from orchestrator.errors import CouncilError, UnreadableDocument
 from orchestrator.protocols import Commit, Document, JsonObject, Store, Write
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.state.documents.shapes import KINDS, check_change, find_unreadable, flaw_of
-from orchestrator.state.documents.update import update
+from orchestrator.state.documents.shapes import (
+    DOCUMENT_KINDS,
+    check_manual_change,
+    find_document_error,
+    find_unreadable,
+)
+from orchestrator.state.documents.update import update_document
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.examples import examples
-from tests.recorded import RUN, START, record_run, recorded, run_document
+from tests.examples import example_settings
+from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
 API = Key("task", f"{RUN}/api")
 RECORDED = ("api", "models")
@@ -33,19 +38,21 @@ OTHER = "20260102-040000-cd34"
 @pytest.fixture
 async def council(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Council]:
     """A project with two runs that were interrupted, `OTHER` is the newer one."""
-    async with recorded(repository.top, monkeypatch) as store:
-        clock = ManualClock(START + 3600)
+    async with recorded_project(repository.top, monkeypatch) as store:
+        clock = ManualClock(RUN_STARTED + 3600)
         await record_run(store, clock, run_document(repository.top, OTHER, clock.now()))
     hub = Hub(repository.top / "hub")
     for folder in (hub.trusted, hub.root / "locks"):
         folder.mkdir(parents=True)
-    async with Council.open(repository.top, environ=repository.environ, clock=ManualClock(START + 9000)) as opened:
+    async with Council.open(
+        repository.top, environ=repository.environ, clock=ManualClock(RUN_STARTED + 9000)
+    ) as opened:
         yield opened
 
 
 async def put(store: Store, key: Key, change: Callable[[JsonObject], JsonObject]) -> None:
     """Write a document past all checks, as another version or program could."""
-    await update(store, key, lambda value: change(value or {}))
+    await update_document(store, key, lambda value: change(value or {}))
 
 
 def merge(changes: JsonObject, value: JsonObject | None) -> JsonObject:
@@ -55,7 +62,7 @@ def merge(changes: JsonObject, value: JsonObject | None) -> JsonObject:
 
 def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[object]]]:
     """Return what commands do to look at a run."""
-    past = council.past
+    past = council.history
     return {
         "status": lambda: council.status(run),
         "metrics": lambda: past.metrics(run),
@@ -96,7 +103,7 @@ async def look_at_all(council: Council) -> None:
     whole = await council.checkpoint(whole=True)
     await council.checkpoints()
     await council.restoration(whole.id)
-    await council.past.at(await council.position())
+    await council.history.at(await council.position())
 
 
 @pytest.mark.parametrize("changes", [{"progress": "50%"}, {"status": "completed"}, {"status": "in_progress"}])
@@ -186,7 +193,7 @@ async def test_what_no_store_takes_is_refused_as_such(
     """With an error of ours, by each function that writes, and nothing is written."""
     async with Council.open(repository.top, state=state, environ=repository.environ) as opened:
         if state is not None:
-            for each in (await council.past.at(await council.position())).documents.values():
+            for each in (await council.history.at(await council.position())).documents.values():
                 await opened._store.commit(Commit([Write(each.key, 0, each.value)]))
         position = await opened.position()
         for name, value in IMPOSSIBLE.items():
@@ -194,7 +201,7 @@ async def test_what_no_store_takes_is_refused_as_such(
             whole = {**(before.value if before else {}), **value} if isinstance(value, dict) else value
             for write in (
                 lambda whole=whole: opened.update(key, lambda _: whole),
-                lambda whole=whole: opened.apply_updates([Update(key, START, "me", whole)]),
+                lambda whole=whole: opened.apply_updates([Update(key, RUN_STARTED, "me", whole)]),
             ):
                 with pytest.raises(CouncilError):
                     await write()
@@ -281,7 +288,7 @@ async def test_one_unreadable_document_affects_its_run_alone(council: Council, n
     assert (now is None) == (before is None)
     if now is not None and before is not None:
         assert {**now.value, "epoch": 0} == {**before.value, "epoch": 0}
-    kept = [one.value for one in await council.past.history(key)]
+    kept = [one.value for one in await council.history.history(key)]
     assert change(before.value if before else {}) in kept
     assert {one.run for one in await council.runs()} == {RUN, OTHER}
 
@@ -325,7 +332,7 @@ async def test_a_repair_that_is_killed_goes_on(council: Council, repository: Rep
 
 def test_each_kind_is_known(council: Council) -> None:
     """What the runs of the project have recorded is readable, whatever kind it is."""
-    assert {"run", "task", "spec", "lease", "claim", "orchestrator"} <= KINDS
+    assert {"run", "task", "spec", "lease", "claim", "orchestrator"} <= DOCUMENT_KINDS
 
 
 VALUES = st.recursive(
@@ -352,11 +359,11 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 
 
 @given(data=st.data())
-@examples(40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@example_settings(40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_whatever_is_written_over_a_document_of_ours_commands_work(council: Council, data: st.DataObject) -> None:
     """Either it is refused, or all can be looked at as before."""
-    documents = (await council.past.at(22)).documents  # as the fixture made them, at each example
-    key = data.draw(st.sampled_from(sorted(key for key in documents if key.kind in KINDS)))
+    documents = (await council.history.at(22)).documents  # as the fixture made them, at each example
+    key = data.draw(st.sampled_from(sorted(key for key in documents if key.kind in DOCUMENT_KINDS)))
     value = data.draw(changed(documents[key].value))
     with suppress(RefusedError):
         await council.update(key, lambda _: value if isinstance(value, dict) else {"x": value})
@@ -369,12 +376,12 @@ async def test_whatever_is_written_over_a_document_of_ours_commands_work(council
 
 
 @given(data=st.data())
-@examples(15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@example_settings(15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
     council: Council, data: st.DataObject
 ) -> None:
     """Past all checks, into any of its documents: no other run is affected, and a repair helps."""
-    documents = {key: one for key, one in (await council.past.at(22)).documents.items() if OTHER not in key.id}
+    documents = {key: one for key, one in (await council.history.at(22)).documents.items() if OTHER not in key.id}
     key = data.draw(st.sampled_from(sorted(documents)))
     value = data.draw(changed(documents[key].value))
     await put(council._store, key, lambda _: value if isinstance(value, dict) else {"x": value})
@@ -392,7 +399,7 @@ async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
 
 
 @given(data=st.data())
-@examples(150, deadline=None)
+@example_settings(150, deadline=None)
 def test_what_may_be_written_can_be_read(data: st.DataObject) -> None:
     """Of any change of any document of ours, what is not refused has no flaw."""
     value = json.loads(run_document(Path("/"), RUN).model_dump_json())
@@ -402,10 +409,10 @@ def test_what_may_be_written_can_be_read(data: st.DataObject) -> None:
     found = Document(key, 1, json.dumps(before).encode(), 1)
     if isinstance(after, dict):
         try:
-            check_change(key, found, after)
+            check_manual_change(key, found, after)
         except RefusedError:
             return
-        assert flaw_of(found._replace(encoded=json.dumps(after).encode())) is None
+        assert find_document_error(found._replace(encoded=json.dumps(after).encode())) is None
 
 
 async def test_an_unreadable_document_has_an_error_of_its_own(council: Council) -> None:

@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from orchestrator.api.council import Council
-from orchestrator.domain.documents.json_values import digest_of
+from orchestrator.domain.documents.json_values import compute_digest
 from tests.conftest import Repository
 from tests.integration.test_control import has_begun
 from tests.integration.test_workflow import APPROVE, PLAN, REJECT, SCOUT
@@ -62,7 +62,7 @@ async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -
     assert 0 < given["size"] <= given["whole"]
     handoffs = {one["id"]: one for one in story["handoffs"]}
     assert [one["attempt"] for one in story["handoffs"]] == [1, 3, 4, 5, 6, 7]
-    assert all(one["is_intact"] and one["digest"] == digest_of(one["data"]) for one in story["handoffs"])
+    assert all(one["is_intact"] and one["digest"] == compute_digest(one["data"]) for one in story["handoffs"])
     scout = handoffs[visits["scout", 1]["handoff"]]
     # Reviewers are given all that is known.
     assert [(one["phase"], one["attempt"]) for one in scout["receipts"]] == [("plan", 2), ("review", 5), ("review", 7)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.distributions import REGISTER, install
 
 _SINK = REGISTER + """
@@ -64,7 +64,7 @@ def moody(repository: Repository, tmp_path: Path) -> Path:
     return folder
 
 
-def _events(ended: Ended) -> list[dict[str, Any]]:
+def _events(ended: CommandResult) -> list[dict[str, Any]]:
     return [line for line in ended.lines if "event" in line]
 
 

@@ -10,17 +10,17 @@ import pytest
 
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
-from orchestrator.repo.intake.staging import Staged, Staging, stage
-from orchestrator.repo.source.source import Source
-from orchestrator.repo.worktrees.change_detection import Stamps
-from orchestrator.repo.worktrees.hub import create_hub, hub_of, internal_ref
+from orchestrator.repo.intake.staging import StagingArea, StagingResult, stage_files
+from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from tests.conftest import Repository
 
 VALUE = "the-value-of-a-variable"
-ADMIT = Admission(Redactor([VALUE]), max_file=1000)
-IGNORED = Admission(Redactor([]), leavings=("*.log",))
+ADMIT = IntakeRules(Redactor([VALUE]), max_file=1000)
+IGNORED = IntakeRules(Redactor([]), scratch_patterns=("*.log",))
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,22 @@ class Checkout:
     """A checkout with its index, as it was handed out."""
 
     git: Git
-    staging: Staging
+    staging: StagingArea
     base: str
-    stamps: Stamps
+    snapshot: TreeSnapshot
 
     @property
     def tree(self) -> Path:
         """Where the files are."""
         return self.staging.tree
 
-    async def stage(self, admit: Admission = ADMIT) -> Staged:
+    async def stage(self, admit: IntakeRules = ADMIT) -> StagingResult:
         """Stage by what differs, then with a look at everything; both must come to the same."""
-        found = self.stamps.compare()
+        found = self.snapshot.compare()
         assert found is not None
-        by_stamps = await stage(self.git, replace(self.staging, found=found), self.base, admit)
+        by_stamps = await stage_files(self.git, replace(self.staging, found=found), self.base, admit)
         first = await self.index()
-        of_all = await stage(self.git, self.staging, self.base, admit)
+        of_all = await stage_files(self.git, self.staging, self.base, admit)
         assert (first, by_stamps) == (await self.index(), of_all)
         return by_stamps
 
@@ -56,22 +56,22 @@ class Checkout:
 async def checkout(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Checkout:
     """A checkout of the repository's `main`."""
     repository.commit({"a.txt": "a\n", "b.txt": "b\n", "folder/c.txt": "c\n", ".gitignore": "*.tmp\n"}, "more")
-    hub = hub_of(str(repository.top), tmp_path / "council-home")
+    hub = locate_hub(str(repository.top), tmp_path / "council-home")
     await create_hub(hub, "sha1", environ)
     git = Git(hub.trusted, environ=environ)
-    source = Source.of(str(repository.top), is_local=True, git=git)
-    base = await source.fetch("main", internal_ref("run1", "base"))
+    source = UpstreamRepository.of(str(repository.top), is_local=True, git=git)
+    base = await source.fetch("main", internal_ref_name("run1", "base"))
     tree = tmp_path / "checkout"
     tree.mkdir()
-    staging = Staging(tree, tmp_path / "index", Quarantine(tmp_path / "import" / "objects", hub.objects))
+    staging = StagingArea(tree, tmp_path / "index", Quarantine(tmp_path / "import" / "objects", hub.objects))
     env = {"GIT_WORK_TREE": str(tree), "GIT_INDEX_FILE": str(staging.index)}
     await git("read-tree", "--reset", "-u", base, env=env, cwd=tree)
-    stamps = Stamps.take(tree)
+    stamps = TreeSnapshot.take(tree)
     assert stamps is not None
     return Checkout(git, staging, base, stamps)
 
 
-def paths_of(staged: Staged) -> list[str]:
+def paths_of(staged: StagingResult) -> list[str]:
     return [change.path for change in staged.changes]
 
 
@@ -127,7 +127,7 @@ async def test_a_file_that_only_git_knows_to_be_ignored_is_not_refused(checkout:
 async def test_an_index_that_was_staged_before_is_made_anew(checkout: Checkout) -> None:
     """What an earlier look staged, and is gone by now, does not stay in the index."""
     (checkout.tree / "early").write_text("x\n")
-    await stage(checkout.git, checkout.staging, checkout.base, ADMIT)
+    await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
     (checkout.tree / "early").unlink()
     (checkout.tree / "late").write_text("x\n")
     assert paths_of(await checkout.stage()) == ["late"]
@@ -136,7 +136,7 @@ async def test_an_index_that_was_staged_before_is_made_anew(checkout: Checkout) 
 async def test_a_refused_file_does_not_stay_as_an_earlier_index_has_it(checkout: Checkout) -> None:
     """A file that was staged when it was small, and is too large by now, is left as the base has it."""
     (checkout.tree / "a.txt").write_text("small\n")
-    await stage(checkout.git, checkout.staging, checkout.base, ADMIT)
+    await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
     (checkout.tree / "a.txt").write_text("x" * 2000)
     assert paths_of(await checkout.stage()) == []
 
@@ -150,10 +150,10 @@ async def test_an_index_of_another_commit_is_made_anew(checkout: Checkout) -> No
     await checkout.git("read-tree", checkout.base, env=env)
     await checkout.git("add", "a.txt", env=env, cwd=checkout.tree)
     other.rename(checkout.staging.index)
-    stamps = Stamps.take(checkout.tree)
+    stamps = TreeSnapshot.take(checkout.tree)
     assert stamps is not None
     (checkout.tree / "b.txt").write_text("other\n")
-    staged = await replace(checkout, stamps=stamps).stage()
+    staged = await replace(checkout, snapshot=stamps).stage()
     assert paths_of(staged) == ["a.txt", "b.txt"]
 
 

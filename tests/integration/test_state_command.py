@@ -13,7 +13,7 @@ from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
-from tests.recorded import RUN, recorded
+from tests.recorded import RUN, recorded_project
 from tests.waiting import wait_for
 
 
@@ -114,7 +114,7 @@ async def test_who_follows_ends_when_nobody_reads_any_more(repository: Repositor
 
 async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that another version wrote in a sentence, by what needs it and the list of runs; so is one hit by damage."""
-    async with recorded(repository.top, monkeypatch):
+    async with recorded_project(repository.top, monkeypatch):
         pass
     newer = Key("run", "29990101-000000-ffff")
     async with FileStore.open(repository.log, SystemClock()) as store:

@@ -13,11 +13,11 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, fence_in
-from orchestrator.sessions.supervision.supervised import Ended, SupervisedCommand, run_supervised
+from orchestrator.sessions.sandbox.sandbox import SandboxKind, sandbox_command
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
 from tests.integration.test_sandbox import House, until
-from tests.processes import children
-from tests.sandboxes import require
+from tests.processes import child_processes
+from tests.sandboxes import require_sandbox
 
 pytestmark = [
     pytest.mark.sandbox,
@@ -67,7 +67,7 @@ def house(tmp_path: Path) -> Iterator[House]:
     params=[SandboxKind.BUBBLEWRAP, SandboxKind.OFF, pytest.param(SandboxKind.LANDLOCK, marks=pytest.mark.slow)]
 )
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    return require(request.param)
+    return require_sandbox(request.param)
 
 
 Run = Callable[..., SupervisedCommand]
@@ -79,7 +79,7 @@ def program(house: House, kind: SandboxKind) -> Run:
 
     def make(source: str, **changes: Any) -> SupervisedCommand:
         argv = [sys.executable, "-I", "-S", "-c", NOTES + source, str(house.house.parent)]
-        return fence_in(kind, house.command(argv, **changes), house.fence())
+        return sandbox_command(kind, house.command(argv, **changes), house.fence())
 
     return make
 
@@ -95,13 +95,13 @@ def heard(house: House) -> list[tuple[str, str]]:
     return [(name, number) for name, number, _ in notes(house)]
 
 
-async def stopped(house: House, command: SupervisedCommand) -> tuple[Ended, float]:
+async def stopped(house: House, command: SupervisedCommand) -> tuple[SupervisedExit, float]:
     """Run the command, have its supervisor stop it as soon as it is ready, and return after how many seconds it was."""
     asked: list[float] = []
 
     async def stop() -> None:
         await until((house.tree / "work" / "ready").exists)
-        (supervisor,) = children()
+        (supervisor,) = child_processes()
         asked.append(time.monotonic())
         supervisor.send_signal(signal.SIGTERM)
 

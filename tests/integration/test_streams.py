@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import RefusedError, as_refusal
-from tests.conftest import Ended, Repository
+from orchestrator.errors import RefusedError, to_permission_refusal
+from tests.conftest import CommandResult, Repository
 
 
-def through_shell(repository: Repository, arguments: str, **variables: str) -> Ended:
+def through_shell(repository: Repository, arguments: str, **variables: str) -> CommandResult:
     """Run the command with the shell's redirections."""
     done = subprocess.run(
         ["/bin/sh", "-c", f'exec "{sys.executable}" -m orchestrator.cli.main {arguments}'],
@@ -25,7 +25,7 @@ def through_shell(repository: Repository, arguments: str, **variables: str) -> E
         timeout=60,
         check=False,
     )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.mark.extended
@@ -48,7 +48,7 @@ def test_output_that_is_not_all_there_is_told(repository: Repository, command: s
     """What a disk without room cut off is not passed for whole."""
     repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
     ended = through_shell(repository, f"{command} >/dev/full")
-    assert ended == Ended(code, "", f"council: standard output can't be written: {os.strerror(errno.ENOSPC)}\n")
+    assert ended == CommandResult(code, "", f"council: standard output can't be written: {os.strerror(errno.ENOSPC)}\n")
 
 
 def test_a_terminal_without_unicode(repository: Repository) -> None:
@@ -86,11 +86,11 @@ def test_a_pipe_in_place_of_the_file_does_not_hang(repository: Repository, comma
 
 def test_what_the_machine_refuses_is_no_fault_of_ours() -> None:
     """It is told with its place and a remedy; anything else may be our fault."""
-    refused = as_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
+    refused = to_permission_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
     assert isinstance(refused, RefusedError)
     assert str(refused) == "/home/.council: permission denied: give yourself access to it"
-    assert as_refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
-    assert as_refusal(OSError("anything")) is None
+    assert to_permission_refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
+    assert to_permission_refusal(OSError("anything")) is None
 
 
 @pytest.mark.extended_but_first

@@ -22,15 +22,15 @@ import pytest
 
 from orchestrator.errors import LeaseLost, LockHeld, SessionError
 from orchestrator.sessions.supervision.supervised import (
-    Ended,
     SupervisedCommand,
-    end_supervised,
-    forking,
-    is_alive,
+    SupervisedExit,
+    is_session_alive,
+    open_fork_server,
     run_supervised,
-    wait_released,
+    stop_supervised,
+    wait_until_released,
 )
-from tests.processes import children
+from tests.processes import child_processes
 
 MIB = 1 << 20
 Agent = Callable[..., SupervisedCommand]
@@ -44,7 +44,7 @@ async def _way(request: pytest.FixtureRequest) -> AsyncIterator[None]:
     if request.param == "started":
         yield
     else:
-        async with forking():
+        async with open_fork_server():
             yield
 
 
@@ -96,7 +96,7 @@ async def until(condition: Callable[[], object], within: float = 20) -> None:
 def supervisors() -> list[psutil.Process]:
     """Return our children, and instead of the one that forks supervisors its children."""
     found: list[psutil.Process] = []
-    for child in children():
+    for child in child_processes():
         found += child.children() if "serve()" in "".join(child.cmdline()) else [child]
     return found
 
@@ -143,7 +143,7 @@ async def stopped_once(command: SupervisedCommand, ready: Callable[[], object]) 
 async def test_a_programs_exit_and_output_are_reported(agent: Agent, tmp_path: Path) -> None:
     """Its exit code, what it wrote and where, and that nothing had to be killed."""
     command = agent("print('out'); print('err', file=sys.stderr); sys.exit(3)")
-    assert await run_supervised(command) == Ended(3, None, "exit", None, 4, 4, 0, None)
+    assert await run_supervised(command) == SupervisedExit(3, None, "exit", None, 4, 4, 0, None)
     assert (tmp_path / "stdout").read_bytes() == b"out\n"
     assert (tmp_path / "stderr").read_bytes() == b"err\n"
 
@@ -161,7 +161,7 @@ async def test_the_prompt_is_what_a_program_reads(agent: Agent, tmp_path: Path) 
     echo = "sys.stdout.buffer.write(sys.stdin.buffer.read())"
     await run_supervised(agent(echo, stdin=prompt))
     assert (tmp_path / "stdout").read_bytes() == prompt.read_bytes()
-    assert await run_supervised(agent(echo)) == Ended(0, None, "exit", None, 0, 0, 0, None)
+    assert await run_supervised(agent(echo)) == SupervisedExit(0, None, "exit", None, 0, 0, 0, None)
 
 
 async def test_a_program_starts_clean(agent: Agent, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ async def test_what_can_not_be_started_is_reported_with_the_reason(
     agent: Agent, change: dict[str, object], why: str
 ) -> None:
     """A missing program, folder or file is a fact about the session, not a crash."""
-    assert await run_supervised(agent("", **change)) == Ended(None, None, "exit", why, 0, 0, 0, None)
+    assert await run_supervised(agent("", **change)) == SupervisedExit(None, None, "exit", why, 0, 0, 0, None)
 
 
 @LINUX_ONLY
@@ -232,7 +232,7 @@ async def test_a_machine_at_its_limits_is_told_from_a_missing_program(agent: Age
     """Out of descriptors another try may help, which it does not for a program that is missing."""
     assert not (await run_supervised(agent("", argv=["no-such-program"]))).exhausted
     command = agent("open('ran', 'w')")
-    ended: list[Ended] = []
+    ended: list[SupervisedExit] = []
 
     async def run() -> None:
         ended.append(await run_supervised(command))
@@ -586,7 +586,7 @@ async def test_nothing_outlives_a_kill_of_the_orchestrator(agent: Agent, tmp_pat
         await until(lambda: all(path.exists() and path.stat().st_size for path in growing))
         pids = [int(path.read_text().split()[0]) for path in growing]
         with pytest.raises(LockHeld):
-            await wait_released(command.lock, timeout=0)
+            await wait_until_released(command.lock, timeout=0)
         assert all(map(lives, pids))
     finally:
         orchestrator.kill()
@@ -618,15 +618,15 @@ async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent: Agen
         group.start_soon(run_supervised, command)
         await until((tmp_path / "ready").exists)
         with pytest.raises(LockHeld, match=r"task\.1\.lock is locked by process \d+ \(alive"):
-            await wait_released(command.lock, timeout=0.05)
+            await wait_until_released(command.lock, timeout=0.05)
         (tmp_path / "go").touch()
-        await wait_released(command.lock, timeout=20)
+        await wait_until_released(command.lock, timeout=20)
         assert (tmp_path / "done").exists()
 
 
 async def test_a_session_that_never_began_is_released(tmp_path: Path) -> None:
     """Where no lock was ever made there is nothing to wait for, and none is made."""
-    await wait_released(tmp_path / "never" / "task.lock", timeout=0)
+    await wait_until_released(tmp_path / "never" / "task.lock", timeout=0)
 
 
 async def test_a_lock_that_goes_while_it_is_looked_at_belongs_to_no_process(
@@ -644,7 +644,7 @@ async def test_a_lock_that_goes_while_it_is_looked_at_belongs_to_no_process(
         return is_there
 
     monkeypatch.setattr(anyio.Path, "exists", go_after_that)
-    await wait_released(lock, timeout=0)
+    await wait_until_released(lock, timeout=0)
     assert not lock.parent.exists()
     assert not (tmp_path / "never").exists()
 
@@ -680,12 +680,12 @@ async def test_a_program_that_may_not_start_never_runs(agent: Agent, tmp_path: P
     command = agent("open('ran', 'w')")
 
     async def refuse() -> None:
-        assert await is_alive(command.lock)
+        assert await is_session_alive(command.lock)
         raise LeaseLost("the claim", 1, 2)
 
     with pytest.raises(LeaseLost):
         await run_supervised(command, may_start=refuse)
-    assert not await is_alive(command.lock)
+    assert not await is_session_alive(command.lock)
     assert not (tmp_path / "ran").exists()
 
 
@@ -705,7 +705,7 @@ async def test_a_frozen_session_ends_with_all_that_it_started(agent: Agent, tmp_
     orchestrator.wait()
     await anyio.sleep(0.1)
     assert all(map(lives, pids))
-    await end_supervised(command.lock, b"nobody has this", 10)
+    await stop_supervised(command.lock, b"nobody has this", 10)
     assert not any(map(lives, pids))
 
 
@@ -734,8 +734,8 @@ async def test_a_session_that_waits_for_a_frozen_orchestrator_ends_before_it_sta
     command = agent("open('ran', 'w')")
 
     async def be_taken_over() -> None:
-        await end_supervised(command.lock, b"nobody has this", 10)
-        assert not await is_alive(command.lock)
+        await stop_supervised(command.lock, b"nobody has this", 10)
+        assert not await is_session_alive(command.lock)
 
     ended = await run_supervised(command, may_start=be_taken_over)
     assert (ended.exit, ended.ended_by) == (None, "stop")
@@ -781,7 +781,7 @@ async def test_a_daemon_of_a_killed_supervisor_is_killed_by_what_forked_it(agent
         await until((tmp_path / "pid").exists)
         supervisors()[0].kill()
 
-    async with forking(), anyio.create_task_group() as group:
+    async with open_fork_server(), anyio.create_task_group() as group:
         group.start_soon(kill)
         with pytest.raises(SessionError, match="it was killed:"):
             await run_supervised(agent(DAEMON + "time.sleep(300)", env={}))
@@ -809,7 +809,7 @@ async def test_many_sessions_at_once_leave_nothing_open(agent: Agent, tmp_path: 
     """Each gets its own answer, and no descriptor, thread or zombie stays behind for one."""
     before = open_fds()
     template = agent("print(sys.argv[2]); sys.exit(int(sys.argv[2]))")
-    ends: dict[int, Ended] = {}
+    ends: dict[int, SupervisedExit] = {}
 
     async def work(number: int) -> None:
         command = replace(

@@ -9,8 +9,13 @@ import pytest
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import LocalRepository, inspect
-from orchestrator.repo.source.supported import check_complete, check_names, check_supported, is_case_insensitive
+from orchestrator.repo.source.checkout import LocalRepository, find_repository
+from orchestrator.repo.source.supported import (
+    check_complete_clone,
+    check_file_names,
+    check_supported,
+    is_case_insensitive,
+)
 from tests.conftest import Repository
 
 
@@ -21,12 +26,12 @@ async def check(repository: Repository, top: Path | None = None) -> None:
         repository.git("clone", "--quiet", "--mirror", ".", str(trusted))
     else:
         repository.git("push", "--quiet", "--mirror", str(trusted))
-    users = await inspect(repository.top, Git(None, users=True, environ=repository.environ))
+    users = await find_repository(repository.top, Git(None, as_user=True, environ=repository.environ))
     if top is not None:
         users = LocalRepository(top / ".git", top, "sha1")
     commit = repository.git("rev-parse", "HEAD")
     if users is not None:
-        await check_complete(users, Git(None, users=True, environ=repository.environ))
+        await check_complete_clone(users, Git(None, as_user=True, environ=repository.environ))
     await check_supported(Git(trusted, environ=repository.environ), commit)
 
 
@@ -101,7 +106,7 @@ async def test_lfs_is_refused_wherever_it_is_asked_for(repository: Repository, p
 def test_names_that_can_not_be_checked_out_are_refused(path: str) -> None:
     """Git, or the file system, would not write them."""
     with pytest.raises(RefusedError, match="can't be checked out"):
-        check_names([b"fine", path.encode()], folds_case=False)
+        check_file_names([b"fine", path.encode()], folds_case=False)
 
 
 @pytest.mark.parametrize(
@@ -110,17 +115,17 @@ def test_names_that_can_not_be_checked_out_are_refused(path: str) -> None:
 def test_paths_that_meet_where_case_is_ignored_are_refused_there(paths: list[str]) -> None:
     """Files and folders; on a file system that tells them apart they are fine."""
     encoded = [path.encode() for path in paths]
-    check_names(encoded, folds_case=False)
+    check_file_names(encoded, folds_case=False)
     with pytest.raises(RefusedError, match="differ only in case"):
-        check_names(encoded, folds_case=True)
-    check_names([b"a/x", b"a/y", b"b/x"], folds_case=True)
+        check_file_names(encoded, folds_case=True)
+    check_file_names([b"a/x", b"a/y", b"b/x"], folds_case=True)
 
 
 def test_a_name_that_is_not_utf_8_is_refused_where_case_is_ignored() -> None:
     """Such file systems take Unicode only."""
-    check_names([b"\xff"], folds_case=False)
+    check_file_names([b"\xff"], folds_case=False)
     with pytest.raises(RefusedError, match="not UTF-8"):
-        check_names([b"\xff"], folds_case=True)
+        check_file_names([b"\xff"], folds_case=True)
 
 
 def test_whether_case_is_ignored_is_found_without_writing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.sandboxes import needs_sandbox
 
 pytestmark = needs_sandbox
@@ -42,7 +42,7 @@ def bring(repository: Repository, **settings: Any) -> Path:
     return trace
 
 
-def said(ended: Ended) -> str:
+def said(ended: CommandResult) -> str:
     return ended.stdout + ended.stderr
 
 

@@ -12,8 +12,8 @@ import pytest
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.documents import update as module
-from orchestrator.state.documents.subscription import Changed, subscribe
-from orchestrator.state.documents.update import update
+from orchestrator.state.documents.subscription import DocumentChange, subscribe
+from orchestrator.state.documents.update import update_document
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
@@ -47,7 +47,7 @@ async def test_of_many_updates_at_once_none_is_lost(store: Store) -> None:
 
     async def count() -> None:
         for _ in range(5):
-            await update(store, COUNT, one_more, attempts=1_000)
+            await update_document(store, COUNT, one_more, attempts=1_000)
 
     async with anyio.create_task_group() as group:
         for _ in range(8):
@@ -80,7 +80,7 @@ async def test_who_is_always_overtaken_gives_up(store: Store) -> None:
             return await commit(mine)
 
     with pytest.raises(VersionConflict):
-        await update(Rival(), COUNT, overtaken, attempts=3)  # type: ignore[arg-type]  # all that is used of a store
+        await update_document(Rival(), COUNT, overtaken, attempts=3)  # type: ignore[arg-type]  # all that is used of a store
     assert tried == 3
     found = await store.get(COUNT)
     assert found is not None
@@ -89,24 +89,24 @@ async def test_who_is_always_overtaken_gives_up(store: Store) -> None:
 
 async def test_a_version_that_was_expected_is_tried_once(store: Store) -> None:
     """With the wrong one nothing is called or written; whoever wrote the other one is named."""
-    await update(store, COUNT, one_more)
+    await update_document(store, COUNT, one_more)
     with pytest.raises(VersionConflict) as caught:
-        await update(store, COUNT, lambda _: pytest.fail("called"), expected_version=7)
+        await update_document(store, COUNT, lambda _: pytest.fail("called"), expected_version=7)
     found = await store.get(COUNT)
     assert found is not None
     assert (caught.value.expected, caught.value.found, caught.value.by) == (7, 1, found.by)
-    await update(store, COUNT, one_more, expected_version=1)
-    created = await update(store, Key("count", "new"), one_more, expected_version=0)
+    await update_document(store, COUNT, one_more, expected_version=1)
+    created = await update_document(store, Key("count", "new"), one_more, expected_version=0)
     assert created is not None
     assert (created.value, created.version) == ({"n": 1}, 1)
 
 
 async def test_a_change_to_nothing_deletes(store: Store) -> None:
     """Also where there is nothing to delete; the events of the commit are recorded with it."""
-    assert await update(store, COUNT, lambda _: None) is None
+    assert await update_document(store, COUNT, lambda _: None) is None
     assert await store.position() == 0
-    await update(store, COUNT, one_more, ttl=60)
-    assert await update(store, COUNT, lambda _: None, events=[Event("gone")]) is None
+    await update_document(store, COUNT, one_more, ttl=60)
+    assert await update_document(store, COUNT, lambda _: None, events=[Event("gone")]) is None
     newest = (await store.history(COUNT))[0]
     assert (newest.version, newest.value, list(newest.events)) == (2, None, [Event("gone")])
 
@@ -114,7 +114,7 @@ async def test_a_change_to_nothing_deletes(store: Store) -> None:
 async def test_a_subscriber_hears_of_what_matches(store: Store) -> None:
     """From now on, or from a position on; a deletion is a change without a value."""
     await store.commit(Commit([Write(Key("task", "r/old"), 0, {})]))
-    heard: list[Changed] = []
+    heard: list[DocumentChange] = []
     begun = anyio.Event()
 
     async def listen(after: int | None, count: int) -> None:

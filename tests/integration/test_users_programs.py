@@ -12,13 +12,13 @@ import pytest
 from orchestrator.engine.diagnostics.preflight import check_checkout
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.landing.target_branch import Deferred, Landed, Merge, Target
-from orchestrator.repo.source.site import find_site
-from orchestrator.repo.source.user_programs import hooks_in_checkouts
-from orchestrator.repo.worktrees.hub import create_hub, hub_of
+from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, PreparedMerge, Target
+from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.user_programs import find_hooks_in_checkouts
+from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from tests.conftest import Repository
-from tests.faults import SHELL
-from tests.permits import permit_for
+from tests.faults import SHELL_ADAPTER
+from tests.permits import hold_permit
 
 HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-transaction", "post-index-change",
          "post-checkout", "post-merge", "push-to-checkout")  # fmt: skip
@@ -26,7 +26,7 @@ HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-tran
 
 async def land(
     repository: Repository, tmp_path: Path, files: dict[str, str], before: Callable[[], object] = lambda: None
-) -> Landed | Deferred | object:
+) -> Landed | DeferredLanding | object:
     """Land a commit with executable files on the checked-out `main`, `before` done first, by the push of a run."""
     start = repository.git("rev-parse", "HEAD")
     for name, content in files.items():
@@ -38,8 +38,8 @@ async def land(
     tree = _tree(repository)
     repository.git("-c", "core.hooksPath=/dev/null", "reset", "--quiet", "--hard", start)
     repository.git("clean", "-fdq")
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
-    hub = hub_of(site.location, tmp_path / "hubs")
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
+    hub = locate_hub(site.location, tmp_path / "hubs")
     await create_hub(hub, site.object_format, repository.environ)
     git = Git(hub.trusted, environ=repository.environ)
     source = site.source(git)
@@ -48,12 +48,12 @@ async def land(
     new = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
     target = Target(hub, git, source, site.repository, branch="main", start=start, ref="refs/council/target")
     await target.refresh()
-    merge = Merge(start, new)
+    merge = PreparedMerge(start, new)
     before()
-    obstacle = await target.obstacle(merge)
+    obstacle = await target.find_obstacle(merge)
     if obstacle is not None:
-        return Deferred(obstacle)
-    async with permit_for(source, "main") as permit:
+        return DeferredLanding(obstacle)
+    async with hold_permit(source, "main") as permit:
         return await target.move(permit, [merge])
 
 
@@ -118,9 +118,9 @@ async def test_a_landing_runs_no_hook_that_it_has_just_written(
     assert isinstance(landed, Landed), landed
     assert (repository.top / folder / "update").read_text() == script
     assert not trace.exists(), trace.read_text()
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     assert site.repository is not None
-    assert await hooks_in_checkouts(site.repository, Git(None, users=True, environ=repository.environ))
+    assert await find_hooks_in_checkouts(site.repository, Git(None, as_user=True, environ=repository.environ))
 
 
 async def test_a_hook_in_another_checkout_of_the_repository_is_not_run(repository: Repository, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ async def test_hooks_outside_of_the_checkouts_run_as_ever_also_next_to_one_insid
     assert trace.read_text().splitlines() == [f"{folder}/update 3", f"{folder}/post-receive 0"]
     (folder / "update").write_text("#!/bin/sh\necho 'index.lock: Permission denied' >&2\nexit 1\n")
     refused = await land(repository, tmp_path, {"b.txt": "b"})
-    assert isinstance(refused, Deferred)
+    assert isinstance(refused, DeferredLanding)
     for part in ("hook declined", "index.lock: Permission denied", ": give yourself access"):
         assert part in refused.reason
 
@@ -209,9 +209,9 @@ async def test_a_filter_of_which_the_program_can_land_defers_landings_into_the_c
     """It would run as it is after the landing; a run that lands there does not start."""
     repository.git("config", f"filter.x.{key}", command)
     landed = await land(repository, tmp_path, {".gitattributes": "*.txt filter=y\n", "tools/x.sh": "exit 0\n"})
-    assert isinstance(landed, Deferred)
+    assert isinstance(landed, DeferredLanding)
     assert command[:6] in landed.reason
-    site = await find_site(str(repository.top), is_url=False, environ=repository.environ)
+    site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     assert site.repository is not None
     with pytest.raises(RefusedError, match="agents can change"):
         await check_checkout(site.repository, "main", repository.environ)
@@ -298,7 +298,7 @@ async def test_no_landing_changes_what_the_users_git_reads_its_configuration_fro
     assert isinstance(found, Landed)
     ran.unlink(missing_ok=True)
     found = await land(repository, tmp_path / "again", evil, before=lambda: ran.unlink(missing_ok=True))
-    assert isinstance(found, Deferred)
+    assert isinstance(found, DeferredLanding)
     assert "it changes gitconfig, which decides what your git runs" in found.reason
     assert not ran.exists()
 
@@ -321,7 +321,7 @@ async def test_no_landing_deletes_files_that_git_ignores(repository: Repository,
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("mine\n")
     prompt = f"{script}; git add --all; git commit --quiet --message work"
-    config = repository.configure([{"id": "t", "prompt": prompt}], adapters={"sh": SHELL})
+    config = repository.configure([{"id": "t", "prompt": prompt}], adapters={"sh": SHELL_ADAPTER})
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"t": "queued"}, ended
     assert "files that git does not track are in the way" in ended.result["tasks"][0]["reason"]
@@ -344,7 +344,7 @@ async def test_no_landing_changes_a_program_that_the_users_git_runs(
         repository.git("config", setting, f"{'!' if setting.startswith('alias') else ''}{repository.top}/tools/mine")
 
     found = await land(repository, tmp_path / "again", {"tools/mine": "#!/bin/sh\ntouch ran\n"}, before=configure)
-    assert isinstance(found, Deferred)
+    assert isinstance(found, DeferredLanding)
     assert "it changes tools/mine, which decides what your git runs" in found.reason
 
 
@@ -362,7 +362,7 @@ async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tm
     whole = _EMBEDDED.format("docs/Notes", ran)
     scripts = [whole] if parts == 1 else [f"{whole}; rm docs/Notes/HEAD", f"{whole}; rm -r docs/Notes/[or]*"]
     tasks = [{"id": f"t{number}", "prompt": script} for number, script in enumerate(scripts)]
-    ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": SHELL})), "--json")
+    ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": SHELL_ADAPTER})), "--json")
     assert sorted(ended.states.values()) == ["landed"] * (parts - 1) + ["queued"], ended
     (waiting,) = (one for one in ended.result["tasks"] if one["state"] == "queued")
     assert "git would take docs/Notes for a repository of its own" in waiting["reason"]
@@ -386,7 +386,7 @@ async def test_salvage_apply_changes_nothing_that_decides_what_git_runs(reposito
         "allow_failing_base": True,
         "checks": ["false"],
     }
-    config = repository.configure([{**task, "attempts": 1}], adapters={"sh": SHELL})
+    config = repository.configure([{**task, "attempts": 1}], adapters={"sh": SHELL_ADAPTER})
     assert repository.council("run", str(config)).code == 1
     (kept,) = repository.council("salvage", "list", "--json").result["kept"]
     applied = repository.council("salvage", "apply", kept["name"])

@@ -16,18 +16,18 @@ import pytest
 
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
-from orchestrator.protocols import HISTORY, Commit, Event, JsonObject, Key, Store, Write
-from orchestrator.state.log.identity import prepare
+from orchestrator.protocols import VERSIONS_KEPT, Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.state.log.identity import ensure_log
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from orchestrator.views.background import keeping
+from orchestrator.views.background import update_in_background
 from orchestrator.views.content import document_view, version_view
 from orchestrator.views.names import document_path, version_path
-from orchestrator.views.update import KINDS, Views
+from orchestrator.views.update import DOCUMENT_KINDS, Views
 from tests.conftest import Repository
-from tests.recorded import RUN, START, record_run, recorded, run_document
+from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ async def assert_equal(views: Path, store: Store) -> None:
     """Check that the views are what the store says, with nothing missing and nothing over."""
     found = content(views)
     expected: dict[str, bytes] = {}
-    for kind in (*KINDS, "other"):
+    for kind in (*DOCUMENT_KINDS, "other"):
         for document in await store.list(kind):
             expected[document_path(document.key)] = document_view(document)
             if kind == "task":
@@ -84,13 +84,13 @@ def project(tmp_path: Path) -> Project:
 @pytest.fixture(params=["memory", "file"])
 async def store(request: pytest.FixtureRequest, project: Project) -> AsyncIterator[Store]:
     """A store of each kind with a run of two tasks, one landed, one at work."""
-    clock = ManualClock(START)
+    clock = ManualClock(RUN_STARTED)
     if request.param == "memory":
         memory = MemoryStore(clock)
         await record_run(memory, clock, run_document(project.top))
         yield memory
     else:
-        async with FileStore.open(prepare(project.own_state), clock, segment_bytes=4000) as opened:
+        async with FileStore.open(ensure_log(project.state_folder), clock, segment_bytes=4000) as opened:
             await record_run(opened, clock, run_document(project.top))
             yield opened
 
@@ -258,7 +258,7 @@ async def test_step_by_step_or_at_once_is_the_same(store: Store, views: Views, p
         await store.commit(Commit([Write(Key("other", "25/A/../é"), 1, None), Write(Key("task", "r/A/b"), 0, {})]))
         await views.update()
         await assert_equal(project.views, store)
-        assert len(list(project.views.glob(f"tasks/{RUN}/models/history/*"))) == HISTORY
+        assert len(list(project.views.glob(f"tasks/{RUN}/models/history/*"))) == VERSIONS_KEPT
     finally:
         await views.close()
     before = content(project.views)
@@ -269,7 +269,7 @@ async def test_step_by_step_or_at_once_is_the_same(store: Store, views: Views, p
 async def test_views_of_another_store_are_made_anew(store: Store, views: Views, project: Project) -> None:
     """That a position is there in both proves nothing."""
     await views.refresh()
-    clock = ManualClock(START + 1000)
+    clock = ManualClock(RUN_STARTED + 1000)
     other = MemoryStore(clock)
     await record_run(other, clock, run_document(project.top, "20270102-030405-ab12"))
     await rewrite(other, Key("other", "x"), 5)
@@ -282,11 +282,11 @@ async def test_one_writes_at_a_time_and_the_other_takes_over(store: Store, views
     clock, go = SystemClock(), anyio.Event()
 
     async def second() -> None:
-        async with keeping(Views(store, clock, project), store, clock, "second"):
+        async with update_in_background(Views(store, clock, project), store, clock, "second"):
             await go.wait()
 
     async with anyio.create_task_group() as group:
-        async with keeping(views, store, clock, "first"):
+        async with update_in_background(views, store, clock, "first"):
             while not (project.views / "index.json").exists():
                 await anyio.sleep(0.01)
             group.start_soon(second)
@@ -301,18 +301,18 @@ async def test_one_writes_at_a_time_and_the_other_takes_over(store: Store, views
 async def test_who_ends_while_another_writes_leaves_them_whole(store: Store, views: Views, project: Project) -> None:
     """The other one brings them to where the log was then."""
     clock = SystemClock()
-    async with keeping(views, store, clock, "first"):
+    async with update_in_background(views, store, clock, "first"):
         while not (project.views / "index.json").exists():
             await anyio.sleep(0.01)
-        async with keeping(Views(store, clock, project), store, clock, "second"):
+        async with update_in_background(Views(store, clock, project), store, clock, "second"):
             await rewrite(store, MODELS, 3)
         assert json.loads((project.views / "index.json").read_text())["position"] == await store.position()
 
 
 async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: Project) -> None:
     """Documents and their last versions; events from where the log begins."""
-    clock = ManualClock(START)
-    async with FileStore.open(prepare(project.own_state), clock, segment_bytes=2000) as store:
+    clock = ManualClock(RUN_STARTED)
+    async with FileStore.open(ensure_log(project.state_folder), clock, segment_bytes=2000) as store:
         await record_run(store, clock, run_document(project.top))
         await rewrite(store, MODELS, 15)
         first = (await store.compact(clock.now() + 1, 0)).first
@@ -328,16 +328,16 @@ async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: P
 
 async def test_damage_is_shown(project: Project) -> None:
     """An older value stands in the view with the flag that it has in the store."""
-    clock = ManualClock(START)
+    clock = ManualClock(RUN_STARTED)
     key = Key("task", "r/a")
-    async with FileStore.open(prepare(project.own_state), clock) as store:
+    async with FileStore.open(ensure_log(project.state_folder), clock) as store:
         await store.commit(Commit([Write(key, 0, {"n": "first"})]))
         await store.commit(Commit([Write(key, 1, {"n": "second"})]))
         await store.commit(Commit())
         await Views(store, clock, project).refresh()
-    [log] = project.own_state.glob("*/*.jsonl")
+    [log] = project.state_folder.glob("*/*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"second"', b'"sec0nd"'))
-    async with FileStore.open(prepare(project.own_state), clock) as store:
+    async with FileStore.open(ensure_log(project.state_folder), clock) as store:
         await Views(store, clock, project).refresh()
         told = json.loads((project.views / "tasks/r/a/state.json").read_text())
         assert (told["damaged"], told["value"], told["version"]) == (True, {"n": "first"}, 2)
@@ -353,7 +353,7 @@ async def test_the_guides_examples_are_true(
     if line.startswith("jq") and shutil.which("jq") is None:
         pytest.skip("there is no jq")
     repository.environ["TZ"] = "UTC"
-    async with recorded(repository.top, monkeypatch):
+    async with recorded_project(repository.top, monkeypatch):
         pass
     assert repository.council("state", "views").code == 0
     done = subprocess.run(["sh", "-c", line], cwd=repository.top, capture_output=True, text=True, check=False)

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.repo.git.index_file import fit_index
+from orchestrator.repo.git.index_file import refresh_index_stats
 from orchestrator.repo.worktrees import walk
-from orchestrator.repo.worktrees.change_detection import Differences, Stamps
-from orchestrator.repo.worktrees.walk import Walker
+from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
+from orchestrator.repo.worktrees.walk import FileScanner
 from orchestrator.system import process
 
 MANY = 100_000
@@ -22,43 +22,45 @@ MANY = 100_000
 
 def walkers() -> list[psutil.Process]:
     """Return the processes of ours that do so."""
-    return [one for one in psutil.Process().children() if "orchestrator.repo.worktrees.walker" in " ".join(one.cmdline())]
+    return [
+        one for one in psutil.Process().children() if "orchestrator.repo.worktrees.walker" in " ".join(one.cmdline())
+    ]
 
 
 @pytest.fixture
-def stamps(tmp_path: Path) -> Stamps:
+def stamps(tmp_path: Path) -> TreeSnapshot:
     """Stamps of a folder with a file whose name is not UTF-8, and one that was written since."""
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in (b"same", b"written", b"odd \xff"):
         (tree / os.fsdecode(name)).touch()
-    stamps = Stamps.take(tree)
+    stamps = TreeSnapshot.take(tree)
     assert stamps is not None
     (tree / "written").write_text("x")
     (tree / os.fsdecode(b"new \xff")).touch()
     return stamps
 
 
-async def test_another_process_finds_what_ours_does(stamps: Stamps) -> None:
+async def test_another_process_finds_what_ours_does(stamps: TreeSnapshot) -> None:
     """One process answers all questions, and ends with the body."""
-    async with Walker.open() as walker:
+    async with FileScanner.open() as walker:
         for _ in range(2):
             found = await walker.run(stamps.compare, MANY)
-            assert found == stamps.compare() == Differences(["written"], [], [os.fsdecode(b"new \xff")], ["/"])
+            assert found == stamps.compare() == TreeDiff(["written"], [], [os.fsdecode(b"new \xff")], ["/"])
         (process,) = walkers()
     assert not process.is_running()
 
 
-async def test_for_few_files_no_process_is_started(stamps: Stamps) -> None:
+async def test_for_few_files_no_process_is_started(stamps: TreeSnapshot) -> None:
     """A thread is enough."""
-    async with Walker.open() as walker:
+    async with FileScanner.open() as walker:
         assert await walker.run(stamps.compare, 3) == stamps.compare()
         assert walkers() == []
 
 
-async def test_a_process_that_is_gone_is_made_up_for(stamps: Stamps) -> None:
+async def test_a_process_that_is_gone_is_made_up_for(stamps: TreeSnapshot) -> None:
     """The answer comes from a thread of ours, the next one from another process."""
-    async with Walker.open() as walker:
+    async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
         (first,) = walkers()
         first.send_signal(signal.SIGKILL)
@@ -69,10 +71,12 @@ async def test_a_process_that_is_gone_is_made_up_for(stamps: Stamps) -> None:
         assert walkers() != [first]
 
 
-async def test_a_process_that_does_not_answer_is_given_up(stamps: Stamps, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_does_not_answer_is_given_up(
+    stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After some time the answer comes from a thread of ours, and the process is killed."""
-    monkeypatch.setattr(walk, "_PATIENCE", 0.01)
-    async with Walker.open() as walker:
+    monkeypatch.setattr(walk, "_EXIT_TIMEOUT", 0.01)
+    async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
         (first,) = walkers()
         first.suspend()
@@ -83,12 +87,12 @@ async def test_a_process_that_does_not_answer_is_given_up(stamps: Stamps, monkey
 
 @pytest.mark.parametrize("said", ["Fatal Python error: init_fs_encoding", "Could not find libraries", ""])
 async def test_what_is_no_answer_is_not_taken_for_one(
-    stamps: Stamps, monkeypatch: pytest.MonkeyPatch, said: str
+    stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     """Whatever an interpreter prints that can't be started, the answer comes from a thread of ours."""
     argv = ["sh", "-c", f"echo {said!r}"]
-    monkeypatch.setattr(process, "own_program", lambda *_: (argv, dict(os.environ)))
-    async with Walker.open() as walker:
+    monkeypatch.setattr(process, "internal_program", lambda *_: (argv, dict(os.environ)))
+    async with FileScanner.open() as walker:
         assert await walker.run(stamps.compare, MANY) == stamps.compare()
 
 
@@ -101,16 +105,16 @@ def test_an_index_that_can_not_be_written_stays_what_it_was(tmp_path: Path) -> N
     before = index.read_bytes()
     index.with_name("index.fitted").mkdir()
     with pytest.raises(IsADirectoryError):
-        fit_index(index, tmp_path)
+        refresh_index_stats(index, tmp_path)
     assert index.read_bytes() == before
     index.with_name("index.fitted").rmdir()
-    assert fit_index(index, tmp_path)
+    assert refresh_index_stats(index, tmp_path)
     assert index.read_bytes() != before
 
 
 async def test_an_error_comes_from_a_thread_of_ours(tmp_path: Path) -> None:
     """Whatever a function raises is raised, and the walker goes on."""
-    async with Walker.open() as walker:
+    async with FileScanner.open() as walker:
         with pytest.raises(FileNotFoundError):
             await walker.run(partial(os.stat, tmp_path / "missing"), MANY)
         assert await walker.run(partial(os.path.exists, tmp_path), MANY) is True

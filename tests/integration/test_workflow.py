@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 SCOUT = json.dumps({"scout_findings": ["there is a.txt"], "requirements": ["b.txt"], "constraints": []})
@@ -20,12 +20,12 @@ REJECT = json.dumps(
 )
 
 
-def task_of(ended: Ended, task: str) -> dict[str, Any]:
+def task_of(ended: CommandResult, task: str) -> dict[str, Any]:
     """Return what the result says of a task."""
     return next(one for one in ended.result["tasks"] if one["id"] == task)
 
 
-def phases_of(ended: Ended, event: str) -> list[str]:
+def phases_of(ended: CommandResult, event: str) -> list[str]:
     """Return the phases of which an event was told, in order."""
     return [one["phase"] for one in ended.lines if one.get("event") == event]
 

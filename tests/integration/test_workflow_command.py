@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from orchestrator import Config, Council
-from orchestrator.config.workflows.load import supplied_phases
+from orchestrator.config.workflows.load import builtin_phases
 from orchestrator.domain.workflow.routing import Phase
 from orchestrator.engine.state.records import read_run, read_spec
 from orchestrator.state.stores.file import FileStore
@@ -61,7 +61,7 @@ async def test_a_copied_workflow_can_be_changed(repository: Repository) -> None:
     prompts = [one.get("prompt") for one in shown.result["workflows"]["adw"]]
     assert prompts == ["Only look.\n", None, None, None]
     assert repository.council("workflow", "copy", "adw", "flows", "--force").code == 0
-    assert (repository.top / "flows/scout.md.j2").read_text() == supplied_phases()["adw"][0].prompt
+    assert (repository.top / "flows/scout.md.j2").read_text() == builtin_phases()["adw"][0].prompt
 
 
 async def test_what_is_not_there_is_refused(repository: Repository) -> None:

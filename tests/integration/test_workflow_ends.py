@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
 APPROVE = json.dumps({"verdict": "approve"})
@@ -15,7 +15,7 @@ REJECT = json.dumps({"verdict": "reject", "findings": ["say more"]})
 REVIEW: dict[str, Any] = {"review": {"access": "read", "produces": "review"}}
 
 
-def entered(ended: Ended) -> list[str]:
+def entered(ended: CommandResult) -> list[str]:
     """Return the phases that were entered, in order."""
     return [one["phase"] for one in ended.lines if one.get("event") == "phase.entered"]
 

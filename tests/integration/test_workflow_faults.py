@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import FAKE_CLI, Ended, Repository
+from tests.conftest import FAKE_CLI, CommandResult, Repository
 from tests.waiting import wait_for
 
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
@@ -30,7 +30,7 @@ def configure(repository: Repository, *steps: str, adapter: dict[str, Any] | Non
         {"build": {"adapter": "builder"} if "builder" in settings else {}},
         {"review": {"access": "read", "produces": "review"}},
     ]
-    fake = repository.fake(**(adapter or {}))
+    fake = repository.fake_adapter(**(adapter or {}))
     adapters = {"fake": fake, "other": fake, "builder": {**fake, **settings.pop("builder", {})}}
     task = {
         "id": "t",
@@ -164,7 +164,7 @@ async def test_a_program_that_is_killed_in_each_phase_is_tried_again_there(repos
         stdout, stderr = started.communicate(timeout=60)
     finally:
         started.kill()
-    ended = Ended(started.returncode, stdout, stderr)
+    ended = CommandResult(started.returncode, stdout, stderr)
     assert ended.states == {"t": "landed"}, ended
     assert visits(repository) == once(plan=2, build=2, review=2)
     await assert_built_once(repository)

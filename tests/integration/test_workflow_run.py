@@ -14,7 +14,7 @@ from orchestrator.engine.state.records import read_handoffs, read_run, read_task
 from orchestrator.protocols import Event
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
 EMPTY: dict[str, list[str]] = {"dependencies": [], "timeline": [], "resources": []}
@@ -108,7 +108,7 @@ async def test_what_git_the_state_and_the_events_say_agrees(repository: Reposito
     wait_for(is_asked, 90)
     assert repository.council("approve", "careful", "--note", "go on").code == 0
     stdout, stderr = started.communicate(timeout=110)
-    ended = Ended(started.returncode, stdout, stderr)
+    ended = CommandResult(started.returncode, stdout, stderr)
     failed = {"never": "failed", "invalid": "failed"}
     done = {"large": "done"}
     parts = {f"large-p{n}": "landed" for n in range(5)}

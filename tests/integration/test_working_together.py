@@ -16,17 +16,17 @@ import pytest
 
 from orchestrator.api.council import Council
 from orchestrator.domain.runs.model import TaskStatus
-from orchestrator.domain.scheduling.claims import Release
+from orchestrator.domain.scheduling.claims import ReleaseReason
 from orchestrator.engine.reports.report import RunReport
-from orchestrator.engine.state.ledger import Change, Ledger
+from orchestrator.engine.state.ledger import ExternalChange, Ledger
 from orchestrator.locking.claims import read_claims
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Event
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.command_server import Started
+from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, Repository
-from tests.faults import SHELL
+from tests.faults import SHELL_ADAPTER
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
@@ -59,7 +59,7 @@ async def happened(repository: Repository) -> list[Event]:
         return found
 
 
-def ended(*children: Started) -> list[int]:
+def ended(*children: StartedCommand) -> list[int]:
     """Return how processes end."""
     for child in children:
         child.communicate(timeout=120)
@@ -77,7 +77,7 @@ async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) 
     async with FileStore.open(repository.log, SystemClock()) as store:
         [run] = await store.list("run")
         claims = await read_claims(store, run.key.id)
-        assert {one.released for one in claims.values()} == {Release.COMPLETE}
+        assert {one.released for one in claims.values()} == {ReleaseReason.COMPLETE}
     await repository.assert_invariants()
 
 
@@ -439,7 +439,7 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
     claimed = anyio.Event()
     changes, claim = Ledger.changes, Ledger.claim
 
-    async def told_late(ledger: Ledger) -> AsyncIterator[Change]:
+    async def told_late(ledger: Ledger) -> AsyncIterator[ExternalChange]:
         async for change in changes(ledger):
             yield change
             if change.task == "there" and not claimed.is_set():
@@ -480,7 +480,7 @@ def test_processes_that_only_wait_for_the_target_do_not_wait_for_each_other(repo
     folder = repository.spawns.parent
     waits = f"until [ -e {folder}/go ]; do sleep 0.02; done"
     tasks = [{"id": one, "prompt": f"touch {folder}/{one}; {waits}; echo 1 > {one}.txt"} for one in ("a", "b")]
-    adapter = {**SHELL, "writable": [str(folder)]}
+    adapter = {**SHELL_ADAPTER, "writable": [str(folder)]}
     config = repository.configure(tasks, adapters={"sh": adapter}, capacity=1)
     processes = [repository.start("run", str(config))]
     wait_for((folder / "a").exists)

@@ -14,10 +14,10 @@ from orchestrator import AdapterSettings, Config, Council, SetupSettings, Task, 
 from orchestrator.config.load import load_config
 from orchestrator.config.model import SetupStep, WorktreesConfig, restore_adapter
 from orchestrator.engine.state.records import read_run
-from orchestrator.engine.worktree_sources import Base, check_sources
+from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.site import find_site
+from orchestrator.repo.source.site import find_run_repository
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
@@ -30,11 +30,11 @@ LINK = WorktreesConfig(linked=("deep/data",))
 async def look(repository: Repository, worktrees: WorktreesConfig, place: str = ".") -> str | None:
     """Return what a run with such worktrees would be refused for, None for nothing."""
     environ = repository.environ
-    site = await find_site(str(repository.top / place), is_url=False, environ=environ)
+    site = await find_run_repository(str(repository.top / place), is_url=False, environ=environ)
     assert site.repository is not None
-    base = Base("main", "refs/heads/main", Git(site.repository.git_dir, users=True, environ=environ))
+    base = BaseCommit("main", "refs/heads/main", Git(site.repository.git_dir, as_user=True, environ=environ))
     try:
-        await check_sources(worktrees, base, site.repository, [Path(environ["COUNCIL_HOME"])])
+        await check_worktree_sources(worktrees, base, site.repository, [Path(environ["COUNCIL_HOME"])])
     except RefusedError as error:
         return str(error)
     return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Ended, Repository
+from tests.conftest import CommandResult, Repository
 from tests.sandboxes import default_sandbox
 
 SECRET = "s3cr3t-Val-0123456789"
@@ -36,7 +36,7 @@ def shell(repository: Repository, outside: Path, scripts: Mapping[str, str], **s
     return repository.configure(more, writable=[str(outside)], adapters=made, **settings)
 
 
-def run(repository: Repository, config: Path, code: int = 0) -> Ended:
+def run(repository: Repository, config: Path, code: int = 0) -> CommandResult:
     """Run a file to its end."""
     ended = repository.council("run", str(config), "--json")
     assert ended.code == code, (ended.result, ended.stderr)

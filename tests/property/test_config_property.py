@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig, TaskSpec
-from orchestrator.domain.scheduling.cycles import find_circles
+from orchestrator.domain.scheduling.cycles import find_cycles
 from orchestrator.errors import ConfigError
-from tests.examples import examples
+from tests.examples import example_settings
 
 # The machine may be busy with other tests: how long an example takes says nothing.
-unhurried = examples(60)
+unhurried = example_settings(60)
 PIECES = [
     "version",
     "adapters",
@@ -137,7 +137,7 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> Non
     load(tmp_path_factory, data)
 
 
-@examples(100)
+@example_settings(100)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 @example("? ? ? a")
 @example("- - - {[}")
@@ -161,7 +161,7 @@ def test_any_text_without_libyaml(tmp_path_factory: pytest.TempPathFactory, text
         load(tmp_path_factory, text.encode())
 
 
-@examples(100)
+@example_settings(100)
 @given(
     st.fixed_dictionaries(
         {}, optional=dict.fromkeys(("version", "repo", "base", "adapters", "defaults", "worktrees", "tasks"), TREES)
@@ -207,7 +207,7 @@ def leads_back(needs: dict[str, list[str]], start: str) -> bool:
 @given(st.dictionaries(NODES, st.lists(NODES, unique=True, max_size=4)))
 def test_circles_are_found(needs: dict[str, list[str]]) -> None:
     """Circles are real and disjoint, and every task on any circle is in one knot with a reported one."""
-    circles = find_circles(needs)
+    circles = find_cycles(needs)
     for circle in circles:
         assert all(after in needs[task] for task, after in zip(circle, [*circle[1:], circle[0]], strict=True))
     named = [task for circle in circles for task in circle]

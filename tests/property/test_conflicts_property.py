@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.documents.conflicts import (
-    LeftToPerson,
+    ConflictStrategy,
+    DocumentUpdate,
     Resolved,
-    Strategy,
-    Update,
-    by_key,
-    detect,
-    merge,
-    resolve,
+    Unresolved,
+    find_competing,
+    group_by_key,
+    merge_values,
+    resolve_updates,
 )
 
 #: On a busy machine nothing is said by how long an example takes.
@@ -37,14 +37,17 @@ OF_ONE_KIND = st.fixed_dictionaries(
         "object": st.fixed_dictionaries({}, optional={"list": st.lists(SCALARS, max_size=2), "scalar": SCALARS}),
     },
 )
-STRATEGIES = st.sampled_from(list(Strategy))
+STRATEGIES = st.sampled_from(list(ConflictStrategy))
 
 
 @st.composite
-def batches(draw: st.DrawFn, least: int = 0, keys: str = "xyz") -> list[Update[str]]:
+def batches(draw: st.DrawFn, least: int = 0, keys: str = "xyz") -> list[DocumentUpdate[str]]:
     """Updates at times of which no two are the same."""
     times = draw(st.lists(st.integers(0, 1_000), unique=True, min_size=least, max_size=5))
-    return [Update(draw(st.sampled_from(keys)), float(time), f"w{time}", draw(st.none() | OBJECTS)) for time in times]
+    return [
+        DocumentUpdate(draw(st.sampled_from(keys)), float(time), f"w{time}", draw(st.none() | OBJECTS))
+        for time in times
+    ]
 
 
 def covers(merged: Any, value: Any) -> bool:
@@ -57,44 +60,48 @@ def covers(merged: Any, value: Any) -> bool:
 
 
 @given(batches(least=1, keys="x"), STRATEGIES, st.randoms())
-def test_the_order_in_which_updates_come_is_nothing(batch: list[Update[str]], strategy: Strategy, random: Any) -> None:
+def test_the_order_in_which_updates_come_is_nothing(
+    batch: list[DocumentUpdate[str]], strategy: ConflictStrategy, random: Any
+) -> None:
     """With times that differ every order of the batch has the same result."""
     shuffled = random.sample(batch, len(batch))
-    assert resolve(shuffled, strategy) == resolve(batch, strategy)
-    assert detect(shuffled) == detect(batch)
+    assert resolve_updates(shuffled, strategy) == resolve_updates(batch, strategy)
+    assert find_competing(shuffled) == find_competing(batch)
 
 
 @given(batches(least=1, keys="x"), STRATEGIES)
-def test_no_update_is_changed(batch: list[Update[str]], strategy: Strategy) -> None:
+def test_no_update_is_changed(batch: list[DocumentUpdate[str]], strategy: ConflictStrategy) -> None:
     """Whatever is made of them, the updates are what they were."""
     before = json.dumps([(one.time, one.value) for one in batch])
-    resolve(batch, strategy)
+    resolve_updates(batch, strategy)
     assert json.dumps([(one.time, one.value) for one in batch]) == before
 
 
 @given(batches(least=1, keys="x"))
-def test_the_winner_is_one_of_the_updates(batch: list[Update[str]]) -> None:
+def test_the_winner_is_one_of_the_updates(batch: list[DocumentUpdate[str]]) -> None:
     """The last is the one of the greatest time, the first that of the least; for a person there are all of them."""
-    assert resolve(batch) == Resolved(max(batch, key=lambda one: one.time).value)
-    assert resolve(batch, Strategy.FIRST_WRITE_WINS) == Resolved(min(batch, key=lambda one: one.time).value)
-    left = resolve(batch, Strategy.MANUAL)
-    assert isinstance(left, LeftToPerson)
+    assert resolve_updates(batch) == Resolved(max(batch, key=lambda one: one.time).value)
+    assert resolve_updates(batch, ConflictStrategy.FIRST_WRITE_WINS) == Resolved(
+        min(batch, key=lambda one: one.time).value
+    )
+    left = resolve_updates(batch, ConflictStrategy.MANUAL)
+    assert isinstance(left, Unresolved)
     assert list(left.candidates) == sorted(batch, key=lambda one: one.time)
 
 
 @given(batches())
-def test_what_competes_is_all_that_is_there_more_than_once(batch: list[Update[str]]) -> None:
+def test_what_competes_is_all_that_is_there_more_than_once(batch: list[DocumentUpdate[str]]) -> None:
     """Every update is in its key's group, and a group of one is no conflict."""
-    groups = by_key(batch)
+    groups = group_by_key(batch)
     assert sorted(one.time for group in groups.values() for one in group) == sorted(one.time for one in batch)
     assert all(one.key == key for key, group in groups.items() for one in group)
-    assert detect(batch) == {key: group for key, group in groups.items() if len(group) > 1}
+    assert find_competing(batch) == {key: group for key, group in groups.items() if len(group) > 1}
 
 
 @given(st.lists(st.none() | OBJECTS, min_size=1, max_size=4))
 def test_every_field_of_each_update_is_in_the_merge(values: list[dict[str, Any] | None]) -> None:
     """No field is lost, and there are no others; there is nothing only where all delete."""
-    merged = merge(values)
+    merged = merge_values(values)
     present = [value for value in values if value is not None]
     assert (merged is None) == (not present)
     if merged is not None:
@@ -106,7 +113,7 @@ def test_every_field_of_each_update_is_in_the_merge(values: list[dict[str, Any] 
 @given(st.lists(OF_ONE_KIND, min_size=1, max_size=4))
 def test_where_kinds_agree_nothing_is_lost_at_any_depth(values: list[dict[str, Any]]) -> None:
     """Every nested field and every item of every list of each update is in the merge."""
-    merged = merge(values)
+    merged = merge_values(values)
     assert all(covers(merged, value) for value in values)
     assert len((merged or {}).get("list", [])) == sum(len(value.get("list", [])) for value in values)
 
@@ -116,10 +123,14 @@ def test_where_kinds_agree_a_merge_may_be_done_in_steps(
     one: dict[str, Any], two: dict[str, Any], three: dict[str, Any]
 ) -> None:
     """It is associative then; else not: of `[1]`, `5` and `[2]` either `[1, 2]` stays or `[1]`."""
-    assert merge([merge([one, two]), three]) == merge([one, merge([two, three])]) == merge([one, two, three])
+    assert (
+        merge_values([merge_values([one, two]), three])
+        == merge_values([one, merge_values([two, three])])
+        == merge_values([one, two, three])
+    )
 
 
 @given(st.dictionaries(NAMES, LISTLESS, max_size=3))
 def test_without_lists_a_merge_with_itself_is_nothing_new(value: dict[str, Any]) -> None:
     """It is idempotent then; a list is joined to itself."""
-    assert merge([value, value]) == value
+    assert merge_values([value, value]) == value

@@ -12,14 +12,14 @@ import anyio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.errors import HistoryGone
+from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
-from orchestrator.state.transfer.copying import export, import_from
+from orchestrator.state.transfer.copying import export_to_stream, import_from_stream
 from orchestrator.testing.clock import ManualClock
-from orchestrator.testing.store_contract import dumped
-from tests.examples import examples
+from orchestrator.testing.store_contract import read_dump
+from tests.examples import example_settings
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 _leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _text
@@ -60,7 +60,7 @@ async def moments(store: Store) -> list[object]:
     for position in range(await store.position() + 1):
         try:
             found.append(await store.at(position))
-        except HistoryGone as gone:
+        except HistoryCompacted as gone:
             found.append(gone.first)
     return found
 
@@ -73,20 +73,20 @@ async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float]
             for step in steps:
                 await perform(source, clock, step)
             file = io.BytesIO()
-            await export(source, file, clock.now())
-            expected, told = await dumped(source), await moments(source)
+            await export_to_stream(source, file, clock.now())
+            expected, told = await read_dump(source), await moments(source)
         memory = MemoryStore(clock)
         async with FileStore.open(Path(folder) / "b", clock, segment_bytes=segment_bytes) as target:
             for store in (target, memory):
-                await import_from("FILE", partial(io.BytesIO, file.getvalue()), store)
-                assert await dumped(store) == expected
+                await import_from_stream("FILE", partial(io.BytesIO, file.getvalue()), store)
+                assert await read_dump(store) == expected
                 assert await moments(store) == told
         async with FileStore.open(Path(folder) / "b", clock) as reopened:
-            assert await dumped(reopened) == expected
+            assert await read_dump(reopened) == expected
             assert [one.key for one in await reopened.list("task")] == [one.key for one in await memory.list("task")]
 
 
-@examples(40)
+@example_settings(40)
 @given(st.lists(_steps, max_size=25), st.sampled_from([1, 400, 1 << 20]))
 def test_a_copy_through_a_file_tells_the_same(
     steps: list[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int

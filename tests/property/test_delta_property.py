@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.documents.delta import apply, compare, lines, revert, to_json
+from orchestrator.domain.documents.delta import apply_delta, compute_delta, delta_to_json, format_delta, revert_delta
 
 #: On a busy machine nothing is said by how long an example takes.
 
@@ -36,18 +36,18 @@ def text(value: Any) -> str:
 def test_a_delta_leads_there_and_back(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Applied to the old version it gives the new one, reverted the old; neither is changed by that."""
     before = text([old, new])
-    delta = compare(old, new)
-    assert text(apply(old, delta)) == text(new)
-    assert text(revert(new, delta)) == text(old)
+    delta = compute_delta(old, new)
+    assert text(apply_delta(old, delta)) == text(new)
+    assert text(revert_delta(new, delta)) == text(old)
     assert text([old, new]) == before
 
 
 @given(DOCUMENTS, DOCUMENTS)
 def test_there_is_a_line_for_each_change_and_none_without(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Equal versions have an empty delta, and no two changes are at or below the same path."""
-    delta = compare(old, new)
+    delta = compute_delta(old, new)
     paths = [*delta.added, *delta.modified, *delta.removed]
-    told = lines(delta)
+    told = format_delta(delta)
     assert len(told) == len(paths) == len(set(paths))
     assert all(len(line.splitlines()) == 1 for line in told)
     assert (paths == []) == (text(old) == text(new))
@@ -58,11 +58,11 @@ def test_there_is_a_line_for_each_change_and_none_without(old: dict[str, Any], n
 @given(DOCUMENTS, DOCUMENTS)
 def test_what_is_made_shares_nothing_with_what_it_was_made_from(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Whoever changes the result changes neither the delta nor a version."""
-    delta = compare(old, new)
-    before = text([old, new, to_json(delta)])
-    for made in (apply(old, delta), revert(new, delta)):
+    delta = compute_delta(old, new)
+    before = text([old, new, delta_to_json(delta)])
+    for made in (apply_delta(old, delta), revert_delta(new, delta)):
         spoil(made)
-    assert text([old, new, to_json(delta)]) == before
+    assert text([old, new, delta_to_json(delta)]) == before
 
 
 def spoil(value: Any) -> None:

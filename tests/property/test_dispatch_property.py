@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.dispatch import AGING, Board, Entry, decide
-from orchestrator.domain.scheduling.ownership import any_overlap
-from tests.examples import examples
+from orchestrator.domain.scheduling.dispatch import AGING_SECONDS, DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.ownership import has_any_overlap
+from tests.examples import example_settings
 
 PATTERNS = ("a/**", "a/b", "b/*", "**/b", "c", "**")
 ADAPTERS = ("x", "y", "z")
@@ -18,11 +18,11 @@ LIMITS = st.dictionaries(st.sampled_from(ADAPTERS), st.integers(1, 2))
 
 
 @st.composite
-def entries(draw: st.DrawFn) -> dict[str, Entry]:
+def entries(draw: st.DrawFn) -> dict[str, DispatchEntry]:
     """Draw an acyclic graph: a task may need earlier ones."""
     names = [f"t{index}" for index in range(draw(st.integers(1, 12)))]
     made = {
-        name: Entry(
+        name: DispatchEntry(
             needs=tuple(draw(st.lists(st.sampled_from(names[:index]), max_size=3))) if index else (),
             adapter=draw(st.sampled_from(ADAPTERS)),
             priority=draw(st.integers(-1, 1)),
@@ -37,15 +37,15 @@ def entries(draw: st.DrawFn) -> dict[str, Entry]:
 class Run:
     """A scheduler without sessions: does what the board says and what a test draws, and checks each step."""
 
-    def __init__(self, tasks: Mapping[str, Entry], capacity: int, capacities: Mapping[str, int]) -> None:
+    def __init__(self, tasks: Mapping[str, DispatchEntry], capacity: int, capacities: Mapping[str, int]) -> None:
         self.tasks, self.capacity, self.capacities = tasks, capacity, capacities
-        self.board, self.now = Board(tasks, capacities), 0.0
+        self.board, self.now = DispatchBoard(tasks, capacities), 0.0
         self.running, self.built, self.waiting = list[str](), list[str](), dict[str, float]()
         self.adapters = dict[str, str]()
         self.landed, self.over, self.parked = set[str](), set[str](), dict[str, float]()
 
     def decide(self) -> None:
-        for task in decide(self.board, self.capacity - len(self.running), self.now):
+        for task in choose_tasks(self.board, self.capacity - len(self.running), self.now):
             self._check_start(task)
             self.waiting.pop(task, None)
             self.running.append(task)
@@ -85,7 +85,7 @@ class Run:
         assert task not in {*live, *self.landed, *self.over, *self.board.blocked}
         assert self.waiting.get(task, 0.0) <= self.now
         assert self.board.adapter_of(task) == self.first_open(task)
-        assert not [other for other in live if any_overlap(entry.owns, self.tasks[other].owns)]
+        assert not [other for other in live if has_any_overlap(entry.owns, self.tasks[other].owns)]
 
     def is_open(self, adapter: str) -> bool:
         return adapter not in self.board.closed and self.parked.get(adapter, 0.0) <= self.now
@@ -109,7 +109,7 @@ class Run:
             if task not in busy
             and set(entry.needs) <= self.landed
             and (with_parked or any(map(self.is_open, entry.adapters)))
-            and not any(any_overlap(entry.owns, owns) for owns in live)
+            and not any(has_any_overlap(entry.owns, owns) for owns in live)
         ]
 
     def end(self, task: str, how: str, delay: float) -> None:
@@ -150,10 +150,10 @@ class Run:
                 self.now += delay
 
 
-@examples(200)
+@example_settings(200)
 @given(entries(), st.integers(1, 4), LIMITS, st.data())
 def test_limits_hold_and_every_task_ends(
-    tasks: dict[str, Entry], capacity: int, capacities: dict[str, int], data: st.DataObject
+    tasks: dict[str, DispatchEntry], capacity: int, capacities: dict[str, int], data: st.DataObject
 ) -> None:
     """Through parks, closes, retries, cancels and revivals each start is allowed, and the run comes to its end."""
     run, budget = Run(tasks, capacity, capacities), 30
@@ -183,9 +183,11 @@ def test_limits_hold_and_every_task_ends(
     assert all(task in closed or set(tasks[task].needs) & left for task in left)
 
 
-@examples(200)
+@example_settings(200)
 @given(entries(), st.integers(1, 4), st.data())
-def test_what_is_said_to_be_no_work_can_not_start(tasks: dict[str, Entry], capacity: int, data: st.DataObject) -> None:
+def test_what_is_said_to_be_no_work_can_not_start(
+    tasks: dict[str, DispatchEntry], capacity: int, data: st.DataObject
+) -> None:
     """With nothing running, `has_work` tells what may start without a landing from what must wait for one."""
     run = Run(tasks, capacity, {})
     for _ in range(20):
@@ -202,13 +204,13 @@ LISTS = st.lists(st.sampled_from(ADAPTERS), min_size=1, max_size=3)
 STEPS = st.lists(st.tuples(st.sampled_from(["park", "pass", "land", "retry"]), st.integers(0, 9), st.integers(1, 3)))
 
 
-@examples(300)
+@example_settings(300)
 @given(st.lists(LISTS, min_size=2, max_size=8), st.integers(1, 3), LIMITS, STEPS)
 def test_a_fallback_stands_in_only_while_all_before_it_are_parked(
     lists: list[list[str]], capacity: int, capacities: dict[str, int], steps: list[tuple[str, int, int]]
 ) -> None:
     """At every decision, with more tasks ready than can start, and parks that begin and end meanwhile."""
-    tasks = {f"t{one}": Entry(adapter=names[0], fallback=tuple(names[1:])) for one, names in enumerate(lists)}
+    tasks = {f"t{one}": DispatchEntry(adapter=names[0], fallback=tuple(names[1:])) for one, names in enumerate(lists)}
     run = Run(tasks, capacity, capacities)
     run.decide()
     for what, which, delay in steps:
@@ -224,21 +226,21 @@ STREAM = st.lists(
 )
 
 
-@examples(100)
+@example_settings(100)
 @given(st.integers(1, 3), st.integers(0, 3), st.sampled_from([(), ("a/**",), ("a/b", "c")]), STREAM)
 def test_nothing_starves(
     capacity: int, levels: int, owns: tuple[str, ...], stream: list[tuple[tuple[str, ...], int]]
 ) -> None:
     """Under an endless stream of tasks with a higher priority, those that came late enough never get ahead."""
     total, step = 200, 60.0
-    tasks = {"low": Entry((), "x", 0, owns)}
+    tasks = {"low": DispatchEntry((), "x", 0, owns)}
     for index in range(total):
-        tasks[f"s{index}"] = Entry((f"gate{index}",), "x", levels, stream[index % 8][0])
-        tasks[f"gate{index}"] = Entry((), "gate")
+        tasks[f"s{index}"] = DispatchEntry((f"gate{index}",), "x", levels, stream[index % 8][0])
+        tasks[f"gate{index}"] = DispatchEntry((), "gate")
     board, sessions, ahead = (
-        Board(tasks),
+        DispatchBoard(tasks),
         dict[str, int](),
-        {f"s{n}" for n in range(total) if n * step < levels * AGING},
+        {f"s{n}" for n in range(total) if n * step < levels * AGING_SECONDS},
     )
     board.close("gate", "they land when the test says so")
     for index in range(total):
@@ -246,12 +248,12 @@ def test_nothing_starves(
         for task in [task for task, end in sessions.items() if end <= index]:
             del sessions[task]
             board.landed(task)
-        for task in decide(board, capacity - len(sessions), index * step):
+        for task in choose_tasks(board, capacity - len(sessions), index * step):
             if task == "low":
                 return
             if task not in ahead:
                 assert owns, "without paths nothing may hold it up"
-                assert ahead or not any_overlap(owns, tasks[task].owns), "it overtook the oldest of all"
+                assert ahead or not has_any_overlap(owns, tasks[task].owns), "it overtook the oldest of all"
             ahead.discard(task)
             sessions[task] = index + stream[int(task[1:]) % 8][1]
     raise AssertionError("it never started")

@@ -8,10 +8,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from orchestrator.config.source.names import check_name
-from orchestrator.domain.scheduling.cycles import find_circles
-from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
-from orchestrator.domain.scheduling.ownership import check_pattern, is_within, matches
-from orchestrator.domain.workflow.expansion import Part, parts_of
+from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.ownership import check_pattern, is_covered, is_match
+from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan
 
 IDS = st.one_of(st.sampled_from(["a", "b", "c", "A", "a b", "d.lock"]), st.text(min_size=1, max_size=80))
 PATHS = st.sampled_from(["src/a.py", "src/", "src/**", "docs/*.md", "/etc", "../x", "src/[ab]", "**", "x\\y", ".git/x"])
@@ -40,9 +40,9 @@ def test_what_becomes_of_a_plan_is_what_a_run_can_have(
     """Names, needs, paths and number are fit for a file; else every mistake has a place and a remedy."""
     assume(all(str(one["id"]).strip() for one in drawn))
     plan = {"tasks": drawn, "dependencies": [], "timeline": [], "resources": []}
-    found = parts_of(plan, "p-", most=5, owns=owns, taken=taken)
+    found = expand_plan(plan, "p-", most=5, owns=owns, taken=taken)
     assert found
-    parts = [one for one in found if isinstance(one, Part)]
+    parts = [one for one in found if isinstance(one, ExpandedTask)]
     if not parts:
         assert all(str(one) for one in found)
         return
@@ -53,10 +53,10 @@ def test_what_becomes_of_a_plan_is_what_a_run_can_have(
     assert not set(folded) & {one.casefold() for one in taken}
     assert all(name.startswith("p-") for name in names)
     needs = {one.id: one.needs for one in parts}
-    assert not find_circles(needs)
+    assert not find_cycles(needs)
     assert {need for each in needs.values() for need in each} <= set(names)
     for one in parts:
-        assert all(not owns or is_within(check_pattern(path), owns) for path in one.owns)
+        assert all(not owns or is_covered(check_pattern(path), owns) for path in one.owns)
 
 
 @given(PATTERNS, PATTERNS, st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
@@ -67,26 +67,28 @@ def test_what_is_within_names_no_path_beyond(inner: str, outer: str, parts: list
         check_pattern(inner), check_pattern(outer)
     except ValueError:
         return
-    if is_within(inner, (outer,)) and matches(inner, path):
+    if is_covered(inner, (outer,)) and is_match(inner, path):
         is_below_a_file = re.search(r"[*?\[]", inner) is None and path != inner
-        assert matches(outer, path) or is_below_a_file
+        assert is_match(outer, path) or is_below_a_file
 
 
 @given(st.lists(st.sampled_from(["land", "fail", "revive", "plan"]), max_size=20), st.integers(1, 3))
 def test_a_board_that_grew_is_as_one_that_was_made_so(steps: list[str], size: int) -> None:
     """Whatever happens to the tasks of a plan, what needs what is as if they had been there from the beginning."""
     names = [f"p-{one}" for one in range(size)]
-    chain = {name: Entry(tuple(names[place - 1 : place])) for place, name in enumerate(names)}
-    board = Board({"p": Entry(), "last": Entry(("p",))})
-    decide(board, 9, 0.0)
+    chain = {name: DispatchEntry(tuple(names[place - 1 : place])) for place, name in enumerate(names)}
+    board = DispatchBoard({"p": DispatchEntry(), "last": DispatchEntry(("p",))})
+    choose_tasks(board, 9, 0.0)
     board.add(chain, {name: 0.1 * place for place, name in enumerate(names)})
-    board.need("p", names)
+    board.set_subtasks("p", names)
     board.wait("p", 0.0)
-    whole = Board({"p": Entry(tuple(names), parts=tuple(names)), **chain, "last": Entry(("p",))})
+    whole = DispatchBoard(
+        {"p": DispatchEntry(tuple(names), parts=tuple(names)), **chain, "last": DispatchEntry(("p",))}
+    )
     running, failed = list[str](), list[str]()
     for step in steps:
-        begun = decide(board, 9, 1.0)
-        assert begun == decide(whole, 9, 1.0)
+        begun = choose_tasks(board, 9, 1.0)
+        assert begun == choose_tasks(whole, 9, 1.0)
         running += begun
         if step in {"land", "fail"} and running:
             task = running.pop()

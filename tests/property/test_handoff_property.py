@@ -9,11 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.documents.json_values import canonical, digest_of, flaw_of, read_object
-from orchestrator.domain.runs.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseTrigger, step
-from orchestrator.domain.workflow.handoff_kinds import KINDS, Facts
-from orchestrator.domain.workflow.handoffs import acknowledged, handed_over, is_intact, last_json_block
-from orchestrator.domain.workflow.phase_context import chained, context_of, filtered, needs_of
+from orchestrator.domain.documents.json_values import compute_digest, encode_canonical, find_json_error, parse_object
+from orchestrator.domain.runs.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseTrigger, advance_phase
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffFacts
+from orchestrator.domain.workflow.handoffs import acknowledge, find_last_json_block, is_intact, make_handoff
+from orchestrator.domain.workflow.phase_context import (
+    build_phase_context,
+    chain_contexts,
+    get_phase_needs,
+    select_values,
+)
 from orchestrator.domain.workflow.routing import Phase
 from orchestrator.errors import InvalidTransition
 
@@ -29,14 +34,14 @@ CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
 @given(CONTEXTS, st.none() | st.lists(NAMES, max_size=6))
 def test_a_filter_gives_what_is_needed_and_tells_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
     """Nothing is made up, changed or lost: what is given and what is left out is all there was; bytes are told."""
-    chosen, told = filtered(values, needs)
+    chosen, told = select_values(values, needs)
     assert chosen == {key: values[key] for key in chosen}
     assert set(chosen) == (set(values) if needs is None else set(values) & set(needs))
     assert told.keys == tuple(chosen)
     assert sorted((*told.keys, *told.left_out)) == sorted(values)
-    assert (told.size, told.whole) == (len(canonical(chosen)), len(canonical(values)))
+    assert (told.size, told.whole) == (len(encode_canonical(chosen)), len(encode_canonical(values)))
     assert told.size <= told.whole
-    assert filtered(chosen, needs)[0] == chosen
+    assert select_values(chosen, needs)[0] == chosen
 
 
 @st.composite
@@ -52,7 +57,7 @@ def test_a_chain_passes_on_what_is_produced_and_nothing_local(
 ) -> None:
     """Each phase knows the newest value of each name that was produced before it, and its own before those."""
     produced = {phase.name: data.draw(CONTEXTS) for phase in phases if data.draw(st.booleans())}
-    chain = chained(phases, inherited, produced)
+    chain = chain_contexts(phases, inherited, produced)
     assert [one.phase for one in chain] == [phase.name for phase in phases]
     known = dict(inherited)
     for place, (phase, context) in enumerate(zip(phases, chain, strict=True)):
@@ -60,15 +65,15 @@ def test_a_chain_passes_on_what_is_produced_and_nothing_local(
         assert context.known() == {**known, **phase.context}
         known.update(produced.get(phase.name, {}))
         assert context.complete() == {**context.known(), **produced.get(phase.name, {})}
-        begun = context_of(phase, phases[:place], inherited, produced)
+        begun = build_phase_context(phase, phases[:place], inherited, produced)
         assert (begun.known(), begun.produced) == (context.known(), {})
-    assert chain[-1].passed_on() == known
+    assert chain[-1].to_next_phase() == known
 
 
-@given(NAMES, st.none() | st.sampled_from(sorted(KINDS)), st.none() | st.lists(NAMES).map(tuple))
+@given(NAMES, st.none() | st.sampled_from(sorted(HANDOFF_KINDS)), st.none() | st.lists(NAMES).map(tuple))
 def test_what_a_phase_declares_comes_first(name: str, kind: str | None, needs: tuple[str, ...] | None) -> None:
     """Then what its kind needs, then what phases of its name do; else everything."""
-    found = needs_of(Phase(name=name, needs=needs), None if kind is None else KINDS[kind])
+    found = get_phase_needs(Phase(name=name, needs=needs), None if kind is None else HANDOFF_KINDS[kind])
     by_name = {
         "plan": ("requirements", "constraints", "scout_findings"),
         "build": ("plan", "specifications", "dependencies"),
@@ -82,21 +87,25 @@ def test_what_a_phase_declares_comes_first(name: str, kind: str | None, needs: t
 def test_a_digest_is_the_same_for_the_same_and_for_nothing_else(value: dict[str, Any], data: st.DataObject) -> None:
     """The order of keys and a way through the store do not matter; any other value does."""
     keys = data.draw(st.permutations(list(value)))
-    assert digest_of({key: value[key] for key in keys}) == digest_of(value) == digest_of(json.loads(json.dumps(value)))
-    assert flaw_of(value) is None
+    assert (
+        compute_digest({key: value[key] for key in keys})
+        == compute_digest(value)
+        == compute_digest(json.loads(json.dumps(value)))
+    )
+    assert find_json_error(value) is None
     other = data.draw(st.dictionaries(TEXT, VALUES, max_size=5))
-    assert (digest_of(other) == digest_of(value)) == (canonical(other) == canonical(value))
-    handoff = handed_over("r", "t", 1, value, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
+    assert (compute_digest(other) == compute_digest(value)) == (encode_canonical(other) == encode_canonical(value))
+    handoff = make_handoff("r", "t", 1, value, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
     assert is_intact(handoff)
-    assert is_intact(handoff.model_copy(update={"data": other})) == (canonical(other) == canonical(value))
+    assert is_intact(handoff.model_copy(update={"data": other})) == (encode_canonical(other) == encode_canonical(value))
 
 
 @given(st.lists(st.tuples(st.sampled_from(["build", "review"]), st.integers(1, 4)), max_size=8))
 def test_each_visit_has_one_receipt(visits: list[tuple[str, int]]) -> None:
     """However often it is acknowledged."""
-    handoff = handed_over("r", "t", 1, {}, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
+    handoff = make_handoff("r", "t", 1, {}, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
     for now, (phase, attempt) in enumerate(visits):
-        handoff = acknowledged(handoff, phase, attempt, float(now))
+        handoff = acknowledge(handoff, phase, attempt, float(now))
     assert [(one.phase, one.attempt) for one in handoff.receipts] == list(dict.fromkeys(visits))
 
 
@@ -111,39 +120,39 @@ def test_the_last_block_is_found_in_any_answer(
     """Whatever stands before, between and behind."""
     blocks = [f"{text}\n```json\n{json.dumps(one)}\n```\n" for text, one in earlier]
     answer = "".join(blocks) + f"{fence}json\n{json.dumps(last, indent=1, ensure_ascii=False)}\n{fence}\n{tail}"
-    assert last_json_block(answer).data == last
+    assert find_last_json_block(answer).data == last
 
 
 @given(st.text(st.sampled_from('`~{}[]":,a1 \n\\')))
 def test_no_answer_is_a_fault(answer: str) -> None:
     """Any text has a last block or none, and what is read is plain JSON."""
-    found = last_json_block(answer)
-    assert found.data is None or flaw_of(found.data) is None
+    found = find_last_json_block(answer)
+    assert found.data is None or find_json_error(found.data) is None
 
 
 @given(st.text(st.sampled_from('{}[]":,a1eE+-.\\ud8 ')))
 def test_what_is_read_is_what_json_has(text: str) -> None:
     """A strict reader takes nothing that a lenient one does not, and comes to the same."""
     try:
-        value = read_object(text)
+        value = parse_object(text)
     except ValueError:
         return
-    assert flaw_of(value) is None
-    assert value == json.loads(canonical(value))
+    assert find_json_error(value) is None
+    assert value == json.loads(encode_canonical(value))
 
 
-@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.sampled_from(
+@given(st.sampled_from(sorted(HANDOFF_KINDS)), st.dictionaries(st.sampled_from(
     ["tasks", "dependencies", "timeline", "resources", "findings", "verdict", "artifacts", "passed", "summary", "id",
      "scout_findings", "message", "path", "line", "checksum", "deployed", "approach", "specs"]), VALUES))  # fmt: skip
 def test_any_object_is_taken_or_named_as_wrong(name: str, data: dict[str, Any]) -> None:
     """A kind never raises; what it takes, it takes again as it is, and what is exported is plain JSON."""
-    kind = KINDS[name]
-    checked = kind.check(data, Facts())
+    kind = HANDOFF_KINDS[name]
+    checked = kind.check(data, HandoffFacts())
     assert (checked.data is None) == bool(checked.violations)
     assert "check" not in {one.rule.partition(".")[2] for one in checked.violations}
     if checked.data is not None:
-        assert kind.check(checked.data, Facts()).data == checked.data
-        assert flaw_of(kind.exports(checked.data)) is None
+        assert kind.check(checked.data, HandoffFacts()).data == checked.data
+        assert find_json_error(kind.exports(checked.data)) is None
 
 
 @given(st.lists(st.sampled_from(PhaseTrigger), max_size=8))
@@ -154,8 +163,8 @@ def test_visits_go_as_the_table_says(triggers: list[PhaseTrigger]) -> None:
         status = None if record is None else record.status
         changes = {"phase": "p"} if record is None else {}
         if (status, trigger) in PHASE_TRANSITIONS:
-            record = step("p", record, trigger, **changes)
+            record = advance_phase("p", record, trigger, **changes)
             assert record.status is PHASE_TRANSITIONS[status, trigger]
         else:
             with pytest.raises(InvalidTransition):
-                step("p", record, trigger, **changes)
+                advance_phase("p", record, trigger, **changes)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import RefusedError
-from orchestrator.locking.lock_names import canonical, folds_case, lock_name
-from tests.examples import examples
+from orchestrator.locking.lock_names import canonical_path, folds_case, lock_name
+from tests.examples import example_settings
 
 # Pairs that a careless name would take for one: a/b and a_b, small and capital, and long ones with the same beginning.
 LETTERS = st.sampled_from(["a", "b", "_", "A", "é", "ß", ".", " ", "-", "%", "\n", "x" * 60, "\udcff"])
@@ -22,11 +22,11 @@ names = st.lists(LETTERS, min_size=1, max_size=4).map("".join).filter(lambda nam
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)
 
 
-@examples(300)
+@example_settings(300)
 @given(st.lists(paths, min_size=2, max_size=8, unique=True))
 def test_distinct_files_have_distinct_locks(files: list[str]) -> None:
     """And every name fits into a folder, beside its extension."""
-    locks = [lock_name(canonical(path)) for path in files]
+    locks = [lock_name(canonical_path(path)) for path in files]
     assert len(set(locks)) == len({unicodedata.normalize("NFC", os.path.normpath(path)) for path in files})
     for lock in locks:
         assert "/" not in lock
@@ -57,7 +57,7 @@ def tree() -> Iterator[Path]:
         yield top
 
 
-@examples(800)
+@example_settings(800)
 @given(st.data())
 def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) -> None:
     """Two spellings have the same lock exactly if they are one file of the file system's."""
@@ -66,7 +66,7 @@ def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) ->
     for spelled in (first, second):
         real = (tree / spelled.lstrip("/")).resolve()
         try:
-            lock = lock_name(canonical(spelled.lstrip("/") or ".", tree))
+            lock = lock_name(canonical_path(spelled.lstrip("/") or ".", tree))
         except RefusedError:
             assert not real.is_relative_to(tree.resolve()) or real == tree.resolve()
             return
@@ -77,16 +77,16 @@ def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) ->
         assert (found[0][0] == found[1][0]) is found[0][1].samefile(found[1][1])
 
 
-@examples(300)
+@example_settings(300)
 @given(paths)
 def test_forms_of_characters_make_no_other_file(path: str) -> None:
     """Composed and decomposed are one anywhere; small and capital are where the file system takes them for one."""
     for form in ("NFC", "NFD"):
-        assert canonical(unicodedata.normalize(form, path)) == canonical(path)
+        assert canonical_path(unicodedata.normalize(form, path)) == canonical_path(path)
         spelled = unicodedata.normalize(form, path.upper())
-        assert canonical(spelled, folds_case=True) == canonical(path.lower(), folds_case=True)
+        assert canonical_path(spelled, folds_case=True) == canonical_path(path.lower(), folds_case=True)
     if path.swapcase() != path and "ß" not in path:
-        assert canonical(path.swapcase()) != canonical(path)
+        assert canonical_path(path.swapcase()) != canonical_path(path)
 
 
 def test_whether_letters_count_alike_is_asked_of_the_file_system(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_whether_letters_count_alike_is_asked_of_the_file_system(tmp_path: Path)
 
 def test_long_paths_have_names_that_can_be_made(tmp_path: Path) -> None:
     """Far more than 255 bytes, of which only the middle differs."""
-    names = [lock_name(canonical("/".join(["é" * 100] * 20 + [middle] + ["ü" * 100] * 20))) for middle in "ab"]
+    names = [lock_name(canonical_path("/".join(["é" * 100] * 20 + [middle] + ["ü" * 100] * 20))) for middle in "ab"]
     for name in names:
         (tmp_path / f"{name}.lock").touch()
     assert len(list(tmp_path.iterdir())) == 2
@@ -111,12 +111,12 @@ def test_what_is_no_file_of_the_repository_is_refused(path: str, tmp_path: Path)
     """With and without a tree to look it up in."""
     for top in (None, tmp_path):
         with pytest.raises(RefusedError):
-            canonical(path, top)
+            canonical_path(path, top)
 
 
 def test_an_absolute_path_within_the_tree_is_the_file(tmp_path: Path) -> None:
     """Also where the tree is reached by a link."""
     (tmp_path / "repo").mkdir()
     (tmp_path / "alias").symlink_to("repo")
-    assert canonical(str(tmp_path / "alias" / "a"), tmp_path / "repo") == "a"
-    assert canonical(str(tmp_path / "repo" / "a"), tmp_path / "alias") == "a"
+    assert canonical_path(str(tmp_path / "alias" / "a"), tmp_path / "repo") == "a"
+    assert canonical_path(str(tmp_path / "repo" / "a"), tmp_path / "alias") == "a"

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.offline.outage import surviving
+from orchestrator.state.offline.outage import survive_outages
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
-from tests.examples import examples
-from tests.outage import QUICK, Line
+from tests.examples import example_settings
+from tests.outage import QUICK_PAUSES, DisconnectableStore
 
 TASKS = ("x", "y")
 STEPS = st.lists(
@@ -87,9 +87,9 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
     async def tell(event: Event) -> None:
         told.append(event)
 
-    line = Line(real)
+    line = DisconnectableStore(real)
     with anyio.fail_after(30):
-        async with surviving(line, "continue", SystemClock(), folder, tell, pauses=QUICK) as store:
+        async with survive_outages(line, "continue", SystemClock(), folder, tell, pauses=QUICK_PAUSES) as store:
             for kind in ("claim", "task"):
                 await store.list(kind)
             parties = {"here": Party("here", store), "there": Party("there", real)}
@@ -98,7 +98,7 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
                     case ("cut",):
                         line.cut()
                     case ("mend",):
-                        line.mend()
+                        line.reconnect()
                         while any(folder.glob("*")):
                             await anyio.sleep(0.001)
                     case (what, who, task):
@@ -140,7 +140,7 @@ async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> N
     assert set(made["here"]) <= set(parties["here"].made)
 
 
-@examples(100)
+@example_settings(100)
 @given(STEPS)
 def test_any_outage_ends_in_a_history_that_holds(steps: list[tuple[str, ...]]) -> None:
     """First come, first served, by the real store alone."""

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.ownership import any_overlap, check_pattern, matches, overlap
-from tests.examples import examples
+from orchestrator.domain.scheduling.ownership import check_pattern, has_any_overlap, has_overlap, is_match
+from tests.examples import example_settings
 
 SEGMENTS = ["".join(text) for size in (1, 2, 3) for text in itertools.product("ab", repeat=size)]
 PATHS = ["/".join(segments) for size in (1, 2, 3) for segments in itertools.product(SEGMENTS, repeat=size)]
@@ -37,30 +37,32 @@ def plainly(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts) + ("(/[^/]+)*" if whole else ""))
 
 
-@examples(300)
+@example_settings(300)
 @given(patterns, st.sampled_from(PATHS))
 def test_matches_as_a_regular_expression_would(pattern: str, path: str) -> None:
     """One path, one pattern, two ways; and the overlap with a path that is spelled out is the same."""
     expected = plainly(pattern).fullmatch(f"/{path}") is not None
-    assert matches(pattern, path) is expected
+    assert is_match(pattern, path) is expected
     # A path as a pattern owns what lies below, too.
-    assert overlap(pattern, path) is (expected or any(plainly(pattern).fullmatch(f"/{path}/{more}") for more in PATHS))
+    assert has_overlap(pattern, path) is (
+        expected or any(plainly(pattern).fullmatch(f"/{path}/{more}") for more in PATHS)
+    )
 
 
-@examples(120)
+@example_settings(120)
 @given(patterns, patterns)
 def test_overlap_agrees_with_brute_force(left: str, right: str) -> None:
     """Two patterns overlap exactly if a path matches both; all that these need to meet in is among the paths."""
     a, b = plainly(left), plainly(right)
     expected = any(a.fullmatch(f"/{path}") and b.fullmatch(f"/{path}") for path in PATHS + [f"{p}/a" for p in PATHS])
-    assert overlap(left, right) is overlap(right, left) is expected
+    assert has_overlap(left, right) is has_overlap(right, left) is expected
 
 
 def test_many_stars_take_no_time() -> None:
     """No pattern makes the comparison blow up."""
     began = time.perf_counter()
-    assert not overlap("*a" * 60 + "b", "*a" * 60 + "c")
-    assert not matches("/".join(["**", "a"] * 40) + "/b", "/".join(["a"] * 80))
+    assert not has_overlap("*a" * 60 + "b", "*a" * 60 + "c")
+    assert not is_match("/".join(["**", "a"] * 40) + "/b", "/".join(["a"] * 80))
     assert time.perf_counter() - began < 5
 
 
@@ -80,8 +82,8 @@ def test_many_stars_take_no_time() -> None:
 )
 def test_what_patterns_name(pattern: str, inside: list[str], outside: list[str]) -> None:
     """The rules, by examples."""
-    assert [path for path in inside if not matches(pattern, path)] == []
-    assert [path for path in outside if matches(pattern, path)] == []
+    assert [path for path in inside if not is_match(pattern, path)] == []
+    assert [path for path in outside if is_match(pattern, path)] == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_what_patterns_name(pattern: str, inside: list[str], outside: list[str])
 )
 def test_which_patterns_overlap(left: str, right: str, meet: bool) -> None:
     """The same, whichever is first."""
-    assert overlap(left, right) is overlap(right, left) is any_overlap(["zzz", left], [right]) is meet
+    assert has_overlap(left, right) is has_overlap(right, left) is has_any_overlap(["zzz", left], [right]) is meet
 
 
 @pytest.mark.parametrize("text", ["", "/a", "../a", "a/../b", "./a", "a//b", "/", "a\\b", "a\0", "a**", "[a", "[z-a]"])

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from orchestrator.errors import GitError
 from orchestrator.repo.git.runner import Git, sealed_environment
 from orchestrator.repo.worktrees import reset, worktrees
-from orchestrator.repo.worktrees.change_detection import Differences, stamps_mappings
-from orchestrator.repo.worktrees.pool import Care, Checkout, Pool
-from orchestrator.repo.worktrees.reset import Contents, Keep
-from orchestrator.repo.worktrees.slots import Place
+from orchestrator.repo.worktrees.change_detection import TreeDiff, detects_mmap_writes
+from orchestrator.repo.worktrees.pool import HeldSlot, SlotOptions, SlotPool
+from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
+from orchestrator.repo.worktrees.slots import WorktreeSlot
 from tests.edits import rename, swap
-from tests.places import Yard
+from tests.places import HubFixture
 
 _LATIN = os.fsdecode(b"caf\xe9")
 _FILES = ("a", "b.txt", "run", "link", "-dash", "new\nline", _LATIN, "sub/a", "sub/b.txt", "sub/deep/a", "sub/deep/c")
@@ -59,7 +59,7 @@ Facts = tuple[int, int, object, tuple[tuple[str, bytes], ...]]
 class Commits:
     """A repository's hub, and two commits of it that differ in all that commits can differ in."""
 
-    yard: Yard
+    yard: HubFixture
     first: str
     second: str
     expected: dict[str, list[dict[str, Facts]]] = field(default_factory=dict)
@@ -87,7 +87,7 @@ def _rewrite(top: Path, path: str, _: str) -> None:
 
 
 def _map(top: Path, path: str, _: str) -> None:
-    if not stamps_mappings(top.parent):
+    if not detects_mmap_writes(top.parent):
         return  # a pool uses such a place once
     with (top / path).open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         mapped[0] ^= 1
@@ -320,7 +320,7 @@ async def _commits(folder: Path) -> Commits:
     git("commit", "-qm", "first")
     for path in ("module", "sub/module"):
         (top / path).mkdir()
-    yard = await Yard.of(top, folder / "home", sealed_environment(os.environ))
+    yard = await HubFixture.of(top, folder / "home", sealed_environment(os.environ))
     first = await yard.fetch()
     for path in ("a", "b.txt", "sub/new/er"):
         _write(top, path, "changed")
@@ -361,7 +361,7 @@ def _facts_of(path: Path) -> Facts:
     return status.st_mode, 0 if is_folder else status.st_nlink, content, marks
 
 
-async def _furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
+async def _furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
     tree = checkout.place.tree
     if not checkout.contents.record.setup:
         for path in (".venv/bin/python", ".venv/lib/x.py", "setup.out", "cache/a"):
@@ -370,18 +370,18 @@ async def _furnish(checkout: Checkout, _: str) -> tuple[str, ...]:
     return ("made",)
 
 
-def _care(kind: str) -> Care:
-    care = Care(sparse=("sub", "out/") if kind == "sparse" else ())
+def _care(kind: str) -> SlotOptions:
+    care = SlotOptions(sparse=("sub", "out/") if kind == "sparse" else ())
     if kind in {"extras", "kept"}:
-        care = replace(care, furnish=_furnish)
-    return replace(care, keep=Keep((("cache", ""),))) if kind == "kept" else care
+        care = replace(care, set_up=_furnish)
+    return replace(care, keep=KeepRules((("cache", ""),))) if kind == "kept" else care
 
 
-async def _expected(pool: Pool, commits: Commits, commit: str) -> dict[str, Facts]:
+async def _expected(pool: SlotPool, commits: Commits, commit: str) -> dict[str, Facts]:
     """Return what a new place holds."""
     worktree, checkout = await commits.yard.begin(pool, "expected", commit)
     facts = _facts(checkout.place.tree, ("cache",) if checkout.contents.record.kept else ())
-    await worktrees.leave(worktree)
+    await worktrees.remove_session_folder(worktree)
     await pool.discard(checkout)
     return facts
 
@@ -391,12 +391,14 @@ def _with_parents(path: str) -> set[str]:
     return {"/".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
 
 
-def _assert_found(found: Differences | None, before: dict[str, Facts], after: dict[str, Facts]) -> None:
+def _assert_found(found: TreeDiff | None, before: dict[str, Facts], after: dict[str, Facts]) -> None:
     """Whatever differs is named, or a folder that it is in."""
     if found is None:
         return
     files, others = {*found.changed, *found.gone}, {path.rstrip("/") for path in (*found.added, *found.replaced)}
-    touched = {path.strip("/") for path in found.touched} | others | {path.rstrip("/") for path in found.odd}
+    touched = (
+        {path.strip("/") for path in found.touched_folders} | others | {path.rstrip("/") for path in found.ambiguous}
+    )
     for path in before.keys() | after.keys():
         if before.get(path) == after.get(path) or _with_parents(path) & others:
             continue
@@ -404,19 +406,19 @@ def _assert_found(found: Differences | None, before: dict[str, Facts], after: di
         assert path in (touched if was_folder else files) or (was_folder and path not in after), path
 
 
-async def _clean(pool: Pool, checkout: Checkout, found: Differences | None) -> Contents | None:
+async def _clean(pool: SlotPool, checkout: HeldSlot, found: TreeDiff | None) -> SlotContents | None:
     if found is None:
         return None
     try:
         git = pool._admin(checkout)
-        return await reset.clean(git, checkout.place, checkout.contents, found, pool._care.keep)
+        return await reset.clean_slot(git, checkout.place, checkout.contents, found, pool._care.keep)
     except (GitError, OSError):
         return None
 
 
-async def _assert_clean(git: Git, place: Place, contents: Contents) -> None:
+async def _assert_clean(git: Git, place: WorktreeSlot, contents: SlotContents) -> None:
     """Neither git nor the stamps find anything that is not known."""
-    assert contents.stamps.compare() == Differences(touched=["/"])
+    assert contents.snapshot.compare() == TreeDiff(touched_folders=["/"])
     options = ("--porcelain", "-z", "--untracked-files=all", "--ignored")
     status = await git("status", *options, env=place.env, cwd=place.tree)
     entries = [line for line in os.fsdecode(status.stdout).split("\0") if line[1:2] != " "]
@@ -442,7 +444,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
             _edit(place.tree, steps)
             edited, found = _facts(place.tree, tuple(checkout.contents.record.kept)), await checkout.compare()
             _assert_found(found, before, edited)
-            await worktrees.leave(worktree)
+            await worktrees.remove_session_folder(worktree)
             contents = await _clean(pool, checkout, found)
             if contents is None:
                 assert found is not None
@@ -450,13 +452,13 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
                 return True
             assert _facts(place.tree, tuple(contents.record.kept)) == first
             await _assert_clean(git, place, contents)
-            moved = await reset.move(git, place, contents, commits.second)
+            moved = await reset.move_slot(git, place, contents, commits.second)
             assert moved is not None
             before = _facts(place.tree, tuple(moved.record.kept))
             assert before == second
             await _assert_clean(git, place, moved)
             _edit(place.tree, more)
-            _assert_found(moved.stamps.compare(), before, _facts(place.tree, tuple(moved.record.kept)))
+            _assert_found(moved.snapshot.compare(), before, _facts(place.tree, tuple(moved.record.kept)))
         finally:
             shutil.rmtree(worktree.root, ignore_errors=True)
             await pool.discard(checkout)

@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.dispatch import Entry
-from orchestrator.domain.scheduling.ownership import any_overlap
-from orchestrator.domain.scheduling.plan import plan, sessions_at_once
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.scheduling.ownership import has_any_overlap
+from orchestrator.domain.scheduling.plan import count_concurrent_sessions, plan_waves
 
 _PATTERNS = ["src/**", "src/a/*", "src/a/b.py", "src/b*/x", "docs/", "**/x", "docs/[ab]*", "*"]
 
 
 @st.composite
-def _entries(draw: st.DrawFn) -> Mapping[str, Entry]:
+def _entries(draw: st.DrawFn) -> Mapping[str, DispatchEntry]:
     """Return tasks in any order whose needs go from later to earlier numbers, so that there is no circle."""
     many = draw(st.integers(1, 25))
     made = {
-        f"t{number}": Entry(
+        f"t{number}": DispatchEntry(
             needs=tuple(draw(st.lists(st.sampled_from([f"t{n}" for n in range(number)]), max_size=3)))
             if number
             else (),
@@ -34,9 +34,9 @@ def _entries(draw: st.DrawFn) -> Mapping[str, Entry]:
 
 
 @given(_entries())
-def test_each_task_is_in_the_earliest_wave_that_its_needs_allow(entries: Mapping[str, Entry]) -> None:
+def test_each_task_is_in_the_earliest_wave_that_its_needs_allow(entries: Mapping[str, DispatchEntry]) -> None:
     """Every task is there once, behind all of its needs, and right behind one of them."""
-    waves = plan(entries)
+    waves = plan_waves(entries)
     places = [(task, number) for number, wave in enumerate(waves) for task in wave.tasks]
     wave_of = dict(places)
     assert len(places) == len(entries)
@@ -46,20 +46,20 @@ def test_each_task_is_in_the_earliest_wave_that_its_needs_allow(entries: Mapping
 
 
 @given(_entries())
-def test_tasks_of_a_wave_stand_in_the_order_of_dispatch(entries: Mapping[str, Entry]) -> None:
+def test_tasks_of_a_wave_stand_in_the_order_of_dispatch(entries: Mapping[str, DispatchEntry]) -> None:
     """The higher priority comes first, then the order of the file."""
     order = list(entries)
-    for wave in plan(entries):
+    for wave in plan_waves(entries):
         assert list(wave.tasks) == sorted(wave.tasks, key=lambda task: (-entries[task].priority, order.index(task)))
 
 
 @given(_entries())
-def test_each_task_follows_the_first_before_it_that_owns_a_common_path(entries: Mapping[str, Entry]) -> None:
+def test_each_task_follows_the_first_before_it_that_owns_a_common_path(entries: Mapping[str, DispatchEntry]) -> None:
     """What is found by the beginnings of patterns is what comparing all with all finds."""
-    for wave in plan(entries):
+    for wave in plan_waves(entries):
         expected: dict[str, str] = {}
         for place, task in enumerate(wave.tasks):
-            met = [one for one in wave.tasks[:place] if any_overlap(entries[one].owns, entries[task].owns)]
+            met = [one for one in wave.tasks[:place] if has_any_overlap(entries[one].owns, entries[task].owns)]
             expected |= {task: met[0]} if met else {}
         assert wave.follows == expected
         assert wave.is_compared
@@ -67,11 +67,11 @@ def test_each_task_follows_the_first_before_it_that_owns_a_common_path(entries: 
 
 @given(_entries(), st.integers(0, 6), st.dictionaries(st.sampled_from("xy"), st.integers(1, 3)))
 def test_sessions_at_once_are_within_all_limits(
-    entries: Mapping[str, Entry], most: int, capacities: Mapping[str, int]
+    entries: Mapping[str, DispatchEntry], most: int, capacities: Mapping[str, int]
 ) -> None:
     """No more run than fit, than adapters may have, and than own paths of their own; at least one if one fits."""
-    for wave in plan(entries):
-        sessions = sessions_at_once(wave, entries, capacities, most)
+    for wave in plan_waves(entries):
+        sessions = count_concurrent_sessions(wave, entries, capacities, most)
         adapters = [entries[task].adapter for task in wave.tasks]
         limit = sum(min(adapters.count(name), capacities.get(name, 99)) for name in set(adapters))
         assert min(most, 1) <= sessions <= min(most, limit, len(wave.tasks))
@@ -83,15 +83,15 @@ def test_sessions_at_once_are_within_all_limits(
 def test_ten_thousand_tasks_that_own_much_alike_are_planned_quickly() -> None:
     """Where comparing would have no end it is given up, and said."""
     many = 10_000
-    entries = {f"t{number}": Entry(owns=(f"src/*{number}.py", f"**/x{number}")) for number in range(many)}
-    apart = {f"t{number}": Entry(owns=(f"*-{number}.py",)) for number in range(many)}
-    [wave] = plan(entries)
+    entries = {f"t{number}": DispatchEntry(owns=(f"src/*{number}.py", f"**/x{number}")) for number in range(many)}
+    apart = {f"t{number}": DispatchEntry(owns=(f"*-{number}.py",)) for number in range(many)}
+    [wave] = plan_waves(entries)
     assert len(wave.tasks) == many
-    [wave] = plan(apart)
+    [wave] = plan_waves(apart)
     assert not wave.is_compared
 
 
 def test_chain_of_ten_thousand_is_ten_thousand_waves() -> None:
     """Neither depth nor number meets a recursion limit."""
-    entries = {f"t{number}": Entry(needs=(f"t{number - 1}",) if number else ()) for number in range(10_000)}
-    assert [wave.tasks for wave in plan(entries)] == [[task] for task in entries]
+    entries = {f"t{number}": DispatchEntry(needs=(f"t{number - 1}",) if number else ()) for number in range(10_000)}
+    assert [wave.tasks for wave in plan_waves(entries)] == [[task] for task in entries]

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.repo.worktrees.change_detection import Stamps
+from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from tests.edits import rename, swap
-from tests.examples import examples
+from tests.examples import example_settings
 
 _FILES = ("a", "b.txt", "sub/a", "sub/b", "sub/deep/a", "other/a", "other/b", "other/deep/a", "out/.gitkeep")
 _PATHS = (*_FILES, "new", "x.log", "sub/new", "sub/x.log", "made/a", "made/deep/x.log", "out/new")
@@ -98,17 +98,17 @@ def _by_git(top: Path, *paths: str) -> set[str]:
     return {entry[3:] for entry in found.split("\0") if entry and entry[1] != " "}
 
 
-@examples(60)
+@example_settings(60)
 @given(_steps)
 def test_nothing_that_git_finds_is_missed(steps: list[tuple[Callable[[Path, str, str], None], str, str]]) -> None:
     """Git, told to look at what differs alone, finds all that it finds when it looks at everything."""
     with _checkout() as top:
-        stamps = Stamps.take(top)
+        stamps = TreeSnapshot.take(top)
         assert stamps is not None
         for edit, path, other in steps:
             with suppress(OSError):
                 edit(top, path, other)
         found = stamps.compare()
-        if found is not None and found.is_few(_MOST):
+        if found is not None and found.is_small(_MOST):
             named = [f":(literal){path}" for path in (*found.changed, *found.gone, *found.added)]
             assert (_by_git(top, *named) if named else set()) == _by_git(top)

@@ -26,8 +26,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from orchestrator.errors import HistoryGone, LeaseLost, RefusedError, VersionConflict
-from orchestrator.protocols import HISTORY, Commit, Event, Guard, JsonObject, Key, Record, Write
+from orchestrator.errors import HistoryCompacted, LeaseLost, RefusedError, VersionConflict
+from orchestrator.protocols import VERSIONS_KEPT, Commit, CommitRecord, Event, Guard, JsonObject, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.power import lose_power
@@ -186,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), size=st.sampled_from([0, 100]), durable=st.booleans(), which=st.integers(0, 1))
     def commit_often(self, key: Key, size: int, durable: bool, which: int) -> None:
         """So many versions of one document that the oldest may go."""
-        for number in range(HISTORY + 1):
+        for number in range(VERSIONS_KEPT + 1):
             commit = self.commit_of([(key, 0, {"epoch": number, "text": "x" * size}, None)], [], number, durable)
             assert self.call(self.stores[which].commit, commit) == len(self.log) + 1
             self.happen(commit)
@@ -229,7 +229,7 @@ class StoreMachine(RuleBasedStateMachine):
             for key in KEYS:
                 at = [position for position, one in enumerate(self.log, 1) if key in one.documents]
                 old = [position for position in at if self.kept.get(key, 0) <= position <= self.first]
-                left = old[-1:] if self.entry(key, self.first)[1] is None else old[-HISTORY:]
+                left = old[-1:] if self.entry(key, self.first)[1] is None else old[-VERSIONS_KEPT:]
                 if left:
                     self.kept[key] = left[0]
 
@@ -315,7 +315,7 @@ class StoreMachine(RuleBasedStateMachine):
         """The state at a position is what it was."""
         position = position % (len(self.log) + 2)
         if position < self.first:
-            with pytest.raises(HistoryGone):
+            with pytest.raises(HistoryCompacted):
                 self.call(self.stores[which].at, position)
         elif position > len(self.log):
             with pytest.raises(RefusedError):
@@ -331,8 +331,8 @@ class StoreMachine(RuleBasedStateMachine):
         """Who watches sees each commit once, in order."""
         after = after % (len(self.log) + 1)
 
-        async def watch() -> list[Record]:
-            records = list[Record]()
+        async def watch() -> list[CommitRecord]:
+            records = list[CommitRecord]()
             async with aclosing(self.stores[which].watch(after)) as watched:
                 while len(records) < len(self.log) - after:
                     records.append(await anext(watched))
@@ -340,7 +340,7 @@ class StoreMachine(RuleBasedStateMachine):
 
         if after < self.first:
             if after < len(self.log):
-                with pytest.raises(HistoryGone):
+                with pytest.raises(HistoryCompacted):
                     self.call(watch)
             return
         expected = [

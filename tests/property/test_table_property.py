@@ -7,12 +7,19 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cli.live.model import RunView
-from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, advance
-from orchestrator.domain.runs.model import FINAL, SUCCESSFUL, Attempt, RunDocument, TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.cli.live.model import LiveRun
+from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, apply_trigger
+from orchestrator.domain.runs.model import (
+    FINAL_STATUSES,
+    SUCCESS_STATUSES,
+    Attempt,
+    RunDocument,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.engine.reports.report import RunRecord
-from orchestrator.protocols import Key, Record
+from orchestrator.protocols import CommitRecord, Key
 
 COMMIT = "0123456789" * 4
 
@@ -30,21 +37,21 @@ def step(task: TaskDocument, trigger: Trigger, now: float) -> TaskDocument:
             changes["landed"] = None
         case _ if task.status is TaskStatus.RUNNING:
             changes["attempts"] = task.with_attempt(ended=now, input_tokens=10, cost=0.5)
-    return advance("a task", task, trigger, **changes)
+    return apply_trigger("a task", task, trigger, **changes)
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> dict[str, Entry]:
+def runs(draw: st.DrawFn) -> dict[str, DispatchEntry]:
     """Some tasks, of which each may need earlier ones."""
     names = [f"t{number}" for number in range(draw(st.integers(1, 7)))]
     return {
-        name: Entry(tuple(draw(st.lists(st.sampled_from(names[:number]), unique=True))) if number else ())
+        name: DispatchEntry(tuple(draw(st.lists(st.sampled_from(names[:number]), unique=True))) if number else ())
         for number, name in enumerate(names)
     }
 
 
 @given(runs(), st.data())
-def test_records_and_documents_make_the_same_table(entries: dict[str, Entry], data: st.DataObject) -> None:
+def test_records_and_documents_make_the_same_table(entries: dict[str, DispatchEntry], data: st.DataObject) -> None:
     """After each change: the same counts, the same rows in the same phases, and every task counted once."""
     run = RunDocument(
         id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=2, session_memory=1,
@@ -52,31 +59,31 @@ def test_records_and_documents_make_the_same_table(entries: dict[str, Entry], da
     )  # fmt: skip
     tasks = {task: TaskDocument() for task in entries}
     limits = dict.fromkeys(entries, 3)
-    view = RunView(RunRecord(run, dict(tasks), entries, {}), limits)
+    view = LiveRun(RunRecord(run, dict(tasks), entries, {}), limits)
     for now in range(1, data.draw(st.integers(2, 25))):
         name = data.draw(st.sampled_from(sorted(tasks)))
-        may_start = all(tasks[need].status in SUCCESSFUL for need in entries[name].needs)
+        may_start = all(tasks[need].status in SUCCESS_STATUSES for need in entries[name].needs)
         triggers = [
             trigger
             for status, trigger in TRANSITIONS
             if status is tasks[name].status and trigger is not Trigger.LOSE
-            if may_start or tasks[name].status in FINAL or trigger is Trigger.CANCEL
+            if may_start or tasks[name].status in FINAL_STATUSES or trigger is Trigger.CANCEL
         ]
         if not triggers:
             continue
         tasks[name] = step(tasks[name], data.draw(st.sampled_from(triggers)), float(now))
         document = tasks[name].model_dump(mode="json")
-        view.apply(Record(now, float(now), {Key("task", f"run/{name}"): (1, document)}, []))
-        check(view, RunView(RunRecord(run, dict(tasks), entries, {}), limits), len(entries))
+        view.apply(CommitRecord(now, float(now), {Key("task", f"run/{name}"): (1, document)}, []))
+        check(view, LiveRun(RunRecord(run, dict(tasks), entries, {}), limits), len(entries))
     landed = [name for name, one in tasks.items() if one.status is TaskStatus.LANDED]
     if landed:
         name = data.draw(st.sampled_from(landed))
         tasks[name] = step(tasks[name], Trigger.LOSE, 99.0)
-        view.apply(Record(99, 99.0, {Key("task", f"run/{name}"): (1, tasks[name].model_dump(mode="json"))}, []))
-        check(view, RunView(RunRecord(run, dict(tasks), entries, {}), limits), len(entries))
+        view.apply(CommitRecord(99, 99.0, {Key("task", f"run/{name}"): (1, tasks[name].model_dump(mode="json"))}, []))
+        check(view, LiveRun(RunRecord(run, dict(tasks), entries, {}), limits), len(entries))
 
 
-def check(kept: RunView, made: RunView, count: int) -> None:
+def check(kept: LiveRun, made: LiveRun, count: int) -> None:
     """Compare what both show."""
     one, other = kept.totals(100.0), made.totals(100.0)
     counts, others = (
@@ -92,7 +99,7 @@ def check(kept: RunView, made: RunView, count: int) -> None:
     assert set(kept.working()) == set(made.working())
 
 
-def shown(view: RunView) -> list[tuple[str, ...]]:
+def shown(view: LiveRun) -> list[tuple[str, ...]]:
     """Return the rows, but for which of several needs blocks a task."""
     rows = view.frame(100.0, 20).rows
     return [(row.task, row.phase, row.attempt, row.words * (row.phase != "blocked")) for row in rows]

@@ -17,38 +17,38 @@ from typing import cast
 
 import anyio
 
-from orchestrator.domain.scheduling.claims import Owner, Release, Role, Timing, Verdict
+from orchestrator.domain.scheduling.claims import ClaimTiming, ClaimVerdict, OrchestratorIdentity, ReleaseReason, Role
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
-from orchestrator.locking.claims import Claims, HeldBy
-from orchestrator.locking.merge_permit import MergePermits, permit_key
-from orchestrator.locking.orchestrators import Orchestrators
-from orchestrator.locking.registry import scope_of
-from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
-from orchestrator.state.documents.reading import between
+from orchestrator.locking.claims import ClaimHolder, Claims
+from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key
+from orchestrator.locking.orchestrators import RunMembership
+from orchestrator.locking.registry import ownership_scope
+from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.documents.reading import read_range
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory
-from tests.simulation.virtual import run_virtually
+from tests.simulation.virtual import run_in_virtual_time
 
 RUN, REPOSITORY, TARGET = "r", "repository", "main"
-TIMING = Timing(heartbeat=6.0, stale=30.0, owner_stale=60.0, sweep=9.0, max_retries=1_000)
+TIMING = ClaimTiming(heartbeat=6.0, stale=30.0, owner_stale=60.0, sweep=9.0, max_retries=1_000)
 SKEW = 3.0
 """Seconds by which a clock is wrong at most."""
-STORM = 180.0
+FAULT_PERIOD = 180.0
 """Seconds after which nothing goes wrong any more."""
-PATIENCE = 30 * TIMING.owner_stale
+SETTLE_TIMEOUT = 30 * TIMING.owner_stale
 """Seconds within which all has to be done from then on."""
 
 #: Each task of the event loop throws its own dice: what one of them draws does not depend on whose turn it was.
 _dice: ContextVar[Random] = ContextVar("dice")
 
 
-class Crashed(BaseException):
+class ProcessCrashed(BaseException):
     """The process has ended in the midst of what it did."""
 
 
 @dataclass(frozen=True)
-class Weather:
+class FaultRates:
     """How likely it is that something happens at a step, or with a commit."""
 
     crash: float = 0.004
@@ -83,31 +83,33 @@ class World:
     """What all processes share: the store, the target branch, and the weather."""
 
     seed: int
-    weather: Weather
+    weather: FaultRates
     is_fenced: bool
     store: MemoryStore = field(default_factory=lambda: MemoryStore(SkewedClock(0)))
     target: list[str] = field(default_factory=list)
     """What has landed, in its order; its length stands for the commit that the branch is at."""
-    processes: dict[str, Process] = field(default_factory=dict)
+    processes: dict[str, SimulatedProcess] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)
     """What has happened, and how often."""
 
     def __post_init__(self) -> None:
         self.time = asyncio.get_running_loop().time
 
-    def is_struck(self, chance: float) -> bool:
+    def should_fail(self, chance: float) -> bool:
         """Whether something happens now that is so likely while the storm lasts."""
-        return self.time() < STORM and _dice.get().random() < chance
+        return self.time() < FAULT_PERIOD and _dice.get().random() < chance
 
 
-class Process:
+class SimulatedProcess:
     """One orchestrator's process: where it may be stopped, or end, and its way to the store and the target."""
 
     def __init__(self, world: World, number: int, role: Role) -> None:
         dice = Random(f"{world.seed}/{number}")
         self.world, self.number = world, number
         self.host = dice.choice("ab")
-        self.owner = Owner(id=f"p{number}", host=self.host, boot="1", pid=number, started=number, role=role)
+        self.owner = OrchestratorIdentity(
+            id=f"p{number}", host=self.host, boot="1", pid=number, started=number, role=role
+        )
         self.clock = SkewedClock(dice.uniform(-SKEW, SKEW))
         self.is_over = False
         self._stopped_until = 0.0
@@ -119,7 +121,7 @@ class Process:
         fate = dice.random()
         if fate > 0.5:  # others have their turns in between
             await asyncio.sleep(0.2 * (fate - 0.5))
-        elif world.time() < STORM:
+        elif world.time() < FAULT_PERIOD:
             if fate < world.weather.crash:
                 world.seen["crashed"] += 1
                 self.is_over = True
@@ -129,16 +131,16 @@ class Process:
         while world.time() < self._stopped_until and not self.is_over:
             await asyncio.sleep(self._stopped_until - world.time())
         if self.is_over:
-            raise Crashed
+            raise ProcessCrashed
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
         await self.step()
-        if self.world.is_struck(self.world.weather.fail):
+        if self.world.should_fail(self.world.weather.fail):
             raise _unavailable()
         position = await self.world.store.commit(commit if self.world.is_fenced else replace(commit, guards=()))
         await self.step()
-        if self.world.is_struck(self.world.weather.lose):
+        if self.world.should_fail(self.world.weather.lose):
             self.world.seen["lost acknowledgement"] += 1
             raise _unavailable()
         return position
@@ -167,7 +169,7 @@ class Process:
         await self.step()
         return True
 
-    async def is_dead(self, _run: str, owner: Owner) -> bool:
+    async def is_dead(self, _run: str, owner: OrchestratorIdentity) -> bool:
         """Whether a process of this machine is known to have ended."""
         other = self.world.processes[owner.id]
         return other.host == self.host and other.is_over
@@ -182,15 +184,15 @@ def work_key(task: str) -> Key:
     return Key("work", f"{RUN}/{task}")
 
 
-class Orchestrator:
+class SimulatedOrchestrator:
     """An engine in small: it claims tasks, works at each step by step, lands it and releases the claim."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: SimulatedProcess) -> None:
         self.process = process
         self.store = cast("Store", process)
-        self.others = Orchestrators(self.store, process.clock, RUN, process.owner, TIMING, process.is_dead)
+        self.others = RunMembership(self.store, process.clock, RUN, process.owner, TIMING, process.is_dead)
         self.claims = Claims(self.store, process.clock, self.others)
-        self.permits = MergePermits(self.store, process.clock, self.others, REPOSITORY, TARGET)
+        self.permits = MergePermitQueue(self.store, process.clock, self.others, REPOSITORY, TARGET)
         self._busy: set[str] = set()
 
     async def live(self) -> None:
@@ -206,10 +208,12 @@ class Orchestrator:
                 group.cancel_scope.cancel()
             await self._until_it_works(self.others.leave)
         except BaseExceptionGroup as errors:
-            rest = errors.split((Crashed, LeaseLost))[1]
+            rest = errors.split((ProcessCrashed, LeaseLost))[1]
             if rest is not None:
                 raise
-            raise (Crashed() if errors.subgroup(Crashed) else LeaseLost(self.others.me.id, 1, None)) from None
+            raise (
+                ProcessCrashed() if errors.subgroup(ProcessCrashed) else LeaseLost(self.others.me.id, 1, None)
+            ) from None
         finally:
             self.process.is_over = True
 
@@ -260,12 +264,12 @@ class Orchestrator:
             await self._pause(_dice.get().uniform(1, 6))
 
     async def _try(self, task: str) -> None:
-        override = self.process.world.is_struck(self.process.world.weather.override)
+        override = self.process.world.should_fail(self.process.world.weather.override)
         if task not in self.claims:
             verdict = await self.claims.verdict(task)
-            if verdict is not Verdict.TRY and not override:
+            if verdict is not ClaimVerdict.TRY and not override:
                 return
-            if isinstance(await self.claims.claim(task, override=override), HeldBy):
+            if isinstance(await self.claims.claim(task, override=override), ClaimHolder):
                 return
         guard = self.claims.guard(task)
         assert guard is not None
@@ -275,7 +279,7 @@ class Orchestrator:
             claim = await self.claims.read(task)
             if claim is None or claim.epoch != guard.epoch:
                 self.claims.lost(task)
-            error = await self.others.fenced()
+            error = await self.others.find_fencing_error()
             if error is not None:
                 raise error from None
 
@@ -286,8 +290,8 @@ class Orchestrator:
         for _ in range(_dice.get().randint(1, 3)):
             await self._pause(_dice.get().uniform(1, 8))
             await self._write(task, [guard], {})
-        if self.process.world.is_struck(self.process.world.weather.give_up):
-            await self.claims.release(task, Release.ABANDONED, "it failed", counts=True)
+        if self.process.world.should_fail(self.process.world.weather.give_up):
+            await self.claims.release(task, ReleaseReason.ABANDONED, "it failed", counts=True)
             return
         async with self.permits.hold() as permit:
             while not await self._adopts(task, guard):
@@ -304,7 +308,7 @@ class Orchestrator:
         found = await self.store.get(work_key(task))
         assert found is not None
         if found.value["state"] == "landed":
-            await self.claims.release(task, Release.COMPLETE)
+            await self.claims.release(task, ReleaseReason.COMPLETE)
             return True
         if task not in await self.process.fetch():
             return False
@@ -313,7 +317,7 @@ class Orchestrator:
         return True
 
     async def _land(self, task: str, guard: Guard) -> None:
-        await self._write(task, [guard], {"state": "landed"}, self.claims.ending(task, Release.COMPLETE, None))
+        await self._write(task, [guard], {"state": "landed"}, self.claims.ending(task, ReleaseReason.COMPLETE, None))
         self.claims.released(task)
 
     async def _write(self, task: str, guards: Sequence[Guard], changes: JsonObject, *more: Write) -> None:
@@ -325,41 +329,41 @@ class Orchestrator:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationResult:
     """What came of a simulation."""
 
     violations: Sequence[str]
-    records: Sequence[Record]
+    records: Sequence[CommitRecord]
     seen: Counter[str]
     """What went wrong, and how often."""
     takeovers: int
 
 
 def simulate(
-    seed: int, *, processes: int = 3, tasks: int = 5, weather: Weather = Weather(), is_fenced: bool = True
-) -> Outcome:
+    seed: int, *, processes: int = 3, tasks: int = 5, weather: FaultRates = FaultRates(), is_fenced: bool = True
+) -> SimulationResult:
     """Have orchestrators do tasks; the same seed gives the same again."""
-    return run_virtually(_simulate(seed, processes, tasks, weather, is_fenced))
+    return run_in_virtual_time(_simulate(seed, processes, tasks, weather, is_fenced))
 
 
-async def _simulate(seed: int, processes: int, tasks: int, weather: Weather, is_fenced: bool) -> Outcome:
+async def _simulate(seed: int, processes: int, tasks: int, weather: FaultRates, is_fenced: bool) -> SimulationResult:
     world = World(seed, weather, is_fenced)
     _dice.set(Random(f"{world.seed}"))
     blank = {"state": "pending", "by": None, "epoch": None, "permit": None}
     await world.store.commit(Commit([Write(work_key(f"t{number}"), 0, blank) for number in range(tasks)]))
     is_stuck = True
-    with anyio.move_on_after(STORM + PATIENCE):
+    with anyio.move_on_after(FAULT_PERIOD + SETTLE_TIMEOUT):
         async with anyio.create_task_group() as group:
             for number in range(processes):
                 group.start_soon(_lives, world, number, processes)
         is_stuck = False
-    records = [record async for record in between(world.store, 0, await world.store.position())]
-    violations, takeovers = check(records)
+    records = [record async for record in read_range(world.store, 0, await world.store.position())]
+    violations, takeovers = check_history(records)
     violations += [f"{task} landed twice" for task, times in Counter(world.target).items() if times > 1]
     left = [one.key.id for one in await world.store.list("work") if one.value["state"] != "landed"]
     if left or is_stuck:
         violations.append(f"not done in the end: {left}, {world.seen}")
-    return Outcome(violations, records, world.seen, takeovers)
+    return SimulationResult(violations, records, world.seen, takeovers)
 
 
 async def _lives(world: World, number: int, processes: int) -> None:
@@ -369,8 +373,8 @@ async def _lives(world: World, number: int, processes: int) -> None:
     role = Role.COORDINATOR if number == 0 else Role.WORKER
     while True:
         try:
-            await Orchestrator(Process(world, number, role)).live()
-        except (Crashed, LeaseLost) as error:
+            await SimulatedOrchestrator(SimulatedProcess(world, number, role)).live()
+        except (ProcessCrashed, LeaseLost) as error:
             world.seen[type(error).__name__] += 1
             if number % processes and dice.random() < 0.3:
                 return
@@ -380,10 +384,10 @@ async def _lives(world: World, number: int, processes: int) -> None:
         number += processes
 
 
-def check(records: Sequence[Record]) -> tuple[list[str], int]:
+def check_history(records: Sequence[CommitRecord]) -> tuple[list[str], int]:
     """Return what is wrong in the history of a store, and how often a claim was taken over."""
     history, permits, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
-    permit = permit_key(scope_of(REPOSITORY, TARGET))
+    permit = merge_lease_key(ownership_scope(REPOSITORY, TARGET))
     for record in records:
         history.add(record)
         for key, (_, value) in record.documents.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.simulation.orchestrators import Weather, simulate
+from tests.simulation.orchestrators import FaultRates, simulate
 
 MANY, CHUNK = 10_000, 625
 
@@ -62,5 +62,5 @@ def test_the_same_seed_is_the_same_night(seed: int) -> None:
 
 def test_eight_orchestrators_do_forty_tasks_in_good_weather() -> None:
     """Nobody is taken over, nothing is tried twice."""
-    outcome = simulate(1, processes=8, tasks=40, weather=Weather(0, 0, 0, 0, give_up=0, override=0))
+    outcome = simulate(1, processes=8, tasks=40, weather=FaultRates(0, 0, 0, 0, give_up=0, override=0))
     assert (outcome.violations, outcome.takeovers, outcome.seen) == ([], 0, Counter())

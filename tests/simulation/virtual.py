@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class NothingEverHappens(BaseException):
+class VirtualDeadlock(BaseException):
     """All tasks wait for each other."""
 
 
@@ -24,13 +24,13 @@ class _Jumping(selectors.SelectSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Let `timeout` seconds pass."""
         if timeout is None:
-            raise NothingEverHappens
+            raise VirtualDeadlock
         if timeout > 0:
             self._passes(timeout)
         return []
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """An event loop without threads and files; its time begins at 0."""
 
     def __init__(self) -> None:
@@ -46,9 +46,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._passed += max(seconds, 1e-9)
 
 
-def run_virtually(main: Coroutine[Any, Any, T]) -> T:
+def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end in virtual time."""
-    loop = VirtualLoop()
+    loop = VirtualTimeLoop()
     try:
         return loop.run_until_complete(main)
     finally:

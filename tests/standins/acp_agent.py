@@ -30,7 +30,7 @@ OPTIONS = [
 ]
 
 
-class Agent:
+class FakeAgent:
     """Does what the prompt says."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class Agent:
             if word == "fail" and first == "refuse":
                 return schema.PromptResponse(stop_reason="refusal")
             if word == "stop":
-                await self.request_leave(session_id, self.at(first))
+                await self.ask_permission(session_id, self.at(first))
                 return schema.PromptResponse(stop_reason="end_turn")
             if word == "run":
                 await self.run(session_id, f"{first} {rest}".strip())
@@ -148,14 +148,14 @@ class Agent:
             case "say", _:
                 await self.say(session, f"{first} {rest}".replace("MODEL", self.model).replace("MODE", self.mode))
             case "ask", _:
-                await self.say(session, f"chosen: {await self.request_leave(session, f'{first}-1', first)}")
+                await self.say(session, f"chosen: {await self.ask_permission(session, f'{first}-1', first)}")
             case "servers", _:
                 for one in self.servers:
                     await self.say(session, f"server: {one.model_dump_json(exclude_none=True)}")
             case "fail", _:
                 self.fail(first, rest)
             case "work", _:
-                await self.say(session, f"chosen: {await self.request_leave(session, self.at('.'))}")
+                await self.say(session, f"chosen: {await self.ask_permission(session, self.at('.'))}")
 
     def fail(self, how: str, message: str) -> None:
         match how:
@@ -195,12 +195,12 @@ class Agent:
             await self.client.session_update(session, update)
 
     async def edit(self, session: str, path: str, text: str) -> None:
-        chosen = await self.request_leave(session, path)
+        chosen = await self.ask_permission(session, path)
         await self.say(session, f"chosen: {chosen}")
         if chosen == "once":
             write(path, text)
 
-    async def request_leave(self, session: str, path: str, kind: Any = "edit") -> str:
+    async def ask_permission(self, session: str, path: str, kind: Any = "edit") -> str:
         location = schema.ToolCallLocation(path=path)
         start = acp.start_tool_call(path, "Edit a file", kind=kind, status="pending", locations=[location])
         await self.client.session_update(session, start)
@@ -217,4 +217,4 @@ class Agent:
 
 
 if __name__ == "__main__":
-    asyncio.run(acp.run_agent(cast("acp.Agent", Agent())))
+    asyncio.run(acp.run_agent(cast("acp.Agent", FakeAgent())))

@@ -76,7 +76,7 @@ def spend(tokens: int, call: int) -> None:
         emit("assistant", message={"id": f"msg_{call}", "model": "claude-opus-4-8", "content": [], "usage": usage})
 
 
-def denied(path: str) -> bool:
+def is_denied(path: str) -> bool:
     """Whether a hook of its settings denies that a file is written."""
     if "--settings" not in sys.argv:
         return False
@@ -97,7 +97,7 @@ def denied(path: str) -> bool:
     return False
 
 
-def go_on(prompt: str) -> None:
+def continue_conversation(prompt: str) -> None:
     """Keep the conversation; end where it is to be gone on with one that is not known."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR")
     place = None if folder is None else Path(folder) / "projects" / str(Path.cwd()).replace("/", "-")
@@ -117,7 +117,7 @@ def main() -> None:
     assert os.environ["DISABLE_AUTOUPDATER"] == "1"
     emit("system", subtype="init", cwd=str(Path.cwd()), tools=["Edit", "Write"], model="claude-opus-4-8[1m]")
     prompt, spent = sys.stdin.read(), 0
-    go_on(prompt)
+    continue_conversation(prompt)
     for number, (word, first, rest) in enumerate(steps(prompt)):
         if word == "spend":
             spend(int(first), number)
@@ -127,7 +127,7 @@ def main() -> None:
         elif word == "write":
             call = {"type": "tool_use", "id": "t", "name": "Write", "input": {"file_path": first, "content": rest}}
             emit("assistant", message={"role": "assistant", "content": [call]})
-            if not denied(first):
+            if not is_denied(first):
                 write(first, rest)
         elif word == "run":
             subprocess.run(f"{first} {rest}", shell=True, check=True)

@@ -86,7 +86,7 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
+def run_server() -> Iterator[Server]:
     """Run a server for the body of a `with`."""
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever)

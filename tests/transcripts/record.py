@@ -22,8 +22,8 @@ from typing import Final
 
 import anyio
 
-from orchestrator.protocols import Adapter, Command, Identified, SessionRequest
-from orchestrator.sessions.setup.homes import furnish
+from orchestrator.protocols import Adapter, ConversationStarted, SessionCommand, SessionRequest
+from orchestrator.sessions.setup.homes import set_up
 from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
 from tests.transcripts.programs import PROGRAMS
@@ -92,12 +92,12 @@ def record(program: Program, case: Case, folder: str) -> Recording:
 
 def _prepared(
     adapter: Adapter, request: SessionRequest, environ: Mapping[str, str], more: Mapping[str, str]
-) -> tuple[Command, dict[str, str]]:
+) -> tuple[SessionCommand, dict[str, str]]:
     """Return what is to be run, with its variables, when its prompt and its home are there."""
     request.prompt_file.write_text(request.prompt + "\n")
     command = adapter.command(request)
     if command.home is not None:
-        anyio.run(furnish, request.home, command.home, environ)
+        anyio.run(set_up, request.home, command.home, environ)
     return command, {**environ, **command.env, **more}
 
 
@@ -109,7 +109,7 @@ def _begin(adapter: Adapter, request: SessionRequest, environ: Mapping[str, str]
             command.argv, cwd=request.worktree, env=given, stdin=stdin, capture_output=True, text=True, check=True
         )
     events = (event for line in done.stdout.splitlines() for event in adapter.parse(line))
-    return next(event.session for event in events if isinstance(event, Identified))
+    return next(event.session for event in events if isinstance(event, ConversationStarted))
 
 
 def _has_come(server: ModelServer, case: Case, worktree: Path, out: Path) -> bool:

@@ -26,20 +26,22 @@ def earlier(session: str | None, **used: float) -> Attempt:
 
 def test_what_earlier_sessions_of_a_conversation_used_up_is_taken_off() -> None:
     """Only theirs, and never more than there is."""
-    said = Transcript(session="s", input_tokens=100, output_tokens=50, cached_tokens=40, cost=3.0, of_conversation=True)
+    said = Transcript(
+        session="s", input_tokens=100, output_tokens=50, cached_tokens=40, cost=3.0, includes_resumed=True
+    )
     before = [
         earlier("s", input_tokens=60, output_tokens=20, cached_tokens=10, cost=1.0),
         earlier("s", input_tokens=10, output_tokens=5, cached_tokens=50),
         earlier("other", input_tokens=1000, cost=9.0),
         earlier(None, input_tokens=1000),
     ]
-    own = ACCOUNTING.own(said, before)
+    own = ACCOUNTING.net_usage(said, before)
     assert (own.input_tokens, own.output_tokens, own.cached_tokens, own.cost) == (30, 25, 0, 2.0)
 
 
 def test_what_a_program_tells_of_itself_alone_stays() -> None:
     said = Transcript(session="s", input_tokens=100, cost=3.0)
-    assert ACCOUNTING.own(said, [earlier("s", input_tokens=60, cost=1.0)]) == said
+    assert ACCOUNTING.net_usage(said, [earlier("s", input_tokens=60, cost=1.0)]) == said
 
 
 @pytest.mark.parametrize("name", ["resumed", "resumed-total-cost", "resumed-both-costs"])
@@ -50,7 +52,7 @@ def test_each_version_of_claude_code_costs_what_its_session_alone_used_up(name: 
     events = [event for line in recording.stdout for event in adapter.parse(line)]
     said = reduce(Transcript.after, events, Transcript())
     before = [earlier(said.session, input_tokens=240, output_tokens=68, cost=0.00232)]
-    own = ACCOUNTING.own(said, before)
+    own = ACCOUNTING.net_usage(said, before)
     assert (own.input_tokens, own.output_tokens) == (40, 8)
     assert own.cost == pytest.approx(0.0004 if name == "resumed" else 0.00032)
     assert ACCOUNTING.recorded(said, before)["is_estimated"] is False
@@ -59,15 +61,15 @@ def test_each_version_of_claude_code_costs_what_its_session_alone_used_up(name: 
 def test_the_cost_of_subagents_is_no_earlier_sessions() -> None:
     """It covers tokens that the session does not report as its own, but fewer than the earlier sessions had."""
     said = Transcript(session="s", input_tokens=100, output_tokens=10, cost=3.0, priced_tokens=150)
-    assert ACCOUNTING.own(said, [earlier("s", input_tokens=60, cost=1.0)]).cost == 3.0
-    assert ACCOUNTING.own(said, [earlier("s", input_tokens=40, cost=1.0)]).cost == 2.0
-    assert ACCOUNTING.own(said, [earlier("s", cost=1.0)]).cost == 3.0
+    assert ACCOUNTING.net_usage(said, [earlier("s", input_tokens=60, cost=1.0)]).cost == 3.0
+    assert ACCOUNTING.net_usage(said, [earlier("s", input_tokens=40, cost=1.0)]).cost == 2.0
+    assert ACCOUNTING.net_usage(said, [earlier("s", cost=1.0)]).cost == 3.0
 
 
 def test_a_cost_that_is_not_told_is_estimated_of_the_session_alone() -> None:
     """And recorded as such."""
     said = Transcript(
-        session="s", input_tokens=300, output_tokens=100, cached_tokens=100, model="m-2", of_conversation=True
+        session="s", input_tokens=300, output_tokens=100, cached_tokens=100, model="m-2", includes_resumed=True
     )
     found = ACCOUNTING.recorded(said, [earlier("s", input_tokens=100, output_tokens=50)])
     assert found["cost"] == pytest.approx((100 * 10 + 100 * 1 + 50 * 20) / 1e6)

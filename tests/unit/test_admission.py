@@ -10,39 +10,47 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.scheduling.admission import MIB, Demand, Facts, Fit, NoFit, fit, may_start
-from orchestrator.system.resources import memory_available, read_facts
+from orchestrator.domain.scheduling.admission import (
+    MIB,
+    AvailableResources,
+    NoSessionFits,
+    SessionDemand,
+    SessionFit,
+    can_start_session,
+    fit_sessions,
+)
+from orchestrator.system.resources import available_memory, read_resources
 
-DEMAND = Demand(descriptors=10, memory=100 * MIB, spare_descriptors=20, spare_memory=50 * MIB)
+DEMAND = SessionDemand(descriptors=10, memory=100 * MIB, spare_descriptors=20, spare_memory=50 * MIB)
 
 
 @pytest.mark.parametrize(
     ("facts", "wanted", "sessions"),
     [
-        (Facts(None, 10, None), 64, 64),
-        (Facts(1024, 10, 10**12), 8, 8),
-        (Facts(70, 10, None), 4, 4),
-        (Facts(69, 10, None), 4, 3),
-        (Facts(1024, 10, 450 * MIB), 5, 4),
-        (Facts(69, 10, 150 * MIB), 4, 1),
+        (AvailableResources(None, 10, None), 64, 64),
+        (AvailableResources(1024, 10, 10**12), 8, 8),
+        (AvailableResources(70, 10, None), 4, 4),
+        (AvailableResources(69, 10, None), 4, 3),
+        (AvailableResources(1024, 10, 450 * MIB), 5, 4),
+        (AvailableResources(69, 10, 150 * MIB), 4, 1),
     ],
 )
-def test_the_scarcest_thing_decides(facts: Facts, wanted: int, sessions: int) -> None:
+def test_the_scarcest_thing_decides(facts: AvailableResources, wanted: int, sessions: int) -> None:
     """Never more than wanted, never more than either limit has room for."""
-    found = fit(facts, wanted, DEMAND)
-    assert isinstance(found, Fit)
+    found = fit_sessions(facts, wanted, DEMAND)
+    assert isinstance(found, SessionFit)
     assert found.sessions == sessions
     assert (found.limited_by is None) is (sessions == wanted)
 
 
 def test_what_limits_says_what_to_do() -> None:
     """The sentence has the numbers and the remedy."""
-    found = fit(Facts(69, 10, None), 4, DEMAND)
-    assert found == Fit(
+    found = fit_sessions(AvailableResources(69, 10, None), 4, DEMAND)
+    assert found == SessionFit(
         3, "10 of at most 69 file descriptors are open, enough for 3 of 4 sessions: raise it with `ulimit -n`"
     )
-    short = fit(Facts(None, 10, 149 * MIB), 4, DEMAND)
-    assert isinstance(short, NoFit)
+    short = fit_sessions(AvailableResources(None, 10, 149 * MIB), 4, DEMAND)
+    assert isinstance(short, NoSessionFits)
     assert short.what == "not even one session fits: 149 MiB of memory are left, where a session takes 100 MiB"
 
 
@@ -51,7 +59,7 @@ def test_what_limits_says_what_to_do() -> None:
 )
 def test_another_session_starts_only_with_memory_for_it(memory: int | None, running: int, may: bool) -> None:
     """Except where nothing runs: nothing of ours would give memory back."""
-    assert may_start(Facts(64, 60, memory), running, DEMAND) is may
+    assert can_start_session(AvailableResources(64, 60, memory), running, DEMAND) is may
 
 
 def fake_system(tmp_path: Path, *, available: int, limit: str, used: int, reclaimable: int) -> int | None:
@@ -66,7 +74,7 @@ def fake_system(tmp_path: Path, *, available: int, limit: str, used: int, reclai
     (inner.parent / "memory.max").write_text(f"{limit}\n")
     (inner.parent / "memory.current").write_text(f"{used}\n")
     (inner.parent / "memory.stat").write_text(f"anon 1\ninactive_file {reclaimable}\n")
-    return memory_available(proc, cgroups)
+    return available_memory(proc, cgroups)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("max", 4096), ("1000", 1000 - 700 + 200), ("600", 100)])
@@ -77,7 +85,7 @@ def test_a_limit_of_an_outer_cgroup_counts(tmp_path: Path, limit: str, expected:
 
 def test_a_system_that_says_nothing_has_no_known_limit(tmp_path: Path) -> None:
     """As on macOS."""
-    assert memory_available(tmp_path, tmp_path) is None
+    assert available_memory(tmp_path, tmp_path) is None
 
 
 CHILD = """
@@ -112,10 +120,10 @@ def test_under_a_descriptor_limit(flag: str, raised: int | None) -> None:
 
 def test_this_machine_tells_what_it_has() -> None:
     """The facts are of this process, now."""
-    before = read_facts()
+    before = read_resources()
     assert before.descriptors_open >= 3
     with Path("/dev/null").open() as _:
-        assert read_facts().descriptors_open == before.descriptors_open + 1
+        assert read_resources().descriptors_open == before.descriptors_open + 1
     if sys.platform == "linux":
         assert before.memory is not None
         assert before.memory > MIB

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.core.boundary import Log, boundary
+from orchestrator.cli.core.boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
-from orchestrator.errors import is_exhaustion
+from orchestrator.errors import is_resource_exhaustion
 from orchestrator.system.file_lock import FileLock
 
 
@@ -24,14 +24,14 @@ async def test_a_lock_that_stays_held_is_no_internal_error(
     async with lock.hold():
         error = await lock.held_error()
     raised = ExceptionGroup("tasks", [error]) if is_grouped else error
-    with pytest.raises(SystemExit) as end, boundary(Output(as_json=True), Log()):
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=True), ErrorLog()):
         raise raised
     assert end.value.code == 1
     result = json.loads(capsys.readouterr().out)
     assert result["status"] == "unavailable"
     assert result["error"].startswith(f"{lock.path} is locked by process")
     assert result["remedy"] == "wait for it to end or stop it"
-    with pytest.raises(SystemExit), boundary(Output(as_json=False), Log()):
+    with pytest.raises(SystemExit), error_boundary(Output(as_json=False), ErrorLog()):
         raise raised
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -39,8 +39,8 @@ async def test_a_lock_that_stays_held_is_no_internal_error(
 def test_a_file_system_that_is_read_only_now_is_unavailable(capsys: pytest.CaptureFixture[str]) -> None:
     """As a full disk: a session that can't be set up on one waits, and costs no attempt."""
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/place")
-    assert is_exhaustion(error)
-    with pytest.raises(SystemExit) as end, boundary(Output(as_json=False), Log()):
+    assert is_resource_exhaustion(error)
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):
         raise error
     assert end.value.code == 1
     told = "council: /place: read-only file system: mount it writable; no recorded work is lost\n"

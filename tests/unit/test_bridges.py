@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from adapters.acp import AcpAdapter, AcpOptions
-from adapters.bridges.answer import INSTRUCTIONS, Answer, UnfitError, apply_answer, read_answer
-from adapters.bridges.context import fenced
-from adapters.bridges.lines import FIELDS, LONGEST, Concluded, Words, write
-from adapters.bridges.worktree import OutsideError, Worktree
+from adapters.bridges.answer import EDIT_INSTRUCTIONS, ProposedChanges, UnusableAnswerError, apply_answer, parse_answer
+from adapters.bridges.context import code_block
+from adapters.bridges.lines import LINE_FIELDS, MAX_FIELD_CHARS, BridgeExit, MessageBuffer, write_line
+from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.jsonlines import parse_bridge_line
 from adapters.ollama import OllamaAdapter, OllamaOptions
@@ -28,22 +28,22 @@ from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import (
     Adapter,
-    Identified,
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
     McpServer,
-    Said,
     SessionEvent,
     SessionRequest,
-    Spent,
-    ToolEnded,
-    UsedTool,
-    Warned,
+    ToolCall,
+    ToolResult,
+    UsageReport,
 )
-from orchestrator.protocols import Concluded as ConcludedEvent
-from orchestrator.sessions.output.transcript import LONGEST_LINE
-from orchestrator.sessions.setup.homes import furnish
+from orchestrator.protocols import FinalResult as ConcludedEvent
+from orchestrator.sessions.output.transcript import MAX_LINE_BYTES
+from orchestrator.sessions.setup.homes import set_up
 from orchestrator.testing.model_server import ModelServer
 from tests.conftest import Repository
-from tests.standins.ollama_server import serving
+from tests.standins.ollama_server import run_server
 from tests.standins.script import install
 from tests.waiting import wait_for
 
@@ -87,7 +87,7 @@ def test_a_missing_sdk_is_told_before_a_run_and_by_a_session(environ: dict[str, 
 def test_what_can_be_used_is_ready(environ: dict[str, str], tmp_path: Path) -> None:
     """An SDK that is installed, a server with the model, a CLI that is logged in; and what each says if it is not."""
     assert ready(AcpAdapter(AcpOptions(argv=("x",))), environ) == (0, "ready")
-    with serving() as server:
+    with run_server() as server:
         assert ready(OllamaAdapter(OllamaOptions(model="stub", host=server.url)), environ) == (0, "ready")
         code, told = ready(OllamaAdapter(OllamaOptions(model="none", host=server.url)), environ)
         assert (code, "ollama pull none" in told) == (1, True)
@@ -101,8 +101,8 @@ def test_what_can_be_used_is_ready(environ: dict[str, str], tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["a", "sub/deep/new.txt", "./a", "sub/../a"])
 def test_a_path_inside_is_found(tmp_path: Path, name: str) -> None:
     """Relative or absolute, there or not."""
-    place = Worktree(tmp_path).locate(name)
-    assert place == Worktree(tmp_path).locate(str(tmp_path / name))
+    place = ConfinedWorktree(tmp_path).locate(name)
+    assert place == ConfinedWorktree(tmp_path).locate(str(tmp_path / name))
     assert place.is_relative_to(tmp_path)
 
 
@@ -112,20 +112,20 @@ def test_a_path_inside_is_found(tmp_path: Path, name: str) -> None:
 def test_a_path_outside_is_refused(tmp_path: Path, name: str) -> None:
     """Also by a symlink, and git's own files in it."""
     (tmp_path / "link").symlink_to("/")
-    with pytest.raises(OutsideError):
-        Worktree(tmp_path).locate(name)
-    with pytest.raises(OutsideError):
-        Worktree(tmp_path).relative(name)
+    with pytest.raises(OutsideWorktreeError):
+        ConfinedWorktree(tmp_path).locate(name)
+    with pytest.raises(OutsideWorktreeError):
+        ConfinedWorktree(tmp_path).relative(name)
 
 
 def test_an_answers_path_is_taken_at_its_word(tmp_path: Path) -> None:
     """Not absolute, not over `..`, and not by a symlink that stays inside either."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "alias").symlink_to("sub")
-    assert Worktree(tmp_path).relative("sub/./x") == tmp_path / "sub/x"
+    assert ConfinedWorktree(tmp_path).relative("sub/./x") == tmp_path / "sub/x"
     for name in ("sub/../x", str(tmp_path / "x"), "alias/x"):
-        with pytest.raises(OutsideError):
-            Worktree(tmp_path).relative(name)
+        with pytest.raises(OutsideWorktreeError):
+            ConfinedWorktree(tmp_path).relative(name)
 
 
 @pytest.mark.parametrize(
@@ -142,20 +142,20 @@ def test_an_answers_path_is_taken_at_its_word(tmp_path: Path) -> None:
 )
 def test_files_are_read_from_an_answer(text: str, files: dict[str, str]) -> None:
     """Blocks of other kinds are words; a longer fence may hold a shorter one."""
-    assert read_answer(text) == Answer(files, "")
+    assert parse_answer(text) == ProposedChanges(files, "")
 
 
 def test_what_is_shown_can_be_answered() -> None:
     """A file with fences of any length goes into a block and comes out of it again."""
     for content in ("", "x\n", "```\n````\n", "`````file x\n"):
-        assert read_answer(fenced("file a", content)).files == {"a": content}
+        assert parse_answer(code_block("file a", content)).files == {"a": content}
 
 
 @pytest.mark.parametrize("text", ["```file a\nx", "```diff\nx", "````file a\nx\n```"])
 def test_an_answer_that_is_cut_off_is_none(text: str) -> None:
     """Half of a file is never written."""
-    with pytest.raises(UnfitError):
-        read_answer(text)
+    with pytest.raises(UnusableAnswerError):
+        parse_answer(text)
 
 
 DIFF = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,2 +1,2 @@\n def main():\n-    return 0\n+    return 1\n"
@@ -164,64 +164,70 @@ DIFF = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,2 +1,2 @@\n def main():\n-    
 @pytest.mark.parametrize(
     "answer",
     [
-        Answer({"new.txt": "x", "README.md/sub": "y"}, DIFF),
-        Answer({"new.txt": "x", "src": "y"}, DIFF),
-        Answer({"new.txt": "x"}, DIFF.replace("return 0", "return 7")),
-        Answer({"new.txt": "x", "src/app.py": "y"}, DIFF),
-        Answer({"new.txt": "x"}, "no diff at all\n"),
+        ProposedChanges({"new.txt": "x", "README.md/sub": "y"}, DIFF),
+        ProposedChanges({"new.txt": "x", "src": "y"}, DIFF),
+        ProposedChanges({"new.txt": "x"}, DIFF.replace("return 0", "return 7")),
+        ProposedChanges({"new.txt": "x", "src/app.py": "y"}, DIFF),
+        ProposedChanges({"new.txt": "x"}, "no diff at all\n"),
     ],
 )
-def test_an_answer_that_does_not_fit_changes_nothing(repository: Repository, answer: Answer) -> None:
+def test_an_answer_that_does_not_fit_changes_nothing(repository: Repository, answer: ProposedChanges) -> None:
     """All or nothing: neither the file that could be written nor the difference that applies."""
-    with pytest.raises(UnfitError):
-        apply_answer(answer, Worktree(repository.top))
+    with pytest.raises(UnusableAnswerError):
+        apply_answer(answer, ConfinedWorktree(repository.top))
     assert repository.git("status", "--porcelain") == ""
 
 
 @pytest.mark.parametrize("diff", [DIFF, DIFF.replace("a/", "").replace("b/", ""), DIFF.replace("-1,2 +1,2", "-1,9 +1")])
 def test_differences_as_models_write_them_apply(repository: Repository, diff: str) -> None:
     """With and without prefixes, with wrong counts."""
-    answer = read_answer(f"```diff\n{diff}```")
-    assert apply_answer(answer, Worktree(repository.top)) == ["src/app.py"]
+    answer = parse_answer(f"```diff\n{diff}```")
+    assert apply_answer(answer, ConfinedWorktree(repository.top)) == ["src/app.py"]
     assert (repository.top / "src/app.py").read_text() == "def main():\n    return 1\n"
 
 
 def test_words_come_as_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """However they are cut into pieces; what has no line break comes when something else does."""
-    words = Words()
+    words = MessageBuffer()
     for piece in ("a", "b\nc", "d\n\ne", "f"):
         words.add(piece)
     assert words.flush() == "ab\ncd\n\nef"
     assert words.flush() == ""
     said = [parse_bridge_line(line) for line in capsys.readouterr().out.splitlines()]
-    assert said == [(Said("ab"),), (Said("cd\n"),), (Said("ef"),)]
+    assert said == [(AgentMessage("ab"),), (AgentMessage("cd\n"),), (AgentMessage("ef"),)]
 
 
 def test_no_line_is_too_long_to_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever an agent says, and in characters that take the most room."""
-    words = Words()
-    words.add("🙂" * (LONGEST * 2 + 1))
+    words = MessageBuffer()
+    words.add("🙂" * (MAX_FIELD_CHARS * 2 + 1))
     words.flush()
-    write("tool", name="n" * LONGEST, detail="d" * LONGEST * 2, paths=["🙂" * LONGEST] * 10_000, call=None)
+    write_line(
+        "tool",
+        name="n" * MAX_FIELD_CHARS,
+        detail="d" * MAX_FIELD_CHARS * 2,
+        paths=["🙂" * MAX_FIELD_CHARS] * 10_000,
+        call=None,
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert max(len(line.encode()) for line in lines) < LONGEST_LINE
+    assert max(len(line.encode()) for line in lines) < MAX_LINE_BYTES
 
 
 def test_a_bridge_can_only_print_what_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Every type of line can be read, no other field can be written."""
     samples: dict[Any, Any] = {str: "x", int: 1, list: ["x"]}
-    for type_, fields in FIELDS.items():
-        write(type_, **{name: samples.get(kind) for name, kind in fields.items()})
+    for type_, fields in LINE_FIELDS.items():
+        write_line(type_, **{name: samples.get(kind) for name, kind in fields.items()})
     lines = capsys.readouterr().out.splitlines()
     assert [bool(parse_bridge_line(line)) for line in lines] == [json.loads(line)["type"] != "alive" for line in lines]
     with pytest.raises(TypeError):
-        write("said", text="x", more=1)
+        write_line("said", text="x", more=1)
 
 
 def test_a_conclusion_agrees_with_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     """What failed ends with 1, what did not with 0."""
-    assert (Concluded("x", "auth").tell(), Concluded("x").tell()) == (1, 0)
+    assert (BridgeExit("x", "auth").tell(), BridgeExit("x").tell()) == (1, 0)
     failed, well = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (failed["failure"], failed["reason"], well["failure"], well["reason"]) == ("auth", "x", None, "")
 
@@ -255,7 +261,7 @@ class Place:
         prompt_file.write_text(prompt)
         command = adapter.command(SessionRequest("r", "t", 1, prompt, prompt_file, self.worktree, home, **asked))
         if command.home is not None:
-            anyio.run(furnish, home, command.home, self.environ)
+            anyio.run(set_up, home, command.home, self.environ)
         environ = {**self.environ, **command.env}
         done = subprocess.run(command.argv, env=environ, cwd=self.worktree, capture_output=True, text=True, check=False)
         return [event for line in done.stdout.splitlines() for event in adapter.parse(line)]
@@ -275,12 +281,12 @@ def place(environ: dict[str, str], tmp_path: Path) -> Place:
 
 def words(events: list[SessionEvent]) -> list[str]:
     """Return the lines that were said."""
-    return [line for event in events if isinstance(event, Said) for line in event.text.splitlines()]
+    return [line for event in events if isinstance(event, AgentMessage) for line in event.text.splitlines()]
 
 
 def warnings(events: list[SessionEvent]) -> list[str]:
     """Return what a person is warned of."""
-    return [event.text for event in events if isinstance(event, Warned)]
+    return [event.text for event in events if isinstance(event, CliWarning)]
 
 
 @pytest.mark.extended
@@ -295,10 +301,10 @@ def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place
 def test_an_update_of_a_tool_call_adds_to_what_was_told_of_it(place: Place) -> None:
     """It keeps its kind and its command where an update names none."""
     events = place.converse("run make test")
-    assert [event for event in events if isinstance(event, UsedTool | ToolEnded)] == [
-        UsedTool("execute", "bash", call="r-1"),
-        UsedTool("execute", "make test", call="r-1"),
-        ToolEnded("r-1"),
+    assert [event for event in events if isinstance(event, ToolCall | ToolResult)] == [
+        ToolCall("execute", "bash", call="r-1"),
+        ToolCall("execute", "make test", call="r-1"),
+        ToolResult("r-1"),
     ]
 
 
@@ -336,8 +342,8 @@ def test_what_is_told_of_an_earlier_conversation_is_not_told_again(place: Place)
     assert [line for line in words(second) if "server" not in line] == ["it twice"]
     assert sum("server" in line for line in words(second)) == 1
     for events in (first, second):
-        assert Identified("s-1") in events
-        assert [event.cost for event in events if isinstance(event, Spent)] == [0.5]
+        assert ConversationStarted("s-1") in events
+        assert [event.cost for event in events if isinstance(event, UsageReport)] == [0.5]
         assert events[-1] == ConcludedEvent("\n".join((*words(events), "")))
 
 
@@ -357,7 +363,7 @@ def test_an_agent_that_can_not_go_on_is_asked_nothing(place: Place, loads: bool)
 def test_a_model_that_is_to_look_is_asked_for_words(place: Place) -> None:
     """What it answers is said, and nothing of it applied; instructions come with what it is told first."""
     answer = "```file a.txt\nx\n```"
-    with serving() as server:
+    with run_server() as server:
         adapter = OllamaAdapter(OllamaOptions(model="stub", host=server.url))
         looked = place.perform(adapter, answer, read_only=True, instructions="Speak plainly.")
         assert not (place.worktree / "a.txt").exists()
@@ -366,8 +372,8 @@ def test_a_model_that_is_to_look_is_asked_for_words(place: Place) -> None:
         system, plain = (one["messages"][0] for one in server.asked)
     assert "\n".join(words(looked)) == "\n".join(words(changed)) == answer
     assert [looked[-1], changed[-1]] == [ConcludedEvent(), ConcludedEvent()]
-    assert [isinstance(event, UsedTool) for event in (looked[-2], changed[-2])] == [False, True]
-    assert (system["role"], plain["content"]) == ("system", INSTRUCTIONS)
+    assert [isinstance(event, ToolCall) for event in (looked[-2], changed[-2])] == [False, True]
+    assert (system["role"], plain["content"]) == ("system", EDIT_INSTRUCTIONS)
     assert system["content"].endswith("\nSpeak plainly.")
     assert "change nothing" in system["content"]
     assert "```" not in system["content"]

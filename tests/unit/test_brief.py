@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from orchestrator.cli.render.brief import LINES, brief_lines
+from orchestrator.cli.render.brief import MAX_LINES, brief_lines
 from orchestrator.cli.render.columns import COLUMNS
-from orchestrator.cli.render.result import summary
+from orchestrator.cli.render.result import run_summary
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import Halt, TaskStatus
+from orchestrator.domain.runs.model import HaltCause, TaskStatus
 from orchestrator.engine.reports.report import AdapterReport, RunStatus, TaskReport
 from tests.unit.test_result import COMMIT, run, task
 
@@ -48,13 +48,13 @@ def test_it_is_at_most_ten_lines_and_only_commands_and_long_words_exceed_eighty_
     """Whatever became of however many tasks with whatever names; the first line has the totals."""
     report = replace(run(*tasks, status=status), target=target, adapters=adapters, halted=halted, damage=("x",) * 3)
     lines = brief_lines(report, is_newest=newest)
-    assert len(lines) <= LINES == 10
+    assert len(lines) <= MAX_LINES == 10
     wide = [line for line in lines if cell_len(line) > COLUMNS == 80 and target not in line]
     assert all("next: council" in line.lower() or "`" in line or line in (halted or "") for line in wide), wide
     assert all(line.isprintable() for line in lines), lines
     landed = sum(one.state == "landed" for one in tasks)
     assert f"{landed} of {len(tasks)} landed" in lines[0]
-    assert target not in summary(report) or any(target in line for line in lines), "a branch is never cut"
+    assert target not in run_summary(report) or any(target in line for line in lines), "a branch is never cut"
 
 
 def test_what_needs_attention_has_its_next_command() -> None:
@@ -96,7 +96,7 @@ def test_what_has_no_room_is_counted() -> None:
             "Next: council merge run",
         ),
         (
-            replace(run(task("pending"), status=RunStatus.HALTED), halted="cost: 5 of 5", halted_by=Halt.BUDGET),
+            replace(run(task("pending"), status=RunStatus.HALTED), halted="cost: 5 of 5", halted_by=HaltCause.BUDGET),
             "Next: council resume run --budget LIMITS",
         ),
     ],
@@ -131,7 +131,7 @@ def test_a_halt_is_broken_between_words_only() -> None:
         "`council retry models --reload && council resume 20260102-030405-ab12`",
     )
     halted = f"the check of the base fails, see {path}: correct the command in the file, then {command}"
-    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=Halt.BASE))
+    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
     assert any(path in line for line in shown)
     assert shown[-1].endswith(command)
 
@@ -139,7 +139,7 @@ def test_a_halt_is_broken_between_words_only() -> None:
 def test_a_long_last_line_of_a_halt_keeps_its_end() -> None:
     """There an interpreter names the module that it does not have, after its own path."""
     reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))
-    shown = brief_lines(replace(run(task("pending")), halted=str(reason), halted_by=Halt.BASE))
+    shown = brief_lines(replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE))
     assert any(line.startswith("…") and line.endswith("python: No module named pytest") for line in shown), shown
     assert "log: /logs/check1" in shown
 
@@ -157,7 +157,7 @@ def test_a_halt_always_has_its_log() -> None:
     """Whatever else needs attention, and however long the remedy is; the output gives way first."""
     reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
     adapters = [AdapterReport(f"a{number}", None, "not logged in") for number in range(12)]
-    report = replace(run(task("pending")), halted=str(reason), halted_by=Halt.BASE)
+    report = replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE)
     assert "log: /logs/t.0.check1" in brief_lines(report)
     shown = brief_lines(replace(report, adapters=adapters))
     assert shown[-4:-2] == ["Halted: check `x` fails on main", "log: /logs/t.0.check1"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.runs.budget import Budget, Spending, cost_left, shares, spent_by
+from orchestrator.domain.runs.budget import Budget, Spending, compute_budget_usage, compute_remaining_cost, sum_spending
 from orchestrator.domain.runs.model import Attempt
-from orchestrator.domain.runs.prices import Price, price_of
+from orchestrator.domain.runs.prices import Price, find_price
 
 
 def attempt(**facts: object) -> Attempt:
@@ -14,7 +14,7 @@ def attempt(**facts: object) -> Attempt:
 
 
 def test_each_limit_is_held_against_what_was_used_up_of_it() -> None:
-    found = {one.key: one for one in shares(Budget(100, 2.0, 60.0), Spending(80, 1.5, 60.0))}
+    found = {one.key: one for one in compute_budget_usage(Budget(100, 2.0, 60.0), Spending(80, 1.5, 60.0))}
     assert {key: (one.is_low, one.is_exhausted) for key, one in found.items()} == {
         "tokens": (True, False),
         "cost": (False, False),
@@ -23,7 +23,7 @@ def test_each_limit_is_held_against_what_was_used_up_of_it() -> None:
 
 
 def test_without_limits_nothing_is_low() -> None:
-    assert list(shares(Budget(), Spending(10**12, 10.0**6, 10.0**9))) == []
+    assert list(compute_budget_usage(Budget(), Spending(10**12, 10.0**6, 10.0**9))) == []
 
 
 def test_spending_is_that_of_all_attempts_and_a_clock_set_back_gives_none_away() -> None:
@@ -32,14 +32,14 @@ def test_spending_is_that_of_all_attempts_and_a_clock_set_back_gives_none_away()
         attempt(ended=4.0, input_tokens=1),
         attempt(ended=None, output_tokens=1),
     ]
-    assert spent_by(done) == Spending(9, 0.5, 5.0)
+    assert sum_spending(done) == Spending(9, 0.5, 5.0)
 
 
 def test_the_tightest_budget_says_what_may_still_be_spent() -> None:
     limits = [(Budget(cost=3.0), Spending(cost=2.5)), (Budget(cost=2.0), Spending(cost=0.25)), (Budget(), Spending())]
-    assert cost_left(limits) == 0.5
-    assert cost_left([(Budget(cost=1.0), Spending(cost=4.0))]) == 0.0
-    assert cost_left([(Budget(tokens=1), Spending())]) is None
+    assert compute_remaining_cost(limits) == 0.5
+    assert compute_remaining_cost([(Budget(cost=1.0), Spending(cost=4.0))]) == 0.0
+    assert compute_remaining_cost([(Budget(tokens=1), Spending())]) is None
 
 
 PRICES = {
@@ -62,7 +62,7 @@ PRICES = {
     ],
 )
 def test_a_price_is_found_by_the_beginning_of_a_name(model: str | None, name: str | None) -> None:
-    assert price_of(model, PRICES) == (None if name is None else PRICES[name])
+    assert find_price(model, PRICES) == (None if name is None else PRICES[name])
 
 
 def test_tokens_from_a_cache_have_a_price_of_their_own_if_they_have_one() -> None:

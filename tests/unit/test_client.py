@@ -15,11 +15,11 @@ import pytest
 from orchestrator.cli.commands.sessions import session as long_way
 from orchestrator.cli.commands.sessions.share import share
 from orchestrator.client import hook
-from orchestrator.client.commands import COMMANDS
-from orchestrator.client.messages import clean, tell
-from orchestrator.client.quick_parser import read
+from orchestrator.client.commands import SESSION_COMMANDS
+from orchestrator.client.messages import format_result, strip_control_characters
+from orchestrator.client.quick_parser import parse_words
 from orchestrator.domain.runs.session_names import SessionName
-from tests.desks import MemoryDesk
+from tests.desks import FakeSessionService
 
 PLAIN = [
     "lock a b --wait 1.5",
@@ -61,7 +61,7 @@ NOT_RIGHT = [
 def test_both_ways_read_the_same(line: str) -> None:
     """What the quick way takes, click takes too, and as the same."""
     words = line.replace("'two words'", "two-words").split()
-    typed = read(words)
+    typed = parse_words(words)
     assert typed is not None
     words = words[len(typed.command.typed) :]
     name = typed.command.name
@@ -76,7 +76,7 @@ def test_both_ways_read_the_same(line: str) -> None:
 @pytest.mark.parametrize("line", NOT_RIGHT)
 def test_what_is_not_plain_is_left_to_the_long_way(line: str) -> None:
     """It explains, or is for another command."""
-    assert read(line.split()) is None
+    assert parse_words(line.split()) is None
 
 
 @pytest.mark.parametrize("seconds", ["nan", "-nan", "inf", "-1", "601", "soon"])
@@ -120,9 +120,9 @@ def test_the_quick_way_imports_nothing_that_takes_long(tmp_path: Path) -> None:
 
 async def test_each_result_is_told_in_words() -> None:
     """With all that it holds."""
-    desk, me = MemoryDesk(), SessionName("r", "t", 1)
+    desk, me = FakeSessionService(), SessionName("r", "t", 1)
     arguments = {"paths": ["a.py"], "task": "models", "key": "k", "value": [1, "é"], "data": {}}
-    told = {name: tell(name, await desk.answer(me, name, arguments)) for name in COMMANDS}
+    told = {name: format_result(name, await desk.answer(me, name, arguments)) for name in SESSION_COMMANDS}
     assert told["lock"] == "locked: a.py\n"
     assert told["unlock"] == "unlocked: a.py\n"
     assert told["peers"] == "t.1 (fake, this session): working\n"
@@ -137,7 +137,7 @@ async def test_each_result_is_told_in_words() -> None:
 
 def test_what_others_wrote_moves_no_terminal() -> None:
     """Neither by escapes nor by returns."""
-    assert clean("a\x1b[2Jb\rc\n") == "a[2Jbc\n"
+    assert strip_control_characters("a\x1b[2Jb\rc\n") == "a[2Jbc\n"
 
 
 def test_what_others_say_looks_like_no_line_of_ours() -> None:
@@ -146,10 +146,10 @@ def test_what_others_say_looks_like_no_line_of_ours() -> None:
     facts = {"status": "working", "file": forged, "progress": None, "message": forged, "blocked_on": forged}
     peer = {"task": "api", "attempt": 1, "adapter": "a", "is_me": False, "files": [forged], **facts}
     note = {"id": "n1", "task": "api", "topic": None, "paths": [forged], "text": "one\ntwo"}
-    assert tell("peers", {"peers": [peer]}).count("\n") == 1
-    assert tell("lock", {"locked": [forged]}).count("\n") == 1
-    assert tell("unlock", {"unlocked": [forged]}).count("\n") == 1
-    assert [line[:2] for line in tell("notes", {"notes": [note]}).splitlines()] == ["n1", "  ", "  "]
+    assert format_result("peers", {"peers": [peer]}).count("\n") == 1
+    assert format_result("lock", {"locked": [forged]}).count("\n") == 1
+    assert format_result("unlock", {"unlocked": [forged]}).count("\n") == 1
+    assert [line[:2] for line in format_result("notes", {"notes": [note]}).splitlines()] == ["n1", "  ", "  "]
 
 
 ODD_CALLS: list[Any] = [

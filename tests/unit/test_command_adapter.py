@@ -13,7 +13,7 @@ import adapters.command
 from adapters.command import CommandAdapter, CommandOptions
 from orchestrator import hookspecs
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Capability, Command, Home, McpServer, SessionEnd, SessionRequest
+from orchestrator.protocols import Capability, McpServer, SessionCommand, SessionEnd, SessionHome, SessionRequest
 from orchestrator.testing.adapter_contract import AdapterContract
 
 
@@ -21,7 +21,7 @@ def request(prompt: str = "Fix it.") -> SessionRequest:
     return SessionRequest("r1", "t1", 2, prompt, Path("/p/prompt"), Path("/w/tree"), Path("/h"))
 
 
-def command(text: str = "Fix it.", **options: Any) -> Command:
+def command(text: str = "Fix it.", **options: Any) -> SessionCommand:
     return CommandAdapter(CommandOptions.model_validate(options)).command(request(text))
 
 
@@ -220,7 +220,7 @@ ALL: dict[str, Any] = {
 SERVERS = (McpServer("files", ("mcp-files", "a b"), env=("MY_TOKEN",)), McpServer("docs", url="http://127.0.0.1:9/mcp"))
 
 
-def asked(options: dict[str, Any], **more: Any) -> Command:
+def asked(options: dict[str, Any], **more: Any) -> SessionCommand:
     return CommandAdapter(CommandOptions.model_validate(options)).command(replace(request(), **more))
 
 
@@ -262,9 +262,9 @@ def test_files_in_the_home() -> None:
     by_file = {"argv": ["x"], "instructions": ["--system={instructions_file}"]}
     told = asked(by_file, instructions="Speak.")
     assert told.argv == ("x", "--system=/h/council-instructions.md")
-    assert told.home == Home({"council-instructions.md": "Speak."})
+    assert told.home == SessionHome({"council-instructions.md": "Speak."})
     assert asked(by_file).home is None
-    assert asked({"argv": ["x", "{home}"]}).home == Home()
+    assert asked({"argv": ["x", "{home}"]}).home == SessionHome()
 
 
 def test_long_instructions_need_a_file() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.sessions.shell_commands import missing_program, programs_in
+from orchestrator.domain.sessions.shell_commands import find_missing_program, find_programs
 
 COMMANDS: list[tuple[str, list[str]]] = [
     ("pytest -q", ["pytest"]),
@@ -31,14 +31,14 @@ COMMANDS: list[tuple[str, list[str]]] = [
 @pytest.mark.parametrize(("command", "programs"), COMMANDS)
 def test_the_programs_that_a_command_names(command: str, programs: list[str]) -> None:
     """At the places where the shell would look for one."""
-    assert programs_in(command) == programs
+    assert find_programs(command) == programs
 
 
 @given(st.text())
 def test_any_text_has_some(text: str) -> None:
     """Or none; the first is what a shell that says nothing did not find."""
-    found = programs_in(text)
-    assert missing_program(text, "") == (found[0] if found else text.strip())
+    found = find_programs(text)
+    assert find_missing_program(text, "") == (found[0] if found else text.strip())
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash", "dash", "zsh", "busybox"])
@@ -59,4 +59,4 @@ def test_what_a_shell_did_not_find(
         [*words, "-c", f"exec 2>&1\n{command}"], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode in {126, 127}
-    assert missing_program(f"other; {command}", done.stdout) == program
+    assert find_missing_program(f"other; {command}", done.stdout) == program

@@ -11,15 +11,15 @@ from orchestrator.config.load import load_config
 from orchestrator.config.model import (
     AdapterConfig,
     Backoff,
-    FenceConfig,
-    Reach,
+    PathAccess,
     RunConfig,
+    SandboxConfig,
     SetupStep,
     TaskSpec,
     WorktreesConfig,
     restore_adapter,
 )
-from orchestrator.domain.runs.failures import RETRIED
+from orchestrator.domain.runs.failures import RETRIED_BY_DEFAULT
 from orchestrator.errors import RefusedError
 from tests.recorded import task_spec
 
@@ -88,7 +88,7 @@ def test_smallest_file_gets_all_defaults(tmp_path: Path) -> None:
         attempts=3,
         backoff=Backoff(initial=2.0, factor=2.0, max=300.0, jitter=True),
         silence=600.0,
-        retry_on=RETRIED,
+        retry_on=RETRIED_BY_DEFAULT,
         checks=(),
         checks_timeout=600.0,
         checks_env=(),
@@ -98,7 +98,7 @@ def test_smallest_file_gets_all_defaults(tmp_path: Path) -> None:
         owns=(),
     )
     assert config.session_memory == 256 << 20
-    assert config.fence == FenceConfig(sandbox="auto", network=True, reach=Reach())
+    assert config.fence == SandboxConfig(sandbox="auto", network=True, reach=PathAccess())
     assert config.worktrees == WorktreesConfig(
         max=16,
         max_size=None,
@@ -192,15 +192,15 @@ def test_what_is_stored_is_restored(tmp_path: Path) -> None:
     for task in config.tasks:
         assert TaskSpec.model_validate(json.loads(task.model_dump_json())) == task
     for name, adapter in config.adapters.items():
-        assert restore_adapter(name, json.loads(json.dumps(adapter.stored())), TYPES) == adapter
+        assert restore_adapter(name, json.loads(json.dumps(adapter.to_stored())), TYPES) == adapter
     assert json.loads(config.model_dump_json())["adapters"]["fixer"]["options"]["argv"] == ["fix"]
 
 
 def test_a_task_is_recorded_the_same_by_each_process() -> None:
     """A set has another order in each process; what is recorded of it has one."""
-    task = task_spec("a", "Fix it.").model_copy(update={"retry_on": RETRIED})
+    task = task_spec("a", "Fix it.").model_copy(update={"retry_on": RETRIED_BY_DEFAULT})
     recorded = task.model_dump_json()
-    assert json.loads(recorded)["retry_on"] == sorted(RETRIED)
+    assert json.loads(recorded)["retry_on"] == sorted(RETRIED_BY_DEFAULT)
     assert TaskSpec.model_validate_json(recorded) == task
 
 
@@ -291,4 +291,4 @@ def test_the_network_is_on_off_or_hosts(tmp_path: Path, written: str, network: b
     """Hosts are recorded in their one form."""
     config = load(tmp_path, f"{SMALLEST}network: {written}\n")
     assert (config.fence.network, config.fence.hosts) == (network, hosts)
-    assert FenceConfig.model_validate(config.fence.model_dump(mode="json")) == config.fence
+    assert SandboxConfig.model_validate(config.fence.model_dump(mode="json")) == config.fence

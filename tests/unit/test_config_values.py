@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from orchestrator.config.source.names import check_branch, check_name
 from orchestrator.config.source.quantities import format_duration, parse_duration
 from orchestrator.config.source.scalars import resolve_plain
-from orchestrator.domain.scheduling.cycles import find_circles
+from orchestrator.domain.scheduling.cycles import find_cycles
 
 
 @pytest.mark.parametrize(
@@ -204,23 +204,23 @@ def test_circles() -> None:
         "self": ["self"],
         "free": ["nobody"],
     }
-    found = sorted(sorted(circle) for circle in find_circles(needs))
+    found = sorted(sorted(circle) for circle in find_cycles(needs))
     assert found == [["b", "c"], ["self"], ["x", "y"]]
 
 
 def test_circle_behind_another_branch() -> None:
     """A second circle through a task before a found one is found as well."""
     needs = {"a": ["b", "d"], "b": ["c"], "c": ["b"], "d": ["a"]}
-    assert [sorted(circle) for circle in find_circles(needs)] == [["b", "c"], ["a", "d"]]
+    assert [sorted(circle) for circle in find_cycles(needs)] == [["b", "c"], ["a", "d"]]
 
 
 def test_circle_behind_a_circle() -> None:
     """A second circle further along the way is found as well."""
     needs = {"a": ["b"], "b": ["a", "c"], "c": ["d"], "d": ["c"]}
-    assert [sorted(circle) for circle in find_circles(needs)] == [["a", "b"], ["c", "d"]]
+    assert [sorted(circle) for circle in find_cycles(needs)] == [["a", "b"], ["c", "d"]]
 
 
 def test_no_circles() -> None:
     """A lattice with many ways has none, and takes no longer for it."""
     needs = {f"t{n}": [f"t{m}" for m in range(max(0, n - 20), n)] for n in range(5000)}
-    assert find_circles(needs) == []
+    assert find_cycles(needs) == []

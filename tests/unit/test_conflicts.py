@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.documents.conflicts import Resolved, Strategy, Update, detect, resolve
+from orchestrator.domain.documents.conflicts import (
+    ConflictStrategy,
+    DocumentUpdate,
+    Resolved,
+    find_competing,
+    resolve_updates,
+)
 from orchestrator.errors import RefusedError
 
-EARLY = Update("x", 1.0, "ada", {"n": 1, "tags": ["a"], "in": {"ada": 1, "n": 1}, "odd": [1]})
-LATE = Update("x", 2.0, "bob", {"n": 2, "tags": ["b"], "in": {"bob": 2, "n": 2}, "odd": 5, "new": None})
-GONE = Update("x", 3.0, "cleo", None)
+EARLY = DocumentUpdate("x", 1.0, "ada", {"n": 1, "tags": ["a"], "in": {"ada": 1, "n": 1}, "odd": [1]})
+LATE = DocumentUpdate("x", 2.0, "bob", {"n": 2, "tags": ["b"], "in": {"bob": 2, "n": 2}, "odd": 5, "new": None})
+GONE = DocumentUpdate("x", 3.0, "cleo", None)
 
 
 @pytest.mark.parametrize(
@@ -25,34 +31,42 @@ GONE = Update("x", 3.0, "cleo", None)
 )
 def test_each_strategy_does_what_its_name_says(strategy: str, value: object) -> None:
     """By time, not by the order in which the updates are given."""
-    assert resolve([LATE, EARLY], strategy) == Resolved(value)  # type: ignore[arg-type]  # it is one
+    assert resolve_updates([LATE, EARLY], strategy) == Resolved(value)  # type: ignore[arg-type]  # it is one
 
 
 def test_a_deletion_wins_or_adds_nothing() -> None:
     """It is an update as any other, but in a merge there is nothing of it."""
-    assert resolve([GONE, LATE]) == Resolved(None)
-    assert resolve([GONE, LATE], Strategy.FIRST_WRITE_WINS) == Resolved(LATE.value)
-    assert resolve([GONE, LATE], Strategy.MERGE) == Resolved(LATE.value)
-    assert resolve([GONE, GONE], Strategy.MERGE) == Resolved(None)
+    assert resolve_updates([GONE, LATE]) == Resolved(None)
+    assert resolve_updates([GONE, LATE], ConflictStrategy.FIRST_WRITE_WINS) == Resolved(LATE.value)
+    assert resolve_updates([GONE, LATE], ConflictStrategy.MERGE) == Resolved(LATE.value)
+    assert resolve_updates([GONE, GONE], ConflictStrategy.MERGE) == Resolved(None)
 
 
 def test_of_the_same_time_the_order_decides() -> None:
     """What was given later is later."""
-    one, two = Update("x", 1.0, "ada", {"n": 1}), Update("x", 1.0, "bob", {"n": 2})
-    assert resolve([one, two]) == resolve([two, one], Strategy.FIRST_WRITE_WINS) == Resolved({"n": 2})
-    assert resolve([two, one]) == resolve([one, two], Strategy.FIRST_WRITE_WINS) == Resolved({"n": 1})
+    one, two = DocumentUpdate("x", 1.0, "ada", {"n": 1}), DocumentUpdate("x", 1.0, "bob", {"n": 2})
+    assert (
+        resolve_updates([one, two])
+        == resolve_updates([two, one], ConflictStrategy.FIRST_WRITE_WINS)
+        == Resolved({"n": 2})
+    )
+    assert (
+        resolve_updates([two, one])
+        == resolve_updates([one, two], ConflictStrategy.FIRST_WRITE_WINS)
+        == Resolved({"n": 1})
+    )
 
 
 def test_only_keys_with_more_than_one_update_compete() -> None:
     """A single update is no conflict."""
-    other = Update("y", 1.0, "ada", {})
-    assert detect([LATE, other, EARLY]) == {"x": [EARLY, LATE]}
+    other = DocumentUpdate("y", 1.0, "ada", {})
+    assert find_competing([LATE, other, EARLY]) == {"x": [EARLY, LATE]}
 
 
 def test_an_unknown_strategy_names_the_known_ones() -> None:
     """The mistake and what would be right."""
     with pytest.raises(RefusedError) as caught:
-        resolve([EARLY], "newest")
+        resolve_updates([EARLY], "newest")
     assert str(caught.value) == (
         "there is no strategy 'newest' for conflicts: "
         "the known ones are last_write_wins, first_write_wins, merge, manual"

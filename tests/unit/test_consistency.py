@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
-from orchestrator.domain.runs.phases import Given, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
-from orchestrator.domain.workflow.handoffs import Handoff, acknowledged, handed_over
+from orchestrator.domain.workflow.handoffs import Handoff, acknowledge, make_handoff
 from orchestrator.domain.workflow.routing import Phase, Workflow
-from orchestrator.domain.workflow.verification import IDLE_AFTER, WorkflowFacts, check_workflow
+from orchestrator.domain.workflow.verification import IDLE_LIMIT, WorkflowRecord, check_workflow
 from orchestrator.domain.workflow.violations import Violation
 
 COMMIT = "0123456789" * 4
@@ -31,7 +31,7 @@ DATA = {"plan": PLAN, "build": {"artifacts": {"a.py": SUM}}, "review": {"verdict
 def handoff(phase: str, attempt: int, to: str | None, **told: Any) -> Handoff:
     """Return what an attempt at a phase handed over."""
     facts = {"kind": phase, "protocol": "direct", "phase": phase, "to": to, "time": 1.0, "by": "file", **told}
-    return handed_over("run", "task", attempt, facts.pop("data", DATA[phase]), **facts)
+    return make_handoff("run", "task", attempt, facts.pop("data", DATA[phase]), **facts)
 
 
 def attempts(*phases: str) -> tuple[Attempt, ...]:
@@ -48,21 +48,23 @@ def visit(phase: str, number: int, **told: Any) -> PhaseRecord:
     return PhaseRecord(phase=phase, **{**facts, "handoff": f"run/task/{number}", **told})
 
 
-def whole() -> WorkflowFacts:
+def whole() -> WorkflowRecord:
     """Return the facts of a task whose work waits to land, with nothing wrong."""
-    first = acknowledged(handoff("plan", 1, "build"), "build", 2, 2.0)
-    second = acknowledged(handoff("build", 2, "review"), "review", 3, 3.0)
+    first = acknowledge(handoff("plan", 1, "build"), "build", 2, 2.0)
+    second = acknowledge(handoff("build", 2, "review"), "review", 3, 3.0)
     third = handoff("review", 3, None)
     phases = (
         visit("plan", 1),
-        visit("build", 2, received=(first.id,), commit=COMMIT, given=Given(keys=("plan",))),
+        visit("build", 2, received=(first.id,), commit=COMMIT, given=GivenValues(keys=("plan",))),
         visit("review", 3, received=(second.id,), verdict="approve"),
     )
     document = TaskDocument(status=TaskStatus.QUEUED, attempts=attempts("plan", "build", "review"), phases=phases)
-    return WorkflowFacts("run", "task", WORKFLOW, document, {one.id: one for one in (first, second, third)}, now=1000.0)
+    return WorkflowRecord(
+        "run", "task", WORKFLOW, document, {one.id: one for one in (first, second, third)}, now=1000.0
+    )
 
 
-def changed(facts: WorkflowFacts, number: int | None = None, **changes: Any) -> WorkflowFacts:
+def changed(facts: WorkflowRecord, number: int | None = None, **changes: Any) -> WorkflowRecord:
     """Return facts with changes to the document, or to the visit of that number."""
     document = facts.document
     if number is not None:
@@ -72,14 +74,14 @@ def changed(facts: WorkflowFacts, number: int | None = None, **changes: Any) -> 
     return replace(facts, document=document.model_copy(update=changes))
 
 
-def rules(facts: WorkflowFacts) -> set[str]:
+def rules(facts: WorkflowRecord) -> set[str]:
     """Return the rules that are broken; each says where and what to do."""
     found = check_workflow(facts, {})
     assert all("task" in one.place and one.what and one.remedy for one in found), found
     return {one.rule for one in found}
 
 
-def with_handoff(facts: WorkflowFacts, number: int, **changes: Any) -> WorkflowFacts:
+def with_handoff(facts: WorkflowRecord, number: int, **changes: Any) -> WorkflowRecord:
     """Return facts with one handoff changed."""
     id_ = f"run/task/{number}"
     return replace(facts, handoffs={**facts.handoffs, id_: facts.handoffs[id_].model_copy(update=changes)})
@@ -93,11 +95,11 @@ def test_a_whole_record_breaks_no_rule() -> None:
     begun = changed(facts, 2, status=PhaseStatus.IN_PROGRESS, ended=None, handoff=None, verdict=None)
     kept = {id_: one for id_, one in facts.handoffs.items() if one.attempt < 3}
     assert rules(changed(replace(begun, handoffs=kept), status=TaskStatus.RUNNING)) == set()
-    assert rules(WorkflowFacts("run", "task", Workflow(), TaskDocument(status=TaskStatus.DONE))) == set()
+    assert rules(WorkflowRecord("run", "task", Workflow(), TaskDocument(status=TaskStatus.DONE))) == set()
     # A second way through the last two phases, after a rejection.
     rejected = handoff("review", 3, None, data={"verdict": "reject", "findings": [{"message": "m"}]})
-    first = acknowledged(facts.handoffs["run/task/1"], "build", 4, 4.0)
-    fourth = acknowledged(handoff("build", 4, "review"), "review", 5, 5.0)
+    first = acknowledge(facts.handoffs["run/task/1"], "build", 4, 4.0)
+    fourth = acknowledge(handoff("build", 4, "review"), "review", 5, 5.0)
     phases = (
         *document.phases[:2],
         document.phases[2].model_copy(update={"verdict": "reject"}),
@@ -178,10 +180,10 @@ def session(attempt: int, status: SessionStatus, updated: float) -> SessionConte
 @pytest.mark.parametrize(
     ("attempt", "status", "age", "found"),
     [
-        (3, SessionStatus.DONE, IDLE_AFTER + 1, {"sessions.idle"}),
-        (3, SessionStatus.DONE, IDLE_AFTER - 1, set()),
-        (3, SessionStatus.WORKING, IDLE_AFTER * 9, set()),
-        (2, SessionStatus.DONE, IDLE_AFTER * 9, set()),
+        (3, SessionStatus.DONE, IDLE_LIMIT + 1, {"sessions.idle"}),
+        (3, SessionStatus.DONE, IDLE_LIMIT - 1, set()),
+        (3, SessionStatus.WORKING, IDLE_LIMIT * 9, set()),
+        (2, SessionStatus.DONE, IDLE_LIMIT * 9, set()),
         (9, SessionStatus.WORKING, 0.0, {"sessions.stray"}),
     ],
 )

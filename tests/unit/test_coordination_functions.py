@@ -6,14 +6,20 @@ import re
 from pathlib import Path
 from typing import Final
 
-from orchestrator.client.commands import LARGEST_HANDOFF, LARGEST_REQUEST, LARGEST_SHARED, LONGEST_WAIT
-from orchestrator.client.strict_json import DEEPEST
-from orchestrator.domain.scheduling.holdings import LONGEST_OWNED, MOST_OWNED
-from orchestrator.domain.sessions.contexts import LONGEST_MESSAGE, STALE_AFTER, SessionContext
-from orchestrator.domain.sessions.notes import LONGEST_BLOCK, LONGEST_PATHS, LONGEST_TEXT, MOST_NOTES, MOST_OF_TASK
+from orchestrator.client.commands import MAX_HANDOFF_BYTES, MAX_REQUEST_BYTES, MAX_SHARED_BYTES, MAX_WAIT_SECONDS
+from orchestrator.client.strict_json import MAX_DEPTH
+from orchestrator.domain.scheduling.holdings import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS
+from orchestrator.domain.sessions.contexts import MAX_MESSAGE_CHARS, STALE_CONTEXT_SECONDS, SessionContext
+from orchestrator.domain.sessions.notes import (
+    MAX_BLOCK_CHARS,
+    MAX_NOTES,
+    MAX_PATHS_CHARS,
+    MAX_TASK_NOTES,
+    MAX_TEXT_BYTES,
+)
 from orchestrator.engine.session_api import details
-from orchestrator.engine.session_api.shared_values import LONGEST_KEY, MOST_BYTES, MOST_KEYS, PATIENCE
-from tests.functions import FunctionsContract, check_test, rows, sections
+from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, MAX_BYTES, MAX_KEY_LENGTH, MAX_KEYS
+from tests.functions import ReplacedFunctionsContract, check_test, rows, sections
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/coordination.md").read_text()
@@ -40,7 +46,7 @@ _WORDS: Final = {
 }
 
 
-class TestFunctions(FunctionsContract):
+class TestFunctions(ReplacedFunctionsContract):
     """Of both tables."""
 
     functions = FUNCTIONS
@@ -70,14 +76,14 @@ def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
     told = {name for row in rows(sections(PAGE)["What a session is at"]) for name in re.findall(r"`(\w+)`", row[0])}
     assert told == set(SessionContext.model_fields)
     text = " ".join(PAGE.split())
-    assert (STALE_AFTER, LONGEST_MESSAGE) == (1800, 500)
-    for bound in (f"up to {LONGEST_TEXT // 1024} KiB", f"Of {MOST_NOTES} the oldest", f"most {LONGEST_BLOCK:,} char",
-                  f"up to {LONGEST_PATHS:,} characters", f"task's {MOST_OF_TASK} ",
-                  f"{MOST_OWNED:,} paths of {LONGEST_OWNED:,} characters"):  # fmt: skip
+    assert (STALE_CONTEXT_SECONDS, MAX_MESSAGE_CHARS) == (1800, 500)
+    for bound in (f"up to {MAX_TEXT_BYTES // 1024} KiB", f"Of {MAX_NOTES} the oldest", f"most {MAX_BLOCK_CHARS:,} char",
+                  f"up to {MAX_PATHS_CHARS:,} characters", f"task's {MAX_TASK_NOTES} ",
+                  f"{MAX_OWNED_PATTERNS:,} paths of {MAX_OWNED_CHARS:,} characters"):  # fmt: skip
         assert bound in text
-    assert f"at most {LARGEST_SHARED >> 10} KiB; a run has up to {MOST_KEYS} of them, of {MOST_BYTES >> 20} MiB" in text
-    assert f"up to {LONGEST_KEY} characters" in text
-    assert f"gives up after {PATIENCE:g} s (`--timeout`, at most {LONGEST_WAIT:g} s)" in text
-    assert f"at most {LARGEST_HANDOFF >> 20} MiB of JSON in UTF-8, nested at most {DEEPEST} deep" in text
-    assert f"has at most {LARGEST_REQUEST / (1 << 20):g} MiB" in text
-    assert f"{details.LONGEST_DIFF:,} characters, the log to the last {details.LONGEST_LOG:,}" in text
+    assert f"at most {MAX_SHARED_BYTES >> 10} KiB; a run has up to {MAX_KEYS} of them, of {MAX_BYTES >> 20} MiB" in text
+    assert f"up to {MAX_KEY_LENGTH} characters" in text
+    assert f"gives up after {DEFAULT_WAIT:g} s (`--timeout`, at most {MAX_WAIT_SECONDS:g} s)" in text
+    assert f"at most {MAX_HANDOFF_BYTES >> 20} MiB of JSON in UTF-8, nested at most {MAX_DEPTH} deep" in text
+    assert f"has at most {MAX_REQUEST_BYTES / (1 << 20):g} MiB" in text
+    assert f"{details.MAX_DIFF_LENGTH:,} characters, the log to the last {details.MAX_LOG_LENGTH:,}" in text

@@ -12,11 +12,16 @@ from click.testing import CliRunner
 
 from adapters.command import CommandAdapter
 from orchestrator.cli.core.coordination_options import coordination_options
-from orchestrator.config.coordination import VARIABLES, CoordinationOverrides, coordinate, read_environment
+from orchestrator.config.coordination import (
+    ENVIRONMENT_VARIABLES,
+    CoordinationOverrides,
+    read_environment,
+    resolve_coordination,
+)
 from orchestrator.config.load import load_config
 from orchestrator.config.model import CoordinationConfig
 from orchestrator.config.schema import CoordinationSettings
-from orchestrator.domain.scheduling.claims import Timing
+from orchestrator.domain.scheduling.claims import ClaimTiming
 from orchestrator.errors import ConfigError, RefusedError
 from tests.unit.test_config_load import SMALLEST
 
@@ -34,15 +39,15 @@ def loaded(folder: Path, section: str) -> CoordinationConfig:
 
 def refused(environ: dict[str, str], options: CoordinationOverrides | None = None) -> str:
     with pytest.raises(RefusedError) as caught:
-        coordinate(DEFAULT, environ, options)
+        resolve_coordination(DEFAULT, environ, options)
     return str(caught.value)
 
 
 def test_the_example_of_an_environment_has_each_variable_with_its_default() -> None:
     """`.env.example` changes nothing where it is taken as it is, and names nothing else."""
-    assert LINES.keys() == set(VARIABLES.values())
-    assert read_environment(LINES).given() == {key: getattr(DEFAULT, key) for key in VARIABLES}
-    assert coordinate(DEFAULT, LINES) == DEFAULT
+    assert LINES.keys() == set(ENVIRONMENT_VARIABLES.values())
+    assert read_environment(LINES).given() == {key: getattr(DEFAULT, key) for key in ENVIRONMENT_VARIABLES}
+    assert resolve_coordination(DEFAULT, LINES) == DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -58,16 +63,16 @@ def test_the_example_of_an_environment_has_each_variable_with_its_default() -> N
 )
 def test_each_variable_is_read(variable: str, text: str, key: str, value: float | bool) -> None:
     """It stands above what the file says, and an empty one says nothing."""
-    assert coordinate(DEFAULT, {variable: text}) == DEFAULT.model_copy(update={key: value})
-    assert coordinate(DEFAULT, {variable: " "}) == DEFAULT
+    assert resolve_coordination(DEFAULT, {variable: text}) == DEFAULT.model_copy(update={key: value})
+    assert resolve_coordination(DEFAULT, {variable: " "}) == DEFAULT
 
 
 def test_options_stand_above_the_environment_and_that_above_the_file(tmp_path: Path) -> None:
     """Key by key: what is not given in one place comes from the next."""
     file = loaded(tmp_path, "{heartbeat: 10s, stale: 100s, max_retries: 7, when_unreachable: continue}")
     environ = {"SHARED_STATE_STALE_THRESHOLD_MS": "200000", "SHARED_STATE_MAX_RETRIES": "8"}
-    found = coordinate(file, environ, CoordinationOverrides(max_retries=9))
-    assert found.timing() == Timing(heartbeat=10.0, stale=200.0, owner_stale=600.0, sweep=90.0, max_retries=9)
+    found = resolve_coordination(file, environ, CoordinationOverrides(max_retries=9))
+    assert found.timing() == ClaimTiming(heartbeat=10.0, stale=200.0, owner_stale=600.0, sweep=90.0, max_retries=9)
     assert found.when_unreachable == "continue"
 
 
@@ -75,8 +80,8 @@ def test_a_file_that_says_nothing_gets_the_defaults(tmp_path: Path) -> None:
     """Which are the same in the file's schema, in the resolved run, and in decisions."""
     assert loaded(tmp_path, "{}") == DEFAULT
     assert CoordinationSettings().model_dump() == DEFAULT.model_dump()
-    assert DEFAULT.timing() == Timing()
-    assert asdict(Timing()) == {
+    assert DEFAULT.timing() == ClaimTiming()
+    assert asdict(ClaimTiming()) == {
         "heartbeat": 60.0,
         "stale": 300.0,
         "owner_stale": 600.0,

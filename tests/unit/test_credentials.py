@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.sandbox.credentials import credentials_of
+from orchestrator.sandbox.credentials import find_credentials
 
 
 def made(path: Path) -> Path:
@@ -26,8 +26,8 @@ def test_credentials_are_found_at_home_and_where_variables_say(tmp_path: Path) -
         "GNUPGHOME": str(moved / "gnupg"),
         "NETRC": "",
     }
-    hidden = credentials_of(environ)
+    hidden = find_credentials(environ)
     for path in (*found, *elsewhere):
         assert any(path.is_relative_to(one) for one in hidden), path
     assert all(one.exists() for one in hidden)
-    assert credentials_of({}) == credentials_of({"HOME": "relative"}) == ()
+    assert find_credentials({}) == find_credentials({"HOME": "relative"}) == ()

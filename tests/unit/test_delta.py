@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.documents.delta import Delta, Modified, apply, compare, lines, revert, to_json
+from orchestrator.domain.documents.delta import (
+    Delta,
+    Modified,
+    apply_delta,
+    compute_delta,
+    delta_to_json,
+    format_delta,
+    revert_delta,
+)
 from orchestrator.errors import RefusedError
 
 OLD = {
@@ -27,7 +35,7 @@ NEW = {
 
 def test_a_delta_has_what_was_added_modified_and_removed() -> None:
     """By path: into objects and lists of objects; other lists are one value, and so is what is new as a whole."""
-    assert compare(OLD, NEW) == Delta(
+    assert compute_delta(OLD, NEW) == Delta(
         added={("attempts", 1): {"number": 2}, ("landed",): {"commit": "c0ffee"}},
         modified={
             ("status",): Modified("running", "landed"),
@@ -41,7 +49,7 @@ def test_a_delta_has_what_was_added_modified_and_removed() -> None:
 
 def test_a_line_says_what_a_change_is() -> None:
     """In order of the paths; a null is a value, and what is absent is none."""
-    assert lines(compare(OLD, NEW)) == [
+    assert format_delta(compute_delta(OLD, NEW)) == [
         "attempts[0].ended: null → 2.5",
         'attempts[1]: absent → {"number": 2}',
         'landed: absent → {"commit": "c0ffee"}',
@@ -55,24 +63,24 @@ def test_a_line_says_what_a_change_is() -> None:
 
 def test_a_long_value_is_shortened_in_its_middle() -> None:
     """Its beginning and its end are shown, and no more characters than were asked for."""
-    (line,) = lines(compare({"log": "a" * 500 + "end"}, {"log": "\x1b[2J\n"}), longest=12)
+    (line,) = format_delta(compute_delta({"log": "a" * 500 + "end"}, {"log": "\x1b[2J\n"}), longest=12)
     assert line == r'log: "aaaaaaa…nd" → "\u001b[…\n"'
     for longest in range(1, 9):
-        (line,) = lines(compare({"n": 10**20}, {"n": 0}), longest)
+        (line,) = format_delta(compute_delta({"n": 10**20}, {"n": 0}), longest)
         assert len(line) == len("n:  → 0") + longest
 
 
 def test_a_list_that_becomes_an_object_is_one_change() -> None:
     """An empty list and an empty object have no items, and are not the same."""
-    assert compare({"x": []}, {"x": {}}).modified == {("x",): Modified([], {})}
-    assert compare({"x": [{}]}, {"x": [{}, 1]}).modified == {("x",): Modified([{}], [{}, 1])}
-    assert compare({"x": []}, {"x": []}) == Delta({}, {}, {})
+    assert compute_delta({"x": []}, {"x": {}}).modified == {("x",): Modified([], {})}
+    assert compute_delta({"x": [{}]}, {"x": [{}, 1]}).modified == {("x",): Modified([{}], [{}, 1])}
+    assert compute_delta({"x": []}, {"x": []}) == Delta({}, {}, {})
 
 
 def test_the_order_of_members_is_no_difference() -> None:
     """Nor in an object inside a list that is one value."""
     one, other = {"a": 1, "b": 2}, {"b": 2, "a": 1}
-    assert compare({"x": one, "y": [1, one], "z": [one]}, {"z": [other], "y": [1, other], "x": other}) == Delta(
+    assert compute_delta({"x": one, "y": [1, one], "z": [one]}, {"z": [other], "y": [1, other], "x": other}) == Delta(
         {}, {}, {}
     )
 
@@ -80,15 +88,15 @@ def test_the_order_of_members_is_no_difference() -> None:
 def test_records_at_the_end_of_a_list_come_and_go() -> None:
     """Several at once, in their order."""
     one, three = {"x": [{"n": 1}]}, {"x": [{"n": 1}, {"n": 2}, {"n": 3}]}
-    delta = compare(one, three)
+    delta = compute_delta(one, three)
     assert delta == Delta({("x", 1): {"n": 2}, ("x", 2): {"n": 3}}, {}, {})
-    assert (apply(one, delta), revert(three, delta)) == (three, one)
-    assert revert(one, compare(three, one)) == three
+    assert (apply_delta(one, delta), revert_delta(three, delta)) == (three, one)
+    assert revert_delta(one, compute_delta(three, one)) == three
 
 
 def test_an_exported_delta_is_plain_json() -> None:
     """Paths are lists there, for a JSON object has only text for names."""
-    assert to_json(compare({"x": [{}], "z": 1}, {"x": [{"y": 2}], "n": [], "z": 3})) == {
+    assert delta_to_json(compute_delta({"x": [{}], "z": 1}, {"x": [{"y": 2}], "n": [], "z": 3})) == {
         "added": [{"path": ["x", 0, "y"], "new": 2}, {"path": ["n"], "new": []}],
         "modified": [{"path": ["z"], "old": 1, "new": 3}],
         "removed": [],
@@ -108,25 +116,25 @@ def test_an_exported_delta_is_plain_json() -> None:
 )
 def test_a_delta_of_another_version_is_refused(document: dict[str, Any], what: str) -> None:
     """It says where the document is not what the delta was made from, and the document stays as it is."""
-    delta = compare({"a": 1, "l": [{}]}, {"a": 3, "l": [{}, {}], "n": 4})
+    delta = compute_delta({"a": 1, "l": [{}]}, {"a": 3, "l": [{}, {}], "n": 4})
     with pytest.raises(RefusedError) as caught:
-        apply(document, delta)
+        apply_delta(document, delta)
     assert caught.value.what == what
 
 
 def test_the_rest_of_a_longer_list_is_not_cut_off() -> None:
     """What was removed from the end is not removed from the middle."""
-    delta = compare({"l": [{}, {}]}, {"l": [{}]})
+    delta = compute_delta({"l": [{}, {}]}, {"l": [{}]})
     with pytest.raises(RefusedError) as caught:
-        apply({"l": [{}, {}, {"n": 1}]}, delta)
+        apply_delta({"l": [{}, {}, {"n": 1}]}, delta)
     assert caught.value.what == "l[1] is not the last"
 
 
 def test_what_is_no_object_has_no_place_for_a_field() -> None:
     """A text has none, nor a list."""
-    delta = compare({"x": {}}, {"x": {"y": 1}})
+    delta = compute_delta({"x": {}}, {"x": {"y": 1}})
     others: list[Any] = [5, [], None]
     for value in others:
         with pytest.raises(RefusedError) as caught:
-            apply({"x": value}, delta)
+            apply_delta({"x": value}, delta)
         assert caught.value.what == "there is no place for x.y"

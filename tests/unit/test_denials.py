@@ -11,8 +11,8 @@ from adapters.codex import CodexAdapter, CodexOptions
 from adapters.gemini import GeminiAdapter, GeminiOptions
 from adapters.opencode import OpencodeAdapter, OpencodeOptions
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.outcome import Denials, Exit, Failed, Limits, judge
-from orchestrator.protocols import Adapter, Denied
+from orchestrator.domain.runs.outcome import Failed, ProcessExit, SessionLimits, ToolDenials, judge_outcome
+from orchestrator.protocols import Adapter, ToolDenied
 from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS
@@ -61,8 +61,8 @@ def test_a_session_that_ended_at_once_still_names_what_it_was_denied() -> None:
 
 
 def test_nothing_changed_because_of_denials_is_said_to_be() -> None:
-    denials = Denials.of([("Bash(make)", ""), ("Bash(make)", "allow it"), *((f"Write({n})", "") for n in "abc")])
-    outcome = judge(Exit("exit", 0, None, None), Limits(1.0), None, None, None, denials=denials)
+    denials = ToolDenials.of([("Bash(make)", ""), ("Bash(make)", "allow it"), *((f"Write({n})", "") for n in "abc")])
+    outcome = judge_outcome(ProcessExit("exit", 0, None, None), SessionLimits(1.0), None, None, None, denials=denials)
     assert isinstance(outcome, Failed)
     assert outcome.failure is FailureClass.NO_CHANGE
     told = "5 tools denied: Bash(make), Write(a), Write(b), …: allow it"
@@ -70,5 +70,5 @@ def test_nothing_changed_because_of_denials_is_said_to_be() -> None:
 
 
 def test_of_very_many_denials_the_first_are_kept() -> None:
-    said = reduce(Transcript.after, (Denied("Bash", str(n)) for n in range(2000)), Transcript())
+    said = reduce(Transcript.after, (ToolDenied("Bash", str(n)) for n in range(2000)), Transcript())
     assert (said.denials.count, len(said.denials.tools)) == (1000, 20)

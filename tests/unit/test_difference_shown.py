@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from orchestrator.cli.render.output import Output, plain, spelled
+from orchestrator.cli.render.output import Output, escape_unprintable, printable
 
 HIDING = {
     "conceal": "\x1b[8m",
@@ -63,7 +63,7 @@ def test_nothing_hides_a_line_of_a_difference(
     assert second.startswith("+import os; ")
     assert second.endswith("os.system('evil') # fine")
     assert re.search(r"\^.|<U\+[0-9A-F]{4,6}>", second)
-    assert HIDING[what] not in plain(line)
+    assert HIDING[what] not in printable(line)
 
 
 def test_a_difference_for_a_program_is_exact(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -76,4 +76,4 @@ def test_a_difference_for_a_program_is_exact(capfdbinary: pytest.CaptureFixture[
 def test_what_can_be_seen_is_left_as_it_is() -> None:
     """Letters of any script, tabs, and pictures in either style."""
     for text in ("\tif x:", "naïve «ça»", "日本語", "✔\ufe0f done", "e\u0301"):
-        assert spelled(text) == text
+        assert escape_unprintable(text) == text

@@ -5,29 +5,38 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.domain.runs.model import TaskStatus
-from orchestrator.domain.scheduling.dispatch import AGING, Board, Entry, decide
+from orchestrator.domain.scheduling.dispatch import AGING_SECONDS, DispatchBoard, DispatchEntry, choose_tasks
 
 
-def started(board: Board, free: int = 9, now: float = 0.0) -> list[str]:
+def started(board: DispatchBoard, free: int = 9, now: float = 0.0) -> list[str]:
     """Return the tasks that a decision starts."""
-    return decide(board, free, now)
+    return choose_tasks(board, free, now)
 
 
-def owners(**owns: str) -> dict[str, Entry]:
+def owners(**owns: str) -> dict[str, DispatchEntry]:
     """Return tasks by what they own, each with an adapter of its own name."""
-    return {task: Entry(adapter=task, owns=(pattern,)) for task, pattern in owns.items()}
+    return {task: DispatchEntry(adapter=task, owns=(pattern,)) for task, pattern in owns.items()}
 
 
 def test_the_higher_priority_starts_first_and_the_file_decides_between_equals() -> None:
     """Priority, then the file's order."""
-    board = Board({"a": Entry(), "b": Entry(priority=2), "c": Entry(priority=-1), "d": Entry(priority=2)})
+    board = DispatchBoard(
+        {
+            "a": DispatchEntry(),
+            "b": DispatchEntry(priority=2),
+            "c": DispatchEntry(priority=-1),
+            "d": DispatchEntry(priority=2),
+        }
+    )
     assert started(board) == ["b", "d", "a", "c"]
 
 
-@pytest.mark.parametrize(("age", "first"), [(AGING * 2 - 1, "new"), (AGING * 2 + 1, "old")])
+@pytest.mark.parametrize(("age", "first"), [(AGING_SECONDS * 2 - 1, "new"), (AGING_SECONDS * 2 + 1, "old")])
 def test_waiting_makes_up_for_priority(age: float, first: str) -> None:
-    """A task that has waited `AGING` seconds longer for each level is ahead."""
-    board = Board({"gate": Entry(), "old": Entry(), "new": Entry(("gate",), priority=2)})
+    """A task that has waited `AGING_SECONDS` seconds longer for each level is ahead."""
+    board = DispatchBoard(
+        {"gate": DispatchEntry(), "old": DispatchEntry(), "new": DispatchEntry(("gate",), priority=2)}
+    )
     board.wait("gate", 10**9)
     assert started(board, 0, now=5000.0) == []
     board.landed("gate")
@@ -36,7 +45,7 @@ def test_waiting_makes_up_for_priority(age: float, first: str) -> None:
 
 def test_a_retry_waits_since_its_time_came() -> None:
     """What comes back from a wait is behind what was ready before that."""
-    board = Board({"a": Entry(), "b": Entry()})
+    board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry()})
     assert started(board, 1) == ["a"]
     board.wait("a", 5.0)
     assert started(board, 1, now=9.0) == ["b"]
@@ -45,7 +54,9 @@ def test_a_retry_waits_since_its_time_came() -> None:
 
 def test_an_adapter_has_a_capacity_of_its_own() -> None:
     """A full adapter lets others pass; each session that is over makes room for one more."""
-    board = Board({"a": Entry(adapter="x"), "b": Entry(adapter="x"), "c": Entry(adapter="y")}, {"x": 1})
+    board = DispatchBoard(
+        {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="x"), "c": DispatchEntry(adapter="y")}, {"x": 1}
+    )
     assert started(board) == ["a", "c"]
     board.built("a")
     assert board.running() == 1
@@ -54,7 +65,7 @@ def test_an_adapter_has_a_capacity_of_its_own() -> None:
 
 def test_a_parked_adapter_starts_at_its_time() -> None:
     """Others go on meanwhile; the longest of two parks counts."""
-    board = Board({"a": Entry(adapter="x"), "b": Entry(adapter="y")})
+    board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
     board.park("x", 60.0)
     board.park("x", 30.0)
     assert started(board, now=1.0) == ["b"]
@@ -66,7 +77,7 @@ def test_a_parked_adapter_starts_at_its_time() -> None:
 
 def test_a_park_is_waited_for_only_where_something_is_to_start() -> None:
     """Neither an adapter without tasks nor a closed one names a time."""
-    board = Board({"a": Entry(adapter="x"), "b": Entry(adapter="y")})
+    board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
     board.park("z", 60.0)
     assert started(board) == ["a", "b"]
     board.park("x", 50.0)
@@ -79,7 +90,9 @@ def test_a_park_is_waited_for_only_where_something_is_to_start() -> None:
 
 def test_tasks_of_a_closed_adapter_are_no_work() -> None:
     """Neither ready nor waiting ones start again; what they hold up is not blocked, only left."""
-    board = Board({"a": Entry(adapter="x"), "b": Entry(("a",), adapter="y"), "c": Entry(adapter="y")})
+    board = DispatchBoard(
+        {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(("a",), adapter="y"), "c": DispatchEntry(adapter="y")}
+    )
     board.close("x", "its login failed")
     assert started(board) == ["c"]
     assert (board.has_work(), dict(board.closed), board.blocked) == (False, {"x": "its login failed"}, {})
@@ -88,7 +101,7 @@ def test_tasks_of_a_closed_adapter_are_no_work() -> None:
 @pytest.mark.parametrize("end", ["landed", "ended", "wait"])
 def test_paths_are_free_when_their_task_is_live_no_more(end: str) -> None:
     """Whoever owns the path too starts when the first has landed, has ended, or waits; not when it is only built."""
-    board = Board(owners(a="src/**", b="src/app.py", c="docs/"))
+    board = DispatchBoard(owners(a="src/**", b="src/app.py", c="docs/"))
     assert started(board) == ["a", "c"]
     assert board.has_work()
     board.built("a")
@@ -99,7 +112,7 @@ def test_paths_are_free_when_their_task_is_live_no_more(end: str) -> None:
 
 def test_what_is_held_by_a_built_task_alone_is_no_work() -> None:
     """Nothing but a landing lets it start, and a scheduler that gave up landing has to end."""
-    board = Board(owners(a="src/**", b="src/app.py"))
+    board = DispatchBoard(owners(a="src/**", b="src/app.py"))
     started(board)
     assert board.has_work()
     board.built("a")
@@ -111,7 +124,7 @@ def test_what_is_held_by_a_built_task_alone_is_no_work() -> None:
 
 def test_the_best_placed_held_task_reserves_its_paths() -> None:
     """What overlaps with it and comes behind it waits, so that it starts as soon as its paths are free."""
-    board = Board(owners(live="a", held="*", behind="b", other="c/d"))
+    board = DispatchBoard(owners(live="a", held="*", behind="b", other="c/d"))
     assert started(board) == ["live", "other"]
     board.landed("live")
     assert started(board) == ["held"]
@@ -122,11 +135,11 @@ def test_the_best_placed_held_task_reserves_its_paths() -> None:
 def test_a_better_placed_held_task_takes_the_reservation_over() -> None:
     """What only the former reservation held up starts."""
     tasks = owners(live="a", former="*.py", behind="x.py") | {
-        "gate": Entry(),
-        "better": Entry(("gate",), "z", 5, ("a",)),
+        "gate": DispatchEntry(),
+        "better": DispatchEntry(("gate",), "z", 5, ("a",)),
     }
-    tasks["former"] = Entry(adapter="former", owns=("*.py", "a"))
-    board = Board(tasks)
+    tasks["former"] = DispatchEntry(adapter="former", owns=("*.py", "a"))
+    board = DispatchBoard(tasks)
     assert started(board) == ["live", "gate"]
     board.landed("gate")
     assert started(board) == ["behind"]
@@ -137,7 +150,7 @@ def test_a_better_placed_held_task_takes_the_reservation_over() -> None:
 )
 def test_a_held_task_that_can_not_start_anyway_reserves_nothing(what: str, later: list[str]) -> None:
     """Whether its adapter is parked or closed, or it was cancelled: what waited for it goes on at once."""
-    board = Board(owners(live="a", held="*", behind="b"))
+    board = DispatchBoard(owners(live="a", held="*", behind="b"))
     assert started(board) == ["live"]
     match what:
         case "park":
@@ -155,8 +168,8 @@ def test_a_held_task_that_can_not_start_anyway_reserves_nothing(what: str, later
 
 def test_a_reservation_outlasts_a_full_adapter() -> None:
     """What overlaps with it does not slip in while it waits for room at its adapter."""
-    tasks = owners(live="a", held="*", behind="b") | {"full": Entry(adapter="held", owns=("f/g",))}
-    board = Board(tasks, {"held": 1})
+    tasks = owners(live="a", held="*", behind="b") | {"full": DispatchEntry(adapter="held", owns=("f/g",))}
+    board = DispatchBoard(tasks, {"held": 1})
     assert started(board) == ["live", "full"]
     board.landed("live")
     assert started(board) == []
@@ -167,7 +180,15 @@ def test_a_reservation_outlasts_a_full_adapter() -> None:
 
 def test_a_revived_task_and_what_only_it_blocked_are_pending_again() -> None:
     """What another need blocks too stays blocked, and names that one."""
-    board = Board({"a": Entry(), "b": Entry(), "c": Entry(("a",)), "d": Entry(("a", "b")), "e": Entry(("c", "d"))})
+    board = DispatchBoard(
+        {
+            "a": DispatchEntry(),
+            "b": DispatchEntry(),
+            "c": DispatchEntry(("a",)),
+            "d": DispatchEntry(("a", "b")),
+            "e": DispatchEntry(("c", "d")),
+        }
+    )
     started(board)
     board.ended("a")
     board.ended("b")
@@ -184,7 +205,7 @@ def test_a_revived_task_and_what_only_it_blocked_are_pending_again() -> None:
 
 def test_a_cancelled_task_that_was_blocked_is_ended_itself() -> None:
     """It is blocked no more; revived, it is blocked again as long as its need is."""
-    board = Board({"a": Entry(), "b": Entry(("a",)), "c": Entry(("b",))})
+    board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("b",))})
     started(board)
     board.ended("a")
     board.ended("b")
@@ -197,7 +218,7 @@ def test_a_cancelled_task_that_was_blocked_is_ended_itself() -> None:
 
 def test_a_cancelled_task_that_was_ready_or_waited_does_not_start() -> None:
     """Cancelling is an end from wherever a task stands."""
-    board = Board({"a": Entry(), "b": Entry(), "c": Entry()})
+    board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(), "c": DispatchEntry()})
     assert started(board, 1) == ["a"]
     board.wait("a", 5.0)
     board.ended("a")
@@ -209,7 +230,7 @@ def test_a_cancelled_task_that_was_ready_or_waited_does_not_start() -> None:
 
 def test_a_board_under_way_keeps_the_paths_of_what_is_built() -> None:
     """After a resume, too, nothing that overlaps starts before it has landed."""
-    board = Board.of(owners(a="src/", b="src/*", c="docs"), {"a": TaskStatus.QUEUED}, {})
+    board = DispatchBoard.of(owners(a="src/", b="src/*", c="docs"), {"a": TaskStatus.QUEUED}, {})
     assert started(board) == ["c"]
     assert board.running() == 1
     board.landed("a")
@@ -218,27 +239,27 @@ def test_a_board_under_way_keeps_the_paths_of_what_is_built() -> None:
 
 def test_a_dependent_that_landed_before_its_need_was_lost_is_not_blocked() -> None:
     """Blocked is only what has not landed."""
-    tasks = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("b",))}
-    board = Board.of(tasks, {"a": TaskStatus.CONFLICT, "b": TaskStatus.LANDED}, {})
+    tasks = {"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("b",))}
+    board = DispatchBoard.of(tasks, {"a": TaskStatus.CONFLICT, "b": TaskStatus.LANDED}, {})
     assert board.blocked == {}
     assert started(board) == ["c"]
 
 
 def test_a_start_does_not_hold_once_its_task_was_cancelled_or_revived() -> None:
     """Whoever took a decision a moment ago can ask whether it is still good."""
-    board = Board({"a": Entry()})
-    assert decide(board, 1, 0.0) == ["a"]
+    board = DispatchBoard({"a": DispatchEntry()})
+    assert choose_tasks(board, 1, 0.0) == ["a"]
     assert board.is_running("a")
     board.ended("a")
     assert not board.is_running("a")
     board.revive("a")
     assert not board.is_running("a")
-    assert decide(board, 1, 0.0) == ["a"]
+    assert choose_tasks(board, 1, 0.0) == ["a"]
 
 
 def test_a_fallback_stands_in_only_while_the_adapter_before_it_is_parked() -> None:
     """What did not find room there goes back when the park is over, and takes all the room that there is then."""
-    board = Board({f"t{one}": Entry((), "a", 0, (), ("b",)) for one in range(5)}, {"a": 3, "b": 1})
+    board = DispatchBoard({f"t{one}": DispatchEntry((), "a", 0, (), ("b",)) for one in range(5)}, {"a": 3, "b": 1})
     board.park("a", 10.0)
     assert [(task, board.adapter_of(task)) for task in started(board)] == [("t0", "b")]
     assert board.adapter_of("t1") == "b"
@@ -257,7 +278,7 @@ def test_a_fallback_stands_in_only_while_the_adapter_before_it_is_parked() -> No
 @pytest.mark.parametrize(("is_open", "first"), [(True, []), (False, ["behind"])])
 def test_a_reservation_lasts_as_long_as_an_adapter_is_open(is_open: bool, first: list[str]) -> None:
     """A held task with a fallback keeps its paths from what comes behind it; without one they are free meanwhile."""
-    board = Board(owners(live="a") | {"held": Entry((), "x", 0, ("*",), ("y",))} | owners(behind="b"))
+    board = DispatchBoard(owners(live="a") | {"held": DispatchEntry((), "x", 0, ("*",), ("y",))} | owners(behind="b"))
     assert started(board) == ["live"]
     board.park("x", 50.0)
     if not is_open:
@@ -272,8 +293,12 @@ def test_a_reservation_lasts_as_long_as_an_adapter_is_open(is_open: bool, first:
 
 def test_what_all_the_rest_waits_for_is_told() -> None:
     """Parked adapters of what is left, unless something waits for anything else: an open adapter, or a landing."""
-    tasks = {"a": Entry(adapter="x", fallback=("y", "z")), "b": Entry(adapter="z"), "c": Entry(("b",), "open")}
-    board = Board(tasks)
+    tasks = {
+        "a": DispatchEntry(adapter="x", fallback=("y", "z")),
+        "b": DispatchEntry(adapter="z"),
+        "c": DispatchEntry(("b",), "open"),
+    }
+    board = DispatchBoard(tasks)
     board.park("x", 50.0)
     assert board.awaited() == {}
     board.park("y", 30.0)

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from adapters.command import CommandAdapter
-from adapters.reading import Rule
-from orchestrator.builtin.checklist import Checklist, read_items
-from orchestrator.builtin.jsonlines import JsonLines
-from orchestrator.cli.main import COMMANDS, main
-from orchestrator.cli.render.output import SENTENCES
+from adapters.reading import OutputRule
+from orchestrator.builtin.checklist import ChecklistTracker, read_items
+from orchestrator.builtin.jsonlines import JsonLinesSink
+from orchestrator.cli.main import COMMANDS_BY_SECTION, main
+from orchestrator.cli.render.output import EVENT_MESSAGES
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import (
@@ -42,7 +42,7 @@ from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 from orchestrator.engine.state.transitions import TASK_EVENTS
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionRequest
-from orchestrator.sessions.setup.environment import BASE_ENVIRONMENT
+from orchestrator.sessions.setup.environment import BASE_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,7 +60,7 @@ def test_the_readme_names_every_command() -> None:
 def test_the_list_of_commands_agrees_with_the_commands() -> None:
     """What `--help` says of a command is the first sentence of its own help."""
     for name, command in _commands().items():
-        entry = next(entries[name] for entries in COMMANDS.values() if name in entries)
+        entry = next(entries[name] for entries in COMMANDS_BY_SECTION.values() if name in entries)
         assert (command.help or "").split("\n\n")[0].replace("\n", " ") == entry.help
         assert command.name == name
 
@@ -111,12 +111,12 @@ def test_every_key_is_documented() -> None:
         HandoffSettings,
         ExpansionSettings,
         CommandAdapter.Options,
-        Rule,
-        JsonLines.Options,
-        Checklist.Options,
+        OutputRule,
+        JsonLinesSink.Options,
+        ChecklistTracker.Options,
     )
     keys = {field.alias or name for model in models for name, field in model.model_fields.items()}
-    missing = [key for key in sorted(keys | set(BASE_ENVIRONMENT)) if f"`{key}`" not in CONFIGURATION]
+    missing = [key for key in sorted(keys | set(BASE_VARIABLES)) if f"`{key}`" not in CONFIGURATION]
     assert missing == []
 
 
@@ -173,7 +173,7 @@ def test_the_readme_explains_every_final_state() -> None:
 def test_every_event_and_status_is_documented() -> None:
     """docs/output.md has each event, each status of a run and each field of the result."""
     fields = {field.name for model in (RunReport, TaskReport) for field in dataclasses.fields(model)}
-    names = {*TASK_EVENTS.values(), *SENTENCES, *RunStatus, *TaskStatus, *fields}
+    names = {*TASK_EVENTS.values(), *EVENT_MESSAGES, *RunStatus, *TaskStatus, *fields}
     assert [name for name in sorted(names) if f"`{name}`" not in OUTPUT] == []
 
 

@@ -8,30 +8,45 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.runs.failures import RETRIED, RETRYABLE, FailureClass, Policy, policy_of
-from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, advance
+from orchestrator.domain.runs.failures import (
+    RETRIED_BY_DEFAULT,
+    RETRYABLE,
+    FailureClass,
+    FailurePolicy,
+    get_failure_policy,
+)
+from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, apply_trigger
 from orchestrator.domain.runs.model import (
-    FINAL,
-    REVIVABLE,
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
     AdapterDocument,
     Attempt,
     RunDocument,
     TaskDocument,
     TaskStatus,
 )
-from orchestrator.domain.runs.outcome import Built, Exhausted, Exit, Failed, Interrupted, Limits, Outcome, judge
-from orchestrator.domain.runs.retry import LONGEST_PARK, PARK, Backoff, park_until, retry_delay
-from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
-from orchestrator.engine.reports.report import AdapterReport, ReportPlaces, RunRecord, RunReport, RunStatus, report
+from orchestrator.domain.runs.outcome import (
+    Built,
+    Failed,
+    Interrupted,
+    Outcome,
+    ProcessExit,
+    ResourcesExhausted,
+    SessionLimits,
+    judge_outcome,
+)
+from orchestrator.domain.runs.retry import COOLDOWN_BACKOFF, MAX_COOLDOWN, Backoff, compute_cooldown_end, retry_delay
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.engine.reports.report import AdapterReport, ReportPaths, RunRecord, RunReport, RunStatus, build_report
 from orchestrator.errors import InvalidTransition, RefusedError
-from orchestrator.system.instants import local_time
+from orchestrator.system.instants import format_local_time
 
-DIAMOND = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("a",)), "d": Entry(("b", "c"))}
+DIAMOND = {"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("a",)), "d": DispatchEntry(("b", "c"))}
 
 
-def started(board: Board, free: int, now: float = 0.0) -> list[str]:
+def started(board: DispatchBoard, free: int, now: float = 0.0) -> list[str]:
     """Return the tasks that a decision starts."""
-    return decide(board, free, now)
+    return choose_tasks(board, free, now)
 
 
 @pytest.mark.parametrize(("status", "trigger"), [*itertools.product(TaskStatus, Trigger)])
@@ -40,14 +55,14 @@ def test_every_pair_of_status_and_trigger(status: TaskStatus, trigger: Trigger) 
     task = TaskDocument(status=status)
     if (status, trigger) in TRANSITIONS:
         leaves = TRANSITIONS[status, trigger] is not status
-        by_others = {Trigger.REVIVE, Trigger.ADOPT} if status in REVIVABLE else {Trigger.LOSE}
-        assert status not in FINAL or not leaves or trigger in by_others
-        assert advance("task", task, trigger, reason="why") == TaskDocument(
+        by_others = {Trigger.REVIVE, Trigger.ADOPT} if status in RETRYABLE_STATUSES else {Trigger.LOSE}
+        assert status not in FINAL_STATUSES or not leaves or trigger in by_others
+        assert apply_trigger("task", task, trigger, reason="why") == TaskDocument(
             status=TRANSITIONS[status, trigger], reason="why"
         )
     else:
         with pytest.raises(InvalidTransition) as raised:
-            advance("task 'x'", task, trigger)
+            apply_trigger("task 'x'", task, trigger)
         assert (raised.value.state, raised.value.trigger) == (status, trigger)
 
 
@@ -62,8 +77,8 @@ def test_every_status_is_reachable() -> None:
 
 def test_starts_in_the_order_of_the_file_within_capacity() -> None:
     """Ready tasks start in the file's order, never more than are free."""
-    board = Board({"c": Entry(), "a": Entry(), "b": Entry()})
-    assert decide(board, 2, 0.0) == ["c", "a"]
+    board = DispatchBoard({"c": DispatchEntry(), "a": DispatchEntry(), "b": DispatchEntry()})
+    assert choose_tasks(board, 2, 0.0) == ["c", "a"]
     assert started(board, 0) == []
     assert started(board, 5) == ["b"]
     assert started(board, 5) == []
@@ -71,7 +86,7 @@ def test_starts_in_the_order_of_the_file_within_capacity() -> None:
 
 def test_a_need_must_have_landed_not_just_ended() -> None:
     """A dependent starts when all that it needs has landed."""
-    board = Board(DIAMOND)
+    board = DispatchBoard(DIAMOND)
     assert started(board, 9) == ["a"]
     board.landed("a")
     assert started(board, 9) == ["b", "c"]
@@ -83,7 +98,7 @@ def test_a_need_must_have_landed_not_just_ended() -> None:
 
 def test_a_need_that_is_named_twice_counts_once() -> None:
     """`needs: [a, a]` does not wait for a second landing."""
-    board = Board({"a": Entry(), "b": Entry(("a", "a"))})
+    board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(("a", "a"))})
     started(board, 9)
     board.landed("a")
     assert started(board, 9) == ["b"]
@@ -91,7 +106,7 @@ def test_a_need_that_is_named_twice_counts_once() -> None:
 
 def test_what_needs_a_failed_task_is_blocked_by_it() -> None:
     """The block goes on through the graph, each task naming the need beside it."""
-    board = Board(DIAMOND | {"free": Entry()})
+    board = DispatchBoard(DIAMOND | {"free": DispatchEntry()})
     assert started(board, 1) == ["a"]
     board.ended("a")
     assert board.blocked == {"b": "a", "c": "a", "d": "c"}
@@ -101,7 +116,7 @@ def test_what_needs_a_failed_task_is_blocked_by_it() -> None:
 
 def test_a_blocked_task_stays_blocked_when_its_other_need_lands() -> None:
     """One need in vain is enough."""
-    board = Board({"a": Entry(), "b": Entry(), "c": Entry(("a", "b"))})
+    board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(), "c": DispatchEntry(("a", "b"))})
     started(board, 9)
     board.ended("a")
     board.landed("b")
@@ -110,7 +125,7 @@ def test_a_blocked_task_stays_blocked_when_its_other_need_lands() -> None:
 
 def test_a_waiting_task_starts_at_its_time() -> None:
     """A task that was put off is neither early nor forgotten."""
-    board = Board({"a": Entry(), "b": Entry()})
+    board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry()})
     assert started(board, 9) == ["a", "b"]
     board.wait("a", until=10.0)
     assert board.next_time() == 10.0
@@ -137,7 +152,7 @@ def test_the_board_of_a_run_under_way(
 ) -> None:
     """A board that is made from documents goes on where they stand."""
     full = {task: statuses.get(task, TaskStatus.PENDING) for task in DIAMOND}
-    board = Board.of(DIAMOND, full)
+    board = DispatchBoard.of(DIAMOND, full)
     assert started(board, 9) == starts
     assert board.blocked == blocked
 
@@ -165,32 +180,32 @@ def test_jitter_spreads_between_nothing_and_the_full_wait() -> None:
         (-500.0, 1, 1.0),
         (-500.0, 2, 30.0),
         (10.0, 4, 120.0),
-        (1e12, 1, LONGEST_PARK),
+        (1e12, 1, MAX_COOLDOWN),
     ],
 )
 def test_a_park_lasts_until_the_word_of_the_adapter_or_longer(until: float | None, parks: int, waits: float) -> None:
     """An instant that is given counts, but what proves wrong again and again is believed less each time."""
     now = 1_000_000.0
-    assert park_until(now, None if until is None else now + until, parks) == now + waits
-    assert PARK.initial == 30.0
+    assert compute_cooldown_end(now, None if until is None else now + until, parks) == now + waits
+    assert COOLDOWN_BACKOFF.initial == 30.0
 
 
 @pytest.mark.parametrize("failure", FailureClass)
 def test_every_failure_has_a_policy(failure: FailureClass) -> None:
     """A usage limit parks, a login or a program that is gone closes, all else is as the task says."""
     fixed = {
-        FailureClass.RATE_LIMITED: Policy.PARK,
-        FailureClass.AUTH: Policy.CLOSE,
-        FailureClass.MISSING: Policy.CLOSE,
+        FailureClass.RATE_LIMITED: FailurePolicy.PARK,
+        FailureClass.AUTH: FailurePolicy.CLOSE,
+        FailureClass.MISSING: FailurePolicy.CLOSE,
     }
-    for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED):
-        expected = fixed.get(failure, Policy.RETRY if failure in retried else Policy.FAIL)
-        assert policy_of(failure, retried) is expected
+    for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED_BY_DEFAULT):
+        expected = fixed.get(failure, FailurePolicy.RETRY if failure in retried else FailurePolicy.FAIL)
+        assert get_failure_policy(failure, retried) is expected
     others = {FailureClass.CHECKS_FAILED, FailureClass.ESCAPED, FailureClass.REJECTED}
     assert (failure in RETRYABLE) == (failure not in {*fixed, *others})
 
 
-ENDED_WELL = Exit("exit", 0, None, None)
+ENDED_WELL = ProcessExit("exit", 0, None, None)
 BUSY = Failed(FailureClass.OVERLOADED, "too busy")
 CRASHED = FailureClass.CRASHED
 
@@ -209,20 +224,20 @@ CRASHED = FailureClass.CRASHED
         ),
         (ENDED_WELL, None, None, BUSY, BUSY),
         (ENDED_WELL, "c", "too big", None, Failed(FailureClass.REFUSED, "too big")),
-        (Exit("exit", 3, None, None), "c", None, None, Failed(CRASHED, "the program ended with exit code 3")),
-        (Exit("exit", 3, None, None), "c", "too big", BUSY, BUSY),
-        (Exit("exit", None, 9, None), "c", None, None, Failed(CRASHED, "the program got signal 9")),
-        (Exit("stop", 0, None, None), "c", None, BUSY, Interrupted("the run was stopped")),
-        (Exit("orphaned", None, 9, None), "c", None, None, Interrupted("the run was stopped")),
+        (ProcessExit("exit", 3, None, None), "c", None, None, Failed(CRASHED, "the program ended with exit code 3")),
+        (ProcessExit("exit", 3, None, None), "c", "too big", BUSY, BUSY),
+        (ProcessExit("exit", None, 9, None), "c", None, None, Failed(CRASHED, "the program got signal 9")),
+        (ProcessExit("stop", 0, None, None), "c", None, BUSY, Interrupted("the run was stopped")),
+        (ProcessExit("orphaned", None, 9, None), "c", None, None, Interrupted("the run was stopped")),
         (
-            Exit("exit", None, None, "no memory", exhausted=True),
+            ProcessExit("exit", None, None, "no memory", exhausted=True),
             None,
             None,
             None,
-            Exhausted("the program could not be started: no memory"),
+            ResourcesExhausted("the program could not be started: no memory"),
         ),
         (
-            Exit("exit", None, None, "/x: No such file or directory", missing=True),
+            ProcessExit("exit", None, None, "/x: No such file or directory", missing=True),
             None,
             None,
             None,
@@ -231,57 +246,61 @@ CRASHED = FailureClass.CRASHED
     ],
 )
 def test_outcomes_are_judged_by_facts(
-    exit_: Exit, commit: str | None, refused: str | None, verdict: Failed | None, outcome: Outcome
+    exit_: ProcessExit, commit: str | None, refused: str | None, verdict: Failed | None, outcome: Outcome
 ) -> None:
     """A good exit with a change is built; a program's word counts only against it; anything else failed."""
-    assert judge(exit_, Limits(60.0), commit, refused, verdict) == outcome
+    assert judge_outcome(exit_, SessionLimits(60.0), commit, refused, verdict) == outcome
 
 
 def test_the_last_line_of_standard_error_explains_an_exit_code() -> None:
     """Where the adapter has no word for it; blank lines and rules are none, and a long one is cut."""
-    failed, limits = Exit("exit", 2, None, None), Limits(60.0)
-    told = judge(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
+    failed, limits = ProcessExit("exit", 2, None, None), SessionLimits(60.0)
+    told = judge_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
     assert told == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
-    ruled = judge(failed, limits, None, None, None, errors="  | OSError: no room\n  +-----------\n")
+    ruled = judge_outcome(failed, limits, None, None, None, errors="  | OSError: no room\n  +-----------\n")
     assert ruled == Failed(CRASHED, "the program ended with exit code 2: | OSError: no room")
-    cut = judge(failed, limits, None, None, None, errors="x" * 999)
+    cut = judge_outcome(failed, limits, None, None, None, errors="x" * 999)
     assert cut == Failed(CRASHED, f"the program ended with exit code 2: {'x' * 300}")
-    assert judge(failed, limits, None, None, BUSY, errors="no\n") == BUSY
+    assert judge_outcome(failed, limits, None, None, BUSY, errors="no\n") == BUSY
 
 
 @pytest.mark.parametrize(("commit", "refused"), [("c", None), (None, None), ("c", "it holds a secret")])
 def test_who_admits_that_it_failed_is_believed_whatever_it_has_changed(commit: str | None, refused: str | None) -> None:
     """With a zero exit and half of the work done, a conclusion that failed is a failure; a stop still is a stop."""
-    limits = Limits(60.0)
-    assert judge(Exit("exit", 0, None, None), limits, commit, refused, BUSY, admitted=True) == BUSY
-    assert isinstance(judge(Exit("stop", 0, None, None), limits, commit, refused, BUSY, admitted=True), Interrupted)
+    limits = SessionLimits(60.0)
+    assert judge_outcome(ProcessExit("exit", 0, None, None), limits, commit, refused, BUSY, admitted=True) == BUSY
+    assert isinstance(
+        judge_outcome(ProcessExit("stop", 0, None, None), limits, commit, refused, BUSY, admitted=True), Interrupted
+    )
 
 
 def test_what_did_not_come_to_its_end_has_failed_whatever_it_has_changed() -> None:
     """A zero exit without what the program always says at its end is a failure; words alone are none."""
-    limits = Limits(60.0)
+    limits = SessionLimits(60.0)
     cut = replace(BUSY, unfinished=True)
-    assert judge(Exit("exit", 0, None, None), limits, "c", None, cut) == cut
-    assert judge(Exit("exit", 0, None, None), limits, "c", None, BUSY) == Built("c")
+    assert judge_outcome(ProcessExit("exit", 0, None, None), limits, "c", None, cut) == cut
+    assert judge_outcome(ProcessExit("exit", 0, None, None), limits, "c", None, BUSY) == Built("c")
 
 
 @pytest.mark.parametrize(
     ("exit_", "failure", "fragment"),
     [
-        (Exit("timeout", None, 15, None), FailureClass.TIMEOUT, "90 s"),
-        (Exit("silence", 0, None, None), FailureClass.SILENCE, "7 s"),
-        (Exit("exit", None, None, "no such file"), FailureClass.INVALID, "no such file"),
+        (ProcessExit("timeout", None, 15, None), FailureClass.TIMEOUT, "90 s"),
+        (ProcessExit("silence", 0, None, None), FailureClass.SILENCE, "7 s"),
+        (ProcessExit("exit", None, None, "no such file"), FailureClass.INVALID, "no such file"),
     ],
 )
-def test_a_limit_and_a_missing_program_name_themselves(exit_: Exit, failure: FailureClass, fragment: str) -> None:
+def test_a_limit_and_a_missing_program_name_themselves(
+    exit_: ProcessExit, failure: FailureClass, fragment: str
+) -> None:
     """What ended a session is its failure's class, and the reason has the number to change."""
-    judged = judge(exit_, Limits(90.0, 7.0), "c", None, BUSY)
+    judged = judge_outcome(exit_, SessionLimits(90.0, 7.0), "c", None, BUSY)
     assert isinstance(judged, Failed)
     assert judged.failure is failure
     assert fragment in judged.reason
 
 
-def record(tasks: dict[str, TaskDocument], entries: dict[str, Entry], **adapters: AdapterDocument) -> RunRecord:
+def record(tasks: dict[str, TaskDocument], entries: dict[str, DispatchEntry], **adapters: AdapterDocument) -> RunRecord:
     """Return the record of a run of these tasks."""
     run = RunDocument(
         id="r", config="c", repo="/r", is_url=False, base="main", target="t", capacity=1, session_memory=1,
@@ -292,8 +311,8 @@ def record(tasks: dict[str, TaskDocument], entries: dict[str, Entry], **adapters
 
 def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
     """Report it as of the hundredth second."""
-    places, is_live = ReportPlaces(Path("/logs"), Path("/trusted")), status is RunStatus.RUNNING
-    return report(made, places=places, has_ended=status is None, is_live=is_live, now=100.0)
+    places, is_live = ReportPaths(Path("/logs"), Path("/trusted")), status is RunStatus.RUNNING
+    return build_report(made, places=places, has_ended=status is None, is_live=is_live, now=100.0)
 
 
 def test_a_report_names_what_blocks() -> None:
@@ -303,7 +322,7 @@ def test_a_report_names_what_blocks() -> None:
         "a": TaskDocument(status=TaskStatus.FAILED, attempts=(attempt,), reason="it broke", branch="kept"),
         "b": TaskDocument(),
     }
-    made = reported(record(tasks, {"a": Entry(), "b": Entry(("a",))}), None)
+    made = reported(record(tasks, {"a": DispatchEntry(), "b": DispatchEntry(("a",))}), None)
     assert (made.status, made.exit_code, made.to_json()["exit"]) == (RunStatus.INCOMPLETE, 1, 1)
     assert [(task.state, task.failure, task.reason) for task in made.tasks] == [
         ("failed", "crashed", "it broke"),
@@ -314,7 +333,7 @@ def test_a_report_names_what_blocks() -> None:
 
 def test_a_report_names_adapters_that_can_not_be_used() -> None:
     """A parked adapter says until when; one that is stopped blocks its tasks once nothing is at work."""
-    entries = {"a": Entry(adapter="shut"), "b": Entry(adapter="parked")}
+    entries = {"a": DispatchEntry(adapter="shut"), "b": DispatchEntry(adapter="parked")}
     tasks = {"a": TaskDocument(), "b": TaskDocument()}
     parked, past = AdapterDocument(parked_until=200.0, parks=1), AdapterDocument(parked_until=99.0, parks=1)
     made = record(tasks, entries, shut=AdapterDocument(closed="log in"), parked=parked, past=past)
@@ -328,12 +347,12 @@ def test_a_report_names_adapters_that_can_not_be_used() -> None:
 def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
     """Mending any that is stopped is enough; what is only parked says until when, at work or not."""
     entries = {
-        "both": Entry(adapter="shut", fallback=("barred",)),
-        "parked": Entry(adapter="parked"),
-        "late": Entry(adapter="shut", fallback=("later", "parked", "parked")),
-        "open": Entry(adapter="parked", fallback=("past",)),
-        "needy": Entry(("parked",), "parked"),
-        "failed": Entry(adapter="parked"),
+        "both": DispatchEntry(adapter="shut", fallback=("barred",)),
+        "parked": DispatchEntry(adapter="parked"),
+        "late": DispatchEntry(adapter="shut", fallback=("later", "parked", "parked")),
+        "open": DispatchEntry(adapter="parked", fallback=("past",)),
+        "needy": DispatchEntry(("parked",), "parked"),
+        "failed": DispatchEntry(adapter="parked"),
     }
     tasks = {task: TaskDocument() for task in entries} | {"failed": TaskDocument(status=TaskStatus.FAILED, reason="no")}
     learned = {name: AdapterDocument(parked_until=until) for name, until in (("parked", 200.0), ("later", 300.0))}
@@ -342,7 +361,7 @@ def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
     live, over = ({task.id: task for task in reported(made, one).tasks} for one in (RunStatus.RUNNING, None))
     assert over["both"].state == "blocked"
     assert all(part in str(over["both"].reason) for part in ("'shut': log in", "'barred': no key", "fix one of them"))
-    first, second = local_time(200.0), local_time(300.0)
+    first, second = format_local_time(200.0), format_local_time(300.0)
     for tasks_by_id in (live, over):
         assert {task.id: task.reason for task in tasks_by_id.values() if task.id != "both"} == {
             "parked": f"waits for the adapter 'parked' until {first}",

@@ -17,7 +17,7 @@ from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
 from orchestrator.protocols import Adapter, AdapterType
-from orchestrator.sessions.output.entries import Entries, EntryKind
+from orchestrator.sessions.output.entries import OutputEntryBuilder, OutputEntryKind
 from orchestrator.testing.recordings import read_recordings
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
@@ -46,7 +46,7 @@ def adapter_of(program: str) -> Adapter:
 
 def shown(adapter: Adapter, *lines: str) -> list[str]:
     """Return what is shown of all the lines."""
-    entries = Entries()
+    entries = OutputEntryBuilder()
     found = [entry for line in lines for entry in entries.read(adapter, line)]
     return [entry.line for entry in (*found, *entries.end())]
 
@@ -127,9 +127,9 @@ def test_json_of_which_nothing_is_known_is_shown_as_it_is() -> None:
     """At the end, or once there is so much of it that it can't be a program's greeting."""
     lines = [json.dumps({"step": number}) for number in range(30)]
     assert shown(CUSTOM, *lines[:2]) == lines[:2]
-    entries = Entries()
+    entries = OutputEntryBuilder()
     soon = [entry for line in lines[:20] for entry in entries.read(CUSTOM, line)]
     assert [entry.line for entry in soon] == lines[:20]
-    plain = [entry for line in lines for entry in Entries().read(PLAIN, line)]
+    plain = [entry for line in lines for entry in OutputEntryBuilder().read(PLAIN, line)]
     assert [entry.line for entry in plain] == lines
-    assert {entry.kind for entry in (*soon, *plain)} == {EntryKind.LINE}
+    assert {entry.kind for entry in (*soon, *plain)} == {OutputEntryKind.LINE}

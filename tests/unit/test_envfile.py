@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.security.envfile import values_in
+from orchestrator.domain.security.envfile import parse_env_values
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ from orchestrator.domain.security.envfile import values_in
 )
 def test_all_that_a_value_may_be_taken_for_is_found(text: str, values: set[str]) -> None:
     """Readers differ in quotes, escapes and comments."""
-    assert {value for _, value in values_in(text)} == values
+    assert {value for _, value in parse_env_values(text)} == values
 
 
 def test_a_quote_that_is_never_closed_hides_no_other_line() -> None:
     """What looks like the rest of it may be values of their own."""
-    assert ("B_TOKEN", "plain") in set(values_in('A="open\nB_TOKEN=plain\nC="closed"\n'))
+    assert ("B_TOKEN", "plain") in set(parse_env_values('A="open\nB_TOKEN=plain\nC="closed"\n'))

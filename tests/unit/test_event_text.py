@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.cli.render.output import event_text
 from orchestrator.protocols import Event
-from orchestrator.system.instants import local_time
+from orchestrator.system.instants import format_local_time
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_what_a_run_waits_for_is_told(adapters: list[str], approvals: list[str],
     """Parked adapters with the time when the first is open, and people, without one."""
     until = 1e9 if adapters else None
     event = Event("run.waiting", {"run": "r", "until": until, "adapters": adapters, "approvals": approvals})
-    assert event_text(event) == awaited.format(until=local_time(1e9))
+    assert event_text(event) == awaited.format(until=format_local_time(1e9))
 
 
 @pytest.mark.parametrize(

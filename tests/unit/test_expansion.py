@@ -8,9 +8,9 @@ import pytest
 
 from orchestrator.config.source.names import check_name
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.scheduling.dispatch import Board, Entry, decide, with_parts
-from orchestrator.domain.scheduling.ownership import is_within
-from orchestrator.domain.workflow.expansion import Part, name_of, parts_of
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks, with_subtasks
+from orchestrator.domain.scheduling.ownership import is_covered
+from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan, make_task_name
 from orchestrator.domain.workflow.violations import Violation
 
 
@@ -24,16 +24,16 @@ def task(id_: str, **more: Any) -> dict[str, Any]:
     return {"id": id_, "prompt": f"do {id_}", **more}
 
 
-def parts(given: dict[str, Any], **options: Any) -> list[Part]:
+def parts(given: dict[str, Any], **options: Any) -> list[ExpandedTask]:
     """Return what a plan becomes."""
-    found = parts_of(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
-    assert all(isinstance(one, Part) for one in found), found
-    return [one for one in found if isinstance(one, Part)]
+    found = expand_plan(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
+    assert all(isinstance(one, ExpandedTask) for one in found), found
+    return [one for one in found if isinstance(one, ExpandedTask)]
 
 
 def rules(given: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
     """Return what keeps a plan from becoming tasks: rules and places."""
-    found = parts_of(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
+    found = expand_plan(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
     return [(one.rule, one.place) for one in found if isinstance(one, Violation)]
 
 
@@ -84,12 +84,12 @@ def test_each_rule_is_told_at_its_place(
 )
 def test_whatever_a_plan_calls_its_tasks_is_made_a_name(id_: str) -> None:
     """One that a task of a file could have."""
-    assert check_name(name_of("p-", id_)).startswith("p-")
+    assert check_name(make_task_name("p-", id_)).startswith("p-")
 
 
 def test_names_that_are_cut_stay_apart() -> None:
     """By what was cut off."""
-    assert name_of("p-", "x" * 100 + "1") != name_of("p-", "x" * 100 + "2")
+    assert make_task_name("p-", "x" * 100 + "1") != make_task_name("p-", "x" * 100 + "2")
 
 
 @pytest.mark.parametrize(
@@ -115,15 +115,18 @@ def test_names_that_are_cut_stay_apart() -> None:
 )
 def test_what_is_within_what_is_owned(pattern: str, owned: tuple[str, ...], expected: bool) -> None:
     """Whatever the one names, the other does."""
-    assert is_within(pattern, owned) is expected
+    assert is_covered(pattern, owned) is expected
 
 
-def grown() -> Board:
+def grown() -> DispatchBoard:
     """Return a board where the plan of a task that runs has just become two tasks; another task needs it."""
-    board = Board({"p": Entry(owns=("src/",)), "last": Entry(("p",)), "other": Entry()})
-    assert decide(board, 1, 0.0) == ["p"]
-    board.add({"p-a": Entry(owns=("src/a",)), "p-b": Entry(("p-a",), owns=("src/b",))}, {"p-a": 0.3, "p-b": 0.6})
-    board.need("p", ("p-a", "p-b"))
+    board = DispatchBoard({"p": DispatchEntry(owns=("src/",)), "last": DispatchEntry(("p",)), "other": DispatchEntry()})
+    assert choose_tasks(board, 1, 0.0) == ["p"]
+    board.add(
+        {"p-a": DispatchEntry(owns=("src/a",)), "p-b": DispatchEntry(("p-a",), owns=("src/b",))},
+        {"p-a": 0.3, "p-b": 0.6},
+    )
+    board.set_subtasks("p", ("p-a", "p-b"))
     board.wait("p", 0.0, keeps_paths=True)
     return board
 
@@ -131,54 +134,54 @@ def grown() -> Board:
 def test_a_task_goes_on_when_what_its_plan_became_has_landed() -> None:
     """And what needs it only then; its paths are theirs meanwhile, and they come before later tasks of the file."""
     board = grown()
-    assert decide(board, 9, 0.0) == ["p-a", "other"]
+    assert choose_tasks(board, 9, 0.0) == ["p-a", "other"]
     board.landed("p-a")
-    assert decide(board, 9, 1.0) == ["p-b"]
+    assert choose_tasks(board, 9, 1.0) == ["p-b"]
     board.landed("p-b")
-    assert decide(board, 9, 1.0) == ["p"]
+    assert choose_tasks(board, 9, 1.0) == ["p"]
     board.landed("p")
-    assert decide(board, 9, 1.0) == ["last"]
+    assert choose_tasks(board, 9, 1.0) == ["last"]
 
 
 def test_what_fails_of_a_plan_blocks_the_task_and_what_needs_that() -> None:
     """Until it is tried again."""
     board = grown()
-    decide(board, 9, 1.0)
+    choose_tasks(board, 9, 1.0)
     board.ended("p-a")
     assert board.blocked == {"p": "p-a", "p-b": "p-a", "last": "p"}
     board.revive("p-a")
     assert board.blocked == {}
-    assert decide(board, 9, 2.0) == ["p-a"]
+    assert choose_tasks(board, 9, 2.0) == ["p-a"]
 
 
 def test_a_task_that_makes_another_plan_waits_for_nothing_of_the_first() -> None:
     """What has not landed of that is given up."""
     board = grown()
-    decide(board, 9, 1.0)
+    choose_tasks(board, 9, 1.0)
     for one in ("p-a", "p-b", "p"):
         board.ended(one)
-    board.need("p", ())
+    board.set_subtasks("p", ())
     board.revive("p")
-    assert decide(board, 9, 2.0) == ["p"]
+    assert choose_tasks(board, 9, 2.0) == ["p"]
     board.landed("p")
-    assert decide(board, 9, 2.0) == ["last"]
+    assert choose_tasks(board, 9, 2.0) == ["last"]
 
 
 def test_a_task_can_come_to_need_what_is_blocked_already() -> None:
     """Then it is blocked, too."""
-    board = Board({"p": Entry(), "dead": Entry(), "last": Entry(("p",))})
-    decide(board, 1, 0.0)
+    board = DispatchBoard({"p": DispatchEntry(), "dead": DispatchEntry(), "last": DispatchEntry(("p",))})
+    choose_tasks(board, 1, 0.0)
     board.ended("dead")
-    board.add({"p-a": Entry(("dead",))}, {"p-a": 0.5})
-    board.need("p", ("p-a",))
+    board.add({"p-a": DispatchEntry(("dead",))}, {"p-a": 0.5})
+    board.set_subtasks("p", ("p-a",))
     board.wait("p", 0.0)
     assert board.blocked == {"p-a": "dead", "p": "p-a", "last": "p"}
 
 
 def test_entries_know_what_plans_became() -> None:
     """As the tasks' documents say: what is not known yet is left out."""
-    entries = {"p": Entry(("x",)), "x": Entry(), "p-a": Entry()}
+    entries = {"p": DispatchEntry(("x",)), "x": DispatchEntry(), "p-a": DispatchEntry()}
     documents = {"p": TaskDocument(expanded=("p-a", "p-b")), "x": TaskDocument(), "p-a": TaskDocument()}
-    found = with_parts(entries, documents)
+    found = with_subtasks(entries, documents)
     assert (found["p"].needs, found["p"].parts) == (("x", "p-a"), ("p-a",))
-    assert with_parts(found, {**documents, "p": TaskDocument()})["p"] == Entry(("x",))
+    assert with_subtasks(found, {**documents, "p": TaskDocument()})["p"] == DispatchEntry(("x",))

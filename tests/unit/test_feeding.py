@@ -13,15 +13,15 @@ import pytest
 from orchestrator.domain.runs.retry import Backoff
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine import sinks
-from orchestrator.engine.sinks import Outlet, Patience, feeding
+from orchestrator.engine.sinks import DeliveryTimeouts, EventSubscriber, forward_events
 from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import RefusedError, StoreUnavailable
-from orchestrator.protocols import Commit, Event, Key, Record, RecordedEvent, Sink, Store, Write
+from orchestrator.protocols import Commit, CommitRecord, Event, Key, RecordedEvent, Sink, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 
-PATIENCE = Patience(each=0.2, last=0.6, cursor=0.0)
+PATIENCE = DeliveryTimeouts(per_call=0.2, last=0.6, cursor=0.0)
 SECRET = "correct-horse-battery"
 
 Send = Callable[[Sequence[RecordedEvent]], object]
@@ -30,8 +30,8 @@ Send = Callable[[Sequence[RecordedEvent]], object]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again soon."""
-    monkeypatch.setattr(sinks, "AGAIN", Backoff(initial=0.01, factor=1.0, max=0.01, jitter=False))
-    monkeypatch.setattr(sinks, "LAST_AGAIN", 0.01)
+    monkeypatch.setattr(sinks, "RETRY_BACKOFF", Backoff(initial=0.01, factor=1.0, max=0.01, jitter=False))
+    monkeypatch.setattr(sinks, "FINAL_RETRY_DELAY", 0.01)
 
 
 class Listener:
@@ -65,9 +65,9 @@ class Listener:
         return [one.event.data["n"] for batch in self.batches for one in batch if "n" in one.event.data]
 
 
-def outlet(listener: Listener, *patterns: str, name: str = "ear") -> Outlet:
+def outlet(listener: Listener, *patterns: str, name: str = "ear") -> EventSubscriber:
     """Return a listener as a sink of a run."""
-    return Outlet("sink", name, patterns or ("*",), listener.open)
+    return EventSubscriber("sink", name, patterns or ("*",), listener.open)
 
 
 class Bench:
@@ -83,13 +83,15 @@ class Bench:
             self._count += 1
             await self.store.commit(Commit([], [Event(kind, {"run": run, "n": self._count})]))
 
-    def feeding(self, *outlets: Outlet, patience: Patience = PATIENCE) -> AbstractAsyncContextManager[None]:
+    def feeding(
+        self, *outlets: EventSubscriber, patience: DeliveryTimeouts = PATIENCE
+    ) -> AbstractAsyncContextManager[None]:
         """Feed outlets of the run."""
-        return feeding(self.store, SystemClock(), Redactor([SECRET]), "r", outlets, patience)
+        return forward_events(self.store, SystemClock(), Redactor([SECRET]), "r", outlets, patience)
 
-    async def records(self) -> list[Record]:
+    async def records(self) -> list[CommitRecord]:
         """Return all that was recorded."""
-        found: list[Record] = []
+        found: list[CommitRecord] = []
         if await self.store.position():
             async for record in self.store.watch():
                 found.append(record)
@@ -154,7 +156,7 @@ async def test_a_burst_is_delivered_in_batches_with_few_cursors() -> None:
     """Hundreds of events cost a handful of calls, and no commit for each."""
     bench, ear = Bench(), Listener()
     await bench.happen(350)
-    async with bench.feeding(outlet(ear), patience=Patience(cursor=60.0)):
+    async with bench.feeding(outlet(ear), patience=DeliveryTimeouts(cursor=60.0)):
         await until(lambda: len(ear.numbers) == 350)
     assert ear.numbers == list(range(1, 351))
     assert [len(batch) for batch in ear.batches] == [100, 100, 100, 50]
@@ -222,7 +224,7 @@ async def test_a_sink_that_hangs_is_given_up_on(hangs: str) -> None:
 
     await bench.happen(2)
     with anyio.fail_after(5):
-        async with bench.feeding(Outlet("sink", "ear", ("*",), hanging)):
+        async with bench.feeding(EventSubscriber("sink", "ear", ("*",), hanging)):
             await bench.happen(1)
     told = await bench.told()
     assert told[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "it took longer than 0.2 s"})
@@ -260,7 +262,7 @@ async def test_what_the_store_has_let_go_of_is_skipped_and_told(tmp_path: Path) 
             await store.commit(Commit([], [Event("task.started", {"run": "r", "n": number})]))
         first = (await store.compact(inf, 0)).first
         assert 0 < first < 20
-        async with feeding(store, SystemClock(), Redactor([]), "r", [outlet(ear)], PATIENCE):
+        async with forward_events(store, SystemClock(), Redactor([]), "r", [outlet(ear)], PATIENCE):
             await until(lambda: 20 in ear.numbers)
         assert ear.numbers == list(range(first + 1, 21))
         found = [event async for event in _rest(store, first) if event.type.startswith("sink.")]
@@ -282,7 +284,7 @@ async def test_one_that_is_delivered_but_not_recorded_comes_again() -> None:
     await bench.happen(2)
 
     async def break_off() -> None:
-        async with bench.feeding(outlet(ears[0]), patience=Patience(cursor=60.0)):
+        async with bench.feeding(outlet(ears[0]), patience=DeliveryTimeouts(cursor=60.0)):
             await until(lambda: ears[0].numbers == [1, 2])
             await bench.happen()
             await until(lambda: ears[0].numbers == [1, 2, 3])
@@ -304,7 +306,7 @@ async def test_one_that_can_t_be_opened_is_no_harm(error: BaseException) -> None
         raise error
 
     await bench.happen()
-    async with bench.feeding(Outlet("tracker", "list", ("*",), refused)):
+    async with bench.feeding(EventSubscriber("tracker", "list", ("*",), refused)):
         pass
     told = await bench.told("tracker.")
     assert [(name, data["tracker"]) for name, data in told] == [("tracker.failing", "list"), ("tracker.behind", "list")]
@@ -344,7 +346,7 @@ async def test_one_that_closes_by_itself_is_opened_again() -> None:
                 return
 
     await bench.happen()
-    async with bench.feeding(Outlet("sink", "ear", ("*",), swallowing)):
+    async with bench.feeding(EventSubscriber("sink", "ear", ("*",), swallowing)):
         await until(lambda: ear.numbers == [1])
     assert (await bench.told())[0][1]["reason"] == "it closed by itself"
 
@@ -355,7 +357,7 @@ async def test_the_body_s_error_comes_out_as_it_is_and_at_once() -> None:
     await bench.happen()
 
     async def refuse() -> None:
-        async with bench.feeding(outlet(ear), patience=Patience(each=60, last=60)):
+        async with bench.feeding(outlet(ear), patience=DeliveryTimeouts(per_call=60, last=60)):
             await until(lambda: ear.calls == 1)
             raise RefusedError("no", "stop")
 

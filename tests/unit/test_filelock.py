@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.errors import LockHeld
 from orchestrator.system.file_lock import FileLock
-from tests.programs import python
+from tests.programs import run_python
 
 HOLDER = """
 import sys, anyio
@@ -72,7 +72,7 @@ def path(tmp_path: Path) -> Path:
 @contextmanager
 def held_elsewhere(path: Path) -> Iterator[Callable[[], None]]:
     """Another process holds the lock until the yielded function is called."""
-    with python(HOLDER, path) as child:
+    with run_python(HOLDER, path) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
@@ -148,7 +148,7 @@ async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_ho
     """A killed owner's lock is free at once; with the descriptor kept it is free once the child has ended too."""
     fifo, pid_file = path.parent / "fifo", path.parent / "pid"
     os.mkfifo(fifo)
-    with python(OWNER_OF_A_CHILD, path, "keep" if keeps else "no") as owner:
+    with run_python(OWNER_OF_A_CHILD, path, "keep" if keeps else "no") as owner:
         await until(pid_file.exists)
         assert not is_free(path)
         owner.kill()
@@ -178,14 +178,14 @@ async def test_a_released_lock_file_stays_so_that_there_are_never_two_holders(pa
             group.start_soon(lambda: anyio.to_thread.run_sync(release))
             async with waiting:
                 assert path.stat().st_ino == inode
-                with python(GIVES_UP, path) as third:
+                with run_python(GIVES_UP, path) as third:
                     assert third.communicate()[0] == "gave up\n"
     assert path.stat().st_ino == inode
 
 
 async def test_who_waits_gets_the_lock_when_another_process_ends(path: Path) -> None:
     """A holder that is killed gives way to who waits."""
-    with python(HOLDER, path) as child:
+    with run_python(HOLDER, path) as child:
         assert child.stdout is not None
         child.stdout.readline()
 
@@ -225,7 +225,7 @@ async def test_who_looks_is_not_taken_for_a_holder(path: Path) -> None:
 
 async def test_a_refusal_names_the_holder(path: Path) -> None:
     """The message says which process to wait for or to stop."""
-    with python(HOLDER, path) as child:
+    with run_python(HOLDER, path) as child:
         assert child.stdout is not None
         child.stdout.readline()
         with pytest.raises(LockHeld, match=rf"a\.lock is locked by process {child.pid} \(alive, since 20.* UTC\)"):
@@ -365,7 +365,7 @@ async def test_a_release_frees_the_lock_though_a_daemon_kept_its_descriptor(path
 
 async def test_a_process_that_gave_up_can_end_while_the_lock_is_held(path: Path) -> None:
     """The thread that is still blocked in the kernel keeps no process alive."""
-    with held_elsewhere(path), python(GIVES_UP, path) as child:
+    with held_elsewhere(path), run_python(GIVES_UP, path) as child:
         assert child.communicate(timeout=20)[0] == "gave up\n"
         assert child.returncode == 0
 

@@ -8,20 +8,26 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.load import load_config
-from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, MIB, Demand, Facts
+from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, MIB, AvailableResources, SessionDemand
 from orchestrator.engine.diagnostics import findings
-from orchestrator.engine.diagnostics.facts import Machine, Place, Size, look_at_machine, look_at_place
-from orchestrator.engine.diagnostics.findings import Finding, Level, Need
+from orchestrator.engine.diagnostics.facts import (
+    Machine,
+    RepositorySize,
+    StorageLocation,
+    inspect_location,
+    inspect_machine,
+)
+from orchestrator.engine.diagnostics.findings import Finding, Level, SpaceNeed
 from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.plugins import load_plugins
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.system.resources import processes_left
+from orchestrator.system.resources import remaining_processes
 
-MACHINE = Machine("3.11.2", "Linux", Facts(1024, 10, 8 << 30), None, 1_800_000_000.0, 1_700_000_000.0)
-PLACE = Place(Path("/a/place"), 100 << 30, 1_000_000, Path("/a"), "ext4")
+MACHINE = Machine("3.11.2", "Linux", AvailableResources(1024, 10, 8 << 30), None, 1_800_000_000.0, 1_700_000_000.0)
+PLACE = StorageLocation(Path("/a/place"), 100 << 30, 1_000_000, Path("/a"), "ext4")
 TOOL = ProgramStatus("tool", "/bin/tool", "1.2", known="<2", is_known=True, ready=True)
-NEED = Need(1 << 30, 4 << 30, 10_000)
+NEED = SpaceNeed(1 << 30, 4 << 30, 10_000)
 
 
 def told(finding: Finding | None, level: Level, *words: str) -> None:
@@ -105,11 +111,15 @@ def test_the_sandbox() -> None:
 def test_room_for_sessions() -> None:
     """Enough, enough for some, not enough for one; nothing is said to be short that is not known."""
     for limit, level in ((1024, Level.OK), (64, Level.WARNING), (32, Level.PROBLEM), (None, Level.OK)):
-        told(findings.judge_descriptors(Facts(limit, 10, None), 4), level)
+        told(findings.judge_descriptors(AvailableResources(limit, 10, None), 4), level)
     for left, level in ((8 << 30, Level.OK), (700 * MIB, Level.WARNING), (100 * MIB, Level.PROBLEM)):
-        told(findings.judge_memory(Facts(None, 0, left), 4, DEFAULT_DEMAND), level)
-    told(findings.judge_memory(Facts(None, 0, 8 << 30), 4, Demand(memory=4 << 30)), Level.WARNING, "4096 MiB")
-    told(findings.judge_memory(Facts(None, 0, None), 4, DEFAULT_DEMAND), Level.OK)
+        told(findings.judge_memory(AvailableResources(None, 0, left), 4, DEFAULT_DEMAND), level)
+    told(
+        findings.judge_memory(AvailableResources(None, 0, 8 << 30), 4, SessionDemand(memory=4 << 30)),
+        Level.WARNING,
+        "4096 MiB",
+    )
+    told(findings.judge_memory(AvailableResources(None, 0, None), 4, DEFAULT_DEMAND), Level.OK)
     for many, level in ((None, Level.OK), (10_000, Level.OK), (100, Level.WARNING), (10, Level.PROBLEM)):
         told(findings.judge_processes(many, 4), level)
 
@@ -126,14 +136,14 @@ def test_room_for_sessions() -> None:
         (replace(PLACE, trouble="Read-only file system"), Level.PROBLEM, "Read-only"),
     ],
 )
-def test_space(place: Place, level: Level, words: str) -> None:
+def test_space(place: StorageLocation, level: Level, words: str) -> None:
     """What is left is held against what a session, and what all of them need."""
     told(findings.judge_space("repositories", place, NEED), level, words)
 
 
 def test_space_grows_with_repository_and_capacity() -> None:
     """Two checkouts for each session, and all objects once."""
-    small, large = (findings.hub_need(Size(10 << 30, 1 << 30, 1000), capacity) for capacity in (1, 10))
+    small, large = (findings.hub_need(RepositorySize(10 << 30, 1 << 30, 1000), capacity) for capacity in (1, 10))
     assert large.all - small.all == 18 << 30
     assert (small.least, small.least) == (small.all, large.least)
     assert large.files - small.files == 18_000
@@ -165,24 +175,24 @@ def test_the_clock() -> None:
 def test_plugins_and_our_folder() -> None:
     """A plugin that is left out is told; a `.council` that git would take is too."""
     told(findings.judge_plugin("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
-    told(findings.judge_folder(exists=True, is_ignored=True), Level.OK)
-    told(findings.judge_folder(exists=False, is_ignored=False), Level.OK)
-    told(findings.judge_folder(exists=True, is_ignored=False), Level.WARNING)
+    told(findings.judge_project_folder(exists=True, is_ignored=True), Level.OK)
+    told(findings.judge_project_folder(exists=False, is_ignored=False), Level.OK)
+    told(findings.judge_project_folder(exists=True, is_ignored=False), Level.WARNING)
 
 
 def test_facts_are_gathered_without_a_trace(tmp_path: Path) -> None:
     """A place that is not there yet is judged by what it will be in, and nothing is left there."""
-    found = look_at_place(tmp_path / "not" / "yet")
+    found = inspect_location(tmp_path / "not" / "yet")
     assert found.trouble is None
     assert found.free
     assert abs(found.ahead) < 5
     assert list(tmp_path.iterdir()) == []
-    assert look_at_machine().now > 1_600_000_000
+    assert inspect_machine().now > 1_600_000_000
 
 
 def test_a_place_that_can_not_be_written_to_says_why() -> None:
     """The system's own words."""
-    assert look_at_place(Path("/proc/self/council")).trouble
+    assert inspect_location(Path("/proc/self/council")).trouble
 
 
 def test_processes_are_counted_by_cgroups(tmp_path: Path) -> None:
@@ -196,6 +206,6 @@ def test_processes_are_counted_by_cgroups(tmp_path: Path) -> None:
         (cgroups / folder).mkdir(parents=True)
         (cgroups / folder / "pids.max").write_text(most)
         (cgroups / folder / "pids.current").write_text(now)
-    left = processes_left(proc, cgroups)
+    left = remaining_processes(proc, cgroups)
     assert left is not None
     assert left <= 60

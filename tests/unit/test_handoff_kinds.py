@@ -11,31 +11,31 @@ from pydantic import BaseModel
 
 from orchestrator.domain.workflow import handoff_models
 from orchestrator.domain.workflow.handoff_kinds import (
-    KINDS,
-    NEEDS,
-    Facts,
-    Validator,
-    model_kind,
-    schema_kind,
-    validated,
+    HANDOFF_KINDS,
+    PHASE_NEEDS,
+    HandoffFacts,
+    HandoffValidator,
+    kind_from_model,
+    kind_from_schema,
+    with_validators,
 )
-from orchestrator.domain.workflow.violations import MOST_VIOLATIONS, Violation
+from orchestrator.domain.workflow.violations import MAX_VIOLATIONS, Violation
 from orchestrator.errors import RefusedError
 
 SUM = "0123456789abcdef" * 4
 PLAN = {"tasks": [{"id": "a", "prompt": "do it"}], "dependencies": [], "timeline": [], "resources": []}
 
 
-def taken(kind: str, data: dict[str, Any], facts: Facts | None = None) -> dict[str, Any]:
+def taken(kind: str, data: dict[str, Any], facts: HandoffFacts | None = None) -> dict[str, Any]:
     """Return what is handed over as its kind has it."""
-    checked = KINDS[kind].check(data, facts or Facts())
+    checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
     assert checked.data is not None, [str(one) for one in checked.violations]
     return checked.data
 
 
-def wrong(kind: str, data: Any, facts: Facts | None = None) -> list[tuple[str, str]]:
+def wrong(kind: str, data: Any, facts: HandoffFacts | None = None) -> list[tuple[str, str]]:
     """Return the rules and places of what is wrong with what is handed over."""
-    checked = KINDS[kind].check(data, facts or Facts())
+    checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
     assert checked.data is None
     assert all(one.what and one.remedy for one in checked.violations)
     return [(one.rule, one.place) for one in checked.violations]
@@ -125,7 +125,9 @@ def test_what_is_meant_is_taken(kind: str, data: dict[str, Any], expected: dict[
     made = taken(kind, data)
     assert {key: made[key] for key in expected} == expected
     assert taken(kind, made) == made
-    Draft202012Validator(KINDS[kind].schema).validate({key: one for key, one in made.items() if key != "findings"})
+    Draft202012Validator(HANDOFF_KINDS[kind].schema).validate(
+        {key: one for key, one in made.items() if key != "findings"}
+    )
 
 
 WRONG: list[tuple[str, Any, list[tuple[str, str]]]] = [
@@ -177,7 +179,7 @@ def test_what_can_not_be_meant_is_named_with_its_place(kind: str, data: Any, exp
 def test_few_of_many_mistakes_are_told() -> None:
     """A prompt with all of them would be longer than the work."""
     found = wrong("build", {"artifacts": [{"path": "a"}] * 100})
-    assert len(found) == MOST_VIOLATIONS + 1
+    assert len(found) == MAX_VIOLATIONS + 1
     assert found[-1] == ("build.more", "the handoff")
 
 
@@ -193,15 +195,17 @@ def test_few_of_many_mistakes_are_told() -> None:
 )
 def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: list[tuple[str, str]]) -> None:
     """What is not there, or is something else, is named; what was not looked at is not judged."""
-    data, facts = {"artifacts": {"a": SUM}}, Facts(checksums)
+    data, facts = {"artifacts": {"a": SUM}}, HandoffFacts(checksums)
     assert (wrong("build", data, facts) if expected else [] if taken("build", data, facts) else None) == expected
-    assert KINDS["build"].paths({"artifacts": {"./a": SUM, "../b": SUM}}) == ("a",)
-    assert KINDS["build"].paths({"artifacts": 3}) == KINDS["scout"].paths({"artifacts": {"a": SUM}}) == ()
+    assert HANDOFF_KINDS["build"].paths({"artifacts": {"./a": SUM, "../b": SUM}}) == ("a",)
+    assert (
+        HANDOFF_KINDS["build"].paths({"artifacts": 3}) == HANDOFF_KINDS["scout"].paths({"artifacts": {"a": SUM}}) == ()
+    )
 
 
 def test_what_a_kind_does_not_know_is_left_out_and_told() -> None:
     """An unknown key is no mistake."""
-    checked = KINDS["scout"].check({"findings": [], "mood": "good"}, Facts())
+    checked = HANDOFF_KINDS["scout"].check({"findings": [], "mood": "good"}, HandoffFacts())
     assert checked.ignored == ("mood",)
     assert checked.data is not None
     assert "mood" not in checked.data
@@ -214,7 +218,7 @@ def test_what_a_planned_task_waits_for() -> None:
         "tasks": [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y", "needs": "a"}, {"id": "c", "prompt": "z"}],
     }
     plan = handoff_models.Plan.model_validate({**data, "dependencies": {"b": ["a"], "c": "a, b"}})
-    assert handoff_models.planned_needs(plan) == {"a": (), "b": ("a",), "c": ("a", "b")}
+    assert handoff_models.collect_needs(plan) == {"a": (), "b": ("a",), "c": ("a", "b")}
 
 
 EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -255,7 +259,7 @@ EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_what_later_phases_inherit(kind: str) -> None:
     """Values by the names that phases need, those that say nothing, too: conditions ask for them."""
     data, expected = EXPORTED[kind]
-    assert KINDS[kind].exports(taken(kind, data)) == expected
+    assert HANDOFF_KINDS[kind].exports(taken(kind, data)) == expected
 
 
 def test_no_two_kinds_export_the_same_and_all_needs_are_met() -> None:
@@ -269,11 +273,11 @@ def test_no_two_kinds_export_the_same_and_all_needs_are_met() -> None:
         "deploy": {"deployed": True},
         "review": {"verdict": "approve"},
     }
-    exported = {name: set(KINDS[name].exports(taken(name, data))) for name, data in full.items()}
-    assert exported.keys() == KINDS.keys()
+    exported = {name: set(HANDOFF_KINDS[name].exports(taken(name, data))) for name, data in full.items()}
+    assert exported.keys() == HANDOFF_KINDS.keys()
     assert all(not one & other for one, other in itertools.combinations(exported.values(), 2))
-    assert {need for needs in NEEDS.values() for need in needs} <= set().union(*exported.values())
-    assert {name: kind.required for name, kind in KINDS.items()} == {
+    assert {need for needs in PHASE_NEEDS.values() for need in needs} <= set().union(*exported.values())
+    assert {name: kind.required for name, kind in HANDOFF_KINDS.items()} == {
         "scout": ("scout_findings",),
         "plan": ("tasks", "dependencies", "timeline", "resources"),
         "build": ("artifacts",),
@@ -283,7 +287,7 @@ def test_no_two_kinds_export_the_same_and_all_needs_are_met() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", HANDOFF_KINDS.values(), ids=HANDOFF_KINDS)
 def test_each_schema_is_one(kind: Any) -> None:
     """What sessions are shown is a JSON Schema of what is required, small enough for a prompt."""
     Draft202012Validator.check_schema(kind.schema)
@@ -301,17 +305,17 @@ RISK = {
 
 def test_a_kind_of_the_users_own() -> None:
     """Its schema is what it is checked by; its data are one value of its name."""
-    kind = schema_kind("risk", RISK)
-    good = kind.check({"risks": [{"name": "x", "level": 2}], "more": 1}, Facts())
+    kind = kind_from_schema("risk", RISK)
+    good = kind.check({"risks": [{"name": "x", "level": 2}], "more": 1}, HandoffFacts())
     assert good.data == {"risks": [{"name": "x", "level": 2}], "more": 1}
     assert kind.exports(good.data) == {"risk": good.data}
     assert kind.required == ("risks",)
-    bad = kind.check({"risks": [{"level": 9}]}, Facts())
+    bad = kind.check({"risks": [{"level": 9}]}, HandoffFacts())
     assert [(one.rule, one.place) for one in bad.violations] == [
         ("risk.schema", "risks[0]"),
         ("risk.schema", "risks[0].level"),
     ]
-    assert kind.check({}, Facts()).violations[0].place == "the handoff"
+    assert kind.check({}, HandoffFacts()).violations[0].place == "the handoff"
 
 
 @pytest.mark.parametrize(
@@ -326,13 +330,13 @@ def test_a_kind_of_the_users_own() -> None:
 def test_what_is_no_schema_of_ours_is_refused(schema: dict[str, Any], fragment: str) -> None:
     """Nothing is fetched, and a mistake in a schema is no mistake of a session."""
     with pytest.raises(RefusedError, match=fragment):
-        schema_kind("risk", schema)
+        kind_from_schema("risk", schema)
 
 
 @pytest.mark.parametrize("schema", [{"$ref": "#/$defs/gone"}, {"allOf": [{"$ref": "#"}]}])
 def test_a_schema_that_can_not_be_followed_is_a_violation(schema: dict[str, Any]) -> None:
     """What refers to nothing, or to itself for ever, fails the phase and not the run."""
-    checked = schema_kind("odd", schema).check({"a": 1}, Facts())
+    checked = kind_from_schema("odd", schema).check({"a": 1}, HandoffFacts())
     assert [one.rule for one in checked.violations] == ["odd.check"]
 
 
@@ -345,40 +349,42 @@ class Estimate(BaseModel):
 def test_a_kind_of_a_plugin() -> None:
     """A pydantic model is a kind; a fault of its own code is a violation."""
 
-    def too_long(estimate: Estimate, _facts: Facts) -> list[Violation]:
+    def too_long(estimate: Estimate, _facts: HandoffFacts) -> list[Violation]:
         return [Violation("estimate.long", "days", "too long", "shorten it")] if 10 // estimate.days < 1 else []
 
-    kind = model_kind("estimate", Estimate, rule=too_long, needs=("plan",))
-    assert kind.check({"days": "3"}, Facts()).data == {"days": 3}
-    assert [one.rule for one in kind.check({"days": 11}, Facts()).violations] == ["estimate.long"]
-    assert [one.rule for one in kind.check({"days": "x"}, Facts()).violations] == ["estimate.form"]
-    fault = kind.check({"days": 0}, Facts()).violations
+    kind = kind_from_model("estimate", Estimate, rule=too_long, needs=("plan",))
+    assert kind.check({"days": "3"}, HandoffFacts()).data == {"days": 3}
+    assert [one.rule for one in kind.check({"days": 11}, HandoffFacts()).violations] == ["estimate.long"]
+    assert [one.rule for one in kind.check({"days": "x"}, HandoffFacts()).violations] == ["estimate.form"]
+    fault = kind.check({"days": 0}, HandoffFacts()).violations
     assert "ZeroDivisionError" in str(fault[0])
 
 
 def test_checks_that_plugins_add() -> None:
     """They see what passed, can't change it, and are told by their names; one that fails hides no other."""
 
-    def meddling(data: dict[str, Any], _facts: Facts) -> list[Violation]:
+    def meddling(data: dict[str, Any], _facts: HandoffFacts) -> list[Violation]:
         data.clear()
         return []
 
-    def never(_data: dict[str, Any], _facts: Facts) -> list[Violation]:
+    def never(_data: dict[str, Any], _facts: HandoffFacts) -> list[Violation]:
         raise AssertionError("it is for another kind")
 
     found = Violation("mine", "tasks", "no estimate", "add one")
-    good = validated(KINDS["plan"], {"m": Validator("plan", meddling), "n": Validator("build", never)})
-    assert good.check(PLAN, Facts()).data == taken("plan", PLAN)
-    bad = validated(
-        KINDS["plan"],
+    good = with_validators(
+        HANDOFF_KINDS["plan"], {"m": HandoffValidator("plan", meddling), "n": HandoffValidator("build", never)}
+    )
+    assert good.check(PLAN, HandoffFacts()).data == taken("plan", PLAN)
+    bad = with_validators(
+        HANDOFF_KINDS["plan"],
         {
-            "broken": Validator("plan", lambda data, _facts: data["gone"]),
-            "strange": Validator("plan", lambda _data, _facts: ["x"]),  # type: ignore[list-item]
-            "right": Validator("plan", lambda _data, _facts: [found]),
+            "broken": HandoffValidator("plan", lambda data, _facts: data["gone"]),
+            "strange": HandoffValidator("plan", lambda _data, _facts: ["x"]),  # type: ignore[list-item]
+            "right": HandoffValidator("plan", lambda _data, _facts: [found]),
         },
     )
-    checked = bad.check(PLAN, Facts())
+    checked = bad.check(PLAN, HandoffFacts())
     assert checked.data is None
     assert [one.rule for one in checked.violations] == ["plan.broken", "plan.strange", "mine"]
-    assert [one.rule for one in bad.check({}, Facts()).violations].count("plan.required") == 4
-    assert validated(KINDS["plan"], {}) is KINDS["plan"]
+    assert [one.rule for one in bad.check({}, HandoffFacts()).violations].count("plan.required") == 4
+    assert with_validators(HANDOFF_KINDS["plan"], {}) is HANDOFF_KINDS["plan"]

@@ -7,40 +7,40 @@ from typing import Any
 
 import pytest
 
-from orchestrator.client.strict_json import DEEPEST
-from orchestrator.domain.documents.json_values import canonical, digest_of, flaw_of, read_object
+from orchestrator.client.strict_json import MAX_DEPTH
+from orchestrator.domain.documents.json_values import compute_digest, encode_canonical, find_json_error, parse_object
 from orchestrator.domain.workflow.handoffs import (
-    LONGEST_SUMMARY,
+    MAX_SUMMARY_CHARS,
     Handoff,
-    acknowledged,
-    handed_over,
+    acknowledge,
+    find_last_json_block,
+    get_payload,
     is_intact,
-    last_json_block,
-    payload,
+    make_handoff,
 )
 from orchestrator.domain.workflow.mediation import Mediation, mediate
 from orchestrator.domain.workflow.violations import Violation
-from orchestrator.errors import HandoffBroken
+from orchestrator.errors import HandoffCorrupted
 
 
 def made(data: dict[str, Any] | None = None, **told: Any) -> Handoff:
     """Return the handoff of a task's second attempt."""
     facts = {"kind": "plan", "protocol": "direct", "phase": "plan", "time": 5.0, "by": "file", **told}
-    return handed_over("run", "task", 2, data or {"tasks": [1]}, **facts)
+    return make_handoff("run", "task", 2, data or {"tasks": [1]}, **facts)
 
 
 def test_the_digest_is_that_of_the_canonical_text() -> None:
     """Whoever sorts the keys and leaves out blanks comes to the same."""
     text = '{"a":[1,2.5,null],"b":"ä"}'
-    assert canonical({"b": "ä", "a": [1, 2.5, None]}) == text.encode()
-    assert digest_of({"b": "ä", "a": [1, 2.5, None]}) == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    assert encode_canonical({"b": "ä", "a": [1, 2.5, None]}) == text.encode()
+    assert compute_digest({"b": "ä", "a": [1, 2.5, None]}) == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def test_a_handoff_knows_where_it_comes_from_and_that_it_is_whole() -> None:
     """Its name is its attempt's; its digest covers its data and what mediated them; its summary is bounded."""
     handoff = made(summary="x" * 9999, to="build", tokens=7, cost=0.5)
     assert (handoff.id, handoff.to, handoff.tokens, handoff.cost) == ("run/task/2", "build", 7, 0.5)
-    assert len(handoff.summary) == LONGEST_SUMMARY
+    assert len(handoff.summary) == MAX_SUMMARY_CHARS
     assert is_intact(Handoff.model_validate_json(handoff.model_dump_json()))
     assert not is_intact(handoff.model_copy(update={"data": {"tasks": [2]}}))
     assert not is_intact(handoff.model_copy(update={"data": {"tasks": float("nan")}}))
@@ -51,8 +51,8 @@ def test_what_is_mediated_is_what_is_given_and_part_of_the_digest() -> None:
     mediation = mediate({"requirements": ["r"]}, "scout", "plan")
     assert isinstance(mediation, Mediation)
     handoff = made({"requirements": ["r"]}, mediation=mediation)
-    assert payload(handoff) == mediation.processed
-    assert payload(made({"a": 1})) == {"a": 1}
+    assert get_payload(handoff) == mediation.processed
+    assert get_payload(made({"a": 1})) == {"a": 1}
     assert is_intact(Handoff.model_validate_json(handoff.model_dump_json()))
     forged = mediation.model_copy(update={"instructions": "push to the target"})
     assert not is_intact(handoff.model_copy(update={"mediation": forged}))
@@ -61,19 +61,19 @@ def test_what_is_mediated_is_what_is_given_and_part_of_the_digest() -> None:
 
 def test_a_visit_receives_a_handoff_once() -> None:
     """A second receipt of the same visit changes nothing; another visit has its own."""
-    once = acknowledged(made(), "build", 3, 6.0)
+    once = acknowledge(made(), "build", 3, 6.0)
     assert [(one.phase, one.attempt, one.time, one.digest) for one in once.receipts] == [
-        ("build", 3, 6.0, digest_of({"tasks": [1]}))
+        ("build", 3, 6.0, compute_digest({"tasks": [1]}))
     ]
-    assert acknowledged(once, "build", 3, 7.0) == once
-    assert [one.attempt for one in acknowledged(once, "build", 5, 8.0).receipts] == [3, 5]
+    assert acknowledge(once, "build", 3, 7.0) == once
+    assert [one.attempt for one in acknowledge(once, "build", 5, 8.0).receipts] == [3, 5]
     assert is_intact(once)
 
 
 def test_what_is_not_what_was_handed_over_is_not_received() -> None:
     """The error names the handoff and what can be done."""
-    with pytest.raises(HandoffBroken, match=r"handoff run/task/2: .*digest.*council retry TASK --from"):
-        acknowledged(made().model_copy(update={"data": {}}), "build", 3, 6.0)
+    with pytest.raises(HandoffCorrupted, match=r"handoff run/task/2: .*digest.*council retry TASK --from"):
+        acknowledge(made().model_copy(update={"data": {}}), "build", 3, 6.0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_what_is_not_what_was_handed_over_is_not_received() -> None:
 )
 def test_what_is_no_plain_json(value: Any, flaw: str | None) -> None:
     """What the store would refuse is told beforehand."""
-    found = flaw_of(value)
+    found = find_json_error(value)
     assert found is None if flaw is None else flaw in str(found)
 
 
@@ -105,16 +105,16 @@ def nested(deep: int) -> dict[str, Any]:
 
 def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
     """The limit itself is allowed; ten thousand levels are no fault of ours."""
-    assert flaw_of(nested(DEEPEST - 1)) is None
-    assert "deep" in str(flaw_of(nested(DEEPEST)))
-    assert "deep" in str(flaw_of(nested(10_000)))
+    assert find_json_error(nested(MAX_DEPTH - 1)) is None
+    assert "deep" in str(find_json_error(nested(MAX_DEPTH)))
+    assert "deep" in str(find_json_error(nested(10_000)))
     endless: dict[str, Any] = {}
     endless["a"] = endless
-    assert "deep" in str(flaw_of(endless))
+    assert "deep" in str(find_json_error(endless))
     with pytest.raises(ValueError, match="deep"):
-        read_object('{"a":' * (DEEPEST + 1) + "{}" + "}" * (DEEPEST + 1))
+        parse_object('{"a":' * (MAX_DEPTH + 1) + "{}" + "}" * (MAX_DEPTH + 1))
     with pytest.raises(ValueError, match="deep"):
-        read_object('{"a":' * 100_000 + "{}" + "}" * 100_000)
+        parse_object('{"a":' * 100_000 + "{}" + "}" * 100_000)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
 def test_an_object_is_read_strictly(text: str, why: str) -> None:
     """What a lenient reader would guess at is a mistake that is told."""
     with pytest.raises(ValueError, match=why):
-        read_object(text)
+        parse_object(text)
 
 
 ANSWERS = {
@@ -160,7 +160,7 @@ ANSWERS = {
 def test_the_last_block_of_an_answer(name: str) -> None:
     """The last object in a fence is taken, and what was not is told with its line."""
     text, data, skipped = ANSWERS[name]
-    found = last_json_block(text)
+    found = find_last_json_block(text)
     assert found.data == data
     assert len(found.skipped) == skipped
     assert all(" line " in one for one in found.skipped)

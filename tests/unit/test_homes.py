@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.model import Reach
+from orchestrator.config.model import PathAccess
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Home, Overlay
-from orchestrator.sessions.setup.homes import bring_back, furnish, remove
+from orchestrator.protocols import SessionHome, SettingsOverlay
+from orchestrator.sessions.setup.homes import remove_homes, set_up, write_back_logins
 
 
 @pytest.fixture
@@ -30,37 +30,37 @@ LINKS = {"login": "~/.tool/login", "conf/settings": "~/.tool/settings", "missing
 
 async def test_it_has_files_and_links_to_what_the_user_has(tmp_path: Path, user: Path) -> None:
     home = tmp_path / "logs/homes/task/tool"
-    what = Home({"a/servers.json": "{}"}, LINKS, ("login",))
-    reach = await furnish(home, what, {"HOME": str(user)})
+    what = SessionHome({"a/servers.json": "{}"}, LINKS, ("login",))
+    reach = await set_up(home, what, {"HOME": str(user)})
     assert (home / "a/servers.json").read_text() == "{}"
     assert (home / "a/servers.json").stat().st_mode & 0o777 == 0o600
     assert (home / "login").read_text() == "theirs"
     assert (home / "conf/settings").read_text() == "set"
     assert not (home / "missing").is_symlink()
-    assert reach == Reach(writable=(home, user / ".tool/login"), readable=(user / ".tool/settings",))
+    assert reach == PathAccess(writable=(home, user / ".tool/login"), readable=(user / ".tool/settings",))
 
 
 async def test_a_newer_login_that_took_a_links_place_stays(tmp_path: Path, user: Path) -> None:
     home = tmp_path / "home"
-    await furnish(home, Home({}, LINKS, ("login",)), {"HOME": str(user)})
+    await set_up(home, SessionHome({}, LINKS, ("login",)), {"HOME": str(user)})
     (home / "login").unlink()
     (home / "login").write_text("newer")
-    reach = await furnish(home, Home({}, LINKS, ("login",)), {"HOME": str(user)})
+    reach = await set_up(home, SessionHome({}, LINKS, ("login",)), {"HOME": str(user)})
     assert (home / "login").read_text() == "newer"
     assert user / ".tool/login" not in reach.writable
 
 
 async def test_a_login_that_was_renewed_by_another_file_is_brought_back(tmp_path: Path, user: Path) -> None:
-    home, what = tmp_path / "home", Home({}, LINKS, ("login",))
-    await furnish(home, what, {"HOME": str(user)})
+    home, what = tmp_path / "home", SessionHome({}, LINKS, ("login",))
+    await set_up(home, what, {"HOME": str(user)})
     (home / "new").write_text("newer, and longer than before")
     (home / "new").replace(home / "login")
     (home / "conf/settings").unlink()
     (home / "conf/settings").write_text("changed")
-    await bring_back(home, what, {"HOME": str(user)})
+    await write_back_logins(home, what, {"HOME": str(user)})
     assert (user / ".tool/login").read_text() == "newer, and longer than before"
     assert (user / ".tool/settings").read_text() == "set"
-    await furnish(home, what, {"HOME": str(user)})
+    await set_up(home, what, {"HOME": str(user)})
     assert (home / "login").is_symlink()
 
 
@@ -68,7 +68,7 @@ async def test_a_home_that_was_made_a_link_is_made_anew(tmp_path: Path, user: Pa
     home = tmp_path / "homes/t/a"
     home.parent.mkdir(parents=True)
     home.symlink_to(user)
-    await furnish(home, Home({".tool/settings": "ours"}), {})
+    await set_up(home, SessionHome({".tool/settings": "ours"}), {})
     assert (user / ".tool/settings").read_text() == "set"
     assert (home / ".tool/settings").read_text() == "ours"
 
@@ -76,14 +76,14 @@ async def test_a_home_that_was_made_a_link_is_made_anew(tmp_path: Path, user: Pa
 @pytest.mark.extended
 async def test_trees_of_any_depth_are_no_obstacle(tmp_path: Path) -> None:
     home = tmp_path / "logs/homes/t/a"
-    await furnish(home, Home(), {})
+    await set_up(home, SessionHome(), {})
     deepen = "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')"
     (home / "file").mkdir()
     subprocess.run([sys.executable, "-S", "-c", deepen], cwd=home / "file", check=True)
-    await furnish(home, Home({"file": "ours"}), {})
+    await set_up(home, SessionHome({"file": "ours"}), {})
     assert (home / "file").read_text() == "ours"
     subprocess.run([sys.executable, "-S", "-c", deepen], cwd=home, check=True)
-    await remove(tmp_path / "logs", ["t", "other"], {})
+    await remove_homes(tmp_path / "logs", ["t", "other"], {})
     assert not (tmp_path / "logs/homes/t").exists()
 
 
@@ -91,11 +91,15 @@ async def test_settings_that_are_no_file_are_refused(tmp_path: Path, user: Path)
     (user / ".tool/settings").unlink()
     os.mkfifo(user / ".tool/settings")
     with pytest.raises(RefusedError, match="no file of settings"):
-        await furnish(tmp_path / "home", Home(settings={"x": Overlay("~/.tool/settings", {})}), {"HOME": str(user)})
+        await set_up(
+            tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
+        )
     (user / ".tool/settings").unlink()
     (user / ".tool/settings").write_text('{"a":' * 100_000)
     with pytest.raises(RefusedError, match="not JSON"):
-        await furnish(tmp_path / "home", Home(settings={"x": Overlay("~/.tool/settings", {})}), {"HOME": str(user)})
+        await set_up(
+            tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
+        )
 
 
 async def test_nothing_is_written_through_a_link_that_a_session_left(tmp_path: Path, user: Path) -> None:
@@ -108,7 +112,7 @@ async def test_nothing_is_written_through_a_link_that_a_session_left(tmp_path: P
     (home / "was-folder").mkdir()
     (home / "was-folder/x").touch()
     files = {"folder/victim": "ours", "file": "ours", "was-folder": "ours"}
-    await furnish(home, Home(files, {"conf/settings": "~/.tool/settings"}), {"HOME": str(user)})
+    await set_up(home, SessionHome(files, {"conf/settings": "~/.tool/settings"}), {"HOME": str(user)})
     assert [path.name for path in outside.iterdir()] == ["victim"]
     assert (outside / "victim").read_text() == "precious"
     assert [(home / name).read_text() for name in files] == ["ours"] * 3
@@ -119,22 +123,28 @@ async def test_settings_go_over_those_of_the_users(tmp_path: Path, user: Path) -
     theirs = {"ui": {"theme": "dark", "size": 1}, "list": [1, 2], "odd": {"a": 1}}
     (user / ".tool/settings").write_text(json.dumps(theirs))
     over = {"ui": {"size": 2}, "list": [3], "odd": None, "new": {"b": 2}}
-    await furnish(home, Home(settings={"set.json": Overlay("~/.tool/settings", over)}), {"HOME": str(user)})
+    await set_up(
+        home, SessionHome(settings={"set.json": SettingsOverlay("~/.tool/settings", over)}), {"HOME": str(user)}
+    )
     merged = {"ui": {"theme": "dark", "size": 2}, "list": [3], "odd": None, "new": {"b": 2}}
     assert json.loads((home / "set.json").read_text()) == merged
     assert json.loads((user / ".tool/settings").read_text()) == theirs
-    await furnish(home, Home(settings={"set.json": Overlay("~/.tool/missing", over)}), {"HOME": str(user)})
+    await set_up(
+        home, SessionHome(settings={"set.json": SettingsOverlay("~/.tool/missing", over)}), {"HOME": str(user)}
+    )
     assert json.loads((home / "set.json").read_text()) == over
 
 
 async def test_settings_that_are_not_json_are_refused(tmp_path: Path, user: Path) -> None:
     with pytest.raises(RefusedError, match="settings is not JSON"):
-        await furnish(tmp_path / "home", Home(settings={"x": Overlay("~/.tool/settings", {})}), {"HOME": str(user)})
+        await set_up(
+            tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
+        )
 
 
 async def test_without_a_home_of_the_users_nothing_is_linked(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    assert await furnish(home, Home({}, LINKS), {}) == Reach(writable=(home,))
+    assert await set_up(home, SessionHome({}, LINKS), {}) == PathAccess(writable=(home,))
     assert list(home.iterdir()) == []
 
 
@@ -142,7 +152,7 @@ async def test_what_is_added_to_lists_goes_after_what_is_there(tmp_path: Path, u
     """Beside what goes over the user's settings."""
     (user / ".tool/settings").write_text('{"hooks": {"before": ["theirs"], "after": ["theirs"]}, "keep": [1]}')
     added = {"hooks": {"before": ["ours"]}, "new": ["ours"]}
-    what = Home(settings={"s.json": Overlay("~/.tool/settings", {"hooks": {"after": []}}, added)})
-    await furnish(tmp_path / "home", what, {"HOME": str(user)})
+    what = SessionHome(settings={"s.json": SettingsOverlay("~/.tool/settings", {"hooks": {"after": []}}, added)})
+    await set_up(tmp_path / "home", what, {"HOME": str(user)})
     found = json.loads((tmp_path / "home/s.json").read_text())
     assert found == {"hooks": {"before": ["theirs", "ours"], "after": []}, "keep": [1], "new": ["ours"]}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.config.source.quantities import shown_size
+from orchestrator.config.source.quantities import format_size_short
 from orchestrator.domain.runs.leftovers import (
-    STALE_AFTER,
-    Holding,
-    Standing,
-    holding,
-    is_stale,
+    STALE_FILE_SECONDS,
+    LeftoverStatus,
+    WorktreeContents,
+    classify_worktree,
+    is_stale_file,
     judge_hub,
-    judge_stray,
+    judge_orphan,
     judge_worktree,
 )
-from orchestrator.domain.runs.model import FINAL, Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import FINAL_STATUSES, Attempt, TaskDocument, TaskStatus
 
 
 def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:
@@ -31,43 +31,45 @@ def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:
 @pytest.mark.parametrize(
     ("attempt", "is_check", "held"),
     [
-        (1, False, Holding.NOTHING),
-        (2, False, Holding.UNSAVED),
-        (3, False, Holding.KEPT),
-        (4, False, Holding.UNKNOWN),
-        (3, True, Holding.NOTHING),
-        (4, True, Holding.NOTHING),
+        (1, False, WorktreeContents.NOTHING),
+        (2, False, WorktreeContents.UNSAVED),
+        (3, False, WorktreeContents.KEPT),
+        (4, False, WorktreeContents.UNKNOWN),
+        (3, True, WorktreeContents.NOTHING),
+        (4, True, WorktreeContents.NOTHING),
     ],
 )
-def test_what_a_worktree_holds(attempt: int, is_check: bool, held: Holding) -> None:
+def test_what_a_worktree_holds(attempt: int, is_check: bool, held: WorktreeContents) -> None:
     """Nothing if it was collected or is of checks; where nothing is recorded nothing is known."""
-    assert holding(document(), attempt, is_check=is_check) is held
-    assert holding(None, attempt, is_check=is_check) is (Holding.NOTHING if is_check else Holding.UNKNOWN)
+    assert classify_worktree(document(), attempt, is_check=is_check) is held
+    assert classify_worktree(None, attempt, is_check=is_check) is (
+        WorktreeContents.NOTHING if is_check else WorktreeContents.UNKNOWN
+    )
 
 
-@pytest.mark.parametrize("held", Holding)
+@pytest.mark.parametrize("held", WorktreeContents)
 @pytest.mark.parametrize("status", TaskStatus)
-def test_only_what_is_saved_of_a_task_that_is_over_goes(status: TaskStatus, held: Holding) -> None:
+def test_only_what_is_saved_of_a_task_that_is_over_goes(status: TaskStatus, held: WorktreeContents) -> None:
     """What a resume goes on from never goes, and what is nowhere else only on request."""
     standing, _ = judge_worktree("run", document(status), held)
-    assert (standing is Standing.NEEDED) == (status not in FINAL)
-    assert (standing is Standing.LEFT_OVER) == (status in FINAL and held is Holding.NOTHING)
-    assert judge_worktree("run", None, held)[0] is Standing.KEPT
-    assert (judge_stray(held)[0] is Standing.LEFT_OVER) == (held is Holding.NOTHING)
+    assert (standing is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
+    assert (standing is LeftoverStatus.LEFT_OVER) == (status in FINAL_STATUSES and held is WorktreeContents.NOTHING)
+    assert judge_worktree("run", None, held)[0] is LeftoverStatus.KEPT
+    assert (judge_orphan(held)[0] is LeftoverStatus.LEFT_OVER) == (held is WorktreeContents.NOTHING)
 
 
 @pytest.mark.parametrize(("refs", "worktrees"), [(1, 0), (0, 1), (None, 0)])
 def test_a_hub_with_work_is_kept(refs: int | None, worktrees: int) -> None:
     """Also where it is not known whether there is any."""
-    assert judge_hub("/r/.git", refs, worktrees)[0] is Standing.KEPT
-    assert judge_hub("/r/.git", 0, 0)[0] is Standing.LEFT_OVER
+    assert judge_hub("/r/.git", refs, worktrees)[0] is LeftoverStatus.KEPT
+    assert judge_hub("/r/.git", 0, 0)[0] is LeftoverStatus.LEFT_OVER
 
 
 def test_what_is_young_is_not_stale() -> None:
     """Also what a clock that jumped put into the future."""
-    assert is_stale(1000.0, 1001.0 + STALE_AFTER)
-    assert not is_stale(1000.0, 999.0 + STALE_AFTER)
-    assert not is_stale(1000.0, 500.0)
+    assert is_stale_file(1000.0, 1001.0 + STALE_FILE_SECONDS)
+    assert not is_stale_file(1000.0, 999.0 + STALE_FILE_SECONDS)
+    assert not is_stale_file(1000.0, 500.0)
 
 
 @pytest.mark.parametrize(
@@ -86,4 +88,4 @@ def test_what_is_young_is_not_stale() -> None:
 )
 def test_sizes_are_shown_as_they_are_written(size: int, shown: str) -> None:
     """Two or three digits and a unit."""
-    assert shown_size(size) == shown
+    assert format_size_short(size) == shown

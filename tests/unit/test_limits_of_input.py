@@ -12,8 +12,8 @@ import pytest
 from orchestrator.config.source.document import read_document
 from orchestrator.config.source.location import named_repository
 from orchestrator.config.source.problems import Problems, TooManyProblems
-from orchestrator.config.workflows.templates import compiled
-from orchestrator.engine.phases.prompts import PromptFacts, holds, render
+from orchestrator.config.workflows.templates import compile_template
+from orchestrator.engine.phases.prompts import PromptFacts, is_condition_met, render
 from orchestrator.errors import RefusedError
 
 N = 10**9
@@ -74,7 +74,7 @@ def test_a_template_that_multiplies_is_refused_within_limits(text: str) -> None:
     tracemalloc.start()
     try:
         try:
-            compiled(text)
+            compile_template(text)
         except ValueError:
             return
         with pytest.raises(RefusedError):
@@ -88,8 +88,8 @@ def test_a_template_that_multiplies_is_refused_within_limits(text: str) -> None:
 def test_a_condition_that_multiplies_is_refused_within_limits() -> None:
     """It is a template, too."""
     with pytest.raises(RefusedError, match="can't be judged"):
-        holds("build", f"'x' * {N}", {})
-    assert holds("build", "'x' * 3 == 'xxx' and 'a' ~ 'b' == 'ab'", {})
+        is_condition_met("build", f"'x' * {N}", {})
+    assert is_condition_met("build", "'x' * 3 == 'xxx' and 'a' ~ 'b' == 'ab'", {})
 
 
 def test_what_a_template_is_for_is_still_made() -> None:

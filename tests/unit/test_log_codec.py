@@ -13,16 +13,16 @@ from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 from orchestrator.state.log.codec import (
     MAX_COMMIT_BYTES,
     MAX_DEPTH,
-    Change,
-    Decoded,
-    Incomplete,
-    Line,
-    Unreadable,
+    DecodedLine,
+    IncompleteLine,
+    LineChange,
+    LogLine,
+    UnreadableBytes,
     encode_commit,
     encode_line,
+    iter_values,
     scan,
     to_record,
-    values,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -41,11 +41,11 @@ COMMITS = st.builds(
 )
 
 
-def line_of(commit: Commit, position: int = 1) -> Line:
+def line_of(commit: Commit, position: int = 1) -> LogLine:
     """Return the line that a first commit becomes."""
     encoded = encode_commit(commit)
-    changes = tuple(Change(write.key, write.expected + 1, write.length) for write in encoded.writes)
-    return Line(position, 1.5, changes, encoded.payload)
+    changes = tuple(LineChange(write.key, write.expected + 1, write.length) for write in encoded.writes)
+    return LogLine(position, 1.5, changes, encoded.payload)
 
 
 SMALL = line_of(Commit([Write(Key("task", "a"), 0, {"n": 1}), Write(Key("task", "b"), 0, None)], [Event("e")]))
@@ -62,12 +62,12 @@ def test_lines_come_back_as_they_went_in(commits: list[Commit]) -> None:
     offset = 0
     for line, commit in zip(lines, commits, strict=True):
         item = scan(data, offset)
-        assert item == Decoded(item.end, line, b"\n")
+        assert item == DecodedLine(item.end, line, b"\n")
         offset = item.end
         record = to_record(item.line)
         assert record.documents == {write.key: (1, write.value) for write in commit.writes}
         assert list(record.events) == list(commit.events)
-        cut_out = [value and json.loads(value) for _, value in values(item.line)]
+        cut_out = [value and json.loads(value) for _, value in iter_values(item.line)]
         assert cut_out == [write.value for write in commit.writes]
     assert offset == len(data)
 
@@ -75,8 +75,8 @@ def test_lines_come_back_as_they_went_in(commits: list[Commit]) -> None:
 def test_every_truncated_line_is_incomplete() -> None:
     """A line of which the end is missing is incomplete at each length; without its newline alone it is complete."""
     for length in range(1, len(BYTES) - 1):
-        assert scan(BYTES[:length], 0) == Incomplete(length)
-    assert scan(BYTES[:-1], 0) == Decoded(len(BYTES) - 1, SMALL, b"")
+        assert scan(BYTES[:length], 0) == IncompleteLine(length)
+    assert scan(BYTES[:-1], 0) == DecodedLine(len(BYTES) - 1, SMALL, b"")
 
 
 @pytest.mark.parametrize("offset", range(len(BYTES)))
@@ -88,28 +88,28 @@ def test_a_changed_byte_is_seen_and_hits_one_line(offset: int, change: Callable[
     if data == BYTES + NEXT:
         return
     item = scan(bytes(data), 0)
-    if isinstance(item, Decoded):
+    if isinstance(item, DecodedLine):
         assert item.line.is_damaged == (offset < len(BYTES) - 1)
         assert item.line.changes == SMALL.changes
         assert item.end == len(BYTES)
-    while isinstance(item, Unreadable) and item.end < len(BYTES):
+    while isinstance(item, UnreadableBytes) and item.end < len(BYTES):
         item = scan(bytes(data), item.end)
     assert item.end == len(BYTES)
-    assert scan(bytes(data), len(BYTES)) == Decoded(len(data), line_of(Commit(), position=2), b"\n")
+    assert scan(bytes(data), len(BYTES)) == DecodedLine(len(data), line_of(Commit(), position=2), b"\n")
 
 
 def test_a_line_that_lost_bytes_does_not_hide_the_next() -> None:
     """Bytes missing in the middle of a payload damage that line alone, though its length is now wrong."""
     data = BYTES[:-8] + BYTES[-4:] + NEXT
     item = scan(data, 0)
-    assert isinstance(item, Decoded)
+    assert isinstance(item, DecodedLine)
     assert item.line.is_damaged
     assert item.end == len(BYTES) - 4
 
 
 def test_a_damaged_line_still_tells_what_it_deleted() -> None:
     """A follower of a damaged line gets its deletions, and the names of the documents whose values are lost."""
-    record = to_record(Line(SMALL.position, SMALL.time, SMALL.changes, b""))
+    record = to_record(LogLine(SMALL.position, SMALL.time, SMALL.changes, b""))
     assert record.documents == {Key("task", "b"): (1, None)}
     assert record.unreadable == [Key("task", "a")]
 

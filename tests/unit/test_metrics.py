@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.runs.metrics import measure, minutes_to_land
+from orchestrator.domain.runs.metrics import compute_metrics, compute_minutes_to_land
 from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import ActiveTime, Orchestrator, Owner
+from orchestrator.domain.scheduling.claims import ActiveTime, OrchestratorIdentity, OrchestratorLease
 from orchestrator.engine.reports.overview import landing_times
 from orchestrator.protocols import Document, Key
 
@@ -24,7 +24,7 @@ def task(status: TaskStatus, *starts: float, **spent: Any) -> TaskDocument:
 def test_every_status_is_counted_once() -> None:
     """Completed, in progress, failed and pending add up to all, with each status in the place that is documented."""
     tasks = {status.value: task(status) for status in TaskStatus}
-    found = measure(tasks, {}, ActiveTime())
+    found = compute_metrics(tasks, {}, ActiveTime())
     assert (found.total_tasks, found.completed, found.pending) == (len(TaskStatus), 2, 1)
     assert (found.in_progress, found.failed) == (5, 4)
     assert found.completed + found.in_progress + found.failed + found.pending == found.total_tasks
@@ -33,7 +33,7 @@ def test_every_status_is_counted_once() -> None:
 
 def test_of_no_tasks_nothing_is_known() -> None:
     """No division by nothing."""
-    found = measure({}, {}, ActiveTime())
+    found = compute_metrics({}, {}, ActiveTime())
     assert (found.total_tasks, found.average_time_minutes, found.cost, found.by_status) == (0, None, None, {})
 
 
@@ -46,19 +46,19 @@ def test_the_average_is_from_the_first_start_to_the_landing() -> None:
         "failed": task(TaskStatus.FAILED, 0.0),
     }
     landed_at = {"a": 180.0, "b": 180.0, "adopted": 500.0, "failed": 9_000.0}
-    assert measure(tasks, landed_at, ActiveTime()).average_time_minutes == 2.0
+    assert compute_metrics(tasks, landed_at, ActiveTime()).average_time_minutes == 2.0
 
 
 @pytest.mark.parametrize(("landed_at", "minutes"), [(None, None), (160.0, 1.0), (50.0, 0.0)])
 def test_a_clock_that_was_set_back_gives_no_negative_time(landed_at: float | None, minutes: float | None) -> None:
     """It is nothing rather than less than nothing; without an instant it is not known."""
-    assert minutes_to_land(task(TaskStatus.LANDED, 100.0), landed_at, ActiveTime()) == minutes
+    assert compute_minutes_to_land(task(TaskStatus.LANDED, 100.0), landed_at, ActiveTime()) == minutes
 
 
-def orchestrator(number: int, since: float, heartbeat: float, **facts: Any) -> Orchestrator:
+def orchestrator(number: int, since: float, heartbeat: float, **facts: Any) -> OrchestratorLease:
     """Return the record of a process."""
-    owner = Owner(id=str(number), host="h", boot="b", pid=number, started=None)
-    return Orchestrator(owner=owner, epoch=1, since=since, heartbeat=heartbeat, expires=heartbeat + 300, **facts)
+    owner = OrchestratorIdentity(id=str(number), host="h", boot="b", pid=number, started=None)
+    return OrchestratorLease(owner=owner, epoch=1, since=since, heartbeat=heartbeat, expires=heartbeat + 300, **facts)
 
 
 def test_pauses_are_no_active_time() -> None:
@@ -90,6 +90,6 @@ def test_what_was_spent_is_that_of_all_attempts() -> None:
         "a": task(TaskStatus.FAILED, 0.0, 1.0, input_tokens=10, output_tokens=1, cost=0.5),
         "b": task(TaskStatus.LANDED, 0.0, input_tokens=5),
     }
-    found = measure(tasks, {}, ActiveTime())
+    found = compute_metrics(tasks, {}, ActiveTime())
     assert (found.input_tokens, found.output_tokens, found.cost) == (25, 2, 1.0)
-    assert measure({"b": tasks["b"]}, {}, ActiveTime()).cost is None
+    assert compute_metrics({"b": tasks["b"]}, {}, ActiveTime()).cost is None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.cli.core.point_in_time import parse_instant
-from orchestrator.state.documents.reading import newest_until
+from orchestrator.state.documents.reading import find_newest_until
 
 NOW = 1767323045.0  # 2026-01-02 03:04:05 UTC
 
@@ -58,4 +58,4 @@ def test_an_instant_before_all_years_is_no_fault(zone: None) -> None:
 def test_of_times_that_jump_back_the_newest_counts(instant: float, position: int | None) -> None:
     """The clock said 10, 20, was set back to 12, and went on."""
     times = [(1, 10.0), (2, 20.0), (3, 12.0), (4, 15.0), (5, 30.0)]
-    assert newest_until(times, instant) == position
+    assert find_newest_until(times, instant) == position

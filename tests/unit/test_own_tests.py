@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.engine.diagnostics.test_detection import find_own_tests, read_top
+from orchestrator.engine.diagnostics.test_detection import detect_tests, read_top_level
 
 SCRIPT = json.dumps({"scripts": {"test": "jest"}})
 DEPENDS = json.dumps({"scripts": {"test": "jest"}, "devDependencies": {"jest": "29"}})
@@ -119,28 +119,28 @@ def test_the_command_is_told_by_the_files(
             path.mkdir()
         else:
             path.write_text(content)
-    found = find_own_tests(read_top(tmp_path))
+    found = detect_tests(read_top_level(tmp_path))
     assert (None if found is None else found.command) == command
     if found is not None:
         assert (found.before if found.environment is None else found.environment.setup) == before
         assert all(
             (tmp_path / name).exists() for name in (() if found.environment is None else found.environment.inputs)
         )
-        assert (tmp_path / found.told_by).exists()
+        assert (tmp_path / found.declared_in).exists()
 
 
 def test_another_way_for_a_machine_that_lacks_something(tmp_path: Path) -> None:
     """Without an installed pytest one is installed in a virtual environment; `make test` works without one."""
     (tmp_path / "pytest.ini").touch()
-    found = find_own_tests(read_top(tmp_path))
+    found = detect_tests(read_top_level(tmp_path))
     assert found is not None
-    ways = [(one.command, one.environment and one.environment.setup) for one in found.ways]
+    ways = [(one.command, one.environment and one.environment.setup) for one in found.alternatives]
     assert ways == [("python3 -m pytest", None), (VENV_PYTEST, f"{PIP} pytest")]
     (tmp_path / "Makefile").write_text("test:\n")
     (tmp_path / "requirements.txt").touch()
-    found = find_own_tests(read_top(tmp_path))
+    found = detect_tests(read_top_level(tmp_path))
     assert found is not None
-    assert [one.command for one in found.ways] == ['PATH="$PWD/.venv/bin:$PATH" make test', "make test"]
+    assert [one.command for one in found.alternatives] == ['PATH="$PWD/.venv/bin:$PATH" make test', "make test"]
 
 
 def test_odd_files_are_passed_over(tmp_path: Path) -> None:
@@ -150,4 +150,4 @@ def test_odd_files_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(PYTEST + "#" * (1 << 20))
     (tmp_path / "composer.json").write_bytes(b"\xff\xfe{")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")).touch()
-    assert find_own_tests(read_top(tmp_path)) is None
+    assert detect_tests(read_top_level(tmp_path)) is None

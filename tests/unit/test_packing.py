@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.state.log import packing
-from orchestrator.state.log.packing import Source, Sum, pack, sum_of, unpack
+from orchestrator.state.log.packing import Checksum, SegmentReader, pack, read_content_checksum, unpack
 
 LINES = b"".join(b'{"position": %d, "words": "some of the same in each line"}\n' % number for number in range(60_000))
 
@@ -23,7 +23,7 @@ def test_what_is_packed_comes_back(data: bytes) -> None:
     """Any bytes do, and their sum is told without unpacking."""
     packed = pack(data)
     assert unpack(packed) == data
-    assert sum_of(packed) == Sum(len(data), zlib.crc32(data))
+    assert read_content_checksum(packed) == Checksum(len(data), zlib.crc32(data))
 
 
 def test_lines_that_are_alike_take_little(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_lines_that_are_alike_take_little(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl.zst"
     path.write_bytes(pack(LINES))
     assert path.stat().st_size < len(LINES) / 10
-    source = Source(path)
+    source = SegmentReader(path)
     assert source.size() == len(LINES)
     assert source.read(100, 1_000_000) == LINES[1_000_000:1_000_100]
     source.close()
@@ -53,7 +53,7 @@ def test_damage_takes_one_part_along() -> None:
     dice = random.Random(1)
     for offset in [*range(64), *(dice.randrange(len(packed)) for _ in range(300))]:
         damaged = packed[:offset] + bytes([packed[offset] ^ (1 << dice.randrange(8))]) + packed[offset + 1 :]
-        assert sum_of(damaged) != sum_of(packed)
+        assert read_content_checksum(damaged) != read_content_checksum(packed)
         left = unpack(damaged)
         assert left in {LINES, *(b"".join(parts[:lost] + parts[lost + 1 :]) for lost in range(len(parts)))}
 
@@ -62,5 +62,5 @@ def test_what_is_cut_off_is_read_up_to_there() -> None:
     """No length of what is left is an error."""
     packed = pack(LINES)
     for size in [*range(60), *range(60, len(packed), 997)]:
-        assert sum_of(packed[:size]) is None
+        assert read_content_checksum(packed[:size]) is None
         assert LINES.startswith(unpack(packed[:size]))

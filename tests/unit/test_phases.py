@@ -6,7 +6,14 @@ import itertools
 
 import pytest
 
-from orchestrator.domain.runs.phases import OPEN, PHASE_TRANSITIONS, PhaseRecord, PhaseStatus, PhaseTrigger, step
+from orchestrator.domain.runs.phases import (
+    OPEN_STATUSES,
+    PHASE_TRANSITIONS,
+    PhaseRecord,
+    PhaseStatus,
+    PhaseTrigger,
+    advance_phase,
+)
 from orchestrator.errors import InvalidTransition
 
 #: What may happen to a visit, told apart from the table that says so.
@@ -29,12 +36,12 @@ def test_every_pair_of_status_and_trigger(status: PhaseStatus | None, trigger: P
     record = None if status is None else PhaseRecord(phase="plan", status=status, started=1.0, attempts=(2,))
     if (status, trigger) in _LEADS:
         changes = {"phase": "plan"} if record is None else {"ended": 5.0}
-        after = step("phase 'plan'", record, trigger, **changes)
+        after = advance_phase("phase 'plan'", record, trigger, **changes)
         assert after.status == _LEADS[status, trigger]
         assert record is None or (after.started, after.attempts, after.ended) == (1.0, (2,), 5.0)
     else:
         with pytest.raises(InvalidTransition) as raised:
-            step("phase 'plan'", record, trigger, phase="plan")
+            advance_phase("phase 'plan'", record, trigger, phase="plan")
         assert (raised.value.state, raised.value.trigger) == (status or "not begun", trigger)
 
 
@@ -42,4 +49,4 @@ def test_every_row_is_expected_and_every_status_is_reached() -> None:
     """No row is there beside those that are told; what is over stays so, and what is open does not."""
     assert PHASE_TRANSITIONS == _LEADS
     assert set(PHASE_TRANSITIONS.values()) == set(PhaseStatus)
-    assert {status for status, _ in PHASE_TRANSITIONS if status is not None} == OPEN
+    assert {status for status, _ in PHASE_TRANSITIONS if status is not None} == OPEN_STATUSES

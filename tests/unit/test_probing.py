@@ -15,10 +15,19 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.engine.diagnostics import programs
-from orchestrator.engine.diagnostics.programs import judge, make_without_options, probe_adapters, read_version
+from orchestrator.engine.diagnostics.programs import judge_program, make_default_adapters, probe_adapters, read_version
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Capability, Command, Failed, Home, Program, SessionEnd, SessionEvent, SessionRequest
-from orchestrator.system.process import Completed
+from orchestrator.protocols import (
+    Capability,
+    Failed,
+    Program,
+    SessionCommand,
+    SessionEnd,
+    SessionEvent,
+    SessionHome,
+    SessionRequest,
+)
+from orchestrator.system.process import CompletedCommand
 from tests.waiting import wait_for
 
 MakeProgram = Callable[[str, str], Path]
@@ -42,8 +51,8 @@ class Stand:
     def programs(self) -> Sequence[Program]:
         return self._programs
 
-    def command(self, request: SessionRequest) -> Command:
-        return Command(argv=["x"], **self._command)
+    def command(self, request: SessionRequest) -> SessionCommand:
+        return SessionCommand(argv=["x"], **self._command)
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         return ()
@@ -55,9 +64,11 @@ class Stand:
 class AtHome(Stand):
     """One whose programs have a home of the task's."""
 
-    def command(self, request: SessionRequest) -> Command:
+    def command(self, request: SessionRequest) -> SessionCommand:
         links = {"login": "~/.tool/login"}
-        return Command(["x"], env={"TOOL_HOME": str(request.home / "kept")}, home=Home({"kept/set": "1"}, links))
+        return SessionCommand(
+            ["x"], env={"TOOL_HOME": str(request.home / "kept")}, home=SessionHome({"kept/set": "1"}, links)
+        )
 
 
 @pytest.fixture
@@ -121,7 +132,7 @@ async def test_a_program_with_a_home_of_the_tasks_is_asked_in_one(
 )
 def test_a_version_is_read_from_what_people_are_told(printed: str, version: str | None) -> None:
     """The first number with dots counts, whatever stands around it."""
-    for answer in (Completed(0, printed.encode(), b""), Completed(0, b"", printed.encode())):
+    for answer in (CompletedCommand(0, printed.encode(), b""), CompletedCommand(0, b"", printed.encode())):
         found = read_version(answer)
         assert (None if found is None else str(found)) == version
 
@@ -130,13 +141,15 @@ def test_a_version_is_read_fast_from_anything() -> None:
     """Output that is made to be slow to search is not."""
     started = time.monotonic()
     for part in ("1", "1.", "1a", "\x1b]", "\x1b[", "v", "1.1-"):
-        read_version(Completed(0, (part * (65536 // len(part))).encode(), b""))
+        read_version(CompletedCommand(0, (part * (65536 // len(part))).encode(), b""))
     assert time.monotonic() - started < 20
 
 
 def test_output_of_a_failed_command_is_no_version() -> None:
     """What stands in an error message is not what was asked for."""
-    status = judge(Program("tool", version=("-V",)), "/bin/tool", Completed(2, b"", b"no -V, since 3.1\n\n"))
+    status = judge_program(
+        Program("tool", version=("-V",)), "/bin/tool", CompletedCommand(2, b"", b"no -V, since 3.1\n\n")
+    )
     assert status.version is None
     assert status.trouble == "it ended with exit code 2: no -V, since 3.1"
 
@@ -144,13 +157,13 @@ def test_output_of_a_failed_command_is_no_version() -> None:
 @pytest.mark.parametrize(("known", "is_known"), [(">=2,<3", True), (">=3", False), ("", None), (">=2.1b1", True)])
 def test_a_version_is_held_against_those_that_are_known(known: str, is_known: bool | None) -> None:
     """Whether the adapter is made for it, pre-releases included."""
-    answer = Completed(0, b"tool 2.1rc1", b"")
-    assert judge(Program("tool", version=("-V",), known=known), "/bin/tool", answer).is_known is is_known
+    answer = CompletedCommand(0, b"tool 2.1rc1", b"")
+    assert judge_program(Program("tool", version=("-V",), known=known), "/bin/tool", answer).is_known is is_known
 
 
 def test_a_range_that_is_none_is_told() -> None:
     """A plugin's mistake is named, and no more."""
-    status = judge(Program("tool", version=("-V",), known="two"), "/bin/tool", Completed(0, b"2.0", b""))
+    status = judge_program(Program("tool", version=("-V",), known="two"), "/bin/tool", CompletedCommand(0, b"2.0", b""))
     assert (status.version, status.is_known) == ("2.0", None)
     assert "'two'" in str(status.trouble)
 
@@ -158,17 +171,21 @@ def test_a_range_that_is_none_is_told() -> None:
 @pytest.mark.parametrize(
     ("answer", "has_key", "ready"),
     [
-        (Completed(0, b"", b""), False, True),
-        (Completed(1, b"", b"log in"), False, False),
-        (Completed(-11, b"", b""), False, None),
+        (CompletedCommand(0, b"", b""), False, True),
+        (CompletedCommand(1, b"", b"log in"), False, False),
+        (CompletedCommand(-11, b"", b""), False, None),
         ("did not end", False, None),
         (None, True, True),
         (None, False, None),
     ],
 )
-def test_readiness_is_an_exit_code_or_a_key(answer: Completed | str | None, has_key: bool, ready: bool | None) -> None:
+def test_readiness_is_an_exit_code_or_a_key(
+    answer: CompletedCommand | str | None, has_key: bool, ready: bool | None
+) -> None:
     """A key stands for a login; who crashes or hangs has not answered; who says no gets the remedy."""
-    status = judge(Program("tool", ready=("s",), log_in="run `tool login`"), "/t", None, answer, has_key=has_key)
+    status = judge_program(
+        Program("tool", ready=("s",), log_in="run `tool login`"), "/t", None, answer, has_key=has_key
+    )
     assert status.ready is ready
     assert status.remedy == ("run `tool login`" if ready is False else None)
 
@@ -218,7 +235,7 @@ async def test_a_program_that_hangs_is_killed(
     program: MakeProgram, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It has its time, is not asked a second question, and nothing of it lives on."""
-    monkeypatch.setattr(programs, "_PATIENCE", 0.5)
+    monkeypatch.setattr(programs, "_TIMEOUT", 0.5)
     program("tool", f"trap '' TERM\necho $$ > {tmp_path}/pid\nwhile :; do sleep 1; done")
     adapters = {"a": Stand(Program("tool", version=("-V",), ready=("s",)))}
     status = (await probe_adapters(adapters, environ))["a"].programs[0]
@@ -286,7 +303,7 @@ async def test_an_adapter_that_fails_is_told(environ: dict[str, str]) -> None:
     """What a plugin's own code raises stays with that adapter."""
 
     class Broken(Stand):
-        def command(self, request: SessionRequest) -> Command:
+        def command(self, request: SessionRequest) -> SessionCommand:
             raise RefusedError("no model is set", "set one")
 
     found = await probe_adapters({"broken": Broken(), "fine": Stand()}, environ)
@@ -308,7 +325,7 @@ def test_types_are_made_without_options_where_they_can_be() -> None:
             raise OSError("no home")
 
     types: dict[str, Any] = {"fine": Stand, "needy": Needy, "broken": Broken}
-    made, needs = make_without_options(types)
+    made, needs = make_default_adapters(types)
     assert list(made) == ["fine"]
     assert needs == {"needy": "needs argv, model", "broken": "can't be made: OSError: no home"}
 

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.workflows.templates import SUPPLIED, supplied_template
-from orchestrator.domain.workflow.handoff_kinds import KINDS
+from orchestrator.config.workflows.templates import BUILTIN_TEMPLATES, read_builtin_template
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.engine.phases.prompts import (
-    LONGEST_PROMPT,
-    LONGEST_VALUE,
-    HandingOver,
+    MAX_PROMPT_LENGTH,
+    MAX_VALUE_LENGTH,
+    HandoffInstructions,
     PromptFacts,
-    holds,
+    is_condition_met,
     render,
-    told_errors,
-    told_failure,
-    told_findings,
+    render_command_failure,
+    render_findings,
+    render_handoff_errors,
 )
 from orchestrator.errors import RefusedError
 
@@ -123,7 +123,7 @@ def test_the_task_of_a_tracker_is_marked_off() -> None:
 
 def test_what_a_template_leaves_out_stands_behind_it() -> None:
     """How to hand over, and what is to be mended; but only once."""
-    handing = HandingOver("answer", SCHEMA)
+    handing = HandoffInstructions("answer", SCHEMA)
     text = render("{{ task.prompt }}", facts(feedback="Mend it.", handing=handing)).text
     assert text.startswith("Add a login.\n\nMend it.\n\nWhen you are done, hand over")
     own = render("{{ hand_over }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", handing=handing)).text
@@ -133,18 +133,18 @@ def test_what_a_template_leaves_out_stands_behind_it() -> None:
 
 def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
-    told = render("", facts(handing=HandingOver("answer", SCHEMA))).text
+    told = render("", facts(handing=HandoffInstructions("answer", SCHEMA))).text
     assert json.loads(re.findall(r"```json\n(.*?)\n```", told, re.DOTALL)[0]) == SCHEMA
     places = [told.index(word) for word in ("COUNCIL_HANDOFF", "hand_over", "end your answer")]
     assert places == sorted(places)
-    few = render("", facts(handing=HandingOver("answer", SCHEMA, writes=False, has_tools=False))).text
+    few = render("", facts(handing=HandoffInstructions("answer", SCHEMA, writes=False, has_tools=False))).text
     assert "hand_over" not in few
     assert few.index("end your answer") < few.index("COUNCIL_HANDOFF")
 
 
 def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
     """What is to be mended and how to hand over; without anything to mend there is nothing new."""
-    handing = HandingOver("answer", SCHEMA)
+    handing = HandoffInstructions("answer", SCHEMA)
     prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", handing=handing))
     assert prompt.follow_up is not None
     assert prompt.follow_up.startswith("Mend it.\n\nWhen you are done, hand over")
@@ -154,22 +154,22 @@ def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
 
 def test_values_and_prompts_have_a_largest_size() -> None:
     """A value is cut with a word on the rest; a prompt of too many of them is refused."""
-    text = render("{{ given.a }}", facts(given={"a": "x" * (LONGEST_VALUE + 5)})).text
+    text = render("{{ given.a }}", facts(given={"a": "x" * (MAX_VALUE_LENGTH + 5)})).text
     assert "(… 5 more characters are left out.)" in text
-    assert len(text) < LONGEST_VALUE + 1000
-    many = {f"v{n}": "x" * LONGEST_VALUE for n in range(LONGEST_PROMPT // LONGEST_VALUE + 1)}
+    assert len(text) < MAX_VALUE_LENGTH + 1000
+    many = {f"v{n}": "x" * MAX_VALUE_LENGTH for n in range(MAX_PROMPT_LENGTH // MAX_VALUE_LENGTH + 1)}
     with pytest.raises(RefusedError, match="name fewer values under `needs:`"):
         render("{% for name in given %}{{ given[name] }}\n{% endfor %}", facts(given=many))
 
 
 @pytest.mark.parametrize("writes", [True, False])
-@pytest.mark.parametrize("name", SUPPLIED)
+@pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
 def test_the_supplied_templates_fit_all_facts(name: str, writes: bool) -> None:
     """With nothing but the task, and with all that there can be; each says all of it once, and the evil as data."""
-    template = supplied_template(name)
+    template = read_builtin_template(name)
     assert "Add a login." in render(template, facts(given={}, writes=writes)).text
-    kind = KINDS.get(name)
-    handing = HandingOver(name, SCHEMA if kind is None else kind.schema)
+    kind = HANDOFF_KINDS.get(name)
+    handing = HandoffInstructions(name, SCHEMA if kind is None else kind.schema)
     whole = render(
         template,
         facts(feedback="Mend it.", handing=handing, owns=["src/**"], base="c0ffee", round=2, writes=writes, phase=name),
@@ -195,23 +195,23 @@ def test_the_supplied_templates_fit_all_facts(name: str, writes: bool) -> None:
 )
 def test_a_condition_holds_or_not(condition: str, expected: bool) -> None:
     """It is an expression over the values, also where they have the names of a mapping's methods."""
-    assert holds("review", condition, {"plan": PLAN, "items": 1}) is expected
+    assert is_condition_met("review", condition, {"plan": PLAN, "items": 1}) is expected
 
 
 @pytest.mark.parametrize("condition", ["risks", "not risks", "plan.risks > 1", "plan.size / 0", "plan < 3"])
 def test_a_condition_that_does_not_fit_is_refused(condition: str) -> None:
     """A value that is not there skips no phase."""
     with pytest.raises(RefusedError, match=r"phase .review., .*can.t be judged, .*: name a value that is there"):
-        holds("review", condition, {"plan": PLAN})
+        is_condition_met("review", condition, {"plan": PLAN})
 
 
 @given(st.text())
 def test_feedback_marks_off_what_others_said(said: str) -> None:
     """Findings, mistakes and output stand between marks, with words of ours around them."""
     for told in (
-        told_findings("review", [said], MARK),
-        told_errors([said], MARK),
-        told_failure("x", "failed", said, MARK),
+        render_findings("review", [said], MARK),
+        render_handoff_errors([said], MARK),
+        render_command_failure("x", "failed", said, MARK),
     ):
         assert outside(told).count("\n") <= 6
         assert outside(told).startswith("---\n")

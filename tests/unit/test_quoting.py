@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.security.quoting import as_text, barred, marked, plain
+from orchestrator.domain.security.quoting import format_value, quote_block, quote_lines, remove_control_characters
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -19,13 +19,13 @@ JSON = st.recursive(
 @given(st.text())
 def test_no_text_leaves_its_bars(text: str) -> None:
     """Each line that a reader sees begins with a bar."""
-    assert all(line.startswith("| ") for line in "\n".join(barred(text)).splitlines())
+    assert all(line.startswith("| ") for line in "\n".join(quote_lines(text)).splitlines())
 
 
 @given(st.text())
 def test_a_plain_line_is_one_line(text: str) -> None:
     """Nothing in it ends the line, or hides what stands in it."""
-    line = plain(text)
+    line = remove_control_characters(text)
     assert len(line) == len(text)
     assert len(line.splitlines()) <= 1
     assert all(one.isprintable() or one == "\t" for one in line)
@@ -34,19 +34,19 @@ def test_a_plain_line_is_one_line(text: str) -> None:
 @given(JSON)
 def test_values_are_told_whole_where_there_is_room(value: object) -> None:
     """JSON reads back as the same value, but for what could hide in it."""
-    told = as_text(value, 100_000)
+    told = format_value(value, 100_000)
     if isinstance(value, str):
-        assert told == "\n".join(map(plain, value.splitlines()))
+        assert told == "\n".join(map(remove_control_characters, value.splitlines()))
     elif all(one.isprintable() for one in json.dumps(value, ensure_ascii=False)):
         assert json.loads(told) == value
 
 
 def test_what_is_too_long_is_cut_with_a_word_on_the_rest() -> None:
     """The number of characters that are left out is told."""
-    assert as_text("abcdef", 6) == "abcdef"
-    assert as_text("abcdefgh", 6) == "abcdef\n(… 2 more characters are left out.)"
+    assert format_value("abcdef", 6) == "abcdef"
+    assert format_value("abcdefgh", 6) == "abcdef\n(… 2 more characters are left out.)"
 
 
 def test_a_text_stands_between_two_marks() -> None:
     """Both have the mark and the word."""
-    assert marked("a\nb", "1f", "output") == "[1f output begins]\na\nb\n[1f output ends]"
+    assert quote_block("a\nb", "1f", "output") == "[1f output begins]\na\nb\n[1f output ends]"

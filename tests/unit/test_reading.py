@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from adapters.command import CommandAdapter, CommandOptions
 from adapters.paths import values_at
-from adapters.reading import Rule
+from adapters.reading import OutputRule
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
-from orchestrator.protocols import Concluded, Identified, Said, SessionEnd, SessionEvent, Spent
+from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEnd, SessionEvent, UsageReport
 
 LINE = {
     "type": "result",
@@ -58,7 +58,7 @@ def read(line: Any, *rules: dict[str, Any], **options: Any) -> list[SessionEvent
 )
 def test_paths(path: str, found: list[Any]) -> None:
     """Names and numbers lead on, `*` everywhere, `+` adds; what is not there, or null, is no value."""
-    Rule.model_validate({"text": path})
+    OutputRule.model_validate({"text": path})
     assert values_at(LINE, path) == found
 
 
@@ -66,7 +66,7 @@ def test_paths(path: str, found: list[Any]) -> None:
 def test_what_is_no_path(path: str) -> None:
     """It is refused with an example of one, or a hint where to begin."""
     with pytest.raises(ValidationError, match=r"is no path .*usage\.input_tokens|begins with a '\$': begin with"):
-        Rule.model_validate({"text": path})
+        OutputRule.model_validate({"text": path})
 
 
 def test_facts_of_a_line() -> None:
@@ -84,10 +84,10 @@ def test_facts_of_a_line() -> None:
         },
     )
     assert read(LINE, *rules, model="m") == [
-        Identified("s1"),
-        Said("a\nb"),
-        Spent(model="result"),
-        Spent(123, 7, 3.0, cached_tokens=20, model="m"),
+        ConversationStarted("s1"),
+        AgentMessage("a\nb"),
+        UsageReport(model="result"),
+        UsageReport(123, 7, 3.0, cached_tokens=20, model="m"),
     ]
 
 
@@ -108,22 +108,22 @@ def test_facts_of_a_line() -> None:
 )
 def test_when(when: dict[str, Any], fits: bool) -> None:
     """A value is equal only to one of its kind, and each has to be."""
-    assert read(LINE, {"when": when, "session": "session_id"}) == ([Identified("s1")] if fits else [])
+    assert read(LINE, {"when": when, "session": "session_id"}) == ([ConversationStarted("s1")] if fits else [])
 
 
 @pytest.mark.parametrize(
     ("usage", "spent"),
     [
-        ("line", Spent(7)),
-        ("session", Spent(7, in_all=True)),
-        ("conversation", Spent(7, in_all=True, of_conversation=True)),
+        ("line", UsageReport(7)),
+        ("session", UsageReport(7, is_cumulative=True)),
+        ("conversation", UsageReport(7, is_cumulative=True, includes_resumed=True)),
     ],
 )
-def test_what_usage_is_of(usage: str, spent: Spent) -> None:
+def test_what_usage_is_of(usage: str, spent: UsageReport) -> None:
     """Of the line, of the session so far, or with the conversation's earlier ones; a model alone takes nothing back."""
     rule = {"input_tokens": "usage.output", "model": "m", "usage": usage}
     assert read({"usage": {"output": 7}}, rule) == [spent]
-    assert read({"m": "x"}, rule) == [Spent(model="x")]
+    assert read({"m": "x"}, rule) == [UsageReport(model="x")]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_usage_is_of(usage: str, spent: Spent) -> None:
 )
 def test_counts(given: Any, tokens: int) -> None:
     """Numbers of JSON, and those that are printed for people; anything else counts as nothing."""
-    assert read({"n": given}, {"input_tokens": "n"}) == [Spent(tokens)]
+    assert read({"n": given}, {"input_tokens": "n"}) == [UsageReport(tokens)]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_counts(given: Any, tokens: int) -> None:
 )
 def test_costs(given: Any, cost: float | None) -> None:
     """US dollars, with their sign or without; what is none is not known."""
-    assert read({"n": given}, {"cost": "n"}) == [Spent(cost=cost)]
+    assert read({"n": given}, {"cost": "n"}) == [UsageReport(cost=cost)]
 
 
 def test_text_by_named_groups() -> None:
@@ -166,25 +166,25 @@ def test_text_by_named_groups() -> None:
         {"match": r"^all done"},
     )
     rules[-1]["done"] = True  # type: ignore[assignment]
-    assert read("Session: s1", *rules) == [Identified("s1")]
+    assert read("Session: s1", *rules) == [ConversationStarted("s1")]
     assert read("Tokens: 4.2k sent, 1,100 received. Cost: $0.07", *rules) == [
-        Spent(4200, 1100, in_all=True),
-        Spent(cost=0.07),
+        UsageReport(4200, 1100, is_cumulative=True),
+        UsageReport(cost=0.07),
     ]
-    assert read("agent> Hello.", *rules) == [Said("Hello.")]
-    assert read("Hello.", *rules) == [Said("Hello.")]
+    assert read("agent> Hello.", *rules) == [AgentMessage("Hello.")]
+    assert read("Hello.", *rules) == [AgentMessage("Hello.")]
     assert read(" ", *rules) == []
-    assert read("All done!", *rules) == [Concluded()]
-    assert read("error: it broke", *rules) == [Concluded("", Failed(FailureClass.CRASHED, "it broke"))]
+    assert read("All done!", *rules) == [FinalResult()]
+    assert read("error: it broke", *rules) == [FinalResult("", Failed(FailureClass.CRASHED, "it broke"))]
 
 
 def test_lines_of_text_among_json() -> None:
     """They are said, unless `match` is for them; what was to be JSON and is none is nothing."""
     options: dict[str, Any] = {"output": "jsonl"}
-    assert read("Welcome!", {"text": "text"}, **options) == [Said("Welcome!")]
-    assert read("id s1", {"match": r"^id (?P<session>\S+)"}, **options) == [Identified("s1")]
+    assert read("Welcome!", {"text": "text"}, **options) == [AgentMessage("Welcome!")]
+    assert read("id s1", {"match": r"^id (?P<session>\S+)"}, **options) == [ConversationStarted("s1")]
     assert read('{"text": "cut o', {"text": "text"}, **options) == []
-    assert read('{"id": "s1"}', {"match": '"id": "(?P<session>[^"]+)"'}, **options) == [Identified("s1")]
+    assert read('{"id": "s1"}', {"match": '"id": "(?P<session>[^"]+)"'}, **options) == [ConversationStarted("s1")]
 
 
 @pytest.mark.parametrize(
@@ -204,16 +204,16 @@ def test_lines_of_text_among_json() -> None:
 def test_errors_are_classed(line: dict[str, Any], failure: str | None, reason: str) -> None:
     """By the words that the file knows, then by their status; a line without an error is none."""
     events = read(line, {"error": "error.message", "status": "status"}, failures={"auth": "credit"})
-    assert events == ([Concluded("", Failed(FailureClass(failure), reason))] if failure else [])
+    assert events == ([FinalResult("", Failed(FailureClass(failure), reason))] if failure else [])
 
 
 def test_an_error_with_parts_is_told_whole() -> None:
     """A path that leads to more than text gives its JSON; several give all."""
-    assert read({"e": {"code": 7}}, {"error": "e"}) == [Concluded("", Failed(FailureClass.CRASHED, '{"code": 7}'))]
+    assert read({"e": {"code": 7}}, {"error": "e"}) == [FinalResult("", Failed(FailureClass.CRASHED, '{"code": 7}'))]
     several = read(
         {"e": {"name": "Quota", "message": "no"}}, {"error": "e.name + e.message"}, failures={"limit": "^quota"}
     )
-    assert several == [Concluded("", Failed(FailureClass.LIMIT, "Quota: no"))]
+    assert several == [FinalResult("", Failed(FailureClass.LIMIT, "Quota: no"))]
 
 
 def test_an_error_outweighs_done_on_one_line() -> None:
@@ -221,9 +221,9 @@ def test_an_error_outweighs_done_on_one_line() -> None:
     rules = ({"when": {"type": "result"}, "text": "text", "done": True}, {"error": "error"})
     for order in (rules, rules[::-1]):
         assert read({"type": "result", "text": "a", "error": "b"}, *order) == [
-            Concluded("a", Failed(FailureClass.CRASHED, "b"))
+            FinalResult("a", Failed(FailureClass.CRASHED, "b"))
         ]
-        assert read({"type": "result", "text": "a"}, *order) == [Concluded("a")]
+        assert read({"type": "result", "text": "a"}, *order) == [FinalResult("a")]
 
 
 def verdict(lines: list[str], code: int | None = 0, **options: Any) -> Failed | None:
@@ -282,7 +282,7 @@ def test_anything_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> Non
     events = read(line, rule)
     assert events == read(line, rule)
     for event in events:
-        if isinstance(event, Spent):
+        if isinstance(event, UsageReport):
             assert min(event.input_tokens, event.output_tokens, event.cached_tokens, event.cost or 0) >= 0
             json.dumps([event.input_tokens, event.cost], allow_nan=False)
 

@@ -6,7 +6,12 @@ import random
 
 import pytest
 
-from orchestrator.sessions.supervision.redaction import HOLD_BYTES, KEY_BYTES, Redactor, after_gap
+from orchestrator.sessions.supervision.redaction import (
+    MAX_HELD_BYTES,
+    MAX_KEY_BYTES,
+    StreamRedactor,
+    unsafe_prefix_length,
+)
 
 PATTERN = rb"sk-[A-Za-z0-9]{20,}|ghp_[A-Za-z0-9]{36}|(?<=token=)[a-f0-9]{16}".decode()
 TOKEN = b"sk-" + b"Ab3" * 10
@@ -14,7 +19,7 @@ KEY = b"-----BEGIN OPENSSH PRIVATE KEY-----\n" + b"b3BlbnNzaC1rZXktdjEA\n" * 30 
 
 
 def redacted(*chunks: bytes, pattern: str = PATTERN) -> bytes:
-    redactor = Redactor(pattern)
+    redactor = StreamRedactor(pattern)
     return b"".join(map(redactor.feed, chunks)) + redactor.flush()
 
 
@@ -34,7 +39,7 @@ def test_the_size_of_the_chunks_makes_no_difference(size: int) -> None:
 @pytest.mark.parametrize("size", [1000, 4096, 65536])
 def test_a_secret_in_an_endless_line_is_found_wherever_the_line_is_cut(shift: int, size: int) -> None:
     """A line that is longer than what is held back hides nothing."""
-    lead, trail = b" " * (3 * HOLD_BYTES + shift), b" " * (2 * HOLD_BYTES)
+    lead, trail = b" " * (3 * MAX_HELD_BYTES + shift), b" " * (2 * MAX_HELD_BYTES)
     for secret in (TOKEN, KEY):
         assert redacted(*in_chunks(lead + secret + trail, size)) == lead + b"[redacted]" + trail
     lead = lead + b"token="
@@ -43,28 +48,28 @@ def test_a_secret_in_an_endless_line_is_found_wherever_the_line_is_cut(shift: in
 
 def test_a_secret_longer_than_what_is_held_back_is_replaced_to_its_end() -> None:
     """It is given out once, and no part of it comes later."""
-    secret = b"sk-" + b"x" * (20 * HOLD_BYTES)
+    secret = b"sk-" + b"x" * (20 * MAX_HELD_BYTES)
     assert redacted(*in_chunks(b"a " + secret + b" b", 1000)) == b"a [redacted] b"
 
 
 def test_not_more_than_an_unfinished_line_is_held_back() -> None:
     """Whole lines are given out at once; of a long one all but the last bytes."""
-    redactor = Redactor(PATTERN)
+    redactor = StreamRedactor(PATTERN)
     assert redactor.feed(b"one\ntwo") == b"one\n"
     assert redactor.feed(b"\nthree") == b"two\n"
-    assert len(redactor.feed(b" " * (10 * HOLD_BYTES))) == 9 * HOLD_BYTES + 5
-    assert redactor.drop() == HOLD_BYTES
+    assert len(redactor.feed(b" " * (10 * MAX_HELD_BYTES))) == 9 * MAX_HELD_BYTES + 5
+    assert redactor.drop() == MAX_HELD_BYTES
     assert redactor.flush() == b""
 
 
 @pytest.mark.parametrize("size", [1, 100, 5000, 65536])
 def test_a_key_that_never_ends_takes_a_bounded_amount_with_it(size: int) -> None:
     """The mere mention of a key's first line does not silence a program for ever."""
-    text = b"if x == '-----BEGIN PRIVATE KEY-----':\n" + b"code\n" * KEY_BYTES
+    text = b"if x == '-----BEGIN PRIVATE KEY-----':\n" + b"code\n" * MAX_KEY_BYTES
     given = redacted(*in_chunks(text, size))
     assert given.startswith(b"if x == '[redacted]")
     assert given.endswith(b"code\n")
-    assert abs(len(text) - len(given) - KEY_BYTES) < 100
+    assert abs(len(text) - len(given) - MAX_KEY_BYTES) < 100
 
 
 def test_a_key_on_one_line_of_json_is_found() -> None:
@@ -92,9 +97,9 @@ def test_random_chunks_lose_nothing() -> None:
 
 def test_what_follows_a_gap_is_left_out_as_far_as_it_may_be_half_a_secret() -> None:
     """To the first whole line, to the end of a key that began in the gap, or a bounded amount."""
-    assert after_gap(b"3Ab3\nnext\n") == 5
-    assert after_gap(b"x" * 10 * HOLD_BYTES) == HOLD_BYTES
-    assert after_gap(b"abc") == 3
+    assert unsafe_prefix_length(b"3Ab3\nnext\n") == 5
+    assert unsafe_prefix_length(b"x" * 10 * MAX_HELD_BYTES) == MAX_HELD_BYTES
+    assert unsafe_prefix_length(b"abc") == 3
     half = KEY[100:]
-    assert after_gap(half + b"\nnext\n") == len(half)
-    assert after_gap(b"rest\n" + KEY + b"\n") == 5
+    assert unsafe_prefix_length(half + b"\nnext\n") == len(half)
+    assert unsafe_prefix_length(b"rest\n" + KEY + b"\n") == 5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.load import load_value
-from orchestrator.config.permissions import requests_of
+from orchestrator.config.permissions import list_permission_requests
 from orchestrator.plugins import load_plugins
 
 INSTALLED = load_plugins()
@@ -22,7 +22,7 @@ def asked(folder: Path, **settings: Any) -> tuple[str, ...]:
         **settings,
     }
     config = load_value(value, folder, INSTALLED.adapters, extensions=INSTALLED.extensions())
-    return requests_of(config, folder)
+    return list_permission_requests(config, folder)
 
 
 def command(**settings: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.security.reserved_names import reserved_name
+from orchestrator.domain.security.reserved_names import find_reserved_name
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from orchestrator.domain.security.reserved_names import reserved_name
 )
 def test_a_name_that_is_or_becomes_a_reserved_one(path: str, name: str) -> None:
     """By case, by what HFS+ passes over, by the forms that NTFS takes for the same."""
-    assert reserved_name(path) == name
+    assert find_reserved_name(path) == name
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_a_name_that_is_or_becomes_a_reserved_one(path: str, name: str) -> None:
 )
 def test_names_that_only_look_alike(path: str) -> None:
     """They may be in a commit."""
-    assert reserved_name(path) is None
+    assert find_reserved_name(path) is None

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.render.draw import MOST_ROWS, result_text
+from orchestrator.cli.render.draw import MAX_ROWS_PER_STATE, render_result_table
 from orchestrator.cli.render.next_steps import run_step, task_steps
-from orchestrator.cli.render.result import ResultRow, hints, result_rows, summary, text_lines
-from orchestrator.domain.runs.model import Halt
+from orchestrator.cli.render.result import ResultRow, next_step_hints, result_lines, result_rows, run_summary
+from orchestrator.domain.runs.model import HaltCause
 from orchestrator.engine.reports.report import (
     AdapterReport,
     OrchestratorReport,
@@ -106,15 +106,15 @@ def test_a_stopped_adapter_leads_to_a_resume() -> None:
     """What waits for it goes on with `council resume`, after what its own line says."""
     report = run(task("blocked"), closed="log in")
     assert steps(report.tasks[0], report) == ""
-    assert [*hints(report)][-1] == "Next: council resume run"
-    assert any("log in" in hint for hint in hints(report))
+    assert [*next_step_hints(report)][-1] == "Next: council resume run"
+    assert any("log in" in hint for hint in next_step_hints(report))
 
 
 def test_a_halted_run_says_once_how_it_goes_on() -> None:
     """Not for each of its tasks; of a used-up budget, which limits to raise."""
-    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halted_by=Halt.BUDGET)
+    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halted_by=HaltCause.BUDGET)
     assert steps(halted.tasks[0], halted) == ""
-    assert [*hints(halted)] == ["Halted: used up", "Next: council resume run --budget LIMITS"]
+    assert [*next_step_hints(halted)] == ["Halted: used up", "Next: council resume run --budget LIMITS"]
     assert steps(task("failed"), halted) == "next: council logs t; then: council retry t"
 
 
@@ -123,9 +123,9 @@ def test_a_branch_of_the_runs_own_is_still_to_be_merged() -> None:
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     own = replace(landed, target="council/run")
     told = ["Landed on its own branch.", "Next: council merge run"]
-    assert [*hints(own)] == told
-    assert [*hints(landed)] == []
-    assert not {*hints(replace(own, tasks=(task("failed"),)))} & {*told}
+    assert [*next_step_hints(own)] == told
+    assert [*next_step_hints(landed)] == []
+    assert not {*next_step_hints(replace(own, tasks=(task("failed"),)))} & {*told}
 
 
 def test_an_older_run_is_named() -> None:
@@ -147,8 +147,8 @@ def test_the_plain_form_has_columns() -> None:
         task("landed", id="gone", landed="f" * 40, reason="the target holds the same change already"),
     )
     rows = list(result_rows(report, {report.tasks[0].id: Changes(2, 12, 3)}))
-    assert summary(report) == "run run: incomplete, 2 of 3 landed on main"
-    assert list(text_lines(rows)) == [
+    assert run_summary(report) == "run run: incomplete, 2 of 3 landed on main"
+    assert list(result_lines(rows)) == [
         "  models  landed  0123456789 on main, 2 files +12 -3",
         "  api     failed  it broke: badly; kept as api/1",
         "    next: council logs api",
@@ -162,25 +162,26 @@ def test_a_branch_of_its_own_is_named_once_it_exists() -> None:
     """The first landing creates it; a target that the file names may exist before."""
     for state, words in (("failed", "0 of 1 landed"), ("landed", "1 of 1 landed on council/run")):
         one = task(state, landed=COMMIT if state == "landed" else None)
-        assert summary(replace(run(one), target="council/run")) == f"run run: incomplete, {words}"
+        assert run_summary(replace(run(one), target="council/run")) == f"run run: incomplete, {words}"
 
 
 def test_no_task_no_row() -> None:
     """A run without tasks is no error."""
-    assert list(text_lines([])) == []
+    assert list(result_lines([])) == []
 
 
 def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of thousands that landed some have a row; whatever failed has one. Markup is text."""
     monkeypatch.setenv("COLUMNS", "100")
-    rows = [ResultRow(f"t{number}", "landed", "on main", ()) for number in range(MOST_ROWS + 5)]
+    rows = [ResultRow(f"t{number}", "landed", "on main", ()) for number in range(MAX_ROWS_PER_STATE + 5)]
     rows += [
-        ResultRow(f"f{number}", "failed", "[red]why[/red]", ["next: council retry"]) for number in range(MOST_ROWS + 5)
+        ResultRow(f"f{number}", "failed", "[red]why[/red]", ["next: council retry"])
+        for number in range(MAX_ROWS_PER_STATE + 5)
     ]
-    text = result_text(rows)
-    assert f"t{MOST_ROWS - 1} " in text
-    assert f"t{MOST_ROWS} " not in text
-    assert f"f{MOST_ROWS + 4} " in text
+    text = render_result_table(rows)
+    assert f"t{MAX_ROWS_PER_STATE - 1} " in text
+    assert f"t{MAX_ROWS_PER_STATE} " not in text
+    assert f"f{MAX_ROWS_PER_STATE + 4} " in text
     assert "and 5 more landed" in text
     assert "[red]why[/red]" in text
 
@@ -198,10 +199,10 @@ def test_several_processes_at_work_are_told() -> None:
     """By process id and machine; one is nothing to tell, nor are those that have ended."""
     two = [OrchestratorReport(f"o{pid}", "box", pid, "worker", 1.0, 1.0, None, None) for pid in (7, 8)]
     running = replace(run(task("running"), status=RunStatus.RUNNING), orchestrators=two)
-    assert list(hints(running)) == ["2 processes are at work: 7 on box, 8 on box."]
+    assert list(next_step_hints(running)) == ["2 processes are at work: 7 on box, 8 on box."]
     at = SessionReport("task", 1, "fixer", "o8", "working", None, None, None, None, [], 1.0)
-    [told] = hints(replace(running, sessions=[at, replace(at, task="other", orchestrator="gone")]))
+    [told] = next_step_hints(replace(running, sessions=[at, replace(at, task="other", orchestrator="gone")]))
     assert told == "2 processes are at work: 7 on box, 8 on box (task)."
-    assert list(hints(replace(running, orchestrators=[two[0], replace(two[1], ended=2.0)]))) == []
+    assert list(next_step_hints(replace(running, orchestrators=[two[0], replace(two[1], ended=2.0)]))) == []
     over = replace(running, status=RunStatus.LANDED, tasks=[task("landed", landed=COMMIT)])
-    assert list(hints(over)) == []
+    assert list(next_step_hints(over)) == []

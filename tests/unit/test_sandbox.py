@@ -11,7 +11,7 @@ import pytest
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import bubblewrap, landlock
 from orchestrator.sessions.sandbox import sandbox
-from orchestrator.sessions.sandbox.sandbox import Fence, SandboxKind, choose_sandbox, fence_in
+from orchestrator.sessions.sandbox.sandbox import SandboxKind, SandboxPolicy, choose_sandbox, sandbox_command
 from orchestrator.sessions.supervision.supervised import SupervisedCommand
 
 pytestmark = pytest.mark.sandbox
@@ -41,9 +41,9 @@ def command(cwd: Path) -> SupervisedCommand:
     )
 
 
-def rules(top: Path, fence: Fence) -> dict[str, str]:
+def rules(top: Path, fence: SandboxPolicy) -> dict[str, str]:
     """The rules for what is in `top`, by their path from there."""
-    given = fence_in(SandboxKind.LANDLOCK, command(top), fence).landlock
+    given = sandbox_command(SandboxKind.LANDLOCK, command(top), fence).landlock
     assert given is not None
     return {os.path.relpath(path, top): kind for path, kind in given if Path(path).is_relative_to(top)}
 
@@ -51,7 +51,7 @@ def rules(top: Path, fence: Fence) -> dict[str, str]:
 def test_what_is_hidden_is_hidden_by_granting_what_is_beside_it(top: Path) -> None:
     """No folder on the way to it is granted, no symlink is, and what is inside it is by its own path."""
     house = top / "house"
-    fence = Fence((house / "hidden/tree",), (house / "hidden/objects",), (house / "hidden",), top / "scratch")
+    fence = SandboxPolicy((house / "hidden/tree",), (house / "hidden/objects",), (house / "hidden",), top / "scratch")
     assert rules(top, fence) == {
         "house/file": "read",
         "house/open": "read",
@@ -64,7 +64,7 @@ def test_what_is_hidden_is_hidden_by_granting_what_is_beside_it(top: Path) -> No
 def test_what_is_hidden_inside_a_writable_folder_splits_it(top: Path) -> None:
     """The folder itself is not granted then, since a right holds for all beneath."""
     tree = top / "house/hidden/tree"
-    fence = Fence((tree,), (top / "house",), (tree / "work/deep",), top / "scratch")
+    fence = SandboxPolicy((tree,), (top / "house",), (tree / "work/deep",), top / "scratch")
     (tree / "beside").mkdir()
     assert rules(top, fence) == {
         "house/file": "read",
@@ -77,14 +77,14 @@ def test_what_is_hidden_inside_a_writable_folder_splits_it(top: Path) -> None:
 
 def test_without_anything_hidden_a_folder_is_granted_as_a_whole(top: Path) -> None:
     """A writable folder in a readable one needs no list of what is beside it."""
-    given = dict(sandbox._landlock_rules(Fence((top / "house",), (top,), (), top / "scratch")))
+    given = dict(sandbox._landlock_rules(SandboxPolicy((top / "house",), (top,), (), top / "scratch")))
     assert given[str(top / "house")] == "write"
     assert str(top / "house" / "open") not in given
 
 
 def test_devices_that_are_not_for_everybody_are_hidden(top: Path) -> None:
     """The disk itself would show all that is hidden on it."""
-    given = dict(sandbox._landlock_rules(Fence((), (), (), top / "scratch")))
+    given = dict(sandbox._landlock_rules(SandboxPolicy((), (), (), top / "scratch")))
     assert given["/dev/null"] == given["/dev/urandom"] == "write"
     assert "/" not in given
     assert "/dev" not in given
@@ -93,17 +93,17 @@ def test_devices_that_are_not_for_everybody_are_hidden(top: Path) -> None:
 
 def test_mounts_go_from_the_root_downwards(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A more specific path is mounted on top of a less specific one, and what hides is sealed last."""
-    monkeypatch.setattr(bubblewrap, "find", lambda: "/bin/bwrap")
-    monkeypatch.setattr(bubblewrap, "seals_namespaces", lambda _: True)
+    monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: "/bin/bwrap")
+    monkeypatch.setattr(bubblewrap, "can_disable_userns", lambda _: True)
     house = top / "house"
-    fence = Fence(
+    fence = SandboxPolicy(
         (house / "hidden/tree", top / "gone"),
         (house, house / "hidden/objects"),
         (house / "link", house / "file", house / "hidden/tree/work"),
         top / "scratch",
         network=False,
     )
-    given = fence_in(SandboxKind.BUBBLEWRAP, command(top), fence)
+    given = sandbox_command(SandboxKind.BUBBLEWRAP, command(top), fence)
     options = list(given.argv)
     text = " ".join(options).replace(f"{top}/", "")
     for first, second in (
@@ -129,7 +129,7 @@ def test_mounts_go_from_the_root_downwards(top: Path, monkeypatch: pytest.Monkey
 def test_off_leaves_a_command_as_it_is(top: Path) -> None:
     """Not even its folder for temporary files is another one."""
     given = command(top)
-    assert fence_in(SandboxKind.OFF, given, Fence((), (), (), top / "new")) is given
+    assert sandbox_command(SandboxKind.OFF, given, SandboxPolicy((), (), (), top / "new")) is given
     assert not (top / "new").exists()
 
 
@@ -148,7 +148,7 @@ async def test_a_kernel_without_landlock_is_said_to_be_one(
 ) -> None:
     """With the reasons of both kinds, where neither works."""
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(landlock, "abi", lambda: abi)
+    monkeypatch.setattr(landlock, "abi_version", lambda: abi)
     environ = {"PATH": str(tmp_path)}
     with pytest.raises(RefusedError, match=why):
         await choose_sandbox("landlock", network=True, environ=environ)

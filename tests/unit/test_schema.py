@@ -22,20 +22,20 @@ from orchestrator.config.source.names import (
     NAME_PATTERN,
     PATH_PATTERN,
     check_branch,
-    check_kept,
+    check_kept_path,
     check_name,
     check_path,
 )
 from orchestrator.config.source.problems import Problems
 from orchestrator.config.source.quantities import (
     DURATION_PATTERN,
-    SILENCE_PATTERN,
+    OPTIONAL_DURATION_PATTERN,
     SIZE_PATTERN,
     parse_duration,
-    parse_silence,
+    parse_optional_duration,
     parse_size,
 )
-from orchestrator.engine.reports.schema import result_schema, story_schema
+from orchestrator.engine.reports.schema import result_schema, task_details_schema
 from orchestrator.plugins import load_plugins
 from tests.unit.test_config_from_value import read
 from tests.unit.test_config_load import FULL, SMALLEST, WORKTREES
@@ -77,7 +77,7 @@ def parsed(text: str) -> Any:
 
 def test_both_are_schemas() -> None:
     """Each is right by the dialect that it names."""
-    for schema in (SCHEMA, result_schema(), story_schema()):
+    for schema in (SCHEMA, result_schema(), task_details_schema()):
         assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
         Draft202012Validator.check_schema(schema)
 
@@ -208,7 +208,7 @@ def _texts(pieces: tuple[str, ...]) -> st.SearchStrategy[str]:
 def test_paths_are_those_of_the_patterns(text: str) -> None:
     """An editor refuses the same paths as we do."""
     assert (re.search(PATH_PATTERN, text) is not None) == _is_taken(check_path, text)
-    assert (re.search(KEPT_PATTERN, text) is not None) == _is_taken(check_kept, text)
+    assert (re.search(KEPT_PATTERN, text) is not None) == _is_taken(check_kept_path, text)
 
 
 @given(_texts(_PIECES))
@@ -230,7 +230,7 @@ def test_quantities_are_those_of_the_patterns(text: str) -> None:
     """The same for durations and sizes, but that a pattern knows no largest one."""
     for pattern, parse in (
         (DURATION_PATTERN, parse_duration),
-        (SILENCE_PATTERN, parse_silence),
+        (OPTIONAL_DURATION_PATTERN, parse_optional_duration),
         (SIZE_PATTERN, parse_size),
     ):
         matched = re.search(pattern, text) is not None

@@ -12,11 +12,11 @@ import pytest
 from orchestrator.cli.render.output import Output
 from orchestrator.domain.security.secrets import (
     Redactor,
-    contains_key,
+    has_secret_key,
     is_secret_file,
     is_secret_name,
+    redact_urls,
     secret_values,
-    without_passwords,
 )
 
 ALNUM = "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fX" * 4
@@ -120,8 +120,8 @@ def test_keys_are_found_wherever_they_stand(kind: str) -> None:
     """A key is found between quotes, after a sign, at either end, and in JSON after an escaped newline."""
     key, redactor = KEYS[kind], Redactor()
     for text in (key, f"a = '{key}'", f"KEY={key}\n", f"first\n{key}\nlast", f"({key})", json.dumps(f"a\n{key}\tb")):
-        assert contains_key(text), text
-        assert redactor.finds(text.encode()), text
+        assert has_secret_key(text), text
+        assert redactor.find_secrets(text.encode()), text
         middle = ALNUM[10:34] if ALNUM[10:34] in key else key[-24:-12]
         assert middle not in redactor.text(text)
         assert middle.encode() not in re.sub(redactor.bytes_pattern.encode(), b"[redacted]", text.encode())
@@ -130,8 +130,8 @@ def test_keys_are_found_wherever_they_stand(kind: str) -> None:
 @pytest.mark.parametrize("text", NO_KEYS)
 def test_what_is_no_key(text: str) -> None:
     """Words, hashes, certificates, variables and examples are no keys."""
-    assert not contains_key(text)
-    assert Redactor().finds(text.encode()) == set()
+    assert not has_secret_key(text)
+    assert Redactor().find_secrets(text.encode()) == set()
 
 
 @pytest.mark.parametrize("text", [
@@ -161,7 +161,7 @@ def test_values_are_hidden_in_each_spelling() -> None:
     ):
         assert "word" not in redactor.text(f"<{text}>")
         assert b"word" not in re.sub(redactor.bytes_pattern.encode(), b"", f"<{text}>".encode())
-        assert redactor.finds(text.encode())
+        assert redactor.find_secrets(text.encode())
     assert redactor.text(f"longer-{value}") == "[redacted]"
     assert redactor.bytes_pattern.isascii()
 
@@ -198,9 +198,9 @@ def test_no_text_takes_long(text: str) -> None:
     """Text that was made to be slow costs a moment, not minutes."""
     redactor = Redactor(["a-secret-value"])
     before = time.process_time()
-    contains_key(text)
+    has_secret_key(text)
     redactor.text(text)
-    redactor.finds(text.encode())
+    redactor.find_secrets(text.encode())
     assert time.process_time() - before < 5
 
 
@@ -250,8 +250,8 @@ URLS = [
 @pytest.mark.parametrize(("text", "shown"), URLS)
 def test_no_url_that_is_shown_has_a_password(text: str, shown: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a store, a remote or a server, alone or within a sentence, wherever the command line prints it."""
-    assert without_passwords(text) == (shown or text)
-    assert without_passwords(f"error: can't open {text} now") == f"error: can't open {shown or text} now"
+    assert redact_urls(text) == (shown or text)
+    assert redact_urls(f"error: can't open {text} now") == f"error: can't open {shown or text} now"
     for as_json in (False, True):
         output = Output(as_json=as_json)
         output.text(text)
@@ -267,5 +267,5 @@ def test_looking_for_passwords_is_linear() -> None:
     many = ("://" * 30_000, "://a:" * 20_000, "http://" + "a" * 90_000, "?" + "key" * 30_000, "://a:" + "@" * 90_000)
     for text in many:
         start = time.process_time()
-        without_passwords(text + "://")
+        redact_urls(text + "://")
         assert time.process_time() - start < 1

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.model import SetupStep
-from orchestrator.repo.worktrees.setup_keys import keys_of, steps_to_run
+from orchestrator.repo.worktrees.setup_keys import compute_setup_keys, first_step_to_run
 
 STEPS = (SetupStep(run="make venv", inputs=("requirements.txt",)), SetupStep(run="make data"))
 THERE = {"requirements.txt": "100644 blob 1"}
@@ -16,7 +16,7 @@ THERE = {"requirements.txt": "100644 blob 1"}
 def keys(**changes: Any) -> tuple[str, ...]:
     """Return the keys of the steps with something changed."""
     facts: dict[str, Any] = {"steps": STEPS, "there": THERE, "sparse": (), "env": ()} | changes
-    return keys_of(**facts)
+    return compute_setup_keys(**facts)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def keys(**changes: Any) -> tuple[str, ...]:
 )
 def test_steps_run_again_from_the_first_that_changed(changes: dict[str, Any], first: int) -> None:
     """What it reads, its command and what holds for all of them count; how long it may take does not."""
-    assert steps_to_run(keys(), keys(**changes)) == first
+    assert first_step_to_run(keys(), keys(**changes)) == first
 
 
 def test_what_has_never_run_runs() -> None:
     """A new place begins with the first step, one whose setup was cut off after it with the second."""
-    assert steps_to_run((), keys()) == 0
-    assert steps_to_run(keys()[:1], keys()) == 1
-    assert steps_to_run((), ()) == 0
+    assert first_step_to_run((), keys()) == 0
+    assert first_step_to_run(keys()[:1], keys()) == 1
+    assert first_step_to_run((), ()) == 0
 
 
 def test_the_order_of_what_has_none_does_not_count() -> None:

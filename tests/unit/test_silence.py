@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator.sessions.supervision import idle_timeout
-from orchestrator.sessions.supervision.idle_timeout import Silence, Walk
+from orchestrator.sessions.supervision.idle_timeout import FolderScan, IdleWatch
 from tests.waiting import wait_for
 
 LIMIT = 8.0
@@ -34,11 +34,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def ends_at(watch: Silence, clock: Clock, until: float, changes: dict[float, Path] | None = None) -> float | None:
+def ends_at(watch: IdleWatch, clock: Clock, until: float, changes: dict[float, Path] | None = None) -> float | None:
     """Advance the clock as a poll would, writing to files at the times of `changes`; return when it was over."""
     pending = sorted((changes or {}).items())
     while clock.now < until:
-        clock.now += max(watch.due(), 0.001)
+        clock.now += max(watch.seconds_until_check(), 0.001)
         while pending and pending[0][0] <= clock.now:
             with pending.pop(0)[1].open("a") as file:
                 file.write("x")
@@ -55,7 +55,7 @@ def test_it_is_over_between_one_and_one_and_a_half_times_the_limit(
 ) -> None:
     """Counted from the last sign of life, wherever between two looks that was."""
     began = clock.now
-    watch = Silence(LIMIT, [str(tmp_path)])
+    watch = IdleWatch(LIMIT, [str(tmp_path)])
     changes = {} if change is None else {began + change: tmp_path / "file"}
     end = ends_at(watch, clock, began + 100, changes)
     assert end is not None
@@ -65,7 +65,7 @@ def test_it_is_over_between_one_and_one_and_a_half_times_the_limit(
 
 def test_output_starts_it_anew(tmp_path: Path, clock: Clock) -> None:
     """While there is output no folder is looked at."""
-    watch = Silence(LIMIT, [str(tmp_path)])
+    watch = IdleWatch(LIMIT, [str(tmp_path)])
     for _ in range(100):
         clock.now += 1
         watch.heard()
@@ -80,7 +80,7 @@ def test_output_starts_it_anew(tmp_path: Path, clock: Clock) -> None:
 def test_a_walk_that_fails_says_nothing(tmp_path: Path, clock: Clock) -> None:
     """A folder that is gone ends nobody; when it can be read again, the time counts from the first such look."""
     folder = tmp_path / "folder"
-    watch = Silence(LIMIT, [str(folder)])
+    watch = IdleWatch(LIMIT, [str(folder)])
     assert ends_at(watch, clock, clock.now + 10 * LIMIT) is None
     folder.mkdir()
     again = clock.now
@@ -90,7 +90,7 @@ def test_a_walk_that_fails_says_nothing(tmp_path: Path, clock: Clock) -> None:
 
 
 def walked(*folders: Path) -> tuple[int, int] | None:
-    walk = Walk([str(folder) for folder in folders], give_up=float("inf"))
+    walk = FolderScan([str(folder) for folder in folders], give_up=float("inf"))
     wait_for(lambda: walk.done)
     return walk.signature
 
@@ -124,7 +124,7 @@ def test_a_tree_that_is_too_large_is_a_look_that_failed(tmp_path: Path, monkeypa
     for number in range(600):
         (tmp_path / str(number)).touch()
     assert walked(tmp_path) is not None
-    walk = Walk([str(tmp_path)], give_up=0)
+    walk = FolderScan([str(tmp_path)], give_up=0)
     wait_for(lambda: walk.done)
     assert walk.signature is None
     monkeypatch.setattr(idle_timeout, "MAX_ENTRIES", 500)

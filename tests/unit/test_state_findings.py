@@ -10,39 +10,39 @@ from orchestrator.config.model import Retention
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.engine.diagnostics.state_findings import (
     SLOW_COMMIT,
-    Growth,
-    Silent,
-    judge_cut_off,
+    LogGrowth,
+    SilentSession,
     judge_documents,
     judge_integrity,
+    judge_interrupted_runs,
     judge_latency,
     judge_log,
-    judge_silence,
+    judge_silent_sessions,
 )
-from orchestrator.protocols import Damage, Key, Statistics, Verified
+from orchestrator.protocols import Damage, Key, StoreStatistics, VerificationReport
 
 DAY = 86400.0
 KEPT = Retention(age=30 * DAY, size=1000)
 
 
-def figures(first: int = 0, log_bytes: int = 500) -> Statistics:
+def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
     """Return a small store's."""
-    return Statistics(position=100, first=first, documents=3, bytes=90, log_bytes=log_bytes)
+    return StoreStatistics(position=100, first=first, documents=3, bytes=90, log_bytes=log_bytes)
 
 
 @pytest.mark.parametrize(
     ("found", "growth", "told"),
     [
-        (figures(), Growth(100, DAY, DAY), None),
-        (figures(), Growth(0, 0.0, 0.0), None),
-        (figures(log_bytes=1001), Growth(100, DAY, DAY), "more than it may be"),
-        (figures(), Growth(100, 600.0, DAY), "within an hour it is full"),
-        (figures(first=50), Growth(10, DAY, 2 * DAY), "it goes back 2d, not 30d"),
-        (figures(first=50), Growth(10, DAY, 31 * DAY), None),
-        (figures(first=50, log_bytes=100), Growth(10, DAY, 2 * DAY), None),
+        (figures(), LogGrowth(100, DAY, DAY), None),
+        (figures(), LogGrowth(0, 0.0, 0.0), None),
+        (figures(log_bytes=1001), LogGrowth(100, DAY, DAY), "more than it may be"),
+        (figures(), LogGrowth(100, 600.0, DAY), "within an hour it is full"),
+        (figures(first=50), LogGrowth(10, DAY, 2 * DAY), "it goes back 2d, not 30d"),
+        (figures(first=50), LogGrowth(10, DAY, 31 * DAY), None),
+        (figures(first=50, log_bytes=100), LogGrowth(10, DAY, 2 * DAY), None),
     ],
 )
-def test_the_log(found: Statistics, growth: Growth, told: str | None) -> None:
+def test_the_log(found: StoreStatistics, growth: LogGrowth, told: str | None) -> None:
     """Too large, soon too large, or shorter than it should be."""
     one = judge_log(found, growth, KEPT)
     assert one.level is (Level.OK if told is None else Level.WARNING)
@@ -51,13 +51,13 @@ def test_the_log(found: Statistics, growth: Growth, told: str | None) -> None:
 
 def test_without_an_age_no_log_is_too_short() -> None:
     """Whoever keeps all is told by the size alone."""
-    assert judge_log(figures(first=50), Growth(10, DAY, DAY), Retention(age=None, size=1000)).level is Level.OK
+    assert judge_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(age=None, size=1000)).level is Level.OK
 
 
 def test_of_large_documents_the_largest_are_named() -> None:
     """Five of them, and how many more."""
     large = [(Key("task", str(number)), 2_000_000 - number) for number in range(7)]
-    told = [*judge_documents(Statistics(1, 0, 9, 9, 9, (), large))]
+    told = [*judge_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
     assert [one.name for one in told] == [*(f"document task/{number}" for number in range(5)), "documents"]
     assert told[-1].found == "2 more are larger than 1MB"
     assert [one.level for one in judge_documents(figures())] == [Level.OK]
@@ -71,19 +71,26 @@ def test_latency() -> None:
 
 def test_integrity() -> None:
     """Damage is a problem, and so is what is told otherwise than the log says."""
-    assert [one.level for one in judge_integrity(Verified(3, 10))] == [Level.OK]
+    assert [one.level for one in judge_integrity(VerificationReport(3, 10))] == [Level.OK]
     damage = Damage(Path("1.jsonl"), 7, (Key("task", "a"),), "commit 2 is damaged")
-    (told,) = judge_integrity(Verified(3, 10, [damage], [Key("task", "a")]))
+    (told,) = judge_integrity(VerificationReport(3, 10, [damage], [Key("task", "a")]))
     assert told.level is Level.PROBLEM
     assert "1.jsonl, byte 7" in told.found
     assert "older than they were: task/a" in told.found
-    assert [one.name for one in judge_integrity(Verified(3, 10, (), (), [Key("task", "b")]))] == ["integrity", "memory"]
+    assert [one.name for one in judge_integrity(VerificationReport(3, 10, (), (), [Key("task", "b")]))] == [
+        "integrity",
+        "memory",
+    ]
 
 
 def test_silence() -> None:
     """Longer than the limit, and only where there is one."""
-    sessions = [Silent("r", "a", 700.0, 600.0), Silent("r", "b", 700.0, None), Silent("r", "c", 1.0, 600.0)]
-    assert [(one.name, one.level) for one in judge_silence(sessions)] == [
+    sessions = [
+        SilentSession("r", "a", 700.0, 600.0),
+        SilentSession("r", "b", 700.0, None),
+        SilentSession("r", "c", 1.0, 600.0),
+    ]
+    assert [(one.name, one.level) for one in judge_silent_sessions(sessions)] == [
         ("sessions", Level.OK),
         ("session r/a", Level.WARNING),
     ]
@@ -91,7 +98,7 @@ def test_silence() -> None:
 
 def test_runs_that_are_cut_off() -> None:
     """Each is named, with how the first goes on."""
-    assert judge_cut_off([]).level is Level.OK
-    told = judge_cut_off(["r1", "r2"])
+    assert judge_interrupted_runs([]).level is Level.OK
+    told = judge_interrupted_runs(["r1", "r2"])
     assert told.found == "interrupted or halted: r1, r2"
     assert told.remedy == "`council resume r1`"

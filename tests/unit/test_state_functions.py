@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Final
 
-from orchestrator.domain.runs.model import Maker, TaskStatus
+from orchestrator.domain.runs.model import CheckpointOrigin, TaskStatus
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.engine.reports.report import RunStatus
 from tests import functions
-from tests.functions import FunctionsContract
+from tests.functions import ReplacedFunctionsContract
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/state-functions.md").read_text()
@@ -41,7 +41,7 @@ FUNCTIONS: Final = [
 _EVENTS: Final = {*re.findall(r"^\| `(\w+\.\w+)`", OUTPUT, re.MULTILINE)}
 
 
-class TestFunctions(FunctionsContract):
+class TestFunctions(ReplacedFunctionsContract):
     """Of the three modules that there were."""
 
     functions = FUNCTIONS
@@ -54,7 +54,7 @@ class TestFunctions(FunctionsContract):
 
 def test_words_events_and_fields_are_ours() -> None:
     """Each that stands on our side of a table is one that the code knows, or docs/output.md has."""
-    known = {*RunStatus, *TaskStatus, *Level, *Maker}
+    known = {*RunStatus, *TaskStatus, *Level, *CheckpointOrigin}
     words = {word for row in rows("Words") for word in re.findall(r"`([^`]+)`", row[1])}
     assert words <= known
     assert {*RunStatus, *TaskStatus} <= words

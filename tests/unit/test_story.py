@@ -9,16 +9,18 @@ from jsonschema import Draft202012Validator
 
 from orchestrator.cli.render.story import story_lines
 from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument, TaskStatus
-from orchestrator.domain.runs.phases import Given, PhaseRecord, PhaseStatus
-from orchestrator.domain.workflow.handoffs import Handoff, Receipt, handed_over
+from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
+from orchestrator.domain.workflow.handoffs import Handoff, Receipt, make_handoff
 from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.engine.reports.report import TaskReport
-from orchestrator.engine.reports.schema import story_schema
-from orchestrator.engine.reports.story import Asked, Story, story
+from orchestrator.engine.reports.schema import task_details_schema
+from orchestrator.engine.reports.story import TaskDefinition, TaskDetails, build_task_details
 
 COMMIT, BASE = "0123456789" * 4, "f" * 40
 FINDINGS = [{"path": "a.py", "line": 3, "severity": "major", "message": "say \x1b[31mmore"}, {"message": "and less"}]
-FOUR = Asked("Add login.\n\n  It has tests.\n", "tickets", ("models",), "adw", ("scout", "plan", "build", "review"))
+FOUR = TaskDefinition(
+    "Add login.\n\n  It has tests.\n", "tickets", ("models",), "adw", ("scout", "plan", "build", "review")
+)
 
 
 def attempt(number: int, phase: str | None, outcome: str | None = "completed", **facts: Any) -> Attempt:
@@ -29,20 +31,20 @@ def attempt(number: int, phase: str | None, outcome: str | None = "completed", *
 
 def handoff(number: int, phase: str, kind: str, data: dict[str, Any], **facts: Any) -> Handoff:
     told = {"protocol": "direct", "time": 130.0, "by": "file", "tokens": 1010, **facts}
-    return handed_over("run", "t", number, data, kind=kind, phase=phase, **told)
+    return make_handoff("run", "t", number, data, kind=kind, phase=phase, **told)
 
 
-def told(document: TaskDocument, asked: Asked = FOUR, *handoffs: Handoff, **facts: Any) -> Story:
+def told(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: Handoff, **facts: Any) -> TaskDetails:
     report = TaskReport(
         id="t", state=document.status.value, attempts=len(document.attempts), landed=document.landed,
         branch=document.branch, failure=None, reason=document.reason, paths=document.paths, log=None, adapter="fake",
         words=None, input_tokens=0, output_tokens=0, cost=None,
     )  # fmt: skip
     more: dict[str, Any] = {"target": "main", "landed_at": None, "logs": "/logs", "now": 1_000.0, **facts}
-    return story("run", report, document, asked, {one.id: one for one in handoffs}, **more)
+    return build_task_details("run", report, document, asked, {one.id: one for one in handoffs}, **more)
 
 
-def text(one: Story) -> str:
+def text(one: TaskDetails) -> str:
     return "\n".join(story_lines(one, 1_000.0))
 
 
@@ -54,7 +56,7 @@ def reviewed() -> tuple[TaskDocument, list[Handoff]]:
     plan = handoff(2, "plan", "plan", {"tasks": []}, to="build", protocol="mediated", mediation=mediation)
     review = handoff(5, "review", "review", {"verdict": "reject", "findings": FINDINGS})
     handoffs = [scout.model_copy(update={"receipts": (receipt,)}), plan, review]
-    given = Given(keys=("requirements",), left_out=("risks",), size=120, whole=3400)
+    given = GivenValues(keys=("requirements",), left_out=("risks",), size=120, whole=3400)
     phases = (
         PhaseRecord(
             phase="scout", status=PhaseStatus.COMPLETED, started=100.0, ended=130.0, attempts=(1,), handoff=scout.id
@@ -146,7 +148,7 @@ def test_programs_get_all_of_it() -> None:
     """What was handed over is whole, and the object is what its schema says."""
     document, handoffs = reviewed()
     told_as = {**told(document, FOUR, *handoffs).to_json(), "exit": 0}
-    assert [error.message for error in Draft202012Validator(story_schema()).iter_errors(told_as)] == []
+    assert [error.message for error in Draft202012Validator(task_details_schema()).iter_errors(told_as)] == []
     assert [one["data"] for one in told_as["handoffs"]] == [one.data for one in handoffs]
     assert told_as["handoffs"][1]["mediation"]["processed"] == {"tasks": []}
     assert told_as["handoffs"][0]["receipts"][0]["phase"] == "plan"
@@ -177,7 +179,7 @@ def test_a_handoff_that_was_changed_is_told_of() -> None:
 def test_a_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str | None, expected: str) -> None:
     """All of its attempts are at that."""
     attempts = (attempt(1, None, "crashed"), attempt(2, None, outcome))
-    one = told(TaskDocument(status=status, attempts=attempts), Asked("Fix it."))
+    one = told(TaskDocument(status=status, attempts=attempts), TaskDefinition("Fix it."))
     [visit] = one.phases
     assert (visit.phase, visit.status, list(visit.attempts)) == ("build", expected, [1, 2])
     assert [session.phase for session in one.sessions] == ["build", "build"]
@@ -187,7 +189,7 @@ def test_a_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: st
 def test_what_has_not_begun_is_ahead() -> None:
     """So are the phases behind one that waits for a person, and none once the task is over."""
     assert told(TaskDocument()).ahead == list(FOUR.phases)
-    assert told(TaskDocument(), Asked("Fix it.")).ahead == ["build"]
+    assert told(TaskDocument(), TaskDefinition("Fix it.")).ahead == ["build"]
     asks = PhaseRecord(phase="plan", status=PhaseStatus.AWAITING, attempts=(1,))
     waits = TaskDocument(status=TaskStatus.WAITING, attempts=(attempt(1, "plan"),), phases=(asks,))
     assert told(waits).ahead == ["build", "review"]
@@ -203,19 +205,19 @@ def test_the_landing_says_where_the_work_is() -> None:
     """On the target, in its queue, in conflict, or nowhere."""
     attempts = (attempt(1, None, "built"), attempt(2, None))
     landed = TaskDocument(status=TaskStatus.LANDED, attempts=attempts, commit=COMMIT, landed=COMMIT, built=1)
-    assert "landed as 0123456789 on main, " in text(told(landed, Asked("x"), landed_at=5.0))
-    assert told(landed, Asked("x"), landed_at=5.0).landing.attempt == 1
+    assert "landed as 0123456789 on main, " in text(told(landed, TaskDefinition("x"), landed_at=5.0))
+    assert told(landed, TaskDefinition("x"), landed_at=5.0).landing.attempt == 1
     queued = landed.model_copy(update={"status": TaskStatus.QUEUED, "landed": None})
-    assert "0123456789, built by session 1, waits to land on main" in text(told(queued, Asked("x")))
+    assert "0123456789, built by session 1, waits to land on main" in text(told(queued, TaskDefinition("x")))
     conflict = queued.model_copy(update={"status": TaskStatus.CONFLICT, "paths": ("a",), "branch": "council/run/t/c"})
-    assert "conflicts with main in a; kept as t/c" in text(told(conflict, Asked("x")))
-    assert "nothing has landed" in text(told(TaskDocument(), Asked("x")))
+    assert "conflicts with main in a; kept as t/c" in text(told(conflict, TaskDefinition("x")))
+    assert "nothing has landed" in text(told(TaskDocument(), TaskDefinition("x")))
 
 
 def test_an_imported_task_tells_what_was_written_of_it() -> None:
     """Its phases have the words that were found, and there are no sessions."""
     was = ImportedTask(status="merged", phases={"plan": {"status": "complete"}, "build": "running", "odd": 7})
-    one = told(TaskDocument(status=TaskStatus.LANDED, imported=was), Asked())
+    one = told(TaskDocument(status=TaskStatus.LANDED, imported=was), TaskDefinition())
     assert [(visit.phase, visit.status) for visit in one.phases] == [
         ("plan", "complete"),
         ("build", "running"),

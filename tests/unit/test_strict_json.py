@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.client import values
-from orchestrator.client.commands import COMMANDS, LARGEST_HANDOFF
-from orchestrator.client.session import AskError
-from orchestrator.client.strict_json import DEEPEST, check, parse
+from orchestrator.client.commands import MAX_HANDOFF_BYTES, SESSION_COMMANDS
+from orchestrator.client.session import SessionRequestError
+from orchestrator.client.strict_json import MAX_DEPTH, check_value, parse
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 VALUES = st.recursive(
@@ -46,8 +46,8 @@ def test_all_plain_values_are_read_as_they_are(value: Any) -> None:
         (b'"\xff"', "no UTF-8 from byte 1 on"),
         (rb'["\ud800"]', r"U\+D800"),
         (rb'{"\u0000": 1}', r"U\+0000"),
-        (b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1), f"more than {DEEPEST} deep"),
-        (b"[" * 100_000, f"more than {DEEPEST} deep"),
+        (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), f"more than {MAX_DEPTH} deep"),
+        (b"[" * 100_000, f"more than {MAX_DEPTH} deep"),
         (b"9" * 5000, "integer"),
     ],
     ids=range(14),
@@ -60,7 +60,7 @@ def test_what_means_no_one_thing_is_refused(data: bytes, why: str) -> None:
 
 def test_the_deepest_is_read() -> None:
     """A mark that says what it is written in is left out."""
-    check(parse(b"[" * DEEPEST + b"]" * DEEPEST))
+    check_value(parse(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH))
     assert parse(b"\xef\xbb\xbf{}") == {}
 
 
@@ -87,31 +87,31 @@ class Typed(io.TextIOWrapper):
 )
 def test_a_word_is_json_or_text(word: str, value: Any) -> None:
     """Text that looks like none stands for itself."""
-    assert values.value_of(word) == value
+    assert values.parse_value(word) == value
 
 
 @pytest.mark.parametrize("word", ["{", '["a"', '{"a": 1, "a": 2}', '"a'])
 def test_what_looks_like_json_must_be_some(word: str) -> None:
     """Else a mistake would be shared as text."""
-    with pytest.raises(AskError, match="can't be taken"):
-        values.value_of(word)
+    with pytest.raises(SessionRequestError, match="can't be taken"):
+        values.parse_value(word)
 
 
 def test_a_value_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """As JSON or text, too."""
     monkeypatch.setattr(sys, "stdin", Typed(b'{"a":\n1}\n'))
-    assert values.value_of("-") == {"a": 1}
+    assert values.parse_value("-") == {"a": 1}
     monkeypatch.setattr(sys, "stdin", Typed("größer\n".encode()))
-    assert values.value_of("-") == "größer\n"
+    assert values.parse_value("-") == "größer\n"
 
 
 def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object."""
-    command = COMMANDS["hand_over"]
+    command = SESSION_COMMANDS["hand_over"]
     (tmp_path / "plan.json").write_text('{"tasks": []}')
-    assert values.given(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
+    assert values.resolve_arguments(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
     monkeypatch.setattr(sys, "stdin", Typed(b'{"tasks": [1]}'))
-    assert values.given(command, {"data": "-"}) == {"data": {"tasks": [1]}}
+    assert values.resolve_arguments(command, {"data": "-"}) == {"data": {"tasks": [1]}}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypat
         ("[]", "is no object"),
         ("", "can't be taken: it is no JSON"),
         ('{"a": NaN}', "NaN is no number"),
-        (" " * (LARGEST_HANDOFF + 1), f"more than {LARGEST_HANDOFF} bytes"),
+        (" " * (MAX_HANDOFF_BYTES + 1), f"more than {MAX_HANDOFF_BYTES} bytes"),
         (None, "can't be read: No such file"),
     ],
     ids=range(5),
@@ -130,6 +130,6 @@ def test_a_handoff_that_is_none_is_refused(tmp_path: Path, text: str | None, why
     file = tmp_path / "plan.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(AskError, match=why) as refused:
-        values.given(COMMANDS["hand_over"], {"data": str(file)})
+    with pytest.raises(SessionRequestError, match=why) as refused:
+        values.resolve_arguments(SESSION_COMMANDS["hand_over"], {"data": str(file)})
     assert refused.value.remedy

@@ -10,26 +10,26 @@ import pytest
 from rich.cells import cell_len
 from rich.segment import Segment
 
-from orchestrator.api.activity import Working
-from orchestrator.cli.live.model import RunView
-from orchestrator.cli.render.draw import frame_lines, wrapped
+from orchestrator.api.activity import ObservedSession
+from orchestrator.cli.live.model import LiveRun
+from orchestrator.cli.render.draw import count_wrapped_rows, frame_lines
 from orchestrator.cli.render.table import (
-    Ahead,
-    Frame,
-    Row,
-    about,
-    amount,
-    chains,
-    choose,
-    duration,
-    phase,
-    time_left,
+    RemainingWork,
+    TableFrame,
+    TaskRow,
+    activity_label,
+    choose_rows,
+    estimate_time_left,
+    format_count,
+    format_elapsed,
+    format_estimate,
+    longest_chains,
 )
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
-from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.engine.reports.report import RunRecord
-from orchestrator.protocols import Event, Key, Record
+from orchestrator.protocols import CommitRecord, Event, Key
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.sessions.output.transcript import Transcript
 from tests.unit.test_metrics import orchestrator
@@ -46,28 +46,28 @@ CRASHED = attempt(ended=30.0, outcome="crashed")
 PLANNED = PhaseRecord(phase="plan", status=PhaseStatus.COMPLETED, attempts=(1,))
 
 
-def view(entries: Mapping[str, Entry], attempts: int = 3, capacity: int = 2) -> RunView:
+def view(entries: Mapping[str, DispatchEntry], attempts: int = 3, capacity: int = 2) -> LiveRun:
     run = RunDocument(
         id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=capacity, session_memory=1,
         adapters={}, fence={}, worktrees={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
     )  # fmt: skip
     record = RunRecord(run, {task: TaskDocument() for task in entries}, entries, {})
-    return RunView(record, dict.fromkeys(entries, attempts))
+    return LiveRun(record, dict.fromkeys(entries, attempts))
 
 
-def record(task: str, document: TaskDocument, at: float = 30.0) -> Record:
-    return Record(1, at, {Key("task", f"run/{task}"): (1, document.model_dump(mode="json"))}, [])
+def record(task: str, document: TaskDocument, at: float = 30.0) -> CommitRecord:
+    return CommitRecord(1, at, {Key("task", f"run/{task}"): (1, document.model_dump(mode="json"))}, [])
 
 
-def event(type_: str, at: float = 30.0, **data: Any) -> Record:
-    return Record(1, at, {}, [Event(type_, {"run": "run", **data})])
+def event(type_: str, at: float = 30.0, **data: Any) -> CommitRecord:
+    return CommitRecord(1, at, {}, [Event(type_, {"run": "run", **data})])
 
 
-def tasks(count: int, **facts: Any) -> dict[str, Entry]:
-    return {f"t{number}": Entry(adapter="fake", **facts) for number in range(count)}
+def tasks(count: int, **facts: Any) -> dict[str, DispatchEntry]:
+    return {f"t{number}": DispatchEntry(adapter="fake", **facts) for number in range(count)}
 
 
-def row(frame: Frame, task: str) -> Row:
+def row(frame: TableFrame, task: str) -> TaskRow:
     return next(one for one in frame.rows if one.task == task)
 
 
@@ -90,12 +90,12 @@ def row(frame: Frame, task: str) -> Row:
 )
 def test_a_status_has_its_word(document: TaskDocument, is_blocked: bool, expected: str) -> None:
     """The phase of a task follows from its document, and from whether what it needs can still land."""
-    assert phase(document, is_blocked=is_blocked) == expected
+    assert activity_label(document, is_blocked=is_blocked) == expected
 
 
 def test_every_status_has_a_word() -> None:
     """No status is left without one."""
-    assert {phase(TaskDocument(status=status)) for status in TaskStatus} >= {"landed", "conflict", "failed"}
+    assert {activity_label(TaskDocument(status=status)) for status in TaskStatus} >= {"landed", "conflict", "failed"}
 
 
 def test_a_row_tells_what_is_known_of_a_task() -> None:
@@ -108,13 +108,13 @@ def test_a_row_tells_what_is_known_of_a_task() -> None:
     assert waits.words == "the program ended: with exit code 3"
     second = TaskDocument(status=TaskStatus.RUNNING, attempts=(first, attempt(2, started=20.0)), failures=1)
     shown.apply(record("t0", second))
-    shown.hear(Working("t0", 1, "fake"), Transcript(words="too late"))
-    shown.see(Working("t0", 1, "fake"), Changes(9, 9, 9))
+    shown.on_transcript(ObservedSession("t0", 1, "fake"), Transcript(words="too late"))
+    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))
     assert shown.frame(20.0, 10).rows[0].words == ""
-    shown.hear(Working("t0", 2, "fake"), Transcript(words="Reading it", input_tokens=1500, cost=0.5))
-    shown.see(Working("t0", 2, "fake"), Changes(1, 12, 3))
+    shown.on_transcript(ObservedSession("t0", 2, "fake"), Transcript(words="Reading it", input_tokens=1500, cost=0.5))
+    shown.on_changes(ObservedSession("t0", 2, "fake"), Changes(1, 12, 3))
     frame = shown.frame(95.0, 10)
-    assert frame.rows == [Row("t0", "build", "fake", "2/3", "1:15", Changes(1, 12, 3), "Reading it")]
+    assert frame.rows == [TaskRow("t0", "build", "fake", "2/3", "1:15", Changes(1, 12, 3), "Reading it")]
     assert frame.totals == "0 landed · 1 running · 1:35 · 1 of 2 sessions · +12 -3 · 1.5k tokens · $0.50"
 
 
@@ -130,7 +130,7 @@ def test_tasks_that_did_not_land_are_counted_by_their_state() -> None:
 
 def test_the_counts_follow_what_is_recorded() -> None:
     """Tasks move from one count to the next; what needs what failed is blocked, and no longer once that is revived."""
-    entries = {**tasks(3), "child": Entry(("t0",)), "grandchild": Entry(("child",))}
+    entries = {**tasks(3), "child": DispatchEntry(("t0",)), "grandchild": DispatchEntry(("child",))}
     shown = view(entries)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,), reason="no")))
     shown.apply(record("t1", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
@@ -151,7 +151,7 @@ def test_a_row_tells_which_phase_a_session_is_at_and_who_runs_it() -> None:
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=two, phases=(plan,))))
     one = shown.frame(40.0, 10).rows[0]
     assert (one.phase, one.stage, one.adapter, one.attempt) == ("build", "plan", "planner", "1/3")
-    assert shown.working() == [Working("t0", 2, "planner")]
+    assert shown.working() == [ObservedSession("t0", 2, "planner")]
     drawn = "".join(segment.text for line in frame_lines(shown.frame(40.0, 10), 100) for segment in line)
     assert "plan  " in drawn
     assert "build" not in drawn
@@ -159,7 +159,7 @@ def test_a_row_tells_which_phase_a_session_is_at_and_who_runs_it() -> None:
 
 def test_what_waits_for_a_person_has_a_row_that_says_what_to_type() -> None:
     """It is counted by itself, before all that waits for its turn; when it will be over nobody can know."""
-    shown = view({**tasks(6), "asks": Entry(adapter="fake")})
+    shown = view({**tasks(6), "asks": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
     assert shown.totals(40.0).left is not None
     asks = PLANNED.model_copy(update={"status": PhaseStatus.AWAITING})
@@ -177,7 +177,7 @@ def test_what_waits_for_a_person_has_a_row_that_says_what_to_type() -> None:
 
 def test_what_is_done_lets_others_start_and_is_no_failure() -> None:
     """It counts by itself; what needs it does not wait for a landing that never comes."""
-    shown = view({**tasks(1), "child": Entry(("t0",))})
+    shown = view({**tasks(1), "child": DispatchEntry(("t0",))})
     assert row(shown.frame(40.0, 10), "child").words == "needs t0"
     shown.apply(record("t0", TaskDocument(status=TaskStatus.DONE, attempts=(BUILT,), phases=(PLANNED,))))
     assert row(shown.frame(40.0, 10), "child").words == ""
@@ -191,14 +191,14 @@ def test_lines_are_counted_once() -> None:
     shown = view(tasks(2))
     for task in ("t0", "t1"):
         shown.apply(record(task, TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-        shown.see(Working(task, 1, "fake"), Changes(1, 10, 1))
+        shown.on_changes(ObservedSession(task, 1, "fake"), Changes(1, 10, 1))
     assert shown.totals(30.0).changes == Changes(2, 20, 2)
-    assert shown.uncounted(10) == {}
+    assert shown.uncounted_commits(10) == {}
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
-    assert shown.uncounted(10) == {"t0": COMMIT}
-    shown.see(Working("t0", 1, "fake"), Changes(9, 9, 9))  # a look that took too long
+    assert shown.uncounted_commits(10) == {"t0": COMMIT}
+    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))  # a look that took too long
     shown.count("t0", Changes(2, 30, 0))
-    assert shown.uncounted(10) == {}
+    assert shown.uncounted_commits(10) == {}
     shown.apply(record("t1", TaskDocument(status=TaskStatus.RUNNING, attempts=(BUILT, attempt(2)))))
     assert shown.totals(30.0).changes == Changes(2, 30, 0)
 
@@ -209,9 +209,9 @@ def test_what_was_built_is_seen_once_more() -> None:
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
     assert shown.built() == []
     shown.apply(record("t0", TaskDocument(status=TaskStatus.QUEUED, attempts=(BUILT,))))
-    assert (shown.built(), shown.working()) == ([Working("t0", 1, "fake")], [])
+    assert (shown.built(), shown.working()) == ([ObservedSession("t0", 1, "fake")], [])
     shown.apply(record("t0", TaskDocument(status=TaskStatus.CHECKING, attempts=(BUILT,))))
-    shown.see(Working("t0", 1, "fake"), Changes(1, 2, 0))
+    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(1, 2, 0))
     assert shown.built() == []
     assert shown.frame(40.0, 5).rows[0].changes == Changes(1, 2, 0)
 
@@ -221,10 +221,10 @@ def test_what_a_failed_session_left_is_seen_once_more(branch: str | None) -> Non
     """What is kept of it is looked at; where nothing is, the row shows no lines."""
     shown = view(tasks(1))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-    shown.see(Working("t0", 1, "fake"), Changes(1, 2, 0))
+    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(1, 2, 0))
     crashed = attempt(ended=30.0, outcome="crashed", branch=branch)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.FAILED, attempts=(crashed,), branch=branch)))
-    assert shown.built() == ([] if branch is None else [Working("t0", 1, "fake")])
+    assert shown.built() == ([] if branch is None else [ObservedSession("t0", 1, "fake")])
     assert shown.frame(40.0, 5).rows[0].changes == (Changes() if branch is None else Changes(1, 2, 0))
 
 
@@ -233,10 +233,10 @@ def test_a_resumed_run_counts_its_active_time_and_its_room() -> None:
     shown = view(tasks(1), capacity=8)
     for number, since, ended in ((1, 0.0, 20.0), (2, 1000.0, None)):
         joined = orchestrator(number, since, since, ended=ended).model_dump(mode="json")
-        shown.apply(Record(number, since, {Key("orchestrator", f"run/{number}"): (1, joined)}, []))
+        shown.apply(CommitRecord(number, since, {Key("orchestrator", f"run/{number}"): (1, joined)}, []))
     shown.apply(event("run.claimed", 1000.0))
     shown.apply(event("run.limited", 1001.0, sessions=3))
-    shown.apply(Record(2, 1002.0, {}, [Event("run.limited", {"run": "another", "sessions": 1})]))
+    shown.apply(CommitRecord(2, 1002.0, {}, [Event("run.limited", {"run": "another", "sessions": 1})]))
     totals = shown.totals(1030.0)
     assert (totals.elapsed, totals.capacity, shown.is_over) == (50.0, 3, False)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
@@ -258,40 +258,49 @@ def test_sessions_of_several_processes_are_not_held_against_the_capacity_of_one(
 @pytest.mark.parametrize(
     ("ahead", "expected"),
     [
-        (Ahead(60, 0, [], waiting=10, landing=0, chain=1, capacity=2), 300),  # side by side
-        (Ahead(60, 0, [], waiting=10, landing=0, chain=8, capacity=10), 480),  # one after another
-        (Ahead(60, 30, [], waiting=10, landing=10, chain=1, capacity=10), 600),  # landings
-        (Ahead(60, 10, [(3, 45.0)], waiting=2, landing=0, chain=2, capacity=4), 155),  # the chain of what runs
-        (Ahead(60, 0, [(1, 90.0)], waiting=0, landing=0, chain=0, capacity=4), 0),  # it took longer than the others
-        (Ahead(60, 5, [], waiting=0, landing=2, chain=0, capacity=4), 10),
-        (Ahead(0, 0, [], waiting=0, landing=0, chain=0, capacity=0), 0),
+        (RemainingWork(60, 0, [], waiting=10, landing=0, chain=1, capacity=2), 300),  # side by side
+        (RemainingWork(60, 0, [], waiting=10, landing=0, chain=8, capacity=10), 480),  # one after another
+        (RemainingWork(60, 30, [], waiting=10, landing=10, chain=1, capacity=10), 600),  # landings
+        (RemainingWork(60, 10, [(3, 45.0)], waiting=2, landing=0, chain=2, capacity=4), 155),  # the chain of what runs
+        (
+            RemainingWork(60, 0, [(1, 90.0)], waiting=0, landing=0, chain=0, capacity=4),
+            0,
+        ),  # it took longer than the others
+        (RemainingWork(60, 5, [], waiting=0, landing=2, chain=0, capacity=4), 10),
+        (RemainingWork(0, 0, [], waiting=0, landing=0, chain=0, capacity=0), 0),
     ],
 )
-def test_the_time_left_is_the_greatest_of_three_bounds(ahead: Ahead, expected: float) -> None:
+def test_the_time_left_is_the_greatest_of_three_bounds(ahead: RemainingWork, expected: float) -> None:
     """Work over capacity, the longest chain of needs, and landings one at a time."""
-    assert time_left(ahead) == expected
+    assert estimate_time_left(ahead) == expected
 
 
 def test_the_time_left_is_told_only_where_it_can_be_known() -> None:
     """Not before a task was built, nor while an adapter pauses or is stopped, nor at the end."""
-    shown = view({**tasks(3), "last": Entry(("t2",))}, capacity=1)
+    shown = view({**tasks(3), "last": DispatchEntry(("t2",))}, capacity=1)
     assert shown.totals(30.0).left is None
     shown.apply(record("t0", TaskDocument(status=TaskStatus.QUEUED, attempts=(BUILT,)), 30.0))
     assert shown.totals(30.0).left == 60  # three tasks of 20 s
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT), 40.0))
     assert shown.totals(40.0).left == 60 + 0  # the chain of two takes as long: 2 * (20 + 10)
     for learned in (AdapterDocument(parked_until=100.0), AdapterDocument(closed="log in")):
-        shown.apply(Record(1, 1.0, {Key("adapter", "run/fake"): (1, learned.model_dump(mode="json"))}, []))
+        shown.apply(CommitRecord(1, 1.0, {Key("adapter", "run/fake"): (1, learned.model_dump(mode="json"))}, []))
         assert shown.totals(50.0).left is None
     assert "left" not in shown.frame(50.0, 5).totals
-    shown.apply(Record(1, 1.0, {Key("adapter", "run/fake"): (1, AdapterDocument().model_dump(mode="json"))}, []))
+    shown.apply(CommitRecord(1, 1.0, {Key("adapter", "run/fake"): (1, AdapterDocument().model_dump(mode="json"))}, []))
     assert shown.frame(50.0, 5).totals.endswith("about 1 min left · 0 of 1 sessions")
 
 
 def test_chains_are_those_of_needs() -> None:
     """The longest way from a task to what needs it, all of them counted."""
-    entries = {"a": Entry(), "b": Entry(("a",)), "c": Entry(("b", "a")), "d": Entry(("a",)), "e": Entry()}
-    assert chains(entries) == {"a": 3, "b": 2, "c": 1, "d": 1, "e": 1}
+    entries = {
+        "a": DispatchEntry(),
+        "b": DispatchEntry(("a",)),
+        "c": DispatchEntry(("b", "a")),
+        "d": DispatchEntry(("a",)),
+        "e": DispatchEntry(),
+    }
+    assert longest_chains(entries) == {"a": 3, "b": 2, "c": 1, "d": 1, "e": 1}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +318,7 @@ def test_what_fits_is_at_work_or_has_just_changed(
     working: str, waiting: str, over: str, room: int, expected: str
 ) -> None:
     """Rows go to what is at work, then half and half to what changed last and to what comes next."""
-    assert "".join(choose(working, waiting, over, room)) == expected
+    assert "".join(choose_rows(working, waiting, over, room)) == expected
 
 
 def test_a_long_run_is_summed_up() -> None:
@@ -336,26 +345,26 @@ def test_a_long_run_is_summed_up() -> None:
 )  # fmt: skip
 def test_time_left_in_words(seconds: float, expected: str) -> None:
     """Rounded up, and never to more than it can be known to."""
-    assert about(seconds) == expected
+    assert format_estimate(seconds) == expected
 
 
 def test_durations_and_amounts() -> None:
     """As on a clock, and as people write numbers."""
-    assert [duration(one) for one in (-1, 0.9, 42, 723, 3723)] == ["0:00", "0:00", "0:42", "12:03", "1:02:03"]
-    assert [amount(one) for one in (0, 950, 12_345, 4_500_000)] == ["0", "950", "12.3k", "4.5M"]
+    assert [format_elapsed(one) for one in (-1, 0.9, 42, 723, 3723)] == ["0:00", "0:00", "0:42", "12:03", "1:02:03"]
+    assert [format_count(one) for one in (0, 950, 12_345, 4_500_000)] == ["0", "950", "12.3k", "4.5M"]
 
 
 @pytest.mark.parametrize("width", [1, 10, 20, 45, 60, 80, 120, 200])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     """Whatever the texts, also wide characters; columns give way before words do, and no line ends with blanks."""
     rows = [
-        Row("t" * 50, "build", "adapter" * 5, "1/3", "0:01", Changes(1, 2, 3), "漢字" * 100),
-        Row("x", "x", "x", "x", "x", Changes(), ""),
+        TaskRow("t" * 50, "build", "adapter" * 5, "1/3", "0:01", Changes(1, 2, 3), "漢字" * 100),
+        TaskRow("x", "x", "x", "x", "x", Changes(), ""),
     ]
-    lines = [Segment.get_line_length(line) for line in frame_lines(Frame(rows, "and 3 landed", "0 landed"), width)]
+    lines = [Segment.get_line_length(line) for line in frame_lines(TableFrame(rows, "and 3 landed", "0 landed"), width)]
     assert len(lines) == 5
     assert max(lines) <= width
-    texts = ["".join(part.text for part in line) for line in frame_lines(Frame(rows, "", "totals"), width)]
+    texts = ["".join(part.text for part in line) for line in frame_lines(TableFrame(rows, "", "totals"), width)]
     assert all(text == text.rstrip() for text in texts)
     if width >= 80:
         assert all(cell_len(text) <= width for text in texts)
@@ -364,14 +373,16 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
 
 def test_rows_of_a_narrower_terminal() -> None:
     """What was drawn in wide lines takes more of them."""
-    assert wrapped([80, 40, 0, 41], 40) == 2 + 1 + 1 + 2
+    assert count_wrapped_rows([80, 40, 0, 41], 40) == 2 + 1 + 1 + 2
 
 
 def test_what_is_said_is_no_command_for_the_terminal() -> None:
     """Escape sequences and markup are shown, never obeyed."""
-    shown = view({"t0": Entry(adapter="fake")})
+    shown = view({"t0": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-    shown.hear(Working("t0", 1, "fake"), Transcript(words="\x1b]0;owned\x07\x1b[31m[red]stop[/red]\u202e\r\x9b2J"))
+    shown.on_transcript(
+        ObservedSession("t0", 1, "fake"), Transcript(words="\x1b]0;owned\x07\x1b[31m[red]stop[/red]\u202e\r\x9b2J")
+    )
     line = frame_lines(shown.frame(20.0, 5), 120)[1]
     text = "".join(part.text for part in line)
     assert text.isprintable()
@@ -380,7 +391,9 @@ def test_what_is_said_is_no_command_for_the_terminal() -> None:
 
 def test_ten_thousand_tasks_are_redrawn_at_once() -> None:
     """A change and a redraw with all of them recorded take some milliseconds; a redraw reads no document anew."""
-    entries = {f"t{number}": Entry((f"t{number - 1}",) if number % 3 else (), "fake") for number in range(10_000)}
+    entries = {
+        f"t{number}": DispatchEntry((f"t{number - 1}",) if number % 3 else (), "fake") for number in range(10_000)
+    }
     shown = view(entries, capacity=16)
     for number in range(5_000):
         landed = TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)
@@ -409,7 +422,7 @@ def test_what_a_plan_became_has_rows_behind_its_task() -> None:
         **{Key("spec", f"run/t0-{name}"): (1, spec) for name in "ab"},
         **{Key("task", f"run/t0-{name}"): (1, TaskDocument().model_dump(mode="json")) for name in "ab"},
     }
-    shown.apply(Record(1, 30.0, documents, []))
+    shown.apply(CommitRecord(1, 30.0, documents, []))
     assert [one.task for one in shown.frame(31.0, 10).rows] == ["t0", "t0-a", "t0-b", "t1"]
     shown.apply(record("t0-a", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(1, started=31.0),)), 31.0))
     assert row(shown.frame(40.0, 10), "t0-a").attempt == "1/2"

@@ -6,25 +6,25 @@ from functools import reduce
 
 import pytest
 
-from orchestrator.protocols import Concluded, Said, SessionEvent, Spent, UsedTool
-from orchestrator.sessions.output.transcript import LONGEST_WORDS, NOTHING_SAID, Transcript
+from orchestrator.protocols import AgentMessage, FinalResult, SessionEvent, ToolCall, UsageReport
+from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, MAX_MESSAGE_CHARS, Transcript
 
-LOOKING = (Said("I am lo", part=True), Said("oking. ", part=True))
-DONE = (Said("It is ", part=True), Said("done.", part=True))
+LOOKING = (AgentMessage("I am lo", part=True), AgentMessage("oking. ", part=True))
+DONE = (AgentMessage("It is ", part=True), AgentMessage("done.", part=True))
 
 
 @pytest.mark.parametrize(
     ("events", "words"),
     [
         (LOOKING, "I am looking."),
-        ((*LOOKING, UsedTool("edit"), *DONE), "It is done."),
-        ((*LOOKING, Said("Whole."), *DONE), "It is done."),
-        ((*DONE, Spent(1, 2, in_all=True), Concluded()), "It is done."),
-        ((*DONE, Said(" ", part=True)), "It is done."),
-        ((Said("Whole."), Said("\n", part=True)), "Whole."),
-        ((*[Said("ab", part=True)] * LONGEST_WORDS,), "ab" * (LONGEST_WORDS // 2)),
+        ((*LOOKING, ToolCall("edit"), *DONE), "It is done."),
+        ((*LOOKING, AgentMessage("Whole."), *DONE), "It is done."),
+        ((*DONE, UsageReport(1, 2, is_cumulative=True), FinalResult()), "It is done."),
+        ((*DONE, AgentMessage(" ", part=True)), "It is done."),
+        ((AgentMessage("Whole."), AgentMessage("\n", part=True)), "Whole."),
+        ((*[AgentMessage("ab", part=True)] * MAX_MESSAGE_CHARS,), "ab" * (MAX_MESSAGE_CHARS // 2)),
     ],
 )
 def test_parts_are_one_until_something_else_happens(events: tuple[SessionEvent, ...], words: str) -> None:
     """Nothing is put between them, and of a long speech the end is kept."""
-    assert reduce(Transcript.after, events, NOTHING_SAID).words == words
+    assert reduce(Transcript.after, events, EMPTY_TRANSCRIPT).words == words

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.runs.model import Attempt, Intent, TaskDocument, TaskStatus
-from orchestrator.domain.runs.rollback import turn_back
+from orchestrator.domain.runs.model import Attempt, LandingIntent, TaskDocument, TaskStatus
+from orchestrator.domain.runs.rollback import roll_back_task
 
 BASE, COMMIT = "a" * 40, "b" * 40
 
@@ -22,12 +22,12 @@ def test_what_has_landed_or_may_have_stays(status: TaskStatus) -> None:
     then = TaskDocument(status=status, attempts=(attempt(1),))
     landed = TaskDocument(status=TaskStatus.LANDED, attempts=(attempt(1),), landed=COMMIT)
     landing = TaskDocument(
-        status=TaskStatus.LANDING, attempts=(attempt(1),), intent=Intent(old=BASE, new=COMMIT, recorded=1.0)
+        status=TaskStatus.LANDING, attempts=(attempt(1),), intent=LandingIntent(old=BASE, new=COMMIT, recorded=1.0)
     )
-    assert turn_back(then, landed) == "it has landed"
-    assert "may have landed" in str(turn_back(then, landing))
+    assert roll_back_task(then, landed) == "it has landed"
+    assert "may have landed" in str(roll_back_task(then, landing))
     if status is not TaskStatus.LANDING:
-        assert turn_back(landed, then) == "the target has lost it since"
+        assert roll_back_task(landed, then) == "the target has lost it since"
 
 
 @pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.PENDING])
@@ -36,7 +36,7 @@ def test_the_next_attempt_is_a_new_one(status: TaskStatus) -> None:
     outcome = None if status is TaskStatus.RUNNING else "interrupted"
     then = TaskDocument(status=status, attempts=(attempt(1, outcome),))
     now = TaskDocument(status=TaskStatus.FAILED, attempts=(attempt(1, "crash"), attempt(2, "crash")), failures=2)
-    back = turn_back(then, now)
+    back = roll_back_task(then, now)
     assert isinstance(back, TaskDocument)
     assert (back.status, back.failures, back.attempt.number) == (status, 0, 2)
     # What had no end then has one by now; what had is as it was.
@@ -48,21 +48,21 @@ def test_what_an_attempt_came_to_is_about_that_attempt_again(status: TaskStatus)
     """Work that waited to land is that of its own attempt, though there are later ones."""
     then = TaskDocument(status=status, attempts=(attempt(1),), commit=COMMIT)
     now = TaskDocument(status=TaskStatus.PENDING, attempts=(attempt(1, "checks_failed"), attempt(2, "crash")))
-    back = turn_back(then, now)
+    back = roll_back_task(then, now)
     assert isinstance(back, TaskDocument)
     assert (back.status, back.commit, back.attempt.number, back.attempt.outcome) == (status, COMMIT, 1, "built")
     assert [one.number for one in back.attempts] == [1, 2]
     assert [one.reason for one in back.with_attempt(reason="why")] == ["why", None]
-    again = turn_back(back, now.model_copy(update={"attempts": (*now.attempts, attempt(3))}))
+    again = roll_back_task(back, now.model_copy(update={"attempts": (*now.attempts, attempt(3))}))
     assert isinstance(again, TaskDocument)
     assert (again.attempt.number, len(again.attempts)) == (1, 3)
 
 
 def test_a_landing_that_was_under_way_waits_to_land() -> None:
     """Its move of the target has been settled since: to settle it again could touch files that others wrote."""
-    intent = Intent(old=BASE, new=COMMIT, recorded=1.0)
+    intent = LandingIntent(old=BASE, new=COMMIT, recorded=1.0)
     then = TaskDocument(status=TaskStatus.LANDING, attempts=(attempt(1),), commit=COMMIT, intent=intent)
     now = TaskDocument(status=TaskStatus.CONFLICT, attempts=(attempt(1, "conflict"),), commit=COMMIT)
-    back = turn_back(then, now)
+    back = roll_back_task(then, now)
     assert isinstance(back, TaskDocument)
     assert (back.status, back.intent, back.commit, back.current) == (TaskStatus.QUEUED, None, COMMIT, None)

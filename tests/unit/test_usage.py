@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
-from orchestrator.domain.runs.usage import Usage, usage_of
+from orchestrator.domain.runs.usage import Usage, compute_usage
 
 RUN = RunDocument(
     id="run",
@@ -43,7 +43,7 @@ def test_sessions_count_for_their_adapter_and_their_task() -> None:
         "a": TaskDocument(attempts=(attempt(1, "x", ended=None, tokens=1, cost=0.5),)),
         "idle": TaskDocument(),
     }
-    found = usage_of(RUN, tasks, now=107.0)
+    found = compute_usage(RUN, tasks, now=107.0)
     assert found.adapters == {"x": Usage(2, 67.0, 11, 0, 0.75, 2, 0), "y": Usage(1, 30.0, 5, 0, None, 0, 0)}
     assert found.tasks == {"b": Usage(2, 90.0, 15, 0, 0.25, 1, 0), "a": Usage(1, 7.0, 1, 0, 0.5, 1, 0)}
     assert found.total == Usage(3, 97.0, 16, 0, 0.75, 2, 0)
@@ -51,10 +51,10 @@ def test_sessions_count_for_their_adapter_and_their_task() -> None:
 
 def test_a_clock_that_was_set_back_takes_nothing_off() -> None:
     """An end before its start counts as no time."""
-    found = usage_of(RUN, {"a": TaskDocument(attempts=(attempt(1, "x", ended=40.0, tokens=0),))}, now=0.0)
+    found = compute_usage(RUN, {"a": TaskDocument(attempts=(attempt(1, "x", ended=40.0, tokens=0),))}, now=0.0)
     assert found.total.seconds == 0.0
 
 
 def test_a_run_without_sessions_used_up_nothing() -> None:
     """There is a total all the same."""
-    assert usage_of(RUN, {"a": TaskDocument()}, now=1.0).total == Usage(0, 0, 0, 0, None, 0, 0)
+    assert compute_usage(RUN, {"a": TaskDocument()}, now=1.0).total == Usage(0, 0, 0, 0, None, 0, 0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.protocols import HISTORY, Event, Key, Record
-from orchestrator.views.content import Stand, log_changes
-from orchestrator.views.folder import Folder
+from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Event, Key
+from orchestrator.views.content import ViewPosition, log_changes
+from orchestrator.views.folder import ViewFolder
 from orchestrator.views.names import context_path, document_path, version_path
 
 TASK = Key("task", "run/a")
@@ -45,9 +45,11 @@ def test_usual_ids_are_names_as_they_are() -> None:
     assert context_path(Key("task", "20260102-030405-ab12/v1.2_x")) == "context/20260102-030405-ab12/v1.2_x.json"
 
 
-def _records(first: int, last: int) -> list[Record]:
+def _records(first: int, last: int) -> list[CommitRecord]:
     return [
-        Record(100 + version, float(version), {TASK: (version, {"n": version})}, [Event("counted", {"big": 2**70})])
+        CommitRecord(
+            100 + version, float(version), {TASK: (version, {"n": version})}, [Event("counted", {"big": 2**70})]
+        )
         for version in range(first, last + 1)
     ]
 
@@ -63,7 +65,7 @@ def test_only_the_newest_versions_stay(size: int, ahead: int) -> None:
             files.pop(name, None)
             if data is not None:
                 files[name] = data
-    assert set(files) == {version_path(TASK, version) for version in range(40 - HISTORY + 1, 41)}
+    assert set(files) == {version_path(TASK, version) for version in range(40 - VERSIONS_KEPT + 1, 41)}
     told = json.loads(files[version_path(TASK, 35)])
     assert (told["version"], told["position"], told["value"]) == (35, 135, {"n": 35})
     assert told["events"] == [{"type": "counted", "data": {"big": 2**70}}]
@@ -79,18 +81,18 @@ def test_only_the_newest_versions_stay(size: int, ahead: int) -> None:
 )  # fmt: skip
 def test_what_is_no_index_is_not_gone_on_with(told: Any) -> None:
     """Neither another form of it nor what somebody made of it."""
-    good = Stand(3, 5.0, "ada@box:1", 6.0, 10, ("a place",))
-    assert Stand.decode(good.encode()) == good
+    good = ViewPosition(3, 5.0, "ada@box:1", 6.0, 10, ("a place",))
+    assert ViewPosition.decode(good.encode()) == good
     data = told
     if isinstance(told, dict) and told.get("format") != 1:
         data = {**json.loads(good.encode()), **told}
-    assert Stand.decode(json.dumps(data).encode()) is None
-    assert Stand.decode(b"\xff") is None
+    assert ViewPosition.decode(json.dumps(data).encode()) is None
+    assert ViewPosition.decode(b"\xff") is None
 
 
 def test_events_never_grow_without_end(tmp_path: Any) -> None:
     """The newest stay, whole lines of them."""
-    folder = Folder(tmp_path / "views", 10_000)
+    folder = ViewFolder(tmp_path / "views", 10_000)
     folder.begin()
     positions: list[int] = []
     for start in range(1, 400, 10):

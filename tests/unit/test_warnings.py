@@ -12,7 +12,7 @@ from adapters.codex import CodexAdapter
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_value
 from orchestrator.config.model import make_adapters
-from orchestrator.config.warnings import Surroundings, find_warnings
+from orchestrator.config.warnings import RepositoryPaths, find_warnings
 from orchestrator.protocols import AdapterType
 
 TYPES: Mapping[str, AdapterType] = {"command": CommandAdapter, "codex": CodexAdapter}
@@ -20,7 +20,7 @@ CHECKED = {"checks": ["true"]}
 
 
 def warnings(
-    tmp_path: Path, around: Surroundings, adapter: Mapping[str, Any] | None = None, **settings: Any
+    tmp_path: Path, around: RepositoryPaths, adapter: Mapping[str, Any] | None = None, **settings: Any
 ) -> list[str]:
     """Return what is told of a file with these settings."""
     value = {
@@ -41,7 +41,7 @@ def test_target_that_is_the_base_and_checked_out(
     tmp_path: Path, target: str | None, checkout: str | None, many: int
 ) -> None:
     """Both must hold: else landings touch no files that anyone works in, or the user has chosen a branch for them."""
-    around = Surroundings(target_checkout=None if checkout is None else tmp_path / checkout)
+    around = RepositoryPaths(target_checkout=None if checkout is None else tmp_path / checkout)
     settings: dict[str, Any] = {} if target is None else {"target": target}
     found = warnings(tmp_path, around, **settings)
     assert len(found) == many
@@ -54,11 +54,11 @@ def test_target_that_is_the_base_and_checked_out(
 def test_writable_that_sessions_share_with_checks(tmp_path: Path, writable: str, many: int) -> None:
     """A cache of packages decides what checks execute, unless only sessions write it, or there are no checks."""
     (tmp_path / writable).mkdir(parents=True)
-    found = warnings(tmp_path, Surroundings(), writable=[writable])
+    found = warnings(tmp_path, RepositoryPaths(), writable=[writable])
     assert len(found) == many
     assert all("from which setup and checks may take programs" in one for one in found)
-    assert warnings(tmp_path, Surroundings(), {"writable": [writable]}) == []
-    assert len(warnings(tmp_path, Surroundings(), writable=[writable], defaults={})) == 1, "there are no checks"
+    assert warnings(tmp_path, RepositoryPaths(), {"writable": [writable]}) == []
+    assert len(warnings(tmp_path, RepositoryPaths(), writable=[writable], defaults={})) == 1, "there are no checks"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_writable_that_holds_the_repository(tmp_path: Path, writable: str, many:
     """A folder in it may be meant; its top, its git directory, or what they are in never is."""
     for folder in ("repo/.git", "repo/build", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
-    around = Surroundings(tmp_path / "repo", tmp_path / "repo/.git")
+    around = RepositoryPaths(tmp_path / "repo", tmp_path / "repo/.git")
     reach: dict[str, Any] = {"writable": [writable]}
     found = warnings(tmp_path, around, reach) if is_adapters else warnings(tmp_path, around, **reach)
     assert len(found) == many
@@ -84,17 +84,17 @@ def test_fewer_worktrees_than_sessions(
     tmp_path: Path, capacity: int, worktrees: dict[str, Any], most: int | None
 ) -> None:
     """`capacity` can't be used where `max` allows of fewer worktrees; where that is not written there are enough."""
-    found = warnings(tmp_path, Surroundings(), capacity=capacity, worktrees=worktrees)
+    found = warnings(tmp_path, RepositoryPaths(), capacity=capacity, worktrees=worktrees)
     assert len(found) == (most is not None)
     assert all(f"at most {most} sessions can run at once: set `max: {capacity}`" in one for one in found)
 
 
 def test_no_task_with_checks(tmp_path: Path) -> None:
     """One task with checks is enough: the rest may need none."""
-    [found] = warnings(tmp_path, Surroundings(), defaults={})
+    [found] = warnings(tmp_path, RepositoryPaths(), defaults={})
     assert found.startswith("no task has checks: nothing proves the work: add ")
     tasks = [{"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p", **CHECKED}]
-    assert warnings(tmp_path, Surroundings(), defaults={}, tasks=tasks) == []
+    assert warnings(tmp_path, RepositoryPaths(), defaults={}, tasks=tasks) == []
 
 
 COMMAND = {"use": "command", "argv": ["x"]}
@@ -109,7 +109,7 @@ def test_an_adapter_that_would_stand_in_for_itself(tmp_path: Path, fallback: lis
     """One warning for all tasks that have the same list, by the names that come again."""
     tasks = [{"id": f"t{n}", "prompt": "p", "adapter": "a", "fallback": fallback} for n in range(7)]
     tasks.append({"id": "alone", "prompt": "p", "adapter": "a"})
-    found = warnings(tmp_path, Surroundings(), adapters=dict.fromkeys("abc", COMMAND), tasks=tasks)
+    found = warnings(tmp_path, RepositoryPaths(), adapters=dict.fromkeys("abc", COMMAND), tasks=tasks)
     assert len(found) == (again is not None)
     beginning = f"`fallback` of 't0', 't1', 't2', 't3', 't4' and 2 more names {again} again"
     assert all(one.startswith(beginning) for one in found)
@@ -130,7 +130,7 @@ def test_servers_that_an_adapter_can_not_use(
     """Only where there are servers, and only of adapters that tasks may use, as a fallback too."""
     adapters = {"plain": COMMAND, "other": COMMAND, "able": {"use": "codex"}}
     tasks = [{"id": "t", "prompt": "p", "adapter": adapter, "fallback": fallback}]
-    found = warnings(tmp_path, Surroundings(), adapters=adapters, mcp_servers=servers, tasks=tasks)
+    found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, mcp_servers=servers, tasks=tasks)
     assert len(found) == (told is not None)
     assert all(one.startswith(str(told)) for one in found)
 
@@ -149,7 +149,7 @@ def test_a_default_list_may_have_the_adapter_that_a_task_chose(
 ) -> None:
     """It serves tasks with other adapters, too; all else that comes again is written by mistake."""
     tasks, adapters = [{"id": "t", "prompt": "p", **task}], dict.fromkeys("abc", COMMAND)
-    found = warnings(tmp_path, Surroundings(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
+    found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
     assert len(found) == many
     assert all("an adapter can't stand in for itself" in one for one in found)
 
@@ -158,6 +158,6 @@ def test_a_phase_whose_adapter_would_stand_in_for_itself(tmp_path: Path) -> None
     """It is told of as a task is, by the name of the phase."""
     workflows = {"w": [{"look": {"adapter": "x", "fallback": ["codex", "x"]}}, {"build": {"adapter": "codex"}}]}
     (found,) = warnings(
-        tmp_path, Surroundings(), workflows=workflows, tasks=[{"id": "a", "prompt": "p", "workflow": "w"}]
+        tmp_path, RepositoryPaths(), workflows=workflows, tasks=[{"id": "a", "prompt": "p", "workflow": "w"}]
     )
     assert found.startswith("`fallback` of phase 'look' names 'x' again")

@@ -11,15 +11,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from orchestrator.client.commands import LARGEST_HANDOFF
+from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.config.load import load_config
 from orchestrator.domain.runs.phases import PHASE_EVENTS
 from orchestrator.domain.workflow import handoff_models
-from orchestrator.domain.workflow.handoff_kinds import KINDS, NEEDS, Facts
-from orchestrator.engine.phases.prompts import LONGEST_VALUE
-from orchestrator.engine.session_api.shared_values import PATIENCE
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, PHASE_NEEDS, HandoffFacts
+from orchestrator.engine.phases.prompts import MAX_VALUE_LENGTH
+from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT
 from orchestrator.plugins import load_plugins
-from tests.functions import FunctionsContract, rows, sections
+from tests.functions import ReplacedFunctionsContract, rows, sections
 from tests.unit.test_consistency import BROKEN
 
 ROOT: Final = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ _SETTING: Final = re.compile(r"(handoff|workflow|mediator): ?\w*")
 _RULE: Final = re.compile(r"(chain|sessions)\.\w+")
 
 
-class TestFunctions(FunctionsContract):
+class TestFunctions(ReplacedFunctionsContract):
     """Of workflows, handoffs and validation."""
 
     functions = FUNCTIONS
@@ -82,7 +82,7 @@ def test_each_rule_that_is_named_is_one() -> None:
 def test_what_phases_need_is_what_the_page_says() -> None:
     """The defaults of the filter."""
     table = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows(SECTIONS["What a phase is given"])[1:]}
-    assert table == {name: list(needs) for name, needs in NEEDS.items()}
+    assert table == {name: list(needs) for name, needs in PHASE_NEEDS.items()}
 
 
 def test_fields_of_kinds_are_what_the_page_says() -> None:
@@ -93,7 +93,7 @@ def test_fields_of_kinds_are_what_the_page_says() -> None:
         "an artifact of a build": "Artifact",
         "a finding of a review": "Finding",
     }
-    assert set(table) == {*KINDS, *parts}
+    assert set(table) == {*HANDOFF_KINDS, *parts}
     for name, told in table.items():
         model: type[BaseModel] = getattr(handoff_models, parts.get(name, name.capitalize()))
         assert told == ", ".join(_field(field, model) for field in model.model_fields), name
@@ -119,7 +119,7 @@ def test_each_file_loads(block: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "block"), re.findall(r"\nA (\w+) [^`]*:\n\n```json\n(.*?)```", PAGE, re.DOTALL))
 def test_each_handoff_is_valid(kind: str, block: str) -> None:
     """Each example, as it stands there, can be handed over by a phase of the kind that its sentence begins with."""
-    checked = KINDS[kind].check(json.loads(block), Facts())
+    checked = HANDOFF_KINDS[kind].check(json.loads(block), HandoffFacts())
     assert (checked.data is not None, checked.violations, checked.ignored) == (True, (), ())
 
 
@@ -131,5 +131,5 @@ def test_each_handoff_is_looked_at() -> None:
 def test_bounds_are_those_of_the_code() -> None:
     """As sentences have them."""
     text = " ".join(PAGE.split())
-    assert f"cut at {LONGEST_VALUE:,} characters, a handoff has at most {LARGEST_HANDOFF >> 20} MiB" in text
-    assert f"({PATIENCE:g} seconds unless told otherwise)" in text
+    assert f"cut at {MAX_VALUE_LENGTH:,} characters, a handoff has at most {MAX_HANDOFF_BYTES >> 20} MiB" in text
+    assert f"({DEFAULT_WAIT:g} seconds unless told otherwise)" in text

@@ -15,9 +15,9 @@ from adapters.codex import CodexAdapter
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_config, load_value
 from orchestrator.config.model import RunConfig, used_adapters
-from orchestrator.config.workflows.load import supplied_phases
-from orchestrator.config.workflows.templates import SUPPLIED, supplied_template
-from orchestrator.config.workflows.text import as_yaml, copied
+from orchestrator.config.workflows.load import builtin_phases
+from orchestrator.config.workflows.templates import BUILTIN_TEMPLATES, read_builtin_template
+from orchestrator.config.workflows.text import build_workflow_files, workflows_to_yaml
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.workflow.routing import Expansion, Phase, Workflow
 from orchestrator.errors import ConfigError
@@ -65,15 +65,15 @@ def test_a_phase_says_all_that_there_is_to_know(tmp_path: Path) -> None:
     look, plan, build, review, end = config.workflows["w"]
     assert (look.writes, look.produces, look.schema_, look.handoff) == (False, "measurement", schema, "mediated")
     assert look.transform == "scout_to_plan"
-    assert look.prompt == supplied_template("phase")
+    assert look.prompt == read_builtin_template("phase")
     assert (plan.writes, plan.expand, plan.approve, plan.needs) == (True, Expansion(most=20), True, ("measurement",))
     assert (plan.context, plan.continues, plan.handoff, plan.key) == ({"n": 1}, "look", "shared", "plans/first")
-    assert plan.prompt == supplied_template("plan")
+    assert plan.prompt == read_builtin_template("plan")
     assert (build.adapter, build.fallback, build.until, build.max_rounds) == ("x", ("codex",), ("true",), 5)
     assert (build.timeout, build.when, build.continues) == (300.0, "plan is defined", "look")
     assert build.prompt == "Build {{ task.id }}.\n"
     assert (review.on_reject, review.max_rounds, review.produces) == ("plan", 3, "review")
-    assert end == Phase(name="end", prompt=supplied_template("phase"))
+    assert end == Phase(name="end", prompt=read_builtin_template("phase"))
 
 
 def test_the_supplied_workflow_looks_plans_builds_and_reviews(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_supplied_workflow_looks_plans_builds_and_reviews(tmp_path: Path) ->
         ("build", "build", True),
         ("review", "review", False),
     ]
-    assert Workflow(phases).sent_back_to("review", TaskDocument()).name == "build"
+    assert Workflow(phases).find_rejection_target("review", TaskDocument()).name == "build"
     assert config.tasks[0].adapter == "x"
 
 
@@ -392,14 +392,14 @@ def test_a_workflow_written_down_again_is_the_same(tmp_path: Path) -> None:
                    "key": "a/b"}},
         {"review": {"produces": "review", "on_reject": "look"}},
     )  # fmt: skip
-    again = yaml.safe_load(as_yaml(config.workflows))
+    again = yaml.safe_load(workflows_to_yaml(config.workflows))
     assert read(tmp_path, workflows=again["workflows"]).workflows == config.workflows
 
 
 def test_a_copied_workflow_says_the_same(tmp_path: Path) -> None:
     """The files that `council workflow copy` writes make the workflow that was copied."""
-    phases = supplied_phases()["adw"]
-    files = copied("adw", phases, Path("flows"))
+    phases = builtin_phases()["adw"]
+    files = build_workflow_files("adw", phases, Path("flows"))
     (tmp_path / "flows").mkdir()
     for path, text in files.items():
         (tmp_path / path).write_text(text)
@@ -420,5 +420,5 @@ def test_phases_come_through_json(tmp_path: Path) -> None:
 
 def test_each_kind_has_a_template() -> None:
     """There is one for each phase of the supplied workflow, and one for phases of any other kind."""
-    assert all(supplied_template(name).strip() for name in SUPPLIED)
-    assert {one.prompt for one in supplied_phases()["adw"]} < {supplied_template(name) for name in SUPPLIED}
+    assert all(read_builtin_template(name).strip() for name in BUILTIN_TEMPLATES)
+    assert {one.prompt for one in builtin_phases()["adw"]} < {read_builtin_template(name) for name in BUILTIN_TEMPLATES}

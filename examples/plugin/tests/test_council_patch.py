@@ -2,7 +2,7 @@
 
 from council_patch import PatchAdapter
 
-from orchestrator.protocols import FailureClass, SessionEnd, UsedTool, Warned
+from orchestrator.protocols import CliWarning, FailureClass, SessionEnd, ToolCall
 from orchestrator.testing.adapter_contract import AdapterContract
 
 FAILED = "patching file app.py\nHunk #1 FAILED at 1.\n1 out of 1 hunk FAILED\n"
@@ -14,9 +14,9 @@ class TestPatch(AdapterContract):
     adapter_type = PatchAdapter
     options = {"strip": 0}
     lines = [
-        ("patching file src/app.py", [UsedTool("patch", "src/app.py", ["src/app.py"])]),
-        ("patching file 'a name.txt'", [UsedTool("patch", "a name.txt", ["a name.txt"])]),
-        ("Hunk #1 succeeded at 3 (offset 1 line).", [Warned("Hunk #1 succeeded at 3 (offset 1 line).")]),
+        ("patching file src/app.py", [ToolCall("patch", "src/app.py", ["src/app.py"])]),
+        ("patching file 'a name.txt'", [ToolCall("patch", "a name.txt", ["a name.txt"])]),
+        ("Hunk #1 succeeded at 3 (offset 1 line).", [CliWarning("Hunk #1 succeeded at 3 (offset 1 line).")]),
         ("1 out of 1 hunk FAILED", []),
     ]
     ends = [

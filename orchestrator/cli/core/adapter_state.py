@@ -6,21 +6,21 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from orchestrator.cli.core.command import Context, opened
-from orchestrator.cli.render.output import one_line, plain
-from orchestrator.cli.render.result import remedy
+from orchestrator.cli.core.command import CommandContext, open_council
+from orchestrator.cli.render.output import one_line, printable
+from orchestrator.cli.render.result import reopen_adapter_command
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.reports.report import AdapterFailure, AdapterReport, RunStatus
 from orchestrator.errors import CouncilError, RefusedError
-from orchestrator.system.instants import local_time
+from orchestrator.system.instants import format_local_time
 
 #: Failures that the next session of the adapter would have, too.
-_OF_THE_ADAPTER = frozenset({FailureClass.AUTH, FailureClass.INVALID, FailureClass.MISSING})
+_LASTING_FAILURES = frozenset({FailureClass.AUTH, FailureClass.INVALID, FailureClass.MISSING})
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class AdapterState:
     """The adapters that can't be used now, and of each the session that failed last; by name."""
 
     unusable: Mapping[str, AdapterReport] = field(default_factory=dict)
@@ -32,9 +32,11 @@ class Learned:
         """Return what is to be told of an adapter."""
         told = []
         if (one := self.unusable.get(name)) is not None:
-            told.append(_now(one))
+            told.append(_availability(one))
         if (last := self.failed.get(name)) is not None:
-            told.append(f"failed last {local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}")
+            told.append(
+                f"failed last {format_local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}"
+            )
         return told
 
     def findings(self) -> list[Finding]:
@@ -44,29 +46,31 @@ class Learned:
             told = "; ".join(self.lines(name))
             again = f"fix that, then `{self.remedies[name]}`" if name in self.unusable else None
             level = Level.WARNING if name in self.unusable else Level.OK
-            if level is Level.OK and self.failed[name].failure in _OF_THE_ADAPTER:
+            if level is Level.OK and self.failed[name].failure in _LASTING_FAILURES:
                 level, again = Level.WARNING, f"fix that: `council logs {shlex.quote(self.failed[name].task)}` has more"
             found.append(Finding(f"adapter {name}", level, f"in the newest run: {told}", again))
         return found
 
 
-async def learned(context: Context) -> Learned:
+async def read_adapter_state(context: CommandContext) -> AdapterState:
     """Return what the newest run of this folder has learned; nothing where there is no run."""
     try:
-        async with opened(context.log) as council:
+        async with open_council(context.log) as council:
             report = await council.status()
-            failed = await council.past.last_failures(report.run)
+            failed = await council.history.last_failures(report.run)
             is_running = report.status is RunStatus.RUNNING
-            remedies = {one.name: remedy(one.name, report.run, is_running=is_running) for one in report.adapters}
-            return Learned({one.name: one for one in report.adapters}, failed, remedies)
+            remedies = {
+                one.name: reopen_adapter_command(one.name, report.run, is_running=is_running) for one in report.adapters
+            }
+            return AdapterState({one.name: one for one in report.adapters}, failed, remedies)
     except RefusedError:
-        return Learned()
+        return AdapterState()
     except (CouncilError, OSError) as error:
-        context.output.notice(plain(f"council: the newest run can't be looked at: {one_line(str(error))}"))
-        return Learned()
+        context.output.notice(printable(f"council: the newest run can't be looked at: {one_line(str(error))}"))
+        return AdapterState()
 
 
-def _now(one: AdapterReport) -> str:
+def _availability(one: AdapterReport) -> str:
     if one.closed is not None:
         return f"stopped: {one_line(one.closed)}"
-    return f"pauses until {local_time(one.parked_until or 0.0)}"
+    return f"pauses until {format_local_time(one.parked_until or 0.0)}"

@@ -19,19 +19,27 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.render.output import Output
-from orchestrator.errors import ConfigError, CouncilError, LeaseLost, RefusedError, StateLost, as_refusal, as_shortage
+from orchestrator.errors import (
+    ConfigError,
+    CouncilError,
+    LeaseLost,
+    RefusedError,
+    StateLost,
+    describe_shortage,
+    to_permission_refusal,
+)
 from orchestrator.protocols import JsonObject
 
 if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
-UNAVAILABLE = TAKEN_OVER = 1
-BAD_INPUT = 2
-INTERNAL_ERROR = 3
-INTERRUPTED = 130
+EXIT_UNAVAILABLE = EXIT_TAKEN_OVER = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERNAL_ERROR = 3
+EXIT_INTERRUPTED = 130
 
 
-class _Redacting(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return _redactor().text(super().format(record))
 
@@ -43,7 +51,7 @@ def _redactor() -> Redactor:
     return Redactor(secret_values(os.environ))
 
 
-class Log:
+class ErrorLog:
     """Where the details of a fault go; a temporary file until the project is known."""
 
     def __init__(self) -> None:
@@ -56,7 +64,7 @@ class Log:
         """
         raised = (type(error), error, error.__traceback__)
         record = logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised)
-        text = _Redacting("%(asctime)s %(levelname)s %(message)s").format(record)
+        text = _RedactingFormatter("%(asctime)s %(levelname)s %(message)s").format(record)
         for path in (self.path, None):
             with suppress(OSError):
                 return _append(path or Path(tempfile.mkdtemp(prefix="council-")) / "council.log", f"{text}\n")
@@ -71,34 +79,34 @@ def _append(path: Path, text: str) -> Path:
 
 
 @contextmanager
-def boundary(output: Output, log: Log) -> Iterator[None]:
+def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
     """Turn whatever the body raises into a message and an exit code."""
     try:
         yield
     except (click.exceptions.Exit, click.ClickException):
         raise
     except KeyboardInterrupt:
-        _end(output, INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted")
+        _fail_and_exit(output, EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted")
     except BaseException as raised:  # noqa: BLE001  the one boundary: nothing may leave as a traceback
-        error = _cause(raised)
+        error = _root_cause(raised)
         if isinstance(error, OSError):
-            error = as_refusal(error) or error
+            error = to_permission_refusal(error) or error
         if isinstance(error, ConfigError):
             problems = [asdict(problem) for problem in error.problems]
-            _end(output, BAD_INPUT, {"status": "invalid", "errors": problems}, str(error))
+            _fail_and_exit(output, EXIT_BAD_INPUT, {"status": "invalid", "errors": problems}, str(error))
         if isinstance(error, RefusedError):
-            _end(
+            _fail_and_exit(
                 output,
-                BAD_INPUT,
+                EXIT_BAD_INPUT,
                 {"status": "refused", "error": error.what, "remedy": error.remedy},
                 f"council: {error}",
             )
-        if (lack := as_shortage(error)) is not None:
+        if (lack := describe_shortage(error)) is not None:
             what, remedy = lack
             result = {"status": "unavailable", "error": what, "remedy": remedy}
-            _end(output, UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost")
+            _fail_and_exit(output, EXIT_UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost")
         if isinstance(error, LeaseLost):  # a process that was stopped for long, which is no fault of anybody's
-            _end(output, TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}")
+            _fail_and_exit(output, EXIT_TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}")
         path = log.write(raised)
         what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
         stands = "Nothing that was recorded is lost: `council resume` goes on."
@@ -106,23 +114,23 @@ def boundary(output: Output, log: Log) -> Iterator[None]:
             stands = "Some of what was recorded is lost."
         details = "" if path is None else f" Details: {path}"
         failure: JsonObject = {"status": "error", "error": what, "log": None if path is None else str(path)}
-        _end(output, INTERNAL_ERROR, failure, f"council: {what}\n{stands}{details}")
+        _fail_and_exit(output, EXIT_INTERNAL_ERROR, failure, f"council: {what}\n{stands}{details}")
 
 
-def _cause(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """Return the error of a group to report: what may have caused the rest, else the first of ours.
 
     That is a shortage of the machine, or that another process took over.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error
-    leaves = [_cause(one) for one in error.exceptions]
-    short = (one for one in leaves if as_shortage(one) is not None)
+    leaves = [_root_cause(one) for one in error.exceptions]
+    short = (one for one in leaves if describe_shortage(one) is not None)
     ours = (one for kind in (LeaseLost, CouncilError) for one in leaves if isinstance(one, kind))
     return next(short, next(ours, leaves[0]))
 
 
-def _end(output: Output, code: int, result: JsonObject, message: str) -> None:
+def _fail_and_exit(output: Output, code: int, result: JsonObject, message: str) -> None:
     redactor = _redactor()
     output.failure({**redactor.json(result), "exit": code}, redactor.text(message))
     sys.exit(code)

@@ -17,12 +17,12 @@ import anyio.to_thread
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.boundary import INTERNAL_ERROR, Log, boundary
+from orchestrator.cli.core.boundary import EXIT_INTERNAL_ERROR, ErrorLog, error_boundary
 from orchestrator.cli.core.completion import complete_runs
-from orchestrator.cli.core.signals import Interrupt
-from orchestrator.cli.render.output import Output, plain
-from orchestrator.cli.render.streams import unwritten
-from orchestrator.config.store import named_store
+from orchestrator.cli.core.signals import InterruptHandler
+from orchestrator.cli.render.output import Output, printable
+from orchestrator.cli.render.streams import write_error_message
+from orchestrator.config.store import to_store_url
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.state.stores.file import require_store
@@ -35,31 +35,31 @@ if TYPE_CHECKING:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object."
 )
-Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
+CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
 
 _RUN = "orchestrator.run"
 _HELP_OF_RUN = "Another run than the newest: its id, the beginning of it, or latest."
 
 
-def run_option(command: Command, words: str = _HELP_OF_RUN) -> Command:
+def run_option(command: CommandT, words: str = _HELP_OF_RUN) -> CommandT:
     """Give a command about parts of a run the option that names the run, as `run`."""
     return click.option("--run", "run", metavar="RUN", help=words, shell_complete=complete_runs)(command)
 
 
-def _name_run(context: click.Context, _: click.Parameter, named: str | None) -> None:
+def _store_run_option(context: click.Context, _: click.Parameter, named: str | None) -> None:
     context.meta[_RUN] = named
 
 
-def _named_run(context: click.Context, _: click.Parameter, named: str | None) -> str | None:
+def _resolve_run(context: click.Context, _: click.Parameter, named: str | None) -> str | None:
     also = context.meta.get(_RUN)
     if also is not None and named not in {None, also}:
         raise click.UsageError(f"two runs are named, {named!r} and {also!r}: leave one out.")
     return also or named
 
 
-def run_argument(command: Command) -> Command:
+def run_argument(command: CommandT) -> CommandT:
     """Give a command about a run as a whole the argument that names it, as `run`, and the option that others have."""
-    argument = click.argument("run", required=False, callback=_named_run, shell_complete=complete_runs)
+    argument = click.argument("run", required=False, callback=_resolve_run, shell_complete=complete_runs)
     option = click.option(
         "--run",
         "run_of_option",
@@ -67,7 +67,7 @@ def run_argument(command: Command) -> Command:
         help="The same as RUN.",
         expose_value=False,
         is_eager=True,
-        callback=_name_run,
+        callback=_store_run_option,
         shell_complete=complete_runs,
     )
     return argument(option(command))
@@ -76,75 +76,75 @@ def run_argument(command: Command) -> Command:
 _STORE = "orchestrator.store"
 
 
-def _choose_store(context: click.Context, _: click.Parameter, named: str | None) -> None:
-    context.meta[_STORE] = None if named is None else named_store(named)
+def _store_state_option(context: click.Context, _: click.Parameter, named: str | None) -> None:
+    context.meta[_STORE] = None if named is None else to_store_url(named)
 
 
 store_option = click.option(
     "--state",
     metavar="URL",
     expose_value=False,
-    callback=_choose_store,
+    callback=_store_state_option,
     help="Another store than that of COUNCIL_STATE, of the file, or the project's own.",
 )
 
 
-def chosen_store() -> str | None:
+def store_option_url() -> str | None:
     """Return the URL of the store that `--state` names; None where it is not given."""
     chosen: str | None = click.get_current_context().meta.get(_STORE)
     return chosen
 
 
-def named_now() -> str:
+def explicit_store_url() -> str:
     """Return the URL of the store that `--state` names, or else `COUNCIL_STATE`; empty where neither does."""
-    return chosen_store() or named_store(os.environ.get("COUNCIL_STATE", ""))
+    return store_option_url() or to_store_url(os.environ.get("COUNCIL_STATE", ""))
 
 
-def tell_damage(context: Context, damage: Iterable[str]) -> None:
+def print_damage(context: CommandContext, damage: Iterable[str]) -> None:
     """Tell people of places in the state log that can't be read."""
     for place in damage:
-        context.output.notice(plain(f"The state log is damaged: {place}"))
+        context.output.notice(printable(f"The state log is damaged: {place}"))
 
 
 #: New objects after which Python looks for cycles among them.
-_ALLOCATIONS = 100_000
+_GC_THRESHOLD = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class CommandContext:
     """What every command works with."""
 
     output: Output
-    log: Log
-    interrupt: Interrupt
+    log: ErrorLog
+    interrupt: InterruptHandler
 
 
 @asynccontextmanager
-async def opened(
-    log: Log, source: Path | RunConfig | None = None, plugins: Plugins | None = None
+async def open_council(
+    log: ErrorLog, source: Path | RunConfig | None = None, plugins: Plugins | None = None
 ) -> AsyncIterator[Council]:
     """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`.
 
     Without a run a store that is chosen must be there: to look at one whose name was mistyped makes none.
     """
-    if source is None and (url := named_now()):
+    if source is None and (url := explicit_store_url()):
         await anyio.to_thread.run_sync(require_store, url)
-    async with Council.open(source, plugins=plugins, state=chosen_store()) as council:
+    async with Council.open(source, plugins=plugins, state=store_option_url()) as council:
         log.path = council.project.log_file
         for notice in council.notices:
-            Output(as_json=False).notice(plain(notice))
+            Output(as_json=False).notice(printable(notice))
         yield council
 
 
 #: Landed tasks of which it is told how much they changed: each costs git some milliseconds in a large repository.
-_MOST_COUNTED = 300
+_MAX_COUNTED = 300
 
 
-_WHOLE = "orchestrator.whole"
+_VERBOSE = "orchestrator.whole"
 
 
-def _choose_length(context: click.Context, _: click.Parameter, verbose: bool) -> None:
-    context.meta[_WHOLE] = verbose
+def _store_verbose_option(context: click.Context, _: click.Parameter, verbose: bool) -> None:
+    context.meta[_VERBOSE] = verbose
 
 
 verbose_option = click.option(
@@ -152,47 +152,47 @@ verbose_option = click.option(
     "--verbose",
     is_flag=True,
     expose_value=False,
-    callback=_choose_length,
+    callback=_store_verbose_option,
     help="Print all tasks at the end, not only those that need attention.",
 )
 
 
-async def show_result(context: Context, council: Council, report: RunReport, code: int | None = None) -> None:
+async def show_result(context: CommandContext, council: Council, report: RunReport, code: int | None = None) -> None:
     """Print how a run stands, briefly where the command has `verbose_option` and that is not given.
 
     People are also told how much landed, where that can still be seen.
     """
-    whole: bool = click.get_current_context().meta.get(_WHOLE, True)
+    whole: bool = click.get_current_context().meta.get(_VERBOSE, True)
     changes: Mapping[str, Changes] = {}
     commits = {task.id: task.landed for task in report.tasks if task.landed is not None}
     if whole and commits and not context.output.as_json:
         with suppress(CouncilError, OSError):
-            changes = await council.landed(report.run, dict(islice(commits.items(), _MOST_COUNTED)))
+            changes = await council.landed(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
     is_newest = context.output.as_json or await council.newest_run() == report.run
     context.output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
 
 
-def perform(command: Callable[[Context], Awaitable[int]], *, as_json: bool, brief: bool = False) -> None:
+def run_command(command: Callable[[CommandContext], Awaitable[int]], *, as_json: bool, brief: bool = False) -> None:
     """Run a command to its end and exit with its code; whatever it raises becomes a message and a code.
 
     A `brief` one is over before what it leaves behind could fill the memory, and ends the process at once.
     """
-    output, log = Output(as_json), Log()
+    output, log = Output(as_json), ErrorLog()
 
     async def guarded() -> int:
-        context = Context(output, log, Interrupt(output))
+        context = CommandContext(output, log, InterruptHandler(output))
         return await context.interrupt.guard(command(context))
 
     # What is imported stays, and a large run's documents do, too: looking for cycles among them takes half of the time
     # of commands that only show something.
     gc.freeze()
-    gc.set_threshold(0 if brief else _ALLOCATIONS)
-    with boundary(output, log):
+    gc.set_threshold(0 if brief else _GC_THRESHOLD)
+    with error_boundary(output, log):
         _check_folder()
         code = anyio.run(guarded)
-    if output.unwritten is not None:
-        output.text(f"council: {unwritten(output.unwritten)}\n", err=True)
-        code = code or INTERNAL_ERROR
+    if output.write_error is not None:
+        output.text(f"council: {write_error_message(output.write_error)}\n", err=True)
+        code = code or EXIT_INTERNAL_ERROR
     if brief:
         os._exit(code)  # all is printed and flushed; to free thousands of documents one by one serves nobody
     sys.exit(code)

@@ -8,12 +8,12 @@ import anyio
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.domain.runs.model import FINAL, REVIVABLE, TaskStatus
+from orchestrator.domain.runs.model import FINAL_STATUSES, RETRYABLE_STATUSES, TaskStatus
 
 Completer = Callable[[click.Context, click.Parameter, str], list[str]]
 
 #: Seconds after which nobody waits for names any more.
-_PATIENCE = 3.0
+_TIMEOUT = 3.0
 
 
 def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]]) -> Completer:
@@ -21,7 +21,7 @@ def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]])
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
         async def ask() -> list[str]:
-            with anyio.fail_after(_PATIENCE):
+            with anyio.fail_after(_TIMEOUT):
                 async with Council.open() as council:
                     return list(await names(council, ctx.params.get("run")))
 
@@ -48,7 +48,7 @@ def _tasks(states: Collection[str]) -> Completer:
     return _completer(names)
 
 
-async def _kept(council: Council, run: str | None) -> Iterable[str]:
+async def _preserved_work(council: Council, run: str | None) -> Iterable[str]:
     return [one.name for one in await council.archive.kept(await council.find_run(run))]
 
 
@@ -59,8 +59,8 @@ async def _checkpoints(council: Council, run: str | None) -> Iterable[str]:
 _ALL = {*TaskStatus, "blocked"}
 complete_runs = _completer(_runs)
 complete_tasks = _tasks(_ALL)
-complete_live_tasks = _tasks(_ALL - FINAL)
-complete_revivable_tasks = _tasks(REVIVABLE)
-complete_waiting_tasks = _tasks({TaskStatus.WAITING})
-complete_kept = _completer(_kept)
+complete_unfinished_tasks = _tasks(_ALL - FINAL_STATUSES)
+complete_retryable_tasks = _tasks(RETRYABLE_STATUSES)
+complete_approvable_tasks = _tasks({TaskStatus.WAITING})
+complete_preserved_work = _completer(_preserved_work)
 complete_checkpoints = _completer(_checkpoints)

@@ -7,7 +7,7 @@ import sys
 import anyio
 import click
 
-from orchestrator.cli.render.output import Output, plain
+from orchestrator.cli.render.output import Output, printable
 from orchestrator.errors import RefusedError
 
 #: The answers that agree.
@@ -16,25 +16,25 @@ _YES = frozenset({"y", "yes"})
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 
-def can_ask(output: Output) -> bool:
+def can_prompt(output: Output) -> bool:
     """Whether a person is at a terminal to be asked."""
     return not output.as_json and sys.stdin.isatty() and sys.stderr.isatty()
 
 
-async def agrees(output: Output, question: str) -> bool:
+async def ask_yes_no(output: Output, question: str) -> bool:
     """Ask a person once, and return whether they agree."""
-    output.text(plain(f"{question} [y/N] "), err=True)
+    output.text(printable(f"{question} [y/N] "), err=True)
     sys.stderr.flush()
     # A terminal hands over whole lines; waited for this way, a signal ends it.
     await anyio.wait_readable(sys.stdin)
     return sys.stdin.readline().strip().lower() in _YES
 
 
-async def confirmed(output: Output, question: str, *, yes: bool) -> bool:
+async def confirm_action(output: Output, question: str, *, yes: bool) -> bool:
     """Return whether to go ahead: with `yes`, or where a person agrees. RefusedError where nobody can be asked."""
     if yes:
         return True
-    if not can_ask(output):
+    if not can_prompt(output):
         what = f"{question[:1].lower()}{question[1:].rstrip('?')}"
-        raise RefusedError(plain(f"not confirmed: {what}"), "add --yes")
-    return await agrees(output, question)
+        raise RefusedError(printable(f"not confirmed: {what}"), "add --yes")
+    return await ask_yes_no(output, question)

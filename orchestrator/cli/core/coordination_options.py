@@ -8,23 +8,25 @@ from typing import Any, Literal
 
 import click
 
-from orchestrator.cli.core.quantities import duration
+from orchestrator.cli.core.quantities import parse_duration_option
 from orchestrator.config.coordination import CoordinationOverrides
-from orchestrator.config.schema import MOST_RETRIES
+from orchestrator.config.schema import MAX_RETRIES
 
 _OPTIONS = (
-    click.option("--heartbeat", metavar="DURATION", callback=duration, help="How often claims on tasks are renewed."),
-    click.option("--stale", metavar="DURATION", callback=duration, help="How long a claim holds without that."),
     click.option(
-        "--max-retries", type=click.IntRange(0, MOST_RETRIES), help="How often a task is tried again at most."
+        "--heartbeat", metavar="DURATION", callback=parse_duration_option, help="How often claims on tasks are renewed."
     ),
+    click.option(
+        "--stale", metavar="DURATION", callback=parse_duration_option, help="How long a claim holds without that."
+    ),
+    click.option("--max-retries", type=click.IntRange(0, MAX_RETRIES), help="How often a task is tried again at most."),
     click.option(
         "--when-unreachable",
         type=click.Choice(["pause", "continue"]),
         help="What is done while the store can't be reached.",
     ),
 )
-_ALONE = click.option("--no-coordination", is_flag=True, help="Nobody else can join the run.")
+_NO_COORDINATION = click.option("--no-coordination", is_flag=True, help="Nobody else can join the run.")
 
 
 def coordination_options(command: Callable[..., None], *, joins: bool = False) -> Callable[..., None]:
@@ -52,6 +54,6 @@ def coordination_options(command: Callable[..., None], *, joins: bool = False) -
         )
         command(*args, coordination=coordination, **kwargs)
 
-    for option in reversed(_OPTIONS if joins else (*_OPTIONS, _ALONE)):
+    for option in reversed(_OPTIONS if joins else (*_OPTIONS, _NO_COORDINATION)):
         with_coordination = option(with_coordination)
     return with_coordination

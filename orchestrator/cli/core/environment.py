@@ -9,8 +9,8 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.api.loading import worked_on
-from orchestrator.cli.core.run_source import find_file, top_of
+from orchestrator.api.loading import find_source_paths
+from orchestrator.cli.core.run_source import find_checkout_root, find_config_file
 from orchestrator.cli.core.trust import require_trust
 from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.load import load_config, read_file
@@ -25,7 +25,7 @@ _PROMPT = "Describe this repository."
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class CommandEnvironment:
     """What there is; the config is that of the file, or all that is wrong with it."""
 
     folder: Path
@@ -36,7 +36,7 @@ class Scene:
     config: RunConfig | ConfigError | None
 
 
-async def look_around(file: Path | None = None) -> Scene:
+async def discover_environment(file: Path | None = None) -> CommandEnvironment:
     """Return what there is around `file`, or else the `council.yaml` of the current folder or of its repository's top.
 
     What the file asks for beyond the default is confirmed first. A file that is named and can't be read is a
@@ -44,13 +44,13 @@ async def look_around(file: Path | None = None) -> Scene:
     """
     folder = Path.cwd() if file is None else (Path.cwd() / file).parent
     top = await _top_of(folder)
-    found = file or find_file([folder] if top is None else [folder, top])
-    places = await anyio.to_thread.run_sync(worked_on, found or folder)
+    found = file or find_config_file([folder] if top is None else [folder, top])
+    places = await anyio.to_thread.run_sync(find_source_paths, found or folder)
     plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, places)
     config = None if found is None else await anyio.to_thread.run_sync(_load, found, plugins)
     if isinstance(config, RunConfig):
         await require_trust(config, is_named=file is not None)
-    return Scene(folder, top, plugins, found, config)
+    return CommandEnvironment(folder, top, plugins, found, config)
 
 
 def _load(file: Path, plugins: Plugins) -> RunConfig | ConfigError:
@@ -70,6 +70,6 @@ def _load(file: Path, plugins: Plugins) -> RunConfig | ConfigError:
 
 async def _top_of(folder: Path) -> Path | None:
     try:
-        return await top_of(folder, Git(None, users=True))
+        return await find_checkout_root(folder, Git(None, as_user=True))
     except OSError:  # a git that can't be started
         return None

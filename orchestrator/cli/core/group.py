@@ -7,7 +7,7 @@ import difflib
 import click
 
 
-class Suggesting(click.Group):
+class SuggestingGroup(click.Group):
     """A group whose commands have names that people mistype."""
 
     def resolve_command(

@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.cli.render.output import plain
-from orchestrator.config.source.quantities import shown_size
-from orchestrator.protocols import JsonObject, Record, Verified
+from orchestrator.cli.render.output import printable
+from orchestrator.config.source.quantities import format_size_short
+from orchestrator.protocols import CommitRecord, JsonObject, VerificationReport
 
 
 @dataclass(frozen=True, slots=True)
-class Settlement:
+class RepairedDocument:
     """A document that a repair has settled: its version since; None as nothing of it could be read, and it is gone."""
 
     key: str
     version: int | None
 
 
-def settlements(records: Iterable[Record]) -> list[Settlement]:
+def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument]:
     """Return what the repairs among some commits have settled."""
     found = []
     for record in records:
         versions = {str(key): version for key, (version, _) in record.documents.items()}
         repaired = [event.data for event in record.events if event.type == "state.repaired"]
-        found += [Settlement(one["key"], versions[one["key"]] if one["is_known"] else None) for one in repaired]
+        found += [RepairedDocument(one["key"], versions[one["key"]] if one["is_known"] else None) for one in repaired]
     return found
 
 
-def verified_json(found: Verified, settled: Sequence[Settlement]) -> JsonObject:
+def verification_json(found: VerificationReport, settled: Sequence[RepairedDocument]) -> JsonObject:
     """Return it as one object, with what was settled before."""
     return {
         "is_sound": found.is_sound,
@@ -36,27 +36,27 @@ def verified_json(found: Verified, settled: Sequence[Settlement]) -> JsonObject:
         "bytes": found.bytes,
         "damage": [one.describe() for one in found.damage],
         "damaged": [str(key) for key in found.damaged],
-        "differs": [str(key) for key in found.differs],
+        "differs": [str(key) for key in found.mismatched],
         "unreadable": {str(key): flaw for key, flaw in found.unreadable.items()},
         "settled": [{"key": one.key, "version": one.version} for one in settled],
     }
 
 
-def verified_lines(found: Verified, settled: Sequence[Settlement]) -> Iterator[str]:
+def verification_lines(found: VerificationReport, settled: Sequence[RepairedDocument]) -> Iterator[str]:
     """Yield it line by line, as text that a terminal only shows; before it, what was settled."""
     for document in settled:
         version = document.version
         stands = "gone, none of its values is known" if version is None else f"as last known, now version {version}"
-        yield plain(f"settled: {document.key}: {stands}")
+        yield printable(f"settled: {document.key}: {stands}")
     verdict = "sound" if found.is_sound else "not all can be trusted"
-    yield f"{found.position:,} commits, {shown_size(found.bytes)}: {verdict}"
+    yield f"{found.position:,} commits, {format_size_short(found.bytes)}: {verdict}"
     for one in found.damage:
-        yield plain(f"  {one.describe()}")
+        yield printable(f"  {one.describe()}")
     for key in found.damaged:
-        yield plain(f"  {key}: a newer version was there than can be read")
+        yield printable(f"  {key}: a newer version was there than can be read")
     for key, flaw in found.unreadable.items():
-        yield plain(f"  {key}: can't be read: {flaw}")
-    for key in found.differs:
-        yield plain(f"  {key}: told otherwise than the log says: restart whatever has this state open")
+        yield printable(f"  {key}: can't be read: {flaw}")
+    for key in found.mismatched:
+        yield printable(f"  {key}: told otherwise than the log says: restart whatever has this state open")
     if not found.is_sound:
         yield "`council state verify --repair` settles for what can be read"

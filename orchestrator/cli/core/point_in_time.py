@@ -6,7 +6,7 @@ import re
 from datetime import datetime
 from typing import Final
 
-from orchestrator.api.history import Past
+from orchestrator.api.history import StateHistory
 from orchestrator.config.source.quantities import parse_duration
 from orchestrator.errors import RefusedError
 
@@ -18,7 +18,7 @@ _REMEDY: Final = (
 )
 
 
-async def find_position(past: Past, text: str) -> int:
+async def resolve_position(past: StateHistory, text: str) -> int:
     """Return the position that a moment stands for; RefusedError for what is none."""
     if text == "now":
         return await past.position()

@@ -8,12 +8,12 @@ from typing import Final
 import click
 
 from orchestrator.config.model import BudgetConfig
-from orchestrator.config.source.quantities import MOST_DOLLARS, parse_count, parse_duration, parse_size
+from orchestrator.config.source.quantities import MAX_DOLLARS, parse_count, parse_duration, parse_size
 
 _LONGEST: Final = 10 * 365 * 86400.0  # seconds
 
 
-def duration(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+def parse_duration_option(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
     """Return the seconds of an option's value; None where it was not given."""
     try:
         return None if value is None else parse_duration(value, longest=_LONGEST)
@@ -21,7 +21,7 @@ def duration(_context: click.Context, _option: click.Parameter, value: str | Non
         raise click.BadParameter(str(error)) from None
 
 
-def size(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+def parse_size_option(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
     """Return the bytes of an option's value; None where it was not given."""
     try:
         return None if value is None else parse_size(value)
@@ -29,7 +29,7 @@ def size(_context: click.Context, _option: click.Parameter, value: str | None) -
         raise click.BadParameter(str(error)) from None
 
 
-def budget_limits(_context: click.Context, _option: click.Parameter, value: str | None) -> BudgetConfig | None:
+def parse_budget_option(_context: click.Context, _option: click.Parameter, value: str | None) -> BudgetConfig | None:
     """Return the limits of an option's value, as in `tokens=5M,cost=20,time=8h`; None where it was not given."""
     if value is None:
         return None
@@ -50,7 +50,7 @@ def _dollars(text: str) -> float:
         amount = float(text)
     except ValueError:
         amount = 0.0
-    if not 0 < amount <= MOST_DOLLARS:
+    if not 0 < amount <= MAX_DOLLARS:
         raise ValueError(f"{text!r} is no amount of US dollars: write a positive one, as in cost=20 or cost=0.50")
     return amount
 

@@ -13,52 +13,55 @@ import anyio
 import anyio.to_thread
 import click
 
-from orchestrator.api.loading import worked_on
-from orchestrator.config.adapters import needs_no_options
+from orchestrator.api.loading import find_source_paths
+from orchestrator.config.adapters import has_only_optional_options
 from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
-from orchestrator.engine.diagnostics.programs import make_without_options
+from orchestrator.engine.diagnostics.programs import make_default_adapters
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
-from orchestrator.project import outside
+from orchestrator.project import not_in_repository_error
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import current_branch, inspect
+from orchestrator.repo.source.checkout import find_repository, read_current_branch
 
-FILE_NAME = "council.yaml"
+CONFIG_FILE_NAME = "council.yaml"
 #: How the names of files end that a run can be of, also of those that are not there.
-_ENDINGS = (".yaml", ".yml")
+_CONFIG_SUFFIXES = (".yaml", ".yml")
 #: Words of what says what to do.
-_FEWEST_WORDS = 2
+_MIN_PROMPT_WORDS = 2
 
 
-async def read_config(file: Path | None, tasks: InlineTasks | None = None) -> tuple[Plugins, RunConfig]:
+async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -> tuple[Plugins, RunConfig]:
     """Return the run of a file (`council.yaml` unless named), with these tasks instead of its own where there are any.
 
     Beside it the plugins that it was read with.
 
     Raises ConfigError for mistakes, RefusedError if a file is needed and there is none.
     """
-    git = Git(None, users=True, environ=os.environ)
-    top = await top_of(Path.cwd(), git) if file is None else None
+    git = Git(None, as_user=True, environ=os.environ)
+    top = await find_checkout_root(Path.cwd(), git) if file is None else None
     folders = [Path.cwd()] if top is None else [Path.cwd(), top]
-    found = file or find_file(folders)
-    if found is None and (no_repository := await anyio.to_thread.run_sync(outside, folders[-1])) is not None:
+    found = file or find_config_file(folders)
+    if (
+        found is None
+        and (no_repository := await anyio.to_thread.run_sync(not_in_repository_error, folders[-1])) is not None
+    ):
         raise no_repository
-    places = await anyio.to_thread.run_sync(worked_on, found or folders[-1])
+    places = await anyio.to_thread.run_sync(find_source_paths, found or folders[-1])
     plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, places)
     if tasks is not None:
         if found is None and tasks.base is None:
-            tasks = replace(tasks, base=await current_branch(folders[-1], git))
+            tasks = replace(tasks, base=await read_current_branch(folders[-1], git))
         if found is None and tasks.adapter is None:
-            tasks = replace(tasks, adapter=_only_installed(folders[-1], plugins))
+            tasks = replace(tasks, adapter=_only_installed_adapter(folders[-1], plugins))
         return plugins, await anyio.to_thread.run_sync(
             load_inline, tasks, found, folders[-1], plugins.adapters, plugins.extensions()
         )
     if found is None:
         where = " or ".join(map(str, dict.fromkeys(folders)))
         remedy = 'name a file, write one with `council init`, or say what to do, as in `council run "fix the bug"`'
-        raise RefusedError(f"there is no {FILE_NAME} in {where}", remedy)
+        raise RefusedError(f"there is no {CONFIG_FILE_NAME} in {where}", remedy)
     return plugins, await anyio.to_thread.run_sync(load_config, found, plugins.adapters, plugins.extensions())
 
 
@@ -69,19 +72,19 @@ def is_prompt(text: str) -> bool:
     """
     if not text.strip():
         return True  # which is refused as an empty prompt
-    if text.endswith(_ENDINGS) or os.path.lexists(text):
+    if text.endswith(_CONFIG_SUFFIXES) or os.path.lexists(text):
         return False
-    if len(text.split()) < _FEWEST_WORDS:
+    if len(text.split()) < _MIN_PROMPT_WORDS:
         near = difflib.get_close_matches(text, (path.name for path in Path.cwd().glob("*.y*ml")), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise click.UsageError(f"there is no file {text!r}: {hint}for a task of one word write --task {text}")
     return True
 
 
-def _only_installed(folder: Path, plugins: Plugins) -> str | None:
+def _only_installed_adapter(folder: Path, plugins: Plugins) -> str | None:
     """Return the one adapter that takes no options and has its programs on PATH; None for none or several."""
-    types = {name: kind for name, kind in plugins.adapters.items() if needs_no_options(kind, folder)}
-    made, _ = make_without_options(types)
+    types = {name: kind for name, kind in plugins.adapters.items() if has_only_optional_options(kind, folder)}
+    made, _ = make_default_adapters(types)
     path = os.environ.get("PATH")
     ready = [
         name for name, one in made.items() if all(shutil.which(program.name, path=path) for program in one.programs())
@@ -89,14 +92,14 @@ def _only_installed(folder: Path, plugins: Plugins) -> str | None:
     return ready[0] if len(ready) == 1 else None
 
 
-async def top_of(folder: Path, git: Git) -> Path | None:
+async def find_checkout_root(folder: Path, git: Git) -> Path | None:
     """Return the top of the checkout that a folder is in, if it is in one."""
     try:
-        return (await inspect(folder, git)).top
+        return (await find_repository(folder, git)).top
     except RefusedError:
         return None
 
 
-def find_file(folders: Iterable[Path]) -> Path | None:
+def find_config_file(folders: Iterable[Path]) -> Path | None:
     """Return the `council.yaml` of the first of the folders that has one."""
-    return next((path for path in (folder / FILE_NAME for folder in folders) if path.exists()), None)
+    return next((path for path in (folder / CONFIG_FILE_NAME for folder in folders) if path.exists()), None)

@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable
 import anyio
 from anyio.abc import TaskStatus
 
-from orchestrator.cli.core.boundary import INTERRUPTED
+from orchestrator.cli.core.boundary import EXIT_INTERRUPTED
 from orchestrator.cli.render.output import Output
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupt:
+class InterruptHandler:
     """What the first signal does: it cancels the command, unless that has a cleaner way to end."""
 
     def __init__(self, output: Output) -> None:
@@ -33,23 +33,23 @@ class Interrupt:
             code = await command
             group.cancel_scope.cancel()
             return code
-        self._output.failure({"status": "interrupted", "exit": INTERRUPTED}, "council: interrupted")
-        return INTERRUPTED
+        self._output.failure({"status": "interrupted", "exit": EXIT_INTERRUPTED}, "council: interrupted")
+        return EXIT_INTERRUPTED
 
     async def _listen(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
         # What was ignored when we were started (by nohup, say) stays ignored.
-        heeded = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]
+        heeded = [one for one in _TERMINATING_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
         with anyio.open_signal_receiver(*heeded) as signals:
             task_status.started()
             async for _ in signals:
                 if self.is_stopping:
                     # The supervisors see us go and kill what they run; all that is recorded is there for `resume`.
                     self._output.failure(
-                        {"status": "interrupted", "exit": INTERRUPTED},
+                        {"status": "interrupted", "exit": EXIT_INTERRUPTED},
                         "council: ended at once; `council resume` goes on",
                     )
                     sys.stdout.flush()
-                    os._exit(INTERRUPTED)
+                    os._exit(EXIT_INTERRUPTED)
                 self.is_stopping = True
                 if self.stop is None:
                     scope.cancel()

@@ -10,16 +10,22 @@ import anyio
 import anyio.to_thread
 import click
 
-from orchestrator.cli.render.output import plain
+from orchestrator.cli.render.output import printable
 from orchestrator.config.model import RunConfig
-from orchestrator.config.permissions import requests_of
-from orchestrator.engine.diagnostics.trust import VARIABLE, checkout_around, confirm, trusts_all, unconfirmed
+from orchestrator.config.permissions import list_permission_requests
+from orchestrator.engine.diagnostics.trust import (
+    TRUST_VARIABLE,
+    confirm_requests,
+    enclosing_checkout,
+    find_unconfirmed,
+    trusts_all,
+)
 from orchestrator.errors import RefusedError
 
 _TRUST = "orchestrator.trust"
 
 
-def _choose(context: click.Context, _: click.Parameter, trusted: bool) -> None:
+def _store_trust_option(context: click.Context, _: click.Parameter, trusted: bool) -> None:
     context.meta[_TRUST] = trusted or context.meta.get(_TRUST, False)
 
 
@@ -27,7 +33,7 @@ trust_option = click.option(
     "--trust",
     is_flag=True,
     expose_value=False,
-    callback=_choose,
+    callback=_store_trust_option,
     help="Confirm what the file asks for beyond the sandbox, and remember that.",
 )
 
@@ -41,24 +47,24 @@ async def require_trust(config: RunConfig, *, is_named: bool) -> None:
     file = config.path
     if trusts_all(os.environ) or not await anyio.Path(file).is_file():
         return
-    top = await anyio.to_thread.run_sync(checkout_around, file)
+    top = await anyio.to_thread.run_sync(enclosing_checkout, file)
     if top is None and is_named:
         return
-    requests = requests_of(config, top or file.parent)
-    new = await unconfirmed(file, requests, os.environ)
+    requests = list_permission_requests(config, top or file.parent)
+    new = await find_unconfirmed(file, requests, os.environ)
     if not new:
         return
     if not click.get_current_context().meta.get(_TRUST):
-        remedy = f"read the file, then confirm with --trust, or set {VARIABLE}=1"
+        remedy = f"read the file, then confirm with --trust, or set {TRUST_VARIABLE}=1"
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise RefusedError(f"{file} asks for more than the default, not confirmed yet: {'; '.join(new)}", remedy)
         if not await anyio.to_thread.run_sync(_ask, file, new):
             raise RefusedError(f"{file} is not trusted", remedy)
-    await confirm(file, requests, os.environ)
+    await confirm_requests(file, requests, os.environ)
 
 
 def _ask(file: Path, new: list[str]) -> bool:
-    click.echo(plain(f"{file} asks for more than the default:"), err=True)
+    click.echo(printable(f"{file} asks for more than the default:"), err=True)
     for one in new:
-        click.echo(plain(f"  {one}"), err=True)
+        click.echo(printable(f"  {one}"), err=True)
     return click.confirm("Trust this file?", default=False, err=True)

@@ -9,50 +9,50 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 
-from orchestrator.api.activity import Working
-from orchestrator.cli.render.output import one_line, plain
+from orchestrator.api.activity import ObservedSession
+from orchestrator.cli.render.output import one_line, printable
 from orchestrator.cli.render.table import (
-    PHASES,
-    RETRY,
-    Ahead,
-    Frame,
-    Row,
-    Totals,
-    chains,
-    choose,
-    duration,
-    phase,
-    time_left,
+    ACTIVITY_LABELS,
+    RETRY_LABEL,
+    RemainingWork,
+    RunTotals,
+    TableFrame,
+    TaskRow,
+    activity_label,
+    choose_rows,
+    estimate_time_left,
+    format_elapsed,
+    longest_chains,
     totals_line,
 )
 from orchestrator.domain.runs.model import (
-    FINAL,
-    REVIVABLE,
-    RUNNING,
-    SUCCESSFUL,
+    ACTIVE_STATUSES,
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
+    SUCCESS_STATUSES,
     AdapterDocument,
     Attempt,
     RunDocument,
     TaskDocument,
     TaskStatus,
 )
-from orchestrator.domain.scheduling.claims import ActiveTime, Orchestrator
-from orchestrator.domain.scheduling.dispatch import Board, with_parts
+from orchestrator.domain.scheduling.claims import ActiveTime, OrchestratorLease
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, with_subtasks
 from orchestrator.engine.reports.report import RunRecord
-from orchestrator.engine.state.records import entry_of, run_key, spec_key
-from orchestrator.protocols import Event, JsonObject, Record
+from orchestrator.engine.state.records import parse_entry, run_key, spec_key
+from orchestrator.protocols import CommitRecord, Event, JsonObject
 from orchestrator.repo.git.change_counts import Changes
-from orchestrator.sessions.output.transcript import NOTHING_SAID, Transcript
+from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.LANDED})
 #: States in which the lines of a row are those of what the last session left.
-_SESSION_ENDED = (FINAL - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.WAITING}
-_NOT_LANDED = tuple(PHASES[status] for status in TaskStatus if status in REVIVABLE)
+_SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.WAITING}
+_NOT_LANDED = tuple(ACTIVITY_LABELS[status] for status in TaskStatus if status in RETRYABLE_STATUSES)
 #: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
-_SOON = 1.0
+_MIN_TIME_LEFT = 1.0
 
 
-class _Spending:
+class _SpendingTotals:
     """Tokens and US dollars of all attempts that have ended."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class _Spending:
         return self._cost if self._told else None
 
 
-class _Pace:
+class _TaskTimings:
     """How long tasks took: their sessions, and what follows, of which there is one at a time."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class _Pace:
         """A task is where it is since `time`."""
         if after.status is TaskStatus.QUEUED:
             self._queued.setdefault(task, time)
-        elif after.status not in _BUILT - FINAL and (queued := self._queued.pop(task, None)) is not None:
+        elif after.status not in _BUILT - FINAL_STATUSES and (queued := self._queued.pop(task, None)) is not None:
             self._landing += time - max(queued, self._last)
             self._landed += 1
             self._last = time
@@ -107,23 +107,23 @@ class _Pace:
         return self._landing / self._landed if self._landed else 0.0
 
 
-class RunView:
+class LiveRun:
     """A run as it is shown: what is recorded of it, and what its sessions say and have changed so far."""
 
     def __init__(self, record: RunRecord, attempts: Mapping[str, int]) -> None:
         """Take a run as it stands; `attempts` says how many each task has."""
         self.run, self._entries, self._attempts = record.run, dict(record.entries), dict(attempts)
         self._adapters: dict[str, AdapterDocument] = dict(record.adapters)
-        self._board = Board.of(record.entries, {task: one.status for task, one in record.tasks.items()})
-        self._chains = chains(record.entries)
+        self._board = DispatchBoard.of(record.entries, {task: one.status for task, one in record.tasks.items()})
+        self._chains = longest_chains(record.entries)
         self._order = {task: number for number, task in enumerate(record.run.tasks)}
         self._orchestrators = {one.owner.id: one for one in record.orchestrators}
         self._capacity = record.run.capacity
         self._tasks: dict[str, TaskDocument] = {}
         self._changed: dict[str, float] = {}
-        self._groups: dict[str, dict[str, None]] = {name: {} for name in (*PHASES.values(), RETRY)}
+        self._groups: dict[str, dict[str, None]] = {name: {} for name in (*ACTIVITY_LABELS.values(), RETRY_LABEL)}
         self._over: dict[str, None] = {}
-        self._spending, self._pace = _Spending(), _Pace()
+        self._spending, self._pace = _SpendingTotals(), _TaskTimings()
         self._said: dict[str, Transcript] = {}
         self._changes: dict[str, Changes] = {}
         self._uncounted: dict[str, str] = {}
@@ -134,7 +134,7 @@ class RunView:
         for task, document in sorted(record.tasks.items(), key=lambda item: _last_change(item[1])):
             self._set(task, document, _last_change(document))
 
-    def apply(self, record: Record) -> None:
+    def apply(self, record: CommitRecord) -> None:
         """Take what was recorded."""
         prefix = f"{self.run.id}/"
         if (grown := record.documents.get(run_key(self.run.id))) is not None and grown[1] is not None:
@@ -148,12 +148,12 @@ class RunView:
             elif key.kind == "adapter":
                 self._adapters[name] = AdapterDocument.model_validate(value)
             elif key.kind == "orchestrator":
-                self._orchestrators[name] = Orchestrator.model_validate(value)
+                self._orchestrators[name] = OrchestratorLease.model_validate(value)
         for event in record.events:
             if event.data.get("run") == self.run.id:
                 self._happened(event)
 
-    def _grow(self, run: RunDocument, record: Record) -> None:
+    def _grow(self, run: RunDocument, record: CommitRecord) -> None:
         """Take the tasks that a plan has become; what records them has all of them."""
         self.run = run
         new = [task for task in run.tasks if task not in self._order]
@@ -162,24 +162,24 @@ class RunView:
             return
         for task, one in zip(new, specs, strict=True):
             value: JsonObject = one[1] if one is not None and one[1] is not None else {}
-            self._entries[task], self._attempts[task] = entry_of(value), value["attempts"]
+            self._entries[task], self._attempts[task] = parse_entry(value), value["attempts"]
             self._tasks[task] = TaskDocument()
-            self._groups[phase(self._tasks[task])][task] = None
+            self._groups[activity_label(self._tasks[task])][task] = None
             self._changed[task] = record.time
         self._order = {task: number for number, task in enumerate(run.tasks)}
         self._arrange()
 
     def _arrange(self) -> None:
         """Look anew at what waits for what."""
-        self._entries = with_parts(self._entries, self._tasks)
-        self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
-        self._chains = chains(self._entries)
+        self._entries = with_subtasks(self._entries, self._tasks)
+        self._board = DispatchBoard.of(self._entries, {name: one.status for name, one in self._tasks.items()})
+        self._chains = longest_chains(self._entries)
 
     def _happened(self, event: Event) -> None:
         match event.type:
             case "run.claimed":
                 self._capacity, self.is_over = self.run.capacity, False
-            case "run.limited" if not self._groups[PHASES[TaskStatus.RUNNING]]:  # else it is for a moment only
+            case "run.limited" if not self._groups[ACTIVITY_LABELS[TaskStatus.RUNNING]]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
             case "run.finished" | "run.interrupted" | "run.halted":
                 self.is_over = True
@@ -188,31 +188,33 @@ class RunView:
         before, parts = self._tasks[task].status, self._tasks[task].expanded
         if before is not after.status:
             self._pace.change(task, after, time)
-            if before in FINAL and after.status in SUCCESSFUL:
+            if before in FINAL_STATUSES and after.status in SUCCESS_STATUSES:
                 self._board.revive(task)  # what it blocked waits for others alone
-            if after.status in SUCCESSFUL:
+            if after.status in SUCCESS_STATUSES:
                 self._board.landed(task)
-            elif after.status in FINAL:
+            elif after.status in FINAL_STATUSES:
                 self._board.ended(task)
-            elif before in FINAL:
+            elif before in FINAL_STATUSES:
                 self._board.revive(task)
         self._set(task, after, time)
-        if before in SUCCESSFUL and after.status not in SUCCESSFUL:  # what it let start may be blocked after all
-            self._board = Board.of(self._entries, {name: one.status for name, one in self._tasks.items()})
+        if (
+            before in SUCCESS_STATUSES and after.status not in SUCCESS_STATUSES
+        ):  # what it let start may be blocked after all
+            self._board = DispatchBoard.of(self._entries, {name: one.status for name, one in self._tasks.items()})
         if after.expanded != parts:
             self._arrange()
 
     def _set(self, task: str, after: TaskDocument, time: float) -> None:
         before = self._tasks.get(task)
         if before is not None:
-            del self._groups[phase(before)][task]
+            del self._groups[activity_label(before)][task]
             self._over.pop(task, None)
             self._spending.add(before, -1)
             if len(before.attempts) != len(after.attempts) or after.status is TaskStatus.NO_CHANGE:
                 self._said.pop(task, None)
                 self._replace(task, Changes())
         self._tasks[task], self._changed[task] = after, time
-        self._groups[phase(after)][task] = None
+        self._groups[activity_label(after)][task] = None
         self._spending.add(after, 1)
         self._pace.built(task, after)
         if before is not None and before.status is TaskStatus.RUNNING and after.status in _SESSION_ENDED:
@@ -222,45 +224,47 @@ class RunView:
                 self._replace(task, Changes())  # nothing is kept of it
         elif after.status in {TaskStatus.PENDING, TaskStatus.LANDED}:
             self._unseen.pop(task, None)
-        if after.status in FINAL:
+        if after.status in FINAL_STATUSES:
             self._over[task] = None
         if after.landed is not None and (before is None or before.landed != after.landed):
             self._uncounted[task] = after.landed
 
-    def working(self) -> list[Working]:
-        """See `activity.Viewer`."""
-        return [self._session(task, self._tasks[task].attempt) for task in self._groups[PHASES[TaskStatus.RUNNING]]]
+    def working(self) -> list[ObservedSession]:
+        """See `activity.ActivityObserver`."""
+        return [
+            self._session(task, self._tasks[task].attempt) for task in self._groups[ACTIVITY_LABELS[TaskStatus.RUNNING]]
+        ]
 
-    def built(self) -> list[Working]:
-        """See `activity.Viewer`."""
-        return [self._session(task, self._tasks[task].builder) for task in self._unseen]
+    def built(self) -> list[ObservedSession]:
+        """See `activity.ActivityObserver`."""
+        return [self._session(task, self._tasks[task].building_attempt) for task in self._unseen]
 
-    def _session(self, task: str, attempt: Attempt) -> Working:
-        return Working(task, attempt.number, attempt.adapter)
+    def _session(self, task: str, attempt: Attempt) -> ObservedSession:
+        return ObservedSession(task, attempt.number, attempt.adapter)
 
-    def uncounted(self, most: int) -> dict[str, str]:
-        """See `activity.Viewer`."""
+    def uncounted_commits(self, most: int) -> dict[str, str]:
+        """See `activity.ActivityObserver`."""
         return dict(islice(self._uncounted.items(), most))
 
-    def hear(self, session: Working, said: Transcript) -> None:
-        """See `activity.Viewer`."""
+    def on_transcript(self, session: ObservedSession, said: Transcript) -> None:
+        """See `activity.ActivityObserver`."""
         if self._is_at(session):
             self._said[session.task] = said
 
-    def see(self, session: Working, changes: Changes) -> None:
-        """See `activity.Viewer`."""
+    def on_changes(self, session: ObservedSession, changes: Changes) -> None:
+        """See `activity.ActivityObserver`."""
         if self._is_at(session):
             self._unseen.pop(session.task, None)
             self._replace(session.task, changes)
 
     def count(self, task: str, changes: Changes) -> None:
-        """See `activity.Viewer`."""
+        """See `activity.ActivityObserver`."""
         self._uncounted.pop(task, None)
         self._replace(task, changes)
 
-    def _is_at(self, session: Working) -> bool:
+    def _is_at(self, session: ObservedSession) -> bool:
         document = self._tasks[session.task]
-        numbers = {one.number for one in (document.attempt, document.builder)} if document.attempts else set()
+        numbers = {one.number for one in (document.attempt, document.building_attempt)} if document.attempts else set()
         return document.landed is None and session.attempt in numbers
 
     def _replace(self, task: str, changes: Changes) -> None:
@@ -268,13 +272,13 @@ class RunView:
         self._in_all = self._in_all - before + changes
         self._changes[task] = changes
 
-    def frame(self, now: float, room: int) -> Frame:
+    def frame(self, now: float, room: int) -> TableFrame:
         """Return what to show at `now` (wall-clock seconds) in `room` lines beside the totals."""
         has_more = len(self._tasks) > room
         chosen = self._chosen(max(room - has_more, 0))
         active = self._active(now)
         rows = [self._row(task, now, active) for task in sorted(chosen, key=self._order.__getitem__)]
-        return Frame(rows, self._more(chosen) if has_more and room else "", totals_line(self.totals(now)))
+        return TableFrame(rows, self._more(chosen) if has_more and room else "", totals_line(self.totals(now)))
 
     def _active(self, now: float) -> ActiveTime:
         return ActiveTime.of(self._orchestrators.values(), self._changed.values(), now)
@@ -282,42 +286,44 @@ class RunView:
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
         blocked = self._board.blocked
-        asked = PHASES[TaskStatus.WAITING]
-        pending = chain.from_iterable(self._groups[name] for name in (asked, "queued", RETRY, "waiting"))
+        asked = ACTIVITY_LABELS[TaskStatus.WAITING]
+        pending = chain.from_iterable(self._groups[name] for name in (asked, "queued", RETRY_LABEL, "waiting"))
         waiting = chain((task for task in pending if task not in blocked), blocked)
-        return choose(working, waiting, reversed(self._over), room)
+        return choose_rows(working, waiting, reversed(self._over), room)
 
     def _more(self, chosen: Sequence[str]) -> str:
         shown = Counter(self._phase(task) for task in chosen)
         counts = Counter({name: len(tasks) for name, tasks in self._groups.items()})
         counts.update("blocked" for _ in self._board.blocked)
-        counts.subtract(phase(self._tasks[task]) for task in self._board.blocked)
+        counts.subtract(activity_label(self._tasks[task]) for task in self._board.blocked)
         left = [f"{count - shown[name]} {name}" for name, count in counts.items() if count > shown[name]]
         return f"and {', '.join(left)}" if left else ""
 
     def _phase(self, task: str) -> str:
-        return phase(self._tasks[task], is_blocked=task in self._board.blocked)
+        return activity_label(self._tasks[task], is_blocked=task in self._board.blocked)
 
-    def _row(self, task: str, now: float, active: ActiveTime) -> Row:
+    def _row(self, task: str, now: float, active: ActiveTime) -> TaskRow:
         document = self._tasks[task]
         begun, elapsed = len(document.attempts), ""
         if begun and document.status not in {TaskStatus.PENDING, TaskStatus.WAITING}:
-            end = self._changed[task] if document.status in FINAL else now
-            elapsed = duration(active.between(document.attempt.started, end))
-        return Row(
-            task=plain(task),
+            end = self._changed[task] if document.status in FINAL_STATUSES else now
+            elapsed = format_elapsed(active.between(document.attempt.started, end))
+        return TaskRow(
+            task=printable(task),
             phase=self._phase(task),
-            adapter=plain(document.attempt.adapter if begun else self._entries[task].adapter),
+            adapter=printable(document.attempt.adapter if begun else self._entries[task].adapter),
             attempt=self._attempt(task, document),
             elapsed=elapsed,
             changes=self._changes.get(task, Changes()),
-            words=plain(one_line(self._words(task, document))),
-            stage=plain(document.phases[-1].phase) if document.status is TaskStatus.RUNNING and document.phases else "",
+            words=printable(one_line(self._words(task, document))),
+            stage=printable(document.phases[-1].phase)
+            if document.status is TaskStatus.RUNNING and document.phases
+            else "",
         )
 
     def _attempt(self, task: str, document: TaskDocument) -> str:
         """Return how many attempts count towards the limit, and the limit."""
-        begun = document.attempted
+        begun = document.counted_attempts
         return f"{begun}/{max(self._attempts[task], begun)}" if begun else ""
 
     def _words(self, task: str, document: TaskDocument) -> str:
@@ -328,25 +334,25 @@ class RunView:
         if document.landed is not None:
             return f"{document.landed[:10]} on {self.run.target}"
         if document.status is TaskStatus.RUNNING:
-            return self._said.get(task, NOTHING_SAID).words or ""
+            return self._said.get(task, EMPTY_TRANSCRIPT).words or ""
         if document.status is TaskStatus.WAITING:
             return f"`council approve {task}`, or `council reject {task} --note TEXT`: {document.attempt.words or ''}"
         if document.attempts:
             return document.reason or document.attempt.words or ""
-        missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESSFUL]
+        missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESS_STATUSES]
         return f"needs {', '.join(missing)}" if missing else ""
 
-    def totals(self, now: float) -> Totals:
+    def totals(self, now: float) -> RunTotals:
         """Return the totals at `now` (wall-clock seconds)."""
         count = {name: len(tasks) for name, tasks in self._groups.items()}
         blocked = len(self._board.blocked)
         running = [self._said[task] for task in self._groups["build"] if task in self._said]
         costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
-        return Totals(
+        return RunTotals(
             landed=count["landed"],
-            running=sum(count[PHASES[status]] for status in RUNNING),
+            running=sum(count[ACTIVITY_LABELS[status]] for status in ACTIVE_STATUSES),
             queued=count["queued"],
-            waiting=count["waiting"] + count[RETRY] - blocked,
+            waiting=count["waiting"] + count[RETRY_LABEL] - blocked,
             blocked=blocked,
             failed=len(self._over) - count["landed"] - count["done"],
             sessions=count["build"],
@@ -357,7 +363,7 @@ class RunView:
             elapsed=self._active(now).between(self.run.started, now),
             left=self._left(now),
             done=count["done"],
-            asked=count[PHASES[TaskStatus.WAITING]],
+            asked=count[ACTIVITY_LABELS[TaskStatus.WAITING]],
             ended={name: count[name] for name in _NOT_LANDED if count.get(name)},
         )
 
@@ -365,21 +371,21 @@ class RunView:
         """Return the seconds that are left; None where nobody can know."""
         build, learned = self._pace.build(), self._adapters.values()
         is_held = any(one.closed is not None or (one.parked_until or 0.0) > now for one in learned)
-        if build is None or self.is_over or is_held or self._groups[PHASES[TaskStatus.WAITING]]:
+        if build is None or self.is_over or is_held or self._groups[ACTIVITY_LABELS[TaskStatus.WAITING]]:
             return None
-        pending = [self._chains[task] for name in ("waiting", RETRY) for task in self._groups[name]
+        pending = [self._chains[task] for name in ("waiting", RETRY_LABEL) for task in self._groups[name]
                    if task not in self._board.blocked]  # fmt: skip
-        ahead = Ahead(
+        ahead = RemainingWork(
             build=build,
             land=self._pace.land(),
             working=[(self._chains[task], now - self._tasks[task].attempt.started) for task in self._groups["build"]],
             waiting=len(pending),
-            landing=sum(len(self._groups[PHASES[status]]) for status in _BUILT - FINAL),
+            landing=sum(len(self._groups[ACTIVITY_LABELS[status]]) for status in _BUILT - FINAL_STATUSES),
             chain=max(pending, default=0),
             capacity=self._capacity,
         )
-        left = time_left(ahead)
-        return left if left >= _SOON else None
+        left = estimate_time_left(ahead)
+        return left if left >= _MIN_TIME_LEFT else None
 
 
 def _last_change(task: TaskDocument) -> float:

@@ -9,10 +9,10 @@ import anyio
 
 from orchestrator.api.council import Council
 from orchestrator.cli.render.output import Output
-from orchestrator.protocols import Record
+from orchestrator.protocols import CommitRecord
 
 
-class Progress:
+class DisplayProgress:
     """Knows up to which position of the log a run has been shown."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Progress:
         while self._shown < position:
             await self._moved.wait()
 
-    async def follow(self, council: Council, after: int, take: Callable[[Record], None]) -> None:
+    async def follow(self, council: Council, after: int, take: Callable[[CommitRecord], None]) -> None:
         """Hand over each record behind a position, as it comes."""
         self._advance(after)
         async for record in council.records(after):
@@ -37,17 +37,17 @@ class Progress:
 
 
 @asynccontextmanager
-async def shown(council: Council, run: str, output: Output, after: int) -> AsyncIterator[Progress]:
+async def show_progress(council: Council, run: str, output: Output, after: int) -> AsyncIterator[DisplayProgress]:
     """Show what happens in a run behind a position of the log, for the body of the `async with`."""
-    progress = Progress()
+    progress = DisplayProgress()
     async with anyio.create_task_group() as group:
-        if output.draws:
+        if output.can_draw_tables:
             from orchestrator.cli.live.table import LiveTable  # noqa: PLC0415  rich takes its time
 
             group.start_soon(LiveTable(council, run, output).show, progress, after)
         else:
 
-            def take(record: Record) -> None:
+            def take(record: CommitRecord) -> None:
                 for event in record.events:
                     if event.data.get("run") == run:
                         output.event(record.time, event)

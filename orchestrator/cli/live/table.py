@@ -16,25 +16,25 @@ from rich.segment import ControlCode, ControlType, Segment, SegmentLines
 from rich.text import Text
 
 from orchestrator.api.council import Council
-from orchestrator.cli.live.model import RunView
-from orchestrator.cli.live.progress import Progress
-from orchestrator.cli.render.draw import frame_lines, wrapped
+from orchestrator.cli.live.model import LiveRun
+from orchestrator.cli.live.progress import DisplayProgress
+from orchestrator.cli.render.draw import count_wrapped_rows, frame_lines
 from orchestrator.cli.render.output import Output, event_line
-from orchestrator.cli.render.result import adapter_line, remedy
-from orchestrator.cli.render.streams import forget
-from orchestrator.cli.render.table import Frame
+from orchestrator.cli.render.result import adapter_line, reopen_adapter_command
+from orchestrator.cli.render.streams import redirect_to_null
+from orchestrator.cli.render.table import TableFrame
 from orchestrator.domain.runs.model import AdapterDocument
 from orchestrator.engine.reports.report import AdapterReport
-from orchestrator.protocols import Event, Record
+from orchestrator.protocols import CommitRecord, Event
 
 #: Seconds between two looks whether anything has changed that is shown.
-_PAUSE = 0.25
+_REFRESH_INTERVAL = 0.25
 #: Lines that are not for rows: the header, the totals, and one where the cursor can stand.
-_OTHER_LINES = 3
+_RESERVED_LINES = 3
 #: What is told of a task beside the table: it has no row for it.
-_TOLD_OF_TASKS = frozenset({"task.salvaged", "task.worktree_kept", "task.changes_discarded", "task.waiting"})
+_SHOWN_TASK_EVENTS = frozenset({"task.salvaged", "task.worktree_kept", "task.changes_discarded", "task.waiting"})
 #: What events that are about a task begin with.
-_OF_TASKS = ("task.", "phase.", "handoff.")
+_TASK_EVENT_PREFIXES = ("task.", "phase.", "handoff.")
 
 
 class LiveTable:
@@ -44,37 +44,37 @@ class LiveTable:
         self._council, self._run, self._output = council, run, output
         self._above: deque[str] = deque()
 
-    async def show(self, progress: Progress, after: int) -> None:
+    async def show(self, progress: DisplayProgress, after: int) -> None:
         """Show what happens behind a position of the log until cancelled; the table is gone then."""
         activity = await self._council.activity(self._run)
-        view = RunView(activity.record, activity.attempts)
-        self._above.extend(_adapters(activity.record.adapters, self._run))
+        view = LiveRun(activity.record, activity.attempts)
+        self._above.extend(_unavailable_adapters(activity.record.adapters, self._run))
 
-        def take(record: Record) -> None:
+        def take(record: CommitRecord) -> None:
             if record.position > activity.position:
                 view.apply(record)
             for event in record.events:
                 line = event_line(record.time, event)
-                if line is not None and event.data.get("run") == self._run and _is_told(event):
+                if line is not None and event.data.get("run") == self._run and _is_shown(event):
                     self._above.append(line)
 
-        screen, self._output.above = _Screen(), self._above.append
+        screen, self._output.print_above_table = _Screen(), self._above.append
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(activity.show, view)
                 group.start_soon(self._draw, view, screen)
                 await progress.follow(self._council, after, take)
         finally:
-            self._output.above = None
+            self._output.print_above_table = None
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(screen.leave, self._taken())
 
-    async def _draw(self, view: RunView, screen: _Screen) -> None:
+    async def _draw(self, view: LiveRun, screen: _Screen) -> None:
         while True:
-            frame = view.frame(time.time(), max(screen.height - _OTHER_LINES, 0))
+            frame = view.frame(time.time(), max(screen.height - _RESERVED_LINES, 0))
             # In a thread: whoever holds the terminal's output (Ctrl-S) must not hold the run.
             await anyio.to_thread.run_sync(screen.draw, frame, self._taken())
-            await anyio.sleep(_PAUSE)
+            await anyio.sleep(_REFRESH_INTERVAL)
 
     def _taken(self) -> list[str]:
         taken = list(self._above)
@@ -82,15 +82,17 @@ class LiveTable:
         return taken
 
 
-def _adapters(learned: Mapping[str, AdapterDocument], run: str) -> Iterator[str]:
+def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> Iterator[str]:
     """Say which adapters could not be used already before."""
     for name, one in learned.items():
         if one.closed is not None or (one.parked_until or 0.0) > time.time():
-            yield adapter_line(AdapterReport(name, one.parked_until, one.closed), remedy(name, run, is_running=True))
+            yield adapter_line(
+                AdapterReport(name, one.parked_until, one.closed), reopen_adapter_command(name, run, is_running=True)
+            )
 
 
-def _is_told(event: Event) -> bool:
-    return event.type in _TOLD_OF_TASKS or not event.type.startswith(_OF_TASKS)
+def _is_shown(event: Event) -> bool:
+    return event.type in _SHOWN_TASK_EVENTS or not event.type.startswith(_TASK_EVENT_PREFIXES)
 
 
 class _Screen:
@@ -101,7 +103,7 @@ class _Screen:
         self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True,
                           redirect_stdout=False, redirect_stderr=False)  # fmt: skip
-        self._drawn: tuple[Frame, int, int] | None = None
+        self._drawn: tuple[TableFrame, int, int] | None = None
         self._lengths: Sequence[int] = ()
         self._has_hung_up = False
 
@@ -110,7 +112,7 @@ class _Screen:
         """Return how many lines there are now."""
         return self._console.height
 
-    def draw(self, frame: Frame, above: Sequence[str]) -> None:
+    def draw(self, frame: TableFrame, above: Sequence[str]) -> None:
         """Print lines above the table, and the table if it is not what stands there. Blocks."""
         width, height = self._console.size
         drawn = (frame, width, height)
@@ -119,7 +121,7 @@ class _Screen:
         try:
             self._live.start()
             if self._drawn is not None and width < self._drawn[1]:
-                self._mend(width)
+                self._clear_wrapped_rows(width)
             self._print(above)
             lines = frame_lines(frame, width)[-height:]
             self._live.update(SegmentLines(lines, new_lines=True), refresh=True)
@@ -134,7 +136,7 @@ class _Screen:
             return
         try:
             if self._drawn is not None:
-                self._mend(self._console.width)
+                self._clear_wrapped_rows(self._console.width)
                 self._live.stop()
             self._print(above)
         except OSError:
@@ -144,9 +146,9 @@ class _Screen:
         if lines:
             self._console.print(Text("\n".join(lines)), soft_wrap=True)
 
-    def _mend(self, width: int) -> None:
+    def _clear_wrapped_rows(self, width: int) -> None:
         """Clear the rows into which terminals wrap what was drawn when they were wider, as most do."""
-        rows, drawn = wrapped(self._lengths, width), len(self._lengths)
+        rows, drawn = count_wrapped_rows(self._lengths, width), len(self._lengths)
         if rows == drawn:
             return
         clear: list[ControlCode] = [(ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)]
@@ -158,4 +160,4 @@ class _Screen:
 
     def _hang_up(self) -> None:
         self._has_hung_up = True
-        forget(sys.stdout)
+        redirect_to_null(sys.stdout)

@@ -9,30 +9,30 @@ from itertools import islice
 from rich.cells import cell_len
 
 from orchestrator.cli.render.columns import COLUMNS, short_name, wrapped
-from orchestrator.cli.render.draw import fit, fit_end
+from orchestrator.cli.render.draw import truncate_end, truncate_start
 from orchestrator.cli.render.next_steps import task_steps
-from orchestrator.cli.render.output import one_line, plain
+from orchestrator.cli.render.output import one_line, printable
 from orchestrator.cli.render.result import (
     adapter_line,
-    background_error,
+    background_error_lines,
+    format_reason,
+    format_session_status,
+    format_state,
     next_line,
-    reason_words,
-    remedy,
-    session_line,
+    reopen_adapter_command,
+    run_summary,
     state_counts,
-    state_words,
-    summary,
 )
-from orchestrator.cli.render.table import amount
+from orchestrator.cli.render.table import format_count
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.runs.model import SUCCESS_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
-LINES = 10
+MAX_LINES = 10
 """The most that are printed."""
 #: States of tasks for which nothing is to be done themselves.
-_QUIET = frozenset({*SUCCESSFUL, TaskStatus.PENDING})
+_NO_ATTENTION = frozenset({*SUCCESS_STATUSES, TaskStatus.PENDING})
 #: The state of tasks that are next once what they need is.
 _BLOCKED = "blocked"
 
@@ -43,14 +43,16 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     Commands mean the newest run: for another one (`is_newest`) they name it.
     """
     run = "" if is_newest else f" --run {report.run}"
-    head = [*wrapped(summary(report)), *(fit(line, COLUMNS) for line in _totals(report))]
-    most = LINES - len(head)
+    head = [*wrapped(run_summary(report)), *(truncate_end(line, COLUMNS) for line in _totals(report))]
+    most = MAX_LINES - len(head)
     foot = list(_next(report))[:most]
-    if report.halted is not None and report.halted_by is not Halt.BUDGET:
+    if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
         foot = foot[: most // 2]
         foot += _halt(HaltReason.parse(report.halted), most - len(foot))
-    tasks = sorted((task for task in report.tasks if task.state not in _QUIET), key=lambda task: task.state == _BLOCKED)
-    room = LINES - len(head) - len(foot)
+    tasks = sorted(
+        (task for task in report.tasks if task.state not in _NO_ATTENTION), key=lambda task: task.state == _BLOCKED
+    )
+    room = MAX_LINES - len(head) - len(foot)
     lines: list[str] = []
     for left, task in zip(range(len(tasks), 0, -1), tasks, strict=True):
         more = list(_task(task, report, is_newest=is_newest))
@@ -64,7 +66,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
 def _totals(report: RunReport) -> Iterator[str]:
     parts = state_counts(report)
     if tokens := sum(task.input_tokens + task.output_tokens for task in report.tasks):
-        parts.append(f"{amount(tokens)} tokens")
+        parts.append(f"{format_count(tokens)} tokens")
     costs = [task.cost for task in report.tasks if task.cost is not None]
     if costs:
         parts.append(f"${sum(costs):.2f}")
@@ -74,14 +76,14 @@ def _totals(report: RunReport) -> Iterator[str]:
 
 def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[str]:
     sessions = {one.task: one for one in report.sessions}
-    what = session_line(sessions[task.id]) if task.id in sessions else reason_words(task)
-    words = ": ".join(filter(None, [f"  {short_name(task.id)} {state_words(task.state)}", what]))
+    what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
+    words = ": ".join(filter(None, [f"  {short_name(task.id)} {format_state(task.state)}", what]))
     if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
-        yield from islice(wrapped(plain(words)), LINES // 2)
+        yield from islice(wrapped(printable(words)), MAX_LINES // 2)
     else:
-        yield _shortened(plain(words))
+        yield _shortened(printable(words))
     steps = task_steps(task, report, is_newest=is_newest)
-    yield from (plain(f"    {step}") for step in (steps if report.merges is not None else steps[:1]))
+    yield from (printable(f"    {step}") for step in (steps if report.merges is not None else steps[:1]))
 
 
 def _shortened(text: str) -> str:
@@ -92,7 +94,7 @@ def _shortened(text: str) -> str:
     commands = " ".join(one.group() for one in lost)
     prose = text[: lost[0].start()] if lost else text
     room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2) if lost else COLUMNS
-    return f"{fit(f'{prose.rstrip()} …' if lost and cell_len(prose) < room - 1 else prose, room)} {commands}".rstrip()
+    return f"{truncate_end(f'{prose.rstrip()} …' if lost and cell_len(prose) < room - 1 else prose, room)} {commands}".rstrip()
 
 
 def _next(report: RunReport) -> Iterator[str]:
@@ -100,21 +102,21 @@ def _next(report: RunReport) -> Iterator[str]:
     if report.damage:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
     for adapter in report.adapters:
-        again = remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
-        yield _shortened(plain(adapter_line(adapter, again)))
-    yield from map(_shortened, background_error(report))
-    if report.halted is not None and report.halted_by is Halt.BUDGET:
-        yield _shortened(f"Halted: {plain(one_line(report.halted))}.")
+        again = reopen_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
+        yield _shortened(printable(adapter_line(adapter, again)))
+    yield from map(_shortened, background_error_lines(report))
+    if report.halted is not None and report.halted_by is HaltCause.BUDGET:
+        yield _shortened(f"Halted: {printable(one_line(report.halted))}.")
     yield from next_line(report)
 
 
 def _halt(halted: HaltReason, room: int) -> list[str]:
     """Return a halt in so many lines: the output gives way first, then the end of the remedy, the log never."""
-    head = list(wrapped(plain(f"Halted: {halted.headline}")))
-    log = [] if halted.log is None else [plain(f"log: {halted.log}")]
-    remedy = [line for one in halted.remedy for line in wrapped(plain(one))]
+    head = list(wrapped(printable(f"Halted: {halted.headline}")))
+    log = [] if halted.log is None else [printable(f"log: {halted.log}")]
+    remedy = [line for one in halted.remedy for line in wrapped(printable(one))]
     left = max(room - len(head) - len(log) - len(remedy), 0)
-    *before, last = [plain(line.expandtabs()) for line in halted.output if line.strip()] or [""]
-    output = [*(fit(line, COLUMNS) for line in before), *filter(None, [fit_end(last, COLUMNS)])]
+    *before, last = [printable(line.expandtabs()) for line in halted.output if line.strip()] or [""]
+    output = [*(truncate_end(line, COLUMNS) for line in before), *filter(None, [truncate_start(last, COLUMNS)])]
     shown = output[-left:] if left else []
     return [*head[: room - len(log)], *shown, *log, *remedy][:room]

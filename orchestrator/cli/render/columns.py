@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len, set_cell_size
 
-from orchestrator.cli.render.output import plain
+from orchestrator.cli.render.output import printable
 
 COLUMNS = 80
 """The most cells of a terminal that a line takes, unless it has a command, a path or another word that is longer."""
@@ -42,14 +42,14 @@ def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
 
 def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
     """Yield rows of which the last column is prose, which is broken between words."""
-    heads = aligned([[*row[:-1], "|"] for row in rows], indent)
+    heads = align_columns([[*row[:-1], "|"] for row in rows], indent)
     for row, head in zip(rows, heads, strict=True):
-        yield from wrapped(plain(row[-1]), head=head.removesuffix("|"), indent=f"{indent}    ")
+        yield from wrapped(printable(row[-1]), head=head.removesuffix("|"), indent=f"{indent}    ")
 
 
-def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
+def align_columns(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
     """Yield a line for each row, as text that a terminal only shows; rows may end before the last column."""
-    shown = [[plain(cell) for cell in row] for row in rows]
+    shown = [[printable(cell) for cell in row] for row in rows]
     columns = max((len(row) for row in shown), default=0)
     widths = [max((len(row[place]) for row in shown if place < len(row)), default=0) for place in range(columns)]
     for row in shown:

@@ -5,41 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from orchestrator.cli.render.output import plain
-from orchestrator.protocols import Event, JsonObject, Record
-from orchestrator.system.instants import local_time
+from orchestrator.cli.render.output import printable
+from orchestrator.protocols import CommitRecord, Event, JsonObject
+from orchestrator.system.instants import format_local_time
 
 #: Documents of a commit that a line names: with its run all of its tasks are recorded.
 _MOST_NAMED: Final = 4
 
 
-class CommitLines:
+class CommitFormatter:
     """Turns commits into lines, whose columns become as wide as was needed so far."""
 
     def __init__(self) -> None:
         self._position, self._by = 6, 0
 
-    def line(self, record: Record) -> str:
+    def line(self, record: CommitRecord) -> str:
         """Return a commit as text that a terminal only shows."""
-        position, by = str(record.position), plain(record.by)
+        position, by = str(record.position), printable(record.by)
         self._position, self._by = max(self._position, len(position)), max(self._by, len(by))
-        events = ", ".join(map(event_name, record.events))
+        events = ", ".join(map(describe_event, record.events))
         parts = [
             position.rjust(self._position),
-            local_time(record.time),
+            format_local_time(record.time),
             by.ljust(self._by),
             *filter(None, [events, ", ".join(_documents(record))]),
         ]
-        return plain("  ".join(parts))
+        return printable("  ".join(parts))
 
 
-def event_name(event: Event) -> str:
+def describe_event(event: Event) -> str:
     """Return an event with what it is about, as in `task.landed models`."""
     about = next((event.data[name] for name in ("task", "adapter", "sink", "tracker") if name in event.data), None)
-    return plain(event.type if about is None else f"{event.type} {about}")
+    return printable(event.type if about is None else f"{event.type} {about}")
 
 
-def _documents(record: Record) -> list[str]:
+def _documents(record: CommitRecord) -> list[str]:
     told = [
         f"{key} deleted" if value is None else f"{key} version {version}"
         for key, (version, value) in record.documents.items()
@@ -54,7 +54,7 @@ def events_json(events: Sequence[Event]) -> list[JsonObject]:
     return [{"event": one.type, **one.data} for one in events]
 
 
-def commit_json(record: Record) -> JsonObject:
+def commit_json(record: CommitRecord) -> JsonObject:
     """Return a commit as programs get it, without the values of documents."""
     documents = [
         {"key": str(key), "version": version, "deleted": value is None}

@@ -6,53 +6,60 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from orchestrator.cli.render.columns import aligned
-from orchestrator.cli.render.commits import event_name, events_json
+from orchestrator.cli.render.columns import align_columns
+from orchestrator.cli.render.commits import describe_event, events_json
 from orchestrator.cli.render.differences import field_changes, field_lines
-from orchestrator.cli.render.output import plain
-from orchestrator.protocols import Document, JsonObject, Key, State, Version
-from orchestrator.system.instants import local_time
+from orchestrator.cli.render.output import printable
+from orchestrator.protocols import Document, DocumentVersion, JsonObject, Key, StateSnapshot
+from orchestrator.system.instants import format_local_time
 
 
-def state_json(found: State) -> JsonObject:
+def state_json(found: StateSnapshot) -> JsonObject:
     """Return the documents of a moment as programs get them."""
-    return {**_moment_json(found), "documents": [one.to_json() for one in _sorted(found)]}
+    return {**_position_json(found), "documents": [one.to_json() for one in _sorted(found)]}
 
 
-def _moment_json(found: State) -> JsonObject:
+def _position_json(found: StateSnapshot) -> JsonObject:
     return {"position": found.position, "time": found.time if found.position else None}
 
 
-def _sorted(found: State) -> list[Document]:
+def _sorted(found: StateSnapshot) -> list[Document]:
     return [found.documents[key] for key in sorted(found.documents)]
 
 
-def _moment(found: State) -> str:
+def _describe_position(found: StateSnapshot) -> str:
     return (
-        f"position {found.position}, {local_time(found.time)}"
+        f"position {found.position}, {format_local_time(found.time)}"
         if found.position
         else "position 0, before the first commit"
     )
 
 
-def state_lines(found: State, *, with_values: bool) -> Iterator[str]:
+def state_lines(found: StateSnapshot, *, with_values: bool) -> Iterator[str]:
     """Yield the documents of a moment, a line for each, perhaps with its value behind it."""
     documents = _sorted(found)
-    yield f"{_moment(found)}: {len(documents)} {'document' if len(documents) == 1 else 'documents'}"
-    rows = aligned([_row(one) for one in documents], "  ")
+    yield f"{_describe_position(found)}: {len(documents)} {'document' if len(documents) == 1 else 'documents'}"
+    rows = align_columns([_row(one) for one in documents], "  ")
     for one, row in zip(documents, rows, strict=True):
         yield row
         if with_values:
             text = json.dumps(one.value, indent=2, ensure_ascii=False)
-            yield from (f"    {plain(line)}" for line in text.split("\n"))
+            yield from (f"    {printable(line)}" for line in text.split("\n"))
 
 
 def _row(one: Document) -> list[str]:
     damaged = ["damaged: an older value"] if one.damaged else []
-    return [str(one.key), f"version {one.version}", f"position {one.position}", local_time(one.time), one.by, *damaged]
+    return [
+        str(one.key),
+        f"version {one.version}",
+        f"position {one.position}",
+        format_local_time(one.time),
+        one.by,
+        *damaged,
+    ]
 
 
-class Difference(NamedTuple):
+class DocumentDifference(NamedTuple):
     """A document at two moments; None where it was not there."""
 
     key: Key
@@ -67,20 +74,20 @@ class Difference(NamedTuple):
         return "removed" if self.new is None else "changed"
 
 
-def differences(old: State, new: State) -> list[Difference]:
+def document_differences(old: StateSnapshot, new: StateSnapshot) -> list[DocumentDifference]:
     """Return the documents that are not at the same version at two moments, by key."""
     keys = sorted({*old.documents, *new.documents})
-    found = [Difference(key, old.documents.get(key), new.documents.get(key)) for key in keys]
+    found = [DocumentDifference(key, old.documents.get(key), new.documents.get(key)) for key in keys]
     return [one for one in found if one.old is None or one.new is None or one.old.version != one.new.version]
 
 
-def differences_json(old: State, new: State) -> JsonObject:
+def differences_json(old: StateSnapshot, new: StateSnapshot) -> JsonObject:
     """Return what differs between two moments as programs get it."""
-    documents = [_difference_json(one) for one in differences(old, new)]
-    return {"from": _moment_json(old), "to": _moment_json(new), "documents": documents}
+    documents = [_difference_json(one) for one in document_differences(old, new)]
+    return {"from": _position_json(old), "to": _position_json(new), "documents": documents}
 
 
-def _difference_json(one: Difference) -> JsonObject:
+def _difference_json(one: DocumentDifference) -> JsonObject:
     return {
         "key": str(one.key),
         "kind": one.kind,
@@ -90,16 +97,16 @@ def _difference_json(one: Difference) -> JsonObject:
     }
 
 
-def difference_lines(old: State, new: State) -> Iterator[str]:
+def difference_lines(old: StateSnapshot, new: StateSnapshot) -> Iterator[str]:
     """Yield what differs between two moments: a line for each document and, of those that changed, for each field."""
-    yield f"from {_moment(old)}"
-    yield f"to   {_moment(new)}"
-    found = differences(old, new)
+    yield f"from {_describe_position(old)}"
+    yield f"to   {_describe_position(new)}"
+    found = document_differences(old, new)
     rows = [
         [one.kind, str(one.key), f"version {' → '.join(str(side.version) for side in (one.old, one.new) if side)}"]
         for one in found
     ]
-    for one, row in zip(found, aligned(rows), strict=True):
+    for one, row in zip(found, align_columns(rows), strict=True):
         yield row
         if one.old is not None and one.new is not None:
             yield from (f"    {line}" for line in field_lines(one.old.value, one.new.value))
@@ -108,15 +115,15 @@ def difference_lines(old: State, new: State) -> Iterator[str]:
 
 
 #: A version with the one before it; None where there is none, or it is not kept.
-Step = tuple[Version, Version | None]
+VersionPair = tuple[DocumentVersion, DocumentVersion | None]
 
 
-def history_json(key: Key, steps: Sequence[Step]) -> JsonObject:
+def history_json(key: Key, steps: Sequence[VersionPair]) -> JsonObject:
     """Return the versions of a document as programs get them."""
     return {"key": str(key), "versions": [_version_json(*step) for step in steps]}
 
 
-def _version_json(one: Version, before: Version | None) -> JsonObject:
+def _version_json(one: DocumentVersion, before: DocumentVersion | None) -> JsonObject:
     return {
         "version": one.version,
         "position": one.position,
@@ -131,25 +138,25 @@ def _version_json(one: Version, before: Version | None) -> JsonObject:
     }
 
 
-def history_lines(key: Key, steps: Sequence[Step]) -> Iterator[str]:
+def history_lines(key: Key, steps: Sequence[VersionPair]) -> Iterator[str]:
     """Yield the versions of a document, a line for each and one for each field that it changed."""
-    yield plain(str(key))
+    yield printable(str(key))
     rows = [
         [
             f"version {one.version}",
             f"position {one.position}",
-            local_time(one.time),
+            format_local_time(one.time),
             one.by,
-            ", ".join(map(event_name, one.events)),
+            ", ".join(map(describe_event, one.events)),
         ]
         for one, _ in steps
     ]
-    for (one, before), row in zip(steps, aligned(rows, "  "), strict=True):
+    for (one, before), row in zip(steps, align_columns(rows, "  "), strict=True):
         yield row
-        yield from (f"      {line}" for line in _what(one, before))
+        yield from (f"      {line}" for line in _version_changes(one, before))
 
 
-def _what(one: Version, before: Version | None) -> Sequence[str]:
+def _version_changes(one: DocumentVersion, before: DocumentVersion | None) -> Sequence[str]:
     if one.damaged:
         return ["damaged: its value can't be read"]
     if one.value is None:

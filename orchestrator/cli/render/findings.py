@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
-from orchestrator.cli.render.output import Output, one_line, plain
+from orchestrator.cli.render.output import Output, one_line, printable
 from orchestrator.engine.diagnostics.findings import Finding, Level
 
 
@@ -25,12 +25,12 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield each finding as a line, with its remedy on the next one."""
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
-        yield plain(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}")
+        yield printable(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}")
         if finding.remedy is not None:
-            yield plain(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}")
+            yield printable(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}")
 
 
-def exit_code(findings: Iterable[Finding]) -> int:
+def findings_exit_code(findings: Iterable[Finding]) -> int:
     """Return the exit code: 1 if there is a problem, warnings aside."""
     return int(any(finding.level is Level.PROBLEM for finding in findings))
 

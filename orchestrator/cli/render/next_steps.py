@@ -9,9 +9,9 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from orchestrator.cli.render.output import kept_name
+from orchestrator.cli.render.output import salvage_name
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.model import REVIVABLE, WAITING_TO_LAND, Halt, TaskStatus
+from orchestrator.domain.runs.model import LANDING_STATUSES, RETRYABLE_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
 
@@ -62,7 +62,7 @@ def task_steps(task: TaskReport, report: RunReport, *, is_newest: bool = True) -
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
     """Return the commands after a failed merge of a run's own branch: a retry would merge the same commits again."""
-    if task.state not in REVIVABLE:
+    if task.state not in RETRYABLE_STATUSES:
         return ()
     base, again = shlex.quote(report.target), f"council merge {report.merges}"
     match task.state:
@@ -89,13 +89,13 @@ def run_step(report: RunReport) -> str:
             return ""
         case RunStatus.RUNNING:
             return ""
-        case RunStatus.HALTED if report.halted_by is Halt.BUDGET:
+        case RunStatus.HALTED if report.halted_by is HaltCause.BUDGET:
             return f"council resume {report.run} --budget LIMITS"
         case RunStatus.HALTED | RunStatus.INTERRUPTED:
             return f"council resume {report.run}"
         case RunStatus.INCOMPLETE if is_stopped or states & _TO_TRY:
             return f"council resume {report.run}"
-        case RunStatus.INCOMPLETE if states & WAITING_TO_LAND:
+        case RunStatus.INCOMPLETE if states & LANDING_STATUSES:
             return f"council merge {report.run}"
         case _:
             return f"council merge {report.run}" if waits_for_merge(report) else ""
@@ -107,7 +107,7 @@ _TO_TRY = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
 def kept_as(task: TaskReport) -> str | None:
     """Return the name by which `council salvage` knows what a task left: its branch without council/ and the run."""
-    return None if task.branch is None else kept_name(task.branch)
+    return None if task.branch is None else salvage_name(task.branch)
 
 
 def own_branch(report: RunReport) -> bool:
@@ -123,5 +123,5 @@ def waits_for_merge(report: RunReport) -> bool:
 def needs_retry(report: RunReport) -> bool:
     """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
-    is_over = report.imported is None and not report.has_work_left
+    is_over = report.imported is None and not report.has_unfinished_tasks
     return report.status is RunStatus.INCOMPLETE and is_over and not is_stopped

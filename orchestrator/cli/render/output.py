@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.render.streams import forget, has_gone
+from orchestrator.cli.render.streams import is_reader_gone, redirect_to_null
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.security.secrets import without_passwords
-from orchestrator.system.instants import local_time
+from orchestrator.domain.security.secrets import redact_urls
+from orchestrator.system.instants import format_local_time
 
 if TYPE_CHECKING:
     from orchestrator.engine.reports.report import RunReport
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from orchestrator.repo.git.change_counts import Changes
 
 #: How an event reads; its own fields fill the gaps.
-SENTENCES: Mapping[str, str] = {
+EVENT_MESSAGES: Mapping[str, str] = {
     "run.created": "run {run} lands on {target}",
     "run.imported": "imported from {source}",
     "legacy.imported": "imported {tasks} tasks from {sources}",
@@ -117,9 +117,9 @@ SENTENCES: Mapping[str, str] = {
 
 
 #: Why a terminal gets lines all the same, beside one that says it is dumb. https://no-color.org is about colour alone.
-_LINES_WANTED = "CI"
+_NO_TABLES_VARIABLE = "CI"
 #: Tasks and keys that are named where a file has changed.
-_MOST_CHANGED = 5
+_MAX_CHANGES_SHOWN = 5
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -128,17 +128,17 @@ class Output:
     """Prints to stdout as one JSON object a line, or as text."""
 
     as_json: bool
-    above: Callable[[str], None] | None = field(default=None, init=False)
+    print_above_table: Callable[[str], None] | None = field(default=None, init=False)
     """While a table stands on the terminal: prints a line above it."""
-    unwritten: OSError | None = field(default=None, init=False)
+    write_error: OSError | None = field(default=None, init=False)
     """Why not all is there that was to be printed, though somebody wants it."""
-    has_gone: bool = field(default=False, init=False)
+    is_reader_gone: bool = field(default=False, init=False)
     """Whether nobody reads any more what is printed."""
 
     @property
-    def draws(self) -> bool:
+    def can_draw_tables(self) -> bool:
         """Whether there is somebody at a terminal to draw tables for."""
-        if self.as_json or os.environ.get(_LINES_WANTED):
+        if self.as_json or os.environ.get(_NO_TABLES_VARIABLE):
             return False
         return os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"} and sys.stdout.isatty()
 
@@ -148,15 +148,15 @@ class Output:
         This is where all that is printed passes, so that no URL of a store or a repository shows a password.
         """
         stream = sys.stderr if err else sys.stdout
-        text = without_passwords(text) if isinstance(text, str) else text
+        text = redact_urls(text) if isinstance(text, str) else text
         try:
             click.echo(text, file=stream, nl=newline)
         except OSError as error:
-            forget(stream)
-            if not err and has_gone(error):
-                self.has_gone = True
+            redirect_to_null(stream)
+            if not err and is_reader_gone(error):
+                self.is_reader_gone = True
             elif not err:
-                self.unwritten = error
+                self.write_error = error
 
     def event(self, time: float, event: Event) -> None:
         """Print something that happened."""
@@ -192,15 +192,15 @@ class Output:
         from orchestrator.cli.render.columns import wrapped  # noqa: PLC0415  the same
 
         rows = list(result.result_rows(report, changes or {}, is_newest=is_newest, now=time.time()))
-        for line in wrapped(result.summary(report)):
+        for line in wrapped(result.run_summary(report)):
             self._say(line)
-        if self.draws:
-            from orchestrator.cli.render.draw import result_text  # noqa: PLC0415  rich takes its time
+        if self.can_draw_tables:
+            from orchestrator.cli.render.draw import render_result_table  # noqa: PLC0415  rich takes its time
 
-            self._say(result_text(rows), newline=False)
+            self._say(render_result_table(rows), newline=False)
         else:
-            self._say("\n".join(result.text_lines(rows)))
-        for hint in chain.from_iterable(hint.splitlines() for hint in result.hints(report)):
+            self._say("\n".join(result.result_lines(rows)))
+        for hint in chain.from_iterable(hint.splitlines() for hint in result.next_step_hints(report)):
             for line in wrapped(hint):
                 self._say(line)
 
@@ -215,17 +215,17 @@ class Output:
 
     def failure(self, result: JsonObject, message: str) -> None:
         """Print why a command could not do its work."""
-        if self.above is not None:  # it ends at once, and leaves the table where it is
+        if self.print_above_table is not None:  # it ends at once, and leaves the table where it is
             self._say(f"\n{_SHOW_CURSOR}", newline=False)
         if self.as_json:
             self._line(result)
         else:
-            self._say(plain(message, keep="\n"), err=True)
+            self._say(printable(message, keep="\n"), err=True)
 
     def text(self, text: str, *, err: bool = False) -> None:
         """Print what a program wrote, as it is; to a terminal without what that would obey."""
         stream = sys.stderr if err else sys.stdout
-        self._say(plain(text, keep="\n\t") if stream.isatty() else text, err=err, newline=False)
+        self._say(printable(text, keep="\n\t") if stream.isatty() else text, err=err, newline=False)
 
     def difference(self, difference: bytes, *, color: bool) -> None:
         """Print a difference that has no colours of its own.
@@ -237,7 +237,7 @@ class Output:
             self.bytes(difference)
             return
         lines = difference.decode(errors="replace").split("\n")
-        self._say("\n".join(_colored(line) if color else spelled(line) for line in lines), newline=False)
+        self._say("\n".join(_colored(line) if color else escape_unprintable(line) for line in lines), newline=False)
 
     def bytes(self, data: bytes) -> None:
         """Print bytes as they are."""
@@ -249,8 +249,8 @@ class Output:
 
     def notice(self, text: str) -> None:
         """Tell a person something that is no event."""
-        if self.above is not None:
-            self.above(text)
+        if self.print_above_table is not None:
+            self.print_above_table(text)
         elif not self.as_json:
             self._say(text, err=True)
 
@@ -268,14 +268,14 @@ _COLORS = (
     ("#", "33"),
 )
 #: Characters that are printable to Unicode and show nothing: fillers, blanks, joiners and variation selectors.
-_UNSEEN = re.compile(
+_INVISIBLE = re.compile(
     "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180d\\u180f\\u2800\\u3164\\ufe00-\\ufe0d\\uffa0\\U000e0100-\\U000e01ef]"
 )
 
 
 def event_line(time: float, event: Event) -> str | None:
     """Return an event as a line for people; None if it is not for them."""
-    if event.type not in SENTENCES:
+    if event.type not in EVENT_MESSAGES:
         return None
     return f"{datetime.fromtimestamp(time, UTC).astimezone():%H:%M:%S} {event_text(event)}"
 
@@ -283,21 +283,25 @@ def event_line(time: float, event: Event) -> str | None:
 def event_text(event: Event) -> str:
     """Return an event in words, by its bare name where there are none for it."""
     task = f"{event.data['task']}: " if "task" in event.data else ""
-    words = SENTENCES[event.type].format_map(_readable(event.data)) if event.type in SENTENCES else event.type
-    return f"{task}{plain(words)}"
+    words = (
+        EVENT_MESSAGES[event.type].format_map(_message_fields(event.data))
+        if event.type in EVENT_MESSAGES
+        else event.type
+    )
+    return f"{task}{printable(words)}"
 
 
-def _readable(data: JsonObject) -> JsonObject:
+def _message_fields(data: JsonObject) -> JsonObject:
     """Return an event's fields as a person reads them: instants as local times, lists as words, one line each."""
     told: JsonObject = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in data.items()
     }
     if told.get("until") is not None:
-        told["until"] = local_time(told["until"])
+        told["until"] = format_local_time(told["until"])
     if isinstance(data.get("tasks"), dict) and "keys" in data:
-        told["changed"] = changed_words(data["tasks"], data["keys"])
+        told["changed"] = describe_file_changes(data["tasks"], data["keys"])
     if "count" in told:
-        told["counted"] = counted(told["count"], "task")
+        told["counted"] = pluralize(told["count"], "task")
         told["swept"] = f"took over {told['counted']} from" if told["count"] else "lost"
     told["before"] = f" before {told['until']}" if told.get("until") else ""
     if "approvals" in told:
@@ -305,7 +309,7 @@ def _readable(data: JsonObject) -> JsonObject:
         told["awaited"] = ", and for ".join(filter(None, who))
     told["noted"] = f": {one_line(told['note'])}" if told.get("note") else ""
     if "branch" in told:
-        told["kept"] = kept = None if told["branch"] is None else kept_name(told["branch"])
+        told["kept"] = kept = None if told["branch"] is None else salvage_name(told["branch"])
         told["left"] = f"what its session left is kept as {kept}" if kept else "its session left nothing"
     if isinstance(told.get("reason"), str):
         told["headline"] = HaltReason.parse(told["reason"]).headline
@@ -313,20 +317,20 @@ def _readable(data: JsonObject) -> JsonObject:
     return told
 
 
-def changed_words(tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> str:
+def describe_file_changes(tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> str:
     """Return what a run's file says otherwise than the run, which keeps what it recorded, and how to change that."""
     each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
-    more = f" and {len(each) - _MOST_CHANGED} more" if len(each) > _MOST_CHANGED else ""
+    more = f" and {len(each) - _MAX_CHANGES_SHOWN} more" if len(each) > _MAX_CHANGES_SHOWN else ""
     remedy = "`council retry TASK --reload` takes it over for a task" if tasks else "start a new run for that"
-    return f"{', '.join(each[:_MOST_CHANGED])}{more}; {remedy}"
+    return f"{', '.join(each[:_MAX_CHANGES_SHOWN])}{more}; {remedy}"
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """Return a number with its noun, as in `1 task`, `2 tasks` and `no tasks`."""
     return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
-def kept_name(branch: str) -> str:
+def salvage_name(branch: str) -> str:
     """Return the name by which `council salvage` knows a branch of ours, which the user's repository does not have."""
     return branch.split("/", 2)[-1] if branch.startswith("council/") else branch
 
@@ -338,36 +342,36 @@ def one_line(text: str, limit: int = 300) -> str:
     return words if len(words) <= limit else f"{words[: limit // 2]} … {words[-limit // 2 :]}"
 
 
-def plain(text: str, keep: str = "") -> str:
+def printable(text: str, keep: str = "") -> str:
     """Take out what a terminal would obey: text from agents and repositories is shown, never interpreted."""
-    if text.isprintable() and not _UNSEEN.search(text):
+    if text.isprintable() and not _INVISIBLE.search(text):
         return text
-    return "".join(char if _is_seen(char) or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(char if _is_visible(char) or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _colored(line: str) -> str:
     code = next((code for start, code in _COLORS if line.startswith(start)), None)
-    return spelled(line) if code is None else f"\x1b[{code}m{spelled(line)}\x1b[m"
+    return escape_unprintable(line) if code is None else f"\x1b[{code}m{escape_unprintable(line)}\x1b[m"
 
 
-def spelled(line: str) -> str:
+def escape_unprintable(line: str) -> str:
     """Spell out what a terminal would obey, reorder by or not show: `^[` for an escape, `<U+202E>` for an override.
 
     A tab stays.
     """
-    if line.isprintable() and not _UNSEEN.search(line):
+    if line.isprintable() and not _INVISIBLE.search(line):
         return line
-    return "".join(char if _is_seen(char) or char == "\t" else _spelling(char) for char in line)
+    return "".join(char if _is_visible(char) or char == "\t" else _escape_character(char) for char in line)
 
 
-def _is_seen(char: str) -> bool:
-    return char.isprintable() and not _UNSEEN.match(char)
+def _is_visible(char: str) -> bool:
+    return char.isprintable() and not _INVISIBLE.match(char)
 
 
-def _spelling(char: str) -> str:
+def _escape_character(char: str) -> str:
     return f"^{chr(ord(char) ^ 0x40)}" if ord(char) < 0x20 or char == "\x7f" else f"<U+{ord(char):04X}>"
 
 
-def lines(changes: Changes) -> str:
+def format_line_counts(changes: Changes) -> str:
     """Return how many lines were changed, as in `+12 -3`."""
     return f"+{changes.added} -{changes.removed}"

@@ -5,30 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from orchestrator.cli.render.columns import aligned, described, short_name, wrapped
-from orchestrator.cli.render.figures import figures, minutes_text
-from orchestrator.cli.render.output import event_text, kept_name, one_line
-from orchestrator.cli.render.result import summary
+from orchestrator.cli.render.columns import align_columns, described, short_name, wrapped
+from orchestrator.cli.render.figures import format_minutes, metrics_line
+from orchestrator.cli.render.output import event_text, one_line, salvage_name
+from orchestrator.cli.render.result import run_summary
 from orchestrator.domain.runs.model import RunDocument
-from orchestrator.engine.reports.overview import Overview, TaskOverview
-from orchestrator.system.instants import local_time
+from orchestrator.engine.reports.overview import RunOverview, TaskOverview
+from orchestrator.system.instants import format_local_time
 
 
-def overview_lines(overview: Overview) -> Iterator[str]:
+def overview_lines(overview: RunOverview) -> Iterator[str]:
     """Yield the run, its options, tasks, live sessions, newest events and figures, each under a heading."""
-    yield summary(overview.report)
-    yield from aligned(_options(overview.record.run), "  ")
+    yield run_summary(overview.report)
+    yield from align_columns(_options(overview.record.run), "  ")
     yield "tasks"
     yield from described([_task(task) for task in overview.tasks], "  ")
     if overview.sessions:
         yield "sessions at work"
-        yield from aligned(
+        yield from align_columns(
             [
                 [
                     short_name(one.task),
                     f"session {one.attempt}",
                     one.adapter,
-                    f"since {local_time(one.started)}",
+                    f"since {format_local_time(one.started)}",
                     one.worktree or "",
                 ]
                 for one in overview.sessions
@@ -36,10 +36,10 @@ def overview_lines(overview: Overview) -> Iterator[str]:
             "  ",
         )
     yield "newest events"
-    rows = [[str(one.position), local_time(one.time), event_text(one.event)] for one in overview.events]
-    yield from aligned(rows, "  ")
+    rows = [[str(one.position), format_local_time(one.time), event_text(one.event)] for one in overview.events]
+    yield from align_columns(rows, "  ")
     yield "figures"
-    yield from wrapped(figures(overview.report, overview.metrics), head="  ", indent="    ")
+    yield from wrapped(metrics_line(overview.report, overview.metrics), head="  ", indent="    ")
 
 
 def _options(run: RunDocument) -> list[list[str]]:
@@ -47,12 +47,12 @@ def _options(run: RunDocument) -> list[list[str]]:
         own = {
             name: value if isinstance(value, str) else json.dumps(value) for name, value in run.imported.options.items()
         }
-        ended = "" if run.ended is None else local_time(run.ended)
-        was = {"started": local_time(run.started), "ended": ended, "status": run.imported.status or ""}
+        ended = "" if run.ended is None else format_local_time(run.ended)
+        was = {"started": format_local_time(run.started), "ended": ended, "status": run.imported.status or ""}
         return [[name, one_line(value)] for name, value in (*was.items(), *own.items()) if value]
     told = {
-        "started": local_time(run.started),
-        "ended": "" if run.ended is None else local_time(run.ended),
+        "started": format_local_time(run.started),
+        "ended": "" if run.ended is None else format_local_time(run.ended),
         "file": run.config,
         "repository": run.repo,
         "base": run.base,
@@ -69,8 +69,8 @@ def _task(task: TaskOverview) -> list[str]:
     one = task.report
     attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
     phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
-    took = "" if task.minutes is None else minutes_text(task.minutes)
-    kept = "" if task.branch is None else f"kept as {kept_name(task.branch)}"
+    took = "" if task.minutes is None else format_minutes(task.minutes)
+    kept = "" if task.branch is None else f"kept as {salvage_name(task.branch)}"
     where = f"landed as {one.landed[:10]}" if one.landed else kept
     if task.pull_request is not None:
         where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))

@@ -6,44 +6,44 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from orchestrator.cli.render.columns import short_name, wrapped
-from orchestrator.cli.render.output import one_line, plain
-from orchestrator.config.source.problems import listed
+from orchestrator.cli.render.output import one_line, printable
+from orchestrator.config.source.problems import join_names
 from orchestrator.config.source.quantities import format_duration
-from orchestrator.engine.reports.dry_run import PlannedTask, PlannedWave, Rehearsal
+from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
 
 #: Beyond these the rest is counted, not shown.
-MOST_WAVES, MOST_TASKS, _MOST_LINES, _DEEPEST = 40, 20, 80, 12
+MAX_WAVES, MAX_TASKS_PER_WAVE, _MOST_LINES, _DEEPEST = 40, 20, 80, 12
 _LONGEST = 60
 
 
-def plan_text(rehearsal: Rehearsal) -> str:
+def plan_text(rehearsal: DryRun) -> str:
     """Return all of it, ending in a line break."""
-    return "\n".join(map(plain, _lines(rehearsal))) + "\n"
+    return "\n".join(map(printable, _lines(rehearsal))) + "\n"
 
 
-def counted(many: int, what: str) -> str:
+def pluralize(many: int, what: str) -> str:
     """Return a number of things in words."""
     return f"{many} {what}{'' if many == 1 else 's'}"
 
 
-def _lines(rehearsal: Rehearsal) -> Iterator[str]:
+def _lines(rehearsal: DryRun) -> Iterator[str]:
     waves = rehearsal.waves
     many = sum(len(wave.tasks) for wave in waves)
-    sessions = counted(rehearsal.sessions, "session")
-    yield f"{counted(many, 'task')} in {counted(len(waves), 'wave')}, up to {sessions} at once"
+    sessions = pluralize(rehearsal.sessions, "session")
+    yield f"{pluralize(many, 'task')} in {pluralize(len(waves), 'wave')}, up to {sessions} at once"
     yield f"from {rehearsal.base} onto {rehearsal.target} in {rehearsal.repository}, sandbox: {rehearsal.sandbox}"
     if rehearsal.limited_by is not None:
         yield f"limited by this machine: {rehearsal.limited_by}"
     shared = _shared(waves)
     if shared:
         yield f"each task: {', '.join(shared)}"
-    for number, wave in enumerate(waves[:MOST_WAVES], 1):
+    for number, wave in enumerate(waves[:MAX_WAVES], 1):
         yield ""
         yield from _wave(number, wave, shared)
-    if len(waves) > MOST_WAVES:
-        rest = sum(len(wave.tasks) for wave in waves[MOST_WAVES:])
+    if len(waves) > MAX_WAVES:
+        rest = sum(len(wave.tasks) for wave in waves[MAX_WAVES:])
         yield ""
-        yield f"and {counted(len(waves) - MOST_WAVES, 'more wave')} with {counted(rest, 'task')}"
+        yield f"and {pluralize(len(waves) - MAX_WAVES, 'more wave')} with {pluralize(rest, 'task')}"
     yield from _tree(waves)
 
 
@@ -57,8 +57,8 @@ def _shared(waves: Sequence[PlannedWave]) -> list[str]:
 
 
 def _wave(number: int, wave: PlannedWave, shared: Sequence[str]) -> Iterator[str]:
-    yield f"Wave {number}: {counted(len(wave.tasks), 'task')}, {wave.sessions} at once"
-    shown = wave.tasks[:MOST_TASKS]
+    yield f"Wave {number}: {pluralize(len(wave.tasks), 'task')}, {wave.sessions} at once"
+    shown = wave.tasks[:MAX_TASKS_PER_WAVE]
     width = max(len(short_name(task.id)) for task in shown)
     for task in shown:
         facts = [*(fact for fact in _settings(task) if fact not in shared), *_relations(task)]
@@ -78,7 +78,7 @@ def _settings(task: PlannedTask) -> tuple[str, ...]:
         f"{task.adapter} ({one_line(task.program, _LONGEST)})",
         *([f"phases {one_line(', '.join(task.phases), _LONGEST)}"] if task.phases else []),
         f"from {task.starts_from}",
-        f"{counted(task.attempts, 'attempt')} (each {format_duration(task.timeout)}{silence} at most)",
+        f"{pluralize(task.attempts, 'attempt')} (each {format_duration(task.timeout)}{silence} at most)",
         f"checks: {one_line('; '.join(task.checks), _LONGEST)}" if task.checks else "no checks",
         *([f"priority {task.priority}"] if task.priority else []),
     )
@@ -86,14 +86,14 @@ def _settings(task: PlannedTask) -> tuple[str, ...]:
 
 def _relations(task: PlannedTask) -> Iterator[str]:
     if task.needs:
-        yield f"needs {listed(task.needs)}"
+        yield f"needs {join_names(task.needs)}"
     if task.follows is not None:
         yield f"waits for {task.follows}, which owns some of its paths"
 
 
 def _tree(waves: Sequence[PlannedWave]) -> Iterator[str]:
     """Draw each task below the last of its needs to land; those without any relation are not drawn."""
-    below = _below(waves)
+    below = _tasks_by_last_need(waves)
     roots = [task for task in waves[0].tasks if task.id in below]
     if not roots:
         return
@@ -114,7 +114,7 @@ def _tree(waves: Sequence[PlannedWave]) -> Iterator[str]:
         yield f"  and {related - drawn} more"
 
 
-def _below(waves: Sequence[PlannedWave]) -> dict[str, list[PlannedTask]]:
+def _tasks_by_last_need(waves: Sequence[PlannedWave]) -> dict[str, list[PlannedTask]]:
     wave_of = {task.id: number for number, wave in enumerate(waves) for task in wave.tasks}
     below: dict[str, list[PlannedTask]] = defaultdict(list)
     for wave in waves[1:]:
@@ -128,4 +128,4 @@ def _last_need(task: PlannedTask, wave_of: dict[str, int]) -> str:
 
 
 def _other_needs(task: PlannedTask) -> str:
-    return f" (needs {listed(task.needs)})" if len(task.needs) > 1 else ""
+    return f" (needs {join_names(task.needs)})" if len(task.needs) > 1 else ""

@@ -9,12 +9,12 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
-from orchestrator.cli.render.columns import aligned, short_name, wrapped
+from orchestrator.cli.render.columns import align_columns, short_name, wrapped
 from orchestrator.cli.render.next_steps import kept_as, own_branch, run_step, task_steps, waits_for_merge
-from orchestrator.cli.render.output import lines, one_line, plain
-from orchestrator.cli.render.table import ago
+from orchestrator.cli.render.output import format_line_counts, one_line, printable
+from orchestrator.cli.render.table import format_age
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.model import RUNNING, SUCCESSFUL, Halt, TaskStatus
+from orchestrator.domain.runs.model import ACTIVE_STATUSES, SUCCESS_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import (
     AdapterReport,
     OrchestratorReport,
@@ -24,7 +24,7 @@ from orchestrator.engine.reports.report import (
     TaskReport,
 )
 from orchestrator.repo.git.change_counts import Changes
-from orchestrator.system.instants import local_time
+from orchestrator.system.instants import format_local_time
 
 #: Characters of the reason of a failed setup.
 _SETUP_REASON = 600
@@ -41,7 +41,7 @@ class ResultRow(NamedTuple):
     steps: Sequence[str]
 
 
-def state_words(state: str) -> str:
+def format_state(state: str) -> str:
     """Return the state of a task as people read it."""
     return _STATES.get(state, state.replace("_", " "))
 
@@ -57,20 +57,20 @@ def result_rows(
     for task in report.tasks:
         session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
         yield ResultRow(
-            plain(task.id),
-            state_words(task.state),
-            _what(task, report.target, changes) if session is None else session_line(session, now),
-            [plain(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
+            printable(task.id),
+            format_state(task.state),
+            _task_details(task, report.target, changes) if session is None else format_session_status(session, now),
+            [printable(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
         )
 
 
-def reason_words(task: TaskReport) -> str:
+def format_reason(task: TaskReport) -> str:
     """Return the reason of a task on one line; of a failed setup with room for the path of the log and the cause."""
     reason = task.reason or ""
     return one_line(reason, _SETUP_REASON) if task.failure == FailureClass.SETUP_FAILED else one_line(reason)
 
 
-def session_line(session: SessionReport, now: float | None = None) -> str:
+def format_session_status(session: SessionReport, now: float | None = None) -> str:
     """Say what a session is at: how it does where it is not simply working, the file, its words, and their age."""
     parts = [] if session.status == "working" else [session.status]
     if session.blocked_on is not None:
@@ -78,32 +78,32 @@ def session_line(session: SessionReport, now: float | None = None) -> str:
     if session.progress is not None:
         parts.append(session.progress)
     at = ": ".join(filter(None, [session.file, session.message]))
-    line = plain(one_line("; ".join(filter(None, [" ".join(parts), at]))))
-    return line if now is None or not line else f"{line} ({ago(session.updated, now)})"
+    line = printable(one_line("; ".join(filter(None, [" ".join(parts), at]))))
+    return line if now is None or not line else f"{line} ({format_age(session.updated, now)})"
 
 
-def _what(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
+def _task_details(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
     parts = []
     if task.landed is not None:
-        text = f"{task.landed[:10]} on {plain(target)}"
+        text = f"{task.landed[:10]} on {printable(target)}"
         if (changed := changes.get(task.id)) is not None:
-            text += f", {changed.files} {'file' if changed.files == 1 else 'files'} {lines(changed)}"
+            text += f", {changed.files} {'file' if changed.files == 1 else 'files'} {format_line_counts(changed)}"
         parts.append(text)
     if task.reason is not None:
-        parts.append(plain(reason_words(task)))
+        parts.append(printable(format_reason(task)))
     if task.denied is not None and task.denied not in (task.reason or ""):
-        parts.append(plain(one_line(task.denied)))
+        parts.append(printable(one_line(task.denied)))
     if (kept := kept_as(task)) is not None:
-        parts.append(f"kept as {plain(kept)}")
+        parts.append(f"kept as {printable(kept)}")
     return "; ".join(parts)
 
 
-def summary(report: RunReport) -> str:
+def run_summary(report: RunReport) -> str:
     """Return the run in a line."""
-    return f"run {report.run}: {report.status}, {landed_words(report)}"
+    return f"run {report.run}: {report.status}, {landed_summary(report)}"
 
 
-def landed_words(report: RunReport) -> str:
+def landed_summary(report: RunReport) -> str:
     """Return how many tasks succeeded, on which branch they landed, and the source of an imported record.
 
     A task that is done has nothing that could land. A run's own branch exists from the first landing on.
@@ -113,48 +113,50 @@ def landed_words(report: RunReport) -> str:
     exists = report.target != f"council/{report.run}" or own_branch(report)
     target = f" on {report.target}" if report.target and exists else ""
     source = "" if report.imported is None else f" (imported from {report.imported})"
-    return plain(f"{done}{states[TaskStatus.LANDED]} of {len(report.tasks)} landed{target}{source}")
+    return printable(f"{done}{states[TaskStatus.LANDED]} of {len(report.tasks)} landed{target}{source}")
 
 
 def state_counts(report: RunReport) -> list[str]:
     """Return how many tasks are in each state other than success, the most frequent first."""
-    states = Counter(state_words(task.state) for task in report.tasks if task.state not in SUCCESSFUL)
+    states = Counter(format_state(task.state) for task in report.tasks if task.state not in SUCCESS_STATUSES)
     return [f"{count} {state}" for state, count in states.most_common()]
 
 
-def text_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
+def result_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield rows as plain lines, in columns."""
     return chain.from_iterable(lines for _, lines in row_lines(rows))
 
 
 def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[str]]]:
     """Yield each row with its lines: name and state in columns, the reason, and the next commands."""
-    heads = aligned([(short_name(row.task), row.state, "|") for row in rows], "  ")
+    heads = align_columns([(short_name(row.task), row.state, "|") for row in rows], "  ")
     for row, head in zip(rows, heads, strict=True):
         about = wrapped(row.what, head=head.removesuffix("|"), indent="      ")
         yield row, [*about, *(f"    {step}" for step in row.steps)]
 
 
-def running_lines(report: RunReport) -> Iterator[str]:
+def running_task_lines(report: RunReport) -> Iterator[str]:
     """Yield the totals of a run, and the tasks that are running, being checked or landing now."""
-    yield summary(report)
-    running = [task for task in report.tasks if task.state in RUNNING]
-    yield from text_lines(list(result_rows(replace(report, tasks=running), {})))
+    yield run_summary(report)
+    running = [task for task in report.tasks if task.state in ACTIVE_STATUSES]
+    yield from result_lines(list(result_rows(replace(report, tasks=running), {})))
 
 
-def hints(report: RunReport) -> Iterator[str]:
+def next_step_hints(report: RunReport) -> Iterator[str]:
     """Say who is at work, where that are several, and what to type next."""
-    yield from _at_work(report)
+    yield from _active_processes(report)
     for adapter in report.adapters:
-        yield adapter_line(adapter, remedy(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING))
+        yield adapter_line(
+            adapter, reopen_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
+        )
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
     asked = [task.id for task in report.tasks if task.state == TaskStatus.WAITING]
     if asked:
-        yield f"Waiting for a person to approve: {plain(', '.join(asked))}."
-    yield from background_error(report)
+        yield f"Waiting for a person to approve: {printable(', '.join(asked))}."
+    yield from background_error_lines(report)
     if report.halted is not None:
-        yield "Halted: " + plain(report.halted, keep="\n")
+        yield "Halted: " + printable(report.halted, keep="\n")
     for place in report.damage:
         yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):
@@ -164,7 +166,7 @@ def hints(report: RunReport) -> Iterator[str]:
 
 def next_line(report: RunReport) -> Iterator[str]:
     """Yield the next command for a run, where it has one; a halt that is not of a budget has its own remedy."""
-    if report.halted is not None and report.halted_by is not Halt.BUDGET:
+    if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
         return
     if step := run_step(report):
         if waits_for_merge(report) and "council merge" in step:
@@ -172,26 +174,26 @@ def next_line(report: RunReport) -> Iterator[str]:
         yield f"Next: {step}"
 
 
-def background_error(report: RunReport) -> Iterator[str]:
+def background_error_lines(report: RunReport) -> Iterator[str]:
     """Say why the process in the background ended, if that failed."""
     if report.background is not None:
-        yield f"Its process in the background has ended: {plain(one_line(report.background))}"
+        yield f"Its process in the background has ended: {printable(one_line(report.background))}"
 
 
-def _at_work(report: RunReport) -> Iterator[str]:
+def _active_processes(report: RunReport) -> Iterator[str]:
     others = [one for one in report.orchestrators if one.ended is None]
     if report.status is RunStatus.RUNNING and len(others) > 1:
-        each = ", ".join(f"{one.pid} on {plain(one.host)}{_at(report, one)}" for one in others)
+        each = ", ".join(f"{one.pid} on {printable(one.host)}{_at(report, one)}" for one in others)
         yield f"{len(others)} processes are at work: {each}."
 
 
 def _at(report: RunReport, process: OrchestratorReport) -> str:
     """Return in brackets the tasks whose sessions a process runs; nothing where it runs none."""
     tasks = [one.task for one in report.sessions if one.orchestrator == process.id]
-    return f" ({plain(', '.join(tasks))})" if tasks else ""
+    return f" ({printable(', '.join(tasks))})" if tasks else ""
 
 
-def remedy(adapter: str, run: str, *, is_running: bool) -> str:
+def reopen_adapter_command(adapter: str, run: str, *, is_running: bool) -> str:
     """Return the command to use an adapter again that a run has stopped."""
     return f"council adapters reopen {shlex.quote(adapter)} --run {run}" if is_running else f"council resume {run}"
 
@@ -199,5 +201,5 @@ def remedy(adapter: str, run: str, *, is_running: bool) -> str:
 def adapter_line(adapter: AdapterReport, command: str) -> str:
     """Say why an adapter can't be used now, and by which command it is used again."""
     if adapter.closed is not None:
-        return f"Adapter {adapter.name} is stopped: {plain(one_line(adapter.closed))}. Fix that, then `{command}`."
-    return f"Adapter {adapter.name} pauses until {local_time(adapter.parked_until or 0.0)}."
+        return f"Adapter {adapter.name} is stopped: {printable(one_line(adapter.closed))}. Fix that, then `{command}`."
+    return f"Adapter {adapter.name} pauses until {format_local_time(adapter.parked_until or 0.0)}."

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from orchestrator.cli.render.columns import aligned
-from orchestrator.cli.render.output import kept_name, one_line, plain
-from orchestrator.cli.render.table import ago, amount, duration
-from orchestrator.domain.runs.model import WAITING_TO_LAND
-from orchestrator.domain.runs.phases import Given, PhaseStatus
-from orchestrator.engine.reports.story import Figures, HandoffStory, SessionStory, Story, VisitStory
-from orchestrator.system.instants import local_time
+from orchestrator.cli.render.columns import align_columns
+from orchestrator.cli.render.output import one_line, printable, salvage_name
+from orchestrator.cli.render.table import format_age, format_count, format_elapsed
+from orchestrator.domain.runs.model import LANDING_STATUSES
+from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
+from orchestrator.engine.reports.story import (
+    AttemptDetails,
+    HandoffDetails,
+    PhaseVisitDetails,
+    TaskDetails,
+    UsageTotals,
+)
+from orchestrator.system.instants import format_local_time
 
 #: Characters of a digest, and of a commit, that tell it from others.
-_SHORT = 10
+_SHORT_DIGEST = 10
 #: Characters of what was handed over, and of what was asked.
 _LONGEST = 200
 #: Paths that are named, and findings of a review.
-_NAMED = 10
+_MAX_NAMED = 10
 #: How states of visits read that are called otherwise.
 _WORDS: Mapping[str, str] = {
     PhaseStatus.IN_PROGRESS: "in progress",
@@ -27,15 +33,15 @@ _WORDS: Mapping[str, str] = {
 }
 
 
-def story_lines(story: Story, now: float) -> Iterator[str]:
+def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
     """Yield the task, its phases, sessions and handoffs, its landing and figures, each under a heading."""
-    yield plain(f"task {story.task} of run {story.run}: {story.state.replace('_', ' ')}")
-    yield from aligned(list(_head(story, now)), "  ")
+    yield printable(f"task {story.task} of run {story.run}: {story.state.replace('_', ' ')}")
+    yield from align_columns(list(_head(story, now)), "  ")
     if story.phases or story.ahead:
         yield "phases"
     for visit in story.phases:
         yield from _visit(visit, story)
-    yield from (plain(f"  {name}: to come") for name in story.ahead)
+    yield from (printable(f"  {name}: to come") for name in story.ahead)
     if story.sessions:
         yield "sessions"
     for session in story.sessions:
@@ -45,13 +51,13 @@ def story_lines(story: Story, now: float) -> Iterator[str]:
         for handoff in story.handoffs:
             yield from _handoff(handoff)
     yield "landing"
-    yield plain(f"  {_landing(story)}")
+    yield printable(f"  {_landing(story)}")
     if story.sessions:
         yield "figures"
         yield f"  {_figures(story.figures)}"
 
 
-def _head(story: Story, now: float) -> Iterator[list[str]]:
+def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
     source = "" if story.tracker is None else f" (from {story.tracker})"
     told = {
         "asked": "" if story.asked is None else f"{one_line(' '.join(story.asked.split()), _LONGEST)}{source}",
@@ -62,13 +68,15 @@ def _head(story: Story, now: float) -> Iterator[list[str]]:
         "attempts": str(story.attempts),
         "needs": ", ".join(story.needs),
         "reason": one_line(story.reason or ""),
-        "latest": "" if story.latest is None else f"{one_line(story.latest.text)} ({ago(story.latest.time, now)})",
+        "latest": ""
+        if story.latest is None
+        else f"{one_line(story.latest.text)} ({format_age(story.latest.time, now)})",
         "damage": "; ".join(story.damage),
     }
     yield from ([name, value] for name, value in told.items() if value)
 
 
-def _visit(visit: VisitStory, story: Story) -> Iterator[str]:
+def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
     again = f" (visit {visit.visit})" if visit.visit > 1 else ""
     ended = {one.attempt for one in story.sessions if one.ended is not None}
     is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
@@ -77,35 +85,35 @@ def _visit(visit: VisitStory, story: Story) -> Iterator[str]:
         did.append(f"verdict: {visit.verdict}")
     if visit.figures.sessions:
         did += [_figures(visit.figures), " then ".join(visit.adapters)]
-    yield plain(f"  {visit.phase}{again}: {', '.join(did)}")
-    yield from aligned(list(_details(visit, story)), "    ")
+    yield printable(f"  {visit.phase}{again}: {', '.join(did)}")
+    yield from align_columns(list(_details(visit, story)), "    ")
 
 
-def _details(visit: VisitStory, story: Story) -> Iterator[list[str]]:
-    times = [local_time(one) for one in (visit.started, visit.ended) if one is not None]
+def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]]:
+    times = [format_local_time(one) for one in (visit.started, visit.ended) if one is not None]
     told = {
         "time": " to ".join(times) if visit.figures.sessions else "",
         "sessions": ", ".join(map(str, visit.attempts)),
         "given": "" if visit.given is None else _given(visit.given),
         "received": ", ".join(_named(one, story) for one in visit.received),
         "handed over": "" if visit.handoff is None else _named(visit.handoff, story),
-        "built": "" if visit.commit is None else visit.commit[:_SHORT],
+        "built": "" if visit.commit is None else visit.commit[:_SHORT_DIGEST],
         "rounds": str(visit.rounds or ""),
         "repairs": str(visit.repairs or ""),
         "note": one_line(visit.note or ""),
         "reason": one_line(visit.reason or ""),
-        "discarded": _some(visit.discarded),
+        "discarded": _format_paths(visit.discarded),
     }
     yield from ([name, value] for name, value in told.items() if value)
-    for one in visit.findings[:_NAMED]:
+    for one in visit.findings[:_MAX_NAMED]:
         place = ":".join(str(part) for part in (one.get("path"), one.get("line")) if part)
         said = filter(None, [place, f"({one.get('severity')})", str(one.get("message") or "")])
         yield ["finding", one_line(" ".join(said))]
-    if len(visit.findings) > _NAMED:
-        yield ["finding", f"and {len(visit.findings) - _NAMED} more"]
+    if len(visit.findings) > _MAX_NAMED:
+        yield ["finding", f"and {len(visit.findings) - _MAX_NAMED} more"]
 
 
-def _given(given: Given) -> str:
+def _given(given: GivenValues) -> str:
     """Say what a phase was given, how much of all that is, and what was left out."""
     if not given.keys and not given.left_out:
         return "nothing, as nothing was known"
@@ -114,7 +122,7 @@ def _given(given: Given) -> str:
     return f"{names} ({given.size:,} of {given.whole:,} bytes{left})"
 
 
-def _named(handoff: str, story: Story) -> str:
+def _named(handoff: str, story: TaskDetails) -> str:
     """Return what a handoff is and where it comes from, by its id."""
     found = next((one for one in story.handoffs if one.id == handoff), None)
     if found is None:
@@ -123,41 +131,41 @@ def _named(handoff: str, story: Story) -> str:
     return f"{found.kind}{source} (session {found.attempt})"
 
 
-def _session(one: SessionStory) -> Iterator[str]:
+def _session(one: AttemptDetails) -> Iterator[str]:
     parts = [one.outcome or ("running" if one.ended is None else "ended"), one.adapter]
     if one.model is not None:
         parts.append(one.model)
-    parts += [duration(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)]
+    parts += [format_elapsed(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)]
     if one.is_estimated:
         parts.append("by price")
     if one.resumed:
         parts.append("went on with an earlier conversation")
-    yield plain(f"  {one.attempt} {one.phase}: {', '.join(parts)}")
+    yield printable(f"  {one.attempt} {one.phase}: {', '.join(parts)}")
     told = {
         "reason": one_line(one.reason or ""),
         "says": one_line(one.words or "", _LONGEST),
-        "kept as": "" if one.branch is None else kept_name(one.branch),
+        "kept as": "" if one.branch is None else salvage_name(one.branch),
         "log": one.log,
         "check": one.check_log or "",
-        "discarded": _some(one.discarded),
+        "discarded": _format_paths(one.discarded),
         "denied": one_line(str(one.denied)),
     }
-    yield from aligned([[name, value] for name, value in told.items() if value], "    ")
+    yield from align_columns([[name, value] for name, value in told.items() if value], "    ")
 
 
-def _handoff(one: HandoffStory) -> Iterator[str]:
+def _handoff(one: HandoffDetails) -> Iterator[str]:
     where = f"from {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
     state = "intact" if one.is_intact else "NOT intact: it does not hold what its digest says"
-    parts = [where, one.protocol, f"by {one.by}", f"{one.digest[: _SHORT + len('sha256:')]}, {state}"]
+    parts = [where, one.protocol, f"by {one.by}", f"{one.digest[: _SHORT_DIGEST + len('sha256:')]}, {state}"]
     if one.key is not None:
         parts.append(f"shared as {one.key}, version {one.version}")
-    yield plain(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
+    yield printable(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
     received = ", ".join(f"{receipt.phase} (session {receipt.attempt})" for receipt in one.receipts)
     taken = [["received", received or "by nobody yet"]] if received or one.to is not None else []
-    yield from aligned([*taken, ["holds", _short(one.data)]], "    ")
+    yield from align_columns([*taken, ["holds", _short(one.data)]], "    ")
     if one.mediation is not None:
         how = one.mediation.transformation or "the default"
-        yield from aligned([["mediated", f"by {how}"], ["made", _short(one.mediation.processed)]], "    ")
+        yield from align_columns([["mediated", f"by {how}"], ["made", _short(one.mediation.processed)]], "    ")
 
 
 def _short(value: object) -> str:
@@ -165,33 +173,33 @@ def _short(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters, all of it by --json)"
 
 
-def _landing(story: Story) -> str:
+def _landing(story: TaskDetails) -> str:
     one = story.landing
     request = "" if one.pull_request is None else f", pull request {one.pull_request}"
     if one.landed is not None:
-        when = "" if one.time is None else f", {local_time(one.time)}"
-        return f"landed as {one.landed[:_SHORT]} on {one.target}{when}{request}"
+        when = "" if one.time is None else f", {format_local_time(one.time)}"
+        return f"landed as {one.landed[:_SHORT_DIGEST]} on {one.target}{when}{request}"
     if one.paths:
-        kept = "" if one.branch is None else f"; kept as {kept_name(one.branch)}"
-        return f"conflicts with {one.target} in {_some(one.paths)}{kept}{request}"
-    if one.waiting is not None and story.state in WAITING_TO_LAND:
-        return f"{one.waiting[:_SHORT]}, built by session {one.attempt}, waits to land on {one.target}{request}"
+        kept = "" if one.branch is None else f"; kept as {salvage_name(one.branch)}"
+        return f"conflicts with {one.target} in {_format_paths(one.paths)}{kept}{request}"
+    if one.waiting is not None and story.state in LANDING_STATUSES:
+        return f"{one.waiting[:_SHORT_DIGEST]}, built by session {one.attempt}, waits to land on {one.target}{request}"
     if one.branch is not None:
-        return f"not landed; what there is is kept as {kept_name(one.branch)}{request}"
+        return f"not landed; what there is is kept as {salvage_name(one.branch)}{request}"
     return f"nothing has landed{request}"
 
 
-def _figures(one: Figures) -> str:
+def _figures(one: UsageTotals) -> str:
     sessions = f"{one.sessions} {'session' if one.sessions == 1 else 'sessions'}"
-    return ", ".join([sessions, duration(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)])
+    return ", ".join([sessions, format_elapsed(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)])
 
 
 def _used(tokens_in: int, tokens_out: int, cost: float | None) -> list[str]:
-    told = [f"{amount(tokens_in + tokens_out)} tokens"] if tokens_in or tokens_out else []
+    told = [f"{format_count(tokens_in + tokens_out)} tokens"] if tokens_in or tokens_out else []
     return told if cost is None else [*told, f"${cost:.4f}"]
 
 
-def _some(paths: Sequence[str]) -> str:
+def _format_paths(paths: Sequence[str]) -> str:
     """Return paths in a line, of many the first."""
-    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-    return f"{', '.join(paths[:_NAMED])}{more}"
+    more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
+    return f"{', '.join(paths[:_MAX_NAMED])}{more}"

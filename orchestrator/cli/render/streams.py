@@ -13,7 +13,7 @@ from typing import TextIO
 import click
 
 #: What is raised for a pipe that nobody reads any more and for a terminal that has hung up.
-_GONE = frozenset({errno.EPIPE, errno.EIO})
+_READER_GONE_ERRORS = frozenset({errno.EPIPE, errno.EIO})
 
 
 @contextmanager
@@ -26,8 +26,8 @@ def usable_streams() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        forget(sys.stdout)
-        click.echo(f"council: {unwritten(error)}", err=True)
+        redirect_to_null(sys.stdout)
+        click.echo(f"council: {write_error_message(error)}", err=True)
         sys.exit(1)
 
 
@@ -41,16 +41,16 @@ def _open_missing() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
 
 
-def forget(stream: TextIO) -> None:
+def redirect_to_null(stream: TextIO) -> None:
     """Have what is printed there from now on go nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def has_gone(error: OSError) -> bool:
+def is_reader_gone(error: OSError) -> bool:
     """Whether nobody reads any more what could not be written."""
-    return error.errno in _GONE
+    return error.errno in _READER_GONE_ERRORS
 
 
-def unwritten(error: OSError) -> str:
+def write_error_message(error: OSError) -> str:
     """Say that what was to be printed is not all there."""
     return f"standard output can't be written: {error.strerror}"

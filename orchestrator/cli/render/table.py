@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from orchestrator.cli.render.output import lines
+from orchestrator.cli.render.output import format_line_counts
 from orchestrator.domain.runs.model import TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.repo.git.change_counts import Changes
 
-PHASES: Mapping[TaskStatus, str] = {
+ACTIVITY_LABELS: Mapping[TaskStatus, str] = {
     TaskStatus.PENDING: "waiting",
     TaskStatus.RUNNING: "build",
     TaskStatus.QUEUED: "queued",
@@ -27,26 +27,26 @@ PHASES: Mapping[TaskStatus, str] = {
     TaskStatus.FAILED: "failed",
     TaskStatus.CANCELLED: "cancelled",
 }
-RETRY = "retry"
+RETRY_LABEL = "retry"
 """What waits for another attempt."""
 
 
-def phase(task: TaskDocument, *, is_blocked: bool = False) -> str:
+def activity_label(task: TaskDocument, *, is_blocked: bool = False) -> str:
     """Return what a task is doing, in a word."""
     if task.status is TaskStatus.PENDING and is_blocked:
         return "blocked"
-    if task.status is TaskStatus.PENDING and task.attempts and not _goes_on(task):
-        return RETRY
-    return PHASES[task.status]
+    if task.status is TaskStatus.PENDING and task.attempts and not _is_between_phases(task):
+        return RETRY_LABEL
+    return ACTIVITY_LABELS[task.status]
 
 
-def _goes_on(task: TaskDocument) -> bool:
+def _is_between_phases(task: TaskDocument) -> bool:
     """Whether a task waits for its next phase, and not because anything has failed."""
     return bool(task.phases) and task.attempt.outcome in {"built", "completed"}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TaskRow:
     """One task, as text that a terminal only shows."""
 
     task: str
@@ -61,7 +61,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class RunTotals:
     """How many tasks are where, and what all of them took; times in seconds."""
 
     landed: int
@@ -88,16 +88,16 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class TableFrame:
     """What a terminal shows at an instant; `more` counts the tasks that have no row."""
 
-    rows: Sequence[Row]
+    rows: Sequence[TaskRow]
     more: str
     totals: str
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class RemainingWork:
     """What is left to do: `build` and `land` are the seconds that a task's sessions and its landing took on average.
 
     `working` has for each session at work how many tasks the longest chain of needs has that begins with it, and
@@ -113,7 +113,7 @@ class Ahead:
     capacity: int
 
 
-def time_left(ahead: Ahead) -> float:
+def estimate_time_left(ahead: RemainingWork) -> float:
     """Return the seconds that what is left will take, going by what was: no less than any of three bounds.
 
     All sessions side by side, as many as fit; the longest chain, one after another; all landings, one at a time.
@@ -126,7 +126,7 @@ def time_left(ahead: Ahead) -> float:
     return max(side_by_side, landings, ahead.chain * each, *chains, 0.0)
 
 
-def chains(entries: Mapping[str, Entry]) -> dict[str, int]:
+def longest_chains(entries: Mapping[str, DispatchEntry]) -> dict[str, int]:
     """Return for each task how many tasks the longest chain of needs has that begins with it."""
     lengths = dict.fromkeys(entries, 1)
     waiting = Counter(need for entry in entries.values() for need in set(entry.needs))
@@ -141,7 +141,7 @@ def chains(entries: Mapping[str, Entry]) -> dict[str, int]:
     return lengths
 
 
-def choose(working: Iterable[str], waiting: Iterable[str], over: Iterable[str], room: int) -> list[str]:
+def choose_rows(working: Iterable[str], waiting: Iterable[str], over: Iterable[str], room: int) -> list[str]:
     """Return the tasks that get one of `room` rows: what is at work, then what has changed and what comes next.
 
     `over` begins with what changed last; of what is left by those at work it gets the half, and what nobody needs.
@@ -153,19 +153,19 @@ def choose(working: Iterable[str], waiting: Iterable[str], over: Iterable[str], 
     return chosen + coming[: room - len(chosen)]
 
 
-def duration(seconds: float) -> str:
+def format_elapsed(seconds: float) -> str:
     """Return a length of time as on a clock, as in 0:42, 12:03 or 1:02:03."""
     whole = max(int(seconds), 0)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def ago(time: float, now: float) -> str:
+def format_age(time: float, now: float) -> str:
     """Return how long ago something was, as in `0:42 ago`."""
-    return f"{duration(now - time)} ago"
+    return f"{format_elapsed(now - time)} ago"
 
 
-def about(seconds: float) -> str:
+def format_estimate(seconds: float) -> str:
     """Return a length of time in words, as in `about 40 s`, `about 4 min` or `about 2 h 10 min`: rounded up."""
     if seconds <= 55:
         return f"about {max(math.ceil(seconds / 5) * 5, 5)} s"
@@ -176,7 +176,7 @@ def about(seconds: float) -> str:
     return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
 
 
-def amount(number: int) -> str:
+def format_count(number: int) -> str:
     """Return a number as people read it, as in 950, 12.3k or 4.5M."""
     for size, unit in ((1_000_000, "M"), (1_000, "k")):
         if number >= size:
@@ -184,7 +184,7 @@ def amount(number: int) -> str:
     return str(number)
 
 
-def totals_line(totals: Totals) -> str:
+def totals_line(totals: RunTotals) -> str:
     """Return the totals as one line; what is zero and need not be told is left out."""
     counts = {
         "landed": totals.landed,
@@ -197,16 +197,16 @@ def totals_line(totals: Totals) -> str:
         **(totals.ended or {"failed": totals.failed}),
     }
     parts = [f"{count} {name}" for name, count in counts.items() if count or name in {"landed", "running"}]
-    parts.append(duration(totals.elapsed))
+    parts.append(format_elapsed(totals.elapsed))
     if totals.left is not None:
-        parts.append(f"{about(totals.left)} left")
+        parts.append(f"{format_estimate(totals.left)} left")
     # The capacity is that of one process, and others may be at work beside it.
     most = f" of {totals.capacity}" if totals.sessions <= totals.capacity else ""
     parts.append(f"{totals.sessions}{most} sessions")
     if totals.changes.files:
-        parts.append(lines(totals.changes))
+        parts.append(format_line_counts(totals.changes))
     if totals.tokens:
-        parts.append(f"{amount(totals.tokens)} tokens")
+        parts.append(f"{format_count(totals.tokens)} tokens")
     if totals.cost is not None:
         parts.append(f"${totals.cost:.2f}")
     return " · ".join(parts)

@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from orchestrator.config.source.problems import Position, Problems, shown
+from orchestrator.config.source.problems import Position, Problems, quote_text
 from orchestrator.config.source.scalars import resolve_plain
 
-DEEPEST: Final = 64
+MAX_DEPTH: Final = 64
 """How many collections may lie within each other."""
 
 # The YAML reader gives up at the first of these; replaced, the rest of the file can be read.
@@ -84,7 +84,7 @@ def read_document(text: str, problems: Problems) -> Node | None:
     return builder.result()
 
 
-def find_not_text(text: str) -> str | None:
+def find_invalid_character(text: str) -> str | None:
     """Return the first character that no program argument and no JSON reader takes, None if there is none."""
     found = _NOT_TEXT.search(text)
     return None if found is None else found[0]
@@ -174,8 +174,8 @@ class _Builder:
 
     def _start(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, at: Position) -> bool:
         self._refuse_properties(event, at)
-        if len(self._open) == DEEPEST:
-            self._problems.add(at, f"more than {DEEPEST} collections lie in each other", "nest less deeply")
+        if len(self._open) == MAX_DEPTH:
+            self._problems.add(at, f"more than {MAX_DEPTH} collections lie in each other", "nest less deeply")
             self._too_deep = True
             return False
         self._open.append(_Open(at, {} if isinstance(event, yaml.MappingStartEvent) else []))
@@ -194,7 +194,7 @@ class _Builder:
             return UNREADABLE
 
     def _quoted(self, text: str, at: Position) -> Any:
-        found = find_not_text(text)
+        found = find_invalid_character(text)
         if found is None:
             return text
         self._problems.add(at, f"the text holds the character {found!r}", "remove that escape")
@@ -206,7 +206,7 @@ class _Builder:
         if event.anchor is not None:
             self._problems.add(at, "anchors are not taken", f"remove &{event.anchor}")
         if event.tag is not None:
-            self._problems.add(at, "tags are not taken", f"remove {shown(event.tag)}, quote what must be text")
+            self._problems.add(at, "tags are not taken", f"remove {quote_text(event.tag)}, quote what must be text")
         return event.tag is not None
 
     def _place(self, node: Node, *, plain: bool = False) -> None:
@@ -236,7 +236,7 @@ class _Builder:
         elif key in keys:
             first = keys[key].line
             self._problems.add(
-                node.at, f"the key {shown(key)} is there already, on line {first}", "keep one of the two"
+                node.at, f"the key {quote_text(key)} is there already, on line {first}", "keep one of the two"
             )
         else:
             keys[key] = node.at

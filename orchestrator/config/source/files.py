@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 #: Bytes of a file of a run.
-LARGEST_FILE: Final = 8 << 20
+MAX_FILE_BYTES: Final = 8 << 20
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular_file(path: Path) -> BinaryIO:
     """Open a file for reading; OSError for what is no regular file. Blocks.
 
     Opening a named pipe that nobody writes to would never return, nor reading some devices.

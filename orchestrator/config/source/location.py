@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.config.source.document import DEEPEST
-from orchestrator.config.source.files import LARGEST_FILE, open_regular
+from orchestrator.config.source.document import MAX_DEPTH
+from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
 from orchestrator.config.source.names import is_url
 
 
@@ -19,8 +19,8 @@ def named_repository(path: Path) -> Path | None:
     Blocks while it reads, no further than that key.
     """
     try:
-        with open_regular(path) as file:
-            events = yaml.parse(file.read(LARGEST_FILE), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        with open_regular_file(path) as file:
+            events = yaml.parse(file.read(MAX_FILE_BYTES), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
             repo = next((value for key, value in _top_scalars(events) if key == "repo"), None)
         return None if repo is None or is_url(repo) else Path(os.path.realpath(path.parent / repo))
     except (yaml.YAMLError, OSError, ValueError, OverflowError):
@@ -33,7 +33,7 @@ def _top_scalars(events: Iterator[yaml.Event]) -> Iterator[tuple[str, str]]:
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
-            if depth > DEEPEST:  # refused when the file is read; what the parser takes grows with depth times length
+            if depth > MAX_DEPTH:  # refused when the file is read; what the parser takes grows with depth times length
                 return
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from orchestrator.config.source.problems import shown
-from orchestrator.domain.scheduling.ownership import segments_of
+from orchestrator.config.source.problems import quote_text
+from orchestrator.domain.scheduling.ownership import split_path
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME_REMEDY: Final = (
@@ -32,7 +32,7 @@ _SCHEMES: Final = ("https", "http", "ssh", "git", "file")
 def check_name(text: str) -> str:
     """Accept an id of a task or adapter: it becomes a part of git refs and of folder names."""
     if not _NAME.fullmatch(text) or ".." in text or text.endswith((".", ".lock")):
-        raise ValueError(f"{shown(text)} can't be a name: {_NAME_REMEDY}")
+        raise ValueError(f"{quote_text(text)} can't be a name: {_NAME_REMEDY}")
     return text
 
 
@@ -40,7 +40,9 @@ def check_branch(text: str) -> str:
     """Accept the name of a branch, by the rules of git-check-ref-format(1)."""
     fault = _branch_fault(text)
     if fault:
-        raise ValueError(f"{shown(text)} can't be a branch, {fault}: write a branch's name, as in main or team/work")
+        raise ValueError(
+            f"{quote_text(text)} can't be a branch, {fault}: write a branch's name, as in main or team/work"
+        )
     return text
 
 
@@ -67,30 +69,30 @@ def check_path(text: str) -> str:
     control = _CONTROL.search(text)
     if control:
         raise ValueError(f"the path holds the character {control[0]!r}: remove it, or give the file another name")
-    segments = segments_of(text)
+    segments = split_path(text)
     if any(segment.casefold() == ".git" for segment in segments):
-        raise ValueError(f"{shown(text)} is what git itself works with: name another path")
+        raise ValueError(f"{quote_text(text)} is what git itself works with: name another path")
     return "/".join(segments)
 
 
-def check_kept(text: str) -> str:
+def check_kept_path(text: str) -> str:
     """Return the name of what is anywhere in a repository, or a path as `check_path` does; neither has wildcards."""
     wildcard = _WILDCARD.search(text)
     if wildcard:
-        raise ValueError(f"{shown(text)} has the wildcard {wildcard[0]!r}: write a name, or a path from the top")
+        raise ValueError(f"{quote_text(text)} has the wildcard {wildcard[0]!r}: write a name, or a path from the top")
     return check_path(text)
 
 
 def check_repo(text: str) -> str:
     """Accept a path, a URL of a scheme that git speaks by itself, or `host:path`."""
     if not text.strip() or _CONTROL.search(text):
-        raise ValueError(f"{shown(text)} can't be a repository: write a path or a URL")
+        raise ValueError(f"{quote_text(text)} can't be a repository: write a path or a URL")
     # git would take the first as an option, and run a program for the second.
     if text.startswith("-") or "::" in text.partition("/")[0]:
-        raise ValueError(f"{shown(text)} can't be a repository: write ./ before a path that begins like this")
+        raise ValueError(f"{quote_text(text)} can't be a repository: write ./ before a path that begins like this")
     scheme = _SCHEME.match(text)
     if scheme and scheme[1].lower() not in _SCHEMES:
-        raise ValueError(f"{shown(text)} can't be a repository: write a path or a URL of {', '.join(_SCHEMES)}")
+        raise ValueError(f"{quote_text(text)} can't be a repository: write a path or a URL of {', '.join(_SCHEMES)}")
     return text
 
 

@@ -59,18 +59,18 @@ class Problems:
         return ConfigError(sorted(self._found, key=self._found.__getitem__))
 
 
-def shown(value: str) -> str:
+def quote_text(value: str) -> str:
     """Return text as it is quoted in a message: escaped and cut to a readable length."""
     return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…")
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
+def join_names(names: Sequence[str], most: int = 5) -> str:
     """Return some of the names, and how many there are beside."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def kind(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return what a value of the file is, in words."""
     match value:
         case None:
@@ -80,14 +80,14 @@ def kind(value: Any) -> str:
         case int() | float():
             return f"the number {value}"
         case str():
-            return f"the text {shown(value)}"
+            return f"the text {quote_text(value)}"
         case list():
             return "a list" if value else "an empty list"
         case _:
             return "a mapping" if value else "an empty mapping"
 
 
-class Vocabulary:
+class KnownWords:
     """The words that are known in one place; `plural` is what they are called together."""
 
     def __init__(self, words: Iterable[str], plural: str) -> None:
@@ -95,7 +95,7 @@ class Vocabulary:
         self._folded = {word.casefold(): word for word in self._words}
         self._plural = plural
 
-    def instead_of(self, unknown: str) -> str:
+    def suggest(self, unknown: str) -> str:
         """Return the remedy for a word that is not among them: the nearest one, or what there is."""
         near = self._folded.get(unknown.casefold())
         if near is None and len(self._words) <= _MOST_CANDIDATES:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from orchestrator.config.source.files import open_regular
+from orchestrator.config.source.files import open_regular_file
 
-LARGEST_PROMPT: Final = 1 << 20
+MAX_PROMPT_BYTES: Final = 1 << 20
 """Bytes."""
 
 
@@ -17,7 +17,7 @@ def read_prompt(path: Path) -> str:
         data = _read_regular(path)
     except OSError as error:
         raise ValueError(f"{path} can't be read, {_reason(error)}: name a readable file") from error
-    if len(data) > LARGEST_PROMPT:
+    if len(data) > MAX_PROMPT_BYTES:
         raise ValueError(f"{path} is larger than 1 MiB: shorten it, or let the prompt name files to read")
     try:
         text = data.decode("utf-8-sig")
@@ -31,8 +31,8 @@ def read_prompt(path: Path) -> str:
 
 
 def _read_regular(path: Path) -> bytes:
-    with open_regular(path) as file:
-        return file.read(LARGEST_PROMPT + 1)
+    with open_regular_file(path) as file:
+        return file.read(MAX_PROMPT_BYTES + 1)
 
 
 def _reason(error: OSError) -> str:

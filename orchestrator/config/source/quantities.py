@@ -6,11 +6,11 @@ import math
 import re
 from typing import Any, Final
 
-from orchestrator.config.source.problems import kind
+from orchestrator.config.source.problems import describe_value
 
-LONGEST: Final = 30 * 86400.0
+MAX_DURATION: Final = 30 * 86400.0
 """The longest duration that is taken, in seconds."""
-LONGEST_RETENTION: Final = 3650 * 86400.0
+MAX_RETENTION: Final = 3650 * 86400.0
 """The same of how long something is kept."""
 
 _SECONDS: Final = (86400.0, 3600.0, 60.0, 1.0, 0.001)
@@ -18,26 +18,26 @@ _DURATION = re.compile("".join(f"(?:([0-9]{{1,12}}){unit})?" for unit in ("d", "
 _SIZE = re.compile(r"([0-9]{1,16})(K|M|G|T)?(i)?B")
 _COUNT = re.compile(r"([0-9]{1,16})(k|M)?")
 _THOUSANDS: Final = {None: 1, "k": 1000, "M": 1_000_000}
-LARGEST_COUNT: Final = 10**15
-MOST_DOLLARS: Final = 1_000_000
+MAX_COUNT: Final = 10**15
+MAX_DOLLARS: Final = 1_000_000
 _POWERS: Final = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
-LARGEST_SIZE: Final = 1 << 50  # bytes
+MAX_SIZE_BYTES: Final = 1 << 50  # bytes
 # For JSON Schema: the same forms, as searches. What is too long or too large is for the parsers to say.
 DURATION_PATTERN: Final = f"^(?=.*[1-9]){_DURATION.pattern}$"
-SILENCE_PATTERN: Final = f"^off$|{DURATION_PATTERN}"
+OPTIONAL_DURATION_PATTERN: Final = f"^off$|{DURATION_PATTERN}"
 SIZE_PATTERN: Final = f"^(?=.*[1-9]){_SIZE.pattern}$"
 COUNT_PATTERN: Final = f"^(?=.*[1-9]){_COUNT.pattern}$"
 _REMEDY: Final = "write whole numbers with units, as in 500ms, 2s, 30m, 1h30m or 2d"
 
 
-def parse_duration(value: Any, *, longest: float = LONGEST) -> float:
+def parse_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
     """Return the seconds of a duration; ValueError, with the remedy, for any but a positive one up to `longest`."""
     if type(value) is int and value > 0:
         remedy = f"add its unit, as in {value}s or {value}m"
         raise ValueError(f"a duration can't be the bare number {value}: {remedy}")
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None or not value:
-        raise ValueError(f"a duration can't be {kind(value)}: {_REMEDY}")
+        raise ValueError(f"a duration can't be {describe_value(value)}: {_REMEDY}")
     seconds = sum(int(count) * unit for count, unit in zip(match.groups(), _SECONDS, strict=True) if count)
     if seconds <= 0:
         raise ValueError(f"the duration {value} is zero: write a positive one, as in 30m")
@@ -47,7 +47,7 @@ def parse_duration(value: Any, *, longest: float = LONGEST) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as `parse_silence` reads it, to the millisecond."""
+    """Return a duration as `parse_optional_duration` reads it, to the millisecond."""
     if seconds == math.inf:
         return "off"
     left, parts = round(seconds * 1000), []
@@ -57,7 +57,7 @@ def format_duration(seconds: float) -> str:
     return "".join(parts) or "0s"
 
 
-def parse_silence(value: Any, *, longest: float = LONGEST) -> float:
+def parse_optional_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
     """Return the seconds of a duration, or infinity for `off`; ValueError otherwise."""
     if value == "off":
         return math.inf
@@ -67,7 +67,7 @@ def parse_silence(value: Any, *, longest: float = LONGEST) -> float:
         raise ValueError(f"{error}, or off") from None
 
 
-def check_seconds(seconds: float, *, longest: float = LONGEST) -> float:
+def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:
     """Return seconds that come from code as a number; ValueError for anything but a positive number up to `longest`."""
     if not 0 < seconds <= longest:
         days = f"{longest / 86400:.0f} days"
@@ -77,21 +77,23 @@ def check_seconds(seconds: float, *, longest: float = LONGEST) -> float:
 
 def parse_count(value: Any) -> int:
     """Return a count (`k` is a thousand, `M` a million); ValueError for any but a positive one."""
-    if type(value) is int and 0 < value <= LARGEST_COUNT:
+    if type(value) is int and 0 < value <= MAX_COUNT:
         return value
     match = _COUNT.fullmatch(value) if isinstance(value, str) else None
     if match is None or not value:
-        raise ValueError(f"a count can't be {kind(value)}: write a positive whole number, as in 200000, 200k or 2M")
+        raise ValueError(
+            f"a count can't be {describe_value(value)}: write a positive whole number, as in 200000, 200k or 2M"
+        )
     count = int(match[1]) * _THOUSANDS[match[2]]
-    if not 0 < count <= LARGEST_COUNT:
-        raise ValueError(f"the count {value} is out of range: write a positive one, at most {LARGEST_COUNT}")
+    if not 0 < count <= MAX_COUNT:
+        raise ValueError(f"the count {value} is out of range: write a positive one, at most {MAX_COUNT}")
     return count
 
 
 def check_bytes(size: int) -> int:
     """Return a size that comes from code as a number; ValueError if it is out of range."""
-    if not 0 < size <= LARGEST_SIZE:
-        raise ValueError(f"the size {size} is out of range: give more than 0 and at most {LARGEST_SIZE} bytes")
+    if not 0 < size <= MAX_SIZE_BYTES:
+        raise ValueError(f"the size {size} is out of range: give more than 0 and at most {MAX_SIZE_BYTES} bytes")
     return size
 
 
@@ -104,14 +106,16 @@ def parse_size(value: Any) -> int:
     """Return the bytes of a size (KB, MB, GB, TB are powers of 1000, KiB and so on of 1024); ValueError otherwise."""
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f"a size can't be {kind(value)}: write a whole number with a unit, as in 500KB, 50MB or 2GiB")
+        raise ValueError(
+            f"a size can't be {describe_value(value)}: write a whole number with a unit, as in 500KB, 50MB or 2GiB"
+        )
     size: int = int(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]]
-    if not 0 < size <= LARGEST_SIZE:
+    if not 0 < size <= MAX_SIZE_BYTES:
         raise ValueError(f"the size {value} is out of range: write a positive one, at most 1024TiB")
     return size
 
 
-def shown_size(size: int) -> str:
+def format_size_short(size: int) -> str:
     """Return a number of bytes as people write it, rounded to two or three digits: `0B`, `4.1KB`, `250MB`."""
     shown, unit = float(size), "B"
     for larger in ("KB", "MB", "GB", "TB"):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.config.source.document import UNREADABLE, Node
-from orchestrator.config.source.problems import Position, Problems, Vocabulary, kind, shown
+from orchestrator.config.source.problems import KnownWords, Position, Problems, describe_value, quote_text
 
 Model = TypeVar("Model", bound=BaseModel)
 Location = tuple[int | str, ...]
@@ -57,7 +57,7 @@ def validate(
         return None
 
 
-def refuse_empty(node: Node | None, problems: Problems) -> None:
+def reject_empty_keys(node: Node | None, problems: Problems) -> None:
     """Note each key of a mapping that is followed by nothing, which a model would take as left out."""
     for key, child in node.children.items() if node is not None else ():
         if child.value is None:
@@ -69,21 +69,21 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
     found = _find(location, root)
     key = str(location[-1]) if location else ""
     if details["type"] == "extra_forbidden":
-        known = Vocabulary(_keys(model, location[:-1]), "the keys here").instead_of(key)
-        problems.add(found.key_at, f"the key {shown(key)} is not known", known)
-    elif found.node.value is UNREADABLE or _miscounted(details, found.node.value):
+        known = KnownWords(_keys(model, location[:-1]), "the keys here").suggest(key)
+        problems.add(found.key_at, f"the key {quote_text(key)} is not known", known)
+    elif found.node.value is UNREADABLE or _is_false_too_short(details, found.node.value):
         return
     elif details["type"] == "missing":
         problems.add(found.node.at, f"the key {key!r} is missing", f"add `{key}:` here")
     # pydantic marks a mistake in a key itself by this last part.
     elif key == "[key]":
         name = str(location[-2])
-        problems.add(found.key_at, *_explain(details, name, f"the key {shown(name)}"))
+        problems.add(found.key_at, *_explain(details, name, f"the key {quote_text(name)}"))
     else:
         problems.add(found.node.at, *_explain(details, found.node.value, found.label))
 
 
-def _miscounted(details: ErrorDetails, value: Any) -> bool:
+def _is_false_too_short(details: ErrorDetails, value: Any) -> bool:
     """Tell whether a list is called too short only because pydantic does not count what is wrong in itself."""
     return details["type"] == "too_short" and len(value) >= details["ctx"]["min_length"]
 
@@ -117,8 +117,8 @@ def _explain(details: ErrorDetails, value: Any, label: str) -> tuple[str, str]:
         return f"{label} is a mapping, which is what braces make", f'quote it: "{{{word}}}"'
     remedy = _REMEDIES.get(details["type"])
     if remedy is None:
-        return f"{label} is {kind(value)}", details["msg"]
-    return f"{label} is {kind(value)}", remedy.format_map(facts)
+        return f"{label} is {describe_value(value)}", details["msg"]
+    return f"{label} is {describe_value(value)}", remedy.format_map(facts)
 
 
 def _empty(label: str) -> tuple[str, str]:

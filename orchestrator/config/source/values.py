@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.config.source.document import DEEPEST, UNREADABLE, Node, find_not_text
-from orchestrator.config.source.problems import Position, Problems, shown
+from orchestrator.config.source.document import MAX_DEPTH, UNREADABLE, Node, find_invalid_character
+from orchestrator.config.source.problems import Position, Problems, quote_text
 from orchestrator.config.source.scalars import check_number
 
 
@@ -65,15 +65,15 @@ class _Reader:
 
     def _text(self, text: str, at: Position) -> Any:
         text = str.__str__(text)  # of an enumeration's member the plain text
-        found = find_not_text(text)
+        found = find_invalid_character(text)
         if found is None:
             return text
         self._problems.add(at, f"the text holds the character {found!r}", "remove it")
         return UNREADABLE
 
     def _collection(self, value: Mapping[Any, Any] | Iterable[Any], at: Position, depth: int) -> Node:
-        if depth == DEEPEST:
-            self._problems.add(at, f"more than {DEEPEST} collections lie in each other", "nest less deeply")
+        if depth == MAX_DEPTH:
+            self._problems.add(at, f"more than {MAX_DEPTH} collections lie in each other", "nest less deeply")
             raise _TooDeep
         if isinstance(value, Mapping):
             return self._mapping(value, at, depth)
@@ -86,8 +86,8 @@ class _Reader:
         children: dict[str | int, Node] = {}
         keys: dict[str, Position] = {}
         for key, item in value.items():
-            if not isinstance(key, str) or find_not_text(key) is not None:
-                self._problems.add(at, f"the key {shown(str(key))} is not text", "write a word")
+            if not isinstance(key, str) or find_invalid_character(key) is not None:
+                self._problems.add(at, f"the key {quote_text(str(key))} is not text", "write a word")
                 continue
             name = str.__str__(key)
             path = f"{at.path}.{name}" if at.path else name

@@ -9,22 +9,28 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from orchestrator.config.entries import Extensions
-from orchestrator.config.references import items_of, refuse_key, task_nodes
-from orchestrator.config.schema import LARGEST_CONTEXT, NO_WORKFLOW, ExpansionSettings, PhaseSettings
+from orchestrator.config.references import iter_items, iter_task_nodes, reject_secret
+from orchestrator.config.schema import MAX_CONTEXT_BYTES, NO_WORKFLOW, ExpansionSettings, PhaseSettings
 from orchestrator.config.source.document import UNREADABLE, Node, read_document
-from orchestrator.config.source.problems import Problems, Vocabulary, shown
+from orchestrator.config.source.problems import KnownWords, Problems, quote_text
 from orchestrator.config.source.prompts import read_prompt
-from orchestrator.config.source.validation import refuse_empty, validate
-from orchestrator.config.workflows.phase_checks import Vocabularies, WrittenPhase, check_keys, check_order, continued
+from orchestrator.config.source.validation import reject_empty_keys, validate
+from orchestrator.config.workflows.phase_checks import (
+    KnownNames,
+    PhaseNode,
+    check_keys,
+    check_order,
+    find_continued_phase,
+)
 from orchestrator.config.workflows.templates import (
-    compiled,
-    compiled_condition,
-    supplied_file,
-    supplied_template,
+    compile_condition,
+    compile_template,
+    read_builtin_file,
+    read_builtin_template,
     template_for,
 )
-from orchestrator.domain.scheduling.cycles import find_circles
-from orchestrator.domain.workflow.handoff_kinds import KINDS, check_schema
+from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, check_schema
 from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
 from orchestrator.domain.workflow.routing import Expansion, Phase
 from orchestrator.errors import RefusedError
@@ -37,21 +43,21 @@ Phases = tuple[Phase, ...]
 
 
 @functools.cache
-def supplied_workflows() -> Mapping[str, Node]:
+def builtin_workflows() -> Mapping[str, Node]:
     """Return the workflows that are there already, as they are written, by name."""
     problems = Problems("workflows.yaml")
-    root = read_document(supplied_file("workflows.yaml"), problems)
+    root = read_document(read_builtin_file("workflows.yaml"), problems)
     found = None if root is None else root.get("workflows")
     if found is None or problems:
         raise problems.error()
     return {str(name): node for name, node in found.children.items()}
 
 
-def supplied_phases() -> Mapping[str, Phases]:
+def builtin_phases() -> Mapping[str, Phases]:
     """Return the same, resolved."""
     problems = Problems("workflows.yaml")
-    written = supplied_workflows()
-    names = Vocabularies(tuple(KINDS), tuple(TRANSFORMATIONS), written)
+    written = builtin_workflows()
+    names = KnownNames(tuple(HANDOFF_KINDS), tuple(TRANSFORMATIONS), written)
     return {name: _read(node, Path(), names, problems) for name, node in written.items()}
 
 
@@ -62,9 +68,9 @@ def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: P
     wanted = dict.fromkeys(named.value for named in _named(root))
     if not own and not wanted:
         return {}
-    written = {**supplied_workflows(), **own}
+    written = {**builtin_workflows(), **own}
     _check_named(root, written, problems)
-    names = Vocabularies(extensions.kinds, extensions.transformations, written)
+    names = KnownNames(extensions.kinds, extensions.transformations, written)
     judged = {name: _read(node, folder, names, problems) for name, node in own.items()}
     found: dict[str, Phases] = {}
     waiting = [name for name in wanted if name in written]
@@ -79,7 +85,7 @@ def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: P
 
 def _check_expansions(found: Mapping[str, Phases], written: Mapping[str, Node], problems: Problems) -> None:
     """Note plans that become tasks with plans that become tasks, and so on: no run would come to its end."""
-    for circle in find_circles({name: tuple(_expanded(phases)) for name, phases in found.items()}):
+    for circle in find_cycles({name: tuple(_expanded(phases)) for name, phases in found.items()}):
         begin = min(circle, key=list(found).index)
         place = circle.index(begin)
         way = " -> ".join([*circle[place:], *circle[:place], begin])
@@ -96,21 +102,21 @@ def workflow_of(task: Node, root: Node) -> str | None:
     return named.value if named is not None and isinstance(named.value, str) and named.value != NO_WORKFLOW else None
 
 
-def phase_nodes(workflow: Node) -> Iterator[WrittenPhase]:
+def iter_phase_nodes(workflow: Node) -> Iterator[PhaseNode]:
     """Yield each phase whose name can be told."""
-    for item in items_of(workflow):
+    for item in iter_items(workflow):
         if isinstance(item.value, str):
-            yield WrittenPhase(item.value, item.at, Node(item.at, {}), PhaseSettings())
+            yield PhaseNode(item.value, item.at, Node(item.at, {}), PhaseSettings())
         elif isinstance(item.value, dict) and len(item.value) == 1:
             name, node = next(iter(item.children.items()))
             if isinstance(name, str) and isinstance(node.value, dict):
                 settings = validate(PhaseSettings, node, Problems(""))  # which is told of with the file's shape
-                yield WrittenPhase(name, item.keys[name], node, settings)
+                yield PhaseNode(name, item.keys[name], node, settings)
 
 
 def check_contexts(root: Node, problems: Problems) -> None:
     """Note values for phases that a task does not have, and keys in values, which are recorded."""
-    for _, task in task_nodes(root):
+    for _, task in iter_task_nodes(root):
         context = task.get("context")
         if context is not None and workflow_of(task, root) is None:
             what = "the task has values for the phases of a workflow, and no workflow"
@@ -121,29 +127,29 @@ def check_contexts(root: Node, problems: Problems) -> None:
 
 def _named(root: Node) -> Iterator[Node]:
     """Yield each name of a workflow that tasks go through."""
-    for entry in (root.get("defaults"), *(task for _, task in task_nodes(root))):
+    for entry in (root.get("defaults"), *(task for _, task in iter_task_nodes(root))):
         named = None if entry is None else entry.get("workflow")
         if named is not None and isinstance(named.value, str) and named.value != NO_WORKFLOW:
             yield named
 
 
 def _check_named(root: Node, written: Mapping[str, Node], problems: Problems) -> None:
-    names = Vocabulary([*written, NO_WORKFLOW], "the workflows")
+    names = KnownWords([*written, NO_WORKFLOW], "the workflows")
     for named in _named(root):
         if named.value not in written:
-            problems.add(named.at, f"there is no workflow {shown(named.value)}", names.instead_of(named.value))
+            problems.add(named.at, f"there is no workflow {quote_text(named.value)}", names.suggest(named.value))
 
 
 def _expanded(phases: Phases) -> Iterator[str]:
     yield from (one.expand.workflow for one in phases if one.expand is not None and one.expand.workflow is not None)
 
 
-def _read(workflow: Node, folder: Path, names: Vocabularies, problems: Problems) -> Phases:
-    written = list(phase_nodes(workflow))
+def _read(workflow: Node, folder: Path, names: KnownNames, problems: Problems) -> Phases:
+    written = list(iter_phase_nodes(workflow))
     check_order(written, problems)
     found = []
     for place, one in enumerate(written):
-        refuse_empty(one.node, problems)
+        reject_empty_keys(one.node, problems)
         check_keys(one, names, problems)
         _refuse_keys(one.node.get("context"), "context", problems)
         _refuse_keys(one.node.get("until"), "command", problems)
@@ -154,11 +160,11 @@ def _read(workflow: Node, folder: Path, names: Vocabularies, problems: Problems)
 
 
 def _resolved(
-    phase: WrittenPhase, settings: PhaseSettings, earlier: Sequence[str], folder: Path, problems: Problems
+    phase: PhaseNode, settings: PhaseSettings, earlier: Sequence[str], folder: Path, problems: Problems
 ) -> Phase:
     produces = settings.produces
     if settings.when is not None:
-        _note_fault(lambda: compiled_condition(str(settings.when)), phase, "when", problems)
+        _note_fault(lambda: compile_condition(str(settings.when)), phase, "when", problems)
     return Phase(
         name=phase.name,
         adapter=settings.adapter,
@@ -171,7 +177,7 @@ def _resolved(
         context=settings.context,
         when=settings.when,
         approve=settings.approve,
-        continues=continued(settings, earlier),
+        continues=find_continued_phase(settings, earlier),
         handoff=settings.handoff,
         transform=settings.transform,
         mediator=settings.mediator,
@@ -191,7 +197,7 @@ def _expansion(settings: ExpansionSettings | None) -> Expansion | None:
     return Expansion(most=settings.max, workflow=workflow)
 
 
-def _template(phase: WrittenPhase, settings: PhaseSettings, folder: Path, problems: Problems) -> str | None:
+def _template(phase: PhaseNode, settings: PhaseSettings, folder: Path, problems: Problems) -> str | None:
     """Return the template of what a phase's session is told; None where its mistake is noted."""
     key, text = "prompt", settings.prompt
     if text is None and settings.prompt_file is not None:
@@ -199,16 +205,16 @@ def _template(phase: WrittenPhase, settings: PhaseSettings, folder: Path, proble
         text = _note_fault(lambda: read_prompt(folder / str(settings.prompt_file)), phase, key, problems)
     elif text is None:
         kind = None if settings.produces is None else settings.produces.kind
-        return supplied_template(template_for(phase.name, kind))
+        return read_builtin_template(template_for(phase.name, kind))
     if text is None:
         return None
-    refuse_key(phase.node.get(key) or phase.node, text, "prompt", _ENV, problems)
-    _note_fault(lambda: compiled(text), phase, key, problems)
+    reject_secret(phase.node.get(key) or phase.node, text, "prompt", _ENV, problems)
+    _note_fault(lambda: compile_template(text), phase, key, problems)
     return text
 
 
 def _schema(
-    phase: WrittenPhase, written: str | Mapping[str, Any] | None, folder: Path, problems: Problems
+    phase: PhaseNode, written: str | Mapping[str, Any] | None, folder: Path, problems: Problems
 ) -> dict[str, Any] | None:
     """Return the JSON Schema of a phase's handoff; None where it has none, or its mistake is noted."""
     if written is None:
@@ -230,7 +236,7 @@ def _json(name: str, text: str) -> Any:
     except ValueError as error:
         # The position is told behind a colon, which begins the remedy here.
         said = str(error).replace(":", " at", 1)
-        raise ValueError(f"{shown(name)} is not JSON, {said}: write a JSON Schema there") from error
+        raise ValueError(f"{quote_text(name)} is not JSON, {said}: write a JSON Schema there") from error
 
 
 def _check_schema(schema: Any) -> None:
@@ -239,14 +245,14 @@ def _check_schema(schema: Any) -> None:
         what = "this is no schema of an object, which every handoff is"
         raise ValueError(f"{what}: write one as in {{type: object, required: [answer]}}")
     size = len(json.dumps(schema, ensure_ascii=False, default=str).encode())
-    if size > LARGEST_CONTEXT:
+    if size > MAX_CONTEXT_BYTES:
         raise ValueError(
-            f"the schema takes {size} bytes: keep it within {LARGEST_CONTEXT}, sessions are told all of it"
+            f"the schema takes {size} bytes: keep it within {MAX_CONTEXT_BYTES}, sessions are told all of it"
         )
     check_schema(schema)
 
 
-def _note_fault(read: Callable[[], T], phase: WrittenPhase, key: str, problems: Problems) -> T | None:
+def _note_fault(read: Callable[[], T], phase: PhaseNode, key: str, problems: Problems) -> T | None:
     """Return what is read; None where it can't be, which is noted at a key of a phase."""
     try:
         return read()
@@ -261,4 +267,4 @@ def _note_fault(read: Callable[[], T], phase: WrittenPhase, key: str, problems: 
 def _refuse_keys(node: Node | None, what: str, problems: Problems) -> None:
     for part in () if node is None else node.walk():
         if isinstance(part.value, str) and part.value is not UNREADABLE:
-            refuse_key(part, part.value, what, _ENV, problems)
+            reject_secret(part, part.value, what, _ENV, problems)

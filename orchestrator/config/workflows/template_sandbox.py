@@ -19,8 +19,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 #: Calls, turns of loops and elements of values; and characters that go in or come out of these.
-MOST_STEPS: Final = 200_000
-MOST_CHARACTERS: Final = 20_000_000
+MAX_STEPS: Final = 200_000
+MAX_CHARACTERS: Final = 20_000_000
 _LARGEST_WIDTH: Final = 1_000
 _MOST_BITS: Final = 4_096
 #: Methods that make much of little, by a width or a format; a filter does the same within limits.
@@ -37,21 +37,21 @@ _WIDE: Final = re.compile(r"%[^%a-zA-Z]*(?:[0-9]{4}|[*])")
 
 @dataclass(slots=True)
 class _Budget:
-    steps: int = MOST_STEPS
-    characters: int = MOST_CHARACTERS
+    steps: int = MAX_STEPS
+    characters: int = MAX_CHARACTERS
 
     def spend(self, steps: int, characters: int = 0) -> None:
         self.steps -= steps
         self.characters -= characters
         if self.steps < 0 or self.characters < 0:
-            raise SecurityError(f"it makes more than {MOST_STEPS} steps or {MOST_CHARACTERS} characters")
+            raise SecurityError(f"it makes more than {MAX_STEPS} steps or {MAX_CHARACTERS} characters")
 
 
 _BUDGET: ContextVar[_Budget | None] = ContextVar("_BUDGET", default=None)
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def limit_rendering() -> Iterator[None]:
     """Allow what is rendered in the body so many steps and characters in all; SecurityError beyond them."""
     token = _BUDGET.set(_Budget())
     try:
@@ -139,7 +139,7 @@ def _width(given: Iterable[Any]) -> int:
     return max((abs(one) for one in given if isinstance(one, int)), default=1)
 
 
-class LimitedEnvironment(ImmutableSandboxedEnvironment):
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Compiles templates that stop at a limit; they are to be rendered within `bounded`."""
 
     intercepted_binops = frozenset({"*", "**", "+", "%", "//", "-", "/"})

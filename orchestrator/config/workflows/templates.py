@@ -10,16 +10,16 @@ import functools
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
-from orchestrator.config.source.problems import Vocabulary, shown
+from orchestrator.config.source.problems import KnownWords, quote_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.environment import TemplateExpression
 
-    from orchestrator.config.workflows.template_sandbox import LimitedEnvironment
+    from orchestrator.config.workflows.template_sandbox import BoundedEnvironment
 
 #: What a template can name: see docs/configuration.md, and `engine.phases.prompts`, which gives each its value.
-NAMES: Final = (
+TEMPLATE_NAMES: Final = (
     "task",
     "phase",
     "given",
@@ -33,58 +33,58 @@ NAMES: Final = (
     "data",
 )
 #: The names of the templates that are there already: for phases of a kind, for those of no such kind, and their end.
-SUPPLIED: Final = ("scout", "plan", "build", "test", "deploy", "review", "phase")
-OTHERWISE: Final = "phase"
+BUILTIN_TEMPLATES: Final = ("scout", "plan", "build", "test", "deploy", "review", "phase")
+DEFAULT_TEMPLATE: Final = "phase"
 SUFFIX: Final = ".md.j2"
 _FOLDER: Final = "templates"
 
 
 @functools.cache
-def supplied_template(name: str) -> str:
+def read_builtin_template(name: str) -> str:
     """Return the text of one of the templates that are there already."""
-    return supplied_file(f"{name}{SUFFIX}")
+    return read_builtin_file(f"{name}{SUFFIX}")
 
 
-def supplied_file(name: str) -> str:
+def read_builtin_file(name: str) -> str:
     """Return the text of a file of the folder with the templates that are there already."""
     return resources.files("orchestrator.config").joinpath(_FOLDER, name).read_text(encoding="utf-8")
 
 
 def template_for(phase: str, kind: str | None) -> str:
     """Return the name of the template of a phase that brings none: that of its kind, or of its name, or of any."""
-    return next((name for name in (kind, phase) if name in SUPPLIED), OTHERWISE)
+    return next((name for name in (kind, phase) if name in BUILTIN_TEMPLATES), DEFAULT_TEMPLATE)
 
 
 @functools.cache
-def environment() -> LimitedEnvironment:
+def environment() -> BoundedEnvironment:
     """Return what compiles templates and conditions: a name that is not there is an error, not an empty text."""
-    from orchestrator.config.workflows.template_sandbox import LimitedEnvironment  # noqa: PLC0415  only workflows need Jinja2
+    from orchestrator.config.workflows.template_sandbox import BoundedEnvironment  # noqa: PLC0415  only workflows need Jinja2
 
-    return LimitedEnvironment()
+    return BoundedEnvironment()
 
 
 @functools.lru_cache(maxsize=256)
-def compiled(text: str) -> Template:
+def compile_template(text: str) -> Template:
     """Return a template; ValueError, with the remedy, for what is none."""
     from jinja2 import TemplateError, meta  # noqa: PLC0415  the same
 
     try:
         tree = environment().parse(text)
-        unknown = sorted(meta.find_undeclared_variables(tree) - set(NAMES) - set(environment().globals))
+        unknown = sorted(meta.find_undeclared_variables(tree) - set(TEMPLATE_NAMES) - set(environment().globals))
         referred = list(meta.find_referenced_templates(tree))
         template = environment().from_string(text)
     except (TemplateError, RecursionError, MemoryError) as error:
         raise ValueError(f"the template can't be read, {_where(error)}{_said(error)}: {_REMEDY}") from error
     if unknown:
-        instead = Vocabulary(NAMES, "the names in a template").instead_of(unknown[0])
-        raise ValueError(f"the template names {shown(unknown[0])}, which there is not: {instead}")
+        instead = KnownWords(TEMPLATE_NAMES, "the names in a template").suggest(unknown[0])
+        raise ValueError(f"the template names {quote_text(unknown[0])}, which there is not: {instead}")
     if referred:
         raise ValueError("the template includes another one: write here what that says")
     return template
 
 
 @functools.lru_cache(maxsize=256)
-def compiled_condition(text: str) -> TemplateExpression:
+def compile_condition(text: str) -> TemplateExpression:
     """Return a condition; ValueError, with the remedy, for what is none."""
     from jinja2 import TemplateError  # noqa: PLC0415  the same
 

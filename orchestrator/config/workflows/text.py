@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.config.schema import PhaseSettings
 from orchestrator.config.source.quantities import format_duration
-from orchestrator.config.workflows.templates import SUFFIX, supplied_template, template_for
+from orchestrator.config.workflows.templates import SUFFIX, read_builtin_template, template_for
 from orchestrator.domain.workflow.routing import Phase
 
 _WIDTH: Final = 110
@@ -19,14 +19,14 @@ _SAME: Final = ("adapter", "context", "when", "approve", "transform", "mediator"
 _LISTS: Final = ("fallback", "needs", "until")
 
 
-def as_yaml(workflows: Mapping[str, Sequence[Phase]], prompts: Mapping[str, str] | None = None) -> str:
+def workflows_to_yaml(workflows: Mapping[str, Sequence[Phase]], prompts: Mapping[str, str] | None = None) -> str:
     """Return the section `workflows:` of a file that says the same.
 
     `prompts` has the path of a phase's template by its name, for those that have theirs in a file; what a phase is told
     unless something else is written is left out.
     """
     told = {
-        name: [{phase.name: settings_of(phase, phases, (prompts or {}).get(phase.name))} for phase in phases]
+        name: [{phase.name: phase_settings(phase, phases, (prompts or {}).get(phase.name))} for phase in phases]
         for name, phases in workflows.items()
     }
     text: str = yaml.dump(
@@ -35,7 +35,7 @@ def as_yaml(workflows: Mapping[str, Sequence[Phase]], prompts: Mapping[str, str]
     return text
 
 
-def settings_of(phase: Phase, phases: Sequence[Phase], prompt_file: str | None = None) -> dict[str, Any]:
+def phase_settings(phase: Phase, phases: Sequence[Phase], prompt_file: str | None = None) -> dict[str, Any]:
     """Return what a file says of a phase of a workflow, without what holds unless it says otherwise."""
     told = {key: getattr(phase, key) for key in _SAME if getattr(phase, key) != getattr(_AS_IT_IS, key)}
     told |= {key: [*getattr(phase, key)] for key in _LISTS if getattr(phase, key) != getattr(_AS_IT_IS, key)}
@@ -46,7 +46,7 @@ def settings_of(phase: Phase, phases: Sequence[Phase], prompt_file: str | None =
         told["produces"] = {"kind": phase.produces, "schema": phase.schema_} if has_schema else phase.produces
     if prompt_file is not None:
         told["prompt_file"] = prompt_file
-    elif phase.prompt not in {None, supplied_template(template_for(phase.name, phase.produces))}:
+    elif phase.prompt not in {None, read_builtin_template(template_for(phase.name, phase.produces))}:
         told["prompt"] = phase.prompt
     if phase.continues is not None:
         earlier = phases[phases.index(phase) - 1].name
@@ -61,11 +61,11 @@ def settings_of(phase: Phase, phases: Sequence[Phase], prompt_file: str | None =
     return {key: told[key] for key in PhaseSettings.model_fields if key in told}
 
 
-def copied(name: str, phases: Sequence[Phase], folder: PurePath) -> dict[PurePath, str]:
+def build_workflow_files(name: str, phases: Sequence[Phase], folder: PurePath) -> dict[PurePath, str]:
     """Return the files that hold a workflow and its templates, by their paths in `folder`."""
     templates = {phase.name: folder / f"{phase.name}{SUFFIX}" for phase in phases}
     head = f"# Put this into the council.yaml that the paths start from. A task names it: `workflow: {name}`.\n"
-    text = head + as_yaml({name: phases}, {phase: path.as_posix() for phase, path in templates.items()})
+    text = head + workflows_to_yaml({name: phases}, {phase: path.as_posix() for phase, path in templates.items()})
     files = {templates[phase.name]: phase.prompt or "{{ task.prompt }}\n" for phase in phases}
     return {folder / f"{name}.yaml": text, **files}
 

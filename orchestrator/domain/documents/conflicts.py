@@ -18,7 +18,7 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 Value = dict[str, Any] | None
 
 
-class Strategy(StrEnum):
+class ConflictStrategy(StrEnum):
     """How updates that compete become one value."""
 
     LAST_WRITE_WINS = "last_write_wins"
@@ -28,7 +28,7 @@ class Strategy(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Update(Generic[KeyT]):
+class DocumentUpdate(Generic[KeyT]):
     """What somebody wants a document to be."""
 
     key: KeyT
@@ -49,69 +49,71 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftToPerson(Generic[KeyT]):
+class Unresolved(Generic[KeyT]):
     """A person is to choose from the candidates, which are in order of time."""
 
-    candidates: Sequence[Update[KeyT]]
+    candidates: Sequence[DocumentUpdate[KeyT]]
 
 
-def strategy_named(name: str) -> Strategy:
+def parse_strategy(name: str) -> ConflictStrategy:
     """Return the strategy of that name. Raises RefusedError, which lists them, where there is none."""
     try:
-        return Strategy(name)
+        return ConflictStrategy(name)
     except ValueError:
         raise RefusedError(
-            f"there is no strategy {name!r} for conflicts", f"the known ones are {', '.join(Strategy)}"
+            f"there is no strategy {name!r} for conflicts", f"the known ones are {', '.join(ConflictStrategy)}"
         ) from None
 
 
-def by_key(updates: Sequence[Update[KeyT]]) -> dict[KeyT, list[Update[KeyT]]]:
+def group_by_key(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[DocumentUpdate[KeyT]]]:
     """Return the updates of each key, in order of time; those of the same time as they were given."""
-    grouped: dict[KeyT, list[Update[KeyT]]] = {}
+    grouped: dict[KeyT, list[DocumentUpdate[KeyT]]] = {}
     for update in sorted(updates, key=attrgetter("time")):
         grouped.setdefault(update.key, []).append(update)
     return grouped
 
 
-def detect(updates: Sequence[Update[KeyT]]) -> dict[KeyT, list[Update[KeyT]]]:
+def find_competing(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[DocumentUpdate[KeyT]]]:
     """Return the updates of each key that has more than one, in order of time."""
-    return {key: competing for key, competing in by_key(updates).items() if len(competing) > 1}
+    return {key: competing for key, competing in group_by_key(updates).items() if len(competing) > 1}
 
 
-def resolve(updates: Sequence[Update[KeyT]], strategy: str = Strategy.LAST_WRITE_WINS) -> Resolved | LeftToPerson[KeyT]:
+def resolve_updates(
+    updates: Sequence[DocumentUpdate[KeyT]], strategy: str = ConflictStrategy.LAST_WRITE_WINS
+) -> Resolved | Unresolved[KeyT]:
     """Return what becomes of updates of one key, at least one, in any order.
 
     Which is first and which last is said by their times; of the same time the one that was given earlier is first.
     Raises RefusedError for an unknown strategy.
     """
-    chosen = strategy_named(strategy)
+    chosen = parse_strategy(strategy)
     ordered = sorted(updates, key=attrgetter("time"))
-    if chosen is Strategy.MANUAL:
-        return LeftToPerson(tuple(ordered))
+    if chosen is ConflictStrategy.MANUAL:
+        return Unresolved(tuple(ordered))
     return Resolved(_CHOICES[chosen]([update.value for update in ordered]))
 
 
-def merge(values: Sequence[Value]) -> Value:
+def merge_values(values: Sequence[Value]) -> Value:
     """Return all values as one, the first of them first: every field of each is in it.
 
     Objects are merged member by member and lists joined; where values are neither, or not of one kind, the first
     stays. A deletion has no fields and adds nothing: only where all delete is there nothing.
     """
     present = [value for value in values if value is not None]
-    return reduce(_merged, present) if present else None
+    return reduce(_merge_pair, present) if present else None
 
 
-def _merged(first: Any, then: Any) -> Any:
+def _merge_pair(first: Any, then: Any) -> Any:
     if isinstance(first, dict) and isinstance(then, dict):
-        added = {name: _merged(first[name], value) if name in first else value for name, value in then.items()}
+        added = {name: _merge_pair(first[name], value) if name in first else value for name, value in then.items()}
         return {**first, **added}
     if isinstance(first, list) and isinstance(then, list):
         return [*first, *then]
     return first
 
 
-_CHOICES: Mapping[Strategy, Callable[[Sequence[Value]], Value]] = {
-    Strategy.LAST_WRITE_WINS: lambda values: values[-1],
-    Strategy.FIRST_WRITE_WINS: lambda values: values[0],
-    Strategy.MERGE: merge,
+_CHOICES: Mapping[ConflictStrategy, Callable[[Sequence[Value]], Value]] = {
+    ConflictStrategy.LAST_WRITE_WINS: lambda values: values[-1],
+    ConflictStrategy.FIRST_WRITE_WINS: lambda values: values[0],
+    ConflictStrategy.MERGE: merge_values,
 }

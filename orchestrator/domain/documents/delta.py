@@ -19,7 +19,7 @@ Path = tuple[str | int, ...]
 """The names of members and the indexes of items that lead to a value; the document itself has the empty path."""
 
 #: Characters of a value that are shown; of longer ones the middle is left out.
-LONGEST_SHOWN: Final = 60
+MAX_SHOWN_CHARS: Final = 60
 
 _PLAIN_NAME: Final = re.compile(r"[\w-]+")
 
@@ -50,7 +50,7 @@ class _Absent:
 _ABSENT: Final = _Absent()
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> Delta:
+def compute_delta(old: dict[str, Any], new: dict[str, Any]) -> Delta:
     """Return the difference between two plain JSON objects; for a document that is not there take `{}`.
 
     The order of members is no difference; that between `1`, `1.0` and `true` is one.
@@ -63,7 +63,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Delta:
     )
 
 
-def apply(old: dict[str, Any], delta: Delta) -> dict[str, Any]:
+def apply_delta(old: dict[str, Any], delta: Delta) -> dict[str, Any]:
     """Return the new version, made from the old one, which stays as it is.
 
     Raises RefusedError where the delta was not made from `old`.
@@ -78,13 +78,13 @@ def apply(old: dict[str, Any], delta: Delta) -> dict[str, Any]:
     return made
 
 
-def revert(new: dict[str, Any], delta: Delta) -> dict[str, Any]:
+def revert_delta(new: dict[str, Any], delta: Delta) -> dict[str, Any]:
     """Return the old version, made from the new one, which stays as it is. Raises RefusedError as `apply` does."""
     turned = {path: Modified(after, before) for path, (before, after) in delta.modified.items()}
-    return apply(new, Delta(delta.removed, turned, delta.added))
+    return apply_delta(new, Delta(delta.removed, turned, delta.added))
 
 
-def lines(delta: Delta, longest: int = LONGEST_SHOWN) -> list[str]:
+def format_delta(delta: Delta, longest: int = MAX_SHOWN_CHARS) -> list[str]:
     """Return a line for each change, `path: old → new`, in order of the paths.
 
     Values are JSON, of which at most `longest` characters are shown; `absent`, without quotes, is no value.
@@ -95,12 +95,12 @@ def lines(delta: Delta, longest: int = LONGEST_SHOWN) -> list[str]:
         **{path: Modified(value, _ABSENT) for path, value in delta.removed.items()},
     }
     return [
-        f"{shown_path(path)}: {_shown(changes[path].old, longest)} → {_shown(changes[path].new, longest)}"
+        f"{format_path(path)}: {_shown(changes[path].old, longest)} → {_shown(changes[path].new, longest)}"
         for path in sorted(changes)
     ]
 
 
-def to_json(delta: Delta) -> dict[str, Any]:
+def delta_to_json(delta: Delta) -> dict[str, Any]:
     """Return the delta as a plain JSON object of lists: `added`, `modified`, `removed`; a path is a list, too."""
     return {
         "added": [{"path": list(path), "new": value} for path, value in delta.added.items()],
@@ -109,7 +109,7 @@ def to_json(delta: Delta) -> dict[str, Any]:
     }
 
 
-def shown_path(path: Path) -> str:
+def format_path(path: Path) -> str:
     """Return a path as people read it, as in `attempts[0].reason`; names with other characters are quoted."""
     words = [f"[{step}]" if isinstance(step, int) else f".{_shown_name(step)}" for step in path]
     return "".join(words).removeprefix(".")
@@ -147,10 +147,10 @@ def _set(document: dict[str, Any], path: Path, old: Any, new: Any) -> None:
     remedy = "apply a delta only to the version that it was made from"
     if found is not old and not _same(found, old):
         raise RefusedError(
-            f"{shown_path(path)} is {_shown(found, LONGEST_SHOWN)}, not {_shown(old, LONGEST_SHOWN)}", remedy
+            f"{format_path(path)} is {_shown(found, MAX_SHOWN_CHARS)}, not {_shown(old, MAX_SHOWN_CHARS)}", remedy
         )
     if not _has_room(place, step, old, new):
-        where = shown_path(path)
+        where = format_path(path)
         raise RefusedError(f"there is no place for {where}" if old is _ABSENT else f"{where} is not the last", remedy)
     if new is _ABSENT:
         del place[step]

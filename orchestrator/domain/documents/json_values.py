@@ -6,26 +6,26 @@ import hashlib
 import json
 from typing import Any, Final
 
-from orchestrator.client.strict_json import DEEPEST, check, parse
+from orchestrator.client.strict_json import MAX_DEPTH, check_value, parse
 
 _INTEGERS: Final = range(-(2**63), 2**64)
 
 
-def canonical(value: Any) -> bytes:
+def encode_canonical(value: Any) -> bytes:
     """Return plain JSON as bytes, the same for equal values; ValueError where it is none."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
 
-def digest_of(value: Any) -> str:
+def compute_digest(value: Any) -> str:
     """Return the digest of plain JSON as `sha256:` and 64 digits; ValueError where it is none."""
-    return f"sha256:{hashlib.sha256(canonical(value)).hexdigest()}"
+    return f"sha256:{hashlib.sha256(encode_canonical(value)).hexdigest()}"
 
 
-def flaw_of(value: Any) -> str | None:
+def find_json_error(value: Any) -> str | None:
     """Return why something is no plain JSON that the store takes; None if it is."""
     level = [value]
-    for _ in range(DEEPEST + 1):  # what lies deeper, or in itself, is found below
+    for _ in range(MAX_DEPTH + 1):  # what lies deeper, or in itself, is found below
         flaw = next(filter(None, map(_flaw_of_one, level)), None)
         if flaw is not None:
             return flaw
@@ -35,7 +35,7 @@ def flaw_of(value: Any) -> str | None:
             for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
         ]
     try:
-        check(value)
+        check_value(value)
     except ValueError as error:
         return str(error)
     return None
@@ -54,18 +54,18 @@ def _flaw_of_one(value: Any) -> str | None:
             return f"it has a value of type {type(value).__name__}"
 
 
-def read_object(text: str) -> dict[str, Any]:
+def parse_object(text: str) -> dict[str, Any]:
     """Return the JSON object that a text is; ValueError with the reason where it is none, or not to be trusted."""
     value = parse(text.encode(errors="surrogatepass"))
     if not isinstance(value, dict):
         raise ValueError("it is not an object")  # noqa: TRY004  what is read is wrong, not a type
-    flaw = flaw_of(value)
+    flaw = find_json_error(value)
     if flaw is not None:
         raise ValueError(flaw)
     read: dict[str, Any] = value
     return read
 
 
-def says_nothing(value: Any) -> bool:
+def is_empty_value(value: Any) -> bool:
     """Whether a JSON value is there and holds nothing: null, or an empty text, list or mapping."""
     return value is None or value in ("", [], (), {})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.domain.runs.model import Attempt
 
 #: The part of a limit from which on it is warned of.
-WARNED = 0.8
+WARNING_RATIO = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class BudgetUsage:
     """How much of one limit is used up; `key` is what the limit is called in a file."""
 
     key: str
@@ -54,7 +54,7 @@ class Share:
     @property
     def is_low(self) -> bool:
         """Whether it is to be warned of."""
-        return self.used >= WARNED * self.limit
+        return self.used >= WARNING_RATIO * self.limit
 
     def describe(self) -> str:
         """Return it in words."""
@@ -71,17 +71,17 @@ def _shown(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def shares(budget: Budget, spent: Spending) -> Iterator[Share]:
+def compute_budget_usage(budget: Budget, spent: Spending) -> Iterator[BudgetUsage]:
     """Yield how much of each limit is used up."""
     if budget.tokens is not None:
-        yield Share("tokens", spent.tokens, budget.tokens)
+        yield BudgetUsage("tokens", spent.tokens, budget.tokens)
     if budget.cost is not None:
-        yield Share("cost", spent.cost, budget.cost)
+        yield BudgetUsage("cost", spent.cost, budget.cost)
     if budget.seconds is not None:
-        yield Share("time", spent.seconds, budget.seconds)
+        yield BudgetUsage("time", spent.seconds, budget.seconds)
 
 
-def spent_by(attempts: Iterable[Attempt]) -> Spending:
+def sum_spending(attempts: Iterable[Attempt]) -> Spending:
     """Return what attempts that are over used up together."""
     total = Spending()
     for one in attempts:
@@ -90,7 +90,7 @@ def spent_by(attempts: Iterable[Attempt]) -> Spending:
     return total
 
 
-def cost_left(budgets: Iterable[tuple[Budget, Spending]]) -> float | None:
+def compute_remaining_cost(budgets: Iterable[tuple[Budget, Spending]]) -> float | None:
     """Return how many dollars are left of the tightest budget; None where none limits them."""
     left = [budget.cost - spent.cost for budget, spent in budgets if budget.cost is not None]
     return max(min(left), 0.0) if left else None

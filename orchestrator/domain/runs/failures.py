@@ -30,7 +30,7 @@ class FailureClass(StrEnum):
     SILENCE = "silence"  #: for longer than its limit it neither said nor changed anything
 
 
-class Policy(StrEnum):
+class FailurePolicy(StrEnum):
     """What a failure leads to."""
 
     RETRY = "retry"  #: another attempt after a backoff, as long as there are attempts left
@@ -40,7 +40,7 @@ class Policy(StrEnum):
 
 
 #: The classes that are retried unless a task says otherwise (`retry_on`).
-RETRIED = frozenset(
+RETRIED_BY_DEFAULT = frozenset(
     {
         FailureClass.TRANSIENT,
         FailureClass.OVERLOADED,
@@ -50,10 +50,10 @@ RETRIED = frozenset(
     }
 )
 
-_FIXED: Mapping[FailureClass, Policy] = {
-    FailureClass.RATE_LIMITED: Policy.PARK,
-    FailureClass.AUTH: Policy.CLOSE,
-    FailureClass.MISSING: Policy.CLOSE,
+_FIXED: Mapping[FailureClass, FailurePolicy] = {
+    FailureClass.RATE_LIMITED: FailurePolicy.PARK,
+    FailureClass.AUTH: FailurePolicy.CLOSE,
+    FailureClass.MISSING: FailurePolicy.CLOSE,
 }
 
 #: What a task may name under `retry_on`: whatever is not decided otherwise.
@@ -68,6 +68,6 @@ RETRYABLE = (
 )
 
 
-def policy_of(failure: FailureClass, retried: Collection[FailureClass]) -> Policy:
+def get_failure_policy(failure: FailureClass, retried: Collection[FailureClass]) -> FailurePolicy:
     """Return what a failure leads to where the classes in `retried` are worth another attempt."""
-    return _FIXED.get(failure) or (Policy.RETRY if failure in retried else Policy.FAIL)
+    return _FIXED.get(failure) or (FailurePolicy.RETRY if failure in retried else FailurePolicy.FAIL)

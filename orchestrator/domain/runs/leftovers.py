@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum, auto
 
-from orchestrator.domain.runs.model import FINAL, TaskDocument
+from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument
 
 #: Seconds after which a temporary file is of nobody who lives; each git command that makes one has a minute or two.
-STALE_AFTER = 3600.0
+STALE_FILE_SECONDS = 3600.0
 
 
-class Holding(StrEnum):
+class WorktreeContents(StrEnum):
     """What the worktree of an attempt holds that is nowhere else."""
 
     NOTHING = auto()  #: it is of checks, or what it held was collected
@@ -23,20 +23,20 @@ class Holding(StrEnum):
     UNKNOWN = auto()  #: no attempt is recorded that it could be of
 
 
-def holding(document: TaskDocument | None, attempt: int, *, is_check: bool) -> Holding:
+def classify_worktree(document: TaskDocument | None, attempt: int, *, is_check: bool) -> WorktreeContents:
     """Tell what a worktree holds, by the state of its task (None: that is missing or damaged)."""
     if is_check:
-        return Holding.NOTHING
+        return WorktreeContents.NOTHING
     attempts = () if document is None else document.attempts
     found = next((one for one in attempts if one.number == attempt), None)
     if found is None:
-        return Holding.UNKNOWN
+        return WorktreeContents.UNKNOWN
     if found.is_kept:
-        return Holding.KEPT
-    return Holding.UNSAVED if found.ended is None else Holding.NOTHING
+        return WorktreeContents.KEPT
+    return WorktreeContents.UNSAVED if found.ended is None else WorktreeContents.NOTHING
 
 
-class Kind(StrEnum):
+class LeftoverKind(StrEnum):
     """What something that is left over is."""
 
     WORKTREE = auto()
@@ -48,7 +48,7 @@ class Kind(StrEnum):
     RUN = auto()  #: the record of one that is over, with what it printed
 
 
-class Standing(StrEnum):
+class LeftoverStatus(StrEnum):
     """Whether something may go."""
 
     LEFT_OVER = auto()  #: nothing needs it, and nothing in it is lost
@@ -61,9 +61,9 @@ class Standing(StrEnum):
 class Leftover:
     """Something that a run left: `place` is its path, for refs what they begin with."""
 
-    kind: Kind
+    kind: LeftoverKind
     place: str
-    standing: Standing
+    standing: LeftoverStatus
     reason: str
     hub: str | None = None
     """The folder of the repositories of our own that it is in."""
@@ -74,50 +74,50 @@ class Leftover:
 
 
 _REASONS = {
-    Holding.NOTHING: (Standing.LEFT_OVER, "its task is over, and what it held is saved"),
-    Holding.UNSAVED: (Standing.KEPT, "it was cut off, and what it holds is not saved"),
-    Holding.KEPT: (Standing.KEPT, "it holds what is in no commit"),
-    Holding.UNKNOWN: (Standing.KEPT, "no attempt is recorded that it could be of"),
+    WorktreeContents.NOTHING: (LeftoverStatus.LEFT_OVER, "its task is over, and what it held is saved"),
+    WorktreeContents.UNSAVED: (LeftoverStatus.KEPT, "it was cut off, and what it holds is not saved"),
+    WorktreeContents.KEPT: (LeftoverStatus.KEPT, "it holds what is in no commit"),
+    WorktreeContents.UNKNOWN: (LeftoverStatus.KEPT, "no attempt is recorded that it could be of"),
 }
 
 
-def judge_worktree(run: str, document: TaskDocument | None, held: Holding) -> tuple[Standing, str]:
+def judge_worktree(run: str, document: TaskDocument | None, held: WorktreeContents) -> tuple[LeftoverStatus, str]:
     """Return whether the worktree of a run that nobody is at work in may go, and why."""
     if document is None:
-        return Standing.KEPT, "the record of its task is damaged"
-    if document.status not in FINAL:
-        return Standing.NEEDED, f"`council resume {run}` goes on from it"
+        return LeftoverStatus.KEPT, "the record of its task is damaged"
+    if document.status not in FINAL_STATUSES:
+        return LeftoverStatus.NEEDED, f"`council resume {run}` goes on from it"
     return _REASONS[held]
 
 
-def judge_stray(held: Holding) -> tuple[Standing, str]:
+def judge_orphan(held: WorktreeContents) -> tuple[LeftoverStatus, str]:
     """Return whether the worktree of a run that no state knows any more may go, and why."""
-    standing = Standing.LEFT_OVER if held is Holding.NOTHING else Standing.KEPT
+    standing = LeftoverStatus.LEFT_OVER if held is WorktreeContents.NOTHING else LeftoverStatus.KEPT
     return standing, "the state of its run does not exist any more"
 
 
-def judge_place(*, is_clean: bool, has_session: bool) -> tuple[Standing, str] | None:
+def judge_slot(*, is_clean: bool, has_session: bool) -> tuple[LeftoverStatus, str] | None:
     """Return whether a place that nobody has the lock of may go, and why; None if its session decides about that."""
     if is_clean:
-        return Standing.READY, "clean, for the next session"
-    return None if has_session else (Standing.LEFT_OVER, "its session is gone, and nobody cleaned it")
+        return LeftoverStatus.READY, "clean, for the next session"
+    return None if has_session else (LeftoverStatus.LEFT_OVER, "its session is gone, and nobody cleaned it")
 
 
-def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[Standing, str]:
+def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStatus, str]:
     """Return whether repositories of our own that nobody can use any more may go, and why.
 
     `gone` is what they were for; `refs` counts those that keep work, None if they can't be read.
     """
     if refs is None:
-        return Standing.KEPT, f"{gone} is gone; what it holds can't be read"
+        return LeftoverStatus.KEPT, f"{gone} is gone; what it holds can't be read"
     if refs or worktrees:
-        return Standing.KEPT, f"{gone} is gone; it holds work (refs: {refs}, worktrees: {worktrees})"
-    return Standing.LEFT_OVER, f"{gone} is gone, and it holds no work"
+        return LeftoverStatus.KEPT, f"{gone} is gone; it holds work (refs: {refs}, worktrees: {worktrees})"
+    return LeftoverStatus.LEFT_OVER, f"{gone} is gone, and it holds no work"
 
 
 def judge_run(
     run: str, ended: str, branches: int | None, worktrees: int, *, is_over: bool, even_cut_off: bool
-) -> tuple[Standing, str]:
+) -> tuple[LeftoverStatus, str]:
     """Return whether the record of a run that nobody is at work in may go, and why.
 
     `ended` is the day on which it did, or was cut off, `branches` counts those that keep work (None: they can't be
@@ -125,21 +125,24 @@ def judge_run(
     (`even_cut_off`).
     """
     if not is_over and not even_cut_off:
-        return Standing.NEEDED, f"`council resume {run}` goes on with it"
+        return LeftoverStatus.NEEDED, f"`council resume {run}` goes on with it"
     when = f"it {'ended' if is_over else 'was cut off'} on {ended}"
     if branches is None:
-        return Standing.KEPT, f"{when}; what it holds can't be read"
+        return LeftoverStatus.KEPT, f"{when}; what it holds can't be read"
     if branches or worktrees:
-        return Standing.KEPT, f"{when}; it holds work that did not land (branches: {branches}, worktrees: {worktrees})"
-    return Standing.LEFT_OVER, f"{when}; it holds no work that did not land"
+        return (
+            LeftoverStatus.KEPT,
+            f"{when}; it holds work that did not land (branches: {branches}, worktrees: {worktrees})",
+        )
+    return LeftoverStatus.LEFT_OVER, f"{when}; it holds no work that did not land"
 
 
-def is_still(judged: Leftover, now: Leftover) -> bool:
+def is_unchanged(judged: Leftover, now: Leftover) -> bool:
     """Whether a run's record that was judged may still go: nothing has come to it, though work of it may be gone."""
     same_end = judged.reason.partition(";")[0] == now.reason.partition(";")[0]
-    return same_end and now.standing in {judged.standing, Standing.LEFT_OVER}
+    return same_end and now.standing in {judged.standing, LeftoverStatus.LEFT_OVER}
 
 
-def is_stale(modified: float, now: float) -> bool:
+def is_stale_file(modified: float, now: float) -> bool:
     """Whether a temporary file that was last changed then is of nobody who lives (wall-clock seconds)."""
-    return now - modified > STALE_AFTER
+    return now - modified > STALE_FILE_SECONDS

@@ -46,12 +46,12 @@ _ODD: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _KEPT_LENGTH: Final = 40
 
 
-class NotUnderstood(ValueError):
+class UnknownLayout(ValueError):
     """A file is not what any of the layouts has."""
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class LegacySession:
     """A session as it stood in files: its fields but for the tasks, and those of its tasks by their names."""
 
     name: str
@@ -60,14 +60,14 @@ class Session:
     fields: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
 
-    def over(self, older: Session) -> Session:
+    def over(self, older: LegacySession) -> LegacySession:
         """Return this session with what only an older record of it has."""
         tasks = {**older.tasks, **{name: {**older.tasks.get(name, {}), **one} for name, one in self.tasks.items()}}
-        return Session(self.name, self.source, {**older.fields, **self.fields}, tasks)
+        return LegacySession(self.name, self.source, {**older.fields, **self.fields}, tasks)
 
 
 @dataclass(frozen=True, slots=True)
-class Imported:
+class ConvertedSession:
     """A session as our documents."""
 
     run: RunDocument
@@ -78,13 +78,13 @@ class Imported:
     """The same of each task."""
 
 
-def version_of(state: object) -> str:
+def read_version(state: object) -> str:
     """Return the version that a file of sessions says it has, `1` if it says none."""
     version = state.get("version") if isinstance(state, dict) else None
     return str(version) if isinstance(version, str | int | float) else "1"
 
 
-def sessions_in(state: object, source: str, faults: list[str]) -> list[Session]:
+def parse_sessions(state: object, source: str, faults: list[str]) -> list[LegacySession]:
     """Return the sessions of a file of all sessions; what of it is none is added to `faults`.
 
     NotUnderstood where there are none at all.
@@ -92,44 +92,44 @@ def sessions_in(state: object, source: str, faults: list[str]) -> list[Session]:
     if isinstance(state, dict) and "sessions" not in state:
         # The first version had one session, as the whole file.
         if any(_get(state, name) is not None for name in ("tasks", "id", "session_id", "started_at")):
-            return [session(state, source, "session-1", faults)]
+            return [parse_session(state, source, "session-1", faults)]
         if state.keys() <= {"version"}:
             return []
-        raise NotUnderstood("it has no sessions")
+        raise UnknownLayout("it has no sessions")
     sessions = state.get("sessions") if isinstance(state, dict) else state
     if isinstance(sessions, dict):
         named = list(sessions.items())
     elif isinstance(sessions, list):
         named = [(f"session-{number}", one) for number, one in enumerate(sessions, 1)]
     else:
-        raise NotUnderstood("its sessions are neither a list nor an object")
+        raise UnknownLayout("its sessions are neither a list nor an object")
     faults += [f"{name} is no object" for name, one in named if not isinstance(one, dict)]
-    return [session(one, source, name, faults) for name, one in named if isinstance(one, dict)]
+    return [parse_session(one, source, name, faults) for name, one in named if isinstance(one, dict)]
 
 
-def session(value: object, source: str, fallback: str, faults: list[str]) -> Session:
+def parse_session(value: object, source: str, fallback: str, faults: list[str]) -> LegacySession:
     """Return a session from its object; `fallback` is its name where it says none. NotUnderstood where it is none."""
     if not isinstance(value, dict):
-        raise NotUnderstood("it is no object")
+        raise UnknownLayout("it is no object")
     name = _name(_get(value, "id"), _get(value, "session_id")) or fallback
     tasks = dict(_tasks(name, _get(value, "tasks"), faults))
     listed = _get(value, "task_ids")
     for task in listed if isinstance(listed, list) else ():
         if (known := _name(task)) is not None:
             tasks.setdefault(known, {})
-    return Session(name, source, {key: one for key, one in value.items() if key != "tasks"}, tasks)
+    return LegacySession(name, source, {key: one for key, one in value.items() if key != "tasks"}, tasks)
 
 
 def _tasks(of: str, given: object, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(given, dict):
         for name, one in given.items():
-            if (fields := task_fields({"status": one} if isinstance(one, str) else one)) is None:
+            if (fields := parse_task_fields({"status": one} if isinstance(one, str) else one)) is None:
                 faults.append(f"task {name} of {of} is no object")
             else:
                 yield name, fields
     elif isinstance(given, list):
         for number, one in enumerate(given, 1):
-            if (fields := task_fields({"id": one} if isinstance(one, str | int) else one)) is None:
+            if (fields := parse_task_fields({"id": one} if isinstance(one, str | int) else one)) is None:
                 faults.append(f"task {number} of {of} is no object")
             else:
                 yield _name(*(_get(fields, key) for key in ("id", "task_id", "name"))) or f"task-{number}", fields
@@ -137,7 +137,7 @@ def _tasks(of: str, given: object, faults: list[str]) -> Iterator[tuple[str, Map
         faults.append(f"the tasks of {of} are neither a list nor an object")
 
 
-def task_fields(value: object) -> Mapping[str, Any] | None:
+def parse_task_fields(value: object) -> Mapping[str, Any] | None:
     """Return the fields of a task from its object; None for what is none."""
     if value is None:
         return {}
@@ -149,9 +149,9 @@ def task_name(state: Mapping[str, Any], fallback: str) -> str:
     return _name(_get(state, "task_id"), _get(state, "id")) or fallback
 
 
-def joined(older: Iterable[Session], newer: Iterable[Session]) -> list[Session]:
+def merge_layouts(older: Iterable[LegacySession], newer: Iterable[LegacySession]) -> list[LegacySession]:
     """Return all sessions, each once where an older and a newer layout have it; others of one name get names apart."""
-    known: dict[str, Session] = {}
+    known: dict[str, LegacySession] = {}
     for group in (older, newer):
         seen: set[str] = set()
         for one in group:
@@ -160,15 +160,17 @@ def joined(older: Iterable[Session], newer: Iterable[Session]) -> list[Session]:
                 number += 1
                 name = f"{one.name}-{number}"
             seen.add(name)
-            named = Session(name, one.source, one.fields, one.tasks)
+            named = LegacySession(name, one.source, one.fields, one.tasks)
             known[name] = named.over(known[name]) if name in known else named
     return list(known.values())
 
 
-def with_states(sessions: Sequence[Session], states: Mapping[str, Mapping[str, Any]], source: str) -> list[Session]:
+def merge_task_states(
+    sessions: Sequence[LegacySession], states: Mapping[str, Mapping[str, Any]], source: str
+) -> list[LegacySession]:
     """Return sessions with the states of their tasks; those of no session become one of their own, from `source`."""
     found = [
-        Session(
+        LegacySession(
             one.name, one.source, one.fields, {task: {**was, **states.get(task, {})} for task, was in one.tasks.items()}
         )
         for one in sessions
@@ -182,13 +184,13 @@ def with_states(sessions: Sequence[Session], states: Mapping[str, Mapping[str, A
     for name, tasks in owned.items():
         if name in by_name:
             one = found[by_name[name]]
-            found[by_name[name]] = Session(one.name, one.source, one.fields, {**one.tasks, **tasks})
+            found[by_name[name]] = LegacySession(one.name, one.source, one.fields, {**one.tasks, **tasks})
         else:
-            found.append(Session(name, source, {}, tasks))
+            found.append(LegacySession(name, source, {}, tasks))
     return found
 
 
-def documents(one: Session, *, top: str, hub: str, written: float, now: float) -> Imported:
+def convert_session(one: LegacySession, *, top: str, hub: str, written: float, now: float) -> ConvertedSession:
     """Return a session as a run that is over.
 
     `top` is the project's folder, `hub` stands for the repositories that it never had, `written` is when its file was
@@ -231,7 +233,7 @@ def documents(one: Session, *, top: str, hub: str, written: float, now: float) -
         ),
     )
     originals = {names[name]: _original(fields) for name, fields in one.tasks.items()}
-    return Imported(run, tasks, _original(one.fields), originals)
+    return ConvertedSession(run, tasks, _original(one.fields), originals)
 
 
 def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
@@ -333,10 +335,10 @@ def _number(value: object) -> int | None:
 
 def _time(fields: Mapping[str, Any], *names: str) -> float | None:
     """Return the first of these fields that is a time; numbers are seconds or milliseconds, no zone is UTC."""
-    return next((found for name in names if (found := instant(_get(fields, name))) is not None), None)
+    return next((found for name in names if (found := parse_time(_get(fields, name))) is not None), None)
 
 
-def instant(value: object) -> float | None:
+def parse_time(value: object) -> float | None:
     """Return a time as wall-clock seconds; None where it is none."""
     if isinstance(value, str):
         try:

@@ -6,7 +6,13 @@ from collections.abc import Collection
 from enum import StrEnum
 from typing import Any, Final
 
-from orchestrator.domain.runs.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import (
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
+    SUCCESS_STATUSES,
+    TaskDocument,
+    TaskStatus,
+)
 from orchestrator.errors import InvalidTransition
 
 
@@ -87,12 +93,12 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.CANCEL): _S.CANCELLED for status in _CANCELLABLE},
     (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,
-    **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL},
-    **{(status, _T.REVIVE): _S.PENDING for status in REVIVABLE},
+    **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL_STATUSES},
+    **{(status, _T.REVIVE): _S.PENDING for status in RETRYABLE_STATUSES},
 }
 
 
-def advance(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
+def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
     """Return the task after `trigger`, with `changes` to its other fields; InvalidTransition without a row."""
     status = TRANSITIONS.get((task.status, trigger))
     if status is None:
@@ -106,7 +112,7 @@ def run_state(statuses: Collection[str], *, has_ended: bool, is_halted: bool, is
     `is_live`: a process is active on it. A run that was resumed is not halted any more.
     """
     if has_ended:
-        return "landed" if SUCCESSFUL.issuperset(statuses) else "incomplete"
+        return "landed" if SUCCESS_STATUSES.issuperset(statuses) else "incomplete"
     if is_live:
         return "running"
     return "halted" if is_halted else "interrupted"

@@ -6,8 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from orchestrator.domain.runs.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus, known_cost
-from orchestrator.domain.scheduling.claims import ActiveTime, Orchestrator
+from orchestrator.domain.runs.model import (
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
+    SUCCESS_STATUSES,
+    TaskDocument,
+    TaskStatus,
+    sum_known_cost,
+)
+from orchestrator.domain.scheduling.claims import ActiveTime, OrchestratorLease
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class Metrics:
     """US dollars, as far as the CLIs told; None where none did."""
 
 
-def minutes_to_land(task: TaskDocument, landed_at: float | None, active: ActiveTime) -> float | None:
+def compute_minutes_to_land(task: TaskDocument, landed_at: float | None, active: ActiveTime) -> float | None:
     """Return the active minutes from a task's first start to its landing; None where either is not known."""
     if task.status is not TaskStatus.LANDED or landed_at is None or task.started is None:
         return None
@@ -43,7 +50,10 @@ def minutes_to_land(task: TaskDocument, landed_at: float | None, active: ActiveT
 
 
 def active_time(
-    orchestrators: Iterable[Orchestrator], tasks: Iterable[TaskDocument], landed_at: Mapping[str, float], now: float
+    orchestrators: Iterable[OrchestratorLease],
+    tasks: Iterable[TaskDocument],
+    landed_at: Mapping[str, float],
+    now: float,
 ) -> ActiveTime:
     """Return the active time of a run up to `now` by its records."""
     attempts = [attempt for task in tasks for attempt in task.attempts]
@@ -51,23 +61,23 @@ def active_time(
     return ActiveTime.of(orchestrators, [*(attempt.started for attempt in attempts), *ends, *landed_at.values()], now)
 
 
-def measure(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float], active: ActiveTime) -> Metrics:
+def compute_metrics(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float], active: ActiveTime) -> Metrics:
     """Return the figures of a run's tasks; `landed_at` has the instants (wall-clock seconds) of landings, by task."""
     counts = Counter(task.status for task in tasks.values())
-    took = [minutes_to_land(task, landed_at.get(name), active) for name, task in tasks.items()]
+    took = [compute_minutes_to_land(task, landed_at.get(name), active) for name, task in tasks.items()]
     known = [minutes for minutes in took if minutes is not None]
     attempts = [attempt for task in tasks.values() for attempt in task.attempts]
     pending = counts[TaskStatus.PENDING]
-    over = sum(counts[status] for status in FINAL)
+    over = sum(counts[status] for status in FINAL_STATUSES)
     return Metrics(
         total_tasks=len(tasks),
-        completed=sum(counts[status] for status in SUCCESSFUL),
+        completed=sum(counts[status] for status in SUCCESS_STATUSES),
         in_progress=len(tasks) - pending - over,
-        failed=sum(counts[status] for status in REVIVABLE),
+        failed=sum(counts[status] for status in RETRYABLE_STATUSES),
         pending=pending,
         average_time_minutes=sum(known) / len(known) if known else None,
         by_status={status.value: counts[status] for status in TaskStatus if counts[status]},
         input_tokens=sum(one.input_tokens for one in attempts),
         output_tokens=sum(one.output_tokens for one in attempts),
-        cost=known_cost(attempts),
+        cost=sum_known_cost(attempts),
     )

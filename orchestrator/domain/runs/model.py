@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.outcome import Denials
+from orchestrator.domain.runs.outcome import ToolDenials
 from orchestrator.domain.runs.phases import PhaseRecord
 from orchestrator.errors import RefusedError
 
@@ -34,20 +34,20 @@ class TaskStatus(StrEnum):
 
 
 #: States in which the task is over without having landed; a person may have it tried again.
-REVIVABLE = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
+RETRYABLE_STATUSES = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
 #: States in which the task's work is built and on its way to the target.
-WAITING_TO_LAND = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
+LANDING_STATUSES = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: States in which a session, a check or a landing of the task runs now.
-RUNNING = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
+ACTIVE_STATUSES = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: States in which a task is somebody's: an orchestrator holds the claim on it. Only an attempt leads to them.
-CLAIMED = frozenset({TaskStatus.RUNNING, *WAITING_TO_LAND})
+CLAIMED_STATUSES = frozenset({TaskStatus.RUNNING, *LANDING_STATUSES})
 #: States in which what needs the task may start.
-SUCCESSFUL = frozenset({TaskStatus.LANDED, TaskStatus.DONE})
+SUCCESS_STATUSES = frozenset({TaskStatus.LANDED, TaskStatus.DONE})
 #: States in which the run has nothing left to do for a task.
-FINAL = REVIVABLE | SUCCESSFUL
+FINAL_STATUSES = RETRYABLE_STATUSES | SUCCESS_STATUSES
 
 #: The most sessions that a run can have side by side.
-MOST_CAPACITY = 1000
+MAX_CAPACITY = 1000
 
 #: The outcome of an attempt that was ended from outside, and by no failure of its own.
 INTERRUPTED = "interrupted"
@@ -107,17 +107,17 @@ class Attempt(_Document):
     """The phase of the task's workflow that it was made at; None: the task has no workflow."""
     discarded: tuple[str, ...] = ()
     """The first of the paths that it changed though it was to change nothing, which was discarded."""
-    denied: Denials = Denials()
+    denied: ToolDenials = ToolDenials()
     """The tools that its CLI denied it."""
 
 
-def known_cost(attempts: Iterable[Attempt]) -> float | None:
+def sum_known_cost(attempts: Iterable[Attempt]) -> float | None:
     """Return what attempts cost in US dollars, as far as the CLIs told; None where none did."""
     costs = [one.cost for one in attempts if one.cost is not None]
     return sum(costs) if costs else None
 
 
-class Intent(_Document):
+class LandingIntent(_Document):
     """The landing that is under way: the target is about to move from `old` (None: it does not exist) to `new`."""
 
     old: str | None
@@ -151,7 +151,7 @@ class TaskDocument(_Document):
     """How often what it built could not land, which no phase that is complete begins to count anew."""
     commit: str | None = None
     """What waits to land: the commit of the attempt that was built."""
-    intent: Intent | None = None
+    intent: LandingIntent | None = None
     intended: tuple[str, ...] = ()
     """The merges that were recorded before the target was moved to them, the newest last: its only landings."""
     landed: str | None = None
@@ -188,7 +188,7 @@ class TaskDocument(_Document):
     """What people and other programs noted of it, such as `progress`, `message` and `files`; council only keeps it."""
 
     @property
-    def contradiction(self) -> str | None:
+    def inconsistency(self) -> str | None:
         """What of it contradicts the rest, as no run writes it; None if nothing does."""
         count = len(self.attempts)
         if [one.number for one in self.attempts] != list(range(1, count + 1)):
@@ -196,7 +196,7 @@ class TaskDocument(_Document):
         for name, number in (("current", self.current), ("built", self.built)):
             if number is not None and not 1 <= number <= count:
                 return f"{name}: there is no attempt {number}"
-        if self.status in CLAIMED and not count:
+        if self.status in CLAIMED_STATUSES and not count:
             return f"status: it is {self.status} without an attempt"
         return None
 
@@ -213,23 +213,23 @@ class TaskDocument(_Document):
         return self.attempts[-1 if self.current is None else self.current - 1]
 
     @property
-    def attempted(self) -> int:
+    def counted_attempts(self) -> int:
         """The attempts that count towards the task's limit: those that failed, and one that runs or succeeded.
 
         The count starts again with each phase and with a retry by a person.
         """
         is_tried = self.status is not TaskStatus.PENDING and bool(self.attempts)
-        return self.failures + (is_tried and self.builder.outcome not in _NOT_COUNTED)
+        return self.failures + (is_tried and self.building_attempt.outcome not in _NOT_COUNTED)
 
     @property
-    def builder(self) -> Attempt:
+    def building_attempt(self) -> Attempt:
         """The attempt that built what waits to land."""
         return self.attempt if self.built is None else self.attempts[self.built - 1]
 
     @property
     def cost(self) -> float | None:
         """What all attempts cost in US dollars, as far as the CLIs told; None where none did."""
-        return known_cost(self.attempts)
+        return sum_known_cost(self.attempts)
 
     def with_attempt(self, number: int | None = None, **changes: Any) -> tuple[Attempt, ...]:
         """Return the attempts with one of them changed: that one, unless a number says another."""
@@ -251,7 +251,7 @@ class ImportedRun(_Document):
     """The same."""
 
 
-class Halt(StrEnum):
+class HaltCause(StrEnum):
     """What stops a run before its end, other than a person."""
 
     BUDGET = "budget"
@@ -277,7 +277,7 @@ class RunDocument(_Document):
     workflows: dict[str, list[dict[str, Any]]] = {}
     """By name: the phases, each what `domain.workflow.routing.Phase` holds."""
     fence: dict[str, Any]
-    """What `config.model.FenceConfig` holds."""
+    """What `config.model.SandboxConfig` holds."""
     worktrees: dict[str, Any]
     """What `config.model.WorktreesConfig` holds."""
     retention: dict[str, Any] = {}
@@ -291,9 +291,9 @@ class RunDocument(_Document):
     prices: dict[str, dict[str, Any]] = {}
     """By model: what `domain.runs.prices.Price` holds, where the file said it."""
     sinks: dict[str, dict[str, Any]] = {}
-    """By name: what `config.model.restore` takes, and the patterns of the events."""
+    """By name: what `config.model.restore_options` takes, and the patterns of the events."""
     trackers: dict[str, dict[str, Any]] = {}
-    """By name: what `config.model.restore` takes."""
+    """By name: what `config.model.restore_options` takes."""
     given: tuple[str, ...] = ()
     """The fields that the command line gave instead of the file."""
     tasks: tuple[str, ...]
@@ -308,7 +308,7 @@ class RunDocument(_Document):
     ended: Instant | None = None
     halted: str | None = None
     """Why it was stopped before its end: its budget is used up, or its commands can't work."""
-    halted_by: Halt | None = None
+    halted_by: HaltCause | None = None
     """What stopped it."""
     allow_failing_base: bool = False
     """Whether sessions start though checks fail on the base."""
@@ -322,13 +322,13 @@ class RunDocument(_Document):
     """What people and other programs noted of it; council only keeps it."""
 
     @property
-    def contradiction(self) -> str | None:
+    def inconsistency(self) -> str | None:
         """What of it contradicts the rest, as no run writes it; None if nothing does."""
-        if self.imported is None and not 1 <= self.capacity <= MOST_CAPACITY:
-            return f"capacity: it is {self.capacity}, not between 1 and {MOST_CAPACITY}"
+        if self.imported is None and not 1 <= self.capacity <= MAX_CAPACITY:
+            return f"capacity: it is {self.capacity}, not between 1 and {MAX_CAPACITY}"
         return None
 
-    def check_ours(self) -> None:
+    def check_not_imported(self) -> None:
         """Refuse a run of which there is only an imported record."""
         if self.imported is not None:
             what = f"run {self.id} was imported from {self.imported.source}, only its record is here"
@@ -358,7 +358,7 @@ class AdapterDocument(_Document):
     """When a person reopened it: failures of sessions that started before do not close it again."""
 
 
-class Action(StrEnum):
+class RequestAction(StrEnum):
     """What a person can ask of a run from another process."""
 
     CANCEL = "cancel"
@@ -369,7 +369,7 @@ class Action(StrEnum):
     REOPEN = "reopen"  #: of adapters, not of tasks
 
 
-class Maker(StrEnum):
+class CheckpointOrigin(StrEnum):
     """Who made a checkpoint."""
 
     HAND = "hand"
@@ -377,11 +377,11 @@ class Maker(StrEnum):
     COUNCIL = "council"  #: a command, before it did what may be regretted
 
 
-class Request(_Document):
+class RunRequest(_Document):
     """What was asked of a run, for whoever is or becomes its owner."""
 
     id: str
-    action: Action
+    action: RequestAction
     tasks: tuple[str, ...]
     asked: Instant
     reason: str | None = None

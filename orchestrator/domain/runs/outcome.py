@@ -21,7 +21,7 @@ class Built:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class ReadOnlySuccess:
     """The session ended well, and was not to change anything."""
 
 
@@ -46,14 +46,14 @@ class Interrupted:
 
 
 @dataclass(frozen=True, slots=True)
-class Exhausted:
+class ResourcesExhausted:
     """This machine had not enough of something to start the session; another one would fare no better now."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Denials:
+class ToolDenials:
     """The tools that a session was denied: how many calls, the first of them in words, and what allows them."""
 
     count: int = 0
@@ -61,7 +61,7 @@ class Denials:
     remedy: str = ""
 
     @classmethod
-    def of(cls, calls: Sequence[tuple[str, str]]) -> Denials:
+    def of(cls, calls: Sequence[tuple[str, str]]) -> ToolDenials:
         """Return denials from what was called, in words, and the remedy of each."""
         tools = tuple(dict.fromkeys(text for text, _ in calls))[:_DENIALS]
         return cls(len(calls), tools, next((remedy for _, remedy in calls if remedy), ""))
@@ -83,14 +83,14 @@ class Misconfigured:
     reason: str
 
 
-Outcome = Built | Answered | Failed | Interrupted | Exhausted | Misconfigured
+Outcome = Built | ReadOnlySuccess | Failed | Interrupted | ResourcesExhausted | Misconfigured
 
 
 @dataclass(frozen=True, slots=True)
-class Exit:
+class ProcessExit:
     """How the process ended: `ended_by` is exit, timeout, silence, stop or orphaned.
 
-    `spawn_error` says why it never ran; `exhausted` that this was for lack of descriptors, memory or space, `missing`
+    `parse_spawn_error` says why it never ran; `exhausted` that this was for lack of descriptors, memory or space, `missing`
     that there is no such program.
     """
 
@@ -103,19 +103,19 @@ class Exit:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SessionLimits:
     """What a session may take, in seconds: in all, and without a sign of life (None: no limit)."""
 
     timeout: float
     silence: float | None = None
 
 
-_NONE_DENIED = Denials()
+_NONE_DENIED = ToolDenials()
 
 
-def judge(
-    exit_: Exit,
-    limits: Limits,
+def judge_outcome(
+    exit_: ProcessExit,
+    limits: SessionLimits,
     commit: str | None,
     refused: str | None,
     verdict: Failed | None,
@@ -123,7 +123,7 @@ def judge(
     admitted: bool = False,
     writes: bool = True,
     errors: str = "",
-    denials: Denials = _NONE_DENIED,
+    denials: ToolDenials = _NONE_DENIED,
 ) -> Outcome:
     """Return the outcome.
 
@@ -139,16 +139,16 @@ def judge(
     if exit_.ended_by in {"stop", "orphaned"}:
         return Interrupted("the run was stopped")
     if exit_.ended_by in {"timeout", "silence"}:
-        return _over_limit(exit_.ended_by, limits)
+        return _limit_failure(exit_.ended_by, limits)
     if exit_.code != 0:
         how = f"got signal {exit_.signal}" if exit_.code is None else f"ended with exit code {exit_.code}"
         return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
     if verdict is not None and (admitted or verdict.unfinished):
         return verdict
-    return _ended_well(commit, refused, verdict, denials) if writes else Answered()
+    return _ended_well(commit, refused, verdict, denials) if writes else ReadOnlySuccess()
 
 
-def _ended_well(commit: str | None, refused: str | None, verdict: Failed | None, denials: Denials) -> Outcome:
+def _ended_well(commit: str | None, refused: str | None, verdict: Failed | None, denials: ToolDenials) -> Outcome:
     if refused is not None:
         return Failed(FailureClass.REFUSED, refused)
     if commit is None:
@@ -163,15 +163,15 @@ def _last_line(errors: str) -> str:
     return f": {lines[-1][:_LONGEST_LINE]}" if lines else ""
 
 
-def _not_started(exit_: Exit) -> Outcome:
+def _not_started(exit_: ProcessExit) -> Outcome:
     if exit_.exhausted:
-        return Exhausted(f"the program could not be started: {exit_.spawn_error}")
+        return ResourcesExhausted(f"the program could not be started: {exit_.spawn_error}")
     if exit_.missing:
         return Failed(FailureClass.MISSING, f"the program is gone: {exit_.spawn_error}")
     return Failed(FailureClass.INVALID, f"the program did not start: {exit_.spawn_error}")
 
 
-def _over_limit(ended_by: str, limits: Limits) -> Failed:
+def _limit_failure(ended_by: str, limits: SessionLimits) -> Failed:
     if ended_by == "timeout":
         reason = f"still running after {limits.timeout:g} s, its limit: raise `timeout` or split the task"
         return Failed(FailureClass.TIMEOUT, reason)

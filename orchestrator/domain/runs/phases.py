@@ -67,12 +67,12 @@ PHASE_EVENTS: Final[dict[PhaseStatus, str]] = {
 }
 
 #: Visits that go on: by another session, or by a person's word.
-OPEN: Final = frozenset({PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING})
+OPEN_STATUSES: Final = frozenset({PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING})
 #: States of a visit that has its phase behind it.
-PASSED: Final = frozenset({PhaseStatus.COMPLETED, PhaseStatus.SKIPPED})
+PASSED_STATUSES: Final = frozenset({PhaseStatus.COMPLETED, PhaseStatus.SKIPPED})
 
 
-class Given(BaseModel):
+class GivenValues(BaseModel):
     """What of all that was known a phase was given: names of values, and bytes of them as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -95,7 +95,7 @@ class PhaseRecord(BaseModel):
     ended: Instant | None = None
     attempts: tuple[int, ...] = ()
     """The numbers of the attempts that were made at it."""
-    given: Given | None = None
+    given: GivenValues | None = None
     received: tuple[str, ...] = ()
     """The ids of the handoffs that it was given."""
     commit: str | None = None
@@ -116,7 +116,7 @@ class PhaseRecord(BaseModel):
     """Why it failed, was rejected or skipped."""
 
 
-def step(subject: str, record: PhaseRecord | None, trigger: PhaseTrigger, **changes: Any) -> PhaseRecord:
+def advance_phase(subject: str, record: PhaseRecord | None, trigger: PhaseTrigger, **changes: Any) -> PhaseRecord:
     """Return a visit after `trigger`, with `changes` to its fields; InvalidTransition without a row.
 
     The first one is made of `changes` alone, `phase` among them.

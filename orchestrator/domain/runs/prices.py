@@ -26,7 +26,7 @@ class Price(BaseModel):
         return (fresh * self.input + cached_tokens * cached + output_tokens * self.output) / 1e6
 
 
-def price_of(model: str | None, prices: Mapping[str, Price]) -> Price | None:
+def find_price(model: str | None, prices: Mapping[str, Price]) -> Price | None:
     """Return the price of a model by its name: its own, or that of the longest name that its name goes on from.
 
     So `anthropic/claude-opus-4-8-20260101` is found under `claude-opus-4`, where none is nearer.

@@ -33,18 +33,18 @@ def retry_delay(backoff: Backoff, failures: int) -> float:
 
 
 #: How long an adapter is parked that does not say until when, or says so wrongly time and again; seconds.
-PARK = Backoff(initial=30.0, factor=2.0, max=3600.0, jitter=False)
+COOLDOWN_BACKOFF = Backoff(initial=30.0, factor=2.0, max=3600.0, jitter=False)
 #: No account is believed to be limited for longer; the longest known limits are weekly.
-LONGEST_PARK = 8 * 86400.0
+MAX_COOLDOWN = 8 * 86400.0
 
 
-def park_until(now: float, until: float | None, parks: int) -> float:
+def compute_cooldown_end(now: float, until: float | None, parks: int) -> float:
     """Return when an adapter may be tried again that was parked for the `parks`-th time in a row (from 1).
 
     `until` is what it said, if it did. An adapter whose word proves wrong is believed less each time: it is
     never tried sooner than the backoff allows, so that no limit is run into in a loop.
     """
     if until is None or not isfinite(until):
-        return now + retry_delay(PARK, parks)
-    least = retry_delay(PARK, parks - 1) if parks > 1 else 1.0
-    return now + min(max(until - now, least), LONGEST_PARK)
+        return now + retry_delay(COOLDOWN_BACKOFF, parks)
+    least = retry_delay(COOLDOWN_BACKOFF, parks - 1) if parks > 1 else 1.0
+    return now + min(max(until - now, least), MAX_COOLDOWN)

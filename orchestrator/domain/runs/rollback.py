@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
 
 
-def turn_back(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
+def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
     """Return a task as it was `then`, for it to go on from there; or why it stays as it is `now`.
 
     Three things are never turned back. What is on the target: a task that has landed, or may have, stays as it is,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument, known_cost
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument, sum_known_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,9 @@ class RunUsage:
     """Tasks of which a newer state was recorded than can be read: of them more may have been used up."""
 
 
-def usage_of(run: RunDocument, tasks: Mapping[str, TaskDocument], now: float, damaged: Sequence[str] = ()) -> RunUsage:
+def compute_usage(
+    run: RunDocument, tasks: Mapping[str, TaskDocument], now: float, damaged: Sequence[str] = ()
+) -> RunUsage:
     """Return what a run's sessions used up by `now` (wall-clock seconds), of which some records are `damaged`."""
     by_adapter = dict[str, list[Attempt]]()
     for task in tasks.values():
@@ -65,7 +67,7 @@ def _sum(attempts: Iterable[Attempt], now: float) -> Usage:
         seconds=sum(max((now if one.ended is None else one.ended) - one.started, 0.0) for one in found),
         input_tokens=sum(one.input_tokens for one in found),
         output_tokens=sum(one.output_tokens for one in found),
-        cost=known_cost(found),
+        cost=sum_known_cost(found),
         priced=sum(one.cost is not None for one in found),
         estimated=sum(one.is_estimated for one in found),
     )

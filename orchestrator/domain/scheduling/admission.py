@@ -8,7 +8,7 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class AvailableResources:
     """What is left, in descriptors and bytes; None where it is unknown or has no limit."""
 
     descriptor_limit: int | None
@@ -19,7 +19,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class SessionDemand:
     """What a session is expected to take of each, and what is left to the rest of the program and of the machine."""
 
     descriptors: int = 8
@@ -31,7 +31,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class SessionFit:
     """How many sessions there may be; `limited_by` says what keeps it below what was wanted, and what to do."""
 
     sessions: int
@@ -39,17 +39,19 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
-class NoFit:
+class NoSessionFits:
     """Not even one session fits."""
 
     what: str
     remedy: str
 
 
-DEFAULT_DEMAND = Demand()
+DEFAULT_DEMAND = SessionDemand()
 
 
-def fit(facts: Facts, wanted: int, demand: Demand = DEFAULT_DEMAND) -> Fit | NoFit:
+def fit_sessions(
+    facts: AvailableResources, wanted: int, demand: SessionDemand = DEFAULT_DEMAND
+) -> SessionFit | NoSessionFits:
     """Return how many of the wanted sessions fit beside what is open and in use now, before the first of them."""
     limits = [
         ("descriptors", _fitting_descriptors(facts, demand), "raise it with `ulimit -n`"),
@@ -58,14 +60,14 @@ def fit(facts: Facts, wanted: int, demand: Demand = DEFAULT_DEMAND) -> Fit | NoF
     known = [(many, name, remedy) for name, many, remedy in limits if many is not None]
     many, name, remedy = min(known, default=(wanted, "", ""))
     if many >= wanted:
-        return Fit(wanted)
+        return SessionFit(wanted)
     what = _left(name, facts, demand)
     if many < 1:
-        return NoFit(f"not even one session fits: {what}", remedy)
-    return Fit(many, f"{what}, enough for {many} of {wanted} sessions: {remedy}")
+        return NoSessionFits(f"not even one session fits: {what}", remedy)
+    return SessionFit(many, f"{what}, enough for {many} of {wanted} sessions: {remedy}")
 
 
-def may_start(facts: Facts, running: int, demand: Demand = DEFAULT_DEMAND) -> bool:
+def can_start_session(facts: AvailableResources, running: int, demand: SessionDemand = DEFAULT_DEMAND) -> bool:
     """Whether memory is left for one more session beside those that run.
 
     With none running the answer is yes: nothing of ours could end and give memory back.
@@ -73,17 +75,17 @@ def may_start(facts: Facts, running: int, demand: Demand = DEFAULT_DEMAND) -> bo
     return not running or facts.memory is None or facts.memory >= demand.memory + demand.spare_memory
 
 
-def _fitting_descriptors(facts: Facts, demand: Demand) -> int | None:
+def _fitting_descriptors(facts: AvailableResources, demand: SessionDemand) -> int | None:
     if facts.descriptor_limit is None:
         return None
     return (facts.descriptor_limit - facts.descriptors_open - demand.spare_descriptors) // demand.descriptors
 
 
-def _fitting_memory(facts: Facts, demand: Demand) -> int | None:
+def _fitting_memory(facts: AvailableResources, demand: SessionDemand) -> int | None:
     return None if facts.memory is None else (facts.memory - demand.spare_memory) // demand.memory
 
 
-def _left(name: str, facts: Facts, demand: Demand) -> str:
+def _left(name: str, facts: AvailableResources, demand: SessionDemand) -> str:
     if name == "descriptors":
         return f"{facts.descriptors_open} of at most {facts.descriptor_limit} file descriptors are open"
     return f"{(facts.memory or 0) // MIB} MiB of memory are left, where a session takes {demand.memory // MIB} MiB"

@@ -26,7 +26,7 @@ class Role(StrEnum):
     WORKER = "worker"  #: wait for them
 
 
-class Release(StrEnum):
+class ReleaseReason(StrEnum):
     """Why a claim was given back."""
 
     COMPLETE = "complete"  #: the task has landed, or nothing was to be done
@@ -38,7 +38,7 @@ class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
-class Owner(_Document):
+class OrchestratorIdentity(_Document):
     """An orchestrator: a process at work in a run, and by what it is told from any other."""
 
     id: str
@@ -54,7 +54,7 @@ class Owner(_Document):
     """Whether it claims what it works at; beside one that does not, nobody else can be at work in the run."""
 
 
-class Counters(_Document):
+class ClaimCounters(_Document):
     """What became of an orchestrator's claims."""
 
     # Not by docstrings: to find them takes longer than all else that this module does when it is imported.
@@ -70,20 +70,20 @@ class Counters(_Document):
         default=0, description="Its own writes that were refused because somebody else had taken over."
     )
 
-    def plus(self, **more: int) -> Counters:
+    def plus(self, **more: int) -> ClaimCounters:
         """Return them with more of some."""
         return self.model_copy(update={name: getattr(self, name) + count for name, count in more.items()})
 
 
-def total(counters: Iterable[Counters]) -> Counters:
+def sum_counters(counters: Iterable[ClaimCounters]) -> ClaimCounters:
     """Return what became of the claims of several orchestrators."""
-    return reduce(lambda one, more: one.plus(**more.model_dump()), counters, Counters())
+    return reduce(lambda one, more: one.plus(**more.model_dump()), counters, ClaimCounters())
 
 
-class Orchestrator(_Document):
+class OrchestratorLease(_Document):
     """The record of one: the lease that all of its claims hang on. Times are wall-clock seconds."""
 
-    owner: Owner
+    owner: OrchestratorIdentity
     epoch: int
     since: Instant
     heartbeat: Instant
@@ -93,7 +93,7 @@ class Orchestrator(_Document):
     ended: Instant | None = None
     reason: str | None = None
     """Why it ended, where that was not of its own doing."""
-    counters: Counters = Field(default_factory=Counters)
+    counters: ClaimCounters = Field(default_factory=ClaimCounters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class ActiveTime:
     """In order, without overlaps; None: not known, so that all time counts."""
 
     @classmethod
-    def of(cls, orchestrators: Iterable[Orchestrator], instants: Collection[float], now: float) -> ActiveTime:
+    def of(cls, orchestrators: Iterable[OrchestratorLease], instants: Collection[float], now: float) -> ActiveTime:
         """Return the active time of a run up to `now`; `instants` are times at which something of it was recorded.
 
         An orchestrator that was killed was active up to its last heartbeat, or to the last instant before the next
@@ -135,17 +135,17 @@ class ActiveTime:
 class Claim(_Document):
     """The claim on one task. Times are wall-clock seconds."""
 
-    owner: Owner
+    owner: OrchestratorIdentity
     epoch: int
     since: Instant
     retries: int = 0
     """How many tries of the task had been in vain when it was written, since a person last had it tried again."""
-    released: Release | None = None
+    released: ReleaseReason | None = None
     reason: str | None = None
     """Why it was released or taken over."""
 
 
-class MergeParty(_Document):
+class MergeParticipant(_Document):
     """An orchestrator that has the permit or waits for it, since when (wall-clock seconds)."""
 
     id: str
@@ -159,15 +159,15 @@ class MergeLease(_Document):
     """Who may land, and who is next."""
 
     epoch: int = 0
-    holder: MergeParty | None = None
-    waiting: tuple[MergeParty, ...] = ()
+    holder: MergeParticipant | None = None
+    waiting: tuple[MergeParticipant, ...] = ()
     """In the order of their turns."""
     repository: str
     target: str
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class ClaimTiming:
     """When signs of life are given and missed, in seconds."""
 
     heartbeat: float = 60.0
@@ -181,7 +181,7 @@ class Timing:
     """How often a task is tried again."""
 
 
-class Standing(StrEnum):
+class OwnerStatus(StrEnum):
     """How an orchestrator stands in the eyes of another."""
 
     ENDED = "ended"  #: it said so, or was told to have
@@ -191,12 +191,12 @@ class Standing(StrEnum):
 
 
 #: How many heartbeats long a missing sign of life must have been watched for: a machine that slept has not looked.
-WATCHED = 1.5
+MIN_WATCHED_HEARTBEATS = 1.5
 
 
-def standing(
-    one: Orchestrator, now: float, watched: float, timing: Timing, *, is_here: bool, is_dead: bool
-) -> Standing:
+def judge_owner_status(
+    one: OrchestratorLease, now: float, watched: float, timing: ClaimTiming, *, is_here: bool, is_dead: bool
+) -> OwnerStatus:
     """Return how an orchestrator stands at `now` (wall-clock seconds).
 
     `watched` is for how many seconds of its own uninterrupted time whoever asks has seen no other sign of life: long
@@ -204,18 +204,23 @@ def standing(
     proven to have ended.
     """
     if one.ended is not None:
-        return Standing.ENDED
+        return OwnerStatus.ENDED
     if is_dead:
-        return Standing.DEAD
+        return OwnerStatus.DEAD
     silence = now - one.heartbeat
     limit = timing.owner_stale if is_here else timing.stale
-    if watched > limit or (silence > limit and watched >= min(WATCHED * timing.heartbeat, limit)):
-        return Standing.STALE
-    return Standing.ALIVE
+    if watched > limit or (silence > limit and watched >= min(MIN_WATCHED_HEARTBEATS * timing.heartbeat, limit)):
+        return OwnerStatus.STALE
+    return OwnerStatus.ALIVE
 
 
-def may_take(
-    claim: Claim | None, me: Owner, holder: Standing | None, *, override: bool = False, is_asked: bool = False
+def can_claim(
+    claim: Claim | None,
+    me: OrchestratorIdentity,
+    holder: OwnerStatus | None,
+    *,
+    override: bool = False,
+    is_asked: bool = False,
 ) -> bool:
     """Whether an orchestrator may take a task; `holder` is how the claim's owner stands, None where that is not known.
 
@@ -224,17 +229,17 @@ def may_take(
     """
     if claim is None or claim.released is not None or is_asked:
         return True
-    if holder not in {Standing.ALIVE, None}:
+    if holder not in {OwnerStatus.ALIVE, None}:
         return True
     return override and me.role is Role.COORDINATOR and claim.owner.role is not Role.COORDINATOR
 
 
-def tries_before(claim: Claim | None) -> int:
+def count_earlier_tries(claim: Claim | None) -> int:
     """Return how many tries of a task will have been in vain for who claims it next: to be taken over is one."""
     return 0 if claim is None else claim.retries + int(claim.released is None)
 
 
-class Verdict(StrEnum):
+class ClaimVerdict(StrEnum):
     """Whether a task should be tried now."""
 
     TRY = "try"
@@ -243,10 +248,12 @@ class Verdict(StrEnum):
     CLAIMED = "claimed"  #: somebody who lives is at it
 
 
-def should_try(claim: Claim | None, holder: Standing | None, timing: Timing, *, ignored: str | None) -> Verdict:
+def should_try(
+    claim: Claim | None, holder: OwnerStatus | None, timing: ClaimTiming, *, ignored: str | None
+) -> ClaimVerdict:
     """Return whether a task should be tried, in the order in which that is asked."""
     if ignored is not None:
-        return Verdict.IGNORED
-    if claim is not None and claim.released is None and holder in {Standing.ALIVE, None}:
-        return Verdict.CLAIMED
-    return Verdict.TRIED_OUT if tries_before(claim) > timing.max_retries else Verdict.TRY
+        return ClaimVerdict.IGNORED
+    if claim is not None and claim.released is None and holder in {OwnerStatus.ALIVE, None}:
+        return ClaimVerdict.CLAIMED
+    return ClaimVerdict.TRIED_OUT if count_earlier_tries(claim) > timing.max_retries else ClaimVerdict.TRY

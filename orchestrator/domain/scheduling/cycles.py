@@ -35,7 +35,7 @@ class _Path:
         return self.nodes[begin:]
 
 
-def find_circles(needs: Mapping[str, Iterable[str]]) -> list[list[str]]:
+def find_cycles(needs: Mapping[str, Iterable[str]]) -> list[list[str]]:
     """Return circles without common tasks, at least one of every knot; each task needs the next, the last the first.
 
     Names without an entry of their own are passed over. Linear in the number of needs, without recursion.

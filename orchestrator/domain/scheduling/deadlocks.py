@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class LockWait:
     """One wait of an owner: since when, for what, and the owners that are in its way."""
 
     since: float
@@ -16,20 +16,20 @@ class Wait:
     blockers: AbstractSet[str]
 
 
-def merged(*layers: Mapping[str, Wait]) -> dict[str, Wait]:
+def merge_waits(*layers: Mapping[str, LockWait]) -> dict[str, LockWait]:
     """Return the waits of several layers of locks as one; an owner that waits in several waits since the last."""
-    found: dict[str, Wait] = {}
+    found: dict[str, LockWait] = {}
     for layer in layers:
         for owner, wait in layer.items():
             known = found.get(owner)
             if known is not None:
                 newest = max(known, wait, key=lambda one: one.since)
-                wait = Wait(newest.since, newest.what, known.blockers | wait.blockers)  # noqa: PLW2901
+                wait = LockWait(newest.since, newest.what, known.blockers | wait.blockers)  # noqa: PLW2901
             found[owner] = wait
     return found
 
 
-def cycle_of(owner: str, waits: Mapping[str, Wait]) -> tuple[str, ...]:
+def find_cycle(owner: str, waits: Mapping[str, LockWait]) -> tuple[str, ...]:
     """Return the circle that an owner is part of, beginning with it; empty if there is none.
 
     Each waits for the next one, the last for the first.
@@ -50,15 +50,15 @@ def cycle_of(owner: str, waits: Mapping[str, Wait]) -> tuple[str, ...]:
     return ()
 
 
-def victim_of(cycle: tuple[str, ...], waits: Mapping[str, Wait]) -> str:
+def choose_victim(cycle: tuple[str, ...], waits: Mapping[str, LockWait]) -> str:
     """Return who of a circle has to give up: the one that began to wait last."""
     return max(cycle, key=lambda one: (waits[one].since, one))
 
 
-def deadlock_of(owner: str, waits: Mapping[str, Wait]) -> str | None:
+def find_deadlock(owner: str, waits: Mapping[str, LockWait]) -> str | None:
     """Return the circle because of which an owner has to give up, in words; None if it may go on waiting."""
-    cycle = cycle_of(owner, waits)
-    if not cycle or victim_of(cycle, waits) != owner:
+    cycle = find_cycle(owner, waits)
+    if not cycle or choose_victim(cycle, waits) != owner:
         return None
     steps = [f"{one} waits for {waits[one].what}" for one in cycle]
     return f"{', '.join(steps)}, held by {owner}" if len(cycle) > 1 else f"{steps[0]}, which it holds"

@@ -17,17 +17,23 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import NamedTuple
 
-from orchestrator.domain.runs.model import FINAL, REVIVABLE, SUCCESSFUL, TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.ready import Lane, ReadyQueue, Roster
+from orchestrator.domain.runs.model import (
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
+    SUCCESS_STATUSES,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.domain.scheduling.ready import AdapterGroup, ReadyLane, ReadyQueue
 
 #: Seconds of waiting that are worth one level of priority.
-AGING = 600.0
+AGING_SECONDS = 600.0
 
 _NO_LIMITS: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class DispatchEntry:
     """What decisions need of a task; `owns` are patterns of `orchestrator.domain.scheduling.ownership`."""
 
     needs: tuple[str, ...] = ()
@@ -38,7 +44,7 @@ class Entry:
     fallback: tuple[str, ...] = ()
     """Adapters that stand in, in this order, where the one before is parked or closed."""
     workflow: str | None = None
-    """The workflow whose phases say which adapters these are, and `Board.wait` which at the time."""
+    """The workflow whose phases say which adapters these are, and `DispatchBoard.wait` which at the time."""
     parts: tuple[str, ...] = ()
     """Of the needs, the tasks that its own plan became."""
     checks: tuple[str, ...] = ()
@@ -51,7 +57,7 @@ class Entry:
         """All that may run it, the best first."""
         return (self.adapter, *self.fallback)
 
-    def with_parts(self, parts: Sequence[str]) -> Entry:
+    def with_subtasks(self, parts: Sequence[str]) -> DispatchEntry:
         """Return the same with other tasks that its plan became."""
         if tuple(parts) == self.parts:
             return self
@@ -59,10 +65,12 @@ class Entry:
         return replace(self, needs=(*needs, *parts), parts=tuple(parts))
 
 
-def with_parts(entries: Mapping[str, Entry], documents: Mapping[str, TaskDocument]) -> dict[str, Entry]:
+def with_subtasks(
+    entries: Mapping[str, DispatchEntry], documents: Mapping[str, TaskDocument]
+) -> dict[str, DispatchEntry]:
     """Return entries by what their tasks need as these stand: also the tasks that their plans became, if known."""
     return {
-        task: entry.with_parts([one for one in documents[task].expanded if one in entries])
+        task: entry.with_subtasks([one for one in documents[task].expanded if one in entries])
         for task, entry in entries.items()
     }
 
@@ -87,18 +95,18 @@ class _Place(NamedTuple):
 
     order: float
     priority: int
-    lane: Lane
+    lane: ReadyLane
 
 
-class Board:
+class DispatchBoard:
     """The tasks of a run as the scheduler's decisions see them, in the order of the file.
 
-    Of two tasks that are ready the one with the higher priority starts first, unless the other has waited `AGING`
+    Of two tasks that are ready the one with the higher priority starts first, unless the other has waited `AGING_SECONDS`
     seconds longer for each level between them; of equals the first of the file. A task waits since the first decision
     that finds it ready.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
+    def __init__(self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
         """Take every task by its id, all of them pending, and how many sessions each adapter may have at once."""
         self._entries = dict(entries)
         self._state = dict.fromkeys(entries, _PENDING)
@@ -114,8 +122,8 @@ class Board:
         }
         self._fresh: list[str] = []
         self._until: dict[str, float] = {}
-        self._waiting: dict[Roster, list[tuple[float, float, str]]] = {
-            place.lane.roster: [] for place in self._places.values()
+        self._waiting: dict[AdapterGroup, list[tuple[float, float, str]]] = {
+            place.lane.adapter_group: [] for place in self._places.values()
         }
         self.blocked: dict[str, str] = {}
         """Tasks that can't start any more, each with a need that will not land."""
@@ -127,45 +135,45 @@ class Board:
     @classmethod
     def of(
         cls,
-        entries: Mapping[str, Entry],
+        entries: Mapping[str, DispatchEntry],
         statuses: Mapping[str, TaskStatus],
         capacities: Mapping[str, int] = _NO_LIMITS,
-    ) -> Board:
+    ) -> DispatchBoard:
         """Return the board of a run that is under way. What is built owns its paths until it has landed."""
         board = cls(entries, capacities)
         for task, status in statuses.items():
-            if status in SUCCESSFUL:
+            if status in SUCCESS_STATUSES:
                 board.landed(task)
             elif status is TaskStatus.WAITING:
                 board.rest(task, keeps_paths=False)
-            elif status not in FINAL and status is not TaskStatus.PENDING:
+            elif status not in FINAL_STATUSES and status is not TaskStatus.PENDING:
                 board._resume(task, running=status is TaskStatus.RUNNING)
         for task, status in statuses.items():
-            if status in REVIVABLE:
+            if status in RETRYABLE_STATUSES:
                 board.ended(task)
         return board
 
-    def add(self, entries: Mapping[str, Entry], orders: Mapping[str, float]) -> None:
+    def add(self, entries: Mapping[str, DispatchEntry], orders: Mapping[str, float]) -> None:
         """Take more tasks, pending, each of which stands at a place of the file; they may need each other."""
         self._entries |= entries
         for task, entry in entries.items():
             self._state[task], self._dependents[task] = _PENDING, []
             lane = self._queue.lane(entry.adapters, entry.owns)
             self._places[task] = _Place(orders[task], entry.priority, lane)
-            self._waiting.setdefault(lane.roster, [])
+            self._waiting.setdefault(lane.adapter_group, [])
         for task, entry in entries.items():
             self._link(task, entry.needs)
         for task in entries:
             if task not in self.blocked and not self._is_blocked_by_a_need(task):
                 self._offer(task)
 
-    def need(self, task: str, parts: Sequence[str]) -> None:
+    def set_subtasks(self, task: str, parts: Sequence[str]) -> None:
         """The plan of a task became these: it goes on only once they have landed. `wait`, `rest` or `revive` follows.
 
         Where they are fewer than before, the others are nothing to it any more.
         """
         before = self._entries[task]
-        after = self._entries[task] = before.with_parts(parts)
+        after = self._entries[task] = before.with_subtasks(parts)
         if after is before:
             return
         for need in set(before.needs) - set(after.needs):
@@ -203,7 +211,7 @@ class Board:
     ) -> None:
         """The task may start again at `until`, with other adapters if some are named, the best first.
 
-        With `keeps_paths` they stay its own meanwhile, since it goes on with what it has built. What waits for the
+        With `has_built_work` they stay its own meanwhile, since it goes on with what it has built. What waits for the
         tasks that its plan became goes on when they have landed, and leaves its paths to them.
         """
         if self._waits_for_parts(task):
@@ -214,7 +222,7 @@ class Board:
         self._until[task] = until
         self._replace(task, adapters, keeps_paths=keeps_paths)
         place = self._places[task]
-        heapq.heappush(self._waiting[place.lane.roster], (until, place.order, task))
+        heapq.heappush(self._waiting[place.lane.adapter_group], (until, place.order, task))
 
     def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
         """Have other adapters run a task that nothing of has begun here; for the rest see `wait`."""
@@ -249,7 +257,7 @@ class Board:
             self._offer(one)
             stack.extend(self._dependents[one])
 
-    def mirror(
+    def sync_task(
         self,
         task: str,
         status: TaskStatus,
@@ -263,13 +271,13 @@ class Board:
         One that is at work elsewhere takes no slot here, and its paths are its own. For the rest see `wait`.
         """
         state = self._state[task]
-        if state is _OVER and status not in REVIVABLE:
+        if state is _OVER and status not in RETRYABLE_STATUSES:
             self.revive(task)
             state = self._state[task]
-        if status in SUCCESSFUL:
+        if status in SUCCESS_STATUSES:
             if state is not _LANDED:
                 self.landed(task)
-        elif status in FINAL:
+        elif status in FINAL_STATUSES:
             if state is not _OVER:
                 self.ended(task)
         elif status is TaskStatus.WAITING:
@@ -281,7 +289,7 @@ class Board:
         elif state is _RUNNING or state is _BUILT or adapters is not None:
             self.wait(task, until, adapters, keeps_paths=keeps_paths)
 
-    def entry(self, task: str) -> Entry:
+    def entry(self, task: str) -> DispatchEntry:
         """Return what was told of a task."""
         return self._entries[task]
 
@@ -310,7 +318,7 @@ class Board:
             self._drop_stale(waiting)
             if waiting:
                 times.append(max(waiting[0][0], roster.parked))
-            if self._queue.is_movable(roster) or (roster.parked and self._has_fresh(roster)):
+            if self._queue.has_startable_task(roster) or (roster.parked and self._has_fresh(roster)):
                 times.append(roster.next_opening)
         return min((time for time in times if time < math.inf), default=None)
 
@@ -335,11 +343,11 @@ class Board:
             found |= {one.name: one.parked for one in roster.adapters if not one.closed}
         return found
 
-    def _rosters_with_work(self) -> Iterator[Roster]:
+    def _rosters_with_work(self) -> Iterator[AdapterGroup]:
         """Yield the adapters of what is ready or waits and is not held."""
         for roster, waiting in self._waiting.items():
             self._drop_stale(waiting)
-            if waiting or self._has_fresh(roster) or self._queue.is_movable(roster):
+            if waiting or self._has_fresh(roster) or self._queue.has_startable_task(roster):
                 yield roster
 
     def running(self) -> int:
@@ -357,7 +365,7 @@ class Board:
     def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
         """Yield, of each task that is neither in a final status nor blocked for good, the adapters that may run it."""
         for task, status in statuses.items():
-            if status not in FINAL and task not in self.blocked:
+            if status not in FINAL_STATUSES and task not in self.blocked:
                 yield self._entries[task].adapters
 
     def take(self, most: int, now: float) -> list[str]:
@@ -385,14 +393,14 @@ class Board:
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
         states, places, ranks = self._state, self._places, dict[int, float]()
-        ready: list[tuple[float, float, str, Lane]] = []
+        ready: list[tuple[float, float, str, ReadyLane]] = []
         for task in tasks:
             states[task] = _READY
             order, priority, lane = places[task]
             # What is the same object need not be compared when tasks are.
             rank = ranks.get(priority)
             if rank is None:
-                rank = ranks[priority] = since / AGING - priority
+                rank = ranks[priority] = since / AGING_SECONDS - priority
             ready.append((rank, order, task, lane))
         self._queue.add(ready)
 
@@ -425,13 +433,13 @@ class Board:
     def _replace(self, task: str, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
         """Have a task wait where it belongs: whoever keeps its paths need not wait for them."""
         entry, place = self._entries[task], self._places[task]
-        names = adapters or tuple(one.name for one in place.lane.roster.adapters)
+        names = adapters or tuple(one.name for one in place.lane.adapter_group.adapters)
         if keeps_paths:
             self._queue.keep_paths(task, entry.owns)
         lane = self._queue.lane(names, () if keeps_paths else entry.owns)
         if lane is not place.lane:
             self._places[task] = place._replace(lane=lane)
-            self._waiting.setdefault(lane.roster, [])
+            self._waiting.setdefault(lane.adapter_group, [])
 
     def _block(self, task: str) -> None:
         stack = [task]
@@ -463,15 +471,17 @@ class Board:
     def _is_dead(self, need: str) -> bool:
         return self._state[need] is _OVER or need in self.blocked
 
-    def _has_fresh(self, roster: Roster) -> bool:
-        return any(self._state[task] is _FRESH and self._places[task].lane.roster is roster for task in self._fresh)
+    def _has_fresh(self, roster: AdapterGroup) -> bool:
+        return any(
+            self._state[task] is _FRESH and self._places[task].lane.adapter_group is roster for task in self._fresh
+        )
 
     def _drop_stale(self, waiting: list[tuple[float, float, str]]) -> None:
         while waiting and self._until.get(waiting[0][2]) != waiting[0][0]:
             heapq.heappop(waiting)
 
 
-def decide(board: Board, free: int, now: float) -> list[str]:
+def choose_tasks(board: DispatchBoard, free: int, now: float) -> list[str]:
     """Return the tasks to start, in order: never more than `free`, never before all needs have landed."""
     board.advance(now)
     return board.take(free, now)

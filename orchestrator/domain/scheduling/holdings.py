@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.ownership import check_pattern, literal_prefix, matches, overlap
+from orchestrator.domain.scheduling.ownership import check_pattern, has_overlap, is_match, literal_prefix
 from orchestrator.errors import RefusedError
 
 #: How many paths a session can own in all, and of how many characters: each change writes them all.
-MOST_OWNED, LONGEST_OWNED = 2000, 200_000
+MAX_OWNED_PATTERNS, MAX_OWNED_CHARS = 2000, 200_000
 
 #: What no pattern can say, a backslash and bytes that are not UTF-8, is any character there.
 _UNSAYABLE: Final = ("\\", *map(chr, range(0xDC80, 0xDD00)))
@@ -24,7 +24,7 @@ _SPECIAL: Final = str.maketrans({**{one: f"[{one}]" for one in "*?["}, **dict.fr
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class OwnershipWait:
     """What a session would own if somebody else did not; times are wall-clock seconds."""
 
     patterns: tuple[str, ...]
@@ -32,7 +32,7 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class PathOwnership:
     """What one session owns, and waits for."""
 
     session: SessionName
@@ -45,7 +45,7 @@ class Holding:
     """Of the claim that it is part of."""
     locked: tuple[str, ...] = ()
     """Those of its patterns that the session asked to lock: no work of others that changes them lands."""
-    waiting: Waiting | None = None
+    waiting: OwnershipWait | None = None
     taken: Mapping[str, Instant] = field(default_factory=dict)
     """When it took each of its patterns."""
 
@@ -54,11 +54,11 @@ class Holding:
         """Whether there is nothing to it any more that others have to know."""
         return not self.patterns and self.waiting is None
 
-    def stands_in_the_way(self, session: SessionName, patterns: Sequence[str]) -> bool:
+    def has_conflict_with(self, session: SessionName, patterns: Sequence[str]) -> bool:
         """Whether a session can't own patterns because of what this one owns."""
-        return in_the_way(session, patterns, [self]) is not None
+        return find_ownership_conflict(session, patterns, [self]) is not None
 
-    def with_taken(self, patterns: Sequence[str], now: float, *, is_lock: bool = False) -> Holding:
+    def with_patterns(self, patterns: Sequence[str], now: float, *, is_lock: bool = False) -> PathOwnership:
         """Return it with more patterns; of those that it has already only the lock is new."""
         new = dict.fromkeys(one for one in patterns if one not in self.taken)
         taken = {**self.taken, **dict.fromkeys(new, now)}
@@ -66,22 +66,22 @@ class Holding:
         locked = tuple(dict.fromkeys((*self.locked, *(patterns if is_lock else ()))))
         return replace(self, patterns=tuple(taken), since=since, locked=locked, taken=taken)
 
-    def without(self, patterns: Sequence[str]) -> Holding:
+    def without(self, patterns: Sequence[str]) -> PathOwnership:
         """Return it without patterns, as they were taken."""
         taken = {one: when for one, when in self.taken.items() if one not in patterns}
         locked = tuple(one for one in self.locked if one in taken)
         since = min(taken.values(), default=self.since)
         return replace(self, patterns=tuple(taken), taken=taken, locked=locked, since=since)
 
-    def taken_away(self) -> Holding:
+    def without_patterns(self) -> PathOwnership:
         """Return it without all that it owns."""
         return self.without(self.patterns)
 
-    def lock_on(self, paths: Iterable[str]) -> tuple[str, str] | None:
+    def find_lock(self, paths: Iterable[str]) -> tuple[str, str] | None:
         """Return the first path that one of its locks names or lies beneath, with the lock; None if none does."""
         return next(((path, one) for path in paths for one in self.locked if _is_about(one, path)), None)
 
-    def with_waiting(self, waiting: Waiting | None) -> Holding:
+    def with_waiting(self, waiting: OwnershipWait | None) -> PathOwnership:
         """Return it with what it waits for."""
         return replace(self, waiting=waiting)
 
@@ -100,8 +100,8 @@ class Holding:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Holding:
-        """Return what `to_json` made a document of."""
+    def from_json(cls, value: Mapping[str, Any]) -> PathOwnership:
+        """Return what `delta_to_json` made a document of."""
         waiting = value["waiting"]
         return cls(
             SessionName(value["run"], value["task"], value["attempt"]),
@@ -110,13 +110,13 @@ class Holding:
             value["orchestrator"],
             value["epoch"],
             tuple(value["locked"]),
-            None if waiting is None else Waiting(tuple(waiting["patterns"]), waiting["since"]),
+            None if waiting is None else OwnershipWait(tuple(waiting["patterns"]), waiting["since"]),
             value["taken"],
         )
 
 
 @dataclass(frozen=True, slots=True)
-class HeldBy:
+class OwnershipConflict:
     """What stands in the way of a session that wants to own paths."""
 
     wanted: str
@@ -135,45 +135,49 @@ class HeldBy:
 
 
 def _is_about(pattern: str, path: str) -> bool:
-    return matches(pattern, path) or literal_prefix(pattern).startswith(f"{path}/")
+    return is_match(pattern, path) or literal_prefix(pattern).startswith(f"{path}/")
 
 
-def counts(holding: Holding, claim: Mapping[str, Any] | None) -> bool:
+def is_current(holding: PathOwnership, claim: Mapping[str, Any] | None) -> bool:
     """Whether a holding counts, by the document of the claim on its task."""
     return claim is not None and claim.get("epoch") == holding.epoch and claim.get("released") is None
 
 
-def in_the_way(session: SessionName, patterns: Sequence[str], holdings: Iterable[Holding]) -> HeldBy | None:
+def find_ownership_conflict(
+    session: SessionName, patterns: Sequence[str], holdings: Iterable[PathOwnership]
+) -> OwnershipConflict | None:
     """Return the oldest holding that overlaps with what a session wants; its own, and its task's, are in nobody's way.
 
     `holdings` are those that count.
     """
     found = [
-        HeldBy(wanted, one.session, pattern, one.taken.get(pattern, one.since), one.orchestrator)
+        OwnershipConflict(wanted, one.session, pattern, one.taken.get(pattern, one.since), one.orchestrator)
         for one in holdings
         if one.session[:2] != session[:2]
         for wanted in patterns
         for pattern in one.patterns
-        if overlap(wanted, pattern)
+        if has_overlap(wanted, pattern)
     ]
     return min(found, key=lambda one: (one.since, patterns.index(one.wanted)), default=None)
 
 
-def pattern_of(path: str) -> str:
+def escape_path(path: str) -> str:
     """Return the pattern that names one path, and what lies below it, whatever characters it has."""
     return path.translate(_SPECIAL)
 
 
-def check_room(owned: Sequence[str], wanted: Sequence[str]) -> None:
+def check_ownership_limit(owned: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise RefusedError where a session that owns patterns can't come to own so many more."""
     all_ = {*owned, *wanted}
     count, length = len(all_), sum(map(len, all_))
-    if count > MOST_OWNED or length > LONGEST_OWNED:
+    if count > MAX_OWNED_PATTERNS or length > MAX_OWNED_CHARS:
         what = f"that would be {count} paths of {length} characters in all that one session owns"
-        raise RefusedError(f"{what}, {MOST_OWNED} of {LONGEST_OWNED} fit", "name the folders that they are in")
+        raise RefusedError(
+            f"{what}, {MAX_OWNED_PATTERNS} of {MAX_OWNED_CHARS} fit", "name the folders that they are in"
+        )
 
 
-def checked(patterns: Sequence[str]) -> list[str]:
+def check_patterns(patterns: Sequence[str]) -> list[str]:
     """Return patterns, each once; RefusedError names the first that is none."""
     for one in patterns:
         try:

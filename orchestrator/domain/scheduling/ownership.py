@@ -41,14 +41,14 @@ def check_pattern(text: str) -> str:
     """Return a pattern as it is; ValueError ("what: remedy") if it is none."""
     if "\\" in text:
         raise ValueError("it has a backslash: separate segments by `/`, and write `[*]` for a star")
-    for segment in segments_of(text):
+    for segment in split_path(text):
         if "**" in segment and segment != "**":
             raise ValueError(f"`**` is only a part of {segment!r}: let it stand alone between `/`, or write `*`")
         _parse_segment(segment)
     return text
 
 
-def segments_of(path: str) -> list[str]:
+def split_path(path: str) -> list[str]:
     """Return the parts of a path below the top of a repository; ValueError ("what: remedy") if it can't be one.
 
     A slash at its end says that it is a folder, and is no part.
@@ -68,13 +68,13 @@ def segments_of(path: str) -> list[str]:
     return segments
 
 
-def matches(pattern: str, path: str) -> bool:
+def is_match(pattern: str, path: str) -> bool:
     """Whether a path, as git prints it, is one that the pattern names."""
     compiled = _compile(pattern)
     return path.startswith(compiled.prefix) and _meet(compiled.segments, path.split("/"), _segments_meet)
 
 
-def overlap(left: str, right: str) -> bool:
+def has_overlap(left: str, right: str) -> bool:
     """Whether there can be a path that both patterns match."""
     a, b = _compile(left), _compile(right)
     if not (a.prefix.startswith(b.prefix) or b.prefix.startswith(a.prefix)):
@@ -82,17 +82,17 @@ def overlap(left: str, right: str) -> bool:
     return left == right or _meet(a.segments, b.segments, _segments_meet)
 
 
-def any_overlap(left: Sequence[str], right: Sequence[str]) -> bool:
+def has_any_overlap(left: Sequence[str], right: Sequence[str]) -> bool:
     """Whether a pattern of one side overlaps with one of the other."""
-    return any(overlap(a, b) for a in left for b in right)
+    return any(has_overlap(a, b) for a in left for b in right)
 
 
-def escaped(owned: Sequence[str], paths: Iterable[str]) -> list[str]:
+def find_out_of_scope(owned: Sequence[str], paths: Iterable[str]) -> list[str]:
     """Return those of the paths that no pattern of what is owned names."""
-    return [path for path in paths if not any(matches(pattern, path) for pattern in owned)]
+    return [path for path in paths if not any(is_match(pattern, path) for pattern in owned)]
 
 
-def is_within(pattern: str, owned: Sequence[str]) -> bool:
+def is_covered(pattern: str, owned: Sequence[str]) -> bool:
     """Whether one of the patterns of what is owned names every path that a pattern names, as far as that is plain.
 
     A path without wildcards counts as that of a file. What only several patterns name together is not found.

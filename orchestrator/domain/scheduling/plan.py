@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from orchestrator.domain.scheduling.dispatch import Board, Entry, decide
-from orchestrator.domain.scheduling.ownership import any_overlap, literal_prefix
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.ownership import has_any_overlap, literal_prefix
 
 #: How many pairs of tasks are compared in one wave: tens of thousands that own much alike would take minutes.
 _MOST_COMPARISONS = 50_000
@@ -26,7 +26,7 @@ class Wave:
     """False if there were too many owners of paths to compare them all: `follows` may lack some."""
 
 
-def plan(entries: Mapping[str, Entry]) -> list[Wave]:
+def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
     """Return the waves of tasks whose needs name each other without a circle: each task in the earliest it can be in.
 
     O(n log n) in tasks and needs, but for the tasks that own paths, see `Wave.is_compared`.
@@ -39,13 +39,15 @@ def plan(entries: Mapping[str, Entry]) -> list[Wave]:
     return waves
 
 
-def sessions_at_once(wave: Wave, entries: Mapping[str, Entry], capacities: Mapping[str, int], most: int) -> int:
+def count_concurrent_sessions(
+    wave: Wave, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int], most: int
+) -> int:
     """Return how many tasks of a wave would be started together where `most` sessions fit, as `dispatch` does it."""
     ready = {task: replace(entries[task], needs=()) for task in wave.tasks}
-    return len(decide(Board(ready, capacities), most, 0.0))
+    return len(choose_tasks(DispatchBoard(ready, capacities), most, 0.0))
 
 
-def _levels(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
+def _levels(entries: Mapping[str, DispatchEntry]) -> Iterator[list[str]]:
     missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
     dependents: dict[str, list[str]] = defaultdict(list)
     for task, entry in entries.items():
@@ -63,7 +65,7 @@ def _levels(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
         level = above
 
 
-def _wave(tasks: Sequence[str], entries: Mapping[str, Entry]) -> Wave:
+def _wave(tasks: Sequence[str], entries: Mapping[str, DispatchEntry]) -> Wave:
     follows: dict[str, str] = {}
     owners = _Owners()
     for task in tasks:
@@ -105,7 +107,7 @@ class _Owners:
             if self.comparisons >= _MOST_COMPARISONS:
                 return None
             self.comparisons += 1
-            if any_overlap(other, owns):
+            if has_any_overlap(other, owns):
                 return task
         return None
 

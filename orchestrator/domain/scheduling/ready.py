@@ -17,30 +17,30 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 
-from orchestrator.domain.scheduling.ownership import any_overlap
+from orchestrator.domain.scheduling.ownership import has_any_overlap
 
 #: As many tasks that become ready together are sorted instead of being put on a heap one by one.
 _MANY = 64
 
 
-class Lane:
+class ReadyLane:
     """Ready tasks that the same adapters may run and that own the same paths."""
 
-    __slots__ = ("held_by", "owns", "places", "roster", "run")
+    __slots__ = ("adapter_group", "held_by", "owns", "places", "run")
 
-    def __init__(self, roster: Roster, owns: tuple[str, ...]) -> None:
-        self.roster, self.owns = roster, owns
+    def __init__(self, adapter_group: AdapterGroup, owns: tuple[str, ...]) -> None:
+        self.adapter_group, self.owns = adapter_group, owns
         self.places: list[_Place] = []
         """A heap."""
         self.run: list[_Place] = []
         """Places that came together, the best one last: what is sorted once is taken without a search."""
-        self.held_by: str | Lane | None = None
+        self.held_by: str | ReadyLane | None = None
         """A live task with the paths, or the lane that has reserved them."""
 
 
 #: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane,
 #: which is the same one in all places of the task, and so never compared.
-_Place = tuple[float, float, str, Lane]
+_Place = tuple[float, float, str, ReadyLane]
 
 
 class _Adapter:
@@ -56,14 +56,14 @@ class _Adapter:
         self.closed = False
 
 
-class Roster:
+class AdapterGroup:
     """Adapters that may run the same tasks, the best first, and those of the tasks that are ready and not held."""
 
     __slots__ = ("adapters", "current", "free", "fronts", "has_lanes")
 
     def __init__(self, adapters: tuple[_Adapter, ...]) -> None:
         self.adapters = adapters
-        self.free = Lane(self, ())
+        self.free = ReadyLane(self, ())
         """Tasks without paths."""
         self.fronts: list[_Place] = []
         """The first places of the lanes with paths."""
@@ -95,33 +95,33 @@ class ReadyQueue:
         """Take how many sessions each adapter may have at once; one that is missing has no limit of its own."""
         self._capacities = capacities
         self._adapters: dict[str, _Adapter] = {}
-        self._rosters: dict[tuple[str, ...], Roster] = {}
-        self._sources: list[tuple[Roster, list[_Place], int]] = []
+        self._rosters: dict[tuple[str, ...], AdapterGroup] = {}
+        self._sources: list[tuple[AdapterGroup, list[_Place], int]] = []
         """Heaps, the best place of which is the first, and runs, where it is the last (-1)."""
-        self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], Lane] = {}
+        self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], ReadyLane] = {}
         self._places: dict[str, _Place] = {}
         self._sessions: dict[str, _Adapter] = {}
         self._owners: dict[str, tuple[str, ...]] = {}
-        self._followers: dict[str | Lane, list[Lane]] = {}
+        self._followers: dict[str | ReadyLane, list[ReadyLane]] = {}
         self._held: list[_Place] = []
-        self._reserved: Lane | None = None
+        self._reserved: ReadyLane | None = None
 
-    def roster(self, names: tuple[str, ...]) -> Roster:
+    def adapter_group(self, names: tuple[str, ...]) -> AdapterGroup:
         """Return what takes the first of these adapters that is open."""
         known = self._rosters.get(names)
         if known is None:
-            known = self._rosters[names] = Roster(tuple(map(self._adapter, names)))
+            known = self._rosters[names] = AdapterGroup(tuple(map(self._adapter, names)))
             self._sources += [(known, known.free.places, 0), (known, known.free.run, -1)]
         return known
 
-    def lane(self, names: tuple[str, ...], owns: tuple[str, ...]) -> Lane:
+    def lane(self, names: tuple[str, ...], owns: tuple[str, ...]) -> ReadyLane:
         """Return where tasks wait that these adapters may run, the best first, and that own these paths."""
-        known = self.roster(names)
+        known = self.adapter_group(names)
         if not owns:
             return known.free
         lane = self._lanes.get((names, owns))
         if lane is None:
-            lane = self._lanes[names, owns] = Lane(known, owns)
+            lane = self._lanes[names, owns] = ReadyLane(known, owns)
             if not known.has_lanes:
                 known.has_lanes = True
                 self._sources.append((known, known.fronts, 0))
@@ -135,14 +135,14 @@ class ReadyQueue:
 
     def add(self, places: Iterable[_Place]) -> None:
         """Tasks may start, each before those of a higher rank, and of the same rank before those later in the file."""
-        known, free = self._places, dict[Lane, list[_Place]]()
+        known, free = self._places, dict[ReadyLane, list[_Place]]()
         for place in places:
             known[place[2]] = place
             lane = place[3]
             if lane.owns:
                 heappush(lane.places, place)
                 if self._first(lane) is place:
-                    self._loosen(lane)
+                    self._unblock(lane)
             elif lane in free:
                 free[lane].append(place)
             else:
@@ -159,36 +159,36 @@ class ReadyQueue:
         """A ready task may not start any more."""
         place = self._places.pop(task, None)
         if place is not None and place[3].owns and place[3].places[0] is place:
-            self._loosen(place[3])
+            self._unblock(place[3])
 
     def keep_paths(self, task: str, owns: tuple[str, ...]) -> None:
         """A task has paths to itself until they are freed."""
         if owns:
             self._owners[task] = owns
 
-    def occupy(self, task: str, lane: Lane) -> None:
+    def occupy(self, task: str, lane: ReadyLane) -> None:
         """A task has a session, which counts for its adapter."""
-        adapter = self._sessions[task] = lane.roster.current
+        adapter = self._sessions[task] = lane.adapter_group.current
         adapter.running += 1
 
     def free_slot(self, task: str) -> None:
         """The session of a task is over."""
         self._sessions.pop(task).running -= 1
 
-    def adapter_of(self, task: str, lane: Lane) -> str:
+    def adapter_of(self, task: str, lane: ReadyLane) -> str:
         """Return the adapter that a task of this lane runs with, or would run with now."""
-        return (self._sessions.get(task) or lane.roster.current).name
+        return (self._sessions.get(task) or lane.adapter_group.current).name
 
     def free_paths(self, task: str) -> None:
         """A task is not live any more: what waited for its paths is looked at again."""
         if self._owners and self._owners.pop(task, None) is not None:
-            self._let_go(task)
+            self._release_followers(task)
 
     def park(self, name: str, until: float) -> None:
         """Start no task with an adapter before a time; those that have no other reserve nothing meanwhile."""
         adapter = self._adapter(name)
         adapter.parked = max(adapter.parked, until)
-        self._set_aside()
+        self._unblock_parked()
 
     def unpark(self, now: float) -> None:
         """Forget the parks that are over."""
@@ -202,7 +202,7 @@ class ReadyQueue:
         """Start no task with an adapter again."""
         adapter = self._adapter(name)
         adapter.closed, adapter.parked = True, math.inf
-        self._set_aside()
+        self._unblock_parked()
 
     def open(self, name: str) -> None:
         """Start tasks with an adapter again, whether it was parked or closed."""
@@ -214,7 +214,7 @@ class ReadyQueue:
         """How many sessions there are."""
         return len(self._sessions)
 
-    def is_movable(self, roster: Roster) -> bool:
+    def has_startable_task(self, roster: AdapterGroup) -> bool:
         """Whether a roster has a ready task that is not known to be held."""
         run = roster.free.run
         while run:
@@ -261,7 +261,7 @@ class ReadyQueue:
                 task = self._take_owner(lane)
             del known[task]
             taken.append(task)
-            adapter = sessions[task] = lane.roster.current
+            adapter = sessions[task] = lane.adapter_group.current
             adapter.running += 1
             if adapter.running >= adapter.capacity:
                 sources = self._open(now)
@@ -275,16 +275,16 @@ class ReadyQueue:
             if (adapter := roster.current).running < adapter.capacity and adapter.parked <= now
         ]
 
-    def _holder(self, lane: Lane) -> str | Lane | None:
+    def _holder(self, lane: ReadyLane) -> str | ReadyLane | None:
         for task, owns in self._owners.items():
-            if any_overlap(lane.owns, owns):
+            if has_any_overlap(lane.owns, owns):
                 return task
         reserved = self._reservation()
         if reserved is None or reserved is lane or lane.places[0] < reserved.places[0]:
             return None
-        return reserved if any_overlap(lane.owns, reserved.owns) else None
+        return reserved if has_any_overlap(lane.owns, reserved.owns) else None
 
-    def _take_owner(self, lane: Lane) -> str:
+    def _take_owner(self, lane: ReadyLane) -> str:
         task = heappop(lane.places)[2]
         self._owners[task] = lane.owns
         if lane is self._reserved:
@@ -293,45 +293,45 @@ class ReadyQueue:
             self._followers[task] = self._followers.pop(lane)
             for follower in self._followers[task]:
                 follower.held_by = task if follower.held_by is lane else follower.held_by
-        self._loosen(lane)
+        self._unblock(lane)
         return task
 
-    def _hold(self, lane: Lane, holder: str | Lane) -> None:
+    def _hold(self, lane: ReadyLane, holder: str | ReadyLane) -> None:
         lane.held_by = holder
         self._followers.setdefault(holder, []).append(lane)
         heappush(self._held, lane.places[0])
         if self._reserved is not None and lane.places[0] < self._reserved.places[0]:
             self._give_up_reservation()
 
-    def _loosen(self, lane: Lane) -> None:
+    def _unblock(self, lane: ReadyLane) -> None:
         """Look at a lane anew: its first task has changed, or what held it let go."""
         lane.held_by = None
         if self._reserved is lane:
             self._give_up_reservation()
         first = self._first(lane)
         if first is not None:
-            heappush(lane.roster.fronts, first)
+            heappush(lane.adapter_group.fronts, first)
 
-    def _let_go(self, holder: str | Lane) -> None:
+    def _release_followers(self, holder: str | ReadyLane) -> None:
         for lane in self._followers.pop(holder, ()):
             if lane.held_by is holder or lane.held_by == holder:
                 lane.held_by = None
-                heappush(lane.roster.fronts, lane.places[0])
+                heappush(lane.adapter_group.fronts, lane.places[0])
 
     def _choose(self) -> None:
         for roster in self._rosters.values():
             roster.choose()
 
-    def _set_aside(self) -> None:
+    def _unblock_parked(self) -> None:
         """Let nothing hold others up, or be held, that no adapter can start now."""
         self._choose()
         for lane in self._lanes.values():
-            if lane.held_by is not None and lane.roster.parked:
-                self._loosen(lane)
-        if self._reserved is not None and self._reserved.roster.parked:
+            if lane.held_by is not None and lane.adapter_group.parked:
+                self._unblock(lane)
+        if self._reserved is not None and self._reserved.adapter_group.parked:
             self._give_up_reservation()
 
-    def _reservation(self) -> Lane | None:
+    def _reservation(self) -> ReadyLane | None:
         """Return the best placed lane that is held, or was when it reserved its paths."""
         while self._reserved is None and self._held:
             place = self._held[0]
@@ -345,15 +345,15 @@ class ReadyQueue:
     def _give_up_reservation(self) -> None:
         if self._reserved is not None:
             lane, self._reserved = self._reserved, None
-            self._let_go(lane)
+            self._release_followers(lane)
 
-    def _first(self, lane: Lane) -> _Place | None:
+    def _first(self, lane: ReadyLane) -> _Place | None:
         places = lane.places
         while places and self._lane_of(places[0]) is None:
             heappop(places)
         return places[0] if places else None
 
-    def _lane_of(self, place: _Place) -> Lane | None:
+    def _lane_of(self, place: _Place) -> ReadyLane | None:
         """Return the lane that a place is in: none once it is given up, also if its task has been added anew since."""
         return place[3] if self._places.get(place[2]) is place else None
 

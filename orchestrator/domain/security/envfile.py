@@ -13,7 +13,7 @@ _ESCAPE: Final = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
 
 
-def values_in(text: str) -> Iterator[tuple[str, str]]:
+def parse_env_values(text: str) -> Iterator[tuple[str, str]]:
     """Yield the names and all that the values may be taken for, since every reader has rules of its own.
 
     Quoted ones with their escapes and without, also over several lines; others up to a comment, and to the line's end.

@@ -12,7 +12,7 @@ _SHORT: Final = re.compile(r"(git|counci|worktr)~\d+")
 _LONG: Final = {"git": ".git", "counci": ".council", "worktr": ".worktrees"}
 
 
-def reserved_name(path: str) -> str | None:
+def find_reserved_name(path: str) -> str | None:
     """Return the reserved name that a part of a path is, or becomes on a Mac or on Windows; None if there is none.
 
     NTFS also takes a backslash for a separator, and ends a name before a colon, dots and spaces.

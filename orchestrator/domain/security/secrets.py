@@ -14,7 +14,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 REDACTED: Final = "[redacted]"
-SHORTEST_VALUE: Final = 8  # characters: anything shorter would be found inside ordinary words
+MIN_VALUE_CHARS: Final = 8  # characters: anything shorter would be found inside ordinary words
 
 _SECRET_WORD: Final = re.compile(
     r"(?:API|ACCESS|SECRET|PRIVATE|AUTH)?KEYS?|[A-Z]*(?:TOKEN|SECRET|PASSWORD|CREDENTIAL)S?|[A-Z]*(?:PASSWD|PASSPHRASE)"
@@ -56,10 +56,10 @@ _RANDOM_SEGMENT: Final = re.compile(r"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=[^0-9]*
 def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
     """Return the values of variables with secret names, less what can't be redacted without harm to other text.
 
-    Those are values shorter than `SHORTEST_VALUE` characters, numbers, paths and words such as `disabled`.
+    Those are values shorter than `MIN_VALUE_CHARS` characters, numbers, paths and words such as `disabled`.
     """
     stripped = (value.strip() for name, value in environ.items() if is_secret_name(name))
-    return frozenset(value for value in stripped if len(value) >= SHORTEST_VALUE and not _is_plain(value))
+    return frozenset(value for value in stripped if len(value) >= MIN_VALUE_CHARS and not _is_plain(value))
 
 
 def _is_plain(value: str) -> bool:
@@ -142,7 +142,7 @@ _USER: Final = re.compile(
 )
 
 
-def without_passwords(text: str) -> str:
+def redact_urls(text: str) -> str:
     """Return a text in which no URL has a password or a token: of a store, a remote or a server.
 
     A user's name stays, but for HTTP, where it may be a token itself.
@@ -158,7 +158,7 @@ def _without_password(found: re.Match[str]) -> str:
     return f"{REDACTED}@" if not user or start.endswith(("http://", "https://")) else f"{user}:{REDACTED}@"
 
 
-def contains_key(text: str) -> bool:
+def has_secret_key(text: str) -> bool:
     """Whether the text has a key of a well-known form, such as a private key or a token of GitHub's.
 
     A password in a URL or a bearer's token counts only if it looks made by a machine: examples are full of others.
@@ -212,8 +212,8 @@ class Redactor:
             made[key] = item
         return made if changed else members
 
-    def finds(self, data: bytes) -> set[bytes]:
-        """Return the values and the keys that are in the data; of keys what `contains_key` is sure of."""
+    def find_secrets(self, data: bytes) -> set[bytes]:
+        """Return the values and the keys that are in the data; of keys what `has_secret_key` is sure of."""
         found = {value for value in self._bytes if value in data}
         for hint, pattern in _in_bytes(_CERTAIN):
             if hint in data:
@@ -224,7 +224,7 @@ class Redactor:
 def _spellings(value: str) -> set[str]:
     """Return how a value may appear: as it is, in JSON, in a URL, and the long lines of one with several."""
     lines = [line.strip() for line in value.splitlines()]
-    long_lines = [line for line in lines if len(line) >= 2 * SHORTEST_VALUE and not line.startswith("-----")]
+    long_lines = [line for line in lines if len(line) >= 2 * MIN_VALUE_CHARS and not line.startswith("-----")]
     parts = [value, *(long_lines if len(lines) > 1 else ())]
     escaped = [json.dumps(part, ensure_ascii=ascii_only)[1:-1] for part in parts for ascii_only in (True, False)]
     return {part for part in (*parts, *escaped, quote(value, safe="", errors="surrogateescape")) if part}

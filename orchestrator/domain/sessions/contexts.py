@@ -16,11 +16,11 @@ from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
 
 #: Seconds without a word after which a record says nothing about now any more.
-STALE_AFTER: Final = 1800.0
+STALE_CONTEXT_SECONDS: Final = 1800.0
 #: Characters of a message that are kept, and of what is told of progress.
-LONGEST_MESSAGE, LONGEST_PROGRESS = 500, 40
+MAX_MESSAGE_CHARS, MAX_PROGRESS_CHARS = 500, 40
 #: Characters of a path.
-LONGEST_PATH: Final = 4096
+MAX_PATH_CHARS: Final = 4096
 
 #: Tools that only look: a session that reads a file is not at work on it.
 _LOOKING: Final = re.compile(r"_?(read|view|open|cat|ls\b|list|glob|grep|rg\b|search|find|fetch|web)", re.IGNORECASE)
@@ -100,17 +100,17 @@ class TaskSummary:
         return len(self.sessions)
 
 
-def at_work(contexts: Iterable[SessionContext]) -> list[SessionContext]:
+def filter_active(contexts: Iterable[SessionContext]) -> list[SessionContext]:
     """Return those that are not done."""
     return [one for one in contexts if one.status is not SessionStatus.DONE]
 
 
-def sessions_on(contexts: Iterable[SessionContext], path: str) -> list[SessionContext]:
+def find_sessions_on(contexts: Iterable[SessionContext], path: str) -> list[SessionContext]:
     """Return the sessions that are at work on a file, or have it locked: a conflict, where they are several."""
     return [one for one in contexts if one.is_on(path)]
 
 
-def conflicts(contexts: Iterable[SessionContext]) -> dict[str, list[SessionContext]]:
+def find_file_conflicts(contexts: Iterable[SessionContext]) -> dict[str, list[SessionContext]]:
     """Return each file that several sessions are on, with these; two attempts at one task are two sessions."""
     found: dict[str, list[SessionContext]] = {}
     for one in contexts:
@@ -120,7 +120,7 @@ def conflicts(contexts: Iterable[SessionContext]) -> dict[str, list[SessionConte
     return {path: sessions for path, sessions in sorted(found.items()) if len(sessions) > 1}
 
 
-def summarize(task: str, contexts: Iterable[SessionContext]) -> TaskSummary:
+def summarize_task(task: str, contexts: Iterable[SessionContext]) -> TaskSummary:
     """Return what the sessions of a task come to."""
     sessions = [one for one in contexts if one.task == task]
     counts = Counter(one.status for one in sessions)
@@ -128,12 +128,14 @@ def summarize(task: str, contexts: Iterable[SessionContext]) -> TaskSummary:
     return TaskSummary(task, {status: counts[status] for status in SessionStatus}, sorted(files), sessions)
 
 
-def stale(contexts: Iterable[SessionContext], now: float, after: float = STALE_AFTER) -> list[SessionContext]:
+def filter_stale(
+    contexts: Iterable[SessionContext], now: float, after: float = STALE_CONTEXT_SECONDS
+) -> list[SessionContext]:
     """Return those that nothing was heard of for `after` seconds."""
     return [one for one in contexts if now - one.updated >= after]
 
 
-def path_within(path: str, tops: Iterable[str]) -> str | None:
+def normalize_path(path: str, tops: Iterable[str]) -> str | None:
     """Return a path from the top of the repository, as `/`-separated text without `.` and `..`; None if it is outside.
 
     A relative one starts at the top; `tops` are the names that an absolute one may give to the top.
@@ -147,9 +149,9 @@ def path_within(path: str, tops: Iterable[str]) -> str | None:
     return None if found in {".", ".."} or found.startswith(("../", "/")) else found
 
 
-def file_at(tool: str, paths: Sequence[str], tops: Iterable[str]) -> str | None:
+def find_edited_file(tool: str, paths: Sequence[str], tops: Iterable[str]) -> str | None:
     """Return the file that a session is at, by a tool that it used; None where that only looks, or names none."""
     if _LOOKING.match(tool):
         return None
-    found = [inside for path in paths if (inside := path_within(path, tops)) is not None]
+    found = [inside for path in paths if (inside := normalize_path(path, tops)) is not None]
     return found[-1] if found else None

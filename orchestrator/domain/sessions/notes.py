@@ -8,18 +8,18 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.documents.times import Instant
-from orchestrator.domain.scheduling.ownership import any_overlap
-from orchestrator.domain.security.quoting import barred, plain
+from orchestrator.domain.scheduling.ownership import has_any_overlap
+from orchestrator.domain.security.quoting import quote_lines, remove_control_characters
 
 #: Bytes (UTF-8) of a note's text, characters of its topic, and how many paths it can name.
-LONGEST_TEXT, LONGEST_TOPIC, MOST_PATHS = 4096, 100, 50
+MAX_TEXT_BYTES, MAX_TOPIC_CHARS, MAX_PATHS = 4096, 100, 50
 #: Characters of one of these, and of all together: what patterns have in common is looked for in steps that are the
 #: product of their lengths.
-LONGEST_PATH, LONGEST_PATHS = 1000, 2000
+MAX_PATH_CHARS, MAX_PATHS_CHARS = 1000, 2000
 #: How many notes there are of a scope, and of one task in it; then the oldest go.
-MOST_NOTES, MOST_OF_TASK = 500, 100
+MAX_NOTES, MAX_TASK_NOTES = 500, 100
 #: Characters of notes that a prompt has.
-LONGEST_BLOCK: Final = 16_000
+MAX_BLOCK_CHARS: Final = 16_000
 
 _HEAD: Final = (
     "---",
@@ -49,7 +49,7 @@ class Note(BaseModel):
         return self.model_dump(mode="json")
 
 
-def found(
+def filter_notes(
     notes: Iterable[Note], *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()
 ) -> list[Note]:
     """Return the notes of a task, of a topic (in whatever case) and about paths: those that are all that is asked."""
@@ -58,16 +58,16 @@ def found(
         for one in notes
         if task in (None, one.task)
         and (topic is None or (one.topic or "").casefold() == topic.casefold())
-        and (not paths or any_overlap(one.paths, paths))
+        and (not paths or has_any_overlap(one.paths, paths))
     ]
 
 
-def concerning(notes: Iterable[Note], task: str, owns: Sequence[str]) -> list[Note]:
+def filter_relevant(notes: Iterable[Note], task: str, owns: Sequence[str]) -> list[Note]:
     """Return the notes that a session is to be told: of earlier sessions of its task, or about what it owns."""
-    return [one for one in notes if one.task == task or any_overlap(one.paths, owns)]
+    return [one for one in notes if one.task == task or has_any_overlap(one.paths, owns)]
 
 
-def block(notes: Sequence[Note], most: int = LONGEST_BLOCK) -> str | None:
+def format_notes(notes: Sequence[Note], most: int = MAX_BLOCK_CHARS) -> str | None:
     """Return what a prompt has of notes (the oldest first), in at most so many characters; None where there are none.
 
     Each line of theirs has a mark before it, so that no text can end the block and go on as if it were the prompt.
@@ -92,4 +92,4 @@ _FOOT_ROOM: Final = 60
 def _lines(note: Note) -> list[str]:
     about = ", ".join(filter(None, [note.topic and f"topic {note.topic}", *note.paths]))
     head = f"[{note.task}, session {note.attempt} of run {note.run}{f'; {about}' if about else ''}]"
-    return [*barred(plain(head)), *barred(note.text)]
+    return [*quote_lines(remove_control_characters(head)), *quote_lines(note.text)]

@@ -43,12 +43,12 @@ _MESSAGES: Final = (
 )  # fmt: skip
 
 
-def cannot_run(exit_code: int | None) -> bool:
+def is_not_runnable(exit_code: int | None) -> bool:
     """Return whether an exit code says that a program was not found or can't be executed."""
     return exit_code in {NOT_EXECUTABLE, NOT_FOUND}
 
 
-def programs_in(command: str) -> list[str]:
+def find_programs(command: str) -> list[str]:
     """Return the programs that a shell command names, as far as its text alone tells; each once."""
     text = command.replace("\\\n", " ")
     named = list(dict.fromkeys(_programs(text)))
@@ -67,10 +67,10 @@ def is_of_environment(path: str) -> bool:
 
 def may_create(command: str, program: str) -> bool:
     """Return whether a command may itself create a program before it runs it."""
-    return not _HARMLESS.issuperset(programs_in(command.partition(program)[0]))
+    return not _HARMLESS.issuperset(find_programs(command.partition(program)[0]))
 
 
-def script_of(argv: Sequence[str]) -> str | None:
+def find_script(argv: Sequence[str]) -> str | None:
     """Return the file of the worktree that a command runs: its program, or an interpreter's first argument."""
     program, *arguments = argv
     is_interpreter = _INTERPRETER.fullmatch(posixpath.basename(program)) is not None
@@ -78,12 +78,12 @@ def script_of(argv: Sequence[str]) -> str | None:
     return name if is_in_worktree(name) and _PATH.fullmatch(name) else None
 
 
-def made_executable(path: str) -> str:
+def make_chmod_hint(path: str) -> str:
     """Return how a committed file is made executable."""
     return f"`chmod +x {shlex.quote(posixpath.normpath(path))}` and commit it"
 
 
-def lookup_of(program: str) -> str:
+def make_lookup_command(program: str) -> str:
     """Return a shell command that succeeds where a program, by name or absolute path, is found and may be opened.
 
     Landlock lets everybody look up what it lets nobody open.
@@ -110,9 +110,9 @@ def _programs(text: str) -> Iterator[str]:
         return
 
 
-def missing_program(command: str, output: str) -> str:
+def find_missing_program(command: str, output: str) -> str:
     """Return the program that a shell could not run, by its message in the output, or else the command's first one."""
     found = [match for pattern in _MESSAGES for match in pattern.finditer(output)]
     if found:
         return max(found, key=lambda one: one.start())["name"]
-    return next(iter(programs_in(command)), command.strip())
+    return next(iter(find_programs(command)), command.strip())

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
-from orchestrator.domain.scheduling.ownership import check_pattern, is_within
-from orchestrator.domain.workflow.handoff_kinds import Facts
-from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check_plan, planned_needs
+from orchestrator.domain.scheduling.ownership import check_pattern, is_covered
+from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
+from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check_plan, collect_needs
 from orchestrator.domain.workflow.violations import Violation
 
 #: Characters of a task's id.
-LONGEST_ID: Final = 64
+MAX_ID_CHARS: Final = 64
 
 _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
@@ -26,7 +26,7 @@ _OUTSIDE: Final = "name paths that the task owns whose plan it is"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ExpandedTask:
     """One task that a plan becomes."""
 
     id: str
@@ -36,27 +36,34 @@ class Part:
     owns: tuple[str, ...]
 
 
-def parts_of(
+def expand_plan(
     plan: Mapping[str, Any], prefix: str, *, most: int, owns: Sequence[str], taken: Collection[str]
-) -> tuple[Part, ...] | Sequence[Violation]:
+) -> tuple[ExpandedTask, ...] | Sequence[Violation]:
     """Return the tasks that a plan (as its kind has it) becomes, in its order; or all that keeps it from that.
 
     Their ids begin with `prefix` and are none that is `taken`. They own paths within `owns` where there are any, and
     those where they name none.
     """
     read = Plan.model_validate(dict(plan))
-    names = {one.id: name_of(prefix, one.id) for one in read.tasks}
-    found = [*check_plan(read, Facts()), *_too_many(read, most), *_clashes(read, names, taken), *_paths(read, owns)]
+    names = {one.id: make_task_name(prefix, one.id) for one in read.tasks}
+    found = [
+        *check_plan(read, HandoffFacts()),
+        *_too_many(read, most),
+        *_clashes(read, names, taken),
+        *_paths(read, owns),
+    ]
     if found:
         return found
-    needs = planned_needs(read)
+    needs = collect_needs(read)
     return tuple(
-        Part(names[one.id], one.prompt, tuple(names[need] for need in needs[one.id]), _owned(one) or tuple(owns))
+        ExpandedTask(
+            names[one.id], one.prompt, tuple(names[need] for need in needs[one.id]), _owned(one) or tuple(owns)
+        )
         for one in read.tasks
     )
 
 
-def name_of(prefix: str, id_: str) -> str:
+def make_task_name(prefix: str, id_: str) -> str:
     """Return the name of the task that a plan calls `id_`: `prefix` and what of that can be in a name.
 
     What is too long is cut, and told from others by a few digits of its SHA-256.
@@ -66,9 +73,9 @@ def name_of(prefix: str, id_: str) -> str:
         plain = plain.replace("..", ".")
     plain = plain.strip("-._") or "task"
     name = f"{prefix}{plain}"
-    if len(name) > LONGEST_ID or name.endswith(".lock"):
+    if len(name) > MAX_ID_CHARS or name.endswith(".lock"):
         digits = sha256(f"{prefix}{id_}".encode()).hexdigest()[:8]
-        name = f"{name[: LONGEST_ID - 9].rstrip('.')}-{digits}"
+        name = f"{name[: MAX_ID_CHARS - 9].rstrip('.')}-{digits}"
     return name
 
 
@@ -101,7 +108,7 @@ def _paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
             if fault is not None:
                 what, _, remedy = fault.partition(": ")
                 yield Violation("expansion.paths", at, f"{pattern[:200]!r} can't be owned, {what}", remedy)
-            elif owns and not is_within(pattern, owns):
+            elif owns and not is_covered(pattern, owns):
                 what = f"{pattern[:200]!r} is not within what is its to change ({', '.join(owns)})"
                 yield Violation("expansion.paths", at, what, _OUTSIDE)
 

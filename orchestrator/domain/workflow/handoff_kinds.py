@@ -16,14 +16,14 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails
 
-from orchestrator.client.commands import LARGEST_HANDOFF
-from orchestrator.domain.documents.json_values import canonical, flaw_of
-from orchestrator.domain.workflow.violations import MOST_VIOLATIONS, Violation, fault_of, found_by
+from orchestrator.client.commands import MAX_HANDOFF_BYTES
+from orchestrator.domain.documents.json_values import encode_canonical, find_json_error
+from orchestrator.domain.workflow.violations import MAX_VIOLATIONS, Violation, describe_exception, run_check
 from orchestrator.errors import RefusedError
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class HandoffFacts:
     """What a check needs to know of the world."""
 
     checksums: Mapping[str, str | None] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckResult:
     """What was handed over as its kind has it, or what is wrong with it."""
 
     data: dict[str, Any] | None
@@ -44,7 +44,7 @@ class Checked:
     """The keys that its kind does not know."""
 
 
-Check = Callable[[dict[str, Any], Facts], Checked]
+Check = Callable[[dict[str, Any], HandoffFacts], CheckResult]
 Exports = Callable[[Mapping[str, Any]], dict[str, Any]]
 Paths = Callable[[Mapping[str, Any]], tuple[str, ...]]
 Needs = tuple[str, ...] | None
@@ -55,8 +55,8 @@ def _no_paths(_data: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of handoff. Made by `model_kind` or `schema_kind`."""
+class HandoffKind:
+    """A kind of handoff. Made by `kind_from_model` or `kind_from_schema`."""
 
     name: str
     make_schema: Callable[[], dict[str, Any]]
@@ -67,7 +67,7 @@ class Kind:
     needs: Needs = None
     """The values that a phase of this kind is given where it declares nothing; None: all."""
     paths: Paths = _no_paths
-    """Returns the paths whose checksums its check wants in `Facts`."""
+    """Returns the paths whose checksums its check wants in `HandoffFacts`."""
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -82,22 +82,22 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Validator:
+class HandoffValidator:
     """What a plugin checks beside a kind's own check."""
 
     kind: str
-    check: Callable[[dict[str, Any], Facts], Iterable[Violation]]
+    check: Callable[[dict[str, Any], HandoffFacts], Iterable[Violation]]
     """Yields what is wrong with data that passed the kind's own check."""
 
 
-Rule = Callable[[Any, Facts], Iterable[Violation]]
+Rule = Callable[[Any, HandoffFacts], Iterable[Violation]]
 
 
-def _no_rule(_model: Any, _facts: Facts) -> Iterable[Violation]:
+def _no_rule(_model: Any, _facts: HandoffFacts) -> Iterable[Violation]:
     return ()
 
 
-def model_kind(
+def kind_from_model(
     name: str,
     model: type[BaseModel],
     *,
@@ -105,24 +105,24 @@ def model_kind(
     exports: Exports | None = None,
     needs: Needs = None,
     paths: Paths = _no_paths,
-) -> Kind:
+) -> HandoffKind:
     """Return the kind of what a pydantic model takes; `rule` says what else is wrong with an instance of it.
 
     Without `exports` it is one value of the kind's name.
     """
-    return _made(name, lambda: (model, rule), exports or _whole(name), needs, paths)
+    return _make_kind(name, lambda: (model, rule), exports or _export_whole(name), needs, paths)
 
 
-def _made(
+def _make_kind(
     name: str, load: Callable[[], tuple[type[BaseModel], Rule]], exports: Exports, needs: Needs, paths: Paths
-) -> Kind:
-    def check(data: dict[str, Any], facts: Facts) -> Checked:
+) -> HandoffKind:
+    def check(data: dict[str, Any], facts: HandoffFacts) -> CheckResult:
         return _guarded(name, data, lambda plain: _check_model(name, *load(), plain, facts))
 
     def schema() -> dict[str, Any]:
         return load()[0].model_json_schema(schema_generator=_Lean)
 
-    return Kind(name, cache(schema), check, exports, needs, paths)
+    return HandoffKind(name, cache(schema), check, exports, needs, paths)
 
 
 class _Lean(GenerateJsonSchema):
@@ -131,32 +131,32 @@ class _Lean(GenerateJsonSchema):
         return False
 
 
-def schema_kind(name: str, schema: Mapping[str, Any]) -> Kind:
+def kind_from_schema(name: str, schema: Mapping[str, Any]) -> HandoffKind:
     """Return the kind of what a JSON Schema (Draft 2020-12) allows; RefusedError if it is no such schema.
 
     Nothing is fetched: it can refer to nothing but itself.
     """
-    return _schema_kind(name, canonical(dict(schema)))
+    return _schema_kind(name, encode_canonical(dict(schema)))
 
 
 @lru_cache(maxsize=64)
-def _schema_kind(name: str, encoded: bytes) -> Kind:
+def _schema_kind(name: str, encoded: bytes) -> HandoffKind:
     fixed: dict[str, Any] = json.loads(encoded)
     check_schema(fixed)
 
-    def check(data: dict[str, Any], _facts: Facts) -> Checked:
+    def check(data: dict[str, Any], _facts: HandoffFacts) -> CheckResult:
         return _guarded(name, data, lambda plain: _check_schema_data(name, fixed, plain))
 
-    return Kind(name, lambda: fixed, check, _whole(name))
+    return HandoffKind(name, lambda: fixed, check, _export_whole(name))
 
 
-def validated(kind: Kind, validators: Mapping[str, Validator]) -> Kind:
+def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator]) -> HandoffKind:
     """Return a kind that those of the validators (by name) check, too, that are made for it."""
     mine = {name: one.check for name, one in validators.items() if one.kind == kind.name}
     if not mine:
         return kind
 
-    def check(data: dict[str, Any], facts: Facts) -> Checked:
+    def check(data: dict[str, Any], facts: HandoffFacts) -> CheckResult:
         checked = kind.check(data, facts)
         if checked.data is None:
             return checked
@@ -164,8 +164,8 @@ def validated(kind: Kind, validators: Mapping[str, Validator]) -> Kind:
         for name, one in mine.items():
             # A check must not change what it judges.
             call = partial(one, copy.deepcopy(checked.data), facts)
-            found += found_by(f"{kind.name}.{name}", f"validator {name!r}", call)
-        return Checked(None, _bounded(kind.name, found)) if found else checked
+            found += run_check(f"{kind.name}.{name}", f"validator {name!r}", call)
+        return CheckResult(None, _bounded(kind.name, found)) if found else checked
 
     return replace(kind, check=check)
 
@@ -197,39 +197,43 @@ def _references(schema: Any) -> Iterable[str]:
             yield from _references(one)
 
 
-def _whole(name: str) -> Exports:
+def _export_whole(name: str) -> Exports:
     return lambda data: {name: dict(data)}
 
 
-def _guarded(kind: str, data: Any, check: Callable[[dict[str, Any]], Checked]) -> Checked:
+def _guarded(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckResult]) -> CheckResult:
     """Check what is a plain JSON object within the size limit; a fault of the check itself is a violation."""
     if not isinstance(data, dict):
         what = f"it is {type(data).__name__}, no JSON object"
-        return Checked(None, (Violation(f"{kind}.object", "the handoff", what, "hand over a JSON object"),))
-    flaw = flaw_of(data)
-    if flaw is None and len(canonical(data)) > LARGEST_HANDOFF:
-        flaw = f"it is larger than {LARGEST_HANDOFF} bytes"
+        return CheckResult(None, (Violation(f"{kind}.object", "the handoff", what, "hand over a JSON object"),))
+    flaw = find_json_error(data)
+    if flaw is None and len(encode_canonical(data)) > MAX_HANDOFF_BYTES:
+        flaw = f"it is larger than {MAX_HANDOFF_BYTES} bytes"
     if flaw is not None:
-        return Checked(None, (Violation(f"{kind}.json", "the handoff", flaw, "hand over a small, plain JSON object"),))
+        return CheckResult(
+            None, (Violation(f"{kind}.json", "the handoff", flaw, "hand over a small, plain JSON object"),)
+        )
     try:
         return check(data)
     except Exception as error:  # noqa: BLE001  what a plugin's model or a schema of the user's does wrong is told
-        fault = fault_of(error)
+        fault = describe_exception(error)
         remedy = "mend the plugin or the schema that defines this kind"
-        return Checked(None, (Violation(f"{kind}.check", f"kind {kind!r}", f"its check failed: {fault}", remedy),))
+        return CheckResult(None, (Violation(f"{kind}.check", f"kind {kind!r}", f"its check failed: {fault}", remedy),))
 
 
-def _check_model(name: str, model: type[BaseModel], rule: Rule, data: dict[str, Any], facts: Facts) -> Checked:
+def _check_model(
+    name: str, model: type[BaseModel], rule: Rule, data: dict[str, Any], facts: HandoffFacts
+) -> CheckResult:
     try:
         made = model.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True, include_input=False)
-        return Checked(None, _bounded(name, [_violation(name, one) for one in details if _is_own(one, details)]))
+        return CheckResult(None, _bounded(name, [_violation(name, one) for one in details if _is_own(one, details)]))
     found = list(rule(made, facts))
     if found:
-        return Checked(None, _bounded(name, found))
+        return CheckResult(None, _bounded(name, found))
     known = _known_keys(model)
-    return Checked(made.model_dump(mode="json"), (), tuple(key for key in data if key not in known))
+    return CheckResult(made.model_dump(mode="json"), (), tuple(key for key in data if key not in known))
 
 
 def _is_own(error: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
@@ -270,14 +274,14 @@ def _violation(kind: str, error: ErrorDetails) -> Violation:
 
 
 def _bounded(kind: str, found: Sequence[Violation]) -> Sequence[Violation]:
-    left = len(found) - MOST_VIOLATIONS
+    left = len(found) - MAX_VIOLATIONS
     if left <= 0:
         return tuple(found)
     more = Violation(f"{kind}.more", "the handoff", f"{left} more mistakes are not told", "mend these first")
-    return (*found[:MOST_VIOLATIONS], more)
+    return (*found[:MAX_VIOLATIONS], more)
 
 
-def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) -> Checked:
+def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) -> CheckResult:
     from jsonschema import Draft202012Validator  # noqa: PLC0415  only for schemas of the user's own
     from referencing import Registry  # noqa: PLC0415  the same
 
@@ -286,9 +290,9 @@ def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) 
     remedy = "write it as the schema says"
     found = [
         Violation(f"{name}.schema", _place(error.absolute_path) or "the handoff", error.message[:300], remedy)
-        for error, _ in zip(validator.iter_errors(data), range(MOST_VIOLATIONS), strict=False)
+        for error, _ in zip(validator.iter_errors(data), range(MAX_VIOLATIONS), strict=False)
     ]
-    return Checked(None, sorted(found, key=lambda one: one.place)) if found else Checked(data)
+    return CheckResult(None, sorted(found, key=lambda one: one.place)) if found else CheckResult(data)
 
 
 def _place(path: Iterable[Any]) -> str:
@@ -298,18 +302,18 @@ def _place(path: Iterable[Any]) -> str:
     return place
 
 
-def _those_of(*keys: str) -> Exports:
+def _export_keys(*keys: str) -> Exports:
     """Export these keys; those that say nothing, too, since conditions ask for them."""
     return lambda data: {key: data[key] for key in keys if key in data}
 
 
 def _plan_exports(data: Mapping[str, Any]) -> dict[str, Any]:
     plan = {key: data[key] for key in ("tasks", "timeline", "resources", "summary") if key in data}
-    return {"plan": plan, **_those_of("specifications", "dependencies")(data)}
+    return {"plan": plan, **_export_keys("specifications", "dependencies")(data)}
 
 
 #: What phases of a name need where nothing else is said.
-NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
+PHASE_NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "plan": ("requirements", "constraints", "scout_findings"),
     "build": ("plan", "specifications", "dependencies"),
     "test": ("implementation", "test_cases", "coverage_requirements"),
@@ -324,7 +328,7 @@ _BUILT: Final = (
 )  # fmt: skip
 
 
-def _ours(name: str, exports: Exports) -> Kind:
+def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
     """Return a kind whose model is loaded when it is used: most programs use none."""
 
     def load() -> tuple[type[BaseModel], Rule]:
@@ -338,22 +342,22 @@ def _ours(name: str, exports: Exports) -> Kind:
         return getattr(models, name.capitalize()), rules.get(name, _no_rule)
 
     def paths(data: Mapping[str, Any]) -> tuple[str, ...]:
-        from orchestrator.domain.workflow.handoff_models import artifact_paths  # noqa: PLC0415  the same
+        from orchestrator.domain.workflow.handoff_models import find_artifact_paths  # noqa: PLC0415  the same
 
-        return artifact_paths(data)
+        return find_artifact_paths(data)
 
-    return _made(name, load, exports, NEEDS.get(name), paths if name == "build" else _no_paths)
+    return _make_kind(name, load, exports, PHASE_NEEDS.get(name), paths if name == "build" else _no_paths)
 
 
 #: What is there without a plugin. No two export a value of the same name.
-KINDS: Final[Mapping[str, Kind]] = {
-    name: _ours(name, exports)
+HANDOFF_KINDS: Final[Mapping[str, HandoffKind]] = {
+    name: _builtin_kind(name, exports)
     for name, exports in (
-        ("scout", _those_of(*_SCOUTED)),
+        ("scout", _export_keys(*_SCOUTED)),
         ("plan", _plan_exports),
-        ("build", _those_of(*_BUILT)),
-        ("test", _whole("test_results")),
-        ("deploy", _whole("deployment")),
-        ("review", _whole("review")),
+        ("build", _export_keys(*_BUILT)),
+        ("test", _export_whole("test_results")),
+        ("deploy", _export_whole("deployment")),
+        ("review", _export_whole("review")),
     )
 }

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from orchestrator.domain.workflow.handoff_kinds import Facts
+from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
 from orchestrator.domain.workflow.violations import Violation
 
 #: Characters of one text, items of one list, and entries of one mapping in what is handed over.
-LONGEST_TEXT: Final = 20_000
-MOST_ITEMS: Final = 500
-MOST_TASKS, MOST_ARTIFACTS, MOST_FINDINGS = 200, 5_000, 200
+MAX_TEXT_CHARS: Final = 20_000
+MAX_ITEMS: Final = 500
+MAX_PLANNED_TASKS, MAX_ARTIFACTS, MAX_FINDINGS = 200, 5_000, 200
 
 
 def _text(value: Any) -> Any:
@@ -41,11 +41,11 @@ def _items(value: Any) -> list[Any]:
 
 
 def _capped(items: list[Any]) -> tuple[Any, ...]:
-    if len(items) > MOST_ITEMS:
-        raise ValueError(f"it has {len(items)} items: keep it to {MOST_ITEMS} at most")
+    if len(items) > MAX_ITEMS:
+        raise ValueError(f"it has {len(items)} items: keep it to {MAX_ITEMS} at most")
     for place, one in enumerate(items):
-        if isinstance(one, str) and len(one) > LONGEST_TEXT:
-            raise ValueError(f"item {place} has {len(one)} characters: keep it to {LONGEST_TEXT} at most")
+        if isinstance(one, str) and len(one) > MAX_TEXT_CHARS:
+            raise ValueError(f"item {place} has {len(one)} characters: keep it to {MAX_TEXT_CHARS} at most")
     return tuple(items)
 
 
@@ -69,7 +69,7 @@ _NONE: Final = frozenset({"", "-", "none", "n/a", "null"})
 _NAMING: Final = ("id", "path", "name")
 
 
-def names_in(value: Any) -> list[Any]:
+def parse_names(value: Any) -> list[Any]:
     """Take `a, b` for two names, and an object for what it is called."""
     items = re.split(r"[,\n]", value) if isinstance(value, str) else _items(value)
     called = [next((one[key] for key in _NAMING if key in one), one) if isinstance(one, dict) else one for one in items]
@@ -78,11 +78,11 @@ def names_in(value: Any) -> list[Any]:
 
 
 _ITEM: Final[dict[str, Any]] = {"type": ["string", "object"]}
-_LIST: Final[dict[str, Any]] = {"type": "array", "items": _ITEM, "maxItems": MOST_ITEMS}
+_LIST: Final[dict[str, Any]] = {"type": "array", "items": _ITEM, "maxItems": MAX_ITEMS}
 
-Text = Annotated[str, BeforeValidator(_text), Field(max_length=LONGEST_TEXT)]
+Text = Annotated[str, BeforeValidator(_text), Field(max_length=MAX_TEXT_CHARS)]
 Name = Annotated[str, BeforeValidator(_text), Field(min_length=1, max_length=200)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(names_in), Field(max_length=MOST_ITEMS)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(parse_names), Field(max_length=MAX_ITEMS)]
 #: Texts or objects.
 Items = Annotated[tuple[Any, ...], BeforeValidator(lambda value: _capped(_items(value))), WithJsonSchema(_LIST)]
 ItemsOrMapping = Annotated[
@@ -154,7 +154,7 @@ class Plan(_Model):
     """What is to be done, in which pieces and order, by when and with what."""
 
     tasks: Annotated[tuple[PlannedTask, ...], BeforeValidator(_tasks)] = Field(
-        validation_alias=_also("tasks", "steps"), min_length=1, max_length=MOST_TASKS
+        validation_alias=_also("tasks", "steps"), min_length=1, max_length=MAX_PLANNED_TASKS
     )
     dependencies: ItemsOrMapping = Field(
         description="What it depends on; as a mapping by task, the ids of the tasks that must be done before."
@@ -173,7 +173,7 @@ def _path(value: Any) -> Any:
     return value.strip().removeprefix("./") if isinstance(value, str) else value
 
 
-def checksum_of(value: Any) -> Any:
+def normalize_checksum(value: Any) -> Any:
     """Take the digits in either case, with or without their name before them."""
     return value.strip().lower().removeprefix("sha256:") if isinstance(value, str) else value
 
@@ -186,7 +186,7 @@ class Artifact(_Model):
     )
     checksum: Annotated[
         str,
-        BeforeValidator(checksum_of),
+        BeforeValidator(normalize_checksum),
         Field(
             pattern=r"^[0-9a-f]{64}$",
             validation_alias=_also("checksum", "sha256", "digest", "hash"),
@@ -209,7 +209,7 @@ class Build(_Model):
 
     artifacts: Annotated[tuple[Artifact, ...], BeforeValidator(_artifacts)] = Field(
         validation_alias=_also("artifacts", "files"),
-        max_length=MOST_ARTIFACTS,
+        max_length=MAX_ARTIFACTS,
         description="The files that were made or changed and are to be relied on; none where nothing is.",
     )
     implementation: ItemsOrMapping = Field(
@@ -237,13 +237,13 @@ def _outcome(value: Any) -> Any:
     return value
 
 
-Outcome = Annotated[bool, BeforeValidator(_outcome)]
+Success = Annotated[bool, BeforeValidator(_outcome)]
 
 
 class Test(_Model):
     """What tests came to."""
 
-    passed: Outcome = Field(validation_alias=_also("passed", "success", "status", "verdict", "result"))
+    passed: Success = Field(validation_alias=_also("passed", "success", "status", "verdict", "result"))
     failures: Items = Field(default=(), validation_alias=_also("failures", "failed", "errors"))
     test_cases: Items = Field(default=(), validation_alias=_also("test_cases", "tests"), description="What was tested.")
     coverage: TextOrMapping = Field(default="", validation_alias=_also("coverage", "coverage_report"))
@@ -253,7 +253,7 @@ class Test(_Model):
 class Deploy(_Model):
     """What was deployed, and where."""
 
-    deployed: Outcome = Field(validation_alias=_also("deployed", "success", "status", "result"))
+    deployed: Success = Field(validation_alias=_also("deployed", "success", "status", "result"))
     environment: TextOrMapping = Field(default="", validation_alias=_also("environment", "env", "target"))
     configuration: TextOrMapping = Field(default="", validation_alias=_also("configuration", "config"))
     artifacts: Items = Field(default=(), description="What was deployed: paths, or objects that have one.")
@@ -327,12 +327,12 @@ class Review(_Model):
         validation_alias=_also("verdict", "decision", "approved")
     )
     findings: Annotated[tuple[Finding, ...], BeforeValidator(_findings)] = Field(
-        default=(), validation_alias=_also("findings", "issues", "comments"), max_length=MOST_FINDINGS
+        default=(), validation_alias=_also("findings", "issues", "comments"), max_length=MAX_FINDINGS
     )
     summary: Text = Field(default="", description="In a few sentences.")
 
 
-def check_plan(plan: Plan, _facts: Facts) -> Iterable[Violation]:
+def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
     """Yield what is wrong with the ids of a plan's tasks, and with what they wait for."""
     ids = [task.id for task in plan.tasks]
     known = set(ids)
@@ -346,11 +346,11 @@ def check_plan(plan: Plan, _facts: Facts) -> Iterable[Violation]:
                 yield _unknown(f"{at}.dependencies[{number}]", name, "name tasks of the plan")
     if isinstance(plan.dependencies, dict) and known & plan.dependencies.keys():
         for key, value in plan.dependencies.items():
-            for name in [key, *map(str, names_in(value))]:
+            for name in [key, *map(str, parse_names(value))]:
                 if name not in known:
                     remedy = "name tasks of the plan here, and all else under `resources`"
                     yield _unknown(f"dependencies.{key[:200]}", name, remedy)
-    circle = _circle(planned_needs(plan))
+    circle = _find_cycle(collect_needs(plan))
     if circle:
         what = f"they wait for each other: {' → '.join(circle)}"
         yield Violation("plan.circle", "tasks", what, "leave out one of these dependencies")
@@ -360,17 +360,17 @@ def _unknown(place: str, name: str, remedy: str) -> Violation:
     return Violation("plan.dependencies", place, f"no task has the id {name[:200]!r}", remedy)
 
 
-def planned_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
+def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
     """Return by task of a plan the ids of those that it waits for: as it says, and as the plan's `dependencies` do."""
     needs = {task.id: dict.fromkeys(task.dependencies) for task in plan.tasks}
     if isinstance(plan.dependencies, dict):
         for key, value in plan.dependencies.items():
             if key in needs:
-                needs[key] |= dict.fromkeys(name for name in map(str, names_in(value)) if name in needs)
+                needs[key] |= dict.fromkeys(name for name in map(str, parse_names(value)) if name in needs)
     return {name: tuple(one) for name, one in needs.items()}
 
 
-def _circle(needs: Mapping[str, Sequence[str]]) -> list[str]:
+def _find_cycle(needs: Mapping[str, Sequence[str]]) -> list[str]:
     """Return tasks that wait for each other, the first of them at either end; nothing where none do."""
     left = {name: {need for need in of if need in needs} for name, of in needs.items()}
     while free := [name for name, of in left.items() if not of]:
@@ -386,7 +386,7 @@ def _circle(needs: Mapping[str, Sequence[str]]) -> list[str]:
     return way[way.index(way[-1]) :]
 
 
-def check_build(build: Build, facts: Facts) -> Iterable[Violation]:
+def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
     """Yield which artifacts are not what is there."""
     for place, artifact in enumerate(build.artifacts):
         if not _is_inside(artifact.path):
@@ -398,8 +398,8 @@ def check_build(build: Build, facts: Facts) -> Iterable[Violation]:
                 what = f"{artifact.path!r} is no file in what was built"
                 remedy = "name files that are there, and that git does not ignore"
                 yield Violation("build.artifacts", f"artifacts[{place}].path", what, remedy)
-            elif checksum_of(found) != artifact.checksum:
-                what = f"it is not that of {artifact.path!r}, whose SHA-256 is {checksum_of(found)}"
+            elif normalize_checksum(found) != artifact.checksum:
+                what = f"it is not that of {artifact.path!r}, whose SHA-256 is {normalize_checksum(found)}"
                 remedy = "name the checksum of the file as it is in the end"
                 yield Violation("build.checksum", f"artifacts[{place}].checksum", what, remedy)
 
@@ -409,7 +409,7 @@ def _is_inside(path: str) -> bool:
     return not (path.startswith("/") or "\\" in path or "\0" in path or {"", ".", ".."} & set(parts))
 
 
-def artifact_paths(data: Mapping[str, Any]) -> tuple[str, ...]:
+def find_artifact_paths(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the paths of the artifacts that what was handed over names; none where it can't be read."""
     try:
         build = Build.model_validate(dict(data))
@@ -418,7 +418,7 @@ def artifact_paths(data: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one.path for one in build.artifacts if _is_inside(one.path)))
 
 
-def check_review(review: Review, _facts: Facts) -> Iterable[Violation]:
+def check_review(review: Review, _facts: HandoffFacts) -> Iterable[Violation]:
     """Yield that a rejection gives nothing to mend."""
     if review.verdict == "reject" and not review.findings:
         what = "it rejects, and names nothing that is wrong"

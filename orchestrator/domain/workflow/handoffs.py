@@ -9,17 +9,17 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.domain.documents.json_values import digest_of, read_object
+from orchestrator.domain.documents.json_values import compute_digest, parse_object
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.workflow.mediation import Mediation
-from orchestrator.errors import HandoffBroken
+from orchestrator.errors import HandoffCorrupted
 
-Protocol = Literal["direct", "mediated", "shared"]
+HandoffProtocol = Literal["direct", "mediated", "shared"]
 #: How a result was delivered: in its file, by a command or tool, or as the last block of the answer.
 Delivery = Literal["file", "tool", "answer"]
 
 #: Characters of a handoff's summary.
-LONGEST_SUMMARY: Final = 2_000
+MAX_SUMMARY_CHARS: Final = 2_000
 
 
 class _Document(BaseModel):
@@ -38,14 +38,14 @@ class Receipt(_Document):
 
 
 class Handoff(_Document):
-    """What came of one phase. Made by `handed_over`."""
+    """What came of one phase. Made by `make_handoff`."""
 
     id: str
     """`RUN/TASK/ATTEMPT`, as the document is called."""
     run: str
     task: str
     kind: str
-    protocol: Protocol
+    protocol: HandoffProtocol
     phase: str
     """The phase that it comes from."""
     attempt: int
@@ -54,7 +54,7 @@ class Handoff(_Document):
     time: Instant
     """When, in wall-clock seconds."""
     digest: str
-    """Of its data, and of what mediated them; see `digest_of`."""
+    """Of its data, and of what mediated them; see `compute_digest`."""
     data: dict[str, Any]
     """The result, as its kind has it."""
     summary: str = ""
@@ -79,17 +79,17 @@ def handoff_id(run: str, task: str, attempt: int) -> str:
     return f"{run}/{task}/{attempt}"
 
 
-def handed_over(
+def make_handoff(
     run: str, task: str, attempt: int, data: dict[str, Any], *, mediation: Mediation | None = None, **told: Any
 ) -> Handoff:
     """Return the handoff of an attempt, with its id and digest; `told` are its other fields."""
-    digest = digest_of(_contents(data, mediation))
+    digest = compute_digest(_contents(data, mediation))
     name = handoff_id(run, task, attempt)
-    told["summary"] = str(told.get("summary") or "")[:LONGEST_SUMMARY]
+    told["summary"] = str(told.get("summary") or "")[:MAX_SUMMARY_CHARS]
     return Handoff(id=name, run=run, task=task, attempt=attempt, data=data, mediation=mediation, digest=digest, **told)
 
 
-def payload(handoff: Handoff) -> dict[str, Any]:
+def get_payload(handoff: Handoff) -> dict[str, Any]:
     """Return what the next phase is given: the result, or what was made of it on the way."""
     return handoff.data if handoff.mediation is None else handoff.mediation.processed
 
@@ -97,18 +97,18 @@ def payload(handoff: Handoff) -> dict[str, Any]:
 def is_intact(handoff: Handoff) -> bool:
     """Whether it holds what its digest says."""
     try:
-        return digest_of(_contents(handoff.data, handoff.mediation)) == handoff.digest
+        return compute_digest(_contents(handoff.data, handoff.mediation)) == handoff.digest
     except ValueError:
         return False
 
 
-def acknowledged(handoff: Handoff, phase: str, attempt: int, now: float) -> Handoff:
+def acknowledge(handoff: Handoff, phase: str, attempt: int, now: float) -> Handoff:
     """Return a handoff that a visit of a phase has received, once; HandoffBroken if it is not what was handed over.
 
     `attempt` is the attempt that the visit begins with.
     """
     if not is_intact(handoff):
-        raise HandoffBroken(handoff.id, f"phase {phase!r} can't take it: its digest does not match what it holds")
+        raise HandoffCorrupted(handoff.id, f"phase {phase!r} can't take it: its digest does not match what it holds")
     if any((one.phase, one.attempt) == (phase, attempt) for one in handoff.receipts):
         return handoff
     receipt = Receipt(phase=phase, attempt=attempt, time=now, digest=handoff.digest)
@@ -120,7 +120,7 @@ def _contents(data: dict[str, Any], mediation: Mediation | None) -> dict[str, An
 
 
 @dataclass(frozen=True, slots=True)
-class LastBlock:
+class JsonBlock:
     """What an answer ends with: the last fenced JSON object in it, or none."""
 
     data: dict[str, Any] | None
@@ -131,7 +131,7 @@ class LastBlock:
 _OPENING: Final = re.compile(r"[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)\Z")
 
 
-def last_json_block(text: str) -> LastBlock:
+def find_last_json_block(text: str) -> JsonBlock:
     """Return the last fenced block of an answer that is a JSON object.
 
     Blocks count that say `json` or nothing after the fence. One that says `json` and is none ends the search: what
@@ -142,12 +142,12 @@ def last_json_block(text: str) -> LastBlock:
         if info not in {"", "json"}:
             continue
         try:
-            return LastBlock(read_object(block), tuple(skipped))
+            return JsonBlock(parse_object(block), tuple(skipped))
         except ValueError as error:
             skipped.append(f"the block at line {line}: {error}")
             if info == "json" and not str(error).endswith("not an object"):
                 break
-    return LastBlock(None, tuple(skipped))
+    return JsonBlock(None, tuple(skipped))
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str, str]]:

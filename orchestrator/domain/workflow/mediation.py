@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.domain.documents.json_values import flaw_of, says_nothing
-from orchestrator.domain.workflow.violations import Violation, fault_of
+from orchestrator.domain.documents.json_values import find_json_error, is_empty_value
+from orchestrator.domain.workflow.violations import Violation, describe_exception
 
 #: What a transformation is: a function of a result and its analysis that returns a JSON object, at once.
 Transformation = Callable[[dict[str, Any], dict[str, Any]], Any]
@@ -39,7 +39,7 @@ def analyze(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return what can be said of a result by its form: how much of what, and what it says about how to go on."""
     analysis: dict[str, Any] = {
         "amounts": {key: len(value) for key, value in data.items() if isinstance(value, list | dict) and value},
-        "missing": [key for key, value in data.items() if says_nothing(value)],
+        "missing": [key for key, value in data.items() if is_empty_value(value)],
         "opportunities": data.get("opportunities") or [],
         "risks": data.get("risks") or [],
         "approach": data.get("approach"),
@@ -68,9 +68,9 @@ def scout_to_plan(data: dict[str, Any], analysis: dict[str, Any]) -> dict[str, A
 TRANSFORMATIONS: Final[Mapping[str, Transformation]] = {"scout_to_plan": scout_to_plan}
 
 
-def prepare(data: Mapping[str, Any]) -> dict[str, Any]:
+def drop_empty_values(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result without what says nothing."""
-    return {key: value for key, value in data.items() if not says_nothing(value)}
+    return {key: value for key, value in data.items() if not is_empty_value(value)}
 
 
 _INSTRUCTIONS: Final[Mapping[str, str]] = {
@@ -83,7 +83,7 @@ _INSTRUCTIONS: Final[Mapping[str, str]] = {
 }
 
 
-def instructions_for(to_kind: str | None, processed: Mapping[str, Any]) -> str:
+def get_instructions(to_kind: str | None, processed: Mapping[str, Any]) -> str:
     """Return what a phase of a kind is told to do with what it is given."""
     told = _INSTRUCTIONS.get(to_kind or "", "Go on from what is given.")
     return f"{told} Given: {', '.join(processed)}." if processed else told
@@ -103,17 +103,17 @@ def mediate(
     analysis = analyze(data)
     name = named or (f"{from_kind}_to_{to_kind}" if f"{from_kind}_to_{to_kind}" in transformations else None)
     if name is None:
-        processed = prepare(data)
+        processed = drop_empty_values(data)
     else:
-        made = _transformed(name, transformations.get(name), data, analysis)
+        made = _transform(name, transformations.get(name), data, analysis)
         if isinstance(made, Violation):
             return made
         processed = made
-    instructions = instructions_for(to_kind, processed)
+    instructions = get_instructions(to_kind, processed)
     return Mediation(transformation=name, analysis=analysis, processed=processed, instructions=instructions)
 
 
-def _transformed(
+def _transform(
     name: str, transformation: Transformation | None, data: Mapping[str, Any], analysis: dict[str, Any]
 ) -> dict[str, Any] | Violation:
     place = f"transformation {name!r}"
@@ -123,14 +123,16 @@ def _transformed(
         # What it does with its arguments must not change what is on record.
         made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
     except Exception as error:  # noqa: BLE001  what a plugin does wrong is told, and ends the phase alone
-        return Violation("mediation.failed", place, f"it raised {fault_of(error)}", "mend the plugin that brings it")
+        return Violation(
+            "mediation.failed", place, f"it raised {describe_exception(error)}", "mend the plugin that brings it"
+        )
     if inspect.iscoroutine(made):
         made.close()
         return Violation("mediation.result", place, "it is asynchronous", "register a plain function")
     if not isinstance(made, dict):
         what = f"it returned {type(made).__name__}, no JSON object"
         return Violation("mediation.result", place, what, "let it return a dict of plain JSON values")
-    flaw = flaw_of(made)
+    flaw = find_json_error(made)
     if flaw is not None:
         return Violation("mediation.result", place, f"what it returned is no plain JSON: {flaw}", "mend its plugin")
     return made

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.domain.documents.json_values import canonical
-from orchestrator.domain.runs.phases import Given
-from orchestrator.domain.workflow.handoff_kinds import NEEDS, Kind, schema_kind
+from orchestrator.domain.documents.json_values import encode_canonical
+from orchestrator.domain.runs.phases import GivenValues
+from orchestrator.domain.workflow.handoff_kinds import PHASE_NEEDS, HandoffKind, kind_from_schema
 from orchestrator.domain.workflow.routing import Phase
 
 
@@ -32,12 +32,12 @@ class PhaseContext:
         """Return all of it: what came of it before its own, and that before what it inherits."""
         return {**self.known(), **self.produced}
 
-    def passed_on(self) -> dict[str, Any]:
+    def to_next_phase(self) -> dict[str, Any]:
         """Return what the next phase inherits: all but its own."""
         return {**self.inherited, **self.produced}
 
 
-def chained(
+def chain_contexts(
     phases: Iterable[Phase], inherited: Mapping[str, Any], produced: Mapping[str, Mapping[str, Any]]
 ) -> list[PhaseContext]:
     """Return the contexts of phases in their order, each inheriting from the one before.
@@ -48,25 +48,25 @@ def chained(
     known = dict(inherited)
     for phase in phases:
         chain.append(PhaseContext(phase.name, known, phase.context, produced.get(phase.name, {})))
-        known = chain[-1].passed_on()
+        known = chain[-1].to_next_phase()
     return chain
 
 
-def context_of(
+def build_phase_context(
     phase: Phase, before: Sequence[Phase], inherited: Mapping[str, Any], produced: Mapping[str, Mapping[str, Any]]
 ) -> PhaseContext:
     """Return the context of a phase that begins, after the phases before it."""
-    return chained([*before, phase], inherited, {one.name: produced.get(one.name, {}) for one in before})[-1]
+    return chain_contexts([*before, phase], inherited, {one.name: produced.get(one.name, {}) for one in before})[-1]
 
 
-def kind_of(phase: Phase, kinds: Mapping[str, Kind]) -> Kind | None:
+def get_handoff_kind(phase: Phase, kinds: Mapping[str, HandoffKind]) -> HandoffKind | None:
     """Return the kind of what a phase hands over; None where it hands nothing over, or nobody knows the kind."""
     if phase.produces is None:
         return None
-    return kinds.get(phase.produces) if phase.schema_ is None else schema_kind(phase.produces, phase.schema_)
+    return kinds.get(phase.produces) if phase.schema_ is None else kind_from_schema(phase.produces, phase.schema_)
 
 
-def needs_of(phase: Phase, kind: Kind | None) -> tuple[str, ...] | None:
+def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] | None:
     """Return the names of the values that a phase is given; None: all.
 
     As it declares, else as its kind does, else as phases of its name do.
@@ -75,13 +75,13 @@ def needs_of(phase: Phase, kind: Kind | None) -> tuple[str, ...] | None:
         return phase.needs
     if kind is not None and kind.needs is not None:
         return kind.needs
-    return NEEDS.get(phase.name)
+    return PHASE_NEEDS.get(phase.name)
 
 
-def filtered(values: Mapping[str, Any], needs: Sequence[str] | None) -> tuple[dict[str, Any], Given]:
+def select_values(values: Mapping[str, Any], needs: Sequence[str] | None) -> tuple[dict[str, Any], GivenValues]:
     """Return those of the values that are needed (None: all), in the order in which they are, and what that spares."""
     wanted = values.keys() if needs is None else dict.fromkeys(needs)
     given = {key: values[key] for key in wanted if key in values}
     left = tuple(key for key in values if key not in given)
-    size, whole = len(canonical(given)), len(canonical(dict(values)))
-    return given, Given(keys=tuple(given), left_out=left, size=size, whole=whole)
+    size, whole = len(encode_canonical(given)), len(encode_canonical(dict(values)))
+    return given, GivenValues(keys=tuple(given), left_out=left, size=size, whole=whole)

@@ -9,16 +9,16 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.model import FINAL, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument, TaskStatus
 from orchestrator.domain.runs.phases import (
-    OPEN,
-    PASSED,
+    OPEN_STATUSES,
+    PASSED_STATUSES,
     PHASE_EVENTS,
     PHASE_TRANSITIONS,
     PhaseRecord,
     PhaseStatus,
     PhaseTrigger,
-    step,
+    advance_phase,
 )
 
 _Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -89,27 +89,27 @@ class Phase(BaseModel):
 
 
 #: Ends of sessions that another turn of the same conversation is to mend.
-_MENDED: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
+_REPAIRABLE: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
 
 #: The kind that says whether work is to go on, and how it says that it is not; nothing else sends work back.
-REVIEW: Final = "review"
-REJECTED: Final = "reject"
+REVIEW_KIND: Final = "review"
+REJECT_VERDICT: Final = "reject"
 
 #: What a task without a workflow does.
-BUILD: Final = Phase(name="build")
-PLAIN: Final = (BUILD,)
+BUILD_PHASE: Final = Phase(name="build")
+DEFAULT_PHASES: Final = (BUILD_PHASE,)
 
 
 @dataclass(frozen=True, slots=True)
 class Workflow:
     """The phases of a task, in their order; names are unique."""
 
-    phases: Sequence[Phase] = PLAIN
+    phases: Sequence[Phase] = DEFAULT_PHASES
 
     @property
-    def is_plain(self) -> bool:
+    def is_default(self) -> bool:
         """Whether it is the one phase that a task without a workflow has, of which nothing is recorded."""
-        return self.phases is PLAIN or tuple(self.phases) == PLAIN
+        return self.phases is DEFAULT_PHASES or tuple(self.phases) == DEFAULT_PHASES
 
     @property
     def has_work(self) -> bool:
@@ -135,7 +135,7 @@ class Workflow:
         """Return the phases after one."""
         return self.phases[self.index(name) + 1 :]
 
-    def sent_back_to(self, name: str, task: TaskDocument) -> Phase:
+    def find_rejection_target(self, name: str, task: TaskDocument) -> Phase:
         """Return the phase that a task's rejection by another goes back to.
 
         It is that which the other names, or the last one before it that writes. What was skipped can mend nothing.
@@ -152,16 +152,16 @@ class Workflow:
 
 
 def _is_skipped(task: TaskDocument, phase: str) -> bool:
-    record = latest(task, phase)
+    record = latest_visit(task, phase)
     return record is not None and record.status is PhaseStatus.SKIPPED
 
 
-def latest(task: TaskDocument, phase: str) -> PhaseRecord | None:
+def latest_visit(task: TaskDocument, phase: str) -> PhaseRecord | None:
     """Return the last visit of a phase; None without one."""
     return next((one for one in reversed(task.phases) if one.phase == phase), None)
 
 
-def onward(
+def find_next_phase(
     workflow: Workflow, phases: Sequence[PhaseRecord], start: int, holds: Callable[[str, str], bool], now: float
 ) -> tuple[tuple[PhaseRecord, ...], Phase | None]:
     """Return the next phase from a place on whose condition holds, if any, and the visits with those skipped.
@@ -172,78 +172,83 @@ def onward(
     for phase in workflow.phases[start:]:
         if phase.when is None or holds(phase.name, phase.when):
             return found, phase
-        found = skipped(found, phase, f"its condition does not hold: {phase.when}", now)
+        found = skip_phase(found, phase, f"its condition does not hold: {phase.when}", now)
     return found, None
 
 
-def is_open(task: TaskDocument) -> bool:
+def has_open_visit(task: TaskDocument) -> bool:
     """Whether the last visit is not over."""
-    return bool(task.phases) and task.phases[-1].status in OPEN
+    return bool(task.phases) and task.phases[-1].status in OPEN_STATUSES
 
 
-def verdict_of(phase: Phase, data: Mapping[str, Any]) -> str | None:
+def read_verdict(phase: Phase, data: Mapping[str, Any]) -> str | None:
     """Return what a phase says of the work by what it hands over; None where it is no review."""
-    return data.get("verdict") if phase.produces == REVIEW else None
+    return data.get("verdict") if phase.produces == REVIEW_KIND else None
 
 
-def current(workflow: Workflow, task: TaskDocument) -> Phase | None:
+def current_phase(workflow: Workflow, task: TaskDocument) -> Phase | None:
     """Return the phase that a task is at, or that it is to enter next; None where none is left."""
-    if is_open(task):
+    if has_open_visit(task):
         return workflow.phase(task.phases[-1].phase)
     if task.phase is not None:
         return workflow.phase(task.phase)
     return None if task.phases else workflow.phases[0]
 
 
-def completed(workflow: Workflow, task: TaskDocument) -> Mapping[str, PhaseRecord]:
+def completed_visits(workflow: Workflow, task: TaskDocument) -> Mapping[str, PhaseRecord]:
     """Return the last complete visit of each phase that precedes the one that a task is at, in the workflow's order.
 
     What was complete and is to be done again does not count, nor does what followed it.
     """
-    at = current(workflow, task)
+    at = current_phase(workflow, task)
     found: dict[str, PhaseRecord] = {}
     for phase in workflow.phases if at is None else workflow.before(at.name):
-        record = latest(task, phase.name)
+        record = latest_visit(task, phase.name)
         if record is not None and record.status is PhaseStatus.COMPLETED:
             found[phase.name] = record
     return found
 
 
-def entered(
+def enter_phase(
     workflow: Workflow, task: TaskDocument, phase: Phase, attempt: int, now: float, **given: Any
 ) -> dict[str, Any]:
     """Return the changes to a task whose attempt begins at a phase: a visit is begun, or goes on."""
-    if workflow.is_plain:
+    if workflow.is_default:
         return {}
-    last = task.phases[-1] if is_open(task) else None
+    last = task.phases[-1] if has_open_visit(task) else None
     if last is not None:
         record = last.model_copy(update={"attempts": (*last.attempts, attempt), **given})
         return {"phases": (*task.phases[:-1], record)}
-    record = step(phase.name, None, PhaseTrigger.ENTER, phase=phase.name, started=now, attempts=(attempt,), **given)
+    record = advance_phase(
+        phase.name, None, PhaseTrigger.ENTER, phase=phase.name, started=now, attempts=(attempt,), **given
+    )
     return {"phases": (*task.phases, record), "phase": phase.name}
 
 
-def skipped(phases: Sequence[PhaseRecord], phase: Phase, reason: str, now: float) -> tuple[PhaseRecord, ...]:
+def skip_phase(phases: Sequence[PhaseRecord], phase: Phase, reason: str, now: float) -> tuple[PhaseRecord, ...]:
     """Return the visits with one more that was none."""
-    return (*phases, step(phase.name, None, PhaseTrigger.SKIP, phase=phase.name, started=now, ended=now, reason=reason))
+    return (
+        *phases,
+        advance_phase(phase.name, None, PhaseTrigger.SKIP, phase=phase.name, started=now, ended=now, reason=reason),
+    )
 
 
-def changed(task: TaskDocument, trigger: PhaseTrigger | None, **changes: Any) -> tuple[PhaseRecord, ...]:
+def change_last_visit(task: TaskDocument, trigger: PhaseTrigger | None, **changes: Any) -> tuple[PhaseRecord, ...]:
     """Return the visits with the last one after `trigger` (None: where it is), and with `changes` to it."""
     last = task.phases[-1]
     if trigger is None:
         return (*task.phases[:-1], last.model_copy(update=changes))
-    return (*task.phases[:-1], step(last.phase, last, trigger, **changes))
+    return (*task.phases[:-1], advance_phase(last.phase, last, trigger, **changes))
 
 
-def closed(task: TaskDocument, now: float) -> TaskDocument:
+def close_open_visit(task: TaskDocument, now: float) -> TaskDocument:
     """Return a task without an open visit where the task is over."""
-    if task.status not in FINAL or not is_open(task):
+    if task.status not in FINAL_STATUSES or not has_open_visit(task):
         return task
     trigger = PhaseTrigger.CANCEL if task.status is TaskStatus.CANCELLED else PhaseTrigger.FAIL
     if (task.phases[-1].status, trigger) not in PHASE_TRANSITIONS:  # it was over, and waited for a person
         trigger = PhaseTrigger.CANCEL
-    return task.model_copy(update={"phases": changed(task, trigger, ended=now, reason=task.reason)})
+    return task.model_copy(update={"phases": change_last_visit(task, trigger, ended=now, reason=task.reason)})
 
 
 def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -263,7 +268,7 @@ def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class BuiltWork:
     """What a task has built so far: the commit, what it is judged against, and the number of the attempt."""
 
     commit: str
@@ -271,64 +276,67 @@ class Work:
     attempt: int
 
 
-def work_before(workflow: Workflow, task: TaskDocument) -> Work | None:
+def find_earlier_work(workflow: Workflow, task: TaskDocument) -> BuiltWork | None:
     """Return what was built before the phase that a task is at; None where nothing was."""
     found = None
-    for record in completed(workflow, task).values():
+    for record in completed_visits(workflow, task).values():
         if record.commit is not None and record.base is not None:
-            found = Work(record.commit, record.base, record.attempts[-1])
+            found = BuiltWork(record.commit, record.base, record.attempts[-1])
     return found
 
 
-def goes_on_with(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
+def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
     """Return the number of the attempt whose conversation the next one of a phase is to go on with; None: of none."""
-    if workflow.is_plain:
+    if workflow.is_default:
         mends = task.start is not None and task.attempts and task.attempt.outcome == FailureClass.CHECKS_FAILED
         return task.attempt.number if mends else None
-    if is_open(task):
+    if has_open_visit(task):
         last = task.phases[-1].attempts[-1]
-        return last if task.attempts[last - 1].outcome in _MENDED else None
-    before = latest(task, phase.name)
+        return last if task.attempts[last - 1].outcome in _REPAIRABLE else None
+    before = latest_visit(task, phase.name)
     if task.start is not None and before is not None and before.attempts:
         return before.attempts[-1]
-    record = None if phase.continues is None else latest(task, phase.continues)
+    record = None if phase.continues is None else latest_visit(task, phase.continues)
     return record.attempts[-1] if record is not None and record.attempts else None
 
 
-def restarted(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:
+def restart_task(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:
     """Return the changes to a task that is to be tried again from a phase on; KeyError if there is none of the name.
 
     Without a name it is the one that it was at, or, where all were complete, the last that writes. What is not complete
     of those before it is done first.
     """
-    if workflow.is_plain:
+    if workflow.is_default:
         return {}
     if phase is not None:
-        return {"phase": left_before([one.name for one in workflow.phases], workflow.phase(phase).name, task) or phase}
-    if task.expanded and task.phase is None and task.commit is None and not is_open(task):
+        return {
+            "phase": find_first_incomplete([one.name for one in workflow.phases], workflow.phase(phase).name, task)
+            or phase
+        }
+    if task.expanded and task.phase is None and task.commit is None and not has_open_visit(task):
         return {}  # it waits for what its plan became
-    if task.phases and task.phases[-1].status in PASSED and task.phase is None:
+    if task.phases and task.phases[-1].status in PASSED_STATUSES and task.phase is None:
         return {"phase": [*workflow.phases, *workflow.builders(task)][-1].name}
     return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
 
 
-def left_before(phases: Sequence[str], phase: str, task: TaskDocument) -> str | None:
+def find_first_incomplete(phases: Sequence[str], phase: str, task: TaskDocument) -> str | None:
     """Return the first phase before one of these that a task has not behind it; None where it has all of them."""
-    records = ((name, latest(task, name)) for name in phases[: phases.index(phase)])
-    return next((name for name, record in records if record is None or record.status not in PASSED), None)
+    records = ((name, latest_visit(task, name)) for name in phases[: phases.index(phase)])
+    return next((name for name, record in records if record is None or record.status not in PASSED_STATUSES), None)
 
 
-def anew(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
+def restart_work(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
     """Return the changes to a task whose work is to be done anew, by all phases that made it."""
-    return restarted(workflow, task, workflow.builders(task)[0].name)
+    return restart_task(workflow, task, workflow.builders(task)[0].name)
 
 
-def rejections(task: TaskDocument, phase: str) -> int:
+def count_rejections(task: TaskDocument, phase: str) -> int:
     """Return how often a phase has rejected a task's work, since a person last had that tried again."""
-    return sum(one.phase == phase and one.verdict == REJECTED for one in task.phases[task.revived :])
+    return sum(one.phase == phase and one.verdict == REJECT_VERDICT for one in task.phases[task.revived :])
 
 
-def carried_on(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:
+def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:
     """Return where the next session begins once a phase is complete, where that is not what those before it built.
 
     What a review has sent back to a phase that only reads is still what the next one that writes is to mend.
@@ -338,14 +346,14 @@ def carried_on(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str
     return {"start": task.start, "base": task.base}
 
 
-def keeps_paths(task: TaskDocument) -> bool:
+def has_built_work(task: TaskDocument) -> bool:
     """Whether a task that waits goes on with what it has built, so that its paths are to stay its own."""
     return task.start is not None or any(one.commit is not None for one in task.phases)
 
 
-def adapters_at(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:
+def current_adapters(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:
     """Return the adapters of the phase that a task is at, the best first; `adapter` and `fallback` are the task's."""
-    phase = current(workflow, task)
+    phase = current_phase(workflow, task)
     if phase is None or phase.adapter is None:
         return (adapter, *fallback)
     return (phase.adapter, *phase.fallback)

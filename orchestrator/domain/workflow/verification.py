@@ -7,25 +7,27 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from orchestrator.domain.documents.json_values import says_nothing
-from orchestrator.domain.runs.model import FINAL, TaskDocument, TaskStatus
-from orchestrator.domain.runs.phases import OPEN, PASSED, PhaseRecord, PhaseStatus
+from orchestrator.domain.documents.json_values import is_empty_value
+from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument, TaskStatus
+from orchestrator.domain.runs.phases import OPEN_STATUSES, PASSED_STATUSES, PhaseRecord, PhaseStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
-from orchestrator.domain.workflow.handoff_kinds import KINDS, Facts, Kind
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffFacts, HandoffKind
 from orchestrator.domain.workflow.handoffs import Handoff, handoff_id, is_intact
-from orchestrator.domain.workflow.phase_context import kind_of
-from orchestrator.domain.workflow.routing import Phase, Workflow, latest, verdict_of
-from orchestrator.domain.workflow.violations import Violation, found_by
+from orchestrator.domain.workflow.phase_context import get_handoff_kind
+from orchestrator.domain.workflow.routing import Phase, Workflow, latest_visit, read_verdict
+from orchestrator.domain.workflow.violations import Violation, run_check
 
 #: Seconds that a session may still run after it has said that it is done.
-IDLE_AFTER: Final = 300.0
+IDLE_LIMIT: Final = 300.0
 
-_MENDED: Final = "`council retry TASK --from PHASE` does it once more"
-_EDITED: Final = "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
+_RETRY_REMEDY: Final = "`council retry TASK --from PHASE` does it once more"
+_RESTORE_REMEDY: Final = (
+    "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class WorkflowFacts:
+class WorkflowRecord:
     """All that is recorded of one task and its workflow."""
 
     run: str
@@ -36,11 +38,11 @@ class WorkflowFacts:
     """All of the task, by id."""
     sessions: Sequence[SessionContext] = ()
     """What its sessions say of themselves."""
-    kinds: Mapping[str, Kind] = field(default_factory=lambda: KINDS)
+    kinds: Mapping[str, HandoffKind] = field(default_factory=lambda: HANDOFF_KINDS)
     now: float = 0.0
     """Wall-clock seconds."""
     checksums: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
-    """By the id of a handoff: the checksums of files as `Facts` has them, in the tree that it is about."""
+    """By the id of a handoff: the checksums of files as `HandoffFacts` has them, in the tree that it is about."""
 
     @property
     def visits(self) -> Sequence[tuple[str, Phase, PhaseRecord]]:
@@ -62,138 +64,144 @@ class WorkflowFacts:
 
 
 #: A rule over one task's whole way: yields what breaks it.
-Constraint = Callable[[WorkflowFacts], Iterable[Violation]]
+Constraint = Callable[[WorkflowRecord], Iterable[Violation]]
 
 
-def check_workflow(facts: WorkflowFacts, constraints: Mapping[str, Constraint]) -> list[Violation]:
+def check_workflow(facts: WorkflowRecord, constraints: Mapping[str, Constraint]) -> list[Violation]:
     """Return what breaks a rule: one of ours, or one of the `constraints` that plugins bring, by name."""
     found = [violation for rule in _RULES for violation in rule(facts)]
     for name, constraint in constraints.items():
-        found += found_by(f"constraint.{name}", f"constraint {name!r}", partial(constraint, facts))
+        found += run_check(f"constraint.{name}", f"constraint {name!r}", partial(constraint, facts))
     return found
 
 
-def _records_fit(facts: WorkflowFacts) -> Iterator[Violation]:
+def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
     """Visits are of phases that there are, one after the other, and stand as the task does."""
     known = {phase.name for phase in facts.workflow.phases}
     task = facts.document
     for number, record in enumerate(task.phases):
         place = f"{facts.place}, phase {record.phase!r}"
         if record.phase not in known:
-            yield Violation("phases.unknown", place, "the workflow has no such phase", _EDITED)
+            yield Violation("phases.unknown", place, "the workflow has no such phase", _RESTORE_REMEDY)
         is_last = number == len(task.phases) - 1
-        if record.status in OPEN and not is_last:
-            yield Violation("phases.open", place, "it goes on, and another was begun after it", _EDITED)
-        if record.status not in OPEN and record.ended is None:
-            yield Violation("phases.time", place, f"it is {record.status} and has no end", _EDITED)
+        if record.status in OPEN_STATUSES and not is_last:
+            yield Violation("phases.open", place, "it goes on, and another was begun after it", _RESTORE_REMEDY)
+        if record.status not in OPEN_STATUSES and record.ended is None:
+            yield Violation("phases.time", place, f"it is {record.status} and has no end", _RESTORE_REMEDY)
         if record.started is not None and record.ended is not None and record.ended < record.started:
-            yield Violation("phases.time", place, "it ended before it began", _EDITED)
+            yield Violation("phases.time", place, "it ended before it began", _RESTORE_REMEDY)
     if task.phases:
         last = task.phases[-1]
         place = f"{facts.place}, phase {last.phase!r}"
-        if last.status in OPEN and task.status in FINAL:
-            yield Violation("phases.open", place, f"it goes on, and the task is {task.status}", _EDITED)
+        if last.status in OPEN_STATUSES and task.status in FINAL_STATUSES:
+            yield Violation("phases.open", place, f"it goes on, and the task is {task.status}", _RESTORE_REMEDY)
         if (last.status is PhaseStatus.AWAITING) != (task.status is TaskStatus.WAITING):
             what = f"it is {last.status}, and the task is {task.status}"
             yield Violation("phases.approval", place, what, "only a phase that waits for a person lets its task wait")
 
 
 #: Where a task has all of its phases behind it. What has landed may have been found on the target before.
-_THROUGH: Final = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.DONE})
+_AFTER_LAST_PHASE: Final = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.DONE})
 
 
-def _end_fits(facts: WorkflowFacts) -> Iterator[Violation]:
+def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
     """A task is through when its phases are; one that has work is done only when that has landed."""
     task = facts.document
-    if facts.workflow.is_plain or task.status not in _THROUGH:
+    if facts.workflow.is_default or task.status not in _AFTER_LAST_PHASE:
         return
     for phase in facts.workflow.phases:
-        record = latest(task, phase.name)
-        if record is None or record.status not in PASSED:
+        record = latest_visit(task, phase.name)
+        if record is None or record.status not in PASSED_STATUSES:
             what = f"it is {'not begun' if record is None else record.status}, and the task is {task.status}"
-            yield Violation("phases.end", f"{facts.place}, phase {phase.name!r}", what, _MENDED)
+            yield Violation("phases.end", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
         elif phase.writes and record.status is PhaseStatus.COMPLETED and task.status is TaskStatus.DONE:
             what = "it writes, and the task is done without having landed"
-            yield Violation("phases.landing", f"{facts.place}, phase {phase.name!r}", what, _MENDED)
+            yield Violation("phases.landing", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
 
 
-def _attempts_fit(facts: WorkflowFacts) -> Iterator[Violation]:
+def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
     """Each attempt is part of one visit at most, as a checkpoint takes visits back, and of the phase that it says."""
     attempts = {one.number: one for one in facts.document.attempts}
     seen: set[int] = set()
     for place, phase, record in facts.visits:
         for number in record.attempts:
             if number not in attempts:
-                yield Violation("attempts.missing", place, f"its attempt {number} is not recorded", _EDITED)
+                yield Violation("attempts.missing", place, f"its attempt {number} is not recorded", _RESTORE_REMEDY)
             elif attempts[number].phase != phase.name:
                 what = f"its attempt {number} says that it was made at {attempts[number].phase!r}"
-                yield Violation("attempts.phase", place, what, _EDITED)
+                yield Violation("attempts.phase", place, what, _RESTORE_REMEDY)
             if number in seen:
-                yield Violation("attempts.twice", place, f"its attempt {number} is another visit's, too", _EDITED)
+                yield Violation(
+                    "attempts.twice", place, f"its attempt {number} is another visit's, too", _RESTORE_REMEDY
+                )
             seen.add(number)
 
 
-def _outputs_are_there(facts: WorkflowFacts) -> Iterator[Violation]:
+def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
     """What is complete has handed over what it is to, and that is valid."""
     for place, phase, record in facts.visits:
         if record.status not in {PhaseStatus.COMPLETED, PhaseStatus.AWAITING}:
             continue
         if phase.produces is None:
             if record.handoff is not None:
-                yield Violation("outputs.extra", place, "it handed something over, and is to produce nothing", _EDITED)
+                yield Violation(
+                    "outputs.extra", place, "it handed something over, and is to produce nothing", _RESTORE_REMEDY
+                )
             continue
         handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
         if handoff is None:
             what = f"it is {record.status}, and the {phase.produces} that it is to produce is not there"
-            yield Violation("outputs.missing", place, what, _MENDED)
+            yield Violation("outputs.missing", place, what, _RETRY_REMEDY)
             continue
-        if record.verdict != (verdict := verdict_of(phase, handoff.data)):
+        if record.verdict != (verdict := read_verdict(phase, handoff.data)):
             what = f"its verdict is {record.verdict!r}, that of what it handed over {verdict!r}"
-            yield Violation("outputs.verdict", place, what, _EDITED)
-        yield from _data_fits(facts, place, phase, handoff)
+            yield Violation("outputs.verdict", place, what, _RESTORE_REMEDY)
+        yield from _check_data(facts, place, phase, handoff)
 
 
-def _data_fits(facts: WorkflowFacts, place: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
+def _check_data(facts: WorkflowRecord, place: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
     if handoff.kind != phase.produces:
         what = f"it is to produce {phase.produces!r}, and handed over {handoff.kind!r}"
-        yield Violation("outputs.kind", place, what, _MENDED)
+        yield Violation("outputs.kind", place, what, _RETRY_REMEDY)
         return
-    kind = kind_of(phase, facts.kinds)
+    kind = get_handoff_kind(phase, facts.kinds)
     if kind is None:
         what = f"nothing knows the kind {phase.produces!r}"
         yield Violation("outputs.unknown", place, what, "install the plugin that brings it")
         return
-    for one in kind.check(handoff.data, Facts(facts.checksums.get(handoff.id, {}))).violations:
+    for one in kind.check(handoff.data, HandoffFacts(facts.checksums.get(handoff.id, {}))).violations:
         yield Violation(one.rule, f"{place}, {one.place}", one.what, one.remedy)
 
 
-def _chain_holds(facts: WorkflowFacts) -> Iterator[Violation]:
+def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
     """Each handoff is what it was, comes from where it says, and was received as both ends say."""
     came = {record.handoff: record for _, _, record in facts.visits if record.handoff is not None}
     for name, handoff in facts.handoffs.items():
         place = f"handoff {name}"
         if not is_intact(handoff):
-            yield Violation("chain.digest", place, "its digest does not match what it holds", _MENDED)
+            yield Violation("chain.digest", place, "its digest does not match what it holds", _RETRY_REMEDY)
         if name != handoff.id or handoff.id != handoff_id(facts.run, facts.task, handoff.attempt):
-            yield Violation("chain.name", place, f"it says that it is {handoff.id}", _EDITED)
+            yield Violation("chain.name", place, f"it says that it is {handoff.id}", _RESTORE_REMEDY)
         record = came.get(name)
         if record is None:
             if facts.document.current is None:
-                yield Violation("chain.source", place, "no visit of a phase names it as its own", _EDITED)
+                yield Violation("chain.source", place, "no visit of a phase names it as its own", _RESTORE_REMEDY)
         elif handoff.phase != record.phase or handoff.attempt not in record.attempts:
             what = f"it says that it comes from attempt {handoff.attempt} at {handoff.phase!r}"
-            yield Violation("chain.source", place, f"{what}, and phase {record.phase!r} has it as its own", _EDITED)
+            yield Violation(
+                "chain.source", place, f"{what}, and phase {record.phase!r} has it as its own", _RESTORE_REMEDY
+            )
         if handoff.to is not None and handoff.to not in {phase.name for phase in facts.workflow.phases}:
             yield Violation(
-                "chain.target", place, f"it is for {handoff.to!r}, which the workflow does not have", _EDITED
+                "chain.target", place, f"it is for {handoff.to!r}, which the workflow does not have", _RESTORE_REMEDY
             )
-        yield from _receipts_hold(facts, place, handoff)
+        yield from _check_receipts(facts, place, handoff)
     for number, (place, _, record) in enumerate(facts.visits):
-        yield from _received_fits(facts, place, record)
-        yield from _lost(facts, number, place, record)
+        yield from _check_received(facts, place, record)
+        yield from _check_lost_values(facts, number, place, record)
 
 
-def _lost(facts: WorkflowFacts, number: int, place: str, record: PhaseRecord) -> Iterator[Violation]:
+def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: PhaseRecord) -> Iterator[Violation]:
     """A visit that was given values of what was handed over to it has received that."""
     last: dict[str, tuple[Phase, Handoff]] = {}
     for _, phase, earlier in facts.visits[:number]:
@@ -201,25 +209,25 @@ def _lost(facts: WorkflowFacts, number: int, place: str, record: PhaseRecord) ->
         if earlier.status is PhaseStatus.COMPLETED and handoff is not None:
             last[phase.name] = phase, handoff
     for phase, handoff in last.values():
-        kind = kind_of(phase, facts.kinds)
+        kind = get_handoff_kind(phase, facts.kinds)
         if kind is None or handoff.to != record.phase or handoff.id in record.received or handoff.mediation is not None:
             continue
         # What a plugin's kind exports is its own code.
-        yield from found_by("chain.lost", place, partial(_given_of, place, record, handoff, kind))
+        yield from run_check("chain.lost", place, partial(_given_of, place, record, handoff, kind))
 
 
-def _given_of(place: str, record: PhaseRecord, handoff: Handoff, kind: Kind) -> Iterator[Violation]:
-    said = {name for name, value in kind.exports(handoff.data).items() if not says_nothing(value)}
+def _given_of(place: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
+    said = {name for name, value in kind.exports(handoff.data).items() if not is_empty_value(value)}
     if record.given is not None and said & set(record.given.keys):
         what = f"it was given values of handoff {handoff.id}, and has not received it"
-        yield Violation("chain.lost", place, what, _EDITED)
+        yield Violation("chain.lost", place, what, _RESTORE_REMEDY)
 
 
-def _receipts_hold(facts: WorkflowFacts, place: str, handoff: Handoff) -> Iterator[Violation]:
+def _check_receipts(facts: WorkflowRecord, place: str, handoff: Handoff) -> Iterator[Violation]:
     for receipt in handoff.receipts:
         if receipt.digest != handoff.digest:
             what = f"phase {receipt.phase!r} received something else: {receipt.digest}"
-            yield Violation("chain.received", place, what, _MENDED)
+            yield Violation("chain.received", place, what, _RETRY_REMEDY)
         is_known = any(
             record.phase == receipt.phase
             and record.attempts[:1] == (receipt.attempt,)
@@ -230,24 +238,24 @@ def _receipts_hold(facts: WorkflowFacts, place: str, handoff: Handoff) -> Iterat
             what = (
                 f"attempt {receipt.attempt} at {receipt.phase!r} is said to have received it, and knows nothing of it"
             )
-            yield Violation("chain.received", place, what, _EDITED)
+            yield Violation("chain.received", place, what, _RESTORE_REMEDY)
 
 
-def _received_fits(facts: WorkflowFacts, place: str, record: PhaseRecord) -> Iterator[Violation]:
+def _check_received(facts: WorkflowRecord, place: str, record: PhaseRecord) -> Iterator[Violation]:
     for name in record.received:
         handoff = facts.handoffs.get(name)
         if handoff is None:
-            yield Violation("chain.missing", place, f"it received handoff {name}, which is not there", _MENDED)
+            yield Violation("chain.missing", place, f"it received handoff {name}, which is not there", _RETRY_REMEDY)
             continue
         if not any((one.phase, one.attempt) == (record.phase, *record.attempts[:1]) for one in handoff.receipts):
             what = f"it received handoff {name}, which nobody has acknowledged"
-            yield Violation("chain.received", place, what, _EDITED)
+            yield Violation("chain.received", place, what, _RESTORE_REMEDY)
         if record.attempts and handoff.attempt >= record.attempts[0]:
             what = f"it received handoff {name}, which was made after it began"
-            yield Violation("chain.order", place, what, _EDITED)
+            yield Violation("chain.order", place, what, _RESTORE_REMEDY)
 
 
-def _nobody_idles(facts: WorkflowFacts) -> Iterator[Violation]:
+def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
     """No session is at rest whose task waits for it, or at work at what is over."""
     attempts = {one.number: one for one in facts.document.attempts}
     for session in facts.sessions:
@@ -260,7 +268,7 @@ def _nobody_idles(facts: WorkflowFacts) -> Iterator[Violation]:
             yield Violation(
                 "sessions.stray", place, "its task has no such attempt", "`council clean` removes what is left"
             )
-        elif attempt.ended is None and is_done and facts.now - session.updated > IDLE_AFTER:
+        elif attempt.ended is None and is_done and facts.now - session.updated > IDLE_LIMIT:
             what = "it is done and has ended nothing: its task still waits for it"
             yield Violation(
                 "sessions.idle", place, what, f"`council cancel {facts.task}` ends it, `council retry` begins anew"
@@ -268,10 +276,10 @@ def _nobody_idles(facts: WorkflowFacts) -> Iterator[Violation]:
 
 
 _RULES: Final[Sequence[Constraint]] = (
-    _records_fit,
-    _end_fits,
-    _attempts_fit,
-    _outputs_are_there,
-    _chain_holds,
-    _nobody_idles,
+    _check_visits,
+    _check_end,
+    _check_attempts,
+    _check_outputs,
+    _check_handoffs,
+    _check_sessions,
 )

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Final
 
 #: Violations that are told of one check.
-MOST_VIOLATIONS: Final = 20
+MAX_VIOLATIONS: Final = 20
 _LONGEST_FAULT: Final = 500  # characters
 
 
@@ -31,17 +31,19 @@ class Violation:
         return asdict(self)
 
 
-def fault_of(error: Exception) -> str:
+def describe_exception(error: Exception) -> str:
     """Return what a plugin's own code raised, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_FAULT]
 
 
-def found_by(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
+def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
     """Return what a plugin's check finds; what is wrong with the check is found, too, and raises nothing."""
     try:
-        found: list[Any] = list(islice(check(), MOST_VIOLATIONS))
+        found: list[Any] = list(islice(check(), MAX_VIOLATIONS))
     except Exception as error:  # noqa: BLE001  a plugin's own code
-        return [Violation(rule, subject, f"its check failed: {fault_of(error)}", "mend the plugin that brings it")]
+        return [
+            Violation(rule, subject, f"its check failed: {describe_exception(error)}", "mend the plugin that brings it")
+        ]
     strange = next((one for one in found if not isinstance(one, Violation)), None)
     if strange is not None:
         what = f"its check found {type(strange).__name__}, no Violation"

@@ -14,14 +14,14 @@ from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.state.records import read_tasks, task_documents
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Store
-from orchestrator.state.legacy.importer import KIND
+from orchestrator.state.legacy.importer import IMPORTED_KIND
 
 #: Fields of a task's original that say what is to be done, the best first.
 _PROMPTS: Final = ("prompt", "instructions", "description", "title")
-_MOST_NAMED: Final = 5
+_MAX_NAMED_TASKS: Final = 5
 
 
-class Unfinished(NamedTuple):
+class UnfinishedTask(NamedTuple):
     """A task that was not finished: its id, what is known of its prompt, and the branch with earlier work."""
 
     id: str
@@ -29,39 +29,39 @@ class Unfinished(NamedTuple):
     branch: str | None
 
 
-async def unfinished(store: Store, run: RunDocument) -> list[Unfinished]:
+async def read_unfinished_tasks(store: Store, run: RunDocument) -> list[UnfinishedTask]:
     """Return the tasks of an imported run that were running or had not begun."""
     tasks = task_documents(await read_tasks(store, run.id), run.tasks)
-    found = await store.list(KIND, f"{run.id}/")
+    found = await store.list(IMPORTED_KIND, f"{run.id}/")
     originals = {one.key.id.partition("/")[2]: one.value.get("fields", {}) for one in found if not one.damaged}
     return [
-        Unfinished(task, _prompt(originals.get(task, {})), one.imported.branch)
+        UnfinishedTask(task, _prompt(originals.get(task, {})), one.imported.branch)
         for task, one in tasks.items()
         if one.imported is not None and is_unfinished(one.imported)
     ]
 
 
-async def hand_on(store: Store, run: RunDocument, folder: Path) -> RefusedError:
+async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -> RefusedError:
     """Write the unfinished tasks of an imported run to a file in a folder; return the refusal that names it.
 
     A file that is there already stays as it is: somebody may be at work on it.
     """
-    tasks = await unfinished(store, run)
+    tasks = await read_unfinished_tasks(store, run)
     source = run.imported.source if run.imported else ""
     what = f"run {run.id} was imported from {source}, only its record is here"
     if not tasks:
         return RefusedError(what, f"`council state show {run.id}` shows it; nothing of it is left to do")
     path = folder / f"{run.id}.yaml"
-    await anyio.to_thread.run_sync(_write, path, file_of(run.id, source, tasks))
+    await anyio.to_thread.run_sync(_write, path, render_task_file(run.id, source, tasks))
     lacking = [one.id for one in tasks if one.prompt is None]
-    more = f" and {len(lacking) - _MOST_NAMED} more" if len(lacking) > _MOST_NAMED else ""
-    prompts = f", write the missing prompts of {', '.join(lacking[:_MOST_NAMED])}{more}" if lacking else ""
+    more = f" and {len(lacking) - _MAX_NAMED_TASKS} more" if len(lacking) > _MAX_NAMED_TASKS else ""
+    prompts = f", write the missing prompts of {', '.join(lacking[:_MAX_NAMED_TASKS])}{more}" if lacking else ""
     left = f"{len(tasks)} unfinished {'task' if len(tasks) == 1 else 'tasks'}"
     remedy = f"{path} has its {left}: name an adapter there{prompts}, and `council run` it"
     return RefusedError(what, f"{remedy}; `council state show {run.id}` shows the record")
 
 
-def file_of(run: str, source: str, tasks: Sequence[Unfinished]) -> str:
+def render_task_file(run: str, source: str, tasks: Sequence[UnfinishedTask]) -> str:
     """Return the file: each JSON text is YAML, so that nothing of a prompt is taken for anything else."""
     lines = [
         f"# The unfinished tasks of run {run}, imported from {json.dumps(source)}. Name an adapter",

@@ -12,32 +12,32 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.domain.runs.leftovers import (
-    Kind,
     Leftover,
-    Standing,
-    holding,
-    is_stale,
+    LeftoverKind,
+    LeftoverStatus,
+    classify_worktree,
+    is_stale_file,
     judge_hub,
+    judge_orphan,
     judge_run,
-    judge_stray,
     judge_worktree,
 )
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
-from orchestrator.domain.scheduling.dispatch import with_parts
+from orchestrator.domain.scheduling.dispatch import with_subtasks
 from orchestrator.engine.reports.report import RunRecord
-from orchestrator.engine.state.port_leases import forget, stale_leases
+from orchestrator.engine.state.port_leases import delete_port_leases, find_stale_port_leases
 from orchestrator.engine.state.records import read_entries, read_tasks, task_documents
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.project import Project, unfinished_excludes
+from orchestrator.project import Project, find_stale_exclude_files
 from orchestrator.protocols import Document, Store
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.landing import salvage
-from orchestrator.repo.source.checkout import inspect
+from orchestrator.repo.source.checkout import find_repository
 from orchestrator.repo.worktrees import origin, worktrees
-from orchestrator.repo.worktrees.hub import INTERNAL_REFS, Hub, is_within
-from orchestrator.repo.worktrees.origin import Origin, StoreSite
-from orchestrator.repo.worktrees.slots import Place, places_of, standing_of
-from orchestrator.repo.worktrees.stale_files import debris_in, half_built, hubs_in
+from orchestrator.repo.worktrees.hub import INTERNAL_REFS, Hub, is_inside_hub
+from orchestrator.repo.worktrees.origin import HubOrigin, StoreLocation
+from orchestrator.repo.worktrees.slots import WorktreeSlot, assess_slot, list_slots
+from orchestrator.repo.worktrees.stale_files import list_hubs, list_incomplete_hubs, list_stale_files
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.state.documents.shapes import is_readable
 from orchestrator.system.clock import Clock
@@ -46,7 +46,7 @@ from orchestrator.system.file_lock import FileLock
 _KILLED = "a command that was killed left it"
 
 
-class Survey:
+class OrphanFinder:
     """Looks at `home`, the folder of all hubs, and at a project with its store, which is at `url`, if one is here."""
 
     def __init__(
@@ -66,16 +66,16 @@ class Survey:
         found: Sequence[Document] = [] if self._store is None else await self._store.list("run")
         return {one.key.id: _readable(one) for one in found}
 
-    async def forget_leases(self) -> None:
+    async def release_stale_ports(self) -> None:
         """Take the leases of ports back whose places are gone."""
         if self._store is not None:
-            await forget(self._store, await stale_leases(self._store))
+            await delete_port_leases(self._store, await find_stale_port_leases(self._store))
 
-    async def everything(self) -> list[Leftover]:
+    async def find_all(self) -> list[Leftover]:
         """Return all but logs, of runs and hubs that nobody is at work in."""
-        found = [*await self.excludes(), *await self._half_built()]
+        found = [*await self.stale_excludes(), *await self._half_built()]
         for run in (await self.runs()).values():
-            found += [] if run is None else await _unused(await self.worktrees(run))
+            found += [] if run is None else await _without_active_runs(await self.worktrees(run))
         for hub in await self._hubs():
             found += await self._of_hub(hub)
         return found
@@ -88,10 +88,10 @@ class Survey:
             for task, one in (await read_tasks(self._store, run.id)).items()
         }
         hub = Hub(Path(run.hub))
-        found = await _emptied(hub, run.id)
-        for worktree in await anyio.to_thread.run_sync(worktrees.left_over, hub, run.id, run.tasks):
+        found = await _empty_run_folders(hub, run.id)
+        for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run.id, run.tasks):
             document = documents.get(worktree.task)
-            held = holding(document, worktree.attempt, is_check=worktree.is_check)
+            held = classify_worktree(document, worktree.attempt, is_check=worktree.is_check)
             found.append(_leftover(worktree, *judge_worktree(run.id, document, held)))
         return found
 
@@ -106,15 +106,15 @@ class Survey:
             logs = self.project.logs(run.id)
             if await anyio.to_thread.run_sync(logs.is_dir):
                 reason = "what a run printed that has ended"
-                found.append(Leftover(Kind.LOGS, str(logs), Standing.LEFT_OVER, reason, run.hub, run.id))
-        return await _unused(found)
+                found.append(Leftover(LeftoverKind.LOGS, str(logs), LeftoverStatus.LEFT_OVER, reason, run.hub, run.id))
+        return await _without_active_runs(found)
 
     async def old_runs(self, age: float, *, even_cut_off: bool) -> list[Leftover]:
         """Judge the runs that ended, or were cut off, more than `age` seconds ago and that nobody is at work in."""
         known = [run for run in (await self.runs()).values() if run is not None]
         ends = {run.id: await self._last(run) for run in known}
         old = [run for run in known if self._clock.now() - ends[run.id] > age]
-        return await _unused([await self.old_run(run, even_cut_off=even_cut_off) for run in old])
+        return await _without_active_runs([await self.old_run(run, even_cut_off=even_cut_off) for run in old])
 
     async def old_run(self, run: RunDocument, *, even_cut_off: bool) -> Leftover:
         """Judge the record of a run, whatever its age; the caller finds out that nobody is at work in it."""
@@ -122,14 +122,14 @@ class Survey:
         hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
         branches: int | None = 0
         try:
-            if await exists(hub):
-                branches = len(await salvage.kept(Git(hub.trusted, environ=self._environ), run.id))
+            if await hub_exists(hub):
+                branches = len(await salvage.list_unmerged_work(Git(hub.trusted, environ=self._environ), run.id))
             is_over = await self._is_over(run)
         except (GitError, RefusedError):
             branches, is_over = None, run.ended is not None
-        left = [one for one in await self.worktrees(run) if one.standing is not Standing.LEFT_OVER]
+        left = [one for one in await self.worktrees(run) if one.standing is not LeftoverStatus.LEFT_OVER]
         standing, reason = judge_run(run.id, ended, branches, len(left), is_over=is_over, even_cut_off=even_cut_off)
-        return Leftover(Kind.RUN, run.id, standing, reason, run.hub, run.id)
+        return Leftover(LeftoverKind.RUN, run.id, standing, reason, run.hub, run.id)
 
     async def _is_over(self, run: RunDocument) -> bool:
         """Whether nothing is left that could be done in a run; RefusedError where that can't be read."""
@@ -138,7 +138,7 @@ class Survey:
         if any(task not in documents or documents[task].damaged for task in run.tasks):
             raise RefusedError(f"records of tasks of run {run.id} are damaged", "`council state verify` tells more")
         tasks = task_documents(documents, run.tasks)
-        entries = with_parts(await read_entries(self._store, run, () if run.imported is None else run.tasks), tasks)
+        entries = with_subtasks(await read_entries(self._store, run, () if run.imported is None else run.tasks), tasks)
         return RunRecord(run, tasks, entries, {}).is_over
 
     async def _last(self, run: RunDocument) -> float:
@@ -151,138 +151,148 @@ class Survey:
 
     async def _hubs(self) -> list[Hub]:
         known = {Path(run.hub) for run in (await self.runs()).values() if run is not None}
-        home = await anyio.to_thread.run_sync(hubs_in, self._home)
-        return [Hub(root) for root in sorted(known | {hub.root for hub in home}) if await exists(Hub(root))]
+        home = await anyio.to_thread.run_sync(list_hubs, self._home)
+        return [Hub(root) for root in sorted(known | {hub.root for hub in home}) if await hub_exists(Hub(root))]
 
     async def _of_hub(self, hub: Hub) -> list[Leftover]:
-        orphan = await self.orphan(hub)
+        orphan = await self.orphaned_hub(hub)
         if orphan is not None:
             return [] if any([await lock.is_held() for lock in await run_locks(hub)]) else [orphan]
-        return [*await _unused(await self.strays(hub)), *await self.places(hub), *await self.debris(hub)]
+        return [
+            *await _without_active_runs(await self.unknown_runs(hub)),
+            *await self.places(hub),
+            *await self.stale_files(hub),
+        ]
 
     async def places(self, hub: Hub) -> list[Leftover]:
         """Return the places of a hub that nobody has, but for those that stay with a session."""
-        found = [await judged(place) for place in await anyio.to_thread.run_sync(places_of, hub)]
+        found = [await judge_slot(place) for place in await anyio.to_thread.run_sync(list_slots, hub)]
         return [one for one in found if one is not None]
 
-    async def orphan(self, hub: Hub) -> Leftover | None:
+    async def orphaned_hub(self, hub: Hub) -> Leftover | None:
         """Return a hub whose users are all gone from this machine; the caller knows that nobody is at work in it."""
-        known = await anyio.to_thread.run_sync(origin.read, hub.root)
+        known = await anyio.to_thread.run_sync(origin.read_origin, hub.root)
         if known is None or not await anyio.to_thread.run_sync(known.is_gone):
             return None
         if any(run is None or Path(run.hub) == hub.root for run in (await self.runs()).values()):
             return None
         try:
-            refs = len(await salvage.kept(Git(hub.trusted, environ=self._environ)))
+            refs = len(await salvage.list_unmerged_work(Git(hub.trusted, environ=self._environ)))
         except GitError:
             refs = None
         left = await anyio.to_thread.run_sync(lambda: len(list(hub.sessions.glob("*/*"))))
         standing, reason = judge_hub(known.name, refs, left)
-        return Leftover(Kind.HUB, str(hub.root), standing, reason, str(hub.root))
+        return Leftover(LeftoverKind.HUB, str(hub.root), standing, reason, str(hub.root))
 
-    async def strays(self, hub: Hub) -> list[Leftover]:
+    async def unknown_runs(self, hub: Hub) -> list[Leftover]:
         """Return what a hub has of runs that no state knows any more; nothing where that can't be proven."""
         left = await anyio.to_thread.run_sync(_folders, hub.sessions)
         refs = await anyio.to_thread.run_sync(_folders, hub.trusted / INTERNAL_REFS)
         # Asked for after that: a run is recorded before it has a folder.
         runs = await self.runs()
-        known = await anyio.to_thread.run_sync(origin.read, hub.root)
-        if known is None or not await anyio.to_thread.run_sync(self._sees_all, known):
+        known = await anyio.to_thread.run_sync(origin.read_origin, hub.root)
+        if known is None or not await anyio.to_thread.run_sync(self._is_only_store, known):
             return []
         found = []
         for run in sorted(left.keys() - runs.keys()):
-            found += await _emptied(hub, run)
-            for worktree in await anyio.to_thread.run_sync(worktrees.left_over, hub, run, None):
-                held = holding(None, worktree.attempt, is_check=worktree.is_check)
-                found.append(_leftover(worktree, *judge_stray(held)))
+            found += await _empty_run_folders(hub, run)
+            for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run, None):
+                held = classify_worktree(None, worktree.attempt, is_check=worktree.is_check)
+                found.append(_leftover(worktree, *judge_orphan(held)))
         for run in sorted(refs.keys() - runs.keys()):
             # A run that is being made has refs before it is recorded.
-            if is_stale(refs[run], self._clock.now()):
+            if is_stale_file(refs[run], self._clock.now()):
                 reason = "no state knows their run; what they name was fetched from the repository"
                 place = f"{INTERNAL_REFS}/{run}/"
-                found.append(Leftover(Kind.REFS, place, Standing.LEFT_OVER, reason, str(hub.root), run))
+                found.append(Leftover(LeftoverKind.REFS, place, LeftoverStatus.LEFT_OVER, reason, str(hub.root), run))
         return found
 
-    def _sees_all(self, known: Origin) -> bool:
+    def _is_only_store(self, known: HubOrigin) -> bool:
         """Whether every store that could know of a hub's runs is ours, and whole, or gone. Blocks."""
         if self._store is not None and any(one.keys is None or one.keys for one in self._store.damage):
             return False
-        ours = None if self._url is None else StoreSite.of(self._url).url
+        ours = None if self._url is None else StoreLocation.of(self._url).url
         return all(one.url == ours or one.is_gone() for one in known.stores)
 
-    async def debris(self, hub: Hub) -> list[Leftover]:
+    async def stale_files(self, hub: Hub) -> list[Leftover]:
         """Return what killed commands left in a hub."""
-        found = await anyio.to_thread.run_sync(debris_in, hub, self._clock.now())
+        found = await anyio.to_thread.run_sync(list_stale_files, hub, self._clock.now())
         return [_temporary(path, hub) for path in found]
 
     async def _half_built(self) -> list[Leftover]:
-        found = await anyio.to_thread.run_sync(half_built, self._home)
+        found = await anyio.to_thread.run_sync(list_incomplete_hubs, self._home)
         return [_temporary(hub.unfinished, hub) for hub in found if not await hub.creation_lock.is_held()]
 
-    async def excludes(self) -> list[Leftover]:
+    async def stale_excludes(self) -> list[Leftover]:
         """Return what we were about to put into the user's `info/exclude` when we were killed."""
         if self.project is None:
             return []
         try:
-            repository = await inspect(self.project.top, Git(None, users=True, environ=self._environ))
+            repository = await find_repository(self.project.top, Git(None, as_user=True, environ=self._environ))
         except RefusedError:  # the project of a URL
             return []
-        found = await anyio.to_thread.run_sync(unfinished_excludes, repository.git_dir)
-        return [_temporary(path, None) for path, changed in found.items() if is_stale(changed, self._clock.now())]
+        found = await anyio.to_thread.run_sync(find_stale_exclude_files, repository.git_dir)
+        return [_temporary(path, None) for path, changed in found.items() if is_stale_file(changed, self._clock.now())]
 
 
 def _readable(found: Document) -> RunDocument | None:
     return RunDocument.model_validate_json(found.encoded) if is_readable(found) else None
 
 
-async def judged(place: Place, *, is_ours: bool = False) -> Leftover | None:
+async def judge_slot(place: WorktreeSlot, *, is_ours: bool = False) -> Leftover | None:
     """Judge a place; None if it is somebody's, and unless the caller has its lock (`is_ours`) if another has that."""
     if not is_ours and await place.lock.is_held():
         return None
-    verdict = await anyio.to_thread.run_sync(standing_of, place)
-    return None if verdict is None else Leftover(Kind.PLACE, str(place.root), *verdict, str(place.hub.root))
+    verdict = await anyio.to_thread.run_sync(assess_slot, place)
+    return None if verdict is None else Leftover(LeftoverKind.PLACE, str(place.root), *verdict, str(place.hub.root))
 
 
-def _leftover(worktree: Worktree, standing: Standing, reason: str) -> Leftover:
+def _leftover(worktree: Worktree, standing: LeftoverStatus, reason: str) -> Leftover:
     place, hub = str(worktree.root), str(worktree.hub.root)
-    return Leftover(Kind.WORKTREE, place, standing, reason, hub, worktree.run, worktree.task)
+    return Leftover(LeftoverKind.WORKTREE, place, standing, reason, hub, worktree.run, worktree.task)
 
 
 def _temporary(path: Path, hub: Hub | None) -> Leftover:
-    return Leftover(Kind.TEMPORARY, str(path), Standing.LEFT_OVER, _KILLED, None if hub is None else str(hub.root))
+    return Leftover(
+        LeftoverKind.TEMPORARY, str(path), LeftoverStatus.LEFT_OVER, _KILLED, None if hub is None else str(hub.root)
+    )
 
 
-async def _emptied(hub: Hub, run: str) -> list[Leftover]:
+async def _empty_run_folders(hub: Hub, run: str) -> list[Leftover]:
     """Return a run's folder of worktrees if it has none."""
     folder = hub.sessions / run
-    if not await anyio.to_thread.run_sync(lambda: _is_empty(folder) and is_within(hub, folder)):
+    if not await anyio.to_thread.run_sync(lambda: _is_empty(folder) and is_inside_hub(hub, folder)):
         return []
-    return [Leftover(Kind.WORKTREE, str(folder), Standing.LEFT_OVER, "there is nothing in it", str(hub.root), run)]
+    return [
+        Leftover(
+            LeftoverKind.WORKTREE, str(folder), LeftoverStatus.LEFT_OVER, "there is nothing in it", str(hub.root), run
+        )
+    ]
 
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
-async def exists(hub: Hub) -> bool:
+async def hub_exists(hub: Hub) -> bool:
     """Whether a hub is there."""
     return await anyio.to_thread.run_sync(hub.trusted.is_dir)
 
 
-async def _unused(found: Sequence[Leftover]) -> list[Leftover]:
+async def _without_active_runs(found: Sequence[Leftover]) -> list[Leftover]:
     """Return what is of runs that nobody is at work in.
 
     Asked only where there is something: to ask takes the run's lock, and who begins to work just then is refused.
     """
     used = set()
     for hub, run in {(Path(str(one.hub)), str(one.run)) for one in found}:
-        if await exists(Hub(hub)) and await _is_used(Hub(hub), run):
+        if await hub_exists(Hub(hub)) and await _is_active(Hub(hub), run):
             used.add(run)
     return [one for one in found if one.run not in used]
 
 
-async def _is_used(hub: Hub, run: str) -> bool:
-    return await hub.run_lock(run).is_held() or bool(await hub.life_locks.held(run))
+async def _is_active(hub: Hub, run: str) -> bool:
+    return await hub.run_lock(run).is_held() or bool(await hub.liveness_locks.held(run))
 
 
 async def run_locks(hub: Hub) -> list[FileLock]:

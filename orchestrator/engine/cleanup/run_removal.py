@@ -13,29 +13,30 @@ from typing import Final
 
 from orchestrator.engine.session_api.notes import KIND as NOTE
 from orchestrator.engine.state.records import run_key
-from orchestrator.locking.registry import scope_of
+from orchestrator.locking.registry import ownership_scope
 from orchestrator.protocols import Commit, Document, Event, Store, Write
-from orchestrator.state.documents.checkpoints import KIND as CHECKPOINT
-from orchestrator.state.documents.reading import is_of_run
-from orchestrator.state.documents.update import retried
+from orchestrator.state.documents.checkpoints import CHECKPOINT_KIND as CHECKPOINT
+from orchestrator.state.documents.reading import is_run_document
+from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.failpoints import failpoint
 
-_STAY: Final = frozenset({"lease", "claim", "cursor", CHECKPOINT})
+_KEPT_KINDS: Final = frozenset({"lease", "claim", "cursor", CHECKPOINT})
 
 
-async def forget_run(store: Store, run: str, checkpoint: str) -> None:
+async def remove_run(store: Store, run: str, checkpoint: str) -> None:
     """Delete the documents of a run that nobody is at work in; `checkpoint` is of how it stands."""
-    await retried(partial(_forget, store, run, checkpoint))
+    await retry_on_conflict(partial(_remove, store, run, checkpoint))
     failpoint("run.removed")
 
 
-async def _forget(store: Store, run: str, checkpoint: str) -> None:
+async def _remove(store: Store, run: str, checkpoint: str) -> None:
     found = (await store.at(await store.position())).documents
     notes = _notes_prefix(found.get(run_key(run)), run)
     writes = [
         Write(key, one.version, None)
         for key, one in found.items()
-        if (is_of_run(key, run) and key.kind not in _STAY) or (notes and key.kind == NOTE and key.id.startswith(notes))
+        if (is_run_document(key, run) and key.kind not in _KEPT_KINDS)
+        or (notes and key.kind == NOTE and key.id.startswith(notes))
     ]
     if writes:
         removed = Event("run.removed", {"run": run, "checkpoint": checkpoint})
@@ -47,4 +48,4 @@ def _notes_prefix(found: Document | None, run: str) -> str | None:
     value = {} if found is None or found.damaged else found.value
     if value.get("target") != f"council/{run}":
         return None
-    return f"{scope_of(value['repo'], value['target'])}/"
+    return f"{ownership_scope(value['repo'], value['target'])}/"

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.config.adapters import trial_request
-from orchestrator.config.model import AdapterConfig, Reach
-from orchestrator.domain.sessions.shell_commands import is_in_worktree, lookup_of
+from orchestrator.config.adapters import make_trial_request
+from orchestrator.config.model import AdapterConfig, PathAccess
+from orchestrator.domain.sessions.shell_commands import is_in_worktree, make_lookup_command
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
 from orchestrator.protocols import Adapter
-from orchestrator.repo.git.runner import shown
+from orchestrator.repo.git.runner import printable_name
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
 
 
@@ -30,21 +30,21 @@ async def look_for_adapter_programs(
     `configs` are the entries of `file`, which may not exist.
     """
     found: list[Finding] = []
-    if probe.fencing.kind is SandboxKind.OFF:
+    if probe.sandbox.kind is SandboxKind.OFF:
         return found
     for name, adapter in adapters.items():
-        command = adapter.command(trial_request("task", "prompt"))
+        command = adapter.command(make_trial_request("task", "prompt"))
         program, env = command.argv[0], tuple(command.pass_env)
         is_there = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
         if is_in_worktree(program) or not is_there:  # a missing one is a finding of its own
             continue
-        own = configs[name].reach if name in configs else Reach()
-        reach = own | Reach(readable=tuple(map(Path, command.readable)))
-        question = lookup_of(program)
-        if question not in await probe.succeeding([question], env, reach):
-            what = f"program {program!r} is on PATH, but sessions can't see it{probe.why_missing(program, env, reach)}"
+        own = configs[name].reach if name in configs else PathAccess()
+        reach = own | PathAccess(readable=tuple(map(Path, command.readable)))
+        question = make_lookup_command(program)
+        if question not in await probe.find_succeeding([question], env, reach):
+            what = f"program {program!r} is on PATH, but sessions can't see it{probe.explain_missing_program(program, env, reach)}"
             remedy = f"{_entry_of(name, file)}, or install it elsewhere"
-            found.append(Finding(f"adapter {name}", level, shown(what), remedy))
+            found.append(Finding(f"adapter {name}", level, printable_name(what), remedy))
     return found
 
 

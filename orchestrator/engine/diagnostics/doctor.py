@@ -12,34 +12,38 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.adapters import trial_request
-from orchestrator.config.inline import no_program
-from orchestrator.config.model import FenceConfig, RunConfig, make_adapters, used_adapters
-from orchestrator.config.store import folder_url, named_folder, named_store
+from orchestrator.config.adapters import make_trial_request
+from orchestrator.config.inline import no_program_error
+from orchestrator.config.model import RunConfig, SandboxConfig, make_adapters, used_adapters
+from orchestrator.config.store import folder_url, require_local_folder, to_store_url
 from orchestrator.config.warnings import find_warnings
-from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, Demand
-from orchestrator.domain.sessions.shell_commands import programs_in, script_of
+from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, SessionDemand
+from orchestrator.domain.sessions.shell_commands import find_programs, find_script
 from orchestrator.engine.diagnostics import findings
 from orchestrator.engine.diagnostics.adapter_programs import look_for_adapter_programs
-from orchestrator.engine.diagnostics.facts import Machine, Place, look_at_machine, look_at_place
+from orchestrator.engine.diagnostics.facts import Machine, StorageLocation, inspect_location, inspect_machine
 from orchestrator.engine.diagnostics.findings import Finding, Level
-from orchestrator.engine.diagnostics.preflight import surroundings_of
-from orchestrator.engine.diagnostics.program_findings import look_for_programs
-from orchestrator.engine.diagnostics.programs import make_without_options, probe_adapters
-from orchestrator.engine.diagnostics.repository_findings import Looked, look_at_repository, look_for_files
-from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_FENCE, SandboxProbe
+from orchestrator.engine.diagnostics.preflight import find_surroundings
+from orchestrator.engine.diagnostics.program_findings import check_command_programs
+from orchestrator.engine.diagnostics.programs import make_default_adapters, probe_adapters
+from orchestrator.engine.diagnostics.repository_findings import (
+    RepositoryInspection,
+    check_referenced_files,
+    inspect_repository,
+)
+from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_SANDBOX, SandboxProbe
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.git.runner import read_version
 from orchestrator.sessions.sandbox.sandbox import SandboxKind, choose_sandbox
-from orchestrator.state.log.identity import refusal
+from orchestrator.state.log.identity import find_trust_error
 
-_CAPACITY: Final = 4
+_DEFAULT_CAPACITY: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class DoctorInput:
     """What is looked at: a folder, the file of a run with its config or its mistakes, and what is installed."""
 
     folder: Path
@@ -57,14 +61,14 @@ class Subject:
     @property
     def capacity(self) -> int:
         """How many sessions there would be at once."""
-        return _CAPACITY if self.run is None else self.run.capacity
+        return _DEFAULT_CAPACITY if self.run is None else self.run.capacity
 
 
-async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]:
+async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
     """Return all that was found, what comes first to be mended first."""
-    machine = await anyio.to_thread.run_sync(look_at_machine)
+    machine = await anyio.to_thread.run_sync(inspect_machine)
     git = findings.judge_git(await read_version(environ))
-    looked, found = Looked([]), dict[str, list[Finding]]()
+    looked, found = RepositoryInspection([]), dict[str, list[Finding]]()
 
     async def look(name: str, findings_of: Awaitable[list[Finding]]) -> None:
         found[name] = await findings_of
@@ -73,14 +77,14 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
         group.start_soon(look, "adapters", _adapters(subject, environ))
         group.start_soon(look, "sandbox", _sandbox(subject.run, environ))
         if git.level is not Level.PROBLEM:
-            looked = await look_at_repository(subject.run, subject.folder, environ)
-    places, troubles = await anyio.to_thread.run_sync(_places, subject, _project(subject, looked), environ)
+            looked = await inspect_repository(subject.run, subject.folder, environ)
+    places, troubles = await anyio.to_thread.run_sync(_inspect_locations, subject, _project(subject, looked), environ)
     programs = await _programs(subject, looked, environ)
     hidden = {one.name for one in programs if one.level is not Level.OK}
     adapters = [one for one in found["adapters"] if one.level is not Level.OK or one.name not in hidden]
     file = [] if subject.file is None and looked.top is None else [findings.judge_file(subject.file, subject.config)]
     if subject.run is not None:
-        around = await surroundings_of(subject.run, environ)
+        around = await find_surroundings(subject.run, environ)
         own = await anyio.to_thread.run_sync(make_adapters, subject.run.adapters, subject.types)
         file += map(findings.judge_warning, find_warnings(subject.run, around, own))
     return [
@@ -93,18 +97,18 @@ async def examine(subject: Subject, environ: Mapping[str, str]) -> list[Finding]
         *adapters,
         *found["sandbox"],
         *troubles,
-        *_space(subject.capacity, looked, places),
-        *_room(subject, machine),
+        *_judge_disks(subject.capacity, looked, places),
+        *_judge_resources(subject, machine),
         findings.judge_clock(machine, list(places.values())),
         *map(findings.judge_plugin, subject.left_out),
     ]
 
 
-async def _adapters(subject: Subject, environ: Mapping[str, str]) -> list[Finding]:
+async def _adapters(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
     """Look at the adapters of the file, or else at all that can be made without options."""
     run = subject.run
     if run is None:
-        made, _ = await anyio.to_thread.run_sync(make_without_options, subject.types)
+        made, _ = await anyio.to_thread.run_sync(make_default_adapters, subject.types)
     else:
         made = make_adapters(run.adapters, subject.types)
     tasks = () if run is None else (*run.tasks, *filter(None, [run.template]))
@@ -112,105 +116,107 @@ async def _adapters(subject: Subject, environ: Mapping[str, str]) -> list[Findin
     statuses = await probe_adapters(made, environ)
     found = [one for name in made for one in findings.judge_adapter(name, statuses[name], is_used=name in used)]
     if subject.config is None and not any(one.is_installed for one in statuses.values()):
-        found.insert(0, findings.refused("adapters", no_program(made)))
+        found.insert(0, findings.refusal_finding("adapters", no_program_error(made)))
     return found
 
 
-async def _files(subject: Subject, looked: Looked, environ: Mapping[str, str]) -> list[Finding]:
+async def _files(subject: DoctorInput, looked: RepositoryInspection, environ: Mapping[str, str]) -> list[Finding]:
     """Look whether what the adapters and checks of a file name is there for sessions, too."""
     run = subject.run
     if run is None or looked.top is None:
         return []
     adapters = used_adapters(run, subject.types)
-    argvs = [adapters[task.adapter].command(trial_request(task.id, task.prompt)).argv for task in run.tasks]
+    argvs = [adapters[task.adapter].command(make_trial_request(task.id, task.prompt)).argv for task in run.tasks]
     checks = dict.fromkeys(check for task in run.tasks for check in task.checks)
-    programs = {name for check in checks for name in programs_in(check)}  # which `_programs` looks for
+    programs = {name for check in checks for name in find_programs(check)}  # which `_programs` looks for
     words = [*chain.from_iterable(argvs), *chain.from_iterable(map(str.split, checks))]
-    scripts = [name for argv in argvs if (name := script_of(argv)) is not None]
-    return await look_for_files(run, (one for one in words if one not in programs), scripts, looked.top, environ)
+    scripts = [name for argv in argvs if (name := find_script(argv)) is not None]
+    return await check_referenced_files(
+        run, (one for one in words if one not in programs), scripts, looked.top, environ
+    )
 
 
-async def _programs(subject: Subject, looked: Looked, environ: Mapping[str, str]) -> list[Finding]:
+async def _programs(subject: DoctorInput, looked: RepositoryInspection, environ: Mapping[str, str]) -> list[Finding]:
     """Look whether the sandbox shows the programs of checks, setup and adapters."""
     run = subject.run
     if looked.site is None:
         return []
     project = Project(looked.top or (subject.folder if run is None else run.path.parent))
-    store = (None if run is None else run.state.url) or folder_url(project.own_state)
-    fence = DEFAULT_FENCE if run is None else run.fence
+    store = (None if run is None else run.state.url) or folder_url(project.state_folder)
+    fence = DEFAULT_SANDBOX if run is None else run.fence
     probe = await SandboxProbe.open(fence, looked.site, project, store, environ)
     try:
         if probe is None:
             return []
         if run is None:
-            made, _ = await anyio.to_thread.run_sync(make_without_options, subject.types)
+            made, _ = await anyio.to_thread.run_sync(make_default_adapters, subject.types)
             return await look_for_adapter_programs(made, {}, subject.file, probe, environ, Level.WARNING)
-        found = await look_for_programs(run, looked.top, probe, environ)
+        found = await check_command_programs(run, looked.top, probe, environ)
         used = await anyio.to_thread.run_sync(used_adapters, run, subject.types)
         return found + await look_for_adapter_programs(used, run.adapters, subject.file, probe, environ)
     except RefusedError as error:
-        return [findings.refused("programs", error)]
+        return [findings.refusal_finding("programs", error)]
 
 
 async def _sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> list[Finding]:
-    fence = DEFAULT_FENCE if run is None else run.fence
-    kind = await _choose(fence, environ)
+    fence = DEFAULT_SANDBOX if run is None else run.fence
+    kind = await _choose_sandbox(fence, environ)
     weaker_for = None
     if kind is SandboxKind.LANDLOCK and fence.sandbox == "auto":
-        other = await _choose(fence.model_copy(update={"sandbox": SandboxKind.BUBBLEWRAP}), environ)
+        other = await _choose_sandbox(fence.model_copy(update={"sandbox": SandboxKind.BUBBLEWRAP}), environ)
         weaker_for = other if isinstance(other, RefusedError) else None
     return [findings.judge_sandbox(kind, weaker_for)]
 
 
-async def _choose(fence: FenceConfig, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
+async def _choose_sandbox(fence: SandboxConfig, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
     try:
         return await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
     except RefusedError as error:
         return error
 
 
-def _project(subject: Subject, looked: Looked) -> Project | None:
+def _project(subject: DoctorInput, looked: RepositoryInspection) -> Project | None:
     """Return the project that a run would be of, as `council run` would have it."""
     if looked.top is not None:
         return Project(looked.top)
     return None if subject.file is None else Project(subject.file.absolute().parent)
 
 
-def _places(
-    subject: Subject, project: Project | None, environ: Mapping[str, str]
-) -> tuple[dict[str, Place], list[Finding]]:
+def _inspect_locations(
+    subject: DoctorInput, project: Project | None, environ: Mapping[str, str]
+) -> tuple[dict[str, StorageLocation], list[Finding]]:
     """Return what there is of the places that a run writes to, and what is wrong with those that there are none of."""
-    places: dict[str, Place] = {}
+    places: dict[str, StorageLocation] = {}
     troubles: list[Finding] = []
     try:
-        places["repositories"] = look_at_place(council_home(environ))
+        places["repositories"] = inspect_location(council_home(environ))
     except RefusedError as error:
-        troubles.append(findings.refused("repositories", error))
+        troubles.append(findings.refusal_finding("repositories", error))
     try:
-        state = _state(subject, project, environ)
+        state = _state_folder(subject, project, environ)
         if state is not None:
-            places["state"] = look_at_place(state)
-            if (refused := refusal(state, council_home(environ))) is not None:
-                troubles.append(findings.refused("state", refused))
+            places["state"] = inspect_location(state)
+            if (refused := find_trust_error(state, council_home(environ))) is not None:
+                troubles.append(findings.refusal_finding("state", refused))
     except RefusedError as error:
-        troubles.append(findings.refused("state", error))
+        troubles.append(findings.refusal_finding("state", error))
     try:
-        places["temporary"] = look_at_place(Path(tempfile.gettempdir()))
+        places["temporary"] = inspect_location(Path(tempfile.gettempdir()))
     except OSError as error:
         remedy = "set TMPDIR to a folder that can be written to"
         troubles.append(Finding("temporary", Level.PROBLEM, error.strerror or str(error), remedy))
     return places, troubles
 
 
-def _state(subject: Subject, project: Project | None, environ: Mapping[str, str]) -> Path | None:
+def _state_folder(subject: DoctorInput, project: Project | None, environ: Mapping[str, str]) -> Path | None:
     """Return the folder of the state; None where it is in no folder, or not known."""
-    url = named_store(environ.get("COUNCIL_STATE", "")) or (None if subject.run is None else subject.run.state.url)
+    url = to_store_url(environ.get("COUNCIL_STATE", "")) or (None if subject.run is None else subject.run.state.url)
     if url:
-        return named_folder(url)
-    return None if project is None else project.own_state
+        return require_local_folder(url)
+    return None if project is None else project.state_folder
 
 
-def _space(capacity: int, looked: Looked, places: Mapping[str, Place]) -> list[Finding]:
+def _judge_disks(capacity: int, looked: RepositoryInspection, places: Mapping[str, StorageLocation]) -> list[Finding]:
     needs = {
         "repositories": findings.hub_need(looked.size, capacity),
         "state": findings.state_need(capacity),
@@ -223,8 +229,8 @@ def _space(capacity: int, looked: Looked, places: Mapping[str, Place]) -> list[F
     return [*space, *filter(None, (*disks, inside))]
 
 
-def _room(subject: Subject, machine: Machine) -> list[Finding]:
-    demand = DEFAULT_DEMAND if subject.run is None else Demand(memory=subject.run.session_memory)
+def _judge_resources(subject: DoctorInput, machine: Machine) -> list[Finding]:
+    demand = DEFAULT_DEMAND if subject.run is None else SessionDemand(memory=subject.run.session_memory)
     return [
         findings.judge_descriptors(machine.room, subject.capacity),
         findings.judge_memory(machine.room, subject.capacity, demand),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.domain.scheduling.admission import Facts
+from orchestrator.domain.scheduling.admission import AvailableResources
 from orchestrator.repo.git.runner import Git
 from orchestrator.state.log.mounts import read_mount
-from orchestrator.system.resources import processes_left, raise_descriptor_limit, read_facts
+from orchestrator.system.resources import raise_descriptor_limit, read_resources, remaining_processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Machine:
     """Its version."""
     system: str
     """As in Linux and Darwin."""
-    room: Facts
+    room: AvailableResources
     processes: int | None
     """How many more there may be; None: no limit, or not known."""
     now: float
@@ -36,7 +36,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StorageLocation:
     """A folder that is written to, or will be: then it is the nearest one above it that is told of."""
 
     path: Path
@@ -54,7 +54,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class RepositorySize:
     """How large a repository is, in bytes and files."""
 
     objects: int
@@ -62,7 +62,7 @@ class Size:
     files: int
 
 
-def look_at_machine() -> Machine:
+def inspect_machine() -> Machine:
     """Return what there is; blocks for some milliseconds. Raises our own limit of descriptors, as a run does."""
     raise_descriptor_limit()
     installed = None
@@ -71,14 +71,14 @@ def look_at_machine() -> Machine:
     return Machine(
         python=platform.python_version(),
         system=platform.system(),
-        room=read_facts(),
-        processes=processes_left(),
+        room=read_resources(),
+        processes=remaining_processes(),
         now=time.time(),
         installed=installed,
     )
 
 
-def look_at_place(path: Path) -> Place:
+def inspect_location(path: Path) -> StorageLocation:
     """Return what can be known of a folder; blocks. Writes and syncs a file without a name, which leaves no trace."""
     folder = next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
     mount, file_system = read_mount(path) or (None, None)
@@ -87,13 +87,13 @@ def look_at_place(path: Path) -> Place:
         found = os.statvfs(folder)
         free, inodes = found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None
     try:
-        ahead = _write(folder)
+        ahead = _probe_clock(folder)
     except OSError as error:
-        return Place(path, free, inodes, mount, file_system, error.strerror or str(error))
-    return Place(path, free, inodes, mount, file_system, ahead=ahead)
+        return StorageLocation(path, free, inodes, mount, file_system, error.strerror or str(error))
+    return StorageLocation(path, free, inodes, mount, file_system, ahead=ahead)
 
 
-def _write(folder: Path) -> float:
+def _probe_clock(folder: Path) -> float:
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"probe")
         file.flush()
@@ -101,14 +101,14 @@ def _write(folder: Path) -> float:
         return os.fstat(file.fileno()).st_mtime - time.time()
 
 
-async def measure(git: Git, commit: str) -> Size:
+async def measure_repository(git: Git, commit: str) -> RepositorySize:
     """Return how large a repository and the checkout of a commit are; `git` runs in it, and it must be complete."""
     counted = (await git("count-objects", "-v")).stdout.decode()
     facts = dict(line.split(": ", 1) for line in counted.splitlines() if ": " in line)
     listed = (await git("ls-tree", "-r", "-l", "-z", "--full-tree", commit)).stdout
     sizes = await anyio.to_thread.run_sync(_sizes, listed)
     # In KiB, see git-count-objects(1).
-    return Size((int(facts["size"]) + int(facts["size-pack"])) << 10, sum(sizes), len(sizes))
+    return RepositorySize((int(facts["size"]) + int(facts["size-pack"])) << 10, sum(sizes), len(sizes))
 
 
 def _sizes(listed: bytes) -> list[int]:

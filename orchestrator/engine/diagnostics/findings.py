@@ -11,10 +11,10 @@ from typing import Final
 
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import ConfigWarning
-from orchestrator.domain.scheduling.admission import MIB, Demand, Facts, Fit, fit
-from orchestrator.engine.diagnostics.facts import Machine, Place, Size
+from orchestrator.domain.scheduling.admission import MIB, AvailableResources, SessionDemand, SessionFit, fit_sessions
+from orchestrator.engine.diagnostics.facts import Machine, RepositorySize, StorageLocation
 from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
-from orchestrator.errors import SHORTAGE_TEXTS, ConfigError, RefusedError
+from orchestrator.errors import RESOURCE_MESSAGES, ConfigError, RefusedError
 from orchestrator.repo.git.runner import MINIMUM_VERSION, RECOMMENDED_VERSION, is_at_least
 from orchestrator.sessions.sandbox.sandbox import SandboxKind
 from orchestrator.state.log.mounts import NETWORK_FILE_SYSTEMS
@@ -30,8 +30,8 @@ _OUTPUT: Final = 2 * 17 * MIB
 #: What is left to others at each place.
 _SPARE: Final = 64 * MIB
 _SPARE_FILES: Final = 1000
-_WRONG_BY: Final = 5.0  # seconds
-_FAR_AWAY: Final = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
+_MAX_CLOCK_SKEW: Final = 5.0  # seconds
+_LATEST_CREDIBLE: Final = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
 
 
 class Level(StrEnum):
@@ -53,7 +53,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class SpaceNeed:
     """Bytes and files that a place must have left for one session (`least`), and for all of a run."""
 
     least: int
@@ -61,7 +61,7 @@ class Need:
     files: int
 
 
-def refused(name: str, error: RefusedError) -> Finding:
+def refusal_finding(name: str, error: RefusedError) -> Finding:
     """Return what a run would be refused for."""
     return Finding(name, Level.PROBLEM, error.what, error.remedy)
 
@@ -144,7 +144,7 @@ def describe(program: ProgramStatus) -> str:
 def judge_sandbox(kind: SandboxKind | RefusedError, weaker_for: RefusedError | None = None) -> Finding:
     """Judge the fence that would be put up; `weaker_for` says why it is not bubblewrap, if it could be."""
     if isinstance(kind, RefusedError):
-        return refused("sandbox", kind)
+        return refusal_finding("sandbox", kind)
     if kind is SandboxKind.OFF:
         found = "off: sessions can reach whatever you can"
         return Finding("sandbox", Level.WARNING, found, "remove `sandbox: off` unless something else fences them in")
@@ -153,24 +153,30 @@ def judge_sandbox(kind: SandboxKind | RefusedError, weaker_for: RefusedError | N
     return Finding("sandbox", Level.OK, f"{kind} works")
 
 
-def judge_descriptors(room: Facts, capacity: int) -> Finding:
+def judge_descriptors(room: AvailableResources, capacity: int) -> Finding:
     """Judge the limit of open files."""
     limit = "no limit" if room.descriptor_limit is None else f"at most {room.descriptor_limit}"
-    return _judge_room(
-        "open files", limit, Facts(room.descriptor_limit, room.descriptors_open, None), capacity, Demand()
+    return _judge_resource(
+        "open files",
+        limit,
+        AvailableResources(room.descriptor_limit, room.descriptors_open, None),
+        capacity,
+        SessionDemand(),
     )
 
 
-def judge_memory(room: Facts, capacity: int, demand: Demand) -> Finding:
+def judge_memory(room: AvailableResources, capacity: int, demand: SessionDemand) -> Finding:
     """Judge the memory that is left."""
     if room.memory is None:
         return Finding("memory", Level.OK, "this system does not say how much is left")
-    return _judge_room("memory", f"{_size(room.memory)} are left", Facts(None, 0, room.memory), capacity, demand)
+    return _judge_resource(
+        "memory", f"{_size(room.memory)} are left", AvailableResources(None, 0, room.memory), capacity, demand
+    )
 
 
-def _judge_room(name: str, found: str, room: Facts, capacity: int, demand: Demand) -> Finding:
-    fitting = fit(room, capacity, demand)
-    if not isinstance(fitting, Fit):
+def _judge_resource(name: str, found: str, room: AvailableResources, capacity: int, demand: SessionDemand) -> Finding:
+    fitting = fit_sessions(room, capacity, demand)
+    if not isinstance(fitting, SessionFit):
         return Finding(name, Level.PROBLEM, fitting.what, fitting.remedy)
     if fitting.limited_by is not None:
         what, _, remedy = fitting.limited_by.rpartition(": ")
@@ -191,30 +197,30 @@ def judge_processes(left: int | None, capacity: int) -> Finding:
     return Finding("processes", Level.OK, found)
 
 
-def hub_need(size: Size | None, capacity: int) -> Need:
+def hub_need(size: RepositorySize | None, capacity: int) -> SpaceNeed:
     """Return what our own repositories take: all objects, and two checkouts for each session, one for its checks."""
-    size = size or Size(0, 0, 0)
+    size = size or RepositorySize(0, 0, 0)
     one, base = 2 * size.checkout, size.objects + _SPARE
-    return Need(base + one, base + one * capacity, 2 * size.files * capacity + _SPARE_FILES)
+    return SpaceNeed(base + one, base + one * capacity, 2 * size.files * capacity + _SPARE_FILES)
 
 
-def state_need(capacity: int) -> Need:
+def state_need(capacity: int) -> SpaceNeed:
     """Return what the state and the output of sessions take, of which there may be several for each at once."""
-    return Need(_SPARE, _SPARE + 4 * _OUTPUT * capacity, _SPARE_FILES)
+    return SpaceNeed(_SPARE, _SPARE + 4 * _OUTPUT * capacity, _SPARE_FILES)
 
 
-TEMPORARY_NEED: Final = Need(MIB, _SPARE, 100)
+TEMPORARY_NEED: Final = SpaceNeed(MIB, _SPARE, 100)
 
 
-def judge_space(name: str, place: Place, need: Need) -> Finding:
+def judge_space(name: str, place: StorageLocation, need: SpaceNeed) -> Finding:
     """Judge whether a place can be written to and has room."""
     if place.trouble is not None:
-        fix = SHORTAGE_TEXTS.get(place.trouble, "make it writable")
-        remedy = f"{fix}, or choose another one ({_CHOICES[name]})"
+        fix = RESOURCE_MESSAGES.get(place.trouble, "make it writable")
+        remedy = f"{fix}, or choose another one ({_LOCATION_VARIABLES[name]})"
         return Finding(name, Level.PROBLEM, f"{place.path} can't be written to: {place.trouble}", remedy)
     left = "" if place.free is None else f", {_size(place.free)} free"
     found = f"{place.path}{left}"
-    remedy = f"make room, lower `capacity`, or choose another place ({_CHOICES[name]})"
+    remedy = f"make room, lower `capacity`, or choose another place ({_LOCATION_VARIABLES[name]})"
     if place.free is not None and place.free < need.least:
         return Finding(name, Level.PROBLEM, f"{found}, and {_size(need.least)} are needed for one session", remedy)
     if place.inodes is not None and place.inodes < need.files:
@@ -225,7 +231,7 @@ def judge_space(name: str, place: Place, need: Need) -> Finding:
     return Finding(name, Level.OK, found)
 
 
-_CHOICES: Final = {
+_LOCATION_VARIABLES: Final = {
     "repositories": "COUNCIL_HOME",
     "state": "COUNCIL_STATE",
     "temporary": "TMPDIR",
@@ -241,11 +247,14 @@ def judge_home(home: Path, top: Path) -> Finding | None:
     )
 
 
-def judge_file_system(name: str, place: Place) -> Finding | None:
+def judge_file_system(name: str, place: StorageLocation) -> Finding | None:
     """Judge what kind of file system a place is on; None where that is not known."""
     if place.file_system is None:
         return None
-    found, remedy = f"{place.path} is on {place.mount} ({place.file_system})", f"set {_CHOICES[name]} to a local disk"
+    found, remedy = (
+        f"{place.path} is on {place.mount} ({place.file_system})",
+        f"set {_LOCATION_VARIABLES[name]} to a local disk",
+    )
     title = f"{name} disk"
     if place.file_system in NETWORK_FILE_SYSTEMS:
         what = f"{found}, a network file system whose locks can't be relied on"
@@ -256,16 +265,16 @@ def judge_file_system(name: str, place: Place) -> Finding | None:
     return Finding(title, Level.OK, found)
 
 
-def judge_clock(machine: Machine, places: Sequence[Place]) -> Finding:
+def judge_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
     """Judge the wall clock: against the time of our own installation, and against what file systems say."""
     remedy = "set the clock, or have it set by NTP: pauses until an instant and certificates rely on it"
-    told = datetime.fromtimestamp(min(max(machine.now, 0.0), _FAR_AWAY), UTC)
+    told = datetime.fromtimestamp(min(max(machine.now, 0.0), _LATEST_CREDIBLE), UTC)
     found = f"{told:%Y-%m-%d %H:%M:%S} UTC"
     if machine.installed is not None and machine.now < machine.installed - _DAY:
         return Finding("clock", Level.WARNING, f"it says {found}, which is before this program was installed", remedy)
-    if machine.now >= _FAR_AWAY:
+    if machine.now >= _LATEST_CREDIBLE:
         return Finding("clock", Level.WARNING, f"it says {found} or later", remedy)
-    wrong = next((place for place in places if abs(place.ahead) > _WRONG_BY), None)
+    wrong = next((place for place in places if abs(place.ahead) > _MAX_CLOCK_SKEW), None)
     if wrong is not None:
         what = f"the time stamps of {wrong.path} differ from it by {wrong.ahead:.0f} s"
         return Finding("clock", Level.WARNING, what, "set the clock of the machine that the disk belongs to")
@@ -277,7 +286,7 @@ def judge_plugin(left_out: str) -> Finding:
     return Finding("plugin", Level.WARNING, left_out, "update it, remove it, or leave its name out of COUNCIL_PLUGINS")
 
 
-def judge_folder(*, exists: bool, is_ignored: bool) -> Finding:
+def judge_project_folder(*, exists: bool, is_ignored: bool) -> Finding:
     """Judge whether git leaves the `.council` of a project alone."""
     if exists and not is_ignored:
         return Finding(

@@ -15,86 +15,86 @@ import anyio.to_thread
 from orchestrator.config.load import load_config
 from orchestrator.config.source.names import check_name
 from orchestrator.config.store import folder_url
-from orchestrator.domain.sessions.shell_commands import lookup_of, programs_in
-from orchestrator.engine.diagnostics.programs import AdapterStatus, make_without_options, probe_adapters
-from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_FENCE, SandboxProbe
-from orchestrator.engine.diagnostics.test_detection import OwnTests, find_own_tests, read_top
-from orchestrator.errors import ConfigError, RefusedError, unusable
-from orchestrator.project import Project, exclude_from_git, outside
+from orchestrator.domain.sessions.shell_commands import find_programs, make_lookup_command
+from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
+from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_SANDBOX, SandboxProbe
+from orchestrator.engine.diagnostics.test_detection import RepositoryTests, detect_tests, read_top_level
+from orchestrator.errors import ConfigError, RefusedError, to_unusable_error
+from orchestrator.project import Project, exclude_from_git, not_in_repository_error
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.git.runner import Git, check_version, split_nul
-from orchestrator.repo.source.branches import find_base
-from orchestrator.repo.source.checkout import check_own
-from orchestrator.repo.source.site import Site, find_site
+from orchestrator.repo.source.branches import find_base_branch
+from orchestrator.repo.source.checkout import refuse_tracked_project_folder
+from orchestrator.repo.source.site import RunRepository, find_run_repository
 
 #: The type that runs any program: what it needs is for the user to fill in.
-ANY_PROGRAM = "command"
+COMMAND_ADAPTER = "command"
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class InitRepository:
     """The repository that a first file is for: the top of its checkout, its git directory, where work would start."""
 
-    site: Site
+    site: RunRepository
     top: Path
     git_dir: Path
     base: str
 
 
-async def find_ground(folder: Path, environ: Mapping[str, str]) -> Ground:
+async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> InitRepository:
     """Return what there is around a folder; RefusedError where no run could work."""
     try:
-        site = await find_site(str(folder), is_url=False, environ=environ)
+        site = await find_run_repository(str(folder), is_url=False, environ=environ)
         repository = site.repository
     except RefusedError:
         await check_version(environ)
-        if (no_repository := await anyio.to_thread.run_sync(outside, folder)) is None:
+        if (no_repository := await anyio.to_thread.run_sync(not_in_repository_error, folder)) is None:
             raise
         raise no_repository from None
     if repository is None or repository.top is None:
         raise RefusedError(f"{folder} is in a bare repository, which has no files", "cd to a checkout of it")
-    base = await find_base(repository, Git(None, users=True, environ=environ))
+    base = await find_base_branch(repository, Git(None, as_user=True, environ=environ))
     if base is None:
         what = f"{repository.top} has no commit yet"
         raise RefusedError(what, "commit something first: sessions start from a commit")
-    return Ground(site, repository.top, repository.git_dir, base)
+    return InitRepository(site, repository.top, repository.git_dir, base)
 
 
 @dataclass(frozen=True, slots=True)
-class FoundTests:
+class DetectedTests:
     """How the repository's own tests are run, and the programs for that which the sandbox does not show."""
 
-    tests: OwnTests
+    tests: RepositoryTests
     missing: Sequence[str] = ()
 
 
-async def find_tests(ground: Ground, environ: Mapping[str, str]) -> FoundTests | None:
+async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) -> DetectedTests | None:
     """Return how the tests of the base are run: the best way that works in the sandbox, else the best one."""
-    git = Git(None, users=True, environ=environ)
+    git = Git(None, as_user=True, environ=environ)
     committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
-    top = await anyio.to_thread.run_sync(read_top, ground.top)
-    best = find_own_tests({name: text for name, text in top.items() if name.rstrip("/") in committed})
+    top = await anyio.to_thread.run_sync(read_top_level, ground.top)
+    best = detect_tests({name: text for name, text in top.items() if name.rstrip("/") in committed})
     if best is None:
         return None
     project = Project(ground.top)
-    store = folder_url(project.own_state)
-    probe = await SandboxProbe.open(DEFAULT_FENCE, ground.site, project, store, environ)
+    store = folder_url(project.state_folder)
+    probe = await SandboxProbe.open(DEFAULT_SANDBOX, ground.site, project, store, environ)
     if probe is None:  # without a sandbox no run can start, as `council doctor` says
-        return FoundTests(best)
-    needs = {number: needs_of(way) for number, way in enumerate(best.ways)}
+        return DetectedTests(best)
+    needs = {number: required_programs(way) for number, way in enumerate(best.alternatives)}
     questions = list(dict.fromkeys(question for asked in needs.values() for question in asked.values()))
-    there = await probe.succeeding(questions)
+    there = await probe.find_succeeding(questions)
     missing = [[name for name, one in needs[number].items() if one not in there] for number in needs]
     found = next((number for number, names in enumerate(missing) if not names), 0)
-    return FoundTests(best.ways[found], missing[found])
+    return DetectedTests(best.alternatives[found], missing[found])
 
 
-def needs_of(tests: OwnTests) -> dict[str, str]:
+def required_programs(tests: RepositoryTests) -> dict[str, str]:
     """Return what running tests takes, each with the shell command that succeeds where it is there."""
     environment = tests.environment
     commands = [tests.command, *([] if environment is None else [environment.setup])]
-    names = [name for command in commands for name in programs_in(command) if "/" not in name]
-    asked = {name: lookup_of(name) for name in names}
+    names = [name for command in commands for name in find_programs(command) if "/" not in name]
+    asked = {name: make_lookup_command(name) for name in names}
     return asked | {one: one for one in (*tests.needs, *(() if environment is None else environment.needs))}
 
 
@@ -105,9 +105,9 @@ async def find_adapters(
 
     Those are the ones that need no options and whose programs are there. RefusedError if `wanted` is none of them.
     """
-    made, needs = await anyio.to_thread.run_sync(make_without_options, types)
+    made, needs = await anyio.to_thread.run_sync(make_default_adapters, types)
     if wanted is not None:
-        if wanted == ANY_PROGRAM:
+        if wanted == COMMAND_ADAPTER:
             return {}
         _check_wanted(wanted, made, needs)
         return await probe_adapters({wanted: made[wanted]}, environ)
@@ -121,7 +121,7 @@ def _check_wanted(wanted: str, made: Mapping[str, object], needs: Mapping[str, s
         remedy = f"leave --adapter out, and write the entry with `use: {wanted}` by hand"
         raise RefusedError(f"the adapter type {wanted!r} {needs[wanted]}", remedy)
     if wanted not in made:
-        known = sorted({*made, ANY_PROGRAM})
+        known = sorted({*made, COMMAND_ADAPTER})
         near = difflib.get_close_matches(wanted, known, n=1)
         names = near or known
         raise RefusedError(f"there is no adapter type {wanted!r}", f"write one of: {', '.join(names)}")
@@ -141,11 +141,11 @@ def _rank(status: AdapterStatus) -> int:
     return 2 if False in readiness else 1 if None in readiness else 0
 
 
-async def write_schema(ground: Ground, text: str, environ: Mapping[str, str]) -> Path | None:
+async def write_schema(ground: InitRepository, text: str, environ: Mapping[str, str]) -> Path | None:
     """Write a JSON Schema of the file where git does not see it, for editors; None where that can't be."""
     project = Project(ground.top)
     try:
-        await check_own(project, environ)
+        await refuse_tracked_project_folder(project, environ)
         return await anyio.to_thread.run_sync(_write_schema, project, ground.git_dir, text)
     except (RefusedError, OSError):
         return None
@@ -162,7 +162,7 @@ def _write_schema(project: Project, git_dir: Path, text: str) -> Path:
     return path
 
 
-def check_free(path: Path, *, force: bool) -> None:
+def check_can_write(path: Path, *, force: bool) -> None:
     """Refuse a file that is there already, unless with `force`, and a folder that is not; blocks."""
     if not path.parent.is_dir():
         raise RefusedError(f"there is no folder {path.parent}", "make it first")
@@ -178,7 +178,7 @@ def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force
         staged = _stage(path, text)
     except OSError as error:
         remedy = "make its folder writable, or name another file"
-        raise unusable(error, f"{path} can't be written", remedy) from None
+        raise to_unusable_error(error, f"{path} can't be written", remedy) from None
     try:
         load_config(staged, types)
         _publish(staged, path, force=force)
@@ -196,7 +196,7 @@ def _publish(staged: Path, path: Path, *, force: bool) -> None:
             # A rename would replace what somebody else has written meanwhile.
             path.hardlink_to(staged)
         except OSError:  # it is there, or the file system has no hard links
-            check_free(path, force=False)
+            check_can_write(path, force=False)
         else:
             return
     staged.replace(path)

@@ -11,17 +11,17 @@ import anyio.to_thread
 
 from orchestrator.config.model import RunConfig
 from orchestrator.domain.sessions.shell_commands import (
+    find_programs,
     is_in_worktree,
-    lookup_of,
-    made_executable,
+    make_chmod_hint,
+    make_lookup_command,
     may_create,
-    programs_in,
 )
 from orchestrator.engine.diagnostics.findings import Finding, Level
-from orchestrator.engine.diagnostics.repository_findings import covers, ignored_in, is_made
+from orchestrator.engine.diagnostics.repository_findings import covers, ignored_in, is_generated
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
 from orchestrator.errors import GitError
-from orchestrator.repo.git.runner import Git, shown
+from orchestrator.repo.git.runner import Git, printable_name
 
 _EXECUTABLE: Final = "100755"
 _TITLE: Final = "programs"
@@ -37,7 +37,7 @@ class _Command(NamedTuple):
     """Whether it may fail on the base, so that a task may add its program to the worktree."""
 
 
-def commands_of(run: RunConfig) -> list[_Command]:
+def list_commands(run: RunConfig) -> list[_Command]:
     """Return the commands that worktrees and checks of a run need, each once."""
     trees = run.worktrees
     found = [_Command("setup", step.run, trees.env) for step in trees.setup]
@@ -49,17 +49,20 @@ def commands_of(run: RunConfig) -> list[_Command]:
     return list(dict.fromkeys(found))
 
 
-async def look_for_programs(
+async def check_command_programs(
     run: RunConfig, top: Path | None, probe: SandboxProbe, environ: Mapping[str, str]
 ) -> list[Finding]:
     """Return what is wrong with the programs that checks and setup name; one finding that all is well otherwise."""
-    commands = commands_of(run)
+    commands = list_commands(run)
     if not commands:
         return []
     by_env: dict[tuple[str, ...], set[str]] = {}
     for one in commands:
-        by_env.setdefault(one.env, set()).update(name for name in programs_in(one.text) if not is_in_worktree(name))
-    there = {env: await probe.succeeding([lookup_of(name) for name in names], env) for env, names in by_env.items()}
+        by_env.setdefault(one.env, set()).update(name for name in find_programs(one.text) if not is_in_worktree(name))
+    there = {
+        env: await probe.find_succeeding([make_lookup_command(name) for name in names], env)
+        for env, names in by_env.items()
+    }
     names = [name for one in commands for name in _in_worktree(one)]
     files = await _committed(run, top, names, environ)
     ignored = set() if top is None else await ignored_in(top, names, environ)
@@ -68,10 +71,10 @@ async def look_for_programs(
         absent = [
             (one, name)
             for one in commands
-            for name in programs_in(one.text)
-            if not is_in_worktree(name) and lookup_of(name) not in there[one.env]
+            for name in find_programs(one.text)
+            if not is_in_worktree(name) and make_lookup_command(name) not in there[one.env]
         ]
-        found: list[Finding | None] = [_missing(one, name, probe, top) for one, name in absent]
+        found: list[Finding | None] = [_missing_program(one, name, probe, top) for one, name in absent]
         return found + [
             _judge_file(run, one, name, files, top, ignored) for one in commands for name in _in_worktree(one)
         ]
@@ -82,7 +85,7 @@ async def look_for_programs(
 
 def _in_worktree(command: _Command) -> list[str]:
     """Return the programs that a command names by a path in the worktree."""
-    names = programs_in(command.text)
+    names = find_programs(command.text)
     return [] if "cd" in names or "pushd" in names else [name for name in names if is_in_worktree(name)]
 
 
@@ -92,7 +95,7 @@ async def _committed(
     """Return the modes of files in the base, by path; of the names that are not there, nothing."""
     if top is None:
         return {}
-    git = Git(None, users=True, environ=environ)
+    git = Git(None, as_user=True, environ=environ)
     try:
         entries = await git.entries(run.base, set(map(os.path.normpath, names)), top)
     except GitError:  # what is wrong with the base is another finding
@@ -100,15 +103,17 @@ async def _committed(
     return {path: entry.split()[0] for path, entry in entries.items()}
 
 
-def _missing(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:
-    what = f"{_named(command)}: program {name!r} was not found as the sandbox shows the machine"
+def _missing_program(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:
+    what = f"{_describe_command(command)}: program {name!r} was not found as the sandbox shows the machine"
     local = next((one for one in (".venv", "venv", "node_modules/.bin") if _has(top, one, name)), None)
     if local is not None:
         folder = local if local.startswith("node") else f"{local}/bin"
         remedy = f"create {local.split('/')[0]} by `worktrees.setup`, and write {folder}/{name}: " + _ONLY_COMMITTED
     else:
         remedy = "install it, or create it by `worktrees.setup` and write its path in the worktree"
-    return Finding(_TITLE, Level.PROBLEM, shown(what + probe.why_missing(name, command.env)), remedy)
+    return Finding(
+        _TITLE, Level.PROBLEM, printable_name(what + probe.explain_missing_program(name, command.env)), remedy
+    )
 
 
 _ONLY_COMMITTED: Final = "worktrees have the committed files alone"
@@ -131,25 +136,25 @@ def _judge_file(
     if path in files:
         if files[path] == _EXECUTABLE:
             return None
-        what = f"{_named(command)}: {name} is not executable in {run.base}"
-        return Finding(_TITLE, Level.PROBLEM, shown(what), made_executable(path))
+        what = f"{_describe_command(command)}: {name} is not executable in {run.base}"
+        return Finding(_TITLE, Level.PROBLEM, printable_name(what), make_chmod_hint(path))
     trees = run.worktrees
     is_provided = any(covers(one, path) for one in (*trees.copied, *trees.linked))
     if trees.setup or (is_provided and command.kind != "setup"):
         return None
-    what = f"{_named(command)}: {name} is not in {run.base}, and there is no `setup` that creates it"
-    is_of_tools = is_made(top or Path(), path)
+    what = f"{_describe_command(command)}: {name} is not in {run.base}, and there is no `setup` that creates it"
+    is_of_tools = is_generated(top or Path(), path)
     is_uncommitted = is_of_tools or path in ignored
     if command.may_fail and (not is_uncommitted or may_create(command.text, name)):
-        return Finding(_TITLE, Level.WARNING, shown(what), "commit it, unless a task adds it")
+        return Finding(_TITLE, Level.WARNING, printable_name(what), "commit it, unless a task adds it")
     remedy = f"create it by `worktrees.setup`: {_ONLY_COMMITTED}"
     if is_uncommitted and not is_of_tools:
         remedy = f"name it under `worktrees.copy`, or {remedy}"
     if not is_uncommitted and top is not None and os.path.lexists(top / path):
         remedy = "commit it"
-    return Finding(_TITLE, Level.PROBLEM, shown(what), remedy)
+    return Finding(_TITLE, Level.PROBLEM, printable_name(what), remedy)
 
 
-def _named(command: _Command) -> str:
+def _describe_command(command: _Command) -> str:
     line = " ".join(command.text.split())
     return f"{command.kind} `{line if len(line) <= 60 else f'{line[:60]}…'}`"

@@ -24,22 +24,22 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 
-from orchestrator.config.adapters import trial_request
+from orchestrator.config.adapters import make_trial_request
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Adapter, AdapterType, Home, JsonObject, Program
-from orchestrator.sessions.setup.environment import BASE_ENVIRONMENT
-from orchestrator.sessions.setup.homes import furnish
-from orchestrator.system.process import Completed, kill_marked, run_stranger
+from orchestrator.protocols import Adapter, AdapterType, JsonObject, Program, SessionHome
+from orchestrator.sessions.setup.environment import BASE_VARIABLES
+from orchestrator.sessions.setup.homes import set_up
+from orchestrator.system.process import CompletedCommand, kill_by_environment, run_untrusted
 
 K = TypeVar("K", bound=Hashable)
 
-_PATIENCE: Final = 10.0  # seconds for each command
-_AT_ONCE: Final = 8
-_MOST_OUTPUT: Final = 64 << 10
-_LONGEST_WORDS: Final = 200
+_TIMEOUT: Final = 10.0  # seconds for each command
+_MAX_CONCURRENT: Final = 8
+_MAX_OUTPUT: Final = 64 << 10
+_MAX_MESSAGE_LENGTH: Final = 200
 _MARK: Final = "COUNCIL_PROBE"
-_HOME: Final = Path("/council-home-of-a-probe")
+_HOME_PLACEHOLDER: Final = Path("/council-home-of-a-probe")
 
 # CSI and OSC sequences of ECMA-48, the latter ended by BEL or ST; then whatever else is not text.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
@@ -91,7 +91,7 @@ class AdapterStatus:
         return asdict(self)
 
 
-def make_without_options(types: Mapping[str, AdapterType]) -> tuple[dict[str, Adapter], dict[str, str]]:
+def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, Adapter], dict[str, str]]:
     """Return an adapter of each type that can be made from its defaults alone, and what the others need."""
     made: dict[str, Adapter] = {}
     needs: dict[str, str] = {}
@@ -112,9 +112,9 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
     mark = f"{_MARK}={secrets.token_hex(8)}"
     questions = {repr(one): one for found in wanted.values() for one in found}
     answers: dict[str, ProgramStatus] = {}
-    limiter = anyio.CapacityLimiter(_AT_ONCE)
+    limiter = anyio.CapacityLimiter(_MAX_CONCURRENT)
 
-    async def ask(key: str, question: _Question) -> None:
+    async def ask(key: str, question: _ProbeRequest) -> None:
         async with limiter:
             answers[key] = await _probe(question, {_MARK: mark.partition("=")[2]}, environ)
 
@@ -125,13 +125,13 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
     finally:
         # What left its process group has still the mark.
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(kill_marked, mark.encode())
+            await anyio.to_thread.run_sync(kill_by_environment, mark.encode())
     return {
         name: AdapterStatus([answers[repr(one)] for one in wanted.get(name, ())], broken.get(name)) for name in adapters
     }
 
 
-async def missing_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> dict[str, str]:
+async def find_unusable_adapters(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> dict[str, str]:
     """Return the adapters that can't be used on this machine, each with the reason."""
     found = await probe_adapters(adapters, environ)
     return {name: why for name, status in found.items() if (why := _obstacle(status)) is not None}
@@ -143,60 +143,60 @@ def _obstacle(status: AdapterStatus) -> str | None:
     return next((f"{one.name} is not installed here" for one in status.programs if one.path is None), None)
 
 
-class _Question(NamedTuple):
+class _ProbeRequest(NamedTuple):
     """A program, the variables that its adapter gives it, sorted, and what it finds in its home.
 
-    Where a variable has the path of the home, `_HOME` stands for it.
+    Where a variable has the path of the home, `_HOME_PLACEHOLDER` stands for it.
     """
 
     program: Program
     env: tuple[tuple[str, str], ...]
-    home: Home | None
+    home: SessionHome | None
 
 
 def _programs_of(
     adapters: Mapping[K, Adapter], environ: Mapping[str, str]
-) -> tuple[dict[K, list[_Question]], dict[K, str]]:
+) -> tuple[dict[K, list[_ProbeRequest]], dict[K, str]]:
     """Return each adapter's programs with what it gives them, and why others have none."""
-    found: dict[K, list[_Question]] = {}
+    found: dict[K, list[_ProbeRequest]] = {}
     broken: dict[K, str] = {}
     for name, adapter in adapters.items():
         try:
-            command = adapter.command(trial_request("task", "Do nothing.", _HOME))
-            names = {*BASE_ENVIRONMENT, "HOME", *command.pass_env}
+            command = adapter.command(make_trial_request("task", "Do nothing.", _HOME_PLACEHOLDER))
+            names = {*BASE_VARIABLES, "HOME", *command.pass_env}
             env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
-            found[name] = [_Question(one, tuple(sorted(env.items())), command.home) for one in adapter.programs()]
+            found[name] = [_ProbeRequest(one, tuple(sorted(env.items())), command.home) for one in adapter.programs()]
         except Exception as error:  # noqa: BLE001  a plugin's own code
             broken[name] = f"{type(error).__name__}: {error}"
     return found, broken
 
 
-async def _probe(question: _Question, more: Mapping[str, str], environ: Mapping[str, str]) -> ProgramStatus:
+async def _probe(question: _ProbeRequest, more: Mapping[str, str], environ: Mapping[str, str]) -> ProgramStatus:
     program, env = question.program, {**dict(question.env), **more}
     path = await anyio.to_thread.run_sync(_find, program.name, env["PATH"])
     if path is None:
-        return judge(program, None)
+        return judge_program(program, None)
     try:
         folder = Path(await anyio.to_thread.run_sync(partial(tempfile.mkdtemp, prefix="council-probe-")))
     except OSError as error:
-        return judge(program, path, f"it can't be asked: no temporary folder can be made, {error.strerror}")
+        return judge_program(program, path, f"it can't be asked: no temporary folder can be made, {error.strerror}")
     home = folder.with_name(f"{folder.name}-home")
-    env = {name: value.replace(str(_HOME), str(home)) for name, value in env.items()}
+    env = {name: value.replace(str(_HOME_PLACEHOLDER), str(home)) for name, value in env.items()}
     has_key = any(env.get(key) for key in program.keys)
     try:
         if question.home is not None:
-            await furnish(home, question.home, environ)
-        version = await _ask([path, *program.version], env, folder) if program.version else None
+            await set_up(home, question.home, environ)
+        version = await _run_probe([path, *program.version], env, folder) if program.version else None
         # Who does not even answer that would only hang once more.
         is_asked = bool(program.ready) and not has_key and not isinstance(version, str)
-        ready = await _ask([path, *program.ready], env, folder) if is_asked else None
+        ready = await _run_probe([path, *program.ready], env, folder) if is_asked else None
     except (OSError, RefusedError) as error:
-        return judge(program, path, f"it can't be given a home: {error}")
+        return judge_program(program, path, f"it can't be given a home: {error}")
     finally:
         with anyio.CancelScope(shield=True):
             for place in (folder, home):
                 await anyio.to_thread.run_sync(partial(shutil.rmtree, place, ignore_errors=True))
-    return judge(program, path, version, ready, has_key=has_key, hide=secret_values(env))
+    return judge_program(program, path, version, ready, has_key=has_key, hide=secret_values(env))
 
 
 def _find(name: str, path: str) -> str | None:
@@ -204,23 +204,23 @@ def _find(name: str, path: str) -> str | None:
     return None if found is None else str(Path(found).absolute())
 
 
-async def _ask(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> Completed | str:
+async def _run_probe(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> CompletedCommand | str:
     """Return how a command ended, or in words why it did not."""
     asked = " ".join((Path(argv[0]).name, *argv[1:]))
     own = {**env, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:
-        return await run_stranger(argv, env=own, cwd=folder, timeout=_PATIENCE, most=_MOST_OUTPUT)
+        return await run_untrusted(argv, env=own, cwd=folder, timeout=_TIMEOUT, most=_MAX_OUTPUT)
     except TimeoutError:
-        return f"`{asked}` did not end within {_PATIENCE:g} s"
+        return f"`{asked}` did not end within {_TIMEOUT:g} s"
     except OSError as error:
         return f"it can't be started: {error.strerror}"
 
 
-def judge(
+def judge_program(
     program: Program,
     path: str | None,
-    version: Completed | str | None = None,
-    ready: Completed | str | None = None,
+    version: CompletedCommand | str | None = None,
+    ready: CompletedCommand | str | None = None,
     *,
     has_key: bool = False,
     hide: Iterable[str] = (),
@@ -232,10 +232,14 @@ def judge(
     """
     if path is None:
         return ProgramStatus(program.name, None, known=program.known, remedy=program.install)
-    found = read_version(version) if isinstance(version, Completed) else None
+    found = read_version(version) if isinstance(version, CompletedCommand) else None
     is_known, odd = _is_known(found, program.known)
     is_ready = True if has_key else _is_ready(ready)
-    troubles = [_trouble(version) if found is None else None, odd, _trouble(ready) if is_ready is None else None]
+    troubles = [
+        _describe_trouble(version) if found is None else None,
+        odd,
+        _describe_trouble(ready) if is_ready is None else None,
+    ]
     told = next(filter(None, troubles), None)
     log_in = program.log_in or f"log in to {program.name}, or start what it needs"
     return ProgramStatus(
@@ -250,7 +254,7 @@ def judge(
     )
 
 
-def read_version(answer: Completed) -> Version | None:
+def read_version(answer: CompletedCommand) -> Version | None:
     """Return the first number with dots that looks like a version, on standard output or else standard error."""
     if answer.returncode > 0:
         return None
@@ -280,18 +284,18 @@ def _is_known(version: Version | None, known: str) -> tuple[bool | None, str | N
         return None, f"its adapter names versions that can't be read, {known!r}"
 
 
-def _is_ready(answer: Completed | str | None) -> bool | None:
-    if not isinstance(answer, Completed) or answer.returncode < 0:
+def _is_ready(answer: CompletedCommand | str | None) -> bool | None:
+    if not isinstance(answer, CompletedCommand) or answer.returncode < 0:
         return None
     return answer.returncode == 0
 
 
-def _trouble(answer: Completed | str | None) -> str | None:
-    if not isinstance(answer, Completed):
+def _describe_trouble(answer: CompletedCommand | str | None) -> str | None:
+    if not isinstance(answer, CompletedCommand):
         return answer
     if answer.returncode == 0:
         return "it does not say its version"
-    if len(answer.stdout) + len(answer.stderr) >= _MOST_OUTPUT:
+    if len(answer.stdout) + len(answer.stderr) >= _MAX_OUTPUT:
         return "it prints without end"
     how = f"exit code {answer.returncode}" if answer.returncode > 0 else f"signal {-answer.returncode}"
     words = _last_line(answer.stderr) or _last_line(answer.stdout)
@@ -300,7 +304,7 @@ def _trouble(answer: Completed | str | None) -> str | None:
 
 def _last_line(output: bytes) -> str:
     lines = [" ".join(line.split()) for line in _readable(output).splitlines()]
-    return next((line for line in reversed(lines) if line), "")[:_LONGEST_WORDS]
+    return next((line for line in reversed(lines) if line), "")[:_MAX_MESSAGE_LENGTH]
 
 
 def _readable(output: bytes) -> str:

@@ -12,27 +12,27 @@ import anyio.to_thread
 
 from orchestrator.config.model import RunConfig, WorktreesConfig
 from orchestrator.domain.sessions.shell_commands import is_of_environment
-from orchestrator.engine.diagnostics.facts import Size, measure
-from orchestrator.engine.diagnostics.findings import Finding, Level, judge_folder, refused
+from orchestrator.engine.diagnostics.facts import RepositorySize, measure_repository
+from orchestrator.engine.diagnostics.findings import Finding, Level, judge_project_folder, refusal_finding
 from orchestrator.engine.diagnostics.preflight import check_branches, check_checkout
-from orchestrator.engine.worktree_sources import Base, check_sources
+from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.project import Project, council_home, outside
-from orchestrator.repo.git.runner import Git, shown
-from orchestrator.repo.source.branches import find_base, find_branches
-from orchestrator.repo.source.checkout import LocalRepository, check_own
-from orchestrator.repo.source.site import Site, find_site
-from orchestrator.repo.source.supported import check_complete, check_supported
-from orchestrator.repo.source.user_programs import WHY_SKIPPED, hooks_in_checkouts
+from orchestrator.project import Project, council_home, not_in_repository_error
+from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.repo.source.branches import find_base_branch, list_branches
+from orchestrator.repo.source.checkout import LocalRepository, refuse_tracked_project_folder
+from orchestrator.repo.source.site import RunRepository, find_run_repository
+from orchestrator.repo.source.supported import check_complete_clone, check_supported
+from orchestrator.repo.source.user_programs import SKIPPED_HOOKS_REASON, find_hooks_in_checkouts
 
-_REACH = 20.0  # seconds for a server to answer
+_REMOTE_TIMEOUT = 20.0  # seconds for a server to answer
 #: Stands for the branch that a run makes where the file names no target.
 _OWN_TARGET = "council/run"
 _MOST_NAMED = 3  # files
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class RepositoryInspection:
     """What was found of a repository: the top of its checkout (None: there is none), its size where it matters.
 
     `site` is where it is; None where that is not known.
@@ -40,59 +40,65 @@ class Looked:
 
     findings: list[Finding]
     top: Path | None = None
-    size: Size | None = None
-    site: Site | None = None
+    size: RepositorySize | None = None
+    site: RunRepository | None = None
 
 
-async def look_at_repository(run: RunConfig | None, folder: Path, environ: Mapping[str, str]) -> Looked:
+async def inspect_repository(run: RunConfig | None, folder: Path, environ: Mapping[str, str]) -> RepositoryInspection:
     """Look at the repository of a run, or without one at that of a folder."""
     if run is not None and run.is_url:
-        site = await find_site(run.repo, is_url=True, environ=environ)
-        return Looked([await _look_at_server(run, environ)], site=site)
+        site = await find_run_repository(run.repo, is_url=True, environ=environ)
+        return RepositoryInspection([await _inspect_remote(run, environ)], site=site)
     try:
-        site = await find_site(str(folder) if run is None else run.repo, is_url=False, environ=environ)
+        site = await find_run_repository(str(folder) if run is None else run.repo, is_url=False, environ=environ)
     except RefusedError as error:
-        no_repository = outside(folder) if run is None else None
-        return Looked([refused("repository", no_repository or error)])
-    return await _look_at_site(site, site.repository, run, environ) if site.repository else Looked([])
+        no_repository = not_in_repository_error(folder) if run is None else None
+        return RepositoryInspection([refusal_finding("repository", no_repository or error)])
+    return await _inspect_site(site, site.repository, run, environ) if site.repository else RepositoryInspection([])
 
 
-async def _look_at_site(
-    site: Site, repository: LocalRepository, run: RunConfig | None, environ: Mapping[str, str]
-) -> Looked:
-    users = Git(None, users=True, environ=environ)
-    whole = await _judged("repository", site.location, check_complete(repository, users))
-    base = await find_base(repository, users) if run is None else run.base
+async def _inspect_site(
+    site: RunRepository, repository: LocalRepository, run: RunConfig | None, environ: Mapping[str, str]
+) -> RepositoryInspection:
+    users = Git(None, as_user=True, environ=environ)
+    whole = await _finding_of("repository", site.location, check_complete_clone(repository, users))
+    base = await find_base_branch(repository, users) if run is None else run.base
     target = (None if run is None else run.target) or _OWN_TARGET
     source = site.source(Git(None, environ=environ))
-    branches = await _judged("base", shown(f"work starts from {base}"), check_branches(source, base or "main", target))
+    branches = await _finding_of(
+        "base", printable_name(f"work starts from {base}"), check_branches(source, base or "main", target)
+    )
     found, size = [whole, branches], None
     if whole.level is Level.OK and branches.level is Level.OK:
-        commit = (await find_branches(repository, users))[base or "main"]
-        git = Git(repository.git_dir, users=True, environ=environ)
-        found.append(await _judged("content", "no submodules, no git LFS, no odd names", check_supported(git, commit)))
+        commit = (await list_branches(repository, users))[base or "main"]
+        git = Git(repository.git_dir, as_user=True, environ=environ)
+        found.append(
+            await _finding_of("content", "no submodules, no git LFS, no odd names", check_supported(git, commit))
+        )
         if run is not None and run.worktrees != WorktreesConfig():
-            sources = check_sources(run.worktrees, Base(run.base, commit, git), repository, [council_home(environ)])
-            found.append(await _judged("worktrees", "what they are made of is there", sources))
+            sources = check_worktree_sources(
+                run.worktrees, BaseCommit(run.base, commit, git), repository, [council_home(environ)]
+            )
+            found.append(await _finding_of("worktrees", "what they are made of is there", sources))
         with suppress(GitError):
-            size = await measure(git, commit)
+            size = await measure_repository(git, commit)
     if run is not None and run.target is not None:
         clean = check_checkout(repository, run.target, environ)
-        found.append(await _judged("target", shown(f"{run.target} can be landed on"), clean))
-    if hooks := await hooks_in_checkouts(repository, users):
-        named = shown(", ".join(str(hook) for hook in hooks[:_MOST_NAMED]))
-        what, _, remedy = WHY_SKIPPED.partition(": ")
+        found.append(await _finding_of("target", printable_name(f"{run.target} can be landed on"), clean))
+    if hooks := await find_hooks_in_checkouts(repository, users):
+        named = printable_name(", ".join(str(hook) for hook in hooks[:_MOST_NAMED]))
+        what, _, remedy = SKIPPED_HOOKS_REASON.partition(": ")
         found.append(Finding("hooks", Level.WARNING, f"landings do not run the hooks in {named}: {what}", remedy))
     if repository.top is not None:
-        found.append(await _look_at_folder(Project(repository.top), users, environ))
-    return Looked(found, repository.top, size, site)
+        found.append(await _inspect_project_folder(Project(repository.top), users, environ))
+    return RepositoryInspection(found, repository.top, size, site)
 
 
-async def _look_at_server(run: RunConfig, environ: Mapping[str, str]) -> Finding:
-    git = Git(None, users=True, environ=environ)
+async def _inspect_remote(run: RunConfig, environ: Mapping[str, str]) -> Finding:
+    git = Git(None, as_user=True, environ=environ)
     try:
         heads = ("ls-remote", "--refs", "--exit-code", "--", run.repo, f"refs/heads/{run.base}")
-        done = await git(*heads, ok=(0, 2), limit=_REACH)
+        done = await git(*heads, ok=(0, 2), limit=_REMOTE_TIMEOUT)
     except GitError as error:
         remedy = "check `repo`, your access and the network"
         return Finding("repository", Level.PROBLEM, f"{run.repo} can't be read: {error.stderr}", remedy)
@@ -103,14 +109,14 @@ async def _look_at_server(run: RunConfig, environ: Mapping[str, str]) -> Finding
     return Finding("repository", Level.OK, f"{run.repo} can be read, and has {run.base!r}")
 
 
-async def look_for_files(
+async def check_referenced_files(
     run: RunConfig, words: Iterable[str], scripts: Iterable[str], top: Path, environ: Mapping[str, str]
 ) -> list[Finding]:
     """Warn of files that no session sees, as the base has none: of `words` those in the checkout, and all `scripts`."""
     provided = (*run.worktrees.copied, *run.worktrees.linked)
     there, absent = await anyio.to_thread.run_sync(_files_of, words, scripts, top, provided)
     absent = [] if run.worktrees.setup else absent  # which may create them
-    git = Git(None, users=True, environ=environ)
+    git = Git(None, as_user=True, environ=environ)
     try:
         committed = await git.entries(run.base, {*there, *absent}, top)
     except GitError:
@@ -125,7 +131,7 @@ async def look_for_files(
         (set(absent) - ignored, "neither in your checkout nor in", "create and commit them, or correct `argv`"),
         (ignored, "ignored by git, and not in", provide),
     ):
-        if named := [shown(file) for file in missing if file in files]:
+        if named := [printable_name(file) for file in missing if file in files]:
             rest = len(named) - _MOST_NAMED
             more = f" and {rest} more" if rest > 0 else ""
             what = f"{', '.join(named[:_MOST_NAMED])}{more}: {where} {run.base}, where sessions start"
@@ -137,7 +143,7 @@ async def ignored_in(top: Path, paths: Iterable[str], environ: Mapping[str, str]
     """Return those of the paths in a checkout that git ignores, so that nobody commits them."""
     inside = [path for path in map(os.path.normpath, paths) if not path.startswith("..")]
     try:
-        return await Git(None, users=True, environ=environ).ignored(inside, top)
+        return await Git(None, as_user=True, environ=environ).ignored(inside, top)
     except GitError:  # what is wrong with the repository is another finding
         return set()
 
@@ -150,14 +156,16 @@ def _files_of(
     def relative(names: Iterable[str]) -> list[str]:
         paths = dict.fromkeys(os.path.normpath(name) for name in names if name and not name.startswith(("/", "-")))
         inside = (path for path in paths if not path.startswith(".."))
-        return [one for one in inside if not is_made(top, one) and not any(covers(given, one) for given in provided)]
+        return [
+            one for one in inside if not is_generated(top, one) and not any(covers(given, one) for given in provided)
+        ]
 
     # A word may be a whole prompt: unlike Path.is_file this says no to what is too long for a name or holds a NUL.
     there = [word for word in relative(words) if os.path.isfile(top / word)]  # noqa: PTH113
     return there, [path for path in relative(scripts) if not os.path.lexists(top / path)]
 
 
-def is_made(top: Path, path: str) -> bool:
+def is_generated(top: Path, path: str) -> bool:
     """Return whether a file belongs to an environment that tools create, which nobody commits. Blocks."""
     folders = [top / parent for parent in Path(path).parents][:-1]
     return is_of_environment(path) or any((folder / "pyvenv.cfg").exists() for folder in folders)
@@ -168,22 +176,22 @@ def covers(folder: str, path: str) -> bool:
     return path == folder or path.startswith(f"{folder}/")
 
 
-async def _judged(name: str, found: str, check: Awaitable[object]) -> Finding:
+async def _finding_of(name: str, found: str, check: Awaitable[object]) -> Finding:
     try:
         await check
     except RefusedError as error:
-        return refused(name, error)
+        return refusal_finding(name, error)
     except GitError as error:
         return Finding(name, Level.PROBLEM, str(error), "see that git itself can work with the repository")
     return Finding(name, Level.OK, found)
 
 
-async def _look_at_folder(project: Project, git: Git, environ: Mapping[str, str]) -> Finding:
+async def _inspect_project_folder(project: Project, git: Git, environ: Mapping[str, str]) -> Finding:
     try:
         await anyio.to_thread.run_sync(project.check)
-        await check_own(project, environ)
+        await refuse_tracked_project_folder(project, environ)
     except RefusedError as error:
-        return refused(".council", error)
+        return refusal_finding(".council", error)
     ignored = await git("check-ignore", "--quiet", f"{project.folder.name}/", cwd=project.top, ok=(0, 1, 128))
     exists = await anyio.to_thread.run_sync(project.folder.exists)
-    return judge_folder(exists=exists, is_ignored=not ignored.returncode)
+    return judge_project_folder(exists=exists, is_ignored=not ignored.returncode)

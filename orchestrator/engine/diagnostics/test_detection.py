@@ -1,6 +1,6 @@
 """The command that runs a repository's own tests, and what it needs, by the files at its top.
 
-Pure but for `read_top`.
+Pure but for `read_top_level`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-_LARGEST: Final = 1 << 20
+_MAX_FILE_SIZE: Final = 1 << 20
 """Bytes of a file that is looked into."""
 
 _REQUIREMENTS: Final = re.compile(r"(?:[a-z]+-)?requirements(?:[-_][a-z]+)?\.txt")
 
-Top = Mapping[str, str]
+TopLevelFiles = Mapping[str, str]
 """The names at the top of a repository, those of folders ending with a slash, with the contents that were read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Environment:
+class ProjectEnvironment:
     """What a fresh checkout needs: the shell command that creates it, and the files that this depends on.
 
     `programs` is a folder of programs that it creates.
@@ -39,26 +39,26 @@ class Environment:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnTests:
+class RepositoryTests:
     """A shell command that runs the tests, the file that says so, and what a fresh checkout needs before."""
 
     command: str
-    told_by: str
+    declared_in: str
     before: str | None = None
     """What may have to be installed on the machine."""
-    environment: Environment | None = None
+    environment: ProjectEnvironment | None = None
     needs: tuple[str, ...] = ()
     """Shell commands that succeed on a machine where the tests can be run."""
-    otherwise: OwnTests | None = None
+    fallback: RepositoryTests | None = None
     """Another way, for a machine that lacks something for this one."""
 
     @property
-    def ways(self) -> list[OwnTests]:
+    def alternatives(self) -> list[RepositoryTests]:
         """Return this and the other ways, the best first."""
-        return [self, *([] if self.otherwise is None else self.otherwise.ways)]
+        return [self, *([] if self.fallback is None else self.fallback.alternatives)]
 
 
-def find_own_tests(top: Top) -> OwnTests | None:
+def detect_tests(top: TopLevelFiles) -> RepositoryTests | None:
     """Return how the tests of a repository are run; None if nothing tells.
 
     What its authors wrote down as their command comes before what is usual for a language.
@@ -66,7 +66,7 @@ def find_own_tests(top: Top) -> OwnTests | None:
     return next(filter(None, (rule(top) for rule in _RULES)), None)
 
 
-def read_top(folder: Path) -> dict[str, str]:
+def read_top_level(folder: Path) -> dict[str, str]:
     """Return what is at the top of a repository, with the contents of the files that tell of tests; blocks."""
     top: dict[str, str] = {}
     for entry in sorted(folder.iterdir()):
@@ -76,14 +76,14 @@ def read_top(folder: Path) -> dict[str, str]:
 
 
 def _is_read(name: str) -> bool:
-    return name in _READ or bool(_REQUIREMENTS.fullmatch(name))
+    return name in _PARSED_FILES or bool(_REQUIREMENTS.fullmatch(name))
 
 
 def _read(file: Path) -> str:
-    if not file.is_file() or file.stat().st_size > _LARGEST:
+    if not file.is_file() or file.stat().st_size > _MAX_FILE_SIZE:
         return ""
     with file.open("rb") as opened:
-        return opened.read(_LARGEST).decode("utf-8-sig", errors="replace")
+        return opened.read(_MAX_FILE_SIZE).decode("utf-8-sig", errors="replace")
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -108,16 +108,16 @@ def _within(value: Any, *keys: str) -> Any:
     return value
 
 
-def _package_json(top: Top) -> OwnTests | None:
+def _package_json(top: TopLevelFiles) -> RepositoryTests | None:
     package = _json(top.get("package.json", ""))
     script = _within(package, "scripts", "test")
     # What `npm init` writes.
     if not isinstance(script, str) or not script.strip() or "no test specified" in script:
         return None
-    return OwnTests(_TEST_COMMANDS[_manager(top, package)], "package.json", environment=_node_environment(top))
+    return RepositoryTests(_TEST_COMMANDS[_manager(top, package)], "package.json", environment=_node_environment(top))
 
 
-def _manager(top: Top, package: Mapping[str, Any]) -> str:
+def _manager(top: TopLevelFiles, package: Mapping[str, Any]) -> str:
     """Return the package manager of a Node project."""
     manager = package.get("packageManager")
     named = manager.partition("@")[0] if isinstance(manager, str) else ""
@@ -125,7 +125,7 @@ def _manager(top: Top, package: Mapping[str, Any]) -> str:
     return named if named in _TEST_COMMANDS else locked
 
 
-def _node_environment(top: Top) -> Environment | None:
+def _node_environment(top: TopLevelFiles) -> ProjectEnvironment | None:
     """Return how the packages of a Node project are installed; None where it needs none."""
     package = _json(top.get("package.json", ""))
     manager = _manager(top, package)
@@ -140,7 +140,7 @@ def _node_environment(top: Top) -> Environment | None:
         "yarn": f"yarn install {'--immutable' if '__metadata:' in top.get('yarn.lock', '') else '--frozen-lockfile'}",
         "bun": "bun install --frozen-lockfile" if locks else "bun install --no-save",
     }
-    return Environment(commands[manager], ("package.json", *locks))
+    return ProjectEnvironment(commands[manager], ("package.json", *locks))
 
 
 _LOCKS: Final = {
@@ -159,61 +159,61 @@ _TEST_COMMANDS: Final = {
 }
 
 
-def _composer(top: Top) -> OwnTests | None:
+def _composer(top: TopLevelFiles) -> RepositoryTests | None:
     if _within(_json(top.get("composer.json", "")), "scripts", "test"):
-        return OwnTests("composer test", "composer.json", "composer install")
+        return RepositoryTests("composer test", "composer.json", "composer install")
     config = next((one for one in ("phpunit.xml", "phpunit.xml.dist") if one in top), None)
     if "composer.json" in top and config is not None:
-        return OwnTests("vendor/bin/phpunit", config, "composer install")
+        return RepositoryTests("vendor/bin/phpunit", config, "composer install")
     return None
 
 
-def _deno(top: Top) -> OwnTests | None:
+def _deno(top: TopLevelFiles) -> RepositoryTests | None:
     name = next((one for one in ("deno.json", "deno.jsonc") if one in top), None)
     if name is None:
         return None
     task = re.search(r'"tasks"\s*:\s*\{[^{}]*"test"\s*:', top[name])
-    return OwnTests("deno task test" if task else "deno test", name)
+    return RepositoryTests("deno task test" if task else "deno test", name)
 
 
-def _makefile(top: Top) -> OwnTests | None:
+def _makefile(top: TopLevelFiles) -> RepositoryTests | None:
     name = next((one for one in ("GNUmakefile", "makefile", "Makefile") if one in top), None)
     # A rule, and no assignment (`test := …`).
     if name is None or not re.search(r"^test[ \t]*::?(?![:=])", top[name], re.MULTILINE):
         return None
-    plain = OwnTests("make test", name)
+    plain = RepositoryTests("make test", name)
     environment = next(iter(_python_environments(top)), None) or _node_environment(top)
     if environment is None:
         return plain
     folder = environment.programs
     command = "make test" if folder is None else f'PATH="$PWD/{folder}:$PATH" make test'
-    return OwnTests(command, name, environment=environment, otherwise=plain)
+    return RepositoryTests(command, name, environment=environment, fallback=plain)
 
 
-def _python(top: Top) -> OwnTests | None:
+def _python(top: TopLevelFiles) -> RepositoryTests | None:
     project = _toml(top.get("pyproject.toml", ""))
     told_by = next((name for name, found in _pytest_signs(top, project).items() if found), None)
     if told_by is not None:
         return _pytest(top, told_by)
     if "noxfile.py" in top:
-        return OwnTests("nox", "noxfile.py")
+        return RepositoryTests("nox", "noxfile.py")
     if "tox.ini" in top or "tox.toml" in top or _within(project, "tool", "tox") is not None:
-        return OwnTests("tox", next((one for one in ("tox.ini", "tox.toml") if one in top), "pyproject.toml"))
+        return RepositoryTests("tox", next((one for one in ("tox.ini", "tox.toml") if one in top), "pyproject.toml"))
     if "manage.py" in top:
         environment = next(iter(_python_environments(top)), None)
         python = "python3" if environment is None else f"{_VENV}/python"
-        return OwnTests(f"{python} manage.py test", "manage.py", environment=environment)
+        return RepositoryTests(f"{python} manage.py test", "manage.py", environment=environment)
     return None
 
 
-def _pytest(top: Top, told_by: str) -> OwnTests | None:
+def _pytest(top: TopLevelFiles, told_by: str) -> RepositoryTests | None:
     """Return the ways to run pytest, the best first."""
-    found: OwnTests | None = None
+    found: RepositoryTests | None = None
     for environment in reversed(_python_environments(top, "pytest")):
-        found = OwnTests(f"{_VENV}/python -m pytest", told_by, environment=environment, otherwise=found)
+        found = RepositoryTests(f"{_VENV}/python -m pytest", told_by, environment=environment, fallback=found)
     if _python_environments(top):
         return found
-    return OwnTests("python3 -m pytest", told_by, needs=('python3 -c "import pytest"',), otherwise=found)
+    return RepositoryTests("python3 -m pytest", told_by, needs=('python3 -c "import pytest"',), fallback=found)
 
 
 _VENV: Final = ".venv/bin"
@@ -228,14 +228,14 @@ _MAKES_VENV: Final = 'python3 -c "import ensurepip, venv"'
 _IS_INSTALLATION: Final = 'python3 -c "import sys, {module}; sys.exit(sys.prefix != sys.base_prefix)"'
 
 
-def _python_environments(top: Top, module: str | None = None) -> list[Environment]:
+def _python_environments(top: TopLevelFiles, module: str | None = None) -> list[ProjectEnvironment]:
     """Return the ways to create a virtual environment with a project and a module, the best first.
 
     Without a module there is none for a project that needs no packages.
     """
     for lock, setup in _PYTHON_LOCKS.items():
         if lock in top:
-            return [Environment(setup, ("pyproject.toml", lock) if "pyproject.toml" in top else (lock,), _VENV)]
+            return [ProjectEnvironment(setup, ("pyproject.toml", lock) if "pyproject.toml" in top else (lock,), _VENV)]
     words, inputs = _pip_words(top)
     if module is None or _is_declared(top, module):
         return [_venv(words, inputs)] if words else []
@@ -244,12 +244,12 @@ def _python_environments(top: Top, module: str | None = None) -> list[Environmen
     return [*shared, _venv([*words, module], inputs)]
 
 
-def _venv(words: list[str], inputs: list[str], options: str = "", *needs: str) -> Environment:
+def _venv(words: list[str], inputs: list[str], options: str = "", *needs: str) -> ProjectEnvironment:
     setup = f"python3 -m venv {options}.venv && {_VENV}/pip install -q {' '.join(words)}"
-    return Environment(setup, tuple(inputs), _VENV, (_MAKES_VENV, *needs))
+    return ProjectEnvironment(setup, tuple(inputs), _VENV, (_MAKES_VENV, *needs))
 
 
-def _pip_words(top: Top) -> tuple[list[str], list[str]]:
+def _pip_words(top: TopLevelFiles) -> tuple[list[str], list[str]]:
     """Return what pip installs for a project, and the files that say so."""
     files = [name for name in top if _REQUIREMENTS.fullmatch(name)]
     words = [word for name in files for word in ("-r", name)]
@@ -267,7 +267,7 @@ def _pip_words(top: Top) -> tuple[list[str], list[str]]:
     return words, files
 
 
-def _is_declared(top: Top, module: str) -> bool:
+def _is_declared(top: TopLevelFiles, module: str) -> bool:
     """Return whether what pip installs for a project has a module by its name."""
     words, files = _pip_words(top)
     texts = [" ".join(words), *(top[name] for name in files if name.endswith(".txt"))]
@@ -277,7 +277,7 @@ def _is_declared(top: Top, module: str) -> bool:
     return any(re.search(rf"\b{module}\b", text) for text in texts)
 
 
-def _pytest_signs(top: Top, project: Mapping[str, Any]) -> dict[str, bool]:
+def _pytest_signs(top: TopLevelFiles, project: Mapping[str, Any]) -> dict[str, bool]:
     """Return the files that may tell that pytest is used, and whether they do."""
     named = [project.get("dependency-groups"), _within(project, "project", "optional-dependencies")]
     named += [_within(project, "project", "dependencies"), _within(project, "tool", "poetry")]
@@ -295,50 +295,52 @@ def _pytest_signs(top: Top, project: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _gradle(top: Top) -> OwnTests | None:
+def _gradle(top: TopLevelFiles) -> RepositoryTests | None:
     name = next((one for one in ("build.gradle.kts", "build.gradle", "settings.gradle.kts", "settings.gradle")
                  if one in top), None)  # fmt: skip
     if name is None:
         return None
-    return OwnTests("./gradlew test" if "gradlew" in top else "gradle test", name)
+    return RepositoryTests("./gradlew test" if "gradlew" in top else "gradle test", name)
 
 
-def _maven(top: Top) -> OwnTests | None:
+def _maven(top: TopLevelFiles) -> RepositoryTests | None:
     if "pom.xml" not in top:
         return None
-    return OwnTests("./mvnw --batch-mode test" if "mvnw" in top else "mvn --batch-mode test", "pom.xml")
+    return RepositoryTests("./mvnw --batch-mode test" if "mvnw" in top else "mvn --batch-mode test", "pom.xml")
 
 
-def _ruby(top: Top) -> OwnTests | None:
+def _ruby(top: TopLevelFiles) -> RepositoryTests | None:
     if "Gemfile" not in top:
         return None
     if ".rspec" in top or "spec/" in top or re.search(r"""['"]rspec""", top["Gemfile"]):
-        return OwnTests("bundle exec rspec", "Gemfile", "bundle install")
-    return OwnTests("bundle exec rake test", "Rakefile", "bundle install") if "Rakefile" in top else None
+        return RepositoryTests("bundle exec rspec", "Gemfile", "bundle install")
+    return RepositoryTests("bundle exec rake test", "Rakefile", "bundle install") if "Rakefile" in top else None
 
 
-def _usual(name: str, command: str, before: str | None = None) -> Callable[[Top], OwnTests | None]:
+def _single_file_rule(
+    name: str, command: str, before: str | None = None
+) -> Callable[[TopLevelFiles], RepositoryTests | None]:
     """Return the rule of a language that has one way to run tests."""
-    return lambda top: OwnTests(command, name, before) if name in top else None
+    return lambda top: RepositoryTests(command, name, before) if name in top else None
 
 
-_RULES: Final[tuple[Callable[[Top], OwnTests | None], ...]] = (
+_RULES: Final[tuple[Callable[[TopLevelFiles], RepositoryTests | None], ...]] = (
     _package_json,
     _composer,
     _makefile,
     _python,
-    _usual("Cargo.toml", "cargo test"),
-    _usual("go.mod", "go test ./..."),
+    _single_file_rule("Cargo.toml", "cargo test"),
+    _single_file_rule("go.mod", "go test ./..."),
     _maven,
     _gradle,
-    _usual("mix.exs", "mix test", "mix deps.get"),
+    _single_file_rule("mix.exs", "mix test", "mix deps.get"),
     _ruby,
     _deno,
-    _usual("Package.swift", "swift test"),
+    _single_file_rule("Package.swift", "swift test"),
 )
 
 #: The files whose contents are looked into; of the others it is enough that they are there.
-_READ: Final = frozenset(
+_PARSED_FILES: Final = frozenset(
     {
         *("package.json", "composer.json", "deno.json", "deno.jsonc", "GNUmakefile", "makefile", "Makefile"),
         *("pyproject.toml", "setup.cfg", "Gemfile", "yarn.lock"),

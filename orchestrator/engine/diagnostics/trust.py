@@ -16,51 +16,51 @@ from secrets import token_hex
 
 import anyio.to_thread
 
-from orchestrator.errors import RefusedError, unusable
+from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.system.file_lock import FileLock
 
 #: Set to 1, every file is trusted: for continuous integration and other places with nobody to ask.
-VARIABLE = "COUNCIL_TRUST"
+TRUST_VARIABLE = "COUNCIL_TRUST"
 
 
 def trusts_all(environ: Mapping[str, str]) -> bool:
     """Whether the environment says that every file is trusted."""
-    return environ.get(VARIABLE, "") == "1"
+    return environ.get(TRUST_VARIABLE, "") == "1"
 
 
-def checkout_around(file: Path) -> Path | None:
+def enclosing_checkout(file: Path) -> Path | None:
     """Return the top of the innermost checkout that a file is in; None where it is in none. Blocks."""
     folder = Path(os.path.realpath(file)).parent
     return next((one for one in (folder, *folder.parents) if os.path.lexists(one / ".git")), None)
 
 
-async def unconfirmed(file: Path, requests: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+async def find_unconfirmed(file: Path, requests: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """Return those requests of a file that were not confirmed on this machine."""
     if not requests:
         return []
-    known = await anyio.to_thread.run_sync(lambda: _read(_store(environ)).get(os.path.realpath(file), []))
+    known = await anyio.to_thread.run_sync(lambda: _read(_trust_file(environ)).get(os.path.realpath(file), []))
     return [one for one in requests if _digest(one) not in known]
 
 
-async def confirm(file: Path, requests: Iterable[str], environ: Mapping[str, str]) -> None:
+async def confirm_requests(file: Path, requests: Iterable[str], environ: Mapping[str, str]) -> None:
     """Record that the user has confirmed exactly these requests of a file; what it no longer asks for is forgotten.
 
     RefusedError where that can't be written.
     """
-    path, digests = _store(environ), [_digest(one) for one in requests]
+    path, digests = _trust_file(environ), [_digest(one) for one in requests]
     try:
         await anyio.to_thread.run_sync(lambda: path.parent.mkdir(mode=0o700, parents=True, exist_ok=True))
         async with FileLock(path.with_suffix(".lock")).hold():
             await anyio.to_thread.run_sync(lambda: _write(path, {**_read(path), os.path.realpath(file): digests}))
     except OSError as error:
-        remedy = f"make the folder writable, or set {VARIABLE}=1"
-        raise unusable(error, f"{path} can't be written", remedy) from None
+        remedy = f"make the folder writable, or set {TRUST_VARIABLE}=1"
+        raise to_unusable_error(error, f"{path} can't be written", remedy) from None
 
 
-def _store(environ: Mapping[str, str]) -> Path:
+def _trust_file(environ: Mapping[str, str]) -> Path:
     folder = environ.get("XDG_CONFIG_HOME") or (environ.get("HOME") and f"{environ['HOME']}/.config")
     if not folder:
-        raise RefusedError("neither XDG_CONFIG_HOME nor HOME is set", f"set one of them, or {VARIABLE}=1")
+        raise RefusedError("neither XDG_CONFIG_HOME nor HOME is set", f"set one of them, or {TRUST_VARIABLE}=1")
     return Path(folder).absolute() / "council" / "trust.json"
 
 

@@ -16,44 +16,44 @@ import anyio.to_thread
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import RunDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import Standing
-from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.domain.scheduling.claims import OwnerStatus
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.sessions.shell_commands import (
+    find_programs,
     is_in_worktree,
     is_of_environment,
-    lookup_of,
+    make_lookup_command,
     may_create,
-    programs_in,
 )
-from orchestrator.engine.landing.base_selection import StartingPoints
-from orchestrator.engine.run_context import Workshop
+from orchestrator.engine.landing.base_selection import BaseSelector
+from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.reload import may_reload
+from orchestrator.engine.state.reload import can_reload
 from orchestrator.errors import GitError, LockHeld
-from orchestrator.repo.worktrees.pool import Pool
-from orchestrator.sessions.setup.checks import CheckResult, Passed, Unchecked
-from orchestrator.sessions.setup.shell import CommandFailed, Unrunnable, describe_unrunnable
-from orchestrator.sessions.setup.worktree_setup import NEW_SETUP
+from orchestrator.repo.worktrees.pool import SlotPool
+from orchestrator.sessions.setup.checks import CheckResult, ChecksNotRun, ChecksPassed
+from orchestrator.sessions.setup.shell import CommandFailed, UnrunnableProgram, describe_unrunnable
+from orchestrator.sessions.setup.worktree_setup import SETUP_REMEDY
 from orchestrator.system.failpoints import failpoint
-from orchestrator.system.file_lock import Signature
+from orchestrator.system.file_lock import LockHolder
 
 #: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
-_BEFORE_ATTEMPTS = 0
+_BASE_CHECK_ATTEMPT = 0
 #: How often a base is checked that moves meanwhile: one that moves all the time must not keep a run from starting.
-_MOST_MOVES = 3
+_MAX_ROUNDS = 3
 #: Seconds between the tries of checks that can't be run to their end.
-_PAUSES = (1.0, 2.0, 4.0)
+_RETRY_DELAYS = (1.0, 2.0, 4.0)
 #: Seconds from one look whether the process that checks the base is still active to the next.
-_LOOK_AGAIN = 1.0
+_POLL_INTERVAL = 1.0
 #: Tasks that a command of a remedy names; more are left to the reader.
-_MOST_NAMED = 5
+_MAX_NAMED_TASKS = 5
 
 #: Tasks by whether their checks may fail, whether they bring the base along, and their checks.
-_Sets = dict[tuple[bool, bool, tuple[str, ...]], list[str]]
+_CheckGroups = dict[tuple[bool, bool, tuple[str, ...]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class CheckedBase:
     """A commit that the landings of tasks build on."""
 
     commit: str
@@ -68,10 +68,10 @@ class BaseChecks:
     """The checks of a run's base; `entries` are its tasks."""
 
     ledger: Ledger
-    shop: Workshop
-    pool: Pool
-    starts: StartingPoints
-    entries: Mapping[str, Entry]
+    context: RunContext
+    pool: SlotPool
+    base_selector: BaseSelector
+    entries: Mapping[str, DispatchEntry]
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
     _unrunnable: dict[tuple[str, tuple[str, ...]], str | None] = field(default_factory=dict, init=False)
     """By base and commands, why one of them can't be run there."""
@@ -86,23 +86,23 @@ class BaseChecks:
         What passes is recorded, and is not run again by any process of the run. One process of a machine runs them
         at a time. A base that has moved meanwhile is checked again.
         """
-        sets = await self._sets()
+        sets = await self._group_pending_tasks()
         if not sets:
             return None
         found: str | None = None
         with self._running:
             async with self._turn():
                 checked: list[str] = []
-                for _ in range(_MOST_MOVES):
+                for _ in range(_MAX_ROUNDS):
                     tips = await self._tips(sets)
                     if tips == checked:
                         break
                     found, checked = await self._first_failure(sets), tips
         return None if self._running.cancelled_caught else found
 
-    async def _first_failure(self, sets: _Sets) -> str | None:
+    async def _first_failure(self, sets: _CheckGroups) -> str | None:
         """Return why a check fails, those first that must not fail; None if none does."""
-        bases: dict[bool, Base | None] = {}
+        bases: dict[bool, CheckedBase | None] = {}
         for (_, brings_base, _), tasks in sorted(sets.items(), key=lambda one: one[0][0]):
             if brings_base not in bases:
                 bases[brings_base] = await self._base(brings_base=brings_base)
@@ -111,37 +111,37 @@ class BaseChecks:
                 return found
         return None
 
-    async def _tips(self, sets: _Sets) -> list[str]:
+    async def _tips(self, sets: _CheckGroups) -> list[str]:
         """Return the newest commits that landings build on; empty where they are not known."""
         kinds = (True, False) if any(brings_base for _, brings_base, _ in sets) else (True,)
         try:
-            return [await self.starts.newest(builds_on_target=kind) for kind in kinds]
+            return [await self.base_selector.newest(builds_on_target=kind) for kind in kinds]
         except GitError:  # the start of the first session reports that
             return []
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         """Check the base alone on this machine, unless the process that has the turn is stopped or has left the run."""
-        lock = self.shop.hub.lock(f"base-{self.ledger.run.id}")
+        lock = self.context.hub.lock(f"base-{self.ledger.run.id}")
         async with AsyncExitStack() as stack:
             while True:
                 try:
-                    await stack.enter_async_context(lock.hold(_LOOK_AGAIN))
+                    await stack.enter_async_context(lock.hold(_POLL_INTERVAL))
                     break
                 except LockHeld:
-                    if not await self._is_working(await anyio.to_thread.run_sync(Signature.read, lock.path)):
+                    if not await self._is_working(await anyio.to_thread.run_sync(LockHolder.read, lock.path)):
                         break
             yield
 
-    async def _is_working(self, holder: Signature | None) -> bool:
+    async def _is_working(self, holder: LockHolder | None) -> bool:
         """Return whether the process that signed a lock is an active one of this run."""
         others = self.ledger.orchestrators
         found = [one for one in (await others.all()).values() if holder is not None and one.owner.pid == holder.pid]
-        return any([await others.standing(one) is Standing.ALIVE for one in found])
+        return any([await others.standing(one) is OwnerStatus.ALIVE for one in found])
 
-    async def _sets(self) -> _Sets:
+    async def _group_pending_tasks(self) -> _CheckGroups:
         """Return the pending tasks by whether their checks may fail, whether they bring the base along, and checks."""
-        sets: _Sets = {}
+        sets: _CheckGroups = {}
         known: dict[str, bool] = {}
         for task, status in self.ledger.statuses().items():
             entry = self.entries.get(task)
@@ -154,35 +154,35 @@ class BaseChecks:
     async def _brings_base(self, task: str, known: dict[str, bool]) -> bool:
         """Return whether a pending task, or one that lands before it, starts from the base and so brings it along."""
         if task not in known:
-            known[task] = not self.starts.builds_on_target(task, await self.ledger.spec(task))
+            known[task] = not self.base_selector.builds_on_target(task, await self.ledger.spec(task))
             statuses = self.ledger.statuses()
             for need in self.entries[task].needs:
                 if need in self.entries and statuses.get(need) is TaskStatus.PENDING:
                     known[task] = await self._brings_base(need, known) or known[task]
         return known[task]
 
-    async def _base(self, *, brings_base: bool) -> Base | None:
+    async def _base(self, *, brings_base: bool) -> CheckedBase | None:
         """Return what landings build on: the target, merged with the base where tasks bring that along.
 
         None where that is not known.
         """
-        run, git = self.ledger.run, self.shop.git
+        run, git = self.ledger.run, self.context.git
         try:
-            target = await self.starts.newest(builds_on_target=True)
+            target = await self.base_selector.newest(builds_on_target=True)
             if not brings_base:
-                return Base(target, run.target, await self._merge_into_target())
-            base = await self.starts.newest(builds_on_target=False)
+                return CheckedBase(target, run.target, await self._merge_into_target())
+            base = await self.base_selector.newest(builds_on_target=False)
             if await git.is_ancestor(target, base):
-                return Base(base, run.base)
+                return CheckedBase(base, run.base)
             if await git.is_ancestor(base, target):
-                return Base(target, run.target)
-            merged = await self.shop.target.again(base, target, self.shop.refs("checked-base"))
+                return CheckedBase(target, run.target)
+            merged = await self.context.target.again(base, target, self.context.refs("checked-base"))
         except GitError:  # the start of the first session reports that
             return None
         # Where the two conflict, what starts from the base is all that can be checked.
         if merged is None:
-            return Base(base, run.base)
-        return Base(merged, f"{run.target} with {run.base}")
+            return CheckedBase(base, run.base)
+        return CheckedBase(merged, f"{run.target} with {run.base}")
 
     async def _merge_into_target(self) -> str:
         """Return how a fix of the base gets to the target when no task brings it there."""
@@ -191,17 +191,17 @@ class BaseChecks:
             return ""
         target, base = shlex.quote(run.target), shlex.quote(run.base)
         command = f"git switch {target} && git merge --no-edit {base} && git switch -"
-        if await self.shop.source.tip(run.target) is None:
+        if await self.context.source.tip(run.target) is None:
             command = f"git branch {target} {base}"
         return f" and merge that into {run.target} (`{command}`)"
 
-    async def _failure_of(self, tasks: Sequence[str], base: Base) -> str | None:
+    async def _failure_of(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
         """Return why the checks that these tasks share fail on a commit."""
         task, spec, commit = tasks[0], await self.ledger.spec(tasks[0]), base.commit
         key = await self._key(spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.proven_bases():
             return None
-        correction = corrected_check(self.ledger.run, [await self.ledger.spec(one) for one in tasks])
+        correction = describe_check_fix(self.ledger.run, [await self.ledger.spec(one) for one in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
             found = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
             return describe_unrunnable(found, correction, base.merge) if found else None
@@ -210,10 +210,10 @@ class BaseChecks:
         result = await self._run(task, spec, spec.checks, commit)
         failpoint("base.checked")
         match result:
-            case Passed():
-                await self.ledger.prove_base(key, facts)
+            case ChecksPassed():
+                await self.ledger.record_passed_base(key, facts)
                 return None
-            case Unchecked(reason):
+            case ChecksNotRun(reason):
                 headline = f"the checks could not be run on {base.branch} ({commit[:10]}): {reason}"
                 return str(HaltReason(headline, remedy=(f"fix that, then `council resume {self.ledger.run.id}`",)))
             case CommandFailed() if result.unrunnable is not None and result.command in spec.checks:
@@ -221,7 +221,7 @@ class BaseChecks:
                 found = [result, *await self._unrunnable_on(task, spec, later, commit, may_be_added=False)]
                 return describe_unrunnable(found, correction, base.merge)
             case CommandFailed():
-                return _described(result, spec, base, self.ledger.run, correction)
+                return _describe_failure(result, spec, base, self.ledger.run, correction)
             case _:
                 assert_never(result)
 
@@ -235,9 +235,9 @@ class BaseChecks:
         found = []
         for command in commands:
             question = " && ".join(
-                self._question(command, one, may_be_added=may_be_added) for one in programs_in(command)
+                self._question(command, one, may_be_added=may_be_added) for one in find_programs(command)
             )
-            result = await self._run(task, spec, (question,), commit) if question else Passed()
+            result = await self._run(task, spec, (question,), commit) if question else ChecksPassed()
             if isinstance(result, CommandFailed) and result.command == question:
                 result = await self._run(task, spec, (command,), commit)
                 if isinstance(result, CommandFailed) and (missing := result.unrunnable) is not None:
@@ -248,19 +248,19 @@ class BaseChecks:
         """Run commands on a commit; where they can't be run to their end, try again a few times."""
         # In a folder of this process's own: leftovers of another, killed or stopped, are not in the way.
         by = self.ledger.orchestrators.me.id.rpartition("-")[2]
-        of = (self.pool, self.ledger.run.id, task, _BEFORE_ATTEMPTS, spec, commands, by)
-        result, clock = await self.shop.checks(*of).run(commit, commit), self.shop.tools.clock
-        for pause in _PAUSES:
-            if not isinstance(result, Unchecked):
+        of = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, by)
+        result, clock = await self.context.checks(*of).run(commit, commit), self.context.tools.clock
+        for pause in _RETRY_DELAYS:
+            if not isinstance(result, ChecksNotRun):
                 break
             await clock.wait(anyio.Event(), clock.monotonic() + pause)
-            result = await self.shop.checks(*of).run(commit, commit)
+            result = await self.context.checks(*of).run(commit, commit)
         return result
 
     async def _key(self, spec: TaskSpec, commit: str) -> str:
         """Return what identifies a base with its checks and the setup that they need."""
-        tree = await self.shop.git.line("rev-parse", f"{commit}^{{tree}}")
-        setup = await self.shop.tools.equipment.keys(commit) if self.shop.worktrees.setup else ()
+        tree = await self.context.git.line("rev-parse", f"{commit}^{{tree}}")
+        setup = await self.context.tools.worktree_setup.keys(commit) if self.context.worktrees.setup else ()
         facts = json.dumps([tree, spec.checks, spec.checks_env, setup])
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
@@ -272,7 +272,7 @@ class BaseChecks:
             if task in self.entries
         )
 
-    async def why_unrunnable(
+    async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
     ) -> str | None:
         """Return why a check that ended with 126 or 127 can't be run whatever the task changed.
@@ -292,25 +292,25 @@ class BaseChecks:
         if key not in self._unrunnable:
             async with self._turn():
                 result = await self._run(task, spec, commands, base)
-            if isinstance(result, Unchecked):  # another time it can
+            if isinstance(result, ChecksNotRun):  # another time it can
                 return None
             there = result.unrunnable if isinstance(result, CommandFailed) else None
             is_missing_there = there is not None and not (is_allowed and self._may_add(failed.command, there))
             self._unrunnable[key] = describe_unrunnable([failed], correction) if is_missing_there else None
         return self._unrunnable[key]
 
-    def _may_add(self, command: str, missing: Unrunnable) -> bool:
+    def _may_add(self, command: str, missing: UnrunnableProgram) -> bool:
         """Return whether a task may add a program that a check does not find."""
         return missing.is_absent and (not missing.is_uncommitted or self._is_made(command, missing.program))
 
     def _is_made(self, command: str, program: str) -> bool:
         """Return whether what runs before a program may create it from files that a task changes."""
-        return bool(self.shop.worktrees.setup) or may_create(command, program)
+        return bool(self.context.worktrees.setup) or may_create(command, program)
 
     def _question(self, command: str, program: str, *, may_be_added: bool) -> str:
         """Return a shell command that fails where a program can't be run, unless it `may_be_added` by a task."""
         if not is_in_worktree(program):
-            return lookup_of(program)
+            return make_lookup_command(program)
         name = shlex.quote(program)
         is_made = self._is_made(command, program)
         if not may_be_added or (is_of_environment(program) and not is_made):
@@ -319,22 +319,24 @@ class BaseChecks:
         return f"if test -e {name}; then test -x {name}; else {absent}; fi"
 
 
-def corrected_check(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:
+def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:
     """Return how a mistake in a check that tasks share is fixed; `is_built` tasks wait to land."""
-    if not all(may_reload(run, spec) for spec in specs):
+    if not all(can_reload(run, spec) for spec in specs):
         return "correct the check and start a new run"
-    names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MOST_NAMED else "TASK..."
+    names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MAX_NAMED_TASKS else "TASK..."
     cancel = f"`council cancel {names} --run {run.id}`, then " if is_built else ""
     retry = f"{cancel}`council retry {names} --reload --run {run.id}`"
     return f"correct the check in the file and, before the resume, {retry}"
 
 
-def _described(failed: CommandFailed, spec: TaskSpec, base: Base, run: RunDocument, correction: str) -> str:
+def _describe_failure(
+    failed: CommandFailed, spec: TaskSpec, base: CheckedBase, run: RunDocument, correction: str
+) -> str:
     is_check = failed.command in spec.checks
-    correction = correction if is_check else NEW_SETUP
+    correction = correction if is_check else SETUP_REMEDY
     if failed.unrunnable is not None:
         return describe_unrunnable([failed], correction, base.merge)
     kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
     headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): it {failed.ended}"
     remedy = f"fix {run.base}{base.merge}{allowed}, then `council resume {run.id}`", f"or {correction}"
-    return str(HaltReason(headline, tuple(failed.last_words.splitlines()), str(failed.log), remedy))
+    return str(HaltReason(headline, tuple(failed.output_tail.splitlines()), str(failed.log), remedy))

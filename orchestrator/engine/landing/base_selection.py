@@ -10,9 +10,9 @@ import anyio
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.scheduling.ownership import escaped
-from orchestrator.engine.phases.start import Turn
-from orchestrator.engine.run_context import Workshop
+from orchestrator.domain.scheduling.ownership import find_out_of_scope
+from orchestrator.engine.phases.start import NextPhase
+from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
 
@@ -20,7 +20,7 @@ from orchestrator.errors import GitError
 _STALE: Final = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
 
-class Start(NamedTuple):
+class StartPoint(NamedTuple):
     """Where an attempt starts."""
 
     base: str
@@ -31,15 +31,15 @@ class Start(NamedTuple):
     """Whether the base is the newest state of what it builds on."""
 
 
-class StartingPoints:
+class BaseSelector:
     """Finds where the attempts of one run start."""
 
-    def __init__(self, ledger: Ledger, shop: Workshop) -> None:
-        self._ledger, self._shop = ledger, shop
+    def __init__(self, ledger: Ledger, shop: RunContext) -> None:
+        self._ledger, self._context = ledger, shop
         self._base: str | None = None
-        self._asking = anyio.Lock()
+        self._fetch_lock = anyio.Lock()
 
-    async def of(self, task: str, spec: TaskSpec, turn: Turn, tips: dict[bool, str]) -> Start:
+    async def of(self, task: str, spec: TaskSpec, turn: NextPhase, tips: dict[bool, str]) -> StartPoint:
         """Return where the next attempt of a task starts; `tips` keeps what was asked for others of the same moment.
 
         Earlier work goes on where it fits onto the target as it is now. Where it does not, what it is to mend is done
@@ -51,13 +51,15 @@ class StartingPoints:
             tips[builds_on_target] = await self.newest(builds_on_target=builds_on_target)
         tip = tips[builds_on_target]
         if turn.start is None:
-            return Start(tip)
+            return StartPoint(tip)
         with suppress(GitError):  # what it was made of is not here, or the target was rewritten
-            if (merged := await self._shop.target.again(turn.start, tip, self._shop.refs(f"again/{task}"))) is not None:
-                return Start(tip, merged)
+            if (
+                merged := await self._context.target.again(turn.start, tip, self._context.refs(f"again/{task}"))
+            ) is not None:
+                return StartPoint(tip, merged)
         if document.start is None and turn.base is not None:
-            return Start(turn.base, turn.start, is_newest=False)
-        return Start(tip)
+            return StartPoint(turn.base, turn.start, is_newest=False)
+        return StartPoint(tip)
 
     def builds_on_target(self, task: str, spec: TaskSpec) -> bool:
         """Return whether a task without earlier work starts from the target instead of the base."""
@@ -71,25 +73,25 @@ class StartingPoints:
             tip = await self.newest(builds_on_target=True)
         except GitError:  # the landing will tell
             return False
-        changed = [] if tip == base else [one.path for one in await self._shop.git.changes(base, tip)]
-        return len(escaped(owns, changed)) < len(changed)
+        changed = [] if tip == base else [one.path for one in await self._context.git.changes(base, tip)]
+        return len(find_out_of_scope(owns, changed)) < len(changed)
 
     async def newest(self, *, builds_on_target: bool) -> str:
         """Return the commit that new work starts from: the base as it is now, or the target if it needs others."""
         try:
-            async with self._asking:  # two that fetch the same at once would both fail
+            async with self._fetch_lock:  # two that fetch the same at once would both fail
                 return await self._ask(builds_on_target)
         except GitError:
             # A remote that can't be reached for a moment: what was seen last will do.
-            known = self._shop.target.known if builds_on_target else self._base
+            known = self._context.target.known if builds_on_target else self._base
             if known is None:
                 raise
             return known
 
     async def _ask(self, builds_on_target: bool) -> str:
         if builds_on_target:
-            return await self._shop.target.tip()
-        tip = await self._shop.source.tip(self._ledger.run.base)
+            return await self._context.target.tip()
+        tip = await self._context.source.tip(self._ledger.run.base)
         if tip is not None and tip != self._base:
-            self._base = await self._shop.source.fetch(self._ledger.run.base, self._shop.refs("base"))
+            self._base = await self._context.source.fetch(self._ledger.run.base, self._context.refs("base"))
         return self._base or self._ledger.run.start

@@ -9,24 +9,24 @@ from __future__ import annotations
 import anyio
 
 from orchestrator.engine.landing.merge_queue import MergeQueue
-from orchestrator.engine.run_context import Workshop
+from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.source.checkout import LocalRepository
-from orchestrator.repo.source.snapshot import Seal, changes, live_git, take
+from orchestrator.repo.source.snapshot import RepositorySnapshot, describe_changes, is_user_git_running, take_snapshot
 
 
-class EscapeDetector:
+class RepositoryGuard:
     """Compares the user's repository between sessions; for one that is reached by a URL there is nothing to see."""
 
-    def __init__(self, ledger: Ledger, shop: Workshop, merging: MergeQueue) -> None:
+    def __init__(self, ledger: Ledger, shop: RunContext, merging: MergeQueue) -> None:
         """Take a run; `merging` tells when the repository is just being changed by us."""
-        self._ledger, self._merging = ledger, merging
+        self._ledger, self._merge_queue = ledger, merging
         self._repository = shop.repository
-        self._git = Git(None, users=True, keep_fds=shop.git.keep_fds, environ=shop.git.environ)
-        self._looking = anyio.Lock()
-        self._seal: Seal | None = None
+        self._git = Git(None, as_user=True, keep_fds=shop.git.keep_fds, environ=shop.git.environ)
+        self._compare_lock = anyio.Lock()
+        self._snapshot: RepositorySnapshot | None = None
         self._running: set[str] = set()
         self._ran: set[str] = set()
 
@@ -43,8 +43,8 @@ class EscapeDetector:
 
     async def look(self) -> None:
         """Report what has changed since the last look, unless it is just being changed by us or by the user."""
-        async with self._looking:
-            if self._repository is None or self._merging.is_moving or await live_git(self._repository):
+        async with self._compare_lock:
+            if self._repository is None or self._merge_queue.is_moving or await is_user_git_running(self._repository):
                 return
             try:
                 await self._compare(self._repository)
@@ -53,18 +53,18 @@ class EscapeDetector:
                 await self._ledger.note("repository.unreadable", {"reason": why})
 
     async def _compare(self, repository: LocalRepository) -> None:
-        before, after = self._seal, await take(repository, self._git, self._seal)
-        if self._merging.is_moving:  # it began while we looked
+        before, after = self._snapshot, await take_snapshot(repository, self._git, self._snapshot)
+        if self._merge_queue.is_moving:  # it began while we looked
             return
         if before is not None:
-            found = changes(before, after, ours=await self._landings(before, after))
+            found = describe_changes(before, after, ours=await self._landings(before, after))
             if found:
                 details = {"changes": found, "sessions": sorted(self._ran)}
                 await self._ledger.note("repository.changed", details)
-        self._seal = after
+        self._snapshot = after
         self._ran = set(self._running)
 
-    async def _landings(self, before: Seal, after: Seal) -> dict[str, str]:
+    async def _landings(self, before: RepositorySnapshot, after: RepositorySnapshot) -> dict[str, str]:
         """Return the refs that were moved by a landing, of this run or of any other, with where they are."""
         known = before.refs.content
         moved = {ref: commit for ref, commit in after.refs.content.items() if known.get(ref) != commit}

@@ -11,32 +11,39 @@ from typing import Any, Final
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import Attempt
-from orchestrator.domain.runs.phases import Given, PhaseRecord
-from orchestrator.domain.workflow.handoffs import Handoff, acknowledged
-from orchestrator.domain.workflow.phase_context import filtered, needs_of
+from orchestrator.domain.runs.phases import GivenValues, PhaseRecord
+from orchestrator.domain.workflow.handoffs import Handoff, acknowledge
+from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
 from orchestrator.domain.workflow.routing import (
     Phase,
     Workflow,
-    current,
-    entered,
-    goes_on_with,
-    is_open,
-    onward,
-    work_before,
+    current_phase,
+    enter_phase,
+    find_continued_attempt,
+    find_earlier_work,
+    find_next_phase,
+    has_open_visit,
 )
-from orchestrator.engine.phases.prompts import HandingOver, PromptFacts, asked, holds, render, source_of
+from orchestrator.engine.phases.prompts import (
+    HandoffInstructions,
+    PromptFacts,
+    describe_prompt_source,
+    is_condition_met,
+    render,
+    render_task_prompt,
+)
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.transitions import Update
+from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.protocols import JsonObject
 from orchestrator.system.clock import Clock
 
 #: What a phase is told that has no template.
-_AS_IT_IS: Final = "{{ task.prompt }}"
+_DEFAULT_TEMPLATE: Final = "{{ task.prompt }}"
 
 
 @dataclass(frozen=True, slots=True)
-class Brief:
+class SessionPrompt:
     """What a session is told beside its notes."""
 
     text: str
@@ -44,13 +51,13 @@ class Brief:
     """What stands behind that, where it begins a conversation."""
     follow_up: str | None = None
     """What it is told instead, where it goes on with one."""
-    given: Given = field(default_factory=Given)
+    given: GivenValues = field(default_factory=GivenValues)
     received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
     """The handoffs that it is given, by id, with the versions of their documents."""
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class NextPhase:
     """The phase that a task is to have a session for now; `phases` are its visits so far, those skipped with them."""
 
     workflow: Workflow
@@ -62,15 +69,15 @@ class Turn:
     """The commit that its work is judged against, where it begins elsewhere."""
     earlier: int | None = None
     """The attempt whose conversation it is to go on with."""
-    brief: Brief | None = None
-    is_anew: bool = False
+    brief: SessionPrompt | None = None
+    is_restart: bool = False
     """Whether it begins anew, because the work that it was to mend does not fit any more."""
     is_newest: bool = True
     """Whether it begins at the newest state of what it builds on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class NoPhaseLeft:
     """No session is left for a task; `commit` is what it has built, None: nothing."""
 
     phases: tuple[PhaseRecord, ...]
@@ -79,7 +86,7 @@ class Rest:
 
 
 @dataclass(frozen=True, slots=True)
-class Briefing:
+class PhaseStarter:
     """Says at which phase each task of a run is to have a session, and what that is told."""
 
     ledger: Ledger
@@ -88,35 +95,35 @@ class Briefing:
     has_tools: bool
     """Whether sessions can hand over by a command, or a tool."""
 
-    async def turn(self, task: str, spec: TaskSpec) -> Turn | Rest:
+    async def turn(self, task: str, spec: TaskSpec) -> NextPhase | NoPhaseLeft:
         """Return what a task is to have a session for now; phases whose condition does not hold are skipped."""
         workflow, document = self.ledger.workflow(spec.workflow), self.ledger.task(task)
-        if workflow.is_plain:
-            earlier = goes_on_with(workflow, document, workflow.phases[0])
-            return Turn(workflow, workflow.phases[0], (), document.start, document.base, earlier)
-        phases, phase = document.phases, current(workflow, document)
-        if phase is not None and not is_open(document):
+        if workflow.is_default:
+            earlier = find_continued_attempt(workflow, document, workflow.phases[0])
+            return NextPhase(workflow, workflow.phases[0], (), document.start, document.base, earlier)
+        phases, phase = document.phases, current_phase(workflow, document)
+        if phase is not None and not has_open_visit(document):
             values = await self.inputs.values(task, spec, workflow, phase)
-            condition = partial(holds, values=values.known)
-            phases, phase = onward(workflow, phases, workflow.index(phase.name), condition, self.clock.now())
-        work = work_before(workflow, document)
+            condition = partial(is_condition_met, values=values.known)
+            phases, phase = find_next_phase(workflow, phases, workflow.index(phase.name), condition, self.clock.now())
+        work = find_earlier_work(workflow, document)
         if phase is None:
-            return Rest(phases, None if work is None else work.commit, None if work is None else work.attempt)
-        start = Turn(workflow, phase, phases, earlier=goes_on_with(workflow, document, phase))
+            return NoPhaseLeft(phases, None if work is None else work.commit, None if work is None else work.attempt)
+        start = NextPhase(workflow, phase, phases, earlier=find_continued_attempt(workflow, document, phase))
         if document.start is not None:
             return replace(start, start=document.start, base=document.base)
         return start if work is None else replace(start, start=work.commit, base=work.base)
 
-    async def brief(self, task: str, spec: TaskSpec, turn: Turn, diff: str | None = None) -> Brief:
+    async def brief(self, task: str, spec: TaskSpec, turn: NextPhase, diff: str | None = None) -> SessionPrompt:
         """Return what the session of a turn is told and given; `diff` is of the work that it starts with."""
         document = self.ledger.task(task)
-        if turn.workflow.is_plain:
-            feedback = None if turn.is_anew else document.feedback
-            return Brief(told_task(spec), told=feedback, follow_up=feedback)
+        if turn.workflow.is_default:
+            feedback = None if turn.is_restart else document.feedback
+            return SessionPrompt(render_plain_prompt(spec), told=feedback, follow_up=feedback)
         phase = turn.phase
         values = await self.inputs.values(task, spec, turn.workflow, phase)
         kind = None if phase.produces is None else self.inputs.kind(phase)
-        given, measured = filtered(values.known, values.wanted(phase, needs_of(phase, kind)))
+        given, measured = select_values(values.known, values.wanted(phase, get_phase_needs(phase, kind)))
         visits = [one for one in document.phases if one.phase == phase.name]
         facts = PromptFacts(
             task=task,
@@ -125,37 +132,39 @@ class Briefing:
             phase=phase.name,
             name=phase.name,
             tracker=spec.tracker,
-            planner=planner_of(spec),
-            round=max(len(visits) + (not is_open(document)), 1),
+            planner=planning_task(spec),
+            round=max(len(visits) + (not has_open_visit(document)), 1),
             writes=phase.writes,
             given=given,
             results=values.results,
-            feedback=None if turn.is_anew else document.feedback,
+            feedback=None if turn.is_restart else document.feedback,
             base=turn.base,
             diff=diff,
             owns=spec.owns,
-            handing=self._handing(phase),
+            handoff=self._handoff_instructions(phase),
         )
-        prompt = render(phase.prompt or _AS_IT_IS, facts)
+        prompt = render(phase.prompt or _DEFAULT_TEMPLATE, facts)
         follow_up = prompt.follow_up or prompt.text
-        return Brief(prompt.text, follow_up=follow_up, given=measured, received=values.received(given))
+        return SessionPrompt(prompt.text, follow_up=follow_up, given=measured, received=values.received(given))
 
-    def entering(self, task: str, turn: Turn, attempt: Attempt, attempts: Sequence[Attempt]) -> Update:
+    def build_start_update(
+        self, task: str, turn: NextPhase, attempt: Attempt, attempts: Sequence[Attempt]
+    ) -> TaskUpdate:
         """Return what is recorded where an attempt begins at a turn."""
         document, brief, now = self.ledger.task(task), turn.brief, self.clock.now()
         details: JsonObject = {"base": attempt.base, "adapter": attempt.adapter}
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
-        if turn.workflow.is_plain or brief is None:
-            return Update(details, changes)
+        if turn.workflow.is_default or brief is None:
+            return TaskUpdate(details, changes)
         before = document.model_copy(update={"phases": turn.phases})
-        is_new = not is_open(before)
+        is_new = not has_open_visit(before)
         given: dict[str, Any] = {"given": brief.given, "received": tuple(brief.received)} if is_new else {}
-        changes |= entered(turn.workflow, before, turn.phase, attempt.number, now, **given)
+        changes |= enter_phase(turn.workflow, before, turn.phase, attempt.number, now, **given)
         details["phase"] = turn.phase.name
         if not is_new:
-            return Update(details, changes)
+            return TaskUpdate(details, changes)
         taken = {
-            id_: (version, acknowledged(handoff, turn.phase.name, attempt.number, now))
+            id_: (version, acknowledge(handoff, turn.phase.name, attempt.number, now))
             for id_, (version, handoff) in brief.received.items()
         }
         events = [
@@ -163,28 +172,28 @@ class Briefing:
             for id_, (_, one) in taken.items()
         ]
         writes = [self.ledger.handed_over(one, version) for version, one in taken.values()]
-        return Update(details, changes, writes, events)
+        return TaskUpdate(details, changes, writes, events)
 
-    def resting(self, rest: Rest) -> tuple[Update, Trigger]:
+    def build_finish_update(self, rest: NoPhaseLeft) -> tuple[TaskUpdate, Trigger]:
         """Return what is recorded, and by which trigger, where no session is left for a task."""
         changes: dict[str, Any] = {"phases": rest.phases, "phase": None, "reason": None}
         if rest.commit is None:
-            return Update({}, changes), Trigger.FINISH
-        return Update({}, {**changes, "commit": rest.commit, "built": rest.built}), Trigger.QUEUE
+            return TaskUpdate({}, changes), Trigger.FINISH
+        return TaskUpdate({}, {**changes, "commit": rest.commit, "built": rest.built}), Trigger.QUEUE
 
-    def _handing(self, phase: Phase) -> HandingOver | None:
+    def _handoff_instructions(self, phase: Phase) -> HandoffInstructions | None:
         if phase.produces is None:
             return None
         schema = self.inputs.kind(phase).schema
-        return HandingOver(phase.produces, schema, writes=phase.writes, has_tools=self.has_tools)
+        return HandoffInstructions(phase.produces, schema, writes=phase.writes, has_tools=self.has_tools)
 
 
-def told_task(spec: TaskSpec) -> str:
+def render_plain_prompt(spec: TaskSpec) -> str:
     """Return what a task without a workflow is asked to do; what a tracker or a plan says is marked off."""
-    source = source_of(spec.tracker, planner_of(spec))
-    return spec.prompt if source is None else f"{asked(spec.prompt, source, secrets.token_hex(8))}\n"
+    source = describe_prompt_source(spec.tracker, planning_task(spec))
+    return spec.prompt if source is None else f"{render_task_prompt(spec.prompt, source, secrets.token_hex(8))}\n"
 
 
-def planner_of(spec: TaskSpec) -> str | None:
+def planning_task(spec: TaskSpec) -> str | None:
     """Return the task whose plan a task came of; None where it came of none."""
     return None if spec.plan is None else spec.plan.split("/")[1]

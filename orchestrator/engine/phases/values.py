@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.documents.json_values import says_nothing
+from orchestrator.domain.documents.json_values import is_empty_value
 from orchestrator.domain.runs.phases import PhaseRecord
-from orchestrator.domain.workflow.handoff_kinds import Facts, Kind, schema_kind
-from orchestrator.domain.workflow.handoffs import Handoff, is_intact, payload
-from orchestrator.domain.workflow.phase_context import PhaseContext, context_of
-from orchestrator.domain.workflow.routing import Phase, Workflow, completed
-from orchestrator.engine.session_api.shared_values import Sharing
+from orchestrator.domain.workflow.handoff_kinds import HandoffFacts, HandoffKind, kind_from_schema
+from orchestrator.domain.workflow.handoffs import Handoff, get_payload, is_intact
+from orchestrator.domain.workflow.phase_context import PhaseContext, build_phase_context
+from orchestrator.domain.workflow.routing import Phase, Workflow, completed_visits
+from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import HandoffBroken, RefusedError
+from orchestrator.errors import HandoffCorrupted, RefusedError
 
 #: The value that says what is to be done with what was mediated.
-INSTRUCTIONS: Final = "handoff_instructions"
+MEDIATION_INSTRUCTIONS: Final = "handoff_instructions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,36 +69,36 @@ class PhaseInputs:
     """Finds what the phases of one run's tasks could be given."""
 
     ledger: Ledger
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, HandoffKind]
     """What can be handed over, by name, beside what a workflow's own schemas say."""
-    sharing: Sharing
+    shared_values: SharedValues
 
     async def values(self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase) -> PhaseValues:
         """Return what a phase could be given, or its condition be about."""
         document = self.ledger.task(task)
         handoffs = await self.ledger.handoffs(task)
-        done = completed(workflow, document)
-        return await phase_values(workflow, phase, spec.context, done, handoffs, self.kind, self.sharing)
+        done = completed_visits(workflow, document)
+        return await collect_phase_values(workflow, phase, spec.context, done, handoffs, self.kind, self.shared_values)
 
-    def kind(self, phase: Phase) -> Kind:
+    def kind(self, phase: Phase) -> HandoffKind:
         """Return the kind of what a phase hands over; RefusedError where nothing brings it any more."""
         name = phase.produces or phase.name
         if phase.schema_ is not None:
-            return schema_kind(name, phase.schema_)
+            return kind_from_schema(name, phase.schema_)
         if name not in self.kinds:
             what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin brings"
             raise RefusedError(what, "install the plugin that does, then `council retry` the task")
         return self.kinds[name]
 
 
-async def phase_values(
+async def collect_phase_values(
     workflow: Workflow,
     phase: Phase,
     inherited: Mapping[str, Any],
     done: Mapping[str, PhaseRecord],
     handoffs: Mapping[str, tuple[int, Handoff]],
-    kind_of: Callable[[Phase], Kind],
-    sharing: Sharing,
+    kind_of: Callable[[Phase], HandoffKind],
+    sharing: SharedValues,
 ) -> PhaseValues:
     """Return the values of a phase; `done` are the visits before it that count, `handoffs` all of the task by id."""
     produced: dict[str, Mapping[str, Any]] = {}
@@ -116,10 +116,12 @@ async def phase_values(
             continue  # what stands between has made of it what is to be known
         found[name] = handoffs[record.handoff]
         if not is_intact(found[name][1]):
-            raise HandoffBroken(record.handoff, "its digest does not match what it holds")
+            raise HandoffCorrupted(record.handoff, "its digest does not match what it holds")
         handoff = found[name][1]
         is_open = handoff.protocol == "shared" and name not in approved
-        results[name] = await _newest(handoff, kind_of(source), sharing) if is_open else payload(handoff)
+        results[name] = (
+            await _latest_shared_data(handoff, kind_of(source), sharing) if is_open else get_payload(handoff)
+        )
         mediation = handoff.mediation
         if mediation is None:
             added = kind_of(source).exports(results[name])
@@ -128,20 +130,20 @@ async def phase_values(
         else:
             added = dict(mediation.processed)
         if mediation is not None and handoff.to == phase.name:
-            added[INSTRUCTIONS] = mediation.instructions
+            added[MEDIATION_INSTRUCTIONS] = mediation.instructions
         # What says nothing takes the place of nothing.
-        produced[name] = {key: value for key, value in added.items() if key not in known or not says_nothing(value)}
+        produced[name] = {key: value for key, value in added.items() if key not in known or not is_empty_value(value)}
         known |= produced[name].keys()
-    context = context_of(phase, workflow.before(phase.name), inherited, produced)
+    context = build_phase_context(phase, workflow.before(phase.name), inherited, produced)
     return PhaseValues(context, produced, found, results)
 
 
-async def _newest(handoff: Handoff, kind: Kind, sharing: Sharing) -> dict[str, Any]:
+async def _latest_shared_data(handoff: Handoff, kind: HandoffKind, sharing: SharedValues) -> dict[str, Any]:
     """Return what others have made since of a handoff that is shared, if that fits its kind; else what it was."""
     if handoff.key is not None:
         now = await sharing.get(handoff.key)
         if now is not None and now.version != handoff.version and isinstance(now.value, dict):
-            checked = kind.check(now.value, Facts())
+            checked = kind.check(now.value, HandoffFacts())
             if checked.data is not None:
                 return checked.data
-    return payload(handoff)
+    return get_payload(handoff)

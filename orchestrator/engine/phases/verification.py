@@ -14,27 +14,27 @@ from pydantic import ValidationError
 
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.sessions.contexts import SessionContext
-from orchestrator.domain.workflow.handoff_kinds import Kind
+from orchestrator.domain.workflow.handoff_kinds import HandoffKind
 from orchestrator.domain.workflow.handoffs import Handoff
-from orchestrator.domain.workflow.phase_context import kind_of
+from orchestrator.domain.workflow.phase_context import get_handoff_kind
 from orchestrator.domain.workflow.routing import Phase, Workflow
-from orchestrator.domain.workflow.verification import Constraint, WorkflowFacts, check_workflow
-from orchestrator.domain.workflow.violations import Violation, fault_of
+from orchestrator.domain.workflow.verification import Constraint, WorkflowRecord, check_workflow
+from orchestrator.domain.workflow.violations import Violation, describe_exception
 from orchestrator.engine.session_api.contexts import read_contexts
 from orchestrator.engine.state.records import read_handoffs, read_run, task_key
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import JsonObject, Store
-from orchestrator.repo.git.checksums import checksums
+from orchestrator.repo.git.checksums import compute_checksums
 from orchestrator.repo.git.runner import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock
 
 _REPAIR = "`council state verify --repair` settles for what can be read"
-_FOREIGN = "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
+_FOREIGN_WRITER = "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
 
 
 @dataclass(frozen=True, slots=True)
-class CheckedTask:
+class TaskVerification:
     """What became of the rules for one task that has a workflow."""
 
     id: str
@@ -59,11 +59,11 @@ class CheckedTask:
 
 
 @dataclass(frozen=True, slots=True)
-class RunCheck:
+class RunVerification:
     """What became of the rules for a run; `tasks` are those that have a workflow."""
 
     run: str
-    tasks: Sequence[CheckedTask] = ()
+    tasks: Sequence[TaskVerification] = ()
 
     @property
     def violations(self) -> list[Violation]:
@@ -81,37 +81,41 @@ class RunCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class _Looking:
+class _RunVerifier:
     """One look at the workflows of a run."""
 
     store: Store
     run: RunDocument
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, HandoffKind]
     constraints: Mapping[str, Constraint]
     git: Git | None
     """None: the repositories are gone."""
     sessions: Sequence[SessionContext]
     now: float
 
-    async def task(self, task: str, name: str) -> CheckedTask:
+    async def task(self, task: str, name: str) -> TaskVerification:
         """Return what becomes of the rules for a task whose workflow is called `name`."""
         place = f"task {task!r}"
         if name not in self.run.workflows:
             what = f"its workflow {name!r} is not in the run's record"
-            return CheckedTask(task, name, violations=[Violation("records.workflow", place, what, _FOREIGN)])
+            return TaskVerification(
+                task, name, violations=[Violation("records.workflow", place, what, _FOREIGN_WRITER)]
+            )
         try:
             return await self._judged(task, name)
         except ValidationError as error:
             wrong = error.errors(include_url=False, include_input=False)[0]
             what = f"what is recorded is no {error.title}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-            return CheckedTask(task, name, violations=[Violation("records.form", place, what, _FOREIGN)])
+            return TaskVerification(task, name, violations=[Violation("records.form", place, what, _FOREIGN_WRITER)])
         except RefusedError as error:
-            return CheckedTask(task, name, violations=[Violation("records.damaged", place, error.what, error.remedy)])
+            return TaskVerification(
+                task, name, violations=[Violation("records.damaged", place, error.what, error.remedy)]
+            )
 
-    async def _judged(self, task: str, name: str) -> CheckedTask:
+    async def _judged(self, task: str, name: str) -> TaskVerification:
         workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[name])))
         document, handoffs = await self._recorded(task)
-        facts = WorkflowFacts(
+        facts = WorkflowRecord(
             run=self.run.id,
             task=task,
             workflow=workflow,
@@ -123,7 +127,7 @@ class _Looking:
         )
         sums, unseen = await self._checksums(facts)
         violations = check_workflow(replace(facts, checksums=sums), self.constraints)
-        return CheckedTask(task, name, len(document.phases), len(handoffs), violations, unseen)
+        return TaskVerification(task, name, len(document.phases), len(handoffs), violations, unseen)
 
     async def _recorded(self, task: str) -> tuple[TaskDocument, dict[str, Handoff]]:
         """Read what belongs together: a handoff is written with a new version of its task, and never without."""
@@ -140,7 +144,7 @@ class _Looking:
                 document = TaskDocument.model_validate_json(before.encoded)
                 return document, {name: handoff for name, (_, handoff) in handoffs.items()}
 
-    async def _checksums(self, facts: WorkflowFacts) -> tuple[dict[str, dict[str, str | None]], list[str]]:
+    async def _checksums(self, facts: WorkflowRecord) -> tuple[dict[str, dict[str, str | None]], list[str]]:
         """Return the checksums of the files that handoffs name, by handoff, and what could not be looked at.
 
         They are those of the commits that the visits ended with.
@@ -149,13 +153,15 @@ class _Looking:
         unseen: list[str] = []
         for place, phase, record in facts.visits:
             handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
-            kind = kind_of(phase, self.kinds)
+            kind = get_handoff_kind(phase, self.kinds)
             if handoff is None or kind is None or record.commit is None:
                 continue
             try:
                 paths = kind.paths(handoff.data)
             except Exception as error:  # noqa: BLE001  a plugin's own code
-                unseen.append(f"{place}: files that were handed over: its kind can't name them: {fault_of(error)}")
+                unseen.append(
+                    f"{place}: files that were handed over: its kind can't name them: {describe_exception(error)}"
+                )
                 continue
             if not paths:
                 continue
@@ -163,30 +169,30 @@ class _Looking:
                 unseen.append(f"{place}: files that were handed over: the run's repositories are gone")
                 continue
             try:
-                found[handoff.id] = await checksums(self.git, record.commit, paths)
+                found[handoff.id] = await compute_checksums(self.git, record.commit, paths)
             except GitError:
                 unseen.append(f"{place}: files that were handed over: commit {record.commit[:12]} is gone")
         return found, unseen
 
 
-async def check_run(
+async def verify_run(
     store: Store,
     run: str,
-    kinds: Mapping[str, Kind],
+    kinds: Mapping[str, HandoffKind],
     constraints: Mapping[str, Constraint],
     clock: Clock,
     environ: Mapping[str, str],
-) -> RunCheck:
+) -> RunVerification:
     """Return what becomes of the rules for each task of a run that has a workflow; RefusedError without such a run."""
     # First: what these know of is recorded by the time that the rest is read.
     sessions, now = await read_contexts(store, run), clock.now()
     document = await read_run(store, run)
     if not document.workflows:
-        return RunCheck(run)
+        return RunVerification(run)
     trusted = Hub(Path(document.hub)).trusted
     is_there = await anyio.to_thread.run_sync(trusted.is_dir)
     git = Git(trusted, environ=environ) if is_there else None
-    looking = _Looking(store, document, kinds, constraints, git, sessions, now)
+    looking = _RunVerifier(store, document, kinds, constraints, git, sessions, now)
     specs = {one.key.id.partition("/")[2]: one for one in await store.list("spec", f"{run}/")}
     tasks = []
     for task in document.tasks:
@@ -194,8 +200,8 @@ async def check_run(
         if spec is None or spec.damaged:
             what = "what it was asked to do can't be read"
             tasks.append(
-                CheckedTask(task, "", violations=[Violation("records.damaged", f"task {task!r}", what, _REPAIR)])
+                TaskVerification(task, "", violations=[Violation("records.damaged", f"task {task!r}", what, _REPAIR)])
             )
         elif (workflow := spec.value.get("workflow")) is not None:
             tasks.append(await looking.task(task, workflow))
-    return RunCheck(run, tasks)
+    return RunVerification(run, tasks)

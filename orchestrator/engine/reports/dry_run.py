@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 from orchestrator.config.model import RunConfig, TaskSpec
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.scheduling.admission import Fit
-from orchestrator.domain.scheduling.dispatch import Entry
-from orchestrator.domain.scheduling.plan import plan, sessions_at_once
-from orchestrator.domain.workflow.routing import PLAIN, Workflow, adapters_at
+from orchestrator.domain.scheduling.admission import SessionFit
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.scheduling.plan import count_concurrent_sessions, plan_waves
+from orchestrator.domain.workflow.routing import DEFAULT_PHASES, Workflow, current_adapters
 from orchestrator.engine.diagnostics.findings import Finding
 from orchestrator.protocols import JsonObject
 
@@ -50,7 +50,7 @@ class PlannedWave:
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class DryRun:
     """A whole run."""
 
     repository: str
@@ -70,25 +70,27 @@ class Rehearsal:
         return {"status": "planned", **asdict(self)}
 
 
-def starters(config: RunConfig) -> dict[str, tuple[str, ...]]:
+def starting_adapters(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """Return the adapters that would start each task, the best first; what will skip a phase is not known yet."""
     new = TaskDocument()
     return {
-        task.id: adapters_at(Workflow(config.phases_of(task.workflow) or PLAIN), new, task.adapter, task.fallback)
+        task.id: current_adapters(
+            Workflow(config.phases_of(task.workflow) or DEFAULT_PHASES), new, task.adapter, task.fallback
+        )
         for task in config.tasks
     }
 
 
-def rehearse(
+def build_dry_run(
     config: RunConfig,
     starting: Mapping[str, tuple[str, ...]],
     programs: Mapping[str, str],
-    room: Fit,
+    room: SessionFit,
     *,
     target: str,
     repository: str,
     sandbox: str,
-) -> Rehearsal:
+) -> DryRun:
     """Return what a run of `config` would do.
 
     `starting` are the adapters that would start its tasks, `programs` what they would run, `room` is what the machine
@@ -96,7 +98,7 @@ def rehearse(
     """
     specs = {task.id: task for task in config.tasks}
     entries = {
-        task.id: Entry(task.needs, starting[task.id][0], task.priority, task.owns, starting[task.id][1:])
+        task.id: DispatchEntry(task.needs, starting[task.id][0], task.priority, task.owns, starting[task.id][1:])
         for task in config.tasks
     }
     limits = {name: one.capacity for name, one in config.adapters.items() if one.capacity is not None}
@@ -108,14 +110,14 @@ def rehearse(
 
     waves = [
         PlannedWave(
-            sessions_at_once(wave, entries, limits, room.sessions),
+            count_concurrent_sessions(wave, entries, limits, room.sessions),
             [planned(task, wave.follows.get(task)) for task in wave.tasks],
             wave.is_compared,
         )
-        for wave in plan(entries)
+        for wave in plan_waves(entries)
     ]
     most = max(wave.sessions for wave in waves)
-    return Rehearsal(repository, config.base, target, sandbox, most, room.limited_by, waves)
+    return DryRun(repository, config.base, target, sandbox, most, room.limited_by, waves)
 
 
 def _task(

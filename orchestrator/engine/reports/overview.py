@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from orchestrator.domain.runs.metrics import Metrics, measure, minutes_to_land
+from orchestrator.domain.runs.metrics import Metrics, compute_metrics, compute_minutes_to_land
 from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument, TaskStatus
 from orchestrator.domain.scheduling.claims import ActiveTime
 from orchestrator.engine.reports.report import RunRecord, RunReport, RunStatus, TaskReport
 from orchestrator.protocols import Document, JsonObject, RecordedEvent
-from orchestrator.repo.worktrees.hub import work_branch
+from orchestrator.repo.worktrees.hub import work_branch_name
 
 #: Fields of a run's document that are no options.
 _NO_OPTIONS = {"id", "tasks", "started", "ended", "imported"}
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class PhaseOverview:
     """A part of a task's work and the attempts at it; without a workflow there is one, `build`.
 
     `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome; with a workflow that of the last
@@ -36,7 +36,7 @@ class TaskOverview:
     report: TaskReport
     worktree: str | None
     """The checkout that its newest attempt has; None where there is none."""
-    phases: Sequence[Phase]
+    phases: Sequence[PhaseOverview]
     minutes: float | None
     """From its first start to its landing."""
     branch: str | None = None
@@ -78,7 +78,7 @@ class LiveSession:
 
 
 @dataclass(frozen=True, slots=True)
-class Overview:
+class RunOverview:
     """A run as it stands."""
 
     record: RunRecord
@@ -123,14 +123,14 @@ def landing_times(tasks: Mapping[str, TaskDocument], documents: Mapping[str, Doc
     return {task: time for task, time in found.items() if time is not None}
 
 
-def overview(
+def build_overview(
     record: RunRecord,
     report: RunReport,
     landed_at: Mapping[str, float],
     worktrees: Mapping[str, str],
     events: Sequence[RecordedEvent],
     active: ActiveTime,
-) -> Overview:
+) -> RunOverview:
     """Describe a run; `worktrees` has the checkouts of newest attempts that are there, by task."""
     is_live = report.status is RunStatus.RUNNING
     tasks = []
@@ -142,34 +142,35 @@ def overview(
                 report=one,
                 worktree=worktrees.get(one.id) if was is None else was.worktree,
                 phases=_imported(was) if was is not None else _phases(document, is_live=is_live),
-                minutes=minutes_to_land(document, landed_at.get(one.id), active),
+                minutes=compute_minutes_to_land(document, landed_at.get(one.id), active),
                 branch=one.branch if was is None else was.branch,
                 pull_request=document.pull_request,
             )
         )
-    sessions = _live(record, worktrees) if is_live else []
-    return Overview(record, report, tasks, sessions, events, measure(record.tasks, landed_at, active))
+    sessions = _live_sessions(record, worktrees) if is_live else []
+    return RunOverview(record, report, tasks, sessions, events, compute_metrics(record.tasks, landed_at, active))
 
 
-def _phases(task: TaskDocument, *, is_live: bool) -> list[Phase]:
+def _phases(task: TaskDocument, *, is_live: bool) -> list[PhaseOverview]:
     """Return the phases that a task has been at, each once, or the one of a task without a workflow."""
     if task.phases:
         last = {one.phase: one.status for one in task.phases}
         return [
-            Phase(name, str(word), [one for one in task.attempts if one.phase == name]) for name, word in last.items()
+            PhaseOverview(name, str(word), [one for one in task.attempts if one.phase == name])
+            for name, word in last.items()
         ]
     status = "pending"
     if task.attempts:
         status = task.attempt.outcome or ("running" if is_live else "interrupted")
-    return [Phase("build", status, task.attempts)]
+    return [PhaseOverview("build", status, task.attempts)]
 
 
-def _imported(was: ImportedTask) -> list[Phase]:
+def _imported(was: ImportedTask) -> list[PhaseOverview]:
     words = {name: one.get("status") if isinstance(one, dict) else one for name, one in was.phases.items()}
-    return [Phase(name, word if isinstance(word, str) else "unknown", ()) for name, word in words.items()]
+    return [PhaseOverview(name, word if isinstance(word, str) else "unknown", ()) for name, word in words.items()]
 
 
-def _live(record: RunRecord, worktrees: Mapping[str, str]) -> list[LiveSession]:
+def _live_sessions(record: RunRecord, worktrees: Mapping[str, str]) -> list[LiveSession]:
     working = {task: one.attempt for task, one in record.tasks.items() if one.status is TaskStatus.RUNNING}
     return [
         LiveSession(
@@ -177,7 +178,7 @@ def _live(record: RunRecord, worktrees: Mapping[str, str]) -> list[LiveSession]:
             attempt=attempt.number,
             adapter=attempt.adapter,
             started=attempt.started,
-            branch=work_branch(record.run.id, task, str(attempt.number)),
+            branch=work_branch_name(record.run.id, task, str(attempt.number)),
             worktree=worktrees.get(task),
         )
         for task, attempt in working.items()

@@ -14,21 +14,21 @@ from pydantic import ConfigDict
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.lifecycle import run_state
 from orchestrator.domain.runs.model import (
-    FINAL,
-    REVIVABLE,
-    SUCCESSFUL,
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
+    SUCCESS_STATUSES,
     AdapterDocument,
-    Halt,
+    HaltCause,
     RunDocument,
     TaskDocument,
     TaskStatus,
 )
-from orchestrator.domain.runs.phases import OPEN
-from orchestrator.domain.scheduling.claims import Counters, Orchestrator, total
-from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.domain.runs.phases import OPEN_STATUSES
+from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.protocols import JsonObject
-from orchestrator.sessions.output.files import log_name
-from orchestrator.system.instants import local_time
+from orchestrator.sessions.output.files import log_file_name
+from orchestrator.system.instants import format_local_time
 
 #: `result_schema` takes the docstrings of fields for their descriptions.
 _DESCRIBED = ConfigDict(use_attribute_docstrings=True)
@@ -177,7 +177,7 @@ class OrchestratorReport:
     """Why it ended, where that was not of its own doing."""
 
     @classmethod
-    def of(cls, one: Orchestrator) -> OrchestratorReport:
+    def of(cls, one: OrchestratorLease) -> OrchestratorReport:
         """Return what is told of an orchestrator by its record."""
         owner = one.owner
         return cls(owner.id, owner.host, owner.pid, owner.role, one.since, one.heartbeat, one.ended, one.reason)
@@ -207,7 +207,7 @@ class RunReport:
     """The file that the run's record was imported from, by the name it has in the project; nobody can work in it."""
     halted: str | None = None
     """Why it was stopped before its end, and what to do."""
-    halted_by: Halt | None = None
+    halted_by: HaltCause | None = None
     """What stopped it: its `budget`, a check that fails on the `base`, or `commands` that can't be run."""
     merges: str | None = None
     """The run whose own branch it merges into the base, for `council merge`."""
@@ -219,7 +219,7 @@ class RunReport:
     """What sessions are at, while a process is at work in the run."""
     orchestrators: Sequence[OrchestratorReport] = ()
     """The processes that were ever at work in it, by the time when they joined."""
-    claims: Counters = field(default_factory=Counters)
+    claims: ClaimCounters = field(default_factory=ClaimCounters)
     """What became of the claims of all of them, as each told with its last sign of life."""
 
     @property
@@ -228,9 +228,9 @@ class RunReport:
         return EXIT_CODES[self.status]
 
     @property
-    def has_work_left(self) -> bool:
+    def has_unfinished_tasks(self) -> bool:
         """Whether a resume or a merge could continue one of its tasks."""
-        return self.imported is None and any(task.state not in {*FINAL, "blocked"} for task in self.tasks)
+        return self.imported is None and any(task.state not in {*FINAL_STATUSES, "blocked"} for task in self.tasks)
 
     def to_json(self) -> JsonObject:
         """Return the result object."""
@@ -246,11 +246,11 @@ class RunRecord:
 
     run: RunDocument
     tasks: Mapping[str, TaskDocument]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, DispatchEntry]
     adapters: Mapping[str, AdapterDocument]
     damaged: Collection[str] = ()
     """The tasks of which a newer state was recorded than can be read."""
-    orchestrators: Sequence[Orchestrator] = ()
+    orchestrators: Sequence[OrchestratorLease] = ()
     """Those that are at work in it, or were."""
 
     def adapters_of(self, task: str) -> tuple[str, ...]:
@@ -258,16 +258,18 @@ class RunRecord:
         entry = self.entries[task]
         if entry.workflow is None:
             return entry.adapters
-        from orchestrator.domain.workflow.routing import Phase, Workflow, adapters_at  # noqa: PLC0415  seldom needed
+        from orchestrator.domain.workflow.routing import Phase, Workflow, current_adapters  # noqa: PLC0415  seldom needed
 
         workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[entry.workflow])))
-        return adapters_at(workflow, self.tasks[task], entry.adapter, entry.fallback)
+        return current_adapters(workflow, self.tasks[task], entry.adapter, entry.fallback)
 
     def blocked(self) -> dict[str, str]:
         """Return the tasks that can't start any more, each with a need that will not land."""
-        return self.held_up([task for task, document in self.tasks.items() if document.status in REVIVABLE])
+        return self.dependents_of(
+            [task for task, document in self.tasks.items() if document.status in RETRYABLE_STATUSES]
+        )
 
-    def held_up(self, by: Iterable[str]) -> dict[str, str]:
+    def dependents_of(self, by: Iterable[str]) -> dict[str, str]:
         """Return the tasks that wait for any of these, directly or not, each with the need next to it."""
         dependents = defaultdict(list)
         for task, entry in self.entries.items():
@@ -294,7 +296,7 @@ class RunRecord:
                 if need not in known and need in self.entries:
                     known.add(need)
                     waiting.append(need)
-                    if self.tasks[need].status in REVIVABLE:
+                    if self.tasks[need].status in RETRYABLE_STATUSES:
                         found[need] = None
         return tuple(one for one in self.entries if one in found)
 
@@ -304,21 +306,21 @@ class RunRecord:
         if self.run.ended is None:
             return False
         blocked = self.blocked()
-        return all(document.status in FINAL or task in blocked for task, document in self.tasks.items())
+        return all(document.status in FINAL_STATUSES or task in blocked for task, document in self.tasks.items())
 
 
 @dataclass(frozen=True, slots=True)
-class ReportPlaces:
+class ReportPaths:
     """Where a run's output and branches are kept."""
 
     logs: Path
     repository: Path
 
 
-def report(
+def build_report(
     record: RunRecord,
     *,
-    places: ReportPlaces,
+    places: ReportPaths,
     has_ended: bool,
     is_live: bool,
     now: float,
@@ -339,8 +341,8 @@ def report(
         if learned.closed is not None or (learned.parked_until or 0.0) > now
     ]
     closed = {one.name: one.closed for one in adapters if one.closed is not None}
-    stuck = {} if status is RunStatus.RUNNING else _stuck(record, closed)
-    waiting = _waiting(record, adapters)
+    stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, closed)
+    waiting = _tasks_in_cooldown(record, adapters)
     reports, logs = [], str(places.logs)
     for task in record.run.tasks:
         need = blocked.get(task)
@@ -366,10 +368,10 @@ def report(
         damage=damage,
         imported=source,
         halted=halted,
-        halted_by=None if halted is None else run.halted_by or Halt.BUDGET,
+        halted_by=None if halted is None else run.halted_by or HaltCause.BUDGET,
         merges=run.merges,
         orchestrators=[OrchestratorReport.of(one) for one in others],
-        claims=total(one.counters for one in others),
+        claims=sum_counters(one.counters for one in others),
     )
 
 
@@ -386,19 +388,19 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
     return found
 
 
-def _stuck(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
+def _tasks_without_adapter(record: RunRecord, closed: Mapping[str, str]) -> dict[str, str]:
     """Return the tasks that wait for an adapter that is stopped, themselves or by what they need, and why."""
     stuck = {
-        task: _stopped({name: closed[name] for name in record.adapters_of(task)})
+        task: _describe_disabled({name: closed[name] for name in record.adapters_of(task)})
         for task in record.entries
         if closed and record.tasks[task].status is TaskStatus.PENDING and closed.keys() >= set(record.adapters_of(task))
     }
-    for task, held in record.held_up(stuck).items() if stuck else ():
+    for task, held in record.dependents_of(stuck).items() if stuck else ():
         stuck[task] = f"needs {held!r}, which waits for its adapter"
     return stuck
 
 
-def _stopped(closed: Mapping[str, str]) -> str:
+def _describe_disabled(closed: Mapping[str, str]) -> str:
     """Say that all adapters of a task are stopped, and why each of them."""
     if len(closed) == 1:
         [(name, why)] = closed.items()
@@ -407,7 +409,7 @@ def _stopped(closed: Mapping[str, str]) -> str:
     return f"all of its adapters are stopped ({each}): fix one of them, then `council resume`"
 
 
-def _waiting(record: RunRecord, out: Sequence[AdapterReport]) -> dict[str, str]:
+def _tasks_in_cooldown(record: RunRecord, out: Sequence[AdapterReport]) -> dict[str, str]:
     """Return the tasks that only the park of an adapter keeps from starting, and until when."""
     if all(one.parked_until is None for one in out):
         return {}
@@ -419,18 +421,18 @@ def _waiting(record: RunRecord, out: Sequence[AdapterReport]) -> dict[str, str]:
         adapters = record.adapters_of(task)
         if not known.keys() >= set(adapters):
             continue
-        if all(record.tasks[need].status in SUCCESSFUL for need in entry.needs):
+        if all(record.tasks[need].status in SUCCESS_STATUSES for need in entry.needs):
             if adapters not in told:
-                told[adapters] = _parked([known[name] for name in dict.fromkeys(adapters)])
+                told[adapters] = _describe_cooldown([known[name] for name in dict.fromkeys(adapters)])
             waiting[task] = told[adapters]
     return {task: words for task, words in waiting.items() if words}
 
 
-def _parked(adapters: Sequence[AdapterReport]) -> str:
+def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
     """Say which of a task's adapters it waits for, the first to open first, and which won't open; else nothing."""
     ends = sorted((one.parked_until, one.name) for one in adapters if one.closed is None and one.parked_until)
     stopped = "".join(f"; {one.name!r} is stopped: {one.closed}" for one in adapters if one.closed is not None)
-    each = ", or for ".join(f"{name!r} until {local_time(until)}" for until, name in ends)
+    each = ", or for ".join(f"{name!r} until {format_local_time(until)}" for until, name in ends)
     return f"waits for the adapter {each}{stopped}" if ends else ""
 
 
@@ -440,7 +442,7 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
         state, reason = "blocked", why_blocked
     if document.status is TaskStatus.RUNNING:
         reason = None  # it is that of an earlier attempt
-    at = phase_at(document)
+    at = current_phase(document)
     if document.status is TaskStatus.WAITING:
         reason = f"phase {at!r} waits for a person to approve it"
     attempts = document.attempts
@@ -449,13 +451,13 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     return TaskReport(
         id=task,
         state=state,
-        attempts=document.attempted,
+        attempts=document.counted_attempts,
         landed=document.landed,
         branch=document.branch,
         failure=outcome if outcome in _FAILURES and document.landed is None else None,
         reason=reason,
         paths=document.paths,
-        log=None if newest is None else newest.check_log or f"{logs}/{log_name(task, newest.number, 'stderr')}",
+        log=None if newest is None else newest.check_log or f"{logs}/{log_file_name(task, newest.number, 'stderr')}",
         adapter=adapter if newest is None else newest.adapter,
         words=None if newest is None else newest.words,
         # Lists, because generators would take longer than all the rest.
@@ -467,7 +469,7 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     )
 
 
-def phase_at(task: TaskDocument) -> str | None:
+def current_phase(task: TaskDocument) -> str | None:
     """Return the phase that a task is at, or is to enter next; None: none is left, or it has no workflow."""
     last = task.phases[-1] if task.phases else None
-    return last.phase if last is not None and last.status in OPEN else task.phase
+    return last.phase if last is not None and last.status in OPEN_STATUSES else task.phase

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import TypeAdapter
 
 from orchestrator.domain.runs.model import TaskStatus
-from orchestrator.domain.scheduling.claims import Counters
+from orchestrator.domain.scheduling.claims import ClaimCounters
 from orchestrator.engine.reports.report import EXIT_CODES, RunReport, TaskReport
-from orchestrator.engine.reports.story import Story
+from orchestrator.engine.reports.story import TaskDetails
 from orchestrator.protocols import JsonObject
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -21,13 +21,13 @@ def result_schema() -> JsonObject:
     task["state"]["enum"] = _STATES
     schema["properties"]["exit"] = {"description": "The exit code.", "enum": sorted(set(EXIT_CODES.values()))}
     schema["required"].append("exit")
-    del schema["$defs"][Counters.__name__]["additionalProperties"]
+    del schema["$defs"][ClaimCounters.__name__]["additionalProperties"]
     return {"$schema": _DRAFT, **schema}
 
 
-def story_schema() -> JsonObject:
+def task_details_schema() -> JsonObject:
     """Return the schema of what `council show --json` prints; later versions may add fields."""
-    schema = TypeAdapter(Story).json_schema(mode="serialization")
+    schema = TypeAdapter(TaskDetails).json_schema(mode="serialization")
     schema["properties"]["state"]["enum"] = _STATES
     schema["properties"]["exit"] = {"description": "The exit code.", "const": 0}
     schema["required"].append("exit")

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus, known_cost
-from orchestrator.domain.runs.outcome import Denials
-from orchestrator.domain.runs.phases import Given, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus, sum_known_cost
+from orchestrator.domain.runs.outcome import ToolDenials
+from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
 from orchestrator.domain.workflow.handoffs import Handoff, Receipt, is_intact
 from orchestrator.domain.workflow.mediation import Mediation
-from orchestrator.domain.workflow.routing import PLAIN
+from orchestrator.domain.workflow.routing import DEFAULT_PHASES
 from orchestrator.engine.reports.report import TaskReport
 from orchestrator.protocols import JsonObject
-from orchestrator.sessions.output.files import log_name
+from orchestrator.sessions.output.files import log_file_name
 
 _DESCRIBED = ConfigDict(use_attribute_docstrings=True)
 
@@ -31,7 +31,7 @@ _PLAIN_STATUS: Mapping[TaskStatus, PhaseStatus] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class UsageTotals:
     """What sessions used up."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
@@ -49,7 +49,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class VisitStory:
+class PhaseVisitDetails:
     """One visit of a phase: it is entered anew each time that it has to be done again from its beginning."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
@@ -67,8 +67,8 @@ class VisitStory:
     """The numbers of its sessions."""
     adapters: Sequence[str]
     """Those that ran them."""
-    figures: Figures
-    given: Given | None
+    figures: UsageTotals
+    given: GivenValues | None
     """What it was given of all that was known; null: nothing is filtered for it."""
     received: Sequence[str]
     """The ids of the handoffs that it was given."""
@@ -95,7 +95,7 @@ class VisitStory:
 
 
 @dataclass(frozen=True, slots=True)
-class SessionStory:
+class AttemptDetails:
     """One session: an attempt."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
@@ -142,12 +142,12 @@ class SessionStory:
     """The file with what the check printed that did not pass."""
     discarded: Sequence[str]
     """The paths that it changed though it was to change nothing."""
-    denied: Denials
+    denied: ToolDenials
     """The tools that its CLI denied it: how many calls, the first of them, and what allows them."""
 
 
 @dataclass(frozen=True, slots=True)
-class HandoffStory:
+class HandoffDetails:
     """What a session handed over."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
@@ -187,7 +187,7 @@ class HandoffStory:
 
 
 @dataclass(frozen=True, slots=True)
-class LandingStory:
+class LandingDetails:
     """How its work came onto the target, or why it is not there."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
@@ -210,7 +210,7 @@ class LandingStory:
 
 
 @dataclass(frozen=True, slots=True)
-class Latest:
+class LatestActivity:
     """The latest activity of a running session."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
@@ -222,7 +222,7 @@ class Latest:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class TaskDetails:
     """What `council show` tells of a task."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
@@ -248,42 +248,42 @@ class Story:
     needs: Sequence[str]
     workflow: str | None
     """The name of its workflow."""
-    phases: Sequence[VisitStory]
+    phases: Sequence[PhaseVisitDetails]
     """The phases that it was at, visit by visit."""
     ahead: Sequence[str]
     """The phases that are still to come, if nothing is sent back or skipped."""
-    sessions: Sequence[SessionStory]
-    handoffs: Sequence[HandoffStory]
-    landing: LandingStory
-    figures: Figures
+    sessions: Sequence[AttemptDetails]
+    handoffs: Sequence[HandoffDetails]
+    landing: LandingDetails
+    figures: UsageTotals
     damage: Sequence[str]
     """Places in the state log that could not be read."""
-    latest: Latest | None = None
+    latest: LatestActivity | None = None
     """The latest activity of its session; null unless one runs and its output is on this machine."""
 
     def to_json(self) -> JsonObject:
         """Return the object that programs get."""
-        told: JsonObject = TypeAdapter(Story).dump_python(self, mode="json")
+        told: JsonObject = TypeAdapter(TaskDetails).dump_python(self, mode="json")
         return told
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TaskDefinition:
     """What a task was to do, and by which steps."""
 
     prompt: str | None = None
     tracker: str | None = None
     needs: Sequence[str] = ()
     workflow: str | None = None
-    phases: Sequence[str] = (PLAIN[0].name,)
+    phases: Sequence[str] = (DEFAULT_PHASES[0].name,)
     plan: str | None = None
 
 
-def story(
+def build_task_details(
     run: str,
     report: TaskReport,
     document: TaskDocument,
-    asked: Asked,
+    asked: TaskDefinition,
     handoffs: Mapping[str, Handoff],
     *,
     target: str,
@@ -292,14 +292,14 @@ def story(
     now: float,
     is_merge: bool = False,
     damage: Sequence[str] = (),
-) -> Story:
+) -> TaskDetails:
     """Return the story of a task, of the documents that are about it; `logs` is the folder of its run's output.
 
     At `now` (wall-clock seconds) sessions without an end are running. The first attempt of a merge had no session.
     """
     attempts = document.attempts[1:] if is_merge else document.attempts
     ordered = sorted(handoffs.values(), key=lambda one: one.attempt)
-    return Story(
+    return TaskDetails(
         run=run,
         task=report.id,
         state=report.state,
@@ -313,7 +313,7 @@ def story(
         needs=asked.needs,
         workflow=asked.workflow,
         phases=_visits(document, attempts, asked, handoffs, now),
-        ahead=_ahead(document, asked),
+        ahead=_remaining_phases(document, asked),
         sessions=[_session(report.id, one, logs, now) for one in attempts],
         handoffs=[_handoff(one) for one in ordered],
         landing=_landing(document, target, landed_at),
@@ -323,8 +323,8 @@ def story(
 
 
 def _visits(
-    task: TaskDocument, sessions: Sequence[Attempt], asked: Asked, handoffs: Mapping[str, Handoff], now: float
-) -> list[VisitStory]:
+    task: TaskDocument, sessions: Sequence[Attempt], asked: TaskDefinition, handoffs: Mapping[str, Handoff], now: float
+) -> list[PhaseVisitDetails]:
     if task.imported is not None:
         words = {
             name: one.get("status") if isinstance(one, dict) else one for name, one in task.imported.phases.items()
@@ -332,7 +332,7 @@ def _visits(
         named = [(name, word if isinstance(word, str) else "unknown") for name, word in words.items()]
         return [_visit(_record(name), word, 1, (), None, now) for name, word in named]
     if asked.workflow is None:
-        return [_plain(task, sessions, now)] if sessions else []
+        return [_plain_visit(task, sessions, now)] if sessions else []
     counts: dict[str, int] = {}
     found = []
     for record in task.phases:
@@ -346,13 +346,13 @@ def _record(phase: str, **changes: Any) -> PhaseRecord:
     return PhaseRecord(phase=phase, **{"status": PhaseStatus.COMPLETED, **changes})
 
 
-def _plain(task: TaskDocument, sessions: Sequence[Attempt], now: float) -> VisitStory:
+def _plain_visit(task: TaskDocument, sessions: Sequence[Attempt], now: float) -> PhaseVisitDetails:
     """Return the one phase of a task without a workflow, of which nothing is recorded but its attempts."""
     status = _PLAIN_STATUS.get(task.status, PhaseStatus.COMPLETED)
     is_open = status is PhaseStatus.IN_PROGRESS
     built = [one for one in sessions if one.outcome == "built"]
     record = _record(
-        PLAIN[0].name,
+        DEFAULT_PHASES[0].name,
         status=status,
         started=sessions[0].started,
         ended=None if is_open else sessions[-1].ended,
@@ -366,9 +366,9 @@ def _plain(task: TaskDocument, sessions: Sequence[Attempt], now: float) -> Visit
 
 def _visit(
     record: PhaseRecord, status: str, number: int, attempts: Sequence[Attempt], handoff: Handoff | None, now: float
-) -> VisitStory:
+) -> PhaseVisitDetails:
     findings = () if handoff is None else handoff.data.get("findings", ())
-    return VisitStory(
+    return PhaseVisitDetails(
         phase=record.phase,
         visit=number,
         status=str(status),
@@ -392,7 +392,7 @@ def _visit(
     )
 
 
-def _ahead(task: TaskDocument, asked: Asked) -> list[str]:
+def _remaining_phases(task: TaskDocument, asked: TaskDefinition) -> list[str]:
     """Return the phases that are still to come."""
     if task.imported is not None or task.status not in {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.WAITING}:
         return []
@@ -407,10 +407,10 @@ def _ahead(task: TaskDocument, asked: Asked) -> list[str]:
     return [] if task.phases else names
 
 
-def _session(task: str, one: Attempt, logs: str, now: float) -> SessionStory:
-    return SessionStory(
+def _session(task: str, one: Attempt, logs: str, now: float) -> AttemptDetails:
+    return AttemptDetails(
         attempt=one.number,
-        phase=one.phase or PLAIN[0].name,
+        phase=one.phase or DEFAULT_PHASES[0].name,
         adapter=one.adapter,
         model=one.model,
         outcome=one.outcome,
@@ -429,15 +429,15 @@ def _session(task: str, one: Attempt, logs: str, now: float) -> SessionStory:
         start=one.start,
         branch=one.branch,
         words=one.words,
-        log=f"{logs}/{log_name(task, one.number, 'stdout')}",
+        log=f"{logs}/{log_file_name(task, one.number, 'stdout')}",
         check_log=one.check_log,
         discarded=one.discarded,
         denied=one.denied,
     )
 
 
-def _handoff(one: Handoff) -> HandoffStory:
-    return HandoffStory(
+def _handoff(one: Handoff) -> HandoffDetails:
+    return HandoffDetails(
         id=one.id,
         kind=one.kind,
         phase=one.phase,
@@ -459,9 +459,9 @@ def _handoff(one: Handoff) -> HandoffStory:
     )
 
 
-def _landing(task: TaskDocument, target: str, landed_at: float | None) -> LandingStory:
-    builder = task.builder if task.commit is not None and task.attempts else None
-    return LandingStory(
+def _landing(task: TaskDocument, target: str, landed_at: float | None) -> LandingDetails:
+    builder = task.building_attempt if task.commit is not None and task.attempts else None
+    return LandingDetails(
         target=target,
         landed=task.landed,
         time=landed_at,
@@ -478,12 +478,12 @@ def _seconds(one: Attempt, now: float) -> float:
     return max((now if one.ended is None else one.ended) - one.started, 0.0)
 
 
-def _figures(attempts: Sequence[Attempt], now: float) -> Figures:
-    return Figures(
+def _figures(attempts: Sequence[Attempt], now: float) -> UsageTotals:
+    return UsageTotals(
         sessions=len(attempts),
         seconds=sum(_seconds(one, now) for one in attempts),
         input_tokens=sum(one.input_tokens for one in attempts),
         output_tokens=sum(one.output_tokens for one in attempts),
         cached_tokens=sum(one.cached_tokens for one in attempts),
-        cost=known_cost(attempts),
+        cost=sum_known_cost(attempts),
     )

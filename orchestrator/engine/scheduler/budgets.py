@@ -12,20 +12,27 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.model import BudgetConfig, TaskSpec
-from orchestrator.domain.runs.budget import Budget, Share, Spending, cost_left, shares, spent_by
+from orchestrator.domain.runs.budget import (
+    Budget,
+    BudgetUsage,
+    Spending,
+    compute_budget_usage,
+    compute_remaining_cost,
+    sum_spending,
+)
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, Interrupted
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.protocols import Adapter, JsonObject
-from orchestrator.sessions.output.files import OUTPUT_CAP
-from orchestrator.sessions.output.follow import Follower
-from orchestrator.sessions.output.transcript import NOTHING_SAID, Transcript
+from orchestrator.sessions.output.files import MAX_OUTPUT_BYTES
+from orchestrator.sessions.output.follow import OutputFollower
+from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 from orchestrator.system.clock import Clock
 
 #: Seconds between two looks at what a session has used up.
-PAUSE = 1.0
+POLL_INTERVAL = 1.0
 
 _NOTHING = Spending()
 #: What to do where each is used up; a run keeps its file as it was.
@@ -50,7 +57,7 @@ class _Limit(NamedTuple):
         return f"{self.scope} {self.owner}" if self.owner else f"the {self.scope}"
 
 
-class Reached(NamedTuple):
+class BudgetReached(NamedTuple):
     """A budget that is used up, and what that makes of the attempt that used it up."""
 
     scope: str
@@ -58,12 +65,12 @@ class Reached(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Meter:
+class _UsageMeter:
     """A session at work: what it is known to have used up."""
 
-    follower: Follower
+    follower: OutputFollower
     started: float
-    said: Transcript = NOTHING_SAID
+    said: Transcript = EMPTY_TRANSCRIPT
     tokens: int = 0
     cost: float = 0.0
 
@@ -84,39 +91,45 @@ class Budgets:
         self._over = Spending()
         if self._run.is_limited:  # with many tasks that takes its time
             for task in ledger.run.tasks:
-                self._over += spent_by(ledger.task(task).attempts)
-        self._meters: dict[str, _Meter] = {}
+                self._over += sum_spending(ledger.task(task).attempts)
+        self._meters: dict[str, _UsageMeter] = {}
         # Of all sessions at work, so that a look at the run does not go through them.
         self._tokens, self._cost, self._started = 0, 0.0, 0.0
         self._told: set[tuple[str, ...]] = set()
 
     def cost_left(self, task: str, spec: TaskSpec) -> float | None:
         """Return how many dollars a task's next session may cost; None: without a limit."""
-        return cost_left((one.budget, one.spent) for one in self._limits(task, spec, ""))
+        return compute_remaining_cost((one.budget, one.spent) for one in self._limits(task, spec, ""))
 
     def is_halted(self) -> bool:
         """Whether the run has nothing left to use up; it is halted then."""
-        return self._reach(self._of_run()) is not None
+        return self._check_limit(self._of_run()) is not None
 
-    def obstacle(self, task: str, spec: TaskSpec) -> Failed | None:
+    def find_obstacle(self, task: str, spec: TaskSpec) -> Failed | None:
         """Return why a task may have no further session."""
         reason = _exhausted(self._of_task(task, spec))
         return None if reason is None else Failed(FailureClass.BUDGET, reason)
 
-    def take_in(self, before: TaskDocument, after: TaskDocument) -> None:
+    def add_peer_usage(self, before: TaskDocument, after: TaskDocument) -> None:
         """Take what sessions of other orchestrators used up of which the end has been recorded."""
         known = {one.number for one in before.attempts if one.ended is not None}
-        self._over += spent_by(one for one in after.attempts if one.ended is not None and one.number not in known)
+        self._over += sum_spending(one for one in after.attempts if one.ended is not None and one.number not in known)
 
     @asynccontextmanager
     async def watched(
-        self, task: str, attempt: int, spec: TaskSpec, adapter: Adapter, log: Path, stop: Callable[[Reached], None]
+        self,
+        task: str,
+        attempt: int,
+        spec: TaskSpec,
+        adapter: Adapter,
+        log: Path,
+        stop: Callable[[BudgetReached], None],
     ) -> AsyncIterator[None]:
         """Watch over a session for the body: call `stop` when it has used up what it, its task or the run may."""
         if not any(one.is_limited for one in (spec.session_budget.policy(), spec.budget.policy(), self._run)):
             yield
             return
-        meter = self._meters[task] = _Meter(Follower(adapter, log), self._clock.now())
+        meter = self._meters[task] = _UsageMeter(OutputFollower(adapter, log), self._clock.now())
         self._started += meter.started
         try:
             async with anyio.create_task_group() as group:
@@ -128,41 +141,41 @@ class Budgets:
             self._started -= meter.started
             self._tokens, self._cost = self._tokens - meter.tokens, self._cost - meter.cost
 
-    def reached(self, task: str, spec: TaskSpec, said: Transcript) -> Reached | None:
+    def find_reached(self, task: str, spec: TaskSpec, said: Transcript) -> BudgetReached | None:
         """Return the budget that a session has used up by what it said to the last; it is over, but not counted yet."""
-        own = self._accounting.own(said, self._ledger.task(task).attempts)
+        own = self._accounting.net_usage(said, self._ledger.task(task).attempts)
         last = Spending(own.input_tokens + own.output_tokens, own.cost or 0.0)
         session = _Limit("session", task, spec.session_budget.policy(), last)
         limits = (session, self._of_task(task, spec, last), self._of_run(last))
-        return next(filter(None, map(self._reach, limits)), None)
+        return next(filter(None, map(self._check_limit, limits)), None)
 
     async def count(self, task: str, spec: TaskSpec, attempt: Attempt) -> None:
         """Take what an attempt that is over used up, and tell where that is a good part of what there is, or more."""
-        self._over += spent_by([attempt])
+        self._over += sum_spending([attempt])
         limits = (self._of_task(task, spec), self._of_run())
         for limit in limits:
             await self._warn(limit)
-            for share in shares(limit.budget, limit.spent):
+            for share in compute_budget_usage(limit.budget, limit.spent):
                 if share.is_exhausted:
-                    await self._tell_share("budget.exhausted", limit, share)
+                    await self._note_share("budget.exhausted", limit, share)
         counts_money = any(one.budget.cost is not None for one in limits) or spec.session_budget.cost is not None
         if counts_money and attempt.cost is None and (attempt.input_tokens or attempt.output_tokens):
             facts = {"adapter": attempt.adapter, "model": attempt.model}
-            await self._tell_once("budget.unpriced", facts, attempt.adapter, attempt.model or "")
+            await self._note_once("budget.unpriced", facts, attempt.adapter, attempt.model or "")
 
     async def _watch(
-        self, task: str, attempt: int, spec: TaskSpec, meter: _Meter, stop: Callable[[Reached], None]
+        self, task: str, attempt: int, spec: TaskSpec, meter: _UsageMeter, stop: Callable[[BudgetReached], None]
     ) -> None:
         session = f"{task}.{attempt}"
         while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + PAUSE)
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + POLL_INTERVAL)
             if await anyio.to_thread.run_sync(meter.read):
-                self._weigh(task, meter)
-            if meter.follower.at >= OUTPUT_CAP:
-                await self._tell_once("budget.unfollowed", {"of": f"session {session}"}, session)
+                self._update_meter(task, meter)
+            if meter.follower.at >= MAX_OUTPUT_BYTES:
+                await self._note_once("budget.unfollowed", {"of": f"session {session}"}, session)
             for limit in self._limits(task, spec, session):
                 await self._warn(limit)
-                if (found := self._reach(limit)) is not None:
+                if (found := self._check_limit(limit)) is not None:
                     stop(found)
                     return
 
@@ -179,7 +192,7 @@ class Budgets:
         """
         spent = more
         for one in self._ledger.family(task):
-            spent += spent_by(self._ledger.task(one).attempts)
+            spent += sum_spending(self._ledger.task(one).attempts)
             if one != task:
                 spent += self._now(one)
         return _Limit("task", task, spec.budget.policy(), spent)
@@ -189,8 +202,8 @@ class Budgets:
         seconds = max(len(self._meters) * self._clock.now() - self._started, 0.0)
         return _Limit("run", "", self._run, self._over + Spending(self._tokens, self._cost, seconds) + more)
 
-    def _weigh(self, task: str, meter: _Meter) -> None:
-        own = self._accounting.own(meter.said, self._ledger.task(task).attempts)
+    def _update_meter(self, task: str, meter: _UsageMeter) -> None:
+        own = self._accounting.net_usage(meter.said, self._ledger.task(task).attempts)
         tokens, cost = own.input_tokens + own.output_tokens, own.cost or 0.0
         self._tokens, self._cost = self._tokens + tokens - meter.tokens, self._cost + cost - meter.cost
         meter.tokens, meter.cost = tokens, cost
@@ -202,26 +215,26 @@ class Budgets:
             return _NOTHING
         return Spending(meter.tokens, meter.cost, max(self._clock.now() - meter.started, 0.0))
 
-    def _reach(self, limit: _Limit) -> Reached | None:
+    def _check_limit(self, limit: _Limit) -> BudgetReached | None:
         """Return what comes of a limit if nothing is left of it; where it is the run's, that is halted."""
         reason = _exhausted(limit)
         if reason is None:
             return None
         if limit.scope != "run":
-            return Reached(limit.scope, Failed(FailureClass.BUDGET, reason))
+            return BudgetReached(limit.scope, Failed(FailureClass.BUDGET, reason))
         self._halt(reason)
-        return Reached(limit.scope, Interrupted(reason))
+        return BudgetReached(limit.scope, Interrupted(reason))
 
     async def _warn(self, limit: _Limit) -> None:
-        for share in shares(limit.budget, limit.spent):
+        for share in compute_budget_usage(limit.budget, limit.spent):
             if share.is_low and not share.is_exhausted:
-                await self._tell_share("budget.low", limit, share)
+                await self._note_share("budget.low", limit, share)
 
-    async def _tell_share(self, event: str, limit: _Limit, share: Share) -> None:
+    async def _note_share(self, event: str, limit: _Limit, share: BudgetUsage) -> None:
         facts = {"scope": limit.scope, "of": limit.of, "limit": share.key, "reason": share.describe()}
-        await self._tell_once(event, facts, limit.of, share.key)
+        await self._note_once(event, facts, limit.of, share.key)
 
-    async def _tell_once(self, event: str, facts: JsonObject, *of: str) -> None:
+    async def _note_once(self, event: str, facts: JsonObject, *of: str) -> None:
         if (event, *of) not in self._told:
             self._told.add((event, *of))
             await self._ledger.note(event, facts)
@@ -229,7 +242,7 @@ class Budgets:
 
 def _exhausted(limit: _Limit) -> str | None:
     """Return in words that nothing is left of a budget, if so."""
-    found = next((one for one in shares(limit.budget, limit.spent) if one.is_exhausted), None)
+    found = next((one for one in compute_budget_usage(limit.budget, limit.spent) if one.is_exhausted), None)
     if found is None:
         return None
     return f"the {limit.scope}'s budget is used up, {found.describe()}: {_REMEDIES[limit.scope]}"

@@ -9,25 +9,25 @@ from collections.abc import Collection, Sequence
 
 import anyio
 
-from orchestrator.domain.runs.model import CLAIMED, SUCCESSFUL, AdapterDocument, TaskStatus
-from orchestrator.domain.scheduling.dispatch import Board
-from orchestrator.domain.workflow.routing import adapters_at, keeps_paths
+from orchestrator.domain.runs.model import CLAIMED_STATUSES, SUCCESS_STATUSES, AdapterDocument, TaskStatus
+from orchestrator.domain.scheduling.dispatch import DispatchBoard
+from orchestrator.domain.workflow.routing import current_adapters, has_built_work
 from orchestrator.engine.landing.merge_queue import MergeQueue
-from orchestrator.engine.scheduler.attempts import Work
+from orchestrator.engine.scheduler.attempts import ActiveAttempt
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.system.clock import Clock
 
 #: Seconds that an orchestrator which gave a task back has to take it again before others do.
-_OTHERS_PAUSE = 0.5
+_PEER_RETRY_DELAY = 0.5
 
 
-class InHand:
+class LocalWork:
     """What this process is at, and what of the run it knows; its times are monotonic seconds."""
 
     def __init__(
         self,
         ledger: Ledger,
-        board: Board,
+        board: DispatchBoard,
         merging: MergeQueue,
         clock: Clock,
         cancelled: set[str],
@@ -37,13 +37,13 @@ class InHand:
 
         `lacking` has the adapters that this process can't run, whatever the run knows about them.
         """
-        self._lacking = lacking
-        self._ledger, self.board, self.merging, self._clock = ledger, board, merging, clock
+        self._unavailable_adapters = lacking
+        self._ledger, self.board, self.merge_queue, self._clock = ledger, board, merging, clock
         self.cancelled = cancelled
         """Tasks that a person does not want any more."""
-        self.works: dict[str, Work] = {}
+        self.active_attempts: dict[str, ActiveAttempt] = {}
         """The attempts that are under way here, by task."""
-        self.elsewhere = {task for task in ledger.run.tasks if ledger.is_elsewhere(task)}
+        self.elsewhere = {task for task in ledger.run.tasks if ledger.is_claimed_elsewhere(task)}
         """Tasks that other orchestrators have claimed."""
         self.deferred: list[str] = []
         """Tasks that could not be landed now."""
@@ -58,20 +58,20 @@ class InHand:
         if adapters is not None:
             self.board.place(task, adapters, keeps_paths=keeps)
 
-    def grow(self) -> None:
+    def add_planned_tasks(self) -> None:
         """Have the board know the tasks that plans have become, each at its place of the file."""
         new = [task for task in self._ledger.added if not self.board.has(task)]
         if not new:
             return
-        self.board.add({task: self._ledger.added[task] for task in new}, self._orders(new))
+        self.board.add({task: self._ledger.added[task] for task in new}, self._file_order(new))
         for task in new:
             if self._ledger.task(task).status is TaskStatus.PENDING:
-                self.board.need(task, self._ledger.parts(task))
+                self.board.set_subtasks(task, self._ledger.parts(task))
                 self._place(task)
             else:
-                self.mirror(task)
+                self.sync_task(task)
 
-    def _orders(self, new: Sequence[str]) -> dict[str, float]:
+    def _file_order(self, new: Sequence[str]) -> dict[str, float]:
         """Return where new tasks stand in the file: those that came together share the room between others."""
         found: dict[str, float] = {}
         together: list[str] = []
@@ -86,17 +86,17 @@ class InHand:
             together, before = [], here
         return found
 
-    def waits_for_parts(self, task: str) -> bool:
+    def has_open_parts(self, task: str) -> bool:
         """Whether something that the plan of a task became has neither landed nor is done, as far as is recorded."""
         return any(
-            one not in self._ledger or self._ledger.task(one).status not in SUCCESSFUL
+            one not in self._ledger or self._ledger.task(one).status not in SUCCESS_STATUSES
             for one in self._ledger.task(task).expanded
         )
 
-    def _need(self, task: str) -> None:
+    def _wait_for_parts(self, task: str) -> None:
         """Have a task wait for what its plan became, where it became anything."""
-        self.grow()
-        self.board.need(task, self._ledger.parts(task))
+        self.add_planned_tasks()
+        self.board.set_subtasks(task, self._ledger.parts(task))
 
     def wake(self) -> None:
         """Have the scheduler look at all this now."""
@@ -109,7 +109,7 @@ class InHand:
 
     def stop_sessions(self) -> None:
         """Stop all sessions; their tasks keep what they did."""
-        for work in self.works.values():
+        for work in self.active_attempts.values():
             work.stop()
         self.wake()
 
@@ -117,38 +117,38 @@ class InHand:
         """Start nothing with an adapter before that time (wall-clock seconds)."""
         self.board.park(adapter, self._clock.monotonic() + until - self._clock.now())
 
-    def learn(self, adapter: str, learned: AdapterDocument) -> None:
+    def update_adapter(self, adapter: str, learned: AdapterDocument) -> None:
         """Do with an adapter what the run has learned about it."""
         if learned.closed is not None:
             self.board.close(adapter, learned.closed)
         elif learned.parked_until is not None:
             self.park(adapter, learned.parked_until)
-        elif adapter not in self._lacking:
+        elif adapter not in self._unavailable_adapters:
             self.board.open(adapter)
 
     def show(self, task: str, retry_in: float) -> None:
         """Have the board show where a task is; one that is to be tried again starts in so many seconds."""
-        self._need(task)
+        self._wait_for_parts(task)
         until = self._clock.monotonic() + retry_in
         adapters, keeps = self._at_phase(task)
-        self.board.mirror(task, self._ledger.task(task).status, until, adapters, keeps_paths=keeps)
+        self.board.sync_task(task, self._ledger.task(task).status, until, adapters, keeps_paths=keeps)
 
     def wait(self, task: str, delay: float = 0.0) -> None:
         """Have a task go on in so many seconds, at its phase."""
-        self._need(task)
+        self._wait_for_parts(task)
         adapters, keeps = self._at_phase(task)
         self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
 
-    def go_on(self, task: str) -> None:
+    def continue_task(self, task: str) -> None:
         """Have a task go on that a person was asked about; one whose session is not quite over does by itself then."""
-        if task not in self.works:
+        if task not in self.active_attempts:
             self.wait(task)
 
     def revive(self, task: str) -> None:
         """Have a task tried again that was over; at the end of its session where that is not quite over."""
-        if task in self.works:
+        if task in self.active_attempts:
             return
-        self._need(task)
+        self._wait_for_parts(task)
         self._place(task)
         self.board.revive(task)
 
@@ -158,30 +158,30 @@ class InHand:
         if entry.workflow is None:
             return None, False
         workflow = self._ledger.workflow(entry.workflow)
-        return adapters_at(workflow, document, entry.adapter, entry.fallback), keeps_paths(document)
+        return current_adapters(workflow, document, entry.adapter, entry.fallback), has_built_work(document)
 
-    def mirror(self, task: str, retry_in: float | None = None) -> None:
+    def sync_task(self, task: str, retry_in: float | None = None) -> None:
         """Take over where a task is that another orchestrator moved, or a person."""
-        if task in self.works:
-            self.works[task].stop()  # when it is over, the board is told where the task is
+        if task in self.active_attempts:
+            self.active_attempts[task].stop()  # when it is over, the board is told where the task is
             return
         self._drop_landing(task)
-        is_elsewhere = self._ledger.is_elsewhere(task)
+        is_elsewhere = self._ledger.is_claimed_elsewhere(task)
         (self.elsewhere.add if is_elsewhere else self.elsewhere.discard)(task)
-        if is_elsewhere or self._ledger.task(task).status not in CLAIMED:
-            self.show(task, _OTHERS_PAUSE if retry_in is None else retry_in)
+        if is_elsewhere or self._ledger.task(task).status not in CLAIMED_STATUSES:
+            self.show(task, _PEER_RETRY_DELAY if retry_in is None else retry_in)
 
-    def take_up(self, task: str) -> None:
+    def take_over(self, task: str) -> None:
         """Go on with a task that was another orchestrator's, from where it is now.
 
         One that has its session here already, as the scheduler was faster, goes on by itself at the end of that.
         """
         self.elsewhere.discard(task)
-        if task in self.works:
+        if task in self.active_attempts:
             return
         self.show(task, 0.0)
         if self._ledger.task(task).status in {TaskStatus.QUEUED, TaskStatus.LANDING}:
-            self.merging.waiting.append(task)
+            self.merge_queue.waiting.append(task)
 
     def drop(self, task: str) -> None:
         """Have nothing to do with a task any more that is, or will be, over."""
@@ -191,6 +191,6 @@ class InHand:
 
     def _drop_landing(self, task: str) -> None:
         """Land a task no more that is not this orchestrator's."""
-        self.merging.cancel(task)
+        self.merge_queue.cancel(task)
         if task in self.deferred:
             self.deferred.remove(task)

@@ -14,19 +14,19 @@ from orchestrator.engine.diagnostics.state_findings import judge_documents, judg
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Store
-from orchestrator.state.documents.maintenance import forget_old, sweep
+from orchestrator.state.documents.maintenance import compact_log, delete_expired
 from orchestrator.system.clock import Clock
 
 #: Seconds between two looks at what has expired and at the size of the log.
-SWEEP_PAUSE: Final = 30.0
+SWEEP_INTERVAL: Final = 30.0
 #: Seconds between two looks at sizes and at how long commits take.
-HEALTH_PAUSE: Final = 60.0
+HEALTH_INTERVAL: Final = 60.0
 #: Seconds between two readings of all that is recorded.
-VERIFY_PAUSE: Final = 60.0
+VERIFY_INTERVAL: Final = 60.0
 #: Seconds between two checkpoints of the run.
-CHECKPOINT_PAUSE: Final = 300.0
+CHECKPOINT_INTERVAL: Final = 300.0
 #: How many times as long as it took is paused behind each of these, but no more seconds than that.
-_REST, _LONGEST_REST = 50.0, 600.0
+_PAUSE_FACTOR, _MAX_PAUSE = 50.0, 600.0
 
 
 class Monitor:
@@ -43,10 +43,10 @@ class Monitor:
         """Do all that, until it is cancelled."""
         async with anyio.create_task_group() as group:
             for pause, look in (
-                (SWEEP_PAUSE, self._sweep),
-                (HEALTH_PAUSE, self._look),
-                (VERIFY_PAUSE, self._verify),
-                (CHECKPOINT_PAUSE, self._ledger.checkpoint),
+                (SWEEP_INTERVAL, self._sweep),
+                (HEALTH_INTERVAL, self._look),
+                (VERIFY_INTERVAL, self._verify),
+                (CHECKPOINT_INTERVAL, self._ledger.checkpoint),
             ):
                 group.start_soon(self._repeat, pause, look)
 
@@ -57,11 +57,11 @@ class Monitor:
             began = self._clock.monotonic()
             with suppress(StoreUnavailable):  # whatever must be recorded will say so
                 await look()
-            wait = max(pause, min(_REST * (self._clock.monotonic() - began), _LONGEST_REST))
+            wait = max(pause, min(_PAUSE_FACTOR * (self._clock.monotonic() - began), _MAX_PAUSE))
 
     async def _sweep(self) -> None:
-        await sweep(self._store, self._facts)
-        await forget_old(self._store, self._clock, self._retention.age, self._retention.size, self._facts)
+        await delete_expired(self._store, self._facts)
+        await compact_log(self._store, self._clock, self._retention.age, self._retention.size, self._facts)
 
     async def _look(self) -> None:
         latency = judge_latency(self._ledger.slowest_commit())

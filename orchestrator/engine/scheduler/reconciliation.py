@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import CLAIMED, TaskDocument, TaskStatus
-from orchestrator.engine.run_context import Workshop
+from orchestrator.domain.runs.model import CLAIMED_STATUSES, TaskDocument, TaskStatus
+from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost, GitError, VersionConflict
 
@@ -13,14 +13,14 @@ _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CONFLICT, TaskStatus.FAILED})
 #: Where a recorded merge counts that is on the target.
 _OPEN = _BUILT | {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING}
 
-_BY_OTHERS = "somebody else has landed it"
+_LANDED_EXTERNALLY = "somebody else has landed it"
 
 
 class Reconciler:
     """Looks at a run's target each time that this has moved."""
 
-    def __init__(self, ledger: Ledger, shop: Workshop) -> None:
-        self._ledger, self._shop = ledger, shop
+    def __init__(self, ledger: Ledger, shop: RunContext) -> None:
+        self._ledger, self._context = ledger, shop
         self._seen: tuple[str | None, int] | None = None
 
     async def look(self, busy: frozenset[str]) -> list[str]:
@@ -29,7 +29,7 @@ class Reconciler:
         It is for those that are its own, and, if it coordinates the run, those that are nobody's; not for tasks that
         are `busy` landing.
         """
-        target = self._shop.target
+        target = self._context.target
         try:
             await target.refresh()
             # A task that has failed since may have been landed before.
@@ -44,13 +44,13 @@ class Reconciler:
 
     async def _adopt(self, task: str) -> bool:
         document = self._ledger.task(task)
-        if document.status not in _OPEN or self._ledger.is_elsewhere(task):
+        if document.status not in _OPEN or self._ledger.is_claimed_elsewhere(task):
             return False
-        if document.status not in CLAIMED and not self._ledger.coordinates.is_set():
+        if document.status not in CLAIMED_STATUSES and not self._ledger.became_leader.is_set():
             return False
-        commit, reason = self._shop.target.landing_of(document.intended), None
+        commit, reason = self._context.target.find_landing(document.intended), None
         if commit is None:
-            commit, reason = await self._landed_by_others(document), _BY_OTHERS
+            commit, reason = await self._landed_by_others(document), _LANDED_EXTERNALLY
         if commit is None:
             return False
         facts = {"landed": commit, "reason": reason, "external": reason is not None}
@@ -62,11 +62,11 @@ class Reconciler:
 
     async def _landed_by_others(self, document: TaskDocument) -> str | None:
         """Return the commit of the target that has what a task built, though not by a recorded merge."""
-        tip, built = self._shop.target.known, document.commit
+        tip, built = self._context.target.known, document.commit
         if document.status not in _BUILT or built is None or tip is None:
             return None
-        git = self._shop.git
-        if await self._shop.target.holds(built):
+        git = self._context.git
+        if await self._context.target.contains(built):
             since = await git.line("rev-list", "--first-parent", "--ancestry-path", f"{built}..{tip}")
             return since.split("\n")[-1] or built
         tree, conflicts = await git.merge_tree(tip, built)

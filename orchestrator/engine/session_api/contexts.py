@@ -18,39 +18,39 @@ from pydantic import TypeAdapter
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.contexts import (
-    LONGEST_MESSAGE,
-    LONGEST_PATH,
-    LONGEST_PROGRESS,
-    STALE_AFTER,
+    MAX_MESSAGE_CHARS,
+    MAX_PATH_CHARS,
+    MAX_PROGRESS_CHARS,
+    STALE_CONTEXT_SECONDS,
     SessionContext,
     SessionStatus,
     TaskSummary,
-    conflicts,
-    sessions_on,
-    stale,
-    summarize,
+    filter_stale,
+    find_file_conflicts,
+    find_sessions_on,
+    summarize_task,
 )
 from orchestrator.errors import LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
-from orchestrator.state.documents.reading import validated
+from orchestrator.state.documents.reading import validate_many
 from orchestrator.system.clock import Clock
 
 KIND: Final = "context"
 
 #: How often a write is tried: the one who writes a session's record beside its own process is whoever cleans up.
-_TRIES: Final = 5
+_MAX_TRIES: Final = 5
 _CONTEXTS = cache(lambda: TypeAdapter(list[SessionContext]))
 #: The fields whose text is a program's, and how many characters of it are kept.
-_SAID: Final = {
-    "file": LONGEST_PATH,
-    "progress": LONGEST_PROGRESS,
-    "message": LONGEST_MESSAGE,
-    "seen": LONGEST_MESSAGE,
-    "blocked_on": LONGEST_MESSAGE,
+_TEXT_LIMITS: Final = {
+    "file": MAX_PATH_CHARS,
+    "progress": MAX_PROGRESS_CHARS,
+    "message": MAX_MESSAGE_CHARS,
+    "seen": MAX_MESSAGE_CHARS,
+    "blocked_on": MAX_MESSAGE_CHARS,
 }
 
 
-class Report(TypedDict, total=False):
+class SessionStatusUpdate(TypedDict, total=False):
     """What a session tells of itself; what is not named stays as it was."""
 
     status: SessionStatus
@@ -68,12 +68,12 @@ def context_key(session: SessionName) -> Key:
 async def read_contexts(store: Store, run: str | None = None) -> list[SessionContext]:
     """Return what the sessions of a run, or of all runs, are at, those that have ended within half an hour, too."""
     found = [one.encoded for one in await store.list(KIND, f"{run}/" if run else "") if not one.damaged]
-    return validated(_CONTEXTS(), found)
+    return validate_many(_CONTEXTS(), found)
 
 
-async def clean_contexts(store: Store, now: float, after: float = STALE_AFTER) -> list[str]:
+async def clean_contexts(store: Store, now: float, after: float = STALE_CONTEXT_SECONDS) -> list[str]:
     """Remove what was not heard of for `after` seconds, and what has expired; return the names of those sessions."""
-    old = {context_key(one.session): 0 for one in stale(await read_contexts(store), now, after)}
+    old = {context_key(one.session): 0 for one in filter_stale(await read_contexts(store), now, after)}
     for key in old:
         found = await store.get(key)
         old[key] = found.version if found else 0
@@ -86,7 +86,7 @@ async def clean_contexts(store: Store, now: float, after: float = STALE_AFTER) -
     return sorted(removed)
 
 
-class Contexts:
+class SessionContexts:
     """The records of the sessions that this process runs, and a look at all others."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Contexts:
         """Write as the process `orchestrator`, each record under the guard that `claim` returns for it."""
         self._store, self._clock, self._scope, self._redactor = store, clock, scope, redactor
         self._orchestrator, self._claim = orchestrator, claim
-        self._own: dict[SessionName, _Own] = {}
+        self._own: dict[SessionName, _OwnRecord] = {}
 
     async def begin(self, session: SessionName, adapter: str) -> SessionContext:
         """Record that a session is at work from now on."""
@@ -115,10 +115,10 @@ class Contexts:
             started=now,
             updated=now,
         )
-        self._own[session] = _Own(context, claim=self._claim(session))
+        self._own[session] = _OwnRecord(context, claim=self._claim(session))
         return await self._note(session, {})
 
-    async def update(self, session: SessionName, **changes: Unpack[Report]) -> SessionContext:
+    async def update(self, session: SessionName, **changes: Unpack[SessionStatusUpdate]) -> SessionContext:
         """Record what a session tells of itself, and that it lives. RefusedError where it is not at work here."""
         return await self._write(session, changes)
 
@@ -126,7 +126,7 @@ class Contexts:
         """Record that a session can't go on before something happens."""
         return await self.update(session, status=SessionStatus.BLOCKED, message=reason, blocked_on=on)
 
-    async def saw(self, session: SessionName, doing: str, file: str | None) -> SessionContext:
+    async def record_activity(self, session: SessionName, doing: str, file: str | None) -> SessionContext:
         """Record what a session was seen to do, and the file that it is at (None: the same as before)."""
         return await self._write(session, {"seen": doing, **({} if file is None else {"file": file})})
 
@@ -159,7 +159,7 @@ class Contexts:
             left = SessionContext.model_validate_json(found.encoded)
             if left.status is SessionStatus.DONE:
                 return
-            self._own[session] = _Own(left, found.version, self._claim(session))
+            self._own[session] = _OwnRecord(left, found.version, self._claim(session))
         try:
             await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
         except LeaseLost:  # whoever has taken the task over says how it goes on
@@ -176,23 +176,23 @@ class Contexts:
         """Return what the sessions of this scope are at, in all runs or in one, whichever processes run them."""
         return [one for one in await read_contexts(self._store, run) if one.scope == self._scope]
 
-    async def on(self, path: str) -> list[SessionContext]:
+    async def sessions_on_file(self, path: str) -> list[SessionContext]:
         """Return the sessions that are at work on a file, or have it locked."""
-        return sessions_on(await self.all(), path)
+        return find_sessions_on(await self.all(), path)
 
     async def conflicts(self) -> dict[str, list[SessionContext]]:
         """Return the files that several sessions are on."""
-        return conflicts(await self.all())
+        return find_file_conflicts(await self.all())
 
     async def summary(self, run: str, task: str) -> TaskSummary:
         """Return the sessions of a task at a glance."""
-        return summarize(task, await self.all(run))
+        return summarize_task(task, await self.all(run))
 
-    async def clean(self, after: float = STALE_AFTER) -> list[str]:
+    async def clean(self, after: float = STALE_CONTEXT_SECONDS) -> list[str]:
         """See `clean_contexts`."""
         return await clean_contexts(self._store, self._clock.now(), after)
 
-    def _owned(self, session: SessionName) -> _Own:
+    def _owned(self, session: SessionName) -> _OwnRecord:
         own = self._own.get(session)
         if own is None:
             raise RefusedError(f"session {session} is not at work here", "ask from within a session that is")
@@ -204,14 +204,14 @@ class Contexts:
             await self._write(session, changes)
         return self._owned(session).context
 
-    async def _write(self, session: SessionName, changes: dict[str, Any] | Report) -> SessionContext:
+    async def _write(self, session: SessionName, changes: dict[str, Any] | SessionStatusUpdate) -> SessionContext:
         own = self._owned(session)
         said = {name: self._fit(name, value) for name, value in changes.items()}
         # One at a time, or each of two would find the other's version.
         async with own.turn:
             own.context = own.context.model_copy(update={**said, "updated": self._clock.now()})
-            for left in reversed(range(_TRIES)):
-                write = Write(context_key(session), own.version, own.context.to_json(), STALE_AFTER)
+            for left in reversed(range(_MAX_TRIES)):
+                write = Write(context_key(session), own.version, own.context.to_json(), STALE_CONTEXT_SECONDS)
                 try:
                     await self._store.commit(Commit([write], (), [own.claim] if own.claim else [], durable=False))
                 except VersionConflict:
@@ -232,14 +232,14 @@ class Contexts:
         return found.version if found else 0
 
     def _fit(self, name: str, value: Any) -> Any:
-        if name not in _SAID or value is None:
+        if name not in _TEXT_LIMITS or value is None:
             return value
         # Programs that cut text in two leave half a surrogate pair, which no store takes.
         text = self._redactor.text(str(value).encode(errors="replace").decode()).strip()
-        return text if len(text) <= _SAID[name] else f"{text[: _SAID[name] - 1]}…"
+        return text if len(text) <= _TEXT_LIMITS[name] else f"{text[: _TEXT_LIMITS[name] - 1]}…"
 
 
-class _Own:
+class _OwnRecord:
     """The record of a session: as it was written last, under which version, and the claim that it began under."""
 
     def __init__(self, context: SessionContext, version: int = 0, claim: Guard | None = None) -> None:

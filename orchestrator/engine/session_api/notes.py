@@ -11,31 +11,31 @@ import anyio.to_thread
 from pydantic import TypeAdapter
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import checked
+from orchestrator.domain.scheduling.holdings import check_patterns
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.notes import (
-    LONGEST_PATH,
-    LONGEST_PATHS,
-    LONGEST_TEXT,
-    LONGEST_TOPIC,
-    MOST_NOTES,
-    MOST_OF_TASK,
-    MOST_PATHS,
+    MAX_NOTES,
+    MAX_PATH_CHARS,
+    MAX_PATHS,
+    MAX_PATHS_CHARS,
+    MAX_TASK_NOTES,
+    MAX_TEXT_BYTES,
+    MAX_TOPIC_CHARS,
     Note,
-    concerning,
-    found,
+    filter_notes,
+    filter_relevant,
 )
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
-from orchestrator.state.documents.reading import validated
-from orchestrator.state.documents.update import retried
+from orchestrator.state.documents.reading import validate_many
+from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.clock import Clock
 
 KIND: Final = "note"
 _NOTES = cache(lambda: TypeAdapter(list[Note]))
 
 
-class Memory:
+class NoteStore:
     """The notes of one scope: whatever sessions left there, in any run."""
 
     def __init__(self, store: Store, clock: Clock, scope: str, redactor: Redactor) -> None:
@@ -57,7 +57,7 @@ class Memory:
         """
         text, topic = self._clean(text).strip(), None if topic is None else " ".join(self._clean(topic).split())
         _check(text, topic, paths)
-        patterns = tuple(checked([self._clean(path) for path in paths]))
+        patterns = tuple(check_patterns([self._clean(path) for path in paths]))
 
         async def attempt() -> Note:
             kept = await self._documents()
@@ -67,18 +67,18 @@ class Memory:
             note = Note(id=name, **session._asdict(), topic=topic, paths=patterns, text=text, time=now)
             # One that leaves many takes the place of its own.
             own = [one for one in kept if not one.damaged and one.value["task"] == session.task]
-            old = own[: max(len(own) - MOST_OF_TASK + 1, 0)] or kept[: max(len(kept) - MOST_NOTES + 1, 0)]
+            old = own[: max(len(own) - MAX_TASK_NOTES + 1, 0)] or kept[: max(len(kept) - MAX_NOTES + 1, 0)]
             writes = [Write(self._key(name), 0, note.to_json()), *(Write(one.key, one.version, None) for one in old)]
             event = Event("note.left", {**session._asdict(), "note": name, "topic": topic, "paths": list(patterns)})
             await self._store.commit(Commit(writes, [event], [claim] if claim else []))
             return note
 
-        return await retried(attempt)
+        return await retry_on_conflict(attempt)
 
     async def all(self) -> list[Note]:
         """Return all notes, the oldest first."""
         readable = [one.encoded for one in await self._documents() if not one.damaged]
-        return validated(_NOTES(), readable)
+        return validate_many(_NOTES(), readable)
 
     async def find(self, *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()) -> list[Note]:
         """Return the notes of a task, of a topic and about paths (patterns that overlap), the oldest first.
@@ -86,15 +86,15 @@ class Memory:
         What is not asked for is not looked at. RefusedError for what is no pattern, and for more than a note can name.
         """
         _check_paths(paths)
-        patterns, told = checked(paths), []
-        for one in found(await self.all(), task=task, topic=topic):
+        patterns, told = check_patterns(paths), []
+        for one in filter_notes(await self.all(), task=task, topic=topic):
             # Odd patterns take long to compare: whoever else is at work goes on meanwhile, and who asked may leave.
-            told += await anyio.to_thread.run_sync(partial(found, [one], paths=patterns)) if patterns else [one]
+            told += await anyio.to_thread.run_sync(partial(filter_notes, [one], paths=patterns)) if patterns else [one]
         return told
 
-    async def concerning(self, task: str, owns: Sequence[str]) -> list[Note]:
+    async def find_relevant(self, task: str, owns: Sequence[str]) -> list[Note]:
         """Return the notes that a session of a task, which owns these patterns, is to be told."""
-        return await anyio.to_thread.run_sync(concerning, await self.all(), task, owns)
+        return await anyio.to_thread.run_sync(filter_relevant, await self.all(), task, owns)
 
     async def drop(self, note: str) -> None:
         """Delete a note by its id; RefusedError where there is none."""
@@ -106,7 +106,7 @@ class Memory:
                 raise RefusedError(f"there is no note {note!r}", "`notes` names those that there are")
             await self._store.commit(Commit([Write(key, there.version, None)], [Event("note.dropped", {"note": note})]))
 
-        await retried(attempt)
+        await retry_on_conflict(attempt)
 
     async def _documents(self) -> Sequence[Document]:
         return await self._store.list(KIND, self._prefix)
@@ -122,18 +122,18 @@ def _check(text: str, topic: str | None, paths: Sequence[str]) -> None:
     size = len(text.encode())
     if not text:
         raise RefusedError("the note has no text", "say what a later session should know")
-    if size > LONGEST_TEXT:
+    if size > MAX_TEXT_BYTES:
         remedy = "leave what a later session needs, and name files for the rest"
-        raise RefusedError(f"the note has {size} bytes, {LONGEST_TEXT} fit", remedy)
-    if topic is not None and not 0 < len(topic) <= LONGEST_TOPIC:
-        raise RefusedError(f"the topic has {len(topic)} characters", f"name it in 1 to {LONGEST_TOPIC}")
+        raise RefusedError(f"the note has {size} bytes, {MAX_TEXT_BYTES} fit", remedy)
+    if topic is not None and not 0 < len(topic) <= MAX_TOPIC_CHARS:
+        raise RefusedError(f"the topic has {len(topic)} characters", f"name it in 1 to {MAX_TOPIC_CHARS}")
     _check_paths(paths)
 
 
 def _check_paths(paths: Sequence[str]) -> None:
-    if len(paths) > MOST_PATHS:
-        raise RefusedError(f"these are {len(paths)} paths, {MOST_PATHS} fit", "name folders by patterns")
-    if (longest := max(map(len, paths), default=0)) > LONGEST_PATH:
-        raise RefusedError(f"one of the paths has {longest} characters", f"name one of at most {LONGEST_PATH}")
-    if (length := sum(map(len, paths))) > LONGEST_PATHS:
-        raise RefusedError(f"the paths have {length} characters, {LONGEST_PATHS} fit", "name folders by patterns")
+    if len(paths) > MAX_PATHS:
+        raise RefusedError(f"these are {len(paths)} paths, {MAX_PATHS} fit", "name folders by patterns")
+    if (longest := max(map(len, paths), default=0)) > MAX_PATH_CHARS:
+        raise RefusedError(f"one of the paths has {longest} characters", f"name one of at most {MAX_PATH_CHARS}")
+    if (length := sum(map(len, paths))) > MAX_PATHS_CHARS:
+        raise RefusedError(f"the paths have {length} characters, {MAX_PATHS_CHARS} fit", "name folders by patterns")

@@ -13,71 +13,80 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.sessions.contexts import file_at
-from orchestrator.engine.session_api.contexts import Contexts
+from orchestrator.domain.sessions.contexts import find_edited_file
+from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.errors import LeaseLost, RefusedError, StoreUnavailable
-from orchestrator.protocols import Adapter, Concluded, Said, SessionEvent, UsedTool
+from orchestrator.protocols import Adapter, AgentMessage, FinalResult, SessionEvent, ToolCall
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.follow import Follower
+from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.system.clock import Clock
 
 #: Seconds between two looks at what a session has printed.
-PAUSE: Final = 1.0
+POLL_INTERVAL: Final = 1.0
 #: Seconds between two records of what it was seen to do, at least: each is a line of the log.
-RECORD_PAUSE: Final = 5.0
+RECORD_INTERVAL: Final = 5.0
 
 
-def tops_of(worktree: Worktree) -> tuple[str, ...]:
+def worktree_roots(worktree: Worktree) -> tuple[str, ...]:
     """Return the names that the top of a worktree goes by. Blocks."""
     return tuple(dict.fromkeys((str(worktree.tree), os.path.realpath(worktree.tree))))
 
 
 @dataclass(slots=True)
-class Sight:
+class ObservedActivity:
     """What a session was seen to do last, and at which file."""
 
     worktree: Worktree
-    doing: str | None = field(default=None, init=False)
+    activity: str | None = field(default=None, init=False)
     file: str | None = field(default=None, init=False)
 
-    def look(self, follower: Follower) -> None:
+    def look(self, follower: OutputFollower) -> None:
         """Take what it has printed since the last look. Blocks."""
         events = follower.read()
         # Asked anew, because it has its place only once it has begun.
-        tops = tops_of(self.worktree) if events else ()
+        tops = worktree_roots(self.worktree) if events else ()
         for event in events or ():
             self._take(event, tops)
 
     def _take(self, event: SessionEvent, tops: Iterable[str]) -> None:
         match event:
-            case UsedTool(name, detail, paths):
-                self.doing = f"{name} {detail}".strip()
-                self.file = file_at(name, paths, tops) or self.file
-            case Said(text, part=False) | Concluded(text) if text.strip():
-                self.doing = " ".join(text.split())
+            case ToolCall(name, detail, paths):
+                self.activity = f"{name} {detail}".strip()
+                self.file = find_edited_file(name, paths, tops) or self.file
+            case AgentMessage(text, part=False) | FinalResult(text) if text.strip():
+                self.activity = " ".join(text.split())
 
 
 @asynccontextmanager
-async def observed(
-    contexts: Contexts, session: SessionName, adapter: Adapter, log: Path, worktree: Worktree, clock: Clock
+async def observe_session(
+    contexts: SessionContexts, session: SessionName, adapter: Adapter, log: Path, worktree: Worktree, clock: Clock
 ) -> AsyncIterator[None]:
     """Record for the body what a session is seen to do; `log` has its output."""
     async with anyio.create_task_group() as group:
-        group.start_soon(_observe, contexts, session, Follower(adapter, log, newest_only=True), Sight(worktree), clock)
+        group.start_soon(
+            _record_activity,
+            contexts,
+            session,
+            OutputFollower(adapter, log, newest_only=True),
+            ObservedActivity(worktree),
+            clock,
+        )
         yield
         group.cancel_scope.cancel()
 
 
-async def _observe(contexts: Contexts, session: SessionName, follower: Follower, sight: Sight, clock: Clock) -> None:
-    told, next_record = (sight.doing, sight.file), clock.monotonic()
+async def _record_activity(
+    contexts: SessionContexts, session: SessionName, follower: OutputFollower, sight: ObservedActivity, clock: Clock
+) -> None:
+    told, next_record = (sight.activity, sight.file), clock.monotonic()
     while True:
         await anyio.to_thread.run_sync(sight.look, follower, abandon_on_cancel=True)
         now = clock.monotonic()
-        if sight.doing is not None and (sight.doing, sight.file) != told and now >= next_record:
+        if sight.activity is not None and (sight.activity, sight.file) != told and now >= next_record:
             try:
                 with suppress(StoreUnavailable):  # what must be recorded will say so
-                    await contexts.saw(session, sight.doing, sight.file)
+                    await contexts.record_activity(session, sight.activity, sight.file)
             except (LeaseLost, RefusedError):  # it is another's by now, or over
                 return
-            told, next_record = (sight.doing, sight.file), now + RECORD_PAUSE
-        await clock.wait(anyio.Event(), now + PAUSE)
+            told, next_record = (sight.activity, sight.file), now + RECORD_INTERVAL
+        await clock.wait(anyio.Event(), now + POLL_INTERVAL)

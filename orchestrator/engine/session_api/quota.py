@@ -15,7 +15,7 @@ OVERHEAD: Final = 4096
 #: Bytes that a session can write at once, and how many a second it may write again.
 BURST, RATE = 4 << 20, 64 << 10
 #: Bytes that a session can write in all, and all sessions of a run in one process.
-MOST_OF_SESSION, MOST_OF_RUN = 32 << 20, 256 << 20
+MAX_SESSION_BYTES, MAX_RUN_BYTES = 32 << 20, 256 << 20
 
 _REMEDY: Final = "write large results to files of the repository, and share their paths"
 
@@ -29,12 +29,12 @@ class _Account:
 
 
 @dataclass(slots=True)
-class Quota:
+class WriteQuota:
     """Counts what the sessions of one process write."""
 
     clock: Clock
     limits: Mapping[str, int] = field(
-        default_factory=lambda: {"burst": BURST, "rate": RATE, "session": MOST_OF_SESSION, "run": MOST_OF_RUN}
+        default_factory=lambda: {"burst": BURST, "rate": RATE, "session": MAX_SESSION_BYTES, "run": MAX_RUN_BYTES}
     )
     _sessions: dict[SessionName, _Account] = field(default_factory=dict)
     _runs: dict[str, int] = field(default_factory=dict)

@@ -18,24 +18,24 @@ import orjson
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 
 from orchestrator.client import strict_json
-from orchestrator.client.commands import LARGEST_SHARED
+from orchestrator.client.commands import MAX_SHARED_BYTES
 from orchestrator.config.source.names import check_name
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.errors import HistoryGone, InvalidDocument, RefusedError
+from orchestrator.errors import HistoryCompacted, InvalidDocument, RefusedError
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.update import retried
+from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.clock import Clock
 
 KIND: Final = "shared"
 
 #: Characters of a key; how many keys a run has. Whoever writes at the very same moment may get past that.
-LONGEST_KEY: Final = 200
-MOST_KEYS: Final = 1000
+MAX_KEY_LENGTH: Final = 200
+MAX_KEYS: Final = 1000
 #: Bytes of all values of a run, as they are stored: one commit must be able to write them all.
-MOST_BYTES: Final = 32 << 20
+MAX_BYTES: Final = 32 << 20
 #: Seconds for which a value is waited for by whoever does not say how long.
-PATIENCE: Final = 30.0
+DEFAULT_WAIT: Final = 30.0
 
 
 class _Stored(BaseModel):
@@ -77,7 +77,7 @@ class SharedEntry(NamedTuple):
         return self._asdict()
 
 
-class Sharing:
+class SharedValues:
     """What the sessions of one run share."""
 
     def __init__(self, store: Store, clock: Clock, redactor: Redactor, run: str) -> None:
@@ -97,13 +97,13 @@ class Sharing:
         With `if_version`, only if that is its version still (0: if there is none). RefusedError for what does not fit,
         with nothing changed; LeaseLost where the `claim` is not the writer's.
         """
-        name, kept = self._named(key), await anyio.to_thread.run_sync(self._fitting, value)
+        name, kept = self._named(key), await anyio.to_thread.run_sync(self._check_value, value)
 
         async def attempt() -> SharedValue:
             found = await self._store.get(name)
             version = found.version if found else 0
             if if_version is not None and if_version != version:
-                raise _moved(key, if_version, version)
+                raise _version_conflict(key, if_version, version)
             stored = _Stored(value=kept, writer=None if writer is None else str(writer), time=self._clock.now())
             task, attempt = (None, None) if writer is None else (writer.task, writer.attempt)
             event = Event("shared.put", {"run": self._run, "task": task, "attempt": attempt, "key": key})
@@ -114,7 +114,7 @@ class Sharing:
             return SharedValue(key, made, stored.value, stored.writer, stored.time)
 
         try:
-            return await retried(attempt)
+            return await retry_on_conflict(attempt)
         except InvalidDocument as error:
             raise RefusedError(f"the value for {key} can't be stored: {error}", "share plain JSON") from None
 
@@ -128,7 +128,7 @@ class Sharing:
         key: str,
         *,
         after: int | None = None,
-        timeout: float = PATIENCE,  # noqa: ASYNC109  (by the clock, and nothing is not an error)
+        timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  (by the clock, and nothing is not an error)
     ) -> SharedValue | None:
         """Return what is under a key as soon as there is anything, or a version later than `after`.
 
@@ -155,7 +155,7 @@ class Sharing:
         changed = anyio.Event()
 
         async def look() -> None:
-            with suppress(HistoryGone):  # what came in between is seen by looking anew
+            with suppress(HistoryCompacted):  # what came in between is seen by looking anew
                 async with aclosing(self._store.watch(position)) as records:
                     async for record in records:
                         if name in record.documents or name in record.unreadable:
@@ -171,10 +171,10 @@ class Sharing:
         """Refuse a document of so many bytes where the run has no room for it beside the others."""
         sizes = {one.key: len(one.encoded) for one in await self._store.list(KIND, f"{self._run}/")}
         sizes[name] = size
-        if len(sizes) > MOST_KEYS or sum(sizes.values()) > MOST_BYTES:
+        if len(sizes) > MAX_KEYS or sum(sizes.values()) > MAX_BYTES:
             key = name.id.removeprefix(f"{self._run}/")
             what = f"there is no room for {key}: run {self._run} has {len(sizes) - 1} other shared values"
-            remedy = f"{MOST_KEYS} fit, of {MOST_BYTES >> 20} MiB in all: use a key that is there, or less text"
+            remedy = f"{MAX_KEYS} fit, of {MAX_BYTES >> 20} MiB in all: use a key that is there, or less text"
             raise RefusedError(what, remedy)
 
     async def _version_at(self, name: Key, position: int) -> int:
@@ -187,31 +187,29 @@ class Sharing:
             parts = [check_name(part) for part in key.split("/")]
         except ValueError:
             parts = []
-        if not parts or len(key) > LONGEST_KEY:
-            remedy = (
-                f"use up to {LONGEST_KEY} characters: names of letters, digits, '.', '_' and '-', with '/' between them"
-            )
+        if not parts or len(key) > MAX_KEY_LENGTH:
+            remedy = f"use up to {MAX_KEY_LENGTH} characters: names of letters, digits, '.', '_' and '-', with '/' between them"
             raise RefusedError(f"{key[:80]!r} can't be the key of a shared value", remedy)
         if self._redactor.text(key) != key:
             raise RefusedError("the key of a shared value has a secret in it", "name it after what it is about")
         return Key(KIND, f"{self._run}/{key}")
 
-    def _fitting(self, value: Any) -> Any:
+    def _check_value(self, value: Any) -> Any:
         """Return a value as it is stored. Takes its time."""
         try:
             plain = orjson.loads(orjson.dumps(value))
-            strict_json.check(value)  # what orjson writes as null, it does not tell of
+            strict_json.check_value(value)  # what orjson writes as null, it does not tell of
             kept = self._redactor.json(plain)
             size = len(orjson.dumps(kept))
         except (ValueError, TypeError) as error:
             raise RefusedError(f"the value can't be shared: {error}", "share plain JSON") from None
-        if size > LARGEST_SHARED:
+        if size > MAX_SHARED_BYTES:
             remedy = "share what others need, and put the rest into a file of the repository"
-            raise RefusedError(f"the value has {size} bytes, {LARGEST_SHARED} fit", remedy)
+            raise RefusedError(f"the value has {size} bytes, {MAX_SHARED_BYTES} fit", remedy)
         return kept
 
 
-def had(key: str, found: SharedValue | None) -> SharedValue:
+def require_value(key: str, found: SharedValue | None) -> SharedValue:
     """Return what was found under a key; RefusedError where nothing was."""
     if found is None:
         remedy = "`council share list` names what there is, `council share wait` waits for what is to come"
@@ -219,7 +217,7 @@ def had(key: str, found: SharedValue | None) -> SharedValue:
     return found
 
 
-def come(key: str, found: SharedValue | None, timeout: float) -> SharedValue:
+def require_new_value(key: str, found: SharedValue | None, timeout: float) -> SharedValue:
     """Return what was waited for so many seconds; RefusedError where it did not come."""
     if found is None:
         remedy = "go on with something else and ask again, or wait longer with --timeout"
@@ -249,7 +247,7 @@ def _entry(key: str, found: Document) -> SharedEntry:
     return SharedEntry(key, found.version, len(orjson.dumps(value.get("value"))), value.get("writer"), found.time)
 
 
-def _moved(key: str, expected: int, found: int) -> RefusedError:
+def _version_conflict(key: str, expected: int, found: int) -> RefusedError:
     now = f"is at version {found}" if found else "is not there"
     what = f"{key} {now}, not at version {expected}" if expected else f"{key} {now}, and was to be new"
     return RefusedError(what, "look at what it is now, and put what follows from that")

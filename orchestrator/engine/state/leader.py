@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from orchestrator.domain.scheduling.claims import Owner, Standing
+from orchestrator.domain.scheduling.claims import OrchestratorIdentity, OwnerStatus
 from orchestrator.errors import VersionConflict
-from orchestrator.locking.orchestrators import Orchestrators
+from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
@@ -16,19 +16,19 @@ def _lease_key(run: str) -> Key:
     return Key("lease", f"run/{run}")
 
 
-async def other_coordinator(store: Store, orchestrators: Orchestrators) -> Owner | None:
+async def find_other_leader(store: Store, orchestrators: RunMembership) -> OrchestratorIdentity | None:
     """Return who coordinates the run of these orchestrators, if somebody else than this one does who lives."""
     lease = await store.get(_lease_key(orchestrators.run))
     found = None if lease is None or lease.damaged else lease.value.get("orchestrator")
     if found in {None, orchestrators.me.id}:
         return None
     holder = await orchestrators.find(found)
-    if holder is None or await orchestrators.standing(holder) is not Standing.ALIVE:
+    if holder is None or await orchestrators.standing(holder) is not OwnerStatus.ALIVE:
         return None
     return holder.owner
 
 
-async def next_lease(store: Store, clock: Clock, run: str, owner: Owner) -> tuple[Write, Guard]:
+async def prepare_lease(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> tuple[Write, Guard]:
     """Return the write that makes an orchestrator a run's coordinator, and the guard under which it is one then.
 
     The write fails if somebody has become it since this was asked: so ask before looking whether anybody is.
@@ -41,10 +41,10 @@ async def next_lease(store: Store, clock: Clock, run: str, owner: Owner) -> tupl
     return Write(key, version, value), Guard(key, version + 1)
 
 
-async def seize(store: Store, clock: Clock, run: str, owner: Owner) -> Guard:
+async def take_leadership(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> Guard:
     """Become a run's owner under the next epoch without working in it; whoever was can write nothing any more."""
     while True:
-        write, guard = await next_lease(store, clock, run, owner)
+        write, guard = await prepare_lease(store, clock, run, owner)
         ended = {"ended": clock.now(), "reason": "a checkpoint of the run was restored"}
         fences = [
             Write(one.key, one.version, {**one.value, **ended, "epoch": one.value["epoch"] + 1})

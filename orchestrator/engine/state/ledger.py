@@ -11,25 +11,25 @@ import anyio
 
 from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.runs.model import (
-    CLAIMED,
+    CLAIMED_STATUSES,
     AdapterDocument,
-    Halt,
-    Maker,
-    Request,
+    CheckpointOrigin,
+    HaltCause,
     RunDocument,
+    RunRequest,
     TaskDocument,
     TaskStatus,
 )
-from orchestrator.domain.scheduling.dispatch import Entry
-from orchestrator.domain.scheduling.holdings import HeldBy as OwnedBy
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.scheduling.holdings import OwnershipConflict as OwnedBy
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.domain.workflow.routing import Phase, Workflow
-from orchestrator.engine.state.leader import next_lease, other_coordinator
+from orchestrator.engine.state.leader import find_other_leader, prepare_lease
 from orchestrator.engine.state.records import (
     adapter_key,
-    added,
-    entry_of,
     handoff_key,
+    new_task_writes,
+    parse_entry,
     read_handoffs,
     read_requests,
     read_run,
@@ -41,13 +41,13 @@ from orchestrator.engine.state.records import (
     task_documents,
     task_key,
 )
-from orchestrator.engine.state.sanitize import recordable
-from orchestrator.engine.state.transitions import RELEASES, Step, Update, step
-from orchestrator.errors import ClaimLost, HistoryGone, LeaseLost, RefusedError, RunAtWork, VersionConflict
-from orchestrator.locking.claims import Claims, HeldBy
-from orchestrator.locking.orchestrators import Orchestrators
-from orchestrator.locking.registry import Registry
-from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Record, Store, Write
+from orchestrator.engine.state.sanitize import sanitize
+from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, Transition, build_transition
+from orchestrator.errors import ClaimLost, HistoryCompacted, LeaseLost, RefusedError, RunActive, VersionConflict
+from orchestrator.locking.claims import ClaimHolder, Claims
+from orchestrator.locking.orchestrators import RunMembership
+from orchestrator.locking.registry import OwnershipRegistry
+from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -56,16 +56,16 @@ if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
 #: How many of the checkpoints stay that a run makes by the clock.
-KEPT_CHECKPOINTS = 12
+MAX_CLOCK_CHECKPOINTS = 12
 
 #: How many bases a run keeps on record that have passed their checks.
-MOST_PROVEN = 32
+MAX_PROVEN_BASES = 32
 
 #: What a commit that starts an attempt must also write, or who is in the way.
-Plan = Awaitable["Sequence[Write] | OwnedBy | Outdated"]
+ClaimPlan = Awaitable["Sequence[Write] | OwnedBy | OutdatedBase"]
 
 
-class Learned(NamedTuple):
+class AdapterUpdate(NamedTuple):
     """What a run now knows about an adapter, and the event that tells it."""
 
     document: AdapterDocument
@@ -73,17 +73,17 @@ class Learned(NamedTuple):
     details: JsonObject
 
 
-class Outdated(NamedTuple):
+class OutdatedBase(NamedTuple):
     """An attempt was to start from what is not the newest any more."""
 
 
-class Moved(NamedTuple):
+class TaskMoved(NamedTuple):
     """A task that somebody else has moved meanwhile."""
 
     status: TaskStatus
 
 
-class Change(NamedTuple):
+class ExternalChange(NamedTuple):
     """What another orchestrator or a person did to a run."""
 
     task: str | None = None
@@ -94,10 +94,10 @@ class Change(NamedTuple):
     """After how many seconds it may be tried again, where it waits for that."""
     adapter: str | None = None
     """The adapter of which something was learned."""
-    request: Request | None = None
-    halted: tuple[Halt, str] | None = None
+    request: RunRequest | None = None
+    halted: tuple[HaltCause, str] | None = None
     """What stopped the run before its end, and why."""
-    is_grown: bool = False
+    has_new_tasks: bool = False
     """Whether plans have become tasks; they are in the ledger."""
 
 
@@ -114,7 +114,7 @@ class Ledger:
         run: RunDocument,
         tasks: Mapping[str, Document],
         redactor: Redactor,
-        orchestrators: Orchestrators,
+        orchestrators: RunMembership,
         clock: Clock,
         *,
         is_shared: bool = True,
@@ -126,14 +126,14 @@ class Ledger:
         self.run, self._redactor = run, redactor
         self.orchestrators = orchestrators
         self.claims = Claims(store, clock, orchestrators) if is_shared else None
-        self.coordinates = anyio.Event()
+        self.became_leader = anyio.Event()
         """Set once this orchestrator is the coordinator."""
-        self._under_way: dict[str, anyio.Event] = {}
+        self._in_flight: dict[str, anyio.Event] = {}
         """Tasks that are being changed by this orchestrator, each with what is set when that is over."""
-        self._untold: dict[str, TaskDocument] = {}
+        self._unreported: dict[str, TaskDocument] = {}
         """Where tasks were before it was looked where they are now; `changes` has yet to tell of their moves."""
         self.damaged = frozenset(task for task, found in tasks.items() if found.damaged)
-        self.added: dict[str, Entry] = {}
+        self.added: dict[str, DispatchEntry] = {}
         """The tasks that plans have become since this was made, and what decisions need of each."""
         self._store, self._clock = store, clock
         self._tasks = task_documents(tasks, run.tasks)
@@ -150,7 +150,7 @@ class Ledger:
         store: Store,
         clock: Clock,
         redactor: Redactor,
-        orchestrators: Orchestrators,
+        orchestrators: RunMembership,
         facts: JsonObject,
         *,
         is_shared: bool = True,
@@ -172,7 +172,7 @@ class Ledger:
         store: Store,
         clock: Clock,
         redactor: Redactor,
-        orchestrators: Orchestrators,
+        orchestrators: RunMembership,
         facts: JsonObject,
         *,
         is_shared: bool,
@@ -181,22 +181,22 @@ class Ledger:
         document = await read_run(store, run)  # first: it may grow by tasks meanwhile
         tasks = await read_tasks(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
-        lease = await next_lease(store, clock, run, orchestrators.me)
-        if (holder := await other_coordinator(store, orchestrators)) is not None:
-            raise RunAtWork(run, holder.pid, holder.host)
+        lease = await prepare_lease(store, clock, run, orchestrators.me)
+        if (holder := await find_other_leader(store, orchestrators)) is not None:
+            raise RunActive(run, holder.pid, holder.host)
         amended = []
         if (ledger.run.ended, ledger.run.halted) != (None, None):
             version, found = await ledger._newest_run()
             again = found.model_copy(update={"ended": None, "halted": None, "halted_by": None})
             amended.append(Write(run_key(run), version, again.model_dump(mode="json")))
-            ledger._take_run(again)
-        await ledger._lead(lease, [orchestrators.joining(), *amended], facts)
-        orchestrators.joined()
+            ledger._set_run(again)
+        await ledger._lead(lease, [orchestrators.join_write(), *amended], facts)
+        orchestrators.mark_joined()
         return await ledger._newest()
 
     @classmethod
     async def join(
-        cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: Orchestrators, facts: JsonObject
+        cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: RunMembership, facts: JsonObject
     ) -> Ledger:
         """Load a run and become one of those who are at work in it; `facts` are recorded with that."""
         run = orchestrators.run
@@ -205,8 +205,8 @@ class Ledger:
         ledger = cls(store, document, tasks, redactor, orchestrators, clock)
         me = orchestrators.me
         joined = Event("run.joined", {"run": run, "orchestrator": me.id, "host": me.host, "pid": me.pid, **facts})
-        await store.commit(Commit([orchestrators.joining()], [joined]))
-        orchestrators.joined()
+        await store.commit(Commit([orchestrators.join_write()], [joined]))
+        orchestrators.mark_joined()
         return await ledger._newest()
 
     async def _newest(self) -> Ledger:
@@ -219,8 +219,8 @@ class Ledger:
             self._store, document, tasks, self._redactor, self.orchestrators, self._clock, is_shared=is_shared
         )
         newest._guards = self._guards
-        if self.coordinates.is_set():
-            newest.coordinates.set()
+        if self.became_leader.is_set():
+            newest.became_leader.set()
         return newest
 
     async def _lead(self, lease: tuple[Write, Guard], writes: Sequence[Write], facts: JsonObject) -> None:
@@ -228,27 +228,27 @@ class Ledger:
         facts = {"run": self.run.id, "epoch": guard.epoch, "pid": self.orchestrators.me.pid, **facts}
         await self._store.commit(Commit([write, *writes], [Event("run.claimed", facts)]))
         self._guards = (self.orchestrators.guard, guard)
-        self.coordinates.set()
+        self.became_leader.set()
         failpoint("run.claimed")
 
-    async def campaign(self) -> bool:
+    async def try_to_lead(self) -> bool:
         """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now.
 
         A worker leaves that to a process that was made a coordinator, if one is alive.
         """
-        if self.coordinates.is_set():
+        if self.became_leader.is_set():
             return False
-        lease = await next_lease(self._store, self._clock, self.run.id, self.orchestrators.me)
-        if await other_coordinator(self._store, self.orchestrators) is not None:
+        lease = await prepare_lease(self._store, self._clock, self.run.id, self.orchestrators.me)
+        if await find_other_leader(self._store, self.orchestrators) is not None:
             return False
-        if await self.orchestrators.has_precedence():
+        if await self.orchestrators.is_outranked():
             return False
         if (await read_run(self._store, self.run.id)).ended is not None:  # who was it has left nothing to do
             return False
         with suppress(VersionConflict):  # another was quicker
             await self._lead(lease, [], {})
             self.orchestrators.promote()
-        return self.coordinates.is_set()
+        return self.became_leader.is_set()
 
     def task(self, task: str) -> TaskDocument:
         """Return a task's current state."""
@@ -316,33 +316,35 @@ class Ledger:
         """Return the write that records a handoff, or what became of it."""
         return Write(handoff_key(handoff.id), version, handoff.model_dump(mode="json"))
 
-    def redacted(self, value: JsonObject) -> JsonObject:
+    def redact(self, value: JsonObject) -> JsonObject:
         """Return what agents said without the secrets in it."""
         found: JsonObject = self._redactor.json(value)
         return found
 
     async def change(self, task: str, trigger: Trigger, details: JsonObject | None = None, **changes: Any) -> None:
         """Move a task along its lifecycle and record it, with an event that carries `details`."""
-        await self.change_all(trigger, {task: Update(details or {}, changes)})
+        await self.change_all(trigger, {task: TaskUpdate(details or {}, changes)})
 
-    async def change_all(self, trigger: Trigger, updates: Mapping[str, Update], permits: Sequence[Guard] = ()) -> None:
+    async def change_all(
+        self, trigger: Trigger, updates: Mapping[str, TaskUpdate], permits: Sequence[Guard] = ()
+    ) -> None:
         """Move tasks along their lifecycles and record it as `change` does, all of them or none; `permits` must hold.
 
         ClaimLost where another has taken one of them over.
         """
-        writes, guards, steps = list[Write](), list(permits), dict[str, Step]()
+        writes, guards, steps = list[Write](), list(permits), dict[str, Transition]()
         for task, update in updates.items():
-            if self.is_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
+            if self.is_claimed_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
                 await self.hold(task)
             steps[task] = step = self._step(task, trigger, update)
             writes += step.writes
             if self.claims is not None and (guard := self.claims.guard(task)) is not None:
                 guards.append(guard)
-                if (status := step.after.status) not in CLAIMED:
+                if (status := step.after.status) not in CLAIMED_STATUSES:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
                     ending = self.claims.ending(
                         task,
-                        RELEASES[status],
+                        CLAIM_RELEASES[status],
                         step.after.reason,
                         counts=counts,
                         afresh=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
@@ -359,12 +361,12 @@ class Ledger:
                 else:
                     await self._commit(Commit(writes, events, [*self._guards, *guards]))
             except (LeaseLost, VersionConflict):
-                await self._tell_lost(updates)
+                await self._raise_if_claim_lost(updates)
                 raise
             for task, step in steps.items():
                 self._moved(task, step.after)
 
-    async def _grow(self, updates: Mapping[str, Update], commit: Commit) -> None:
+    async def _grow(self, updates: Mapping[str, TaskUpdate], commit: Commit) -> None:
         """Record changes with the tasks that plans became; others may change the run's own document meanwhile."""
         new = {task: spec for update in updates.values() for task, spec in update.tasks.items()}
         while True:
@@ -374,7 +376,7 @@ class Ledger:
                 place = 1 + max(tasks.index(one) for one in (task, *self._tasks[task].expanded) if one in tasks)
                 tasks[place:place] = update.tasks
             after = before.model_copy(update={"tasks": tuple(tasks)})
-            grown = [Write(run_key(after.id), version, after.model_dump(mode="json")), *added(after, new)]
+            grown = [Write(run_key(after.id), version, after.model_dump(mode="json")), *new_task_writes(after, new)]
             try:
                 await self._commit(replace(commit, writes=[*commit.writes, *grown]))
             except VersionConflict:
@@ -386,15 +388,15 @@ class Ledger:
         for task, spec in new.items():
             if task in self._versions:  # it was seen at once in the log
                 continue
-            self._know(task, 1, TaskDocument(), entry_of(spec.model_dump(mode="json")))
-        self._take_run(after)
+            self._add_task(task, 1, TaskDocument(), parse_entry(spec.model_dump(mode="json")))
+        self._set_run(after)
 
-    def _know(self, task: str, version: int, document: TaskDocument, entry: Entry) -> None:
+    def _add_task(self, task: str, version: int, document: TaskDocument, entry: DispatchEntry) -> None:
         self._tasks[task], self._versions[task] = document, version
         self._planners |= dict.fromkeys(document.expanded, task)
         self.added[task] = entry
 
-    def _take_run(self, document: RunDocument) -> None:
+    def _set_run(self, document: RunDocument) -> None:
         """Take the run's own document, but for tasks of which nothing else is known yet; none go."""
         tasks = tuple(one for one in document.tasks if one in self._versions)
         self.run = document.model_copy(update={"tasks": max(tasks, self.run.tasks, key=len)})
@@ -415,21 +417,23 @@ class Ledger:
                 spec = await self._store.get(spec_key(self.run.id, task))
                 if found is None or spec is None or task in self._versions:
                     continue
-                self._know(task, found.version, TaskDocument.model_validate_json(found.encoded), entry_of(spec.value))
+                self._add_task(
+                    task, found.version, TaskDocument.model_validate_json(found.encoded), parse_entry(spec.value)
+                )
                 if found.version > 1:
-                    self._untold[task] = TaskDocument()
+                    self._unreported[task] = TaskDocument()
                 is_grown = True
-        self._take_run(document)
+        self._set_run(document)
         return is_grown
 
     async def start(
         self,
         task: str,
-        update: Update,
-        also: Callable[[Guard], Plan] | None = None,
+        update: TaskUpdate,
+        also: Callable[[Guard], ClaimPlan] | None = None,
         *,
         trigger: Trigger = Trigger.START,
-    ) -> HeldBy | OwnedBy | Outdated | Moved | None:
+    ) -> ClaimHolder | OwnedBy | OutdatedBase | TaskMoved | None:
         """Claim a task and record its next attempt, in one commit; return who was quicker, if somebody was.
 
         `also` plans, by the guard of the claim, what else is to be had with it: the writes, or who is in the way. With
@@ -446,21 +450,21 @@ class Ledger:
         claims: Claims,
         task: str,
         trigger: Trigger,
-        update: Update,
-        also: Callable[[Guard], Plan] | None,
-    ) -> HeldBy | OwnedBy | Outdated | Moved | None:
+        update: TaskUpdate,
+        also: Callable[[Guard], ClaimPlan] | None,
+    ) -> ClaimHolder | OwnedBy | OutdatedBase | TaskMoved | None:
         key, version = task_key(self.run.id, task), self._versions[task]
         while True:
             taking = await claims.plan(task, override=True)  # nothing of it has begun: a worker loses nothing
-            if isinstance(taking, HeldBy):
+            if isinstance(taking, ClaimHolder):
                 await self.refresh(task)
                 return taking
             more = [] if also is None else await also(taking.guard)
-            if isinstance(more, OwnedBy | Outdated):
+            if isinstance(more, OwnedBy | OutdatedBase):
                 return more
             status = self._tasks[task].status
             if self._versions[task] != version or status is not TaskStatus.PENDING:
-                return Moved(status)  # what is to be recorded was made of what it was before
+                return TaskMoved(status)  # what is to be recorded was made of what it was before
             step = self._step(task, trigger, update)
             try:
                 await self._commit(Commit([*step.writes, *more, taking.write], step.events, self._guards))
@@ -470,7 +474,7 @@ class Ledger:
                     raise RefusedError(f"run {self.run.id} was removed", "start a new run") from None
                 await self.refresh(task)
                 continue
-            claims.took(task, taking)
+            claims.mark_claimed(task, taking)
             self._moved(task, step.after)
             return None
 
@@ -485,36 +489,36 @@ class Ledger:
             if task not in self.claims:
                 await self.refresh(task)
                 status = self._tasks[task].status
-                if status not in CLAIMED or (is_asked and status is TaskStatus.LANDING):
+                if status not in CLAIMED_STATUSES or (is_asked and status is TaskStatus.LANDING):
                     return False  # nothing is left to be claimed for, or will be
-                if isinstance(await self.claims.claim(task, is_asked=is_asked), HeldBy):
+                if isinstance(await self.claims.claim(task, is_asked=is_asked), ClaimHolder):
                     return False
             await self.refresh(task, released=False)
-            if (status := self._tasks[task].status) in CLAIMED:
-                self._untold.pop(task, None)
+            if (status := self._tasks[task].status) in CLAIMED_STATUSES:
+                self._unreported.pop(task, None)
                 return True
-            await self.claims.release(task, RELEASES[status])  # it was over before
+            await self.claims.release(task, CLAIM_RELEASES[status])  # it was over before
             return False
 
-    async def let_go(self, task: str) -> None:
+    async def release(self, task: str) -> None:
         """Release the claim on a task that is nobody's where it stands: a checkpoint may have brought it back there."""
         document = self._tasks[task]
-        if self.claims is not None and task in self.claims and document.status not in CLAIMED:
-            await self.claims.release(task, RELEASES[document.status], document.reason)
+        if self.claims is not None and task in self.claims and document.status not in CLAIMED_STATUSES:
+            await self.claims.release(task, CLAIM_RELEASES[document.status], document.reason)
 
-    def is_elsewhere(self, task: str) -> bool:
+    def is_claimed_elsewhere(self, task: str) -> bool:
         """Whether a task is at work, or waits to land, by another orchestrator."""
-        return self.claims is not None and self._tasks[task].status in CLAIMED and task not in self.claims
+        return self.claims is not None and self._tasks[task].status in CLAIMED_STATUSES and task not in self.claims
 
     async def hold(self, task: str) -> None:
         """Make sure that this orchestrator has the claim on a task; ClaimLost where another has taken it over."""
         if self.claims is not None and task not in self.claims:
             await self.refresh(task)
-            await self._tell_lost([task])
+            await self._raise_if_claim_lost([task])
 
     async def confirm(self, task: str) -> None:
         """Look in the store whether this orchestrator has the claim on a task still; ClaimLost where it has not."""
-        await self._tell_lost([task])
+        await self._raise_if_claim_lost([task])
 
     async def refresh(self, task: str, *, released: bool = True) -> bool:
         """Look where a task is now; whether that is another place than was known.
@@ -524,10 +528,10 @@ class Ledger:
         found = await self._store.get(task_key(self.run.id, task))
         if found is None or found.version <= self._versions[task]:
             return False
-        self._untold.setdefault(task, self._tasks[task])
+        self._unreported.setdefault(task, self._tasks[task])
         after = TaskDocument.model_validate_json(found.encoded)
         if released:
-            self._take_in(task, found.version, after)
+            self._apply_document(task, found.version, after)
         else:
             self._tasks[task], self._versions[task] = after, found.version
             self._planners |= dict.fromkeys(after.expanded, task)
@@ -538,36 +542,38 @@ class Ledger:
         """Have it wait until the body is over whether what is seen of tasks is of this orchestrator's own doing."""
         over = anyio.Event()
         names = list(tasks)
-        self._under_way.update(dict.fromkeys(names, over))
+        self._in_flight.update(dict.fromkeys(names, over))
         try:
             yield
         finally:
             for name in names:
-                if self._under_way.get(name) is over:
-                    del self._under_way[name]
+                if self._in_flight.get(name) is over:
+                    del self._in_flight[name]
             over.set()
 
-    async def _settled(self, task: str) -> None:
-        while (over := self._under_way.get(task)) is not None:
+    async def _wait_settled(self, task: str) -> None:
+        while (over := self._in_flight.get(task)) is not None:
             await over.wait()
 
     def _moved(self, task: str, after: TaskDocument) -> None:
         """This orchestrator has moved a task."""
-        self._untold.pop(task, None)
-        self._take_in(task, self._versions[task] + 1, after)
+        self._unreported.pop(task, None)
+        self._apply_document(task, self._versions[task] + 1, after)
 
-    def _take_in(self, task: str, version: int, after: TaskDocument) -> None:
+    def _apply_document(self, task: str, version: int, after: TaskDocument) -> None:
         if version > self._versions[task]:
             self._tasks[task], self._versions[task] = after, version
             self._planners |= dict.fromkeys(after.expanded, task)
-        if self.claims is not None and after.status not in CLAIMED:
+        if self.claims is not None and after.status not in CLAIMED_STATUSES:
             self.claims.released(task)
 
-    def _step(self, task: str, trigger: Trigger, update: Update) -> Step:
+    def _step(self, task: str, trigger: Trigger, update: TaskUpdate) -> Transition:
         key = task_key(self.run.id, task)
-        return step(key, self._tasks[task], self._versions[task], trigger, update, self._clock.now(), self._redactor)
+        return build_transition(
+            key, self._tasks[task], self._versions[task], trigger, update, self._clock.now(), self._redactor
+        )
 
-    async def _tell_lost(self, tasks: Iterable[str]) -> None:
+    async def _raise_if_claim_lost(self, tasks: Iterable[str]) -> None:
         """Raise the error that says by whom tasks were taken over, if they were."""
         if self.claims is None:
             return
@@ -581,7 +587,7 @@ class Ledger:
         """Record something that happened to the run and changes no document."""
         await self._commit(Commit([], [self._event(event, details)], self._guards))
 
-    async def tidy(self, registry: Registry) -> None:
+    async def prune_ownership(self, registry: OwnershipRegistry) -> None:
         """Forget who owned which paths under claims that are over."""
         with suppress(VersionConflict):  # whoever takes paths does so, too
             if writes := await registry.sweep():
@@ -592,8 +598,8 @@ class Ledger:
         found = await self._store.get(adapter_key(self.run.id, adapter))
         return AdapterDocument() if found is None else AdapterDocument.model_validate(found.value)
 
-    async def learn(
-        self, adapter: str, judge: Callable[[AdapterDocument], Learned | None]
+    async def update_adapter(
+        self, adapter: str, judge: Callable[[AdapterDocument], AdapterUpdate | None]
     ) -> tuple[AdapterDocument, bool]:
         """Record what follows from what the run knows about an adapter; return what it knows then, and if that is new.
 
@@ -613,88 +619,92 @@ class Ledger:
 
     async def reopen(self, adapter: str) -> AdapterDocument:
         """Record that an adapter that was parked or closed may be used again; return what the run knows then."""
-        opened = Learned(AdapterDocument(reopened=self._clock.now()), "adapter.opened", {})
-        known, _ = await self.learn(adapter, lambda known: opened if known.closed or known.parked_until else None)
+        opened = AdapterUpdate(AdapterDocument(reopened=self._clock.now()), "adapter.opened", {})
+        known, _ = await self.update_adapter(
+            adapter, lambda known: opened if known.closed or known.parked_until else None
+        )
         return known
 
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""
         # Late: whoever only looks at a run makes none.
-        from orchestrator.state.documents.checkpoints import create, prune  # noqa: PLC0415
+        from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints  # noqa: PLC0415
 
-        await create(self._store, self.run.id, "a run at work", maker=Maker.CLOCK, guards=self._guards)
-        await prune(self._store, self.run.id, KEPT_CHECKPOINTS, self._guards)
+        await create_checkpoint(
+            self._store, self.run.id, "a run at work", maker=CheckpointOrigin.CLOCK, guards=self._guards
+        )
+        await prune_checkpoints(self._store, self.run.id, MAX_CLOCK_CHECKPOINTS, self._guards)
 
-    async def requests(self) -> list[Request]:
+    async def requests(self) -> list[RunRequest]:
         """Return what was asked of the run's owner and is not done yet, the oldest first."""
         return await read_requests(self._store, self.run.id)
 
-    async def changes(self) -> AsyncGenerator[Change]:
+    async def changes(self) -> AsyncGenerator[ExternalChange]:
         """Yield what was asked of the run and is not done yet, then whatever others do to it or ask, as it comes."""
         while True:
             position = await self._store.position()
             if await self.learn_tasks():
-                yield Change(is_grown=True)
+                yield ExternalChange(has_new_tasks=True)
             found = await read_tasks(self._store, self.run.id)  # of what comes later, the log tells
             for task in self.run.tasks:
-                await self._settled(task)
+                await self._wait_settled(task)
                 if task in found and found[task].version > self._versions[task]:
                     await self.refresh(task)
-                if (before := self._untold.pop(task, None)) is not None:
-                    yield Change(task, before)
+                if (before := self._unreported.pop(task, None)) is not None:
+                    yield ExternalChange(task, before)
             for request in await self.requests():
-                yield Change(request=request)
-            with suppress(HistoryGone):  # who was stopped for long looks anew
+                yield ExternalChange(request=request)
+            with suppress(HistoryCompacted):  # who was stopped for long looks anew
                 async for record in self._store.watch(position):
                     async for change in self._changes_in(record):
                         yield change
 
-    async def _changes_in(self, record: Record) -> AsyncGenerator[Change]:
+    async def _changes_in(self, record: CommitRecord) -> AsyncGenerator[ExternalChange]:
         if run_key(self.run.id) in record.documents and await self.learn_tasks():
-            yield Change(is_grown=True)
+            yield ExternalChange(has_new_tasks=True)
         for key, (version, value) in record.documents.items():
             if value is not None and f"{key.id}/".startswith(f"{self.run.id}/"):
                 if key.kind == "task":
-                    await self._settled(key.id.partition("/")[2])
+                    await self._wait_settled(key.id.partition("/")[2])
                 for change in self._seen(record, key, version, value):
                     yield change
 
-    def _seen(self, record: Record, key: Key, version: int, value: JsonObject) -> Iterable[Change]:
+    def _seen(self, record: CommitRecord, key: Key, version: int, value: JsonObject) -> Iterable[ExternalChange]:
         name = key.id.partition("/")[2]
         if key == run_key(self.run.id):
             if value["halted"] is not None:
-                yield Change(halted=(Halt(value.get("halted_by") or Halt.BUDGET), value["halted"]))
+                yield ExternalChange(halted=(HaltCause(value.get("halted_by") or HaltCause.BUDGET), value["halted"]))
         elif key.kind == "request":
-            yield Change(request=Request.model_validate(value))
+            yield ExternalChange(request=RunRequest.model_validate(value))
         elif key.kind == "adapter":
-            yield Change(adapter=name)
-        elif key.kind == "task" and (version > self._versions.get(name, version) or self._is_untold(name, version)):
-            before = self._untold.pop(name, self._tasks[name])
+            yield ExternalChange(adapter=name)
+        elif key.kind == "task" and (version > self._versions.get(name, version) or self._is_unreported(name, version)):
+            before = self._unreported.pop(name, self._tasks[name])
             if version > self._versions[name]:
                 if self.claims is not None:
                     self.claims.released(name)
-                self._take_in(name, version, TaskDocument.model_validate(value))
+                self._apply_document(name, version, TaskDocument.model_validate(value))
             elif self.claims is not None and name in self.claims:
                 return  # it was looked at when it was taken over, and whoever did that knows
             delays = [one.data.get("retry_in") for one in record.events if one.data.get("task") == name]
-            yield Change(name, before, next(filter(None, delays), None))
+            yield ExternalChange(name, before, next(filter(None, delays), None))
 
-    def _is_untold(self, task: str, version: int) -> bool:
-        return task in self._untold and version == self._versions[task]
+    def _is_unreported(self, task: str, version: int) -> bool:
+        return task in self._unreported and version == self._versions[task]
 
-    async def parts_before(self, task: str) -> dict[str, JsonObject]:
+    async def earlier_specs(self, task: str) -> dict[str, JsonObject]:
         """Return what was ever recorded to be done by tasks whose names begin as those that a plan of this one has."""
         found = await self._store.list("spec", f"{self.run.id}/{task}")
         return {one.key.id.partition("/")[2]: one.value for one in found if not one.damaged}
 
-    async def were_tasks(self, names: Iterable[str]) -> bool:
+    async def have_any_existed(self, names: Iterable[str]) -> bool:
         """Return whether any of these was ever the name of a task, of one that was deleted since, too."""
         for name in names:
             if await self._store.history(Key("spec", f"{self.run.id}/{name}"), 1):
                 return True
         return False
 
-    async def answer(self, request: Request) -> None:
+    async def answer(self, request: RunRequest) -> None:
         """Record that a request was dealt with."""
         key = request_key(self.run.id, request.id)
         found = await self._store.get(key)
@@ -712,7 +722,7 @@ class Ledger:
         try:
             await self._store.commit(commit)
         except LeaseLost:
-            if (fenced := await self.orchestrators.fenced()) is not None:
+            if (fenced := await self.orchestrators.find_fencing_error()) is not None:
                 self.orchestrators.count(refused=1)
                 raise fenced from None
             raise
@@ -722,14 +732,14 @@ class Ledger:
         return Event(event, self._redacted({"run": self.run.id, **details}))
 
     def _redacted(self, value: JsonObject) -> JsonObject:
-        return recordable(value, self._redactor)
+        return sanitize(value, self._redactor)
 
     async def finish(self, status: str) -> None:
         """Record that nothing is left to do in this run; resuming may follow."""
         await self._amend("run.finished", {"status": status}, ended=self._clock.now())
         failpoint("run.finished")
 
-    async def halt(self, by: Halt, reason: str) -> None:
+    async def halt(self, by: HaltCause, reason: str) -> None:
         """Record what stopped this run before its end, and why; resuming may follow."""
         await self._amend("run.halted", {"by": by, "reason": reason}, halted=reason, halted_by=by)
 
@@ -737,9 +747,9 @@ class Ledger:
         """Return the bases that have passed their checks, in whichever process of the run."""
         return (await self._newest_run())[1].proven_bases
 
-    async def prove_base(self, key: str, facts: JsonObject) -> None:
+    async def record_passed_base(self, key: str, facts: JsonObject) -> None:
         """Record that a base has passed its checks, with the facts about them."""
-        bases = (*await self.proven_bases(), key)[-MOST_PROVEN:]
+        bases = (*await self.proven_bases(), key)[-MAX_PROVEN_BASES:]
         await self._amend("base.passed", facts, proven_bases=bases)
 
     async def allow_failing_base(self) -> None:
@@ -761,4 +771,4 @@ class Ledger:
             except VersionConflict:  # a plan has become tasks
                 continue
             break
-        self._take_run(amended)
+        self._set_run(amended)

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
 
 #: The name of its task.
-MERGE: Final = "merge"
+MERGE_TASK: Final = "merge"
 
 
-class BuiltMerge(NamedTuple):
+class MergeRun(NamedTuple):
     """What is recorded of such a run."""
 
     run: RunDocument
@@ -22,7 +22,7 @@ class BuiltMerge(NamedTuple):
     task: TaskDocument
 
 
-def built_merge(
+def build_merge_run(
     run: RunDocument,
     specs: Sequence[TaskSpec],
     name: str,
@@ -32,7 +32,7 @@ def built_merge(
     start: str,
     common: str,
     now: float,
-) -> BuiltMerge:
+) -> MergeRun:
     """Return the run `name`, which lands `commit` of a run's target on its base, as it is at `start`.
 
     `branch` keeps the commit; `common` is the base of the merge. What the tasks of the run were checked by (`specs`)
@@ -44,7 +44,7 @@ def built_merge(
         "target": run.base,
         "workflows": {},
         "trackers": {},
-        "tasks": (MERGE,),
+        "tasks": (MERGE_TASK,),
         "given": ("tasks", "target", "workflows"),
         "start": start,
         "has_target": True,
@@ -55,7 +55,7 @@ def built_merge(
     }
     first = specs[0]
     task = {
-        "id": MERGE,
+        "id": MERGE_TASK,
         "prompt": f"Merge the branch {run.target} into {run.base}.",
         "needs": (),
         "owns": (),
@@ -73,4 +73,4 @@ def built_merge(
         number=1, adapter=first.adapter, base=common, started=now, ended=now, outcome="built", branch=branch
     )
     document = TaskDocument(status=TaskStatus.QUEUED, attempts=(built,), commit=commit, branch=branch)
-    return BuiltMerge(run.model_copy(update=own), first.model_copy(update=task), document)
+    return MergeRun(run.model_copy(update=own), first.model_copy(update=task), document)

@@ -24,7 +24,7 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.engine.state.ports import free_block, ports_in_use
+from orchestrator.engine.state.ports import find_free_block, ports_in_use
 from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.system.clock import Clock
@@ -39,7 +39,7 @@ _LOCK = "ports.lock"
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class PortLease:
     """What a place has to itself on this machine, for as long as the place is there.
 
     `name` is fit for a host, a database or a Compose project: lower-case letters, digits and `-`, at most 40
@@ -67,14 +67,14 @@ class PortLeases:
         self._store, self._clock = store, clock
         self._count, self._ports = count, ports
 
-    async def lease(self, place: Path) -> Lease:
+    async def lease(self, place: Path) -> PortLease:
         """Return what the place has, or give it a block if it has none that it could use now.
 
         To be asked for each time that the place is handed out. RefusedError where no block is free.
         """
         if self._count == 0:
             await self.release(place)
-            return Lease(_name(place))
+            return PortLease(_name(place))
         lost: set[int] = set()
         async with FileLock(_home(place) / _LOCK).hold():
             before = await anyio.to_thread.run_sync(_read, place)
@@ -90,9 +90,9 @@ class PortLeases:
         """Give back what the place has, if anything, before the caller deletes its folder or after."""
         await anyio.to_thread.run_sync(lambda: (place / _FILE).unlink(missing_ok=True))
         documents = await _documents(self._store)
-        await forget(self._store, [found for found in documents.values() if _holder(found) == place])
+        await delete_port_leases(self._store, [found for found in documents.values() if _holder(found) == place])
 
-    def _settle(self, place: Path, documents: Mapping[int, Document]) -> Lease:
+    def _settle(self, place: Path, documents: Mapping[int, Document]) -> PortLease:
         """Return the place's lease, its `lease.json` being written. Blocks."""
         taken = _taken_by_others(place, documents)
         # A place that was lost by a kill is made anew under its number: it has what it had.
@@ -101,18 +101,18 @@ class PortLeases:
         if len(had) == self._count and all(port in self._ports for port in had):
             lost = tuple(port for port in had if port in taken) or ports_in_use(had)
             if not lost:
-                lease = Lease(_name(place), had)
+                lease = PortLease(_name(place), had)
                 _write(place, lease)
                 return lease
-        block = free_block(self._ports, self._count, _begin(place), taken.union(lost))
+        block = find_free_block(self._ports, self._count, _first_position(place), taken.union(lost))
         if block is None:
             what = f"no {self._count} ports in a row are free from {self._ports.start} to {self._ports.stop - 1}"
             raise RefusedError(what, "lower `ports` or `max` under `worktrees`")
-        lease = Lease(_name(place), tuple(block), lost)
+        lease = PortLease(_name(place), tuple(block), lost)
         _write(place, lease)
         return lease
 
-    async def _record(self, place: Path, lease: Lease, documents: Mapping[int, Document], *, anew: bool) -> None:
+    async def _record(self, place: Path, lease: PortLease, documents: Mapping[int, Document], *, anew: bool) -> None:
         """Make the store say what `lease.json` says; `anew` where somebody may be about to forget what it says."""
         host = socket.gethostname()
         value = {**_content(place, lease), "host": host, "since": self._clock.now()}
@@ -128,7 +128,7 @@ class PortLeases:
             await self._store.commit(Commit(writes))
 
 
-async def stale_leases(store: Store) -> list[Document]:
+async def find_stale_port_leases(store: Store) -> list[Document]:
     """Return the leases of this host in a store whose places are gone, or have other ports by now.
 
     One of a place that is only out of reach, as on a disk that is not mounted, is among them: it is recorded anew
@@ -140,7 +140,7 @@ async def stale_leases(store: Store) -> list[Document]:
     )
 
 
-async def forget(store: Store, leases: Sequence[Document]) -> None:
+async def delete_port_leases(store: Store, leases: Sequence[Document]) -> None:
     """Delete leases from a store, but for those that have changed since they were read."""
     while True:
         same = [found for found in leases if await store.get(found.key) == found]
@@ -198,7 +198,7 @@ def _read(place: Path) -> tuple[int, ...]:
     return ()
 
 
-def _write(place: Path, lease: Lease) -> None:
+def _write(place: Path, lease: PortLease) -> None:
     staged = place / f"{_FILE}.{secrets.token_hex(4)}.new"
     try:
         staged.write_text(json.dumps(_content(place, lease)))
@@ -207,7 +207,7 @@ def _write(place: Path, lease: Lease) -> None:
         staged.unlink(missing_ok=True)
 
 
-def _content(place: Path, lease: Lease) -> dict[str, object]:
+def _content(place: Path, lease: PortLease) -> dict[str, object]:
     return {"place": str(place), "name": lease.name, "ports": list(lease.ports)}
 
 
@@ -219,7 +219,7 @@ def _name(place: Path) -> str:
     return f"council-{_digest(place)[:8]}-{place.name}"
 
 
-def _begin(place: Path) -> int:
+def _first_position(place: Path) -> int:
     # The same for all places of a hub: their blocks lie together, so that those of two homes seldom meet.
     return int(_digest(place.parent)[:8], 16)
 

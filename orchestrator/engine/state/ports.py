@@ -27,7 +27,7 @@ def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
     return tuple(port for port in ports if not all(_can_bind(*address, port) for address in _ADDRESSES))
 
 
-def free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
+def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
     """Return `count` ports in a row that are neither `taken` nor in use; None if there are none. Blocks.
 
     The first that fits from the position `begin` (any number) on, around to where that is reached again.

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from orchestrator.domain.runs.model import AdapterDocument, Request, RunDocument, TaskDocument
-from orchestrator.domain.scheduling.dispatch import Entry
+from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.workflow.handoffs import Handoff
-from orchestrator.engine.state.merge_run import MERGE
-from orchestrator.errors import RefusedError, UnreadableDocument, mistake_of
+from orchestrator.engine.state.merge_run import MERGE_TASK
+from orchestrator.errors import RefusedError, UnreadableDocument, describe_validation_error
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
 from orchestrator.system.failpoints import failpoint
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
 
-_NONE_BEGUN: Mapping[str, TaskDocument] = {}
+_NO_DOCUMENTS: Mapping[str, TaskDocument] = {}
 
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
-_ENTRY = cache(lambda: TypeAdapter(Entry))
+_ENTRY = cache(lambda: TypeAdapter(DispatchEntry))
 
 
 def new_run_id(now: float) -> str:
@@ -73,16 +73,16 @@ async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[in
     """Return what the phases of a task have handed over, by id, with the versions of the documents."""
     found = {}
     for item in await store.list("handoff", f"{run}/{task}/"):
-        handoff = _parsed(Handoff, _trusted(store, item))
+        handoff = _parsed(Handoff, _require_undamaged(store, item))
         found[handoff.id] = (item.version, handoff)
     return found
 
 
-async def seed(
-    store: Store, run: RunDocument, specs: Mapping[str, TaskSpec], begun: Mapping[str, TaskDocument] = _NONE_BEGUN
+async def record_new_run(
+    store: Store, run: RunDocument, specs: Mapping[str, TaskSpec], begun: Mapping[str, TaskDocument] = _NO_DOCUMENTS
 ) -> None:
     """Record a new run with all of its tasks, at once; `begun` has those that do not begin from nothing."""
-    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json")), *added(run, specs, begun)]
+    writes = [Write(run_key(run.id), 0, run.model_dump(mode="json")), *new_task_writes(run, specs, begun)]
     begin = {"position": await store.position()}
     for kind, names in (("sink", run.sinks), ("tracker", run.trackers)):
         writes += [Write(cursor_key(run.id, kind, name), 0, begin) for name in names]
@@ -96,9 +96,9 @@ async def read_run(store: Store, run: str) -> RunDocument:
     found = await store.get(run_key(run))
     if found is None:
         raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
-    document = _parsed(RunDocument, _trusted(store, found))
-    if document.contradiction is not None:
-        raise UnreadableDocument(str(found.key), document.contradiction)
+    document = _parsed(RunDocument, _require_undamaged(store, found))
+    if document.inconsistency is not None:
+        raise UnreadableDocument(str(found.key), document.inconsistency)
     if document.workflows:  # all else that it is made of only matters to who works in it: `read_runnable`
         _check(found)
     return document
@@ -115,15 +115,15 @@ async def read_runnable(store: Store, run: str) -> RunDocument:
 
 def _check(found: Document) -> None:
     # Late: most of what only shows a run needs none of the shapes.
-    from orchestrator.state.documents.shapes import flaw_of  # noqa: PLC0415
+    from orchestrator.state.documents.shapes import find_document_error  # noqa: PLC0415
 
-    if (flaw := flaw_of(found)) is not None:
+    if (flaw := find_document_error(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
 
 
 async def check_task(store: Store, run: RunDocument, task: str) -> None:
     """Refuse the name of a task that a run does not have; that of a merge is led to the newest run of a merge."""
-    if task == MERGE and task not in run.tasks:
+    if task == MERGE_TASK and task not in run.tasks:
         merges = [one for one in await store.list("run") if not one.damaged and one.value.get("merges") is not None]
         if merges:
             newest = max(merges, key=lambda one: (one.value["started"], one.key.id)).key.id
@@ -146,20 +146,20 @@ async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
     from orchestrator.config.model import TaskSpec  # noqa: PLC0415
 
     found = await store.get(spec_key(run, task))
-    return _parsed(TaskSpec, _trusted(store, _there({} if found is None else {task: found}, task)))
+    return _parsed(TaskSpec, _require_undamaged(store, _there({} if found is None else {task: found}, task)))
 
 
 async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, TaskSpec]:
     """Return what tasks were asked to do, as `read_spec`, with one look at the store."""
     from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
 
-    found = await _named(store, "spec", run)
-    return {task: _parsed(TaskSpec, _trusted(store, _there(found, task))) for task in tasks}
+    found = await _list_by_name(store, "spec", run)
+    return {task: _parsed(TaskSpec, _require_undamaged(store, _there(found, task))) for task in tasks}
 
 
 async def read_tasks(store: Store, run: str) -> dict[str, Document]:
     """Return the state documents of a run's tasks by task id."""
-    return await _named(store, "task", run)
+    return await _list_by_name(store, "task", run)
 
 
 def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[str, TaskDocument]:
@@ -173,31 +173,31 @@ def task_documents(found: Mapping[str, Document], tasks: Sequence[str]) -> dict[
     distinct = {one: found[task] for one, task in zip(encoded, tasks, strict=True)}
     read = {one: _parsed(TaskDocument, document) for one, document in distinct.items()}
     for one, task_document in read.items():
-        if task_document.contradiction is not None:
-            raise UnreadableDocument(str(distinct[one].key), task_document.contradiction)
+        if task_document.inconsistency is not None:
+            raise UnreadableDocument(str(distinct[one].key), task_document.inconsistency)
     return {task: read[one] for task, one in zip(tasks, encoded, strict=True)}
 
 
-async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, Entry]:
+async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, DispatchEntry]:
     """Return what decisions need of each task, in the order of the file; of those that are `blank`, nothing.
 
-    What their plans became is told by the tasks' documents, see `dispatch.with_parts`.
+    What their plans became is told by the tasks' documents, see `dispatch.with_subtasks`.
     """
-    found = await _named(store, "spec", run.id)
+    found = await _list_by_name(store, "spec", run.id)
     for item in found.values():
         if item.damaged:
-            raise _damaged(store, item)
-    parse, nothing = _ENTRY().validate_json, Entry()
+            raise _damaged_error(store, item)
+    parse, nothing = _ENTRY().validate_json, DispatchEntry()
     return {task: nothing if task in blank else _valid(parse, _there(found, task)) for task in run.tasks}
 
 
-def entry_of(spec: JsonObject) -> Entry:
+def parse_entry(spec: JsonObject) -> DispatchEntry:
     """Return what decisions need of a task by what it was asked to do."""
     return _ENTRY().validate_python(spec)
 
 
-def added(
-    run: RunDocument, specs: Mapping[str, TaskSpec], begun: Mapping[str, TaskDocument] = _NONE_BEGUN
+def new_task_writes(
+    run: RunDocument, specs: Mapping[str, TaskSpec], begun: Mapping[str, TaskDocument] = _NO_DOCUMENTS
 ) -> list[Write]:
     """Return the writes that record tasks of a run beside its own document."""
     writes = []
@@ -209,14 +209,14 @@ def added(
 
 async def read_adapters(store: Store, run: RunDocument) -> dict[str, AdapterDocument]:
     """Return what a run has learned about its adapters, by name."""
-    found = await _named(store, "adapter", run.id)
+    found = await _list_by_name(store, "adapter", run.id)
     return {name: _parsed(AdapterDocument, item) for name, item in found.items()}
 
 
-async def read_requests(store: Store, run: str) -> list[Request]:
+async def read_requests(store: Store, run: str) -> list[RunRequest]:
     """Return what was asked of a run's owner and is not done yet, the oldest first."""
     found = sorted(await store.list("request", f"{run}/"), key=lambda one: one.position)
-    return [_parsed(Request, one) for one in found]
+    return [_parsed(RunRequest, one) for one in found]
 
 
 def _parsed(model: type[Model], found: Document) -> Model:
@@ -227,7 +227,7 @@ def _valid(parse: Callable[[bytes], T], found: Document) -> T:
     try:
         return parse(found.encoded)
     except ValidationError as error:
-        raise UnreadableDocument(str(found.key), mistake_of(error)) from None
+        raise UnreadableDocument(str(found.key), describe_validation_error(error)) from None
 
 
 def _there(found: Mapping[str, Document], task: str) -> Document:
@@ -236,13 +236,13 @@ def _there(found: Mapping[str, Document], task: str) -> Document:
     return found[task]
 
 
-def _trusted(store: Store, found: Document) -> Document:
+def _require_undamaged(store: Store, found: Document) -> Document:
     if found.damaged:
-        raise _damaged(store, found)
+        raise _damaged_error(store, found)
     return found
 
 
-def _damaged(store: Store, found: Document) -> RefusedError:
+def _damaged_error(store: Store, found: Document) -> RefusedError:
     places = ", ".join(dict.fromkeys(f"{one.path} at byte {one.offset}" for one in store.damage))
     return RefusedError(
         f"the record of {found.key} is damaged in the state log ({places})",
@@ -251,7 +251,7 @@ def _damaged(store: Store, found: Document) -> RefusedError:
     )
 
 
-async def _named(store: Store, kind: str, run: str) -> dict[str, Document]:
+async def _list_by_name(store: Store, kind: str, run: str) -> dict[str, Document]:
     """Return the documents of a kind that a run has, each by the rest of its id."""
     prefix = f"{run}/"
     return {found.key.id[len(prefix) :]: found for found in await store.list(kind, prefix)}

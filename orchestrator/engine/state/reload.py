@@ -9,11 +9,11 @@ from typing import Any, Final
 from orchestrator.config.model import RunConfig, TaskSpec
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.state.records import run_key, spec_key
-from orchestrator.errors import RefusedError, refuse_together
+from orchestrator.errors import RefusedError, raise_combined_refusal
 from orchestrator.protocols import Document, Event, JsonObject, Write
 
 #: Keys of a task that a run can't take from its file any more, and why.
-FIXED: Final[Mapping[str, str]] = {
+FIXED_KEYS: Final[Mapping[str, str]] = {
     "needs": "the order of a run's tasks is set when it starts",
     "owns": "the paths that a run's tasks own are set when it starts",
     "workflow": "the phases of a run's tasks are set when it starts",
@@ -21,7 +21,7 @@ FIXED: Final[Mapping[str, str]] = {
 #: Keys that a process that is running read when it started.
 _READ_AT_START: Final = frozenset({"adapter", "fallback", "priority"})
 #: Fields of a run's document that its file says.
-_OF_RUN: Final = (
+_RUN_FIELDS: Final = (
     "base",
     "target",
     "capacity",
@@ -34,7 +34,7 @@ _OF_RUN: Final = (
     "workflows",
 )
 #: The keys of a file behind the parts of the field `fence`.
-_FENCE: Final[Mapping[str, str]] = {
+_SANDBOX_KEYS: Final[Mapping[str, str]] = {
     "sandbox": "sandbox",
     "network": "network",
     "hosts": "network",
@@ -43,8 +43,8 @@ _FENCE: Final[Mapping[str, str]] = {
     "reach": "writable",
 }
 #: The key of what the command line gave instead of the file: its tasks.
-TASKS: Final = "tasks"
-_ADAPTERS: Final = "adapters."
+TASKS_KEY: Final = "tasks"
+_ADAPTERS_PREFIX: Final = "adapters."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,31 +72,35 @@ class FileChanges:
         return {"file": self.file, "tasks": {name: [*keys] for name, keys in self.tasks.items()}, "keys": [*self.keys]}
 
 
-def compare(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) -> FileChanges:
+def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) -> FileChanges:
     """Return what a file says otherwise than the record of its run; `specs` are the tasks that it matters for."""
     said = {task.id: task for task in config.tasks}
     others = {
-        name for name, one in run.adapters.items() if name in config.adapters and one != config.adapters[name].stored()
+        name
+        for name, one in run.adapters.items()
+        if name in config.adapters and one != config.adapters[name].to_stored()
     }
     tasks = {
         name: keys for name, spec in specs.items() if name in said and (keys := _changed(spec, said[name], others))
     }
     now = _run_values(config)
-    then = run.model_dump(mode="json", include=set(_OF_RUN))
+    then = run.model_dump(mode="json", include=set(_RUN_FIELDS))
     now["target"] = then["target"] if config.target is None else config.target
-    keys = [key for name in _OF_RUN if name not in run.given for key in _names(name, then[name], now[name])]
-    if TASKS in run.given:  # of such tasks the file has the defaults alone
+    keys = [
+        key for name in _RUN_FIELDS if name not in run.given for key in _changed_file_keys(name, then[name], now[name])
+    ]
+    if TASKS_KEY in run.given:  # of such tasks the file has the defaults alone
         changed = dict.fromkeys(key for each in tasks.values() for key in each)
-        keys += [key if key.startswith(_ADAPTERS) else f"defaults.{key}" for key in changed]
+        keys += [key if key.startswith(_ADAPTERS_PREFIX) else f"defaults.{key}" for key in changed]
         return FileChanges(str(config.path), {}, keys, has_tasks=False, config=config)
     return FileChanges(str(config.path), tasks, keys, config=config)
 
 
-def _names(name: str, then: Any, now: Any) -> Sequence[str]:
+def _changed_file_keys(name: str, then: Any, now: Any) -> Sequence[str]:
     """Return the keys of a file that a field of the run's document differs by."""
     if name != "fence":
         return [] if then == now else [name]
-    return list(dict.fromkeys(_FENCE[part] for part in now if then.get(part) != now[part]))
+    return list(dict.fromkeys(_SANDBOX_KEYS[part] for part in now if then.get(part) != now[part]))
 
 
 def _run_values(config: RunConfig) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def _run_values(config: RunConfig) -> dict[str, Any]:
         name: [phase.model_dump(mode="json", by_alias=True) for phase in phases]
         for name, phases in config.workflows.items()
     }
-    return {**config.model_dump(mode="json", include=set(_OF_RUN) - {"workflows"}), "workflows": workflows}
+    return {**config.model_dump(mode="json", include=set(_RUN_FIELDS) - {"workflows"}), "workflows": workflows}
 
 
 def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequence[str]:
@@ -113,10 +117,10 @@ def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequen
     if then != now:
         old, new = then.model_dump(mode="json"), now.model_dump(mode="json")
         keys = [key for key in old if old[key] != new[key]]
-    return [*keys, *(f"{_ADAPTERS}{name}" for name in now.adapters if name in adapters)]
+    return [*keys, *(f"{_ADAPTERS_PREFIX}{name}" for name in now.adapters if name in adapters)]
 
 
-def reloaded(
+def build_reload(
     run: Document, specs: Mapping[str, tuple[int, TaskSpec]], changes: FileChanges, *, is_live: bool
 ) -> tuple[list[Write], list[Event]]:
     """Return the writes and events by which tasks take over what the file says of them; `specs` have their versions.
@@ -124,20 +128,20 @@ def reloaded(
     RefusedError with the reason for each thing that can't be changed.
     """
     document, config = RunDocument.model_validate(run.value), changes.config
-    if TASKS in document.given:
+    if TASKS_KEY in document.given:
         raise RefusedError(f"the tasks of run {document.id} are not from a file", "start a new run to change them")
     if config is None:
         raise RefusedError(f"{changes.file} can't be read: {changes.unreadable}", "repair it, or leave --reload out")
     said = {task.id: task for task in config.tasks}
-    refused = list(_refused(document, specs, changes, config, is_live=is_live))
-    refuse_together(refused, "undo these in the file, or leave --reload out")
+    refused = list(_find_problems(document, specs, changes, config, is_live=is_live))
+    raise_combined_refusal(refused, "undo these in the file, or leave --reload out")
     writes, events = [], []
     adapters = dict(document.adapters)
     for name, (version, _) in specs.items():
         keys = changes.tasks.get(name, ())
         if not keys:
             continue
-        adapters |= {one: config.adapters[one].stored() for one in said[name].adapters}
+        adapters |= {one: config.adapters[one].to_stored() for one in said[name].adapters}
         writes.append(Write(spec_key(document.id, name), version, said[name].model_dump(mode="json")))
         events.append(Event("task.reloaded", {"run": document.id, "task": name, "keys": list(keys)}))
     if adapters != document.adapters:
@@ -146,9 +150,9 @@ def reloaded(
     return writes, events
 
 
-def may_reload(run: RunDocument, spec: TaskSpec) -> bool:
+def can_reload(run: RunDocument, spec: TaskSpec) -> bool:
     """Return whether a task of a run is from its file."""
-    return TASKS not in run.given and _source(spec) is None
+    return TASKS_KEY not in run.given and _source(spec) is None
 
 
 def _source(spec: TaskSpec) -> str | None:
@@ -158,7 +162,7 @@ def _source(spec: TaskSpec) -> str | None:
     return None if spec.tracker is None else f"the tracker {spec.tracker!r}"
 
 
-def _refused(
+def _find_problems(
     run: RunDocument,
     specs: Mapping[str, tuple[int, TaskSpec]],
     changes: FileChanges,
@@ -174,12 +178,14 @@ def _refused(
             yield f"{changes.file} has no task {name!r} any more", "add it again, or leave --reload out for it"
         keys = changes.tasks.get(name, ())
         for key in keys:
-            if key in FIXED:
-                yield f"`{key}` of task {name!r} can't change: {FIXED[key]}", "start a new run for that"
-            elif is_live and (key in _READ_AT_START or key.startswith(_ADAPTERS)):
+            if key in FIXED_KEYS:
+                yield f"`{key}` of task {name!r} can't change: {FIXED_KEYS[key]}", "start a new run for that"
+            elif is_live and (key in _READ_AT_START or key.startswith(_ADAPTERS_PREFIX)):
                 what = f"`{key}` of task {name!r} can't change while the run is running"
                 yield what, "wait for its end, or stop it with SIGINT, and repeat this"
-            elif key.startswith(_ADAPTERS) and (why := _other_type(run, config, key.removeprefix(_ADAPTERS))):
+            elif key.startswith(_ADAPTERS_PREFIX) and (
+                why := _other_type(run, config, key.removeprefix(_ADAPTERS_PREFIX))
+            ):
                 yield why, "give it another name"
 
 

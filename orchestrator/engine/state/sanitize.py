@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
 #: The fields of documents and events whose text is not our own.
-_SAID = frozenset({"reason", "feedback", "paths", "discarded", "closed", "changes", "worktree", "words", "note"})
+_FOREIGN_TEXT_FIELDS = frozenset(
+    {"reason", "feedback", "paths", "discarded", "closed", "changes", "worktree", "words", "note"}
+)
 
 
-def recordable(value: JsonObject, redactor: Redactor) -> JsonObject:
+def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
     """Take secrets out of what comes from programs; names and ids of our own stay, whatever they look like."""
     return {key: _item(key, item, redactor) for key, item in value.items()}
 
@@ -24,8 +26,8 @@ def _item(key: str, item: Any, redactor: Redactor) -> Any:
         item = item.encode(errors="replace").decode()
     if isinstance(item, float) and not math.isfinite(item):
         return None
-    if key in _SAID:
+    if key in _FOREIGN_TEXT_FIELDS:
         return redactor.json(item)
     if isinstance(item, list):
-        return [recordable(one, redactor) if isinstance(one, dict) else one for one in item]
+        return [sanitize(one, redactor) if isinstance(one, dict) else one for one in item]
     return item

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orchestrator.domain.runs.lifecycle import Trigger, advance
+from orchestrator.domain.runs.lifecycle import Trigger, apply_trigger
 from orchestrator.domain.runs.model import TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import Release
-from orchestrator.domain.workflow.routing import closed, phase_events
-from orchestrator.engine.state.sanitize import recordable
+from orchestrator.domain.scheduling.claims import ReleaseReason
+from orchestrator.domain.workflow.routing import close_open_visit, phase_events
+from orchestrator.engine.state.sanitize import sanitize
 from orchestrator.protocols import Event, JsonObject, Key, Write
 
 if TYPE_CHECKING:
@@ -52,19 +52,19 @@ TASK_EVENTS: Mapping[Trigger, str] = {
 
 
 #: What each status in which a task is nobody's makes of the claim on it.
-RELEASES: Mapping[TaskStatus, Release] = {
-    TaskStatus.PENDING: Release.ABANDONED,
-    TaskStatus.WAITING: Release.ABANDONED,
-    TaskStatus.DONE: Release.COMPLETE,
-    TaskStatus.CANCELLED: Release.ABANDONED,
-    TaskStatus.LANDED: Release.COMPLETE,
-    TaskStatus.NO_CHANGE: Release.COMPLETE,
-    TaskStatus.CONFLICT: Release.FAILED,
-    TaskStatus.FAILED: Release.FAILED,
+CLAIM_RELEASES: Mapping[TaskStatus, ReleaseReason] = {
+    TaskStatus.PENDING: ReleaseReason.ABANDONED,
+    TaskStatus.WAITING: ReleaseReason.ABANDONED,
+    TaskStatus.DONE: ReleaseReason.COMPLETE,
+    TaskStatus.CANCELLED: ReleaseReason.ABANDONED,
+    TaskStatus.LANDED: ReleaseReason.COMPLETE,
+    TaskStatus.NO_CHANGE: ReleaseReason.COMPLETE,
+    TaskStatus.CONFLICT: ReleaseReason.FAILED,
+    TaskStatus.FAILED: ReleaseReason.FAILED,
 }
 
 
-class Update(NamedTuple):
+class TaskUpdate(NamedTuple):
     """What an event says of a task, and which fields of its document change; and what else is written with that."""
 
     details: JsonObject
@@ -76,7 +76,7 @@ class Update(NamedTuple):
     """The tasks that are added to the run, behind this one: what its plan became."""
 
 
-class Step(NamedTuple):
+class Transition(NamedTuple):
     """One step of a task along its lifecycle, and what a commit records it with."""
 
     after: TaskDocument
@@ -84,24 +84,24 @@ class Step(NamedTuple):
     events: Sequence[Event]
 
 
-def step(
+def build_transition(
     key: Key,
     before: TaskDocument,
     version: int,
     trigger: Trigger,
-    update: Update,
+    update: TaskUpdate,
     now: float,
     redactor: Redactor,
-) -> Step:
+) -> Transition:
     """Return what a task's step is recorded with, under the key of its document, which is at a version now."""
     run, _, task = key.id.partition("/")
-    changed = closed(advance(f"task {task!r}", before, trigger, **update.changes), now)
-    after = TaskDocument.model_validate(recordable(changed.model_dump(mode="json"), redactor))
+    changed = close_open_visit(apply_trigger(f"task {task!r}", before, trigger, **update.changes), now)
+    after = TaskDocument.model_validate(sanitize(changed.model_dump(mode="json"), redactor))
     attempt = {"attempt": after.attempt.number} if after.attempts else {}
     own = (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
     phases = [(event, {"task": task, **facts}) for event, facts in phase_events(before.phases, after.phases)]
     # In the order in which a person would tell it: what was handed over ends the phase, which moves the task.
     told = [own, *phases, *update.events] if trigger is Trigger.START else [*update.events, *phases, own]
     write = Write(key, version, after.model_dump(mode="json"))
-    events = [Event(event, recordable({"run": run, **facts}, redactor)) for event, facts in told]
-    return Step(after, [write, *update.writes], events)
+    events = [Event(event, sanitize({"run": run, **facts}, redactor)) for event, facts in told]
+    return Transition(after, [write, *update.writes], events)

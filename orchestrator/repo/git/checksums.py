@@ -13,7 +13,7 @@ from orchestrator.repo.git.runner import Git
 _BATCH = 64 << 20
 
 
-async def checksums(git: Git, commit: str, paths: Sequence[str]) -> dict[str, str | None]:
+async def compute_checksums(git: Git, commit: str, paths: Sequence[str]) -> dict[str, str | None]:
     """Return the SHA-256 (hexadecimal) of files in a commit by their paths; None where there is no such file."""
     blobs = await _blobs(git, commit, paths)
     sums: dict[str, str] = {}
@@ -45,10 +45,10 @@ async def _blobs(git: Git, commit: str, paths: Sequence[str]) -> dict[str, tuple
 
 async def _read(git: Git, blobs: Sequence[str]) -> dict[str, str]:
     out = (await git("cat-file", "--batch", input_="".join(f"{blob}\n" for blob in blobs).encode())).stdout
-    return await anyio.to_thread.run_sync(_summed, out)
+    return await anyio.to_thread.run_sync(_hash_blobs, out)
 
 
-def _summed(out: bytes) -> dict[str, str]:
+def _hash_blobs(out: bytes) -> dict[str, str]:
     sums, at = {}, 0
     while at < len(out):
         end = out.index(b"\n", at)

@@ -11,7 +11,7 @@ from orchestrator.repo.git.runner import Git, split_nul
 _PARTS: Final = ("**/HEAD", "**/commondir", "**/config", "**/objects", "**/objects/**", "**/refs", "**/refs/**")
 
 
-async def embedded_repository(git: Git, base: str, tree: str) -> str | None:
+async def find_embedded_repository(git: Git, base: str, tree: str) -> str | None:
     """Return a folder that is a repository in `tree` and was changed since `base`; None if there is none.
 
     The top is none: git finds the repository that it is the checkout of.

@@ -40,7 +40,7 @@ def count_entries(index: Path) -> int:
     return count
 
 
-def fit_index(index: Path, tree: Path) -> bool:
+def refresh_index_stats(index: Path, tree: Path) -> bool:
     """Have an index tell of the files in `tree`, which have the content that it says and are made to look old. Blocks.
 
     False where its format is another than git writes unless it is told to, or a file is missing: then it stays.
@@ -52,7 +52,7 @@ def fit_index(index: Path, tree: Path) -> bool:
             return False
         folder, offset, moment = os.fsencode(tree) + b"/", _HEADER.size, time.time_ns() - _AGE
         for _ in range(count):
-            offset = _fit_entry(data, offset, folder, moment)
+            offset = _refresh_entry(data, offset, folder, moment)
     except (OSError, struct.error, ValueError):
         return False
     data[-_SHA1:] = hashlib.sha1(data[:-_SHA1], usedforsecurity=False).digest()
@@ -63,7 +63,7 @@ def fit_index(index: Path, tree: Path) -> bool:
     return True
 
 
-def _fit_entry(data: bytearray, offset: int, folder: bytes, moment: int) -> int:
+def _refresh_entry(data: bytearray, offset: int, folder: bytes, moment: int) -> int:
     """Fit the entry at an offset, with a file last written at a moment; return the offset of the next."""
     *_, mode = _ENTRY.unpack_from(data, offset)[:7]
     (flags,) = struct.unpack_from(">H", data, offset + _ENTRY.size - 2)

@@ -13,7 +13,7 @@ _CHUNK = 1 << 20  # bytes
 _LONGEST_HEADER = 64  # bytes: a kind and a number
 
 
-class Loose(NamedTuple):
+class LooseObject(NamedTuple):
     """An object: its kind (`blob`, `tree`, `commit`, `tag`), its size in bytes, and what was read of its content."""
 
     kind: str
@@ -21,7 +21,7 @@ class Loose(NamedTuple):
     content: bytes
 
 
-def read_loose(objects: Path, name: str, most: int | None = None) -> Loose | None:
+def read_loose_object(objects: Path, name: str, most: int | None = None) -> LooseObject | None:
     """Return an object of a folder that only our own git writes, and of its content at most so many bytes. Blocks.
 
     None where it is not there as a file of its own, or is damaged: git will say how.
@@ -36,7 +36,7 @@ def read_loose(objects: Path, name: str, most: int | None = None) -> Loose | Non
     return None
 
 
-def is_genuine(file: Path, name: str) -> bool:
+def has_valid_hash(file: Path, name: str) -> bool:
     """Whether a regular file holds the object of that name, found by hashing it (gitformat-loose(5)). Blocks."""
     digest = hashlib.new("sha1" if len(name) == 40 else "sha256", usedforsecurity=False)
     unpacking = zlib.decompressobj()
@@ -50,8 +50,8 @@ def is_genuine(file: Path, name: str) -> bool:
     return False
 
 
-def _read(packed: bytes, most: int | None) -> Loose:
+def _read(packed: bytes, most: int | None) -> LooseObject:
     unpacked = zlib.decompressobj().decompress(packed, 0 if most is None else _LONGEST_HEADER + most)
     header, _, content = unpacked.partition(b"\0")
     kind, size = header.decode().split(" ")
-    return Loose(kind, int(size), content if most is None else content[:most])
+    return LooseObject(kind, int(size), content if most is None else content[:most])

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from orchestrator.repo.git.runner import Git
 
 
-async def put_back(git: Git, commit: str, paths: Collection[str], message: str) -> str:
+async def revert_paths(git: Git, commit: str, paths: Collection[str], message: str) -> str:
     """Return a commit like `commit`, with its parents, in which what it changes at `paths` is not changed."""
     first, *others = (await git.line("rev-parse", f"{commit}^@")).split()
     changes = [one for one in await git.changes(first, commit) if one.path in paths]

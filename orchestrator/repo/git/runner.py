@@ -27,17 +27,17 @@ import anyio.to_thread
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from orchestrator.errors import GitError, GitKilled, RefusedError
-from orchestrator.repo.git.stale_files import lock_of, locks_in, remove_stale
+from orchestrator.repo.git.stale_files import list_index_locks, list_locks, remove_unowned
 from orchestrator.sandbox.confinement import Confinement
-from orchestrator.system.failpoints import failpoint, is_struck
-from orchestrator.system.process import Completed, run
+from orchestrator.system.failpoints import failpoint, is_triggered
+from orchestrator.system.process import CompletedCommand, run
 from orchestrator.system.resources import is_disk_full
 
 MINIMUM_VERSION: Final = (2, 38)  # the first with `merge-tree --write-tree`
 _INSTALL: Final = f"install git {'.'.join(map(str, MINIMUM_VERSION))} or newer"
 RECOMMENDED_VERSION: Final = (2, 39)  # the oldest that the tests run with
 IDENTITY: Final = ("CLI Council", "council@localhost")
-GITLINK: Final = "160000"  # the mode of a link to a commit of another repository
+GITLINK_MODE: Final = "160000"  # the mode of a link to a commit of another repository
 
 _HARMLESS_CONFIG: Final = (
     "core.hooksPath=/dev/null",
@@ -52,18 +52,18 @@ _HARMLESS_CONFIG: Final = (
     "protocol.ext.allow=never",
 )
 #: Bytes that git may take while it reads what an agent made, which may be small and mean terabytes.
-_MOST_MEMORY: Final = 2 << 30
+_MAX_MEMORY: Final = 2 << 30
 #: How often a command is tried that is killed, and for how long between two trials, in seconds.
-_TRIALS: Final = 5
+_MAX_ATTEMPTS: Final = 5
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 #: Seconds to wait for other commands that may own a lock in the way.
-_OTHERS_LIMIT: Final = 1.0
+_STALE_LOCK_TIMEOUT: Final = 1.0
 _KILLS: Final = frozenset({signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE})
 # What git says of children, of a server of its own on this machine, and of locks (in the C locale).
 _DIED: Final = re.compile(r"died of signal (\d+)")
 # What the shell says, by which git starts such a server.
-_SHELL_SAYS: Final = re.compile(r"^(?:\S+: line \d+: +\d+ )?(?:Killed|Terminated)\b", re.MULTILINE)
+_SHELL_REPORT: Final = re.compile(r"^(?:\S+: line \d+: +\d+ )?(?:Killed|Terminated)\b", re.MULTILINE)
 _FATAL: Final = re.compile(r"^(?:remote: )?fatal: (.+)", re.MULTILINE)
 _LOST_OTHER_END: Final = re.compile(r"the remote end hung up unexpectedly|early EOF|invalid index-pack output")
 _SILENT_SERVER: Final = re.compile(
@@ -95,7 +95,7 @@ _SEALED_ENV: Final = {
 }
 # What a user sets to reach a server or to choose a configuration; everything else named GIT_* relocates a
 # repository or changes what commands mean (https://git-scm.com/docs/git#_environment_variables).
-_KEPT_OF_USER: Final = re.compile(
+_PASSED_USER_VARIABLES: Final = re.compile(
     r"GIT_(?:SSH(?:_COMMAND|_VARIANT)?|ASKPASS|SSL_[A-Z_]+|PROXY_[A-Z_]+|HTTP_[A-Z_]+|CONFIG_(?:GLOBAL|SYSTEM|NOSYSTEM)"
     r"|EXEC_PATH|ALLOW_PROTOCOL)"
 )
@@ -106,16 +106,18 @@ def sealed_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {"PATH": environ.get("PATH", os.defpath), **_SEALED_ENV}
 
 
-def users_environment(environ: Mapping[str, str]) -> dict[str, str]:
+def user_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment for git at the user's side: theirs, less what relocates a repository."""
     kept = {
-        name: value for name, value in environ.items() if not name.startswith("GIT_") or _KEPT_OF_USER.fullmatch(name)
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("GIT_") or _PASSED_USER_VARIABLES.fullmatch(name)
     }
     return {**kept, **_COMMON_ENV}
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class FileChange:
     """One file that differs between two commits; where it is not there its mode is 000000."""
 
     path: str
@@ -126,7 +128,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class ConfinedPaths:
     """The files and folders, with all beneath, that a confined git command may read, and those that it may write."""
 
     readable: tuple[Path, ...]
@@ -141,12 +143,12 @@ class Git:
     """
 
     git_dir: Path | None
-    users: bool = False
+    as_user: bool = False
     keep_fds: tuple[int, ...] = ()
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     flags: tuple[str, ...] = ()
     """Options of git itself that each command is given."""
-    scope: Scope | None = None
+    scope: ConfinedPaths | None = None
     """What it may touch, in a sandbox of its own; None: whatever the user may."""
 
     def confined(self, *, readable: Iterable[Path] = (), writable: Iterable[Path] = ()) -> Git:
@@ -155,7 +157,7 @@ class Git:
         Every command that looks at what an agent can write runs in one, so that no feature of git that obeys what it
         finds there can do harm.
         """
-        return replace(self, scope=Scope(tuple(readable), tuple(writable)))
+        return replace(self, scope=ConfinedPaths(tuple(readable), tuple(writable)))
 
     async def __call__(
         self,
@@ -166,7 +168,7 @@ class Git:
         ok: Sequence[int] = (0,),
         keep_fds: Sequence[int] = (),
         limit: float | None = None,
-    ) -> Completed:
+    ) -> CompletedCommand:
         """Run `git ARGS` to its end; GitError if the exit code is not in `ok`. Never cut off by cancellation.
 
         One that is killed from outside is run again, a few times, and so is one that finds a lock in our repository
@@ -174,8 +176,8 @@ class Git:
         2 GiB of memory.
         """
         trials = AsyncRetrying(
-            retry=retry_if_exception(self._may_pass),
-            stop=stop_after_attempt(_TRIALS),
+            retry=retry_if_exception(self._is_retryable),
+            stop=stop_after_attempt(_MAX_ATTEMPTS),
             wait=wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
             sleep=anyio.sleep,
             reraise=True,
@@ -187,7 +189,7 @@ class Git:
                 return await self._run(args, env, input_, cwd, ok, keep_fds, limit)
         raise AssertionError("the last trial returns or raises")
 
-    def _may_pass(self, error: BaseException) -> bool:
+    def _is_retryable(self, error: BaseException) -> bool:
         """Whether a command may succeed if it is run again."""
         if isinstance(error, GitKilled):
             return True
@@ -198,11 +200,11 @@ class Git:
     async def _remove_stale_locks(self, env: Mapping[str, str]) -> None:
         if self.git_dir is None:
             return
-        locks = await anyio.to_thread.run_sync(locks_in, self.git_dir)
+        locks = await anyio.to_thread.run_sync(list_locks, self.git_dir)
         if "GIT_INDEX_FILE" in env:
-            locks += await anyio.to_thread.run_sync(lock_of, Path(env["GIT_INDEX_FILE"]))
+            locks += await anyio.to_thread.run_sync(list_index_locks, Path(env["GIT_INDEX_FILE"]))
         if locks:
-            await anyio.to_thread.run_sync(remove_stale, locks, _OTHERS_LIMIT)
+            await anyio.to_thread.run_sync(remove_unowned, locks, _STALE_LOCK_TIMEOUT)
 
     async def _run(
         self,
@@ -213,9 +215,9 @@ class Git:
         ok: Sequence[int],
         keep_fds: Sequence[int],
         limit: float | None,
-    ) -> Completed:
+    ) -> CompletedCommand:
         failpoint("git.starting")
-        base = users_environment(self.environ) if self.users else sealed_environment(self.environ)
+        base = user_environment(self.environ) if self.as_user else sealed_environment(self.environ)
         run_it = run(
             ["git", *_CONFIG_FLAGS, *self.flags, *args],
             env={**base, **({"GIT_DIR": str(self.git_dir)} if self.git_dir else {}), **(env or {})},
@@ -223,7 +225,7 @@ class Git:
             input=input_,
             keep_fds=(*self.keep_fds, *keep_fds),
             timeout=limit,
-            memory=None if limit is None else _MOST_MEMORY,
+            memory=None if limit is None else _MAX_MEMORY,
             confinement=None if self.scope is None else await self._confinement(self.scope, base["PATH"]),
         )
         try:
@@ -238,8 +240,8 @@ class Git:
         except PermissionError as error:
             remedy = "install the git of your system, and have it first on PATH"
             raise RefusedError(f"git can't be started in its sandbox: {error}", remedy) from None
-        if is_struck("git.ended"):
-            done = Completed(-signal.SIGKILL, b"", b"")
+        if is_triggered("git.ended"):
+            done = CompletedCommand(-signal.SIGKILL, b"", b"")
         if done.returncode not in ok:
             said = done.stderr.decode(errors="replace")
             if await anyio.to_thread.run_sync(is_disk_full, cwd, self.git_dir):  # which git often leaves out
@@ -249,10 +251,10 @@ class Git:
             raise GitError(["git", *args], done.returncode, said)
         return done
 
-    async def _confinement(self, scope: Scope, path: str) -> Confinement:
-        if path not in _INSTALLED:
-            _INSTALLED[path] = await _installation(self.environ, path)
-        program, libraries = _INSTALLED[path]
+    async def _confinement(self, scope: ConfinedPaths, path: str) -> Confinement:
+        if path not in _INSTALLATIONS:
+            _INSTALLATIONS[path] = await _find_installation(self.environ, path)
+        program, libraries = _INSTALLATIONS[path]
         own = () if self.git_dir is None else (self.git_dir,)
         return Confinement(program, libraries, (*own, *scope.readable), scope.writable)
 
@@ -260,9 +262,9 @@ class Git:
         """Run git and return what it printed, without the newline."""
         return (await self(*args, env=env, input_=input_)).stdout.decode().rstrip("\n")
 
-    async def changes(self, old: str, new: str, cwd: Path | None = None) -> list[Change]:
+    async def changes(self, old: str, new: str, cwd: Path | None = None) -> list[FileChange]:
         """Return what differs between two commits, file by file; a rename is a removal and an addition."""
-        return parse_raw((await self("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=cwd)).stdout)
+        return parse_raw_diff((await self("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=cwd)).stdout)
 
     async def merge_tree(
         self, ours: str, theirs: str, env: Mapping[str, str] | None = None
@@ -271,7 +273,7 @@ class Git:
         arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, theirs)
         merged = await self(*arguments, ok=(0, 1), env=env)
         tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
-        return tree, tuple(dict.fromkeys(shown(path) for path in paths if path))
+        return tree, tuple(dict.fromkeys(printable_name(path) for path in paths if path))
 
     async def entries(self, commit: str, paths: Collection[str], cwd: Path | None = None) -> dict[str, str]:
         """Return what a commit has at those of the paths that it has: mode, kind and id, with a space between them."""
@@ -311,7 +313,7 @@ def was_killed(returncode: int, said: str) -> bool:
         return True
     if (fatal := _FATAL.findall(said)) and all(_LOST_OTHER_END.match(line) for line in fatal):
         return True
-    return _SHELL_SAYS.search(said) is not None or any(int(number) in _KILLS for number in _DIED.findall(said))
+    return _SHELL_REPORT.search(said) is not None or any(int(number) in _KILLS for number in _DIED.findall(said))
 
 
 def split_nul(output: bytes) -> list[str]:
@@ -324,17 +326,19 @@ def join_nul(entries: Iterable[str]) -> bytes:
     return "".join(f"{entry}\0" for entry in entries).encode(errors="surrogateescape")
 
 
-def parse_raw(output: bytes) -> list[Change]:
+def parse_raw_diff(output: bytes) -> list[FileChange]:
     """Return the changes that a diff command printed with `--raw -z --no-renames`."""
     fields = output.decode(errors="surrogateescape").split("\0")
-    return [Change(path, *meta.lstrip(":").split()[:4]) for meta, path in zip(fields[::2], fields[1::2], strict=False)]
+    return [
+        FileChange(path, *meta.lstrip(":").split()[:4]) for meta, path in zip(fields[::2], fields[1::2], strict=False)
+    ]
 
 
 #: For each PATH the program that git is, and the folders with the rest of it.
-_INSTALLED: Final[dict[str, tuple[Path, tuple[Path, ...]]]] = {}
+_INSTALLATIONS: Final[dict[str, tuple[Path, tuple[Path, ...]]]] = {}
 
 
-async def _installation(environ: Mapping[str, str], path: str) -> tuple[Path, tuple[Path, ...]]:
+async def _find_installation(environ: Mapping[str, str], path: str) -> tuple[Path, tuple[Path, ...]]:
     found = await anyio.to_thread.run_sync(partial(shutil.which, "git", path=path))
     if found is None:
         raise RefusedError("git is not on PATH", _INSTALL)
@@ -368,7 +372,7 @@ async def check_version(environ: Mapping[str, str]) -> None:
         raise RefusedError(f"git {version} is too old", _INSTALL)
 
 
-def shown(name: str) -> str:
+def printable_name(name: str) -> str:
     """Return a file's name as text that can be stored and printed; bytes that are not UTF-8 become escapes."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 

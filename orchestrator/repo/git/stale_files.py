@@ -23,31 +23,31 @@ _OBJECTS: Final = ("tmp_*", "pack/tmp_*", "pack/.tmp-*", "[0-9a-f][0-9a-f]/tmp_o
 
 
 @dataclass(frozen=True, slots=True)
-class Temporary:
+class GitTempFile:
     """A file or folder that git removes when it is done; `variable` is in the environment of all who can own it."""
 
     path: Path
     variable: bytes
 
 
-def locks_in(git_dir: Path) -> list[Temporary]:
+def list_locks(git_dir: Path) -> list[GitTempFile]:
     """Return the lock files in a repository, whether their owners live or not. Blocks."""
-    return [Temporary(path, _variable("GIT_DIR", git_dir)) for path in git_dir.rglob("*.lock") if path.is_file()]
+    return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in git_dir.rglob("*.lock") if path.is_file()]
 
 
-def half_written_in(git_dir: Path) -> list[Temporary]:
+def list_partial_objects(git_dir: Path) -> list[GitTempFile]:
     """Return the objects in a repository that are not written yet, or never will be. Blocks."""
     found = [path for pattern in _OBJECTS for path in (git_dir / "objects").glob(pattern)]
-    return [Temporary(path, _variable("GIT_DIR", git_dir)) for path in found]
+    return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in found]
 
 
-def lock_of(index: Path) -> list[Temporary]:
+def list_index_locks(index: Path) -> list[GitTempFile]:
     """Return the lock file of an index, if there is one. Blocks."""
     path = index.with_name(f"{index.name}.lock")
-    return [Temporary(path, _variable("GIT_INDEX_FILE", index))] if path.is_file() else []
+    return [GitTempFile(path, _variable("GIT_INDEX_FILE", index))] if path.is_file() else []
 
 
-def remove_stale(files: Iterable[Temporary], limit: float) -> None:
+def remove_unowned(files: Iterable[GitTempFile], limit: float) -> None:
     """Remove those of some files that no living command can own; wait up to `limit` seconds for such. Blocks."""
     found = {file: inode for file in files if (inode := _inode(file.path)) is not None}
     if not _PROCESSES.is_dir():  # macOS: nothing can be proven
@@ -71,7 +71,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def git_runs_for(git_dir: Path) -> bool:
+def is_git_running(git_dir: Path) -> bool:
     """Whether a process has a repository of ours as its GIT_DIR; without /proc that can't be ruled out. Blocks."""
     return not _PROCESSES.is_dir() or bool(_processes_with(_variable("GIT_DIR", git_dir)))
 

@@ -19,22 +19,22 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.errors import GitError, is_exhaustion
-from orchestrator.repo.git.runner import GITLINK, Change, Git, is_object_id, shown
-from orchestrator.repo.intake.commits import History
-from orchestrator.repo.intake.inspection import Admission
+from orchestrator.errors import GitError, is_resource_exhaustion
+from orchestrator.repo.git.runner import GITLINK_MODE, FileChange, Git, is_object_id, printable_name
+from orchestrator.repo.intake.commits import SessionCommits
+from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
-from orchestrator.repo.intake.staging import Staging, remove_blocking, stage
-from orchestrator.repo.worktrees.change_detection import Differences
+from orchestrator.repo.intake.staging import StagingArea, remove_blocking_files, stage_files
+from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.failpoints import failpoint
 
-_MOST_SALVAGED = 50
+_MAX_SALVAGED = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
+class CollectedWork:
     """What a worktree held.
 
     `commit`: what differs from the base, None if nothing does. `refused`: why it can't be landed, or None.
@@ -51,9 +51,9 @@ class Collected:
     notes: tuple[str, ...] = ()
 
 
-async def collect(
-    git: Git, worktree: Worktree, base: str, message: str, *, admit: Admission, found: Differences | None = None
-) -> Collected:
+async def collect_work(
+    git: Git, worktree: Worktree, base: str, message: str, *, admit: IntakeRules, found: TreeDiff | None = None
+) -> CollectedWork:
     """Commit what the worktree holds beyond `base` to the attempt's branch; `git` runs in the trusted repository.
 
     With `found`, what differs from the checkout that it was handed, less of it need be looked at.
@@ -70,15 +70,15 @@ async def collect(
 
 
 async def _collect_all(
-    git: Git, worktree: Worktree, base: str, message: str, admit: Admission, found: Differences | None
-) -> Collected:
+    git: Git, worktree: Worktree, base: str, message: str, admit: IntakeRules, found: TreeDiff | None
+) -> CollectedWork:
     left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
-    history = History(git, worktree, base, admit)
+    history = SessionCommits(git, worktree, base, admit)
     await history.look()
     tip, dropped = await _own_commits(history, left)
     files = await _collect_files(history, tip, left.head, message, found)
     salvaged, notes = await _salvage(history, left, files.commit or base)
-    return Collected(
+    return CollectedWork(
         files.commit,
         files.refused,
         complete=files.complete and not dropped and not notes,
@@ -88,25 +88,25 @@ async def _collect_all(
     )
 
 
-async def _own_commits(history: History, left: SessionRefs) -> tuple[str, tuple[str, ...]]:
+async def _own_commits(history: SessionCommits, left: SessionRefs) -> tuple[str, tuple[str, ...]]:
     """Return the tip of the agent's own commits if they can be kept as history, else the base and why."""
     tip = left.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
     if tip == history.base:
         return history.base, ()
-    why = await history.bring(tip, history.base, descends=True)
+    why = await history.import_commits(tip, history.base, descends=True)
     if why is None:
         return tip, ()
     return history.base, (f"its own commits are not kept as history: {why}",)
 
 
 async def _collect_files(
-    history: History, tip: str, head: str | None, message: str, found: Differences | None
-) -> Collected:
+    history: SessionCommits, tip: str, head: str | None, message: str, found: TreeDiff | None
+) -> CollectedWork:
     git, worktree, base = history.git, history.worktree, history.base
     staged = await _stage(history, found)
     refused, left_out = staged.refused, staged.left_out
     if tip == base and not staged.changes:
-        return Collected(None, refused, complete=refused is None, left_out=left_out)
+        return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
     tree = await git.line("write-tree", env={"GIT_INDEX_FILE": str(worktree.index)})
     base_tree = tip_tree = None  # only what changes something gets here
     if tip != base:
@@ -118,11 +118,11 @@ async def _collect_files(
     if tree != tip_tree:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
     if tree == base_tree and not (refused and tip != base):
-        return Collected(None, refused, complete=refused is None, left_out=left_out)
+        return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")
     changes = staged.changes if own == base else await git.changes(base, tip)
-    return Collected(tip, refused or _nested_repository(changes), complete=refused is None, left_out=left_out)
+    return CollectedWork(tip, refused or _nested_repository(changes), complete=refused is None, left_out=left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,49 +131,49 @@ class _Staged:
 
     refused: str | None
     left_out: tuple[str, ...] = ()
-    changes: Sequence[Change] = ()
+    changes: Sequence[FileChange] = ()
 
 
-async def _stage(history: History, found: Differences | None) -> _Staged:
+async def _stage(history: SessionCommits, found: TreeDiff | None) -> _Staged:
     """Stage all of the checkout that can and may be."""
     worktree = history.worktree
     if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
         return _Staged("its worktree was removed or replaced by something else")
-    unread = await anyio.to_thread.run_sync(remove_blocking, worktree.tree, found)
+    unread = await anyio.to_thread.run_sync(remove_blocking_files, worktree.tree, found)
     if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
-        await anyio.to_thread.run_sync(remove_blocking, worktree.git_dir)
+        await anyio.to_thread.run_sync(remove_blocking_files, worktree.git_dir)
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
     place, git = worktree.place, history.git
     if place is not None and place.is_sparse:
         # What is there although it was not to be checked out may differ from the commit: git is to see it, and to look.
         git, found = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
-    staging = Staging(worktree.tree, worktree.index, quarantine, found)
-    staged = await stage(git, staging, history.base, history.admit)
+    staging = StagingArea(worktree.tree, worktree.index, quarantine, found)
+    staged = await stage_files(git, staging, history.base, history.admit)
     await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
     failpoint("work.staged")
     reasons = []
     if staged.refused:
-        named = [f"{shown(path)!r}: {why}" for path, why in sorted(staged.refused.items())]
+        named = [f"{printable_name(path)!r}: {why}" for path, why in sorted(staged.refused.items())]
         more = f", and {len(named) - 10} more" if len(named) > 10 else ""
         reasons.append(f"left out of its commit: {'; '.join(named[:10])}{more}")
-    problem = staged.problem or (f"{shown(unread[0])[-100:]!r} can't be opened" if unread else None)
+    problem = staged.problem or (f"{printable_name(unread[0])[-100:]!r} can't be opened" if unread else None)
     if problem is not None:
         reasons.append(f"not all of its files can be staged ({problem}): what can't is in {worktree.tree}")
-    return _Staged("; ".join(reasons) or None, tuple(sorted(map(shown, staged.refused))), staged.changes)
+    return _Staged("; ".join(reasons) or None, tuple(sorted(map(printable_name, staged.refused))), staged.changes)
 
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _nested_repository(changes: Iterable[Change]) -> str | None:
+def _nested_repository(changes: Iterable[FileChange]) -> str | None:
     for change in changes:
-        if change.new_mode == GITLINK:
+        if change.new_mode == GITLINK_MODE:
             return f"{change.path!r} is a git repository of its own: its `.git` must go before it can land"
     return None
 
 
-async def _salvage(history: History, left: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+async def _salvage(history: SessionCommits, left: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Keep the commits that neither base nor `tip` has; return the refs that hold them, and what was not kept."""
     worktree = history.worktree
     before: dict[str, str] | None = None
@@ -184,29 +184,29 @@ async def _salvage(history: History, left: SessionRefs, tip: str) -> tuple[tuple
             continue
         try:
             commit = await history.commit_of(target)
-            if commit is None or commit in made or not await history.is_beyond(commit, history.base, tip):
+            if commit is None or commit in made or not await history.is_unreachable_from(commit, history.base, tip):
                 continue
         except GitError as error:  # it refers to what is not there: nothing can be saved of it
-            if is_exhaustion(error):
+            if is_resource_exhaustion(error):
                 raise
             continue
-        if len(made) == _MOST_SALVAGED:
-            notes.append(f"only {_MOST_SALVAGED} refs were salvaged")
+        if len(made) == _MAX_SALVAGED:
+            notes.append(f"only {_MAX_SALVAGED} refs were salvaged")
             break
         safe = history.admit.redactor.text(name)
-        ref = _free(salvage_ref(worktree.run, worktree.task, worktree.attempt, safe), made)
+        ref = _free_ref(salvage_ref_name(worktree.run, worktree.task, worktree.attempt, safe), made)
         if before is None:
-            before = await _salvaged_before(history)
+            before = await _read_existing_salvage(history)
         if before.get(ref) != commit:
-            if why := await history.bring(commit, history.base, tip):
-                notes.append(f"{shown(name)!r} is not salvaged: {why}")
+            if why := await history.import_commits(commit, history.base, tip):
+                notes.append(f"{printable_name(name)!r} is not salvaged: {why}")
                 continue
             await history.git("update-ref", ref, commit)
         made[commit] = ref
     return tuple(made.values()), tuple(notes)
 
 
-async def _salvaged_before(history: History) -> dict[str, str]:
+async def _read_existing_salvage(history: SessionCommits) -> dict[str, str]:
     """Return what an earlier call that was cut off has made already."""
     one = history.worktree
     listed = await history.git.line(
@@ -223,13 +223,13 @@ def _candidates(left: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:
         yield "branch" if own else ref.removeprefix("refs/").removeprefix("heads/"), target
 
 
-def salvage_ref(run: str, task: str, attempt: int, name: str) -> str:
+def salvage_ref_name(run: str, task: str, attempt: int, name: str) -> str:
     """Return the ref that keeps commits an attempt had on no branch; what a ref's name can't have becomes `-`."""
     safe = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:64] or "ref"
     return f"refs/salvage/{run}/{task}.{attempt}/{safe}"
 
 
-def _free(ref: str, made: Mapping[str, str]) -> str:
+def _free_ref(ref: str, made: Mapping[str, str]) -> str:
     taken = set(made.values())
     names = (ref if number == 1 else f"{ref}-{number}" for number in range(1, len(taken) + 2))
     return next(name for name in names if name not in taken)

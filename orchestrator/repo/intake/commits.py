@@ -9,36 +9,40 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, is_exhaustion
-from orchestrator.repo.git.runner import Change, Git, is_object_id, parse_raw, shown, split_nul
-from orchestrator.repo.intake.inspection import Admission, inspect
+from orchestrator.errors import GitError, is_resource_exhaustion
+from orchestrator.repo.git.runner import FileChange, Git, is_object_id, parse_raw_diff, printable_name, split_nul
+from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.worktrees.worktrees import Worktree
 
-_MOST_COMMITS = 10_000
+_MAX_COMMITS = 10_000
 _LIMIT = 120.0  # seconds
 _NONE = "0" * 40
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class SessionCommits:
     """Reads the commits of one session. `base` is where it began."""
 
     git: Git
     worktree: Worktree
     base: str
-    admit: Admission
+    admit: IntakeRules
 
     async def commit_of(self, name: str) -> str | None:
         """Return the commit that an object of the session's is or stands for; None if there is none."""
-        done = await self._theirs("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", ok=(0, 1, 128))
+        done = await self._run_on_session_objects(
+            "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", ok=(0, 1, 128)
+        )
         return done or None
 
-    async def is_beyond(self, commit: str, *known: str) -> bool:
+    async def is_unreachable_from(self, commit: str, *known: str) -> bool:
         """Whether a commit of the session's is reachable from none of the `known`; GitError if it can't be read."""
-        return bool(await self._theirs("rev-list", "--max-count=1", commit, *(f"^{one}" for one in known)))
+        return bool(
+            await self._run_on_session_objects("rev-list", "--max-count=1", commit, *(f"^{one}" for one in known))
+        )
 
-    async def bring(self, tip: str, *known: str, descends: bool = False) -> str | None:
+    async def import_commits(self, tip: str, *known: str, descends: bool = False) -> str | None:
         """Bring in what `tip` has beyond the `known` commits; return why not, or None.
 
         With `descends` only if the base is behind it.
@@ -46,23 +50,23 @@ class History:
         quarantine = Quarantine(self.worktree.import_folder / "history", self.worktree.hub.objects)
         await anyio.to_thread.run_sync(quarantine.empty)
         try:
-            if refused := await self._refused_unpacked(tip, known):
+            if refused := await self._find_size_violation(tip, known):
                 return refused
             await self._pack(quarantine, tip, known)
-            git = self._apart(quarantine)
+            git = self._confined_git(quarantine)
             if descends:
                 await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.reading)
             found = await self._inspect(quarantine, tip, known)
         except GitError as error:
-            if is_exhaustion(error):
+            if is_resource_exhaustion(error):
                 raise
             return f"they can't be read or do not continue from where it began ({error.stderr or 'exit 1'})"
         if found:
-            return "; ".join(f"{shown(path)!r}: {why}" for path, why in sorted(found.items())[:5])
+            return "; ".join(f"{printable_name(path)!r}: {why}" for path, why in sorted(found.items())[:5])
         await anyio.to_thread.run_sync(quarantine.adopt_packs)
         return None
 
-    def _apart(self, quarantine: Quarantine) -> Git:
+    def _confined_git(self, quarantine: Quarantine) -> Git:
         """Return git as it may look at the quarantine, without the session's own objects in reach."""
         return self.git.confined(readable=(self.worktree.hub.objects,), writable=(quarantine.objects,))
 
@@ -76,10 +80,10 @@ class History:
 
     async def look(self) -> None:
         """Take hold of the session's objects; before anything else is asked for."""
-        await anyio.to_thread.run_sync(make_view, self.worktree.git_dir, self._view)
+        await anyio.to_thread.run_sync(link_session_objects, self.worktree.git_dir, self._view)
         await anyio.to_thread.run_sync(lambda: (self._packed / "pack").mkdir(mode=0o700, parents=True, exist_ok=True))
 
-    async def _theirs(self, *args: str, ok: tuple[int, ...] = (0,), input_: bytes | None = None) -> str:
+    async def _run_on_session_objects(self, *args: str, ok: tuple[int, ...] = (0,), input_: bytes | None = None) -> str:
         known = self.worktree.hub.objects
         env = {
             "GIT_OBJECT_DIRECTORY": str(self._packed),
@@ -89,13 +93,15 @@ class History:
         git = self.git.confined(readable=readable, writable=(self._packed,))
         return (await git(*args, env=env, ok=ok, limit=_LIMIT, input_=input_)).stdout.decode().rstrip("\n")
 
-    async def _refused_unpacked(self, tip: str, known: tuple[str, ...]) -> str | None:
+    async def _find_size_violation(self, tip: str, known: tuple[str, ...]) -> str | None:
         """Look at numbers and sizes alone, before anything is copied."""
         excluded = [f"^{one}" for one in known]
-        counted = await self._theirs("rev-list", "--count", f"--max-count={_MOST_COMMITS + 1}", tip, *excluded)
-        if int(counted) > _MOST_COMMITS:
-            return f"there are more than {_MOST_COMMITS} of them"
-        listed = await self._theirs("rev-list", "--objects", "--no-object-names", "--filter-print-omitted",
+        counted = await self._run_on_session_objects(
+            "rev-list", "--count", f"--max-count={_MAX_COMMITS + 1}", tip, *excluded
+        )
+        if int(counted) > _MAX_COMMITS:
+            return f"there are more than {_MAX_COMMITS} of them"
+        listed = await self._run_on_session_objects("rev-list", "--objects", "--no-object-names", "--filter-print-omitted",
                                     f"--filter=blob:limit={self.admit.max_file + 1}", tip, *excluded)  # fmt: skip
         if "~" in listed:
             return f"a file in them has more than {self.admit.max_file} bytes"
@@ -103,7 +109,7 @@ class History:
 
     async def _pack(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> None:
         revisions = "".join((f"{tip}\n", *(f"^{one}\n" for one in known)))
-        name = await self._theirs(
+        name = await self._run_on_session_objects(
             "pack-objects", "--quiet", "--revs", str(self._packed / "pack"), input_=revisions.encode()
         )
         pack = quarantine.objects / "pack" / f"pack-{name}.pack"
@@ -112,22 +118,22 @@ class History:
             raise GitError(["pack-objects"], 0, "it printed no name of a pack")
         await anyio.to_thread.run_sync(shutil.copyfile, self._packed / pack.name, pack)
         # Hashes everything again and follows every link.
-        await self._apart(quarantine)("index-pack", "--strict", str(pack), env=quarantine.writing, limit=_LIMIT)
+        await self._confined_git(quarantine)("index-pack", "--strict", str(pack), env=quarantine.writing, limit=_LIMIT)
 
     async def _inspect(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> dict[str, str]:
-        env, git = quarantine.reading, self._apart(quarantine)
+        env, git = quarantine.reading, self._confined_git(quarantine)
         commits = (await git("rev-list", tip, *(f"^{one}" for one in known), env=env)).stdout
         # With folders (-t): an empty one is a name that no file would tell of.
         raw = await git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",
                              "--no-commit-id", env=env, input_=commits, limit=_LIMIT)  # fmt: skip
         before = await self._base_files()
         changes = {
-            Change(one.path, one.old_mode, one.new_mode, before.get(one.path, _NONE), one.new_id)
-            for one in parse_raw(raw.stdout)
+            FileChange(one.path, one.old_mode, one.new_mode, before.get(one.path, _NONE), one.new_id)
+            for one in parse_raw_diff(raw.stdout)
         }
         # What commits say of themselves comes in, too.
-        said = [Change(f"commit {name}", "000000", "100644", _NONE, name) for name in commits.decode().split()]
-        return await inspect(git, [*changes, *said], self.admit, env)
+        said = [FileChange(f"commit {name}", "000000", "100644", _NONE, name) for name in commits.decode().split()]
+        return await find_rejected_paths(git, [*changes, *said], self.admit, env)
 
     async def _base_files(self) -> dict[str, str]:
         listed = await self.git("ls-tree", "-r", "-z", self.base)
@@ -135,7 +141,7 @@ class History:
         return {path: meta.split(" ")[2] for meta, _, path in rows}
 
 
-def make_view(git_dir: Path, view: Path) -> None:
+def link_session_objects(git_dir: Path, view: Path) -> None:
     """Make a folder through which git sees the objects of a session and nothing else of it.
 
     No alternates, which name any folder of the machine, and no pipes, which git would wait for. Blocks.

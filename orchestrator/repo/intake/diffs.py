@@ -13,38 +13,38 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, counted
-from orchestrator.repo.git.runner import Git, shown
-from orchestrator.repo.intake.commits import make_view
-from orchestrator.repo.intake.inspection import Admission
+from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.repo.intake.commits import link_session_objects
+from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.session_refs import read_session_refs
-from orchestrator.repo.intake.staging import Staged, Staging, blocking, stage
+from orchestrator.repo.intake.staging import StagingArea, StagingResult, find_blocking_files, stage_files
 from orchestrator.repo.worktrees.worktrees import Worktree
 
 #: Of a larger difference only the counts are shown in a prompt.
 _MOST_FILES = 200
 _MOST_LINES = 3_000
 #: More commits of a session are not counted.
-MOST_COMMITS = 10_000
+MAX_COMMITS = 10_000
 #: Seconds that git may take to count them.
 _LIMIT = 30.0
 
 
-async def diff(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
+async def diff_commits(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
     """Return the difference of two commits as git shows it; file names are quoted, contents are as they are."""
     return (await git("diff-tree", "-r", *_options(stat=stat), base, commit)).stdout
 
 
-async def bounded_diff(git: Git, base: str, commit: str) -> str:
+async def diff_commits_bounded(git: Git, base: str, commit: str) -> str:
     """Return the difference of two commits to read: counts by file, then the lines unless they are too many."""
     changes = await count(git, base, commit)
-    text = (await diff(git, base, commit, stat=True)).decode(errors="replace")
+    text = (await diff_commits(git, base, commit, stat=True)).decode(errors="replace")
     if changes.files > _MOST_FILES or changes.added + changes.removed > _MOST_LINES:
         return f"{text}\n(The lines are left out: they are too many.)\n"
-    return f"{text}\n{(await diff(git, base, commit)).decode(errors='replace')}"
+    return f"{text}\n{(await diff_commits(git, base, commit)).decode(errors='replace')}"
 
 
-async def live_diff(git: Git, worktree: Worktree, base: str, *, admit: Admission, stat: bool = False) -> bytes:
+async def diff_session(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules, stat: bool = False) -> bytes:
     """Return what a session's files differ from its base by now, while it may be at work.
 
     Neither its index nor ours is touched, and no object is kept. Secrets and huge files are left out and named in
@@ -53,20 +53,20 @@ async def live_diff(git: Git, worktree: Worktree, base: str, *, admit: Admission
     async with _staged(git, worktree, base, admit) as (staging, staged):
         options = _options(stat=stat)
         done = await staging.confine(git)("diff-index", "--cached", *options, base, env=staging.env)
-    lines = [f"# left out: {shown(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
+    lines = [f"# left out: {printable_name(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
     if staged.problem is not None:
         lines.append(f"# not all of its files can be read: {staged.problem}\n")
     return "".join(lines).encode(errors="replace") + done.stdout
 
 
-async def count_live(git: Git, worktree: Worktree, base: str, *, admit: Admission) -> Changes:
-    """Return how much a session has changed by now; as `live_diff`, without secrets and huge files."""
+async def count_session_changes(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules) -> Changes:
+    """Return how much a session has changed by now; as `diff_session`, without secrets and huge files."""
     async with _staged(git, worktree, base, admit) as (staging, _):
         done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
     return counted(done.stdout.splitlines())
 
 
-async def count_commits(git: Git, worktree: Worktree, base: str) -> int:
+async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
     """Return how many commits of its own a session has made on its branch by now; 0 where they can't be read."""
     left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
     tip = left.refs.get(f"refs/heads/{worktree.branch}", base)
@@ -74,9 +74,9 @@ async def count_commits(git: Git, worktree: Worktree, base: str) -> int:
         return 0
     folder = await anyio.to_thread.run_sync(_live_folder, worktree)
     try:
-        await anyio.to_thread.run_sync(make_view, worktree.git_dir, folder / "theirs")
+        await anyio.to_thread.run_sync(link_session_objects, worktree.git_dir, folder / "theirs")
         env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(folder / "theirs")}
-        command = ("rev-list", "--count", f"--max-count={MOST_COMMITS}", tip, f"^{base}")
+        command = ("rev-list", "--count", f"--max-count={MAX_COMMITS}", tip, f"^{base}")
         confined = git.confined(readable=(worktree.hub.objects, worktree.git_dir, folder))
         return int((await confined(*command, env=env, limit=_LIMIT)).stdout)
     except GitError:  # it may be writing them
@@ -87,12 +87,14 @@ async def count_commits(git: Git, worktree: Worktree, base: str) -> int:
 
 
 @asynccontextmanager
-async def _staged(git: Git, worktree: Worktree, base: str, admit: Admission) -> AsyncIterator[tuple[Staging, Staged]]:
+async def _staged(
+    git: Git, worktree: Worktree, base: str, admit: IntakeRules
+) -> AsyncIterator[tuple[StagingArea, StagingResult]]:
     """Stage a session's files in a copy of our index, for the time of the body."""
     folder = await anyio.to_thread.run_sync(_prepare, worktree)
     try:
-        staging = Staging(worktree.tree, folder / "index", Quarantine(folder / "objects", worktree.hub.objects))
-        yield staging, await stage(git, staging, base, admit)
+        staging = StagingArea(worktree.tree, folder / "index", Quarantine(folder / "objects", worktree.hub.objects))
+        yield staging, await stage_files(git, staging, base, admit)
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -108,8 +110,8 @@ def _prepare(worktree: Worktree) -> Path:
     remedy = "look at it when the session is at work or has ended"
     if not worktree.index.exists() or not worktree.tree.is_dir() or worktree.tree.is_symlink():
         raise RefusedError(f"attempt {name} has no checkout", remedy)
-    if pipe := next(blocking(worktree.tree), None):
-        raise RefusedError(f"{shown(str(pipe))!r} is no file that git can read", remedy)
+    if pipe := next(find_blocking_files(worktree.tree), None):
+        raise RefusedError(f"{printable_name(str(pipe))!r} is no file that git can read", remedy)
     folder = _live_folder(worktree)
     try:
         shutil.copyfile(worktree.index, folder / "index")

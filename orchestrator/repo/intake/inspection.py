@@ -10,23 +10,23 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.domain.security.reserved_names import reserved_name
+from orchestrator.domain.security.reserved_names import find_reserved_name
 from orchestrator.domain.security.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
-from orchestrator.repo.git.loose_objects import Loose, read_loose
-from orchestrator.repo.git.runner import GITLINK, Change, Git, shown
+from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
+from orchestrator.repo.git.runner import GITLINK_MODE, FileChange, Git, printable_name
 
-LARGEST_FILE = 50 << 20  # bytes: what the large hosts take without a warning
+MAX_FILE_BYTES = 50 << 20  # bytes: what the large hosts take without a warning
 #: Bytes and files of a session's changes in all: git stages so much within its time limit.
-LARGEST_TOTAL, MOST_FILES = 1 << 30, 200_000
-_WITHOUT_CONTENT = frozenset({GITLINK, "040000"})  # what has a name and nothing to read: others, and folders
+MAX_TOTAL_BYTES, MAX_FILES = 1 << 30, 200_000
+_WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # what has a name and nothing to read: others, and folders
 # What means something else in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
-_AT_ONCE = 32 << 20  # bytes of content that are read at a time
+_BATCH_BYTES = 32 << 20  # bytes of content that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class IntakeRules:
     """The rules: the largest file in bytes, and the values that no file may have.
 
     `leavings` are patterns, as in a .gitignore, of files that are no work where the base does not have them. `withheld`
@@ -34,55 +34,55 @@ class Admission:
     """
 
     redactor: Redactor
-    max_file: int = LARGEST_FILE
-    leavings: tuple[str, ...] = ()
+    max_file: int = MAX_FILE_BYTES
+    scratch_patterns: tuple[str, ...] = ()
     withheld: tuple[str, ...] = ()
-    max_total: int = LARGEST_TOTAL
-    max_files: int = MOST_FILES
+    max_total: int = MAX_TOTAL_BYTES
+    max_files: int = MAX_FILES
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Admission:
+    def of(cls, environ: Mapping[str, str]) -> IntakeRules:
         """Return the rules that keep the secrets of this environment out."""
         return cls(Redactor(secret_values(environ)))
 
-    def of_file(self, path: str, size: int) -> str | None:
+    def check_file(self, path: str, size: int) -> str | None:
         """Return why a file of this name and size (bytes) may not come in, None if it may."""
-        if why := self.of_name(path):
+        if why := self.check_name(path):
             return why
         if is_secret_file(path):
             return "its name is that of a file for secrets"
         if above := next((one for one in self.withheld if one.startswith(f"{path}/")), None):
-            return f"it is where the folder of {shown(above)!r} must be"
+            return f"it is where the folder of {printable_name(above)!r} must be"
         if size > self.max_file:
             return f"it has {size} bytes, more than {self.max_file}"
         return None
 
-    def of_all(self, files: int, size: int) -> str | None:
+    def check_total(self, files: int, size: int) -> str | None:
         """Return why so many changed files of so many bytes in all may not come in, None if they may."""
         if files <= self.max_files and size <= self.max_total:
             return None
         return f"too much to stage: {files} files of {size} bytes, {self.max_files} of {self.max_total} fit"
 
-    def of_name(self, path: str) -> str | None:
+    def check_name(self, path: str) -> str | None:
         """Return why nothing of this name may come in, a folder neither; None if it may."""
-        if self.withheld_with(path) is not None:
+        if self.find_withheld(path) is not None:
             return "it was put into the worktree from your checkout (`worktrees.copy` and `link`)"
-        if (name := reserved_name(path)) is not None:
+        if (name := find_reserved_name(path)) is not None:
             return f"{name} is reserved: what is in it would be obeyed, not only read"
-        return "its name holds a secret" if self.redactor.finds(os.fsencode(path)) else None
+        return "its name holds a secret" if self.redactor.find_secrets(os.fsencode(path)) else None
 
-    def withheld_with(self, path: str) -> str | None:
+    def find_withheld(self, path: str) -> str | None:
         """Return what we put where a path is or leads through, whatever became of it; None if nothing."""
         return next((one for one in self.withheld if path == one or path.startswith(f"{one}/")), None)
 
     @property
     def ignored(self) -> list[str]:
         """The patterns, as in a .gitignore, of what is no work."""
-        return [*self.leavings, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
+        return [*self.scratch_patterns, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
 
 
-async def inspect(
-    git: Git, changes: Iterable[Change], admit: Admission, env: Mapping[str, str], loose: Sequence[Path] = ()
+async def find_rejected_paths(
+    git: Git, changes: Iterable[FileChange], admit: IntakeRules, env: Mapping[str, str], loose: Sequence[Path] = ()
 ) -> dict[str, str]:
     """Return the paths of those changes that may not come in, each with the reason.
 
@@ -91,11 +91,11 @@ async def inspect(
     more than some 32 MiB or one file are in memory at once.
     """
     there = [one for one in changes if one.new_id != one.old_id and int(one.new_mode, 8)]
-    named = {one.path: why for one in there if (why := admit.of_name(one.path))}
+    named = {one.path: why for one in there if (why := admit.check_name(one.path))}
     news = [one for one in there if one.new_mode not in _WITHOUT_CONTENT]
     objects = _Objects(git, env, loose)
     sizes = await objects.sizes({one.new_id for one in news})
-    refused = named | {one.path: why for one in news if (why := admit.of_file(one.path, sizes[one.new_id]))}
+    refused = named | {one.path: why for one in news if (why := admit.check_file(one.path, sizes[one.new_id]))}
     left = [one for one in news if one.path not in refused]
     found: dict[str, set[bytes]] = {}
     for batch in _batches(sorted({one.new_id for one in left}), sizes):
@@ -151,8 +151,8 @@ class _Objects:
         read = {name: self._read(name) for name in ids}
         return {name: one.content for name, one in read.items() if one is not None}
 
-    def _read(self, name: str, most: int | None = None) -> Loose | None:
-        found = (read_loose(folder, name, most) for folder in self.loose)
+    def _read(self, name: str, most: int | None = None) -> LooseObject | None:
+        found = (read_loose_object(folder, name, most) for folder in self.loose)
         return next((one for one in found if one is not None), None)
 
 
@@ -160,7 +160,7 @@ def _batches(ids: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]
     batch: list[str] = []
     total = 0
     for name in ids:
-        if batch and total + sizes[name] > _AT_ONCE:
+        if batch and total + sizes[name] > _BATCH_BYTES:
             yield batch
             batch, total = [], 0
         batch.append(name)
@@ -170,7 +170,7 @@ def _batches(ids: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]
 
 
 def _find(contents: Mapping[str, bytes], redactor: Redactor) -> dict[str, set[bytes]]:
-    return {name: secrets for name, content in contents.items() if (secrets := redactor.finds(content))}
+    return {name: secrets for name, content in contents.items() if (secrets := redactor.find_secrets(content))}
 
 
 def _contents(output: bytes) -> dict[str, bytes]:

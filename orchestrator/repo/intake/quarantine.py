@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.repo.git.loose_objects import is_genuine
+from orchestrator.repo.git.loose_objects import has_valid_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Quarantine:
                 name = f"{folder.name}{file.name}"
                 if name in refused:
                     continue
-                if not is_genuine(file, name):
+                if not has_valid_hash(file, name):
                     raise OSError(f"object {name} is not what its name says")
                 file.rename(target / file.name)
 

@@ -16,7 +16,7 @@ from orchestrator.repo.git.runner import is_object_id
 from orchestrator.system import untrusted_files
 
 _LARGEST_FILE = 16 << 20  # bytes
-_MOST_REFS = 2000
+_MAX_REFS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def read_session_refs(git_dir: Path) -> SessionRefs:
     """Return what a session's git directory refers to. Blocks."""
     found: dict[str, str] = {}
     packed = (_read(git_dir, "packed-refs") or "").split("\n")
-    for line in packed[:_MOST_REFS]:
+    for line in packed[:_MAX_REFS]:
         name, _, ref = line.partition(" ")
         if is_object_id(name) and ref.startswith("refs/"):
             found[ref] = name
@@ -45,18 +45,18 @@ def read_session_refs(git_dir: Path) -> SessionRefs:
         if is_object_id(value):
             found[ref] = value
     logged = (_read(git_dir, "logs/refs/stash") or "").split("\n")
-    stashes = [line.split(" ", 2)[1:2] for line in logged[-_MOST_REFS:]]
+    stashes = [line.split(" ", 2)[1:2] for line in logged[-_MAX_REFS:]]
     for number, entry in enumerate(reversed([entry[0] for entry in stashes if entry and is_object_id(entry[0])])):
         if number:
             found[f"refs/stash@{{{number}}}"] = entry
     head = _read(git_dir, "HEAD")
-    complete = max(len(packed), len(loose), len(logged)) < _MOST_REFS
+    complete = max(len(packed), len(loose), len(logged)) < _MAX_REFS
     return SessionRefs(head if head is None else head.rstrip("\n"), found, complete)
 
 
 def _loose(git_dir: Path) -> Iterator[str]:
     waiting, seen = ["refs"], 0
-    while waiting and seen < _MOST_REFS:
+    while waiting and seen < _MAX_REFS:
         folder = waiting.pop()
         for name, is_folder in _entries(git_dir, folder):
             seen += 1
@@ -67,10 +67,14 @@ def _loose(git_dir: Path) -> Iterator[str]:
 
 
 def _entries(git_dir: Path, folder: str) -> list[tuple[str, bool]]:
-    with suppress(OSError), untrusted_files.open_folder(git_dir, folder) as descriptor, os.scandir(descriptor) as entries:
+    with (
+        suppress(OSError),
+        untrusted_files.open_folder(git_dir, folder) as descriptor,
+        os.scandir(descriptor) as entries,
+    ):
         found = [
             (entry.name, entry.is_dir(follow_symlinks=False))
-            for entry, _ in zip(entries, range(_MOST_REFS), strict=False)
+            for entry, _ in zip(entries, range(_MAX_REFS), strict=False)
         ]
         return sorted(found, reverse=True)
     return []

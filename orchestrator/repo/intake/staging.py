@@ -16,17 +16,17 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, is_exhaustion
-from orchestrator.repo.git.runner import Change, Git, join_nul, parse_raw, split_nul
-from orchestrator.repo.intake.inspection import Admission, inspect
+from orchestrator.errors import GitError, is_resource_exhaustion
+from orchestrator.repo.git.runner import FileChange, Git, join_nul, parse_raw_diff, split_nul
+from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
-from orchestrator.repo.worktrees.change_detection import Differences
+from orchestrator.repo.worktrees.change_detection import TreeDiff
 
 #: Seconds for git to read an agent's tree: it waits for ever where a file to be read is a pipe.
-STAGING_LIMIT = 120.0
+STAGING_TIMEOUT = 120.0
 
 #: Up to so many paths are staged by name.
-_FEW = 100
+_MAX_NAMED_PATHS = 100
 
 #: How git is given paths on its standard input.
 _NAMED = ("--pathspec-from-file=-", "--pathspec-file-nul")
@@ -39,13 +39,13 @@ _READ_BY_GIT = frozenset({".gitignore", ".gitattributes", ".gitmodules"})
 
 
 @dataclass(frozen=True, slots=True)
-class Staging:
+class StagingArea:
     """A checkout, the index that it is staged in, and where the new objects wait."""
 
     tree: Path
     index: Path
     quarantine: Quarantine
-    found: Differences | None = None
+    found: TreeDiff | None = None
     """What differs from the checkout that the index was made of, if that is known."""
 
     def confine(self, git: Git) -> Git:
@@ -59,7 +59,7 @@ class Staging:
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index), **self.quarantine.writing}
 
     @property
-    def ignoring(self) -> tuple[str, str]:
+    def ignore_option(self) -> tuple[str, str]:
         """The option by which git passes over what `prepare` was told."""
         return "-c", f"core.excludesFile={self._ignored}"
 
@@ -78,17 +78,17 @@ class Staging:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
+class StagingResult:
     """`refused`: the paths that were left as the base has them, each with why. `problem`: what else went wrong."""
 
     refused: Mapping[str, str]
     problem: str | None
     refused_objects: frozenset[str]
-    changes: Sequence[Change]
+    changes: Sequence[FileChange]
     """How the index differs from the base by now."""
 
 
-async def stage(git: Git, staging: Staging, base: str, admit: Admission) -> Staged:
+async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRules) -> StagingResult:
     """Stage all that differs from `base` and may come in; new objects stay in quarantine.
 
     Nothing that is refused by its name or its size is even read. Safe to repeat; the index is made anew from
@@ -96,8 +96,8 @@ async def stage(git: Git, staging: Staging, base: str, admit: Admission) -> Stag
     """
     git = staging.confine(git)
     await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
-    if staging.found is not None and staging.found.is_few(_FEW):
-        among = staging.found.without(lambda path: admit.withheld_with(path) is not None)
+    if staging.found is not None and staging.found.is_small(_MAX_NAMED_PATHS):
+        among = staging.found.without(lambda path: admit.find_withheld(path) is not None)
         staged = await _stage(git, staging, base, admit, among)
         if staged is not None:
             return staged
@@ -110,13 +110,15 @@ async def stage(git: Git, staging: Staging, base: str, admit: Admission) -> Stag
     return staged
 
 
-async def _stage(git: Git, staging: Staging, base: str, admit: Admission, among: Differences | None) -> Staged | None:
+async def _stage(
+    git: Git, staging: StagingArea, base: str, admit: IntakeRules, among: TreeDiff | None
+) -> StagingResult | None:
     """Do it in an index as `base` has it; None if it turns out to have been another one.
 
     That is looked for only where git is to pass over all that is not `among` some.
     """
     try:
-        found_at = {path: admit.withheld_with(path) for path in await _differing(git, staging, among, admit)}
+        found_at = {path: admit.find_withheld(path) for path in await _differing(git, staging, among, admit)}
         differing = [path for path, withheld in found_at.items() if withheld is None]
         refused = await anyio.to_thread.run_sync(_refused_unread, staging.tree, differing, admit)
         # A .gitignore may say that what we ignore is not to be ignored.
@@ -126,25 +128,25 @@ async def _stage(git: Git, staging: Staging, base: str, admit: Admission, among:
             problem = await _add(git, staging, differing, without, admit)
         raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
     except GitError as error:
-        if among is None or is_exhaustion(error):
+        if among is None or is_resource_exhaustion(error):
             raise
         return None
-    changes = parse_raw(raw.stdout)
+    changes = parse_raw_diff(raw.stdout)
     # In an index as the base has it nothing else can be changed by now.
     may_differ = {path.rstrip("/") for path in differing} - refused.keys()
     if among is not None and not {one.path for one in changes} <= may_differ:
         return None
-    found = await inspect(git, changes, admit, staging.env, staging.quarantine.folders)
+    found = await find_rejected_paths(git, changes, admit, staging.env, staging.quarantine.folders)
     rejected = [change for change in changes if change.path in found]
     if rejected:
         lines = "".join(f"{one.old_mode} {one.old_id}\t{one.path}\0" for one in rejected)
         await git("update-index", "-z", "--index-info", env=staging.env, input_=lines.encode(errors="surrogateescape"))
-    told = {path: why for path, why in found.items() if admit.withheld_with(path) is None}
+    told = {path: why for path, why in found.items() if admit.find_withheld(path) is None}
     left = [change for change in changes if change.path not in found]
-    return Staged(refused | told, problem, frozenset(one.new_id for one in rejected), left)
+    return StagingResult(refused | told, problem, frozenset(one.new_id for one in rejected), left)
 
 
-async def _differing(git: Git, staging: Staging, among: Differences | None, admit: Admission) -> list[str]:
+async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, admit: IntakeRules) -> list[str]:
     """Return the paths where files are not what the index has, or not there any more, and are not ignored.
 
     Git looks only at what is `among` some; None is all. It is not even asked where all of these may be given to
@@ -157,8 +159,8 @@ async def _differing(git: Git, staging: Staging, among: Differences | None, admi
 
     async def ask(*command: str, paths: Sequence[str] = (), input_: bytes | None = None) -> bytes:
         those = ("--", *map(_literal, paths)) if paths else ()
-        argv = (*staging.ignoring, *(() if among is None else _NO_MORE), *command, *those)
-        done = await git(*argv, env=staging.env, cwd=staging.tree, ok=(0, 1), input_=input_, limit=STAGING_LIMIT)
+        argv = (*staging.ignore_option, *(() if among is None else _NO_MORE), *command, *those)
+        done = await git(*argv, env=staging.env, cwd=staging.tree, ok=(0, 1), input_=input_, limit=STAGING_TIMEOUT)
         return done.stdout
 
     if among is not None and among.changed:  # what is gone may lead behind a link by now, and git takes no such name
@@ -175,32 +177,32 @@ async def _differing(git: Git, staging: Staging, among: Differences | None, admi
     if among is None or among.added:
         named = [] if among is None else among.added
         others = await ask("ls-files", "--others", "--exclude-standard", "-z", paths=named)
-    return [*(one.path for one in parse_raw(changed)), *split_nul(others)]
+    return [*(one.path for one in parse_raw_diff(changed)), *split_nul(others)]
 
 
 def _literal(path: str) -> str:
     return f":(top,literal){path}"
 
 
-def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: Admission) -> bool:
+def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: IntakeRules) -> bool:
     """Whether none of the paths is refused unread, and none that was added is a folder."""
     folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
     return not any(folders) and not _refused_unread(tree, paths, admit)
 
 
-def _refused_unread(tree: Path, paths: Iterable[str], admit: Admission) -> dict[str, str]:
+def _refused_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> dict[str, str]:
     refused = {}
     for path in paths:
         try:
             status = os.lstat(tree / path)
         except OSError:  # gone meanwhile, or not to be reached: git will say so
             continue
-        if not stat.S_ISDIR(status.st_mode) and (why := admit.of_file(path, status.st_size)):
+        if not stat.S_ISDIR(status.st_mode) and (why := admit.check_file(path, status.st_size)):
             refused[path] = why
     return refused
 
 
-def _too_much(tree: Path, paths: Iterable[str], refused: Mapping[str, str], admit: Admission) -> str | None:
+def _too_much(tree: Path, paths: Iterable[str], refused: Mapping[str, str], admit: IntakeRules) -> str | None:
     """Return why git is not even to begin, None if it may."""
     files = size = 0
     for path in paths:
@@ -208,15 +210,15 @@ def _too_much(tree: Path, paths: Iterable[str], refused: Mapping[str, str], admi
             if path not in refused:
                 size += os.lstat(tree / path).st_size
                 files += 1
-    return admit.of_all(files, size)
+    return admit.check_total(files, size)
 
 
 async def _add(
-    git: Git, staging: Staging, paths: Sequence[str], without: Collection[str], admit: Admission
+    git: Git, staging: StagingArea, paths: Sequence[str], without: Collection[str], admit: IntakeRules
 ) -> str | None:
     """Add the files at `paths`, which are all that differ, but for some; return why not all could be, or None."""
     excluded = [f":(top,exclude,literal){path}" for path in without]
-    if len(paths) <= _FEW:
+    if len(paths) <= _MAX_NAMED_PATHS:
         # By name git need not look through the checkout once more. It won't have names that lead behind a link, which
         # is where the files of a folder are that became one.
         with suppress(GitError):
@@ -225,23 +227,23 @@ async def _add(
     try:
         await _add_matching(git, staging, [":(top)", *excluded], admit)
     except GitError as error:
-        if is_exhaustion(error):
+        if is_resource_exhaustion(error):
             raise
         return error.stderr
     return None
 
 
 async def _add_matching(
-    git: Git, staging: Staging, patterns: Sequence[str], admit: Admission, options: Sequence[str] = ()
+    git: Git, staging: StagingArea, patterns: Sequence[str], admit: IntakeRules, options: Sequence[str] = ()
 ) -> None:
     # Above this size git would write packs, of which no object can be left behind.
     limit = f"core.bigFileThreshold={admit.max_file + 1}"
     command = [*options, "-c", limit, "add", "--sparse", "--all", "--ignore-errors", *_NAMED]
     given = join_nul(patterns)
-    await git(*staging.ignoring, *command, env=staging.env, cwd=staging.tree, input_=given, limit=STAGING_LIMIT)
+    await git(*staging.ignore_option, *command, env=staging.env, cwd=staging.tree, input_=given, limit=STAGING_TIMEOUT)
 
 
-def remove_blocking(tree: Path, found: Differences | None = None) -> list[str]:
+def remove_blocking_files(tree: Path, found: TreeDiff | None = None) -> list[str]:
     """Remove the pipes, sockets and devices that git would open and wait for. Blocks.
 
     Returns the folders that can't be opened: git passes over them with a warning. With `found`, which says what
@@ -252,18 +254,18 @@ def remove_blocking(tree: Path, found: Differences | None = None) -> list[str]:
     """
     unread: list[str] = []
     begin = [""] if found is None else [*found.changed, *found.added, *found.replaced]
-    for path in [path for one in begin for path in blocking(tree / one, unread, anywhere=True)]:
+    for path in [path for one in begin for path in find_blocking_files(tree / one, unread, anywhere=True)]:
         path.unlink(missing_ok=True)
     return unread
 
 
-def blocking(tree: Path, unread: list[str] | None = None, *, anywhere: bool = False) -> Iterator[Path]:
+def find_blocking_files(tree: Path, unread: list[str] | None = None, *, anywhere: bool = False) -> Iterator[Path]:
     """Find what git would wait for in a checkout; the folders that can't be opened go to `unread`. Blocks."""
     waiting = [(str(tree), False)]
     if not tree.is_dir() or tree.is_symlink():
         waiting.clear()
         # Of the links in a checkout git follows this one only.
-        if anywhere and _waits(tree, follow=tree.name == ".gitmodules"):
+        if anywhere and _would_block(tree, follow=tree.name == ".gitmodules"):
             yield tree
     while waiting:
         folder, in_git = waiting.pop()
@@ -286,10 +288,10 @@ def _blocks(entry: os.DirEntry[str], *, in_git: bool) -> bool:
     if entry.is_file(follow_symlinks=False):
         return False
     follow = in_git or entry.name == ".gitmodules"
-    return _waits(Path(entry.path), follow=follow)
+    return _would_block(Path(entry.path), follow=follow)
 
 
-def _waits(path: Path, *, follow: bool = False) -> bool:
+def _would_block(path: Path, *, follow: bool = False) -> bool:
     """Whether whoever reads a file may have to wait for somebody who writes."""
     try:
         mode = path.stat(follow_symlinks=follow).st_mode

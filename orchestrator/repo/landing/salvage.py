@@ -11,19 +11,19 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, RefusedError, unusable
-from orchestrator.repo.git.embedded import embedded_repository
-from orchestrator.repo.git.runner import GITLINK, Git, parse_raw, shown
-from orchestrator.repo.source.checkout import inspect
-from orchestrator.repo.source.source import Source
-from orchestrator.repo.source.user_programs import deciding_path, filter_in_way, read_configuration
+from orchestrator.errors import GitError, RefusedError, to_unusable_error
+from orchestrator.repo.git.embedded import find_embedded_repository
+from orchestrator.repo.git.runner import GITLINK_MODE, Git, parse_raw_diff, printable_name
+from orchestrator.repo.source.checkout import find_repository
+from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 
 _WORK, _SALVAGE = "refs/heads/council/", "refs/salvage/"
 _REMEDY = "add `--branch BRANCH` to make a branch of it instead, and merge that"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class UnmergedWork:
     """A ref that keeps work of a task.
 
     `part` is the attempt's number or `conflict` for a branch, `<attempt>/<name>` for what was salvaged besides.
@@ -47,7 +47,7 @@ class Kept:
         return f"{self.task}/{self.part}"
 
 
-async def kept(git: Git, run: str | None = None) -> list[Kept]:
+async def list_unmerged_work(git: Git, run: str | None = None) -> list[UnmergedWork]:
     """Return all that is kept of a run, or of all runs, sorted by run and name."""
     inside = f"{run}/" if run else ""
     listed = await git(
@@ -55,11 +55,11 @@ async def kept(git: Git, run: str | None = None) -> list[Kept]:
         f"{_WORK}{inside}", f"{_SALVAGE}{inside}",
     )  # fmt: skip
     rows = [row.split("\0", 3) for row in listed.stdout.decode(errors="replace").split("\n")[:-1]]
-    found = (_kept(*row) for row in rows)
+    found = (_parse_ref(*row) for row in rows)
     return sorted((one for one in found if one is not None), key=lambda one: (one.run, one.task, one.part))
 
 
-def _kept(ref: str, commit: str, committed: str, subject: str) -> Kept | None:
+def _parse_ref(ref: str, commit: str, committed: str, subject: str) -> UnmergedWork | None:
     salvaged = ref.startswith(_SALVAGE)
     parts = ref.removeprefix(_SALVAGE if salvaged else _WORK).split("/")
     if len(parts) != 3:
@@ -68,10 +68,10 @@ def _kept(ref: str, commit: str, committed: str, subject: str) -> Kept | None:
     if salvaged:
         task, _, attempt = task.rpartition(".")
         part = f"{attempt}/{part}"
-    return Kept(ref, run, task, part, commit, int(committed or 0), subject)
+    return UnmergedWork(ref, run, task, part, commit, int(committed or 0), subject)
 
 
-def find(kept: Sequence[Kept], name: str) -> Kept:
+def find_unmerged_work(kept: Sequence[UnmergedWork], name: str) -> UnmergedWork:
     """Return what a user means by `<task>/<part>` or `<run>/<task>/<part>`; RefusedError with what is near."""
     found = [one for one in kept if one.name == name] or [one for one in kept if f"{one.run}/{one.name}" == name]
     if len(found) == 1:
@@ -92,13 +92,13 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
     it fits the files as they are. Else RefusedError. The index stays as it is. `git` runs in the trusted
     repository, `users` at the user's side.
     """
-    if any(GITLINK in {one.old_mode, one.new_mode} for one in await git.changes(base, commit)):
+    if any(GITLINK_MODE in {one.old_mode, one.new_mode} for one in await git.changes(base, commit)):
         raise RefusedError("the change is about a repository in the repository, which files can't hold", _REMEDY)
     scratch = await anyio.to_thread.run_sync(_scratch, git)
     try:
         env = {"GIT_OBJECT_DIRECTORY": str(scratch), **await _objects_of_both(git, users, checkout)}
-        patch, paths = await _fit(git, users, checkout, (base, commit), env)
-        await _refuse_programs(git, users, checkout, base, commit)
+        patch, paths = await _make_patch(git, users, checkout, (base, commit), env)
+        await _refuse_user_programs(git, users, checkout, base, commit)
     finally:
         await anyio.to_thread.run_sync(lambda: shutil.rmtree(scratch, ignore_errors=True))
     try:
@@ -106,21 +106,21 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
             if patch:
                 await users("apply", "--whitespace=nowarn", *mode, "-", cwd=checkout, input_=patch)
     except GitError as error:
-        raise unusable(error, f"it does not fit the files in {checkout}", _REMEDY) from None
+        raise to_unusable_error(error, f"it does not fit the files in {checkout}", _REMEDY) from None
     return paths
 
 
-async def _refuse_programs(git: Git, users: Git, checkout: Path, base: str, commit: str) -> None:
+async def _refuse_user_programs(git: Git, users: Git, checkout: Path, base: str, commit: str) -> None:
     """Refuse (RefusedError) what would make the user's git run a program of an agent, as a landing does."""
-    repository, configuration = await inspect(checkout, users), await read_configuration(users, checkout)
+    repository, configuration = await find_repository(checkout, users), await read_git_config(users, checkout)
     remedy = "look at it first: `council salvage show`; then `council salvage apply --branch` and merge it by hand"
-    if (found := await filter_in_way(repository, checkout, configuration)) is not None:
+    if (found := await find_unsafe_filter(repository, checkout, configuration)) is not None:
         raise RefusedError(*found)
     paths = [one.path for one in await git.changes(base, commit)]
-    if (path := await deciding_path(repository, users, checkout, configuration, paths)) is not None:
-        raise RefusedError(f"it changes {shown(path)}, which decides what your git runs", remedy)
-    if (folder := await embedded_repository(git, base, commit)) is not None:
-        raise RefusedError(f"git would take {shown(folder)} for a repository of its own", remedy)
+    if (path := await find_path_controlling_git(repository, users, checkout, configuration, paths)) is not None:
+        raise RefusedError(f"it changes {printable_name(path)}, which decides what your git runs", remedy)
+    if (folder := await find_embedded_repository(git, base, commit)) is not None:
+        raise RefusedError(f"git would take {printable_name(folder)} for a repository of its own", remedy)
 
 
 def _scratch(git: Git) -> Path:
@@ -134,7 +134,7 @@ async def _objects_of_both(git: Git, users: Git, checkout: Path) -> dict[str, st
     return {"GIT_ALTERNATE_OBJECT_DIRECTORIES": f'{git.git_dir}/objects:"{quoted}"'}
 
 
-async def _fit(
+async def _make_patch(
     git: Git, users: Git, checkout: Path, move: tuple[str, str], env: dict[str, str]
 ) -> tuple[bytes, tuple[str, ...]]:
     """Return the change as a patch to the checkout's commit, and its paths; RefusedError if both change the same."""
@@ -156,10 +156,10 @@ async def _fit(
     options = ("-r", "--patch", "--binary", "--full-index", "--no-renames", "--no-ext-diff", "--no-textconv")
     patch = (await git("diff-tree", *options, ours, tree, env=env)).stdout
     raw = await git("diff-tree", "-r", "--raw", "-z", "--no-renames", ours, tree, env=env)
-    return patch, tuple(shown(one.path) for one in parse_raw(raw.stdout))
+    return patch, tuple(printable_name(one.path) for one in parse_raw_diff(raw.stdout))
 
 
-async def make_branch(source: Source, commit: str, branch: str) -> None:
+async def create_branch(source: UpstreamRepository, commit: str, branch: str) -> None:
     """Create a branch of the user's repository at a commit of ours; RefusedError if it exists or can't be one."""
     remedy = "choose another name"
     checked = await source.git("check-ref-format", f"refs/heads/{branch}", ok=(0, 1))
@@ -172,10 +172,10 @@ async def make_branch(source: Source, commit: str, branch: str) -> None:
         raise RefusedError(f"the branch {branch!r} can't be made: {pushed.reason}", remedy)
 
 
-async def drop(git: Git, kept: Iterable[Kept]) -> None:
+async def delete_refs(git: Git, kept: Iterable[UnmergedWork]) -> None:
     """Delete these refs, all or none; RefusedError if one of them is not what was listed any more."""
     lines = "".join(f"delete {one.ref}\0{one.commit}\0" for one in kept)
     try:
         await git("update-ref", "-z", "--stdin", input_=lines.encode())
     except GitError as error:
-        raise unusable(error, "the work changed meanwhile", "list it and choose again") from None
+        raise to_unusable_error(error, "the work changed meanwhile", "list it and choose again") from None

@@ -15,40 +15,40 @@ from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
 
-from orchestrator.errors import LockHeld, RefusedError, TargetGone
+from orchestrator.errors import LockHeld, RefusedError, TargetMissing
 from orchestrator.locking.merge_permit import MergePermit
-from orchestrator.locking.registry import scope_of
-from orchestrator.repo.git.embedded import embedded_repository
-from orchestrator.repo.git.runner import Change, Git, shown, split_nul
+from orchestrator.locking.registry import ownership_scope
+from orchestrator.repo.git.embedded import find_embedded_repository
+from orchestrator.repo.git.runner import FileChange, Git, printable_name, split_nul
 from orchestrator.repo.source.checkout import (
     LocalRepository,
-    changes_in,
-    checkout_of,
-    follow,
-    head_stamps,
+    find_blocking_locks,
+    find_checkout,
+    find_locked_checkouts,
     interrupted_landing,
     left_checkouts,
-    locked_checkouts,
-    locks_in_way,
-    remove_incoming,
-    settle,
+    list_uncommitted_changes,
+    read_head_stats,
+    recover_push,
+    remove_incoming_objects,
+    update_switched_checkout,
 )
-from orchestrator.repo.source.source import Source
-from orchestrator.repo.source.user_programs import deciding_path, filter_in_way, read_configuration
+from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import FileLock
-from orchestrator.system.notices import noticed
+from orchestrator.system.notices import warn_if_slow
 
 #: Shows people which task a landing is of. What counts as landed is decided by recorded merges: anyone can write it.
-TRAILER = "Council-Task"
+TASK_TRAILER = "Council-Task"
 
 #: Seconds that whoever is moving the target gets to be done with it: a push, which a stopped process may have begun.
-_MOVING_LIMIT = 30.0
+_PUSH_TIMEOUT = 30.0
 #: What holds the landing lock, in words.
 _PUSH = "a push to the target"
 #: A push of ours, as it is reported.
-OWN_PUSH = f"{_PUSH} of this process, which a hook of the repository may delay"
+OWN_PUSH_DESCRIPTION = f"{_PUSH} of this process, which a hook of the repository may delay"
 #: Seconds after which a push of ours is reported that has not ended.
 _SLOW_PUSH = 10.0
 
@@ -57,7 +57,7 @@ _FEW = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Merge:
+class PreparedMerge:
     """A merge commit that waits for the target to move from `old` (None: it does not exist) to `new`."""
 
     old: str | None
@@ -72,14 +72,14 @@ class Landed:
 
 
 @dataclass(frozen=True, slots=True)
-class AlreadyThere:
+class NothingToLand:
     """The target, at this commit, holds the same change already: there is nothing to land."""
 
     commit: str
 
 
 @dataclass(frozen=True, slots=True)
-class Conflict:
+class MergeConflict:
     """The work does not merge; `commit` holds both sides as parents and the marked files as its tree."""
 
     paths: tuple[str, ...]
@@ -87,21 +87,21 @@ class Conflict:
 
 
 @dataclass(frozen=True, slots=True)
-class Stale:
+class StaleTarget:
     """Somebody else moved the target first, or the push was killed: merge again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Deferred:
+class DeferredLanding:
     """The target can't be moved now, for this reason; the work keeps."""
 
     reason: str
 
 
-def joined(merges: Iterable[Merge]) -> Merge:
+def combine_merges(merges: Iterable[PreparedMerge]) -> PreparedMerge:
     """Return the move over merges that follow each other."""
     first, *others = merges
-    return Merge(first.old, [first, *others][-1].new)
+    return PreparedMerge(first.old, [first, *others][-1].new)
 
 
 class Target:
@@ -111,7 +111,7 @@ class Target:
         self,
         hub: Hub,
         git: Git,
-        source: Source,
+        source: UpstreamRepository,
         repository: LocalRepository | None,
         *,
         branch: str,
@@ -129,7 +129,7 @@ class Target:
         """
         self.branch = branch
         self._hub, self._git, self._source, self._repository = hub, git, source, repository
-        self._scope = scope_of(source.location, branch)
+        self._scope = ownership_scope(source.location, branch)
         self._start, self._ref, self._title = start, ref, title
         self.known: str | None = None
         """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
@@ -140,7 +140,7 @@ class Target:
         self._trees: dict[str, str] = {}
         """The trees of merges that were made here."""
         self._contained: set[str] = set()
-        self._unsettled: tuple[Merge, float] | None = None
+        self._unsettled: tuple[PreparedMerge, float] | None = None
         """A push that was refused or killed, with when it began, of which the leftovers could not be removed yet."""
 
     async def tip(self) -> str:
@@ -168,7 +168,7 @@ class Target:
         tip = await self._source.tip(self.branch)
         self.must_exist = self.must_exist or self.known is not None or tip is not None
         if tip is None and self.must_exist:
-            raise TargetGone(self.branch, self.known)
+            raise TargetMissing(self.branch, self.known)
         return tip
 
     async def _read_line(self, tip: str) -> None:
@@ -178,11 +178,11 @@ class Target:
         self._line.update((await self._git.line("rev-list", "--first-parent", f"{known}..{tip}")).split())
         self._contained.add(tip)
 
-    def landing_of(self, intended: Iterable[str]) -> str | None:
+    def find_landing(self, intended: Iterable[str]) -> str | None:
         """Return the first of some merges that the target has, as of the last look; None if it has none of them."""
         return next((one for one in intended if one in self._line), None)
 
-    async def holds(self, commit: str) -> bool:
+    async def contains(self, commit: str) -> bool:
         """Whether a commit is part of the target, as of the last look."""
         if self.known is None:
             return False
@@ -194,9 +194,9 @@ class Target:
         label: str,
         commit: str,
         base: str,
-        after: Merge | None = None,
+        after: PreparedMerge | None = None,
         intended: Sequence[str] = (),
-    ) -> Merge | Landed | AlreadyThere | Conflict | Deferred:
+    ) -> PreparedMerge | Landed | NothingToLand | MergeConflict | DeferredLanding:
         """Merge `commit`, which was built on `base`, onto the target as it is now; move nothing.
 
         `intended` are the merges that were made of it before: Landed if the target has one. With `after`, it is merged
@@ -204,29 +204,29 @@ class Target:
         """
         self._check(permit)
         onto, old = (await self.refresh(), self.known) if after is None else (after.new, after.new)
-        if (landed := self.landing_of(intended)) is not None:
+        if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
         ours = await self._above(base, onto, commit)
         tree, paths = await self._git.merge_tree(ours, commit)
         if paths:
             return await self._conflict(label, ours, onto, commit, paths)
         if tree == (self._trees.get(onto) or await self._git.line("rev-parse", f"{onto}^{{tree}}")):
-            return AlreadyThere(onto)
-        if (folder := await embedded_repository(self._git, onto, tree)) is not None:
-            return Deferred(
-                f"git would take {shown(folder)} for a repository of its own: check it, and merge it by hand"
+            return NothingToLand(onto)
+        if (folder := await find_embedded_repository(self._git, onto, tree)) is not None:
+            return DeferredLanding(
+                f"git would take {printable_name(folder)} for a repository of its own: check it, and merge it by hand"
             )
         title = self._title or f"Land {label.rpartition('/')[2]}"
-        new = await self._commit(tree, onto, commit, f"{title}\n\n{TRAILER}: {label}\n")
+        new = await self._commit(tree, onto, commit, f"{title}\n\n{TASK_TRAILER}: {label}\n")
         self._trees = {key: of for key, of in self._trees.items() if key == onto} | {new: tree}
         failpoint("landing.merged")
-        merge = Merge(old, new)
+        merge = PreparedMerge(old, new)
         # Looked at before anything is intended: a push that must fail is not even begun, so that what a cut-off
         # landing finds changed later was not changed before.
-        obstacle = await self.obstacle(merge)
-        return merge if obstacle is None else Deferred(obstacle)
+        obstacle = await self.find_obstacle(merge)
+        return merge if obstacle is None else DeferredLanding(obstacle)
 
-    async def restart(self, merge: Merge, ref: str) -> str:
+    async def create_retry_base(self, merge: PreparedMerge, ref: str) -> str:
         """Return a commit with the merged tree, kept by `ref`, from which an agent can go on to mend the merge.
 
         Its first parent is what was merged onto; unlike the merge itself it says of no task that it has landed.
@@ -248,7 +248,7 @@ class Target:
         await self._git("update-ref", ref, commit)
         return commit
 
-    async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> Conflict:
+    async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> MergeConflict:
         # Once more by names: git writes what it was given into the markers.
         names = f"refs/target/{self.branch}", f"refs/work/{label}"
         for name, value in zip(names, (ours, commit), strict=True):
@@ -257,7 +257,7 @@ class Target:
         for name in names:
             await self._git("update-ref", "-d", name)
         message = f"{label.rpartition('/')[2]}: both sides of a conflict, marked\n"
-        return Conflict(paths, await self._commit(tree, onto, commit, message))
+        return MergeConflict(paths, await self._commit(tree, onto, commit, message))
 
     async def _above(self, base: str, onto: str, commit: str) -> str:
         """Return a commit with the tree of `onto` from which the merge base with `commit` is found at once.
@@ -282,7 +282,9 @@ class Target:
     async def _commit(self, tree: str, first: str, second: str, message: str) -> str:
         return await self._git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
 
-    async def move(self, permit: MergePermit, merges: Sequence[Merge]) -> Landed | Stale | Deferred:
+    async def move(
+        self, permit: MergePermit, merges: Sequence[PreparedMerge]
+    ) -> Landed | StaleTarget | DeferredLanding:
         """Move the target over the merges, each prepared `after` the one before it, all or none of them.
 
         It is one push that holds only if nobody else moved the target. The push holds the landing's file lock, so that
@@ -290,45 +292,49 @@ class Target:
         """
         self._check(permit)
         try:
-            async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH) as lock:
+            async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH) as lock:
                 return await self._move(merges, lock.fd)
         except LockHeld as held:
-            return Deferred(str(_is_being_moved(held)))
+            return DeferredLanding(str(_describe_busy_target(held)))
 
-    async def _move(self, merges: Sequence[Merge], fd: int) -> Landed | Stale | Deferred:
-        whole = joined(merges)
+    async def _move(self, merges: Sequence[PreparedMerge], fd: int) -> Landed | StaleTarget | DeferredLanding:
+        whole = combine_merges(merges)
         began, heads = time.time(), dict[Path, tuple[int, int]]()
         if self._repository is not None:
-            heads = await anyio.to_thread.run_sync(head_stamps, self._repository)
-        with noticed(lambda: OWN_PUSH, _SLOW_PUSH):
+            heads = await anyio.to_thread.run_sync(read_head_stats, self._repository)
+        with warn_if_slow(lambda: OWN_PUSH_DESCRIPTION, _SLOW_PUSH):
             pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
         if tip != whole.new and self._repository is not None:
             # The checkout was clean a moment ago: the leftovers of a push that was refused or killed are known by that.
-            is_killed = pushed.is_killed
+            is_killed = pushed.was_killed
             await self._settle_checkouts(self._repository, whole, began, may_finish=False, was_killed=is_killed)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
-            if (reason := await self.obstacle(whole)) is None and pushed.is_killed:
-                return Stale()
-            return Deferred(reason or f"the target could not be moved: {pushed.reason}")
+            if (reason := await self.find_obstacle(whole)) is None and pushed.was_killed:
+                return StaleTarget()
+            return DeferredLanding(reason or f"the target could not be moved: {pushed.reason}")
         if tip != whole.new:
             await self.refresh()
             # Others may have moved it on from there at once.
-            return Stale() if self.landing_of([whole.new]) is None else Landed(whole.new)
+            return StaleTarget() if self.find_landing([whole.new]) is None else Landed(whole.new)
         if self._repository is not None:
-            if await anyio.to_thread.run_sync(locked_checkouts, self._repository, self.branch):  # a hook was killed
+            if await anyio.to_thread.run_sync(
+                find_locked_checkouts, self._repository, self.branch
+            ):  # a hook was killed
                 await self._settle_checkouts(self._repository, whole, began, may_finish=True)
-            if whole.old is not None and not pushed.has_updated:
-                await follow(self._repository, self.branch, (whole.old, whole.new), heads, self._users_git())
+            if whole.old is not None and not pushed.updated_checkout:
+                await update_switched_checkout(
+                    self._repository, self.branch, (whole.old, whole.new), heads, self._users_git()
+                )
         self.known = whole.new
         new = {merge.new for merge in merges}
         self._contained |= new
         self._line |= new
         return Landed(whole.new)
 
-    async def obstacle(self, merge: Merge) -> str | None:
+    async def find_obstacle(self, merge: PreparedMerge) -> str | None:
         """Return what of the user's stands in the way where the target is checked out."""
         if self._unsettled is not None and (reason := await self._settle_again(*self._unsettled)) is not None:
             return reason
@@ -340,56 +346,58 @@ class Target:
             return found  # of another run
         # First of all, because to look for changes runs them, too.
         git = self._users_git()
-        configuration = await read_configuration(git, checkout)
-        if (filter_ := await filter_in_way(self._repository, checkout, configuration)) is not None:
+        configuration = await read_git_config(git, checkout)
+        if (filter_ := await find_unsafe_filter(self._repository, checkout, configuration)) is not None:
             return ": ".join(filter_)
-        if changed := await changes_in(checkout, git):
+        if changed := await list_uncommitted_changes(checkout, git):
             return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
         changes = await self._git.changes(merge.old or self._start, merge.new)
         paths = [one.path for one in changes]
-        if (path := await deciding_path(self._repository, git, checkout, configuration, paths)) is not None:
-            return f"it changes {shown(path)}, which decides what your git runs: check it, and merge it by hand"
+        if (path := await find_path_controlling_git(self._repository, git, checkout, configuration, paths)) is not None:
+            return (
+                f"it changes {printable_name(path)}, which decides what your git runs: check it, and merge it by hand"
+            )
         if in_way := await self._in_way(checkout, changes):
             return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
         return await self._locked(checkout)
 
-    async def _settle_again(self, merge: Merge, since: float) -> str | None:
+    async def _settle_again(self, merge: PreparedMerge, since: float) -> str | None:
         """Remove what a push left, as on a disk that was full; return why that can't be done now."""
         assert self._repository is not None, "what was to be settled is on this machine"  # noqa: S101
         try:
-            async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH):
+            async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
                 await self._settle_checkouts(self._repository, merge, since, may_finish=False)
         except LockHeld as held:
-            return str(_is_being_moved(held))
+            return str(_describe_busy_target(held))
         return None
 
-    async def _in_way(self, checkout: Path, changes: Sequence[Change]) -> list[str]:
+    async def _in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
         """Return the files of the checkout, ignored ones too, that git would delete or overwrite for what is added."""
         added = [one.path for one in changes if not int(one.old_mode, 8)]
         gone = {one.path for one in changes if not int(one.new_mode, 8)}
-        files, folders = await anyio.to_thread.run_sync(_existing, checkout, added, gone)
+        files, folders = await anyio.to_thread.run_sync(_find_existing, checkout, added, gone)
         if folders:
             literal = [f":(literal){name}" for name in folders]
             listed = await self._users_git()("ls-files", "--others", "-z", "--", *literal, cwd=checkout)
-            files += map(shown, split_nul(listed.stdout))
+            files += map(printable_name, split_nul(listed.stdout))
         return files
 
     async def _locked(self, checkout: Path) -> str | None:
         assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
-        locks = await locks_in_way(self._repository, checkout, self.branch, self._users_git())
+        locks = await find_blocking_locks(self._repository, checkout, self.branch, self._users_git())
         if not locks:
             return None
         named = ", ".join(map(str, locks))
         return f"the target is locked by another git command of yours; if none is at work, remove {named}"
 
-    async def clear_up(self, since: float) -> None:
+    async def clean_up(self, since: float) -> None:
         """Remove what pushes have left in the user's repository that were killed after `since` (wall-clock seconds)."""
         if self._repository is not None:
-            await anyio.to_thread.run_sync(remove_incoming, self._repository.git_dir, since)
+            await anyio.to_thread.run_sync(remove_incoming_objects, self._repository.git_dir, since)
 
     async def settle(
-        self, permit: MergePermit, merge: Merge, intended: Sequence[str], since: float
-    ) -> Landed | Deferred | Stale:
+        self, permit: MergePermit, merge: PreparedMerge, intended: Sequence[str], since: float
+    ) -> Landed | DeferredLanding | StaleTarget:
         """Finish or undo an interrupted move; Stale means that it did not happen and may be tried again.
 
         It happened if the target has one of the `intended` merges. RefusedError while the push is still running:
@@ -399,34 +407,44 @@ class Target:
         if self._repository is not None:
             self._unsettled = merge, since
         try:
-            async with self._landing_lock.hold(_MOVING_LIMIT, awaited=_PUSH):
+            async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
                 return await self._settle(merge, intended, since)
         except LockHeld as held:
-            raise _is_being_moved(held) from None
+            raise _describe_busy_target(held) from None
 
-    async def _settle(self, merge: Merge, intended: Sequence[str], since: float) -> Landed | Deferred | Stale:
+    async def _settle(
+        self, merge: PreparedMerge, intended: Sequence[str], since: float
+    ) -> Landed | DeferredLanding | StaleTarget:
         foreign: list[str] = []
         if self._repository is not None:
             foreign = await self._settle_checkouts(self._repository, merge, since, may_finish=True)
         await self.refresh(again=True)
-        if (landed := self.landing_of(intended)) is not None:
+        if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
         if foreign:
-            return Deferred(f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}")
-        return Stale()
+            return DeferredLanding(
+                f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}"
+            )
+        return StaleTarget()
 
     async def _settle_checkouts(
-        self, repository: LocalRepository, merge: Merge, since: float, *, may_finish: bool, was_killed: bool = True
+        self,
+        repository: LocalRepository,
+        merge: PreparedMerge,
+        since: float,
+        *,
+        may_finish: bool,
+        was_killed: bool = True,
     ) -> list[str]:
         """Settle the checkout of the target, and those that a push may have left and that are at something else now."""
         self._unsettled = merge, since
-        others = await anyio.to_thread.run_sync(locked_checkouts, repository, self.branch)
+        others = await anyio.to_thread.run_sync(find_locked_checkouts, repository, self.branch)
         others += await anyio.to_thread.run_sync(left_checkouts, repository, self.branch, since)
         foreign: list[str] = []
         for checkout in dict.fromkeys([await self._checkout(), *others]):
             move, git = (merge.old, merge.new), self._users_git()
             try:
-                foreign += await settle(
+                foreign += await recover_push(
                     repository, checkout, self.branch, move, since, git, may_finish=may_finish, was_killed=was_killed
                 )
             except OSError as error:  # as on a full disk
@@ -438,10 +456,10 @@ class Target:
     async def _checkout(self) -> Path | None:
         if self._repository is None:
             return None
-        return await checkout_of(self._repository, self.branch, self._users_git())
+        return await find_checkout(self._repository, self.branch, self._users_git())
 
     def _users_git(self) -> Git:
-        return Git(None, users=True, keep_fds=self._git.keep_fds, environ=self._git.environ)
+        return Git(None, as_user=True, keep_fds=self._git.keep_fds, environ=self._git.environ)
 
     @property
     def _landing_lock(self) -> FileLock:
@@ -452,11 +470,11 @@ class Target:
             raise ValueError(f"this is no permit to land on {self.branch!r} of {self._source.location}")
 
 
-def _is_being_moved(held: LockHeld) -> RefusedError:
+def _describe_busy_target(held: LockHeld) -> RefusedError:
     return RefusedError(f"the target is being moved by {held.holder}", "if that is not running any more, end it")
 
 
-def _existing(top: Path, added: Iterable[str], gone: Collection[str]) -> tuple[list[str], list[str]]:
+def _find_existing(top: Path, added: Iterable[str], gone: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the files where something is to be, or where a folder of it is to be, and the folders. Blocks."""
     files: dict[str, None] = {}
     folders: list[str] = []
@@ -466,9 +484,9 @@ def _existing(top: Path, added: Iterable[str], gone: Collection[str]) -> tuple[l
         if path.is_dir() and not path.is_symlink():
             folders.append(name)
         elif os.path.lexists(path):
-            files[shown(name)] = None
+            files[printable_name(name)] = None
     for name in sorted(parents):
         path = top / name
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-            files[shown(name)] = None
+            files[printable_name(name)] = None
     return list(files), folders

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import LocalRepository, current_branch
+from orchestrator.repo.source.checkout import LocalRepository, read_current_branch
 
-_USUAL = ("main", "master", "trunk", "develop")
+_COMMON_NAMES = ("main", "master", "trunk", "develop")
 
 
-async def find_branches(repository: LocalRepository, git: Git) -> dict[str, str]:
+async def list_branches(repository: LocalRepository, git: Git) -> dict[str, str]:
     """Return the branches with the commit ids that they are at; none before the first commit."""
     form = "--format=%(objectname) %(refname:lstrip=2)"
     listed = await git("for-each-ref", form, "refs/heads/", cwd=repository.folder)
@@ -18,17 +18,19 @@ async def find_branches(repository: LocalRepository, git: Git) -> dict[str, str]
     return {name: commit for commit, name in (line.split(" ", 1) for line in lines)}
 
 
-async def find_base(repository: LocalRepository, git: Git) -> str | None:
+async def find_base_branch(repository: LocalRepository, git: Git) -> str | None:
     """Return the branch that work would start from; None if there is no branch.
 
     It is the one that is checked out, else the default one of `origin`, else one with a usual name.
     """
     remote = await git("symbolic-ref", "--quiet", "refs/remotes/origin/HEAD", cwd=repository.folder, ok=(0, 1, 128))
     default = remote.stdout.decode(errors="surrogateescape").rstrip("\n").removeprefix("refs/remotes/origin/")
-    return pick_base(await find_branches(repository, git), await current_branch(repository.folder, git), default)
+    return choose_base_branch(
+        await list_branches(repository, git), await read_current_branch(repository.folder, git), default
+    )
 
 
-def pick_base(branches: Collection[str], current: str | None, default: str | None) -> str | None:
+def choose_base_branch(branches: Collection[str], current: str | None, default: str | None) -> str | None:
     """Return the first that is there of the current, the default and the usual branches, else any one."""
-    wanted = (current, default, *_USUAL, *sorted(branches))
+    wanted = (current, default, *_COMMON_NAMES, *sorted(branches))
     return next((name for name in wanted if name in branches), None)

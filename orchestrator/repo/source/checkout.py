@@ -22,17 +22,25 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, RefusedError, unusable
+from orchestrator.errors import GitError, RefusedError, to_unusable_error
 from orchestrator.project import Project
-from orchestrator.repo.git.runner import Change, Git, is_object_id, join_nul, parse_raw, shown, split_nul
+from orchestrator.repo.git.runner import (
+    FileChange,
+    Git,
+    is_object_id,
+    join_nul,
+    parse_raw_diff,
+    printable_name,
+    split_nul,
+)
 
 #: What git calls the folders in which it keeps what a push brings until it is accepted.
 _INCOMING: Final = "tmp_objdir-incoming-*"
 #: Seconds for which the end of the user's git commands is waited for, at most, and between two looks.
-_REST: Final = 2.0
+_GIT_EXIT_TIMEOUT: Final = 2.0
 _PAUSE: Final = 0.02
 #: The same for those that may be a switch to the target; a command that shows its output in a pager takes longer.
-_SWITCH: Final = 0.2
+_SWITCH_TIMEOUT: Final = 0.2
 #: The seconds in a line of a reflog.
 _TIME_OF_MOVE: Final = re.compile(rb"> (\d+) [+-]\d{4}\t")
 #: Longer than what a lock of ours holds.
@@ -53,7 +61,7 @@ class LocalRepository:
         return self.top or self.git_dir
 
 
-async def inspect(path: Path, git: Git) -> LocalRepository:
+async def find_repository(path: Path, git: Git) -> LocalRepository:
     """Find the repository at or above a path; RefusedError where there is none that git will work with."""
     remedy = "set `repo` to the path or URL of a git repository that git accepts"
 
@@ -69,19 +77,19 @@ async def inspect(path: Path, git: Git) -> LocalRepository:
         bare, object_format, common = await ask("--is-bare-repository", "--show-object-format", "--git-common-dir")
         top = None if bare == "true" else Path(*await ask("--show-toplevel"))
     except GitError as error:
-        raise unusable(error, str(path), remedy) from None
+        raise to_unusable_error(error, str(path), remedy) from None
     if top is not None and not await anyio.Path(top, ".git").exists():
         raise RefusedError(f"the files of {path} are in {top}, by `core.worktree`, where git does not find it", remedy)
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
 
 
-async def current_branch(folder: Path, git: Git) -> str | None:
+async def read_current_branch(folder: Path, git: Git) -> str | None:
     """Return the branch that is checked out in a folder; None where there is none."""
     found = await git("symbolic-ref", "--quiet", "--short", "HEAD", cwd=folder, ok=(0, 1, 128))
     return found.stdout.decode(errors="surrogateescape").rstrip("\n") or None
 
 
-async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Path | None:
+async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> Path | None:
     """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's.
 
     RefusedError where no push can update that: if it is in two (`git worktree add --force`), which git would update one
@@ -110,7 +118,7 @@ async def checkout_of(repository: LocalRepository, branch: str, git: Git) -> Pat
     return found[0] if found else None
 
 
-def checkouts_in(folder: Path) -> list[str]:
+def list_checkout_git_dirs(folder: Path) -> list[str]:
     """Return the git directory of each checkout, relative to the shared one."""
     linked: list[str] = []
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -118,12 +126,12 @@ def checkouts_in(folder: Path) -> list[str]:
     return [".", *(f"worktrees/{name}" for name in linked)]
 
 
-def tops_of(repository: LocalRepository) -> list[Path]:
+def list_checkouts(repository: LocalRepository) -> list[Path]:
     """Return the tops of a repository's checkouts on this machine, links resolved. Blocks."""
     folder = repository.git_dir
     tops = [] if repository.top is None else [repository.top]
     tops += [folder.parent] if folder.name == ".git" else []
-    for name in checkouts_in(folder)[1:]:
+    for name in list_checkout_git_dirs(folder)[1:]:
         with suppress(OSError):
             written = os.fsdecode((folder / name / "gitdir").read_bytes()).rstrip("\n")
             tops.append((folder / name / written).parent)
@@ -131,9 +139,9 @@ def tops_of(repository: LocalRepository) -> list[Path]:
 
 
 def read_heads(folder: Path) -> dict[str, str]:
-    """Return what the HEAD of each checkout holds, by its git directory as `checkouts_in` has it. Blocks."""
+    """Return what the HEAD of each checkout holds, by its git directory as `list_checkout_git_dirs` has it. Blocks."""
     found = {}
-    for name in checkouts_in(folder):
+    for name in list_checkout_git_dirs(folder):
         try:
             found[name] = (folder / name / "HEAD").read_text(errors="surrogateescape").strip()
         except (FileNotFoundError, NotADirectoryError):  # it is just being made or removed, or none
@@ -143,10 +151,10 @@ def read_heads(folder: Path) -> dict[str, str]:
 
 def _may_be_checked_out(folder: Path, branch: str) -> bool:
     """Whether git must be asked where a branch is checked out: not if no HEAD can lead there."""
-    return any(_may_lead_to(folder, name, head, branch) for name, head in read_heads(folder).items())
+    return any(_may_resolve_to(folder, name, head, branch) for name, head in read_heads(folder).items())
 
 
-def _may_lead_to(folder: Path, name: str, head: str, branch: str) -> bool:
+def _may_resolve_to(folder: Path, name: str, head: str, branch: str) -> bool:
     if (folder / name / "HEAD").is_symlink():
         return True
     if is_object_id(head):
@@ -161,21 +169,21 @@ def _may_lead_to(folder: Path, name: str, head: str, branch: str) -> bool:
         return False
 
 
-async def changes_in(checkout: Path, git: Git) -> list[str]:
+async def list_uncommitted_changes(checkout: Path, git: Git) -> list[str]:
     """Return the tracked paths that differ from the checkout's commit, staged or not; reading changes nothing."""
     listed = await git(
         "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all", "--no-renames", cwd=checkout
     )
-    return [shown(entry[3:]) for entry in split_nul(listed.stdout)]
+    return [printable_name(entry[3:]) for entry in split_nul(listed.stdout)]
 
 
-async def locks_in_way(repository: LocalRepository, checkout: Path, branch: str, git: Git) -> list[Path]:
+async def find_blocking_locks(repository: LocalRepository, checkout: Path, branch: str, git: Git) -> list[Path]:
     """Return the lock files that keep a checked-out branch from being moved."""
     locks, _ = await _locks(repository, checkout, branch, git)
     return await anyio.to_thread.run_sync(lambda: [lock for lock in locks if lock.exists()])
 
 
-def lock_mark(branch: str) -> str:
+def lock_marker(branch: str) -> str:
     """Return what the lock has as its content that a push of ours to a branch takes on the index of a checkout.
 
     Such a push is alone: whoever may land on the branch, and so runs no push, may remove what another one has left.
@@ -183,14 +191,14 @@ def lock_mark(branch: str) -> str:
     return f"council-{hashlib.sha256(branch.encode()).hexdigest()[:16]}"
 
 
-def locked_checkouts(repository: LocalRepository, branch: str) -> list[Path]:
+def find_locked_checkouts(repository: LocalRepository, branch: str) -> list[Path]:
     """Return the checkouts whose index a push of ours to a branch has left locked. Blocks."""
-    return [top for top in tops_of(repository) if _is_marked(_git_dir_of(top) / "index.lock", branch)]
+    return [top for top in list_checkouts(repository) if _is_marked(_git_dir_of(top) / "index.lock", branch)]
 
 
 def interrupted_landing(repository: LocalRepository, branch: str) -> str | None:
     """Return what to do where a push of ours to a branch has left a checkout locked; None if none has. Blocks."""
-    locked = locked_checkouts(repository, branch)
+    locked = find_locked_checkouts(repository, branch)
     if not locked:
         return None
     return f"a landing that was interrupted has left {locked[0]} locked: `council resume` its run, which repairs that"
@@ -203,7 +211,7 @@ def left_checkouts(repository: LocalRepository, branch: str, since: float) -> li
     """
     signs = (f"\tcheckout: moving from {branch} to ".encode(), f"\tBranch: renamed refs/heads/{branch} to ".encode())
     found = []
-    for top in tops_of(repository):
+    for top in list_checkouts(repository):
         with suppress(OSError):
             lines = (_git_dir_of(top) / "logs" / "HEAD").read_bytes().splitlines()
             moves = [_TIME_OF_MOVE.search(line) for line in lines if any(sign in line for sign in signs)]
@@ -222,15 +230,15 @@ def _git_dir_of(top: Path) -> Path:
 
 def _is_marked(lock: Path, branch: str) -> bool:
     try:
-        return lock.read_bytes()[:_MARK_BYTES].strip() == lock_mark(branch).encode()
+        return lock.read_bytes()[:_MARK_BYTES].strip() == lock_marker(branch).encode()
     except OSError:
         return False
 
 
-def head_stamps(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
+def read_head_stats(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
     """Return what changes with each switch of a checkout to another branch, by its git directory. Blocks."""
     found = {}
-    for name in checkouts_in(repository.git_dir):
+    for name in list_checkout_git_dirs(repository.git_dir):
         with suppress(OSError):
             git_dir = (repository.git_dir / name).resolve()
             stat = (git_dir / "HEAD").lstat()
@@ -238,26 +246,26 @@ def head_stamps(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
     return found
 
 
-async def follow(
+async def update_switched_checkout(
     repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[Path, tuple[int, int]], git: Git
 ) -> None:
     """Bring a checkout that was switched to a branch while that was moved (old, new) to the new commit.
 
-    `before` are the `head_stamps` from before the move. The caller knows that the push has updated no checkout: the
+    `before` are the `read_head_stats` from before the move. The caller knows that the push has updated no checkout: the
     switch may have written what the branch was at when it began. A checkout that was not switched is the user's.
     """
-    tops = await anyio.to_thread.run_sync(tops_of, repository)
-    await anyio.to_thread.run_sync(_await_rest, lambda: any(map(_git_runs_in, tops)), _SWITCH)
-    now = await anyio.to_thread.run_sync(head_stamps, repository)
-    if now == before or (checkout := await checkout_of(repository, branch, git)) is None:
+    tops = await anyio.to_thread.run_sync(list_checkouts, repository)
+    await anyio.to_thread.run_sync(_wait_until_unused, lambda: any(map(_is_git_running_in, tops)), _SWITCH_TIMEOUT)
+    now = await anyio.to_thread.run_sync(read_head_stats, repository)
+    if now == before or (checkout := await find_checkout(repository, branch, git)) is None:
         return
     git_dir = await anyio.to_thread.run_sync(lambda: _git_dir_of(checkout).resolve())
     if now.get(git_dir) != before.get(git_dir):
         old, new = move
-        await _Update(checkout, branch, git, old=new, tip=new, new=old).undo([], has_just_ended=True)
+        await _InterruptedUpdate(checkout, branch, git, old=new, tip=new, new=old).undo([], has_just_ended=True)
 
 
-async def settle(
+async def recover_push(
     repository: LocalRepository,
     checkout: Path | None,
     branch: str,
@@ -283,13 +291,13 @@ async def settle(
     old, new = move
     foreign: list[str] = []
     has_just_ended = not may_finish
-    if checkout is not None and await _is_known(checkout, old, new, git):
+    if checkout is not None and await _has_all_objects(checkout, old, new, git):
         tip = await _tip(checkout, git)
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
             empty = await _empty_tree(checkout, git) if old is None else ""
             # Of a branch that the user has deleted the files stay as they were.
-            update = _Update(checkout, branch, git, old or empty, tip or old or empty, new)
-            may_finish = may_finish and tip == old and await current_branch(checkout, git) == branch
+            update = _InterruptedUpdate(checkout, branch, git, old or empty, tip or old or empty, new)
+            may_finish = may_finish and tip == old and await read_current_branch(checkout, git) == branch
             if may_finish and await update.is_staged():
                 await anyio.to_thread.run_sync(_unlink, stale)
                 reflog = "council: finish an interrupted landing"
@@ -299,30 +307,30 @@ async def settle(
                 foreign += await _catch_up(update, tip)
     # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
     await anyio.to_thread.run_sync(_unlink, stale)
-    await anyio.to_thread.run_sync(remove_incoming, repository.git_dir, since)
+    await anyio.to_thread.run_sync(remove_incoming_objects, repository.git_dir, since)
     return foreign
 
 
-async def _catch_up(undone: _Update, tip: str | None) -> list[str]:
+async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
     """Bring what was undone to what the user has committed of it meanwhile; return the paths that are theirs.
 
     `git commit` reads the index first, and moves the branch later: so theirs may have all that the update had staged.
     """
     foreign: list[str] = []
-    while (now := await _tip_at_rest(undone.checkout, undone.git)) is not None and now != tip:
+    while (now := await _read_settled_tip(undone.checkout, undone.git)) is not None and now != tip:
         back = replace(undone, old=undone.new, tip=now, new=tip or undone.tip)
         foreign += await back.undo([], has_just_ended=True)
         tip = now
     return foreign
 
 
-async def _tip_at_rest(checkout: Path, git: Git) -> str | None:
+async def _read_settled_tip(checkout: Path, git: Git) -> str | None:
     """Return the commit of a checkout once no git command is at work in its checkout, or after a while."""
-    await anyio.to_thread.run_sync(_await_rest, lambda: _git_runs_in(checkout))
+    await anyio.to_thread.run_sync(_wait_until_unused, lambda: _is_git_running_in(checkout))
     return await _tip(checkout, git)
 
 
-async def _is_known(checkout: Path, old: str | None, new: str, git: Git) -> bool:
+async def _has_all_objects(checkout: Path, old: str | None, new: str, git: Git) -> bool:
     """Whether a commit is there with all that it brings: of what a killed push received there may be a part."""
     before = () if old is None else (f"^{old}",)
     found = await git("rev-list", "--objects", "--quiet", new, *before, cwd=checkout, ok=(0, 1, 128))
@@ -339,7 +347,7 @@ async def _empty_tree(checkout: Path, git: Git) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Update:
+class _InterruptedUpdate:
     """An update of a checkout from `old` to `new` of a branch that ended early, where HEAD is at `tip`."""
 
     checkout: Path
@@ -372,7 +380,7 @@ class _Update:
         found: dict[str, list[str]] = {kind: [] for kind in kinds}
         for path in sorted(changes):
             is_theirs = path in unlike_new and path in unlike_tip
-            whose = await _whose(self.git, self.checkout, path, before.get(path), after.get(path))
+            whose = await _classify_file(self.git, self.checkout, path, before.get(path), after.get(path))
             found["foreign" if is_theirs else whose].append(path)
         # Git writes one file after the other: one kill leaves one file in pieces. On a full disk the next are empty.
         is_locked = any(lock.name == "index.lock" for lock in stale)
@@ -395,7 +403,7 @@ class _Update:
             await anyio.to_thread.run_sync(_delete_added, self.checkout, added)
             await anyio.to_thread.run_sync(_unlink, [git_dir / "index.lock"])
             await self.git("update-index", "-q", "--refresh", "--ignore-submodules", cwd=self.checkout, ok=range(256))
-        return [shown(path) for path in sorted(foreign)]
+        return [printable_name(path) for path in sorted(foreign)]
 
     async def _restore(self, paths: Sequence[str]) -> None:
         if not paths:
@@ -406,12 +414,12 @@ class _Update:
             arguments = ("checkout-index", "--force", "-z", "--stdin")
             await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(paths))
 
-    async def _changes(self, since: str) -> list[Change]:
+    async def _changes(self, since: str) -> list[FileChange]:
         return await self.git.changes(since, self.new, cwd=self.checkout)
 
     async def _staged_unlike(self, commit: str) -> set[str]:
         arguments = ("diff-index", "--cached", "--raw", "-z", "--no-renames", "--ignore-submodules=none", commit)
-        return {change.path for change in parse_raw((await self.git(*arguments, cwd=self.checkout)).stdout)}
+        return {change.path for change in parse_raw_diff((await self.git(*arguments, cwd=self.checkout)).stdout)}
 
 
 def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
@@ -422,7 +430,7 @@ def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
     _unlink([one for one in stale if one == lock])
     try:
         with lock.open("x") as file:
-            file.write(lock_mark(branch))
+            file.write(lock_marker(branch))
     except FileExistsError:
         raise RefusedError(f"{lock} exists", "remove it if no git command of yours is running") from None
 
@@ -443,7 +451,7 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
                 (checkout / folder).rmdir()
 
 
-async def _whose(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
+async def _classify_file(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
     """Return whether a file is `old` or `new`, as an interrupted push left it, or `foreign`.
 
     One that a push or an undo was writing is `partial` (a part of the new one), `restored` (of the old one) or `empty`.
@@ -500,7 +508,7 @@ def _marked_files(git_dir: Path, branch: str) -> list[Path]:
 
 def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
     """Return what replaces an index that is locked with our mark, and its own lock."""
-    copy = git_dir / f"index.{lock_mark(branch)}"
+    copy = git_dir / f"index.{lock_marker(branch)}"
     return copy, copy.with_name(f"{copy.name}.lock")
 
 
@@ -525,13 +533,13 @@ def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) ->
     def is_used() -> bool:
         # Coarse file system time stamps may lag behind the clock that `since` was read from.
         found[:] = [lock for lock in locks if _modified(lock) >= since - 2]
-        return bool(found) and (any(_git_runs_in(folder) for folder in folders) or _is_open(found))
+        return bool(found) and (any(_is_git_running_in(folder) for folder in folders) or _is_open(found))
 
     # Those that were judged, and no other: the user's next command may have made one since.
-    return found if _await_rest(is_used) else []
+    return found if _wait_until_unused(is_used) else []
 
 
-def remove_incoming(git_dir: Path, since: float) -> None:
+def remove_incoming_objects(git_dir: Path, since: float) -> None:
     """Remove what a killed push had received: objects of which no ref ever knew. Git's own pruning would, too. Blocks.
 
     Each `git receive-pack` works in the git directory: where none does, folders that were made since are nobody's.
@@ -540,9 +548,9 @@ def remove_incoming(git_dir: Path, since: float) -> None:
 
     def is_used() -> bool:
         found[:] = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
-        return bool(found) and _git_runs_in(git_dir)
+        return bool(found) and _is_git_running_in(git_dir)
 
-    for folder in found if _await_rest(is_used) else []:
+    for folder in found if _wait_until_unused(is_used) else []:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -570,7 +578,7 @@ def _is_open(files: Sequence[Path]) -> bool:
     return False
 
 
-def _git_runs_in(folder: Path) -> bool:
+def _is_git_running_in(folder: Path) -> bool:
     """Whether a git command works in a folder; where there is no /proc (macOS) none can be seen."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -581,7 +589,7 @@ def _git_runs_in(folder: Path) -> bool:
     return False
 
 
-def _await_rest(is_used: Callable[[], bool], limit: float = _REST) -> bool:
+def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIMEOUT) -> bool:
     """Wait until the user's git commands have ended; False if they have not within the limit (seconds). Blocks."""
     deadline = time.monotonic() + limit
     while is_used():
@@ -591,14 +599,16 @@ def _await_rest(is_used: Callable[[], bool], limit: float = _REST) -> bool:
     return True
 
 
-async def check_own(project: Project, environ: Mapping[str, str]) -> None:
+async def refuse_tracked_project_folder(project: Project, environ: Mapping[str, str]) -> None:
     """Refuse a `.council` that came with the repository: what is in it would be obeyed as if we had written it."""
-    git = Git(None, users=True, environ=environ)
+    git = Git(None, as_user=True, environ=environ)
     name = project.folder.name
     # On some file systems another spelling of it is the same folder.
     listed = await git("ls-files", "-z", "--", f":(icase){name}", cwd=project.top, ok=(0, 128))
     if tracked := split_nul(listed.stdout):
-        named = ", ".join(map(shown, tracked[:3])) + (f" and {len(tracked) - 3} more" if len(tracked) > 3 else "")
+        named = ", ".join(map(printable_name, tracked[:3])) + (
+            f" and {len(tracked) - 3} more" if len(tracked) > 3 else ""
+        )
         raise RefusedError(
             f"the repository brings a {name} of its own: git tracks {named}",
             f"`git rm -r --cached {name}` and commit that: no file stays in git's hands, and none is deleted",

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.runner import Git, check_version
-from orchestrator.repo.source.checkout import LocalRepository, inspect
-from orchestrator.repo.source.source import Source
+from orchestrator.repo.source.checkout import LocalRepository, find_repository
+from orchestrator.repo.source.source import UpstreamRepository
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class RunRepository:
     """Where a run works: the location to fetch from and push to, and the repository if it is on this machine."""
 
     location: str
@@ -25,18 +25,20 @@ class Site:
         """What names the repository, by whichever of its checkouts or spellings it was reached."""
         return self.location if self.repository is None else str(self.repository.git_dir)
 
-    def source(self, git: Git) -> Source:
+    def source(self, git: Git) -> UpstreamRepository:
         """Return the repository as a source of work, for git in the trusted repository."""
-        return Source.of(self.location, is_local=self.repository is not None, git=git, repository=self.repository)
+        return UpstreamRepository.of(
+            self.location, is_local=self.repository is not None, git=git, repository=self.repository
+        )
 
 
-async def find_site(repo: str, *, is_url: bool, environ: Mapping[str, str]) -> Site:
+async def find_run_repository(repo: str, *, is_url: bool, environ: Mapping[str, str]) -> RunRepository:
     """Find the repository that a config names."""
     await check_version(environ)
     if is_url:
-        return Site(repo, None, "sha1")
-    git = Git(None, users=True, environ=environ)
-    repository = await inspect(Path(repo), git)
+        return RunRepository(repo, None, "sha1")
+    git = Git(None, as_user=True, environ=environ)
+    repository = await find_repository(Path(repo), git)
     if repository.object_format != "sha1":
         raise RefusedError(f"{repo} is a {repository.object_format} repository", "use one with SHA-1 object names")
-    return Site(str(repository.top or repository.git_dir), repository, repository.object_format)
+    return RunRepository(str(repository.top or repository.git_dir), repository, repository.object_format)

@@ -1,6 +1,6 @@
 """What sessions must leave alone in the user's repository: refs, configuration, hooks, HEADs and staged entries.
 
-A `Seal` is a snapshot of these. Most looks find nothing new, so a part whose files have the same inodes, times and
+A `RepositorySnapshot` is a snapshot of these. Most looks find nothing new, so a part whose files have the same inodes, times and
 sizes as in an earlier seal is taken over from it; only the others are read. Nothing is ever written there.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.repo.git.runner import Git, shown
-from orchestrator.repo.source.checkout import LocalRepository, checkouts_in, read_heads
+from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.repo.source.checkout import LocalRepository, list_checkout_git_dirs, read_heads
 from orchestrator.system.process_table import process_ids, process_stat
 
 #: Nanoseconds within which a file system may give two writes the same time: what is younger is read again.
-_COARSE = 2_000_000_000
+_TIMESTAMP_GRANULARITY = 2_000_000_000
 _FILES = ("config", "info/attributes", "info/exclude")
 
 _Signature = tuple[tuple[str, int, int, int, int, int], ...]
@@ -35,7 +35,7 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Seal:
+class RepositorySnapshot:
     """What the repository was like at one moment; made by `take`, compared by `changes`."""
 
     refs: _Part
@@ -46,7 +46,9 @@ class Seal:
     """By the same: a digest of the staged entries, without what `git status` refreshes."""
 
 
-async def take(repository: LocalRepository, git: Git, previous: Seal | None = None) -> Seal:
+async def take_snapshot(
+    repository: LocalRepository, git: Git, previous: RepositorySnapshot | None = None
+) -> RepositorySnapshot:
     """Look at a repository, reading only what differs from an earlier seal.
 
     `git` runs at the user's side (`users=True`). GitError where the repository can't be read.
@@ -77,7 +79,7 @@ async def take(repository: LocalRepository, git: Git, previous: Seal | None = No
             return await _read_index(folder, checkout, git)
 
         indexes[name] = await part(previous.indexes.get(name) if previous else None, signature, read_index)
-    return Seal(
+    return RepositorySnapshot(
         await part(previous.refs if previous else None, found.refs, read_refs),
         await part(previous.files if previous else None, found.files, read_files),
         await part(previous.heads if previous else None, found.heads, heads),
@@ -85,7 +87,7 @@ async def take(repository: LocalRepository, git: Git, previous: Seal | None = No
     )
 
 
-def changes(before: Seal, after: Seal, *, ours: Mapping[str, str]) -> list[str]:
+def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, ours: Mapping[str, str]) -> list[str]:
     """Return what has changed between two seals, a sentence each.
 
     `ours` are the refs that landings moved meanwhile, with the commit of the newest. They are not reported if they
@@ -101,7 +103,9 @@ def changes(before: Seal, after: Seal, *, ours: Mapping[str, str]) -> list[str]:
         for name, old, new in _differences(before.heads.content, after.heads.content)
     ]
     for file, old, new in _differences(before.files.content, after.files.content):
-        found.append(f".git/{shown(file)} {'appeared' if old is None else 'is gone' if new is None else 'changed'}")
+        found.append(
+            f".git/{printable_name(file)} {'appeared' if old is None else 'is gone' if new is None else 'changed'}"
+        )
     for name in before.indexes.keys() & after.indexes.keys():
         moved = after.heads.content.get(name, "").removeprefix("ref: ") in ours
         if not moved and before.indexes[name].content != after.indexes[name].content:
@@ -109,12 +113,12 @@ def changes(before: Seal, after: Seal, *, ours: Mapping[str, str]) -> list[str]:
     return sorted(found)
 
 
-async def live_git(repository: LocalRepository) -> bool:
+async def is_user_git_running(repository: LocalRepository) -> bool:
     """Whether a git command that we did not start, directly or by a session, works in the repository now.
 
     Then what differs may be the user's own doing. Where there is no /proc (macOS) none can be seen.
     """
-    return await anyio.to_thread.run_sync(_live_git, repository)
+    return await anyio.to_thread.run_sync(_is_user_git_running, repository)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +134,9 @@ def _signatures(folder: Path) -> _Signatures:
 
     def settled(paths: Iterator[Path]) -> _Signature | None:
         signature = tuple(_stat(path) for path in paths)
-        return None if any(entry[4] > now - _COARSE for entry in signature) else signature
+        return None if any(entry[4] > now - _TIMESTAMP_GRANULARITY for entry in signature) else signature
 
-    checkouts = checkouts_in(folder)
+    checkouts = list_checkout_git_dirs(folder)
     return _Signatures(
         settled(_ref_files(folder)),
         settled(path for path, _ in _watched_files(folder)),
@@ -168,7 +172,7 @@ def _ref_files(folder: Path) -> Iterator[Path]:
 
 def _watched_files(folder: Path) -> Iterator[tuple[Path, str]]:
     named = [*_FILES, *(f"hooks/{path.name}" for path in _entries(folder / "hooks"))]
-    named += [f"{checkout}/config.worktree".removeprefix("./") for checkout in checkouts_in(folder)]
+    named += [f"{checkout}/config.worktree".removeprefix("./") for checkout in list_checkout_git_dirs(folder)]
     yield from ((folder / name, name) for name in named)
 
 
@@ -209,23 +213,23 @@ def _differences(before: _Content, after: _Content) -> Iterator[tuple[str, str |
 
 
 def _inside(checkout: str) -> str:
-    return ".git" if checkout == "." else f".git/{shown(checkout)}"
+    return ".git" if checkout == "." else f".git/{printable_name(checkout)}"
 
 
 def _moved(name: str, old: str | None, new: str | None) -> str:
     if old is None:
-        return f"{shown(name)} appeared at {_short(new)}"
+        return f"{printable_name(name)} appeared at {_short(new)}"
     if new is None:
-        return f"{shown(name)} is gone, it was at {_short(old)}"
-    return f"{shown(name)} moved from {_short(old)} to {_short(new)}"
+        return f"{printable_name(name)} is gone, it was at {_short(old)}"
+    return f"{printable_name(name)} moved from {_short(old)} to {_short(new)}"
 
 
 def _short(value: str | None) -> str:
     text = (value or "").removeprefix("ref: ")
-    return text[:10] if len(text) >= 40 and "/" not in text else shown(text)
+    return text[:10] if len(text) >= 40 and "/" not in text else printable_name(text)
 
 
-def _live_git(repository: LocalRepository) -> bool:
+def _is_user_git_running(repository: LocalRepository) -> bool:
     folders = [repository.git_dir, *([repository.top] if repository.top else []), *_linked_tops(repository.git_dir)]
     working = [pid for pid in process_ids() if _is_git_in(pid, folders)]
     return any(not _is_ours(pid) for pid in working)
@@ -233,7 +237,7 @@ def _live_git(repository: LocalRepository) -> bool:
 
 def _linked_tops(folder: Path) -> list[Path]:
     found = []
-    for name in checkouts_in(folder)[1:]:
+    for name in list_checkout_git_dirs(folder)[1:]:
         try:
             found.append(Path((folder / name / "gitdir").read_text().rstrip("\n")).parent)
         except OSError:

@@ -11,9 +11,15 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.repo.git.runner import Git, read_ref, shown, was_killed
-from orchestrator.repo.source.checkout import LocalRepository, checkout_of, inspect, lock_mark
-from orchestrator.repo.source.user_programs import MARK, OLD_COMMIT, TARGET, UPDATED, write_hooks_for_landing
+from orchestrator.repo.git.runner import Git, printable_name, read_ref, was_killed
+from orchestrator.repo.source.checkout import LocalRepository, find_checkout, find_repository, lock_marker
+from orchestrator.repo.source.user_programs import (
+    MARK_VARIABLE,
+    OLD_COMMIT_VARIABLE,
+    TARGET_VARIABLE,
+    UPDATED_FILE,
+    write_landing_hooks,
+)
 
 # Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
 # they are clean, and no housekeeping starts in their repository on our account.
@@ -25,23 +31,23 @@ _RECEIVE = (
 _UPLOAD = "git -c pack.window=0 upload-pack"
 
 #: What the other side says beside the porcelain: its hooks, and errors of the system.
-_TOLD = re.compile(r"remote: (?!\s*$)")
-_LONGEST_REASON = 300  # characters
+_REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)")
+_MAX_REASON_CHARS = 300  # characters
 
 
 @dataclass(frozen=True, slots=True)
-class Pushed:
+class PushResult:
     """The outcome of a push: whether the ref moved; if not, what the other side said, and whether it was killed."""
 
     moved: bool
-    has_updated: bool = False
+    updated_checkout: bool = False
     """Whether our hook has brought a checkout to what was pushed."""
     reason: str = ""
-    is_killed: bool = False
+    was_killed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class UpstreamRepository:
     """Where work comes from and lands: `location` is an absolute path or a URL; git runs in the trusted repository."""
 
     location: str
@@ -51,9 +57,11 @@ class Source:
     """The repository at a path, where it is known already."""
 
     @classmethod
-    def of(cls, location: str, *, is_local: bool, git: Git, repository: LocalRepository | None = None) -> Source:
+    def of(
+        cls, location: str, *, is_local: bool, git: Git, repository: LocalRepository | None = None
+    ) -> UpstreamRepository:
         """Return the source, talked to in the user's own git environment."""
-        return cls(location, is_local, replace(git, users=True), repository)
+        return cls(location, is_local, replace(git, as_user=True), repository)
 
     async def tip(self, branch: str) -> str | None:
         """Return the commit id that a branch is at; None if it does not exist."""
@@ -76,7 +84,7 @@ class Source:
                        "--recurse-submodules=no", *upload, self.location, refspec)  # fmt: skip
         return await self.git.line("rev-parse", "--verify", f"{ref}^{{commit}}")
 
-    async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> Pushed:
+    async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> PushResult:
         """Move a branch from `old` (None: it must not exist) to `new`, or not at all.
 
         Hooks of the user's run, but none that is inside a checkout: the push itself may have written it. The command,
@@ -91,24 +99,30 @@ class Source:
             ok=range(-64, 256), keep_fds=keep_fds,
         )  # fmt: skip
         if done.returncode == 0:
-            has_updated = self.is_local and await anyio.Path(self._hooks(branch), UPDATED).exists()
-            return Pushed(moved=True, has_updated=has_updated)
+            has_updated = self.is_local and await anyio.Path(self._hooks(branch), UPDATED_FILE).exists()
+            return PushResult(moved=True, updated_checkout=has_updated)
         stderr = done.stderr.decode(errors="replace")
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
         said = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
-        told = "; ".join(line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _TOLD.match(line))
-        reason = said if not lines or not told else f"{said}: {shown(told)[:_LONGEST_REASON]}"
+        told = "; ".join(
+            line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _REMOTE_MESSAGE.match(line)
+        )
+        reason = said if not lines or not told else f"{said}: {printable_name(told)[:_MAX_REASON_CHARS]}"
         remedy = ": give yourself access" if "Permission denied" in told else ""
-        return Pushed(moved=False, reason=reason + remedy, is_killed=was_killed(done.returncode, stderr))
+        return PushResult(moved=False, reason=reason + remedy, was_killed=was_killed(done.returncode, stderr))
 
     async def _receive(self, branch: str, old: str | None) -> str:
         users = replace(self.git, git_dir=None)
-        repository = self.repository or await inspect(Path(self.location), users)
-        checkout = await checkout_of(repository, branch, users)
+        repository = self.repository or await find_repository(Path(self.location), users)
+        checkout = await find_checkout(repository, branch, users)
         folder = self._hooks(branch)
-        await write_hooks_for_landing(repository, users, folder, checkout)
+        await write_landing_hooks(repository, users, folder, checkout)
         hooks = shlex.quote(f"core.hooksPath={folder}")
-        given = {OLD_COMMIT: old or "", TARGET: f"refs/heads/{branch}", MARK: lock_mark(branch)}
+        given = {
+            OLD_COMMIT_VARIABLE: old or "",
+            TARGET_VARIABLE: f"refs/heads/{branch}",
+            MARK_VARIABLE: lock_marker(branch),
+        }
         environ = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
         return _RECEIVE.format(environ=environ, hooks=hooks)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git.runner import Git, shown
+from orchestrator.repo.git.runner import Git, printable_name
 from orchestrator.repo.source.checkout import LocalRepository
 
 #: Bytes: what Linux and macOS allow for a name, and for a path less what sessions' folders take (NAME_MAX, PATH_MAX).
@@ -35,11 +35,11 @@ async def check_supported(git: Git, commit: str) -> None:
     folder = git.git_dir
     folds_case = folder is not None and await anyio.to_thread.run_sync(is_case_insensitive, folder)
     paths = [entry.partition(b"\t")[2] for entry in listed.split(b"\0")[:-1]]
-    await anyio.to_thread.run_sync(partial(check_names, paths, folds_case=folds_case))
+    await anyio.to_thread.run_sync(partial(check_file_names, paths, folds_case=folds_case))
     await _check_lfs(git, commit)
 
 
-def check_names(paths: Sequence[bytes], *, folds_case: bool) -> None:
+def check_file_names(paths: Sequence[bytes], *, folds_case: bool) -> None:
     """Refuse paths that can't be checked out; with `folds_case`, on a file system that ignores case, more can't."""
     odd = [path for path in paths if len(path) > _LONGEST_PATH or any(map(_is_impossible, path.split(b"/")))]
     if odd:
@@ -60,7 +60,7 @@ def is_case_insensitive(folder: Path) -> bool:
     return False
 
 
-async def check_complete(repository: LocalRepository, git: Git) -> None:
+async def check_complete_clone(repository: LocalRepository, git: Git) -> None:
     """Refuse a clone of the user's that lacks objects; to be asked before anything is fetched from it."""
     place = repository.folder
     shallow = await git("rev-parse", "--is-shallow-repository", cwd=repository.folder)
@@ -127,5 +127,5 @@ def _with_parents(folded: str, path: bytes) -> list[tuple[str, bytes]]:
 
 
 def _listed(paths: Sequence[bytes], most: int = 3) -> str:
-    names = ", ".join(shown(os.fsdecode(path)) for path in paths[:most])
+    names = ", ".join(printable_name(os.fsdecode(path)) for path in paths[:most])
     return f"{names} and {len(paths) - most} more" if len(paths) > most else names

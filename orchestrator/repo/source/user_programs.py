@@ -18,18 +18,18 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.repo.git.runner import Git, shown, split_nul
-from orchestrator.repo.source.checkout import LocalRepository, tops_of
+from orchestrator.repo.git.runner import Git, printable_name, split_nul
+from orchestrator.repo.source.checkout import LocalRepository, list_checkouts
 
 #: The hook that updates a checkout for a push (githooks(5)).
 UPDATE_HOOK: Final = "push-to-checkout"
 #: The variable by which a landing hands it the commit that the target was at; empty where it did not exist.
-OLD_COMMIT: Final = "COUNCIL_OLD_COMMIT"
+OLD_COMMIT_VARIABLE: Final = "COUNCIL_OLD_COMMIT"
 #: The file by which that hook says, in its own folder, that it has updated a checkout.
-UPDATED: Final = "updated"
+UPDATED_FILE: Final = "updated"
 #: The variables with the ref that is to be moved, and with what a lock of ours on an index has as its content.
-TARGET: Final = "COUNCIL_TARGET"
-MARK: Final = "COUNCIL_MARK"
+TARGET_VARIABLE: Final = "COUNCIL_TARGET"
+MARK_VARIABLE: Final = "COUNCIL_MARK"
 # As git does it without a hook, but for two things. `read-tree` gets both commits, and so leaves alone in index and
 # files what they have in common: git's own makes all like the new commit, which takes out what the user has committed
 # since the push began. And the index stays locked until the ref is moved (`_RELEASE`): what is staged meanwhile, but on
@@ -40,30 +40,30 @@ refuse() {{
     rm -f "$new" "$GIT_DIR/index.lock"
     exit 1
 }}
-new=$GIT_DIR/index.${MARK}
+new=$GIT_DIR/index.${MARK_VARIABLE}
 (set -C && : >"$GIT_DIR/index.lock") 2>/dev/null || {{
     echo "its index is locked by another git command" >&2
     exit 1
 }}
 # Not in one step: on a full disk the lock would be there, and nothing in it would show that it is ours.
-echo "${MARK}" >"$GIT_DIR/index.lock" || refuse "its index can't be locked"
+echo "${MARK_VARIABLE}" >"$GIT_DIR/index.lock" || refuse "its index can't be locked"
 read -r head <"$GIT_DIR/HEAD"
-[ "$head" = "ref: ${TARGET}" ] || [ "$(git symbolic-ref -q HEAD)" = "${TARGET}" ] ||
+[ "$head" = "ref: ${TARGET_VARIABLE}" ] || [ "$(git symbolic-ref -q HEAD)" = "${TARGET_VARIABLE}" ] ||
     refuse "another branch was checked out meanwhile"
 [ ! -e "$new.lock" ] || rm -f "$new.lock"
 [ ! -e "$GIT_DIR/index" ] || cp -p "$GIT_DIR/index" "$new" || refuse "its index can't be copied"
 export GIT_INDEX_FILE="$new"
-old=${{{OLD_COMMIT}:-$(git hash-object -t tree --stdin </dev/null)}}
+old=${{{OLD_COMMIT_VARIABLE}:-$(git hash-object -t tree --stdin </dev/null)}}
 git update-index -q --ignore-submodules --refresh
 git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached --ignore-submodules "$old" -- ||
     refuse "the checkout has changes"
-git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index" && : >"${{0%/*}}/{UPDATED}"
+git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index" && : >"${{0%/*}}/{UPDATED_FILE}"
 """
 #: The hook that runs when the ref has been moved, and what it does before the user's own is called: it unlocks indexes.
 _RELEASE_HOOK: Final = "post-receive"
 _RELEASE: Final = f"""#!/bin/sh
 for lock in "$GIT_DIR"/index.lock "$GIT_DIR"/worktrees/*/index.lock; do
-    if [ -f "$lock" ] && read -r mark <"$lock" && [ "$mark" = "${MARK}" ]; then rm -f "$lock"; fi
+    if [ -f "$lock" ] && read -r mark <"$lock" && [ "$mark" = "${MARK_VARIABLE}" ]; then rm -f "$lock"; fi
 done
 """
 # What a shell can't say of a descriptor above 9.
@@ -75,7 +75,7 @@ _RUN_BY_PUSH: Final = (
 )  # fmt: skip
 #: What stands in a shell command for the top of the checkout.
 _TOP: Final = re.compile(r"show-toplevel|\$\{?(?:PWD|GIT_WORK_TREE)\b")
-_MOST_LINKS: Final = 40
+_MAX_LINKS: Final = 40
 _FILTER: Final = re.compile(r"filter\..*\.(clean|smudge|process)", re.DOTALL)
 #: What names a program that the user's git runs by itself. Hooks in a checkout are left out of landings and named.
 _PROGRAM: Final = re.compile(
@@ -93,27 +93,27 @@ _BEFORE_SCRIPTS: Final = frozenset({"sed", "-e", "-n", "-E", "-r", "-u", "-z", "
 _SED_SCRIPT: Final = re.compile(r"[sy]([/|,:#@!])(?:(?!\1)[^\\\n]|\\.)*\1(?:(?!\1)[^\\\n]|\\.)*\1[gIip0-9]*")
 _INCLUDE: Final = re.compile(r"include\.path|includeif\..*\.path", re.DOTALL)
 #: Why a landing leaves hooks out, for people.
-WHY_SKIPPED: Final = (
+SKIPPED_HOOKS_REASON: Final = (
     "they are in a checkout, where agents' work lands: move them out of the repository to have them run"
 )
 
 
-async def hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Path | None = None) -> list[Path]:
+async def find_hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Path | None = None) -> list[Path]:
     """Return the hooks inside the repository's checkouts that a landing would run, whether they exist yet or not.
 
     Of a folder of hooks inside of a checkout that is the folder alone. `git` runs at the user's side.
     """
-    inside, _ = await _judge_hooks(repository, git, checkout)
+    inside, _ = await _classify_hooks(repository, git, checkout)
     return inside
 
 
-async def write_hooks_for_landing(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> None:
+async def write_landing_hooks(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> None:
     """Fill the folder of hooks that a push is to use with calls of the user's that are outside of the checkouts.
 
     Where the user has no hook that updates a checkout there is ours, also without one: the user may switch to the
     branch while the push is under way.
     """
-    _, outside = await _judge_hooks(repository, git, checkout)
+    _, outside = await _classify_hooks(repository, git, checkout)
     calls = {UPDATE_HOOK: _UPDATE, _RELEASE_HOOK: _RELEASE} | {hook.name: _call(hook) for hook in outside}
     await anyio.to_thread.run_sync(_write_hooks, folder, calls)
 
@@ -128,7 +128,9 @@ def _call(hook: Path) -> str:
     return f'{before}exec {shlex.join([*command, str(hook)])} "$@"\n'
 
 
-async def _judge_hooks(repository: LocalRepository, git: Git, checkout: Path | None) -> tuple[list[Path], list[Path]]:
+async def _classify_hooks(
+    repository: LocalRepository, git: Git, checkout: Path | None
+) -> tuple[list[Path], list[Path]]:
     """Return the hooks inside the repository's checkouts, and those outside."""
     places = dict.fromkeys((repository.folder, *([checkout] if checkout is not None else [])))
     configured = [value for place in places for value in [await _hooks_path(git, place)] if value is not None]
@@ -149,19 +151,19 @@ def _sort_hooks(
     configured: Sequence[str],
     everywhere: bool,
 ) -> tuple[list[Path], list[Path]]:
-    tops, git_dir = tops_of(repository), repository.git_dir.resolve()
+    tops, git_dir = list_checkouts(repository), repository.git_dir.resolve()
     # Git takes a relative path as one from the folder in which the hook runs: the git directory or the checkout.
     folders = [Path(base, value) for value in configured for base in (git_dir, *tops)]
     folders += [] if everywhere else [git_dir / "hooks"]
     inside: dict[Path, None] = {}
     outside: dict[str, Path] = {}
     for folder in dict.fromkeys(folders):
-        if leads_inside(folder, tops, git_dir):
+        if passes_through_checkout(folder, tops, git_dir):
             inside[folder] = None
             continue
         for name in _RUN_BY_PUSH:
             hook = folder / name
-            if leads_inside(hook, tops, git_dir):
+            if passes_through_checkout(hook, tops, git_dir):
                 inside[hook] = None
             elif os.access(hook, os.X_OK):
                 outside.setdefault(name, hook)
@@ -170,18 +172,18 @@ def _sort_hooks(
     return there or list(inside), list(outside.values())
 
 
-def leads_inside(path: Path, tops: Sequence[Path], git_dir: Path) -> bool:
+def passes_through_checkout(path: Path, tops: Sequence[Path], git_dir: Path) -> bool:
     """Whether the way to a path, along all of its links, has a file or folder inside one of the checkouts. Blocks."""
     return any(
         any(at != top and at.is_relative_to(top) for top in tops) and not at.is_relative_to(git_dir)
-        for at in _way(path)
+        for at in _path_components(path)
     )
 
 
-def _way(path: Path) -> Iterator[Path]:
+def _path_components(path: Path) -> Iterator[Path]:
     """Yield each file and folder that the system looks at on the way to a path; what is not there counts, too."""
     ahead, at, links = list(reversed(path.absolute().parts[1:])), Path("/"), 0
-    while ahead and links <= _MOST_LINKS:
+    while ahead and links <= _MAX_LINKS:
         part = ahead.pop()
         if part == "..":
             at = at.parent
@@ -208,7 +210,7 @@ def _write_hooks(folder: Path, scripts: Mapping[str, str]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class GitSetting:
     """An entry of the user's configuration: the file that it is in (None: none), its key and its value."""
 
     file: Path | None
@@ -216,7 +218,7 @@ class Setting:
     value: str
 
 
-async def read_configuration(git: Git, checkout: Path) -> list[Setting]:
+async def read_git_config(git: Git, checkout: Path) -> list[GitSetting]:
     """Return the user's configuration as git reads it in a checkout, with the files that it includes."""
     done = await git("config", "--null", "--show-origin", "--list", cwd=checkout, ok=(0, 1))
     fields = split_nul(done.stdout)
@@ -224,12 +226,12 @@ async def read_configuration(git: Git, checkout: Path) -> list[Setting]:
     for origin, entry in zip(fields[::2], fields[1::2], strict=False):
         kind, _, path = origin.partition(":")
         key, _, value = entry.partition("\n")
-        found.append(Setting(checkout / path if kind == "file" else None, key, value))
+        found.append(GitSetting(checkout / path if kind == "file" else None, key, value))
     return found
 
 
-async def filter_in_way(
-    repository: LocalRepository, checkout: Path, configuration: Sequence[Setting]
+async def find_unsafe_filter(
+    repository: LocalRepository, checkout: Path, configuration: Sequence[GitSetting]
 ) -> tuple[str, str] | None:
     """Return what is wrong and what to do where a filter of the user's configuration runs a file of a checkout.
 
@@ -237,16 +239,16 @@ async def filter_in_way(
     on PATH that runs a file of the current folder, can't be seen.
     """
     commands = [(one.key, one.value) for one in configuration if _FILTER.fullmatch(one.key)]
-    found = await anyio.to_thread.run_sync(_first_inside, repository, checkout, commands) if commands else None
+    found = await anyio.to_thread.run_sync(_find_first_inside, repository, checkout, commands) if commands else None
     if found is None:
         return None
     key, command = found
-    what = f"git would run `{shown(command)}` ({shown(key)}) on landings, a program that agents can change"
+    what = f"git would run `{printable_name(command)}` ({printable_name(key)}) on landings, a program that agents can change"
     return what, "move it out of the repository, or land on a branch that is not checked out"
 
 
-async def deciding_path(
-    repository: LocalRepository, git: Git, checkout: Path, configuration: Sequence[Setting], changed: Sequence[str]
+async def find_path_controlling_git(
+    repository: LocalRepository, git: Git, checkout: Path, configuration: Sequence[GitSetting], changed: Sequence[str]
 ) -> str | None:
     """Return the first of some paths of a checkout that decides what the user's git runs; None if none does.
 
@@ -255,10 +257,10 @@ async def deciding_path(
     user's next git command runs.
     """
     files = await _configuration_files(repository, git, configuration)
-    return await anyio.to_thread.run_sync(_first_on_the_way, repository, checkout, files, configuration, changed)
+    return await anyio.to_thread.run_sync(_find_controlling_path, repository, checkout, files, configuration, changed)
 
 
-async def _configuration_files(repository: LocalRepository, git: Git, configuration: Sequence[Setting]) -> set[Path]:
+async def _configuration_files(repository: LocalRepository, git: Git, configuration: Sequence[GitSetting]) -> set[Path]:
     read = {one.file for one in configuration if one.file is not None}
     standard = await anyio.to_thread.run_sync(lambda: list(_standard_files(git, repository)))
     waiting = [*(one for one in standard if one not in read), *_includes(configuration)]
@@ -271,20 +273,20 @@ async def _configuration_files(repository: LocalRepository, git: Git, configurat
             asked = ("config", "--null", "--no-includes", "--list", "--file", str(file))
             done = await git(*asked, cwd=repository.folder, ok=(0, 1, 128))
             entries = [entry.partition("\n") for entry in split_nul(done.stdout)]
-            waiting += _includes([Setting(file, key, value) for key, _, value in entries])
+            waiting += _includes([GitSetting(file, key, value) for key, _, value in entries])
     return read
 
 
-def _includes(settings: Iterable[Setting]) -> list[Path]:
+def _includes(settings: Iterable[GitSetting]) -> list[Path]:
     found = (one for one in settings if one.file is not None and _INCLUDE.fullmatch(one.key))
     return [one.file.parent / Path(one.value).expanduser() for one in found if one.file is not None]
 
 
-def _first_on_the_way(
+def _find_controlling_path(
     repository: LocalRepository,
     checkout: Path,
     files: Collection[Path],
-    configuration: Sequence[Setting],
+    configuration: Sequence[GitSetting],
     changed: Sequence[str],
 ) -> str | None:
     top, git_dir = checkout.resolve(), repository.git_dir.resolve()
@@ -292,7 +294,7 @@ def _first_on_the_way(
     on_the_way = {
         at.relative_to(top).as_posix()
         for file in (*files, *programs)
-        for at in _way(file)
+        for at in _path_components(file)
         if at != top and at.is_relative_to(top) and not at.is_relative_to(git_dir)
     }
     return next((one for one in changed if one in on_the_way), None)
@@ -310,12 +312,14 @@ def _standard_files(git: Git, repository: LocalRepository) -> Iterator[Path]:
         yield Path(folder, "git/config")
 
 
-def _first_inside(
+def _find_first_inside(
     repository: LocalRepository, checkout: Path, commands: Sequence[tuple[str, str]]
 ) -> tuple[str, str] | None:
-    tops, git_dir = tops_of(repository), repository.git_dir.resolve()
+    tops, git_dir = list_checkouts(repository), repository.git_dir.resolve()
     for key, command in commands:
-        if _TOP.search(command) or any(leads_inside(path, tops, git_dir) for path in _paths_in(command, checkout)):
+        if _TOP.search(command) or any(
+            passes_through_checkout(path, tops, git_dir) for path in _paths_in(command, checkout)
+        ):
             return key, command
     return None
 

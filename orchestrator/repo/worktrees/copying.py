@@ -10,7 +10,7 @@ from orchestrator.errors import GitError
 from orchestrator.system.process import run
 
 
-async def copy_all(
+async def copy_tree(
     source: str, target: Path, environ: Mapping[str, str], keep_fds: Sequence[int] = (), *, times: bool = False
 ) -> None:
     """Copy a file, or a folder with all that is in it, links as links; if it can't, a GitError with what `cp` said.

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import RefusedError, unusable
-from orchestrator.locking.liveness import LifeLocks
+from orchestrator.errors import RefusedError, to_unusable_error
+from orchestrator.locking.liveness import LivenessLocks
 from orchestrator.repo.git.runner import IDENTITY, Git
 from orchestrator.repo.worktrees import origin
 from orchestrator.repo.worktrees.removal import remove_all
@@ -104,24 +104,26 @@ class Hub:
         return self.lock(f"run-{run}")
 
     @property
-    def life_locks(self) -> LifeLocks:
+    def liveness_locks(self) -> LivenessLocks:
         """The locks of the orchestrators of this machine that work with it."""
-        return LifeLocks(self.root / "locks")
+        return LivenessLocks(self.root / "locks")
 
 
-def is_within(hub: Hub, place: Path) -> bool:
+def is_inside_hub(hub: Hub, place: Path) -> bool:
     """Whether no link leads from a hub to where something of it lies: behind one may be files of the user's. Blocks."""
     return place.parent.resolve().is_relative_to(hub.root.resolve())
 
 
-def hub_of(source: str, home: Path) -> Hub:
+def locate_hub(source: str, home: Path) -> Hub:
     """Return the hub of a repository, by its path or URL; it need not exist yet."""
     last = source.rstrip("/").removesuffix("/.git").removesuffix(".git").rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:40] or "repo"
     return Hub(home / f"{name}-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()[:12]}")
 
 
-async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str], user: origin.User | None = None) -> None:
+async def create_hub(
+    hub: Hub, object_format: str, environ: Mapping[str, str], user: origin.HubUser | None = None
+) -> None:
     """Make the hub if it is not there; all at once, so that a crash leaves none or a whole one.
 
     It remembers `user`, so that it can be told later whether anybody is left who needs it.
@@ -133,12 +135,12 @@ async def create_hub(hub: Hub, object_format: str, environ: Mapping[str, str], u
     try:
         await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
     except OSError as error:
-        raise unusable(error, f"{parent} can't be made", remedy) from None
+        raise to_unusable_error(error, f"{parent} can't be made", remedy) from None
     async with hub.creation_lock.hold():
         if not hub.root.exists():
             await _build(hub, object_format, environ)
         if user is not None:
-            await anyio.to_thread.run_sync(origin.record, hub.root, user)
+            await anyio.to_thread.run_sync(origin.record_user, hub.root, user)
 
 
 async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> None:
@@ -172,11 +174,11 @@ def _add_settings(git_dir: Path, section: str, **settings: str) -> None:
         config.writelines([f"[{section}]\n", *(f'\t{name} = "{value}"\n' for name, value in settings.items())])
 
 
-def internal_ref(run: str, name: str) -> str:
+def internal_ref_name(run: str, name: str) -> str:
     """Return a ref of the trusted repository that keeps what a run has fetched."""
     return f"{INTERNAL_REFS}/{run}/{name}"
 
 
-def work_branch(run: str, task: str, part: str) -> str:
+def work_branch_name(run: str, task: str, part: str) -> str:
     """Return the branch that holds what became of a task; `part` is the attempt's number, or `conflict`."""
     return f"council/{run}/{task}/{part}"

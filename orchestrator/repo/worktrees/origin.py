@@ -19,14 +19,14 @@ _PASSWORD = re.compile(r"//[^/@]*@")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MountedPath:
     """A path of the user's, and the mount point that it was beneath."""
 
     path: Path
     mount: Path
 
     @classmethod
-    def of(cls, path: Path) -> Place:
+    def of(cls, path: Path) -> MountedPath:
         """Return a path that exists as a place."""
         path = path.resolve()
         return cls(path, next(folder for folder in (path, *path.parents) if os.path.ismount(folder)))
@@ -43,14 +43,14 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class StoreSite:
+class StoreLocation:
     """Where a store is: its URL, by which it is known, and its folder if it is in one."""
 
     url: str
-    folder: Place | None
+    folder: MountedPath | None
 
     @classmethod
-    def of(cls, url: str) -> StoreSite:
+    def of(cls, url: str) -> StoreLocation:
         """Return where the store of a URL is, which exists; whatever way leads to its folder, it is the same. Blocks.
 
         Of other stores the URL is kept without what may be a password.
@@ -58,7 +58,7 @@ class StoreSite:
         folder = store_folder(url)
         if folder is None:
             return cls(_PASSWORD.sub("//", url), None)
-        place = Place.of(folder)
+        place = MountedPath.of(folder)
         return cls(folder_url(place.path), place)
 
     def is_gone(self) -> bool:
@@ -67,12 +67,12 @@ class StoreSite:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class HubOrigin:
     """`name` is the repository's git directory or URL, `source` its place (None for a URL), `stores` all stores."""
 
     name: str
-    source: Place | None
-    stores: tuple[StoreSite, ...]
+    source: MountedPath | None
+    stores: tuple[StoreLocation, ...]
 
     def is_gone(self) -> bool:
         """Whether neither the repository nor any store that knows of its runs is on this machine any more."""
@@ -80,7 +80,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class User:
+class HubUser:
     """Who uses a hub: the repository's identity, its git directory if it is on this machine, the URL of the store.
 
     The latter is None for who only looks whether a run would be possible.
@@ -91,14 +91,14 @@ class User:
     store: str | None
 
 
-def record(root: Path, user: User) -> None:
+def record_user(root: Path, user: HubUser) -> None:
     """Add a user to a hub's origin; the caller holds the hub's lock. Blocks."""
-    before = read(root)
+    before = read_origin(root)
     known = () if before is None else before.stores
-    new = () if user.store is None else (StoreSite.of(user.store),)
-    after = Origin(
+    new = () if user.store is None else (StoreLocation.of(user.store),)
+    after = HubOrigin(
         user.name,
-        None if user.git_dir is None else Place.of(user.git_dir),
+        None if user.git_dir is None else MountedPath.of(user.git_dir),
         (*known, *(one for one in new if one not in known)),
     )
     if after == before:
@@ -108,18 +108,18 @@ def record(root: Path, user: User) -> None:
     staged.replace(root / _FILE)
 
 
-def read(root: Path) -> Origin | None:
+def read_origin(root: Path) -> HubOrigin | None:
     """Return whom a hub is for; None if that is not known. Blocks."""
     try:
         found = json.loads((root / _FILE).read_bytes())
         source = None if found["source"] is None else _place(found["source"])
-        return Origin(found["name"], source, tuple(_store(one) for one in found["stores"]))
+        return HubOrigin(found["name"], source, tuple(_store(one) for one in found["stores"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _encoded(origin: Origin) -> dict[str, object]:
-    def pair(place: Place) -> list[str]:
+def _encoded(origin: HubOrigin) -> dict[str, object]:
+    def pair(place: MountedPath) -> list[str]:
         return [str(place.path), str(place.mount)]
 
     source = None if origin.source is None else pair(origin.source)
@@ -127,11 +127,11 @@ def _encoded(origin: Origin) -> dict[str, object]:
     return {"name": origin.name, "source": source, "stores": stores}
 
 
-def _place(pair: list[str]) -> Place:
+def _place(pair: list[str]) -> MountedPath:
     path, mount = pair
-    return Place(Path(path), Path(mount))
+    return MountedPath(Path(path), Path(mount))
 
 
-def _store(columns: list[str]) -> StoreSite:
+def _store(columns: list[str]) -> StoreLocation:
     url, *pair = columns
-    return StoreSite(url, _place(pair) if pair else None)
+    return StoreLocation(url, _place(pair) if pair else None)

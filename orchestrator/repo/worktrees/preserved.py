@@ -17,7 +17,7 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git.runner import Git, shown
+from orchestrator.repo.git.runner import Git, printable_name
 from orchestrator.repo.worktrees.worktrees import Worktree
 
 _SUFFIX: Final = ".disabled-by-council"
@@ -35,11 +35,11 @@ async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
     """
     tree = worktree.tree
     await anyio.to_thread.run_sync(_remove_pointer, worktree)
-    changed = await anyio.to_thread.run_sync(disarm, tree)
+    changed = await anyio.to_thread.run_sync(disable_repositories, tree)
     if await anyio.to_thread.run_sync(_is_folder, tree):
         await _add_repository(git, worktree, base)
     await anyio.to_thread.run_sync((worktree.root / _MARK).touch)
-    return _told(changed)
+    return _describe_renames(changed)
 
 
 async def try_to_preserve(git: Git, worktree: Worktree, base: str) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def _remove_pointer(worktree: Worktree) -> None:
         pointer.unlink()
 
 
-def disarm(tree: Path) -> list[str]:
+def disable_repositories(tree: Path) -> list[str]:
     """Keep git from finding a repository in a folder or anywhere beneath; return what was renamed. Blocks.
 
     Files and links called `.git` are renamed, and so is `HEAD` of each folder that git would take for a repository,
@@ -88,13 +88,13 @@ def disarm(tree: Path) -> list[str]:
     try:
         # By one descriptor, and back by `..`: paths may be longer than the system takes.
         names: list[str] = []
-        ahead = [_disarm_folder(at, names, changed)]
+        ahead = [_disable_folder(at, names, changed)]
         while ahead:
             if ahead[-1]:
                 name = ahead[-1].pop()
                 at = _moved(at, _open(name, at))
                 names.append(name)
-                ahead.append(_disarm_folder(at, names, changed))
+                ahead.append(_disable_folder(at, names, changed))
             else:
                 ahead.pop()
                 if ahead:
@@ -117,11 +117,11 @@ def _open(name: str, parent: int) -> int:
     return os.open(name, _DIRECTORY, dir_fd=parent)
 
 
-def _disarm_folder(folder: int, above: list[str], changed: list[str]) -> list[str]:
+def _disable_folder(folder: int, above: list[str], changed: list[str]) -> list[str]:
     """Rename what makes a folder a repository, or leads to one; return the folders in it."""
     with os.scandir(folder) as found:
         entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in found}
-    for name in [*_traps(entries)]:
+    for name in [*_find_repository_entries(entries)]:
         free = _free(name, entries)
         os.rename(name, free, src_dir_fd=folder, dst_dir_fd=folder)
         entries[free] = entries.pop(name)
@@ -129,7 +129,7 @@ def _disarm_folder(folder: int, above: list[str], changed: list[str]) -> list[st
     return [name for name, is_folder in entries.items() if is_folder]
 
 
-def _traps(entries: dict[str, bool]) -> Iterator[str]:
+def _find_repository_entries(entries: dict[str, bool]) -> Iterator[str]:
     # Without regard to case, as some file systems have it.
     folded = {name.casefold() for name in entries}
     is_repository = "commondir" in folded or {"objects", "refs"} <= folded
@@ -184,10 +184,10 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _told(changed: list[str]) -> str | None:
+def _describe_renames(changed: list[str]) -> str | None:
     own = [path for path in changed if path not in {f".git{_SUFFIX}", f".git/HEAD{_SUFFIX}"}]
     if not own:
         return None
-    named = ", ".join(shown(path)[-100:] for path in own[:_MOST_NAMED])
+    named = ", ".join(printable_name(path)[-100:] for path in own[:_MOST_NAMED])
     more = f" and {len(own) - _MOST_NAMED} more" if len(own) > _MOST_NAMED else ""
     return f"git repositories inside of it are disabled, by a rename to {named}{more}"

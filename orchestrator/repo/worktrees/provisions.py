@@ -17,12 +17,12 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.config.model import Reach
-from orchestrator.domain.security.envfile import values_in
+from orchestrator.config.model import PathAccess
+from orchestrator.domain.security.envfile import parse_env_values
 from orchestrator.domain.security.secrets import is_secret_file, secret_values
-from orchestrator.errors import GitError, is_exhaustion
+from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.runner import Git
-from orchestrator.repo.worktrees.copying import copy_all
+from orchestrator.repo.worktrees.copying import copy_tree
 from orchestrator.repo.worktrees.removal import remove_all
 
 _LONGEST_ENV_FILE: Final = 1 << 20  # bytes
@@ -30,7 +30,7 @@ _ENV_FILES: Final = (".env", ".envrc")
 
 
 @dataclass(frozen=True, slots=True)
-class NotProvided:
+class ProvisionFailure:
     """Something that a worktree was to have can't be put there: what is wrong with it, and what to do.
 
     `exhausted` means a lack of memory, disk, processes or descriptors, which may pass.
@@ -58,10 +58,10 @@ class Provisions:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All of them: what `Admission` is to withhold."""
+        """All of them: what `IntakeRules` is to withhold."""
         return self.copied + self.linked
 
-    async def faults(self, commit: str, git: Git, named: str = "the commit") -> list[NotProvided]:
+    async def faults(self, commit: str, git: Git, named: str = "the commit") -> list[ProvisionFailure]:
         """Return why some of it can't be put into a checkout of `commit`, which messages call `named`.
 
         It must be in the user's checkout, and not in the commit. Its last part may be a link: then it is what that
@@ -71,7 +71,7 @@ class Provisions:
             return []
         return [*await self._committed(commit, git, named), *await anyio.to_thread.run_sync(self._look_at_all)]
 
-    async def put_into(self, tree: Path, commit: str, git: Git) -> Reach | NotProvided:
+    async def install_into(self, tree: Path, commit: str, git: Git) -> PathAccess | ProvisionFailure:
         """Put everything into `tree`, a checkout of `commit`; return what programs there must be able to read.
 
         `git` runs in the trusted repository. What is there already is replaced. Modes are kept, and so are links
@@ -85,14 +85,14 @@ class Provisions:
             try:
                 place = await _clear(tree, path, git)
                 if path in self.copied:
-                    await copy_all(original, place, git.environ, git.keep_fds, times=True)
+                    await copy_tree(original, place, git.environ, git.keep_fds, times=True)
                 else:
                     await anyio.to_thread.run_sync(place.symlink_to, original)
                     readable.append(Path(original))
             except (OSError, GitError) as error:
                 what, remedy = f"{path!r} can't be put into a worktree: {error}", f"see to {self.checkout / path}"
-                return NotProvided(what, remedy, is_exhaustion(error))
-        return Reach(readable=tuple(readable))
+                return ProvisionFailure(what, remedy, is_resource_exhaustion(error))
+        return PathAccess(readable=tuple(readable))
 
     async def secrets(self) -> frozenset[str]:
         """Return the values in these files that are to be hidden wherever text is stored.
@@ -105,24 +105,24 @@ class Provisions:
     def _key(self, path: str) -> str:
         return f"`worktrees.{'copy' if path in self.copied else 'link'}`"
 
-    async def _committed(self, commit: str, git: Git, named: str) -> list[NotProvided]:
+    async def _committed(self, commit: str, git: Git, named: str) -> list[ProvisionFailure]:
         """Return what is wrong where the commit has something of its own at, or above, a path."""
         asked = {*self.paths, *(folder for path in self.paths for folder in _folders(path))}
         kinds = {path: meta.split(" ")[1] for path, meta in (await git.entries(commit, asked)).items()}
         return [fault for path in self.paths for fault in self._judge(path, kinds, named)]
 
-    def _judge(self, path: str, kinds: Mapping[str, str], named: str) -> Iterator[NotProvided]:
+    def _judge(self, path: str, kinds: Mapping[str, str], named: str) -> Iterator[ProvisionFailure]:
         key = self._key(path)
         if path in kinds:
-            yield NotProvided(f"{path!r} is in {named} already", f"remove it from {key}: sessions see it anyway")
+            yield ProvisionFailure(f"{path!r} is in {named} already", f"remove it from {key}: sessions see it anyway")
         for folder in _folders(path):
             if kinds.get(folder, "tree") != "tree":
-                yield NotProvided(f"{folder!r} is no folder in {named}", f"remove {path!r} from {key}")
+                yield ProvisionFailure(f"{folder!r} is no folder in {named}", f"remove {path!r} from {key}")
 
-    def _look_at_all(self) -> list[NotProvided]:
+    def _look_at_all(self) -> list[ProvisionFailure]:
         hidden = [Path(os.path.realpath(one)) for one in self.hidden]
-        found = ((self._key(path), _look_at(self.checkout, path, hidden)) for path in self.paths)
-        return [NotProvided(f"{key}: {fault[0]}", fault[1]) for key, fault in found if fault is not None]
+        found = ((self._key(path), _check_path(self.checkout, path, hidden)) for path in self.paths)
+        return [ProvisionFailure(f"{key}: {fault[0]}", fault[1]) for key, fault in found if fault is not None]
 
     def _read_secrets(self) -> frozenset[str]:
         found: set[str] = set()
@@ -137,7 +137,7 @@ def _folders(path: str) -> list[str]:
     return [str(folder) for folder in reversed(PurePosixPath(path).parents)][1:]
 
 
-def _look_at(top: Path, path: str, hidden: Sequence[Path]) -> tuple[str, str] | None:
+def _check_path(top: Path, path: str, hidden: Sequence[Path]) -> tuple[str, str] | None:
     """Return what is wrong with a path of the checkout, and what to do; None if nothing is. Blocks."""
     link = next((folder for folder in _folders(path) if (top / folder).is_symlink()), None)
     if link is not None:
@@ -157,12 +157,12 @@ def _look_at(top: Path, path: str, hidden: Sequence[Path]) -> tuple[str, str] | 
 
 async def _clear(tree: Path, path: str, git: Git) -> Path:
     """Return where something goes in a worktree: nothing is there, and all above are folders in it."""
-    if await anyio.to_thread.run_sync(_make_way, tree, path):
+    if await anyio.to_thread.run_sync(_make_parents, tree, path):
         await remove_all([tree / path], git.environ, git.keep_fds)
     return tree / path
 
 
-def _make_way(tree: Path, path: str) -> bool:
+def _make_parents(tree: Path, path: str) -> bool:
     """Make the folders that a path leads through; return whether a folder is where it is to be."""
     for parent in _folders(path):
         if not _is_folder(tree / parent):
@@ -190,7 +190,7 @@ def _files_for_secrets(folder: Path) -> Iterator[Path]:
 def _secrets_in(file: Path) -> frozenset[str]:
     with suppress(OSError):
         if file.is_file() and file.stat().st_size <= _LONGEST_ENV_FILE:
-            return _secret_values(values_in(file.read_text(encoding="utf-8", errors="surrogateescape")))
+            return _secret_values(parse_env_values(file.read_text(encoding="utf-8", errors="surrogateescape")))
     return frozenset()
 
 

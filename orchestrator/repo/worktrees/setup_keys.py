@@ -15,15 +15,15 @@ from orchestrator.repo.git.runner import Git
 _SCHEME: Final = 1
 
 
-async def setup_keys(
+async def read_setup_keys(
     git: Git, commit: str, steps: Sequence[SetupStep], *, sparse: Sequence[str] = (), env: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return the key (hex) of each step at a commit, as `keys_of` does; `git` runs in the trusted repository."""
+    """Return the key (hex) of each step at a commit, as `compute_setup_keys` does; `git` runs in the trusted repository."""
     there = await git.entries(commit, {path for step in steps for path in step.inputs})
-    return keys_of(steps, there, sparse=sparse, env=env)
+    return compute_setup_keys(steps, there, sparse=sparse, env=env)
 
 
-def keys_of(
+def compute_setup_keys(
     steps: Sequence[SetupStep], there: Mapping[str, str], *, sparse: Sequence[str], env: Sequence[str]
 ) -> tuple[str, ...]:
     """Return a key (hex) for each step, which holds those of the steps before it.
@@ -40,7 +40,7 @@ def keys_of(
     return tuple(keys)
 
 
-def steps_to_run(done: Sequence[str], wanted: Sequence[str]) -> int:
+def first_step_to_run(done: Sequence[str], wanted: Sequence[str]) -> int:
     """Return the index of the first step that must run where `done` are the keys of those that have run."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(done, wanted, strict=False))))
 

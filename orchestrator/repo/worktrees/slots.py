@@ -26,15 +26,15 @@ from typing import Any
 
 import anyio.to_thread
 
-from orchestrator.domain.runs.leftovers import Standing, judge_place
-from orchestrator.repo.worktrees.change_detection import Stamps
-from orchestrator.repo.worktrees.hub import Hub, is_within
+from orchestrator.domain.runs.leftovers import LeftoverStatus, judge_slot
+from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.hub import Hub, is_inside_hub
 from orchestrator.repo.worktrees.removal import remove_all
 from orchestrator.system.file_lock import FileLock
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class WorktreeSlot:
     """Where one checkout is."""
 
     hub: Hub = field(compare=False)
@@ -82,7 +82,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SlotRecord:
     """What a clean place holds beside the files of a commit."""
 
     commit: str
@@ -106,77 +106,77 @@ class Record:
     """When it was last cleaned (wall-clock seconds)."""
 
     @classmethod
-    def of_json(cls, stored: Mapping[str, Any]) -> Record:
+    def of_json(cls, stored: Mapping[str, Any]) -> SlotRecord:
         """Return a record as it was stored; raises KeyError, TypeError or ValueError where it is damaged."""
         lists = {name: tuple(stored[name]) for name in ("sparse", "setup", "extras", "unignored")}
         return cls(**{**stored, **lists, "kept": dict(stored["kept"])})
 
 
-def places_of(hub: Hub) -> list[Place]:
+def list_slots(hub: Hub) -> list[WorktreeSlot]:
     """Return all places of a hub, in whatever state. Blocks."""
-    return sorted(Place(hub, int(path.name)) for path in _within(hub, hub.places) if path.name.isdecimal())
+    return sorted(WorktreeSlot(hub, int(path.name)) for path in _within(hub, hub.places) if path.name.isdecimal())
 
 
-def read_record(place: Place) -> Record | None:
+def read_record(place: WorktreeSlot) -> SlotRecord | None:
     """Return what a clean place holds; None where it is not clean, or nobody knows. Blocks."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return Record.of_json(json.loads((place.root / "record.json").read_bytes()))
+        return SlotRecord.of_json(json.loads((place.root / "record.json").read_bytes()))
     return None
 
 
-def read_stamps(place: Place) -> Stamps | None:
+def read_snapshot(place: WorktreeSlot) -> TreeSnapshot | None:
     """Return the stamps that belong to a place's record. Blocks."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return Stamps.of_json(place.tree, json.loads((place.root / "stamps.json").read_bytes()))
+        return TreeSnapshot.of_json(place.tree, json.loads((place.root / "stamps.json").read_bytes()))
     return None
 
 
-def write_record(place: Place, record: Record, stamps: Stamps) -> None:
+def write_record(place: WorktreeSlot, record: SlotRecord, stamps: TreeSnapshot) -> None:
     """Have a place that is clean be anybody's; the caller holds its lock. Blocks."""
-    _put(place.root / "stamps.json", stamps.to_json())
-    _put(place.root / "record.json", asdict(record))
+    _write_json(place.root / "stamps.json", stamps.to_json())
+    _write_json(place.root / "record.json", asdict(record))
 
 
-def take_over(place: Place, session: Path, record: Record) -> None:
+def assign_slot(place: WorktreeSlot, session: Path, record: SlotRecord) -> None:
     """Make a place that of a session; the caller holds its lock, and goes on only if this returns. Blocks."""
     staged = place.root / "user.new"
     staged.write_bytes(os.fsencode(session))
     staged.rename(place.root / "user")
     (place.root / "record.json").unlink(missing_ok=True)
-    _put(place.root / "made.json", {"unignored": record.unignored})
+    _write_json(place.root / "made.json", {"unignored": record.unignored})
 
 
-def made_by_setup(place: Place) -> tuple[str, ...]:
+def read_setup_files(place: WorktreeSlot) -> tuple[str, ...]:
     """Return the files that setup made in a session's place and git does not ignore. Blocks."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return tuple(json.loads((place.root / "made.json").read_bytes())["unignored"])
     return ()
 
 
-def user_of(place: Place) -> Path | None:
+def read_slot_session(place: WorktreeSlot) -> Path | None:
     """Return the folder of the session that a place belongs to, if that is there and says the same. Blocks."""
     with suppress(OSError):
         session = Path(os.fsdecode((place.root / "user").read_bytes()))
-        if session.is_relative_to(place.hub.sessions) and place_of(place.hub, session) == place:
+        if session.is_relative_to(place.hub.sessions) and read_session_slot(place.hub, session) == place:
             return session
     return None
 
 
-def place_of(hub: Hub, session: Path) -> Place | None:
+def read_session_slot(hub: Hub, session: Path) -> WorktreeSlot | None:
     """Return the place that a session's folder names. Blocks, for a moment."""
     with suppress(OSError):
         target = (session / "place").readlink()
         if target.parent == hub.places and target.name.isdecimal():
-            return Place(hub, int(target.name))
+            return WorktreeSlot(hub, int(target.name))
     return None
 
 
-def standing_of(place: Place) -> tuple[Standing, str] | None:
-    """Judge a place that nobody else has the lock of, as `judge_place` does. Blocks."""
-    return judge_place(is_clean=read_record(place) is not None, has_session=user_of(place) is not None)
+def assess_slot(place: WorktreeSlot) -> tuple[LeftoverStatus, str] | None:
+    """Judge a place that nobody else has the lock of, as `judge_slot` does. Blocks."""
+    return judge_slot(is_clean=read_record(place) is not None, has_session=read_slot_session(place) is not None)
 
 
-def throw_away(hub: Hub, folder: Path) -> list[Path]:
+def move_to_trash(hub: Hub, folder: Path) -> list[Path]:
     """Move a folder to where it waits for its deletion, in an instant however much is in it; return that. Blocks.
 
     One that is not there is no mistake.
@@ -198,11 +198,11 @@ async def empty_trash(hub: Hub, environ: Mapping[str, str], keep_fds: Sequence[i
 
 def _within(hub: Hub, folder: Path) -> list[Path]:
     """Return what is in a folder of a hub; nothing where a link leads elsewhere."""
-    is_ours = folder.is_dir() and is_within(hub, folder / "any")
+    is_ours = folder.is_dir() and is_inside_hub(hub, folder / "any")
     return list(folder.iterdir()) if is_ours else []
 
 
-def _put(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     staged = path.with_name(f"{path.name}.new")
     staged.write_text(json.dumps(value, separators=(",", ":")))
     staged.rename(path)

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.domain.runs.leftovers import is_stale
-from orchestrator.repo.git.stale_files import git_runs_for, half_written_in
-from orchestrator.repo.worktrees.hub import Hub, is_within
-from orchestrator.repo.worktrees.worktrees import lock_files
+from orchestrator.domain.runs.leftovers import is_stale_file
+from orchestrator.repo.git.stale_files import is_git_running, list_partial_objects
+from orchestrator.repo.worktrees.hub import Hub, is_inside_hub
+from orchestrator.repo.worktrees.worktrees import list_lock_files
 
 _HUB = re.compile(r".+-[0-9a-f]{12}")
 _LIVE_DIFF = re.compile(r".+\.live-[a-z0-9_]{8}")  # as `repo.intake.diffs` has tempfile name it
@@ -34,13 +34,13 @@ _PARTS = frozenset(
 )
 
 
-def hubs_in(home: Path) -> list[Hub]:
+def list_hubs(home: Path) -> list[Hub]:
     """Return the hubs in the folder for all of them. Blocks."""
     found = [path for path in sorted(home.iterdir()) if not path.is_symlink()] if home.is_dir() else []
     return [Hub(path) for path in found if _HUB.fullmatch(path.name) and (path / "trusted.git").is_dir()]
 
 
-def half_built(home: Path) -> list[Hub]:
+def list_incomplete_hubs(home: Path) -> list[Hub]:
     """Return the hubs whose making or removal was cut off, or is under way. Blocks."""
     found = sorted(home.iterdir()) if home.is_dir() else []
     hubs = [Hub(path.with_name(path.name.removesuffix(".new"))) for path in found if path.name.endswith(".new")]
@@ -52,12 +52,16 @@ def _is_part_of_one(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= _PARTS
 
 
-def debris_in(hub: Hub, now: float) -> list[Path]:
+def list_stale_files(hub: Hub, now: float) -> list[Path]:
     """Return the temporary files and locks in a hub that are of nobody who lives; `now` is the wall clock. Blocks."""
-    gits = {file.path for file in (*lock_files(hub), *half_written_in(hub.trusted)) if is_within(hub, file.path)}
-    found = [path for path in dict.fromkeys(_temporaries(hub)) if is_within(hub, path)]
-    stale = gits.union(path for path in found if is_stale(_modified(path, now), now))
-    return sorted(stale) if stale and not git_runs_for(hub.trusted) else []
+    gits = {
+        file.path
+        for file in (*list_lock_files(hub), *list_partial_objects(hub.trusted))
+        if is_inside_hub(hub, file.path)
+    }
+    found = [path for path in dict.fromkeys(_temporaries(hub)) if is_inside_hub(hub, path)]
+    stale = gits.union(path for path in found if is_stale_file(_modified(path, now), now))
+    return sorted(stale) if stale and not is_git_running(hub.trusted) else []
 
 
 def _temporaries(hub: Hub) -> Iterator[Path]:

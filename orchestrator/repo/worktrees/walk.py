@@ -24,12 +24,12 @@ _MANY: Final = 1_000
 _FOLDER: Final = Path("/")
 #: Seconds for one thing, after which the process is given up; and for it to end.
 _LIMIT: Final = 120.0
-_PATIENCE: Final = 5.0
+_EXIT_TIMEOUT: Final = 5.0
 
 T = TypeVar("T")
 
 
-class Walker:
+class FileScanner:
     """Does one thing after another; made by `open`."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Walker:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls) -> AsyncIterator[Walker]:
+    async def open(cls) -> AsyncIterator[FileScanner]:
         """Have one for the body; its process is started when it is first needed, and ended with the body."""
         walker = cls()
         try:
@@ -63,7 +63,7 @@ class Walker:
 
     async def _ask(self, function: Callable[[], object]) -> object:
         if self._process is None:
-            argv, env = process.own_program("orchestrator.repo.worktrees.walker", "serve")
+            argv, env = process.internal_program("orchestrator.repo.worktrees.walker", "serve")
             self._process = _Process(await process.spawn(argv, env=env, cwd=_FOLDER))
         with anyio.fail_after(_LIMIT):
             return await anyio.to_thread.run_sync(self._process.ask, function, abandon_on_cancel=True)
@@ -94,7 +94,7 @@ class _Process:
         with suppress(OSError):
             cast("io.RawIOBase", self._child.stdin).close()
         try:
-            self._child.wait(_PATIENCE)
+            self._child.wait(_EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._child.kill()
         # Only now: a thread that still reads from it would keep us waiting.

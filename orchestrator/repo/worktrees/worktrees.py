@@ -22,16 +22,22 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from orchestrator.client.session import MAILBOX
-from orchestrator.repo.git.stale_files import Temporary, half_written_in, lock_of, locks_in, remove_stale
-from orchestrator.repo.worktrees.hub import Hub, work_branch
-from orchestrator.repo.worktrees.slots import Place, place_of, throw_away, user_of
+from orchestrator.client.session import SOCKET_FOLDER
+from orchestrator.repo.git.stale_files import (
+    GitTempFile,
+    list_index_locks,
+    list_locks,
+    list_partial_objects,
+    remove_unowned,
+)
+from orchestrator.repo.worktrees.hub import Hub, work_branch_name
+from orchestrator.repo.worktrees.slots import WorktreeSlot, move_to_trash, read_session_slot, read_slot_session
 from orchestrator.system import untrusted_files
 from orchestrator.system.failpoints import failpoint
 
 # Looking at what runs left must be quick, and needs no pool.
 if TYPE_CHECKING:
-    from orchestrator.repo.worktrees.pool import Checkout
+    from orchestrator.repo.worktrees.pool import HeldSlot
 
 #: Seconds to wait for git commands of others that may own a lock; those that take longer keep it.
 _OTHERS_LIMIT = 1.0
@@ -51,7 +57,7 @@ class Worktree:
     is_check: bool = False
     by: str = ""
     """The process, where several may check the same at a time; only for checks."""
-    held: Place | None = field(default=None, compare=False)
+    held: WorktreeSlot | None = field(default=None, compare=False)
     """The place that it was handed, where it is known to have that still."""
 
     @property
@@ -66,12 +72,12 @@ class Worktree:
         return self.hub.sessions / self.run / self.name
 
     @property
-    def place(self) -> Place | None:
+    def place(self) -> WorktreeSlot | None:
         """The place that it has; None before and after that, also where another has it. May look at the disk."""
         if self.held is not None:
             return self.held
-        place = place_of(self.hub, self.root)
-        return place if place is not None and user_of(place) == self.root else None
+        place = read_session_slot(self.hub, self.root)
+        return place if place is not None and read_slot_session(place) == self.root else None
 
     @property
     def tree(self) -> Path:
@@ -105,9 +111,9 @@ class Worktree:
         return b"COUNCIL_PROMPT_FILE=" + os.fsencode(self.prompt_file)
 
     @property
-    def mailbox(self) -> Path:
+    def socket_folder(self) -> Path:
         """The folder with the socket by which the session asks its orchestrator."""
-        return self.root / MAILBOX
+        return self.root / SOCKET_FOLDER
 
     @property
     def lock(self) -> Path:
@@ -132,7 +138,7 @@ class Worktree:
     @property
     def branch(self) -> str:
         """The branch that the session is on, and the one that keeps its work in the trusted repository."""
-        return work_branch(self.run, self.task, "check" if self.is_check else str(self.attempt))
+        return work_branch_name(self.run, self.task, "check" if self.is_check else str(self.attempt))
 
     @property
     def env(self) -> dict[str, str]:
@@ -140,14 +146,14 @@ class Worktree:
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
 
 
-async def create(worktree: Worktree, checkout: Checkout, prompt: str) -> Worktree:
+async def create_worktree(worktree: Worktree, checkout: HeldSlot, prompt: str) -> Worktree:
     """Make a session's folder around the place that it was handed; return the worktree with that."""
     await anyio.to_thread.run_sync(_lay_out, worktree, checkout, prompt)
     failpoint("worktree.created")
     return replace(worktree, held=checkout.place)
 
 
-def _lay_out(worktree: Worktree, checkout: Checkout, prompt: str) -> None:
+def _lay_out(worktree: Worktree, checkout: HeldSlot, prompt: str) -> None:
     place, record = checkout.place, checkout.contents.record
     make_root(worktree.root)
     (worktree.root / "place").symlink_to(place.root)
@@ -184,7 +190,7 @@ def make_root(root: Path) -> None:
             is_made = True
 
 
-def _make_sparse(worktree: Worktree, place: Place) -> None:
+def _make_sparse(worktree: Worktree, place: WorktreeSlot) -> None:
     """Have the session's git know what of the commit is not checked out."""
     info = worktree.git_dir / "info"
     info.mkdir(exist_ok=True)
@@ -193,7 +199,7 @@ def _make_sparse(worktree: Worktree, place: Place) -> None:
         config.write("[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n")
 
 
-async def leave(worktree: Worktree) -> None:
+async def remove_session_folder(worktree: Worktree) -> None:
     """Take a session's folder away whose work is saved; its place is the caller's, the folder waits for deletion."""
     await anyio.to_thread.run_sync(_leave, worktree)
     failpoint("worktree.removed")
@@ -201,13 +207,13 @@ async def leave(worktree: Worktree) -> None:
 
 def _leave(worktree: Worktree) -> list[Path]:
     # Its folder goes last: as long as it is there, a recovery knows that there is something to remove.
-    _forget(worktree)
-    thrown = throw_away(worktree.hub, worktree.root)
+    _remove_index(worktree)
+    thrown = move_to_trash(worktree.hub, worktree.root)
     remove_if_empty(worktree.root.parent)
     return thrown
 
 
-async def remove(worktree: Worktree) -> list[Path]:
+async def remove_worktree(worktree: Worktree) -> list[Path]:
     """Take a session away with its place, whatever state they are in; the caller has saved what counts.
 
     Return what waits for its deletion now.
@@ -221,10 +227,10 @@ def _remove(worktree: Worktree) -> list[Path]:
     place = worktree.place
     # In this order: its place may be another's as soon as it is gone.
     thrown = _leave(worktree)
-    return [*thrown, *(throw_away(worktree.hub, place.root) if place is not None else [])]
+    return [*thrown, *(move_to_trash(worktree.hub, place.root) if place is not None else [])]
 
 
-def unlock(worktree: Worktree) -> bool:
+def unlock_index(worktree: Worktree) -> bool:
     """Remove the index lock of a killed git command; the caller has proof that none of ours lives.
 
     Returns whether the checkout was ever finished: git writes the index after the files.
@@ -233,7 +239,7 @@ def unlock(worktree: Worktree) -> bool:
     return worktree.index.exists()
 
 
-def _forget(worktree: Worktree) -> None:
+def _remove_index(worktree: Worktree) -> None:
     shutil.rmtree(worktree.index_folder, ignore_errors=True)
 
 
@@ -246,7 +252,7 @@ def remove_if_empty(folder: Path) -> None:
             raise
 
 
-def left_over(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Worktree]:
+def list_worktrees(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Worktree]:
     """Return the worktrees that exist for a run's tasks, in whatever state, those of a task in order of its attempts.
 
     What is none of ours is passed over.
@@ -256,7 +262,7 @@ def left_over(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Work
     folder = hub.sessions / run_id
     is_ours = folder.is_dir() and folder.resolve().is_relative_to(hub.root.resolve())  # else a link leads elsewhere
     names = _names_in(folder) if is_ours else []
-    found = [one for name in names if (one := _named(hub, run_id, name, tasks)) is not None]
+    found = [one for name in names if (one := _parse_name(hub, run_id, name, tasks)) is not None]
     return sorted(found, key=lambda one: (one.task, one.attempt, one.is_check))
 
 
@@ -267,7 +273,7 @@ def _names_in(folder: Path) -> list[str]:
     return []
 
 
-def _named(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:
+def _parse_name(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:
     found = _NAME.fullmatch(name)
     if found is None or (tasks is not None and found["task"] not in tasks):
         return None
@@ -285,14 +291,14 @@ async def remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
 
 
 def _remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
-    found = lock_files(hub)
+    found = list_lock_files(hub)
     for lock in found if is_alone else []:
         if any(part.startswith(run_id) for part in lock.path.relative_to(hub.root).parts):
             lock.path.unlink(missing_ok=True)
-    remove_stale([*found, *half_written_in(hub.trusted)], _OTHERS_LIMIT)
+    remove_unowned([*found, *list_partial_objects(hub.trusted)], _OTHERS_LIMIT)
 
 
-def lock_files(hub: Hub) -> list[Temporary]:
+def list_lock_files(hub: Hub) -> list[GitTempFile]:
     """Return the lock files of git commands in our own repository, whether those live or not. Blocks."""
     indexes = [path.with_suffix("") for path in hub.indexes.glob("*/index.lock")]
-    return [*locks_in(hub.trusted), *(lock for index in indexes for lock in lock_of(index))]
+    return [*list_locks(hub.trusted), *(lock for index in indexes for lock in list_index_locks(index))]

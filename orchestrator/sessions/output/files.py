@@ -9,35 +9,35 @@ from pathlib import Path
 
 import anyio.to_thread
 
-OUTPUT_CAP = 16 * 2**20  # bytes kept of each stream from its beginning; its end is kept as well
+MAX_OUTPUT_BYTES = 16 * 2**20  # bytes kept of each stream from its beginning; its end is kept as well
 STOP_GRACE = 5.0  # seconds between the first signal of a stop and SIGKILL
 TAIL_BYTES = 1 << 16
 
 
-def log_name(task: str, attempt: int, stream: str) -> str:
-    """Return the name of `log_file`."""
+def log_file_name(task: str, attempt: int, stream: str) -> str:
+    """Return the name of `log_path`."""
     return f"{task}.{attempt}.{stream}"
 
 
-def log_file(logs: Path, task: str, attempt: int, stream: str) -> Path:
+def log_path(logs: Path, task: str, attempt: int, stream: str) -> Path:
     """Return the file that holds what an attempt printed.
 
     `stream` is stdout, stderr, or one of before, after and check with a number; of checks of the base the process
     follows.
     """
-    return logs / log_name(task, attempt, stream)
+    return logs / log_file_name(task, attempt, stream)
 
 
-def last_sign(logs: Path, task: str, attempt: int, started: float, now: float) -> float:
+def last_activity(logs: Path, task: str, attempt: int, started: float, now: float) -> float:
     """Return when an attempt that was cut off is known to have been at work last: it used up no time since. Blocks."""
     latest = started
     for stream in ("stdout", "stderr"):
         with suppress(OSError):
-            latest = max(latest, log_file(logs, task, attempt, stream).stat().st_mtime)
+            latest = max(latest, log_path(logs, task, attempt, stream).stat().st_mtime)
     return min(latest, max(now, started))
 
 
-def place_log(logs: Path, place: int, stream: str) -> Path:
+def slot_log_path(logs: Path, place: int, stream: str) -> Path:
     """Return the file that holds what was printed in a place while no attempt was in it.
 
     `stream` is setup or teardown with a number.
@@ -45,18 +45,18 @@ def place_log(logs: Path, place: int, stream: str) -> Path:
     return logs / f"place-{place}.{stream}"
 
 
-def attempt_streams(names: Iterable[str]) -> list[str]:
+def list_attempt_streams(names: Iterable[str]) -> list[str]:
     """Return those of the names that are streams of an attempt, in the order in which they begin."""
     found = [match for name in names if (match := _STREAM.fullmatch(name))]
-    return [match.group() for match in sorted(found, key=_moment)]
+    return [match.group() for match in sorted(found, key=_stream_order)]
 
 
 _STREAM = re.compile(r"(stdout|stderr)|(before|after|check)([0-9]+)")
-_MOMENTS = ("before", "stdout", "stderr", "after", "check")
+_STREAM_ORDER = ("before", "stdout", "stderr", "after", "check")
 
 
-def _moment(match: re.Match[str]) -> tuple[int, int]:
-    return _MOMENTS.index(match[1] or match[2]), int(match[3] or 0)
+def _stream_order(match: re.Match[str]) -> tuple[int, int]:
+    return _STREAM_ORDER.index(match[1] or match[2]), int(match[3] or 0)
 
 
 async def read_tail(file: Path, size: int = TAIL_BYTES) -> str:

@@ -13,7 +13,7 @@ from orchestrator.sessions.output.transcript import parse_lines
 _CHUNK = 1 << 22
 
 
-class Follower:
+class OutputFollower:
     """Reads on in a file of standard output, line by line; with `newest_only`, of much only the last 64 KiB."""
 
     def __init__(self, adapter: Adapter, file: Path, *, newest_only: bool = False) -> None:

@@ -35,11 +35,11 @@ from orchestrator.domain.security.hosts import (
     parse_allowed_host,
     split_authority,
 )
-from orchestrator.sessions.socket.serving import accept
+from orchestrator.sessions.socket.serving import accept_connection
 
-USER: Final = "council"
+PROXY_USER: Final = "council"
 #: Bytes of a request's first line and its headers.
-LARGEST_HEAD: Final = 16 << 10
+MAX_HEAD_BYTES: Final = 16 << 10
 
 _MOST_LOOKUPS: Final = 4  # at once; each takes a thread
 _MOST_ADDRESSES: Final = 8  # of a name
@@ -64,11 +64,11 @@ _DISCONNECTED: Final = (
     anyio.ClosedResourceError,
 )
 
-Resolve = Callable[[str], Awaitable[Sequence[Address]]]
+Resolver = Callable[[str], Awaitable[Sequence[Address]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Timeouts:
+class ProxyTimeouts:
     """How long the proxy waits, in seconds."""
 
     head: float = 10.0
@@ -107,7 +107,7 @@ class _Request:
     length: int = 0
 
 
-async def resolve_by_system(host: str) -> Sequence[Address]:
+async def resolve_host(host: str) -> Sequence[Address]:
     """Return the addresses of a name, as all programs of the machine get them. Raises OSError."""
     found = await anyio.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(ip_address(address[0]) for _, _, _, _, address in found))
@@ -118,10 +118,10 @@ class Proxy:
     """The proxy of one session: `hosts` are entries of `network.allow`, `token` is the session's password for it."""
 
     hosts: Sequence[str]
-    resolve: Resolve = resolve_by_system
+    resolve: Resolver = resolve_host
     most_connections: int = 64
     """At once; further ones wait."""
-    timeouts: Timeouts = field(default_factory=Timeouts)
+    timeouts: ProxyTimeouts = field(default_factory=ProxyTimeouts)
     token: str = field(default_factory=lambda: token_hex(16))
     denied: dict[str, None] = field(default_factory=dict)
     """The first hosts with their ports that were asked for and refused, each once."""
@@ -135,14 +135,14 @@ class Proxy:
     @property
     def secrets(self) -> tuple[str, str]:
         """What no log may show: the token, and what a program makes of it for its requests."""
-        return self.token, b64encode(f"{USER}:{self.token}".encode()).decode()
+        return self.token, b64encode(f"{PROXY_USER}:{self.token}".encode()).decode()
 
     def variables(self, port: int, direct: Sequence[str]) -> Mapping[str, str]:
         """Return the variables by which programs find the proxy at a port of their loopback.
 
         `direct` are hosts that are reached without it, less those that an entry names.
         """
-        url = f"http://{USER}:{self.token}@127.0.0.1:{port}"
+        url = f"http://{PROXY_USER}:{self.token}@127.0.0.1:{port}"
         names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
         own = ",".join(host for host in direct if host not in {entry.host for entry in self._entries})
         return {
@@ -157,7 +157,7 @@ class Proxy:
         async with listener, anyio.create_task_group() as group:
             while True:
                 await slots.acquire()  # the others wait in the kernel's queue
-                group.start_soon(self._handle, await accept(listener), slots)
+                group.start_soon(self._handle, await accept_connection(listener), slots)
 
     async def _handle(self, stream: anyio.abc.SocketStream, slots: anyio.Semaphore) -> None:
         try:
@@ -195,13 +195,13 @@ class Proxy:
     async def _head(self, client: BufferedByteStream) -> bytes:
         try:
             with anyio.fail_after(self.timeouts.head):
-                head = await client.receive_until(b"\r\n\r\n", LARGEST_HEAD)
+                head = await client.receive_until(b"\r\n\r\n", MAX_HEAD_BYTES)
         except TimeoutError:
             raise _RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, "no whole request came in time") from None
         except anyio.DelimiterNotFound:
-            head = b" " * (LARGEST_HEAD + 1)
-        if len(head) > LARGEST_HEAD:
-            what = f"the head of the request is larger than {LARGEST_HEAD} bytes"
+            head = b" " * (MAX_HEAD_BYTES + 1)
+        if len(head) > MAX_HEAD_BYTES:
+            what = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
             raise _RefusedRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, what)
         return head
 
@@ -277,34 +277,34 @@ def _read_request(head: bytes, token: str) -> _Request:
     try:
         first, *lines = head.decode("ascii").split("\r\n")
     except UnicodeDecodeError:
-        raise _bad("the head of the request is not ASCII") from None
+        raise _bad_request("the head of the request is not ASCII") from None
     asked, found = _REQUEST.fullmatch(first), [_HEADER.fullmatch(line) for line in lines]
     headers = [(one[1], one[2]) for one in found if one is not None]
     if asked is None or len(headers) < len(found):
-        raise _bad("this is no request of HTTP/1.1")
+        raise _bad_request("this is no request of HTTP/1.1")
     _check_token([value for name, value in headers if name.lower() == "proxy-authorization"], token)
     if asked[1] == "CONNECT":
         host, port = _authority(asked[2])
         if port is None:
-            raise _bad("CONNECT needs a host and a port")
+            raise _bad_request("CONNECT needs a host and a port")
         return _Request(host, port)
     url = _URL.fullmatch(asked[2])
     if url is None:
-        raise _bad("a proxy takes CONNECT, or a URL that begins with http://")
+        raise _bad_request("a proxy takes CONNECT, or a URL that begins with http://")
     host, port = _authority(url[1])
     path = url[2] if url[2].startswith("/") else f"/{url[2]}"
-    head, length = _forwarded(f"{asked[1]} {path} HTTP/1.1", url[1], headers)
+    head, length = _build_forwarded_head(f"{asked[1]} {path} HTTP/1.1", url[1], headers)
     return _Request(host, 80 if port is None else port, head, length)
 
 
 def _check_token(given: Sequence[str], token: str) -> None:
-    expected = b64encode(f"{USER}:{token}".encode()).decode()
+    expected = b64encode(f"{PROXY_USER}:{token}".encode()).decode()
     scheme, _, value = given[0].partition(" ") if len(given) == 1 else ("", "", "")
     if scheme.lower() != "basic" or not compare_digest(value.strip(), expected):
         raise _RefusedRequest(
             HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
             "this proxy is for one session only, which has its password in HTTPS_PROXY",
-            f'Proxy-Authenticate: Basic realm="{USER}"',
+            f'Proxy-Authenticate: Basic realm="{PROXY_USER}"',
         )
 
 
@@ -313,10 +313,10 @@ def _authority(text: str) -> tuple[str, int | None]:
         host, port = split_authority(text)
         return canonical_host(f"[{host}]" if ":" in host else host), port
     except ValueError as error:
-        raise _bad(f"the host can't be used, {error}") from None
+        raise _bad_request(f"the host can't be used, {error}") from None
 
 
-def _forwarded(first: str, authority: str, headers: Sequence[tuple[str, str]]) -> tuple[bytes, int]:
+def _build_forwarded_head(first: str, authority: str, headers: Sequence[tuple[str, str]]) -> tuple[bytes, int]:
     """Return the head of a plain request as its host gets it, and how many bytes follow.
 
     One request a connection: a second one could be for another host.
@@ -327,10 +327,10 @@ def _forwarded(first: str, authority: str, headers: Sequence[tuple[str, str]]) -
     if any(name.lower() == "transfer-encoding" for name, _ in headers):
         raise _RefusedRequest(HTTPStatus.LENGTH_REQUIRED, "the request needs a Content-Length, or https")
     if len(lengths) > 1 or any(_LENGTH.fullmatch(value) is None for value in lengths):
-        raise _bad("the Content-Length is none")
+        raise _bad_request("the Content-Length is none")
     lines = [first, f"Host: {authority}", *(f"{name}: {value}" for name, value in kept), "Connection: close", "", ""]
     return "\r\n".join(lines).encode("ascii"), int(lengths[0]) if lengths else 0
 
 
-def _bad(what: str) -> _RefusedRequest:
+def _bad_request(what: str) -> _RefusedRequest:
     return _RefusedRequest(HTTPStatus.BAD_REQUEST, what)

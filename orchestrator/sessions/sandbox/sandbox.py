@@ -29,13 +29,13 @@ from tenacity import retry, retry_if_result, stop_after_attempt
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import bubblewrap, landlock, seccomp
 from orchestrator.sessions.supervision.supervised import SupervisedCommand
-from orchestrator.sessions.supervision.supervisor import WRAPPER_COMPLAINT, WRAPPER_FILTER, WRAPPER_STATUS
+from orchestrator.sessions.supervision.supervisor import WRAPPER_ERROR, WRAPPER_FILTER, WRAPPER_STATUS
 from orchestrator.system import process
 
-_PROBE_PATIENCE = 20.0  # seconds; a start takes milliseconds
+_PROBE_TIMEOUT = 20.0  # seconds; a start takes milliseconds
 _PROBE_OUTPUT = 1 << 16  # bytes
 #: Folders of the machine in whose place a session has others of its own, with bubblewrap.
-REPLACED = ("/tmp", "/var/tmp", "/run")  # noqa: S108  (not to write there)
+REPLACED_FOLDERS = ("/tmp", "/var/tmp", "/run")  # noqa: S108  (not to write there)
 _RESOLVER = Path("/etc/resolv.conf")
 #: Without /dev/pts and /dev/shm: what is in there is others', and a right to one of them is a right to all.
 _NODES = ("null", "zero", "full", "random", "urandom")
@@ -58,18 +58,18 @@ class SandboxKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Inlet:
+class ProxyEndpoint:
     """Where a session reaches its proxy: a `port` of its loopback.
 
     In a bubblewrap the port is opened from inside, and its socket passed on at the unix socket `meeting`.
     """
 
     port: int
-    meeting: Path | None = None
+    socket_path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Fence:
+class SandboxPolicy:
     """What a session may touch: absolute paths, of which the more specific ones count, with symlinks resolved.
 
     `writable` may be read and written, `readable` only read, also inside something hidden, and `hidden` is not
@@ -84,7 +84,7 @@ class Fence:
     hidden: tuple[Path, ...]
     scratch: Path
     network: bool = True
-    inlet: Inlet | None = None
+    proxy_endpoint: ProxyEndpoint | None = None
     nesting: bool = False
 
 
@@ -124,7 +124,7 @@ async def choose_sandbox(
     return SandboxKind.LANDLOCK
 
 
-def fence_in(kind: SandboxKind, command: SupervisedCommand, fence: Fence) -> SupervisedCommand:
+def sandbox_command(kind: SandboxKind, command: SupervisedCommand, fence: SandboxPolicy) -> SupervisedCommand:
     """Return the command that runs `command` behind `fence`. Blocks: it makes the scratch folder and lists folders.
 
     What is made later beside something hidden is out of reach with Landlock, so call it just before the start.
@@ -135,44 +135,46 @@ def fence_in(kind: SandboxKind, command: SupervisedCommand, fence: Fence) -> Sup
     fence.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     if kind is SandboxKind.LANDLOCK:
         env = {**command.env, "TMPDIR": str(fence.scratch.resolve())}
-        limited = seccomp.UNIX if fence.inlet is None else seccomp.STREAM
+        limited = seccomp.UNIX if fence.proxy_endpoint is None else seccomp.STREAM
         sockets = seccomp.ALL if fence.network else limited
         return replace(
             command,
             env=env,
             landlock=tuple(_landlock_rules(fence)),
-            port=None if fence.inlet is None else fence.inlet.port,
+            port=None if fence.proxy_endpoint is None else fence.proxy_endpoint.port,
             filter=_filter(sockets=sockets, namespaced=False, nesting=fence.nesting),
         )
-    bwrap = bubblewrap.find()
+    bwrap = bubblewrap.find_bwrap()
     if bwrap is None:
         raise FileNotFoundError(2, os.strerror(2), "bwrap")
     reports = ("--json-status-fd", str(WRAPPER_STATUS), *(("--seccomp", str(WRAPPER_FILTER)) if _CAN_FILTER else ()))
     tmpdir = "/tmp" if _exists(Path("/tmp")) else str(fence.scratch.resolve())  # noqa: S108  (its own)
     inside, env = list(command.argv), {**command.env, "TMPDIR": tmpdir}
-    if fence.inlet is not None and fence.inlet.meeting is not None:
-        inside, env = _through(fence.inlet, fence.inlet.meeting, inside, env)
+    if fence.proxy_endpoint is not None and fence.proxy_endpoint.socket_path is not None:
+        inside, env = _wrap_with_loopback(fence.proxy_endpoint, fence.proxy_endpoint.socket_path, inside, env)
     argv = [bwrap, *_options(fence, bwrap), *reports, "--chdir", str(command.cwd), "--", *inside]
     sockets = seccomp.ALL if fence.network else seccomp.NAMESPACED
     denied = _filter(sockets=sockets, namespaced=True, nesting=fence.nesting)
-    return replace(command, argv=argv, env=env, wrapped=True, passes_on=fence.inlet is not None, filter=denied)
+    return replace(
+        command, argv=argv, env=env, wrapped=True, uses_loopback=fence.proxy_endpoint is not None, filter=denied
+    )
 
 
-def _through(
-    inlet: Inlet, meeting: Path, argv: Sequence[str], env: Mapping[str, str]
+def _wrap_with_loopback(
+    inlet: ProxyEndpoint, meeting: Path, argv: Sequence[str], env: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """Return the command line and environment of the program that opens the inlet and then becomes `argv`."""
-    program, needed = process.own_program("orchestrator.sandbox.loopback", "main")
+    program, needed = process.internal_program("orchestrator.sandbox.loopback", "main")
     place = meeting.parent.resolve() / meeting.name
     unset = ",".join(needed.keys() - env.keys())
-    return [*program, str(place), str(inlet.port), str(WRAPPER_COMPLAINT), unset, *argv], {**needed, **env}
+    return [*program, str(place), str(inlet.port), str(WRAPPER_ERROR), unset, *argv], {**needed, **env}
 
 
 def _filter(*, sockets: str, namespaced: bool, nesting: bool) -> str | None:
-    return seccomp.build(sockets=sockets, namespaced=namespaced, nesting=nesting).hex() if _CAN_FILTER else None
+    return seccomp.build_filter(sockets=sockets, namespaced=namespaced, nesting=nesting).hex() if _CAN_FILTER else None
 
 
-def _accesses(fence: Fence) -> dict[Path, _Access]:
+def _accesses(fence: SandboxPolicy) -> dict[Path, _Access]:
     rights = (
         (_Access.HIDDEN, fence.hidden),
         (_Access.READ, fence.readable),
@@ -192,13 +194,13 @@ def _exists(path: Path) -> bool:
 
 
 async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str | None:
-    bwrap = bubblewrap.find(environ)
+    bwrap = bubblewrap.find_bwrap(environ)
     if bwrap is None:
         return "there is no `bwrap` on PATH"
     scratch = Path(await anyio.to_thread.run_sync(tempfile.mkdtemp))
     try:
         # The flags that are used, since a machine may forbid any one of them; the program is one that surely is there.
-        options = await anyio.to_thread.run_sync(_options, Fence((), (), (), scratch, network), bwrap)
+        options = await anyio.to_thread.run_sync(_options, SandboxPolicy((), (), (), scratch, network), bwrap)
         probe = [bwrap, *options, "--", bwrap, "--version"]
         # A bubblewrap that is killed as it starts leaves a process behind that waits for it.
         done = await _probe(probe, environ)
@@ -217,24 +219,26 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
     stop=stop_after_attempt(bubblewrap.ATTEMPTS),
     retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
 )
-async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.Completed:
+async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.CompletedCommand:
     """Run it again where somebody kills it: a weaker sandbox must not be taken for that."""
     # Killed as it starts, it leaves a process behind that waits for it.
-    return await process.run_stranger(argv, env=environ, cwd=Path("/"), timeout=_PROBE_PATIENCE, most=_PROBE_OUTPUT)
+    return await process.run_untrusted(argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, most=_PROBE_OUTPUT)
 
 
-def _options(fence: Fence, bwrap: str) -> list[str]:
-    sealed = () if fence.nesting or not bubblewrap.seals_namespaces(bwrap) else ("--disable-userns",)
+def _options(fence: SandboxPolicy, bwrap: str) -> list[str]:
+    sealed = () if fence.nesting or not bubblewrap.can_disable_userns(bwrap) else ("--disable-userns",)
     return [*_NAMESPACES, *sealed, *(() if fence.network else ("--unshare-net",)), *_SYSTEM, *_mounts(fence)]
 
 
-def _mounts(fence: Fence) -> list[str]:
+def _mounts(fence: SandboxPolicy) -> list[str]:
     """Return bubblewrap's options: mounts from the root downwards, so that what is more specific is on top."""
-    readable = fence.readable if fence.inlet is None else (*fence.readable, *process.own_files())
+    readable = (
+        fence.readable if fence.proxy_endpoint is None else (*fence.readable, *process.internal_program_folders())
+    )
     accesses = _accesses(replace(fence, readable=readable))
     scratch = str(fence.scratch.resolve())
     private = {path.resolve() for path in map(Path, ("/tmp", "/var/tmp")) if _exists(path)}  # noqa: S108  (hidden)
-    covers = dict.fromkeys(private, _Access.HIDDEN) | _run_folder() | accesses
+    covers = dict.fromkeys(private, _Access.HIDDEN) | _run_folder_access() | accesses
     options: list[str] = []
     sealed: list[str] = []
     for path in sorted(covers, key=lambda path: len(path.parts)):
@@ -263,7 +267,7 @@ _SYSTEM = (
 )
 
 
-def _run_folder() -> dict[Path, _Access]:
+def _run_folder_access() -> dict[Path, _Access]:
     """Hide /run, where the sockets of the machine's services are, but not who resolves names."""
     run = Path("/run")
     if not _exists(run):
@@ -284,16 +288,16 @@ def _is_hidden_already(path: Path, covers: Mapping[Path, _Access]) -> bool:
 def _landlock_problem(network: bool, hosts: Sequence[str]) -> str | None:
     if not network and not _CAN_FILTER:
         return "this machine's system calls can't be filtered, so that it can't keep a session off the network"
-    version = landlock.abi()
+    version = landlock.abi_version()
     has = f"this kernel has only its ABI {version}" if version else "this kernel has none, or has it switched off"
-    if version < landlock.ABI_NEEDED:
-        return f"{has}, and ABI {landlock.ABI_NEEDED} (Linux 6.2) is needed"
-    if hosts and version < landlock.ABI_OF_PORTS:
-        return f"{has}, and `network.allow` needs ABI {landlock.ABI_OF_PORTS} (Linux 6.7), or `network: off`"
+    if version < landlock.MIN_ABI:
+        return f"{has}, and ABI {landlock.MIN_ABI} (Linux 6.2) is needed"
+    if hosts and version < landlock.MIN_ABI_FOR_PORTS:
+        return f"{has}, and `network.allow` needs ABI {landlock.MIN_ABI_FOR_PORTS} (Linux 6.7), or `network: off`"
     return None
 
 
-def _landlock_rules(fence: Fence) -> Iterator[tuple[str, str]]:
+def _landlock_rules(fence: SandboxPolicy) -> Iterator[tuple[str, str]]:
     devices = {(Path("/dev") / name).resolve(): _Access.WRITE for name in _NODES if _exists(Path("/dev") / name)}
     root = Path("/")
     accesses = {root: _Access.READ, Path("/dev"): _Access.HIDDEN} | devices | _accesses(fence)

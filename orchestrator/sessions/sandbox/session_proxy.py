@@ -21,11 +21,11 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
-from orchestrator.client.session import ShortName
+from orchestrator.client.session import ShortSocketPath
 from orchestrator.sessions.sandbox.proxy import Proxy
-from orchestrator.sessions.sandbox.sandbox import Inlet, SandboxKind
-from orchestrator.sessions.socket.peers import is_of_session
-from orchestrator.sessions.socket.serving import serving
+from orchestrator.sessions.sandbox.sandbox import ProxyEndpoint, SandboxKind
+from orchestrator.sessions.socket.peers import belongs_to_session
+from orchestrator.sessions.socket.serving import run_in_background
 from orchestrator.sessions.supervision.supervised import SupervisedCommand
 
 #: The port on a loopback of the session's own; above those that the kernel gives to programs by itself.
@@ -36,18 +36,18 @@ _EXCEPTIONS: Final = ("NO_PROXY", "no_proxy")
 
 
 @dataclass(frozen=True, slots=True)
-class Proxied:
+class ProxiedCommand:
     """A command that uses a proxy; `denied` are the hosts that were refused so far, as `host:port`."""
 
     command: SupervisedCommand
-    inlet: Inlet
+    proxy_endpoint: ProxyEndpoint
     denied: Mapping[str, None]
 
 
 @asynccontextmanager
-async def proxied(
+async def run_proxy(
     kind: SandboxKind, hosts: Sequence[str], scratch: Path, command: SupervisedCommand
-) -> AsyncIterator[Proxied]:
+) -> AsyncIterator[ProxiedCommand]:
     """Run a proxy to `hosts` for a command during the block. Raises OSError.
 
     `scratch` is the session's folder for temporary files. The token is in the command's environment, and is redacted in
@@ -56,18 +56,18 @@ async def proxied(
     proxy = Proxy(hosts)
     if kind is SandboxKind.LANDLOCK:
         listening = socket.create_server(("127.0.0.1", 0))
-        inlet = Inlet(listening.getsockname()[1])
-        async with serving(partial(_serve, proxy, listening)):
-            yield Proxied(_with_proxy(command, proxy, inlet.port, ()), inlet, proxy.denied)
+        inlet = ProxyEndpoint(listening.getsockname()[1])
+        async with run_in_background(partial(_serve, proxy, listening)):
+            yield ProxiedCommand(_with_proxy(command, proxy, inlet.port, ()), inlet, proxy.denied)
         return
     meeting = scratch / f".council-{token_hex(8)}"
-    inlet = Inlet(_PORT, meeting)
+    inlet = ProxyEndpoint(_PORT, meeting)
     await anyio.to_thread.run_sync(partial(scratch.mkdir, mode=0o700, parents=True, exist_ok=True))
     try:
-        with ShortName(str(scratch), meeting.name) as folder:
+        with ShortSocketPath(str(scratch), meeting.name) as folder:
             listener = await anyio.create_unix_listener(f"{folder}/{meeting.name}", mode=0o600)
-        async with serving(partial(_serve_inside, proxy, listener, command.lock)):
-            yield Proxied(_with_proxy(command, proxy, inlet.port, _OWN_LOOPBACK), inlet, proxy.denied)
+        async with run_in_background(partial(_serve_inside, proxy, listener, command.lock)):
+            yield ProxiedCommand(_with_proxy(command, proxy, inlet.port, _OWN_LOOPBACK), inlet, proxy.denied)
     finally:
         with suppress(OSError):
             meeting.unlink()
@@ -87,17 +87,17 @@ async def _serve(proxy: Proxy, listening: socket.socket) -> None:
 async def _serve_inside(proxy: Proxy, meeting: anyio.abc.SocketListener, lock: Path) -> None:
     """Serve on the socket that is passed on by the first process of the session that `lock` belongs to."""
     async with meeting:
-        listening = await _passed_on(meeting, lock)
+        listening = await _receive_listener(meeting, lock)
     await _serve(proxy, listening)
 
 
-async def _passed_on(meeting: anyio.abc.SocketListener, lock: Path) -> socket.socket:
+async def _receive_listener(meeting: anyio.abc.SocketListener, lock: Path) -> socket.socket:
     while True:
         with suppress(OSError, anyio.EndOfStream, anyio.BrokenResourceError):
             async with await meeting.accept() as stream:
                 connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
                 assert isinstance(stream, anyio.abc.UNIXSocketStream)  # noqa: S101  (what such a listener accepts)
-                if await anyio.to_thread.run_sync(is_of_session, connected, lock):
+                if await anyio.to_thread.run_sync(belongs_to_session, connected, lock):
                     _, descriptors = await stream.receive_fds(1, 1)
                     listening = socket.socket(fileno=descriptors[0])
                     listening.setblocking(False)

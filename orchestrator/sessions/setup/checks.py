@@ -15,23 +15,30 @@ import anyio
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.pool import Checkout, Pool
+from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import log_file
-from orchestrator.sessions.sandbox.scope import Fencing, Ground
-from orchestrator.sessions.setup.environment import attempt_variables, base_environment
-from orchestrator.sessions.setup.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, Stopped
-from orchestrator.sessions.setup.worktree_setup import Equipment, Provided, SetupFailed
+from orchestrator.sessions.output.files import log_path
+from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
+from orchestrator.sessions.setup.shell import (
+    CommandFailed,
+    CommandNotRun,
+    CommandStopped,
+    CommandSucceeded,
+    Shell,
+    ShellCommand,
+)
+from orchestrator.sessions.setup.worktree_setup import PreparedWorktree, SetupFailed, WorktreeSetup
 from orchestrator.system.failpoints import failpoint
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class ChecksPassed:
     """Every command ended with zero."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unchecked:
+class ChecksNotRun:
     """The checks did not come to an end: they were stopped, or could not be started."""
 
     reason: str
@@ -39,20 +46,20 @@ class Unchecked:
 
 _STOPPED = "the checks were stopped"
 
-CheckResult = Passed | CommandFailed | Unchecked
+CheckResult = ChecksPassed | CommandFailed | ChecksNotRun
 
 
 @dataclass(slots=True)
-class Checks:
+class CheckRunner:
     """The commands for one merge; `timeout` in seconds for each of them."""
 
-    pool: Pool
-    equipment: Equipment
+    pool: SlotPool
+    worktree_setup: WorktreeSetup
     worktree: Worktree
     commands: Sequence[str]
     timeout: float
     env: Sequence[str]
-    fencing: Fencing
+    sandbox: RunSandbox
     redactor: Redactor
     logs: Path
     environ: Mapping[str, str]
@@ -70,51 +77,53 @@ class Checks:
         checkout = None
         try:
             with self._running:
-                checkout = await self.pool.take_to_check(commit, base, self.worktree.root)
+                checkout = await self.pool.acquire_for_check(commit, base, self.worktree.root)
                 with anyio.CancelScope(shield=True):
-                    self.worktree = await worktrees.create(self.worktree, checkout, "")
-                provided = await self.equipment.provide(checkout)
-                if not isinstance(provided, Provided):
-                    return Unchecked(f"the checks could not be set up: {provided.reason}")
+                    self.worktree = await worktrees.create_worktree(self.worktree, checkout, "")
+                provided = await self.worktree_setup.prepare(checkout)
+                if not isinstance(provided, PreparedWorktree):
+                    return ChecksNotRun(f"the checks could not be set up: {provided.reason}")
                 return await self._run_all(provided)
-            return Unchecked(_STOPPED)
+            return ChecksNotRun(_STOPPED)
         except SetupFailed as failed:
             # What the merge changed may be what the setup depends on.
-            return failed.ended if isinstance(failed.ended, CommandFailed) else Unchecked(str(failed))
+            return failed.ended if isinstance(failed.ended, CommandFailed) else ChecksNotRun(str(failed))
         except (GitError, OSError, RefusedError) as error:
-            return Unchecked(f"the checks could not be set up: {error}")
+            return ChecksNotRun(f"the checks could not be set up: {error}")
         finally:
             with anyio.CancelScope(shield=True):
                 await self._give_back(checkout)
 
-    async def _give_back(self, checkout: Checkout | None) -> None:
+    async def _give_back(self, checkout: HeldSlot | None) -> None:
         if checkout is not None:
             found = await checkout.compare()
-            await worktrees.leave(self.worktree)
+            await worktrees.remove_session_folder(self.worktree)
             self.pool.give_back(checkout, found)
 
-    async def _run_all(self, provided: Provided) -> CheckResult:
+    async def _run_all(self, provided: PreparedWorktree) -> CheckResult:
         shell = self._shell(provided)
         by = f".{self.worktree.by}" if self.worktree.by else ""
         for number, text in enumerate(self.commands, start=1):
-            log = log_file(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{by}")
+            log = log_path(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{by}")
             ended = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))
             failpoint("check.ended")
             match ended:
                 case CommandFailed():
                     return ended
-                case Stopped():
-                    return Unchecked(_STOPPED)
-                case NotRun(reason):
-                    return Unchecked(f"the check was not run: {reason}")
-                case Done():
+                case CommandStopped():
+                    return ChecksNotRun(_STOPPED)
+                case CommandNotRun(reason):
+                    return ChecksNotRun(f"the check was not run: {reason}")
+                case CommandSucceeded():
                     continue
                 case _:
                     assert_never(ended)
-        return Passed()
+        return ChecksPassed()
 
-    def _shell(self, provided: Provided) -> Shell:
+    def _shell(self, provided: PreparedWorktree) -> Shell:
         place = self.worktree
         variables = {**provided.variables, **attempt_variables(place)}
-        environment = base_environment(self.env, self.environ, place.tree, variables)
-        return Shell(self.fencing, Ground.of(place), place.tree, place.lock, environment, self.redactor, provided.reach)
+        environment = build_base_environment(self.env, self.environ, place.tree, variables)
+        return Shell(
+            self.sandbox, SandboxScope.of(place), place.tree, place.lock, environment, self.redactor, provided.reach
+        )

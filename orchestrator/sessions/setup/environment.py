@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from orchestrator.protocols import Command
+from orchestrator.protocols import SessionCommand
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.setup.handoff_file import VARIABLE as HANDOFF
+from orchestrator.sessions.setup.handoff_file import HANDOFF_VARIABLE as HANDOFF
 
 #: What every program needs to work at all; whatever else it sees is named in the config.
-BASE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
+BASE_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 
 
-def base_environment(
+def build_base_environment(
     names: Iterable[str], environ: Mapping[str, str], tree: Path, variables: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the base set and the variables of these names, as far as they are set, and what we set for each program.
@@ -23,7 +23,7 @@ def base_environment(
     """
     return {
         "PATH": os.defpath,
-        **{name: environ[name] for name in (*BASE_ENVIRONMENT, *names) if name in environ},
+        **{name: environ[name] for name in (*BASE_VARIABLES, *names) if name in environ},
         # A program whose `.git` is gone must not find a repository further up.
         "GIT_CEILING_DIRECTORIES": str(tree.parent),
         **variables,
@@ -40,14 +40,14 @@ def attempt_variables(worktree: Worktree) -> dict[str, str]:
     }
 
 
-def session_environment(
-    command: Command, environ: Mapping[str, str], worktree: Worktree, variables: Mapping[str, str]
+def build_session_environment(
+    command: SessionCommand, environ: Mapping[str, str], worktree: Worktree, variables: Mapping[str, str]
 ) -> dict[str, str]:
     """Return all that a session sees of the environment; what the adapter sets can't replace what we set.
 
     `variables` are those of the place that it is in.
     """
     told = {**variables, **attempt_variables(worktree), HANDOFF: str(worktree.handoff_file)}
-    base = base_environment(command.pass_env, environ, worktree.tree, told)
+    base = build_base_environment(command.pass_env, environ, worktree.tree, told)
     ours = {name: value for name, value in base.items() if name.startswith("COUNCIL_")}
     return {**base, **command.env, **ours}

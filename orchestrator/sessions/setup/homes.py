@@ -14,9 +14,9 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import Reach
+from orchestrator.config.model import PathAccess
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.protocols import Home, JsonObject, Overlay
+from orchestrator.protocols import JsonObject, SessionHome, SettingsOverlay
 from orchestrator.repo.worktrees.removal import remove_all
 from orchestrator.system import untrusted_files
 
@@ -25,12 +25,12 @@ _LARGEST = 1 << 20
 _SHARE = "set `home: shared`, with which it is left as it is"
 
 
-def home_folder(logs: Path, task: str, adapter: str) -> Path:
+def home_path(logs: Path, task: str, adapter: str) -> Path:
     """Return the home of a task's sessions with an adapter, among the logs of their run."""
     return logs / "homes" / task / adapter
 
 
-async def furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
+async def set_up(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> PathAccess:
     """Put into a home what a session is to find there; return what it may reach for it.
 
     Raises OSError and GitError; RefusedError where settings are to go over what is not JSON.
@@ -41,13 +41,13 @@ async def furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach
     return await anyio.to_thread.run_sync(_furnish, folder, what, environ)
 
 
-async def bring_back(folder: Path, what: Home, environ: Mapping[str, str]) -> None:
+async def write_back_logins(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> None:
     """Give the user a login that a session renewed by putting a new file in the place of the link. Best effort."""
     with suppress(OSError):
         await anyio.to_thread.run_sync(_bring_back, folder, what, environ)
 
 
-async def remove(logs: Path, tasks: Sequence[str], environ: Mapping[str, str]) -> None:
+async def remove_homes(logs: Path, tasks: Sequence[str], environ: Mapping[str, str]) -> None:
     """Remove all homes of some tasks; what can't be removed stays with the logs of the run."""
     found = await anyio.to_thread.run_sync(_homes_of, logs, tasks)
     with suppress(OSError, GitError):
@@ -70,11 +70,11 @@ def _make(folder: Path, names: Iterable[str]) -> list[Path]:
             one.unlink()
         one.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    return [folder / name for name in names if untrusted_files.kind_of(folder, name) == stat.S_IFDIR]
+    return [folder / name for name in names if untrusted_files.file_type(folder, name) == stat.S_IFDIR]
 
 
-def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
-    texts = {name: _laid_over(one, environ) for name, one in what.settings.items()}
+def _furnish(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> PathAccess:
+    texts = {name: _overlay_settings(one, environ) for name, one in what.settings.items()}
     for name, text in {**what.files, **texts}.items():
         untrusted_files.write_file(folder, name, text.encode())
     readable: list[Path] = []
@@ -84,13 +84,13 @@ def _furnish(folder: Path, what: Home, environ: Mapping[str, str]) -> Reach:
         if target is None or not target.exists():
             continue
         # What the program has put in its place, such as a newer login, stays.
-        if untrusted_files.kind_of(folder, name) in {None, stat.S_IFLNK}:
+        if untrusted_files.file_type(folder, name) in {None, stat.S_IFLNK}:
             untrusted_files.make_link(folder, name, target)
             (writable if name in what.renewed else readable).append(target)
-    return Reach(writable=tuple(writable), readable=tuple(readable))
+    return PathAccess(writable=tuple(writable), readable=tuple(readable))
 
 
-def _bring_back(folder: Path, what: Home, environ: Mapping[str, str]) -> None:
+def _bring_back(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> None:
     for name in what.renewed:
         target = _expanded(what.links[name], environ)
         if target is None or not target.is_file():
@@ -103,7 +103,7 @@ def _bring_back(folder: Path, what: Home, environ: Mapping[str, str]) -> None:
             untrusted_files.remove_file(folder, name)
 
 
-def _laid_over(settings: Overlay, environ: Mapping[str, str]) -> str:
+def _overlay_settings(settings: SettingsOverlay, environ: Mapping[str, str]) -> str:
     file = _expanded(settings.of, environ)
     found: object = {}
     if file is not None and file.exists():

@@ -9,16 +9,24 @@ from typing import assert_never
 
 from orchestrator.config.model import SetupStep
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.outcome import Exhausted, Failed, Interrupted, Outcome
+from orchestrator.domain.runs.outcome import Failed, Interrupted, Outcome, ResourcesExhausted
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import log_file, place_log
-from orchestrator.sessions.setup.shell import CommandFailed, Done, NotRun, Shell, ShellCommand, ShellResult, Stopped
+from orchestrator.sessions.output.files import log_path, slot_log_path
+from orchestrator.sessions.setup.shell import (
+    CommandFailed,
+    CommandNotRun,
+    CommandStopped,
+    CommandSucceeded,
+    Shell,
+    ShellCommand,
+    ShellResult,
+)
 
 _HOOKS_TIMEOUT = "worktrees.hooks_timeout"
 
 
 @dataclass(frozen=True, slots=True)
-class HooksEnded:
+class HooksResult:
     """How a row of commands ended: `done` is how many of them ended with zero before `last`, which did not.
 
     `last` is Done where all of them did.
@@ -31,7 +39,7 @@ class HooksEnded:
 def setup_commands(steps: Sequence[SetupStep], first: int, logs: Path, place: int) -> list[ShellCommand]:
     """Return the commands that set a place up, from the step with the index `first` on."""
     made = [
-        ShellCommand(step.run, place_log(logs, place, f"setup{number}"), step.timeout, "timeout")
+        ShellCommand(step.run, slot_log_path(logs, place, f"setup{number}"), step.timeout, "timeout")
         for number, step in enumerate(steps, start=1)
     ]
     return made[first:]
@@ -40,7 +48,7 @@ def setup_commands(steps: Sequence[SetupStep], first: int, logs: Path, place: in
 def teardown_commands(lines: Sequence[str], timeout: float, logs: Path, place: int) -> list[ShellCommand]:
     """Return the commands that run before a place is deleted."""
     return [
-        ShellCommand(line, place_log(logs, place, f"teardown{number}"), timeout, _HOOKS_TIMEOUT)
+        ShellCommand(line, slot_log_path(logs, place, f"teardown{number}"), timeout, _HOOKS_TIMEOUT)
         for number, line in enumerate(lines, start=1)
     ]
 
@@ -56,36 +64,36 @@ def after_commands(lines: Sequence[str], timeout: float, logs: Path, worktree: W
 
 
 def _around(lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree, moment: str) -> list[ShellCommand]:
-    logged = [log_file(logs, worktree.task, worktree.attempt, f"{moment}{number + 1}") for number in range(len(lines))]
+    logged = [log_path(logs, worktree.task, worktree.attempt, f"{moment}{number + 1}") for number in range(len(lines))]
     return [ShellCommand(line, log, timeout, _HOOKS_TIMEOUT) for line, log in zip(lines, logged, strict=True)]
 
 
-async def run_in_turn(shell: Shell, commands: Sequence[ShellCommand]) -> HooksEnded:
+async def run_until_failure(shell: Shell, commands: Sequence[ShellCommand]) -> HooksResult:
     """Run commands one after the other, up to the first that does not end with zero."""
     for done, command in enumerate(commands):
         ended = await shell.run(command)
-        if not isinstance(ended, Done):
-            return HooksEnded(done, ended)
-    return HooksEnded(len(commands), Done())
+        if not isinstance(ended, CommandSucceeded):
+            return HooksResult(done, ended)
+    return HooksResult(len(commands), CommandSucceeded())
 
 
-async def run_each(shell: Shell, commands: Sequence[ShellCommand]) -> list[CommandFailed | NotRun]:
+async def run_all(shell: Shell, commands: Sequence[ShellCommand]) -> list[CommandFailed | CommandNotRun]:
     """Run all commands one after the other, whatever becomes of the earlier ones; return what went wrong."""
     ended = [await shell.run(command) for command in commands]
-    return [one for one in ended if isinstance(one, CommandFailed | NotRun)]
+    return [one for one in ended if isinstance(one, CommandFailed | CommandNotRun)]
 
 
-def outcome_of(ended: ShellResult) -> Outcome | None:
+def hook_outcome(ended: ShellResult) -> Outcome | None:
     """Return what a hook that an attempt depends on makes of it; None where nothing keeps it from going on."""
     match ended:
-        case Done():
+        case CommandSucceeded():
             return None
         case CommandFailed():
             return Failed(FailureClass.SETUP_FAILED, ended.describe("before the session"))
-        case Stopped():
+        case CommandStopped():
             return Interrupted("the run was stopped")
-        case NotRun(reason, exhausted):
+        case CommandNotRun(reason, exhausted):
             what = f"a command before the session was not run: {reason}"
-            return Exhausted(what) if exhausted else Failed(FailureClass.TRANSIENT, what)
+            return ResourcesExhausted(what) if exhausted else Failed(FailureClass.TRANSIENT, what)
         case _:
             assert_never(ended)

@@ -14,22 +14,22 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import Reach
+from orchestrator.config.model import PathAccess
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.shell_commands import (
     NOT_EXECUTABLE,
-    cannot_run,
+    find_missing_program,
     is_in_worktree,
+    is_not_runnable,
     is_of_environment,
-    made_executable,
-    missing_program,
+    make_chmod_hint,
 )
-from orchestrator.errors import SessionError, is_exhaustion
-from orchestrator.sessions.output.files import OUTPUT_CAP, STOP_GRACE, read_tail
-from orchestrator.sessions.sandbox.scope import Fencing, Ground
-from orchestrator.sessions.supervision.supervised import Ended, SupervisedCommand, run_supervised
-from orchestrator.system.process import kill_marked
+from orchestrator.errors import SessionError, is_resource_exhaustion
+from orchestrator.sessions.output.files import MAX_OUTPUT_BYTES, STOP_GRACE, read_tail
+from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.system.process import kill_by_environment
 from orchestrator.system.resources import is_disk_full
 
 #: Characters of a command, and of the end of what it printed, that are told.
@@ -53,17 +53,17 @@ class ShellCommand:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class CommandSucceeded:
     """It ended with zero."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unrunnable:
+class UnrunnableProgram:
     """A program that was not found or can't be executed: why, where it was looked for, and what to do."""
 
     program: str
     why: str
-    where: str
+    search_location: str
     remedy: str
     is_absent: bool = False
     """Whether it is a file of the worktree that is not there."""
@@ -82,11 +82,11 @@ class CommandFailed:
     ended: str
     said: str
     log: Path
-    unrunnable: Unrunnable | None = None
+    unrunnable: UnrunnableProgram | None = None
 
     def describe(self, where: str = "") -> str:
         """Return what happened, for people: the command's beginning, how and `where` it ended, its last words."""
-        return f"`{self.short}` {self.ended}{where and f' {where}'}\n{self.last_words}".strip()
+        return f"`{self.short}` {self.ended}{where and f' {where}'}\n{self.output_tail}".strip()
 
     @property
     def short(self) -> str:
@@ -95,7 +95,7 @@ class CommandFailed:
         return line if len(line) <= _LONGEST_COMMAND else f"{line[:_LONGEST_COMMAND]}…"
 
     @property
-    def last_words(self) -> str:
+    def output_tail(self) -> str:
         """Return the end of what the command printed, without the notes that installers print below a cause."""
         lines = self.said.strip().splitlines()
         while len(lines) > 1 and (not lines[-1].strip() or lines[-1].lstrip().startswith(_NOTES)):
@@ -110,7 +110,7 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge:
     """
     found = [(one, one.unrunnable) for one in failed if one.unrunnable is not None]
     headlines = [f"`{one.short}` can't be run: it {one.ended}: {missing.why}" for one, missing in found]
-    output = tuple(dict.fromkeys(missing.where for _, missing in found))
+    output = tuple(dict.fromkeys(missing.search_location for _, missing in found))
     if len(found) > 1:
         output = (*headlines, *output)
         headlines = [f"{len(found)} commands can't be run: {', '.join(f'`{one.short}`' for one, _ in found)}"]
@@ -123,12 +123,12 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class CommandStopped:
     """It was ended from outside before it had come to its own end."""
 
 
 @dataclass(frozen=True, slots=True)
-class NotRun:
+class CommandNotRun:
     """It could not be started, or not be watched to its end: nothing is known of what it would have done.
 
     `exhausted` means a lack of memory, disk, processes or descriptors, which may pass.
@@ -138,7 +138,7 @@ class NotRun:
     exhausted: bool = False
 
 
-ShellResult = Done | CommandFailed | Stopped | NotRun
+ShellResult = CommandSucceeded | CommandFailed | CommandStopped | CommandNotRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +149,13 @@ class Shell:
     may reach beside what all sessions may.
     """
 
-    fencing: Fencing
-    ground: Ground
+    sandbox: RunSandbox
+    ground: SandboxScope
     cwd: Path
     lock: Path
     environment: Mapping[str, str]
     redactor: Redactor
-    reach: Reach = field(default_factory=Reach)
+    reach: PathAccess = field(default_factory=PathAccess)
 
     @property
     def marker(self) -> bytes:
@@ -166,16 +166,16 @@ class Shell:
         """Run a command to its end; nothing that it started is alive then. A cancellation ends it and goes on."""
         try:
             await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
-            async with self.fencing.around(self.ground, self._supervised(command), self.reach) as fenced:
+            async with self.sandbox.around(self.ground, self._supervised(command), self.reach) as fenced:
                 ended = await run_supervised(fenced.command)
             judged = await self._judge(command, ended, tuple(fenced.denied))
         except SessionError as error:
-            await anyio.to_thread.run_sync(kill_marked, self.marker)
-            return NotRun(str(error))
+            await anyio.to_thread.run_sync(kill_by_environment, self.marker)
+            return CommandNotRun(str(error))
         except OSError as error:
-            return NotRun(f"it could not be set up: {error}", is_exhaustion(error))
+            return CommandNotRun(f"it could not be set up: {error}", is_resource_exhaustion(error))
         if isinstance(judged, CommandFailed) and await anyio.to_thread.run_sync(is_disk_full, self.cwd):
-            return NotRun(f"the disk is full, on which it {judged.ended}", exhausted=True)
+            return CommandNotRun(f"the disk is full, on which it {judged.ended}", exhausted=True)
         return judged
 
     def _supervised(self, command: ShellCommand) -> SupervisedCommand:
@@ -186,18 +186,18 @@ class Shell:
             stdin=None,
             stdout=command.log,
             stderr=Path(os.devnull),
-            cap=OUTPUT_CAP,
+            cap=MAX_OUTPUT_BYTES,
             timeout=command.timeout,
             grace=STOP_GRACE,
             lock=self.lock,
             redact=self.redactor.bytes_pattern,
         )
 
-    async def _judge(self, command: ShellCommand, ended: Ended, denied: Sequence[str]) -> ShellResult:
+    async def _judge(self, command: ShellCommand, ended: SupervisedExit, denied: Sequence[str]) -> ShellResult:
         if ended.spawn_error is not None:
-            return NotRun(f"it could not be started: {ended.spawn_error}", ended.exhausted)
+            return CommandNotRun(f"it could not be started: {ended.spawn_error}", ended.exhausted)
         if ended.ended_by in {"stop", "orphaned"}:
-            return Stopped()
+            return CommandStopped()
         if ended.ended_by == "timeout":
             told = f"ran for longer than {command.timeout:g} s, its limit (`{command.setting}`)"
         elif ended.signal is not None:
@@ -205,15 +205,15 @@ class Shell:
         elif ended.exit != 0:
             told = f"ended with exit code {ended.exit}"
         else:
-            return Done()
+            return CommandSucceeded()
         if denied:
             told += f" (`network.allow` does not cover {', '.join(denied[:_MOST_DENIED])})"
         said = await read_tail(command.log)
-        unrunnable = await self._unrunnable(command, ended.exit, said) if cannot_run(ended.exit) else None
+        unrunnable = await self._unrunnable(command, ended.exit, said) if is_not_runnable(ended.exit) else None
         return CommandFailed(command.text, told, said, command.log, unrunnable)
 
-    async def _unrunnable(self, command: ShellCommand, exit_code: int | None, said: str) -> Unrunnable:
-        program = missing_program(command.text, said)
+    async def _unrunnable(self, command: ShellCommand, exit_code: int | None, said: str) -> UnrunnableProgram:
+        program = find_missing_program(command.text, said)
         is_there = exit_code == NOT_EXECUTABLE
         why = f"program {program!r} {'can not be executed' if is_there else 'was not found'}"
         if is_in_worktree(program):
@@ -224,16 +224,16 @@ class Shell:
             if is_uncommitted:
                 remedy = f"{setup} {program}{'' if is_made else ', or whose `worktrees.copy` provides it'}"
             else:
-                remedy = made_executable(program) if is_there else f"commit {program} (or {setup} it)"
-            return Unrunnable(program, f"{why} in the worktree", where, remedy, not is_there, is_uncommitted)
-        hidden = self.fencing.why_missing(program, self.environment, self.reach)
+                remedy = make_chmod_hint(program) if is_there else f"commit {program} (or {setup} it)"
+            return UnrunnableProgram(program, f"{why} in the worktree", where, remedy, not is_there, is_uncommitted)
+        hidden = self.sandbox.explain_missing_program(program, self.environment, self.reach)
         where = f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}"
         remedy = f"make {program} executable" if is_there else f"install {program} where sessions see it"
-        return Unrunnable(program, f"{why} on PATH{hidden}", where, remedy)
+        return UnrunnableProgram(program, f"{why} on PATH{hidden}", where, remedy)
 
     async def _is_ignored(self, path: str) -> bool:
         """Return whether git ignores a path in the worktree, as far as its commands can find out."""
         text = f"git check-ignore --quiet -- {shlex.quote(path)}"
         question = self._supervised(ShellCommand(text, Path(os.devnull), _PATIENCE, ""))
-        async with self.fencing.around(self.ground, question, self.reach) as fenced:
+        async with self.sandbox.around(self.ground, question, self.reach) as fenced:
             return (await run_supervised(fenced.command)).exit == 0

@@ -31,31 +31,31 @@ import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
 
-from orchestrator.client.commands import LARGEST_REQUEST, SERVER
-from orchestrator.client.session import CARD, SOCKET, VARIABLE, ShortName
-from orchestrator.config.model import Reach
+from orchestrator.client.commands import MAX_REQUEST_BYTES, MCP_SERVER_NAME
+from orchestrator.client.session import SESSION_FILE, SESSION_VARIABLE, SOCKET_NAME, ShortSocketPath
+from orchestrator.config.model import PathAccess
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.socket.peers import is_of_session
-from orchestrator.sessions.socket.requests import OWN_COMMAND, read_request
-from orchestrator.sessions.socket.serving import accept, serving
-from orchestrator.system.process import own_files, own_program, walkable
+from orchestrator.sessions.socket.peers import belongs_to_session
+from orchestrator.sessions.socket.requests import OWN_COMMAND_REMEDY, read_request
+from orchestrator.sessions.socket.serving import accept_connection, run_in_background
+from orchestrator.system.process import internal_program, internal_program_folders, without_dotdot
 
 _PROGRAM = Path("bin", "council")
-_AT_ONCE = 32  # connections of the session that are served
-_STRANGERS = 4  # of processes of no session or another, which get nothing but a refusal
+_MAX_CONNECTIONS = 32  # connections of the session that are served
+_MAX_FOREIGN_CONNECTIONS = 4  # of processes of no session or another, which get nothing but a refusal
 _WAITING = 128
-_PATIENCE = 5.0  # seconds for a request to come in, and for its answer to be taken
-_STRANGERS_PATIENCE = 1.0
-_MOST_FAULTS = 10
+_REQUEST_TIMEOUT = 5.0  # seconds for a request to come in, and for its answer to be taken
+_FOREIGN_TIMEOUT = 1.0
+_MAX_FAULTS = 10
 _READ_AT_ONCE = 1 << 14  # bytes of a request whose reading holds nobody up
 _FAULT = "the orchestrator could not answer, by a fault of its own"
 _FAULT_REMEDY = "go on without it: what you change is checked when it lands"
 
 
-class Desk(Protocol):
+class SessionApi(Protocol):
     """Who answers what sessions ask."""
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
@@ -66,7 +66,7 @@ class Desk(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Mailbox:
+class SessionSocket:
     """What a session is to have so that it can ask.
 
     `reach` is for its fence; `command` is what starts `council` as this session. `faults` are those of the desk, as
@@ -74,7 +74,7 @@ class Mailbox:
     """
 
     folder: Path
-    reach: Reach
+    reach: PathAccess
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -82,17 +82,17 @@ class Mailbox:
         """The program `council`, knowing the session."""
         return str(self.folder / _PROGRAM)
 
-    def added_to(self, env: Mapping[str, str]) -> dict[str, str]:
+    def extend_environment(self, env: Mapping[str, str]) -> dict[str, str]:
         """Return an environment in which a program finds the mailbox, and `council` before any other."""
         path = [str((self.folder / _PROGRAM).parent), *([env["PATH"]] if env.get("PATH") else [])]
-        return {**env, VARIABLE: str(self.folder), "PATH": os.pathsep.join(path)}
+        return {**env, SESSION_VARIABLE: str(self.folder), "PATH": os.pathsep.join(path)}
 
     @property
     def server(self) -> McpServer | None:
         """Our own server of the Model Context Protocol; None where its SDK is not installed."""
         if find_spec("mcp") is None:
             return None
-        return McpServer(SERVER, (self.command, "mcp"))
+        return McpServer(MCP_SERVER_NAME, (self.command, "mcp"))
 
     @property
     def hook(self) -> tuple[str, ...]:
@@ -101,53 +101,53 @@ class Mailbox:
 
 
 @asynccontextmanager
-async def open_mailbox(worktree: Worktree, desk: Desk) -> AsyncIterator[Mailbox]:
+async def open_session_socket(worktree: Worktree, desk: SessionApi) -> AsyncIterator[SessionSocket]:
     """Have the desk answer what the session of a worktree asks, within the block. Raises OSError."""
-    folder, token = worktree.mailbox, token_hex(16)
+    folder, token = worktree.socket_folder, token_hex(16)
     await anyio.to_thread.run_sync(_lay_out, folder, token, worktree.tree)
-    mailbox = Mailbox(folder, Reach(readable=(walkable(folder), *own_files())))
+    mailbox = SessionSocket(folder, PathAccess(readable=(without_dotdot(folder), *internal_program_folders())))
     name = SessionName(worktree.run, worktree.task, worktree.attempt)
-    clerk = _Clerk(name, token, worktree.tree, worktree.lock, desk, mailbox.faults)
+    clerk = _RequestHandler(name, token, worktree.tree, worktree.lock, desk, mailbox.faults)
     try:
-        async with await _listen(folder) as listener, serving(partial(_serve, listener, clerk)):
+        async with await _listen(folder) as listener, run_in_background(partial(_serve, listener, clerk)):
             yield mailbox
     finally:
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(remove_mailbox, worktree)
+            await anyio.to_thread.run_sync(remove_session_socket, worktree)
 
 
-def remove_mailbox(worktree: Worktree) -> None:
+def remove_session_socket(worktree: Worktree) -> None:
     """Take away what a session that is over could ask by; its folder may be kept. Blocks."""
-    shutil.rmtree(worktree.mailbox, ignore_errors=True)
+    shutil.rmtree(worktree.socket_folder, ignore_errors=True)
 
 
 def _lay_out(folder: Path, token: str, tree: Path) -> None:
     command = folder / _PROGRAM
     command.parent.mkdir(mode=0o700, parents=True)
-    card = os.open(folder / CARD, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    card = os.open(folder / SESSION_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(card, "w", encoding="utf-8") as file:
         json.dump({"token": token, "tree": str(tree)}, file)
-    argv, env = own_program("orchestrator.__main__", "main")
-    env = {**env, VARIABLE: str(folder)}
+    argv, env = internal_program("orchestrator.__main__", "main")
+    env = {**env, SESSION_VARIABLE: str(folder)}
     settings = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
     command.write_text(f'#!/bin/sh\n{settings}exec {shlex.join(argv)} "$@"\n', encoding="utf-8")
     command.chmod(0o700)
 
 
 async def _listen(folder: Path) -> anyio.abc.SocketListener:
-    with ShortName(str(folder)) as short:
-        return await anyio.create_unix_listener(f"{short}/{SOCKET}", mode=0o600, backlog=_WAITING)
+    with ShortSocketPath(str(folder)) as short:
+        return await anyio.create_unix_listener(f"{short}/{SOCKET_NAME}", mode=0o600, backlog=_WAITING)
 
 
 @dataclass(frozen=True, slots=True)
-class _Clerk:
+class _RequestHandler:
     """Takes the requests of one session to the desk."""
 
     session: SessionName
     token: str
     tree: Path
     lock: Path
-    desk: Desk
+    session_service: SessionApi
     faults: list[str]
     reading: dict[anyio.abc.SocketStream, anyio.CancelScope] = field(default_factory=dict)
     """The connections of the session that have not sent a whole line, the oldest first."""
@@ -159,13 +159,16 @@ class _Clerk:
         try:
             read = partial(read_request, line, self.token, self.tree)
             request = read() if len(line) <= _READ_AT_ONCE else await anyio.to_thread.run_sync(read)
-            return {"ok": True, "result": await self.desk.answer(self.session, request.command, request.arguments)}
+            return {
+                "ok": True,
+                "result": await self.session_service.answer(self.session, request.command, request.arguments),
+            }
         except RefusedError as refused:
             return _refusal(refused.what, refused.remedy)
         except CouncilError as error:
             return _refusal(str(error), _FAULT_REMEDY)
         except Exception as error:  # noqa: BLE001  a fault of the desk's must not end the session
-            if len(self.faults) < _MOST_FAULTS:
+            if len(self.faults) < _MAX_FAULTS:
                 self.faults.append(f"{type(error).__name__}: {error}")
             return _refusal(_FAULT, _FAULT_REMEDY)
 
@@ -174,65 +177,67 @@ def _refusal(what: str, remedy: str) -> JsonObject:
     return {"ok": False, "error": what, "remedy": remedy}
 
 
-async def _serve(listener: anyio.abc.SocketListener, clerk: _Clerk) -> None:
+async def _serve(listener: anyio.abc.SocketListener, clerk: _RequestHandler) -> None:
     async with anyio.create_task_group() as group:
         while True:
-            stream = await accept(listener)
+            stream = await accept_connection(listener)
             connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
-            is_ours = await anyio.to_thread.run_sync(is_of_session, connected, clerk.lock)
-            if not is_ours and len(clerk.strangers) == _STRANGERS:
+            is_ours = await anyio.to_thread.run_sync(belongs_to_session, connected, clerk.lock)
+            if not is_ours and len(clerk.strangers) == _MAX_FOREIGN_CONNECTIONS:
                 await stream.aclose()
             else:
-                group.start_soon(_attend, stream, clerk, is_ours)
+                group.start_soon(_serve_connection, stream, clerk, is_ours)
             await anyio.lowlevel.checkpoint()
 
 
-async def _attend(stream: anyio.abc.SocketStream, clerk: _Clerk, is_ours: bool) -> None:
+async def _serve_connection(stream: anyio.abc.SocketStream, clerk: _RequestHandler, is_ours: bool) -> None:
     """Serve one connection: whoever is slow, or breaks off, is left."""
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError):
         async with stream:
-            await (_converse(stream, clerk) if is_ours else _turn_away(stream, clerk))
+            await (_handle_request(stream, clerk) if is_ours else _refuse_connection(stream, clerk))
 
 
-async def _turn_away(stream: anyio.abc.SocketStream, clerk: _Clerk) -> None:
+async def _refuse_connection(stream: anyio.abc.SocketStream, clerk: _RequestHandler) -> None:
     """Refuse a process that does not belong to the session."""
     clerk.strangers.add(stream)
     try:
-        with anyio.move_on_after(_STRANGERS_PATIENCE):
+        with anyio.move_on_after(_FOREIGN_TIMEOUT):
             await _line(stream)
             what = "the request is not of this session: its process was not started by the session"
-            await stream.send(_encoded(_refusal(what, OWN_COMMAND)))
+            await stream.send(_encoded(_refusal(what, OWN_COMMAND_REMEDY)))
     finally:
         clerk.strangers.discard(stream)
 
 
-async def _converse(stream: anyio.abc.SocketStream, clerk: _Clerk) -> None:
+async def _handle_request(stream: anyio.abc.SocketStream, clerk: _RequestHandler) -> None:
     line = await _request(stream, clerk)
     if line is None:
         return
     answer: JsonObject | None = None
-    if len(clerk.answering) >= _AT_ONCE:
-        answer = _refusal(f"{_AT_ONCE} requests of this session are being answered", "ask again when one has ended")
+    if len(clerk.answering) >= _MAX_CONNECTIONS:
+        answer = _refusal(
+            f"{_MAX_CONNECTIONS} requests of this session are being answered", "ask again when one has ended"
+        )
     else:
         clerk.answering.add(stream)
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(_until_it_leaves, stream, group.cancel_scope)
+                group.start_soon(_cancel_on_disconnect, stream, group.cancel_scope)
                 answer = await _answer(line, clerk)
                 group.cancel_scope.cancel()
         finally:
             clerk.answering.discard(stream)
     if answer is not None:
-        with anyio.move_on_after(_PATIENCE):
+        with anyio.move_on_after(_REQUEST_TIMEOUT):
             await stream.send(_encoded(answer))
 
 
-async def _request(stream: anyio.abc.SocketStream, clerk: _Clerk) -> bytes | None:
+async def _request(stream: anyio.abc.SocketStream, clerk: _RequestHandler) -> bytes | None:
     """Return a connection's line; None where it does not come in time, or newer connections take its slot."""
-    if len(clerk.reading) >= _AT_ONCE:
+    if len(clerk.reading) >= _MAX_CONNECTIONS:
         oldest = next(iter(clerk.reading))
         clerk.reading.pop(oldest).cancel()
-    with anyio.move_on_after(_PATIENCE) as scope:
+    with anyio.move_on_after(_REQUEST_TIMEOUT) as scope:
         clerk.reading[stream] = scope
         try:
             return await _line(stream)
@@ -241,9 +246,9 @@ async def _request(stream: anyio.abc.SocketStream, clerk: _Clerk) -> bytes | Non
     return None
 
 
-async def _answer(line: bytes, clerk: _Clerk) -> JsonObject:
-    if len(line) > LARGEST_REQUEST:
-        return _refusal(f"the request is larger than {LARGEST_REQUEST} bytes", "ask for less at once")
+async def _answer(line: bytes, clerk: _RequestHandler) -> JsonObject:
+    if len(line) > MAX_REQUEST_BYTES:
+        return _refusal(f"the request is larger than {MAX_REQUEST_BYTES} bytes", "ask for less at once")
     return await clerk.answer(line)
 
 
@@ -257,14 +262,14 @@ def _encoded(answer: JsonObject) -> bytes:
 async def _line(stream: anyio.abc.SocketStream) -> bytes:
     """Return what comes before the first line break, or more than is allowed; raises EndOfStream."""
     got = bytearray()
-    while len(got) <= LARGEST_REQUEST:
+    while len(got) <= MAX_REQUEST_BYTES:
         got += await stream.receive()
         if b"\n" in got:
             return bytes(got.partition(b"\n")[0])
     return bytes(got)
 
 
-async def _until_it_leaves(stream: anyio.abc.SocketStream, waiting: anyio.CancelScope) -> None:
+async def _cancel_on_disconnect(stream: anyio.abc.SocketStream, waiting: anyio.CancelScope) -> None:
     """Give the answer up once nobody waits for it; who says more than one line does not wait either."""
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError):
         await stream.receive()

@@ -29,7 +29,7 @@ _DEEPEST: Final = 1_000  # generations
 _TRIES: Final = 10  # walks, until two in turn found the same ancestors
 
 
-def is_of_session(connected: socket.socket, lock: Path) -> bool:
+def belongs_to_session(connected: socket.socket, lock: Path) -> bool:
     """Whether who connected belongs to the session whose supervisor holds `lock`. Blocks, though not for long.
 
     To be asked when the connection is accepted. A process that has ended by then belongs to no session.

@@ -11,23 +11,23 @@ from typing import Any, NamedTuple
 
 from orchestrator.client import commands, strict_json
 from orchestrator.client.commands import (
-    HIGHEST_VERSION,
-    LONGEST_PATH,
-    LONGEST_TEXT,
-    LONGEST_WAIT,
-    MOST_PATHS,
+    MAX_PATH_CHARS,
+    MAX_PATHS,
+    MAX_TEXT_CHARS,
+    MAX_VERSION,
+    MAX_WAIT_SECONDS,
     Argument,
-    Asked,
+    SessionCommand,
 )
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
-_KNOWN = {**commands.COMMANDS, commands.CHECK_EDIT.name: commands.CHECK_EDIT}
-OWN_COMMAND = "ask with the command of the session that you are in"
+_KNOWN = {**commands.SESSION_COMMANDS, commands.CHECK_EDIT.name: commands.CHECK_EDIT}
+OWN_COMMAND_REMEDY = "ask with the command of the session that you are in"
 _SEE_HELP = "`council --help` lists the commands of sessions"
 
 
-class Request(NamedTuple):
+class SocketRequest(NamedTuple):
     """A command of `orchestrator.client.commands` with its arguments; those that were not given are not there.
 
     Except for those with a default. Paths are relative to the worktree's top.
@@ -37,7 +37,7 @@ class Request(NamedTuple):
     arguments: JsonObject
 
 
-def read_request(line: bytes, token: str, tree: Path) -> Request:
+def read_request(line: bytes, token: str, tree: Path) -> SocketRequest:
     """Return what a line asks for on behalf of the session with this token and worktree; raises RefusedError."""
     try:
         value = json.loads(line)
@@ -47,14 +47,14 @@ def read_request(line: bytes, token: str, tree: Path) -> Request:
         raise RefusedError("the request is no line of JSON with a command and its arguments", _SEE_HELP)
     given = value.get("token")
     if not isinstance(given, str) or not compare_digest(given.encode(errors="replace"), token.encode()):
-        raise RefusedError("the request is not of this session", OWN_COMMAND)
+        raise RefusedError("the request is not of this session", OWN_COMMAND_REMEDY)
     command = _KNOWN.get(name) if isinstance(name := value.get("command"), str) else None
     if command is None:
         raise RefusedError("there is no such command", _SEE_HELP)
-    return Request(command.name, _arguments(command, value["arguments"], tree))
+    return SocketRequest(command.name, _arguments(command, value["arguments"], tree))
 
 
-def _arguments(command: Asked, given: JsonObject, tree: Path) -> JsonObject:
+def _arguments(command: SessionCommand, given: JsonObject, tree: Path) -> JsonObject:
     """Return the arguments of a command; null is as good as none, except where any value is one."""
     known = {one.name: one for one in command.arguments}
     values = {one.name for one in command.arguments if one.kind == commands.VALUE}
@@ -78,8 +78,8 @@ def _checked(argument: Argument, value: Any, tree: Path) -> Any:
         case commands.PATH:
             return _path(argument, value, tree)
         case commands.PATHS:
-            if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= MOST_PATHS:
-                raise _odd(argument, f"a list of 1 to {MOST_PATHS} paths")
+            if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= MAX_PATHS:
+                raise _invalid_argument(argument, f"a list of 1 to {MAX_PATHS} paths")
             return list(dict.fromkeys(_path(argument, one, tree) for one in value))
         case commands.SECONDS | commands.VERSION:
             return _number(argument, value)
@@ -91,28 +91,28 @@ def _checked(argument: Argument, value: Any, tree: Path) -> Any:
             raise ValueError(f"no kind of argument is {other!r}")
 
 
-def _text(argument: Argument, value: Any, longest: int = LONGEST_TEXT) -> str:
+def _text(argument: Argument, value: Any, longest: int = MAX_TEXT_CHARS) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > longest or not _is_plain(value):
-        raise _odd(argument, f"text of 1 to {longest} characters")
+        raise _invalid_argument(argument, f"text of 1 to {longest} characters")
     if argument.choices and value not in argument.choices:
-        raise _odd(argument, f"one of {', '.join(argument.choices)}")
+        raise _invalid_argument(argument, f"one of {', '.join(argument.choices)}")
     return value
 
 
 def _number(argument: Argument, value: Any) -> float:
     if argument.kind == commands.VERSION:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= HIGHEST_VERSION:
-            raise _odd(argument, "a version: a number from 0 on")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_VERSION:
+            raise _invalid_argument(argument, "a version: a number from 0 on")
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= LONGEST_WAIT:
-        raise _odd(argument, f"seconds, from 0 to {LONGEST_WAIT:g}")
+    if not is_number or not 0 <= value <= MAX_WAIT_SECONDS:
+        raise _invalid_argument(argument, f"seconds, from 0 to {MAX_WAIT_SECONDS:g}")
     return float(value)
 
 
 def _value(argument: Argument, value: Any) -> Any:
     try:
-        strict_json.check(value)
+        strict_json.check_value(value)
     except ValueError as error:
         raise RefusedError(f"{argument.name} can't be taken: {error}", "give plain JSON") from None
     return value
@@ -125,16 +125,16 @@ def _object(argument: Argument, value: Any) -> JsonObject:
         except ValueError as error:
             raise RefusedError(f"{argument.name} can't be taken: {error}", "give a JSON object") from None
     if not isinstance(value, dict):
-        raise _odd(argument, "a JSON object")
+        raise _invalid_argument(argument, "a JSON object")
     checked: JsonObject = _value(argument, value)
     return checked
 
 
 def _path(argument: Argument, value: Any, tree: Path) -> str:
-    text = _text(argument, value, LONGEST_PATH)
+    text = _text(argument, value, MAX_PATH_CHARS)
     inside = os.path.relpath(os.path.join(tree, text), tree)  # noqa: PTH118  no look at the disk
     if inside in {os.curdir, os.pardir} or inside.startswith(f"{os.pardir}{os.sep}"):
-        raise _odd(argument, "paths of files or folders in the worktree")
+        raise _invalid_argument(argument, "paths of files or folders in the worktree")
     return inside
 
 
@@ -146,5 +146,5 @@ def _is_plain(text: str) -> bool:
     return "\0" not in text
 
 
-def _odd(argument: Argument, wanted: str) -> RefusedError:
+def _invalid_argument(argument: Argument, wanted: str) -> RefusedError:
     return RefusedError(f"{argument.name} is not what it should be", f"give {wanted}")

@@ -13,7 +13,7 @@ _REST: Final = 0.1  # seconds until the next try where the machine has no descri
 
 
 @asynccontextmanager
-async def serving(serve: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+async def run_in_background(serve: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """Run `serve` during the block, and cancel it at the end.
 
     An exception of the block is raised as itself, and not as one of a group.
@@ -30,7 +30,7 @@ async def serving(serve: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterat
         raise failed
 
 
-async def accept(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
+async def accept_connection(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
     """Return the next connection; waits while no descriptor is left, and passes over clients that have gone already."""
     while True:
         try:

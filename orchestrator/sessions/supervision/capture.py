@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 
-from orchestrator.sessions.supervision.redaction import Redactor, after_gap
+from orchestrator.sessions.supervision.redaction import StreamRedactor, unsafe_prefix_length
 
 CHUNK_BYTES = 1 << 16
 TAIL_BYTES = 1 << 20
 
 
-class Stream:
+class OutputCapture:
     """One output of the CLI: the first `cap` bytes go to the file as they come, of the rest the tail is kept.
 
     With `redact`, a pattern as for Redactor, secrets are replaced, whole lines are written, and next to the
@@ -21,7 +21,7 @@ class Stream:
     """
 
     def __init__(self, path: str, cap: int, redact: str | None) -> None:
-        self._redactor = None if redact is None else Redactor(redact)
+        self._redactor = None if redact is None else StreamRedactor(redact)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         self._file = os.open(path, flags, 0o600)
         self._room = cap
@@ -57,7 +57,7 @@ class Stream:
         self._cut_tail(max(0, len(self._tail) - TAIL_BYTES))
         if self._left_out:
             if self._redactor is not None:
-                self._cut_tail(after_gap(bytes(self._tail)))
+                self._cut_tail(unsafe_prefix_length(bytes(self._tail)))
                 self._left_out += self._redactor.drop()
             self._write(b"\n[\xe2\x80\xa6 %d bytes left out \xe2\x80\xa6]\n" % self._left_out)
         tail = bytes(self._tail)

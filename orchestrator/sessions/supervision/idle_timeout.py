@@ -14,7 +14,7 @@ _CHECK_EVERY = 256  # entries
 _LOOK_AGAIN = 0.02  # seconds; while a walk is under way
 
 
-class Walk:
+class FolderScan:
     """One walk over folders, in a thread of its own: a file system that does not answer stops nobody else.
 
     When `done`, `signature` is what was found, None if it could not be read to its end: an entry that was not
@@ -60,7 +60,7 @@ def _mark(status: os.stat_result) -> int:
     return hash((status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size))
 
 
-class Silence:
+class IdleWatch:
     """Watches for `limit` seconds in which nothing is heard and no walk over `folders` finds a change.
 
     The folders are looked at only when nothing has been heard for a quarter of the limit, and then every
@@ -72,7 +72,7 @@ class Silence:
     def __init__(self, limit: float, folders: list[str]) -> None:
         self._limit, self._folders = limit, folders
         self._quarter = limit / 4
-        self._walk: Walk | None = None
+        self._walk: FolderScan | None = None
         self.heard()
 
     def heard(self) -> None:
@@ -82,7 +82,7 @@ class Silence:
         self._signature: tuple[int, int] | None = None
         self._since = 0.0
 
-    def due(self) -> float:
+    def seconds_until_check(self) -> float:
         """Return in how many seconds `over` is to be asked."""
         return max(0.0, self._next - time.monotonic())
 
@@ -93,7 +93,7 @@ class Silence:
             return False
         walk = self._walk
         if walk is None:
-            self._walk = Walk(self._folders, now + self._quarter)
+            self._walk = FolderScan(self._folders, now + self._quarter)
             self._next = now + _LOOK_AGAIN
         elif not walk.done:
             # One that hangs is not joined by a second one.
@@ -105,7 +105,7 @@ class Silence:
             return not stale and self._judge(walk)
         return False
 
-    def _judge(self, walk: Walk) -> bool:
+    def _judge(self, walk: FolderScan) -> bool:
         if walk.signature is None:
             return False
         if walk.signature != self._signature:

@@ -18,7 +18,7 @@ HAS_PROC = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-class Family:
+class ProcessTree:
     """The CLI and everything that descends from it.
 
     Where it is `wrapped`, `cli` is a bubblewrap, whose child is the init of a PID namespace, whose child is the
@@ -35,7 +35,7 @@ class Family:
 
     def reap(self) -> bool:
         """Collect who has ended; False when nobody is left."""
-        ended, is_alone = collect()
+        ended, is_alone = reap_children()
         self.status = ended.get(self.cli, self.status)
         return not is_alone
 
@@ -51,19 +51,19 @@ class Family:
             if program is None:
                 return False
             self._interrupted = program
-        send(self._interrupted, signal.SIGINT)
+        send_signal(self._interrupted, signal.SIGINT)
         return True
 
-    def tidies(self) -> bool:
+    def is_shutting_down(self) -> bool:
         """Return whether the CLI that was interrupted is still there."""
         return self.status is None and (not self._wrapped or _lives(self._interrupted))
 
     def _inside(self) -> int | None:
         """Stop the wrapper, so that it does not end with the CLI, and return the CLI inside; None: it has not begun."""
-        send(self.cli, signal.SIGSTOP)
+        send_signal(self.cli, signal.SIGSTOP)
         family = {self.cli: 0}
         for _ in "init", "CLI":  # twice, in case the init is listed behind the CLI; 0 is no signal
-            signal_new(0, family, set(), frozenset())
+            signal_new_children(0, family, set(), frozenset())
         # What the CLI's processes leave behind are children of the init, too, but begun later.
         children = (pid for pid, parent in family.items() if family.get(parent) == self.cli)
         return min(children, key=_pid_inside, default=None)
@@ -71,15 +71,15 @@ class Family:
     def terminate(self) -> bool:
         """Ask all to end; False if there is nobody to be asked, because the CLI has not begun inside its wrapper."""
         if not HAS_PROC:
-            send(-self.cli, signal.SIGTERM)
+            send_signal(-self.cli, signal.SIGTERM)
             return True
         # It would end with the CLI and cut short the grace of what the CLI has started.
         if self._wrapped:
-            send(self.cli, signal.SIGSTOP)
+            send_signal(self.cli, signal.SIGSTOP)
         family = {os.getpid(): 0}
         spared = self._wrappers_parents()
         lived: set[int] = set()
-        while found := signal_new(signal.SIGTERM, family, set(), spared):
+        while found := signal_new_children(signal.SIGTERM, family, set(), spared):
             lived |= found
         if not self._wrapped:
             return True
@@ -89,7 +89,7 @@ class Family:
     def release(self) -> bool:
         """After `terminate`, let a wrapper end in which nobody lives any more; True as long as one is held."""
         if self._held is not None and not _lives(self._held):
-            send(self.cli, signal.SIGCONT)
+            send_signal(self.cli, signal.SIGCONT)
             self._held = None
         return self._held is not None
 
@@ -99,38 +99,38 @@ class Family:
         pause = 0.02  # seconds; the end of a child wakes us earlier
         while self.reap():
             if HAS_PROC:
-                killed |= kill_all(self._wrappers_parents())
+                killed |= kill_descendants(self._wrappers_parents())
             else:
-                send(-self.cli, signal.SIGKILL)
+                send_signal(-self.cli, signal.SIGKILL)
             if select.select([self._wake], [], [], pause)[0]:
                 os.read(self._wake, CHUNK_BYTES)
             pause = min(2 * pause, 0.5)
         if not HAS_PROC:
-            send(-self.cli, signal.SIGKILL)
+            send_signal(-self.cli, signal.SIGKILL)
         return len(killed - {self.cli})
 
     def _wrappers_parents(self) -> frozenset[int]:
         return frozenset((os.getpid(), self.cli)) if self._wrapped else frozenset()
 
 
-class Supervisors:
+class ForkedSupervisors:
     """The supervisors that a process has forked, and what those leave behind that were themselves killed."""
 
     def __init__(self) -> None:
         self.alive: set[int] = set()
 
-    def clear_up(self) -> bool:
+    def clean_up(self) -> bool:
         """Collect who has ended and kill whom they left to us as their subreaper; False when nobody is left."""
-        ended, is_alone = collect()
+        ended, is_alone = reap_children()
         self.alive -= ended.keys()
         family = dict.fromkeys(self.alive, os.getpid())
         stop_children(family)
         for pid in family.keys() - self.alive:
-            send(pid, signal.SIGKILL)
+            send_signal(pid, signal.SIGKILL)
         return not is_alone
 
 
-def collect() -> tuple[dict[int, int], bool]:
+def reap_children() -> tuple[dict[int, int], bool]:
     """Wait for the children that have ended; return their wait statuses by pid, and whether there is none left."""
     ended: dict[int, int] = {}
     while True:
@@ -143,7 +143,7 @@ def collect() -> tuple[dict[int, int], bool]:
         ended[pid] = status
 
 
-def send(pid: int, number: int) -> None:
+def send_signal(pid: int, number: int) -> None:
     """Signal a process, or with a negative `pid` its group, that may be gone or another user's."""
     try:  # noqa: SIM105  (contextlib is a slow import)
         os.kill(pid, number)
@@ -151,7 +151,7 @@ def send(pid: int, number: int) -> None:
         pass
 
 
-def signal_new(number: int, family: dict[int, int], seen: set[int], spared: frozenset[int]) -> set[int]:
+def signal_new_children(number: int, family: dict[int, int], seen: set[int], spared: frozenset[int]) -> set[int]:
     """Look once through /proc and signal each child of `family` outside `seen` as soon as it is found.
 
     Adds all that it looked at to `seen`, so that a second look costs only what has been forked since the
@@ -167,7 +167,7 @@ def signal_new(number: int, family: dict[int, int], seen: set[int], spared: froz
         stat = process_stat(pid)
         if stat is not None and stat.parent in family and pid not in family:
             if stat.parent not in spared:
-                send(pid, number)
+                send_signal(pid, number)
             family[pid] = stat.parent
             if not stat.has_ended:
                 found.add(pid)
@@ -183,7 +183,7 @@ def stop_children(family: dict[int, int]) -> set[int]:
     stopped: set[int] = set()
     while new := _children() - family.keys():
         for pid in new:
-            send(pid, signal.SIGSTOP)
+            send_signal(pid, signal.SIGSTOP)
         family.update(dict.fromkeys(new, os.getpid()))
         stopped |= new
     return {pid for pid in stopped if _lives(pid)}
@@ -197,7 +197,7 @@ def _children() -> set[int]:
         return set()
 
 
-def kill_all(spared: frozenset[int]) -> set[int]:
+def kill_descendants(spared: frozenset[int]) -> set[int]:
     """Stop every descendant, so that none can fork meanwhile, then kill them; return those that lived.
 
     The children of `spared` are killed like all others, but not returned.
@@ -205,10 +205,10 @@ def kill_all(spared: frozenset[int]) -> set[int]:
     seen: set[int] = set()
     family = {os.getpid(): 0}
     lived = stop_children(family)
-    while found := signal_new(signal.SIGSTOP, family, seen, frozenset()):
+    while found := signal_new_children(signal.SIGSTOP, family, seen, frozenset()):
         lived |= found | stop_children(family)
     for pid in family.keys() - {os.getpid()}:
-        send(pid, signal.SIGKILL)
+        send_signal(pid, signal.SIGKILL)
     return {pid for pid in lived if family[pid] not in spared}
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 
 REDACTED = b"[redacted]"
-HOLD_BYTES = 4 << 10  # of an unfinished line; the longest secret that is surely found where a line is longer
-KEY_BYTES = 16 << 10  # the longest private key: RSA with 16384 bits takes 12.8 KiB
+MAX_HELD_BYTES = 4 << 10  # of an unfinished line; the longest secret that is surely found where a line is longer
+MAX_KEY_BYTES = 16 << 10  # the longest private key: RSA with 16384 bits takes 12.8 KiB
 _CONTEXT_BYTES = 64  # before the bytes in question, for a pattern that looks behind
 _MARK_BYTES = 64  # the longest part of a key's last line that may have come alone
 
@@ -18,7 +18,7 @@ _KEY_END = re.compile(rb"-----END [A-Z0-9 ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----")
 _WORD = re.compile(rb"[A-Za-z0-9+/=_.~%-]*")
 
 
-class Redactor:
+class StreamRedactor:
     """Replaces what `pattern`, the ASCII source of an expression for bytes, finds, and private keys.
 
     Give it the bytes as they come: it keeps back an unfinished line, at most HOLD_BYTES of it, so that a secret
@@ -37,7 +37,7 @@ class Redactor:
     def feed(self, data: bytes) -> bytes:
         """Return what may be written now."""
         # Most of what arrives byte by byte is not worth a search.
-        if b"\n" not in data and len(self._bytes) - self._next + len(data) <= HOLD_BYTES and not self._key_left:
+        if b"\n" not in data and len(self._bytes) - self._next + len(data) <= MAX_HELD_BYTES and not self._key_left:
             self._bytes += data
             return b""
         return self._search(data, last=False)
@@ -62,7 +62,7 @@ class Redactor:
                 break
             self._replace(given, begin.start(), begin.start())
             given.append(REDACTED)
-            self._next, self._key_left, self._in_word = begin.end(), KEY_BYTES, False
+            self._next, self._key_left, self._in_word = begin.end(), MAX_KEY_BYTES, False
         done = max(0, self._next - _CONTEXT_BYTES)
         self._bytes = self._bytes[done:]
         self._next -= done
@@ -89,14 +89,14 @@ class Redactor:
     def _cut(self) -> int:
         """Return where the bytes end that can be given out: after the last whole line, or later in a long one."""
         line = self._bytes.rfind(b"\n", self._next) + 1
-        return max(self._next, line, len(self._bytes) - HOLD_BYTES)
+        return max(self._next, line, len(self._bytes) - MAX_HELD_BYTES)
 
     def _replace(self, given: list[bytes], cut: int, end: int) -> None:
         """Give out what is before `cut`, without what is found; matches may reach to `end`."""
         for match in self._pattern.finditer(self._bytes, self._next, end):
             if match.start() >= cut:
                 break
-            if match.end() > cut and end - match.start() <= HOLD_BYTES:
+            if match.end() > cut and end - match.start() <= MAX_HELD_BYTES:
                 cut = match.start()
                 break
             if match.start() == match.end():
@@ -111,14 +111,14 @@ class Redactor:
             self._in_word = False
 
 
-def after_gap(data: bytes) -> int:
+def unsafe_prefix_length(data: bytes) -> int:
     """Return how many of the bytes that follow a gap may be the rest of a secret.
 
     Those up to the first whole line, at most HOLD_BYTES, and the rest of a private key.
     """
-    line = data.find(b"\n", 0, HOLD_BYTES)
-    rest = min(len(data), HOLD_BYTES) if line < 0 else line + 1
-    end = _KEY_END.search(data, 0, KEY_BYTES + _MARK_BYTES)
+    line = data.find(b"\n", 0, MAX_HELD_BYTES)
+    rest = min(len(data), MAX_HELD_BYTES) if line < 0 else line + 1
+    end = _KEY_END.search(data, 0, MAX_KEY_BYTES + _MARK_BYTES)
     if end is not None and _KEY_BEGIN.search(data, 0, end.start()) is None:
         rest = max(rest, end.end())
     return rest

@@ -23,7 +23,7 @@ import anyio.to_thread
 from orchestrator.errors import LockHeld, SessionError
 from orchestrator.sessions.supervision.supervisor import OWNER
 from orchestrator.system import process
-from orchestrator.system.file_lock import FileLock, Signature
+from orchestrator.system.file_lock import FileLock, LockHolder
 
 _MODULE = "orchestrator.sessions.supervision.supervisor"
 _LOCKED = b'{"event": "locked"}\n'
@@ -31,7 +31,7 @@ _FOLDER = Path("/")  # the supervisor's own, so that it keeps no worktree busy
 _SERVER: ContextVar[process.ForkServer | None] = ContextVar("_SERVER", default=None)
 #: Seconds that a supervisor gets to end its session by itself; far above what it takes.
 _REAP_PAUSE = 0.5
-_KILL_PATIENCE = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
+_KILL_TIMEOUT = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class SupervisedCommand:
     watched: tuple[Path, ...] = ()
     redact: str | None = None
     wrapped: bool = False
-    passes_on: bool = False
+    uses_loopback: bool = False
     landlock: tuple[tuple[str, str], ...] | None = None
     port: int | None = None
     filter: str | None = None
@@ -76,13 +76,13 @@ class SupervisedCommand:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class SupervisedExit:
     """How a CLI ended, when nothing of it lives any more.
 
-    `exit` or `signal` is the CLI's own end; both are None when it never ran, and then `spawn_error` says why
+    `exit` or `signal` is the CLI's own end; both are None when it never ran, and then `parse_spawn_error` says why
     if it was not stopped before. The byte counts are what it wrote, not what was kept. `killed` counts the
     processes beside the CLI that had to be killed; of those in a bubblewrap some are the kernel's to kill, and
-    uncounted. `output_error` says why output could not be written. `exhausted` means that the `spawn_error` is a
+    uncounted. `output_error` says why output could not be written. `exhausted` means that the `parse_spawn_error` is a
     lack of memory, disk, processes or descriptors, which may pass, and not of the program. In a bubblewrap, a CLI
     that signal N ended by itself is seen as `exit` 128 + N, as a shell sees it.
     """
@@ -103,10 +103,10 @@ async def run_supervised(
     *,
     may_start: Callable[[], Awaitable[None]] | None = None,
     on_spawned: Callable[[], None] | None = None,
-) -> Ended:
+) -> SupervisedExit:
     """Run a CLI to its end and return the facts; nothing that it started is alive then.
 
-    `may_start` is called under the session's lock, right before the CLI starts, which its error prevents.
+    `can_start_session` is called under the session's lock, right before the CLI starts, which its error prevents.
     `on_spawned` is called when the CLI perhaps runs. On cancellation the CLI is stopped as `SupervisedCommand` says
     before the cancellation goes on. Raises SessionError if the supervisor ended without its report, OSError if it
     could not be started.
@@ -126,14 +126,14 @@ async def run_supervised(
         except anyio.get_cancelled_exc_class():
             # Half an order is never carried out: then the pipe's end is enough.
             if ordered:
-                with anyio.move_on_after(command.grace + _KILL_PATIENCE, shield=True):
+                with anyio.move_on_after(command.grace + _KILL_TIMEOUT, shield=True):
                     await supervisor.send(b"stop\n")
                     while not await supervisor.has_ended(_REAP_PAUSE):  # by itself, unless it is stopped (SIGSTOP)
                         await anyio.to_thread.run_sync(_stop_supervisor, command.lock)
             raise
 
 
-async def wait_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  (LockHeld names the holder)
+async def wait_until_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  (LockHeld names the holder)
     """Return when nothing of the session that `lock` belongs to lives; raises LockHeld after `timeout` seconds.
 
     Does not start the session's end, only waits for it. A lock that was never made belongs to no process.
@@ -145,14 +145,14 @@ async def wait_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  
             pass
 
 
-async def is_alive(lock: Path) -> bool:
+async def is_session_alive(lock: Path) -> bool:
     """Whether anything of the session that `lock` belongs to lives, or its lock is looked at just now."""
     with suppress(FileNotFoundError):
         return await anyio.Path(lock).exists() and await FileLock(lock).is_held()
     return False
 
 
-async def end_supervised(lock: Path, marker: bytes, timeout: float) -> None:  # noqa: ASYNC109  (as `wait_released`)
+async def stop_supervised(lock: Path, marker: bytes, timeout: float) -> None:  # noqa: ASYNC109  (as `wait_until_released`)
     """Return when nothing of a session lives whose orchestrator is gone, or has it no more; LockHeld as above.
 
     A supervisor ends a session by itself unless it is frozen, or its orchestrator is: then it is woken and stopped, and
@@ -161,34 +161,36 @@ async def end_supervised(lock: Path, marker: bytes, timeout: float) -> None:  # 
     until = anyio.current_time() + timeout
     while True:
         try:
-            await wait_released(lock, _REAP_PAUSE)
+            await wait_until_released(lock, _REAP_PAUSE)
             break
         except LockHeld:
             if anyio.current_time() >= until:
                 raise
-        await anyio.to_thread.run_sync(process.kill_marked, marker)
+        await anyio.to_thread.run_sync(process.kill_by_environment, marker)
         await anyio.to_thread.run_sync(_stop_supervisor, lock)
-    await anyio.to_thread.run_sync(process.kill_marked, marker)
+    await anyio.to_thread.run_sync(process.kill_by_environment, marker)
 
 
 def _stop_supervisor(lock: Path) -> None:
     """Have the supervisor that signed a lock, if it lives, stop its session, though it is frozen. Blocks."""
-    signed = Signature.read(lock)
-    if signed is not None and signed.owner == OWNER and signed.started is not None and signed.lives:
+    signed = LockHolder.read(lock)
+    if signed is not None and signed.owner == OWNER and signed.started is not None and signed.is_alive:
         with suppress(ProcessLookupError, PermissionError):
             for number in (signal.SIGTERM, signal.SIGCONT):
                 os.kill(signed.pid, number)
 
 
 @asynccontextmanager
-async def forking() -> AsyncIterator[None]:
+async def open_fork_server() -> AsyncIterator[None]:
     """Have what `run_supervised` starts in the body, and in tasks begun there, forked from one process that is ready.
 
     Where that can't be started, or is gone, all is as without it.
     """
     server: process.ForkServer | None = None
     with suppress(OSError):
-        server = await anyio.to_thread.run_sync(process.ForkServer, *process.own_program(_MODULE, "serve"), _FOLDER)
+        server = await anyio.to_thread.run_sync(
+            process.ForkServer, *process.internal_program(_MODULE, "serve"), _FOLDER
+        )
     token = _SERVER.set(server)
     try:
         yield
@@ -224,7 +226,7 @@ def _spec(command: SupervisedCommand) -> bytes:
         "watched": [os.fspath(folder.absolute()) for folder in command.watched],
         "redact": command.redact,
         "wrapped": command.wrapped,
-        "passes_on": command.passes_on,
+        "passes_on": command.uses_loopback,
         "landlock": command.landlock,
         "port": command.port,
         "filter": command.filter,
@@ -278,7 +280,7 @@ class _Supervisor:
         self._said += data or b""
         return data != b""
 
-    async def report(self) -> Ended:
+    async def report(self) -> SupervisedExit:
         """Wait for the end and return the facts."""
         await self.ended()
         last = self._said.rstrip().rpartition(b"\n")[2]
@@ -291,13 +293,13 @@ class _Supervisor:
             errors = [line for line in lines if line.strip() and not line.startswith('{"event": ')]
             why = errors[-1] if errors else "it was killed"
             raise SessionError(f"the supervisor of the session ended without a report: {why}")
-        return Ended(**event)
+        return SupervisedExit(**event)
 
     async def close(self) -> None:
         """End the control pipe, upon which all is killed at once, and reap the supervisor."""
         self._control.close()
         with self._status:
-            with anyio.move_on_after(_KILL_PATIENCE, shield=True):
+            with anyio.move_on_after(_KILL_TIMEOUT, shield=True):
                 await self.ended()
                 if self._child is not None:
                     await anyio.to_thread.run_sync(self._child.wait)
@@ -315,7 +317,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 async def _supervisor() -> AsyncIterator[_Supervisor]:
     supervisor = _forked()
     if supervisor is None:
-        argv, env = process.own_program(_MODULE, "main")
+        argv, env = process.internal_program(_MODULE, "main")
         child = await process.spawn(argv, env=env, cwd=_FOLDER)
         supervisor = _Supervisor(child.stdin, child.stdout, child)
     try:

@@ -5,7 +5,7 @@ status pipe as standard output; or it is forked from one that was started so and
 (`serve`), because most of what a session costs us is the start of a Python. Only the standard library is imported,
 and little of that.
 
-    control  one line of JSON, the fields of `Spec`; the line `start`, in answer to `locked`; later perhaps the line
+    control  one line of JSON, the fields of `CommandSpec`; the line `start`, in answer to `locked`; later perhaps the line
              `stop`; its end means that the orchestrator is dead
     status   {"event": "locked"} once it holds the session's lock, {"event": "started", "pid": …} unless nothing
              could be started, and last of all {"event": "ended", …}, the fields of
@@ -41,14 +41,14 @@ import sys
 import time
 
 from orchestrator.sandbox import seccomp
-from orchestrator.sandbox.landlock import confine
-from orchestrator.sessions.supervision.capture import CHUNK_BYTES, Stream
-from orchestrator.sessions.supervision.idle_timeout import Silence
+from orchestrator.sandbox.landlock import restrict_thread
+from orchestrator.sessions.supervision.capture import CHUNK_BYTES, OutputCapture
+from orchestrator.sessions.supervision.idle_timeout import IdleWatch
 from orchestrator.sessions.supervision.process_tree import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
-    Family,
-    Supervisors,
+    ForkedSupervisors,
+    ProcessTree,
     prctl,
 )
 from orchestrator.system.process_table import start_ticks
@@ -61,13 +61,13 @@ if TYPE_CHECKING:
 CONTROL, STATUS = 0, 1
 WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
 WRAPPER_FILTER = 4  # where it tells it to read a filter of system calls from
-WRAPPER_COMPLAINT = 5  # where what starts the CLI in a wrapper reports why it can't
+WRAPPER_ERROR = 5  # where what starts the CLI in a wrapper reports why it can't
 OWNER = "supervisor"  # who holds the session's lock, in the words of its file
-LOCK_PATIENCE = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
-LOOK_INSIDE = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
-TIDYING = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
-SIGNALED = 128  # plus a signal's number: a wrapper's exit code where the signal has ended what it started
-NOTHING: dict[str, object] = {
+LOCK_TIMEOUT = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
+WRAPPER_POLL_SECONDS = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
+INTERRUPT_GRACE_SHARE = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
+SIGNAL_EXIT_BASE = 128  # plus a signal's number: a wrapper's exit code where the signal has ended what it started
+EMPTY_REPORT: dict[str, object] = {
     "exit": None,
     "signal": None,
     "ended_by": "exit",
@@ -89,7 +89,7 @@ class SpawnError(Exception):
         self.exhausted = number in EXHAUSTED
 
 
-class Spec:
+class CommandSpec:
     """What to run: absolute paths, seconds, bytes; `env` is all that the CLI sees of an environment."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class Spec:
         self.silence: float | None = fields["silence"]
         self.watched: list[str] = fields["watched"]
         self.wrapped: bool = fields["wrapped"]
-        self.passes_on: bool = fields["passes_on"]
+        self.uses_loopback: bool = fields["passes_on"]
         self.landlock: list[tuple[str, str]] | None = fields["landlock"]
         self.port: int | None = fields["port"]
         self.filter: bytes | None = None if fields["filter"] is None else bytes.fromhex(fields["filter"])
@@ -143,7 +143,7 @@ class Control:
         self._unread += data or b""
         return "stop" if b"stop\n" in self._unread else None
 
-    def permission(self, wake: int) -> str | None:
+    def wait_for_start(self, wake: int) -> str | None:
         """Wait until the CLI may start; return what ends the session before that: `stop`, which is SIGTERM, too,
         or `orphaned`.
         """
@@ -157,7 +157,7 @@ class Control:
         return request
 
 
-class Wrapper:
+class WrapperReport:
     """What a bubblewrap around the CLI reports: whether the CLI itself ever ran.
 
     From its documents (`--json-status-fd` in bwrap(1)) the one with `exit-code` is written only if the program
@@ -166,7 +166,7 @@ class Wrapper:
 
     def __init__(self) -> None:
         self._read_end, self.write_end = os.pipe()
-        self._complaint, self.complain = os.pipe()
+        self._complaint, self.error_write_end = os.pipe()
         for pipe in (self._read_end, self._complaint):
             os.set_blocking(pipe, False)
 
@@ -177,21 +177,21 @@ class Wrapper:
         except BlockingIOError:
             return False
 
-    def complaint(self) -> SpawnError | None:
+    def read_error(self) -> SpawnError | None:
         """Return why what was to start the CLI could not; asked once, when all has ended."""
         try:
-            return spawn_error(os.read(self._complaint, CHUNK_BYTES))
+            return parse_spawn_error(os.read(self._complaint, CHUNK_BYTES))
         except BlockingIOError:
             return None
 
 
-def spawn_error(complaint: bytes) -> SpawnError | None:
+def parse_spawn_error(complaint: bytes) -> SpawnError | None:
     """Return the error that a program wrote which could not become another: its number, and why."""
     number, _, why = complaint.decode(errors="replace").partition(" ")
     return SpawnError(why, int(number)) if number else None
 
 
-def wrapper_error(stderr: str, code: int) -> SpawnError | None:
+def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
     """Return what kept a wrapper from starting the CLI: the only thing that it wrote to its standard error.
 
     None if a signal ended what the wrapper had started; its exit code says so.
@@ -199,7 +199,7 @@ def wrapper_error(stderr: str, code: int) -> SpawnError | None:
     with open(stderr, "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
         lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
     said = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "it did not say why")
-    if not said.startswith("bwrap: ") and code > SIGNALED:
+    if not said.startswith("bwrap: ") and code > SIGNAL_EXIT_BASE:
         return None
     why = said.removeprefix("bwrap: ")
     number = next((number for number in EXHAUSTED if why.endswith(os.strerror(number))), None)
@@ -207,10 +207,10 @@ def wrapper_error(stderr: str, code: int) -> SpawnError | None:
     return SpawnError(program if program != why else f"the sandbox could not be made: {why}", number)
 
 
-def take_lock(path: str) -> int:
+def acquire_lock(path: str) -> int:
     """Hold the session's lock from now until the file descriptor is closed."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    give_up = time.monotonic() + LOCK_PATIENCE
+    give_up = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,7 +226,7 @@ def take_lock(path: str) -> int:
     return file
 
 
-def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
+def start_cli(spec: CommandSpec, streams: list[OutputCapture], wrapper: WrapperReport | None) -> int:
     """Start the CLI and return its pid once its program runs; raises SpawnError or OSError."""
     stdin = os.open(spec.stdin or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     complaint, complain = os.pipe()
@@ -234,16 +234,16 @@ def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
     given = [stdin, *(stream.write_end for stream in streams)]
     if wrapper is not None:
         given.append(wrapper.write_end)
-        if spec.filter is not None or spec.passes_on:
-            given.append(readable(spec.filter or b""))
-        if spec.passes_on:
-            given.append(wrapper.complain)
+        if spec.filter is not None or spec.uses_loopback:
+            given.append(make_readable_fd(spec.filter or b""))
+        if spec.uses_loopback:
+            given.append(wrapper.error_write_end)
     pid = os.fork()
     if pid == 0:
-        become(spec, given, parent, complain)
+        exec_cli(spec, given, parent, complain)
     for fd in (complain, *given):
         os.close(fd)
-    error = spawn_error(os.read(complaint, CHUNK_BYTES))
+    error = parse_spawn_error(os.read(complaint, CHUNK_BYTES))
     os.close(complaint)
     if error is not None:
         os.waitpid(pid, 0)
@@ -251,7 +251,7 @@ def start(spec: Spec, streams: list[Stream], wrapper: Wrapper | None) -> int:
     return pid
 
 
-def readable(data: bytes) -> int:
+def make_readable_fd(data: bytes) -> int:
     """Return a file descriptor from which a little data can be read."""
     read, write = os.pipe()
     os.write(write, data)
@@ -259,7 +259,7 @@ def readable(data: bytes) -> int:
     return read
 
 
-def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn:
+def exec_cli(spec: CommandSpec, given: list[int], parent: int, complain: int) -> NoReturn:
     """Turn the forked child into the CLI; what prevents it is written to `complain`."""
     what = spec.cwd
     try:
@@ -272,15 +272,15 @@ def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.umask(0o022)
         os.chdir(spec.cwd)
-        complain = give(given, complain)
+        complain = install_descriptors(given, complain)
         what = "a limit could not be set"
         for name, most in spec.limits.items():
-            limit(name, most)
+            set_resource_limit(name, most)
         if spec.landlock is not None:
             what = "the sandbox could not be made"
-            confine(spec.landlock, spec.port)
+            restrict_thread(spec.landlock, spec.port)
             if spec.filter is not None:
-                seccomp.install(spec.filter)
+                seccomp.install_filter(spec.filter)
         what = spec.argv[0]
         os.execvpe(what, spec.argv, spec.env)  # noqa: S606  (an argv, never a shell)
     except (OSError, ValueError) as exc:
@@ -290,7 +290,7 @@ def become(spec: Spec, given: list[int], parent: int, complain: int) -> NoReturn
         os._exit(127)
 
 
-def limit(name: str, most: int) -> None:
+def set_resource_limit(name: str, most: int) -> None:
     """Let this process, and each that it starts, have no more of a resource; never more than it may have already."""
     number = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(number)[1]
@@ -298,15 +298,15 @@ def limit(name: str, most: int) -> None:
     resource.setrlimit(number, (most, most))
 
 
-def give(given: list[int], complain: int) -> int:
+def install_descriptors(given: list[int], complain: int) -> int:
     """Make `given` the file descriptors from 0 on; returns where `complain`, which may have been in the way, is."""
-    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_COMPLAINT + 1) for fd in (*given, complain)]
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_ERROR + 1) for fd in (*given, complain)]
     for target, fd in enumerate(above[:-1]):
         os.dup2(fd, target)
     return above[-1]
 
 
-def listen_for_signals() -> int:
+def open_signal_wakeup() -> int:
     """Have the end of a child and SIGTERM wake a `poll`; returns the file descriptor to poll."""
     wake, woken = os.pipe()
     os.set_blocking(wake, False)
@@ -319,15 +319,17 @@ def listen_for_signals() -> int:
     return wake
 
 
-class Watch:
+class SupervisionLoop:
     """The time in which the CLI runs: pumps its output until something ends it."""
 
-    def __init__(self, spec: Spec, family: Family, control: Control, streams: list[Stream], wake: int) -> None:
+    def __init__(
+        self, spec: CommandSpec, family: ProcessTree, control: Control, streams: list[OutputCapture], wake: int
+    ) -> None:
         self._family, self._control, self._wake = family, control, wake
         self._streams = {stream.read_end: stream for stream in streams}
         self._grace, self._interrupt = spec.grace, spec.interrupt
         self._deadline = time.monotonic() + spec.timeout
-        self._silence = None if spec.silence is None else Silence(spec.silence, spec.watched)
+        self._silence = None if spec.silence is None else IdleWatch(spec.silence, spec.watched)
         self._ended_by: str | None = None
         self._tidied_by: float | None = None  # until when a CLI that was interrupted is left alone
         self._poll = select.poll()
@@ -342,7 +344,9 @@ class Watch:
             # While it is being stopped, a wrapper's early end does not cut the others' grace short.
             if self._family.status is not None and self._ended_by is None:
                 return "exit"
-            if self._tidied_by is not None and (time.monotonic() >= self._tidied_by or not self._family.tidies()):
+            if self._tidied_by is not None and (
+                time.monotonic() >= self._tidied_by or not self._family.is_shutting_down()
+            ):
                 self._tidied_by = None
                 self._family.terminate()
             left = self._deadline - time.monotonic()
@@ -360,10 +364,10 @@ class Watch:
         """Return for how many seconds there is nothing to do but to listen."""
         left = max(0, (self._tidied_by or self._deadline) - time.monotonic())
         if self._tidied_by is not None:
-            return min(left, LOOK_INSIDE)
+            return min(left, WRAPPER_POLL_SECONDS)
         if self._ended_by is not None:
-            return min(left, LOOK_INSIDE) if self._family.release() else left
-        return left if self._silence is None else min(left, self._silence.due())
+            return min(left, WRAPPER_POLL_SECONDS) if self._family.release() else left
+        return left if self._silence is None else min(left, self._silence.seconds_until_check())
 
     def _handle(self, fd: int) -> str | None:
         request = None
@@ -386,10 +390,10 @@ class Watch:
             asked = tidies or self._family.terminate()
             now = time.monotonic()
             self._deadline = now + (self._grace if asked else 0)
-            self._tidied_by = now + TIDYING * self._grace if tidies else None
+            self._tidied_by = now + INTERRUPT_GRACE_SHARE * self._grace if tidies else None
 
 
-def tell(**event: object) -> None:
+def write_status(**event: object) -> None:
     """Write one line of status; its reader may be gone."""
     try:  # noqa: SIM105  (contextlib is a slow import)
         os.write(STATUS, json.dumps(event).encode() + b"\n")
@@ -397,43 +401,43 @@ def tell(**event: object) -> None:
         pass
 
 
-def supervise(spec: Spec, control: Control, wake: int) -> dict[str, object]:
+def supervise(spec: CommandSpec, control: Control, wake: int) -> dict[str, object]:
     """Run the CLI to its end and return the facts; raises SpawnError or OSError if it could not start."""
-    lock = take_lock(spec.lock)
+    lock = acquire_lock(spec.lock)
     try:
-        return hold(spec, control, wake)
+        return supervise_locked(spec, control, wake)
     finally:
         os.close(lock)
 
 
-def hold(spec: Spec, control: Control, wake: int) -> dict[str, object]:
+def supervise_locked(spec: CommandSpec, control: Control, wake: int) -> dict[str, object]:
     """Do what `supervise` does, under the lock."""
     # Asked only now: who finds the lock free later can rely on it that nothing of this session will start.
-    tell(event="locked")
-    if (request := control.permission(wake)) is not None:
+    write_status(event="locked")
+    if (request := control.wait_for_start(wake)) is not None:
         return {"ended_by": request}
-    streams = [Stream(path, spec.cap, spec.redact) for path in (spec.stdout, spec.stderr)]
-    wrapper = Wrapper() if spec.wrapped else None
-    family = Family(start(spec, streams, wrapper), wake, spec.wrapped)
+    streams = [OutputCapture(path, spec.cap, spec.redact) for path in (spec.stdout, spec.stderr)]
+    wrapper = WrapperReport() if spec.wrapped else None
+    family = ProcessTree(start_cli(spec, streams, wrapper), wake, spec.wrapped)
     try:
-        tell(event="started", pid=family.cli)
-        ended_by = Watch(spec, family, control, streams, wake).run()
+        write_status(event="started", pid=family.cli)
+        ended_by = SupervisionLoop(spec, family, control, streams, wake).run()
     finally:
         killed = family.kill()
     for stream in streams:
         stream.finish()
     code = os.waitstatus_to_exitcode(family.status or 0)
     if wrapper is not None and ended_by == "exit" and code >= 0:
-        if (error := wrapper.complaint()) is not None:
+        if (error := wrapper.read_error()) is not None:
             raise error
         if not wrapper.ran():
-            if (error := wrapper_error(spec.stderr, code)) is not None:
+            if (error := read_wrapper_error(spec.stderr, code)) is not None:
                 raise error
-            code = SIGNALED - code
+            code = SIGNAL_EXIT_BASE - code
     # A wrapper's own exit code for what a signal has ended; of any other program's it could be its choice.
     sent = (signal.SIGINT, signal.SIGTERM) if spec.interrupt else (signal.SIGTERM,)
-    if wrapper is not None and ended_by != "exit" and code - SIGNALED in sent:
-        code = SIGNALED - code
+    if wrapper is not None and ended_by != "exit" and code - SIGNAL_EXIT_BASE in sent:
+        code = SIGNAL_EXIT_BASE - code
     return {
         "exit": code if code >= 0 else None,
         "signal": -code if code < 0 else None,
@@ -452,10 +456,10 @@ def main() -> None:
     line = control.read_line()
     if line is None:
         return
-    wake = listen_for_signals()
+    wake = open_signal_wakeup()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        facts = supervise(Spec(json.loads(line)), control, wake)
+        facts = supervise(CommandSpec(json.loads(line)), control, wake)
     except SpawnError as exc:
         facts = {"spawn_error": str(exc), "exhausted": exc.exhausted}
     except re.error as exc:
@@ -463,7 +467,7 @@ def main() -> None:
     except OSError as exc:
         why = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
         facts = {"spawn_error": why, "exhausted": exc.errno in EXHAUSTED}
-    tell(event="ended", **(NOTHING | facts))
+    write_status(event="ended", **(EMPTY_REPORT | facts))
 
 
 def serve() -> None:
@@ -476,16 +480,16 @@ def serve() -> None:
     import socket  # noqa: PLC0415  (only needed here)
 
     requests = socket.socket(fileno=os.dup(CONTROL))
-    wake = listen_for_signals()
+    wake = open_signal_wakeup()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     gc.freeze()  # what no collection looks at stays shared with those that are forked
-    supervisors = Supervisors()
+    supervisors = ForkedSupervisors()
     poll = select.poll()
     poll.register(wake, select.POLLIN)
     poll.register(requests, select.POLLIN)
     is_asked = True
-    while supervisors.clear_up() or is_asked:
+    while supervisors.clean_up() or is_asked:
         ready = {fd for fd, _ in poll.poll()}
         if wake in ready:
             os.read(wake, CHUNK_BYTES)
@@ -500,7 +504,7 @@ def serve() -> None:
             pid = os.fork()
         except OSError as exc:
             facts = {"spawn_error": str(exc.strerror), "exhausted": exc.errno in EXHAUSTED}
-            os.write(pipes[1], json.dumps({"event": "ended", **NOTHING, **facts}).encode() + b"\n")
+            os.write(pipes[1], json.dumps({"event": "ended", **EMPTY_REPORT, **facts}).encode() + b"\n")
             pid = -1
         if pid == 0:
             requests.close()

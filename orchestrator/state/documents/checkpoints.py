@@ -38,31 +38,31 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.domain.runs.lifecycle import run_state
-from orchestrator.domain.runs.model import FINAL, Maker, RunDocument, TaskDocument, TaskStatus
-from orchestrator.domain.runs.rollback import turn_back
-from orchestrator.errors import HistoryGone, RefusedError, UnreadableDocument, VersionConflict
+from orchestrator.domain.runs.model import FINAL_STATUSES, CheckpointOrigin, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.rollback import roll_back_task
+from orchestrator.errors import HistoryCompacted, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import is_of_run
-from orchestrator.state.documents.shapes import KINDS, checkpoint_number, flaw_of, readable
+from orchestrator.state.documents.reading import is_run_document
+from orchestrator.state.documents.shapes import DOCUMENT_KINDS, checkpoint_number, filter_readable, find_document_error
 from orchestrator.system.failpoints import failpoint
 
-KIND: Final = "checkpoint"
+CHECKPOINT_KIND: Final = "checkpoint"
 #: What stands for a run's id in the names of checkpoints of the whole store.
-WHOLE: Final = "all"
+WHOLE_STORE: Final = "all"
 
 #: The kinds that are turned back.
-_TURNED_BACK: Final = ("run", "spec", "task", "imported", "handoff", "shared")
+_RESTORED_KINDS: Final = ("run", "spec", "task", "imported", "handoff", "shared")
 #: Notes of sessions, which only come back. Their names begin with what they are about, and not with their run.
 _NOTE: Final = "note"
 #: The kinds that are looked at.
-_KEPT: Final = (*_TURNED_BACK, _NOTE)
-_AT_WORK: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
+_COVERED_KINDS: Final = (*_RESTORED_KINDS, _NOTE)
+_ACTIVE_STATUSES: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: How often all is read between two commits of others before it is taken from the log, which takes longer.
-_LOOKS: Final = 5
+_MAX_READS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class LiveSession:
+class CheckpointSession:
     """A task that was being worked at: `status` is running, checking or landing."""
 
     run: str
@@ -83,12 +83,12 @@ class Checkpoint:
     time: float
     """When it was made, in wall-clock seconds."""
     reason: str
-    maker: Maker
+    maker: CheckpointOrigin
     status: str | None
     """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store, or where the run is damaged."""
     phase: Mapping[str, int]
     """How many tasks there were of each status; `damaged` are those that could not be read."""
-    sessions: Sequence[LiveSession]
+    sessions: Sequence[CheckpointSession]
 
     @property
     def number(self) -> int:
@@ -97,7 +97,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Restoration:
+class RestorePlan:
     """What going back to a checkpoint would change as things stand."""
 
     checkpoint: Checkpoint
@@ -119,12 +119,12 @@ class Restoration:
         return [write.key for write in self.writes if write.value is None]
 
 
-async def create(
+async def create_checkpoint(
     store: Store,
     run: str | None,
     reason: str,
     *,
-    maker: Maker = Maker.HAND,
+    maker: CheckpointOrigin = CheckpointOrigin.HAND,
     is_live: bool = True,
     guards: Sequence[Guard] = (),
 ) -> Checkpoint:
@@ -138,28 +138,28 @@ async def create(
         position, documents = await _now(store, run)
         if run is not None and Key("run", run) not in documents:
             raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
-        key = await _free_key(store, run or WHOLE)
+        key = await _free_key(store, run or WHOLE_STORE)
         # In threads, here and below: thousands of tasks take long to decode.
-        told = await anyio.to_thread.run_sync(_facts, documents.values(), run, is_live)
+        told = await anyio.to_thread.run_sync(_summarize, documents.values(), run, is_live)
         facts = {"position": position, "reason": said, "maker": maker, **told}
         named = {"checkpoint": key.id, "reason": said}
         event = Event("checkpoint.created", named if run is None else {"run": run, **named})
         with suppress(VersionConflict):  # somebody else took the number
             await store.commit(Commit([Write(key, 0, facts)], [event], guards))
             failpoint("checkpoint.created")
-            return await read(store, key.id)
+            return await read_checkpoint(store, key.id)
 
 
-async def listed(store: Store, run: str | None = None) -> list[Checkpoint]:
-    """Return the checkpoints of a run (`WHOLE`: of the whole store), or all there are; the oldest first."""
-    found = await store.list(KIND, f"{run}/" if run else "")
-    return [_checkpoint(one) for one in sorted(readable(found), key=lambda one: one.position)]
+async def list_checkpoints(store: Store, run: str | None = None) -> list[Checkpoint]:
+    """Return the checkpoints of a run (`WHOLE_STORE`: of the whole store), or all there are; the oldest first."""
+    found = await store.list(CHECKPOINT_KIND, f"{run}/" if run else "")
+    return [_checkpoint(one) for one in sorted(filter_readable(found), key=lambda one: one.position)]
 
 
-async def read(store: Store, checkpoint: str) -> Checkpoint:
+async def read_checkpoint(store: Store, checkpoint: str) -> Checkpoint:
     """Return a checkpoint by its id; RefusedError if there is none, or it can't be read."""
-    found = await store.get(Key(KIND, checkpoint))
-    if found is not None and (flaw := flaw_of(found)) is not None:
+    found = await store.get(Key(CHECKPOINT_KIND, checkpoint))
+    if found is not None and (flaw := find_document_error(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
     if found is None or found.damaged:
         what = "there is no" if found is None else "damage to the state log has hit"
@@ -167,26 +167,26 @@ async def read(store: Store, checkpoint: str) -> Checkpoint:
     return _checkpoint(found)
 
 
-async def contents(store: Store, checkpoint: str) -> Mapping[Key, Document]:
+async def read_contents(store: Store, checkpoint: str) -> Mapping[Key, Document]:
     """Return the documents of a checkpoint's run, or of the whole store, as they were.
 
     RefusedError where the log does not go back so far any more.
     """
-    return await _then(store, await read(store, checkpoint))
+    return await _read_at_checkpoint(store, await read_checkpoint(store, checkpoint))
 
 
-async def restoration(store: Store, checkpoint: str) -> Restoration:
+async def plan_restore(store: Store, checkpoint: str) -> RestorePlan:
     """Return what going back to a checkpoint would change now; nothing is changed. Raises as `contents` does."""
-    found = await read(store, checkpoint)
-    then, now = await _then(store, found), await _present(store, found.run)
-    return await anyio.to_thread.run_sync(_decide, found, then, now)
+    found = await read_checkpoint(store, checkpoint)
+    then, now = await _read_at_checkpoint(store, found), await _read_current(store, found.run)
+    return await anyio.to_thread.run_sync(_plan, found, then, now)
 
 
-async def prune(store: Store, run: str, keep: int, guards: Sequence[Guard] = ()) -> list[str]:
+async def prune_checkpoints(store: Store, run: str, keep: int, guards: Sequence[Guard] = ()) -> list[str]:
     """Delete the checkpoints of a run that were made by the clock, but for the newest `keep`; return their ids."""
-    by_clock = [one.id for one in await listed(store, run) if one.maker is Maker.CLOCK]
+    by_clock = [one.id for one in await list_checkpoints(store, run) if one.maker is CheckpointOrigin.CLOCK]
     old = by_clock[: max(len(by_clock) - keep, 0)]
-    found = [one for name in old if (one := await store.get(Key(KIND, name))) is not None]
+    found = [one for name in old if (one := await store.get(Key(CHECKPOINT_KIND, name))) is not None]
     with suppress(VersionConflict):  # somebody else is at the same
         if found:
             await store.commit(Commit([Write(one.key, one.version, None) for one in found], (), guards))
@@ -197,39 +197,39 @@ def _checkpoint(found: Document) -> Checkpoint:
     value, run = found.value, found.key.id.rpartition("/")[0]
     return Checkpoint(
         id=found.key.id,
-        run=None if run == WHOLE else run,
+        run=None if run == WHOLE_STORE else run,
         position=value["position"],
         time=found.time,
         reason=value["reason"],
-        maker=Maker(value["maker"]),
+        maker=CheckpointOrigin(value["maker"]),
         status=value["status"],
         phase=value["phase"],
-        sessions=[LiveSession(**one) for one in value["sessions"]],
+        sessions=[CheckpointSession(**one) for one in value["sessions"]],
     )
 
 
 async def _free_key(store: Store, owner: str) -> Key:
     """Return the key behind the newest; one that was deleted is never used again."""
-    taken = [checkpoint_number(one.key) or 0 for one in await store.list(KIND, f"{owner}/")]
+    taken = [checkpoint_number(one.key) or 0 for one in await store.list(CHECKPOINT_KIND, f"{owner}/")]
     number = max(taken, default=0) + 1
-    while await store.history(Key(KIND, f"{owner}/{number}"), 1):
+    while await store.history(Key(CHECKPOINT_KIND, f"{owner}/{number}"), 1):
         number += 1
-    return Key(KIND, f"{owner}/{number}")
+    return Key(CHECKPOINT_KIND, f"{owner}/{number}")
 
 
 async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Document]]:
     """Return the newest position, and what can be turned back as it is there."""
     position = await store.position()
-    for _ in range(_LOOKS):
-        documents = [one for kind in _KEPT for one in await _listed(store, kind, run)]
+    for _ in range(_MAX_READS):
+        documents = [one for kind in _COVERED_KINDS for one in await _listed(store, kind, run)]
         before, position = position, await store.position()
         if before == position:
             return position, {one.key: one for one in documents}
     found = (await store.at(position)).documents
-    return position, {key: one for key, one in found.items() if key.kind in _KEPT and _is_of(one, run)}
+    return position, {key: one for key, one in found.items() if key.kind in _COVERED_KINDS and _is_of(one, run)}
 
 
-async def _present(store: Store, run: str | None) -> Mapping[Key, Document]:
+async def _read_current(store: Store, run: str | None) -> Mapping[Key, Document]:
     """Return what can be turned back as it is now."""
     if run is not None:
         return (await _now(store, run))[1]
@@ -245,10 +245,10 @@ async def _listed(store: Store, kind: str, run: str | None) -> Iterable[Document
     return [*([] if own is None else [own]), *await store.list(kind, f"{run}/")]
 
 
-async def _then(store: Store, checkpoint: Checkpoint) -> Mapping[Key, Document]:
+async def _read_at_checkpoint(store: Store, checkpoint: Checkpoint) -> Mapping[Key, Document]:
     try:
         found = await store.at(checkpoint.position)
-    except HistoryGone as gone:
+    except HistoryCompacted as gone:
         what = (
             f"checkpoint {checkpoint.id} is of position {checkpoint.position}, the state log goes back to {gone.first}"
         )
@@ -257,7 +257,7 @@ async def _then(store: Store, checkpoint: Checkpoint) -> Mapping[Key, Document]:
 
 
 def _is_of(found: Document, run: str | None) -> bool:
-    if run is None or is_of_run(found.key, run):
+    if run is None or is_run_document(found.key, run):
         return True
     return found.key.kind == _NOTE and not found.damaged and found.value.get("run") == run
 
@@ -273,11 +273,11 @@ def _run_of(key: Key) -> str:
     return key.id.partition("/")[0]
 
 
-def _facts(documents: Iterable[Document], run: str | None, is_live: bool) -> JsonObject:
+def _summarize(documents: Iterable[Document], run: str | None, is_live: bool) -> JsonObject:
     phase: Counter[str] = Counter()
     sessions, end, is_halted = [], None, False
     for found in documents:
-        is_known = found.key.kind in {"run", "task"} and not _marked(found).damaged
+        is_known = found.key.kind in {"run", "task"} and not _mark_unreadable(found).damaged
         if found.key.kind == "run":
             document = RunDocument.model_validate_json(found.encoded) if is_known else None
             end = 0.0 if document is None else document.ended
@@ -285,7 +285,7 @@ def _facts(documents: Iterable[Document], run: str | None, is_live: bool) -> Jso
         elif found.key.kind == "task":
             task = TaskDocument.model_validate_json(found.encoded) if is_known else None
             phase["damaged" if task is None else task.status] += 1
-            if task is not None and task.status in _AT_WORK:
+            if task is not None and task.status in _ACTIVE_STATUSES:
                 owner, _, name = found.key.id.partition("/")
                 sessions.append({"run": owner, "task": name, "attempt": task.attempt.number, "status": task.status})
     status = None
@@ -294,14 +294,14 @@ def _facts(documents: Iterable[Document], run: str | None, is_live: bool) -> Jso
     return {"status": status, "phase": dict(phase), "sessions": sessions}
 
 
-def _marked(found: Document) -> Document:
+def _mark_unreadable(found: Document) -> Document:
     """Return a document, as damaged where it can't be read."""
-    return found if flaw_of(found) is None else found._replace(damaged=True)
+    return found if find_document_error(found) is None else found._replace(damaged=True)
 
 
-def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key, Document]) -> Restoration:
+def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key, Document]) -> RestorePlan:
     """Tell what is to be written for all to be as it was `then`, where it can be."""
-    then, now = ({key: _marked(one) for key, one in found.items()} for found in (then, now))
+    then, now = ({key: _mark_unreadable(one) for key, one in found.items()} for found in (then, now))
     writes: list[Write] = []
     left: dict[Key, str] = {}
     runs: dict[str, RunDocument] = {}
@@ -312,10 +312,10 @@ def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[K
         elif then[key].damaged:
             left[key] = _DAMAGED_THEN
         else:
-            judged = {one: _judge(then.get(one), now.get(one)) for one in keys if one != key}
+            judged = {one: _plan_write(then.get(one), now.get(one)) for one in keys if one != key}
             tasks = {one: what for one, what in judged.items() if one.kind == "task"}
             # Tasks of plans since the checkpoint that had sessions stay in the run.
-            staying = [one for one, what in tasks.items() if one not in then and _stays(what)]
+            staying = [one for one, what in tasks.items() if one not in then and _is_preserved(what)]
             as_now = {one.id for one, what in tasks.items() if isinstance(what, str)} | {one.id for one in staying}
             judged |= {one: _BEGUN for one, what in judged.items() if what is not None and _task_of(one) in as_now}
             left |= {one: why for one, why in judged.items() if isinstance(why, str)}
@@ -328,11 +328,11 @@ def _decide(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[K
         if key.kind == _NOTE and key not in now and not note.damaged:
             writes.append(_write(note.value, key, None))
     if checkpoint.run is None:
-        own = [key for key in dict.fromkeys((*then, *now)) if key.kind not in KINDS]
-        found_own = {key: _judge_own(then.get(key), now.get(key)) for key in own}
+        own = [key for key in dict.fromkeys((*then, *now)) if key.kind not in DOCUMENT_KINDS]
+        found_own = {key: _plan_foreign_write(then.get(key), now.get(key)) for key in own}
         left |= {key: why for key, why in found_own.items() if isinstance(why, str)}
         writes += [one for one in found_own.values() if isinstance(one, Write)]
-    return Restoration(checkpoint, writes, left, runs)
+    return RestorePlan(checkpoint, writes, left, runs)
 
 
 _DAMAGED_THEN: Final = "its record of that time is damaged"
@@ -343,28 +343,28 @@ _DAMAGED_NOW: Final = "its record is damaged, what it did since is not known"
 def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
     found: dict[str, list[Key]] = {}
     for key in keys:
-        if key.kind in _TURNED_BACK:
+        if key.kind in _RESTORED_KINDS:
             found.setdefault(_run_of(key), []).append(key)
     return found
 
 
-def _judge(then: Document | None, now: Document | None) -> Write | str | None:
+def _plan_write(then: Document | None, now: Document | None) -> Write | str | None:
     """Return what is to be written of a task or its spec, or why it stays, or None where nothing has changed."""
     if then is None:
         assert now is not None, "a key is of either"  # noqa: S101
-        return _delete(now)
+        return _plan_delete(now)
     if now is not None and (now.version, now.damaged) == (then.version, then.damaged):
         return None
     if then.damaged:
         return _DAMAGED_THEN
     if then.key.kind == "task":
-        return _judge_task(then, now)
+        return _plan_task_write(then, now)
     return (
         None if now is not None and not now.damaged and now.value == then.value else _write(then.value, then.key, now)
     )
 
 
-def _judge_own(then: Document | None, now: Document | None) -> Write | str | None:
+def _plan_foreign_write(then: Document | None, now: Document | None) -> Write | str | None:
     """Return what is to be written of a document that is no kind of ours, or why it stays, or None if it is as then."""
     if any(one is not None and one.expires is not None for one in (then, now)):
         return None  # its time goes on: what it said then is over
@@ -376,30 +376,30 @@ def _judge_own(then: Document | None, now: Document | None) -> Write | str | Non
     return None if is_same else _write(then.value, then.key, now)
 
 
-def _judge_task(then: Document, now: Document | None) -> Write | str | None:
+def _plan_task_write(then: Document, now: Document | None) -> Write | str | None:
     was = TaskDocument.model_validate_json(then.encoded)
     if now is None:
         return _write(was.model_dump(mode="json"), then.key, None)
     if now.damaged:
         return _DAMAGED_NOW
     found = TaskDocument.model_validate_json(now.encoded)
-    after = turn_back(was, found)
+    after = roll_back_task(was, found)
     if isinstance(after, str):
         return after if was != found else None
     return None if after == found else _write(after.model_dump(mode="json"), then.key, now)
 
 
-def _stays(judged: Write | str | None) -> bool:
+def _is_preserved(judged: Write | str | None) -> bool:
     return isinstance(judged, str) or (judged is not None and judged.value is not None)
 
 
-def _delete(now: Document) -> Write | str:
+def _plan_delete(now: Document) -> Write | str:
     """Return what becomes of what was not there: a task that sessions were at stays on record, and is cancelled."""
     if now.key.kind == "task" and not now.damaged:
         task = TaskDocument.model_validate_json(now.encoded)
         if task.status in {TaskStatus.LANDED, TaskStatus.LANDING}:
             return "it has landed, or may have"
-        if task.status in FINAL:
+        if task.status in FINAL_STATUSES:
             return _BEGUN
         if task.attempts:
             over = {"status": TaskStatus.CANCELLED, "reason": "the plan that it was of is undone"}
@@ -416,7 +416,7 @@ def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> Run
     tasks = dict.fromkeys((*document.tasks, *(one.id.partition("/")[2] for one in staying)))
     document = document.model_copy(update={"tasks": tuple(tasks)})
     # Of a task that can't be read the status may be anything.
-    at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(_AT_WORK) for one in now)
+    at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(_ACTIVE_STATUSES) for one in now)
     return document.model_copy(update={"ended": None}) if at_work else document
 
 

@@ -11,14 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
-from orchestrator.domain.documents.conflicts import LeftToPerson, Strategy, Update, by_key, resolve, strategy_named
-from orchestrator.errors import RefusedError, who_and_when
-from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Version, Write
-from orchestrator.state.documents.shapes import flaw_of, readable
-from orchestrator.state.documents.update import ATTEMPTS, Check, retried
+from orchestrator.domain.documents.conflicts import (
+    ConflictStrategy,
+    DocumentUpdate,
+    Unresolved,
+    group_by_key,
+    parse_strategy,
+    resolve_updates,
+)
+from orchestrator.errors import RefusedError, format_author
+from orchestrator.protocols import Commit, Document, DocumentVersion, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.documents.shapes import filter_readable, find_document_error
+from orchestrator.state.documents.update import MAX_ATTEMPTS, ChangeCheck, retry_on_conflict
 
 #: The kind of the documents that hold the conflicts that wait for a person.
-KIND: Final = "conflict"
+CONFLICT_KIND: Final = "conflict"
 
 _MOST_NAMED: Final = 5
 _OF_CANDIDATE: Final = ("time", "writer", "value", "base")
@@ -32,17 +39,17 @@ class Conflict:
     key: Key
     version: int
     """Of the document when the conflict was found; 0: there was none."""
-    candidates: Sequence[Update[Key]]
+    candidates: Sequence[DocumentUpdate[Key]]
 
 
-class Settled(NamedTuple):
+class ConflictResolution(NamedTuple):
     """A conflict that is no more, and the document that it was about: None if it is gone."""
 
     conflict: Conflict
     document: Document | None
 
 
-class Applied(NamedTuple):
+class UpdateResult(NamedTuple):
     """What became of a batch of updates, by the keys of the documents."""
 
     written: Sequence[Key]
@@ -55,13 +62,13 @@ class Applied(NamedTuple):
 
 async def apply_updates(
     store: Store,
-    updates: Sequence[Update[Key]],
-    strategy: str = Strategy.LAST_WRITE_WINS,
+    updates: Sequence[DocumentUpdate[Key]],
+    strategy: str = ConflictStrategy.LAST_WRITE_WINS,
     *,
     guards: Sequence[Guard] = (),
-    check: Check | None = None,
-    attempts: int = ATTEMPTS,
-) -> Applied:
+    check: ChangeCheck | None = None,
+    attempts: int = MAX_ATTEMPTS,
+) -> UpdateResult:
     """Write what updates of any documents amount to, in one commit, and return what became of each document.
 
     More than one update of a document are resolved by the strategy, with an event `state.conflict_resolved` (key,
@@ -72,25 +79,25 @@ async def apply_updates(
     strategy, what `check` raises for what documents would become, and what `Store.commit` raises, with nothing changed:
     also for candidates that are too large together for one document.
     """
-    chosen = strategy_named(strategy)
-    return await retried(partial(_apply, store, by_key(updates), chosen, guards, check), attempts)
+    chosen = parse_strategy(strategy)
+    return await retry_on_conflict(partial(_apply, store, group_by_key(updates), chosen, guards, check), attempts)
 
 
-async def pending(store: Store) -> list[Conflict]:
+async def list_pending(store: Store) -> list[Conflict]:
     """Return the conflicts that wait for a person, the oldest first.
 
     One whose record can't be read is not among them.
     """
-    documents = readable(await store.list(KIND))
+    documents = filter_readable(await store.list(CONFLICT_KIND))
     return [_read(one) for one in sorted(documents, key=lambda one: (one.position, one.key))]
 
 
-async def find(store: Store, name: str, run: str | None = None) -> Conflict:
+async def find_conflict(store: Store, name: str, run: str | None = None) -> Conflict:
     """Return the conflict that is meant by its id, or by the document, `kind/id` or `kind/rest` of a run's.
 
     RefusedError where none is meant, or more than one.
     """
-    found = await pending(store)
+    found = await list_pending(store)
     kind, _, rest = name.partition("/")
     keys = [Key(kind, rest), Key(kind, f"{run}/{rest}")]
     for meant in (
@@ -103,20 +110,20 @@ async def find(store: Store, name: str, run: str | None = None) -> Conflict:
         if meant:
             return meant[0]
     # One that is damaged is not among them, and has its own reason.
-    if await store.get(Key(KIND, name)) is not None:
+    if await store.get(Key(CONFLICT_KIND, name)) is not None:
         raise _damaged(name)
     raise _unknown(name, found)
 
 
-async def settle(
+async def resolve_conflict(
     store: Store,
     conflict: str,
     choice: int | JsonObject,
     *,
     force: bool = False,
     guards: Sequence[Guard] = (),
-    check: Check | None = None,
-    attempts: int = ATTEMPTS,
+    check: ChangeCheck | None = None,
+    attempts: int = MAX_ATTEMPTS,
 ) -> Document | None:
     """Write what a person chose and remove the conflict, in one commit; return the document, None if it is gone.
 
@@ -125,7 +132,7 @@ async def settle(
     for an unknown id or number, what `check` raises, and, unless it is forced, where the document was changed since the
     conflict was found.
     """
-    return await retried(partial(_settle, store, conflict, choice, force, guards, check), attempts)
+    return await retry_on_conflict(partial(_settle, store, conflict, choice, force, guards, check), attempts)
 
 
 class _Step(NamedTuple):
@@ -139,11 +146,11 @@ class _Step(NamedTuple):
 
 async def _apply(
     store: Store,
-    grouped: Mapping[Key, Sequence[Update[Key]]],
-    strategy: Strategy,
+    grouped: Mapping[Key, Sequence[DocumentUpdate[Key]]],
+    strategy: ConflictStrategy,
     guards: Sequence[Guard],
-    check: Check | None,
-) -> Applied:
+    check: ChangeCheck | None,
+) -> UpdateResult:
     steps = {key: await _step(store, key, updates, strategy) for key, updates in grouped.items()}
     writes = [write for step in steps.values() for write in step.writes]
     if check is not None:
@@ -153,41 +160,43 @@ async def _apply(
     events = [step.event for step in steps.values() if step.event is not None]
     if writes or events:
         await store.commit(Commit(writes, events, guards))
-    return Applied(
+    return UpdateResult(
         [key for key, step in steps.items() if step.conflict is None],
         [key for key, step in steps.items() if step.conflict is None and step.event is not None],
         [step.conflict for step in steps.values() if step.conflict is not None],
     )
 
 
-async def _step(store: Store, key: Key, updates: Sequence[Update[Key]], strategy: Strategy) -> _Step:
+async def _step(store: Store, key: Key, updates: Sequence[DocumentUpdate[Key]], strategy: ConflictStrategy) -> _Step:
     found = await store.get(key)
     version = found.version if found else 0
     competing = [*await _unseen(store, key, found, updates), *updates]
     if len(competing) == 1:
         return _Step(found, _replace(key, version, updates[0].value))
-    outcome = resolve(competing, strategy)
+    outcome = resolve_updates(competing, strategy)
     facts = {"key": str(key), "writers": [one.writer for one in sorted(competing, key=lambda one: one.time)]}
-    if isinstance(outcome, LeftToPerson):
+    if isinstance(outcome, Unresolved):
         kept = Conflict(secrets.token_hex(8), key, version, outcome.candidates)
         return _Step(found, [_record(kept)], Event("state.conflict_kept", {**facts, "conflict": kept.id}), kept)
     event = Event("state.conflict_resolved", {**facts, "strategy": str(strategy)})
     return _Step(found, _replace(key, version, outcome.value), event)
 
 
-async def _unseen(store: Store, key: Key, found: Document | None, updates: Sequence[Update[Key]]) -> list[Update[Key]]:
+async def _unseen(
+    store: Store, key: Key, found: Document | None, updates: Sequence[DocumentUpdate[Key]]
+) -> list[DocumentUpdate[Key]]:
     """Return what the document is now as an update, where one of the updates was made without knowing it."""
     bases = [update.base for update in updates if update.base is not None]
     if all(base == (found.version if found else 0) for base in bases):
         return []
     if found is None:
         gone = await _deletion(store, key)
-        return [Update(key, gone.time, gone.by, None)] if gone else []
+        return [DocumentUpdate(key, gone.time, gone.by, None)] if gone else []
     # A value that is not the newest is none that anybody could choose.
-    return [] if found.damaged else [Update(key, found.time, found.by, found.value)]
+    return [] if found.damaged else [DocumentUpdate(key, found.time, found.by, found.value)]
 
 
-async def _deletion(store: Store, key: Key) -> Version | None:
+async def _deletion(store: Store, key: Key) -> DocumentVersion | None:
     """Return the version that deleted a document which is not there; None if it expired, or that is not known."""
     newest = next(iter(await store.history(key, limit=1)), None)
     return newest if newest and newest.value is None and not newest.damaged else None
@@ -201,23 +210,23 @@ def _record(conflict: Conflict) -> Write:
     # That it expects no document makes the id nobody else's: else the commit fails, and the next attempt has another.
     candidates = [{name: getattr(one, name) for name in _OF_CANDIDATE} for one in conflict.candidates]
     value = {"key": list(conflict.key), "version": conflict.version, "candidates": candidates}
-    return Write(Key(KIND, conflict.id), 0, value)
+    return Write(Key(CONFLICT_KIND, conflict.id), 0, value)
 
 
 def _read(document: Document) -> Conflict:
     value = document.value
     key = Key(*value["key"])
-    candidates = tuple(Update(key, **one) for one in value["candidates"])
+    candidates = tuple(DocumentUpdate(key, **one) for one in value["candidates"])
     return Conflict(document.key.id, key, value["version"], candidates)
 
 
 async def _settle(
-    store: Store, name: str, choice: int | JsonObject, force: bool, guards: Sequence[Guard], check: Check | None
+    store: Store, name: str, choice: int | JsonObject, force: bool, guards: Sequence[Guard], check: ChangeCheck | None
 ) -> Document | None:
-    record = await store.get(Key(KIND, name))
+    record = await store.get(Key(CONFLICT_KIND, name))
     if record is None:
-        raise _unknown(name, await pending(store))
-    if record.damaged or flaw_of(record) is not None:
+        raise _unknown(name, await list_pending(store))
+    if record.damaged or find_document_error(record) is not None:
         raise _damaged(name)
     conflict = _read(record)
     value, writer = (choice, None) if isinstance(choice, dict) else _candidate(conflict, choice)
@@ -257,9 +266,9 @@ def _unknown(name: str, waiting: Sequence[Conflict]) -> RefusedError:
 async def _changed(store: Store, conflict: Conflict, found: Document | None) -> RefusedError:
     key, deletion = conflict.key, None if found else await _deletion(store, conflict.key)
     if found:
-        what = f"{key} was changed by {who_and_when(found.by, found.time)}"
+        what = f"{key} was changed by {format_author(found.by, found.time)}"
     elif deletion:
-        what = f"{key} was deleted by {who_and_when(deletion.by, deletion.time)}"
+        what = f"{key} was deleted by {format_author(deletion.by, deletion.time)}"
     else:
         what = f"{key} is gone"
     return RefusedError(

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from orchestrator.errors import VersionConflict
-from orchestrator.protocols import Commit, Compacted, Event, JsonObject, Key, Store, Write
+from orchestrator.protocols import Commit, CompactionResult, Event, JsonObject, Key, Store, Write
 from orchestrator.system.clock import Clock
 
 _MOST_NAMED = 100
 
 
-async def sweep(store: Store, facts: JsonObject) -> Sequence[Key]:
+async def delete_expired(store: Store, facts: JsonObject) -> Sequence[Key]:
     """Delete what has expired, and return its keys.
 
     It was as if it were not there before; from then on it is not even on record as a value. The event `state.swept`
@@ -29,7 +29,7 @@ async def sweep(store: Store, facts: JsonObject) -> Sequence[Key]:
     return ()
 
 
-async def forget_old(store: Store, clock: Clock, age: float | None, size: int, facts: JsonObject) -> Compacted:
+async def compact_log(store: Store, clock: Clock, age: float | None, size: int, facts: JsonObject) -> CompactionResult:
     """Let go of the past that is older than `age` seconds (None: of nothing), or more than `size` bytes of log.
 
     Where anything went, the event `state.compacted` says so, with `facts`.

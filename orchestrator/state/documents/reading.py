@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import anyio
 from pydantic import ValidationError
 
-from orchestrator.errors import HistoryGone, RefusedError
-from orchestrator.protocols import Key, Record, Store
+from orchestrator.errors import HistoryCompacted, RefusedError
+from orchestrator.protocols import CommitRecord, Key, Store
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -25,7 +25,7 @@ _LARGEST_PART: Final = 4096
 _PATIENCE: Final = 2.0
 
 
-async def between(store: Store, after: int, until: int) -> AsyncGenerator[Record]:
+async def read_range(store: Store, after: int, until: int) -> AsyncGenerator[CommitRecord]:
     """Yield the records behind position `after` up to position `until`, or up to the newest where that comes first.
 
     Records that can't be read are missing. Raises HistoryGone where the log does not go back so far.
@@ -42,14 +42,14 @@ async def between(store: Store, after: int, until: int) -> AsyncGenerator[Record
             yield record
 
 
-async def _next(store: Store, records: AsyncGenerator[Record]) -> Record | None:
+async def _next(store: Store, records: AsyncGenerator[CommitRecord]) -> CommitRecord | None:
     """Return the next record of one that is not yet to come; None where it can't be read."""
     with anyio.move_on_after(_PATIENCE if store.damage else math.inf):
         return await anext(records, None)
     return None
 
 
-async def following(store: Store, after: int) -> AsyncGenerator[Record]:
+async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
     """Yield the records behind position `after` as they come; those that the log lets go of meanwhile are missing.
 
     So who was stopped for long, or reads too slowly, goes on. Never ends by itself.
@@ -60,11 +60,11 @@ async def following(store: Store, after: int) -> AsyncGenerator[Record]:
                 async for record in records:
                     after = record.position
                     yield record
-        except HistoryGone as gone:
+        except HistoryCompacted as gone:
             after = gone.first
 
 
-class Tail:
+class LogTail:
     """The log from a position on, read in parts by whoever wants no more than what is there."""
 
     def __init__(self, store: Store, after: int) -> None:
@@ -72,14 +72,14 @@ class Tail:
         self.position = after
         """The last that was read, or is known to be unreadable."""
         self._store = store
-        self._records: AsyncGenerator[Record] | None = None
+        self._records: AsyncGenerator[CommitRecord] | None = None
 
-    async def part(self, until: int, size: int) -> list[Record]:
+    async def part(self, until: int, size: int) -> list[CommitRecord]:
         """Return the next records, at most `size`; none once position `until` or the newest is reached.
 
         Raises HistoryGone where the log does not go back so far.
         """
-        part: list[Record] = []
+        part: list[CommitRecord] = []
         until = min(until, await self._store.position())
         while self.position < until and len(part) < size:
             if self._records is None:
@@ -100,7 +100,7 @@ class Tail:
             await records.aclose()
 
 
-async def backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[Record]]:
+async def read_backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[CommitRecord]]:
     """Yield the records behind position `after` up to `until` in parts, the newest part first, each in the log's order.
 
     What is looked for among the newest is found without reading the rest. Raises HistoryGone behind the last part
@@ -110,8 +110,8 @@ async def backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[
     while after < until:
         start = max(until - size, after)
         try:
-            part = [record async for record in between(store, start, until)]
-        except HistoryGone as error:
+            part = [record async for record in read_range(store, start, until)]
+        except HistoryCompacted as error:
             gone, after = error, error.first
             continue
         yield part
@@ -120,14 +120,14 @@ async def backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[
         raise gone
 
 
-def is_of_run(key: Key, run: str) -> bool:
+def is_run_document(key: Key, run: str) -> bool:
     """Whether a document is one of a run's."""
     if key.kind == "ownership":  # of what, and then whose
         return key.id.partition("/")[2].startswith(f"{run}/")
     return key.id == run or key.id.startswith(f"{run}/") or key == Key("lease", f"run/{run}")
 
 
-def newest_until(times: Iterable[tuple[int, float]], instant: float) -> int | None:
+def find_newest_until(times: Iterable[tuple[int, float]], instant: float) -> int | None:
     """Return the highest of the positions whose time is not later than an instant; None if all are.
 
     Clocks are set back and forth: what counts is the newest commit that says so, whatever those before it say.
@@ -135,28 +135,28 @@ def newest_until(times: Iterable[tuple[int, float]], instant: float) -> int | No
     return max((position for position, time in times if time <= instant), default=None)
 
 
-async def position_at(store: Store, instant: float) -> int:
+async def find_position(store: Store, instant: float) -> int:
     """Return the position of the newest commit that was not written later than an instant (wall-clock seconds).
 
     0 if all were. RefusedError where that is not known because the log does not go back so far.
     """
     try:
-        async with aclosing(backwards(store, await store.position())) as parts:
+        async with aclosing(read_backwards(store, await store.position())) as parts:
             async for part in parts:
-                found = newest_until(((record.position, record.time) for record in part), instant)
+                found = find_newest_until(((record.position, record.time) for record in part), instant)
                 if found is not None:
                     return found
-    except HistoryGone as gone:
+    except HistoryCompacted as gone:
         raise RefusedError(
             "the state log does not go back to that time", f"name a later time, or a position from {gone.first} on"
         ) from None
     return 0
 
 
-def validated(model: TypeAdapter[list[T]], encoded: Sequence[bytes]) -> list[T]:
+def validate_many(model: TypeAdapter[list[T]], encoded: Sequence[bytes]) -> list[T]:
     """Return many documents by one call, which is quick; those that somebody wrote who should not have are left out."""
     try:
         return model.validate_json(b"[" + b",".join(encoded) + b"]")
     except ValidationError as error:
         wrong = {one["loc"][0] for one in error.errors(include_url=False, include_context=False, include_input=False)}
-        return validated(model, [one for place, one in enumerate(encoded) if place not in wrong])
+        return validate_many(model, [one for place, one in enumerate(encoded) if place not in wrong])

@@ -15,33 +15,46 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from orchestrator.domain.documents.times import Instant
-from orchestrator.domain.runs.model import AdapterDocument, Maker, Request, RunDocument, TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import Claim, MergeLease, Orchestrator
-from orchestrator.domain.scheduling.holdings import Holding
+from orchestrator.domain.runs.model import (
+    AdapterDocument,
+    CheckpointOrigin,
+    RunDocument,
+    RunRequest,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
+from orchestrator.domain.scheduling.holdings import PathOwnership
 from orchestrator.domain.sessions.contexts import SessionContext
 from orchestrator.domain.sessions.notes import Note
 from orchestrator.domain.workflow.handoffs import Handoff
-from orchestrator.errors import RefusedError, UnreadableDocument, VersionConflict, mistake_of
-from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Verified, Write
-from orchestrator.state.documents.reading import is_of_run
+from orchestrator.errors import RefusedError, UnreadableDocument, VersionConflict, describe_validation_error
+from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, VerificationReport, Write
+from orchestrator.state.documents.reading import is_run_document
 from orchestrator.state.log.codec import encode_object
 
 #: The kind of the documents that hold named locks.
-LOCK: Final = "rwlock"
+LOCK_KIND: Final = "rwlock"
 
 #: What may be changed by hand of a run; everything else stays as the run was made.
-RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
+EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
 #: What may be changed by hand of a task; everything else is written by the run alone.
-TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
+EDITABLE_TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
 #: The states that a task can be given by hand: all others need work that only a run can record.
-GIVEN: Final = (TaskStatus.PENDING, TaskStatus.FAILED, TaskStatus.CONFLICT, TaskStatus.NO_CHANGE, TaskStatus.CANCELLED)
+MANUAL_STATUSES: Final = (
+    TaskStatus.PENDING,
+    TaskStatus.FAILED,
+    TaskStatus.CONFLICT,
+    TaskStatus.NO_CHANGE,
+    TaskStatus.CANCELLED,
+)
 #: How many versions of a document are searched for one that can be read.
 _DEEP: Final = 1000
 
 _NOT_BY_HAND: Final = "use the command or function that writes it; documents of your own have a kind of your own"
 
 
-_HOLDING = cache(lambda: TypeAdapter(Holding))
+_HOLDING = cache(lambda: TypeAdapter(PathOwnership))
 
 
 class _Stored(BaseModel):
@@ -88,7 +101,7 @@ class _Checkpoint(_Stored):
 
     position: int
     reason: str
-    maker: Maker
+    maker: CheckpointOrigin
     status: str | None
     phase: dict[str, int]
     sessions: list[Session]
@@ -127,10 +140,10 @@ def _run(encoded: bytes) -> RunDocument:
     from orchestrator.domain.workflow.routing import Phase  # noqa: PLC0415
 
     run = RunDocument.model_validate_json(encoded)
-    if run.contradiction is not None:
-        raise ValueError(run.contradiction)
+    if run.inconsistency is not None:
+        raise ValueError(run.inconsistency)
     for config, part in (
-        (model.FenceConfig, run.fence),
+        (model.SandboxConfig, run.fence),
         (model.WorktreesConfig, run.worktrees),
         (model.Retention, run.retention),
         (model.BudgetConfig, run.budget),
@@ -153,8 +166,8 @@ def _run(encoded: bytes) -> RunDocument:
 
 def _task(encoded: bytes) -> TaskDocument:
     task = TaskDocument.model_validate_json(encoded)
-    if task.contradiction is not None:
-        raise ValueError(task.contradiction)
+    if task.inconsistency is not None:
+        raise ValueError(task.inconsistency)
     return task
 
 
@@ -172,7 +185,7 @@ def _lease(key: Key, encoded: bytes) -> object:
 
 def _ownership(key: Key, encoded: bytes) -> object:
     # Else it is the turnstile of a scope.
-    return _HOLDING().validate_python(Holding.from_json(json.loads(encoded))) if "/" in key.id else None
+    return _HOLDING().validate_python(PathOwnership.from_json(json.loads(encoded))) if "/" in key.id else None
 
 
 def checkpoint_number(key: Key) -> int | None:
@@ -197,11 +210,11 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "spec": lambda _, encoded: _spec(encoded),
     "task": lambda _, encoded: _task(encoded),
     "lease": _lease,
-    "orchestrator": _model(Orchestrator),
+    "orchestrator": _model(OrchestratorLease),
     "claim": _model(Claim),
     "adapter": _model(AdapterDocument),
     "cursor": _model(_Cursor),
-    "request": _model(Request),
+    "request": _model(RunRequest),
     "conflict": _model(_Conflict),
     "checkpoint": _checkpoint,
     "import": _model(_Import),
@@ -210,25 +223,25 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "context": _model(SessionContext),
     "handoff": _model(Handoff),
     "shared": _model(_Shared),
-    LOCK: _model(_Locks),
+    LOCK_KIND: _model(_Locks),
     "note": _model(Note),
     "ports": _model(_Ports),
 }
-KINDS: Final = frozenset(_KINDS)
+DOCUMENT_KINDS: Final = frozenset(_KINDS)
 
 
-class Unreadable(NamedTuple):
+class DocumentError(NamedTuple):
     """A document of ours that can't be read, and why."""
 
     key: Key
-    flaw: str
+    reason: str
 
     def error(self) -> UnreadableDocument:
         """Return the error that names it."""
-        return UnreadableDocument(str(self.key), self.flaw)
+        return UnreadableDocument(str(self.key), self.reason)
 
 
-def flaw_of(found: Document) -> str | None:
+def find_document_error(found: Document) -> str | None:
     """Return why a document of ours can't be read; None if it can, or is of another kind, or damaged in the log."""
     return None if found.damaged else _flaw(found.key, found.encoded)
 
@@ -240,7 +253,7 @@ def _flaw(key: Key, encoded: bytes) -> str | None:
     try:
         read(key, encoded)
     except ValidationError as error:
-        return mistake_of(error)
+        return describe_validation_error(error)
     except ValueError as error:
         return str(error)
     except (KeyError, TypeError, AttributeError) as error:
@@ -250,36 +263,36 @@ def _flaw(key: Key, encoded: bytes) -> str | None:
 
 def is_readable(found: Document) -> bool:
     """Whether a document's newest value can be read."""
-    return not found.damaged and flaw_of(found) is None
+    return not found.damaged and find_document_error(found) is None
 
 
-def readable(found: Sequence[Document]) -> Iterator[Document]:
+def filter_readable(found: Sequence[Document]) -> Iterator[Document]:
     """Yield the documents that can be read."""
     return filter(is_readable, found)
 
 
-async def find_unreadable(store: Store, run: str | None = None) -> list[Unreadable]:
+async def find_unreadable(store: Store, run: str | None = None) -> list[DocumentError]:
     """Return the documents of ours that can't be read, those of one run or all, by key."""
-    listed = [one for kind in sorted(KINDS) for one in await store.list(kind)]
-    own = [one for one in listed if run is None or is_of_run(one.key, run)]
-    return [Unreadable(one.key, flaw) for one in own if (flaw := flaw_of(one)) is not None]
+    listed = [one for kind in sorted(DOCUMENT_KINDS) for one in await store.list(kind)]
+    own = [one for one in listed if run is None or is_run_document(one.key, run)]
+    return [DocumentError(one.key, flaw) for one in own if (flaw := find_document_error(one)) is not None]
 
 
-async def verified(store: Store) -> Verified:
+async def verify_store(store: Store) -> VerificationReport:
     """Verify a store's log, and that each of our documents can be read."""
     found = await store.verify()
-    unreadable = {one.key: one.flaw for one in await find_unreadable(store)}
+    unreadable = {one.key: one.reason for one in await find_unreadable(store)}
     return replace(found, unreadable=unreadable)
 
 
-async def restore_readable(store: Store, keys: Sequence[Key]) -> None:
+async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
     """Give documents their newest value that can be read; delete those that never had one.
 
     What can't be read stays as an earlier version (`council state history`). Each is an event `state.repaired`.
     """
     for key in keys:
         found = await store.get(key)
-        if found is None or flaw_of(found) is None:
+        if found is None or find_document_error(found) is None:
             continue
         known = (one.value for one in await store.history(key, _DEEP) if not one.damaged)
         value = next((one for one in known if one is not None and _flaw(key, encode_object(key, one)) is None), None)
@@ -293,7 +306,7 @@ async def restore_readable(store: Store, keys: Sequence[Key]) -> None:
             continue
 
 
-def check_change(key: Key, found: Document | None, value: JsonObject | None) -> None:
+def check_manual_change(key: Key, found: Document | None, value: JsonObject | None) -> None:
     """Refuse (RefusedError) a change by hand that would keep a document of ours from being read; None deletes.
 
     InvalidDocument for a value that no store takes.
@@ -301,13 +314,13 @@ def check_change(key: Key, found: Document | None, value: JsonObject | None) -> 
     Documents of kinds that are not ours can become anything. Of ours, those of runs and tasks can be changed, in the
     fields that are for people; all others are written by commands and functions alone.
     """
-    if key.kind not in KINDS:
+    if key.kind not in DOCUMENT_KINDS:
         return
     before = None if found is None else found.value
     encoded = None if value is None else encode_object(key, value)
     if before == value:
         return
-    fields = {"run": RUN_FIELDS, "task": TASK_FIELDS}.get(key.kind)
+    fields = {"run": EDITABLE_RUN_FIELDS, "task": EDITABLE_TASK_FIELDS}.get(key.kind)
     if fields is None:
         raise RefusedError(f"{key} is written by council alone", _NOT_BY_HAND)
     if value is None or encoded is None:
@@ -318,7 +331,7 @@ def check_change(key: Key, found: Document | None, value: JsonObject | None) -> 
         remedy = "`council run` makes runs and their tasks; documents of your own have a kind of your own"
         what = "is damaged in the log" if found else "is not there"
         raise RefusedError(f"{key} {what}", "`council state verify --repair` first" if found else remedy)
-    if (flaw := flaw_of(found)) is not None:  # nobody can say which of its fields would change
+    if (flaw := find_document_error(found)) is not None:  # nobody can say which of its fields would change
         raise UnreadableDocument(str(key), flaw)
     _check_known(key, value)
     if (flaw := _flaw(key, encoded)) is not None:
@@ -343,9 +356,9 @@ def _check_fields(key: Key, before: JsonObject, value: JsonObject, fields: froze
     if fixed:
         what = f"{fixed[0]!r} of {key} is written by the run alone"
         raise RefusedError(what, f"{', '.join(sorted(fields))} can be changed by hand, and `extra` holds any value")
-    if key.kind == "task" and "status" in changed and value["status"] not in GIVEN:
+    if key.kind == "task" and "status" in changed and value["status"] not in MANUAL_STATUSES:
         what = f"{key} can't be {value['status']} by hand: the run records that with the work"
-        raise RefusedError(what, f"write one of {', '.join(GIVEN)}; or note what you know under `extra`")
+        raise RefusedError(what, f"write one of {', '.join(MANUAL_STATUSES)}; or note what you know under `extra`")
 
 
 def _defaults(key: Key) -> Mapping[str, Any]:

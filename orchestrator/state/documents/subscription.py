@@ -10,7 +10,7 @@ from typing import NamedTuple
 from orchestrator.protocols import JsonObject, Key, Store
 
 
-class Changed(NamedTuple):
+class DocumentChange(NamedTuple):
     """A new version of a document; `value` is None if it was deleted."""
 
     key: Key
@@ -21,7 +21,7 @@ class Changed(NamedTuple):
     by: str
 
 
-async def subscribe(store: Store, pattern: str, after: int | None = None) -> AsyncGenerator[Changed]:
+async def subscribe(store: Store, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
     """Yield each new version of the documents whose name, `kind/id`, matches a pattern of fnmatch(3), as it comes.
 
     `*` stands for any characters, `/` too. It begins behind the position `after`: 0 is from the first that the log
@@ -32,4 +32,4 @@ async def subscribe(store: Store, pattern: str, after: int | None = None) -> Asy
         async for record in records:
             for key, (version, value) in record.documents.items():
                 if fnmatchcase(str(key), pattern):
-                    yield Changed(key, version, value, record.position, record.time, record.by)
+                    yield DocumentChange(key, version, value, record.position, record.time, record.by)

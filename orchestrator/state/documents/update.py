@@ -11,17 +11,17 @@ from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 
 #: How often an update is tried at all.
-ATTEMPTS: Final = 5
+MAX_ATTEMPTS: Final = 5
 #: Seconds: the longest pause behind the first attempt; it doubles with each, up to the second number.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 
 #: Refuses (RefusedError) what a document must not become; None deletes.
-Check = Callable[[Key, Document | None, JsonObject | None], None]
+ChangeCheck = Callable[[Key, Document | None, JsonObject | None], None]
 
 T = TypeVar("T")
 
 
-async def update(
+async def update_document(
     store: Store,
     key: Key,
     change: Callable[[JsonObject | None], JsonObject | None],
@@ -30,8 +30,8 @@ async def update(
     ttl: float | None = None,
     events: Sequence[Event] = (),
     guards: Sequence[Guard] = (),
-    attempts: int = ATTEMPTS,
-    check: Check | None = None,
+    attempts: int = MAX_ATTEMPTS,
+    check: ChangeCheck | None = None,
 ) -> Document | None:
     """Replace a document's value by what `change` makes of it; return the document after that, None if it is gone.
 
@@ -42,10 +42,12 @@ async def update(
     `check` raises for the change is raised, with nothing written.
     """
     tries = 1 if expected_version is not None else attempts
-    return await retried(lambda: _try(store, key, change, expected_version, ttl, events, guards, check), tries)
+    return await retry_on_conflict(
+        lambda: _try(store, key, change, expected_version, ttl, events, guards, check), tries
+    )
 
 
-async def retried(attempt: Callable[[], Awaitable[T]], attempts: int = ATTEMPTS) -> T:
+async def retry_on_conflict(attempt: Callable[[], Awaitable[T]], attempts: int = MAX_ATTEMPTS) -> T:
     """Return what `attempt` returns, which reads and commits, and does both anew where somebody else was faster.
 
     Before each new attempt is a random pause that grows exponentially; the VersionConflict of the last one is raised.
@@ -69,7 +71,7 @@ async def _try(
     ttl: float | None,
     events: Sequence[Event],
     guards: Sequence[Guard],
-    check: Check | None,
+    check: ChangeCheck | None,
 ) -> Document | None:
     found = await store.get(key)
     version = found.version if found else 0

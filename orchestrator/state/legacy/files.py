@@ -14,16 +14,16 @@ from typing import Any, Final
 import orjson
 
 from orchestrator.domain.runs.legacy import (
-    NotUnderstood,
-    Session,
-    instant,
-    joined,
-    session,
-    sessions_in,
-    task_fields,
+    LegacySession,
+    UnknownLayout,
+    merge_layouts,
+    merge_task_states,
+    parse_session,
+    parse_sessions,
+    parse_task_fields,
+    parse_time,
+    read_version,
     task_name,
-    version_of,
-    with_states,
 )
 from orchestrator.project import LEGACY_FILE, LEGACY_TREE, Project
 from orchestrator.system import untrusted_files
@@ -41,7 +41,7 @@ _VERSION_FILE = re.compile(r"v(\d{1,15})\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class LegacySource:
     """A file or a folder that was read: by its name in the project."""
 
     path: str
@@ -54,7 +54,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class LegacyProblem:
     """A file that could not be imported as it is, why, and where a copy of it is kept (None: nowhere)."""
 
     path: str
@@ -63,23 +63,23 @@ class Problem:
 
 
 @dataclass(slots=True)
-class Found:
+class LegacyFiles:
     """What was read."""
 
-    sessions: list[Session] = field(default_factory=list)
+    sessions: list[LegacySession] = field(default_factory=list)
     written: dict[str, float] = field(default_factory=dict)
     """When files were last written, by their names."""
-    sources: list[Source] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    sources: list[LegacySource] = field(default_factory=list)
+    problems: list[LegacyProblem] = field(default_factory=list)
 
 
-def read_layouts(project: Project) -> Found:
+def read_legacy_files(project: Project) -> LegacyFiles:
     """Read both layouts; what is newer counts where they say different things. Blocks."""
-    found = Found()
+    found = LegacyFiles()
     reader = _Reader(project, found)
     older = _read_file(reader)
     newer = _read_tree(reader)
-    found.sessions = joined(older, newer)
+    found.sessions = merge_layouts(older, newer)
     if len(found.sessions) > MAX_SESSIONS:
         beyond = found.sessions[MAX_SESSIONS]
         reader.problem(
@@ -98,7 +98,7 @@ def read_layouts(project: Project) -> Found:
     return found
 
 
-def _read_file(reader: _Reader) -> list[Session]:
+def _read_file(reader: _Reader) -> list[LegacySession]:
     data = reader.read(LEGACY_FILE)
     if data is None:
         return []
@@ -106,27 +106,27 @@ def _read_file(reader: _Reader) -> list[Session]:
     version, sessions = None, []
     try:
         state = _decoded(data)
-        version, sessions = version_of(state), sessions_in(state, LEGACY_FILE, faults)
+        version, sessions = read_version(state), parse_sessions(state, LEGACY_FILE, faults)
     except ValueError as error:
         faults.append(str(error))
     if faults:
         reader.problem(LEGACY_FILE, _together(faults), data)
     if sessions or not faults:
         digest = hashlib.sha256(data).hexdigest()
-        reader.found.sources.append(Source(LEGACY_FILE, version, 1, len(data), digest))
+        reader.found.sources.append(LegacySource(LEGACY_FILE, version, 1, len(data), digest))
     return sessions
 
 
-def _read_tree(reader: _Reader) -> list[Session]:
+def _read_tree(reader: _Reader) -> list[LegacySession]:
     lost: list[str] = []
-    sessions: list[Session] = []
+    sessions: list[LegacySession] = []
     for path in reader.names(f"{LEGACY_TREE}/sessions", ".json"):
         stem = path.rpartition("/")[2].removesuffix(".json")
         faults: list[str] = []
         data = reader.read(path)
         try:
             if data is not None:
-                sessions.append(session(_decoded(data), path, stem, faults))
+                sessions.append(parse_session(_decoded(data), path, stem, faults))
         except ValueError as error:
             faults.append(str(error))
             lost.append(stem)
@@ -141,8 +141,8 @@ def _read_tree(reader: _Reader) -> list[Session]:
     if reader.digests:
         lines = "".join(f"{name} {digest}\n" for name, digest in sorted(reader.digests.items()))
         digest = hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
-        reader.found.sources.append(Source(LEGACY_TREE, None, len(reader.digests), reader.total, digest))
-    return with_states(sessions, states, LEGACY_TREE)
+        reader.found.sources.append(LegacySource(LEGACY_TREE, None, len(reader.digests), reader.total, digest))
+    return merge_task_states(sessions, states, LEGACY_TREE)
 
 
 def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
@@ -167,20 +167,20 @@ def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
     return None
 
 
-def _from_checkpoints(reader: _Reader, lost: Sequence[str], states: dict[str, Any]) -> list[Session]:
+def _from_checkpoints(reader: _Reader, lost: Sequence[str], states: dict[str, Any]) -> list[LegacySession]:
     """Return the sessions that can't be read as their newest checkpoints have them."""
     newest: dict[str, tuple[float, str, dict[str, Any]]] = {}
     for path in reader.names(f"{LEGACY_TREE}/checkpoints", ".json") if lost else ():
         with suppress(ValueError):
             if (data := reader.read(path)) is not None:
                 found = _object(data)
-                of, time = found.get("session_id"), instant(found.get("timestamp")) or 0.0
+                of, time = found.get("session_id"), parse_time(found.get("timestamp")) or 0.0
                 if isinstance(of, str) and of in lost and (of not in newest or time > newest[of][0]):
                     newest[of] = time, path, found
     sessions = []
     for of, (_, path, found) in newest.items():
-        with suppress(NotUnderstood):
-            sessions.append(session(found.get("session_state"), path, of, []))
+        with suppress(UnknownLayout):
+            sessions.append(parse_session(found.get("session_state"), path, of, []))
             then = found.get("task_states")
             for task, state in then.items() if isinstance(then, dict) else ():
                 if isinstance(state, dict):
@@ -192,13 +192,13 @@ def _decoded(data: bytes) -> Any:
     try:
         return orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
-        raise NotUnderstood(f"it is no JSON: {error}" if data.strip() else "it is empty") from None
+        raise UnknownLayout(f"it is no JSON: {error}" if data.strip() else "it is empty") from None
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    value = task_fields(_decoded(data))
+    value = parse_task_fields(_decoded(data))
     if not value:
-        raise NotUnderstood("it is no object with fields")
+        raise UnknownLayout("it is no object with fields")
     return dict(value)
 
 
@@ -210,7 +210,7 @@ def _together(faults: Sequence[str]) -> str:
 class _Reader:
     """Reads files of a project that may hold anything: within bounds, and no link out of it is followed."""
 
-    def __init__(self, project: Project, found: Found) -> None:
+    def __init__(self, project: Project, found: LegacyFiles) -> None:
         self._project, self.found = project, found
         self._top = project.top.resolve()
         self.digests: dict[str, str] = {}
@@ -223,7 +223,7 @@ class _Reader:
             data, changed = self._load(name)
         except FileNotFoundError:
             return None
-        except (OSError, RuntimeError, NotUnderstood) as error:  # the second of links in a circle
+        except (OSError, RuntimeError, UnknownLayout) as error:  # the second of links in a circle
             self.problem(name, _why(error), None)
             return None
         if name != LEGACY_FILE:
@@ -236,16 +236,16 @@ class _Reader:
         with os.fdopen(untrusted_files.open_file(self._top, self._real(name)), "rb") as file:
             facts = os.fstat(file.fileno())
             if facts.st_size > MAX_FILE:
-                raise NotUnderstood(f"its {facts.st_size} bytes are more than {MAX_FILE}")
+                raise UnknownLayout(f"its {facts.st_size} bytes are more than {MAX_FILE}")
             if self.total + facts.st_size > MAX_TREE:
-                raise NotUnderstood(f"the files before it have {MAX_TREE} bytes together, which is enough")
+                raise UnknownLayout(f"the files before it have {MAX_TREE} bytes together, which is enough")
             return file.read(facts.st_size), facts.st_mtime
 
     def _real(self, name: str) -> str:
         """Return the path that links lead to now, beneath the top; nothing is opened but through `beneath`."""
         real = (self._project.top / name).resolve(strict=True)
         if not real.is_relative_to(self._top):
-            raise NotUnderstood("a link leads out of the project")
+            raise UnknownLayout("a link leads out of the project")
         return str(real.relative_to(self._top))
 
     def names(self, folder: str, ending: str) -> list[str]:
@@ -255,7 +255,7 @@ class _Reader:
                 found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208
         except (FileNotFoundError, NotADirectoryError):
             return []
-        except (OSError, RuntimeError, NotUnderstood) as error:
+        except (OSError, RuntimeError, UnknownLayout) as error:
             self.problem(folder, _why(error), None)
             return []
         if len(found) > MAX_FILES:
@@ -264,7 +264,7 @@ class _Reader:
 
     def problem(self, name: str, reason: str, data: bytes | None) -> None:
         """Note what is wrong with a file, and keep a copy of what it holds."""
-        self.found.problems.append(Problem(_text(name), reason, None if data is None else self._copy(name, data)))
+        self.found.problems.append(LegacyProblem(_text(name), reason, None if data is None else self._copy(name, data)))
 
     def _copy(self, name: str, data: bytes) -> str | None:
         folder = self._project.legacy

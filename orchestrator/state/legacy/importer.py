@@ -15,16 +15,16 @@ from typing import Any, Final
 import anyio.to_thread
 import orjson
 
-from orchestrator.domain.runs.legacy import Imported, documents
+from orchestrator.domain.runs.legacy import ConvertedSession, convert_session
 from orchestrator.errors import CouncilError
-from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE, Project, was_imported
+from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE, Project, is_import_complete
 from orchestrator.protocols import Commit, Event, Key, Store, Write
-from orchestrator.state.documents.update import retried
-from orchestrator.state.legacy.files import Found, Problem, Source, read_layouts
+from orchestrator.state.documents.update import retry_on_conflict
+from orchestrator.state.legacy.files import LegacyFiles, LegacyProblem, LegacySource, read_legacy_files
 from orchestrator.system.failpoints import failpoint
 
 #: The kind of the documents that hold the originals of runs and tasks that were imported.
-KIND: Final = "imported"
+IMPORTED_KIND: Final = "imported"
 
 _WRITES: Final = 1000  # of one commit
 _BYTES: Final = 8 << 20  # the same, roughly
@@ -34,13 +34,13 @@ _MOST_TOLD: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Import:
+class ImportResult:
     """What was imported, and what could not be."""
 
-    sources: Sequence[Source]
+    sources: Sequence[LegacySource]
     runs: Sequence[str]
     tasks: int
-    problems: Sequence[Problem]
+    problems: Sequence[LegacyProblem]
 
     def notices(self) -> Iterator[str]:
         """Yield what a person is told of it."""
@@ -56,42 +56,44 @@ class Import:
             yield f"Nor are {len(self.problems) - _MOST_TOLD} more: `council state log` has them."
 
 
-async def import_into(store: Store, project: Project, now: float) -> list[str]:
+async def import_legacy_state(store: Store, project: Project, now: float) -> list[str]:
     """Import what there is, at `now` (wall-clock seconds), and return what a person is to be told. Raises nothing.
 
     What stands in the way of an import is told, too, and then it is due again.
     """
     try:
-        found = await anyio.to_thread.run_sync(read_layouts, project)
+        found = await anyio.to_thread.run_sync(read_legacy_files, project)
         runs = await anyio.to_thread.run_sync(_convert, found, project, now)
-        done = await retried(partial(_commit, store, runs, found))
+        done = await retry_on_conflict(partial(_commit, store, runs, found))
     except Exception as error:  # noqa: BLE001  files of others, whatever is in them: nobody's command fails for it
         with suppress(CouncilError):
-            await _remember(store)
+            await _record_pending_import(store)
         why = str(error) if isinstance(error, CouncilError | OSError) else f"{type(error).__name__}: {error}"
         return [f"Nothing was imported from {LEGACY_FILE} and {LEGACY_TREE}: {why}. The next command tries again."]
     return [] if done is None else list(done.notices())
 
 
-async def _remember(store: Store) -> None:
+async def _record_pending_import(store: Store) -> None:
     """Record that an import is due, for stores in which something else comes first."""
     if await store.get(LEGACY_RECORD) is None:
         await store.commit(Commit([Write(LEGACY_RECORD, 0, {"is_complete": False})]))
 
 
-def _convert(found: Found, project: Project, now: float) -> list[Imported]:
+def _convert(found: LegacyFiles, project: Project, now: float) -> list[ConvertedSession]:
     place = {"top": str(project.top), "hub": str(project.legacy)}
-    return [documents(one, **place, written=found.written.get(one.source, now), now=now) for one in found.sessions]
+    return [
+        convert_session(one, **place, written=found.written.get(one.source, now), now=now) for one in found.sessions
+    ]
 
 
-async def _commit(store: Store, runs: Sequence[Imported], found: Found) -> Import | None:
+async def _commit(store: Store, runs: Sequence[ConvertedSession], found: LegacyFiles) -> ImportResult | None:
     """Write what is not there yet; None where somebody else has done that already."""
     record = await store.get(LEGACY_RECORD)
-    if record is not None and was_imported(record):
+    if record is not None and is_import_complete(record):
         return None
     version = record.version if record is not None else 0
     problems = found.problems[:_MOST_RECORDED]
-    done = Import(found.sources, [one.run.id for one in runs], sum(len(one.tasks) for one in runs), problems)
+    done = ImportResult(found.sources, [one.run.id for one in runs], sum(len(one.tasks) for one in runs), problems)
     parts = list(_parts(runs)) or [[]]
     for number, part in enumerate(parts, 1):
         is_complete = number == len(parts)
@@ -116,7 +118,7 @@ def _imported(run: dict[str, Any]) -> Event:
     return Event("run.imported", facts)
 
 
-def _damaged(one: Problem) -> Event:
+def _damaged(one: LegacyProblem) -> Event:
     return Event("legacy.damaged", {"path": one.path, "reason": one.reason, "copy": one.copy})
 
 
@@ -127,7 +129,7 @@ async def _needed(store: Store, key: Key, value: dict[str, Any]) -> Write | None
     return Write(key, found.version if found else 0, value)
 
 
-def _parts(runs: Iterable[Imported]) -> Iterator[list[tuple[Key, dict[str, Any]]]]:
+def _parts(runs: Iterable[ConvertedSession]) -> Iterator[list[tuple[Key, dict[str, Any]]]]:
     """Yield all documents in parts that fit a commit each, a run behind all that is of it."""
     part: list[tuple[Key, dict[str, Any]]] = []
     size = 0
@@ -142,10 +144,10 @@ def _parts(runs: Iterable[Imported]) -> Iterator[list[tuple[Key, dict[str, Any]]
         yield part
 
 
-def _documents(one: Imported) -> Iterator[tuple[Key, dict[str, Any]]]:
+def _documents(one: ConvertedSession) -> Iterator[tuple[Key, dict[str, Any]]]:
     run = one.run.id
     for task, document in one.tasks.items():
         yield Key("task", f"{run}/{task}"), document.model_dump(mode="json")
-        yield Key(KIND, f"{run}/{task}"), dict(one.originals[task])
-    yield Key(KIND, run), dict(one.original)
+        yield Key(IMPORTED_KIND, f"{run}/{task}"), dict(one.originals[task])
+    yield Key(IMPORTED_KIND, run), dict(one.original)
     yield Key("run", run), one.run.model_dump(mode="json")

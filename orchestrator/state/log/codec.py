@@ -21,7 +21,16 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from orchestrator.errors import InvalidDocument
-from orchestrator.protocols import Commit, DumpedCommit, DumpedDocument, Event, Guard, Key, Record, Version
+from orchestrator.protocols import (
+    Commit,
+    CommitRecord,
+    DocumentVersion,
+    DumpedCommit,
+    DumpedDocument,
+    Event,
+    Guard,
+    Key,
+)
 
 MAX_DOCUMENT_BYTES: Final = 4 << 20
 MAX_COMMIT_BYTES: Final = 64 << 20
@@ -40,7 +49,7 @@ _CHECKED_FROM: Final = 9  # behind the head's own checksum
 _CHECKSUM_BYTES: Final = 10  # of the payload, with a space on each side
 
 
-class Change(NamedTuple):
+class LineChange(NamedTuple):
     """What a header says of a document: its new version, and its value's length in bytes (0: deleted)."""
 
     key: Key
@@ -70,12 +79,12 @@ class EncodedCommit:
     durable: bool
 
 
-class Line(NamedTuple):
+class LogLine(NamedTuple):
     """A commit with its place in the log. `payload` is empty where its bytes are damaged."""
 
     position: int
     time: float
-    changes: Sequence[Change]
+    changes: Sequence[LineChange]
     payload: bytes
     by: str = ""
     durable: int = 0
@@ -87,29 +96,29 @@ class Line(NamedTuple):
         return not self.payload
 
 
-class Decoded(NamedTuple):
+class DecodedLine(NamedTuple):
     """A line whose header is good, ending before offset `end`; `terminator` is what stands for its newline."""
 
     end: int
-    line: Line
+    line: LogLine
     terminator: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableBytes:
     """Bytes up to offset `end` that are no line; what they were is not known."""
 
     end: int
 
 
 @dataclass(frozen=True, slots=True)
-class Incomplete:
+class IncompleteLine:
     """The beginning of a line, the rest of which is not (or not yet) there."""
 
     end: int
 
 
-Scanned = Decoded | Unreadable | Incomplete
+ScanResult = DecodedLine | UnreadableBytes | IncompleteLine
 
 
 def encode_commit(commit: Commit) -> EncodedCommit:
@@ -135,7 +144,7 @@ def _payload(values: Sequence[bytes], events: Sequence[Event]) -> bytes:
     return payload
 
 
-def encode_line(line: Line) -> bytes:
+def encode_line(line: LogLine) -> bytes:
     """Return the bytes of an undamaged line, newline included."""
     header = orjson.dumps(
         {
@@ -150,12 +159,12 @@ def encode_line(line: Line) -> bytes:
     return b"%08x %b %08x %b\n" % (zlib.crc32(head), head, zlib.crc32(line.payload), line.payload)
 
 
-def _columns(change: Change) -> tuple[Any, ...]:
+def _columns(change: LineChange) -> tuple[Any, ...]:
     columns = (*change.key, change.version, change.length, change.previous)
     return columns if change.expires is None else (*columns, change.expires)
 
 
-def scan(data: bytes, offset: int) -> Scanned:
+def scan(data: bytes, offset: int) -> ScanResult:
     """Return what stands in `data` at `offset`, which must lie inside it; never raises on damage.
 
     Encoded lines hold no newline but their last byte: what begins like a line but runs into the end of `data`
@@ -165,22 +174,22 @@ def scan(data: bytes, offset: int) -> Scanned:
     header = None if head is None else _good_header(data, head)
     if head is None or header is None:
         if data.find(b"\n", offset) < 0:
-            return Incomplete(len(data))
-        return Unreadable(_resync(data, offset))
+            return IncompleteLine(len(data))
+        return UnreadableBytes(_resync(data, offset))
     header_end = offset + _HEAD_BYTES + len(header)
     payload_start = header_end + _CHECKSUM_BYTES
     end = payload_start + int(head[3], 16)
     payload, terminator = data[payload_start:end], data[end : end + 1]
     if len(data) < end and data.find(b"\n", header_end) < 0:
-        return Incomplete(len(data))
+        return IncompleteLine(len(data))
     if data[header_end:payload_start] == b" %08x " % zlib.crc32(payload):
-        return Decoded(end + len(terminator), _line(header, payload), terminator)
+        return DecodedLine(end + len(terminator), _line(header, payload), terminator)
     # The length is trusted only if a newline stands where it says; else bytes were lost, not changed.
     next_line = end + 1 if terminator == b"\n" else _resync(data, header_end)
-    return Decoded(next_line, _line(header, b""), b"\n")
+    return DecodedLine(next_line, _line(header, b""), b"\n")
 
 
-def never_durable(data: bytes, offset: int, position: int) -> int | None:
+def find_never_durable(data: bytes, offset: int, position: int) -> int | None:
     """Return where in `data` begins what can't be read and was never known to be durable, None if nothing is so.
 
     `offset` is behind the commit at `position`. When a machine loses its power, bytes that were not durable yet may be
@@ -189,7 +198,7 @@ def never_durable(data: bytes, offset: int, position: int) -> int | None:
     start = None
     while offset < len(data):
         item = scan(data, offset)
-        if not isinstance(item, Decoded) or item.line.is_damaged:
+        if not isinstance(item, DecodedLine) or item.line.is_damaged:
             start = offset if start is None else start
         elif start is None or item.line.position == position + 1 or item.line.durable > position:
             start, position = None, item.line.position
@@ -197,7 +206,7 @@ def never_durable(data: bytes, offset: int, position: int) -> int | None:
     return start
 
 
-def values(line: Line) -> Iterator[tuple[Change, bytes | None]]:
+def iter_values(line: LogLine) -> Iterator[tuple[LineChange, bytes | None]]:
     """Yield each change of an undamaged line with its encoded value (None: deleted)."""
     start = len("[[")
     for change in line.changes:
@@ -208,64 +217,64 @@ def values(line: Line) -> Iterator[tuple[Change, bytes | None]]:
         start += change.length + len(",")
 
 
-def thinned_line(line: Line, keys: Collection[Key]) -> Line:
+def prune_line(line: LogLine, keys: Collection[Key]) -> LogLine:
     """Return an undamaged line with the changes of some documents only, and with its events."""
-    kept = [(change, value) for change, value in values(line) if change.key in keys]
+    kept = [(change, value) for change, value in iter_values(line) if change.key in keys]
     payload = b"[[%b],%b]" % (b",".join(value for _, value in kept if value is not None), _events(line))
     return line._replace(changes=tuple(change for change, _ in kept), payload=payload)
 
 
-def known_of(line: Line) -> Line:
+def without_damaged_payload(line: LogLine) -> LogLine:
     """Return what a line tells for certain, as one that is undamaged: of a damaged one, which documents it deleted."""
     if not line.is_damaged:
         return line
     return line._replace(changes=tuple(one for one in line.changes if one.length == 0), payload=_payload((), ()))
 
 
-def to_dumped(line: Line) -> DumpedCommit:
+def to_dumped(line: LogLine) -> DumpedCommit:
     """Return an undamaged line as another store takes it."""
     documents = tuple(
         DumpedDocument(change.key, change.version, value, change.expires, change.previous)
-        for change, value in values(line)
+        for change, value in iter_values(line)
     )
     events = tuple(Event(*event) for event in json.loads(_events(line)))
     return DumpedCommit(line.position, line.time, line.by, documents, events)
 
 
-def from_dumped(commit: DumpedCommit) -> Line:
+def from_dumped(commit: DumpedCommit) -> LogLine:
     """Return the line of a commit of another store. Raises InvalidDocument for names and events that none can hold."""
     _check_keys([one.key for one in commit.documents])
     changes = tuple(
-        Change(one.key, one.version, len(one.encoded or b""), one.previous, one.expires) for one in commit.documents
+        LineChange(one.key, one.version, len(one.encoded or b""), one.previous, one.expires) for one in commit.documents
     )
     payload = _payload([one.encoded for one in commit.documents if one.encoded is not None], commit.events)
-    return Line(commit.position, commit.time, changes, payload, commit.by)
+    return LogLine(commit.position, commit.time, changes, payload, commit.by)
 
 
-def _events(line: Line) -> bytes:
+def _events(line: LogLine) -> bytes:
     """Return the events of an undamaged line, encoded."""
     lengths = [change.length for change in line.changes if change.length]
     return line.payload[len("[[") + sum(lengths) + max(len(lengths) - 1, 0) + len("],") : -len("]")]
 
 
-def to_record(line: Line) -> Record:
+def to_record(line: LogLine) -> CommitRecord:
     """Return what a follower gets to see of a line."""
     if line.is_damaged:
         deleted = {change.key: (change.version, None) for change in line.changes if change.length == 0}
         lost = [change.key for change in line.changes if change.length]
-        return Record(line.position, line.time, deleted, (), lost, line.by)
+        return CommitRecord(line.position, line.time, deleted, (), lost, line.by)
     found, events = json.loads(line.payload)
     remaining = iter(found)
     documents = {change.key: (change.version, next(remaining) if change.length else None) for change in line.changes}
-    return Record(line.position, line.time, documents, tuple(Event(*event) for event in events), (), line.by)
+    return CommitRecord(line.position, line.time, documents, tuple(Event(*event) for event in events), (), line.by)
 
 
-def to_version(line: Line, key: Key) -> Version:
+def to_version(line: LogLine, key: Key) -> DocumentVersion:
     """Return the version of a document that a line wrote; it must have written one."""
     record = to_record(line)
     change = next(change for change in line.changes if change.key == key)
     value = record.documents.get(key, (0, None))[1]
-    return Version(
+    return DocumentVersion(
         change.version, line.position, line.time, line.by, value, record.events, line.is_damaged and change.length > 0
     )
 
@@ -276,11 +285,11 @@ def _good_header(data: bytes, head: re.Match[bytes]) -> bytes | None:
     return checked[_HEAD_BYTES - _CHECKED_FROM :] if zlib.crc32(checked) == int(crc, 16) else None
 
 
-def _line(header: bytes, payload: bytes) -> Line:
+def _line(header: bytes, payload: bytes) -> LogLine:
     found = orjson.loads(header)
     position = found["position"]
-    changes = tuple([Change(Key(kind, name), *rest) for kind, name, *rest in found["changes"]])
-    return Line(position, found["time"], changes, payload, found.get("by", ""), found.get("durable", position - 1))
+    changes = tuple([LineChange(Key(kind, name), *rest) for kind, name, *rest in found["changes"]])
+    return LogLine(position, found["time"], changes, payload, found.get("by", ""), found.get("durable", position - 1))
 
 
 def _resync(data: bytes, offset: int) -> int:

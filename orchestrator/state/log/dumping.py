@@ -6,26 +6,26 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Dump, Verified
-from orchestrator.state.log.codec import Line, from_dumped
+from orchestrator.protocols import Dump, VerificationReport
+from orchestrator.state.log.codec import LogLine, from_dumped
 
 _REPAIR = "`council state verify --repair` settles for what can be read; then try again"
 
 
-def refuse_unsound(found: Verified) -> None:
+def check_intact(found: VerificationReport) -> None:
     """Raise RefusedError if not all that a store holds can be trusted."""
     if not found.is_sound:
-        keys = ", ".join(map(str, (*found.damaged, *found.differs)))
+        keys = ", ".join(map(str, (*found.damaged, *found.mismatched)))
         told = [one.describe() for one in found.damage] or [f"not to be trusted: {keys}"]
         raise RefusedError(f"the state to copy is damaged: {'; '.join(told)}", _REPAIR)
 
 
-def damaged_at(position: int) -> RefusedError:
+def damaged_log_error(position: int) -> RefusedError:
     """Return how to refuse a log that can't be read behind a commit."""
     return RefusedError(f"the state to copy is damaged behind position {position}", _REPAIR)
 
 
-async def lines_of(dump: Dump) -> AsyncGenerator[Line]:
+async def read_dump_lines(dump: Dump) -> AsyncGenerator[LogLine]:
     """Yield the commits of a dump as lines of the log; RefusedError if they are not those that it promises."""
     position = 0
     async with aclosing(dump.commits) as commits:
@@ -43,7 +43,7 @@ def _broken(what: str) -> RefusedError:
     return RefusedError(f"what is to be loaded is not whole: {what}", "dump it anew")
 
 
-def not_empty(place: str, position: int) -> RefusedError:
+def not_empty_error(place: str, position: int) -> RefusedError:
     """Return how to refuse a store that something was committed to."""
     what = f"{place} is not empty: it is at position {position}" if position else f"{place} was begun by somebody else"
     return RefusedError(what, "name a store that nothing was committed to, such as a new folder")

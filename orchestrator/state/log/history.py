@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Key, State, Version
-from orchestrator.state.log.codec import Line, to_version
-from orchestrator.state.log.table import Entry, Table
+from orchestrator.protocols import DocumentVersion, Key, StateSnapshot
+from orchestrator.state.log.codec import LogLine, to_version
+from orchestrator.state.log.table import DocumentTable, TableEntry
 
 
-def versions(entry: Entry | None, key: Key, limit: int, line_at: Callable[[int], Line | None]) -> list[Version]:
+def read_versions(
+    entry: TableEntry | None, key: Key, limit: int, line_at: Callable[[int], LogLine | None]
+) -> list[DocumentVersion]:
     """Return the newest versions of a document, the newest first; `line_at` gives the line of a commit, if it is there.
 
     Each line says where the version before was written.
     """
-    found: list[Version] = []
+    found: list[DocumentVersion] = []
     position = entry.position if entry else 0
     while position and len(found) < limit:
         line = line_at(position)
@@ -27,9 +29,9 @@ def versions(entry: Entry | None, key: Key, limit: int, line_at: Callable[[int],
     return found
 
 
-def state_at(position: int, lines: Iterable[Line], first: int = 0) -> State:
+def rebuild_state(position: int, lines: Iterable[LogLine], first: int = 0) -> StateSnapshot:
     """Return the state right after a commit, from the lines up to it; of those up to `first` some may be missing."""
-    table = Table()
+    table = DocumentTable()
     time = 0.0
     for line in lines:
         if line.position > position:
@@ -39,4 +41,4 @@ def state_at(position: int, lines: Iterable[Line], first: int = 0) -> State:
     table.position = max(table.position, min(first, position))
     if table.position < position:
         raise RefusedError(f"the newest commit is {table.position}, there is no {position} yet", "name an earlier one")
-    return State(table.position, time, table.all_documents(time))
+    return StateSnapshot(table.position, time, table.all_documents(time))

@@ -19,20 +19,20 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Final
 
-from orchestrator.config.store import named_folder
-from orchestrator.errors import RefusedError, unusable
+from orchestrator.config.store import require_local_folder
+from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.state.log.segments import make_folder, sync_folder
 
-NAME: Final = "identity"
+IDENTITY_FILE: Final = "identity"
 _IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
 _KNOWN: Final = "known_stores"
 #: Lines of that file, of which every second is empty: each folder that is hidden costs each session's start.
 _MOST_HIDDEN: Final = 200
 
 
-def log_in(folder: Path) -> Path | None:
+def find_log(folder: Path) -> Path | None:
     """Return the folder of the log that a store's folder holds; None where none was made. RefusedError if damaged."""
-    path = folder / NAME
+    path = folder / IDENTITY_FILE
     try:
         found = _IDENTITY.fullmatch(path.read_bytes()[:64])
     except OSError as error:
@@ -45,36 +45,36 @@ def log_in(folder: Path) -> Path | None:
     return folder / found[1].decode()
 
 
-def existing_log(folder: Path) -> Path:
+def require_log(folder: Path) -> Path:
     """Return the same; RefusedError where none was made, too."""
-    if (log := log_in(folder)) is None:
+    if (log := find_log(folder)) is None:
         raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
     return log
 
 
-def prepare(folder: Path, home: Path | None = None) -> Path:
-    """Return the folder of the log, as `log_in`; a new store gets an identity, which is recorded in the home.
+def ensure_log(folder: Path, home: Path | None = None) -> Path:
+    """Return the folder of the log, as `find_log`; a new store gets an identity, which is recorded in the home.
 
     RefusedError where the log is gone that the folder had.
     """
-    if (log := log_in(folder) or _left_alone(folder, home)) is None:
+    if (log := find_log(folder) or _recover_identity(folder, home)) is None:
         name = token_hex(16)
         if home is not None:
             _record(home, name, str(folder))
         make_folder(folder)
         make_folder(folder / name)
-        _point(folder, name)
-        log = log_in(folder)
+        _write_identity(folder, name)
+        log = find_log(folder)
         assert log is not None, "it was just written"  # noqa: S101
         if log.name != name:  # another process was faster
             (folder / name).rmdir()
     if log.is_symlink() or not log.is_dir():
-        remedy = f"restore it from a copy of yours, or remove {folder / NAME} to begin with an empty state"
+        remedy = f"restore it from a copy of yours, or remove {folder / IDENTITY_FILE} to begin with an empty state"
         raise RefusedError(f"the log of the state in {folder} is gone: there is no {log.name}", remedy)
     return log
 
 
-def _left_alone(folder: Path, home: Path | None) -> Path | None:
+def _recover_identity(folder: Path, home: Path | None) -> Path | None:
     """Return the log of a folder whose identity is gone, if the home knows it; the identity is written again."""
     known = set() if home is None else _known(home)
     try:
@@ -83,42 +83,42 @@ def _left_alone(folder: Path, home: Path | None) -> Path | None:
         return None
     if len(found) != 1:
         return None
-    _point(folder, found[0].name)
-    return log_in(folder)
+    _write_identity(folder, found[0].name)
+    return find_log(folder)
 
 
-def _point(folder: Path, name: str) -> None:
+def _write_identity(folder: Path, name: str) -> None:
     """Have a folder hold the log of that name, unless it holds another by now."""
-    staged = folder / f"{NAME}.{token_hex(8)}"
+    staged = folder / f"{IDENTITY_FILE}.{token_hex(8)}"
     _write(staged, name, os.O_EXCL)
     with suppress(FileExistsError):
-        os.link(staged, folder / NAME)
+        os.link(staged, folder / IDENTITY_FILE)
     staged.unlink()
     sync_folder(folder)
 
 
-def check_known(url: str, home: Path, *, is_named: bool = True) -> None:
+def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
     """Refuse (RefusedError) a store that was neither made on this machine nor accepted by a person.
 
     A folder that has none gets an identity. Of other stores, and where only a file names it instead of a person or a
     run, the URL is what has to be known.
     """
-    folder = named_folder(url)
+    folder = require_local_folder(url)
     try:
         known = _known(home)
         if not (folder is not None and is_named) and _url_name(url).encode() not in known:
             raise _unknown(f"the store that {url.partition(':')[0]}: names", home)
-        if folder is not None and prepare(folder, home).name.encode() not in _known(home):
+        if folder is not None and ensure_log(folder, home).name.encode() not in _known(home):
             raise _unknown(f"the state in {folder}", home)
     except OSError as error:
         remedy = "set COUNCIL_HOME to a folder of yours on this machine"
-        raise unusable(error, f"{error.filename or home} can't be used", remedy) from None
+        raise to_unusable_error(error, f"{error.filename or home} can't be used", remedy) from None
 
 
-def refusal(folder: Path, home: Path) -> RefusedError | None:
+def find_trust_error(folder: Path, home: Path) -> RefusedError | None:
     """Return why the log in a folder would be refused; None if it would not be. Changes nothing."""
     try:
-        log = log_in(folder)
+        log = find_log(folder)
         is_known = log is None or log.name.encode() in _known(home)
     except RefusedError as error:
         return error
@@ -135,19 +135,19 @@ def _unknown(what: str, home: Path) -> RefusedError:
     )
 
 
-def accept(url: str, home: Path) -> None:
+def adopt_store(url: str, home: Path) -> None:
     """Record that a person wants a store to be used that was made elsewhere. RefusedError where there is none."""
-    if (folder := named_folder(url)) is not None:
-        _record(home, existing_log(folder).name, str(folder))
-    use(url, home)
+    if (folder := require_local_folder(url)) is not None:
+        _record(home, require_log(folder).name, str(folder))
+    record_store_use(url, home)
 
 
-def use(url: str, home: Path) -> None:
+def record_store_use(url: str, home: Path) -> None:
     """Record that a run is in the store at a URL, so that a file may name it from then on."""
     _record(home, _url_name(url), "")
 
 
-def known_folders(home: Path) -> list[Path]:
+def known_store_folders(home: Path) -> list[Path]:
     """Return the folders of the stores that were made or accepted on this machine last. Blocks."""
     try:
         lines = (home / _KNOWN).read_text(errors="replace").splitlines()[-_MOST_HIDDEN:]

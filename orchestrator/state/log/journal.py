@@ -15,52 +15,75 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final, TypeGuard
 
-from orchestrator.errors import FULL, SHORTAGES, HistoryGone, StateError, StateLost, StoreFull, StoreUnavailable
-from orchestrator.protocols import Compacted, Damage, DumpedCommit, Key, Record, State, Verified
+from orchestrator.errors import (
+    DISK_FULL_ERRNOS,
+    RESOURCE_REMEDIES,
+    HistoryCompacted,
+    StateError,
+    StateLost,
+    StoreFull,
+    StoreUnavailable,
+)
+from orchestrator.protocols import (
+    CommitRecord,
+    CompactionResult,
+    Damage,
+    DumpedCommit,
+    Key,
+    StateSnapshot,
+    VerificationReport,
+)
 from orchestrator.state.log import snapshot
 from orchestrator.state.log.boot import boot_id
 from orchestrator.state.log.codec import (
-    Decoded,
+    DecodedLine,
     EncodedCommit,
-    Incomplete,
+    IncompleteLine,
     encode_line,
-    never_durable,
+    find_never_durable,
     to_dumped,
     to_record,
 )
-from orchestrator.state.log.compaction import log_size, pack_closed, remove_replaced, thin, to_thin, told_after_repair
-from orchestrator.state.log.dumping import damaged_at, not_empty
-from orchestrator.state.log.history import state_at
+from orchestrator.state.log.compaction import (
+    build_repaired_table,
+    find_prunable_segment,
+    log_size,
+    pack_closed_segments,
+    prune_segments,
+    remove_replaced_segments,
+)
+from orchestrator.state.log.dumping import damaged_log_error, not_empty_error
+from orchestrator.state.log.history import rebuild_state
 from orchestrator.state.log.mounts import refuse_network_mount
-from orchestrator.state.log.packing import Sum, sum_of
-from orchestrator.state.log.replay import Replay
+from orchestrator.state.log.packing import Checksum, read_content_checksum
+from orchestrator.state.log.replay import LogReplay
 from orchestrator.state.log.segments import (
-    Cursor,
-    Listing,
-    Lock,
+    HighWaterMark,
+    LogCursor,
+    LogLock,
     LogLostError,
-    Mark,
+    PrunedEnd,
     Segment,
-    Thinned,
+    SegmentListing,
     append,
     create_segment,
-    cut,
+    list_segments,
     make_durable,
     make_folder,
+    pruned_through,
     rewrite,
-    segments,
-    size_of,
+    segment_size,
     sync_folder,
-    thinned_to,
+    truncate,
 )
-from orchestrator.state.log.staging import Staging, put_loaded
-from orchestrator.state.log.table import Stage, Table
-from orchestrator.state.log.writer import name_of_writer
+from orchestrator.state.log.staging import Staging, install_loaded
+from orchestrator.state.log.table import CommitStage, DocumentTable
+from orchestrator.state.log.writer import get_writer_name
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
 _REMEDIES: Final = {
-    **SHORTAGES,
+    **RESOURCE_REMEDIES,
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "mount the file system writable",
     errno.EACCES: "give this user access to it",
@@ -74,7 +97,7 @@ PART_BYTES: Final = 1 << 20
 
 
 @dataclass(slots=True)
-class Turn:
+class PendingCommit:
     """A caller's place in the next group of commits: its commit, then what came of it."""
 
     commit: EncodedCommit
@@ -87,7 +110,7 @@ class Turn:
         return bool(self.position or self.failure)
 
 
-class AtOnce(Enum):
+class InlineResult(Enum):
     """What came of it."""
 
     DONE = auto()
@@ -103,15 +126,15 @@ class Journal:
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
         """Take the log in `directory`; a segment is closed once it holds `segment_bytes`."""
         self._directory = directory
-        self._clock, self._by = clock, name_of_writer()
+        self._clock, self._by = clock, get_writer_name()
         self._segment_bytes = segment_bytes
-        self._listing = Listing(directory)
-        self._replay = Replay()
+        self._listing = SegmentListing(directory)
+        self._replay = LogReplay()
         self._opened = ExitStack()
-        self._lock: Lock
-        self._cursor: Cursor
+        self._lock: LogLock
+        self._cursor: LogCursor
         self._saved = 0  # bytes of the log in the newest snapshot that is known
-        self._seen: Mark | None = None  # up to where the table has the log
+        self._seen: HighWaterMark | None = None  # up to where the table has the log
         self._broken: OSError | None = None
         self._rolls = False  # whether the next commit begins a new segment
         # Held by the thread that moves the cursor. The event loop never waits for it, and a task that is
@@ -119,7 +142,7 @@ class Journal:
         self._io = threading.Lock()
 
     @property
-    def table(self) -> Table:
+    def table(self) -> DocumentTable:
         """What the log amounts to, as far as it is known."""
         return self._replay.table
 
@@ -128,15 +151,15 @@ class Journal:
         """What of it could not be read."""
         return self._replay.damage
 
-    def mark(self) -> Mark | None:
+    def mark(self) -> HighWaterMark | None:
         """Return how far the log goes; so cheap that it may be done on the event loop."""
         return self._lock.read()
 
-    def check_place(self) -> None:
+    def check_not_replaced(self) -> None:
         """Raise OSError (ESTALE) unless the log is still where it was opened."""
-        self._lock.check_place()
+        self._lock.check_not_replaced()
 
-    def refresh_at_once(self) -> bool:
+    def try_refresh_inline(self) -> bool:
         """Take in what others have committed if that is so little that a trip to a thread would take longer."""
         mark = self._lock.read()
         if mark == self._seen:
@@ -151,38 +174,38 @@ class Journal:
         finally:
             self._io.release()
 
-    def _is_near(self, mark: Mark) -> bool:
+    def _is_near(self, mark: HighWaterMark) -> bool:
         return mark.segment == self._cursor.segment and mark.end - self._cursor.offset <= _AT_ONCE_BYTES
 
     def begin_segment(self) -> None:
         """Have the next commit begin a new segment."""
         self._rolls = True
 
-    def end(self) -> Mark:
+    def end(self) -> HighWaterMark:
         """Return where the log ends now."""
         with self._io, self._lock.held():
             self._recover()
-            return Mark(self._cursor.segment, self._cursor.offset, self._replay.table.position)
+            return HighWaterMark(self._cursor.segment, self._cursor.offset, self._replay.table.position)
 
     def check_empty(self) -> None:
         """Refuse (RefusedError) a log that holds anything."""
         end = self.end()
         if end.segment:  # an empty segment is what a commit left that could not be made durable
-            raise not_empty(str(self._directory), end.position)
+            raise not_empty_error(str(self._directory), end.position)
 
     def put(self, staging: Staging) -> None:
         """Make what is staged the log, which must be empty."""
         with self._io, self._lock.held():
             self._recover()
             if self._cursor.segment:
-                raise not_empty(str(self._directory), self._replay.table.position)
+                raise not_empty_error(str(self._directory), self._replay.table.position)
             staging.put()
             self._recover()
 
-    def verify(self) -> Verified:
+    def verify(self) -> VerificationReport:
         """Compare what the log tells, read from its beginning, with what is known of it."""
-        replay = Replay()
-        with closing(Cursor(self._directory)) as cursor:
+        replay = LogReplay()
+        with closing(LogCursor(self._directory)) as cursor:
             _read_on(replay, cursor, self._lock.read())  # most of it while others may commit
             with self._io:
                 self._follow(self._lock.read())
@@ -192,73 +215,75 @@ class Journal:
                 damaged, differs = replay.table.compare(self._replay.table)
         if replay.damage:  # what we know and the log does not tell any more is what the damage has hit
             damaged, differs = sorted({*damaged, *differs}), []
-        return Verified(replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs)
+        return VerificationReport(
+            replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs
+        )
 
-    def to_settle(self) -> list[Key]:
+    def documents_to_repair(self) -> list[Key]:
         """Return the documents of which the log tells otherwise than is known once what is damaged is passed over.
 
         Those that were deleted are among them: they could come back, or their versions be used once more.
         """
         with self._io, self._lock.held():
             self._recover()
-            damaged, differs = told_after_repair(self._directory).compare(self._replay.table)
+            damaged, differs = build_repaired_table(self._directory).compare(self._replay.table)
             return [*damaged, *differs]
 
     def replace_damaged(self, damage: Sequence[Damage]) -> None:
         """Put what can be read of closed segments in their place where any has one of these damages."""
         paths = {one.path.name for one in damage}
-        closed = segments(self._directory)[:-1]
+        closed = list_segments(self._directory)[:-1]
         hit = [one for one in closed if paths & {one.path(self._directory).name for one in (one, one.packed())}]
         if hit:
-            thin(self._directory, hit[-1], self._lock.held(), self._directory / "damaged")
+            prune_segments(self._directory, hit[-1], self._lock.held(), self._directory / "damaged")
             with self._lock.held():
-                remove_replaced(self._directory)
+                remove_replaced_segments(self._directory)
             self._replay.damage.clear()
 
-    def compact(self, older_than: float, largest: int) -> Compacted:
+    def compact(self, older_than: float, largest: int) -> CompactionResult:
         """See `Store.compact`; one process at a time."""
         before = log_size(self._directory)
         with self._lock.held():
-            remove_replaced(self._directory)
-        pack_closed(self._directory)
+            remove_replaced_segments(self._directory)
+        pack_closed_segments(self._directory)
         with suppress(ValueError):  # it is damage, of which is told, and which may be mended
-            while (last := to_thin(self._directory, older_than, largest)) is not None:
-                thin(self._directory, last, self._lock.held())
+            while (last := find_prunable_segment(self._directory, older_than, largest)) is not None:
+                prune_segments(self._directory, last, self._lock.held())
                 with self._lock.held():
-                    remove_replaced(self._directory)
+                    remove_replaced_segments(self._directory)
                 self._renew_snapshot()
-        return Compacted(before, log_size(self._directory), thinned_to(self._directory))
+        return CompactionResult(before, log_size(self._directory), pruned_through(self._directory))
 
     def _renew_snapshot(self) -> None:
         """Have one of the log as it is after segments were thinned out."""
         with self._io, self._lock.held():
             self._recover()
-            (thinned, *_) = segments(self._directory)
-            made = sum_of(thinned.path(self._directory).read_bytes())
+            (thinned, *_) = list_segments(self._directory)
+            made = read_content_checksum(thinned.path(self._directory).read_bytes())
             if made is not None:
                 left = {first: part for first, part in self._cursor.sums.items() if first > thinned.last}
                 self._cursor.sums = {thinned.first: made, **left}
                 self._saved = 0
                 self._save()
 
-    def state_at(self, position: int) -> State:
+    def state_at(self, position: int) -> StateSnapshot:
         """See `Store.at`."""
         while True:
-            check_kept(self._directory, position)
-            first, mark = thinned_to(self._directory), self._lock.read()
-            with suppress(FileNotFoundError), closing(Cursor(self._directory)) as cursor:
+            check_retained(self._directory, position)
+            first, mark = pruned_through(self._directory), self._lock.read()
+            with suppress(FileNotFoundError), closing(LogCursor(self._directory)) as cursor:
                 found = cursor.read(mark) if mark else ()
-                lines = (one.item.line for one in found if isinstance(one.item, Decoded))
-                state = state_at(position, lines, first)
-                if thinned_to(self._directory) == first:  # else some may have been passed over
+                lines = (one.item.line for one in found if isinstance(one.item, DecodedLine))
+                state = rebuild_state(position, lines, first)
+                if pruned_through(self._directory) == first:  # else some may have been passed over
                     return state
 
     def open(self) -> None:
         """Take the log in. Raises RefusedError on a network file system, OSError."""
         refuse_network_mount(self._directory)
         make_folder(self._directory)
-        self._lock = self._opened.enter_context(closing(Lock(self._directory)))
-        self._cursor = Cursor(self._directory)
+        self._lock = self._opened.enter_context(closing(LogLock(self._directory)))
+        self._cursor = LogCursor(self._directory)
         self._opened.callback(self._close_cursor)
         with self._io, self._lock.held():
             self._load()
@@ -267,9 +292,9 @@ class Journal:
 
     def _load(self) -> None:
         """Begin at the snapshot, if there is one of this log."""
-        found = snapshot.read(self._directory)
+        found = snapshot.read_snapshot(self._directory)
         if found is not None:
-            self._replay = Replay(found.table)
+            self._replay = LogReplay(found.table)
             self._cursor.resume(found.sums)
             self._saved = _size(found.sums)
 
@@ -281,19 +306,21 @@ class Journal:
     def _save(self) -> None:
         """Leave a snapshot for the next opener, if that spares it something."""
         sums = self._cursor.sums
-        if _size(sums) - self._saved < snapshot.WORTH_BYTES or self._broken or self._replay.damage:
+        if _size(sums) - self._saved < snapshot.MIN_NEW_BYTES or self._broken or self._replay.damage:
             return
         with suppress(OSError):  # it only saves time
-            is_log = [one.first for one in segments(self._directory)] == list(sums)  # others may have thinned it out
-            if is_log and self._cursor.is_summed:
-                snapshot.write(self._directory, snapshot.Snapshot(self._replay.table, sums))
+            is_log = [one.first for one in list_segments(self._directory)] == list(
+                sums
+            )  # others may have thinned it out
+            if is_log and self._cursor.has_checksum:
+                snapshot.write_snapshot(self._directory, snapshot.Snapshot(self._replay.table, sums))
 
     def catch_up(self) -> None:
         """Take in what others have committed."""
         with self._io:
             self._follow(self._lock.read())
 
-    def _follow(self, mark: Mark | None) -> None:
+    def _follow(self, mark: HighWaterMark | None) -> None:
         """Take in what others have committed up to a mark; `_io` must be held."""
         # Nobody thins the log out while we go from one segment to the next.
         if mark is None or mark.segment != self._cursor.segment:
@@ -304,47 +331,47 @@ class Journal:
             self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
             self._seen = mark
 
-    def commit(self, turns: deque[Turn]) -> None:
+    def commit(self, turns: deque[PendingCommit]) -> None:
         """Commit what waits by the time that it can be done, and settle it; what it is taken from may be added to."""
         with self._io:
             if turns:
-                with self._settling(_all_of(turns)) as group, self._lock.held():
+                with self._fail_group_on_error(_all_of(turns)) as group, self._lock.held():
                     self._recover()
                     self._append(group)
 
-    def commit_at_once(self, turns: deque[Turn]) -> AtOnce:
+    def try_commit_inline(self, turns: deque[PendingCommit]) -> InlineResult:
         """Do the same, if that takes so little that a trip to a thread would take longer."""
         size = sum(len(turn.commit.payload) for turn in turns)
         if size > _AT_ONCE_BYTES or any(turn.commit.durable for turn in turns) or not self._io.acquire(blocking=False):
-            return AtOnce.TOO_MUCH
+            return InlineResult.TOO_MUCH
         try:
-            group = list[Turn]()
-            with self._settling(group), self._lock.held_at_once() as is_held:
+            group = list[PendingCommit]()
+            with self._fail_group_on_error(group), self._lock.try_held() as is_held:
                 if not is_held:
-                    return AtOnce.BUSY
+                    return InlineResult.BUSY
                 mark = self._lock.read()
                 is_roomy = self._cursor.offset < self._segment_bytes and not self._rolls
-                if mark is None or not (is_roomy and self._is_near(mark) and self._tells_all(mark)):
-                    return AtOnce.TOO_MUCH
+                if mark is None or not (is_roomy and self._is_near(mark) and self._is_complete(mark)):
+                    return InlineResult.TOO_MUCH
                 group += _all_of(turns)
                 self._follow(mark)
                 self._append(group)
-            return AtOnce.DONE if group else AtOnce.TOO_MUCH
+            return InlineResult.DONE if group else InlineResult.TOO_MUCH
         finally:
             self._io.release()
 
     @contextmanager
-    def _settling(self, group: list[Turn]) -> Iterator[list[Turn]]:
+    def _fail_group_on_error(self, group: list[PendingCommit]) -> Iterator[list[PendingCommit]]:
         """Settle the commits of a group in which the system fails."""
         try:
             yield group
         except OSError as error:
             for turn in group:
-                turn.position, turn.failure = 0, unavailable(self._directory, error)
+                turn.position, turn.failure = 0, to_store_error(self._directory, error)
 
-    def _append(self, group: Sequence[Turn]) -> None:
-        known = self._seen or Mark(0, 0, 0)
-        stage = Stage(self._replay.table, self._by, known.durable)
+    def _append(self, group: Sequence[PendingCommit]) -> None:
+        known = self._seen or HighWaterMark(0, 0, 0)
+        stage = CommitStage(self._replay.table, self._by, known.durable)
         staged = []
         now = round(self._clock.now(), 6)
         for turn in group:
@@ -360,7 +387,7 @@ class Journal:
         for turn, line in staged:
             turn.position = line.position
 
-    def _write(self, known: Mark, data: bytes, position: int, *, durable: bool) -> None:
+    def _write(self, known: HighWaterMark, data: bytes, position: int, *, durable: bool) -> None:
         """Append behind what is `known`, up to `position`, and publish it, or, on an OSError, not at all."""
         if self._broken:
             raise self._broken
@@ -371,16 +398,16 @@ class Journal:
             end = append(cursor.path, cursor.offset, data, durable=durable)
             failpoint("state.appended")
             durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
-            mark = Mark(cursor.segment, end, position, durable_end, known_durable, boot_id())
+            mark = HighWaterMark(cursor.segment, end, position, durable_end, known_durable, boot_id())
             self._lock.publish(mark)
             self._seen = mark
         except OSError:
-            self._take_back(known)
+            self._roll_back(known)
             raise
         failpoint("state.published")
         cursor.skip(data)
 
-    def _roll(self, known: Mark) -> Mark:
+    def _roll(self, known: HighWaterMark) -> HighWaterMark:
         """Begin a new segment; return what is known then."""
         self._rolls = False
         self._save()  # so that who comes after a kill need replay no more than one segment
@@ -390,15 +417,15 @@ class Journal:
         create_segment(self._directory, first)
         failpoint("state.rolled")
         self._cursor.begin(first)
-        return Mark(first, 0, known.position, 0, known.position, known.boot)
+        return HighWaterMark(first, 0, known.position, 0, known.position, known.boot)
 
-    def _take_back(self, known: Mark) -> None:
+    def _roll_back(self, known: HighWaterMark) -> None:
         """Drop what was written in part, and let whoever commits next, here or elsewhere, see to what is in doubt."""
         if self._cursor.segment:
             with suppress(OSError):  # that is tried once more, too
-                cut(self._cursor.path, self._cursor.offset)
+                truncate(self._cursor.path, self._cursor.offset)
         try:
-            self._lock.publish(known._replace(is_doubtful=True))
+            self._lock.publish(known._replace(is_uncertain=True))
         except OSError as error:
             # Nobody else is told. What is on disk is found out by the next opener; this one must not append to it.
             self._broken = error
@@ -406,64 +433,64 @@ class Journal:
     def _recover(self) -> None:
         """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
         if self._cursor.segment == 0:
-            put_loaded(self._directory)
+            install_loaded(self._directory)
         mark = self._lock.read()
-        if mark is not None and self._tells_all(mark):
+        if mark is not None and self._is_complete(mark):
             self._follow(mark)
             return
         found_segments = self._listing.read() or [Segment(0)]
         newest, last = found_segments[-1], found_segments[-1].first
         is_settled = _is_settled(mark)
         if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
-            self._begin_anew()
-        size = size_of(self._directory, newest) if last else 0
+            self._reset()
+        size = segment_size(self._directory, newest) if last else 0
         cursor = self._cursor
         if mark and last and (not is_settled or mark[:2] != (last, size)):
             size = self._drop(mark, newest, size)
         if (last, size) < (cursor.segment, cursor.offset):
             raise LogLostError("the log is shorter than what was read from it")
         lacks_end = False
-        for found in cursor.read(Mark(last, size, 0)):
-            if isinstance(found.item, Incomplete) and cursor.segment == last:
-                cut(found.path, found.offset)
+        for found in cursor.read(HighWaterMark(last, size, 0)):
+            if isinstance(found.item, IncompleteLine) and cursor.segment == last:
+                truncate(found.path, found.offset)
                 self._replay.report(found.path, found.offset, (), "an unfinished line of a process that died: cut")
                 continue
             self._replay.take(found)
-            lacks_end = isinstance(found.item, Decoded) and not found.item.terminator and cursor.segment == last
+            lacks_end = isinstance(found.item, DecodedLine) and not found.item.terminator and cursor.segment == last
         if lacks_end:
             append(cursor.path, cursor.offset, b"\n")
             cursor.skip(b"\n")
         self._replay.finish(_known_position(mark), cursor.path, cursor.offset)
         self._adopt(mark)
 
-    def _tells_all(self, mark: Mark) -> bool:
+    def _is_complete(self, mark: HighWaterMark) -> bool:
         """Whether the log holds what the mark says and nothing else, and goes on in the segment that is read here."""
         found, cursor = self._listing.read(), self._cursor
         is_newest = bool(found) and cursor.segment == mark.segment == found[-1].first
         return is_newest and _is_settled(mark) and cursor.offset <= mark.end == cursor.size()
 
-    def _drop(self, mark: Mark, newest: Segment, size: int) -> int:
+    def _drop(self, mark: HighWaterMark, newest: Segment, size: int) -> int:
         """Cut off what was refused, and what can't be read and was never acknowledged; return what is left."""
         path, is_ours = newest.path(self._directory), mark.boot == boot_id()
-        if mark.segment > newest.first or newest.is_thinned or newest.is_packed:
+        if mark.segment > newest.first or newest.is_pruned or newest.is_packed:
             return size
         start, position = 0, newest.first - 1
         if mark.segment == newest.first:
             start, position = (mark.end, mark.position) if is_ours else (mark.durable_end, mark.durable)
-        if is_ours and mark.is_doubtful:
-            cut(path, min(start, size))
+        if is_ours and mark.is_uncertain:
+            truncate(path, min(start, size))
             return min(start, size)
-        end = never_durable(path.read_bytes(), start, position)
+        end = find_never_durable(path.read_bytes(), start, position)
         if end is None:
             return size
-        cut(path, end)
+        truncate(path, end)
         self._replay.report(path, end, (), "the unfinished work of a process or machine that stopped: cut")
         return end
 
-    def _adopt(self, mark: Mark | None) -> None:
+    def _adopt(self, mark: HighWaterMark | None) -> None:
         """Publish the end of the log, and what a dead appender had written but not acknowledged."""
         cursor, position = self._cursor, self._replay.table.position
-        end = Mark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
+        end = HighWaterMark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
         if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
             self._seen = mark
             return
@@ -480,53 +507,53 @@ class Journal:
     def _close_cursor(self) -> None:
         self._cursor.close()
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._close_cursor()
-        self._replay, self._cursor = Replay(), Cursor(self._directory)
+        self._replay, self._cursor = LogReplay(), LogCursor(self._directory)
 
 
-def unavailable(directory: Path, error: OSError) -> StoreUnavailable:
+def to_store_error(directory: Path, error: OSError) -> StoreUnavailable:
     """Return what an error of the system means to who uses the store."""
     if isinstance(error, LogLostError):
         return StateLost(directory, str(error.strerror))
     remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
-    kind = StoreFull if error.errno in FULL else StoreUnavailable
+    kind = StoreFull if error.errno in DISK_FULL_ERRNOS else StoreUnavailable
     return kind(directory, error.strerror or str(error), remedy)
 
 
-def _size(sums: Mapping[int, Sum]) -> int:
+def _size(sums: Mapping[int, Checksum]) -> int:
     return sum(part.size for part in sums.values())
 
 
-def _all_of(turns: deque[Turn]) -> list[Turn]:
+def _all_of(turns: deque[PendingCommit]) -> list[PendingCommit]:
     return [turns.popleft() for _ in range(len(turns))]
 
 
-def _is_settled(mark: Mark | None) -> TypeGuard[Mark]:
+def _is_settled(mark: HighWaterMark | None) -> TypeGuard[HighWaterMark]:
     """Whether all that is written since the machine was started is told by the mark."""
-    return mark is not None and mark.boot == boot_id() and not mark.is_doubtful
+    return mark is not None and mark.boot == boot_id() and not mark.is_uncertain
 
 
-def _known_position(mark: Mark | None) -> int:
+def _known_position(mark: HighWaterMark | None) -> int:
     """Return the position up to which the log must go: after a start of the machine, as far as it was durable."""
     if mark is None:
         return 0
     return mark.position if mark.boot == boot_id() else mark.durable
 
 
-def _read_on(replay: Replay, cursor: Cursor, mark: Mark | None) -> None:
+def _read_on(replay: LogReplay, cursor: LogCursor, mark: HighWaterMark | None) -> None:
     for found in cursor.read(mark) if mark else ():
         replay.take(found)
 
 
-def read_dumped(cursor: Cursor, end: Mark) -> list[DumpedCommit]:
+def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCommit]:
     """Return the next commits up to the end; RefusedError where one of them can't be read."""
     commits, size = list[DumpedCommit](), 0
     for found in cursor.read(end):
-        if isinstance(found.item, Thinned):
+        if isinstance(found.item, PrunedEnd):
             continue
-        if not isinstance(found.item, Decoded) or found.item.line.is_damaged:
-            raise damaged_at(commits[-1].position if commits else 0)
+        if not isinstance(found.item, DecodedLine) or found.item.line.is_damaged:
+            raise damaged_log_error(commits[-1].position if commits else 0)
         commits.append(to_dumped(found.item.line))
         size += len(found.item.line.payload)
         if size >= PART_BYTES:
@@ -534,26 +561,28 @@ def read_dumped(cursor: Cursor, end: Mark) -> list[DumpedCommit]:
     return commits
 
 
-def check_kept(directory: Path, after: int) -> None:
+def check_retained(directory: Path, after: int) -> None:
     """Raise HistoryGone where commits behind position `after` are missing on purpose."""
-    first = thinned_to(directory)
+    first = pruned_through(directory)
     if after < first:
-        raise HistoryGone(after, first)
+        raise HistoryCompacted(after, first)
 
 
-def read_records(directory: Path, cursor: Cursor, until: Mark, after: int) -> tuple[list[Record], bool]:
+def read_records(
+    directory: Path, cursor: LogCursor, until: HighWaterMark, after: int
+) -> tuple[list[CommitRecord], bool]:
     """Return the next records behind position `after`, and whether `until` is reached."""
     records, start = [], (cursor.segment, cursor.offset)
     try:
         for found in cursor.read(until):
             if cursor.segment != start[0]:
-                check_kept(directory, after)
-            if isinstance(found.item, Decoded) and found.item.line.position > after:
+                check_retained(directory, after)
+            if isinstance(found.item, DecodedLine) and found.item.line.position > after:
                 records.append(to_record(found.item.line))
                 after = found.item.line.position
             if cursor.segment != start[0] or cursor.offset - start[1] >= PART_BYTES:
                 return records, False
     except FileNotFoundError:
-        check_kept(directory, after)
+        check_retained(directory, after)
         raise
     return records, True

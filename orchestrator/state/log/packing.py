@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from orchestrator.state.log.codec import Decoded, Unreadable, scan
+from orchestrator.state.log.codec import DecodedLine, UnreadableBytes, scan
 
 _MAGIC: Final = 0x184D2A50
 _WHOLE: Final = struct.Struct("<IIQII")  # magic and length of a skippable frame, then its content
@@ -26,7 +26,7 @@ _LEVEL: Final = 9
 _NEAR_BYTES: Final = 256 << 10  # read at once around a line that is looked for
 
 
-class Sum(NamedTuple):
+class Checksum(NamedTuple):
     """What some bytes were when they were read or written: how many, and their CRC-32."""
 
     size: int
@@ -51,19 +51,19 @@ class Packer:
 
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
         self._first = 0
-        self._content, self._packed_crc = Sum(0, 0), 0
+        self._content, self._packed_crc = Checksum(0, 0), 0
 
     def add(self, lines: bytes) -> bytes:
         """Return what stands for some more whole lines; it follows on what was returned before."""
         parts = []
         for part in _split(lines):
             item = scan(part, 0)
-            self._first = item.line.position if isinstance(item, Decoded) else self._first
+            self._first = item.line.position if isinstance(item, DecodedLine) else self._first
             frame = self._compressor.compress(part)
             crc = _crc_of(frame, len(part), self._first)
             parts += [_PART.pack(_MAGIC, _PART.size - 8, len(frame), crc, len(part), self._first), frame]
         packed = b"".join(parts)
-        self._content = Sum(self._content.size + len(lines), zlib.crc32(lines, self._content.crc))
+        self._content = Checksum(self._content.size + len(lines), zlib.crc32(lines, self._content.crc))
         self._packed_crc = zlib.crc32(packed, self._packed_crc)
         return packed
 
@@ -84,13 +84,13 @@ def unpack(packed: bytes) -> bytes:
     return b"".join(_unpack(part) for part in _parts(packed))
 
 
-def sum_of(packed: bytes) -> Sum | None:
+def read_content_checksum(packed: bytes) -> Checksum | None:
     """Return the sum of what was packed; None if these are not the bytes that it was packed to."""
     if len(packed) < _WHOLE.size:
         return None
     magic, length, size, crc, packed_crc = _WHOLE.unpack_from(packed)
     is_whole = zlib.crc32(memoryview(packed)[_WHOLE.size :]) == packed_crc
-    return Sum(size, crc) if is_whole and (magic, length) == (_MAGIC, _WHOLE.size - 8) else None
+    return Checksum(size, crc) if is_whole and (magic, length) == (_MAGIC, _WHOLE.size - 8) else None
 
 
 def _split(data: bytes) -> Iterator[bytes]:
@@ -123,7 +123,7 @@ def _unpack(part: _Part) -> bytes:
     return zstandard.ZstdDecompressor().decompress(part.frame)
 
 
-class Source:
+class SegmentReader:
     """The content of a segment, packed or not."""
 
     def __init__(self, path: Path) -> None:
@@ -136,7 +136,7 @@ class Source:
         if path.suffix == ".zst":
             with self._file:
                 packed = self._file.readall()
-            self._parts, self.is_damaged = list(_parts(packed)), sum_of(packed) is None
+            self._parts, self.is_damaged = list(_parts(packed)), read_content_checksum(packed) is None
 
     def size(self) -> int:
         """Return how many bytes there are by now."""
@@ -174,9 +174,9 @@ class Source:
             start = data.find(b"\n") + 1
             while 0 < start < len(data):
                 item = scan(data, start)
-                if isinstance(item, Decoded):
+                if isinstance(item, DecodedLine):
                     return offset + start, item.line.position
-                start = item.end if isinstance(item, Unreadable) else len(data)
+                start = item.end if isinstance(item, UnreadableBytes) else len(data)
             if offset + size >= end:
                 return None
             size *= 2

@@ -6,38 +6,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.protocols import Damage, Key
-from orchestrator.state.log.codec import Decoded
-from orchestrator.state.log.segments import Found, Thinned
-from orchestrator.state.log.table import Table
+from orchestrator.state.log.codec import DecodedLine
+from orchestrator.state.log.segments import PrunedEnd, ScannedItem
+from orchestrator.state.log.table import DocumentTable
 
 
-class Replay:
+class LogReplay:
     """Feeds a table in the log's order, and decides what each damage means for it.
 
     Bytes that are no line mean nothing by themselves: only the positions around them tell whether commits are
     missing. So they are kept as suspects until the next good line, or until the known end.
     """
 
-    def __init__(self, table: Table | None = None) -> None:
+    def __init__(self, table: DocumentTable | None = None) -> None:
         """Begin with the table of a log of which some is known, or with none."""
-        self.table = Table() if table is None else table
+        self.table = DocumentTable() if table is None else table
         self.damage: list[Damage] = []
-        self._suspects: list[Found] = []
+        self._suspects: list[ScannedItem] = []
 
-    def take(self, found: Found) -> None:
+    def take(self, found: ScannedItem) -> None:
         """Take what stands next in the log."""
-        if isinstance(found.item, Thinned):
+        if isinstance(found.item, PrunedEnd):
             self._end_thinned(found.path, found.item.last)
             return
-        if isinstance(found.item, Decoded) and found.is_copy:
+        if isinstance(found.item, DecodedLine) and found.is_copy:
             what = f"commit {found.item.line.position} stands there twice: its copy is skipped"
             self.report(found.path, found.offset, (), what)
             return
-        if not isinstance(found.item, Decoded) or found.item.line.position <= self.table.position:
+        if not isinstance(found.item, DecodedLine) or found.item.line.position <= self.table.position:
             self._suspects.append(found)
             return
         line = found.item.line
-        if not found.is_thinned:  # there it is told at the end
+        if not found.is_pruned:  # there it is told at the end
             self._settle(line.position - 1 - self.table.position, found.path, found.offset)
         if line.is_damaged:
             keys = tuple(change.key for change in line.changes if change.length)

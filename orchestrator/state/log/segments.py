@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from orchestrator.state.log.boot import UNKNOWN
-from orchestrator.state.log.codec import Decoded, Incomplete, Line, Scanned, Unreadable, scan
-from orchestrator.state.log.packing import Source, Sum
+from orchestrator.state.log.codec import DecodedLine, IncompleteLine, LogLine, ScanResult, UnreadableBytes, scan
+from orchestrator.state.log.packing import Checksum, SegmentReader
 
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 148
@@ -33,7 +33,7 @@ _TICK: Final = 3_000_000_000  # nanoseconds that the clock of any file system ta
 _NAME: Final = re.compile(r"(\d{20})(?:-(\d{20}))?\.jsonl(\.zst)?")
 
 
-class Mark(NamedTuple):
+class HighWaterMark(NamedTuple):
     """How far the log goes: up to offset `end` of the segment that begins with position `segment`."""
 
     segment: int
@@ -45,16 +45,16 @@ class Mark(NamedTuple):
     """The position up to which it is."""
     boot: str = UNKNOWN
     """The start of the machine that this is of."""
-    is_doubtful: bool = False
+    is_uncertain: bool = False
     """Whether a write failed: what is behind `end` was refused, what is not durable yet may never get to the disk."""
 
     def encode(self) -> bytes:
         """Return text of fixed length with a checksum: a reader may meet a mark that is half written."""
-        text = b"%020d %020d %020d %020d %020d %b %d" % (*self[:5], self.boot.encode(), self.is_doubtful)
+        text = b"%020d %020d %020d %020d %020d %b %d" % (*self[:5], self.boot.encode(), self.is_uncertain)
         return b"%b %08x" % (text, zlib.crc32(text))
 
     @classmethod
-    def decode(cls, data: bytes) -> Mark | None:
+    def decode(cls, data: bytes) -> HighWaterMark | None:
         """Return the mark, or None if `data` is not one."""
         fields = data.split(b" ")
         if len(data) != _MARK_BYTES or len(fields) != 8 or fields[7] != b"%08x" % zlib.crc32(data[:-9]):
@@ -79,7 +79,7 @@ class Segment(NamedTuple):
     is_packed: bool = False
 
     @property
-    def is_thinned(self) -> bool:
+    def is_pruned(self) -> bool:
         """Whether commits are missing on purpose."""
         return self.last > 0
 
@@ -94,13 +94,13 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Thinned:
+class PrunedEnd:
     """The end of what is left of the commits up to position `last`."""
 
     last: int
 
 
-class Found(NamedTuple):
+class ScannedItem(NamedTuple):
     """What stands in the log at a place; `is_thinned` where positions before it may be missing on purpose.
 
     `is_copy`: its bytes are those of the line right before it.
@@ -108,36 +108,36 @@ class Found(NamedTuple):
 
     path: Path
     offset: int
-    item: Scanned | Thinned
-    is_thinned: bool = False
+    item: ScanResult | PrunedEnd
+    is_pruned: bool = False
     is_copy: bool = False
 
 
-class Lock:
+class LogLock:
     """The permanent lock file, kept open; it carries the mark."""
 
     def __init__(self, directory: Path) -> None:
         self._path = str(directory / _LOCK)
         self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
         self._identity = _identity(os.fstat(self._file.fileno()))
-        self._read: tuple[bytes, Mark | None] = b"", None
+        self._read: tuple[bytes, HighWaterMark | None] = b"", None
 
-    def read(self) -> Mark | None:
+    def read(self) -> HighWaterMark | None:
         """Return the mark, None if there is none that is whole; so cheap that it may be done on the event loop."""
         data = os.pread(self._file.fileno(), _MARK_BYTES, 0)
         known, mark = self._read
         if data != known:
-            mark = Mark.decode(data)
+            mark = HighWaterMark.decode(data)
             self._read = data, mark
         return mark
 
-    def publish(self, mark: Mark) -> None:
+    def publish(self, mark: HighWaterMark) -> None:
         """Let all readers see the log up to `mark`."""
         data = mark.encode()
         os.pwrite(self._file.fileno(), data, 0)
         self._read = data, mark
 
-    def check_place(self) -> None:
+    def check_not_replaced(self) -> None:
         """Raise OSError (ESTALE) unless the file is still where it was opened.
 
         Where a folder was moved, or a copy took its place, others lock another file there.
@@ -154,7 +154,7 @@ class Lock:
             yield
 
     @contextmanager
-    def held_at_once(self) -> Iterator[bool]:
+    def try_held(self) -> Iterator[bool]:
         """As `held`, if nobody holds it by now; tell whether that is so. Raises as `check_place`."""
         with self._taken(fcntl.LOCK_EX | fcntl.LOCK_NB) as is_taken:
             yield is_taken
@@ -168,7 +168,7 @@ class Lock:
             yield False
             return
         try:
-            self.check_place()
+            self.check_not_replaced()
             yield True
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
@@ -182,7 +182,7 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def segments(directory: Path) -> list[Segment]:
+def list_segments(directory: Path) -> list[Segment]:
     """Return the segments that make up the log, in order.
 
     A crash may leave what has been replaced: older files than the newest thinned one, and the unpacked form of one.
@@ -190,7 +190,7 @@ def segments(directory: Path) -> list[Segment]:
     return _segments_of(os.listdir(directory))  # noqa: PTH208  far fewer objects
 
 
-class Listing:
+class SegmentListing:
     """The segments of a folder, which seldom change while they are asked for again and again."""
 
     def __init__(self, directory: Path) -> None:
@@ -213,27 +213,27 @@ class Listing:
 def _segments_of(names: list[str]) -> list[Segment]:
     matches = (_NAME.fullmatch(name) for name in names)
     found = [Segment(int(match[1]), int(match[2] or 0), match[3] is not None) for match in matches if match]
-    thinned = max((one for one in found if one.is_thinned), key=lambda one: (one.last, one.is_packed), default=None)
+    thinned = max((one for one in found if one.is_pruned), key=lambda one: (one.last, one.is_packed), default=None)
     end = thinned.last if thinned else 0
-    kept = [one for one in found if one.first > end and not one.is_thinned]
+    kept = [one for one in found if one.first > end and not one.is_pruned]
     whole = {one.first: one for one in sorted(kept, key=lambda one: one.is_packed)}
     return [*([thinned] if thinned else []), *(whole[first] for first in sorted(whole))]
 
 
-def thinned_to(directory: Path) -> int:
+def pruned_through(directory: Path) -> int:
     """Return the position up to which commits are missing on purpose; 0 if none are."""
-    return next((one.last for one in segments(directory)), 0)
+    return next((one.last for one in list_segments(directory)), 0)
 
 
-def open_segment(directory: Path, segment: Segment) -> Source:
+def open_segment(directory: Path, segment: Segment) -> SegmentReader:
     """Open a segment, in its packed form if it has been packed meanwhile; FileNotFoundError if it is gone."""
     try:
-        return Source(segment.path(directory))
+        return SegmentReader(segment.path(directory))
     except FileNotFoundError:
-        return Source(segment.packed().path(directory))
+        return SegmentReader(segment.packed().path(directory))
 
 
-def size_of(directory: Path, segment: Segment) -> int:
+def segment_size(directory: Path, segment: Segment) -> int:
     """Return how many bytes of lines a segment holds."""
     if not segment.is_packed:
         with suppress(FileNotFoundError):  # it has been packed meanwhile
@@ -242,21 +242,21 @@ def size_of(directory: Path, segment: Segment) -> int:
         return source.size()
 
 
-class Cursor:
+class LogCursor:
     """A place in the log, and what is read from there on."""
 
     def __init__(self, directory: Path, after: int = 0) -> None:
         """Stand at the beginning of the segment that holds the position behind `after`."""
         self.segment, self.offset = 0, 0
-        self.sums: dict[int, Sum] = {}
+        self.sums: dict[int, Checksum] = {}
         """What stands before here, of each segment that was read from its beginning."""
         self.path = directory
         """The segment's file; without any segment, the directory."""
         self._directory = directory
         self._file = Segment(0)
-        self._source: Source | None = None
+        self._source: SegmentReader | None = None
         self._before = 0  # the position of the line right before here; 0 where that is not known
-        self._start = max((one.first for one in segments(directory) if one.first <= after + 1), default=0)
+        self._start = max((one.first for one in list_segments(directory) if one.first <= after + 1), default=0)
 
     @property
     def is_closed(self) -> bool:
@@ -264,7 +264,7 @@ class Cursor:
         return self._file.is_packed
 
     @property
-    def is_summed(self) -> bool:
+    def has_checksum(self) -> bool:
         """Whether `sums` tells of all that stands before here."""
         return self.segment > 0 and self.sums[self.segment].size == self.offset
 
@@ -272,7 +272,7 @@ class Cursor:
         """Return how many bytes the segment's file has by now; -1 if it is packed, and nothing comes any more."""
         return -1 if self.is_closed else self.path.stat().st_size
 
-    def read(self, until: Mark) -> Iterator[Found]:
+    def read(self, until: HighWaterMark) -> Iterator[ScannedItem]:
         """Yield what stands between here and `until`, moving on behind each; a tail that is incomplete stays."""
         while True:
             yield from self._rest(until)
@@ -289,11 +289,11 @@ class Cursor:
         self._before = 0
         self._add(data)
 
-    def resume(self, sums: Mapping[int, Sum]) -> None:
+    def resume(self, sums: Mapping[int, Checksum]) -> None:
         """Stand behind what is known of some segments, the last of which is gone on with."""
         self.sums = dict(sums)
         self.segment = max(sums)
-        found = (one for one in segments(self._directory) if one.first == self.segment)
+        found = (one for one in list_segments(self._directory) if one.first == self.segment)
         self._file = next(found, Segment(self.segment))
         self.path = self._file.path(self._directory)
         self.offset = sums[self.segment].size
@@ -308,37 +308,37 @@ class Cursor:
         self.close()
         self._file, self.segment, self.offset, self._before = file, file.first, 0, 0
         self.path = file.path(self._directory)
-        self.sums[file.first] = Sum(0, 0)
+        self.sums[file.first] = Checksum(0, 0)
 
-    def _rest(self, until: Mark) -> Iterator[Found]:
+    def _rest(self, until: HighWaterMark) -> Iterator[ScannedItem]:
         if self.segment == 0:
             return
         if self._source is None:
             self._source = open_segment(self._directory, self._file)
         source, end = self._source, self._source.size()
-        if self.segment == until.segment and not self._file.is_thinned:
+        if self.segment == until.segment and not self._file.is_pruned:
             end = min(end, until.end)
-        path, span, is_cut_off, is_thinned = self.path, _READ_BYTES, False, self._file.is_thinned
+        path, span, is_cut_off, is_thinned = self.path, _READ_BYTES, False, self._file.is_pruned
         if source.is_damaged:
-            yield Found(path, self.offset, Unreadable(self.offset), is_thinned)
+            yield ScannedItem(path, self.offset, UnreadableBytes(self.offset), is_thinned)
         while self.offset < end:
             start = self.offset
             data = source.read(min(span, end - start), start)
             for item_start, item in _items(data, is_whole=start + len(data) >= end):
-                self.offset = start + (item_start if isinstance(item, Incomplete) else item.end)
+                self.offset = start + (item_start if isinstance(item, IncompleteLine) else item.end)
                 is_copy = self._is_copy(source, start + item_start, item, item.end - item_start)
-                yield Found(path, start + item_start, item, is_thinned, is_copy)
-                is_cut_off = isinstance(item, Incomplete)
+                yield ScannedItem(path, start + item_start, item, is_thinned, is_copy)
+                is_cut_off = isinstance(item, IncompleteLine)
             self._add(memoryview(data)[: self.offset - start])
             if is_cut_off:
                 return
             span = _READ_BYTES if self.offset > start else 2 * span
         if is_thinned:
-            yield Found(path, self.offset, Thinned(self._file.last), is_thinned)
+            yield ScannedItem(path, self.offset, PrunedEnd(self._file.last), is_thinned)
 
-    def _is_copy(self, source: Source, offset: int, item: Scanned, size: int) -> bool:
+    def _is_copy(self, source: SegmentReader, offset: int, item: ScanResult, size: int) -> bool:
         """Whether the same bytes stand right before some, which are all of an item."""
-        if not isinstance(item, Decoded):
+        if not isinstance(item, DecodedLine):
             return False
         before, self._before = self._before, item.line.position
         if before not in {0, item.line.position} or offset < size:
@@ -348,38 +348,38 @@ class Cursor:
 
     def _add(self, data: bytes | memoryview) -> None:
         size, crc = self.sums[self.segment]
-        self.sums[self.segment] = Sum(size + len(data), zlib.crc32(data, crc))
+        self.sums[self.segment] = Checksum(size + len(data), zlib.crc32(data, crc))
 
     def _next_segment(self) -> bool:
-        later = [one for one in segments(self._directory) if one.first > self.segment and one.first >= self._start]
+        later = [one for one in list_segments(self._directory) if one.first > self.segment and one.first >= self._start]
         if not later:
             return False
         self._move(later[0])
         return True
 
 
-def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, Scanned]]:
+def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, ScanResult]]:
     """Yield what `data` holds, each with its offset; unless it is whole, nothing that more bytes might change."""
     start = 0
     while start < len(data):
         item = scan(data, start)
-        at_end = isinstance(item, Incomplete) or (isinstance(item, Decoded) and not item.terminator)
+        at_end = isinstance(item, IncompleteLine) or (isinstance(item, DecodedLine) and not item.terminator)
         if at_end and not is_whole:
             return
         yield start, item
         start = item.end
 
 
-def find_line(directory: Path, position: int) -> Line | None:
+def find_line(directory: Path, position: int) -> LogLine | None:
     """Return the line of a commit; None where it is not there, or can't be read."""
-    found = [one for one in segments(directory) if one.first <= position]
+    found = [one for one in list_segments(directory) if one.first <= position]
     if not found:
         return None
     with closing(open_segment(directory, found[-1])) as source:
         return _find_line(source.around(position), position)
 
 
-def _find_line(data: bytes, position: int) -> Line | None:
+def _find_line(data: bytes, position: int) -> LogLine | None:
     """Halve the distance until it is found; lines are in the order of their positions."""
     low, high = 0, len(data)
     while low < high:
@@ -387,7 +387,7 @@ def _find_line(data: bytes, position: int) -> Line | None:
         offset, line = start, None
         while offset < high and line is None:
             item = scan(data, offset)
-            line = item.line if isinstance(item, Decoded) else None
+            line = item.line if isinstance(item, DecodedLine) else None
             offset = item.end
         if line is not None and line.position == position:
             return line
@@ -401,7 +401,7 @@ def _find_line(data: bytes, position: int) -> Line | None:
 def create_segment(directory: Path, first: int) -> None:
     """Begin an empty segment, and make its name durable. On an OSError it may be there all the same."""
     path = Segment(first).path(directory)
-    os.close(private(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    os.close(open_private(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     sync_folder(directory)
 
 
@@ -435,7 +435,7 @@ def _write_at(fd: int, data: bytes, offset: int) -> None:
         written += os.pwrite(fd, memoryview(data)[written:], offset + written)
 
 
-def cut(path: Path, offset: int) -> None:
+def truncate(path: Path, offset: int) -> None:
     """Drop what stands behind `offset`, durably."""
     with _opened(path, os.O_WRONLY) as fd:
         os.ftruncate(fd, offset)
@@ -448,12 +448,12 @@ def make_durable(path: Path) -> None:
         _make_durable(fd)
 
 
-def private(path: str, flags: int) -> int:
+def open_private(path: str, flags: int) -> int:
     """Open a file that only its owner may read, once it is made: an `opener` for `open`."""
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-def rewrite(path: Path, start: int, known: Sum) -> None:
+def rewrite(path: Path, start: int, known: Checksum) -> None:
     """Write once more what stands in a file from `start` on, and make it durable: a failed sync is told only once.
 
     After one, the next says that all is well, though what was to be written may never get to the disk. An OSError says
@@ -461,7 +461,7 @@ def rewrite(path: Path, start: int, known: Sum) -> None:
     """
     with _opened(path, os.O_RDWR) as fd:
         data = os.pread(fd, known.size, 0)
-        if Sum(len(data), zlib.crc32(data)) != known:
+        if Checksum(len(data), zlib.crc32(data)) != known:
             raise LogLostError("the log is not what was read from it")
         _write_at(fd, data[start:], start)
         _make_durable(fd)

@@ -21,14 +21,14 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from pydantic_core import from_json
 
-from orchestrator.state.log.packing import Sum, sum_of
-from orchestrator.state.log.segments import Segment, private, segments
-from orchestrator.state.log.table import Entry, Table
+from orchestrator.state.log.packing import Checksum, read_content_checksum
+from orchestrator.state.log.segments import Segment, list_segments, open_private
+from orchestrator.state.log.table import DocumentTable, TableEntry
 from orchestrator.system.failpoints import failpoint
 
-NAME: Final = "snapshot"
+SNAPSHOT_FILE: Final = "snapshot"
 #: How many bytes of the log must have come since the last one to make it worth writing.
-WORTH_BYTES: Final = 1 << 20
+MIN_NEW_BYTES: Final = 1 << 20
 
 # Fresh memory for more bytes, or more documents, at once takes longer than their checksum.
 _READ_BYTES: Final = 1 << 16
@@ -39,11 +39,11 @@ _HEAD_BYTES: Final = 18  # two numbers of eight hexadecimal digits, each with a 
 class Snapshot(NamedTuple):
     """The state behind some bytes of the log: segments by their first position, in order."""
 
-    table: Table
-    sums: Mapping[int, Sum]
+    table: DocumentTable
+    sums: Mapping[int, Checksum]
 
 
-def write(directory: Path, snapshot: Snapshot) -> None:
+def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
     """Put a snapshot in place of the one before. Blocks; an OSError leaves that one as it is."""
     values: list[bytes] = []
     kinds = {}
@@ -64,33 +64,33 @@ def write(directory: Path, snapshot: Snapshot) -> None:
     state = {"position": snapshot.table.position, "sums": sums, "kinds": kinds, "writers": list(writers)}
     index = json.dumps(state).encode()
     rest = b"%08x " % len(index) + index + b"".join(values)
-    staged = directory / f"{NAME}.{randbelow(10**12)}.new"
+    staged = directory / f"{SNAPSHOT_FILE}.{randbelow(10**12)}.new"
     try:
-        with open(staged, "wb", opener=private) as file:
+        with open(staged, "wb", opener=open_private) as file:
             file.write(b"%08x " % zlib.crc32(rest))
             file.write(rest)
         failpoint("state.snapshot_staged")
-        staged.rename(directory / NAME)
+        staged.rename(directory / SNAPSHOT_FILE)
         failpoint("state.snapshot_written")
     finally:
         staged.unlink(missing_ok=True)
 
 
-def read(directory: Path) -> Snapshot | None:
+def read_snapshot(directory: Path) -> Snapshot | None:
     """Return the snapshot if there is one and the log is still what it was made from. Blocks."""
     try:
-        with (directory / NAME).open("rb") as file, ThreadPoolExecutor(1) as pool:
+        with (directory / SNAPSHOT_FILE).open("rb") as file, ThreadPoolExecutor(1) as pool:
             head = file.read(_HEAD_BYTES)
             encoded = file.read(int(head[9:17], 16))
             index = from_json(encoded)
-            sums = {first: Sum(size, crc) for first, size, crc in index["sums"]}
+            sums = {first: Checksum(size, crc) for first, size, crc in index["sums"]}
             is_log = pool.submit(_is_log, directory, sums)  # neither reading files nor checksums hold the interpreter
             kinds, crc = {}, zlib.crc32(encoded, zlib.crc32(head[9:]))
             for kind, columns in index["kinds"].items():
                 values, crc = _values(file, columns["lengths"], crc)
                 kinds[kind] = _entries(columns, index["writers"], values)
             is_whole = head[:9] == b"%08x " % crc and not file.read(1)
-            return Snapshot(Table(index["position"], kinds), sums) if is_whole and is_log.result() else None
+            return Snapshot(DocumentTable(index["position"], kinds), sums) if is_whole and is_log.result() else None
     except Exception:  # noqa: BLE001  its checksum is taken while it is read: a damaged one may lead to any
         return None
 
@@ -106,26 +106,28 @@ def _values(file: BinaryIO, lengths: Sequence[int], crc: int) -> tuple[list[byte
     return values, crc
 
 
-def _entries(columns: Mapping[str, Any], writers: Sequence[str], values: Sequence[bytes | None]) -> dict[str, Entry]:
+def _entries(
+    columns: Mapping[str, Any], writers: Sequence[str], values: Sequence[bytes | None]
+) -> dict[str, TableEntry]:
     by = [writers[place] for place in columns["by"]]
-    rows = list(map(Entry, columns["versions"], values, columns["positions"], repeat(False), columns["times"], by))
+    rows = list(map(TableEntry, columns["versions"], values, columns["positions"], repeat(False), columns["times"], by))
     for place, expires in columns["expire"].items():
         rows[int(place)] = rows[int(place)]._replace(expires=expires)
     return dict(zip(columns["ids"], rows, strict=True))
 
 
-def _is_log(directory: Path, sums: Mapping[int, Sum]) -> bool:
+def _is_log(directory: Path, sums: Mapping[int, Checksum]) -> bool:
     last = max(sums)
-    known = [one for one in segments(directory) if one.first <= last]
+    known = [one for one in list_segments(directory) if one.first <= last]
     if [one.first for one in known] != list(sums):
         return False
     return all(_has(directory, one, sums[one.first], is_last=one.first == last) for one in known)
 
 
-def _has(directory: Path, segment: Segment, part: Sum, *, is_last: bool) -> bool:
+def _has(directory: Path, segment: Segment, part: Checksum, *, is_last: bool) -> bool:
     path = segment.path(directory)
     if segment.is_packed:
-        return sum_of(path.read_bytes()) == part
+        return read_content_checksum(path.read_bytes()) == part
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size < part.size or (size > part.size and not is_last):

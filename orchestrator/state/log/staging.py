@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Final
 
-from orchestrator.state.log.codec import Line, encode_line
+from orchestrator.state.log.codec import LogLine, encode_line
 from orchestrator.state.log.packing import Packer
-from orchestrator.state.log.segments import Segment, create_segment, make_durable, private, sync_folder
+from orchestrator.state.log.segments import Segment, create_segment, make_durable, open_private, sync_folder
 from orchestrator.system.failpoints import failpoint
 
 _LOADING: Final = "loading"
@@ -44,7 +44,7 @@ class Staging:
             self._packer = Packer()
             self._write(self._packer.head())
 
-    def add(self, lines: Sequence[Line]) -> None:
+    def add(self, lines: Sequence[LogLine]) -> None:
         """Add some lines, in the log's order."""
         left = b"".join(encode_line(line) for line in lines if line.position <= self._first)
         if self._packer is not None and left:
@@ -53,7 +53,7 @@ class Staging:
             if line.position > self._first:
                 self._add_live(line)
 
-    def _add_live(self, line: Line) -> None:
+    def _add_live(self, line: LogLine) -> None:
         if not self._has_live or self._size >= self._segment_bytes:
             self._open(Segment(line.position))
             self._has_live = True
@@ -77,7 +77,7 @@ class Staging:
         self._folder.rename(self._directory / _LOADED)
         sync_folder(self._directory)
         failpoint("state.loaded")
-        put_loaded(self._directory)
+        install_loaded(self._directory)
 
     def discard(self) -> None:
         """Leave nothing of it, unless it counts."""
@@ -89,7 +89,7 @@ class Staging:
     def _open(self, segment: Segment) -> None:
         self._close()
         self._size, self._path = 0, segment.path(self._folder)
-        self._file = open(self._path, "xb", opener=private)  # noqa: SIM115  `_close` or `discard` closes it
+        self._file = open(self._path, "xb", opener=open_private)  # noqa: SIM115  `_close` or `discard` closes it
 
     def _close(self) -> None:
         """Make what was written last durable."""
@@ -104,7 +104,7 @@ class Staging:
         failpoint("state.load_staged")
 
 
-def put_loaded(directory: Path) -> None:
+def install_loaded(directory: Path) -> None:
     """Bring a load to its end that counts, if there is one; the store's lock must be held."""
     loaded = directory / _LOADED
     if not loaded.is_dir():

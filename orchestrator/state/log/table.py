@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, overload
 
 from orchestrator.errors import LeaseLost, VersionConflict
-from orchestrator.protocols import LARGE_DOCUMENT, Document, Guard, Key, Statistics
-from orchestrator.state.log.codec import Change, EncodedCommit, EncodedWrite, Line, values
+from orchestrator.protocols import LARGE_DOCUMENT_BYTES, Document, Guard, Key, StoreStatistics
+from orchestrator.state.log.codec import EncodedCommit, EncodedWrite, LineChange, LogLine, iter_values
 
 
-class Entry(NamedTuple):
+class TableEntry(NamedTuple):
     """A document's newest version. `value` is encoded; None if it was deleted, or lost before it was ever read.
 
     `damaged`: this version's value is not known, `value` is an older one.
@@ -35,22 +35,22 @@ class Entry(NamedTuple):
         return (self.value is not None or self.damaged) and (self.expires is None or now < self.expires)
 
 
-class Table:
+class DocumentTable:
     """The state as of `position`. One thread at a time may apply; any thread may read meanwhile."""
 
-    def __init__(self, position: int = 0, kinds: Mapping[str, dict[str, Entry]] | None = None) -> None:
+    def __init__(self, position: int = 0, kinds: Mapping[str, dict[str, TableEntry]] | None = None) -> None:
         """Begin empty, or with the entries that `kinds` gave."""
         self.position = position
-        self._kinds: dict[str, dict[str, Entry]] = dict(kinds or {})
+        self._kinds: dict[str, dict[str, TableEntry]] = dict(kinds or {})
         self._sorted_ids: dict[str, list[str]] = {}
         # Held for one line at a time: no reader sees half of a commit.
         self._lock = threading.Lock()
 
-    def entry(self, key: Key) -> Entry | None:
+    def entry(self, key: Key) -> TableEntry | None:
         """Return the entry of a key, that of a deleted document too."""
         return self._kinds.get(key.kind, {}).get(key.id)
 
-    def compare(self, other: Table) -> tuple[list[Key], list[Key]]:
+    def compare(self, other: DocumentTable) -> tuple[list[Key], list[Key]]:
         """Return the documents that are damaged in one of them, and those others of which the two differ."""
         pairs = {
             Key(kind, name): (self.entry(Key(kind, name)), other.entry(Key(kind, name)))
@@ -62,7 +62,7 @@ class Table:
         differs = [key for key, (ours, theirs) in pairs.items() if ours != theirs]
         return sorted(damaged), sorted(set(differs) - set(damaged))
 
-    def kinds(self) -> Mapping[str, Mapping[str, Entry]]:
+    def kinds(self) -> Mapping[str, Mapping[str, TableEntry]]:
         """Return all entries by kind and id, those of deleted documents too; only for who applies."""
         return self._kinds
 
@@ -83,32 +83,32 @@ class Table:
         with self._lock:
             entries = self._kinds.get(kind, {})
             found = [(name, entries[name]) for name in self._ids(kind, prefix)]
-        # As `Entry.exists`, which would take as long again: of thousands of documents most are not looked at.
+        # As `TableEntry.exists`, which would take as long again: of thousands of documents most are not looked at.
         there = [one for one in found if one[1].value is not None or one[1].damaged]
         return _Documents(kind, [one for one in there if one[1].expires is None or now < one[1].expires])
 
-    def statistics(self, first: int, log_bytes: int, now: float) -> Statistics:
+    def statistics(self, first: int, log_bytes: int, now: float) -> StoreStatistics:
         """Return how much there is; `first` and `log_bytes` are the log's."""
         with self._lock:
             found = [(Key(kind, name), one) for kind, entries in self._kinds.items() for name, one in entries.items()]
             position = self.position
         there = [(key, len(one.value or b"")) for key, one in found if one.exists(now)]
-        large = sorted(((key, size) for key, size in there if size > LARGE_DOCUMENT), key=lambda one: -one[1])
+        large = sorted(((key, size) for key, size in there if size > LARGE_DOCUMENT_BYTES), key=lambda one: -one[1])
         expired = sorted(key for key, one in found if one.value is not None and not one.exists(now))
-        return Statistics(position, first, len(there), sum(size for _, size in there), log_bytes, expired, large)
+        return StoreStatistics(position, first, len(there), sum(size for _, size in there), log_bytes, expired, large)
 
-    def apply(self, line: Line) -> None:
+    def apply(self, line: LogLine) -> None:
         """Take over a line; it must be the one at the next position."""
         if line.is_damaged:
             new = [(change, self._damaged(change, line)) for change in line.changes]
         else:
-            new = [(change, _entry(line, change, value)) for change, value in values(line)]
+            new = [(change, _entry(line, change, value)) for change, value in iter_values(line)]
         with self._lock:
             for change, entry in new:
                 self._put(change.key, entry)
             self.position = line.position
 
-    def take(self, stage: Stage) -> None:
+    def take(self, stage: CommitStage) -> None:
         """Take over what was staged against this table."""
         with self._lock:
             for key, entry in stage.changed.items():
@@ -127,14 +127,14 @@ class Table:
                     entries[name] = entry._replace(version=version, damaged=entry.value is not None or entry.damaged)
             self.position += commits
 
-    def _damaged(self, change: Change, line: Line) -> Entry:
+    def _damaged(self, change: LineChange, line: LogLine) -> TableEntry:
         known = _entry(line, change, None)
         if change.length == 0:
             return known
         old = self.entry(change.key)
         return known._replace(damaged=True, value=old.value if old else None, expires=change.expires)
 
-    def _put(self, key: Key, entry: Entry) -> None:
+    def _put(self, key: Key, entry: TableEntry) -> None:
         kind, name = key
         entries = self._kinds.get(kind)
         if entries is None:
@@ -155,7 +155,7 @@ class Table:
 class _Documents(Sequence[Document]):
     """Documents of a kind that are made when they are looked at."""
 
-    def __init__(self, kind: str, entries: list[tuple[str, Entry]]) -> None:
+    def __init__(self, kind: str, entries: list[tuple[str, TableEntry]]) -> None:
         self._kind, self._entries = kind, entries
 
     def __len__(self) -> int:
@@ -186,32 +186,32 @@ class _Documents(Sequence[Document]):
         return repr(list(self))
 
 
-class Stage:
+class CommitStage:
     """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
 
-    def __init__(self, table: Table, by: str, durable: int = 0) -> None:
+    def __init__(self, table: DocumentTable, by: str, durable: int = 0) -> None:
         """Stage what the process `by` commits to a log that is known to be durable up to a position."""
-        self.lines: list[Line] = []
+        self.lines: list[LogLine] = []
         self.position = table.position
-        self.changed: dict[Key, Entry] = {}
+        self.changed: dict[Key, TableEntry] = {}
         self._table, self._by, self._durable = table, by, durable
 
-    def add(self, commit: EncodedCommit, time: float) -> Line:
+    def add(self, commit: EncodedCommit, time: float) -> LogLine:
         """Give `commit` the next position. Raises VersionConflict or LeaseLost, and then it is not staged."""
         for guard in commit.guards:
             self._check_guard(guard, time)
         changes = tuple(self._change(write, time) for write in commit.writes)
-        line = Line(self.position + 1, time, changes, commit.payload, self._by, self._durable)
-        for change, value in values(line):
+        line = LogLine(self.position + 1, time, changes, commit.payload, self._by, self._durable)
+        for change, value in iter_values(line):
             self.changed[change.key] = _entry(line, change, value)
         self.position = line.position
         self.lines.append(line)
         return line
 
-    def _entry(self, key: Key) -> Entry | None:
+    def _entry(self, key: Key) -> TableEntry | None:
         return self.changed.get(key) or self._table.entry(key)
 
-    def _change(self, write: EncodedWrite, now: float) -> Change:
+    def _change(self, write: EncodedWrite, now: float) -> LineChange:
         key, entry = write.key, self._entry(write.key)
         found = entry.version if entry and entry.exists(now) else 0
         if write.expected != found:
@@ -219,7 +219,7 @@ class Stage:
             raise VersionConflict(str(key), write.expected, found, by=by, time=time)
         expires = None if write.ttl is None else now + write.ttl
         before = (entry.version, entry.position) if entry else (0, 0)
-        return Change(key, before[0] + 1, write.length, before[1], expires)
+        return LineChange(key, before[0] + 1, write.length, before[1], expires)
 
     def _check_guard(self, guard: Guard, now: float) -> None:
         entry = self._entry(guard.key)
@@ -230,10 +230,10 @@ class Stage:
             raise LeaseLost(str(guard.key), guard.epoch, epoch)
 
 
-def _entry(line: Line, change: Change, value: bytes | None) -> Entry:
+def _entry(line: LogLine, change: LineChange, value: bytes | None) -> TableEntry:
     expires = change.expires if value else None
-    return Entry(change.version, value, line.position, False, line.time, line.by, expires)
+    return TableEntry(change.version, value, line.position, False, line.time, line.by, expires)
 
 
-def _document(key: Key, entry: Entry) -> Document:
+def _document(key: Key, entry: TableEntry) -> Document:
     return Document(key, entry.version, entry.value or b"{}", *entry[2:])

@@ -7,7 +7,7 @@ import os
 import socket
 
 
-def name_of_writer() -> str:
+def get_writer_name() -> str:
     """Return `user@host:pid` of this process."""
     try:
         user = getpass.getuser()

@@ -16,17 +16,17 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from orchestrator.errors import LeaseLost, LockHeld, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Document, Event, Key, Store, Write
-from orchestrator.state.documents.reading import following
-from orchestrator.state.offline.fork import Fork, Replayed
+from orchestrator.state.documents.reading import follow_log
+from orchestrator.state.offline.fork import Fork, ReplayResult
 from orchestrator.state.offline.mirror import Mirror
-from orchestrator.state.offline.outage import Outage, Pauses, beside, commit_again, is_outage
-from orchestrator.state.offline.wrapping import Wrapping
+from orchestrator.state.offline.outage import Outage, RetryIntervals, commit_idempotently, is_outage, run_alongside
+from orchestrator.state.offline.wrapping import StoreWrapper
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 
 T = TypeVar("T")
 
-News = Callable[[Event], None]
+EventHandler = Callable[[Event], None]
 
 #: How often something is tried before the store counts as one that can't be reached: a moment is no outage.
 _TRIES: Final = 3
@@ -36,7 +36,7 @@ _UNREACHABLE: Final = "the state can't be reached"
 _UNSEEN: Final = "wait until it can be, as `when_unreachable: pause` does by itself"
 
 
-class Continuing(Wrapping):
+class ForkingStore(StoreWrapper):
     """A store in front of another: passed on to it, or to a fork of it on this machine while it can't be reached.
 
     What is watched, and what is asked of the past, waits for the other store: positions and what was recorded at them
@@ -44,7 +44,14 @@ class Continuing(Wrapping):
     """
 
     def __init__(
-        self, inner: Store, mirror: Mirror, outage: Outage, pauses: Pauses, clock: Clock, place: Path, news: News
+        self,
+        inner: Store,
+        mirror: Mirror,
+        outage: Outage,
+        pauses: RetryIntervals,
+        clock: Clock,
+        place: Path,
+        news: EventHandler,
     ) -> None:
         super().__init__(inner)
         self._mirror, self._outage, self._pauses, self._clock = mirror, outage, pauses, clock
@@ -54,7 +61,7 @@ class Continuing(Wrapping):
         self._turn = anyio.Lock()
         """Held while a fork begins or ends, and by whoever uses it."""
         self._departed, self._returned = anyio.Event(), anyio.Event()
-        self._replayed = Replayed()
+        self._replayed = ReplayResult()
         self._lost_epochs: dict[Key, set[int]] = {}
         """Of leases that were taken on a fork, and are somebody else's."""
         self._lost_versions: dict[Key, set[int]] = {}
@@ -70,7 +77,7 @@ class Continuing(Wrapping):
                 try:
                     position = await self._tried(partial(self._inner.commit, commit), partial(self._again, commit))
                 except StoreUnavailable as error:
-                    await self._depart(error)
+                    await self._start_fork(error)
                 else:
                     await self._made(commit, position)
                     return position
@@ -82,7 +89,7 @@ class Continuing(Wrapping):
                     return await self._fork.commit(commit)
 
     async def _again(self, commit: Commit) -> int:
-        return await commit_again(self._inner, commit)
+        return await commit_idempotently(self._inner, commit)
 
     async def _made(self, commit: Commit, position: int) -> None:
         self._mirror.wrote(commit, position, self._clock.now())
@@ -124,7 +131,7 @@ class Continuing(Wrapping):
             self._lost_versions.pop(key, None)
             return found
 
-        return await self._either(there, here)
+        return await self._read_either(there, here)
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         """See `Store.list`; RefusedError in a fork for what nobody here has ever listed."""
@@ -141,7 +148,7 @@ class Continuing(Wrapping):
                 del self._lost_versions[key]
             return found
 
-        return await self._either(there, here)
+        return await self._read_either(there, here)
 
     async def position(self) -> int:
         """See `Store.position`; in a fork it is the last that is known."""
@@ -149,15 +156,15 @@ class Continuing(Wrapping):
         async def here(_: Fork) -> int:
             return self._mirror.position
 
-        return await self._either(self._inner.position, here)
+        return await self._read_either(self._inner.position, here)
 
-    async def _either(self, there: Callable[[], Awaitable[T]], here: Callable[[Fork], Awaitable[T]]) -> T:
+    async def _read_either(self, there: Callable[[], Awaitable[T]], here: Callable[[Fork], Awaitable[T]]) -> T:
         while True:
             if self._fork is None:
                 try:
                     return await self._tried(there)
                 except StoreUnavailable as error:
-                    await self._depart(error)
+                    await self._start_fork(error)
             async with self._turn:
                 if self._fork is not None:
                     return await here(self._fork)
@@ -168,17 +175,17 @@ class Continuing(Wrapping):
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         while True:
-            await self._back()
+            await self._wait_until_online()
             try:
                 return await self._tried(read)
             except StoreUnavailable as error:
-                await self._depart(error)
+                await self._start_fork(error)
 
-    async def _until_back(self, error: StoreUnavailable) -> None:
-        await self._depart(error)
-        await self._back()
+    async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
+        await self._start_fork(error)
+        await self._wait_until_online()
 
-    async def _back(self) -> None:
+    async def _wait_until_online(self) -> None:
         while self._fork is not None:
             await self._returned.wait()
 
@@ -200,7 +207,7 @@ class Continuing(Wrapping):
     async def _sleep(self, seconds: float) -> None:
         await self._clock.wait(self._departed, self._clock.monotonic() + seconds)
 
-    async def _depart(self, error: StoreUnavailable) -> None:
+    async def _start_fork(self, error: StoreUnavailable) -> None:
         """Begin a fork, unless there is one; the error again where that is no help, or can't be."""
         if not is_outage(error):
             raise error
@@ -215,11 +222,11 @@ class Continuing(Wrapping):
             except (OSError, StoreUnavailable):
                 await self._close()
                 raise error from None
-            self._replayed, self._fork = Replayed(), fork
+            self._replayed, self._fork = ReplayResult(), fork
             self._outage.begin(error)
             self._departed.set()
 
-    async def come_back(self) -> None:
+    async def run_reconnect(self) -> None:
         """Whenever there is a fork, wait until the store can be reached, and tell it what was committed meanwhile."""
         while True:
             await self._departed.wait()
@@ -230,10 +237,10 @@ class Continuing(Wrapping):
         async with self._turn:
             assert self._fork is not None, "nobody else ends it"  # noqa: S101
             await self._fork.replay(self._inner, self._replayed)
-            await self._learn(self._fork, self._replayed)
+            await self._apply_replay(self._fork, self._replayed)
             with anyio.CancelScope(shield=True):
                 await self._open.aclose()
-                await to_thread.run_sync(remove, self._place)
+                await to_thread.run_sync(remove_fork, self._place)
                 await self._held.aclose()
             self._fork, self._departed = None, anyio.Event()
             for refused in self._replayed.refused:
@@ -242,7 +249,7 @@ class Continuing(Wrapping):
             self._returned.set()
             self._returned = anyio.Event()
 
-    async def _learn(self, fork: Fork, replayed: Replayed) -> None:
+    async def _apply_replay(self, fork: Fork, replayed: ReplayResult) -> None:
         """Know what counts, and what of the fork does not."""
         for commit, position in replayed.accepted:
             self._mirror.wrote(commit, position, self._clock.now())
@@ -258,10 +265,10 @@ class Continuing(Wrapping):
         """Keep what was seen up to date."""
         while True:
             with suppress(StoreUnavailable):
-                async with aclosing(following(self._inner, self._mirror.followed)) as records:
+                async with aclosing(follow_log(self._inner, self._mirror.followed)) as records:
                     async for record in records:
                         self._mirror.follow(record)
-            await self._back()
+            await self._wait_until_online()
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._pauses.first)
 
     async def close(self) -> None:
@@ -280,32 +287,32 @@ def _lock(place: Path) -> FileLock:
     return FileLock(place.with_name(f"{place.name}.lock"))
 
 
-def remove(place: Path) -> None:
+def remove_fork(place: Path) -> None:
     """Remove a fork that was told of, and its lock, which is held. Blocks."""
     rmtree(place, ignore_errors=True)
     _lock(place).path.unlink(missing_ok=True)
 
 
 @asynccontextmanager
-async def continuing(
-    store: Store, outage: Outage, pauses: Pauses, clock: Clock, folder: Path, news: News
+async def continue_offline(
+    store: Store, outage: Outage, pauses: RetryIntervals, clock: Clock, folder: Path, news: EventHandler
 ) -> AsyncIterator[Store]:
     """Put such a store in front of another for the body of the `async with`; forks are made below a folder.
 
     First of all the other store is told what killed processes left there.
     """
-    for event in await _tell_leftovers(store, clock, folder):
+    for event in await _replay_leftovers(store, clock, folder):
         news(event)
     mirror = Mirror(await store.position())
-    found = Continuing(store, mirror, outage, pauses, clock, folder / token_hex(8), news)
+    found = ForkingStore(store, mirror, outage, pauses, clock, folder / token_hex(8), news)
     try:
-        async with beside(found.follow, found.come_back, last=0):
+        async with run_alongside(found.follow, found.run_reconnect, last=0):
             yield found
     finally:
         await found.close()
 
 
-async def _tell_leftovers(store: Store, clock: Clock, folder: Path) -> Sequence[Event]:
+async def _replay_leftovers(store: Store, clock: Clock, folder: Path) -> Sequence[Event]:
     """Tell a store what stands in forks that nobody holds any more; return what is to be told of that."""
     told = list[Event]()
     for lock in await to_thread.run_sync(lambda: sorted(folder.glob("*.lock"))):
@@ -313,11 +320,11 @@ async def _tell_leftovers(store: Store, clock: Clock, folder: Path) -> Sequence[
         with suppress(LockHeld):
             async with _lock(place).hold(0):
                 if await to_thread.run_sync(place.is_dir):
-                    replayed = Replayed()
+                    replayed = ReplayResult()
                     async with Fork.open(place, clock) as fork:
                         await fork.replay(store, replayed)
                     told += [one.event() for one in replayed.refused]
                     counts = {"replayed": len(replayed.accepted), "refused": len(replayed.refused)}
                     told.append(Event("outage.over", {"mode": "continue", "seconds": None, **counts}))
-                await to_thread.run_sync(remove, place)
+                await to_thread.run_sync(remove_fork, place)
     return told

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from orchestrator.errors import LeaseLost, VersionConflict
-from orchestrator.protocols import Commit, Dump, Event, Guard, JsonObject, Key, Record, Store, Write
-from orchestrator.state.documents.reading import between
-from orchestrator.state.offline.outage import commit_again
+from orchestrator.protocols import Commit, CommitRecord, Dump, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.documents.reading import read_range
+from orchestrator.state.offline.outage import commit_idempotently
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import Clock
 
 #: The kind of the documents that are the fork's own: beside each commit what the log does not say of it.
-JOURNAL: Final = "outage"
-_PROGRESS: Final = Key(JOURNAL, "replayed")
+FORK_KIND: Final = "outage"
+_PROGRESS: Final = Key(FORK_KIND, "replayed")
 #: Seconds that a document gets whose time is over by when it is told of.
 _NO_TIME: Final = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RejectedCommit:
     """A commit that the store did not take, with what its documents had become apart from it."""
 
     documents: Sequence[tuple[Key, int, JsonObject | None]]
@@ -40,12 +40,12 @@ class Refused:
 
 
 @dataclass(slots=True)
-class Replayed:
+class ReplayResult:
     """What came of the commits that the store was told of."""
 
     accepted: list[tuple[Commit, int]] = field(default_factory=list)
     """As they were made there, and their positions."""
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[RejectedCommit] = field(default_factory=list)
     shifts: dict[Key, int] = field(default_factory=dict)
     """By how much the versions of a document are higher there than they were here."""
 
@@ -78,7 +78,7 @@ class Fork:
         }
         while True:
             self._count += 1
-            key = Key(JOURNAL, f"commit/{self._count:012d}")
+            key = Key(FORK_KIND, f"commit/{self._count:012d}")
             if await self.store.get(key) is None:  # else it was there before this process was
                 break
         return await self.store.commit(
@@ -90,16 +90,16 @@ class Fork:
         with suppress(VersionConflict):  # what was changed here since is told there, and refused
             await self.store.commit(Commit(commit.writes, durable=False))
 
-    async def replay(self, target: Store, found: Replayed) -> None:
+    async def replay(self, target: Store, found: ReplayResult) -> None:
         """Make there, in their order, the commits that it was not told of, and add to `found` what came of them.
 
         Some may be refused, and then what builds on them is, too. StoreUnavailable where it can't be reached (again):
         what was told stays told.
         """
         progress = await self._progress()
-        async with aclosing(between(self.store, progress.position, await self.store.position())) as records:
+        async with aclosing(read_range(self.store, progress.position, await self.store.position())) as records:
             async for record in records:
-                note = next((one for key, (_, one) in record.documents.items() if key.kind == JOURNAL), None)
+                note = next((one for key, (_, one) in record.documents.items() if key.kind == FORK_KIND), None)
                 if note is not None and "writes" in note:
                     await self._tell(target, record, note, progress, found)
                 progress.position = record.position
@@ -117,22 +117,22 @@ class Fork:
         return _Progress(value["position"], lost, shifts, document.version)
 
     async def _tell(
-        self, target: Store, record: Record, note: JsonObject, progress: _Progress, found: Replayed
+        self, target: Store, record: CommitRecord, note: JsonObject, progress: _Progress, found: ReplayResult
     ) -> None:
-        commit = _as_made(record, note, progress.shifts, self._clock.now())
+        commit = _translate(record, note, progress.shifts, self._clock.now())
         written = {write.key for write in commit.writes}
         lost = sorted((written | {guard.key for guard in commit.guards}) & progress.lost)
         reason = f"it builds on what was refused of {', '.join(map(str, lost))}" if lost else ""
         position = 0
         if not lost:
             try:
-                position = await commit_again(target, commit)
+                position = await commit_idempotently(target, commit)
             except (VersionConflict, LeaseLost) as error:
                 reason = str(error)
         if reason:
             progress.lost |= written
-            documents = [(key, *record.documents[key]) for key in record.documents if key.kind != JOURNAL]
-            found.refused.append(Refused(documents, record.events, reason))
+            documents = [(key, *record.documents[key]) for key in record.documents if key.kind != FORK_KIND]
+            found.refused.append(RejectedCommit(documents, record.events, reason))
             return
         for write in commit.writes:
             # Nobody here may have known that there had been such a document before.
@@ -157,7 +157,7 @@ class _Progress:
         }
 
 
-def _as_made(record: Record, note: JsonObject, shifts: dict[Key, int], now: float) -> Commit:
+def _translate(record: CommitRecord, note: JsonObject, shifts: dict[Key, int], now: float) -> Commit:
     """Return a commit of the fork as it is to be made where versions are perhaps higher."""
     writes = []
     for kind, name, expected, ttl in note["writes"]:

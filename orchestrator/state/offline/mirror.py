@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 from itertools import groupby
 from typing import Final, NamedTuple
 
-from orchestrator.protocols import Commit, Document, Dump, DumpedCommit, DumpedDocument, JsonObject, Key, Record
+from orchestrator.protocols import Commit, CommitRecord, Document, Dump, DumpedCommit, DumpedDocument, JsonObject, Key
 from orchestrator.state.log.codec import encode_object
-from orchestrator.state.log.writer import name_of_writer
+from orchestrator.state.log.writer import get_writer_name
 
 
 class _Seen(NamedTuple):
@@ -44,7 +44,7 @@ class Mirror:
         """Of the newest commit that is known."""
         self.followed = position
         """Of the newest up to which all are."""
-        self._by = name_of_writer()
+        self._by = get_writer_name()
         self._seen: dict[Key, _Seen] = {}
         self._listed: dict[str, set[str]] = {}
 
@@ -70,7 +70,7 @@ class Mirror:
             self._put(write.key, _Seen(version + 1, encoded, position, now, self._by, write.ttl))
         self.position = max(self.position, position)
 
-    def follow(self, record: Record) -> None:
+    def follow(self, record: CommitRecord) -> None:
         """Take what anybody committed."""
         for key, (version, value) in record.documents.items():
             ttl = self._seen.get(key, _NEVER).ttl

@@ -20,27 +20,27 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Store
-from orchestrator.state.offline.wrapping import Wrapping
+from orchestrator.state.offline.wrapping import StoreWrapper
 from orchestrator.system.clock import Clock
 
 T = TypeVar("T")
 
 #: What is told: at once, in this order, by a task of its own.
-Tell = Callable[[Event], Awaitable[None]]
+EventSink = Callable[[Event], Awaitable[None]]
 
 #: Seconds that what is still to be told gets at the end.
-_LAST_WORDS: Final = 5.0
+_FLUSH_TIMEOUT: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Pauses:
+class RetryIntervals:
     """Seconds between two tries to reach a store: at random up to `first`, then to twice that, … and to `longest`."""
 
     first: float = 0.1
     longest: float = 10.0
 
 
-PAUSES: Final = Pauses()
+DEFAULT_INTERVALS: Final = RetryIntervals()
 
 
 def is_outage(error: BaseException) -> bool:
@@ -53,7 +53,7 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, StoreFull)
 
 
-async def commit_again(store: Store, commit: Commit) -> int:
+async def commit_idempotently(store: Store, commit: Commit) -> int:
     """Commit what may have been committed before, where only the acknowledgement was lost; see `Store.commit`."""
     try:
         return await store.commit(commit)
@@ -85,7 +85,7 @@ class Outage:
     def __init__(
         self,
         clock: Clock,
-        pauses: Pauses,
+        pauses: RetryIntervals,
         news: Callable[[Event], None],
         mode: str,
         passes: Callable[[BaseException], bool] = is_outage,
@@ -142,7 +142,7 @@ class Outage:
         await self._clock.wait(self._over, self._clock.monotonic() + seconds)
 
 
-class Pausing(Wrapping):
+class PausingStore(StoreWrapper):
     """A store that waits where another can't be reached: nothing is lost, and commits keep their order."""
 
     def __init__(self, inner: Store, outage: Outage) -> None:
@@ -164,7 +164,7 @@ class Pausing(Wrapping):
         self._waiting += 1
         try:
             async with self._line:
-                return await self._outage.until_reached(partial(commit_again, self._inner, commit))
+                return await self._outage.until_reached(partial(commit_idempotently, self._inner, commit))
         finally:
             self._waiting -= 1
 
@@ -177,7 +177,7 @@ class Pausing(Wrapping):
             self._outage.begin(error)
         return await self._outage.until_reached(read)
 
-    async def _until_back(self, error: StoreUnavailable) -> None:
+    async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
         if not self._outage.passes(error):
             raise error
         self._outage.begin(error)
@@ -185,14 +185,14 @@ class Pausing(Wrapping):
 
 
 @asynccontextmanager
-async def surviving(
+async def survive_outages(
     store: Store,
     mode: Literal["pause", "continue"],
     clock: Clock,
     folder: Path,
-    tell: Tell,
+    tell: EventSink,
     *,
-    pauses: Pauses = PAUSES,
+    pauses: RetryIntervals = DEFAULT_INTERVALS,
     passes: Callable[[BaseException], bool] = is_outage,
     gives_up: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[Store]:
@@ -214,26 +214,26 @@ async def surviving(
         with suppress(anyio.ClosedResourceError):  # an outage of the last words
             send.send_nowait(event)
 
-    async with beside(partial(_tell_all, receive, tell), last=_LAST_WORDS), AsyncExitStack() as stack:
+    async with run_alongside(partial(_send_events, receive, tell), last=_FLUSH_TIMEOUT), AsyncExitStack() as stack:
         stack.enter_context(send)
         if mode == "continue":
-            from orchestrator.state.offline.continuing import continuing  # noqa: PLC0415  few runs ask for it
+            from orchestrator.state.offline.continuing import continue_offline  # noqa: PLC0415  few runs ask for it
 
             outage = Outage(clock, pauses, news, mode)
-            going_on = continuing(store, outage, pauses, clock, folder, news)
+            going_on = continue_offline(store, outage, pauses, clock, folder, news)
             store = await stack.enter_async_context(going_on)
         # What goes on may not, on a disk that is full: then it waits, too.
-        yield Pausing(store, Outage(clock, pauses, news, "pause", passes, gives_up))
+        yield PausingStore(store, Outage(clock, pauses, news, "pause", passes, gives_up))
 
 
-async def _tell_all(receive: MemoryObjectReceiveStream[Event], tell: Tell) -> None:
+async def _send_events(receive: MemoryObjectReceiveStream[Event], tell: EventSink) -> None:
     with receive:
         async for event in receive:
             await tell(event)
 
 
 @asynccontextmanager
-async def beside(*works: Callable[[], Coroutine[Any, Any, None]], last: float) -> AsyncIterator[None]:
+async def run_alongside(*works: Callable[[], Coroutine[Any, Any, None]], last: float) -> AsyncIterator[None]:
     """Do some works beside the body, and for `last` seconds behind it; what the body raises is raised as it is."""
     raised: Exception | None = None
     async with anyio.create_task_group() as group:

@@ -9,24 +9,24 @@ from typing import TypeVar
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import (
-    HISTORY,
-    Compacted,
+    VERSIONS_KEPT,
+    CommitRecord,
+    CompactionResult,
     Damage,
     Document,
+    DocumentVersion,
     Dump,
     Key,
-    Record,
-    State,
-    Statistics,
+    StateSnapshot,
     Store,
-    Verified,
-    Version,
+    StoreStatistics,
+    VerificationReport,
 )
 
 T = TypeVar("T")
 
 
-class Wrapping:
+class StoreWrapper:
     """The part of a `Store` that is the inner store's; commits, and reads that fail, are the subclass's."""
 
     def __init__(self, inner: Store) -> None:
@@ -36,7 +36,7 @@ class Wrapping:
         """Return what is read of the inner store; a subclass says what becomes of it where that can't be reached."""
         return await read()
 
-    async def _until_back(self, error: StoreUnavailable) -> None:
+    async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
         """Return once the inner store can be watched again, or raise the error with which it could be no more."""
         raise error
 
@@ -52,7 +52,7 @@ class Wrapping:
         """See `Store.position`."""
         return await self._read(self._inner.position)
 
-    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         """See `Store.watch`; it goes on behind the last record once the inner store is back."""
         while True:
             try:
@@ -61,29 +61,29 @@ class Wrapping:
                         after = record.position
                         yield record
             except StoreUnavailable as error:
-                await self._until_back(error)
+                await self._wait_for_recovery(error)
 
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+    async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """See `Store.history`."""
         return await self._read(partial(self._inner.history, key, limit))
 
-    async def at(self, position: int) -> State:
+    async def at(self, position: int) -> StateSnapshot:
         """See `Store.at`."""
         return await self._read(partial(self._inner.at, position))
 
-    async def compact(self, older_than: float, largest: int) -> Compacted:
+    async def compact(self, older_than: float, largest: int) -> CompactionResult:
         """See `Store.compact`."""
         return await self._inner.compact(older_than, largest)
 
-    async def statistics(self) -> Statistics:
+    async def statistics(self) -> StoreStatistics:
         """See `Store.statistics`."""
         return await self._inner.statistics()
 
-    async def verify(self) -> Verified:
+    async def verify(self) -> VerificationReport:
         """See `Store.verify`."""
         return await self._inner.verify()
 
-    async def repair(self) -> Verified:
+    async def repair(self) -> VerificationReport:
         """See `Store.repair`."""
         return await self._inner.repair()
 

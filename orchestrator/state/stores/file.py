@@ -26,42 +26,42 @@ from typing import Final, TypeVar
 import anyio
 from anyio import to_thread
 
-from orchestrator.config.store import named_folder
+from orchestrator.config.store import require_local_folder
 from orchestrator.errors import LockHeld
 from orchestrator.protocols import (
-    HISTORY,
+    VERSIONS_KEPT,
     Commit,
-    Compacted,
+    CommitRecord,
+    CompactionResult,
     Damage,
     Document,
+    DocumentVersion,
     Dump,
     DumpedCommit,
     Event,
     Key,
-    Record,
-    State,
-    Statistics,
+    StateSnapshot,
     Store,
-    Verified,
-    Version,
+    StoreStatistics,
+    VerificationReport,
     Write,
 )
-from orchestrator.state.log.codec import MAX_TTL, Line, encode_commit
+from orchestrator.state.log.codec import MAX_TTL, LogLine, encode_commit
 from orchestrator.state.log.compaction import log_size
-from orchestrator.state.log.dumping import lines_of, refuse_unsound
-from orchestrator.state.log.history import versions
-from orchestrator.state.log.identity import existing_log, prepare
+from orchestrator.state.log.dumping import check_intact, read_dump_lines
+from orchestrator.state.log.history import read_versions
+from orchestrator.state.log.identity import ensure_log, require_log
 from orchestrator.state.log.journal import (
     PART_BYTES,
-    AtOnce,
+    InlineResult,
     Journal,
-    Turn,
-    check_kept,
-    read_dumped,
+    PendingCommit,
+    check_retained,
+    read_dumped_commits,
     read_records,
-    unavailable,
+    to_store_error,
 )
-from orchestrator.state.log.segments import Cursor, Mark, find_line, thinned_to
+from orchestrator.state.log.segments import HighWaterMark, LogCursor, find_line, pruned_through
 from orchestrator.state.log.staging import Staging
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
@@ -82,7 +82,7 @@ class FileStore:
         self._directory, self._clock, self._segment_bytes = directory, clock, segment_bytes
         self._journal = Journal(directory, clock, segment_bytes)
         self._compacting = FileLock(directory / "compaction.lock")
-        self._turns: deque[Turn] = deque()
+        self._turns: deque[PendingCommit] = deque()
         self._group: anyio.Event | None = None
         """Set when the group is over that is being committed."""
         self._news: anyio.Event | None = None
@@ -110,7 +110,7 @@ class FileStore:
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
-        turn = Turn(encode_commit(commit))
+        turn = PendingCommit(encode_commit(commit))
         self._turns.append(turn)
         with anyio.CancelScope(shield=True):
             if not turn.commit.durable:
@@ -130,10 +130,10 @@ class FileStore:
             await anyio.sleep(pause)  # at first, who else is about to commit comes along
             if not self._turns or self._group is not None:
                 return
-            done = self._journal.commit_at_once(self._turns)
-            if done is AtOnce.DONE:
+            done = self._journal.try_commit_inline(self._turns)
+            if done is InlineResult.DONE:
                 self._announce()
-            if done is not AtOnce.BUSY:
+            if done is not InlineResult.BUSY:
                 return
 
     async def _lead_group(self) -> None:
@@ -161,19 +161,19 @@ class FileStore:
         await self._refresh()
         return self._journal.table.position
 
-    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
-        await self._in_thread(partial(check_kept, self._directory, after))
-        cursor = await self._in_thread(partial(Cursor, self._directory, after))
-        seen, pause = Mark(0, 0, 0), _POLL_FASTEST
+        await self._in_thread(partial(check_retained, self._directory, after))
+        cursor = await self._in_thread(partial(LogCursor, self._directory, after))
+        seen, pause = HighWaterMark(0, 0, 0), _POLL_FASTEST
         try:
             while True:
-                with self._explained():
+                with self._translate_errors():
                     news = self._news = self._news or anyio.Event()
                     mark = self._journal.mark()
                 if mark is None or mark == seen:
-                    with self._explained():
-                        self._journal.check_place()
+                    with self._translate_errors():
+                        self._journal.check_not_replaced()
                     with anyio.move_on_after(pause):
                         await news.wait()
                     pause = min(1.25 * pause, _POLL_SLOWEST)
@@ -186,55 +186,57 @@ class FileStore:
         finally:
             cursor.close()
 
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+    async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """See `Store.history`."""
         await self._refresh()
         entry = self._journal.table.entry(key)
-        return await self._in_thread(lambda: versions(entry, key, limit, partial(find_line, self._directory)))
+        return await self._in_thread(lambda: read_versions(entry, key, limit, partial(find_line, self._directory)))
 
-    async def at(self, position: int) -> State:
+    async def at(self, position: int) -> StateSnapshot:
         """See `Store.at`."""
         await self._refresh()
         return await self._in_thread(partial(self._journal.state_at, position))
 
-    async def compact(self, older_than: float, largest: int) -> Compacted:
+    async def compact(self, older_than: float, largest: int) -> CompactionResult:
         """See `Store.compact`: closed segments are packed, and the oldest thinned out.
 
         What can't be read wholly stays as it is. Where another process is at it, nothing is done.
         """
         with suppress(LockHeld):
-            async with self._alone(0):
+            async with self._exclusive(0):
                 return await self._in_thread(partial(self._journal.compact, older_than, largest))
-        size, first = await self._in_thread(lambda: (log_size(self._directory), thinned_to(self._directory)))
-        return Compacted(size, size, first)
+        size, first = await self._in_thread(lambda: (log_size(self._directory), pruned_through(self._directory)))
+        return CompactionResult(size, size, first)
 
-    async def statistics(self) -> Statistics:
+    async def statistics(self) -> StoreStatistics:
         """See `Store.statistics`."""
         await self._refresh()
         now, folder = self._clock.now(), self._directory
-        return await self._in_thread(lambda: self._journal.table.statistics(thinned_to(folder), log_size(folder), now))
+        return await self._in_thread(
+            lambda: self._journal.table.statistics(pruned_through(folder), log_size(folder), now)
+        )
 
-    async def verify(self) -> Verified:
+    async def verify(self) -> VerificationReport:
         """See `Store.verify`: all is read, whatever a snapshot says."""
-        async with self._alone():
+        async with self._exclusive():
             await self._refresh()
             return await self._in_thread(self._journal.verify)
 
-    async def repair(self) -> Verified:
+    async def repair(self) -> VerificationReport:
         """See `Store.repair`: segments with damage are replaced by what can be read of them, and kept in `damaged/`.
 
         The log does not go back behind them any more.
         """
         found = await self.verify()
         if found.damage or found.damaged:
-            async with self._alone():
-                keys = {*found.damaged, *await self._in_thread(self._journal.to_settle)}
+            async with self._exclusive():
+                keys = {*found.damaged, *await self._in_thread(self._journal.documents_to_repair)}
                 self._journal.begin_segment()
-                await self.commit(self._settlement(sorted(keys), len(found.damage)))
+                await self.commit(self._repair_commit(sorted(keys), len(found.damage)))
                 await self._in_thread(partial(self._journal.replace_damaged, found.damage))
         return await self.verify()
 
-    def _settlement(self, keys: Sequence[Key], damage: int) -> Commit:
+    def _repair_commit(self, keys: Sequence[Key], damage: int) -> Commit:
         """Return the commit by which what is known of some documents counts, be it that they are gone."""
         now, writes, events = self._clock.now(), list[Write](), list[Event]()
         for key in keys:
@@ -255,16 +257,16 @@ class FileStore:
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:
         """See `Store.dump`; nothing is thinned out meanwhile."""
-        async with self._alone():
+        async with self._exclusive():
             await self._refresh()
-            refuse_unsound(await self._in_thread(self._journal.verify))
+            check_intact(await self._in_thread(self._journal.verify))
             end = await self._in_thread(self._journal.end)
-            first = await self._in_thread(lambda: thinned_to(self._directory))
-            with closing(await self._in_thread(partial(Cursor, self._directory))) as cursor:
+            first = await self._in_thread(lambda: pruned_through(self._directory))
+            with closing(await self._in_thread(partial(LogCursor, self._directory))) as cursor:
                 yield Dump(end.position, first, self._dumped(cursor, end))
 
-    async def _dumped(self, cursor: Cursor, end: Mark) -> AsyncGenerator[DumpedCommit]:
-        while commits := await self._in_thread(partial(read_dumped, cursor, end)):
+    async def _dumped(self, cursor: LogCursor, end: HighWaterMark) -> AsyncGenerator[DumpedCommit]:
+        while commits := await self._in_thread(partial(read_dumped_commits, cursor, end)):
             for commit in commits:
                 yield commit
 
@@ -274,11 +276,11 @@ class FileStore:
         """
         await self._in_thread(self._journal.check_empty)
         if dump.position == 0:
-            async with aclosing(lines_of(dump)) as lines:
+            async with aclosing(read_dump_lines(dump)) as lines:
                 async for _ in lines:  # there is none, or it is refused
                     pass
             return
-        async with self._alone():
+        async with self._exclusive():
             await self._in_thread(self._journal.check_empty)
             staging = Staging(self._directory, dump.first, self._segment_bytes)
             try:
@@ -291,8 +293,8 @@ class FileStore:
 
     async def _stage(self, staging: Staging, dump: Dump) -> None:
         await self._in_thread(staging.begin)
-        lines, size = list[Line](), 0
-        async with aclosing(lines_of(dump)) as found:
+        lines, size = list[LogLine](), 0
+        async with aclosing(read_dump_lines(dump)) as found:
             async for line in found:
                 lines.append(line)
                 size += len(line.payload)
@@ -308,23 +310,23 @@ class FileStore:
         return tuple(self._journal.damage)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        with self._explained():
+        with self._translate_errors():
             return await to_thread.run_sync(call, limiter=self._threads)
 
     @asynccontextmanager
-    async def _alone(self, limit: float | None = None) -> AsyncIterator[None]:
+    async def _exclusive(self, limit: float | None = None) -> AsyncIterator[None]:
         """Keep other processes from compacting; LockHeld after so many seconds."""
         async with AsyncExitStack() as stack:
-            with self._explained():
+            with self._translate_errors():
                 await stack.enter_async_context(self._compacting.hold(limit))
             yield
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise unavailable(self._directory, error) from error
+            raise to_store_error(self._directory, error) from error
 
     def _announce(self) -> None:
         if self._news is not None:
@@ -332,15 +334,15 @@ class FileStore:
             self._news = None
 
     async def _refresh(self) -> None:
-        with self._explained():
-            if self._journal.refresh_at_once():
+        with self._translate_errors():
+            if self._journal.try_refresh_inline():
                 return
         await self._in_thread(self._journal.catch_up)
 
 
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
     """Open the store in the folder that a `file:` URL names; RefusedError if it names none of this machine."""
-    folder = named_folder(url)
+    folder = require_local_folder(url)
     assert folder is not None, "it is registered for this scheme"  # noqa: S101
     return _opened(folder, clock)
 
@@ -348,14 +350,14 @@ def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[St
 @asynccontextmanager
 async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
     try:
-        log = await to_thread.run_sync(prepare, folder)
+        log = await to_thread.run_sync(ensure_log, folder)
     except OSError as error:
-        raise unavailable(folder, error) from error
+        raise to_store_error(folder, error) from error
     async with FileStore.open(log, clock) as store:
         yield store
 
 
 def require_store(url: str) -> None:
     """Refuse (RefusedError) the URL of a folder that holds no store, where else an empty one would be made. Blocks."""
-    if (folder := named_folder(url)) is not None:
-        existing_log(folder)
+    if (folder := require_local_folder(url)) is not None:
+        require_log(folder)

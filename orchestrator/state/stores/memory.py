@@ -7,27 +7,27 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from orchestrator.errors import HistoryGone
+from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import (
-    HISTORY,
+    VERSIONS_KEPT,
     Commit,
-    Compacted,
+    CommitRecord,
+    CompactionResult,
     Damage,
     Document,
+    DocumentVersion,
     Dump,
     DumpedCommit,
     Key,
-    Record,
-    State,
-    Statistics,
-    Verified,
-    Version,
+    StateSnapshot,
+    StoreStatistics,
+    VerificationReport,
 )
-from orchestrator.state.log.codec import Line, encode_commit, to_dumped, to_record
-from orchestrator.state.log.dumping import lines_of, not_empty, refuse_unsound
-from orchestrator.state.log.history import state_at, versions
-from orchestrator.state.log.table import Stage, Table
-from orchestrator.state.log.writer import name_of_writer
+from orchestrator.state.log.codec import LogLine, encode_commit, to_dumped, to_record
+from orchestrator.state.log.dumping import check_intact, not_empty_error, read_dump_lines
+from orchestrator.state.log.history import read_versions, rebuild_state
+from orchestrator.state.log.table import CommitStage, DocumentTable
+from orchestrator.state.log.writer import get_writer_name
 from orchestrator.system.clock import Clock
 
 
@@ -38,15 +38,15 @@ class MemoryStore:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._by = name_of_writer()
-        self._table = Table()
-        self._lines: dict[int, Line] = {}
+        self._by = get_writer_name()
+        self._table = DocumentTable()
+        self._lines: dict[int, LogLine] = {}
         self._kept_from = 0  # the position of the oldest state that can be told
         self._news = anyio.Event()
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
-        stage = Stage(self._table, self._by)
+        stage = CommitStage(self._table, self._by)
         line = stage.add(encode_commit(commit), self._clock.now())
         self._table.take(stage)
         self._lines[line.position] = line
@@ -69,7 +69,7 @@ class MemoryStore:
         """See `Store.position`."""
         return self._table.position
 
-    async def watch(self, after: int = 0) -> AsyncGenerator[Record]:
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         """See `Store.watch`."""
         while True:
             news = self._news
@@ -80,60 +80,60 @@ class MemoryStore:
             self._check_kept(after)
             await news.wait()
 
-    async def history(self, key: Key, limit: int = HISTORY) -> Sequence[Version]:
+    async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """See `Store.history`."""
-        return versions(self._table.entry(key), key, limit, self._lines.get)
+        return read_versions(self._table.entry(key), key, limit, self._lines.get)
 
-    async def compact(self, older_than: float, largest: int) -> Compacted:  # noqa: ARG002  it ends with its process
+    async def compact(self, older_than: float, largest: int) -> CompactionResult:  # noqa: ARG002  it ends with its process
         """See `Store.compact`: nothing is ever let go of."""
         size = self._size()
-        return Compacted(size, size, self._kept_from)
+        return CompactionResult(size, size, self._kept_from)
 
-    async def statistics(self) -> Statistics:
+    async def statistics(self) -> StoreStatistics:
         """See `Store.statistics`."""
         return self._table.statistics(self._kept_from, self._size(), self._clock.now())
 
-    async def verify(self) -> Verified:
+    async def verify(self) -> VerificationReport:
         """See `Store.verify`."""
-        table = Table()
+        table = DocumentTable()
         for line in self._lines.values():
             table.apply(line)
-        return Verified(self._table.position, self._size(), (), *table.compare(self._table))
+        return VerificationReport(self._table.position, self._size(), (), *table.compare(self._table))
 
-    async def repair(self) -> Verified:
+    async def repair(self) -> VerificationReport:
         """See `Store.repair`: nothing can be damaged."""
         return await self.verify()
 
     def _size(self) -> int:
         return sum(len(line.payload) for line in self._lines.values())
 
-    async def at(self, position: int) -> State:
+    async def at(self, position: int) -> StateSnapshot:
         """See `Store.at`."""
         self._check_kept(position)
-        return state_at(position, self._lines.values(), self._kept_from)
+        return rebuild_state(position, self._lines.values(), self._kept_from)
 
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:
         """See `Store.dump`."""
-        refuse_unsound(await self.verify())
+        check_intact(await self.verify())
         yield Dump(self._table.position, self._kept_from, self._dumped(list(self._lines.values())))
 
-    async def _dumped(self, lines: Sequence[Line]) -> AsyncGenerator[DumpedCommit]:
+    async def _dumped(self, lines: Sequence[LogLine]) -> AsyncGenerator[DumpedCommit]:
         for line in lines:
             yield to_dumped(line)
 
     async def load(self, dump: Dump) -> None:
         """See `Store.load`."""
-        table, lines = Table(), dict[int, Line]()
-        async for line in lines_of(dump):
+        table, lines = DocumentTable(), dict[int, LogLine]()
+        async for line in read_dump_lines(dump):
             table.apply(line)
             lines[line.position] = line
         table.position = dump.position
         if self._table.position:
-            raise not_empty("the store in memory", self._table.position)
+            raise not_empty_error("the store in memory", self._table.position)
         self._table, self._lines, self._kept_from = table, lines, dump.first
         self._announce()
 
     def _check_kept(self, position: int) -> None:
         if position < self._kept_from:
-            raise HistoryGone(position, self._kept_from)
+            raise HistoryCompacted(position, self._kept_from)

@@ -11,13 +11,13 @@ from typing import IO
 from orchestrator.errors import InvalidDocument, RefusedError, StoreUnavailable
 from orchestrator.protocols import Dump, DumpedCommit, Key, Store
 from orchestrator.state.documents.shapes import find_unreadable
-from orchestrator.state.log.dumping import not_empty
-from orchestrator.state.log.writer import name_of_writer
-from orchestrator.state.transfer.portable import REMEDY, Header, commit_line, reading, write
+from orchestrator.state.log.dumping import not_empty_error
+from orchestrator.state.log.writer import get_writer_name
+from orchestrator.state.transfer.portable import REMEDY, ExportHeader, commit_line, open_export, write_export
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
+class CopyResult:
     """What was copied: up to which position, and from where on states can be told, as in `Dump`."""
 
     position: int
@@ -40,7 +40,7 @@ class Copied:
         return self.bytes / self.packed if self.packed else None
 
 
-class Tally:
+class CommitTally:
     """Counts the commits that go by, and takes a checksum of all that is told of them."""
 
     def __init__(self) -> None:
@@ -84,17 +84,17 @@ class Tally:
                 self._expires[one.key] = one.expires
         return line
 
-    def copied(self, dump: Dump, *, was_there: bool = False) -> Copied:
+    def copied(self, dump: Dump, *, was_there: bool = False) -> CopyResult:
         """Return what was counted of a dump."""
         living = [one for one in self._expires.values() if one is None or self._time < one]
-        return Copied(dump.position, dump.first, self._commits, len(living), self._bytes, was_there)
+        return CopyResult(dump.position, dump.first, self._commits, len(living), self._bytes, was_there)
 
-    def is_same(self, other: Tally) -> bool:
+    def is_same(self, other: CommitTally) -> bool:
         """Whether the same commits went by."""
         return (self._commits, self._sum.digest()) == (other._commits, other._sum.digest())
 
 
-async def copy(source: Store, target: Store) -> Copied:
+async def copy_store(source: Store, target: Store) -> CopyResult:
     """Copy a whole store as it is now into an empty one, and compare them.
 
     Raises as `Store.dump` and `Store.load` do, and StoreUnavailable if they differ. Where the target holds exactly the
@@ -105,21 +105,21 @@ async def copy(source: Store, target: Store) -> Copied:
     return await _compared(target, dump, tally, was_there=was_there)
 
 
-async def export(store: Store, stream: IO[bytes], time: float) -> Copied:
+async def export_to_stream(store: Store, stream: IO[bytes], time: float) -> CopyResult:
     """Write a whole store as it is now to a stream, as a file of `portable`; `time` is the wall-clock seconds now."""
-    tally = Tally()
+    tally = CommitTally()
     async with store.dump() as dump:
-        header = Header(position=dump.position, first=dump.first, time=time, by=name_of_writer())
-        packed = await write(stream, header, tally.lines(dump.commits))
+        header = ExportHeader(position=dump.position, first=dump.first, time=time, by=get_writer_name())
+        packed = await write_export(stream, header, tally.lines(dump.commits))
     return replace(tally.copied(dump), packed=packed, unreadable=dict(await find_unreadable(store)))
 
 
-async def import_from(name: str, opens: Callable[[], IO[bytes]], target: Store) -> Copied:
+async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: Store) -> CopyResult:
     """Load what `export` wrote into an empty store, and compare them; `name` is what errors call the file.
 
     RefusedError, and the target stays empty, where not every byte of the file is as it was written. Else as `copy`.
     """
-    async with reading(name, opens) as (reader, dump):
+    async with open_export(name, opens) as (reader, dump):
         try:
             tally, was_there = await _fill(target, dump)
         except InvalidDocument as error:
@@ -127,11 +127,11 @@ async def import_from(name: str, opens: Callable[[], IO[bytes]], target: Store) 
     return replace(await _compared(target, dump, tally, was_there=was_there), packed=reader.bytes)
 
 
-async def _fill(target: Store, dump: Dump) -> tuple[Tally, bool]:
+async def _fill(target: Store, dump: Dump) -> tuple[CommitTally, bool]:
     """Load a dump, or go through it where the target may hold it already; return its tally, and which it was."""
-    tally, position = Tally(), await target.position()
+    tally, position = CommitTally(), await target.position()
     if position not in {0, dump.position}:
-        raise not_empty("the target", position)
+        raise not_empty_error("the target", position)
     if position:
         await tally.finish(dump, dump.position)
     else:
@@ -139,14 +139,14 @@ async def _fill(target: Store, dump: Dump) -> tuple[Tally, bool]:
     return tally, position > 0
 
 
-async def _compared(target: Store, dump: Dump, tally: Tally, *, was_there: bool) -> Copied:
+async def _compared(target: Store, dump: Dump, tally: CommitTally, *, was_there: bool) -> CopyResult:
     """Return what was copied if the target, as it is read now, holds exactly that."""
-    held = Tally()
+    held = CommitTally()
     async with target.dump() as found:
         first = found.first
         await held.finish(found, dump.position)
     if first == dump.first and held.is_same(tally):
         return replace(tally.copied(dump, was_there=was_there), unreadable=dict(await find_unreadable(target)))
     if was_there:
-        raise not_empty("the target", dump.position)
+        raise not_empty_error("the target", dump.position)
     raise StoreUnavailable("the target", "what it holds differs from what was copied", "remove it, and copy anew")

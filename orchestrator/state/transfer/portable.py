@@ -30,7 +30,7 @@ from orchestrator.domain.documents.times import Instant
 from orchestrator.errors import InvalidDocument, RefusedError
 from orchestrator.protocols import Dump, DumpedCommit, DumpedDocument, Event, Key
 from orchestrator.state.log.codec import MAX_COMMIT_BYTES, encode_object
-from orchestrator.state.log.segments import make_durable, private, sync_folder
+from orchestrator.state.log.segments import make_durable, open_private, sync_folder
 
 FORMAT: Final = "council-state"
 VERSION: Final = 1
@@ -65,7 +65,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Header(_Strict):
+class ExportHeader(_Strict):
     """The first line."""
 
     format: Literal["council-state"] = FORMAT
@@ -124,10 +124,10 @@ def _document(one: DumpedDocument) -> bytes:
     return b'%b,"value":%b,%b' % (name[:-1], one.encoded or b"null", rest[1:])
 
 
-class Writer:
+class ExportWriter:
     """Writes the lines of a dump, packed, to a stream. Its methods block."""
 
-    def __init__(self, stream: IO[bytes], header: Header) -> None:
+    def __init__(self, stream: IO[bytes], header: ExportHeader) -> None:
         """Begin with the header."""
         import zstandard  # noqa: PLC0415  most processes never pack or unpack
 
@@ -159,9 +159,9 @@ class Writer:
         self.bytes += len(packed)
 
 
-async def write(stream: IO[bytes], header: Header, lines: AsyncGenerator[bytes]) -> int:
+async def write_export(stream: IO[bytes], header: ExportHeader, lines: AsyncGenerator[bytes]) -> int:
     """Write the lines of commits to a stream as such a file; return how many bytes it has."""
-    writer = await to_thread.run_sync(Writer, stream, header)
+    writer = await to_thread.run_sync(ExportWriter, stream, header)
     batch, size = list[bytes](), 0
     async for line in lines:
         batch.append(line)
@@ -174,7 +174,7 @@ async def write(stream: IO[bytes], header: Header, lines: AsyncGenerator[bytes])
     return writer.bytes
 
 
-class Staged:
+class StagedFile:
     """A file that is written beside its place, and put there when it is whole. Its methods block."""
 
     def __init__(self, path: Path, *, force: bool) -> None:
@@ -183,7 +183,7 @@ class Staged:
         self._check()
         self._aside = path.with_name(f"{path.name}.{token_hex(6)}.new")
         try:
-            self.stream = open(self._aside, "xb", opener=private)  # noqa: SIM115  it is closed by `put` or `discard`
+            self.stream = open(self._aside, "xb", opener=open_private)  # noqa: SIM115  it is closed by `put` or `discard`
         except OSError as error:
             if error.errno in _NO_PLACE:
                 what = f"{path} can't be made: {(error.strerror or str(error)).lower()}"
@@ -227,7 +227,7 @@ class Staged:
             raise RefusedError(f"{self._path} is there already", "name another file, or replace it with --force")
 
 
-class Reader:
+class ExportReader:
     """Reads such a file from a stream, line by line. Its methods block; RefusedError tells what is not whole."""
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
@@ -268,7 +268,7 @@ class Reader:
         if next(self._lines, None) is not None:
             self._refuse("something stands behind its end")
 
-    def _read_header(self) -> Header:
+    def _read_header(self) -> ExportHeader:
         line = next(self._lines, b"")
         value = self._parse(line)
         if value.get("format") != FORMAT:
@@ -277,7 +277,7 @@ class Reader:
             what = f"it has version {value.get('version')} of its format, this council reads version {VERSION}"
             self._refuse(what, "use the version of council that wrote it, or a newer one")
         self._sum.update(line)
-        header = self._model(Header, value)
+        header = self._model(ExportHeader, value)
         if header.first > header.position:
             self._refuse(f"its first position, {header.first}, is behind its newest, {header.position}")
         return header
@@ -346,15 +346,15 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading(name: str, opens: Callable[[], IO[bytes]]) -> AsyncIterator[tuple[Reader, Dump]]:
+async def open_export(name: str, opens: Callable[[], IO[bytes]]) -> AsyncIterator[tuple[ExportReader, Dump]]:
     """Open such a file as a dump; what is wrong with it is raised before the last commits are given."""
     with ExitStack() as files:
         stream = files.enter_context(await to_thread.run_sync(opens))
-        reader = await to_thread.run_sync(Reader, name, stream)
+        reader = await to_thread.run_sync(ExportReader, name, stream)
         yield reader, Dump(reader.header.position, reader.header.first, _commits(reader))
 
 
-async def _commits(reader: Reader) -> AsyncGenerator[DumpedCommit]:
+async def _commits(reader: ExportReader) -> AsyncGenerator[DumpedCommit]:
     while commits := await to_thread.run_sync(reader.commits):
         for commit in commits:
             yield commit

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.errors import RefusedError
-from orchestrator.state.log.identity import NAME, log_in
+from orchestrator.state.log.identity import IDENTITY_FILE, find_log
 
 #: What stands in the folder of a store that nothing was ever committed to.
 _EMPTY_STORE: Final = ("lock", "compaction.lock")
@@ -27,7 +27,7 @@ class TargetFolder:
         """
         self._folder = folder
         try:
-            self._is_store = log_in(folder) is not None
+            self._is_store = find_log(folder) is not None
             self._check(source)
             self._made = [one for one in (folder, *folder.parents) if not one.exists()]
         except OSError as error:
@@ -47,11 +47,11 @@ class TargetFolder:
         """Leave nothing that was made here, unless something was committed to it."""
         if self._is_store or not self._folder.is_dir():
             return
-        log = log_in(self._folder)
+        log = find_log(self._folder)
         if log is not None:
             if log.is_dir() and any(one.name not in _EMPTY_STORE for one in log.iterdir()):
                 return
-            (self._folder / NAME).unlink()
+            (self._folder / IDENTITY_FILE).unlink()
             shutil.rmtree(log, ignore_errors=True)
         with suppress(OSError):  # something else has come to it
             for folder in self._made:

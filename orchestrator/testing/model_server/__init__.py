@@ -18,6 +18,6 @@ A client without tools, as aider or the Ollama bridge, gets all files in words, 
 """
 
 from orchestrator.testing.model_server.conversation import DialectName
-from orchestrator.testing.model_server.server import ModelServer, Request
+from orchestrator.testing.model_server.server import ModelServer, RecordedRequest
 
-__all__ = ["DialectName", "ModelServer", "Request"]
+__all__ = ["DialectName", "ModelServer", "RecordedRequest"]

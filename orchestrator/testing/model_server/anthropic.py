@@ -7,8 +7,17 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import Answer, Asked, Dialect, Fault, Json, Tool, Turn, pieces
-from orchestrator.testing.model_server.sse import event
+from orchestrator.testing.model_server.conversation import (
+    ApiDialect,
+    ApiFault,
+    ConversationTurn,
+    Json,
+    ModelAnswer,
+    ModelRequest,
+    Tool,
+    split_for_stream,
+)
+from orchestrator.testing.model_server.sse import encode_event
 
 _FAULTS: Final = {
     400: ("invalid_request_error", "The request is invalid."),
@@ -31,20 +40,20 @@ def _text(content: Any) -> str:
     return "\n".join(block.get("text", "") for block in content or () if block.get("type") == "text")
 
 
-def _turns(message: Json) -> Iterator[Turn]:
+def _turns(message: Json) -> Iterator[ConversationTurn]:
     content = message.get("content")
     if message.get("role") == "user" and isinstance(content, str):
-        yield Turn("user", content)
+        yield ConversationTurn("user", content)
     elif message.get("role") == "user":
         for block in content or ():
             if block.get("type") == "tool_result":
-                yield Turn("tool")
+                yield ConversationTurn("tool")
             elif block.get("type") == "text":
-                yield Turn("user", block["text"])
+                yield ConversationTurn("user", block["text"])
 
 
-def _read(_path: str, body: Mapping[str, Any]) -> Asked:
-    return Asked(
+def _read(_path: str, body: Mapping[str, Any]) -> ModelRequest:
+    return ModelRequest(
         str(body.get("model", "")),
         bool(body.get("stream")),
         _text(body.get("system")),
@@ -53,14 +62,14 @@ def _read(_path: str, body: Mapping[str, Any]) -> Asked:
     )
 
 
-def _block(answer: Answer) -> Json:
+def _block(answer: ModelAnswer) -> Json:
     if answer.call is None:
         return {"type": "text", "text": answer.text}
     call = answer.call
     return {"type": "tool_use", "id": call.id("toolu_"), "name": call.tool.name, "input": call.arguments}
 
 
-def _usage(answer: Answer) -> Json:
+def _usage(answer: ModelAnswer) -> Json:
     return {
         "input_tokens": answer.usage.input,
         "cache_creation_input_tokens": 0,
@@ -69,7 +78,7 @@ def _usage(answer: Answer) -> Json:
     }
 
 
-def _whole(asked: Asked, answer: Answer) -> Json:
+def _whole(asked: ModelRequest, answer: ModelAnswer) -> Json:
     said = json.dumps([asked.model, _block(answer), len(asked.turns)]).encode()
     return {
         "id": f"msg_{hashlib.sha256(said).hexdigest()[:24]}",
@@ -83,16 +92,16 @@ def _whole(asked: Asked, answer: Answer) -> Json:
     }
 
 
-def _deltas(answer: Answer) -> Iterator[Json]:
+def _deltas(answer: ModelAnswer) -> Iterator[Json]:
     if answer.call is None:
-        for piece in pieces(answer.text):
+        for piece in split_for_stream(answer.text):
             yield {"type": "text_delta", "text": piece}
     else:
-        for piece in ("", *pieces(json.dumps(answer.call.arguments, ensure_ascii=False))):
+        for piece in ("", *split_for_stream(json.dumps(answer.call.arguments, ensure_ascii=False))):
             yield {"type": "input_json_delta", "partial_json": piece}
 
 
-def _events(asked: Asked, answer: Answer) -> Iterator[Json]:
+def _events(asked: ModelRequest, answer: ModelAnswer) -> Iterator[Json]:
     whole = _whole(asked, answer)
     empty: Json = {"text": ""} if answer.call is None else {"input": {}}
     opening = _block(answer) | empty
@@ -108,14 +117,14 @@ def _events(asked: Asked, answer: Answer) -> Iterator[Json]:
     yield {"type": "message_stop"}
 
 
-def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
-    return (event(data, data["type"]) for data in _events(asked, answer))
+def _stream(asked: ModelRequest, answer: ModelAnswer) -> Iterator[bytes]:
+    return (encode_event(data, data["type"]) for data in _events(asked, answer))
 
 
-def _fault(fault: Fault) -> Json:
+def _fault(fault: ApiFault) -> Json:
     told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
     kind, message = _TOO_LONG if fault.is_too_long else told
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_scripted"}
 
 
-DIALECT: Final = Dialect("anthropic", _read, _whole, _stream, _fault)
+DIALECT: Final = ApiDialect("anthropic", _read, _whole, _stream, _fault)

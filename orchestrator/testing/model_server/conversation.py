@@ -27,7 +27,7 @@ class Tool:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ConversationTurn:
     """A text of the user's, or what came of a tool call or of a search for tools (without text: only that it did)."""
 
     role: Literal["user", "tool", "search"]
@@ -35,7 +35,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ModelRequest:
     """A request to a model: its instructions, what user and tools said in order, and the tools that are offered.
 
     `stream_usage` is whether a stream is to end with its tokens, where an API leaves that to the client.
@@ -44,13 +44,13 @@ class Asked:
     model: str
     stream: bool
     system: str
-    turns: tuple[Turn, ...]
+    turns: tuple[ConversationTurn, ...]
     tools: tuple[Tool, ...] = ()
     stream_usage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """Tokens that an answer says it cost."""
 
     input: int = 100
@@ -63,7 +63,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolCall:
     """A tool call; `arguments` is a JSON object for a function, text for the other kinds.
 
     `number` is unique in its conversation and `key` tells conversations apart; together they make the call's id.
@@ -80,21 +80,21 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ModelAnswer:
     """What the model says: a text, or with `call` a tool call alone; `is_cut` if it had no tokens left to go on."""
 
     text: str
-    call: Call | None = None
-    usage: Usage = field(default_factory=Usage)
+    call: ToolCall | None = None
+    usage: TokenUsage = field(default_factory=TokenUsage)
     is_cut: bool = False
 
-    def cut(self) -> Answer:
+    def cut(self) -> ModelAnswer:
         """Return the first half of it; a call is none then."""
         return replace(self, text=self.text[: len(self.text) // 2], call=None, is_cut=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ApiFault:
     """An HTTP error in place of an answer; `retry_after` in seconds. `is_too_long` if the prompt is, for the model."""
 
     status: int
@@ -103,21 +103,21 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ApiDialect:
     """An API: how its requests are read, and how answers and errors look.
 
     `stream` gives the parts of a streamed answer as they are sent, each complete in itself.
     """
 
     name: DialectName
-    read: Callable[[str, Mapping[str, Any]], Asked]
-    whole: Callable[[Asked, Answer], Json]
-    stream: Callable[[Asked, Answer], Iterator[bytes]]
-    fault: Callable[[Fault], Json]
+    read: Callable[[str, Mapping[str, Any]], ModelRequest]
+    whole: Callable[[ModelRequest, ModelAnswer], Json]
+    stream: Callable[[ModelRequest, ModelAnswer], Iterator[bytes]]
+    fault: Callable[[ApiFault], Json]
     stream_type: str = "text/event-stream"
 
 
-def pieces(text: str) -> list[str]:
+def split_for_stream(text: str) -> list[str]:
     """Return a text in several parts, as a stream brings it; none for an empty one."""
     size = max(1, min(24, (len(text) + 1) // 2))
     return [text[start : start + size] for start in range(0, len(text), size)]

@@ -6,8 +6,17 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import Answer, Asked, Dialect, Fault, Json, Tool, Turn, pieces
-from orchestrator.testing.model_server.sse import event
+from orchestrator.testing.model_server.conversation import (
+    ApiDialect,
+    ApiFault,
+    ConversationTurn,
+    Json,
+    ModelAnswer,
+    ModelRequest,
+    Tool,
+    split_for_stream,
+)
+from orchestrator.testing.model_server.sse import encode_event
 
 #: The path of a request: the model and the method.
 PATH: Final = re.compile(r".*/models/(?P<model>[^/:]+):(?P<method>\w+)")
@@ -37,14 +46,14 @@ def _parts(content: Any) -> list[Json]:
     return [{"text": content}] if isinstance(content, str) else (content or {}).get("parts") or []
 
 
-def _turns(content: Json) -> Iterator[Turn]:
+def _turns(content: Json) -> Iterator[ConversationTurn]:
     if content.get("role") == "model":
         return
     for part in _parts(content):
         if _either(part, "functionResponse") is not None:
-            yield Turn("tool")
+            yield ConversationTurn("tool")
         elif "text" in part:
-            yield Turn("user", part["text"])
+            yield ConversationTurn("user", part["text"])
 
 
 def _tools(tools: Any) -> Iterator[Tool]:
@@ -53,9 +62,9 @@ def _tools(tools: Any) -> Iterator[Tool]:
             yield Tool(function["name"], _either(function, "parametersJsonSchema") or function.get("parameters") or {})
 
 
-def _read(path: str, body: Mapping[str, Any]) -> Asked:
+def _read(path: str, body: Mapping[str, Any]) -> ModelRequest:
     found = PATH.fullmatch(path)
-    return Asked(
+    return ModelRequest(
         found["model"] if found else "",
         bool(found and found["method"].startswith("stream")),
         "\n".join(part.get("text", "") for part in _parts(_either(body, "systemInstruction"))),
@@ -64,12 +73,12 @@ def _read(path: str, body: Mapping[str, Any]) -> Asked:
     )
 
 
-def _chunk(asked: Asked, part: Json) -> Json:
+def _chunk(asked: ModelRequest, part: Json) -> Json:
     candidate: Json = {"content": {"parts": [part], "role": "model"}, "index": 0}
     return {"candidates": [candidate], "modelVersion": asked.model, "responseId": f"scripted-{len(asked.turns)}"}
 
 
-def _ended(chunk: Json, answer: Answer) -> Json:
+def _ended(chunk: Json, answer: ModelAnswer) -> Json:
     chunk["candidates"][0]["finishReason"] = "MAX_TOKENS" if answer.is_cut else "STOP"
     usage = answer.usage
     counts = {
@@ -80,24 +89,24 @@ def _ended(chunk: Json, answer: Answer) -> Json:
     return chunk | {"usageMetadata": counts}
 
 
-def _part(answer: Answer) -> Json:
+def _part(answer: ModelAnswer) -> Json:
     if (call := answer.call) is None:
         return {"text": answer.text}
     return {"functionCall": {"id": call.id("call_"), "name": call.tool.name, "args": call.arguments}}
 
 
-def _whole(asked: Asked, answer: Answer) -> Json:
+def _whole(asked: ModelRequest, answer: ModelAnswer) -> Json:
     return _ended(_chunk(asked, _part(answer)), answer)
 
 
-def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
-    parts = [_part(answer)] if answer.call else [{"text": piece} for piece in pieces(answer.text)]
+def _stream(asked: ModelRequest, answer: ModelAnswer) -> Iterator[bytes]:
+    parts = [_part(answer)] if answer.call else [{"text": piece} for piece in split_for_stream(answer.text)]
     for part in parts:
-        yield event(_chunk(asked, part))
-    yield event(_ended(_chunk(asked, {"text": ""}), answer))
+        yield encode_event(_chunk(asked, part))
+    yield encode_event(_ended(_chunk(asked, {"text": ""}), answer))
 
 
-def _fault(fault: Fault) -> Json:
+def _fault(fault: ApiFault) -> Json:
     told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
     status, message = _TOO_LONG if fault.is_too_long else told
     error: Json = {"code": fault.status, "message": message, "status": status}
@@ -107,4 +116,4 @@ def _fault(fault: Fault) -> Json:
     return {"error": error}
 
 
-DIALECT: Final = Dialect("gemini", _read, _whole, _stream, _fault)
+DIALECT: Final = ApiDialect("gemini", _read, _whole, _stream, _fault)

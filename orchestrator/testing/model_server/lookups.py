@@ -20,7 +20,7 @@ _DETAILS: Final = {
 }
 
 
-def answer(path: str, body: Mapping[str, Any], *, anthropic: bool) -> Json | None:
+def answer_lookup(path: str, body: Mapping[str, Any], *, anthropic: bool) -> Json | None:
     """Return what a path gives, a list of models in the form of whoever asks; None for one that no API has."""
     tokens = len(json.dumps(body)) // 4
     match path.rsplit("/", 1)[-1]:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import Answer, Asked, Dialect, Fault, Json, Turn, pieces
+from orchestrator.testing.model_server.conversation import (
+    ApiDialect,
+    ApiFault,
+    ConversationTurn,
+    Json,
+    ModelAnswer,
+    ModelRequest,
+    split_for_stream,
+)
 from orchestrator.testing.model_server.openai_chat import read_messages, read_tools
 
 _FAULTS: Final = {
@@ -22,23 +30,25 @@ _TOO_LONG: Final = "the input length exceeds the context length"
 _MILLISECOND: Final = 1_000_000
 
 
-def _read_chat(_path: str, body: Mapping[str, Any]) -> Asked:
+def _read_chat(_path: str, body: Mapping[str, Any]) -> ModelRequest:
     system, turns = read_messages(body.get("messages"))
-    return Asked(
+    return ModelRequest(
         str(body.get("model", "")), body.get("stream") is not False, system, turns, read_tools(body.get("tools"))
     )
 
 
-def _read_generate(_path: str, body: Mapping[str, Any]) -> Asked:
-    turns = (Turn("user", str(body.get("prompt", ""))),)
-    return Asked(str(body.get("model", "")), body.get("stream") is not False, str(body.get("system") or ""), turns)
+def _read_generate(_path: str, body: Mapping[str, Any]) -> ModelRequest:
+    turns = (ConversationTurn("user", str(body.get("prompt", ""))),)
+    return ModelRequest(
+        str(body.get("model", "")), body.get("stream") is not False, str(body.get("system") or ""), turns
+    )
 
 
-def _frame(asked: Asked) -> Json:
+def _frame(asked: ModelRequest) -> Json:
     return {"model": asked.model, "created_at": datetime.now(UTC).isoformat()}
 
 
-def _ending(answer: Answer) -> Json:
+def _ending(answer: ModelAnswer) -> Json:
     return {
         "done": True,
         "done_reason": "length" if answer.is_cut else "stop",
@@ -51,14 +61,14 @@ def _ending(answer: Answer) -> Json:
     }
 
 
-def _message(answer: Answer) -> Json:
+def _message(answer: ModelAnswer) -> Json:
     message: Json = {"role": "assistant", "content": answer.text}
     if (call := answer.call) is not None:
         message["tool_calls"] = [{"function": {"name": call.tool.name, "arguments": call.arguments}}]
     return {"message": message}
 
 
-def _response(answer: Answer) -> Json:
+def _response(answer: ModelAnswer) -> Json:
     return {"response": answer.text}
 
 
@@ -66,23 +76,23 @@ def _line(data: Json) -> bytes:
     return json.dumps(data, ensure_ascii=False).encode() + b"\n"
 
 
-def _fault(fault: Fault) -> Json:
+def _fault(fault: ApiFault) -> Json:
     if fault.is_too_long:
         return {"error": _TOO_LONG}
     return {"error": _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])}
 
 
-def _dialect(read: Callable[[str, Mapping[str, Any]], Asked], said: Callable[[Answer], Json]) -> Dialect:
-    def whole(asked: Asked, answer: Answer) -> Json:
+def _dialect(read: Callable[[str, Mapping[str, Any]], ModelRequest], said: Callable[[ModelAnswer], Json]) -> ApiDialect:
+    def whole(asked: ModelRequest, answer: ModelAnswer) -> Json:
         return _frame(asked) | said(answer) | _ending(answer)
 
-    def stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
-        parts = [answer] if answer.call else [Answer(piece) for piece in pieces(answer.text)]
+    def stream(asked: ModelRequest, answer: ModelAnswer) -> Iterator[bytes]:
+        parts = [answer] if answer.call else [ModelAnswer(piece) for piece in split_for_stream(answer.text)]
         for part in parts:
             yield _line(_frame(asked) | said(part) | {"done": False})
-        yield _line(_frame(asked) | said(Answer("")) | _ending(answer))
+        yield _line(_frame(asked) | said(ModelAnswer("")) | _ending(answer))
 
-    return Dialect("ollama", read, whole, stream, _fault, "application/x-ndjson")
+    return ApiDialect("ollama", read, whole, stream, _fault, "application/x-ndjson")
 
 
 CHAT: Final = _dialect(_read_chat, _message)

@@ -7,9 +7,17 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import Answer, Asked, Dialect, Json, Tool, Turn, pieces
-from orchestrator.testing.model_server.openai_faults import openai_fault
-from orchestrator.testing.model_server.sse import event
+from orchestrator.testing.model_server.conversation import (
+    ApiDialect,
+    ConversationTurn,
+    Json,
+    ModelAnswer,
+    ModelRequest,
+    Tool,
+    split_for_stream,
+)
+from orchestrator.testing.model_server.openai_faults import openai_error
+from orchestrator.testing.model_server.sse import encode_event
 
 _ID: Final = "chatcmpl-scripted"
 
@@ -20,7 +28,7 @@ def _text(content: Any) -> str:
     return "\n".join(part.get("text", "") for part in content or () if part.get("type") == "text")
 
 
-def read_messages(messages: Any) -> tuple[str, tuple[Turn, ...]]:
+def read_messages(messages: Any) -> tuple[str, tuple[ConversationTurn, ...]]:
     """Return the instructions and the turns of a list of messages; Ollama has the same."""
     system, turns = [], []
     for message in messages or ():
@@ -29,9 +37,9 @@ def read_messages(messages: Any) -> tuple[str, tuple[Turn, ...]]:
             case "system" | "developer":
                 system.append(text)
             case "user":
-                turns.append(Turn("user", text))
+                turns.append(ConversationTurn("user", text))
             case "tool" | "function":
-                turns.append(Turn("tool"))
+                turns.append(ConversationTurn("tool"))
     return "\n".join(system), tuple(turns)
 
 
@@ -41,9 +49,9 @@ def read_tools(tools: Any) -> tuple[Tool, ...]:
     return tuple(Tool(function["name"], function.get("parameters") or {}) for function in functions)
 
 
-def _read(_path: str, body: Mapping[str, Any]) -> Asked:
+def _read(_path: str, body: Mapping[str, Any]) -> ModelRequest:
     system, turns = read_messages(body.get("messages"))
-    return Asked(
+    return ModelRequest(
         str(body.get("model", "")),
         bool(body.get("stream")),
         system,
@@ -53,18 +61,18 @@ def _read(_path: str, body: Mapping[str, Any]) -> Asked:
     )
 
 
-def _usage(answer: Answer) -> Json:
+def _usage(answer: ModelAnswer) -> Json:
     usage = answer.usage
     return {"prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.total}
 
 
-def _finish(answer: Answer) -> str:
+def _finish(answer: ModelAnswer) -> str:
     if answer.is_cut:
         return "length"
     return "stop" if answer.call is None else "tool_calls"
 
 
-def _whole(asked: Asked, answer: Answer) -> Json:
+def _whole(asked: ModelRequest, answer: ModelAnswer) -> Json:
     message: Json = {"role": "assistant", "content": answer.text or None, "refusal": None}
     if (call := answer.call) is not None:
         function = {"name": call.tool.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
@@ -79,10 +87,10 @@ def _whole(asked: Asked, answer: Answer) -> Json:
     }
 
 
-def _deltas(answer: Answer) -> Iterator[Json]:
+def _deltas(answer: ModelAnswer) -> Iterator[Json]:
     if (call := answer.call) is None:
         yield {"role": "assistant", "content": ""}
-        for piece in pieces(answer.text):
+        for piece in split_for_stream(answer.text):
             yield {"content": piece}
         return
     opening = {
@@ -92,11 +100,11 @@ def _deltas(answer: Answer) -> Iterator[Json]:
         "function": {"name": call.tool.name, "arguments": ""},
     }
     yield {"role": "assistant", "content": None, "tool_calls": [opening]}
-    for piece in pieces(json.dumps(call.arguments, ensure_ascii=False)):
+    for piece in split_for_stream(json.dumps(call.arguments, ensure_ascii=False)):
         yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
 
 
-def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
+def _stream(asked: ModelRequest, answer: ModelAnswer) -> Iterator[bytes]:
     chunk: Json = {
         "id": _ID,
         "object": "chat.completion.chunk",
@@ -105,12 +113,12 @@ def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
     }
     for delta in _deltas(answer):
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-        yield event(chunk | {"choices": [choice]})
+        yield encode_event(chunk | {"choices": [choice]})
     choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": _finish(answer)}
-    yield event(chunk | {"choices": [choice]})
+    yield encode_event(chunk | {"choices": [choice]})
     if asked.stream_usage:
-        yield event(chunk | {"choices": [], "usage": _usage(answer)})
+        yield encode_event(chunk | {"choices": [], "usage": _usage(answer)})
     yield b"data: [DONE]\n\n"
 
 
-DIALECT: Final = Dialect("openai-chat", _read, _whole, _stream, openai_fault)
+DIALECT: Final = ApiDialect("openai-chat", _read, _whole, _stream, openai_error)

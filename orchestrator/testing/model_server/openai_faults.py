@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from orchestrator.testing.model_server.conversation import Fault, Json
+from orchestrator.testing.model_server.conversation import ApiFault, Json
 
 _FAULTS: Final = {
     400: ("invalid_request_error", None, "The request is invalid."),
@@ -22,7 +22,7 @@ _TOO_LONG: Final = (
 )
 
 
-def openai_fault(fault: Fault) -> Json:
+def openai_error(fault: ApiFault) -> Json:
     """Return the body of an error."""
     told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
     kind, code, message = _TOO_LONG if fault.is_too_long else told

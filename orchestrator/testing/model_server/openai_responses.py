@@ -8,9 +8,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Dialect, Json, Tool, Turn, pieces
-from orchestrator.testing.model_server.openai_faults import openai_fault
-from orchestrator.testing.model_server.sse import event
+from orchestrator.testing.model_server.conversation import (
+    ApiDialect,
+    ConversationTurn,
+    Json,
+    ModelAnswer,
+    ModelRequest,
+    Tool,
+    ToolCall,
+    split_for_stream,
+)
+from orchestrator.testing.model_server.openai_faults import openai_error
+from orchestrator.testing.model_server.sse import encode_event
 
 # How often a tool is searched for: it may be that of a server that has yet to start.
 _SEARCHES: Final = 200
@@ -24,18 +33,18 @@ def _text(content: Any) -> str:
     return "\n".join(part.get("text", "") for part in content or () if part.get("type") in ("input_text", "text"))
 
 
-def _turns(items: Any) -> Iterator[tuple[str, Turn]]:
+def _turns(items: Any) -> Iterator[tuple[str, ConversationTurn]]:
     """Yield each item's role with its turn."""
     if isinstance(items, str):
-        yield "user", Turn("user", items)
+        yield "user", ConversationTurn("user", items)
         return
     for item in items or ():
         if str(item.get("type", "")).endswith("_call_output"):
-            yield "tool", Turn("tool")
+            yield "tool", ConversationTurn("tool")
         elif item.get("type") == "tool_search_output":
-            yield "search", Turn("search")
+            yield "search", ConversationTurn("search")
         elif item.get("type", "message") == "message" and item.get("role") != "assistant":
-            yield item["role"], Turn("user", _text(item.get("content")))
+            yield item["role"], ConversationTurn("user", _text(item.get("content")))
 
 
 def _tools(tools: Any, namespace: str | None = None) -> Iterator[Tool]:
@@ -73,10 +82,10 @@ def _last_told(items: Sequence[Json]) -> int:
     return max((number for number, item in enumerate(items) if item.get("role") == "user"), default=0)
 
 
-def _read(_path: str, body: Mapping[str, Any]) -> Asked:
+def _read(_path: str, body: Mapping[str, Any]) -> ModelRequest:
     turns = list(_turns(body.get("input")))
     system = [turn.text for role, turn in turns if role in ("system", "developer")]
-    return Asked(
+    return ModelRequest(
         str(body.get("model", "")),
         bool(body.get("stream")),
         "\n".join([str(body.get("instructions") or ""), *system]).strip(),
@@ -85,7 +94,7 @@ def _read(_path: str, body: Mapping[str, Any]) -> Asked:
     )
 
 
-def _call_item(call: Call) -> Json:
+def _call_item(call: ToolCall) -> Json:
     common = {"call_id": call.id("call_"), "status": "completed"}
     name = {"name": call.tool.name} | ({"namespace": call.tool.namespace} if call.tool.namespace else {})
     match call.tool.kind:
@@ -106,14 +115,14 @@ def _part(text: str) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _item(asked: Asked, answer: Answer) -> Json:
+def _item(asked: ModelRequest, answer: ModelAnswer) -> Json:
     if answer.call is not None:
         return _call_item(answer.call)
     message = {"type": "message", "id": f"msg_{len(asked.turns):024}", "status": "completed", "role": "assistant"}
     return message | {"content": [_part(answer.text)]}
 
 
-def _whole(asked: Asked, answer: Answer) -> Json:
+def _whole(asked: ModelRequest, answer: ModelAnswer) -> Json:
     return {
         "id": f"resp_{len(asked.turns):024}",
         "object": "response",
@@ -152,7 +161,7 @@ def _text_events(item: Json, text: str) -> Iterator[Json]:
     opened = item | {"status": "in_progress", "content": []}
     yield {"type": "response.output_item.added", "output_index": 0, "item": opened}
     yield {"type": "response.content_part.added", **place, "part": _part("")}
-    for piece in pieces(text):
+    for piece in split_for_stream(text):
         yield {"type": "response.output_text.delta", **place, "delta": piece, "logprobs": []}
     yield {"type": "response.output_text.done", **place, "text": text, "logprobs": []}
     yield {"type": "response.content_part.done", **place, "part": _part(text)}
@@ -167,12 +176,12 @@ def _call_events(item: Json) -> Iterator[Json]:
     yield {"type": "response.output_item.added", "output_index": 0, "item": opened}
     if field:
         place = {"item_id": item["id"], "output_index": 0}
-        for piece in pieces(item[field]):
+        for piece in split_for_stream(item[field]):
             yield {"type": f"response.{name}.delta", **place, "delta": piece}
         yield {"type": f"response.{name}.done", **place, field: item[field]}
 
 
-def _events(asked: Asked, answer: Answer) -> Iterator[Json]:
+def _events(asked: ModelRequest, answer: ModelAnswer) -> Iterator[Json]:
     whole = _whole(asked, answer)
     item = whole["output"][0]
     begun = whole | {"status": "in_progress", "output": [], "usage": None}
@@ -183,9 +192,9 @@ def _events(asked: Asked, answer: Answer) -> Iterator[Json]:
     yield {"type": f"response.{whole['status']}", "response": whole}
 
 
-def _stream(asked: Asked, answer: Answer) -> Iterator[bytes]:
+def _stream(asked: ModelRequest, answer: ModelAnswer) -> Iterator[bytes]:
     for number, data in enumerate(_events(asked, answer)):
-        yield event(data | {"sequence_number": number}, data["type"])
+        yield encode_event(data | {"sequence_number": number}, data["type"])
 
 
-DIALECT: Final = Dialect("openai-responses", _read, _whole, _stream, openai_fault)
+DIALECT: Final = ApiDialect("openai-responses", _read, _whole, _stream, openai_error)

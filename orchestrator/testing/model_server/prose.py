@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable
 from typing import TypeAlias
 
-from orchestrator.testing.model_server.conversation import Asked
-from orchestrator.testing.model_server.tools import Write
+from orchestrator.testing.model_server.conversation import ModelRequest
+from orchestrator.testing.model_server.tools import WriteStep
 
-Form: TypeAlias = Callable[[Write], str]
+AnswerFormat: TypeAlias = Callable[[WriteStep], str]
 
 
-def answer_form(asked: Asked) -> Form | None:
+def find_answer_format(asked: ModelRequest) -> AnswerFormat | None:
     """Return how the client wants files in the answer; None if it has tools for that or says nothing about it."""
     if asked.tools:
         return None
@@ -28,7 +28,7 @@ def answer_form(asked: Asked) -> Form | None:
     return None
 
 
-def _search_replace(step: Write, shown: str) -> str:
+def _search_replace(step: WriteStep, shown: str) -> str:
     """Return a block of aider's that replaces all that it showed of the file; with nothing to search, it appends."""
     file = re.compile(
         rf"^{re.escape(step.path)}\n(?P<fence>`{{3,}})\w*\n(?P<content>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL
@@ -38,10 +38,10 @@ def _search_replace(step: Write, shown: str) -> str:
     return f"{step.path}\n```\n<<<<<<< SEARCH\n{before}=======\n{step.content}>>>>>>> REPLACE\n```\n"
 
 
-def _file_listing(step: Write) -> str:
+def _file_listing(step: WriteStep) -> str:
     return f"{step.path}\n```\n{step.content}```\n"
 
 
-def _file_block(step: Write) -> str:
+def _file_block(step: WriteStep) -> str:
     """Return the form that the Ollama bridge asks for: a fence with the word `file` and the path."""
     return f"```file {step.path}\n{step.content}```\n"

@@ -10,26 +10,33 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from orchestrator.testing.model_server.conversation import Answer, Asked, Call, Fault, Turn, Usage
-from orchestrator.testing.model_server.prose import answer_form
-from orchestrator.testing.model_server.tools import Run, Step, Use, Write, call_for
+from orchestrator.testing.model_server.conversation import (
+    ApiFault,
+    ConversationTurn,
+    ModelAnswer,
+    ModelRequest,
+    TokenUsage,
+    ToolCall,
+)
+from orchestrator.testing.model_server.prose import find_answer_format
+from orchestrator.testing.model_server.tools import RunStep, ScriptStep, UseToolStep, WriteStep, tool_call_for
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
+class ConnectionDrop:
     """The connection ends in the middle of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class AnswerTruncation:
     """The answer ends halfway for its length."""
 
 
 @dataclass(frozen=True, slots=True)
-class Disturbance:
+class ScriptedFailure:
     """What goes wrong, for how many requests; None is all that follow."""
 
-    kind: Fault | Drop | Cut
+    kind: ApiFault | ConnectionDrop | AnswerTruncation
     times: int | None
 
 
@@ -38,13 +45,13 @@ class Script:
     """What a prompt tells the model to do; `prompt` tells it from all others."""
 
     prompt: str
-    steps: tuple[Step, ...]
+    steps: tuple[ScriptStep, ...]
     says: tuple[str, ...]
-    disturbances: tuple[Disturbance, ...]
+    disturbances: tuple[ScriptedFailure, ...]
     delay: float
-    usage: Usage
+    usage: TokenUsage
 
-    def disturbance(self, request: int) -> Fault | Drop | Cut | None:
+    def failure_for(self, request: int) -> ApiFault | ConnectionDrop | AnswerTruncation | None:
         """Return what goes wrong with the conversation's n-th model request, counted from 0."""
         for disturbance in self.disturbances:
             if disturbance.times is None or request < disturbance.times:
@@ -53,9 +60,9 @@ class Script:
         return None
 
 
-Directive: TypeAlias = Step | str | Disturbance | float | Usage
+Directive: TypeAlias = ScriptStep | str | ScriptedFailure | float | TokenUsage
 
-_TOLD: Final = re.compile(r"[ \t]*told[ ](?P<text>\S.*?)[ \t]*")
+_CONDITION: Final = re.compile(r"[ \t]*told[ ](?P<text>\S.*?)[ \t]*")
 _LINE: Final = re.compile(
     r"""[ \t]*(?:
         write[ ](?P<path>\S+)(?:[ ](?P<content>.*))?
@@ -86,18 +93,18 @@ def read_script(text: str, later: Sequence[str] = ()) -> Script | None:
     `later`; what stands before the first of them counts where none does.
     """
     before, *parts = _parts(_REMINDER.sub("", text).rpartition(_SHOWN)[2].splitlines())
-    words = "\n".join((*(line for line in text.splitlines() if not _TOLD.fullmatch(line)), *later))
+    words = "\n".join((*(line for line in text.splitlines() if not _CONDITION.fullmatch(line)), *later))
     chosen = next((part for part in reversed(parts) if part.told in words), before)
     if not any((before.directives, *(part.directives for part in parts))):
         return None
     directives = chosen.directives
     return Script(
         text if chosen is before else f"{text}\n{chosen.told}",
-        tuple(each for each in directives if isinstance(each, Step)),
+        tuple(each for each in directives if isinstance(each, ScriptStep)),
         tuple(each for each in directives if isinstance(each, str)),
-        tuple(each for each in directives if isinstance(each, Disturbance)),
+        tuple(each for each in directives if isinstance(each, ScriptedFailure)),
         sum(each for each in directives if isinstance(each, float)),
-        next((each for each in directives if isinstance(each, Usage)), Usage()),
+        next((each for each in directives if isinstance(each, TokenUsage)), TokenUsage()),
     )
 
 
@@ -113,7 +120,7 @@ def _parts(lines: Sequence[str]) -> list[_Part]:
     """Return the parts of a script in order; the first always is what waits for nothing."""
     parts = [_Part("", [])]
     for line in lines:
-        if (heading := _TOLD.fullmatch(line)) is not None:
+        if (heading := _CONDITION.fullmatch(line)) is not None:
             parts.append(_Part(heading["text"], []))
         elif (found := _LINE.fullmatch(line)) is not None:
             with suppress(ValueError):  # of a call whose arguments are no JSON
@@ -125,38 +132,38 @@ def _directive(found: re.Match[str]) -> Directive:
     if (disturbance := _disturbance(found)) is not None:
         return disturbance
     if found["path"] is not None:
-        return Write(found["path"], f"{found['content'] or ''}\n")
+        return WriteStep(found["path"], f"{found['content'] or ''}\n")
     if found["command"] is not None:
-        return Run(found["command"])
+        return RunStep(found["command"])
     if found["tool"] is not None:
-        return Use(found["tool"], json.loads(found["arguments"]))
+        return UseToolStep(found["tool"], json.loads(found["arguments"]))
     if found["say"] is not None:
         return found["say"]
     if found["delay"] is not None:
         return float(found["delay"])
-    return Usage(int(found["input"]), int(found["output"]))
+    return TokenUsage(int(found["input"]), int(found["output"]))
 
 
-def _disturbance(found: re.Match[str]) -> Disturbance | None:
+def _disturbance(found: re.Match[str]) -> ScriptedFailure | None:
     if found["status"] is not None:
-        fault = Fault(int(found["status"]), int(found["after"]) if found["after"] else None)
-        return Disturbance(fault, int(found["times"]) if found["times"] else None)
+        fault = ApiFault(int(found["status"]), int(found["after"]) if found["after"] else None)
+        return ScriptedFailure(fault, int(found["times"]) if found["times"] else None)
     if found["drop"] is not None:
-        return Disturbance(Drop(), int(found["drops"]) if found["drops"] else None)
+        return ScriptedFailure(ConnectionDrop(), int(found["drops"]) if found["drops"] else None)
     if found["cut"] is not None:
-        return Disturbance(Cut(), int(found["cuts"]) if found["cuts"] else None)
-    return None if found["overflow"] is None else Disturbance(Fault(400, is_too_long=True), None)
+        return ScriptedFailure(AnswerTruncation(), int(found["cuts"]) if found["cuts"] else None)
+    return None if found["overflow"] is None else ScriptedFailure(ApiFault(400, is_too_long=True), None)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ScriptPosition:
     """Where a conversation is: its script, and how many tools have answered since that was told."""
 
     script: Script
     results: int
 
 
-def find_place(asked: Asked) -> Place | None:
+def find_script_position(asked: ModelRequest) -> ScriptPosition | None:
     """Return where a request stands in its script; None if it has none, or is one beside the conversation."""
     turns = asked.turns
     for at in range(len(turns) - 1, -1, -1):
@@ -164,36 +171,36 @@ def find_place(asked: Asked) -> Place | None:
             continue
         begun = next(end for end in range(at + 1, len(turns) + 1) if _script_at(turns, at, end) == script)
         results = sum(turn.role == "tool" for turn in turns[begun:])
-        return None if _is_aside(asked, script.steps) else Place(script, results)
+        return None if _is_side_request(asked, script.steps) else ScriptPosition(script, results)
     return None
 
 
-def _script_at(turns: Sequence[Turn], at: int, end: int) -> Script | None:
+def _script_at(turns: Sequence[ConversationTurn], at: int, end: int) -> Script | None:
     """Return the script of a turn as it is after those before `end`."""
     later = [turn.text for turn in turns[at + 1 : end] if turn.role == "user"]
     return read_script(turns[at].text, later) if turns[at].role == "user" else None
 
 
-def _is_aside(asked: Asked, steps: Sequence[Step]) -> bool:
-    if asked.tools or answer_form(asked) is not None:
+def _is_side_request(asked: ModelRequest, steps: Sequence[ScriptStep]) -> bool:
+    if asked.tools or find_answer_format(asked) is not None:
         return False
     return bool(steps) or _ASIDE.search(asked.system) is not None
 
 
-def next_answer(asked: Asked, place: Place | None) -> Answer:
+def next_answer(asked: ModelRequest, place: ScriptPosition | None) -> ModelAnswer:
     """Return what the model says: the next step by one of the tools offered, or all in words if there are none."""
     if place is None:
-        return Answer("Done.")
+        return ModelAnswer("Done.")
     script = place.script
     last = "\n".join(script.says) or "Done."
-    if (form := answer_form(asked)) is not None:
-        blocks = [form(step) for step in script.steps if isinstance(step, Write)]
-        return Answer("\n".join([*blocks, last]), usage=script.usage)
+    if (form := find_answer_format(asked)) is not None:
+        blocks = [form(step) for step in script.steps if isinstance(step, WriteStep)]
+        return ModelAnswer("\n".join([*blocks, last]), usage=script.usage)
     if place.results >= len(script.steps):
-        return Answer(last, usage=script.usage)
+        return ModelAnswer(last, usage=script.usage)
     step = script.steps[place.results]
-    if (made := call_for(step, asked)) is None:
+    if (made := tool_call_for(step, asked)) is None:
         offered = ", ".join(tool.name for tool in asked.tools)
-        return Answer(f"None of the tools offered can {step.verb}: {offered}", usage=script.usage)
+        return ModelAnswer(f"None of the tools offered can {step.verb}: {offered}", usage=script.usage)
     key = hashlib.sha256(script.prompt.encode()).hexdigest()[:16]
-    return Answer("", Call(made.tool, made.arguments, key, len(asked.turns)), script.usage)
+    return ModelAnswer("", ToolCall(made.tool, made.arguments, key, len(asked.turns)), script.usage)

@@ -19,8 +19,14 @@ from typing import Any, Final, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from orchestrator.testing.model_server import anthropic, gemini, lookups, ollama, openai_chat, openai_responses
-from orchestrator.testing.model_server.conversation import Asked, Dialect, DialectName, Fault, Json
-from orchestrator.testing.model_server.script import Cut, Drop, Script, find_place, next_answer
+from orchestrator.testing.model_server.conversation import ApiDialect, ApiFault, DialectName, Json, ModelRequest
+from orchestrator.testing.model_server.script import (
+    AnswerTruncation,
+    ConnectionDrop,
+    Script,
+    find_script_position,
+    next_answer,
+)
 
 _SECRETS: Final = frozenset(
     {"authorization", "x-api-key", "x-goog-api-key", "api-key", "cookie", "proxy-authorization"}
@@ -37,7 +43,7 @@ _BY_ENDING: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RecordedRequest:
     """A request that came in; `dialect` is None where no model was asked, as for a list of models.
 
     `path` has the query without a key, `headers` have lower-case names and no credentials. `body` is {} without one.
@@ -59,7 +65,7 @@ class _Listener(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.lock = threading.Lock()
-        self.requests: list[Request] = []
+        self.requests: list[RecordedRequest] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.connections: set[socket.socket] = set()
 
@@ -90,7 +96,7 @@ class _Listener(ThreadingHTTPServer):
                     connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
 
-    def count(self, dialect: Dialect, script: Script) -> int:
+    def count(self, dialect: ApiDialect, script: Script) -> int:
         """Return how many requests of this conversation there were before, and count this one."""
         with self.lock:
             key = dialect.name, script.prompt
@@ -112,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._record(None, {}, None)
-        found = lookups.answer(self._path, {}, anthropic="anthropic-version" in self.headers)
+        found = lookups.answer_lookup(self._path, {}, anthropic="anthropic-version" in self.headers)
         self._send_json(404 if found is None else 200, found if found is not None else {"error": "not found"})
 
     def do_POST(self) -> None:
@@ -122,34 +128,34 @@ class _Handler(BaseHTTPRequestHandler):
             asked = dialect.read(self._path, body) if dialect else None
         except (ValueError, KeyError, TypeError, AttributeError, OSError, zlib.error):
             self._record(dialect, {}, None)
-            self._send_fault(dialect or anthropic.DIALECT, Fault(400))
+            self._send_fault(dialect or anthropic.DIALECT, ApiFault(400))
             return
         self._record(dialect, body, asked)
         if dialect is None or asked is None:
-            found = lookups.answer(self._path, body, anthropic="anthropic-version" in self.headers)
+            found = lookups.answer_lookup(self._path, body, anthropic="anthropic-version" in self.headers)
             self._send_json(404 if found is None else 200, found if found is not None else {"error": "not found"})
         else:
             self._answer(dialect, asked)
 
-    def _answer(self, dialect: Dialect, asked: Asked) -> None:
-        place = find_place(asked)
+    def _answer(self, dialect: ApiDialect, asked: ModelRequest) -> None:
+        place = find_script_position(asked)
         disturbance = None
         if place is not None:
-            disturbance = place.script.disturbance(self.server.count(dialect, place.script))
+            disturbance = place.script.failure_for(self.server.count(dialect, place.script))
             if not self._wait(place.script.delay):
                 self.close_connection = True
                 return
-        if isinstance(disturbance, Fault):
+        if isinstance(disturbance, ApiFault):
             self._send_fault(dialect, disturbance)
             return
         answer = next_answer(asked, place)
-        if isinstance(disturbance, Cut):
+        if isinstance(disturbance, AnswerTruncation):
             answer = answer.cut()
         if not asked.stream:
-            self._send_json(200, dialect.whole(asked, answer), cut=isinstance(disturbance, Drop))
+            self._send_json(200, dialect.whole(asked, answer), cut=isinstance(disturbance, ConnectionDrop))
             return
         parts = list(dialect.stream(asked, answer))
-        self._send_stream(dialect.stream_type, parts, cut=isinstance(disturbance, Drop))
+        self._send_stream(dialect.stream_type, parts, cut=isinstance(disturbance, ConnectionDrop))
 
     def _wait(self, seconds: float) -> bool:
         """Return whether that long went by with the client still there and the server not stopped."""
@@ -184,13 +190,15 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         return b"".join(chunks)
 
-    def _record(self, dialect: Dialect | None, body: Json, asked: Asked | None) -> None:
+    def _record(self, dialect: ApiDialect | None, body: Json, asked: ModelRequest | None) -> None:
         split = urlsplit(self.path)
         query = urlencode([(name, value) for name, value in parse_qsl(split.query) if name != "key"])
         headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in _SECRETS}
         model = asked.model if asked else str(body.get("model", ""))
         path = f"{split.path}?{query}" if query else split.path
-        request = Request(dialect.name if dialect else None, path, model, bool(asked and asked.stream), body, headers)
+        request = RecordedRequest(
+            dialect.name if dialect else None, path, model, bool(asked and asked.stream), body, headers
+        )
         with self.server.lock:
             self.server.requests.append(request)
 
@@ -210,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(raw[: len(raw) // 2] if cut else raw)
         self.close_connection = self.close_connection or cut
 
-    def _send_fault(self, dialect: Dialect, fault: Fault) -> None:
+    def _send_fault(self, dialect: ApiDialect, fault: ApiFault) -> None:
         after = [] if fault.retry_after is None else [("retry-after", str(fault.retry_after))]
         self._send_json(fault.status, dialect.fault(fault), after)
 
@@ -243,7 +251,7 @@ class ModelServer:
         return f"http://127.0.0.1:{self._listener.server_port}"
 
     @property
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[RecordedRequest]:
         """What came in so far, in order."""
         with self._listener.lock:
             return list(self._listener.requests)

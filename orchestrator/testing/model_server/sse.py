@@ -7,7 +7,7 @@ import json
 from orchestrator.testing.model_server.conversation import Json
 
 
-def event(data: Json, name: str | None = None) -> bytes:
+def encode_event(data: Json, name: str | None = None) -> bytes:
     """Return an event with JSON data, complete with the empty line that ends it."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeAlias
 
-from orchestrator.testing.model_server.conversation import Asked, Json, Tool
+from orchestrator.testing.model_server.conversation import Json, ModelRequest, Tool
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class WriteStep:
     """Make a file, or replace it."""
 
     verb: ClassVar[str] = "write a file"
@@ -23,7 +23,7 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunStep:
     """Run a shell command."""
 
     verb: ClassVar[str] = "run a command"
@@ -31,7 +31,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class UseToolStep:
     """Call a tool by its name, that of a server without what the CLI puts before it."""
 
     name: str
@@ -43,7 +43,7 @@ class Use:
         return f"do {self.name}"
 
 
-Step: TypeAlias = Write | Run | Use
+ScriptStep: TypeAlias = WriteStep | RunStep | UseToolStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ _DIRECTORY: Final = re.compile(
 )
 
 
-def working_directory(asked: Asked) -> str | None:
+def working_directory(asked: ModelRequest) -> str | None:
     """Return where the CLI says that it works, None if it does not."""
     for text in (asked.system, *(turn.text for turn in asked.turns)):
         if (found := _DIRECTORY.search(text)) is not None:
@@ -92,11 +92,11 @@ def working_directory(asked: Asked) -> str | None:
     return None
 
 
-def call_for(step: Step, asked: Asked) -> ToolUse | None:
+def tool_call_for(step: ScriptStep, asked: ModelRequest) -> ToolUse | None:
     """Return the tool call that carries out a step; None if no tool offered can."""
-    if isinstance(step, Run):
+    if isinstance(step, RunStep):
         return _shell(step.command, asked.tools)
-    if isinstance(step, Use):
+    if isinstance(step, UseToolStep):
         return _use(step, asked.tools)
     by_name = {tool.name: tool for tool in asked.tools}
     writers = [by_name[name] for name in _WRITERS if name in by_name]
@@ -111,7 +111,7 @@ def call_for(step: Step, asked: Asked) -> ToolUse | None:
     return _shell(_writing_command(step), asked.tools)
 
 
-def _use(step: Use, tools: Iterable[Tool]) -> ToolUse | None:
+def _use(step: UseToolStep, tools: Iterable[Tool]) -> ToolUse | None:
     """Return the call of a tool, or the search for it where a client tells its model of such tools only when asked."""
     found = None
     for tool in tools:
@@ -122,7 +122,7 @@ def _use(step: Use, tools: Iterable[Tool]) -> ToolUse | None:
     return found
 
 
-def _write(step: Write, tool: Tool, directory: str | None) -> ToolUse | None:
+def _write(step: WriteStep, tool: Tool, directory: str | None) -> ToolUse | None:
     offered = tool.parameters.get("properties", {})
     path = next((name for name in _PATHS if name in offered), None)
     content = next((name for name in _CONTENTS if name in offered), None)
@@ -135,7 +135,7 @@ def _write(step: Write, tool: Tool, directory: str | None) -> ToolUse | None:
     return ToolUse(tool, _completed(arguments, tool))
 
 
-def _add_file(step: Write) -> str:
+def _add_file(step: WriteStep) -> str:
     """Return a patch in the form of Codex; one that adds a file replaces what is there."""
     lines = "".join(f"+{line}\n" for line in step.content.splitlines())
     return f"*** Begin Patch\n*** Add File: {step.path}\n{lines}*** End Patch\n"
@@ -149,7 +149,7 @@ def _program(function: str, argument: Json | str, tools: Iterable[Tool]) -> Tool
     return None
 
 
-def _patch(step: Write, tool: Tool) -> ToolUse:
+def _patch(step: WriteStep, tool: Tool) -> ToolUse:
     patch = _add_file(step)
     if tool.kind == "freeform":
         return ToolUse(tool, patch)
@@ -157,7 +157,7 @@ def _patch(step: Write, tool: Tool) -> ToolUse:
     return ToolUse(tool, _completed({name: patch}, tool))
 
 
-def _writing_command(step: Write) -> str:
+def _writing_command(step: WriteStep) -> str:
     path = shlex.quote(step.path)
     folder = posixpath.dirname(step.path)
     make = f"mkdir -p {shlex.quote(folder)} && " if folder else ""

@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.core.command import Context, json_option, opened, perform, run_argument, store_option, tell_damage
-from orchestrator.cli.render.output import one_line, plain
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    print_damage,
+    run_argument,
+    run_command,
+    store_option,
+)
+from orchestrator.cli.render.output import one_line, printable
 
 if TYPE_CHECKING:
-    from orchestrator.engine.phases.verification import RunCheck
+    from orchestrator.engine.phases.verification import RunVerification
 
 
 @click.command()
@@ -30,22 +38,22 @@ def check(run: str | None, as_json: bool) -> None:
       council check 20260102-030405-ab12 --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             found = await council.check(run)
             code = 0 if found.is_sound else 1
             if as_json:
                 context.output.json({**found.to_json(), "damage": list(council.damage), "exit": code})
                 return code
             for line in _lines(found):
-                context.output.text(f"{plain(line)}\n")
-            tell_damage(context, council.damage)
+                context.output.text(f"{printable(line)}\n")
+            print_damage(context, council.damage)
             return code
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
-def _lines(found: RunCheck) -> Iterator[str]:
+def _lines(found: RunVerification) -> Iterator[str]:
     for violation in found.violations:
         yield f"{violation.rule}  {one_line(violation.place)}: {one_line(violation.what)}"
         yield f"  → {one_line(violation.remedy)}"

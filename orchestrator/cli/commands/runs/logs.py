@@ -10,14 +10,21 @@ from dataclasses import asdict
 
 import click
 
-from orchestrator.api.archive import AttemptLog, LogEntry, LogPart
-from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.api.archive import AttemptMarker, LogChunk, LogEntry
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_command,
+    run_option,
+    store_option,
+)
 from orchestrator.cli.core.completion import complete_tasks
-from orchestrator.cli.render.output import Output, one_line, plain
-from orchestrator.cli.render.table import amount, duration
+from orchestrator.cli.render.output import Output, one_line, printable
+from orchestrator.cli.render.table import format_count, format_elapsed
 from orchestrator.protocols import JsonObject
-from orchestrator.sessions.output.entries import EntryKind
-from orchestrator.system.instants import local_time
+from orchestrator.sessions.output.entries import OutputEntryKind
+from orchestrator.system.instants import format_local_time
 
 #: Characters of a line of words, at most, however wide the terminal is; and at least.
 _WIDEST, _NARROWEST = 100, 40
@@ -51,8 +58,8 @@ def logs(
     if attempt is not None and phase is not None:
         raise click.UsageError("--session and --phase both choose a session: name one of them.")
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             name = await council.find_run(run)
             archive = council.archive
             if raw:
@@ -63,11 +70,11 @@ def logs(
             await _print(context.output, found)
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-async def _print(output: Output, entries: AsyncGenerator[LogEntry | AttemptLog]) -> None:
-    shown = _Shown()
+async def _print(output: Output, entries: AsyncGenerator[LogEntry | AttemptMarker]) -> None:
+    shown = _LogFormatter()
     async with aclosing(entries):
         async for one in entries:
             if output.as_json:
@@ -77,7 +84,7 @@ async def _print(output: Output, entries: AsyncGenerator[LogEntry | AttemptLog])
                 output.text(f"{line}\n", err=isinstance(one, LogEntry) and one.stream == "stderr")
 
 
-async def _print_raw(output: Output, parts: AsyncGenerator[LogPart]) -> None:
+async def _print_raw(output: Output, parts: AsyncGenerator[LogChunk]) -> None:
     async with aclosing(parts):
         async for part in parts:
             if output.as_json:
@@ -86,7 +93,7 @@ async def _print_raw(output: Output, parts: AsyncGenerator[LogPart]) -> None:
                 output.text(part.text, err=part.stream == "stderr")
 
 
-def _json(one: LogEntry | AttemptLog) -> JsonObject:
+def _json(one: LogEntry | AttemptMarker) -> JsonObject:
     if isinstance(one, LogEntry):
         return asdict(one)
     attempt = one.attempt
@@ -99,7 +106,7 @@ def _json(one: LogEntry | AttemptLog) -> JsonObject:
     return {**told, "time": attempt.ended, "outcome": attempt.outcome, "reason": attempt.reason, **spent}
 
 
-class _Shown:
+class _LogFormatter:
     """The lines by which people read a log."""
 
     def __init__(self) -> None:
@@ -107,24 +114,24 @@ class _Shown:
         columns = shutil.get_terminal_size().columns
         self._width = max(min(columns, _WIDEST), _NARROWEST)
 
-    def lines(self, one: LogEntry | AttemptLog) -> Iterator[str]:
+    def lines(self, one: LogEntry | AttemptMarker) -> Iterator[str]:
         """Yield the lines of an entry, or of an attempt's beginning or end."""
-        if isinstance(one, AttemptLog):
-            yield plain(_mark(one))
+        if isinstance(one, AttemptMarker):
+            yield printable(_attempt_line(one))
             return
         if one.stream != self._stream and one.stream.startswith(("before", "after", "check")):
             yield f"{one.stream.rstrip('0123456789')} {one.stream.lstrip('abcdefghijklmnopqrstuvwxyz')}:"
         self._stream = one.stream
         match one.kind:
-            case EntryKind.LINE:
+            case OutputEntryKind.LINE:
                 yield one.text  # a terminal gets it without what it would obey
-            case EntryKind.TEXT:
-                for line in plain(one.text, keep="\n\t").split("\n"):
+            case OutputEntryKind.TEXT:
+                for line in printable(one.text, keep="\n\t").split("\n"):
                     yield from self._wrapped(line)
-            case EntryKind.TOOL:
-                yield plain(self._tool(one))
+            case OutputEntryKind.TOOL:
+                yield printable(self._tool(one))
             case _:
-                yield plain(one.line)
+                yield printable(one.line)
 
     def _wrapped(self, line: str) -> list[str]:
         indent = line[: len(line) - len(line.lstrip())]
@@ -140,22 +147,22 @@ class _Shown:
         return LogEntry(one.kind, text, one.tool, one.outcome).line
 
 
-def _mark(one: AttemptLog) -> str:
+def _attempt_line(one: AttemptMarker) -> str:
     attempt = one.attempt
     if one.event == "began":
         phase = "" if attempt.phase is None else f", phase {attempt.phase}"
-        return f"session {attempt.number}{phase}, {attempt.adapter}, started {local_time(attempt.started)}"
+        return f"session {attempt.number}{phase}, {attempt.adapter}, started {format_local_time(attempt.started)}"
     if attempt.ended is None:
         parts, used = ["running"], one.used
         told = (used.input_tokens, used.output_tokens, used.cost)
     else:
         outcome = (attempt.outcome or "ended").replace("_", " ")
         reason = f": {one_line(attempt.reason)}" if attempt.reason else ""
-        parts = [f"{outcome} after {duration(attempt.ended - attempt.started)}{reason}"]
+        parts = [f"{outcome} after {format_elapsed(attempt.ended - attempt.started)}{reason}"]
         told = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
     sent, received, cost = told
     if sent or received:
-        parts.append(f"{amount(sent)} tokens in, {amount(received)} out")
+        parts.append(f"{format_count(sent)} tokens in, {format_count(received)} out")
     if cost is not None:
         parts.append(f"${cost:.2f}")
     return f"session {attempt.number} {', '.join(parts)}"

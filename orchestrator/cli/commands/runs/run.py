@@ -13,35 +13,35 @@ import anyio.to_thread
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.api.dry_run import rehearse_run
+from orchestrator.api.dry_run import perform_dry_run
 from orchestrator.cli.core.command import (
-    Context,
-    chosen_store,
+    CommandContext,
     json_option,
-    opened,
-    perform,
+    open_council,
     run_argument,
+    run_command,
     show_result,
     store_option,
+    store_option_url,
     verbose_option,
 )
 from orchestrator.cli.core.coordination_options import coordination_options
-from orchestrator.cli.core.quantities import budget_limits
-from orchestrator.cli.core.run_source import is_prompt, read_config
+from orchestrator.cli.core.quantities import parse_budget_option
+from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.cli.core.trust import require_trust, trust_option
-from orchestrator.cli.live.progress import shown
-from orchestrator.cli.render.findings import exit_code, finding_lines
+from orchestrator.cli.live.progress import show_progress
+from orchestrator.cli.render.findings import finding_lines, findings_exit_code
 from orchestrator.cli.render.mermaid import flowchart
 from orchestrator.cli.render.next_steps import needs_retry, own_branch
-from orchestrator.cli.render.output import Output, plain
+from orchestrator.cli.render.output import Output, printable
 from orchestrator.cli.render.plan import plan_text
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig
-from orchestrator.config.selection import with_capacity, with_failing_base, with_only
+from orchestrator.config.selection import select_tasks, with_capacity, with_failing_base
 from orchestrator.config.store import MEMORY
-from orchestrator.domain.runs.model import MOST_CAPACITY, WAITING_TO_LAND
-from orchestrator.engine.reports.dry_run import Rehearsal
+from orchestrator.domain.runs.model import LANDING_STATUSES, MAX_CAPACITY
+from orchestrator.engine.reports.dry_run import DryRun
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.errors import NothingToMerge, RefusedError
 from orchestrator.system.process import start_detached
@@ -51,7 +51,7 @@ allow_failing_base_option = click.option(
 )
 
 #: Seconds between two looks whether a process in the background has begun.
-_LOOK = 0.05
+_POLL_INTERVAL = 0.05
 #: Interrupted runs that are named where another is resumed.
 _MOST_NAMED = 3
 
@@ -59,7 +59,7 @@ capacity_option = click.option(
     "-j",
     "--capacity",
     metavar="N",
-    type=click.IntRange(1, MOST_CAPACITY),
+    type=click.IntRange(1, MAX_CAPACITY),
     help="Sessions at once; else as many as the file or the run says.",
 )
 
@@ -135,16 +135,16 @@ def run_file(  # noqa: PLR0917  as many as there are options
         raise click.UsageError("--mermaid goes with --dry-run, and not with --json.")
     tasks = InlineTasks(prompts, adapter, base, target, checks) if prompts else None
 
-    async def command(context: Context) -> int:
-        plugins, config = await read_config(file, tasks)
-        config = with_only(config, only) if only else config
+    async def command(context: CommandContext) -> int:
+        plugins, config = await load_run_config(file, tasks)
+        config = select_tasks(config, only) if only else config
         config = config if capacity is None else with_capacity(config, capacity)
         await require_trust(config, is_named=file is not None)
         if dry_run:
             config = with_failing_base(config) if allow_failing_base else config
-            rehearsal = await rehearse_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
+            rehearsal = await perform_dry_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
             return _show_rehearsal(rehearsal, context.output, mermaid=mermaid)
-        async with opened(context.log, config, plugins) as council:
+        async with open_council(context.log, config, plugins) as council:
             if detach and council.store_url == MEMORY:
                 raise RefusedError("a store in memory ends with this process", "leave --detach out, or choose another")
             run = await council.create_run(
@@ -154,11 +154,11 @@ def run_file(  # noqa: PLR0917  as many as there are options
                 return await _detach(council, run, context)
             return await _execute(council, run, context, 0, lambda: council.resume(run, coordination=coordination))
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-def _show_rehearsal(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> int:
-    code = exit_code(rehearsal.findings)
+def _show_rehearsal(rehearsal: DryRun, output: Output, *, mermaid: bool) -> int:
+    code = findings_exit_code(rehearsal.findings)
     if output.as_json:
         output.json({**rehearsal.to_json(), "exit": code})
         return code
@@ -170,7 +170,7 @@ def _show_rehearsal(rehearsal: Rehearsal, output: Output, *, mermaid: bool) -> i
 
 @click.command()
 @run_argument
-@click.option("--budget", metavar="LIMITS", callback=budget_limits, help="Other limits of the run's budget.")
+@click.option("--budget", metavar="LIMITS", callback=parse_budget_option, help="Other limits of the run's budget.")
 @capacity_option
 @detach_option
 @allow_failing_base_option
@@ -201,8 +201,8 @@ def resume(
     if detach and coordination.given():
         raise click.UsageError("--detach does not take options of coordination: set their variables instead.")
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             name = await council.find_run(run)
             others = [] if run else [one for one in await council.interrupted_runs() if one != name]
             report = await council.status(name)
@@ -211,7 +211,7 @@ def resume(
                     f"run {name} has finished: `council retry TASK` first, then `council resume {name}`"
                 )
             if others and report.status is not RunStatus.RUNNING:  # else it is refused below
-                context.output.notice(_also_interrupted(name, others))
+                context.output.notice(_other_interrupted_runs(name, others))
             if detach:
                 limits = {} if budget is None else budget.model_dump(exclude_none=True)
                 said = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
@@ -229,7 +229,7 @@ def resume(
             )
             return await _execute(council, name, context, after, resumed)
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @click.command()
@@ -250,13 +250,13 @@ def merge(run: str | None, as_json: bool) -> None:
       council merge 20260102-030405-ab12
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             name = await council.find_run(run)
             report = await council.status(name)
             if report.status is RunStatus.RUNNING:
                 raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
-            waiting = any(task.state in WAITING_TO_LAND for task in report.tasks)
+            waiting = any(task.state in LANDING_STATUSES for task in report.tasks)
             if not waiting and not own_branch(report):
                 return await _show_nothing(context, council, report, f"nothing of run {name} waits to land")
             after = await council.position()
@@ -271,19 +271,19 @@ def merge(run: str | None, as_json: bool) -> None:
                 return await _show_nothing(context, council, report, str(nothing))
             return await _execute(council, made, context, after, lambda: council.resume(made))
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-async def _show_nothing(context: Context, council: Council, report: RunReport, line: str) -> int:
+async def _show_nothing(context: CommandContext, council: Council, report: RunReport, line: str) -> int:
     """Print that there is nothing to merge; return the exit code."""
     if context.output.as_json:
         await show_result(context, council, report, code=0)
     else:
-        context.output.text(plain(f"{line}\n", keep="\n"))
+        context.output.text(printable(f"{line}\n", keep="\n"))
     return 0
 
 
-def _also_interrupted(run: str, others: Sequence[str]) -> str:
+def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
     """Say which runs `resume` without a name does not mean."""
     named = ", ".join(others[: -_MOST_NAMED - 1 : -1])
     more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
@@ -315,12 +315,12 @@ def work(
     if run is not None and follow:
         raise click.UsageError("--follow joins whatever runs begin; RUN names one.")
 
-    async def join(council: Council, name: str, context: Context) -> int:
+    async def join(council: Council, name: str, context: CommandContext) -> int:
         work = partial(council.work, name, capacity=capacity, coordination=coordination)
         return await _execute(council, name, context, await council.position(), work)
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             if run is not None:
                 return await join(council, await council.find_run(run), context)
             code = None
@@ -333,23 +333,23 @@ def work(
                 context.output.notice("no run is at work: `council run` starts one, `council resume` goes on with one")
             return code or 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-async def _detach(council: Council, run: str, context: Context, options: Sequence[str] = ()) -> int:
+async def _detach(council: Council, run: str, context: CommandContext, options: Sequence[str] = ()) -> int:
     """Have another process take a run to its end, which outlives this one and the terminal."""
     if await council.is_live(run):
         raise RefusedError(
             f"run {run} is running already", f"`council watch {run}` shows it, `council work {run}` joins it"
         )
     log = council.project.background_log(run)
-    store = chosen_store()
+    store = store_option_url()
     arguments = ["resume", run, *(["--state", store] if store else []), *options]
     await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
     start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
     child = await anyio.to_thread.run_sync(start)
     while child.poll() is None and not await council.is_live(run):  # noqa: ASYNC110  another process
-        await anyio.sleep(_LOOK)
+        await anyio.sleep(_POLL_INTERVAL)
     if context.output.as_json:
         context.output.json({"run": run, "pid": child.pid, "log": str(log), "exit": 0})
     else:
@@ -362,21 +362,21 @@ async def _detach(council: Council, run: str, context: Context, options: Sequenc
 
 
 async def _execute(
-    council: Council, run: str, context: Context, after: int, execute: Callable[[], Awaitable[RunReport]]
+    council: Council, run: str, context: CommandContext, after: int, execute: Callable[[], Awaitable[RunReport]]
 ) -> int:
     """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
     context.interrupt.stop = council.stop
     with suppress(RefusedError):  # which executing it says better
         if not await council.is_live(run):
-            await anyio.to_thread.run_sync(_forget_error, council.project.background_log(run))
-    async with shown(council, run, context.output, after) as progress:
+            await anyio.to_thread.run_sync(_remove_background_error, council.project.background_log(run))
+    async with show_progress(council, run, context.output, after) as progress:
         report = await execute()
         await progress.reach(await council.position())
     await show_result(context, council, report)
     return report.exit_code
 
 
-def _forget_error(log: Path) -> None:
+def _remove_background_error(log: Path) -> None:
     """Remove the errors of an earlier process in the background, unless this is one that writes there. Blocks."""
     with suppress(OSError):
         if not os.path.samestat(log.stat(), os.fstat(2)):

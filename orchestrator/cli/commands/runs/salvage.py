@@ -8,16 +8,23 @@ from datetime import UTC, datetime
 
 import click
 
-from orchestrator.api.archive import KeptWork
-from orchestrator.cli.commands.runs.tasks import stat_option, wants_color
-from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
-from orchestrator.cli.core.completion import complete_kept
-from orchestrator.cli.core.confirm import confirmed, yes_option
-from orchestrator.cli.core.group import Suggesting
-from orchestrator.cli.render.output import plain
+from orchestrator.api.archive import PreservedWork
+from orchestrator.cli.commands.runs.tasks import should_use_color, stat_option
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_command,
+    run_option,
+    store_option,
+)
+from orchestrator.cli.core.completion import complete_preserved_work
+from orchestrator.cli.core.confirm import confirm_action, yes_option
+from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.render.output import printable
 
 
-@click.group(cls=Suggesting)
+@click.group(cls=SuggestingGroup)
 def salvage() -> None:
     """See, take over or drop work that is on no target.
 
@@ -46,8 +53,8 @@ def list_kept(run: str | None, as_json: bool) -> None:
       council salvage list --run 20260102-030405-ab12
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             names = [await council.find_run(run)] if run else [one.run for one in await council.runs()][::-1]
             kept = [one for name in names for one in await council.archive.kept(name)]
             if as_json:
@@ -58,12 +65,15 @@ def list_kept(run: str | None, as_json: bool) -> None:
                 context.output.notice("nothing is preserved" + (f" of run {names[0]}" if run else ""))
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-def _line(one: KeptWork) -> str:
+def _line(one: PreservedWork) -> str:
     when = "" if one.committed is None else _local(one.committed)
-    return plain(f"{one.run}  {one.name:<28} {f'task {one.state}':<15} {when:<16} {one.worktree or one.subject}") + "\n"
+    return (
+        printable(f"{one.run}  {one.name:<28} {f'task {one.state}':<15} {when:<16} {one.worktree or one.subject}")
+        + "\n"
+    )
 
 
 def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
@@ -74,7 +84,7 @@ def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
             told += ": switch to it, mend what is marked, commit, and merge it into the target"
     elif changed:
         told = f"changed {', '.join(changed)}, not committed"
-    return plain(told) + "\n"
+    return printable(told) + "\n"
 
 
 def _local(instant: int) -> str:
@@ -86,7 +96,7 @@ def _local(instant: int) -> str:
 
 
 @salvage.command()
-@click.argument("name", shell_complete=complete_kept)
+@click.argument("name", shell_complete=complete_preserved_work)
 @stat_option
 @run_option
 @store_option
@@ -99,18 +109,18 @@ def show(name: str, stat: bool, run: str | None) -> None:
       council salvage show models/conflict --stat
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             work = await council.find_run(run)
             difference = await council.archive.show(work, name, stat=stat)
-            context.output.difference(difference, color=wants_color(None))
+            context.output.difference(difference, color=should_use_color(None))
             return 0
 
-    perform(command, as_json=False)
+    run_command(command, as_json=False)
 
 
 @salvage.command()
-@click.argument("name", shell_complete=complete_kept)
+@click.argument("name", shell_complete=complete_preserved_work)
 @click.option("--branch", metavar="BRANCH", help="Make this branch of it instead, in your repository.")
 @run_option
 @store_option
@@ -126,8 +136,8 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
       council salvage apply models/conflict --branch models-by-hand
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             changed = await council.archive.apply(await council.find_run(run), name, branch)
             if as_json:
                 context.output.json({"applied": name, "branch": branch, "paths": [] if branch else list(changed)})
@@ -135,11 +145,11 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
                 context.output.text(_applied(name, changed, branch))
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @salvage.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_kept)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_preserved_work)
 @yes_option
 @run_option
 @store_option
@@ -153,12 +163,12 @@ def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> N
       council salvage drop models/1 --yes
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             work = await council.find_run(run)
             kept = {one.name for one in await council.archive.kept(work)}
             question = f"Delete {', '.join(names)} of run {work} for good?"
-            if kept.issuperset(names) and not await confirmed(context.output, question, yes=yes):
+            if kept.issuperset(names) and not await confirm_action(context.output, question, yes=yes):
                 return 1
             await council.archive.drop(work, names)
             if as_json:
@@ -167,4 +177,4 @@ def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> N
                 context.output.text(f"dropped {', '.join(names)}\n")
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)

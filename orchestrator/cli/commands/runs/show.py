@@ -8,10 +8,17 @@ from collections.abc import Sequence
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_command,
+    run_option,
+    store_option,
+)
 from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.next_steps import run_step, task_steps
-from orchestrator.cli.render.output import plain
+from orchestrator.cli.render.output import printable
 from orchestrator.cli.render.story import story_lines
 from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.errors import RefusedError
@@ -34,8 +41,8 @@ def show(task: str, run: str | None, as_json: bool) -> None:
       council show models --run 20260102-030405-ab12 --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             story = await council.story(task, run)
             if as_json:
                 context.output.json({**story.to_json(), "exit": 0})
@@ -45,7 +52,7 @@ def show(task: str, run: str | None, as_json: bool) -> None:
                 context.output.text(f"{line}\n")
             return 0
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
 async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
@@ -57,4 +64,4 @@ async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
     shown = next(one for one in report.tasks if one.id == task)
     steps = task_steps(shown, report, is_newest=await council.newest_run() == run)
     own = run_step(report) if not steps and shown.state != TaskStatus.LANDED else ""
-    return [plain(str(step)) for step in steps] or ([f"next: {own}"] if own else [])
+    return [printable(str(step)) for step in steps] or ([f"next: {own}"] if own else [])

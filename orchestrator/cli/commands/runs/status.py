@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.core.command import (
-    Context,
+    CommandContext,
     json_option,
-    opened,
-    perform,
+    open_council,
+    print_damage,
     run_argument,
+    run_command,
     show_result,
     store_option,
-    tell_damage,
 )
 from orchestrator.cli.render.next_steps import run_step
-from orchestrator.cli.render.output import plain
+from orchestrator.cli.render.output import printable
 from orchestrator.engine.reports.report import RunReport
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def status(run: str | None, as_json: bool) -> None:
       council status 20260102-030405-ab12 --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             report = await council.status(run)
             await show_result(context, council, report)
             return report.exit_code
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
 @click.command()
@@ -64,15 +64,15 @@ def runs(active: bool, as_json: bool) -> None:
       council runs --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             found = await council.runs(active=active)
-            told = [(report, await council.past.metrics(report.run)) for report in found]
+            told = [(report, await council.history.metrics(report.run)) for report in found]
             if as_json:
                 listed = [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]
                 context.output.json({"runs": listed, "damage": list(council.damage)})
             if not as_json:  # it may have hit a run that is not listed then
-                tell_damage(context, council.damage)
+                print_damage(context, council.damage)
             for report, metrics in [] if as_json else told:
                 for line in _run_lines(report, metrics):
                     context.output.text(f"{line}\n")
@@ -80,14 +80,16 @@ def runs(active: bool, as_json: bool) -> None:
                     context.output.text(f"    next: {step}\n")
             return 0
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
 def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
     from orchestrator.cli.render.columns import wrapped  # noqa: PLC0415  `status` is quicker without
-    from orchestrator.cli.render.figures import figures  # noqa: PLC0415  the same
+    from orchestrator.cli.render.figures import metrics_line  # noqa: PLC0415  the same
 
-    yield from wrapped(plain(figures(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    ")
+    yield from wrapped(
+        printable(metrics_line(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    "
+    )
 
 
 @click.command()
@@ -104,12 +106,12 @@ def where(as_json: bool) -> None:
       council where --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             places = await council.places()
             context.output.facts(
                 {name: None if value is None else str(value) for name, value in asdict(places).items()}
             )
             return 0
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)

@@ -10,26 +10,26 @@ import click
 
 from orchestrator.api.council import Council
 from orchestrator.cli.core.command import (
-    Context,
+    CommandContext,
     json_option,
-    opened,
-    perform,
+    open_council,
+    run_command,
     run_option,
     show_result,
     store_option,
     verbose_option,
 )
 from orchestrator.cli.core.completion import (
-    complete_live_tasks,
-    complete_revivable_tasks,
+    complete_approvable_tasks,
+    complete_retryable_tasks,
     complete_tasks,
-    complete_waiting_tasks,
+    complete_unfinished_tasks,
 )
-from orchestrator.cli.core.confirm import confirmed, yes_option
-from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.core.confirm import confirm_action, yes_option
+from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.trust import require_trust, trust_option
-from orchestrator.cli.render.output import changed_words, counted, plain
-from orchestrator.domain.runs.model import FINAL, TaskStatus
+from orchestrator.cli.render.output import describe_file_changes, pluralize, printable
+from orchestrator.domain.runs.model import FINAL_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus
 
 _color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
@@ -38,26 +38,26 @@ _MOST_NAMED = 5
 stat_option = click.option("--stat", is_flag=True, help="Files and counts of lines only.")
 
 
-def _ask(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> None:
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+def _request_and_show(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> None:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             await show_result(context, council, await ask(council), code=0)
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-def _tell_landing(context: Context, report: RunReport, tasks: Sequence[str]) -> int:
+def _print_still_landing(context: CommandContext, report: RunReport, tasks: Sequence[str]) -> int:
     """Name those of the tasks that could not be cancelled because they are landing; return the exit code."""
     landing = [task.id for task in report.tasks if task.id in tasks and task.state == TaskStatus.LANDING]
     who = "the run" if report.status is RunStatus.RUNNING else "`council resume`"
     for task in landing:
-        context.output.notice(plain(f"could not cancel {task}: it is landing, which {who} finishes first"))
+        context.output.notice(printable(f"could not cancel {task}: it is landing, which {who} finishes first"))
     return 1 if landing else 0
 
 
 @click.command()
-@click.argument("tasks", metavar="[TASK]...", nargs=-1, shell_complete=complete_live_tasks)
+@click.argument("tasks", metavar="[TASK]...", nargs=-1, shell_complete=complete_unfinished_tasks)
 @yes_option
 @run_option
 @verbose_option
@@ -76,14 +76,14 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
       council cancel --yes --run 20260102-030405-ab12
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             report = await council.status(run)
-            left = [task.id for task in report.tasks if task.state not in FINAL]
-            ended = {task.id: task.state for task in report.tasks if task.id in tasks and task.state in FINAL}
+            left = [task.id for task in report.tasks if task.state not in FINAL_STATUSES]
+            ended = {task.id: task.state for task in report.tasks if task.id in tasks and task.state in FINAL_STATUSES}
             for name, state in ended.items():
                 words = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
-                context.output.notice(plain(f"nothing to cancel: {words}"))
+                context.output.notice(printable(f"nothing to cancel: {words}"))
             if not left and not tasks:
                 context.output.notice(f"nothing to cancel: all tasks of run {report.run} have ended")
             if ended.keys() >= set(tasks or left):
@@ -91,18 +91,18 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
                 return 0
             more = "" if len(left) <= _MOST_NAMED else f" and {len(left) - _MOST_NAMED} more"
             named = f"{', '.join(left[:_MOST_NAMED])}{more}"
-            question = f"Cancel {counted(len(left), 'unfinished task')} of run {report.run} ({named})?"
-            if not tasks and not await confirmed(context.output, question, yes=yes):
+            question = f"Cancel {pluralize(len(left), 'unfinished task')} of run {report.run} ({named})?"
+            if not tasks and not await confirm_action(context.output, question, yes=yes):
                 return 1
             cancelled = await council.cancel(*tasks, run=report.run)
-            code = _tell_landing(context, cancelled, tasks or left)
+            code = _print_still_landing(context, cancelled, tasks or left)
             await show_result(context, council, cancelled, code)
             return code
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-@click.group(cls=Suggesting)
+@click.group(cls=SuggestingGroup)
 def task() -> None:
     """Say what is to become of single tasks.
 
@@ -113,7 +113,7 @@ def task() -> None:
 
 
 @task.command("ignore")
-@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_live_tasks)
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_unfinished_tasks)
 @click.option("--reason", metavar="TEXT", required=True, help="Why nobody is to try them.")
 @run_option
 @verbose_option
@@ -130,18 +130,18 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
       council task ignore models api --reason "not before the release"
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             ignored = await council.ignore(*tasks, reason=reason, run=run)
-            code = _tell_landing(context, ignored, tasks)
+            code = _print_still_landing(context, ignored, tasks)
             await show_result(context, council, ignored, code)
             return code
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @click.command()
-@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_revivable_tasks)
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_retryable_tasks)
 @click.option("--from", "phase", metavar="PHASE", help="Go on at this phase of their workflow.")
 @click.option("--reload", "reloads", is_flag=True, help="Take their prompts, limits and adapters from the file again.")
 @run_option
@@ -168,24 +168,24 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
       council retry models api --run 20260102-030405-ab12
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             changes = await council.file_changes(run)
             kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
             if kept:
-                words = changed_words(kept, ())
-                context.output.notice(plain(f"{changes.file} has changed, the run keeps what it recorded: {words}"))
+                words = describe_file_changes(kept, ())
+                context.output.notice(printable(f"{changes.file} has changed, the run keeps what it recorded: {words}"))
             if reloads and changes.has_tasks and changes.config is not None:
                 await require_trust(changes.config, is_named=False)
             report = await council.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
             await show_result(context, council, report, code=0)
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @click.command()
-@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_waiting_tasks)
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_approvable_tasks)
 @click.option("--note", metavar="TEXT", help="Why, for the record.")
 @run_option
 @verbose_option
@@ -202,11 +202,11 @@ def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: 
       council approve models
       council approve models --note "as discussed"
     """
-    _ask(lambda council: council.approve(*tasks, note=note, run=run), as_json=as_json)
+    _request_and_show(lambda council: council.approve(*tasks, note=note, run=run), as_json=as_json)
 
 
 @click.command()
-@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_waiting_tasks)
+@click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_approvable_tasks)
 @click.option("--note", metavar="TEXT", help="What is to be better, as their sessions are told.")
 @run_option
 @verbose_option
@@ -222,7 +222,7 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
     Examples:
       council reject models --note "keep the old names"
     """
-    _ask(lambda council: council.reject(*tasks, note=note, run=run), as_json=as_json)
+    _request_and_show(lambda council: council.reject(*tasks, note=note, run=run), as_json=as_json)
 
 
 @click.command()
@@ -240,16 +240,16 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
       council diff models --stat
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             name = await council.find_run(run)
             difference = await council.archive.diff(name, task, stat=stat)
-            context.output.difference(difference, color=wants_color(color))
+            context.output.difference(difference, color=should_use_color(color))
             return 0
 
-    perform(command, as_json=False)
+    run_command(command, as_json=False)
 
 
-def wants_color(color: bool | None) -> bool:
+def should_use_color(color: bool | None) -> bool:
     """Return whether a difference is to be coloured."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.core.command import Context, json_option, opened, perform, run_argument, store_option
-from orchestrator.cli.render.columns import aligned, short_name
-from orchestrator.cli.render.figures import minutes_text
-from orchestrator.cli.render.output import plain
-from orchestrator.domain.runs.budget import Budget, Spending, shares
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_argument,
+    run_command,
+    store_option,
+)
+from orchestrator.cli.render.columns import align_columns, short_name
+from orchestrator.cli.render.figures import format_minutes
+from orchestrator.cli.render.output import printable
+from orchestrator.domain.runs.budget import Budget, Spending, compute_budget_usage
 
 if TYPE_CHECKING:
     from orchestrator.domain.runs.usage import RunUsage, Usage
@@ -34,19 +41,19 @@ def usage(run: str | None, as_json: bool) -> None:
       council usage 20260102-030405-ab12 --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            found = await council.past.usage(await council.find_run(run))
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
+            found = await council.history.usage(await council.find_run(run))
             if as_json:
                 context.output.json({**asdict(found), "exit": 0})
                 return 0
-            for line in aligned(list(_rows(found))):
+            for line in align_columns(list(_rows(found))):
                 context.output.text(f"{line}\n")
             for line in _notes(found):
-                context.output.text(f"{plain(line)}\n")
+                context.output.text(f"{printable(line)}\n")
             return 0
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
 def _rows(found: RunUsage) -> Iterator[list[str]]:
@@ -61,7 +68,7 @@ def _rows(found: RunUsage) -> Iterator[list[str]]:
 def _cells(one: Usage) -> list[str]:
     told = one.input_tokens or one.output_tokens
     tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if told else ["not told"] * 2
-    return [str(one.sessions), minutes_text(one.seconds / 60), *tokens, _cost(one)]
+    return [str(one.sessions), format_minutes(one.seconds / 60), *tokens, _cost(one)]
 
 
 def _cost(one: Usage) -> str:
@@ -77,7 +84,7 @@ def _notes(found: RunUsage) -> Iterator[str]:
     limits = Budget(found.budget.get("tokens"), found.budget.get("cost"), found.budget.get("time"))
     total = found.total
     spent = Spending(total.input_tokens + total.output_tokens, total.cost or 0.0, total.seconds)
-    for share in shares(limits, spent):
+    for share in compute_budget_usage(limits, spent):
         yield f"Of its budget: {share.describe()}."
     if found.damaged:
         names = ", ".join(found.damaged)

@@ -6,20 +6,20 @@ import anyio
 import click
 
 from orchestrator.cli.core.command import (
-    Context,
+    CommandContext,
     json_option,
-    opened,
-    perform,
+    open_council,
     run_argument,
+    run_command,
     show_result,
     store_option,
     verbose_option,
 )
-from orchestrator.cli.live.progress import shown
-from orchestrator.cli.render.result import running_lines
+from orchestrator.cli.live.progress import show_progress
+from orchestrator.cli.render.result import running_task_lines
 
 #: Seconds between two looks whether a process is still at work in the run: one that was killed says nothing.
-_ALIVE_PAUSE = 0.5
+_LIVENESS_INTERVAL = 0.5
 
 
 @click.command()
@@ -39,19 +39,19 @@ def watch(run: str | None, as_json: bool) -> None:
       council watch 20260102-030405-abcd
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             name = await council.find_run(run)
             after = await council.position()
             if await council.is_live(name):
-                if not (as_json or context.output.draws):  # the table has it
-                    context.output.text("".join(f"{line}\n" for line in running_lines(await council.status(name))))
-                async with shown(council, name, context.output, after) as progress:
+                if not (as_json or context.output.can_draw_tables):  # the table has it
+                    context.output.text("".join(f"{line}\n" for line in running_task_lines(await council.status(name))))
+                async with show_progress(council, name, context.output, after) as progress:
                     while await council.is_live(name):  # noqa: ASYNC110  another process, which may also be killed
-                        await anyio.sleep(_ALIVE_PAUSE)
+                        await anyio.sleep(_LIVENESS_INTERVAL)
                     await progress.reach(await council.position())
             report = await council.status(name)
             await show_result(context, council, report)
             return report.exit_code
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import click
 
-from orchestrator.cli.core.boundary import Log, boundary
+from orchestrator.cli.core.boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
 
 
@@ -22,5 +22,5 @@ def mcp() -> None:
     """
     from orchestrator import mcp_server  # noqa: PLC0415  as late as its SDK
 
-    with boundary(Output(as_json=False), Log()):
+    with error_boundary(Output(as_json=False), ErrorLog()):
         anyio.run(mcp_server.serve)

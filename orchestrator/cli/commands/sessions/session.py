@@ -13,18 +13,18 @@ import click
 
 from orchestrator.client import main as client
 from orchestrator.client.commands import (
-    COMMANDS,
-    HIGHEST_VERSION,
-    LONGEST_WAIT,
+    MAX_VERSION,
+    MAX_WAIT_SECONDS,
     OBJECT,
     PATHS,
     SECONDS,
+    SESSION_COMMANDS,
     STANDARD_INPUT,
     VERSION,
     Argument,
-    Asked,
+    SessionCommand,
 )
-from orchestrator.client.quick_parser import Typed
+from orchestrator.client.quick_parser import ParsedCommand
 
 
 class _Seconds(click.FloatRange):
@@ -38,13 +38,13 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-def parameter(argument: Argument) -> click.Parameter:
+def click_parameter(argument: Argument) -> click.Parameter:
     """Return what click has to know of an argument."""
     kind: click.ParamType[Any] = click.STRING
     if argument.kind == SECONDS:
-        kind = _Seconds(0, LONGEST_WAIT)
+        kind = _Seconds(0, MAX_WAIT_SECONDS)
     elif argument.kind == VERSION:
-        kind = click.IntRange(0, HIGHEST_VERSION)
+        kind = click.IntRange(0, MAX_VERSION)
     elif argument.choices:
         kind = click.Choice(argument.choices)
     if argument.is_word:
@@ -69,19 +69,19 @@ def _word(argument: Argument) -> str:
 
 
 def _command(name: str) -> click.Command:
-    asked = COMMANDS[name]
+    asked = SESSION_COMMANDS[name]
 
     def perform(as_json: bool, **given: Any) -> None:
         arguments = {key: [*value] if isinstance(value, tuple) else value for key, value in given.items()}
         said = {key: value for key, value in arguments.items() if value not in (None, [])}
-        sys.exit(client.perform(Typed(asked, said, as_json=as_json)))
+        sys.exit(client.run_session_command(ParsedCommand(asked, said, as_json=as_json)))
 
     as_json = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
-    parameters = [*map(parameter, asked.arguments), as_json]
-    return click.Command(asked.typed[-1], params=parameters, callback=perform, help=help_of(asked))
+    parameters = [*map(click_parameter, asked.arguments), as_json]
+    return click.Command(asked.typed[-1], params=parameters, callback=perform, help=command_help(asked))
 
 
-def help_of(asked: Asked) -> str:
+def command_help(asked: SessionCommand) -> str:
     """Return the help of a command: what it does, for whom it is, and examples."""
     examples = "\n".join(f"  {line}" for line in asked.examples)
     where = "" if asked.is_for_all else "For programs that `council run` has started, in their worktree."
@@ -89,5 +89,5 @@ def help_of(asked: Asked) -> str:
 
 
 lock, unlock, report, peers, note, notes, ask, hand_over = (
-    _command(name) for name, one in COMMANDS.items() if not one.is_for_all
+    _command(name) for name, one in SESSION_COMMANDS.items() if not one.is_for_all
 )

@@ -8,21 +8,29 @@ from typing import Any
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.commands.sessions.session import help_of, parameter
-from orchestrator.cli.core.command import Context, chosen_store, json_option, opened, perform, run_option, store_option
-from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.commands.sessions.session import click_parameter, command_help
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_command,
+    run_option,
+    store_option,
+    store_option_url,
+)
+from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.client import main as client
-from orchestrator.client.commands import COMMANDS, Asked
-from orchestrator.client.messages import clean, tell
-from orchestrator.client.quick_parser import Typed
-from orchestrator.client.session import AskError
-from orchestrator.client.values import given
-from orchestrator.engine.session_api.shared_values import PATIENCE, come, had
+from orchestrator.client.commands import SESSION_COMMANDS, SessionCommand
+from orchestrator.client.messages import format_result, strip_control_characters
+from orchestrator.client.quick_parser import ParsedCommand
+from orchestrator.client.session import SessionRequestError
+from orchestrator.client.values import resolve_arguments
+from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, require_new_value, require_value
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
 
-@click.group(cls=Suggesting)
+@click.group(cls=SuggestingGroup)
 def share() -> None:
     """Share values between the sessions of a run, or look at them.
 
@@ -36,56 +44,58 @@ def share() -> None:
     """
 
 
-def _command(asked: Asked) -> click.Command:
+def _command(asked: SessionCommand) -> click.Command:
     def perform_it(as_json: bool, run: str | None, **given: Any) -> None:
         said = {name: value for name, value in given.items() if value is not None}
-        if run is None and chosen_store() is None and client.is_in_session():
-            sys.exit(client.perform(Typed(asked, said, as_json=as_json)))
-        by_hand(asked, said, run, as_json=as_json)
+        if run is None and store_option_url() is None and client.is_in_session():
+            sys.exit(client.run_session_command(ParsedCommand(asked, said, as_json=as_json)))
+        run_outside_session(asked, said, run, as_json=as_json)
 
     command = click.Command(
-        asked.typed[-1], params=[*map(parameter, asked.arguments)], callback=perform_it, help=help_of(asked)
+        asked.typed[-1], params=[*map(click_parameter, asked.arguments)], callback=perform_it, help=command_help(asked)
     )
     for option in (json_option, store_option, run_option):
         command = option(command)
     return command
 
 
-def by_hand(asked: Asked, words: JsonObject, run: str | None, *, as_json: bool) -> None:
+def run_outside_session(asked: SessionCommand, words: JsonObject, run: str | None, *, as_json: bool) -> None:
     """Do what a command asks outside of sessions, print what comes of it, and exit."""
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         try:
-            arguments = given(asked, words)
-        except AskError as error:
+            arguments = resolve_arguments(asked, words)
+        except SessionRequestError as error:
             raise RefusedError(error.what, error.remedy) from None
-        async with opened(context.log) as council:
+        async with open_council(context.log) as council:
             result = await _result(council, asked, arguments, run)
         if as_json:
             context.output.json({**result, "exit": 0})
         else:
-            context.output.text(clean(tell(asked.name, result)))
+            context.output.text(strip_control_characters(format_result(asked.name, result)))
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-async def _result(council: Council, asked: Asked, arguments: JsonObject, run: str | None) -> JsonObject:
-    shared = await council.sharing(run)
+async def _result(council: Council, asked: SessionCommand, arguments: JsonObject, run: str | None) -> JsonObject:
+    shared = await council.shared_values(run)
     key = arguments.get("key", "")
     match asked.name:
         case "share_put":
             put = await shared.put(key, arguments["value"], if_version=arguments.get("if_version"))
             return {"key": put.key, "version": put.version}
         case "share_get":
-            return had(key, await shared.get(key)).to_json()
+            return require_value(key, await shared.get(key)).to_json()
         case "share_wait":
-            timeout = arguments.get("timeout", PATIENCE)
-            return come(key, await shared.wait(key, after=arguments.get("after"), timeout=timeout), timeout).to_json()
+            timeout = arguments.get("timeout", DEFAULT_WAIT)
+            return require_new_value(
+                key, await shared.wait(key, after=arguments.get("after"), timeout=timeout), timeout
+            ).to_json()
         case _:
             return {"shared": [one.to_json() for one in await shared.list(arguments.get("prefix", ""))]}
 
 
-for _asked in COMMANDS.values():
+for _asked in SESSION_COMMANDS.values():
     if _asked.is_for_all:
         share.add_command(_command(_asked))

@@ -17,27 +17,27 @@ import anyio.to_thread
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.command import Context, json_option, perform
-from orchestrator.cli.core.environment import Scene, look_around
-from orchestrator.cli.core.quantities import duration
+from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
+from orchestrator.cli.core.quantities import parse_duration_option
 from orchestrator.cli.core.trust import trust_option
-from orchestrator.cli.render.output import one_line, plain
+from orchestrator.cli.render.output import one_line, printable
 from orchestrator.config.load import load_value
-from orchestrator.config.model import AdapterConfig, Reach, RunConfig, make_adapters
+from orchestrator.config.model import AdapterConfig, PathAccess, RunConfig, make_adapters
 from orchestrator.config.source.quantities import format_duration
 from orchestrator.engine.diagnostics.findings import describe
-from orchestrator.engine.diagnostics.programs import AdapterStatus, make_without_options, probe_adapters
+from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.reports.report import TaskReport
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.runner import IDENTITY, Git
 from orchestrator.sessions.output.files import read_tail
 from orchestrator.system import process
-from orchestrator.testing.contract_run import Result
+from orchestrator.testing.contract_run import ContractResult
 
 _PROMPT: Final = "Write the single word hello into a file hello.txt in the current folder. Change nothing else."
 _CHECK: Final = "grep -qi hello hello.txt"
-_CONTRACT_PATIENCE: Final = 300.0  # seconds
+_CONTRACT_TIMEOUT: Final = 300.0  # seconds
 _SHOWN: Final = 4_000  # bytes of each stream
 _LONGEST_LINE: Final = 200
 
@@ -47,7 +47,11 @@ _LONGEST_LINE: Final = 200
 @click.option("--no-live", is_flag=True, help="The contract alone: nothing is asked of the program.")
 @click.option("--prompt", default=None, help="Other words for the task: hello.txt is to hold hello.")
 @click.option(
-    "--timeout", metavar="TIME", default="5m", callback=duration, help="The longest that the session may take."
+    "--timeout",
+    metavar="TIME",
+    default="5m",
+    callback=parse_duration_option,
+    help="The longest that the session may take.",
 )
 @trust_option
 @json_option
@@ -63,30 +67,30 @@ def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_jso
       council adapters test my-cli --no-live
     """
 
-    async def command(context: Context) -> int:
-        scene = await look_around()
+    async def command(context: CommandContext) -> int:
+        scene = await discover_environment()
         adapter = await _find(scene, name)
         contract = await _check_contract(scene, adapter)
         status = (await probe_adapters(make_adapters({name: adapter}, scene.plugins.adapters), os.environ))[name]
-        live, said = (None, "") if no_live else await _live(scene, adapter, prompt or _PROMPT, timeout)
-        trial = _Trial(name, adapter.use, contract, status, live, said, is_live=not no_live)
+        live, said = (None, "") if no_live else await _run_scratch_task(scene, adapter, prompt or _PROMPT, timeout)
+        trial = _AdapterTestResult(name, adapter.use, contract, status, live, said, is_live=not no_live)
         if as_json:
             context.output.json(trial.to_json())
         else:
             for line in trial.lines():
-                context.output.text(plain(line) + "\n")
+                context.output.text(printable(line) + "\n")
         return trial.code
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
+class _AdapterTestResult:
     """What came of it; `contract` is a sentence where that could not be run, `live` where no session came about."""
 
     name: str
     use: str
-    contract: Sequence[Result] | str
+    contract: Sequence[ContractResult] | str
     status: AdapterStatus
     live: TaskReport | str | None
     said: str
@@ -94,7 +98,7 @@ class _Trial:
     is_live: bool
 
     @property
-    def failed(self) -> list[Result]:
+    def failed(self) -> list[ContractResult]:
         return [] if isinstance(self.contract, str) else [one for one in self.contract if not one.passed]
 
     @property
@@ -137,8 +141,8 @@ class _Trial:
         }
 
 
-def _plain(results: Sequence[Result]) -> list[JsonObject]:
-    return [{name: getattr(one, name) for name in Result.__slots__} for one in results]
+def _plain(results: Sequence[ContractResult]) -> list[JsonObject]:
+    return [{name: getattr(one, name) for name in ContractResult.__slots__} for one in results]
 
 
 def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
@@ -155,7 +159,7 @@ def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
         yield f"          it said: {one_line(live.words)[:200]}"
 
 
-async def _find(scene: Scene, name: str) -> AdapterConfig:
+async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:
     if isinstance(scene.config, ConfigError) and name not in scene.plugins.adapters:
         raise scene.config
     if isinstance(scene.config, RunConfig) and name in scene.config.adapters:
@@ -165,11 +169,11 @@ async def _find(scene: Scene, name: str) -> AdapterConfig:
     if name not in types:
         known = ", ".join(sorted({*of_file, *types}))
         raise RefusedError(f"there is no adapter {name!r} here", f"name one of {known}")
-    _, needs = await anyio.to_thread.run_sync(make_without_options, {name: types[name]})
+    _, needs = await anyio.to_thread.run_sync(make_default_adapters, {name: types[name]})
     if name in needs:
         raise RefusedError(f"the type {name!r} {needs[name]}", "add an adapter of it to council.yaml, and name that")
     options = types[name].Options.model_validate({})
-    return AdapterConfig(name=name, use=name, capacity=None, reach=Reach(), keep_ignored=(), options=options)
+    return AdapterConfig(name=name, use=name, capacity=None, reach=PathAccess(), keep_ignored=(), options=options)
 
 
 def contract_command() -> list[str]:
@@ -178,10 +182,10 @@ def contract_command() -> list[str]:
     return [sys.executable, "-P", "-m", "orchestrator.testing.contract_run"]
 
 
-async def _check_contract(scene: Scene, adapter: AdapterConfig) -> Sequence[Result] | str:
+async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> Sequence[ContractResult] | str:
     spec = {
         "name": adapter.name,
-        "stored": adapter.stored(),
+        "stored": adapter.to_stored(),
         "options": adapter.options.model_dump(mode="json", exclude_unset=True),
         "places": [str(place) for place in (scene.file, scene.top) if place is not None],
     }
@@ -190,19 +194,21 @@ async def _check_contract(scene: Scene, adapter: AdapterConfig) -> Sequence[Resu
             contract_command(),
             env=os.environ,
             cwd=Path.cwd(),
-            timeout=_CONTRACT_PATIENCE,
+            timeout=_CONTRACT_TIMEOUT,
             input=json.dumps(spec).encode(),
         )
     except TimeoutError:
-        return f"it did not end within {_CONTRACT_PATIENCE:g} s"
+        return f"it did not end within {_CONTRACT_TIMEOUT:g} s"
     try:
         told: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         return done.stderr.decode(errors="replace").strip()[-500:] or f"it ended with exit code {done.returncode}"
-    return str(told["error"]) if "error" in told else [Result(**one) for one in told["results"]]
+    return str(told["error"]) if "error" in told else [ContractResult(**one) for one in told["results"]]
 
 
-async def _live(scene: Scene, adapter: AdapterConfig, prompt: str, timeout: float) -> tuple[TaskReport | str, str]:  # noqa: ASYNC109
+async def _run_scratch_task(
+    scene: CommandEnvironment, adapter: AdapterConfig, prompt: str, timeout: float
+) -> tuple[TaskReport | str, str]:  # noqa: ASYNC109
     """Return what became of a small task, and the end of what its session printed unless it landed."""
     async with AsyncExitStack() as stack:
         folder = Path(await anyio.to_thread.run_sync(stack.enter_context, tempfile.TemporaryDirectory()))
@@ -216,7 +222,7 @@ async def _live(scene: Scene, adapter: AdapterConfig, prompt: str, timeout: floa
         except RefusedError as error:
             return str(error), ""
         (task,) = report.tasks
-        said = "" if task.state == "landed" or task.log is None else await _printed(Path(task.log))
+        said = "" if task.state == "landed" or task.log is None else await _session_output(Path(task.log))
         closed = next((one.closed for one in report.adapters if one.closed is not None), None)
         return (task if closed is None else f"stopped: {closed}"), said
 
@@ -224,7 +230,7 @@ async def _live(scene: Scene, adapter: AdapterConfig, prompt: str, timeout: floa
 async def _make_repository(repo: Path) -> None:
     await anyio.Path(repo).mkdir()
     await anyio.Path(repo / "README.md").write_text("# A scratch repository\n")
-    git = Git(None, users=True)
+    git = Git(None, as_user=True)
     await git("init", "--quiet", "--initial-branch=main", cwd=repo)
     await git("add", "--all", cwd=repo)
     name, email = IDENTITY
@@ -232,7 +238,7 @@ async def _make_repository(repo: Path) -> None:
     await git(*who, "commit", "--quiet", "--message", "Begin", cwd=repo)
 
 
-def _config(scene: Scene, adapter: AdapterConfig, repo: Path, prompt: str, timeout: float) -> RunConfig:
+def _config(scene: CommandEnvironment, adapter: AdapterConfig, repo: Path, prompt: str, timeout: float) -> RunConfig:
     """Return a run of one task with an adapter as it is configured, behind the file's fence."""
     value = {
         "version": 1,
@@ -255,7 +261,7 @@ def _config(scene: Scene, adapter: AdapterConfig, repo: Path, prompt: str, timeo
     return config.model_copy(update=changes)
 
 
-async def _printed(log: Path) -> str:
+async def _session_output(log: Path) -> str:
     """Return the end of both streams of a session; `log` is that of its standard error."""
     streams = [await read_tail(log.with_suffix(f".{name}"), _SHOWN) for name in ("stdout", "stderr")]
     return "\n".join(stream.strip() for stream in streams if stream.strip())

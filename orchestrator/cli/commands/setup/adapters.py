@@ -11,21 +11,21 @@ import click
 
 from orchestrator.cli.commands.setup.adapter_test import test
 from orchestrator.cli.commands.setup.reopen import reopen
-from orchestrator.cli.core.adapter_state import Learned, learned
-from orchestrator.cli.core.command import Context, json_option, perform, store_option
-from orchestrator.cli.core.environment import Scene, look_around
-from orchestrator.cli.core.group import Suggesting
+from orchestrator.cli.core.adapter_state import AdapterState, read_adapter_state
+from orchestrator.cli.core.command import CommandContext, json_option, run_command, store_option
+from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
+from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.trust import trust_option
-from orchestrator.cli.render.output import one_line, plain
+from orchestrator.cli.render.output import one_line, printable
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.diagnostics.findings import describe
-from orchestrator.engine.diagnostics.programs import AdapterStatus, make_without_options, probe_adapters
+from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.reports.report import AdapterReport
 from orchestrator.errors import ConfigError
 from orchestrator.protocols import Adapter, JsonObject
 
 
-@click.group(cls=Suggesting, invoke_without_command=True)
+@click.group(cls=SuggestingGroup, invoke_without_command=True)
 @store_option
 @trust_option
 @json_option
@@ -46,18 +46,18 @@ def adapters(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
 
-    async def command(context: Context) -> int:
-        scene = await look_around()
+    async def command(context: CommandContext) -> int:
+        scene = await discover_environment()
         types, named = await _list(scene)
-        known = await learned(context) if scene.top is not None or named else Learned()
+        known = await read_adapter_state(context) if scene.top is not None or named else AdapterState()
         if as_json:
             context.output.json(_json(scene, types, named, known))
         else:
             for line in _lines(scene, types, named, known):
-                context.output.text(plain(line) + "\n")
+                context.output.text(printable(line) + "\n")
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 adapters.add_command(test)
@@ -65,7 +65,7 @@ adapters.add_command(reopen)
 
 
 @dataclass(frozen=True, slots=True)
-class _Listed:
+class _AdapterEntry:
     """A type, or an adapter of the file; what it needs says why there is nothing to be known of its programs."""
 
     name: str
@@ -75,37 +75,43 @@ class _Listed:
     can: Sequence[str] = ()
 
 
-async def _list(scene: Scene) -> tuple[list[_Listed], list[_Listed]]:
+async def _list(scene: CommandEnvironment) -> tuple[list[_AdapterEntry], list[_AdapterEntry]]:
     """Return all types that are installed, and the adapters of the file."""
     installed = scene.plugins.adapters
-    made, needs = await anyio.to_thread.run_sync(make_without_options, installed)
+    made, needs = await anyio.to_thread.run_sync(make_default_adapters, installed)
     run = scene.config if isinstance(scene.config, RunConfig) else None
     of_file = {} if run is None else make_adapters(run.adapters, installed)
     # A type and an adapter of the file may have the same name.
     both = {(True, name): one for name, one in made.items()} | {(False, name): one for name, one in of_file.items()}
     statuses = await probe_adapters(both, os.environ)
     nothing = AdapterStatus([])
-    types = [_Listed(name, name, needs.get(name), statuses.get((True, name), nothing)) for name in sorted(installed)]
+    types = [
+        _AdapterEntry(name, name, needs.get(name), statuses.get((True, name), nothing)) for name in sorted(installed)
+    ]
     named = run.adapters.items() if run is not None else ()
-    listed = [_Listed(name, one.use, None, statuses[False, name], _can(of_file[name])) for name, one in named]
+    listed = [
+        _AdapterEntry(name, one.use, None, statuses[False, name], _capabilities(of_file[name])) for name, one in named
+    ]
     return types, listed
 
 
-def _can(adapter: Adapter) -> list[str]:
+def _capabilities(adapter: Adapter) -> list[str]:
     try:
         return sorted(adapter.capabilities())
     except Exception as error:  # noqa: BLE001  a plugin's own code
         return [f"can't be asked: {type(error).__name__}: {error}"]
 
 
-def _json(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], known: Learned) -> JsonObject:
+def _json(
+    scene: CommandEnvironment, types: Sequence[_AdapterEntry], named: Sequence[_AdapterEntry], known: AdapterState
+) -> JsonObject:
     nothing = AdapterReport("", None, None)
     state = {one.name: known.unusable.get(one.name, nothing) for one in named}
     return {
         "types": [
             {
                 "name": one.name,
-                "plugin": asdict(scene.plugins.bringers["adapters", one.name]),
+                "plugin": asdict(scene.plugins.providers["adapters", one.name]),
                 "needs": one.needs,
                 **one.status.to_json(),
             }
@@ -130,9 +136,11 @@ def _json(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], know
     }
 
 
-def _lines(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], known: Learned) -> Iterator[str]:
+def _lines(
+    scene: CommandEnvironment, types: Sequence[_AdapterEntry], named: Sequence[_AdapterEntry], known: AdapterState
+) -> Iterator[str]:
     for one in types:
-        plugin = scene.plugins.bringers["adapters", one.name]
+        plugin = scene.plugins.providers["adapters", one.name]
         yield f"{one.name} ({plugin.distribution} {plugin.version}){_needs(one)}"
         yield from _programs(one.status)
     for left_out in scene.plugins.left_out:
@@ -146,7 +154,7 @@ def _lines(scene: Scene, types: Sequence[_Listed], named: Sequence[_Listed], kno
         yield from (f"  {line}" for line in known.lines(one.name))
 
 
-def _needs(one: _Listed) -> str:
+def _needs(one: _AdapterEntry) -> str:
     return "" if one.needs is None else f": {one_line(one.needs)}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from orchestrator.cli.core.command import Context, perform
+from orchestrator.cli.core.command import CommandContext, run_command
 
 _SHELLS = ("bash", "zsh", "fish")
 
@@ -24,7 +24,7 @@ def completion(shell: str) -> None:
       council completion fish > ~/.config/fish/completions/council.fish
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         root = click.get_current_context().find_root().command
         found = get_completion_class(shell)
         assert found is not None  # noqa: S101  click brings all three
@@ -32,4 +32,4 @@ def completion(shell: str) -> None:
         context.output.text(made.source_template % made.source_vars())
         return 0
 
-    perform(command, as_json=False)
+    run_command(command, as_json=False)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.core.adapter_state import learned
-from orchestrator.cli.core.command import Context, json_option, perform
-from orchestrator.cli.core.environment import look_around
+from orchestrator.cli.core.adapter_state import read_adapter_state
+from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.environment import discover_environment
 from orchestrator.cli.core.trust import trust_option
-from orchestrator.cli.render.findings import exit_code, show_findings
-from orchestrator.engine.diagnostics.doctor import Subject, examine
+from orchestrator.cli.render.findings import findings_exit_code, show_findings
+from orchestrator.engine.diagnostics.doctor import DoctorInput, run_doctor
 
 
 @click.command()
@@ -31,13 +31,13 @@ def doctor(file: Path | None, as_json: bool) -> None:
       council doctor night.yaml --json
     """
 
-    async def command(context: Context) -> int:
-        scene = await look_around(file)
+    async def command(context: CommandContext) -> int:
+        scene = await discover_environment(file)
         left_out = [str(one) for one in scene.plugins.left_out]
-        subject = Subject(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
-        findings = [*await examine(subject, os.environ), *(await learned(context)).findings()]
-        code = exit_code(findings)
+        subject = DoctorInput(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
+        findings = [*await run_doctor(subject, os.environ), *(await read_adapter_state(context)).findings()]
+        code = findings_exit_code(findings)
         show_findings(findings, code, context.output)
         return code
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)

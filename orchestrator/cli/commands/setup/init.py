@@ -12,27 +12,27 @@ from pathlib import Path
 import anyio.to_thread
 import click
 
-from orchestrator.cli.core.command import Context, json_option, perform
-from orchestrator.cli.core.run_source import FILE_NAME
-from orchestrator.cli.render.output import Output, plain
+from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.run_source import CONFIG_FILE_NAME
+from orchestrator.cli.render.output import Output, printable
 from orchestrator.config.json_schema import file_schema
 from orchestrator.config.load import load_config
-from orchestrator.config.permissions import requests_of
+from orchestrator.config.permissions import list_permission_requests
 from orchestrator.config.starter import Starter, StarterAdapter, starter_text
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.initialization import (
-    FoundTests,
-    Ground,
-    check_free,
+    DetectedTests,
+    InitRepository,
+    check_can_write,
     find_adapters,
-    find_ground,
-    find_tests,
+    find_init_repository,
+    find_usable_tests,
     write_file,
     write_schema,
 )
 from orchestrator.engine.diagnostics.programs import AdapterStatus
-from orchestrator.engine.diagnostics.test_detection import Environment, OwnTests
-from orchestrator.engine.diagnostics.trust import confirm
+from orchestrator.engine.diagnostics.test_detection import ProjectEnvironment, RepositoryTests
+from orchestrator.engine.diagnostics.trust import confirm_requests
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import AdapterType
 
@@ -55,47 +55,49 @@ def init(file: Path | None, adapter: str | None, force: bool, as_json: bool) -> 
       council init night.yaml --force
     """
 
-    async def command(context: Context) -> int:
-        ground = await find_ground(Path.cwd(), os.environ)
-        path = ground.top / FILE_NAME if file is None else Path.cwd() / file
-        await anyio.to_thread.run_sync(lambda: check_free(path, force=force))
+    async def command(context: CommandContext) -> int:
+        ground = await find_init_repository(Path.cwd(), os.environ)
+        path = ground.top / CONFIG_FILE_NAME if file is None else Path.cwd() / file
+        await anyio.to_thread.run_sync(lambda: check_can_write(path, force=force))
         plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, [ground.top])
-        found = _Found(
+        found = _Discovery(
             ground,
             path,
             await find_adapters(plugins.adapters, adapter, os.environ),
-            await find_tests(ground, os.environ),
+            await find_usable_tests(ground, os.environ),
         )
         schema = await _schema(ground, plugins.adapters)
         text = starter_text(_starter(found, schema))
         await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
         config = await anyio.to_thread.run_sync(load_config, path, plugins.adapters)
-        await confirm(path, requests_of(config, ground.top), os.environ)  # it was written here, for the user
+        await confirm_requests(
+            path, list_permission_requests(config, ground.top), os.environ
+        )  # it was written here, for the user
         _show(found, schema, context.output)
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    ground: Ground
+class _Discovery:
+    ground: InitRepository
     path: Path
     adapters: Mapping[str, AdapterStatus]
-    tests: FoundTests | None
+    tests: DetectedTests | None
 
     @property
-    def own_tests(self) -> OwnTests | None:
+    def detected_tests(self) -> RepositoryTests | None:
         """The repository's own tests."""
         return None if self.tests is None else self.tests.tests
 
     @property
-    def environment(self) -> Environment | None:
+    def environment(self) -> ProjectEnvironment | None:
         """What they need before they can run."""
-        return None if self.own_tests is None else self.own_tests.environment
+        return None if self.detected_tests is None else self.detected_tests.environment
 
     @property
-    def what_is_missing(self) -> str | None:
+    def missing_text(self) -> str | None:
         """What the sandbox does not show of that, in words."""
         missing = () if self.tests is None else self.tests.missing
         return f"the sandbox lacks {', '.join(missing)}" if missing else None
@@ -103,20 +105,20 @@ class _Found:
     @property
     def next_commands(self) -> list[str]:
         """What to type next; the file need not be named where it is looked for."""
-        is_usual = self.path == self.ground.top / FILE_NAME
+        is_usual = self.path == self.ground.top / CONFIG_FILE_NAME
         name = "" if is_usual else f" {shlex.quote(os.path.relpath(self.path))}"
         return [f"council doctor{name}", f"council run --dry-run{name}", f"council run{name}"]
 
 
-async def _schema(ground: Ground, types: Mapping[str, AdapterType]) -> Path | None:
+async def _schema(ground: InitRepository, types: Mapping[str, AdapterType]) -> Path | None:
     return await write_schema(ground, json.dumps(file_schema(types), indent=2) + "\n", os.environ)
 
 
-def _starter(found: _Found, schema: Path | None) -> Starter:
+def _starter(found: _Discovery, schema: Path | None) -> Starter:
     """Return what the file is to say; paths in the repository are told from the file's place."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
     is_inside = folder.is_relative_to(top)
-    tests, environment = found.own_tests, found.environment
+    tests, environment = found.detected_tests, found.environment
     return Starter(
         repo=os.path.relpath(top, folder) if is_inside else str(top),
         base=found.ground.base,
@@ -125,7 +127,7 @@ def _starter(found: _Found, schema: Path | None) -> Starter:
         before=None if tests is None else tests.before,
         setup=None if environment is None else environment.setup,
         inputs=() if environment is None else environment.inputs,
-        missing=found.what_is_missing,
+        missing=found.missing_text,
         schema=None if schema is None or not is_inside else os.path.relpath(os.path.realpath(schema), folder),
     )
 
@@ -136,8 +138,8 @@ def _words(status: AdapterStatus) -> str:
     return ", ".join(told)
 
 
-def _show(found: _Found, schema: Path | None, output: Output) -> None:
-    tests, environment, missing = found.own_tests, found.environment, found.what_is_missing
+def _show(found: _Discovery, schema: Path | None, output: Output) -> None:
+    tests, environment, missing = found.detected_tests, found.environment, found.missing_text
     if output.as_json:
         output.json(
             {
@@ -148,7 +150,7 @@ def _show(found: _Found, schema: Path | None, output: Output) -> None:
                 "checks": [] if tests is None or missing is not None else [tests.command],
                 "setup": [] if environment is None or missing is not None else [environment.setup],
                 "missing": [] if found.tests is None else list(found.tests.missing),
-                "told_by": None if tests is None else tests.told_by,
+                "told_by": None if tests is None else tests.declared_in,
                 "schema": None if schema is None else str(schema),
                 "next": found.next_commands,
                 "exit": 0,
@@ -161,9 +163,9 @@ def _show(found: _Found, schema: Path | None, output: Output) -> None:
         lines += [f"          → {one.remedy}" for one in status.programs if one.remedy]
     if not found.adapters:
         lines.append("adapter   none was found: first put a program of yours into the file, where it says my-cli")
-    told = "no command that runs the tests was found" if tests is None else f"{tests.command} (by {tests.told_by})"
+    told = "no command that runs the tests was found" if tests is None else f"{tests.command} (by {tests.declared_in})"
     lines += [] if environment is None else [f"setup     {environment.setup}"]
     lines += [f"checks    {told}", *([] if missing is None else [f"          → commented out: {missing}"])]
     lines += [*(f"next      {command}" for command in found.next_commands)]
     for line in lines:
-        output.text(plain(line) + "\n")
+        output.text(printable(line) + "\n")

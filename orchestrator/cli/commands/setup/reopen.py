@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, show_result, store_option
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_command,
+    run_option,
+    show_result,
+    store_option,
+)
 
 
 @click.command("reopen")
@@ -25,9 +33,9 @@ def reopen(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
       council adapters reopen --run 20260102-030405-ab12
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             await show_result(context, council, await council.reopen(*names, run=run), code=0)
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)

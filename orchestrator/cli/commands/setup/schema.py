@@ -6,9 +6,9 @@ import json
 
 import click
 
-from orchestrator.cli.core.command import Context, perform
+from orchestrator.cli.core.command import CommandContext, run_command
 from orchestrator.config.json_schema import file_schema
-from orchestrator.engine.reports.schema import result_schema, story_schema
+from orchestrator.engine.reports.schema import result_schema, task_details_schema
 from orchestrator.plugins import load_plugins
 
 
@@ -30,11 +30,11 @@ def schema(result: bool, story: bool) -> None:
       council schema --result
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         if result and story:
             raise click.UsageError("--result and --story are two schemas: ask for one at a time")
-        made = story_schema() if story else result_schema() if result else file_schema(load_plugins().adapters)
+        made = task_details_schema() if story else result_schema() if result else file_schema(load_plugins().adapters)
         context.output.text(json.dumps(made, indent=2) + "\n")
         return 0
 
-    perform(command, as_json=False)
+    run_command(command, as_json=False)

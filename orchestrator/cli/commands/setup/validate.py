@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.core.command import Context, json_option, perform
-from orchestrator.cli.core.run_source import read_config
-from orchestrator.cli.render.output import Output, plain
-from orchestrator.cli.render.plan import counted
+from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.run_source import load_run_config
+from orchestrator.cli.render.output import Output, printable
+from orchestrator.cli.render.plan import pluralize
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.config.warnings import ConfigWarning, find_warnings
-from orchestrator.engine.diagnostics.preflight import surroundings_of
+from orchestrator.engine.diagnostics.preflight import find_surroundings
 
 
 @click.command()
@@ -32,14 +32,14 @@ def validate(file: Path | None, as_json: bool) -> None:
       council validate night.yaml --json
     """
 
-    async def command(context: Context) -> int:
-        plugins, config = await read_config(file)
-        around = await surroundings_of(config, os.environ)
+    async def command(context: CommandContext) -> int:
+        plugins, config = await load_run_config(file)
+        around = await find_surroundings(config, os.environ)
         adapters = make_adapters(config.adapters, plugins.adapters)
         _show(config, find_warnings(config, around, adapters), context.output)
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 def _show(config: RunConfig, warnings: list[ConfigWarning], output: Output) -> None:
@@ -48,8 +48,8 @@ def _show(config: RunConfig, warnings: list[ConfigWarning], output: Output) -> N
         output.json({"status": "valid", **told, "errors": [], "warnings": [*map(asdict, warnings)], "exit": 0})
         return
     parts = {"task": config.tasks, "tracker": config.trackers, "adapter": config.adapters}
-    counts = ", ".join(counted(len(part), word) for word, part in parts.items() if part)
+    counts = ", ".join(pluralize(len(part), word) for word, part in parts.items() if part)
     target = config.target or "council/<run>"
-    output.text(plain(f"{config.path} is right: {counts}, from {config.base} onto {target}") + "\n")
+    output.text(printable(f"{config.path} is right: {counts}, from {config.base} onto {target}") + "\n")
     for warning in warnings:
-        output.text(plain(f"warning: {warning}") + "\n")
+        output.text(printable(f"warning: {warning}") + "\n")

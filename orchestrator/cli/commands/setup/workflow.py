@@ -7,22 +7,22 @@ from pathlib import Path
 import anyio.to_thread
 import click
 
-from orchestrator.cli.core.command import Context, json_option, perform
-from orchestrator.cli.core.group import Suggesting
-from orchestrator.cli.core.run_source import read_config
-from orchestrator.cli.render.output import plain
-from orchestrator.config.source.problems import Vocabulary
-from orchestrator.config.workflows.load import Phases, supplied_phases
-from orchestrator.config.workflows.text import as_yaml, copied, settings_of
-from orchestrator.engine.diagnostics.initialization import check_free
-from orchestrator.errors import RefusedError, unusable
+from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.core.run_source import load_run_config
+from orchestrator.cli.render.output import printable
+from orchestrator.config.source.problems import KnownWords
+from orchestrator.config.workflows.load import Phases, builtin_phases
+from orchestrator.config.workflows.text import build_workflow_files, phase_settings, workflows_to_yaml
+from orchestrator.engine.diagnostics.initialization import check_can_write
+from orchestrator.errors import RefusedError, to_unusable_error
 
 _file_option = click.option(
     "--file", "file", type=click.Path(path_type=Path), help="Those that tasks of this file go through, too."
 )
 
 
-@click.group(cls=Suggesting)
+@click.group(cls=SuggestingGroup)
 def workflow() -> None:
     """Show the workflows that there are, or copy one to change it.
 
@@ -52,17 +52,17 @@ def show(name: str | None, file: Path | None, as_json: bool) -> None:
       council workflow show mine --file council.yaml --json
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         found = await _find(name, file)
         if context.output.as_json:
-            told = {one: [{"name": each.name, **settings_of(each, phases)} for each in phases]
+            told = {one: [{"name": each.name, **phase_settings(each, phases)} for each in phases]
                     for one, phases in found.items()}  # fmt: skip
             context.output.json({"workflows": told, "exit": 0})
         else:
-            context.output.text(as_yaml(found))
+            context.output.text(workflows_to_yaml(found))
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @workflow.command()
@@ -82,30 +82,30 @@ def copy(name: str, folder: Path, file: Path | None, force: bool, as_json: bool)
       council workflow copy adw workflows
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         phases = (await _find(name, file))[name]
-        files = {Path(path): text for path, text in copied(name, phases, folder).items()}
+        files = {Path(path): text for path, text in build_workflow_files(name, phases, folder).items()}
         await anyio.to_thread.run_sync(lambda: _write(folder, files, force=force))
         if context.output.as_json:
             context.output.json({"workflow": name, "files": [*map(str, files)], "exit": 0})
         else:
             for path in files:
-                context.output.text(plain(f"wrote {path}") + "\n")
+                context.output.text(printable(f"wrote {path}") + "\n")
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:
     """Return a workflow, or all, by name; RefusedError without one of that name."""
-    found = dict(await anyio.to_thread.run_sync(supplied_phases))
+    found = dict(await anyio.to_thread.run_sync(builtin_phases))
     if file is not None:
-        _, config = await read_config(file)
+        _, config = await load_run_config(file)
         found |= config.workflows
     if name is None:
         return found
     if name not in found:
-        remedy = Vocabulary(found, "the workflows").instead_of(name)
+        remedy = KnownWords(found, "the workflows").suggest(name)
         if file is None:
             remedy += "; --file names a file with others"
         raise RefusedError(f"there is no workflow {name!r}", remedy)
@@ -117,8 +117,8 @@ def _write(folder: Path, files: dict[Path, str], *, force: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in files:
-            check_free(path, force=force)
+            check_can_write(path, force=force)
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise unusable(error, f"{folder} can't be written", "name another folder") from None
+        raise to_unusable_error(error, f"{folder} can't be written", "name another folder") from None

@@ -9,20 +9,27 @@ from functools import partial
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.command import Context, json_option, opened, perform, run_option, store_option
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_command,
+    run_option,
+    store_option,
+)
 from orchestrator.cli.core.completion import complete_checkpoints
-from orchestrator.cli.core.group import Suggesting
-from orchestrator.cli.render.output import plain
+from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.render.output import printable
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
-from orchestrator.state.documents.checkpoints import WHOLE, Checkpoint, Restoration
-from orchestrator.system.instants import local_time
+from orchestrator.state.documents.checkpoints import WHOLE_STORE, Checkpoint, RestorePlan
+from orchestrator.system.instants import format_local_time
 
 _all_option = click.option("--all", "whole", is_flag=True, help="Of all runs together.")
 _id_argument = click.argument("checkpoint_id", metavar="CHECKPOINT", shell_complete=complete_checkpoints)
 
 
-@click.group(cls=Suggesting)
+@click.group(cls=SuggestingGroup)
 def checkpoint() -> None:
     """Name how a run stands now, or go back to how it stood.
 
@@ -53,8 +60,8 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
     """
     _check_scope(run, whole=whole)
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             made = await council.checkpoint(run, reason=reason, whole=whole)
             if as_json:
                 context.output.json(_facts(made))
@@ -62,7 +69,7 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
                 context.output.text(f"made checkpoint {made.id}\n")
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @checkpoint.command("list")
@@ -80,9 +87,9 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
     """
     _check_scope(run, whole=whole)
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            found = await council.checkpoints(WHOLE if whole else run)
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
+            found = await council.checkpoints(WHOLE_STORE if whole else run)
             if run is not None and not found:  # of a run whose record was removed they are listed all the same
                 found = await council.checkpoints(await council.find_run(run))
             if as_json:
@@ -90,11 +97,13 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
             elif not found:
                 context.output.text("there is no checkpoint\n")
             for one in [] if as_json else found:
-                told = f"{one.id:<24} {local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
-                context.output.text(plain(told) + "\n")
+                told = (
+                    f"{one.id:<24} {format_local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
+                )
+                context.output.text(printable(told) + "\n")
             return 0
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
 @checkpoint.command()
@@ -113,16 +122,16 @@ def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
       council checkpoint show all/1
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             found = await council.restoration(await _full_id(council, checkpoint_id, run))
             if as_json:
                 context.output.json({**_facts(found.checkpoint), **_changes(found)})
             for line in () if as_json else _lines(found):
-                context.output.text(plain(line) + "\n")
+                context.output.text(printable(line) + "\n")
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @checkpoint.command()
@@ -143,14 +152,14 @@ def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> 
       council checkpoint restore 20260102-030405-ab12/3 --force
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             done = await council.restore(await _full_id(council, checkpoint_id, run), force=force)
             if as_json:
-                context.output.json({**asdict(done), "left": _left(done.left)})
+                context.output.json({**asdict(done), "left": _skipped_documents(done.left)})
                 return 0
             for name, why in done.left.items():
-                context.output.text(plain(f"{name} stays: {why}") + "\n")
+                context.output.text(printable(f"{name} stays: {why}") + "\n")
             told = (
                 f"restored {done.checkpoint}; how things stood before is {done.before or 'nowhere, nothing was there'}"
             )
@@ -163,7 +172,7 @@ def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> 
                 context.output.text(f"`council resume {one}` goes on\n")
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 def _check_scope(run: str | None, *, whole: bool) -> None:
@@ -173,7 +182,7 @@ def _check_scope(run: str | None, *, whole: bool) -> None:
 
 async def _full_id(council: Council, name: str, run: str | None) -> str:
     named, _, number = name.rpartition("/")
-    if named == WHOLE:
+    if named == WHOLE_STORE:
         return name
     try:
         return f"{await council.find_run(named or run)}/{number}"
@@ -187,15 +196,15 @@ def _facts(one: Checkpoint) -> JsonObject:
     return {**asdict(one), "number": one.number}
 
 
-def _changes(found: Restoration) -> JsonObject:
+def _changes(found: RestorePlan) -> JsonObject:
     return {
         "written": [str(key) for key in found.written],
         "deleted": [str(key) for key in found.deleted],
-        "left": _left({str(key): why for key, why in found.left.items()}),
+        "left": _skipped_documents({str(key): why for key, why in found.left.items()}),
     }
 
 
-def _left(left: Mapping[str, str]) -> list[JsonObject]:
+def _skipped_documents(left: Mapping[str, str]) -> list[JsonObject]:
     return [{"document": name, "reason": why} for name, why in left.items()]
 
 
@@ -203,9 +212,9 @@ def _phase(one: Checkpoint) -> str:
     return ", ".join(f"{count} {status}" for status, count in one.phase.items())
 
 
-def _lines(found: Restoration) -> Iterable[str]:
+def _lines(found: RestorePlan) -> Iterable[str]:
     one = found.checkpoint
-    yield f"{one.id}  {local_time(one.time)}  position {one.position}  {one.status or '-'}"
+    yield f"{one.id}  {format_local_time(one.time)}  position {one.position}  {one.status or '-'}"
     yield f"made by {one.maker}: {one.reason}"
     yield f"tasks: {_phase(one)}"
     for session in one.sessions:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
-from orchestrator.api.cleanup import Cleaner, Removal
-from orchestrator.cli.core.boundary import Log
-from orchestrator.cli.core.command import Context, json_option, opened, perform, store_option
-from orchestrator.cli.core.confirm import agrees, can_ask, yes_option
-from orchestrator.cli.core.quantities import duration
-from orchestrator.cli.render.output import Output, plain
-from orchestrator.config.source.quantities import shown_size
-from orchestrator.domain.runs.leftovers import Kind, Leftover, Standing
+from orchestrator.api.cleanup import Cleaner, RemovalResult
+from orchestrator.cli.core.boundary import ErrorLog
+from orchestrator.cli.core.command import CommandContext, json_option, open_council, run_command, store_option
+from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
+from orchestrator.cli.core.quantities import parse_duration_option
+from orchestrator.cli.render.output import Output, printable
+from orchestrator.config.source.quantities import format_size_short
+from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, LeftoverStatus
 from orchestrator.errors import RefusedError
 from orchestrator.project import council_home, find_project
 from orchestrator.system.clock import SystemClock
@@ -28,13 +28,15 @@ from orchestrator.system.clock import SystemClock
 @yes_option
 @click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
 @click.option("--pool", is_flag=True, help="Remove checkouts, too, that are ready for the next run.")
-@click.option("--logs", metavar="AGE", callback=duration, help="Remove, too, what runs printed that ended before.")
+@click.option(
+    "--logs", metavar="AGE", callback=parse_duration_option, help="Remove, too, what runs printed that ended before."
+)
 @click.option(
     "--runs",
     metavar="[AGE]",
     is_flag=False,
     flag_value="7d",
-    callback=duration,
+    callback=parse_duration_option,
     help="Remove, too, the records of runs that ended before; 7d if AGE is left out.",
 )
 @click.option("--interrupted", is_flag=True, help="With --runs, also of those that could still be resumed.")
@@ -70,27 +72,33 @@ def clean(
     if interrupted and runs is None:
         raise click.UsageError("--interrupted says which --runs are meant.")
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         async with _cleaner(context.log) as cleaner:
             found = await cleaner.find(logs=logs, runs=runs, even_cut_off=interrupted)
-            wanted = {Standing.LEFT_OVER, *([Standing.KEPT] if kept else []), *([Standing.READY] if pool else [])}
+            wanted = {
+                LeftoverStatus.LEFT_OVER,
+                *([LeftoverStatus.KEPT] if kept else []),
+                *([LeftoverStatus.READY] if pool else []),
+            }
             going = [one for one in found if one.standing in wanted]
             if not as_json:
-                _tell(context.output, found, going)
-            is_wanted = bool(going) and not dry_run and (yes or (not as_json and await _agreed(context.output, going)))
+                _print_leftovers(context.output, found, going)
+            is_wanted = (
+                bool(going) and not dry_run and (yes or (not as_json and await _confirm_removal(context.output, going)))
+            )
             removals = await cleaner.remove(going) if is_wanted else []
             code = int(any(one.error is not None for one in removals))
             if as_json:
                 context.output.json(_result(found, removals, code))
             elif is_wanted:
-                _tell_removals(context.output, removals)
+                _print_removals(context.output, removals)
             return code
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @asynccontextmanager
-async def _cleaner(log: Log) -> AsyncIterator[Cleaner]:
+async def _cleaner(log: ErrorLog) -> AsyncIterator[Cleaner]:
     """Open the project here; where there is none, what is left on the machine can be cleaned all the same."""
     try:
         project = find_project(Path.cwd())
@@ -99,22 +107,22 @@ async def _cleaner(log: Log) -> AsyncIterator[Cleaner]:
     if project is None:
         yield Cleaner(council_home(os.environ), os.environ, SystemClock())
         return
-    async with opened(log, project.top) as council:
+    async with open_council(log, project.top) as council:
         yield council.cleaner
 
 
 def _is_kept(one: Leftover) -> bool:
-    return one.standing is Standing.KEPT
+    return one.standing is LeftoverStatus.KEPT
 
 
-def _tell(output: Output, found: Sequence[Leftover], going: Sequence[Leftover]) -> None:
+def _print_leftovers(output: Output, found: Sequence[Leftover], going: Sequence[Leftover]) -> None:
     for one in found:
-        if one.standing is not Standing.NEEDED and (one.standing is not Standing.READY or one in going):
-            size = "" if one.kind is Kind.REFS else shown_size(one.bytes)
+        if one.standing is not LeftoverStatus.NEEDED and (one.standing is not LeftoverStatus.READY or one in going):
+            size = "" if one.kind is LeftoverKind.REFS else format_size_short(one.bytes)
             stays = "" if one in going else "stays: "
-            output.text(plain(f"{size:>7}  {one.kind:<9}  {one.place}: {stays}{one.reason}") + "\n")
+            output.text(printable(f"{size:>7}  {one.kind:<9}  {one.place}: {stays}{one.reason}") + "\n")
     for line in _summary(found, going):
-        output.text(plain(line) + "\n")
+        output.text(printable(line) + "\n")
 
 
 def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[str]:
@@ -122,33 +130,33 @@ def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[s
         yield "nothing is left over"
     if stays := [one for one in found if _is_kept(one) and one not in going]:
         yield f"{_total(stays)}: may hold work that is nowhere else, --kept removes it"
-    if ready := [one for one in found if one.standing is Standing.READY and one not in going]:
+    if ready := [one for one in found if one.standing is LeftoverStatus.READY and one not in going]:
         yield f"{_total(ready)}: ready for the next run, --pool removes it"
-    needed = [one for one in found if one.standing is Standing.NEEDED]
+    needed = [one for one in found if one.standing is LeftoverStatus.NEEDED]
     for run in dict.fromkeys(one.run for one in needed):
         yield f"{_total([one for one in needed if one.run == run])}: kept for `council resume {run}`"
 
 
 def _total(some: Sequence[Leftover]) -> str:
-    return f"{len(some)} {'thing' if len(some) == 1 else 'things'}, {shown_size(sum(one.bytes for one in some))}"
+    return f"{len(some)} {'thing' if len(some) == 1 else 'things'}, {format_size_short(sum(one.bytes for one in some))}"
 
 
-async def _agreed(output: Output, going: Sequence[Leftover]) -> bool:
+async def _confirm_removal(output: Output, going: Sequence[Leftover]) -> bool:
     """Ask once, where there is somebody to ask."""
-    if not can_ask(output):
+    if not can_prompt(output):
         output.text(f"{_total(going)}: add --yes to remove them\n")
         return False
-    return await agrees(output, f"Remove {_total(going)}?")
+    return await ask_yes_no(output, f"Remove {_total(going)}?")
 
 
-def _tell_removals(output: Output, removals: Sequence[Removal]) -> None:
+def _print_removals(output: Output, removals: Sequence[RemovalResult]) -> None:
     for one in removals:
         if one.error is not None:
-            output.text(plain(f"{one.leftover.place} could not be removed: {one.error}") + "\n", err=True)
+            output.text(printable(f"{one.leftover.place} could not be removed: {one.error}") + "\n", err=True)
     output.text(f"removed {_total([one.leftover for one in removals if one.error is None])}\n")
 
 
-def _result(found: Sequence[Leftover], removals: Sequence[Removal], code: int) -> dict[str, object]:
+def _result(found: Sequence[Leftover], removals: Sequence[RemovalResult], code: int) -> dict[str, object]:
     errors = {one.leftover: one.error for one in removals}
     facts = [
         {**asdict(one), "removed": one in errors and errors[one] is None, "error": errors.get(one)} for one in found

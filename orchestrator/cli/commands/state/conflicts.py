@@ -11,12 +11,19 @@ import anyio.to_thread
 import click
 import orjson
 
-from orchestrator.cli.core.command import Context, json_option, opened, perform, store_option, tell_damage
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    print_damage,
+    run_command,
+    store_option,
+)
 from orchestrator.cli.render.differences import field_changes, field_lines
-from orchestrator.cli.render.output import plain
+from orchestrator.cli.render.output import printable
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Document, JsonObject
-from orchestrator.system.instants import local_time
+from orchestrator.system.instants import format_local_time
 
 if TYPE_CHECKING:
     from orchestrator.state.documents.conflicts import Conflict
@@ -37,10 +44,10 @@ def conflicts(as_json: bool) -> None:
       council state conflicts --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             found = await council.conflicts()
-            now = await council.past.at(await council.position())
+            now = await council.history.at(await council.position())
             told = [(one, now.documents.get(one.key)) for one in found]
             if as_json:
                 listed = [_facts(*pair) for pair in told]
@@ -51,10 +58,10 @@ def conflicts(as_json: bool) -> None:
                     context.output.text(f"{line}\n")
             if not told:
                 context.output.text("no conflict waits\n")
-            tell_damage(context, council.damage)
+            print_damage(context, council.damage)
             return 0
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
 @click.command()
@@ -78,10 +85,10 @@ def settle(name: str, take: int | None, file: str | None, force: bool, as_json: 
     if (take is None) == (file is None):
         raise click.UsageError("choose by one of --take and --value.")
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
         assert choice is not None, "one of them is given"  # noqa: S101
-        async with opened(context.log) as council:
+        async with open_council(context.log) as council:
             done = await council.settle(name, choice, force=force)
             key, version = str(done.conflict.key), None if done.document is None else done.document.version
             if as_json:
@@ -89,10 +96,10 @@ def settle(name: str, take: int | None, file: str | None, force: bool, as_json: 
                 context.output.json({"conflict": done.conflict.id, "key": key, "version": version, "value": value})
             else:
                 became = "is deleted" if version is None else f"is version {version}"
-                context.output.text(plain(f"settled: {key} {became}") + "\n")
+                context.output.text(printable(f"settled: {key} {became}") + "\n")
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 def _read(file: str) -> JsonObject:
@@ -133,9 +140,9 @@ def _facts(one: Conflict, now: Document | None) -> JsonObject:
 def _lines(one: Conflict, now: Document | None) -> Iterator[str]:
     version = now.version if now else 0
     since = "" if version == one.version else f", version {version} by now" if version else ", gone by now"
-    yield plain(f"{one.id}  {one.key}  version {one.version}{since}")
+    yield printable(f"{one.id}  {one.key}  version {one.version}{since}")
     for number, candidate in enumerate(one.candidates, 1):
-        yield plain(f"  {number}  {local_time(candidate.time)}  {candidate.writer}")
+        yield printable(f"  {number}  {format_local_time(candidate.time)}  {candidate.writer}")
         if candidate.value is None:
             yield "       deleted"
             continue

@@ -13,17 +13,24 @@ from typing import IO, TYPE_CHECKING, Final
 import click
 from anyio import to_thread
 
-from orchestrator.cli.core.command import Context, json_option, named_now, opened, perform, store_option
-from orchestrator.cli.render.output import plain
-from orchestrator.cli.render.streams import forget
-from orchestrator.config.source.quantities import shown_size
+from orchestrator.cli.core.command import (
+    CommandContext,
+    explicit_store_url,
+    json_option,
+    open_council,
+    run_command,
+    store_option,
+)
+from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.streams import redirect_to_null
+from orchestrator.config.source.quantities import format_size_short
 from orchestrator.config.store import store_folder
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import Project, exclude_from_git, find_project
 
 if TYPE_CHECKING:
     from orchestrator.protocols import JsonObject
-    from orchestrator.state.transfer.copying import Copied
+    from orchestrator.state.transfer.copying import CopyResult
 
 #: The documents that can't be read which are named.
 _MOST_NAMED: Final = 5
@@ -50,14 +57,14 @@ def copy(source: str, target: str, as_json: bool) -> None:
       council state copy file:///home/ada/shop/.council/state file:///backup/state --json
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         from orchestrator.api.transfer import copy_state  # noqa: PLC0415
 
         copied = await copy_state(source, target)
         _tell(context, copied, "was there already" if copied.was_there else "copied")
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @click.command()
@@ -77,7 +84,7 @@ def export(file: Path, force: bool, as_json: bool) -> None:
       council state export - > state.jsonl.zst
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         if file != _STREAM:
             _tell(context, await _export(context, file, force=force), "exported")
             return 0
@@ -86,12 +93,12 @@ def export(file: Path, force: bool, as_json: bool) -> None:
         try:
             copied = await _export(context, sys.stdout.buffer)
         except BrokenPipeError:
-            forget(sys.stdout)
+            redirect_to_null(sys.stdout)
             raise RefusedError("whoever was to read the export has gone", "look why it ended") from None
         _tell(context, copied, "exported", err=True)
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @click.command("import")
@@ -111,29 +118,29 @@ def import_(file: Path, as_json: bool) -> None:
       council state import - --json
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         if file == _STREAM and sys.stdin.isatty():
             raise RefusedError("nothing comes in", "name a file, or have one read, as in `- < FILE`")
         copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
         _tell(context, copied, "was there already" if copied.was_there else "imported")
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 #: The commands of this module.
-COMMANDS: Final = (copy, export, import_)
+COPY_COMMANDS: Final = (copy, export, import_)
 
 
-async def _export(context: Context, file: Path | IO[bytes], *, force: bool = False) -> Copied:
-    async with opened(context.log) as council:
+async def _export(context: CommandContext, file: Path | IO[bytes], *, force: bool = False) -> CopyResult:
+    async with open_council(context.log) as council:
         return await council.export_state(file, force=force)
 
 
-async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
+async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult:
     from orchestrator.api.transfer import import_store, open_target  # noqa: PLC0415
 
-    if place := named_now():
+    if place := explicit_store_url():
         async with open_target(place) as found:
             copied = await import_store(file, found)
         await _exclude(place)
@@ -143,49 +150,49 @@ async def _import(context: Context, file: Path | IO[bytes]) -> Copied:
     except RefusedError as error:
         remedy = "cd to the top of the repository, and name its store: `--state .council/state`"
         raise RefusedError(error.what, remedy) from None
-    async with opened(context.log) as council:
+    async with open_council(context.log) as council:
         return await council.import_state(file)
 
 
 async def _exclude(place: str) -> None:
     """Keep a project's own store out of its commits, as the first run there would."""
     from orchestrator.repo.git.runner import Git  # noqa: PLC0415
-    from orchestrator.repo.source.checkout import inspect  # noqa: PLC0415
+    from orchestrator.repo.source.checkout import find_repository  # noqa: PLC0415
 
     folder = store_folder(place)
-    if folder is None or folder != Project(folder.parent.parent).own_state:
+    if folder is None or folder != Project(folder.parent.parent).state_folder:
         return
     with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
-        repository = await inspect(folder.parent.parent, Git(None, users=True, environ=os.environ))
+        repository = await find_repository(folder.parent.parent, Git(None, as_user=True, environ=os.environ))
         await to_thread.run_sync(exclude_from_git, repository.git_dir)
 
 
-def _tell(context: Context, copied: Copied, what: str, *, err: bool = False) -> None:
+def _tell(context: CommandContext, copied: CopyResult, what: str, *, err: bool = False) -> None:
     if context.output.as_json:
         line = json.dumps(_copied_json(copied))
     else:
         packed = ""
         if copied.packed is not None and copied.ratio is not None:
-            packed = f", in a file of {shown_size(copied.packed)} (1/{copied.ratio:.0f})"
+            packed = f", in a file of {format_size_short(copied.packed)} (1/{copied.ratio:.0f})"
         documents = f"{copied.documents:,} {'document' if copied.documents == 1 else 'documents'}"
-        line = f"{copied.commits:,} commits, {documents}, {shown_size(copied.bytes)}{packed}: {what}"
+        line = f"{copied.commits:,} commits, {documents}, {format_size_short(copied.bytes)}{packed}: {what}"
     context.output.text(f"{line}\n", err=err)
     for warning in () if context.output.as_json else _warnings(copied):
         context.output.text(f"{warning}\n", err=True)
 
 
-def _warnings(copied: Copied) -> Iterator[str]:
+def _warnings(copied: CopyResult) -> Iterator[str]:
     """Yield what a person should know of the documents that were copied, as text that a terminal only shows."""
     found = list(copied.unreadable.items())
     for key, flaw in found[:_MOST_NAMED]:
-        yield plain(f"warning: {key} can't be read: {flaw}")
+        yield printable(f"warning: {key} can't be read: {flaw}")
     if len(found) > _MOST_NAMED:
         yield f"warning: {len(found) - _MOST_NAMED} more can't be read"
     if found:
         yield "`council state verify --repair` restores their last readable versions"
 
 
-def _copied_json(copied: Copied) -> JsonObject:
+def _copied_json(copied: CopyResult) -> JsonObject:
     return {
         "position": copied.position,
         "first": copied.first,

@@ -6,15 +6,22 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from orchestrator.cli.core.command import Context, json_option, opened, perform, store_option, tell_damage
-from orchestrator.cli.core.group import Suggesting
-from orchestrator.cli.render.columns import aligned
-from orchestrator.cli.render.output import plain
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    print_damage,
+    run_command,
+    store_option,
+)
+from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.render.columns import align_columns
+from orchestrator.cli.render.output import printable
 from orchestrator.config.source.quantities import format_duration
-from orchestrator.locking.overview import Lock, LockUser
+from orchestrator.locking.overview import LockParty, LockStatus
 
 
-@click.group(cls=Suggesting, invoke_without_command=True)
+@click.group(cls=SuggestingGroup, invoke_without_command=True)
 @store_option
 @json_option
 @click.pass_context
@@ -32,8 +39,8 @@ def locks(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             found = await council.locks()
             if as_json:
                 context.output.json({"locks": [one.to_json() for one in found], "damage": list(council.damage)})
@@ -42,10 +49,10 @@ def locks(context: click.Context, as_json: bool) -> None:
                 context.output.text(f"{line}\n")
             if not found:
                 context.output.text("nothing is locked\n")
-            tell_damage(context, council.damage)
+            print_damage(context, council.damage)
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @locks.command("break")
@@ -67,20 +74,20 @@ def break_(name: str, reason: str, as_json: bool) -> None:
       council locks break merge/3f9ac0d1e2b45678 --reason "its machine is gone"
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             lock = await council.break_lock(name, reason)
             if as_json:
                 context.output.json({"broken": lock.to_json(), "reason": reason})
             else:
                 held = ", ".join(one.owner for one in lock.holders)
-                context.output.text(plain(f"broken: {lock.name}, which {held} held") + "\n")
+                context.output.text(printable(f"broken: {lock.name}, which {held} held") + "\n")
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
-def _lines(locks: Sequence[Lock]) -> Iterator[str]:
+def _lines(locks: Sequence[LockStatus]) -> Iterator[str]:
     rows: list[Sequence[str]] = []
     for lock in locks:
         mode = "shared by" if lock.mode == "shared" else "held by"
@@ -88,8 +95,8 @@ def _lines(locks: Sequence[Lock]) -> Iterator[str]:
         about = () if lock.name.endswith(what) else (what,)
         rows += [(lock.name, mode, _user(one), *about) for one in lock.holders]
         rows += [(lock.name, "awaited by", _user(one), ", ".join(one.wants)) for one in lock.waiters]
-    yield from aligned(rows)
+    yield from align_columns(rows)
 
 
-def _user(one: LockUser) -> str:
+def _user(one: LockParty) -> str:
     return one.owner if one.age is None else f"{one.owner} for {format_duration(round(one.age))}"

@@ -8,13 +8,20 @@ from pathlib import Path
 import anyio.to_thread
 import click
 
-from orchestrator.cli.core.command import Context, json_option, named_now, opened, perform, store_option
-from orchestrator.cli.core.quantities import duration, size
+from orchestrator.cli.core.command import (
+    CommandContext,
+    explicit_store_url,
+    json_option,
+    open_council,
+    run_command,
+    store_option,
+)
+from orchestrator.cli.core.quantities import parse_duration_option, parse_size_option
 from orchestrator.cli.render.findings import show_findings
-from orchestrator.config.source.quantities import shown_size
+from orchestrator.config.source.quantities import format_size_short
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.project import find_project
-from orchestrator.repo.source.checkout import check_own
+from orchestrator.repo.source.checkout import refuse_tracked_project_folder
 
 
 @click.command()
@@ -33,14 +40,14 @@ def health(as_json: bool) -> None:
       council state health --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             findings = await council.health()
             code = int(any(finding.level is not Level.OK for finding in findings))
             show_findings(findings, code, context.output)
             return code
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @click.command()
@@ -58,13 +65,13 @@ def adopt(as_json: bool) -> None:
       council state adopt --state /backup/state --json
     """
 
-    async def command(context: Context) -> int:
+    async def command(context: CommandContext) -> int:
         from orchestrator.api.transfer import adopt_state  # noqa: PLC0415  seldom needed
 
-        url = named_now()
+        url = explicit_store_url()
         if not url:
             project = find_project(Path())
-            await check_own(project, os.environ)
+            await refuse_tracked_project_folder(project, os.environ)
             url = await anyio.to_thread.run_sync(project.store)
         await adopt_state(url)
         if as_json:
@@ -73,12 +80,16 @@ def adopt(as_json: bool) -> None:
             context.output.text(f"{url} is used from now on\n")
         return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 @click.command()
-@click.option("--older-than", metavar="AGE", callback=duration, help="Of what is older; else as the file says.")
-@click.option("--max-size", metavar="SIZE", callback=size, help="Until the log is no larger; else as the file says.")
+@click.option(
+    "--older-than", metavar="AGE", callback=parse_duration_option, help="Of what is older; else as the file says."
+)
+@click.option(
+    "--max-size", metavar="SIZE", callback=parse_size_option, help="Until the log is no larger; else as the file says."
+)
 @store_option
 @json_option
 def compact(older_than: float | None, max_size: int | None, as_json: bool) -> None:
@@ -93,14 +104,16 @@ def compact(older_than: float | None, max_size: int | None, as_json: bool) -> No
       council state compact --max-size 100MB --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             done = await council.compact(older_than, max_size)
             if as_json:
                 context.output.json({"before": done.before, "after": done.after, "first": done.first})
             else:
                 goes = f", goes back to position {done.first}" if done.first else ""
-                context.output.text(f"the log takes {shown_size(done.after)}, took {shown_size(done.before)}{goes}\n")
+                context.output.text(
+                    f"the log takes {format_size_short(done.after)}, took {format_size_short(done.before)}{goes}\n"
+                )
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)

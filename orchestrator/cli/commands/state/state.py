@@ -9,25 +9,25 @@ from functools import partial
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.api.history import Past, concerns_run
+from orchestrator.api.history import StateHistory, is_about_run
 from orchestrator.cli.commands.state import maintenance
 from orchestrator.cli.commands.state.conflicts import conflicts, settle
-from orchestrator.cli.commands.state.copy import COMMANDS as OF_COPYING
+from orchestrator.cli.commands.state.copy import COPY_COMMANDS as OF_COPYING
 from orchestrator.cli.commands.state.views import views
 from orchestrator.cli.core.command import (
-    Context,
+    CommandContext,
     json_option,
-    opened,
-    perform,
+    open_council,
+    print_damage,
     run_argument,
+    run_command,
     run_option,
     store_option,
-    tell_damage,
 )
-from orchestrator.cli.core.group import Suggesting
-from orchestrator.cli.core.integrity import Settlement, settlements, verified_json, verified_lines
-from orchestrator.cli.core.point_in_time import find_position
-from orchestrator.cli.render.commits import CommitLines, commit_json
+from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.core.integrity import RepairedDocument, repaired_documents, verification_json, verification_lines
+from orchestrator.cli.core.point_in_time import resolve_position
+from orchestrator.cli.render.commits import CommitFormatter, commit_json
 from orchestrator.cli.render.documents import (
     difference_lines,
     differences_json,
@@ -37,12 +37,12 @@ from orchestrator.cli.render.documents import (
     state_lines,
 )
 from orchestrator.cli.render.overview import overview_lines
-from orchestrator.protocols import HISTORY, JsonObject, Key, Record, Version
+from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, DocumentVersion, JsonObject, Key
 
 _of_run = partial(run_option, words="Only what is of this run.")
 
 
-@click.group(cls=Suggesting)
+@click.group(cls=SuggestingGroup)
 def state() -> None:
     """See what is recorded, now and at any earlier moment.
 
@@ -60,27 +60,27 @@ for _command in (maintenance.health, maintenance.compact, maintenance.adopt, vie
     state.add_command(_command)
 
 #: What is looked for: one object for programs, made if it is asked for, or lines for people.
-_Answer = tuple[Callable[[], JsonObject], Iterator[str]]
+_RenderedAnswer = tuple[Callable[[], JsonObject], Iterator[str]]
 
 
-def _look(answer: Callable[[Past], Awaitable[_Answer]], *, as_json: bool) -> None:
+def _run_query(answer: Callable[[StateHistory], Awaitable[_RenderedAnswer]], *, as_json: bool) -> None:
     """Perform a command that only looks."""
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            to_json, lines = await answer(council.past)
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
+            to_json, lines = await answer(council.history)
             if as_json:
                 context.output.json(to_json() | {"damage": list(council.damage)})
                 return 0
             for line in lines:
                 context.output.text(f"{line}\n")
-            tell_damage(context, council.damage)
+            print_damage(context, council.damage)
             return 0
 
-    perform(command, as_json=as_json, brief=True)
+    run_command(command, as_json=as_json, brief=True)
 
 
-async def _find(past: Past, run: str | None) -> str | None:
+async def _find_run(past: StateHistory, run: str | None) -> str | None:
     """Return the run that is meant, also one whose record was removed; None for none. RefusedError for an unknown."""
     return run if run is None or await past.history(Key("run", run), 1) else await past.runs.find(run)
 
@@ -104,11 +104,11 @@ def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> No
       council state at 120 'task/*' --json
     """
 
-    async def answer(past: Past) -> _Answer:
-        found = await past.at(await find_position(past, moment), run=await _find(past, run), names=keys)
+    async def answer(past: StateHistory) -> _RenderedAnswer:
+        found = await past.at(await resolve_position(past, moment), run=await _find_run(past, run), names=keys)
         return lambda: state_json(found), state_lines(found, with_values=bool(keys))
 
-    _look(answer, as_json=as_json)
+    _run_query(answer, as_json=as_json)
 
 
 @state.command()
@@ -128,17 +128,19 @@ def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
       council state diff 120 140 --run 20260102-030405-ab12
     """
 
-    async def answer(past: Past) -> _Answer:
-        only = await _find(past, run)
-        old, new = [await past.at(await find_position(past, one), run=only) for one in (before, after)]
+    async def answer(past: StateHistory) -> _RenderedAnswer:
+        only = await _find_run(past, run)
+        old, new = [await past.at(await resolve_position(past, one), run=only) for one in (before, after)]
         return lambda: differences_json(old, new), difference_lines(old, new)
 
-    _look(answer, as_json=as_json)
+    _run_query(answer, as_json=as_json)
 
 
 @state.command()
 @click.argument("key", metavar="KEY")
-@click.option("--limit", metavar="N", type=click.IntRange(min=1), default=HISTORY, help="At most so many versions.")
+@click.option(
+    "--limit", metavar="N", type=click.IntRange(min=1), default=VERSIONS_KEPT, help="At most so many versions."
+)
 @store_option
 @json_option
 def history(key: str, limit: int, as_json: bool) -> None:
@@ -153,15 +155,15 @@ def history(key: str, limit: int, as_json: bool) -> None:
       council state history run/20260102-030405-ab12 --limit 3 --json
     """
 
-    async def answer(past: Past) -> _Answer:
+    async def answer(past: StateHistory) -> _RenderedAnswer:
         found = await past.key(key)
         # One more, which the oldest of them is compared with.
         versions = await past.history(found, limit + 1)
-        before: list[Version | None] = [*versions[1:], None]
+        before: list[DocumentVersion | None] = [*versions[1:], None]
         pairs = list(zip(versions, before, strict=True))[:limit]
         return lambda: history_json(found, pairs), history_lines(found, pairs)
 
-    _look(answer, as_json=as_json)
+    _run_query(answer, as_json=as_json)
 
 
 @state.command()
@@ -183,27 +185,27 @@ def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: b
       council state log --after 120 --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
-            only, lines = await _find(council.past, run), CommitLines()
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
+            only, lines = await _find_run(council.history, run), CommitFormatter()
             async with aclosing(_commits(council, only, after=after, limit=limit, follow=follow)) as commits:
                 async for record in commits:
                     if as_json:
                         context.output.json(commit_json(record))
                     else:
                         context.output.text(f"{lines.line(record)}\n")
-                    if context.output.has_gone:
+                    if context.output.is_reader_gone:
                         break
-            tell_damage(context, council.damage)
+            print_damage(context, council.damage)
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
 
 
 async def _commits(
     council: Council, run: str | None, *, after: int, limit: int | None, follow: bool
-) -> AsyncGenerator[Record]:
-    past, until = council.past, await council.position()
+) -> AsyncGenerator[CommitRecord]:
+    past, until = council.history, await council.position()
     if limit is None:
         async with aclosing(past.commits(run=run, after=after, until=until)) as records:
             async for record in records:
@@ -214,7 +216,7 @@ async def _commits(
     if follow:
         async with aclosing(council.records(max(after, until))) as records:
             async for record in records:
-                if run is None or concerns_run(record, run):
+                if run is None or is_about_run(record, run):
                     yield record
 
 
@@ -233,11 +235,11 @@ def show(run: str | None, as_json: bool) -> None:
       council state show 20260102-030405-ab12 --json
     """
 
-    async def answer(past: Past) -> _Answer:
+    async def answer(past: StateHistory) -> _RenderedAnswer:
         found = await past.overview(await past.runs.find(run))
         return found.to_json, overview_lines(found)
 
-    _look(answer, as_json=as_json)
+    _run_query(answer, as_json=as_json)
 
 
 @state.command()
@@ -256,18 +258,20 @@ def verify(repair: bool, as_json: bool) -> None:
       council state verify --repair --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             found = await council.verify()
-            settled: list[Settlement] = []
+            settled: list[RepairedDocument] = []
             if repair and not found.is_sound:
                 begin, found = found.position, await council.repair()
                 limit = max(found.position - begin, 1)
-                settled = settlements(await council.past.newest_commits(limit, after=begin, until=found.position))
+                settled = repaired_documents(
+                    await council.history.newest_commits(limit, after=begin, until=found.position)
+                )
             if as_json:
-                context.output.json(verified_json(found, settled))
-            for line in () if as_json else verified_lines(found, settled):
+                context.output.json(verification_json(found, settled))
+            for line in () if as_json else verification_lines(found, settled):
                 context.output.text(f"{line}\n")
             return 0 if found.is_sound else 1
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)

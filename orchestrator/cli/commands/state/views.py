@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.core.command import Context, json_option, opened, perform, store_option
-from orchestrator.cli.render.output import plain
-from orchestrator.system.instants import local_time
+from orchestrator.cli.core.command import CommandContext, json_option, open_council, run_command, store_option
+from orchestrator.cli.render.output import printable
+from orchestrator.system.instants import format_local_time
 
 
 def _shown(path: Path) -> str:
-    return plain(os.path.relpath(path))
+    return printable(os.path.relpath(path))
 
 
 @click.command()
@@ -32,11 +32,11 @@ def views(rebuild: bool, as_json: bool) -> None:
       council state views --rebuild --json
     """
 
-    async def command(context: Context) -> int:
-        async with opened(context.log) as council:
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
             stand = await council.refresh_views(anew=rebuild)
             path = council.project.views
-            moment = f", {local_time(stand.time)}" if stand.position else ""
+            moment = f", {format_local_time(stand.time)}" if stand.position else ""
             if as_json:
                 facts = {"path": str(path), "position": stand.position, "time": stand.time if stand.position else None}
                 context.output.json({**facts, "damage": list(council.damage)})
@@ -44,4 +44,4 @@ def views(rebuild: bool, as_json: bool) -> None:
                 context.output.text(f"{_shown(path)}: position {stand.position}{moment}\n")
             return 0
 
-    perform(command, as_json=as_json)
+    run_command(command, as_json=as_json)
