@@ -19,10 +19,10 @@ from typing import ClassVar, Final, Self
 import pluggy
 from pydantic import BaseModel, model_validator
 
-from adapters.jsonlines import bridge_command, bridge_readable_paths, concluded_failure, parse_bridge_line
-from adapters.limits import with_reset_time
+from adapters.json_output import bridge_command, bridge_readable_paths, concluded_failure, parse_bridge_line
 from adapters.opencode import limit_config, limit_plugin, parse_limit
 from adapters.options import AdapterOptions, CommandLine, OptionValue, option_arguments, own_home_variables
+from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (

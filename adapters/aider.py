@@ -14,8 +14,7 @@ import pluggy
 from pydantic import BaseModel
 
 from adapters.failures import MAX_REASON_CHARS
-from adapters.jsonlines import concluded_failure
-from adapters.limits import with_reset_time
+from adapters.json_output import concluded_failure
 from adapters.options import (
     INSTRUCTIONS_FILE,
     AdapterOptions,
@@ -25,6 +24,7 @@ from adapters.options import (
     option_arguments,
     own_home_variables,
 )
+from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter

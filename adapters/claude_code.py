@@ -17,7 +17,7 @@ import pluggy
 from pydantic import BaseModel
 
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
-from adapters.jsonlines import (
+from adapters.json_output import (
     as_cost,
     as_count,
     as_text,
@@ -27,7 +27,6 @@ from adapters.jsonlines import (
     parse_plain_line,
     tool_event,
 )
-from adapters.limits import with_reset_time
 from adapters.options import (
     AdapterOptions,
     Arguments,
@@ -38,6 +37,7 @@ from adapters.options import (
     option_arguments,
     smallest_limit,
 )
+from adapters.rate_limits import with_reset_time
 from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed

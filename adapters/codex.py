@@ -16,9 +16,9 @@ import pluggy
 from pydantic import AfterValidator, BaseModel
 
 from adapters.failures import failure_class_for_status, match_failure_class, one_line
-from adapters.jsonlines import as_count, as_text, concluded_failure, parse_object, parse_plain_line
-from adapters.limits import with_reset_time
+from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line
 from adapters.options import AdapterOptions, Arguments, OptionValue, ProgramName, option_arguments
+from adapters.rate_limits import with_reset_time
 from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed

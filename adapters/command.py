@@ -9,7 +9,7 @@ adapters:
       auth: not logged in|invalid api key
       rate_limited: 'try again in (?P<seconds>[0-9]+) s'
 
-What its output means beside that stands under `read` (`adapters.reading`); what it can be asked for beside the prompt,
+What its output means beside that stands under `read` (`adapters.output_rules`); what it can be asked for beside the prompt,
 under the names of the capabilities.
 """
 
@@ -26,10 +26,10 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from adapters.jsonlines import concluded_failure
+from adapters.json_output import concluded_failure
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, check_argument, own_home_variables
+from adapters.output_rules import MAX_LINE_CHARS, OutputReader, OutputRule, RegexPattern
 from adapters.placeholders import check_placeholders, fill_placeholders, placeholder_names
-from adapters.reading import MAX_LINE_CHARS, OutputReader, OutputRule, RegexPattern
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.errors import RefusedError

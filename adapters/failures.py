@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from adapters.bridges.statuses import failure_name_for_status
+from adapters.bridges.http_status import failure_name_for_status
 from orchestrator.domain.runs.failures import FailureClass
 
 MAX_REASON_CHARS: Final = 300

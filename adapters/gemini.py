@@ -15,9 +15,9 @@ import pluggy
 from pydantic import BaseModel, model_validator
 
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
-from adapters.jsonlines import as_count, as_text, concluded_failure, parse_object, parse_plain_line, tool_event
-from adapters.limits import limit_reset_time
+from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line, tool_event
 from adapters.options import AdapterOptions, Arguments, OptionValue, ProgramName, TurnLimit, option_arguments
+from adapters.rate_limits import limit_reset_time
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter

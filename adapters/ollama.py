@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field
 
-from adapters.jsonlines import bridge_command, bridge_readable_paths, concluded_failure, parse_bridge_line
-from adapters.limits import with_reset_time
+from adapters.json_output import bridge_command, bridge_readable_paths, concluded_failure, parse_bridge_line
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, OptionValue
+from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (

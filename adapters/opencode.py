@@ -19,7 +19,7 @@ import pluggy
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
-from adapters.jsonlines import (
+from adapters.json_output import (
     as_cost,
     as_count,
     as_text,
@@ -28,8 +28,8 @@ from adapters.jsonlines import (
     parse_object,
     parse_plain_line,
 )
-from adapters.limits import with_reset_time
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, OptionValue, ProgramName, option_arguments
+from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.security.secrets import has_secret_key, secret_values

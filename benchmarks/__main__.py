@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from benchmarks import asking, contexts, cycle, locks, resuming, scheduler, startup, state, worktrees
+from benchmarks import contexts, cycle, locks, resume, scheduler, session_commands, startup, state, worktrees
 from benchmarks.measure import argument_parser, format_table
 
 RESULTS: Final = Path("build", "bench.md")
@@ -22,8 +22,8 @@ def main() -> None:
     options = argument_parser(__doc__).parse_args()
     rows = [
         *startup.measure(quick=options.quick, folder=options.folder),
-        *resuming.measure(quick=options.quick, folder=options.folder),
-        *asking.measure(quick=options.quick, folder=options.folder),
+        *resume.measure(quick=options.quick, folder=options.folder),
+        *session_commands.measure(quick=options.quick, folder=options.folder),
         *scheduler.measure(quick=options.quick),
         *state.measure(quick=options.quick, folder=options.folder),
         *contexts.measure(quick=options.quick, folder=options.folder),
@@ -31,7 +31,7 @@ def main() -> None:
         *worktrees.measure(quick=options.quick, folder=options.folder),
         *cycle.measure(quick=options.quick, folder=options.folder),
     ]
-    git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S607
+    git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()
     where = f"Python {platform.python_version()}, {git}, {platform.system()} {platform.machine()}"
     text = f"{format_table(rows)}\n{where}; medians of paired runs.\n"
     sys.stdout.write(text)

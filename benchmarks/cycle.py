@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from benchmarks.ground import clone, file_system_kind, make_repository, run_git
 from benchmarks.measure import (
     BenchmarkRow,
     Cost,
@@ -35,6 +34,7 @@ from benchmarks.measure import (
     scratch_folder,
     user_environment,
 )
+from benchmarks.repositories import clone, file_system_kind, make_repository, run_git
 
 TASKS: Final = 64
 CAPACITY: Final = 8

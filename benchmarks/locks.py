@@ -32,8 +32,8 @@ from benchmarks.measure import (
     scratch_folder,
 )
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.locking.files import FileLocks
-from orchestrator.locking.registry import OwnershipRegistry, claim_key
+from orchestrator.locking.file_locks import FileLocks
+from orchestrator.locking.ownership import OwnershipRegistry, claim_key
 from orchestrator.protocols import Commit, Guard, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -52,7 +52,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     times, rounds = (QUICK_TIMES, QUICK_ROUNDS) if quick else (TIMES, ROUNDS)
     # Not in shared memory: locks are where the project is.
-    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+    with scratch_folder(folder or Path("/var/tmp")) as place:
         beside: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
             "filelock": (partial(_by_entering, filelock.FileLock), 1.0),
             "portalocker": (partial(_by_entering, portalocker.Lock), None),
@@ -114,7 +114,7 @@ async def _together(place: Path, times: int) -> Cost:
         await store.commit(Commit([Write(claim.key, 0, {"epoch": 1, "released": None})]))
         with measure_cost() as cost:
             for _ in range(times):
-                assert await registry.take(_ME, [_PATH], orchestrator="o", claim=claim) is None  # noqa: S101
+                assert await registry.take(_ME, [_PATH], orchestrator="o", claim=claim) is None
                 await files.acquire(_ME, [_PATH])
                 await files.release(_ME, [_PATH])
                 await registry.give_back(_ME, [_PATH], claim)

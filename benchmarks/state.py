@@ -20,7 +20,7 @@ from typing import Final
 
 import anyio
 
-from benchmarks import sharing
+from benchmarks import shared_store
 from benchmarks.measure import BenchmarkRow, Cost, argument_parser, measure_cost, median, print_table, scratch_folder
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 from orchestrator.state.stores.file import FileStore
@@ -44,7 +44,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark; RuntimeError where nothing is behind an fsync."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
     # Shared memory, where others are measured, has no device behind it.
-    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+    with scratch_folder(folder or Path("/var/tmp")) as place:
         if not quick:
             _check_fsync(place)
         rows = []
@@ -55,11 +55,11 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
             ]
             rows += _rows(f"{'durable ' if durable else ''}commits, {WRITERS} at once", pairs, level, limit)
         rows += _opening(place / "long", tasks, rounds)
-        rows += sharing.measure_claims(place, quick=quick)
+        rows += shared_store.measure_claims(place, quick=quick)
         return [
             *rows,
-            *sharing.measure_watching(place / "watched", quick=quick),
-            *sharing.measure_many_processes(place / "crowd", quick=quick),
+            *shared_store.measure_watching(place / "watched", quick=quick),
+            *shared_store.measure_many_processes(place / "crowd", quick=quick),
         ]
 
 
@@ -104,7 +104,7 @@ def _check_fsync(place: Path) -> None:
 
 def make_document(number: int) -> JsonObject:
     """Return a value of about 1.8 kB that looks like a task's and is like no other."""
-    chance = random.Random(number)  # noqa: S311  the same each time
+    chance = random.Random(number)
     attempts = [
         {
             "number": one,

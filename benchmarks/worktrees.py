@@ -23,7 +23,6 @@ from typing import Final
 
 import anyio
 
-from benchmarks.ground import clone, file_system_kind, make_repository, run_git
 from benchmarks.measure import (
     BenchmarkRow,
     Cost,
@@ -34,8 +33,9 @@ from benchmarks.measure import (
     print_table,
     scratch_folder,
 )
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.source import UpstreamRepository
+from benchmarks.repositories import clone, file_system_kind, make_repository, run_git
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
 from orchestrator.repo.worktrees.pool import HeldSlot, PoolLimits, SlotOptions, SlotPool
@@ -176,7 +176,7 @@ async def _end(pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> dict[s
 
 
 async def _until_clean(pool: SlotPool) -> None:
-    while not pool._idle or any(pool._hub.trash.iterdir()):  # noqa: ASYNC110  nobody else needs to be told
+    while not pool._idle or any(pool._hub.trash.iterdir()):
         await anyio.sleep(0.02)
 
 

@@ -4,7 +4,6 @@
 
 The run is one of the fake CLI in a temporary folder, which is removed.
 """
-# ruff: noqa: INP001, S607 - a script for people, which runs git by name
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ from rich.segment import SegmentLines
 import orchestrator.testing.fake_cli
 from orchestrator.api.council import Council
 from orchestrator.cli.live.model import LiveRun
-from orchestrator.cli.render.draw import frame_lines
-from orchestrator.cli.render.table import TableFrame
+from orchestrator.cli.render.rich_tables import frame_lines
+from orchestrator.cli.render.table_model import TableFrame
 
 WIDTH, ROOM = 106, 10
 FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
@@ -148,7 +147,7 @@ async def catch(config: Path, environ: dict[str, str]) -> TableFrame:
                 running.start_soon(council.resume, run)
                 try:
                     with anyio.fail_after(90):
-                        while not is_telling(frame := view.frame(time.time(), ROOM)):  # noqa: ASYNC110
+                        while not is_telling(frame := view.frame(time.time(), ROOM)):
                             await anyio.sleep(0.1)
                 finally:
                     council.stop()

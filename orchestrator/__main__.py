@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):
     # `python -m` puts the current folder there: a repository may have a `json.py` or an `adapters` of its own.
     del sys.path[0]
 
@@ -16,20 +16,20 @@ def main() -> None:
         _run()
     except KeyboardInterrupt:  # before a command has begun
         sys.stderr.write("council: interrupted\n")
-        sys.exit(130)  # as `orchestrator.cli.core.boundary` says, which may not be imported yet
+        sys.exit(130)  # as `orchestrator.cli.core.error_boundary` says, which may not be imported yet
 
 
 def _run() -> None:
-    from orchestrator.client.main import run  # noqa: PLC0415  an interrupt may come meanwhile
+    from orchestrator.client.main import run
 
     code = run(sys.argv[1:])
     if code is not None:
         sys.exit(code)
     if sys.flags.no_site:  # as the command in a session is started, which is quicker
-        import site  # noqa: PLC0415
+        import site
 
         site.main()
-    from orchestrator.cli.main import main as whole  # noqa: PLC0415  the long way
+    from orchestrator.cli.main import main as whole
 
     whole(prog_name="council")
 

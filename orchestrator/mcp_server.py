@@ -49,8 +49,8 @@ async def serve() -> None:
     Raises RefusedError where this process is in no session, or where the SDK is not installed.
     """
     try:
-        from mcp.server.lowlevel import Server  # noqa: PLC0415  an extra
-        from mcp.server.stdio import stdio_server  # noqa: PLC0415
+        from mcp.server.lowlevel import Server
+        from mcp.server.stdio import stdio_server
     except ImportError:
         raise RefusedError("the SDK of the Model Context Protocol is not installed", _INSTALL) from None
     try:
@@ -67,7 +67,7 @@ async def serve() -> None:
 
 
 async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
-    from mcp_types import ListToolsResult, Tool, ToolAnnotations  # noqa: PLC0415
+    from mcp_types import ListToolsResult, Tool, ToolAnnotations
 
     # No tool changes a file or removes anything of a user; a CLI that only reads then allows them without asking.
     annotations = ToolAnnotations(
@@ -87,7 +87,7 @@ async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToo
 
 
 def _call_tool(session: SessionConnection, name: str, given: JsonObject) -> CallToolResult:
-    from mcp_types import CallToolResult, TextContent  # noqa: PLC0415
+    from mcp_types import CallToolResult, TextContent
 
     def said(text: str, *, is_error: bool = False, result: JsonObject | None = None) -> CallToolResult:
         return CallToolResult(content=[TextContent(text=text)], structured_content=result, is_error=is_error)

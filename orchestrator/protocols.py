@@ -28,53 +28,53 @@ from orchestrator.domain.runs.outcome import Failed
 from orchestrator.system.clock import Clock
 
 __all__ = [
-    "VERSIONS_KEPT",
     "LARGE_DOCUMENT_BYTES",
+    "VERSIONS_KEPT",
     "Adapter",
     "AdapterType",
+    "AgentMessage",
     "Capability",
-    "SessionCommand",
+    "CliWarning",
     "Commit",
+    "CommitRecord",
     "CompactionResult",
-    "FinalResult",
+    "ConversationStarted",
     "Damage",
     "Document",
+    "DocumentVersion",
     "Dump",
     "DumpedCommit",
     "DumpedDocument",
     "Event",
     "Failed",
     "FailureClass",
+    "FinalResult",
     "Guard",
-    "SessionHome",
-    "ConversationStarted",
     "JsonObject",
     "Key",
     "McpServer",
-    "SettingsOverlay",
     "PathOption",
     "Program",
-    "CommitRecord",
     "RecordedEvent",
-    "AgentMessage",
+    "SessionCommand",
     "SessionEnd",
     "SessionEvent",
+    "SessionHome",
     "SessionRequest",
+    "SettingsOverlay",
     "Sink",
     "SinkType",
-    "UsageReport",
     "StateSnapshot",
-    "StoreStatistics",
     "Store",
+    "StoreStatistics",
     "StoreType",
+    "ToolCall",
     "ToolResult",
     "TrackedTask",
     "Tracker",
     "TrackerType",
-    "ToolCall",
+    "UsageReport",
     "VerificationReport",
-    "DocumentVersion",
-    "CliWarning",
     "Write",
 ]
 
@@ -724,7 +724,7 @@ class AdapterType(Protocol):
     """What a plugin registers under a name: the options it takes, and how to make an adapter from them."""
 
     @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the adapter's body or beside it
+    def Options(self) -> type[BaseModel]:
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> Adapter:
@@ -756,7 +756,7 @@ class SinkType(Protocol):
     """What a plugin registers under a name: the options it takes, and how to open a sink with them."""
 
     @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the sink's body or beside it
+    def Options(self) -> type[BaseModel]:
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Sink]:
@@ -783,7 +783,7 @@ class TrackerType(Protocol):
     """What a plugin registers under a name: the options it takes, and how to open a tracker with them."""
 
     @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
+    def Options(self) -> type[BaseModel]:
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Tracker]:

@@ -31,9 +31,9 @@ from typing import Any, Final, NoReturn, Self
 
 import anyio
 import anyio.abc
-import portalocker  # noqa: F401  as good as imported late
+import portalocker
 import pydantic.dataclasses
-import zstandard  # noqa: F401  the same
+import zstandard
 
 import adapters
 import orchestrator
@@ -270,7 +270,7 @@ def _end(run: Callable[..., Any], arguments: Sequence[str]) -> NoReturn:
         run(arguments, prog_name="council")
     except SystemExit as ended:
         code = ended.code
-    except BaseException:  # noqa: BLE001  as the interpreter does
+    except BaseException:
         traceback.print_exc()
     if isinstance(code, str):
         sys.stderr.write(f"{code}\n")

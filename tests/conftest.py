@@ -24,7 +24,7 @@ from orchestrator.testing.fingerprint import Fingerprint
 from orchestrator.testing.invariants import RunUnderTest, assert_invariants
 from tests import command_server
 from tests.command_server import StartedCommand
-from tests.examples import DEFAULT_EXAMPLES, example_settings
+from tests.hypothesis_settings import DEFAULT_EXAMPLES, example_settings
 from tests.sandboxes import default_sandbox
 
 # What ignores signals because these tests were started in the background would do so in the programs under test, too.

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, choose_sandbox
+from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 
 #: As these tests were started: some change it for what they start.
 _PATH = {"PATH": os.environ["PATH"]}

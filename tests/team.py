@@ -19,8 +19,8 @@ from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.service import SessionService
 from orchestrator.errors import RefusedError
-from orchestrator.locking.files import FileLocks
-from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
+from orchestrator.locking.file_locks import FileLocks
+from orchestrator.locking.ownership import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.protocols import Commit, Guard, JsonObject, Store, Write
 from orchestrator.repo.git.change_counts import Changes, count
 from orchestrator.repo.intake.collect import CollectedWork, collect_work
@@ -28,11 +28,11 @@ from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import log_path
+from orchestrator.sessions.output.log_files import log_path
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import Clock, SystemClock
 from tests.conftest import Repository
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 #: A secret of the machine that the sessions work on.
 SECRET = "hunter2hunter2"

@@ -29,8 +29,8 @@ from typing import Any, Final, cast
 import anyio
 import anyio.to_thread
 
+from adapters.bridges.http_status import failure_name_for_status
 from adapters.bridges.lines import BridgeExit, MessageBuffer, write_line
-from adapters.bridges.statuses import failure_name_for_status
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
 try:
@@ -81,7 +81,7 @@ _STOP_REASONS: Final[Mapping[str, tuple[str, str]]] = {
 class _OneLineFormatter(logging.Formatter):
     """What the SDK could not make sense of, without the way there through its code."""
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's)
+    def formatException(self, ei: Any) -> str:
         return " ".join(str(ei[1]).split())
 
 
@@ -118,7 +118,7 @@ class _Client:
         """From now on what it tells is printed and counted: it is an answer to what it is asked."""
         self._is_asked = True
 
-    async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
+    async def session_update(self, session_id: str, update: Any, **_: Any) -> None:
         """Print what the agent says and does."""
         if not self._is_asked:
             self._told_earlier(update)
@@ -144,7 +144,7 @@ class _Client:
 
     async def request_permission(
         self,
-        session_id: str,  # noqa: ARG002  (the protocol's)
+        session_id: str,
         tool_call: schema.ToolCallUpdate,
         options: Sequence[schema.PermissionOption],
         **_: Any,
@@ -172,7 +172,7 @@ class _Client:
 
     async def read_text_file(
         self,
-        session_id: str,  # noqa: ARG002  (the protocol's)
+        session_id: str,
         path: str,
         line: int | None = None,
         limit: int | None = None,
@@ -194,7 +194,7 @@ class _Client:
 
     async def write_text_file(
         self,
-        session_id: str,  # noqa: ARG002  (the protocol's)
+        session_id: str,
         path: str,
         content: str,
         **_: Any,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Final
 
-#: By type: the fields of a line, each with what it holds. `adapters.jsonlines` reads them by the same table.
+#: By type: the fields of a line, each with what it holds. `adapters.json_output` reads them by the same table.
 LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
     "said": {"text": str},  # the agent's words, whole lines
     "tool": {"name": str, "detail": str, "paths": list, "call": str | None},

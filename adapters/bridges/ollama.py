@@ -32,8 +32,8 @@ from adapters.bridges.answer import (
     parse_answer,
 )
 from adapters.bridges.context import describe_worktree
+from adapters.bridges.http_status import failure_name_for_status
 from adapters.bridges.lines import BridgeExit, MessageBuffer, write_line
-from adapters.bridges.statuses import failure_name_for_status
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
 try:

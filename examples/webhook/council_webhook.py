@@ -76,7 +76,7 @@ class Webhook:
         body = {"events": [_as_json(one) for one in events]}
         headers = {"Content-Type": "application/json", **self._authorization()}
         data = json.dumps(body).encode()
-        request = Request(self._url(), data, headers, method="POST")  # noqa: S310  _check_url has seen it
+        request = Request(self._url(), data, headers, method="POST")
         # In a thread, since it blocks; one that hangs is left behind when the run's patience ends.
         await anyio.to_thread.run_sync(self._post, request, abandon_on_cancel=True)
 

@@ -20,8 +20,8 @@ from orchestrator.engine.reports.report import RunRecord
 from orchestrator.errors import CouncilError
 from orchestrator.protocols import Adapter, SessionEvent, ToolCall
 from orchestrator.repo.git.change_counts import Changes
-from orchestrator.sessions.output.files import log_path
 from orchestrator.sessions.output.follow import OutputFollower
+from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
 #: Seconds between two looks at what is said, and at what is changed, at least.

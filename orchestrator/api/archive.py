@@ -30,19 +30,19 @@ from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Store
 from orchestrator.repo.git.change_counts import Changes, count
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake import diffs
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.landing import salvage
 from orchestrator.repo.landing.salvage import UnmergedWork
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.preserved import is_preserved
 from orchestrator.repo.worktrees.slots import empty_trash
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.entries import OutputEntry, OutputEntryBuilder, OutputEntryKind
-from orchestrator.sessions.output.files import list_attempt_streams, log_path, read_tail
+from orchestrator.sessions.output.log_files import list_attempt_streams, log_path, read_tail
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
 #: Seconds between two looks at files that are followed.

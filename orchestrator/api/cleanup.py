@@ -21,7 +21,7 @@ from orchestrator.engine.scheduler.recovery import end_orphaned_session
 from orchestrator.errors import GitError, LockHeld, StoreUnavailable
 from orchestrator.project import Project
 from orchestrator.protocols import Store
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.removal import disk_usage, remove_all
@@ -181,7 +181,7 @@ class Cleaner:
 
         Yields git in the trusted repository, whose commands hold the run too, and the run's id.
         """
-        assert one.run is not None, "it is of a run"  # noqa: S101
+        assert one.run is not None, "it is of a run"
         async with AsyncExitStack() as stack:
             fds: tuple[int, ...] = ()
             if await hub_exists(_hub(one)):  # without it nobody can work in the run
@@ -225,7 +225,7 @@ class Cleaner:
 
 
 def _hub(one: Leftover) -> Hub:
-    assert one.hub is not None, "it is in a hub"  # noqa: S101
+    assert one.hub is not None, "it is in a hub"
     return Hub(Path(one.hub))
 
 

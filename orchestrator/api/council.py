@@ -38,9 +38,9 @@ from orchestrator.protocols import (
     Store,
     VerificationReport,
 )
-from orchestrator.repo.source.checkout import refuse_tracked_project_folder
+from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.state.documents.reading import follow_log, is_run_document
+from orchestrator.state.documents.log_reader import follow_log, is_run_document
 from orchestrator.state.log.identity import check_trusted
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import Clock, SystemClock
@@ -61,14 +61,14 @@ if TYPE_CHECKING:
     from orchestrator.domain.sessions.notes import Note
     from orchestrator.engine.diagnostics.findings import Finding
     from orchestrator.engine.phases.verification import RunVerification
-    from orchestrator.engine.reports.story import TaskDetails
+    from orchestrator.engine.reports.task_details import TaskDetails
     from orchestrator.engine.scheduler.restore import RestoreResult
     from orchestrator.engine.session_api.details import SessionDetails
     from orchestrator.engine.session_api.notes import NoteStore
     from orchestrator.engine.session_api.shared_values import SharedValues
     from orchestrator.engine.state.reload import FileChanges
+    from orchestrator.locking.lock_overview import LockOverview, LockStatus
     from orchestrator.locking.named_locks import NamedLocks
-    from orchestrator.locking.overview import LockOverview, LockStatus
     from orchestrator.plugins import Plugins
     from orchestrator.repo.git.change_counts import Changes
     from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
@@ -157,7 +157,7 @@ class Council:
         if isinstance(source, str | Path) and await anyio.to_thread.run_sync(os.path.isdir, source):
             project, is_known = await anyio.to_thread.run_sync(_find_source_project, Path(source), chosen)
         else:
-            from orchestrator.api.loading import load_run  # noqa: PLC0415
+            from orchestrator.api.loading import load_run
 
             plugins, config, project = await load_run(source, plugins, environ)
         await refuse_tracked_project_folder(project, environ)
@@ -176,7 +176,7 @@ class Council:
     def plugins(self) -> Plugins:
         """What is installed, loaded at the first look unless a file was."""
         if self._plugins is None:
-            from orchestrator.plugins import load_plugins  # noqa: PLC0415
+            from orchestrator.plugins import load_plugins
 
             self._plugins = load_plugins(self._runs.environ, [self.project.top])
         return self._plugins
@@ -195,7 +195,7 @@ class Council:
             find_project(self.project.top)
 
     async def _get_execution(self) -> RunExecutor:
-        from orchestrator.api.execution import RunExecutor  # noqa: PLC0415
+        from orchestrator.api.execution import RunExecutor
 
         await anyio.to_thread.run_sync(self._check_project)
         plugins = await self._load_plugins()
@@ -311,7 +311,7 @@ class Council:
 
     async def ignore(self, *tasks: str, reason: str, run: str | None = None) -> RunReport:
         """End tasks as `cancel` does, and have nobody try them before `retry`; return how the run then stands."""
-        from orchestrator.engine.scheduler.requests import check_reason  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.scheduler.requests import check_reason
 
         check_reason(reason)
         return await self._ask(await self.find_run(run), RequestAction.IGNORE, tasks, reason)
@@ -366,7 +366,7 @@ class Council:
     async def _answer(
         self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
     ) -> RunReport:
-        from orchestrator.engine.scheduler.requests import check_note  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.scheduler.requests import check_note
 
         check_note(note)
         if not tasks:  # the engine would take all that are not over
@@ -388,7 +388,7 @@ class Council:
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:
         """Make a checkpoint of a run as it stands now, or with `whole` of all the project's runs."""
-        from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents import checkpoints
 
         if whole:
             return await checkpoints.create_checkpoint(self._store, None, reason)
@@ -399,13 +399,13 @@ class Council:
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
         """Return the checkpoints of a run (`all`: those of all runs together), or all there are, the oldest first."""
-        from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents import checkpoints
 
         return await checkpoints.list_checkpoints(self._store, run)
 
     async def restoration(self, checkpoint: str) -> RestorePlan:
         """Return what `restore` would change now. RefusedError where the log does not go back so far any more."""
-        from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents import checkpoints
 
         return await checkpoints.plan_restore(self._store, checkpoint)
 
@@ -437,10 +437,10 @@ class Council:
         not the `expected_version` (0: there is none). After `ttl` seconds it is as if the document were not there.
 
         RefusedError for a document of a run that a process is at work in, for a value that would keep a document of
-        council's own from being read, and for those that council alone writes (`state.documents.shapes`).
+        council's own from being read, and for those that council alone writes (`state.documents.validation`).
         """
-        from orchestrator.state.documents.shapes import check_manual_change  # noqa: PLC0415  seldom needed
-        from orchestrator.state.documents.update import update_document  # noqa: PLC0415  the same
+        from orchestrator.state.documents.update import update_document
+        from orchestrator.state.documents.validation import check_manual_change
 
         await self._check_idle(key)
         return await update_document(
@@ -453,7 +453,7 @@ class Council:
         In a pattern `*` stands for any characters, `/` too. It begins behind the position `after`: 0 is from the first
         that the log has, None from now on, which is when the first is asked for. It never ends by itself.
         """
-        from orchestrator.state.documents.subscription import subscribe  # noqa: PLC0415  the same
+        from orchestrator.state.documents.subscription import subscribe
 
         return subscribe(self._store, pattern, after)
 
@@ -465,15 +465,18 @@ class Council:
         That is `last_write_wins`, `first_write_wins`, `merge`, or `manual`, which keeps them for `settle`. RefusedError
         for documents of a run that a process is at work in, and for what would keep a run from being read.
         """
-        from orchestrator.state.documents import conflicts, shapes  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents import (
+            conflicts,
+            validation,
+        )
 
         for key in dict.fromkeys(update.key for update in updates):
             await self._check_idle(key)
-        return await conflicts.apply_updates(self._store, updates, strategy, check=shapes.check_manual_change)
+        return await conflicts.apply_updates(self._store, updates, strategy, check=validation.check_manual_change)
 
     async def conflicts(self) -> list[Conflict]:
         """Return the conflicts of updates that wait for a person, the oldest first."""
-        from orchestrator.state.documents import conflicts  # noqa: PLC0415  the same
+        from orchestrator.state.documents import conflicts
 
         return await conflicts.list_pending(self._store)
 
@@ -483,14 +486,17 @@ class Council:
         RefusedError where the document was changed since, unless that is forced, while a process is at work in the run
         that it is of, and for what would keep that run from being read.
         """
-        from orchestrator.state.documents import conflicts, shapes  # noqa: PLC0415  the same
+        from orchestrator.state.documents import (
+            conflicts,
+            validation,
+        )
 
         newest = None
         with suppress(RefusedError):
             newest = await self.newest_run()
         found = await conflicts.find_conflict(self._store, conflict, newest)
         await self._check_idle(found.key)
-        check = shapes.check_manual_change
+        check = validation.check_manual_change
         return conflicts.ConflictResolution(
             found, await conflicts.resolve_conflict(self._store, found.id, choice, force=force, check=check)
         )
@@ -513,14 +519,14 @@ class Council:
         return await (await self._lock_overview()).break_lock(name, reason)
 
     async def _lock_overview(self) -> LockOverview:
-        from orchestrator.locking.overview import LockOverview  # noqa: PLC0415  seldom needed
+        from orchestrator.locking.lock_overview import LockOverview
 
         return LockOverview(self._store, self._runs.clock, self.project.file_locks)
 
     @property
     def named_locks(self) -> NamedLocks:
         """Locks for programs: shared by readers or exclusive for a writer, with an owner, an expiry and a time-out."""
-        from orchestrator.locking.named_locks import NamedLocks  # noqa: PLC0415  the same
+        from orchestrator.locking.named_locks import NamedLocks
 
         return NamedLocks(self._store, self._runs.clock)
 
@@ -550,7 +556,7 @@ class Council:
         found = await self.history.story(run, task)
         if found.state != TaskStatus.RUNNING:
             return found
-        from orchestrator.engine.reports.story import LatestActivity  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.reports.task_details import LatestActivity
 
         latest = await self.archive.latest(run, task, await self.adapters(run))
         return found if latest is None else replace(found, latest=LatestActivity(*latest))
@@ -632,7 +638,7 @@ class Council:
 
     async def verify(self) -> VerificationReport:
         """Read all that is recorded anew, and tell whether it is sound."""
-        from orchestrator.state.documents.shapes import verify_store  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents.validation import verify_store
 
         return await verify_store(self._store)
 
@@ -642,7 +648,7 @@ class Council:
         A document that is none of its kind gets its newest readable value again, but not while a process is at work in
         its run.
         """
-        from orchestrator.state.documents.shapes import repair_documents, verify_store  # noqa: PLC0415  seldom needed
+        from orchestrator.state.documents.validation import repair_documents, verify_store
 
         await self._store.repair()
         found = await verify_store(self._store)
@@ -656,7 +662,7 @@ class Council:
 
         Nothing is changed, and a run may be at work meanwhile.
         """
-        from orchestrator.engine.phases.verification import verify_run  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.phases.verification import verify_run
 
         plugins, runs = await self._load_plugins(), self._runs
         kinds, name = plugins.checked_kinds(), await self.find_run(run)
@@ -667,7 +673,7 @@ class Council:
 
         One durable commit is made, to see how long that takes.
         """
-        from orchestrator.api.health import Health  # noqa: PLC0415
+        from orchestrator.api.health import Health
 
         return await Health(self._runs).examine()
 
@@ -676,7 +682,7 @@ class Council:
 
         Of what is older than `age` seconds, or more than `size` bytes of log, the last versions of each document stay.
         """
-        from orchestrator.state.documents.maintenance import compact_log, delete_expired  # noqa: PLC0415
+        from orchestrator.state.documents.maintenance import compact_log, delete_expired
 
         kept = await self._runs.retention()
         age, size = kept.age if age is None else age, kept.size if size is None else size
@@ -689,7 +695,7 @@ class Council:
         RefusedError where not all can be trusted, and where the file is there already, unless `force` says to replace
         it. A stream is written to as it is.
         """
-        from orchestrator.api.transfer import export_store  # noqa: PLC0415
+        from orchestrator.api.transfer import export_store
 
         return await export_store(self._store, file, force=force, clock=self._runs.clock)
 
@@ -698,7 +704,7 @@ class Council:
 
         RefusedError, with nothing changed, where it is not empty, and where the file is not whole.
         """
-        from orchestrator.api.transfer import import_store  # noqa: PLC0415
+        from orchestrator.api.transfer import import_store
 
         return await import_store(file, self._store)
 
@@ -707,7 +713,7 @@ class Council:
 
         LockHeld where another process that writes them does not come to it.
         """
-        from orchestrator.views.update import Views  # noqa: PLC0415
+        from orchestrator.views.update import Views
 
         await anyio.to_thread.run_sync(self._check_project)
         return await Views(self._store, self._runs.clock, self.project).refresh(anew=anew)
@@ -720,20 +726,20 @@ class Council:
     @property
     def archive(self) -> Archive:
         """What the tasks of the project's runs left."""
-        from orchestrator.api.archive import Archive  # noqa: PLC0415
+        from orchestrator.api.archive import Archive
 
         return Archive(self.project, self._store, self._runs.environ, self.is_live)
 
     @property
     def history(self) -> StateHistory:
         """What is recorded, now and at any earlier moment."""
-        from orchestrator.api.history import StateHistory  # noqa: PLC0415
+        from orchestrator.api.history import StateHistory
 
         return StateHistory(self._runs)
 
     async def activity(self, run: str) -> RunActivity:
         """Return how a run stands, and a way to see what its sessions do from then on."""
-        from orchestrator.api.activity import RunActivity  # noqa: PLC0415
+        from orchestrator.api.activity import RunActivity
 
         position, record = await self.position(), await self._runs.record(run)
         specs = await self._store.list("spec", f"{run}/")
@@ -746,26 +752,26 @@ class Council:
         return await self._adapters(await read_run(self._store, run))
 
     async def _adapters(self, run: RunDocument) -> Mapping[str, Adapter]:
-        from orchestrator.config.model import make_adapters, restore_adapters  # noqa: PLC0415
+        from orchestrator.config.model import make_adapters, restore_adapters
 
         plugins = await self._load_plugins()
         return make_adapters(restore_adapters(run.adapters, plugins.adapters, plugins.explain), plugins.adapters)
 
     async def contexts(self, run: str | None = None) -> list[SessionContext]:
         """Return what the sessions of a run are at, whichever processes run them; the last half hour of each."""
-        from orchestrator.engine.session_api.contexts import read_contexts  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.session_api.contexts import read_contexts
 
         return await read_contexts(self._store, await self.find_run(run))
 
     async def file_conflicts(self, run: str | None = None) -> dict[str, list[SessionContext]]:
         """Return the files that several sessions of a run are at work on or have locked, with these."""
-        from orchestrator.domain.sessions.contexts import find_file_conflicts  # noqa: PLC0415  the same
+        from orchestrator.domain.sessions.contexts import find_file_conflicts
 
         return find_file_conflicts(await self.contexts(run))
 
     async def task_summary(self, task: str, run: str | None = None) -> TaskSummary:
         """Return the sessions of a task at a glance. RefusedError where the run has no such task."""
-        from orchestrator.domain.sessions.contexts import summarize_task  # noqa: PLC0415  the same
+        from orchestrator.domain.sessions.contexts import summarize_task
 
         run = await self.find_run(run)
         await check_task(self._store, await read_run(self._store, run), task)
@@ -773,7 +779,7 @@ class Council:
 
     async def clean_contexts(self, after: float = 1800.0) -> list[str]:
         """Remove what sessions said that were not heard of for `after` seconds; return their names."""
-        from orchestrator.engine.session_api.contexts import clean_contexts  # noqa: PLC0415  the same
+        from orchestrator.engine.session_api.contexts import clean_contexts
 
         return await clean_contexts(self._store, self._runs.clock.now(), after)
 
@@ -801,9 +807,9 @@ class Council:
         await (await self._notes_service(run)).drop(note)
 
     async def _notes_service(self, run: str | None) -> NoteStore:
-        from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415  the same
-        from orchestrator.engine.session_api.notes import NoteStore  # noqa: PLC0415  the same
-        from orchestrator.locking.registry import ownership_scope  # noqa: PLC0415  the same
+        from orchestrator.domain.security.secrets import Redactor, secret_values
+        from orchestrator.engine.session_api.notes import NoteStore
+        from orchestrator.locking.ownership import ownership_scope
 
         document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
@@ -814,8 +820,8 @@ class Council:
 
         RefusedError where there is no such run.
         """
-        from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415  the same
-        from orchestrator.engine.session_api.shared_values import SharedValues  # noqa: PLC0415  the same
+        from orchestrator.domain.security.secrets import Redactor, secret_values
+        from orchestrator.engine.session_api.shared_values import SharedValues
 
         document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
@@ -824,7 +830,7 @@ class Council:
     @property
     def cleaner(self) -> Cleaner:
         """What finds and removes what is left over, of the project and on the machine."""
-        from orchestrator.api.cleanup import Cleaner  # noqa: PLC0415
+        from orchestrator.api.cleanup import Cleaner
 
         environ = self._runs.environ
         return Cleaner(council_home(environ), environ, self._runs.clock, self.project, self._store, self._runs.url)
@@ -859,9 +865,9 @@ async def _import_legacy_state(
         return ()
     if not await anyio.to_thread.run_sync(project.has_legacy):
         return ()
-    from orchestrator.repo.git.runner import Git  # noqa: PLC0415  the same
-    from orchestrator.repo.source.checkout import find_repository  # noqa: PLC0415  seldom needed
-    from orchestrator.state.legacy.importer import import_legacy_state  # noqa: PLC0415  the same
+    from orchestrator.repo.git.command import Git
+    from orchestrator.repo.source.user_checkouts import find_repository
+    from orchestrator.state.legacy.importer import import_legacy_state
 
     with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
         repository = await find_repository(project.top, Git(None, as_user=True, environ=environ))
@@ -878,7 +884,7 @@ async def _open_store(
     if scheme == "file":  # no plugin can bring another
         opened = open_file_store(url, clock)
     else:
-        from orchestrator.plugins import load_plugins  # noqa: PLC0415
+        from orchestrator.plugins import load_plugins
 
         if plugins is None:
             plugins = await anyio.to_thread.run_sync(load_plugins, environ, [project.top])

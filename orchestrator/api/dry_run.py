@@ -20,8 +20,8 @@ from orchestrator.engine.reports.dry_run import DryRun, build_dry_run, starting_
 from orchestrator.engine.scheduler.capacity import measure_capacity
 from orchestrator.engine.state.records import new_run_id
 from orchestrator.plugins import Plugins
-from orchestrator.repo.source.checkout import refuse_tracked_project_folder
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
+from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
 from orchestrator.system.clock import Clock, SystemClock
 
 

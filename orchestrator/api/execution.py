@@ -45,7 +45,7 @@ from orchestrator.domain.runs.model import (
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity, Role
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.engine.cleanup.imported import write_unfinished_tasks
+from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
 from orchestrator.engine.diagnostics.preflight import (
     check_branches,
     check_checkout,
@@ -109,14 +109,14 @@ from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.plugins import Plugins
 from orchestrator.project import council_home, exclude_from_git
 from orchestrator.protocols import Commit, Event, Guard
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import Hub, internal_ref_name, work_branch_name
-from orchestrator.sessions.supervision.supervised import open_fork_server
+from orchestrator.sessions.supervision.supervisor_client import open_fork_server
 from orchestrator.state.documents.checkpoints import create_checkpoint, plan_restore
 from orchestrator.state.log.identity import record_store_use
 from orchestrator.state.offline.outage import is_full, is_outage, survive_outages
-from orchestrator.system import notices
+from orchestrator.system import slow_waits
 from orchestrator.system.file_lock import HeldLock, LockHolder
 from orchestrator.system.process_table import process_stat
 from orchestrator.views.background import update_in_background
@@ -628,7 +628,7 @@ class RunExecutor:
         store = self._runs.store
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
-                while (await read_task(store, run, task)).status not in FINAL_STATUSES:  # noqa: ASYNC110  another process
+                while (await read_task(store, run, task)).status not in FINAL_STATUSES:
                     await anyio.sleep(_REQUEST_POLL_INTERVAL)
 
     async def restore(self, checkpoint: str, *, force: bool) -> RestoreResult:
@@ -678,9 +678,9 @@ class _RequestWait:
         waited = anyio.current_time() - self._began
         if waited >= _REQUEST_TIMEOUT:
             raise RequestTimeout(_describe_process(pid, host), _REQUEST_TIMEOUT)
-        if waited >= notices.NOTICE_AFTER and not self._is_noticed:
+        if waited >= slow_waits.NOTICE_AFTER and not self._is_noticed:
             self._is_noticed = True
-            notices.logger.warning("waiting for %s: %s", _describe_process(pid, host), REQUEST_RECORDED)
+            slow_waits.logger.warning("waiting for %s: %s", _describe_process(pid, host), REQUEST_RECORDED)
         await anyio.sleep(_REQUEST_POLL_INTERVAL)
 
 

@@ -18,10 +18,10 @@ from orchestrator.engine.diagnostics.state_findings import LogGrowth, SilentSess
 from orchestrator.engine.state.records import read_run, read_spec, read_tasks, task_documents
 from orchestrator.errors import HistoryCompacted, RefusedError, StoreUnavailable, UnreadableDocument
 from orchestrator.protocols import Commit, CommitRecord, Event, Store, StoreStatistics
-from orchestrator.sessions.output.files import log_path
+from orchestrator.sessions.output.log_files import log_path
 from orchestrator.state.documents.conflicts import list_pending
-from orchestrator.state.documents.reading import read_range
-from orchestrator.state.documents.shapes import verify_store
+from orchestrator.state.documents.log_reader import read_range
+from orchestrator.state.documents.validation import verify_store
 
 #: How many of the newest commits tell how fast the log grows.
 _RECENT_COMMITS: Final = 1000

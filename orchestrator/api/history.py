@@ -33,12 +33,12 @@ from orchestrator.protocols import (
 )
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import last_activity
+from orchestrator.sessions.output.log_files import last_activity
 from orchestrator.state.documents.checkpoints import CHECKPOINT_KIND
-from orchestrator.state.documents.reading import find_position, is_run_document, read_backwards, read_range
+from orchestrator.state.documents.log_reader import find_position, is_run_document, read_backwards, read_range
 
 if TYPE_CHECKING:
-    from orchestrator.engine.reports.story import TaskDetails
+    from orchestrator.engine.reports.task_details import TaskDetails
 
 #: How many events of a run are shown with it.
 MAX_EVENTS: Final = 100
@@ -162,7 +162,7 @@ class StateHistory:
 
     async def story(self, run: str, task: str) -> TaskDetails:
         """Return the whole story of a task. RefusedError where the run has none of that name."""
-        from orchestrator.engine.reports.story import TaskDefinition, build_task_details  # noqa: PLC0415  seldom needed
+        from orchestrator.engine.reports.task_details import TaskDefinition, build_task_details
 
         document = await read_run(self.runs.store, run)
         await check_task(self.runs.store, document, task)

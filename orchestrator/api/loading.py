@@ -15,7 +15,7 @@ from orchestrator.config.source.names import is_url
 from orchestrator.engine.diagnostics.preflight import project_of_config
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.project import Project
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 
 
 async def load_run(

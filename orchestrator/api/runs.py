@@ -102,7 +102,7 @@ class ProjectRuns:
     async def retention(self) -> Retention:
         """Return how much of the past is kept, as the file of the newest run says."""
         # Late: whoever only looks at a run needs none of it.
-        from orchestrator.config.model import Retention  # noqa: PLC0415
+        from orchestrator.config.model import Retention
 
         for run in reversed(await self.ids()):
             with suppress(RefusedError, ValidationError):  # what can't be read says nothing
@@ -136,8 +136,8 @@ class ProjectRuns:
         if not keeping or record.run.imported is not None or not await anyio.Path(trusted, "HEAD").is_file():
             return record
         # Late: most runs have no such task.
-        from orchestrator.repo.git.runner import Git  # noqa: PLC0415
-        from orchestrator.repo.landing import salvage  # noqa: PLC0415
+        from orchestrator.repo.git.command import Git
+        from orchestrator.repo.landing import salvage
 
         kept = await salvage.list_unmerged_work(Git(trusted, environ=self.environ), record.run.id)
         branches = {one.ref.removeprefix("refs/heads/") for one in kept}
@@ -180,8 +180,8 @@ class ProjectRuns:
         A landing may also bring commits of the user's onto the target, from the base: they do not count.
         """
         # Late: only people are shown how much.
-        from orchestrator.repo.git.change_counts import count_many  # noqa: PLC0415
-        from orchestrator.repo.git.runner import Git  # noqa: PLC0415
+        from orchestrator.repo.git.change_counts import count_many
+        from orchestrator.repo.git.command import Git
 
         document = await read_run(self.store, run)
         document.check_not_imported()
@@ -244,8 +244,8 @@ class ProjectRuns:
 
     async def _sessions(self, run: str) -> list[SessionReport]:
         """Return what the sessions of a run are at, in the order of their names."""
-        from orchestrator.domain.sessions.contexts import filter_active  # noqa: PLC0415  only of a run at work
-        from orchestrator.engine.session_api.contexts import read_contexts  # noqa: PLC0415  the same
+        from orchestrator.domain.sessions.contexts import filter_active
+        from orchestrator.engine.session_api.contexts import read_contexts
 
         return [
             SessionReport(

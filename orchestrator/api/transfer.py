@@ -20,7 +20,7 @@ from orchestrator.protocols import Store
 from orchestrator.state.log.identity import adopt_store, check_trusted
 from orchestrator.state.stores.file import require_store
 from orchestrator.state.transfer.copying import CopyResult, copy_store, export_to_stream, import_from_stream
-from orchestrator.state.transfer.portable import StagedFile
+from orchestrator.state.transfer.export_file import StagedFile
 from orchestrator.state.transfer.target import TargetFolder
 from orchestrator.system.clock import Clock, SystemClock
 

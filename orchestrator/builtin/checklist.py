@@ -31,7 +31,7 @@ from orchestrator.config.source.files import open_regular_file
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
 from orchestrator.protocols import PathOption, RecordedEvent, TrackedTask
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 

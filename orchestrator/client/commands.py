@@ -43,7 +43,7 @@ class Argument:
         self,
         name: str,
         kind: str,
-        help: str,  # noqa: A002  as click names it
+        help: str,
         *,
         is_word: bool = False,
         is_needed: bool = False,
@@ -68,7 +68,7 @@ class SessionCommand:
     def __init__(
         self,
         name: str,
-        help: str,  # noqa: A002
+        help: str,
         more: str,
         *arguments: Argument,
         examples: Sequence[str] = (),

@@ -41,7 +41,7 @@ def run(given: BinaryIO, out: TextIO) -> int:
 
 def _denial_reason(call: dict[str, Any]) -> str | None:
     """Return why the edit is denied; None if it is not. Raises AskError, and whatever odd input leads to."""
-    cwd = call.get("cwd") or os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
+    cwd = call.get("cwd") or os.getcwd()
     paths = dict.fromkeys(_paths(call["tool_input"]))
     if not paths:
         return None

@@ -26,7 +26,7 @@ EXIT_BAD_INPUT = 2
 def run(words: Sequence[str]) -> int | None:
     """Do what the words after `council` ask for, and return the exit code; None where they are for somebody else."""
     if words[:2] == ["hook", "pre-edit"] and len(words) == 2:
-        from orchestrator.client import hook  # noqa: PLC0415  only where it is wanted
+        from orchestrator.client import hook
 
         return hook.run(sys.stdin.buffer, sys.stdout)
     typed = parse_words(words)
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> int | None:
 def is_in_session() -> bool:
     """Whether this process is part of a session that is at work."""
     try:
-        find_session(os.environ, os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
+        find_session(os.environ, os.getcwd())
     except (SessionRequestError, FileNotFoundError):
         return False
     return True
@@ -64,12 +64,12 @@ def run_session_command(typed: ParsedCommand) -> int:
 def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
     """Ask as the session that this process is in; raises AskError."""
     try:
-        cwd = os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
+        cwd = os.getcwd()
     except FileNotFoundError:
         raise SessionRequestError("the current folder does not exist any more", "cd to one that does") from None
     session = find_session(os.environ, cwd)
     if any(one.kind in {VALUE, OBJECT} for one in typed.command.arguments):
-        from orchestrator.client.values import resolve_arguments  # noqa: PLC0415  only where it is wanted
+        from orchestrator.client.values import resolve_arguments
 
         typed = ParsedCommand(typed.command, resolve_arguments(typed.command, typed.arguments), as_json=typed.as_json)
     return ask_session(session, typed, cwd)

@@ -11,7 +11,7 @@ import os
 
 # Not `socket`, which takes longer to import than all else here.
 from _socket import AF_UNIX, SOCK_STREAM
-from _socket import socket as Socket  # noqa: N812  a class, whatever it is called
+from _socket import socket as Socket
 from time import monotonic, sleep
 
 from orchestrator.client.commands import MAX_REQUEST_BYTES
@@ -60,7 +60,7 @@ class SessionConnection:
     def within(self, path: str, cwd: str) -> str | None:
         """Return a path, as typed in `cwd`, from the worktree's top with links resolved; None if it is not in there."""
         top = os.path.realpath(self.tree)
-        found = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)  # noqa: PTH118  pathlib takes 10 ms
+        found = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)
         return None if found == os.pardir or found.startswith(os.pardir + os.sep) else found
 
     def ask(self, command: str, arguments: Mapping[str, Any], patience: float = ANSWER_TIMEOUT) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:
     for folder in (environ.get(SESSION_VARIABLE), _find_socket_folder(cwd)):
         if folder:
             try:
-                with open(f"{folder}/{SESSION_FILE}", encoding="utf-8") as file:  # noqa: PTH123  pathlib takes 10 ms
+                with open(f"{folder}/{SESSION_FILE}", encoding="utf-8") as file:
                     card = json.load(file)
                 return SessionConnection(folder, card["token"], card["tree"])
             except (OSError, ValueError, KeyError, TypeError):
@@ -107,16 +107,16 @@ def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:
 def _find_socket_folder(folder: str) -> str | None:
     while True:
         try:
-            with open(f"{folder}/.git", encoding="utf-8") as file:  # noqa: PTH123
+            with open(f"{folder}/.git", encoding="utf-8") as file:
                 first = file.readline(8192)
         except (OSError, ValueError):
-            above = os.path.dirname(folder)  # noqa: PTH120
+            above = os.path.dirname(folder)
             if above == folder:
                 return None
             folder = above
             continue
         git_dir = first.removeprefix("gitdir: ").rstrip("\n")
-        return f"{os.path.dirname(os.path.join(folder, git_dir))}/{SOCKET_FOLDER}"  # noqa: PTH118, PTH120
+        return f"{os.path.dirname(os.path.join(folder, git_dir))}/{SOCKET_FOLDER}"
 
 
 def _connect(connected: Socket, address: str, deadline: float) -> None:
@@ -164,13 +164,13 @@ class ShortSocketPath:
         """Return the name."""
         if len(os.fsencode(self._folder)) + len(os.fsencode(self._name)) < _LONGEST_NAME:
             return self._folder
-        if os.path.isdir("/proc/self/fd"):  # noqa: PTH112
+        if os.path.isdir("/proc/self/fd"):
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
             return f"/proc/self/fd/{self._descriptor}"
-        import tempfile  # noqa: PLC0415  seldom needed, and slow
+        import tempfile
 
         self._made = tempfile.mkdtemp(prefix="council-", dir="/tmp")
-        os.symlink(self._folder, f"{self._made}/s")  # noqa: PTH211
+        os.symlink(self._folder, f"{self._made}/s")
         return f"{self._made}/s"
 
     def __exit__(
@@ -180,5 +180,5 @@ class ShortSocketPath:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         if self._made:
-            os.unlink(f"{self._made}/s")  # noqa: PTH108
-            os.rmdir(self._made)  # noqa: PTH106
+            os.unlink(f"{self._made}/s")
+            os.rmdir(self._made)

@@ -23,7 +23,7 @@ class HasOptions(Protocol):
     """What a plugin registers under a name, as far as options go."""
 
     @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  the contract's name
+    def Options(self) -> type[BaseModel]:
         """The model of the entry's own keys."""
 
 

@@ -53,7 +53,7 @@ from orchestrator.config.store import STORE_PATTERN, check_store_url
 from orchestrator.domain.runs.failures import RETRYABLE
 from orchestrator.domain.runs.model import MAX_CAPACITY
 from orchestrator.domain.runs.prices import Price
-from orchestrator.domain.scheduling.ownership import check_pattern
+from orchestrator.domain.scheduling.path_patterns import check_pattern
 from orchestrator.domain.security.hosts import parse_allowed_host
 
 MAX_TASKS = 100_000

@@ -20,14 +20,14 @@ from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.session_api.service import SessionService
 from orchestrator.engine.state.port_leases import PortLeases
 from orchestrator.engine.worktree_sources import make_provisions
-from orchestrator.locking.registry import OwnershipRegistry, ownership_scope
+from orchestrator.locking.ownership import OwnershipRegistry, ownership_scope
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Commit, Event, JsonObject, McpServer, Store
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import Target
-from orchestrator.repo.source.checkout import LocalRepository
-from orchestrator.repo.source.site import RunRepository, find_run_repository
-from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
+from orchestrator.repo.source.upstream import UpstreamRepository
+from orchestrator.repo.source.user_checkouts import LocalRepository
 from orchestrator.repo.source.user_programs import SKIPPED_HOOKS_REASON, find_hooks_in_checkouts
 from orchestrator.repo.worktrees.hub import Hub, internal_ref_name
 from orchestrator.repo.worktrees.pool import PoolLimits, SlotOptions, SlotPool
@@ -35,12 +35,12 @@ from orchestrator.repo.worktrees.provisions import Provisions
 from orchestrator.repo.worktrees.reset import KeepRules
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sandbox.credentials import find_credentials
-from orchestrator.sessions.sandbox.sandbox import choose_sandbox
-from orchestrator.sessions.sandbox.scope import RunSandbox
+from orchestrator.sessions.sandbox.policy import choose_sandbox
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox
 from orchestrator.sessions.session import SessionResources
 from orchestrator.sessions.setup.checks import CheckRunner
 from orchestrator.sessions.setup.worktree_setup import WorktreeSetup
-from orchestrator.sessions.supervision.supervised import is_session_alive
+from orchestrator.sessions.supervision.supervisor_client import is_session_alive
 from orchestrator.state.log.identity import known_store_folders
 from orchestrator.system.clock import Clock
 

@@ -12,7 +12,7 @@ from orchestrator.engine.session_api.details import find_workspace
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.service import SessionService
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.locking.files import FileLocks
+from orchestrator.locking.file_locks import FileLocks
 from orchestrator.project import Project
 from orchestrator.protocols import Guard, Store
 from orchestrator.system.clock import Clock

@@ -82,7 +82,7 @@ async def forward_events(
         try:
             yield
             goal = await store.position()
-        except Exception as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
+        except Exception as error:
             raised = error
             group.cancel_scope.cancel()
         for feeder in feeders:
@@ -172,7 +172,7 @@ class EventForwarder:
             return None
         except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
             raise
-        except BaseException as error:  # noqa: BLE001  it is somebody else's code
+        except BaseException as error:
             return _describe_error(error)
         if self._limit.cancelled_caught:
             return f"it took longer than {self._timeouts.per_call:g} s"
@@ -303,7 +303,7 @@ async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
             raised = None
         except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
             raise
-        except BaseException as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
+        except BaseException as error:
             raised = error
 
     async with anyio.create_task_group() as group:

@@ -10,8 +10,8 @@ from typing import Final
 from orchestrator.config.model import WorktreesConfig
 from orchestrator.errors import RefusedError, raise_combined_refusal
 from orchestrator.project import Project
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import LocalRepository
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.user_checkouts import LocalRepository
 from orchestrator.repo.worktrees.provisions import Provisions
 
 _Problem = tuple[str, str]

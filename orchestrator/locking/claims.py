@@ -23,7 +23,7 @@ from orchestrator.domain.scheduling.claims import (
 from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
-from orchestrator.state.documents.shapes import filter_readable
+from orchestrator.state.documents.validation import filter_readable
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -128,7 +128,7 @@ class Claims:
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
         if not can_claim(before, self._others.me, holder, override=override, is_asked=is_asked):
-            assert before is not None, "what nobody has is free"  # noqa: S101
+            assert before is not None, "what nobody has is free"
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
             return ClaimHolder(before, holder)

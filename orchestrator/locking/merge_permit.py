@@ -15,9 +15,9 @@ import anyio
 from orchestrator.domain.scheduling.claims import MergeLease, MergeParticipant, OwnerStatus
 from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.locking.orchestrators import RunMembership
-from orchestrator.locking.registry import ownership_scope
+from orchestrator.locking.ownership import ownership_scope
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
-from orchestrator.state.documents.shapes import filter_readable, find_document_error
+from orchestrator.state.documents.validation import filter_readable, find_document_error
 from orchestrator.system.clock import Clock
 
 #: Seconds between two looks whether it is this one's turn: at first, and at last.

@@ -20,9 +20,9 @@ import anyio
 from orchestrator.domain.scheduling.deadlocks import LockWait, find_deadlock, merge_waits
 from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import follow_log
-from orchestrator.state.documents.shapes import LOCK_KIND, filter_readable, find_document_error
+from orchestrator.state.documents.log_reader import follow_log
 from orchestrator.state.documents.update import retry_on_conflict
+from orchestrator.state.documents.validation import LOCK_KIND, filter_readable, find_document_error
 from orchestrator.state.log.boot import boot_id
 from orchestrator.state.log.codec import MAX_TTL
 from orchestrator.system.clock import Clock
@@ -111,7 +111,7 @@ class NamedLocks:
         mode: LockMode = "write",
         owner: str | None = None,
         expiry: float = DEFAULT_EXPIRY,
-        timeout: float = DEFAULT_TIMEOUT,  # noqa: ASYNC109  it raises LockRefused
+        timeout: float = DEFAULT_TIMEOUT,
     ) -> LockInfo:
         """Take a lock, and return what was taken; `release` takes that.
 

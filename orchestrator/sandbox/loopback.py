@@ -35,7 +35,7 @@ def main() -> None:
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         what = command[0]
-        os.execvp(what, command)  # noqa: S606  (an argv, never a shell)
+        os.execvp(what, command)
     except (OSError, ValueError) as error:
         why = f"{getattr(error, 'errno', None) or 0} {what}: {getattr(error, 'strerror', None) or error}"
         os.write(complaint, why.encode("utf-8", "replace"))

@@ -26,14 +26,14 @@ from orchestrator.domain.runs.outcome import (
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
 from orchestrator.protocols import Adapter, Capability, McpServer, SessionCommand, SessionEnd, SessionRequest
-from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.intake.collect import CollectedWork, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import MAX_OUTPUT_BYTES, STOP_GRACE, log_path, read_tail
+from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES, STOP_GRACE, log_path, read_tail
 from orchestrator.sessions.output.transcript import (
     EMPTY_TRANSCRIPT,
     Transcript,
@@ -41,12 +41,12 @@ from orchestrator.sessions.output.transcript import (
     has_reported_failure,
     read_transcript,
 )
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
-from orchestrator.sessions.setup import homes
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
+from orchestrator.sessions.setup import adapter_homes
 from orchestrator.sessions.setup.environment import build_session_environment
 from orchestrator.sessions.setup.worktree_setup import PreparedWorktree, SetupFailed, WorktreeSetup
 from orchestrator.sessions.socket.listener import SessionApi, SessionSocket, open_session_socket
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.process import kill_by_environment
@@ -209,7 +209,7 @@ class Session:
         failpoint("session.ended")
         is_full = await anyio.to_thread.run_sync(is_disk_full, self.assignment.worktree.tree, self.tools.logs)
         if (home := self._adapter_command().home) is not None:
-            await homes.write_back_logins(self._home, home, self.tools.environ)
+            await adapter_homes.write_back_logins(self._home, home, self.tools.environ)
         what, worktree = self.assignment, self.assignment.worktree
         after = () if self._provided is None else await self.tools.worktree_setup.after(worktree, self._provided)
         try:
@@ -289,7 +289,7 @@ class Session:
         reach = self.assignment.reach | PathAccess(readable=tuple(adapters.readable))
         if adapters.home is not None:
             try:
-                reach |= await homes.set_up(self._home, adapters.home, self.tools.environ)
+                reach |= await adapter_homes.set_up(self._home, adapters.home, self.tools.environ)
             except RefusedError as refused:
                 return ProcessExit("exit", None, None, str(refused))
         if self._provided is not None:
@@ -318,7 +318,7 @@ class Session:
 
     @property
     def _home(self) -> Path:
-        return homes.home_path(self.tools.logs, self.assignment.worktree.task, self.assignment.adapter_name)
+        return adapter_homes.home_path(self.tools.logs, self.assignment.worktree.task, self.assignment.adapter_name)
 
     def _adapter_command(self) -> SessionCommand:
         what, place = self.assignment, self.assignment.worktree
@@ -422,7 +422,7 @@ class Session:
             transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
             end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
             return transcript, adapter.verdict(end), has_reported_failure(events), extract_answer(events)
-        except Exception as error:  # noqa: BLE001  a mistake of a plugin's is the matter of its tasks alone
+        except Exception as error:
             reason = f"its adapter could not make sense of its output, {type(error).__name__}: {error}"
             return EMPTY_TRANSCRIPT, Failed(FailureClass.CRASHED, " ".join(reason.split())[:_LONGEST_REASON]), True, ""
 

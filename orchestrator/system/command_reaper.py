@@ -39,7 +39,7 @@ def kill_tree(leader: int) -> None:
     killed: set[int] = set()
     while new := read_process_tree(leader).keys() - killed:
         for pid in new:
-            try:  # noqa: SIM105  (contextlib is a slow import)
+            try:
                 os.kill(pid, signal.SIGKILL)
             except OSError:  # it has just ended, or is another user's
                 pass

@@ -33,8 +33,8 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 
 from orchestrator.errors import LockHeld, StoreUnavailable
-from orchestrator.system.notices import NOTICE_AFTER, warn_if_slow
 from orchestrator.system.process_table import start_ticks
+from orchestrator.system.slow_waits import NOTICE_AFTER, warn_if_slow
 
 #: A signature has room for so many bytes, and for as many more again as it takes: what was there before is covered.
 _HOLDER_BLOCK_BYTES: Final = 512
@@ -153,13 +153,13 @@ class FileLock:
             fd = await queue.lock(shared=shared)
         finally:
             queue.turn.release()
-        assert fd is not None, "only who does not wait gets none"  # noqa: S101  by the contract of `lock`
+        assert fd is not None, "only who does not wait gets none"
         return HeldLock(self.path, fd)
 
     @asynccontextmanager
     async def hold(
         self,
-        timeout: float | None = None,  # noqa: ASYNC109  (raises LockHeld)
+        timeout: float | None = None,
         *,
         awaited: str | None = None,
     ) -> AsyncIterator[HeldLock]:
@@ -320,8 +320,8 @@ class _Locker:
 
     def __init__(self) -> None:
         # Late: importing portalocker takes up to half a second where redis is installed.
-        from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415
-        from portalocker.portalocker import FlockLocker  # noqa: PLC0415
+        from portalocker import AlreadyLocked, LockException, LockFlags
+        from portalocker.portalocker import FlockLocker
 
         self.locker = FlockLocker()
         self.held, self.failed = AlreadyLocked, LockException

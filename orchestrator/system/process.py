@@ -50,9 +50,9 @@ async def run(
     *,
     env: Mapping[str, str],
     cwd: Path | None = None,
-    input: bytes | None = None,  # noqa: A002  (the name that subprocess gives it)
+    input: bytes | None = None,
     keep_fds: Sequence[int] = (),
-    timeout: float | None = None,  # noqa: ASYNC109  (it kills the command, a cancel scope must not)
+    timeout: float | None = None,
     memory: int | None = None,
     confinement: Confinement | None = None,
 ) -> CompletedCommand:
@@ -115,7 +115,7 @@ def _run(
 
 def _file_of(data: bytes) -> IO[bytes]:
     """Return a file in memory to read data from: a pipe is only written to while its reader is waited for."""
-    file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115
+    file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()
     file.write(data)
     file.seek(0)
     return file
@@ -163,16 +163,16 @@ def _notify_reaper(line: bytes) -> None:
 
 
 def _write_to_reaper(line: bytes) -> None:
-    assert _reaper is not None, "it was started before"  # noqa: S101
+    assert _reaper is not None, "it was started before"
     _reaper[1].write(line)
 
 
 def _start_reaper() -> None:
-    global _reaper  # noqa: PLW0603  one a process
+    global _reaper
     argv, env = internal_program("orchestrator.system.command_reaper", "main")
     reads, writes = os.pipe()
-    with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123
-        pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  closed with this process
+    with open(reads, "rb", buffering=0) as theirs:
+        pipe = open(writes, "wb", buffering=0)
         devnull = subprocess.DEVNULL
         one = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
                                start_new_session=True)  # fmt: skip
@@ -203,7 +203,7 @@ async def run_untrusted(
     *,
     env: Mapping[str, str],
     cwd: Path,
-    timeout: float,  # noqa: ASYNC109  (it kills the program, a cancel scope must not)
+    timeout: float,
     most: int,
 ) -> CompletedCommand:
     """Run a program of which nothing is known, such as a CLI that is asked for its version.
@@ -372,10 +372,10 @@ class ForkServer:
         with ExitStack() as ours, ExitStack() as theirs:
             reads, written = os.pipe()
             theirs.callback(os.close, reads)
-            given = ours.enter_context(open(written, "wb", buffering=0))  # noqa: PTH123
+            given = ours.enter_context(open(written, "wb", buffering=0))
             read, writes = os.pipe()
             theirs.callback(os.close, writes)
-            taken = ours.enter_context(open(read, "rb", buffering=0))  # noqa: PTH123
+            taken = ours.enter_context(open(read, "rb", buffering=0))
             socket.send_fds(self._requests, [b"\n"], [reads, writes])
             ours.pop_all()
             return given, taken

@@ -27,7 +27,7 @@ class ProcessStat:
 def process_stat(pid: int) -> ProcessStat | None:
     """Return what is known of a process; None if there is none, we may not see it, or there is no /proc. Blocks."""
     try:
-        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:
             # Behind the name, which may have spaces and brackets.
             return ProcessStat(file.read(1024).rpartition(b")")[2].split())
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -43,6 +43,6 @@ def start_ticks(pid: int) -> int | None:
 def process_ids() -> list[int]:
     """Return the ids of all processes; none without /proc. Blocks."""
     try:
-        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208  (the same)
+        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
     except FileNotFoundError:
         return []

@@ -4,7 +4,6 @@ class TestMyAdapter(AdapterContract):
     adapter_type = MyAdapter
     options = {"model": "small"}
 """
-# ruff: noqa: S101  assert is what a test suite is made of, also one that is shipped
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from orchestrator.engine.session_api.contexts import KIND as CONTEXT
 from orchestrator.plugins import load_plugins
 from orchestrator.project import Project
 from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import TASK_TRAILER
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.slots import list_slots, read_record, read_slot_session
@@ -75,7 +75,7 @@ async def assert_invariants(scene: RunUnderTest) -> None:
     """Raise AssertionError that lists every invariant which does not hold."""
     state = await _read(scene)
     broken = [violation async for violation in _violations(scene, state)]
-    assert not broken, "\n".join(broken)  # noqa: S101  the purpose of this function
+    assert not broken, "\n".join(broken)
 
 
 async def _read(scene: RunUnderTest) -> _State:

@@ -37,7 +37,7 @@ async def update_in_background(views: Views, store: Store, clock: Clock, run: st
         group.start_soon(keeper.keep)
         try:
             yield
-        except Exception as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
+        except Exception as error:
             raised = error
             group.cancel_scope.cancel()
         keeper.end()
@@ -62,7 +62,7 @@ class BackgroundUpdater:
             is_last = self._is_over
             try:
                 await self._write_until_end()
-            except Exception as error:  # noqa: BLE001  copies for reading are no reason to fail a run
+            except Exception as error:
                 failures += 1
                 await self._tell(error)
             else:

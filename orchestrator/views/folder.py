@@ -94,7 +94,7 @@ class ViewFolder:
                 self.write(name, data)
                 continue
             with suppress(FileNotFoundError):
-                os.unlink(f"{self.path}/{name}")  # noqa: PTH108  as above
+                os.unlink(f"{self.path}/{name}")
         if changes.events:
             self._append(b"".join(changes.events))
 
@@ -109,11 +109,11 @@ class ViewFolder:
             os.close(fd)
         self._make(name.rpartition("/")[0])
         try:
-            os.rename(staged, f"{self.path}/{name}")  # noqa: PTH104  as above
+            os.rename(staged, f"{self.path}/{name}")
         except FileNotFoundError:  # somebody has removed the folder
             self._made.clear()
             self._make(name.rpartition("/")[0])
-            os.rename(staged, f"{self.path}/{name}")  # noqa: PTH104  as above
+            os.rename(staged, f"{self.path}/{name}")
 
     def conclude(self, stand: ViewPosition) -> None:
         """Say how far the views are, once all else is written."""

@@ -14,7 +14,7 @@ import anyio.to_thread
 from orchestrator.errors import HistoryCompacted, LockHeld
 from orchestrator.project import Project
 from orchestrator.protocols import CommitRecord, Document, Key, Store
-from orchestrator.state.documents.reading import LogTail
+from orchestrator.state.documents.log_reader import LogTail
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 from orchestrator.views.content import ViewChanges, ViewPosition, document_changes, history_changes, log_changes

@@ -9,7 +9,7 @@ import pytest
 from orchestrator import Council
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
-from tests.desks import FakeSessionService, use_in_runs
+from tests.fake_session_service import FakeSessionService, use_in_runs
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 

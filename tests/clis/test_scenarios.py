@@ -13,7 +13,7 @@ from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.testing.model_server import RecordedRequest, anthropic, gemini, ollama, openai_chat, openai_responses
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
-from tests.standins import mcp_server
+from tests.fakes import mcp_server
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]

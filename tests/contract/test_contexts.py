@@ -10,7 +10,7 @@ from orchestrator.domain.security.secrets import REDACTED, Redactor
 from orchestrator.domain.sessions.contexts import STALE_CONTEXT_SECONDS, SessionStatus
 from orchestrator.engine.session_api.contexts import SessionContexts, context_key, read_contexts
 from orchestrator.errors import LeaseLost, RefusedError
-from orchestrator.locking.registry import claim_key
+from orchestrator.locking.ownership import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
 from orchestrator.state.documents.maintenance import delete_expired
 from orchestrator.testing.clock import ManualClock

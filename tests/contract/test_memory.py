@@ -10,7 +10,7 @@ from orchestrator.domain.security.secrets import REDACTED, Redactor
 from orchestrator.domain.sessions import notes as bounds
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.errors import LeaseLost, RefusedError
-from orchestrator.locking.registry import claim_key
+from orchestrator.locking.ownership import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
 from orchestrator.testing.clock import ManualClock
 

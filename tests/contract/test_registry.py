@@ -12,9 +12,9 @@ import anyio
 import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import OwnershipConflict
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.errors import LeaseLost, LockUnavailable, RefusedError, VersionConflict
-from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
+from orchestrator.locking.ownership import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.protocols import Commit, Guard, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore

@@ -13,9 +13,9 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import REDACTED, Redactor
 from orchestrator.engine.session_api.shared_values import KIND, MAX_KEY_LENGTH, SharedValue, SharedValues
 from orchestrator.errors import LeaseLost, RefusedError
-from orchestrator.locking.registry import claim_key
+from orchestrator.locking.ownership import claim_key
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
-from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.testing.clock import ManualClock
 
 API, WEB = SessionName("r", "api", 1), SessionName("r", "web", 2)

@@ -5,8 +5,6 @@ trial's kind and not each of its steps. Everything is in one folder, whose file 
 can be had (`unshare`), so that it can be full.
 """
 
-# ruff: noqa: T201 - a program that prints what it found
-
 from __future__ import annotations
 
 import argparse
@@ -28,7 +26,7 @@ from pathlib import Path
 import anyio
 
 from tests.conftest import CommandResult, Repository, hermetic_environ
-from tests.crash.judging import Judge, RunProcess, UserCommit, find_processes
+from tests.crash.judge import Judge, RunProcess, UserCommit, find_processes
 from tests.crash.workload import Workload, make_workload
 
 #: Seconds that a run may take to its end once nothing goes wrong any more.

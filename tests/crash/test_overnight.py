@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CommandResult, Repository
-from tests.crash.night import (
+from tests.crash.overnight import (
     PYTEST,
     UNITTEST,
     Operator,

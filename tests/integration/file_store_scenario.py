@@ -16,8 +16,8 @@ from typing import Any
 
 import anyio
 import anyio._backends._asyncio  # imported late, too
-import portalocker  # noqa: F401  imported late by what is tested
-import zstandard  # noqa: F401  the same
+import portalocker
+import zstandard
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, Event, Key, Write

@@ -16,7 +16,7 @@ from pathlib import Path
 import anyio
 
 from orchestrator.repo.worktrees.pool import SlotPool
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 
 async def _session(yard: HubFixture, pool: SlotPool, commit: str, name: str, chance: random.Random) -> None:

@@ -13,7 +13,7 @@ from orchestrator.testing.fake_cli import __file__ as fake_cli
 from tests import distributions
 from tests.conftest import CommandResult, Repository
 from tests.distributions import ADAPTER, REGISTERS
-from tests.standins.script import ROOT, install
+from tests.fakes.script import ROOT, install
 
 PROMPT = ("--prompt", "write hello.txt hello")
 
@@ -22,7 +22,7 @@ PROMPT = ("--prompt", "write hello.txt hello")
 def claude(repository: Repository, tmp_path: Path) -> Repository:
     """A project with a council.yaml, and a stand-in for Claude Code on PATH."""
     folder = tmp_path / "bin"
-    install(folder, "claude", "tests.standins.claude")
+    install(folder, "claude", "tests.fakes.claude")
     repository.environ["PATH"] = f"{folder}{os.pathsep}{repository.environ['PATH']}"
     fake = {"use": "command", "argv": [sys.executable, "-S", fake_cli, "{prompt_file}"]}
     config = {

@@ -17,10 +17,10 @@ import pytest
 from orchestrator.api.council import Council
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import CommandResult, Repository
+from tests.fakes.ollama_server import Server, run_server
+from tests.fakes.script import ROOT, install
 from tests.integration.test_scheduler import until_event
 from tests.sandboxes import SANDBOX_PARAMS
-from tests.standins.ollama_server import Server, run_server
-from tests.standins.script import ROOT, install
 
 ADAPTERS = ("claude-code", "aider", "acp", "ollama")
 #: One of a program and one of a bridge each time; what an adapter makes of outputs is in its contract.

@@ -14,8 +14,8 @@ from orchestrator.api import execution
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.run_context import RunContext
 from tests.conftest import Repository
-from tests.desks import FakeSessionService, use_in_runs
-from tests.standins.script import ROOT, install
+from tests.fake_session_service import FakeSessionService, use_in_runs
+from tests.fakes.script import ROOT, install
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ async def run(
     repository: Repository, folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, **settings: Any
 ) -> RunReport:
     """Run one task with a stand-in for Claude Code, in the fence."""
-    install(folder, "claude", "tests.standins.claude")
+    install(folder, "claude", "tests.fakes.claude")
     monkeypatch.setenv("PATH", f"{folder}:{repository.environ['PATH']}")
     config = repository.configure(
         [{"id": "t", "prompt": prompt, "attempts": 1}],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import asking, contexts, cycle, locks, resuming, scheduler, startup, state, worktrees
+from benchmarks import contexts, cycle, locks, resume, scheduler, session_commands, startup, state, worktrees
 from benchmarks.measure import BenchmarkRow, Cost, format_table, measure_cost, measure_pairs, median
 
 
@@ -33,13 +33,13 @@ def test_startup_is_measured() -> None:
 @pytest.mark.slow
 def test_resuming_is_measured() -> None:
     """A resume to its first session, and a status, each of a long run next to a short one."""
-    check(resuming.measure(quick=True), ["council resume", "council status"])
+    check(resume.measure(quick=True), ["council resume", "council status"])
 
 
 @pytest.mark.slow
 def test_what_sessions_ask_by_is_measured() -> None:
     """A command and the hook, beside a Python that does nothing."""
-    check(asking.measure(quick=True), ["council peers", "the hook"])
+    check(session_commands.measure(quick=True), ["council peers", "the hook"])
 
 
 @pytest.mark.slow

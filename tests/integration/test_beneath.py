@@ -19,8 +19,8 @@ from orchestrator.protocols import SessionHome
 from orchestrator.repo.intake.session_refs import read_session_refs
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.setup.adapter_homes import _bring_back, _furnish
 from orchestrator.sessions.setup.handoff_file import HandoffData, _read
-from orchestrator.sessions.setup.homes import _bring_back, _furnish
 from orchestrator.state.legacy.files import read_legacy_files
 from orchestrator.system import untrusted_files
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import FAKE_CLI, CommandResult, Repository
-from tests.standins.script import ROOT, install
+from tests.fakes.script import ROOT, install
 
 #: Longer than any of these tests: who is not stopped before fails them.
 LONG = "90s"
@@ -18,7 +18,7 @@ LONG = "90s"
 @pytest.fixture
 def claude(repository: Repository, tmp_path: Path) -> Repository:
     """A repository with a stand-in for Claude Code on PATH."""
-    install(tmp_path / "bin", "claude", "tests.standins.claude")
+    install(tmp_path / "bin", "claude", "tests.fakes.claude")
     repository.environ["PATH"] = f"{tmp_path / 'bin'}:{repository.environ['PATH']}"
     return repository
 

@@ -14,7 +14,7 @@ from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.slots import list_slots, read_record
 from tests.conftest import CommandResult, Repository
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 #: What `setup` makes: it passes where `code` is good, and only `src` and `lock` say what it is made of.
 JEST = "#!/bin/sh\\ngrep -qx good code\\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.policy import SandboxKind
 from tests.conftest import Repository
 from tests.sandboxes import require_sandbox
 from tests.waiting import wait_for

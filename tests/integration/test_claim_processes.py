@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator.locking.claims import claim_key
 from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
-from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory

@@ -18,7 +18,7 @@ from orchestrator.protocols import Commit, Guard, Key
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import CommandResult, Repository
-from tests.recorded import recorded_project
+from tests.recorded_run import recorded_project
 
 DAY = 86400.0
 LANDS: dict[str, Any] = {"id": "a", "prompt": "write a.txt a"}

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.collect import CollectedWork, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 VALUE = "the-value-of-a-variable"
 KEY = "gh" + "p_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fXaB3d"
@@ -368,7 +368,7 @@ async def test_a_secret_as_a_name_without_content_stays_out(place: Place) -> Non
 @pytest.mark.extended
 async def test_a_tree_that_unfolds_without_end_takes_no_memory(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve small trees that mean 10^12 files: the history is not taken, the files are."""
-    monkeypatch.setattr("orchestrator.repo.git.runner._MAX_MEMORY", 100 << 20)
+    monkeypatch.setattr("orchestrator.repo.git.command._MAX_MEMORY", 100 << 20)
     blob = place.agent("rev-parse", "HEAD:config.py")
     tree = place.tree_of("".join(f"100644 blob {blob}\tf{number}\n" for number in range(10)))
     for _ in range(11):

@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import GitError
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.collect import collect_work
 from orchestrator.repo.intake.diffs import diff_session
 from orchestrator.repo.intake.inspection import IntakeRules
@@ -26,7 +26,7 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sandbox import confinement, landlock
 from orchestrator.sandbox.confinement import Confinement, Mechanism
 from tests.conftest import Repository
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 pytestmark = pytest.mark.sandbox
 

@@ -19,7 +19,7 @@ from orchestrator.state.documents.conflicts import apply_updates
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, RUN_STARTED, recorded_project
+from tests.recorded_run import RUN, RUN_STARTED, recorded_project
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 EXAMPLES = re.findall(r"```text\n\$ (council state (?:conflicts|settle).*?)```", GUIDE, re.DOTALL)

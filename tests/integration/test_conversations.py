@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import CommandResult, Repository
-from tests.standins.script import ROOT, install
+from tests.fakes.script import ROOT, install
 
 #: It passes once somebody has written `right` into the file.
 CHECK = "grep -q right a.txt"
@@ -21,7 +21,7 @@ CHECK = "grep -q right a.txt"
 def bin_folder(repository: Repository, tmp_path: Path) -> Path:
     """A stand-in for Claude Code on PATH."""
     folder = tmp_path / "bin"
-    install(folder, "claude", "tests.standins.claude")
+    install(folder, "claude", "tests.fakes.claude")
     repository.environ["PATH"] = f"{folder}:{repository.environ['PATH']}"
     return folder
 

@@ -9,10 +9,10 @@ import pytest
 
 from orchestrator.domain.sessions.contexts import SessionStatus
 from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Target
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import internal_ref_name
 from tests.conftest import Repository
-from tests.permits import join_merge_queue
+from tests.merge_permits import join_merge_queue
 from tests.team import SessionTeam, open_team
 
 

@@ -19,7 +19,7 @@ from orchestrator.state.log.identity import ensure_log
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
-from tests.recorded import RUN, recorded_project
+from tests.recorded_run import RUN, recorded_project
 from tests.waiting import wait_for
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.jsonlines import bridge_command
+from adapters.json_output import bridge_command
 from orchestrator.cli.commands.setup.adapter_test import contract_command
 from orchestrator.system import process
 from orchestrator.system.process import internal_program
@@ -46,7 +46,7 @@ COMMANDS = {
     "a bridge": [*bridge_command("acp", "--ready")],
     "the command of a session": [*own("orchestrator.__main__", "main"), "--help"],
     "the supervisor": own("orchestrator.sessions.supervision.supervisor", "main"),
-    "the walker": own("orchestrator.repo.worktrees.walker", "serve"),
+    "the walker": own("orchestrator.repo.worktrees.scan_worker", "serve"),
     "the console script": [sys.executable, str(Path(sys.executable).with_name("council")), "adapters", "--json"],
 }
 

@@ -11,15 +11,15 @@ import pytest
 
 from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS
+from orchestrator.domain.scheduling.path_ownership import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS
 from orchestrator.domain.sessions.contexts import SessionStatus
 from orchestrator.engine.session_api.details import MAX_DIFF_LENGTH
 from orchestrator.engine.session_api.quota import OVERHEAD, WriteQuota
 from orchestrator.errors import RefusedError
-from orchestrator.locking.files import FileLocks
-from orchestrator.locking.registry import claim_key
+from orchestrator.locking.file_locks import FileLocks
+from orchestrator.locking.ownership import claim_key
 from orchestrator.protocols import Commit, Guard, Write
-from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.team import SECRET, open_team

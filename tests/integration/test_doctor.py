@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import CommandResult, Repository
-from tests.fake_path import FakePrograms, install_fake_programs, install_plugin
+from tests.fake_programs import FakePrograms, install_fake_programs, install_plugin
 from tests.sandboxes import default_sandbox, needs_sandbox
 
 TASKS = [{"id": "a", "prompt": "write a.txt a"}]

@@ -14,7 +14,7 @@ from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents.update import update_document
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
+from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
 NOTE, API = Key("memo", "x"), Key("task", f"{RUN}/api")
 

@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import FileLocked, LockUnavailable, RefusedError
-from orchestrator.locking.files import FileLocks, list_file_locks
+from orchestrator.locking.file_locks import FileLocks, list_file_locks
 from orchestrator.system.clock import SystemClock
 from tests.programs import run_python
 
@@ -29,7 +29,7 @@ import sys, anyio
 from pathlib import Path
 from orchestrator.system.clock import SystemClock
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.locking.files import FileLocks
+from orchestrator.locking.file_locks import FileLocks
 
 async def main(folder, task, path, mode):
     locks, me = FileLocks(Path(folder), SystemClock()), SessionName("r", task, 1)
@@ -52,7 +52,7 @@ import statistics, sys, time, anyio
 from pathlib import Path
 from orchestrator.system.clock import SystemClock
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.locking.files import FileLocks
+from orchestrator.locking.file_locks import FileLocks
 
 async def main(folder, task, mode, rounds):
     locks, me = FileLocks(Path(folder), SystemClock()), SessionName("r", task, 1)
@@ -77,7 +77,7 @@ import sys, anyio
 from pathlib import Path
 from orchestrator.system.clock import SystemClock
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.locking.files import FileLocks
+from orchestrator.locking.file_locks import FileLocks
 
 async def main(folder, task, rounds, *paths):
     locks, me = FileLocks(Path(folder), SystemClock()), SessionName("r", task, 1)

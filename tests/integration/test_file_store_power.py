@@ -13,7 +13,7 @@ from orchestrator.state.log import snapshot
 from orchestrator.state.log.segments import HighWaterMark
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
-from tests.power import lose_power, simulate_reboot
+from tests.power_loss import lose_power, simulate_reboot
 
 BEAT, WORK = Key("beat", "b"), Key("work", "w")
 

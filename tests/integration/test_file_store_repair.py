@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import Commit, Event, Key, Write
-from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.log import snapshot
 from orchestrator.state.stores.file import SEGMENT_BYTES, FileStore
 from orchestrator.testing.clock import ManualClock

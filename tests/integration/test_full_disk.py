@@ -18,7 +18,7 @@ from orchestrator.repo.landing.target_branch import DeferredLanding
 from tests.conftest import Repository, hermetic_environ
 from tests.faults import SHELL_ADAPTER
 from tests.integration.test_interrupted_landings import Landing
-from tests.permits import hold_permit
+from tests.merge_permits import hold_permit
 from tests.waiting import wait_for
 
 #: Room for a repository, a run and its sessions.

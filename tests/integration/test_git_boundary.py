@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, StaleTarget, Target
-from orchestrator.repo.source.site import find_run_repository
-from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.run_repository import find_run_repository
+from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from orchestrator.system.clock import SystemClock
 from tests.command_server import StartedCommand
 from tests.conftest import Repository
-from tests.permits import hold_permit
+from tests.merge_permits import hold_permit
 
 pytestmark = pytest.mark.sandbox
 

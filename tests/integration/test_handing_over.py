@@ -16,13 +16,13 @@ from orchestrator.protocols import SessionCommand
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.sessions.setup.environment import build_session_environment
 from orchestrator.sessions.setup.handoff_file import HANDOFF_VARIABLE, HandoffData, MalformedHandoff, read_handoff
 from tests.conftest import Repository
-from tests.desks import FakeSessionService
+from tests.fake_session_service import FakeSessionService
+from tests.hub_fixture import HubFixture
 from tests.integration.test_mailbox import KINDS, Site
-from tests.places import HubFixture
 from tests.sandboxes import require_sandbox
 
 pytestmark = pytest.mark.sandbox

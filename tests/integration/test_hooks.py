@@ -16,13 +16,13 @@ from orchestrator.config.model import PathAccess, SandboxConfig, SetupStep
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed, Interrupted, Outcome, ResourcesExhausted
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.setup_keys import first_step_to_run, read_setup_keys
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import list_attempt_streams
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.output.log_files import list_attempt_streams
+from orchestrator.sessions.sandbox.policy import SandboxKind
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
 from orchestrator.sessions.setup.hooks import (
     HooksResult,

@@ -21,7 +21,7 @@ from orchestrator.engine.diagnostics.initialization import write_file
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import load_plugins
 from tests.conftest import FAKE_CLI, CommandResult, Repository
-from tests.fake_path import FakePrograms, install_fake_programs
+from tests.fake_programs import FakePrograms, install_fake_programs
 from tests.sandboxes import needs_sandbox
 
 

@@ -18,17 +18,17 @@ import anyio
 import pytest
 
 from orchestrator.errors import GitError, RefusedError, TargetMissing
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing import target_branch as landings
 from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, NothingToLand, PreparedMerge, Target
-from orchestrator.repo.source.checkout import find_repository, lock_marker, recover_push
-from orchestrator.repo.source.site import find_run_repository
-from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.run_repository import find_run_repository
+from orchestrator.repo.source.upstream import UpstreamRepository
+from orchestrator.repo.source.user_checkouts import find_repository, lock_marker, recover_push
 from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from orchestrator.system import file_lock
 from orchestrator.system.process import kill_by_environment
 from tests.conftest import Repository
-from tests.permits import hold_permit
+from tests.merge_permits import hold_permit
 from tests.waiting import wait_for
 
 #: What the landing brings; None deletes.

@@ -13,14 +13,14 @@ import anyio
 import pytest
 
 from orchestrator.project import Project
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import locate_hub
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.system.file_lock import FileLock
 from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
-from tests.permits import join_merge_queue
+from tests.merge_permits import join_merge_queue
 from tests.waiting import wait_for
 
 

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, TaskStatus
 from orchestrator.domain.scheduling.claims import Role
-from orchestrator.domain.scheduling.holdings import OwnershipConflict as OwnedBy
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.scheduler.requests import cancel_task, retry_task
 from orchestrator.engine.state.ledger import AdapterUpdate, Ledger, OutdatedBase, TaskMoved
@@ -25,7 +25,7 @@ from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import Clock
 from orchestrator.testing.clock import ManualClock
-from tests.recorded import NEW_COMMIT, OLD_COMMIT, make_orchestrators, run_document, task_spec
+from tests.recorded_run import NEW_COMMIT, OLD_COMMIT, make_orchestrators, run_document, task_spec
 
 
 async def start(ledger: Ledger, task: str) -> ClaimHolder | OwnedBy | OutdatedBase | TaskMoved | None:

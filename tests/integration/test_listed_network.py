@@ -20,10 +20,10 @@ from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import landlock
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, choose_sandbox
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.shell import CommandFailed, CommandSucceeded, Shell, ShellCommand, ShellResult
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
 from orchestrator.system.process import internal_program_folders
 from tests.conftest import Repository
 from tests.sandboxes import require_sandbox

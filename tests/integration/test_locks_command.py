@@ -15,16 +15,16 @@ from orchestrator import Council, RefusedError
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.claims import MergeLease, MergeParticipant
 from orchestrator.errors import LeaseLost
-from orchestrator.locking.files import FileLocks
-from orchestrator.locking.overview import release_broken_locks
-from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
+from orchestrator.locking.file_locks import FileLocks
+from orchestrator.locking.lock_overview import release_broken_locks
+from orchestrator.locking.ownership import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, CommitRecord, Guard, Key, Store, Write
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository
-from tests.permits import join_merge_queue
+from tests.merge_permits import join_merge_queue
 
 ADA, BOB = (SessionName("r", task, 1) for task in ("ada", "bob"))
 

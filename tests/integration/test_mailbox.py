@@ -26,16 +26,16 @@ from orchestrator.client.session import SessionConnection
 from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import RefusedError
-from orchestrator.locking.files import FileLocks
+from orchestrator.locking.file_locks import FileLocks
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.slots import WorktreeSlot
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.sandbox.policy import SandboxKind
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.socket.listener import SessionSocket, open_session_socket
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from orchestrator.system.clock import SystemClock
-from tests.desks import FakeSessionService
+from tests.fake_session_service import FakeSessionService
 from tests.sandboxes import require_sandbox
 
 pytestmark = pytest.mark.sandbox
@@ -632,7 +632,7 @@ async def test_without_descriptors_who_asks_waits(site: Site) -> None:
             said = BufferedByteReceiveStream(asking.stdout)
             full = list[int]()
             try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))  # noqa: PTH208  names
+                resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))
                 with suppress(OSError):
                     while True:
                         full.append(os.open(os.devnull, os.O_RDONLY))
@@ -657,7 +657,7 @@ def test_no_lock_takes_the_last_descriptors(tmp_path: Path) -> None:
         )
 
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))  # noqa: PTH208  names
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))
         with pytest.raises(RefusedError, match="no room for 40 more locks"):
             anyio.run(lock)
     finally:

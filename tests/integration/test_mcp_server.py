@@ -13,7 +13,7 @@ import pytest
 from orchestrator.client.commands import SESSION_COMMANDS
 from orchestrator.mcp_server import input_schema
 from orchestrator.repo.worktrees.hub import Hub
-from tests.desks import FakeSessionService
+from tests.fake_session_service import FakeSessionService
 from tests.integration.test_mailbox import Caller, Site
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ async def client(site: Site) -> AsyncIterator[ClientSession]:
 
     This process holds the session's lock, as the supervisor that the server descends from does.
     """
-    from mcp import ClientSession, StdioServerParameters, stdio_client  # noqa: PLC0415  it takes a second
+    from mcp import ClientSession, StdioServerParameters, stdio_client
 
     async with site.session() as (worktree, mailbox):
         caller = Caller(worktree)

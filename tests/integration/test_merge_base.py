@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing import target_branch
 from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Target
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from tests.conftest import Repository
-from tests.permits import hold_permit
+from tests.merge_permits import hold_permit
 
 
 @pytest.mark.extended_but_first

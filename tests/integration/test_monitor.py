@@ -16,11 +16,11 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.scheduler.monitor import CHECKPOINT_INTERVAL, SWEEP_INTERVAL, Monitor
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.protocols import LARGE_DOCUMENT_BYTES, Commit, Event, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, RUN_STARTED, make_orchestrators, record_run, run_document
+from tests.recorded_run import RUN, RUN_STARTED, make_orchestrators, record_run, run_document
 from tests.waiting import wait_for
 
 LOCK, LATER = Key("lock", "a"), Key("lock", "b")

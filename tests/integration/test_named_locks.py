@@ -18,12 +18,12 @@ from orchestrator.domain.scheduling.deadlocks import LockWait, choose_victim, fi
 from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocument
 from orchestrator.locking.named_locks import LockMode, NamedLocks
 from orchestrator.protocols import Commit, Key, Write
-from orchestrator.state.documents.shapes import LOCK_KIND, find_unreadable
+from orchestrator.state.documents.validation import LOCK_KIND, find_unreadable
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from tests.examples import example_settings
+from tests.hypothesis_settings import example_settings
 from tests.programs import run_python
 
 #: Takes a lock, says so, and keeps it until its standard input ends; then it may want another.

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.cli.main import main
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
+from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 from tests.unit.test_help import ALL
 
 NEWER = "20260203-101112-cd34"

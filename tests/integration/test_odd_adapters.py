@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
-from adapters.jsonlines import parse_bridge_line
+from adapters.json_output import parse_bridge_line
 from tests.conftest import Repository
-from tests.fake_path import install_plugin
+from tests.fake_programs import install_plugin
 
 _ODD = """
 import pluggy

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS, PathOwnership
+from orchestrator.domain.scheduling.path_ownership import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS, PathOwnership
 from orchestrator.engine.landing.ownership_check import OwnershipViolation
-from orchestrator.locking.registry import OwnershipRegistry, claim_key, ownership_scope
+from orchestrator.locking.ownership import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.protocols import Commit, Guard, Write
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository

@@ -18,7 +18,7 @@ from orchestrator.state.offline.outage import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
-from tests.outage import QUICK_PAUSES, DisconnectableStore
+from tests.faulty_store import QUICK_PAUSES, DisconnectableStore
 
 A, B, CLAIM = Key("task", "r/a"), Key("task", "r/b"), Key("claim", "r/a")
 PATIENCE = 20
@@ -427,7 +427,7 @@ from orchestrator.system.clock import SystemClock
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.offline.outage import surviving
-from tests.outage import QUICK, Line
+from tests.faulty_store import QUICK, Line
 
 async def main() -> None:
     place = Path(sys.argv[1])

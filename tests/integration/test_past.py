@@ -16,13 +16,13 @@ from orchestrator.api.runs import ProjectRuns
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, CommitRecord, Event, Key, Write
-from orchestrator.state.documents.reading import is_run_document
+from orchestrator.state.documents.log_reader import is_run_document
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
 from tests.integration.test_reading import ForgetfulStore
-from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
+from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 MODELS, API, CLAIM = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api"), Key("claim", f"{RUN}/models")

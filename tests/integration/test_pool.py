@@ -24,7 +24,7 @@ from orchestrator.repo.worktrees.pool import HeldSlot, SetupError, SlotOptions, 
 from orchestrator.repo.worktrees.reset import KeepRules
 from orchestrator.repo.worktrees.slots import WorktreeSlot, list_slots, read_record, read_slot_session
 from tests.conftest import Repository
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 from tests.waiting import wait_for
 
 WORKER = Path(__file__).with_name("pool_worker.py")

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.repo.worktrees.preserved import disable_repositories, is_preserved, preserve
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 COMMANDS = ("status", "diff", "log", "fetch", "branch", "stash", "st", "add --all", "commit --all -m x", "gc")
 

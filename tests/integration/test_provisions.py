@@ -14,17 +14,17 @@ import pytest
 
 from orchestrator.config.model import PathAccess
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.collect import CollectedWork, collect_work
 from orchestrator.repo.intake.diffs import diff_session
 from orchestrator.repo.intake.inspection import IntakeRules
-from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.hub import internal_ref_name
 from orchestrator.repo.worktrees.provisions import ProvisionFailure, Provisions
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 COPIED = (".env", "config/local.yaml", "vendor/a b*[c]")
 

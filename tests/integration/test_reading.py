@@ -18,13 +18,13 @@ from orchestrator.engine.scheduler.requests import submit_request
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.protocols import Commit, CommitRecord, Event, Key, Store
-from orchestrator.state.documents import reading
-from orchestrator.state.documents.reading import LogTail, find_position, follow_log, read_backwards, read_range
+from orchestrator.state.documents import log_reader
+from orchestrator.state.documents.log_reader import LogTail, find_position, follow_log, read_backwards, read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
-from tests.examples import example_settings
-from tests.recorded import RUN, make_orchestrators, record_run, run_document
+from tests.hypothesis_settings import example_settings
+from tests.recorded_run import RUN, make_orchestrators, record_run, run_document
 
 TASK = Key("task", "r/a")
 
@@ -62,8 +62,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClo
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts even of a short log."""
-    monkeypatch.setattr(reading, "_FIRST_PART", 4)
-    monkeypatch.setattr(reading, "_LARGEST_PART", 8)
+    monkeypatch.setattr(log_reader, "_FIRST_PART", 4)
+    monkeypatch.setattr(log_reader, "_LARGEST_PART", 8)
 
 
 async def fill(store: Store, commits: int, clock: ManualClock) -> None:
@@ -138,7 +138,7 @@ async def test_a_log_whose_newest_commit_is_unreadable_still_ends(
     tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is lost never comes: what can be read is what there is."""
-    monkeypatch.setattr(reading, "_PATIENCE", 0.3)
+    monkeypatch.setattr(log_reader, "_PATIENCE", 0.3)
     async with FileStore.open(tmp_path, clock) as store:
         await fill(store, 10, clock)
     [segment] = tmp_path.glob("*.jsonl")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.diffs import diff_commits, diff_session
 from orchestrator.repo.landing import salvage
-from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.upstream import UpstreamRepository
 from tests.conftest import Repository
 from tests.integration.test_collect import ADMIT, VALUE, Place, place
 

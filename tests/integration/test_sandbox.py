@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from orchestrator.errors import RefusedError, SessionError
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, SandboxPolicy, choose_sandbox, sandbox_command
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.sandbox.policy import SandboxKind, SandboxPolicy, choose_sandbox, sandbox_command
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
 from orchestrator.system.process_table import start_ticks
 from tests.processes import child_processes
 from tests.sandboxes import require_sandbox

@@ -18,9 +18,9 @@ import pytest
 from orchestrator.client.session import ShortSocketPath
 from orchestrator.config.model import LimitsConfig, PathAccess, SandboxConfig
 from orchestrator.sandbox import seccomp
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
+from orchestrator.sessions.sandbox.policy import SandboxKind
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from tests.sandboxes import require_sandbox
 
 pytestmark = [

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.policy import SandboxKind
 from tests.conftest import Repository
 from tests.integration.test_working_together import QUICK, ended, states
 from tests.sandboxes import SANDBOX_PARAMS

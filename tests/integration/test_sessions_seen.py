@@ -13,7 +13,7 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.contexts import SessionStatus
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.notes import NoteStore
-from orchestrator.locking.registry import ownership_scope
+from orchestrator.locking.ownership import ownership_scope
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.command_server import StartedCommand

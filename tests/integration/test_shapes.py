@@ -18,17 +18,17 @@ from orchestrator import Council, Key, RefusedError, Update
 from orchestrator.errors import CouncilError, UnreadableDocument
 from orchestrator.protocols import Commit, Document, JsonObject, Store, Write
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.state.documents.shapes import (
+from orchestrator.state.documents.update import update_document
+from orchestrator.state.documents.validation import (
     DOCUMENT_KINDS,
     check_manual_change,
     find_document_error,
     find_unreadable,
 )
-from orchestrator.state.documents.update import update_document
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.examples import example_settings
-from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
+from tests.hypothesis_settings import example_settings
+from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
 API = Key("task", f"{RUN}/api")
 RECORDED = ("api", "models")

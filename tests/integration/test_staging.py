@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.staging import StagingArea, StagingResult, stage_files
-from orchestrator.repo.source.source import UpstreamRepository
+from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from tests.conftest import Repository

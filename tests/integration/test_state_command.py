@@ -13,7 +13,7 @@ from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
-from tests.recorded import RUN, recorded_project
+from tests.recorded_run import RUN, recorded_project
 from tests.waiting import wait_for
 
 

@@ -13,8 +13,8 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, sandbox_command
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.sandbox.policy import SandboxKind, sandbox_command
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
 from tests.integration.test_sandbox import House, until
 from tests.processes import child_processes
 from tests.sandboxes import require_sandbox

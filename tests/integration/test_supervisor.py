@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from orchestrator.errors import LeaseLost, LockHeld, SessionError
-from orchestrator.sessions.supervision.supervised import (
+from orchestrator.sessions.supervision.supervisor_client import (
     SupervisedCommand,
     SupervisedExit,
     is_session_alive,
@@ -566,7 +566,7 @@ while True:
 ORCHESTRATOR = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 
 folder = Path(sys.argv[1])
 anyio.run(run_supervised, SupervisedCommand(

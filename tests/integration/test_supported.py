@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import LocalRepository, find_repository
-from orchestrator.repo.source.supported import (
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.compatibility import (
     check_complete_clone,
     check_file_names,
     check_supported,
     is_case_insensitive,
 )
+from orchestrator.repo.source.user_checkouts import LocalRepository, find_repository
 from tests.conftest import Repository
 
 

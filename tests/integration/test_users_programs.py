@@ -11,14 +11,14 @@ import pytest
 
 from orchestrator.engine.diagnostics.preflight import check_checkout
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, PreparedMerge, Target
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.source.user_programs import find_hooks_in_checkouts
 from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
-from tests.permits import hold_permit
+from tests.merge_permits import hold_permit
 
 HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-transaction", "post-index-change",
          "post-checkout", "post-merge", "push-to-checkout")  # fmt: skip

@@ -27,7 +27,7 @@ from orchestrator.views.content import document_view, version_view
 from orchestrator.views.names import document_path, version_path
 from orchestrator.views.update import DOCUMENT_KINDS, Views
 from tests.conftest import Repository
-from tests.recorded import RUN, RUN_STARTED, record_run, recorded_project, run_document
+from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from orchestrator.repo.git.index_file import refresh_index_stats
-from orchestrator.repo.worktrees import walk
+from orchestrator.repo.worktrees import scan_process
 from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
-from orchestrator.repo.worktrees.walk import FileScanner
+from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.system import process
 
 MANY = 100_000
@@ -23,7 +23,9 @@ MANY = 100_000
 def walkers() -> list[psutil.Process]:
     """Return the processes of ours that do so."""
     return [
-        one for one in psutil.Process().children() if "orchestrator.repo.worktrees.walker" in " ".join(one.cmdline())
+        one
+        for one in psutil.Process().children()
+        if "orchestrator.repo.worktrees.scan_worker" in " ".join(one.cmdline())
     ]
 
 
@@ -75,12 +77,12 @@ async def test_a_process_that_does_not_answer_is_given_up(
     stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After some time the answer comes from a thread of ours, and the process is killed."""
-    monkeypatch.setattr(walk, "_EXIT_TIMEOUT", 0.01)
+    monkeypatch.setattr(scan_process, "_EXIT_TIMEOUT", 0.01)
     async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
         (first,) = walkers()
         first.suspend()
-        monkeypatch.setattr(walk, "_LIMIT", 0.01)
+        monkeypatch.setattr(scan_process, "_LIMIT", 0.01)
         assert await walker.run(stamps.compare, MANY) == stamps.compare()
         assert walkers() == []
 

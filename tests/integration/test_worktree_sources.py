@@ -16,8 +16,8 @@ from orchestrator.config.model import SetupStep, WorktreesConfig, restore_adapte
 from orchestrator.engine.state.records import read_run
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.site import find_run_repository
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository

@@ -13,7 +13,7 @@ from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig, TaskSpec
 from orchestrator.domain.scheduling.cycles import find_cycles
 from orchestrator.errors import ConfigError
-from tests.examples import example_settings
+from tests.hypothesis_settings import example_settings
 
 # The machine may be busy with other tests: how long an example takes says nothing.
 unhurried = example_settings(60)

@@ -19,7 +19,7 @@ from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.state.transfer.copying import export_to_stream, import_from_stream
 from orchestrator.testing.clock import ManualClock
 from orchestrator.testing.store_contract import read_dump
-from tests.examples import example_settings
+from tests.hypothesis_settings import example_settings
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 _leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _text

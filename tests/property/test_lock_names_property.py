@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import RefusedError
 from orchestrator.locking.lock_names import canonical_path, folds_case, lock_name
-from tests.examples import example_settings
+from tests.hypothesis_settings import example_settings
 
 # Pairs that a careless name would take for one: a/b and a_b, small and capital, and long ones with the same beginning.
 LETTERS = st.sampled_from(["a", "b", "_", "A", "é", "ß", ".", " ", "-", "%", "\n", "x" * 60, "\udcff"])

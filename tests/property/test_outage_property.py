@@ -14,8 +14,8 @@ from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store,
 from orchestrator.state.offline.outage import survive_outages
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
-from tests.examples import example_settings
-from tests.outage import QUICK_PAUSES, DisconnectableStore
+from tests.faulty_store import QUICK_PAUSES, DisconnectableStore
+from tests.hypothesis_settings import example_settings
 
 TASKS = ("x", "y")
 STEPS = st.lists(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.ownership import check_pattern, has_any_overlap, has_overlap, is_match
-from tests.examples import example_settings
+from orchestrator.domain.scheduling.path_patterns import check_pattern, has_any_overlap, has_overlap, is_match
+from tests.hypothesis_settings import example_settings
 
 SEGMENTS = ["".join(text) for size in (1, 2, 3) for text in itertools.product("ab", repeat=size)]
 PATHS = ["/".join(segments) for size in (1, 2, 3) for segments in itertools.product(SEGMENTS, repeat=size)]

@@ -22,14 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git.runner import Git, sealed_environment
+from orchestrator.repo.git.command import Git, sealed_environment
 from orchestrator.repo.worktrees import reset, worktrees
 from orchestrator.repo.worktrees.change_detection import TreeDiff, detects_mmap_writes
 from orchestrator.repo.worktrees.pool import HeldSlot, SlotOptions, SlotPool
 from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
 from orchestrator.repo.worktrees.slots import WorktreeSlot
 from tests.edits import rename, swap
-from tests.places import HubFixture
+from tests.hub_fixture import HubFixture
 
 _LATIN = os.fsdecode(b"caf\xe9")
 _FILES = ("a", "b.txt", "run", "link", "-dash", "new\nline", _LATIN, "sub/a", "sub/b.txt", "sub/deep/a", "sub/deep/c")
@@ -340,7 +340,7 @@ def _facts(tree: Path, without: tuple[str, ...] = ()) -> dict[str, Facts]:
     found, waiting = {"": _facts_of(tree)}, [""]
     while waiting:
         folder = waiting.pop()
-        for path in (f"{folder}{name}" for name in os.listdir(tree / folder)):  # noqa: PTH208  names
+        for path in (f"{folder}{name}" for name in os.listdir(tree / folder)):
             if path != ".git" and path not in without:
                 found[path] = _facts_of(tree / path)
                 if stat.S_ISDIR(found[path][0]):

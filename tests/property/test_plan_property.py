@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
-from orchestrator.domain.scheduling.ownership import has_any_overlap
+from orchestrator.domain.scheduling.path_patterns import has_any_overlap
 from orchestrator.domain.scheduling.plan import count_concurrent_sessions, plan_waves
 
 _PATTERNS = ["src/**", "src/a/*", "src/a/b.py", "src/b*/x", "docs/", "**/x", "docs/[ab]*", "*"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from tests.edits import rename, swap
-from tests.examples import example_settings
+from tests.hypothesis_settings import example_settings
 
 _FILES = ("a", "b.txt", "sub/a", "sub/b", "sub/deep/a", "other/a", "other/b", "other/deep/a", "out/.gitkeep")
 _PATHS = (*_FILES, "new", "x.log", "sub/new", "sub/x.log", "made/a", "made/deep/x.log", "out/new")

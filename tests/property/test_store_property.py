@@ -30,7 +30,7 @@ from orchestrator.errors import HistoryCompacted, LeaseLost, RefusedError, Versi
 from orchestrator.protocols import VERSIONS_KEPT, Commit, CommitRecord, Event, Guard, JsonObject, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
-from tests.power import lose_power
+from tests.power_loss import lose_power
 
 LEASE = Key("lease", "l")
 KEYS = [*(Key("task", name) for name in ("a", "ab", "b", "ü/c")), Key("run", "a"), LEASE]

@@ -22,13 +22,13 @@ from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key
 from orchestrator.locking.orchestrators import RunMembership
-from orchestrator.locking.registry import ownership_scope
+from orchestrator.locking.ownership import ownership_scope
 from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.claim_history import ClaimHistory
-from tests.simulation.virtual import run_in_virtual_time
+from tests.simulation.virtual_time import run_in_virtual_time
 
 RUN, REPOSITORY, TARGET = "r", "repository", "main"
 TIMING = ClaimTiming(heartbeat=6.0, stale=30.0, owner_stale=60.0, sweep=9.0, max_retries=1_000)

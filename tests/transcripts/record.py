@@ -23,7 +23,7 @@ from typing import Final
 import anyio
 
 from orchestrator.protocols import Adapter, ConversationStarted, SessionCommand, SessionRequest
-from orchestrator.sessions.setup.homes import set_up
+from orchestrator.sessions.setup.adapter_homes import set_up
 from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
 from tests.transcripts.programs import PROGRAMS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.core.boundary import ErrorLog, error_boundary
+from orchestrator.cli.core.error_boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
 from orchestrator.errors import is_resource_exhaustion
 from orchestrator.system.file_lock import FileLock

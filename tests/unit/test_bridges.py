@@ -22,7 +22,7 @@ from adapters.bridges.context import code_block
 from adapters.bridges.lines import LINE_FIELDS, MAX_FIELD_CHARS, BridgeExit, MessageBuffer, write_line
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
-from adapters.jsonlines import parse_bridge_line
+from adapters.json_output import parse_bridge_line
 from adapters.ollama import OllamaAdapter, OllamaOptions
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
@@ -40,11 +40,11 @@ from orchestrator.protocols import (
 )
 from orchestrator.protocols import FinalResult as ConcludedEvent
 from orchestrator.sessions.output.transcript import MAX_LINE_BYTES
-from orchestrator.sessions.setup.homes import set_up
+from orchestrator.sessions.setup.adapter_homes import set_up
 from orchestrator.testing.model_server import ModelServer
 from tests.conftest import Repository
-from tests.standins.ollama_server import run_server
-from tests.standins.script import install
+from tests.fakes.ollama_server import run_server
+from tests.fakes.script import install
 from tests.waiting import wait_for
 
 
@@ -93,7 +93,7 @@ def test_what_can_be_used_is_ready(environ: dict[str, str], tmp_path: Path) -> N
         assert (code, "ollama pull none" in told) == (1, True)
     code, told = ready(OllamaAdapter(OllamaOptions(model="stub", host="http://127.0.0.1:9")), environ)
     assert (code, "ollama serve" in told) == (1, True)
-    claude = ClaudeCodeAdapter(ClaudeCodeOptions(bin=str(install(tmp_path, "claude", "tests.standins.claude"))))
+    claude = ClaudeCodeAdapter(ClaudeCodeOptions(bin=str(install(tmp_path, "claude", "tests.fakes.claude"))))
     assert ready(claude, environ)[0] == 1
     assert ready(claude, {**environ, "ANTHROPIC_API_KEY": "x"})[0] == 0
 
@@ -274,7 +274,7 @@ class Place:
 @pytest.fixture
 def place(environ: dict[str, str], tmp_path: Path) -> Place:
     """An empty worktree, and an agent on PATH."""
-    install(tmp_path / "bin", "acp-agent", "tests.standins.acp_agent")
+    install(tmp_path / "bin", "acp-agent", "tests.fakes.acp_agent")
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "worktree")], check=True, env=environ)
     return Place(tmp_path, {**environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}"})
 

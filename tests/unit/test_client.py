@@ -19,7 +19,7 @@ from orchestrator.client.commands import SESSION_COMMANDS
 from orchestrator.client.messages import format_result, strip_control_characters
 from orchestrator.client.quick_parser import parse_words
 from orchestrator.domain.runs.session_names import SessionName
-from tests.desks import FakeSessionService
+from tests.fake_session_service import FakeSessionService
 
 PLAIN = [
     "lock a b --wait 1.5",

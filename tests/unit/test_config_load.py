@@ -21,7 +21,7 @@ from orchestrator.config.model import (
 )
 from orchestrator.domain.runs.failures import RETRIED_BY_DEFAULT
 from orchestrator.errors import RefusedError
-from tests.recorded import task_spec
+from tests.recorded_run import task_spec
 
 TYPES = {"command": CommandAdapter}
 SMALLEST = """\

@@ -8,7 +8,7 @@ from typing import Final
 
 from orchestrator.client.commands import MAX_HANDOFF_BYTES, MAX_REQUEST_BYTES, MAX_SHARED_BYTES, MAX_WAIT_SECONDS
 from orchestrator.client.strict_json import MAX_DEPTH
-from orchestrator.domain.scheduling.holdings import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS
+from orchestrator.domain.scheduling.path_ownership import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS
 from orchestrator.domain.sessions.contexts import MAX_MESSAGE_CHARS, STALE_CONTEXT_SECONDS, SessionContext
 from orchestrator.domain.sessions.notes import (
     MAX_BLOCK_CHARS,
@@ -19,7 +19,7 @@ from orchestrator.domain.sessions.notes import (
 )
 from orchestrator.engine.session_api import details
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, MAX_BYTES, MAX_KEY_LENGTH, MAX_KEYS
-from tests.functions import ReplacedFunctionsContract, check_test, rows, sections
+from tests.replaced_functions import ReplacedFunctionsContract, check_test, rows, sections
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/coordination.md").read_text()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from adapters.command import CommandAdapter
-from adapters.reading import OutputRule
+from adapters.output_rules import OutputRule
 from orchestrator.builtin.checklist import ChecklistTracker, read_items
 from orchestrator.builtin.jsonlines import JsonLinesSink
 from orchestrator.cli.main import COMMANDS_BY_SECTION, main

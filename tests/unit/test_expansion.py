@@ -9,7 +9,7 @@ import pytest
 from orchestrator.config.source.names import check_name
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks, with_subtasks
-from orchestrator.domain.scheduling.ownership import is_covered
+from orchestrator.domain.scheduling.path_patterns import is_covered
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan, make_task_name
 from orchestrator.domain.workflow.violations import Violation
 

@@ -21,7 +21,7 @@ from orchestrator.engine.diagnostics.findings import Finding, Level, SpaceNeed
 from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.plugins import load_plugins
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.system.resources import remaining_processes
 
 MACHINE = Machine("3.11.2", "Linux", AvailableResources(1024, 10, 8 << 30), None, 1_800_000_000.0, 1_700_000_000.0)

@@ -13,7 +13,7 @@ import pytest
 from orchestrator.config.model import PathAccess
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import SessionHome, SettingsOverlay
-from orchestrator.sessions.setup.homes import remove_homes, set_up, write_back_logins
+from orchestrator.sessions.setup.adapter_homes import remove_homes, set_up, write_back_logins
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from adapters.command import CommandAdapter, CommandOptions
-from adapters.paths import values_at
-from adapters.reading import OutputRule
+from adapters.json_paths import values_at
+from adapters.output_rules import OutputRule
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEnd, SessionEvent, UsageReport

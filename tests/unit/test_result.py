@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.render.draw import MAX_ROWS_PER_STATE, render_result_table
 from orchestrator.cli.render.next_steps import run_step, task_steps
 from orchestrator.cli.render.result import ResultRow, next_step_hints, result_lines, result_rows, run_summary
+from orchestrator.cli.render.rich_tables import MAX_ROWS_PER_STATE, render_result_table
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.engine.reports.report import (
     AdapterReport,

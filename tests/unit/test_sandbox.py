@@ -10,9 +10,9 @@ import pytest
 
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import bubblewrap, landlock
-from orchestrator.sessions.sandbox import sandbox
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, SandboxPolicy, choose_sandbox, sandbox_command
-from orchestrator.sessions.supervision.supervised import SupervisedCommand
+from orchestrator.sessions.sandbox import policy
+from orchestrator.sessions.sandbox.policy import SandboxKind, SandboxPolicy, choose_sandbox, sandbox_command
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand
 
 pytestmark = pytest.mark.sandbox
 
@@ -77,14 +77,14 @@ def test_what_is_hidden_inside_a_writable_folder_splits_it(top: Path) -> None:
 
 def test_without_anything_hidden_a_folder_is_granted_as_a_whole(top: Path) -> None:
     """A writable folder in a readable one needs no list of what is beside it."""
-    given = dict(sandbox._landlock_rules(SandboxPolicy((top / "house",), (top,), (), top / "scratch")))
+    given = dict(policy._landlock_rules(SandboxPolicy((top / "house",), (top,), (), top / "scratch")))
     assert given[str(top / "house")] == "write"
     assert str(top / "house" / "open") not in given
 
 
 def test_devices_that_are_not_for_everybody_are_hidden(top: Path) -> None:
     """The disk itself would show all that is hidden on it."""
-    given = dict(sandbox._landlock_rules(SandboxPolicy((), (), (), top / "scratch")))
+    given = dict(policy._landlock_rules(SandboxPolicy((), (), (), top / "scratch")))
     assert given["/dev/null"] == given["/dev/urandom"] == "write"
     assert "/" not in given
     assert "/dev" not in given

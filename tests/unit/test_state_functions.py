@@ -9,13 +9,13 @@ from typing import Final
 from orchestrator.domain.runs.model import CheckpointOrigin, TaskStatus
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.engine.reports.report import RunStatus
-from tests import functions
-from tests.functions import ReplacedFunctionsContract
+from tests import replaced_functions
+from tests.replaced_functions import ReplacedFunctionsContract
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/state-functions.md").read_text()
 OUTPUT: Final = (ROOT / "docs/output.md").read_text()
-SECTIONS: Final = functions.sections(PAGE)
+SECTIONS: Final = replaced_functions.sections(PAGE)
 
 #: What may stand in code beside names: arguments, keys of the file, places, and words that a sentence is about.
 _NO_NAMES: Final = re.compile(
@@ -29,7 +29,7 @@ _WORDS: Final = {
 
 def rows(section: str) -> list[list[str]]:
     """Return the cells of the tables of a section, without their heads."""
-    return functions.rows(SECTIONS[section])
+    return replaced_functions.rows(SECTIONS[section])
 
 
 FUNCTIONS: Final = [

@@ -14,7 +14,7 @@ from orchestrator.domain.workflow.handoffs import Handoff, Receipt, make_handoff
 from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.engine.reports.report import TaskReport
 from orchestrator.engine.reports.schema import task_details_schema
-from orchestrator.engine.reports.story import TaskDefinition, TaskDetails, build_task_details
+from orchestrator.engine.reports.task_details import TaskDefinition, TaskDetails, build_task_details
 
 COMMIT, BASE = "0123456789" * 4, "f" * 40
 FINDINGS = [{"path": "a.py", "line": 3, "severity": "major", "message": "say \x1b[31mmore"}, {"message": "and less"}]

@@ -12,8 +12,8 @@ from rich.segment import Segment
 
 from orchestrator.api.activity import ObservedSession
 from orchestrator.cli.live.model import LiveRun
-from orchestrator.cli.render.draw import count_wrapped_rows, frame_lines
-from orchestrator.cli.render.table import (
+from orchestrator.cli.render.rich_tables import count_wrapped_rows, frame_lines
+from orchestrator.cli.render.table_model import (
     RemainingWork,
     TableFrame,
     TaskRow,

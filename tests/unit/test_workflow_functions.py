@@ -19,7 +19,7 @@ from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, PHASE_NEED
 from orchestrator.engine.phases.prompts import MAX_VALUE_LENGTH
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT
 from orchestrator.plugins import load_plugins
-from tests.functions import ReplacedFunctionsContract, rows, sections
+from tests.replaced_functions import ReplacedFunctionsContract, rows, sections
 from tests.unit.test_consistency import BROKEN
 
 ROOT: Final = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ import anyio.to_thread
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.boundary import EXIT_INTERNAL_ERROR, ErrorLog, error_boundary
 from orchestrator.cli.core.completion import complete_runs
+from orchestrator.cli.core.error_boundary import EXIT_INTERNAL_ERROR, ErrorLog, error_boundary
 from orchestrator.cli.core.signals import InterruptHandler
 from orchestrator.cli.render.output import Output, printable
 from orchestrator.cli.render.streams import write_error_message

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from orchestrator.cli.core.quantities import parse_duration_option
+from orchestrator.cli.core.option_parsers import parse_duration_option
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.schema import MAX_RETRIES
 

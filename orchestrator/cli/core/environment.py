@@ -18,7 +18,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.source.problems import Problems
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.plugins import Plugins, load_plugins
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 
 #: A prompt for a file without tasks.
 _PROMPT = "Describe this repository."

@@ -22,8 +22,8 @@ from orchestrator.engine.diagnostics.programs import make_default_adapters
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.project import not_in_repository_error
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import find_repository, read_current_branch
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.user_checkouts import find_repository, read_current_branch
 
 CONFIG_FILE_NAME = "council.yaml"
 #: How the names of files end that a run can be of, also of those that are not there.

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 from anyio.abc import TaskStatus
 
-from orchestrator.cli.core.boundary import EXIT_INTERRUPTED
+from orchestrator.cli.core.error_boundary import EXIT_INTERRUPTED
 from orchestrator.cli.render.output import Output
 
 _TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 from orchestrator.api.activity import ObservedSession
 from orchestrator.cli.render.output import one_line, printable
-from orchestrator.cli.render.table import (
+from orchestrator.cli.render.table_model import (
     ACTIVITY_LABELS,
     RETRY_LABEL,
     RemainingWork,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from orchestrator.cli.render.columns import align_columns, described, short_name, wrapped
-from orchestrator.cli.render.figures import format_minutes, metrics_line
+from orchestrator.cli.render.metrics import format_minutes, metrics_line
 from orchestrator.cli.render.output import event_text, one_line, salvage_name
 from orchestrator.cli.render.result import run_summary
 from orchestrator.domain.runs.model import RunDocument

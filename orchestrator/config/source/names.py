@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from orchestrator.config.source.problems import quote_text
-from orchestrator.domain.scheduling.ownership import split_path
+from orchestrator.domain.scheduling.path_patterns import split_path
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME_REMEDY: Final = (

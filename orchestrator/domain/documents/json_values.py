@@ -58,7 +58,7 @@ def parse_object(text: str) -> dict[str, Any]:
     """Return the JSON object that a text is; ValueError with the reason where it is none, or not to be trusted."""
     value = parse(text.encode(errors="surrogatepass"))
     if not isinstance(value, dict):
-        raise ValueError("it is not an object")  # noqa: TRY004  what is read is wrong, not a type
+        raise ValueError("it is not an object")
     flaw = find_json_error(value)
     if flaw is not None:
         raise ValueError(flaw)

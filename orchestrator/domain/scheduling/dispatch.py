@@ -34,7 +34,7 @@ _NO_LIMITS: Mapping[str, int] = {}
 
 @dataclass(frozen=True, slots=True)
 class DispatchEntry:
-    """What decisions need of a task; `owns` are patterns of `orchestrator.domain.scheduling.ownership`."""
+    """What decisions need of a task; `owns` are patterns of `orchestrator.domain.scheduling.path_patterns`."""
 
     needs: tuple[str, ...] = ()
     adapter: str = ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
-from orchestrator.domain.scheduling.ownership import has_any_overlap, literal_prefix
+from orchestrator.domain.scheduling.path_patterns import has_any_overlap, literal_prefix
 
 #: How many pairs of tasks are compared in one wave: tens of thousands that own much alike would take minutes.
 _MOST_COMPARISONS = 50_000

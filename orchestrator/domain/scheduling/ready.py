@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 
-from orchestrator.domain.scheduling.ownership import has_any_overlap
+from orchestrator.domain.scheduling.path_patterns import has_any_overlap
 
 #: As many tasks that become ready together are sorted instead of being put on a heap one by one.
 _MANY = 64

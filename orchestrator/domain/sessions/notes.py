@@ -8,7 +8,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.documents.times import Instant
-from orchestrator.domain.scheduling.ownership import has_any_overlap
+from orchestrator.domain.scheduling.path_patterns import has_any_overlap
 from orchestrator.domain.security.quoting import quote_lines, remove_control_characters
 
 #: Bytes (UTF-8) of a note's text, characters of its topic, and how many paths it can name.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
-from orchestrator.domain.scheduling.ownership import check_pattern, is_covered
+from orchestrator.domain.scheduling.path_patterns import check_pattern, is_covered
 from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
 from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check_plan, collect_needs
 from orchestrator.domain.workflow.violations import Violation

@@ -172,7 +172,7 @@ def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator
 
 def check_schema(schema: Mapping[str, Any]) -> None:
     """Refuse what is no JSON Schema (Draft 2020-12), or refers to what lies elsewhere."""
-    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415  only for schemas of the user's own
+    from jsonschema import Draft202012Validator, SchemaError
 
     try:
         Draft202012Validator.check_schema(schema)
@@ -215,7 +215,7 @@ def _guarded(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckResult
         )
     try:
         return check(data)
-    except Exception as error:  # noqa: BLE001  what a plugin's model or a schema of the user's does wrong is told
+    except Exception as error:
         fault = describe_exception(error)
         remedy = "mend the plugin or the schema that defines this kind"
         return CheckResult(None, (Violation(f"{kind}.check", f"kind {kind!r}", f"its check failed: {fault}", remedy),))
@@ -282,8 +282,8 @@ def _bounded(kind: str, found: Sequence[Violation]) -> Sequence[Violation]:
 
 
 def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) -> CheckResult:
-    from jsonschema import Draft202012Validator  # noqa: PLC0415  only for schemas of the user's own
-    from referencing import Registry  # noqa: PLC0415  the same
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
 
     # An empty registry: what a schema refers to is in it, or nowhere.
     validator = Draft202012Validator(schema, registry=Registry())
@@ -332,7 +332,7 @@ def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
     """Return a kind whose model is loaded when it is used: most programs use none."""
 
     def load() -> tuple[type[BaseModel], Rule]:
-        from orchestrator.domain.workflow import handoff_models as models  # noqa: PLC0415  what the docstring says
+        from orchestrator.domain.workflow import handoff_models as models
 
         rules: Mapping[str, Rule] = {
             "plan": models.check_plan,
@@ -342,7 +342,7 @@ def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
         return getattr(models, name.capitalize()), rules.get(name, _no_rule)
 
     def paths(data: Mapping[str, Any]) -> tuple[str, ...]:
-        from orchestrator.domain.workflow.handoff_models import find_artifact_paths  # noqa: PLC0415  the same
+        from orchestrator.domain.workflow.handoff_models import find_artifact_paths
 
         return find_artifact_paths(data)
 

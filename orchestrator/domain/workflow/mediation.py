@@ -122,7 +122,7 @@ def _transform(
     try:
         # What it does with its arguments must not change what is on record.
         made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
-    except Exception as error:  # noqa: BLE001  what a plugin does wrong is told, and ends the phase alone
+    except Exception as error:
         return Violation(
             "mediation.failed", place, f"it raised {describe_exception(error)}", "mend the plugin that brings it"
         )

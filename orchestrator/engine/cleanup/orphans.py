@@ -30,16 +30,16 @@ from orchestrator.engine.state.records import read_entries, read_tasks, task_doc
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.project import Project, find_stale_exclude_files
 from orchestrator.protocols import Document, Store
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing import salvage
-from orchestrator.repo.source.checkout import find_repository
+from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.worktrees import origin, worktrees
 from orchestrator.repo.worktrees.hub import INTERNAL_REFS, Hub, is_inside_hub
+from orchestrator.repo.worktrees.hub_scan import list_hubs, list_incomplete_hubs, list_stale_files
 from orchestrator.repo.worktrees.origin import HubOrigin, StoreLocation
 from orchestrator.repo.worktrees.slots import WorktreeSlot, assess_slot, list_slots
-from orchestrator.repo.worktrees.stale_files import list_hubs, list_incomplete_hubs, list_stale_files
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.state.documents.shapes import is_readable
+from orchestrator.state.documents.validation import is_readable
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 
@@ -82,7 +82,7 @@ class OrphanFinder:
 
     async def worktrees(self, run: RunDocument) -> list[Leftover]:
         """Judge the worktrees of a run; the caller finds out that nobody is at work in it."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"
         documents = {
             task: TaskDocument.model_validate_json(one.encoded) if is_readable(one) else None
             for task, one in (await read_tasks(self._store, run.id)).items()
@@ -118,7 +118,7 @@ class OrphanFinder:
 
     async def old_run(self, run: RunDocument, *, even_cut_off: bool) -> Leftover:
         """Judge the record of a run, whatever its age; the caller finds out that nobody is at work in it."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"
         hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
         branches: int | None = 0
         try:
@@ -133,7 +133,7 @@ class OrphanFinder:
 
     async def _is_over(self, run: RunDocument) -> bool:
         """Whether nothing is left that could be done in a run; RefusedError where that can't be read."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"
         documents = await read_tasks(self._store, run.id)
         if any(task not in documents or documents[task].damaged for task in run.tasks):
             raise RefusedError(f"records of tasks of run {run.id} are damaged", "`council state verify` tells more")
@@ -143,7 +143,7 @@ class OrphanFinder:
 
     async def _last(self, run: RunDocument) -> float:
         """Return when a run ended, or, where it did not, when its newest document was written (wall-clock seconds)."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"
         if run.ended is not None:
             return run.ended
         written = [one.time for one in (await read_tasks(self._store, run.id)).values()]

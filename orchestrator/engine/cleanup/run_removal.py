@@ -13,10 +13,10 @@ from typing import Final
 
 from orchestrator.engine.session_api.notes import KIND as NOTE
 from orchestrator.engine.state.records import run_key
-from orchestrator.locking.registry import ownership_scope
+from orchestrator.locking.ownership import ownership_scope
 from orchestrator.protocols import Commit, Document, Event, Store, Write
 from orchestrator.state.documents.checkpoints import CHECKPOINT_KIND as CHECKPOINT
-from orchestrator.state.documents.reading import is_run_document
+from orchestrator.state.documents.log_reader import is_run_document
 from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.failpoints import failpoint
 

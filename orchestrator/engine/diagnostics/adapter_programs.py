@@ -13,8 +13,8 @@ from orchestrator.domain.sessions.shell_commands import is_in_worktree, make_loo
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
 from orchestrator.protocols import Adapter
-from orchestrator.repo.git.runner import printable_name
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.repo.git.command import printable_name
+from orchestrator.sessions.sandbox.policy import SandboxKind
 
 
 async def look_for_adapter_programs(

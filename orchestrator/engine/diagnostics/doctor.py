@@ -35,8 +35,8 @@ from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_SANDBOX, Sandb
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import AdapterType
-from orchestrator.repo.git.runner import read_version
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, choose_sandbox
+from orchestrator.repo.git.command import read_version
+from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 from orchestrator.state.log.identity import find_trust_error
 
 _DEFAULT_CAPACITY: Final = 4

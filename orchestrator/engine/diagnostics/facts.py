@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.domain.scheduling.admission import AvailableResources
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.state.log.mounts import read_mount
 from orchestrator.system.resources import raise_descriptor_limit, read_resources, remaining_processes
 

@@ -15,8 +15,8 @@ from orchestrator.domain.scheduling.admission import MIB, AvailableResources, Se
 from orchestrator.engine.diagnostics.facts import Machine, RepositorySize, StorageLocation
 from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
 from orchestrator.errors import RESOURCE_MESSAGES, ConfigError, RefusedError
-from orchestrator.repo.git.runner import MINIMUM_VERSION, RECOMMENDED_VERSION, is_at_least
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
+from orchestrator.repo.git.command import MINIMUM_VERSION, RECOMMENDED_VERSION, is_at_least
+from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.state.log.mounts import NETWORK_FILE_SYSTEMS
 
 _GIB: Final = 1 << 30

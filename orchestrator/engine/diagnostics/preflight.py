@@ -19,20 +19,20 @@ from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sour
 from orchestrator.errors import GitError, RefusedError, raise_combined_refusal, to_unusable_error
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import Adapter
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import (
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.compatibility import check_complete_clone, check_supported
+from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
+from orchestrator.repo.source.upstream import UpstreamRepository
+from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
     find_checkout,
     interrupted_landing,
     list_uncommitted_changes,
 )
-from orchestrator.repo.source.site import RunRepository, find_run_repository
-from orchestrator.repo.source.source import UpstreamRepository
-from orchestrator.repo.source.supported import check_complete_clone, check_supported
 from orchestrator.repo.source.user_programs import find_unsafe_filter, read_git_config
 from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
 from orchestrator.repo.worktrees.origin import HubUser
-from orchestrator.sessions.sandbox.sandbox import SandboxKind, choose_sandbox
+from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 
 #: Characters of all prompts of a run together: they are recorded at once.
 MAX_PROMPTS_LENGTH = 12 << 20

@@ -21,7 +21,7 @@ from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.repository_findings import covers, ignored_in, is_generated
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
 from orchestrator.errors import GitError
-from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.repo.git.command import Git, printable_name
 
 _EXECUTABLE: Final = "100755"
 _TITLE: Final = "programs"

@@ -28,8 +28,8 @@ from orchestrator.config.adapters import make_trial_request
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AdapterType, JsonObject, Program, SessionHome
+from orchestrator.sessions.setup.adapter_homes import set_up
 from orchestrator.sessions.setup.environment import BASE_VARIABLES
-from orchestrator.sessions.setup.homes import set_up
 from orchestrator.system.process import CompletedCommand, kill_by_environment, run_untrusted
 
 K = TypeVar("K", bound=Hashable)
@@ -101,7 +101,7 @@ def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, A
         except ValidationError as error:
             missing = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "missing"]
             needs[name] = f"needs {', '.join(missing)}" if missing else "has no valid options of its own"
-        except Exception as error:  # noqa: BLE001  a plugin's own code
+        except Exception as error:
             needs[name] = f"can't be made: {type(error).__name__}: {error}"
     return made, needs
 
@@ -166,7 +166,7 @@ def _programs_of(
             names = {*BASE_VARIABLES, "HOME", *command.pass_env}
             env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
             found[name] = [_ProbeRequest(one, tuple(sorted(env.items())), command.home) for one in adapter.programs()]
-        except Exception as error:  # noqa: BLE001  a plugin's own code
+        except Exception as error:
             broken[name] = f"{type(error).__name__}: {error}"
     return found, broken
 

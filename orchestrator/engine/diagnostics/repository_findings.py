@@ -18,11 +18,11 @@ from orchestrator.engine.diagnostics.preflight import check_branches, check_chec
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.project import Project, council_home, not_in_repository_error
-from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.source.branches import find_base_branch, list_branches
-from orchestrator.repo.source.checkout import LocalRepository, refuse_tracked_project_folder
-from orchestrator.repo.source.site import RunRepository, find_run_repository
-from orchestrator.repo.source.supported import check_complete_clone, check_supported
+from orchestrator.repo.source.compatibility import check_complete_clone, check_supported
+from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
+from orchestrator.repo.source.user_checkouts import LocalRepository, refuse_tracked_project_folder
 from orchestrator.repo.source.user_programs import SKIPPED_HOOKS_REASON, find_hooks_in_checkouts
 
 _REMOTE_TIMEOUT = 20.0  # seconds for a server to answer
@@ -161,7 +161,7 @@ def _files_of(
         ]
 
     # A word may be a whole prompt: unlike Path.is_file this says no to what is too long for a name or holds a NUL.
-    there = [word for word in relative(words) if os.path.isfile(top / word)]  # noqa: PTH113
+    there = [word for word in relative(words) if os.path.isfile(top / word)]
     return there, [path for path in relative(scripts) if not os.path.lexists(top / path)]
 
 

@@ -18,11 +18,11 @@ from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.run_context import hidden_folders
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project, council_home
-from orchestrator.repo.source.site import RunRepository
+from orchestrator.repo.source.run_repository import RunRepository
 from orchestrator.repo.worktrees.hub import locate_hub
 from orchestrator.sandbox.credentials import find_credentials
-from orchestrator.sessions.sandbox.sandbox import choose_sandbox
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.sandbox.policy import choose_sandbox
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import build_base_environment
 from orchestrator.sessions.setup.shell import CommandSucceeded, Shell, ShellCommand
 

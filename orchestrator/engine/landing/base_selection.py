@@ -10,7 +10,7 @@ import anyio
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.scheduling.ownership import find_out_of_scope
+from orchestrator.domain.scheduling.path_patterns import find_out_of_scope
 from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger

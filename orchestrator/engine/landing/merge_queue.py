@@ -45,7 +45,7 @@ from orchestrator.repo.worktrees.hub import internal_ref_name, work_branch_name
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup.checks import CheckRunner, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed
-from orchestrator.system import notices
+from orchestrator.system import slow_waits
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -120,7 +120,7 @@ class MergeQueue:
         """Check and wait for nothing any more; tasks keep their places. A move of the target is not cut off."""
         self._stopping = True
         if self.is_moving:
-            notices.logger.warning("waiting for %s: a second Ctrl-C ends at once", OWN_PUSH_DESCRIPTION)
+            slow_waits.logger.warning("waiting for %s: a second Ctrl-C ends at once", OWN_PUSH_DESCRIPTION)
         self._turn.cancel()
         self._stop_checks()
 
@@ -462,7 +462,7 @@ class MergeQueue:
         for task in tasks:
             document = self.ledger.task(task)
             intent = document.intent
-            assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
+            assert intent is not None, "a task is landing only by an intent"
             merge = PreparedMerge(intent.old, intent.new)
             settled = await self.target.settle(permit, merge, document.intended, intent.recorded)
             match settled:

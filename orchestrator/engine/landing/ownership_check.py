@@ -12,13 +12,13 @@ from typing import Final
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import escape_path
-from orchestrator.domain.scheduling.ownership import find_out_of_scope
+from orchestrator.domain.scheduling.path_ownership import escape_path
+from orchestrator.domain.scheduling.path_patterns import find_out_of_scope
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import RefusedError
-from orchestrator.locking.registry import OwnershipRegistry
-from orchestrator.repo.git.restore import revert_paths
-from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.locking.ownership import OwnershipRegistry
+from orchestrator.repo.git.command import Git, printable_name
+from orchestrator.repo.git.revert import revert_paths
 from orchestrator.repo.landing.target_branch import PreparedMerge
 from orchestrator.repo.worktrees.hub import internal_ref_name
 

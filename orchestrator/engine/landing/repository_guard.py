@@ -12,9 +12,9 @@ from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import LocalRepository
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.snapshot import RepositorySnapshot, describe_changes, is_user_git_running, take_snapshot
+from orchestrator.repo.source.user_checkouts import LocalRepository
 
 
 class RepositoryGuard:

@@ -47,7 +47,7 @@ from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.git.checksums import compute_checksums
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.sessions.setup.handoff_file import HandoffData, MalformedHandoff
 from orchestrator.sessions.setup.shell import CommandFailed
@@ -163,7 +163,7 @@ class PhaseCompleter:
     ) -> PhaseCompletion | Failed:
         """Have a phase's work mended that is not what it is to be done until."""
         failed, visit = session.failed, document.phases[-1]
-        assert failed is not None, "there is something to mend"  # noqa: S101  the caller has seen it
+        assert failed is not None, "there is something to mend"
         reason = failed.describe(f"on the work of phase {phase.name!r}")
         if visit.rounds >= phase.max_rounds:
             return Failed(FailureClass.CHECKS_FAILED, f"{reason}; no round is left of `max_rounds: {phase.max_rounds}`")

@@ -94,9 +94,9 @@ def render(template: str, facts: PromptFacts) -> Prompt:
 
     What the template leaves out of the feedback and of how to hand over stands behind it.
     """
-    from jinja2 import TemplateError  # noqa: PLC0415  only tasks with a workflow need it
+    from jinja2 import TemplateError
 
-    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  the same
+    from orchestrator.config.workflows.template_sandbox import limit_rendering
 
     hand_over = None if facts.handoff is None else render_handoff_instructions(facts.handoff)
     # In the order in which they are read: what is wrong, then what is to come of it.
@@ -122,9 +122,9 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
 
     It sees the values by their names, and all of them as `values`.
     """
-    from jinja2 import TemplateError  # noqa: PLC0415  the same
+    from jinja2 import TemplateError
 
-    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  the same
+    from orchestrator.config.workflows.template_sandbox import limit_rendering
 
     try:
         wrapped = _Quoter("data").value({**values})

@@ -25,7 +25,7 @@ from orchestrator.engine.state.records import read_handoffs, read_run, task_key
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import JsonObject, Store
 from orchestrator.repo.git.checksums import compute_checksums
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock
 
@@ -158,7 +158,7 @@ class _RunVerifier:
                 continue
             try:
                 paths = kind.paths(handoff.data)
-            except Exception as error:  # noqa: BLE001  a plugin's own code
+            except Exception as error:
                 unseen.append(
                     f"{place}: files that were handed over: its kind can't name them: {describe_exception(error)}"
                 )

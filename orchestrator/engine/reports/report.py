@@ -27,7 +27,7 @@ from orchestrator.domain.runs.phases import OPEN_STATUSES
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.protocols import JsonObject
-from orchestrator.sessions.output.files import log_file_name
+from orchestrator.sessions.output.log_files import log_file_name
 from orchestrator.system.instants import format_local_time
 
 #: `result_schema` takes the docstrings of fields for their descriptions.
@@ -258,7 +258,7 @@ class RunRecord:
         entry = self.entries[task]
         if entry.workflow is None:
             return entry.adapters
-        from orchestrator.domain.workflow.routing import Phase, Workflow, current_adapters  # noqa: PLC0415  seldom needed
+        from orchestrator.domain.workflow.routing import Phase, Workflow, current_adapters
 
         workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[entry.workflow])))
         return current_adapters(workflow, self.tasks[task], entry.adapter, entry.fallback)

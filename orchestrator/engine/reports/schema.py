@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.domain.scheduling.claims import ClaimCounters
 from orchestrator.engine.reports.report import EXIT_CODES, RunReport, TaskReport
-from orchestrator.engine.reports.story import TaskDetails
+from orchestrator.engine.reports.task_details import TaskDetails
 from orchestrator.protocols import JsonObject
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"

@@ -25,7 +25,7 @@ from orchestrator.domain.runs.outcome import (
 )
 from orchestrator.domain.runs.retry import compute_cooldown_end, retry_delay
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import OwnershipConflict as OwnedBy
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
 from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_selection import BaseSelector, StartPoint
@@ -42,7 +42,7 @@ from orchestrator.repo.intake.diffs import diff_commits_bounded
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.preserved import try_to_preserve
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import log_path
+from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.session import Assignment, Conversation, Session, SessionResult
 from orchestrator.sessions.setup.checks import CheckRunner, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.handoff_file import read_handoff
@@ -483,7 +483,7 @@ class AttemptRunner:
         known, is_new = await self.ledger.update_adapter(adapter, judge)
         if is_new:
             failpoint("adapter.parked")
-        assert known.parked_until is not None, "else it would have been parked"  # noqa: S101
+        assert known.parked_until is not None, "else it would have been parked"
         return AdapterCoolingDown(adapter, known.parked_until)
 
     async def _close(self, work: ActiveAttempt, reason: str) -> AdapterDisabled | RetryAfter:

@@ -26,8 +26,8 @@ from orchestrator.domain.runs.outcome import Failed, Interrupted
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.protocols import Adapter, JsonObject
-from orchestrator.sessions.output.files import MAX_OUTPUT_BYTES
 from orchestrator.sessions.output.follow import OutputFollower
+from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 from orchestrator.system.clock import Clock
 

@@ -55,7 +55,7 @@ from orchestrator.engine.state.ledger import AdapterUpdate, Ledger
 from orchestrator.errors import ClaimLost, GitError, HandoffCorrupted, RefusedError, VersionConflict
 from orchestrator.locking.merge_permit import MergePermitQueue
 from orchestrator.repo.worktrees.pool import SlotPool
-from orchestrator.sessions.setup import homes
+from orchestrator.sessions.setup import adapter_homes
 
 #: Seconds from one push to the next, while there are sessions that may finish meanwhile and fill it.
 LANDING_BATCH_WINDOW = 0.25
@@ -420,7 +420,7 @@ class Scheduler:
 
     async def _remove_homes(self, tasks: Sequence[str]) -> None:
         """Remove the homes of tasks that have landed or are done: nobody goes on with them."""
-        await homes.remove_homes(self._context.tools.logs, tasks, self._context.tools.environ)
+        await adapter_homes.remove_homes(self._context.tools.logs, tasks, self._context.tools.environ)
 
     async def _apply_landing(self, task: str) -> None:
         status = self._ledger.task(task).status

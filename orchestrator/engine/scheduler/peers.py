@@ -199,7 +199,7 @@ class PeerSync:
         """Wait for sessions that are being stopped: until they are over, attempts have the documents to themselves."""
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
-                while self._is_ending_here(task):  # noqa: ASYNC110  another task of ours
+                while self._is_ending_here(task):
                     await anyio.sleep(_POLL_INTERVAL)
 
     def _is_ending_here(self, task: str) -> bool:

@@ -26,11 +26,11 @@ from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.preserved import try_to_preserve
 from orchestrator.repo.worktrees.slots import read_setup_files
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import last_activity, log_path
+from orchestrator.sessions.output.log_files import last_activity, log_path
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript, read_transcript
 from orchestrator.sessions.session import salvage_session
 from orchestrator.sessions.socket.listener import remove_session_socket
-from orchestrator.sessions.supervision.supervised import stop_supervised
+from orchestrator.sessions.supervision.supervisor_client import stop_supervised
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -279,7 +279,7 @@ async def _read_transcript(shop: RunContext, attempt: Attempt, task: str) -> Tra
     log = log_path(shop.tools.logs, task, attempt.number, "stdout")
     try:
         said, _ = await anyio.to_thread.run_sync(read_transcript, shop.adapters[attempt.adapter], log)
-    except Exception:  # noqa: BLE001  a mistake of a plugin's, or a disk that can't be read: it is not known then
+    except Exception:
         return EMPTY_TRANSCRIPT
     return said
 

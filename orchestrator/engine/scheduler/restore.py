@@ -12,7 +12,7 @@ import anyio.to_thread
 from orchestrator.domain.runs.model import CheckpointOrigin, TaskDocument, TaskStatus
 from orchestrator.errors import GitError, to_unusable_error
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub, work_branch_name
 from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan, create_checkpoint
 from orchestrator.system.failpoints import failpoint

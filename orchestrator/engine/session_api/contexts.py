@@ -32,7 +32,7 @@ from orchestrator.domain.sessions.contexts import (
 )
 from orchestrator.errors import LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
-from orchestrator.state.documents.reading import validate_many
+from orchestrator.state.documents.log_reader import validate_many
 from orchestrator.system.clock import Clock
 
 KIND: Final = "context"

@@ -17,14 +17,14 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import read_run, read_spec, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, AgentMessage, SessionEvent, Store, ToolCall
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.diffs import count_session_changes, count_session_commits, diff_session
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.entries import OutputEntryBuilder
-from orchestrator.sessions.output.files import log_path, read_tail
 from orchestrator.sessions.output.follow import OutputFollower
+from orchestrator.sessions.output.log_files import log_path, read_tail
 from orchestrator.sessions.output.transcript import MAX_EVENTS
 
 #: Characters of a difference, of what a log said last, and of a plan that are told.
@@ -84,7 +84,7 @@ class SessionDetails:
 async def find_session_files(store: Store, session: SessionName, redactor: Redactor) -> tuple[Worktree, IntakeRules]:
     """Return where an attempt works, by the record of its run, and what of it may be shown."""
     run, spec = await read_run(store, session.run), await read_spec(store, session.run, session.task)
-    from orchestrator.config.model import WorktreesConfig  # noqa: PLC0415  only live work needs it
+    from orchestrator.config.model import WorktreesConfig
 
     given = WorktreesConfig.model_validate(run.worktrees)
     admit = IntakeRules(redactor, spec.max_file, withheld=given.copied + given.linked)

@@ -11,7 +11,7 @@ import anyio.to_thread
 from pydantic import TypeAdapter
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import check_patterns
+from orchestrator.domain.scheduling.path_ownership import check_patterns
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.notes import (
     MAX_NOTES,
@@ -27,7 +27,7 @@ from orchestrator.domain.sessions.notes import (
 )
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
-from orchestrator.state.documents.reading import validate_many
+from orchestrator.state.documents.log_reader import validate_many
 from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.clock import Clock
 

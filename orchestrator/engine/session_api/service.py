@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from orchestrator.client.commands import MAX_HANDOFF_BYTES, MAX_WAIT_SECONDS
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.holdings import OwnershipConflict, escape_path
-from orchestrator.domain.scheduling.ownership import is_match
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict, escape_path
+from orchestrator.domain.scheduling.path_patterns import is_match
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, filter_active
 from orchestrator.engine.session_api.contexts import SessionContexts, SessionStatusUpdate
@@ -32,13 +32,13 @@ from orchestrator.engine.session_api.observation import observe_session
 from orchestrator.engine.session_api.quota import WriteQuota
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, SharedValues, require_new_value, require_value
 from orchestrator.errors import FileLocked, HistoryCompacted, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
-from orchestrator.locking.files import FILE_LOCK_TIMEOUT, FileLocks
+from orchestrator.locking.file_locks import FILE_LOCK_TIMEOUT, FileLocks
 from orchestrator.locking.lock_names import canonical_path
-from orchestrator.locking.overview import release_broken_locks
-from orchestrator.locking.registry import OwnershipRegistry
+from orchestrator.locking.lock_overview import release_broken_locks
+from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.protocols import Commit, Guard, JsonObject, Store
-from orchestrator.repo.git.runner import Git
-from orchestrator.sessions.output.files import log_path
+from orchestrator.repo.git.command import Git
+from orchestrator.sessions.output.log_files import log_path
 from orchestrator.system.clock import Clock
 from orchestrator.system.instants import format_local_time
 

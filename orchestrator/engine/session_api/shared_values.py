@@ -128,7 +128,7 @@ class SharedValues:
         key: str,
         *,
         after: int | None = None,
-        timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  (by the clock, and nothing is not an error)
+        timeout: float = DEFAULT_WAIT,
     ) -> SharedValue | None:
         """Return what is under a key as soon as there is anything, or a version later than `after`.
 

@@ -21,7 +21,7 @@ from orchestrator.domain.runs.model import (
     TaskStatus,
 )
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
-from orchestrator.domain.scheduling.holdings import OwnershipConflict as OwnedBy
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.domain.workflow.routing import Phase, Workflow
 from orchestrator.engine.state.leader import find_other_leader, prepare_lease
@@ -46,7 +46,7 @@ from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, Tr
 from orchestrator.errors import ClaimLost, HistoryCompacted, LeaseLost, RefusedError, RunActive, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.orchestrators import RunMembership
-from orchestrator.locking.registry import OwnershipRegistry
+from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
@@ -628,7 +628,7 @@ class Ledger:
     async def checkpoint(self) -> None:
         """Make the checkpoint that is due by the clock; of those before it the newest stay."""
         # Late: whoever only looks at a run makes none.
-        from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints  # noqa: PLC0415
+        from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints
 
         await create_checkpoint(
             self._store, self.run.id, "a run at work", maker=CheckpointOrigin.CLOCK, guards=self._guards

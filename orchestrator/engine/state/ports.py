@@ -10,7 +10,7 @@ from typing import Final
 # A server of a session may listen on any of these. What listens on one other address is in the way of the general ones.
 _ADDRESSES: Final = (
     (socket.AF_INET, "127.0.0.1"),
-    (socket.AF_INET, "0.0.0.0"),  # noqa: S104  (bound for a moment, never listened on)
+    (socket.AF_INET, "0.0.0.0"),
     (socket.AF_INET6, "::1"),
     (socket.AF_INET6, "::"),
 )

@@ -115,7 +115,7 @@ async def read_runnable(store: Store, run: str) -> RunDocument:
 
 def _check(found: Document) -> None:
     # Late: most of what only shows a run needs none of the shapes.
-    from orchestrator.state.documents.shapes import find_document_error  # noqa: PLC0415
+    from orchestrator.state.documents.validation import find_document_error
 
     if (flaw := find_document_error(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
@@ -143,7 +143,7 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
 async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
     """Return what a task was asked to do; RefusedError if that is missing or damaged."""
     # Late: its models take as long to make as all of what shows a run takes to read.
-    from orchestrator.config.model import TaskSpec  # noqa: PLC0415
+    from orchestrator.config.model import TaskSpec
 
     found = await store.get(spec_key(run, task))
     return _parsed(TaskSpec, _require_undamaged(store, _there({} if found is None else {task: found}, task)))
@@ -151,7 +151,7 @@ async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
 
 async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, TaskSpec]:
     """Return what tasks were asked to do, as `read_spec`, with one look at the store."""
-    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
+    from orchestrator.config.model import TaskSpec
 
     found = await _list_by_name(store, "spec", run)
     return {task: _parsed(TaskSpec, _require_undamaged(store, _there(found, task))) for task in tasks}

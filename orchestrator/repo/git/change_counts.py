@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from orchestrator.repo.git.runner import Git, is_object_id
+from orchestrator.repo.git.command import Git, is_object_id
 
 # No program that a configuration names may run, and what is shown depends on nobody's settings.
 PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import anyio.to_thread
 
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 
 #: Bytes of files that are read at once.
 _BATCH = 64 << 20

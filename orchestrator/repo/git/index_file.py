@@ -4,7 +4,7 @@ Git takes a file for unchanged only where its times, inode, owner and size are t
 it would read every file to find out that nothing differs, which takes longer than copying it. It also reads each file
 that is not older than the index by a second of the clock (racy-git in its documentation), and so all of a fresh one.
 
-Only the standard library is imported: `orchestrator.repo.worktrees.walker` does this, too.
+Only the standard library is imported: `orchestrator.repo.worktrees.scan_worker` does this, too.
 """
 
 from __future__ import annotations

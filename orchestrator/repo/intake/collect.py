@@ -20,10 +20,10 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.errors import GitError, is_resource_exhaustion
-from orchestrator.repo.git.runner import GITLINK_MODE, FileChange, Git, is_object_id, printable_name
-from orchestrator.repo.intake.commits import SessionCommits
+from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, is_object_id, printable_name
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
+from orchestrator.repo.intake.session_commits import SessionCommits
 from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, remove_blocking_files, stage_files
 from orchestrator.repo.worktrees.change_detection import TreeDiff

@@ -13,10 +13,10 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, counted
-from orchestrator.repo.git.runner import Git, printable_name
-from orchestrator.repo.intake.commits import link_session_objects
+from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
+from orchestrator.repo.intake.session_commits import link_session_objects
 from orchestrator.repo.intake.session_refs import read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, StagingResult, find_blocking_files, stage_files
 from orchestrator.repo.worktrees.worktrees import Worktree

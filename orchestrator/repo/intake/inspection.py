@@ -13,8 +13,8 @@ import anyio.to_thread
 from orchestrator.domain.security.reserved_names import find_reserved_name
 from orchestrator.domain.security.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
+from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, printable_name
 from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
-from orchestrator.repo.git.runner import GITLINK_MODE, FileChange, Git, printable_name
 
 MAX_FILE_BYTES = 50 << 20  # bytes: what the large hosts take without a warning
 #: Bytes and files of a session's changes in all: git stages so much within its time limit.

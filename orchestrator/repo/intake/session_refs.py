@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.repo.git.runner import is_object_id
+from orchestrator.repo.git.command import is_object_id
 from orchestrator.system import untrusted_files
 
 _LARGEST_FILE = 16 << 20  # bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError, is_resource_exhaustion
-from orchestrator.repo.git.runner import FileChange, Git, join_nul, parse_raw_diff, split_nul
+from orchestrator.repo.git.command import FileChange, Git, join_nul, parse_raw_diff, split_nul
 from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.worktrees.change_detection import TreeDiff
@@ -106,7 +106,7 @@ async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRu
     if (await git("diff-index", "--cached", "--quiet", base, env=staging.env, ok=(0, 1, 128))).returncode:
         await git("read-tree", "--reset", base, env=staging.env)
     staged = await _stage(git, staging, base, admit, None)
-    assert staged is not None, "all was looked at"  # noqa: S101
+    assert staged is not None, "all was looked at"
     return staged
 
 

@@ -17,10 +17,11 @@ import anyio.to_thread
 
 from orchestrator.errors import LockHeld, RefusedError, TargetMissing
 from orchestrator.locking.merge_permit import MergePermit
-from orchestrator.locking.registry import ownership_scope
-from orchestrator.repo.git.embedded import find_embedded_repository
-from orchestrator.repo.git.runner import FileChange, Git, printable_name, split_nul
-from orchestrator.repo.source.checkout import (
+from orchestrator.locking.ownership import ownership_scope
+from orchestrator.repo.git.command import FileChange, Git, printable_name, split_nul
+from orchestrator.repo.git.embedded_repositories import find_embedded_repository
+from orchestrator.repo.source.upstream import UpstreamRepository
+from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
     find_blocking_locks,
     find_checkout,
@@ -33,12 +34,11 @@ from orchestrator.repo.source.checkout import (
     remove_incoming_objects,
     update_switched_checkout,
 )
-from orchestrator.repo.source.source import UpstreamRepository
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import FileLock
-from orchestrator.system.notices import warn_if_slow
+from orchestrator.system.slow_waits import warn_if_slow
 
 #: Shows people which task a landing is of. What counts as landed is decided by recorded merges: anyone can write it.
 TASK_TRAILER = "Council-Task"
@@ -341,7 +341,7 @@ class Target:
         checkout = await self._checkout()
         if checkout is None:
             return None
-        assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
+        assert self._repository is not None, "what is checked out is on this machine"
         if (found := await anyio.to_thread.run_sync(interrupted_landing, self._repository, self.branch)) is not None:
             return found  # of another run
         # First of all, because to look for changes runs them, too.
@@ -363,7 +363,7 @@ class Target:
 
     async def _settle_again(self, merge: PreparedMerge, since: float) -> str | None:
         """Remove what a push left, as on a disk that was full; return why that can't be done now."""
-        assert self._repository is not None, "what was to be settled is on this machine"  # noqa: S101
+        assert self._repository is not None, "what was to be settled is on this machine"
         try:
             async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
                 await self._settle_checkouts(self._repository, merge, since, may_finish=False)
@@ -383,7 +383,7 @@ class Target:
         return files
 
     async def _locked(self, checkout: Path) -> str | None:
-        assert self._repository is not None, "what is checked out is on this machine"  # noqa: S101
+        assert self._repository is not None, "what is checked out is on this machine"
         locks = await find_blocking_locks(self._repository, checkout, self.branch, self._users_git())
         if not locks:
             return None

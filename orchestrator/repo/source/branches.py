@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from orchestrator.repo.git.runner import Git
-from orchestrator.repo.source.checkout import LocalRepository, read_current_branch
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.user_checkouts import LocalRepository, read_current_branch
 
 _COMMON_NAMES = ("main", "master", "trunk", "develop")
 

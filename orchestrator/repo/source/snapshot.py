@@ -15,8 +15,8 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.repo.git.runner import Git, printable_name
-from orchestrator.repo.source.checkout import LocalRepository, list_checkout_git_dirs, read_heads
+from orchestrator.repo.git.command import Git, printable_name
+from orchestrator.repo.source.user_checkouts import LocalRepository, list_checkout_git_dirs, read_heads
 from orchestrator.system.process_table import process_ids, process_stat
 
 #: Nanoseconds within which a file system may give two writes the same time: what is younger is read again.
@@ -248,7 +248,7 @@ def _linked_tops(folder: Path) -> list[Path]:
 def _is_git_in(pid: int, folders: list[Path]) -> bool:
     try:
         # Every process of the machine is looked at around each session: without the path that pathlib would make of it.
-        with open(f"/proc/{pid}/comm", "rb", 0) as file:  # noqa: PTH123
+        with open(f"/proc/{pid}/comm", "rb", 0) as file:
             if file.read(3) != b"git":
                 return False
         where = Path("/proc", str(pid), "cwd").readlink()

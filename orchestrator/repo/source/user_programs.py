@@ -18,8 +18,8 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.repo.git.runner import Git, printable_name, split_nul
-from orchestrator.repo.source.checkout import LocalRepository, list_checkouts
+from orchestrator.repo.git.command import Git, printable_name, split_nul
+from orchestrator.repo.source.user_checkouts import LocalRepository, list_checkouts
 
 #: The hook that updates a checkout for a push (githooks(5)).
 UPDATE_HOOK: Final = "push-to-checkout"

@@ -5,7 +5,7 @@ path leads to the same inode and that has not changed since (its ctime, inode(7)
 set. What is written through a shared mapping shows where the file system stamps that (`detects_mmap_writes`); git does not
 see it elsewhere either.
 
-Only the standard library is imported: `orchestrator.repo.worktrees.walker` does this, too.
+Only the standard library is imported: `orchestrator.repo.worktrees.scan_worker` does this, too.
 
 What is found this way is a hint to look at less when work is collected: where anything is odd git looks at everything.
 When a checkout is cleaned it is the truth, and one of which nothing can be told is given up.

@@ -30,7 +30,7 @@ import anyio.to_thread
 
 from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.locking.liveness import LivenessLocks
-from orchestrator.repo.git.runner import IDENTITY, Git
+from orchestrator.repo.git.command import IDENTITY, Git
 from orchestrator.repo.worktrees import origin
 from orchestrator.repo.worktrees.removal import remove_all
 from orchestrator.system.file_lock import FileLock

@@ -22,12 +22,13 @@ from anyio.abc import TaskGroup
 
 from orchestrator.domain.runs.leftovers import LeftoverStatus
 from orchestrator.errors import GitError, LockHeld, RefusedError
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees import reset
 from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot, detects_mmap_writes
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.removal import disk_usage
 from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
+from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import (
     SlotRecord,
     WorktreeSlot,
@@ -40,7 +41,6 @@ from orchestrator.repo.worktrees.slots import (
     read_snapshot,
     write_record,
 )
-from orchestrator.repo.worktrees.walk import FileScanner
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 

@@ -17,7 +17,7 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git.runner import Git, printable_name
+from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.worktrees.worktrees import Worktree
 
 _SUFFIX: Final = ".disabled-by-council"

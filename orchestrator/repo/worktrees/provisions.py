@@ -21,7 +21,7 @@ from orchestrator.config.model import PathAccess
 from orchestrator.domain.security.envfile import parse_env_values
 from orchestrator.domain.security.secrets import is_secret_file, secret_values
 from orchestrator.errors import GitError, is_resource_exhaustion
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.copying import copy_tree
 from orchestrator.repo.worktrees.removal import remove_all
 

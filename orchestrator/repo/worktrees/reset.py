@@ -18,12 +18,12 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.repo.git.command import Git, join_nul, split_nul
 from orchestrator.repo.git.index_file import count_entries, refresh_index_stats
-from orchestrator.repo.git.runner import Git, join_nul, split_nul
 from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
 from orchestrator.repo.worktrees.copying import copy_tree
+from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import SlotRecord, WorktreeSlot, move_to_trash
-from orchestrator.repo.worktrees.walk import FileScanner
 from orchestrator.system.failpoints import failpoint
 
 _SPARSE = ("-c", "core.sparseCheckout=true", "-c", "core.sparseCheckoutCone=true")

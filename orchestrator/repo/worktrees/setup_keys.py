@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Final
 
 from orchestrator.config.model import SetupStep
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 
 #: Part of each key: another number where what is hashed, or what steps find around them, changes its meaning.
 _SCHEME: Final = 1

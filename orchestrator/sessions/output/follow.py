@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.protocols import Adapter, SessionEvent
-from orchestrator.sessions.output.files import TAIL_BYTES
+from orchestrator.sessions.output.log_files import TAIL_BYTES
 from orchestrator.sessions.output.transcript import parse_lines
 
 #: Bytes that are read in one go.

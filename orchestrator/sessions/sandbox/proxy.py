@@ -35,7 +35,7 @@ from orchestrator.domain.security.hosts import (
     parse_allowed_host,
     split_authority,
 )
-from orchestrator.sessions.socket.serving import accept_connection
+from orchestrator.sessions.socket.connections import accept_connection
 
 PROXY_USER: Final = "council"
 #: Bytes of a request's first line and its headers.
@@ -46,7 +46,7 @@ _MOST_ADDRESSES: Final = 8  # of a name
 _MOST_DENIED: Final = 100  # recorded
 _MOST_DRAINED: Final = 16  # chunks of a request that is refused
 _CHUNK: Final = 64 << 10
-_TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105  (RFC 9110, section 5.6.2)
+_TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST: Final = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.[01]")
 _HEADER: Final = re.compile(rf"({_TOKEN}):[ \t]*([^\x00\r\n]*?)[ \t]*")
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")

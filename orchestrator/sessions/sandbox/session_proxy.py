@@ -22,11 +22,11 @@ import anyio.abc
 import anyio.to_thread
 
 from orchestrator.client.session import ShortSocketPath
+from orchestrator.sessions.sandbox.policy import ProxyEndpoint, SandboxKind
 from orchestrator.sessions.sandbox.proxy import Proxy
-from orchestrator.sessions.sandbox.sandbox import ProxyEndpoint, SandboxKind
+from orchestrator.sessions.socket.connections import run_in_background
 from orchestrator.sessions.socket.peers import belongs_to_session
-from orchestrator.sessions.socket.serving import run_in_background
-from orchestrator.sessions.supervision.supervised import SupervisedCommand
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand
 
 #: The port on a loopback of the session's own; above those that the kernel gives to programs by itself.
 _PORT: Final = 61080
@@ -95,8 +95,8 @@ async def _receive_listener(meeting: anyio.abc.SocketListener, lock: Path) -> so
     while True:
         with suppress(OSError, anyio.EndOfStream, anyio.BrokenResourceError):
             async with await meeting.accept() as stream:
-                connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
-                assert isinstance(stream, anyio.abc.UNIXSocketStream)  # noqa: S101  (what such a listener accepts)
+                connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+                assert isinstance(stream, anyio.abc.UNIXSocketStream)
                 if await anyio.to_thread.run_sync(belongs_to_session, connected, lock):
                     _, descriptors = await stream.receive_fds(1, 1)
                     listening = socket.socket(fileno=descriptors[0])

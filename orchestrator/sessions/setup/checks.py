@@ -17,8 +17,8 @@ from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import log_path
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.output.log_files import log_path
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
 from orchestrator.sessions.setup.shell import (
     CommandFailed,

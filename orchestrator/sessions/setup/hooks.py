@@ -11,7 +11,7 @@ from orchestrator.config.model import SetupStep
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed, Interrupted, Outcome, ResourcesExhausted
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.output.files import log_path, slot_log_path
+from orchestrator.sessions.output.log_files import log_path, slot_log_path
 from orchestrator.sessions.setup.shell import (
     CommandFailed,
     CommandNotRun,

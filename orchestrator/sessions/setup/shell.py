@@ -26,9 +26,9 @@ from orchestrator.domain.sessions.shell_commands import (
     make_chmod_hint,
 )
 from orchestrator.errors import SessionError, is_resource_exhaustion
-from orchestrator.sessions.output.files import MAX_OUTPUT_BYTES, STOP_GRACE, read_tail
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
-from orchestrator.sessions.supervision.supervised import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES, STOP_GRACE, read_tail
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
 from orchestrator.system.process import kill_by_environment
 from orchestrator.system.resources import is_disk_full
 

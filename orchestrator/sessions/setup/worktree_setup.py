@@ -19,14 +19,14 @@ from orchestrator.domain.runs.outcome import Failed, Misconfigured, Outcome, Res
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import LockHeld, RefusedError
 from orchestrator.protocols import JsonObject
-from orchestrator.repo.git.runner import Git
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.pool import HeldSlot, SetupError
 from orchestrator.repo.worktrees.provisions import ProvisionFailure, Provisions
 from orchestrator.repo.worktrees.setup_keys import first_step_to_run, read_setup_keys
 from orchestrator.repo.worktrees.slots import WorktreeSlot
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.sandbox.sandbox import SandboxKind
-from orchestrator.sessions.sandbox.scope import RunSandbox, SandboxScope
+from orchestrator.sessions.sandbox.policy import SandboxKind
+from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup import hooks
 from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
 from orchestrator.sessions.setup.shell import (
@@ -37,7 +37,7 @@ from orchestrator.sessions.setup.shell import (
     ShellResult,
     describe_unrunnable,
 )
-from orchestrator.sessions.supervision.supervised import stop_supervised
+from orchestrator.sessions.supervision.supervisor_client import stop_supervised
 from orchestrator.system import untrusted_files
 
 #: Seconds within which the commands of a killed orchestrator have ended.

@@ -38,9 +38,9 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.socket.connections import accept_connection, run_in_background
 from orchestrator.sessions.socket.peers import belongs_to_session
 from orchestrator.sessions.socket.requests import OWN_COMMAND_REMEDY, read_request
-from orchestrator.sessions.socket.serving import accept_connection, run_in_background
 from orchestrator.system.process import internal_program, internal_program_folders, without_dotdot
 
 _PROGRAM = Path("bin", "council")
@@ -167,7 +167,7 @@ class _RequestHandler:
             return _refusal(refused.what, refused.remedy)
         except CouncilError as error:
             return _refusal(str(error), _FAULT_REMEDY)
-        except Exception as error:  # noqa: BLE001  a fault of the desk's must not end the session
+        except Exception as error:
             if len(self.faults) < _MAX_FAULTS:
                 self.faults.append(f"{type(error).__name__}: {error}")
             return _refusal(_FAULT, _FAULT_REMEDY)
@@ -181,7 +181,7 @@ async def _serve(listener: anyio.abc.SocketListener, clerk: _RequestHandler) -> 
     async with anyio.create_task_group() as group:
         while True:
             stream = await accept_connection(listener)
-            connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
+            connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)
             is_ours = await anyio.to_thread.run_sync(belongs_to_session, connected, clerk.lock)
             if not is_ours and len(clerk.strangers) == _MAX_FOREIGN_CONNECTIONS:
                 await stream.aclose()

@@ -145,7 +145,7 @@ def reap_children() -> tuple[dict[int, int], bool]:
 
 def send_signal(pid: int, number: int) -> None:
     """Signal a process, or with a negative `pid` its group, that may be gone or another user's."""
-    try:  # noqa: SIM105  (contextlib is a slow import)
+    try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
         pass
@@ -191,7 +191,7 @@ def stop_children(family: dict[int, int]) -> set[int]:
 
 def _children() -> set[int]:
     try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb", 0) as file:
             return set(map(int, file.read().split()))
     except FileNotFoundError:
         return set()
@@ -221,7 +221,7 @@ def prctl(option: int, value: int) -> None:
 def _pid_inside(pid: int) -> int:
     """Return the pid that a process has in its own namespace; one that is gone is behind all others."""
     try:
-        with open(f"/proc/{pid}/status", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
+        with open(f"/proc/{pid}/status", "rb", 0) as file:
             return int(file.read(CHUNK_BYTES).partition(b"\nNSpid:")[2].partition(b"\n")[0].split()[-1])
     except (FileNotFoundError, ProcessLookupError):
         return sys.maxsize

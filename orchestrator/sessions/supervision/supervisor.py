@@ -9,7 +9,7 @@ and little of that.
              `stop`; its end means that the orchestrator is dead
     status   {"event": "locked"} once it holds the session's lock, {"event": "started", "pid": …} unless nothing
              could be started, and last of all {"event": "ended", …}, the fields of
-             `orchestrator.sessions.supervision.supervised.Ended`
+             `orchestrator.sessions.supervision.supervisor_client.Ended`
 
 The orchestrator looks between `locked` and `start` whether the session is still its own. Whoever takes that from it
 looks whether the lock is held, afterwards: so one of them sees the other.
@@ -196,7 +196,7 @@ def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
 
     None if a signal ended what the wrapper had started; its exit code says so.
     """
-    with open(stderr, "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
+    with open(stderr, "rb") as file:
         lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
     said = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "it did not say why")
     if not said.startswith("bwrap: ") and code > SIGNAL_EXIT_BASE:
@@ -282,7 +282,7 @@ def exec_cli(spec: CommandSpec, given: list[int], parent: int, complain: int) ->
             if spec.filter is not None:
                 seccomp.install_filter(spec.filter)
         what = spec.argv[0]
-        os.execvpe(what, spec.argv, spec.env)  # noqa: S606  (an argv, never a shell)
+        os.execvpe(what, spec.argv, spec.env)
     except (OSError, ValueError) as exc:
         why = f"{getattr(exc, 'errno', None) or 0} {what}: {getattr(exc, 'strerror', None) or exc}"
         os.write(complain, why.encode("utf-8", "replace"))
@@ -395,7 +395,7 @@ class SupervisionLoop:
 
 def write_status(**event: object) -> None:
     """Write one line of status; its reader may be gone."""
-    try:  # noqa: SIM105  (contextlib is a slow import)
+    try:
         os.write(STATUS, json.dumps(event).encode() + b"\n")
     except BrokenPipeError:
         pass
@@ -476,8 +476,8 @@ def serve() -> None:
     A request is one byte, which brings the control pipe's and the status pipe's descriptor. What a supervisor leaves
     behind that was itself killed is inherited, and killed; so this ends after the last of them.
     """
-    import gc  # noqa: PLC0415
-    import socket  # noqa: PLC0415  (only needed here)
+    import gc
+    import socket
 
     requests = socket.socket(fileno=os.dup(CONTROL))
     wake = open_signal_wakeup()
@@ -524,7 +524,7 @@ def supervise_forked(control: int, status: int) -> NoReturn:
             os.dup2(fd, target)
             os.close(fd)
         main()
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)

@@ -42,8 +42,13 @@ from orchestrator.domain.runs.model import FINAL_STATUSES, CheckpointOrigin, Run
 from orchestrator.domain.runs.rollback import roll_back_task
 from orchestrator.errors import HistoryCompacted, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import is_run_document
-from orchestrator.state.documents.shapes import DOCUMENT_KINDS, checkpoint_number, filter_readable, find_document_error
+from orchestrator.state.documents.log_reader import is_run_document
+from orchestrator.state.documents.validation import (
+    DOCUMENT_KINDS,
+    checkpoint_number,
+    filter_readable,
+    find_document_error,
+)
 from orchestrator.system.failpoints import failpoint
 
 CHECKPOINT_KIND: Final = "checkpoint"
@@ -351,7 +356,7 @@ def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
 def _plan_write(then: Document | None, now: Document | None) -> Write | str | None:
     """Return what is to be written of a task or its spec, or why it stays, or None where nothing has changed."""
     if then is None:
-        assert now is not None, "a key is of either"  # noqa: S101
+        assert now is not None, "a key is of either"
         return _plan_delete(now)
     if now is not None and (now.version, now.damaged) == (then.version, then.damaged):
         return None

@@ -21,8 +21,8 @@ from orchestrator.domain.documents.conflicts import (
 )
 from orchestrator.errors import RefusedError, format_author
 from orchestrator.protocols import Commit, Document, DocumentVersion, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.shapes import filter_readable, find_document_error
 from orchestrator.state.documents.update import MAX_ATTEMPTS, ChangeCheck, retry_on_conflict
+from orchestrator.state.documents.validation import filter_readable, find_document_error
 
 #: The kind of the documents that hold the conflicts that wait for a person.
 CONFLICT_KIND: Final = "conflict"

@@ -157,7 +157,7 @@ def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = No
 def remove_replaced_segments(directory: Path) -> None:
     """Remove what is in the place of something newer, or was never finished. Blocks; the store's lock must be held."""
     log = {one.path(directory).name for one in list_segments(directory)}
-    names = os.listdir(directory)  # noqa: PTH208  names are all that counts
+    names = os.listdir(directory)
     replaced = [name for name in names if name.endswith((".jsonl", ".jsonl.zst")) and name not in log]
     if replaced:
         sync_folder(directory)  # whoever put the newer ones there may have died before

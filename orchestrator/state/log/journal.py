@@ -52,8 +52,7 @@ from orchestrator.state.log.compaction import (
     prune_segments,
     remove_replaced_segments,
 )
-from orchestrator.state.log.dumping import damaged_log_error, not_empty_error
-from orchestrator.state.log.history import rebuild_state
+from orchestrator.state.log.dump_checks import damaged_log_error, not_empty_error
 from orchestrator.state.log.mounts import refuse_network_mount
 from orchestrator.state.log.packing import Checksum, read_content_checksum
 from orchestrator.state.log.replay import LogReplay
@@ -78,7 +77,8 @@ from orchestrator.state.log.segments import (
 )
 from orchestrator.state.log.staging import Staging, install_loaded
 from orchestrator.state.log.table import CommitStage, DocumentTable
-from orchestrator.state.log.writer import get_writer_name
+from orchestrator.state.log.versions import rebuild_state
+from orchestrator.state.log.writer_name import get_writer_name
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 

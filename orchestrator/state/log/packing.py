@@ -47,7 +47,7 @@ class Packer:
 
     def __init__(self) -> None:
         """Begin with none."""
-        import zstandard  # noqa: PLC0415  most processes never pack or unpack
+        import zstandard
 
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
         self._first = 0
@@ -118,7 +118,7 @@ def _crc_of(frame: bytes | memoryview, length: int, first: int) -> int:
 
 
 def _unpack(part: _Part) -> bytes:
-    import zstandard  # noqa: PLC0415
+    import zstandard
 
     return zstandard.ZstdDecompressor().decompress(part.frame)
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Commit, CommitRecord, Dump, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.reading import read_range
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.offline.outage import commit_idempotently
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import Clock

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from orchestrator.protocols import Commit, CommitRecord, Document, Dump, DumpedCommit, DumpedDocument, JsonObject, Key
 from orchestrator.state.log.codec import encode_object
-from orchestrator.state.log.writer import get_writer_name
+from orchestrator.state.log.writer_name import get_writer_name
 
 
 class _Seen(NamedTuple):

@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Store
-from orchestrator.state.offline.wrapping import StoreWrapper
+from orchestrator.state.offline.wrapper import StoreWrapper
 from orchestrator.system.clock import Clock
 
 T = TypeVar("T")
@@ -217,7 +217,7 @@ async def survive_outages(
     async with run_alongside(partial(_send_events, receive, tell), last=_FLUSH_TIMEOUT), AsyncExitStack() as stack:
         stack.enter_context(send)
         if mode == "continue":
-            from orchestrator.state.offline.continuing import continue_offline  # noqa: PLC0415  few runs ask for it
+            from orchestrator.state.offline.forking_store import continue_offline
 
             outage = Outage(clock, pauses, news, mode)
             going_on = continue_offline(store, outage, pauses, clock, folder, news)
@@ -241,7 +241,7 @@ async def run_alongside(*works: Callable[[], Coroutine[Any, Any, None]], last: f
             group.start_soon(work)
         try:
             yield
-        except Exception as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
+        except Exception as error:
             raised = error
         group.cancel_scope.deadline = anyio.current_time() + last
     if raised is not None:

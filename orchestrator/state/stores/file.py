@@ -48,8 +48,7 @@ from orchestrator.protocols import (
 )
 from orchestrator.state.log.codec import MAX_TTL, LogLine, encode_commit
 from orchestrator.state.log.compaction import log_size
-from orchestrator.state.log.dumping import check_intact, read_dump_lines
-from orchestrator.state.log.history import read_versions
+from orchestrator.state.log.dump_checks import check_intact, read_dump_lines
 from orchestrator.state.log.identity import ensure_log, require_log
 from orchestrator.state.log.journal import (
     PART_BYTES,
@@ -63,6 +62,7 @@ from orchestrator.state.log.journal import (
 )
 from orchestrator.state.log.segments import HighWaterMark, LogCursor, find_line, pruned_through
 from orchestrator.state.log.staging import Staging
+from orchestrator.state.log.versions import read_versions
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 
@@ -343,7 +343,7 @@ class FileStore:
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
     """Open the store in the folder that a `file:` URL names; RefusedError if it names none of this machine."""
     folder = require_local_folder(url)
-    assert folder is not None, "it is registered for this scheme"  # noqa: S101
+    assert folder is not None, "it is registered for this scheme"
     return _opened(folder, clock)
 
 

@@ -24,10 +24,10 @@ from orchestrator.protocols import (
     VerificationReport,
 )
 from orchestrator.state.log.codec import LogLine, encode_commit, to_dumped, to_record
-from orchestrator.state.log.dumping import check_intact, not_empty_error, read_dump_lines
-from orchestrator.state.log.history import read_versions, rebuild_state
+from orchestrator.state.log.dump_checks import check_intact, not_empty_error, read_dump_lines
 from orchestrator.state.log.table import CommitStage, DocumentTable
-from orchestrator.state.log.writer import get_writer_name
+from orchestrator.state.log.versions import read_versions, rebuild_state
+from orchestrator.state.log.writer_name import get_writer_name
 from orchestrator.system.clock import Clock
 
 
@@ -84,7 +84,7 @@ class MemoryStore:
         """See `Store.history`."""
         return read_versions(self._table.entry(key), key, limit, self._lines.get)
 
-    async def compact(self, older_than: float, largest: int) -> CompactionResult:  # noqa: ARG002  it ends with its process
+    async def compact(self, older_than: float, largest: int) -> CompactionResult:
         """See `Store.compact`: nothing is ever let go of."""
         size = self._size()
         return CompactionResult(size, size, self._kept_from)

@@ -10,10 +10,10 @@ from typing import IO
 
 from orchestrator.errors import InvalidDocument, RefusedError, StoreUnavailable
 from orchestrator.protocols import Dump, DumpedCommit, Key, Store
-from orchestrator.state.documents.shapes import find_unreadable
-from orchestrator.state.log.dumping import not_empty_error
-from orchestrator.state.log.writer import get_writer_name
-from orchestrator.state.transfer.portable import REMEDY, ExportHeader, commit_line, open_export, write_export
+from orchestrator.state.documents.validation import find_unreadable
+from orchestrator.state.log.dump_checks import not_empty_error
+from orchestrator.state.log.writer_name import get_writer_name
+from orchestrator.state.transfer.export_file import REMEDY, ExportHeader, commit_line, open_export, write_export
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from orchestrator.testing.model_server.conversation import (
     TokenUsage,
     ToolCall,
 )
-from orchestrator.testing.model_server.prose import find_answer_format
+from orchestrator.testing.model_server.text_answers import find_answer_format
 from orchestrator.testing.model_server.tools import RunStep, ScriptStep, UseToolStep, WriteStep, tool_call_for
 
 

@@ -26,7 +26,7 @@ from orchestrator.cli.core.command import (
     verbose_option,
 )
 from orchestrator.cli.core.coordination_options import coordination_options
-from orchestrator.cli.core.quantities import parse_budget_option
+from orchestrator.cli.core.option_parsers import parse_budget_option
 from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.cli.core.trust import require_trust, trust_option
 from orchestrator.cli.live.progress import show_progress
@@ -88,7 +88,7 @@ detach_option = click.option("--detach", is_flag=True, help="Continue in the bac
 @verbose_option
 @store_option
 @json_option
-def run_file(  # noqa: PLR0917  as many as there are options
+def run_file(
     source: str | None,
     prompts: tuple[str, ...],
     only: tuple[str, ...],
@@ -348,7 +348,7 @@ async def _detach(council: Council, run: str, context: CommandContext, options: 
     await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
     start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
     child = await anyio.to_thread.run_sync(start)
-    while child.poll() is None and not await council.is_live(run):  # noqa: ASYNC110  another process
+    while child.poll() is None and not await council.is_live(run):
         await anyio.sleep(_POLL_INTERVAL)
     if context.output.as_json:
         context.output.json({"run": run, "pid": child.pid, "log": str(log), "exit": 0})

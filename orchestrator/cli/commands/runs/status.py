@@ -84,8 +84,8 @@ def runs(active: bool, as_json: bool) -> None:
 
 
 def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
-    from orchestrator.cli.render.columns import wrapped  # noqa: PLC0415  `status` is quicker without
-    from orchestrator.cli.render.figures import metrics_line  # noqa: PLC0415  the same
+    from orchestrator.cli.render.columns import wrapped
+    from orchestrator.cli.render.metrics import metrics_line
 
     yield from wrapped(
         printable(metrics_line(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    "

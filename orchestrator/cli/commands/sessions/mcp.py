@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import click
 
-from orchestrator.cli.core.boundary import ErrorLog, error_boundary
+from orchestrator.cli.core.error_boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
 
 
@@ -20,7 +20,7 @@ def mcp() -> None:
     Examples:
       council mcp
     """
-    from orchestrator import mcp_server  # noqa: PLC0415  as late as its SDK
+    from orchestrator import mcp_server
 
     with error_boundary(Output(as_json=False), ErrorLog()):
         anyio.run(mcp_server.serve)

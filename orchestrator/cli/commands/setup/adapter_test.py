@@ -19,7 +19,7 @@ import click
 from orchestrator.api.council import Council
 from orchestrator.cli.core.command import CommandContext, json_option, run_command
 from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
-from orchestrator.cli.core.quantities import parse_duration_option
+from orchestrator.cli.core.option_parsers import parse_duration_option
 from orchestrator.cli.core.trust import trust_option
 from orchestrator.cli.render.output import one_line, printable
 from orchestrator.config.load import load_value
@@ -30,8 +30,8 @@ from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default
 from orchestrator.engine.reports.report import TaskReport
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.protocols import JsonObject
-from orchestrator.repo.git.runner import IDENTITY, Git
-from orchestrator.sessions.output.files import read_tail
+from orchestrator.repo.git.command import IDENTITY, Git
+from orchestrator.sessions.output.log_files import read_tail
 from orchestrator.system import process
 from orchestrator.testing.contract_run import ContractResult
 
@@ -208,7 +208,7 @@ async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> 
 
 async def _run_scratch_task(
     scene: CommandEnvironment, adapter: AdapterConfig, prompt: str, timeout: float
-) -> tuple[TaskReport | str, str]:  # noqa: ASYNC109
+) -> tuple[TaskReport | str, str]:
     """Return what became of a small task, and the end of what its session printed unless it landed."""
     async with AsyncExitStack() as stack:
         folder = Path(await anyio.to_thread.run_sync(stack.enter_context, tempfile.TemporaryDirectory()))

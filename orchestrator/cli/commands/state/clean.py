@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 
 from orchestrator.api.cleanup import Cleaner, RemovalResult
-from orchestrator.cli.core.boundary import ErrorLog
 from orchestrator.cli.core.command import CommandContext, json_option, open_council, run_command, store_option
 from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
-from orchestrator.cli.core.quantities import parse_duration_option
+from orchestrator.cli.core.error_boundary import ErrorLog
+from orchestrator.cli.core.option_parsers import parse_duration_option
 from orchestrator.cli.render.output import Output, printable
 from orchestrator.config.source.quantities import format_size_short
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, LeftoverStatus

@@ -18,7 +18,7 @@ from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.render.columns import align_columns
 from orchestrator.cli.render.output import printable
 from orchestrator.config.source.quantities import format_duration
-from orchestrator.locking.overview import LockParty, LockStatus
+from orchestrator.locking.lock_overview import LockParty, LockStatus
 
 
 @click.group(cls=SuggestingGroup, invoke_without_command=True)

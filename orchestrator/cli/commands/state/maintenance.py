@@ -16,12 +16,12 @@ from orchestrator.cli.core.command import (
     run_command,
     store_option,
 )
-from orchestrator.cli.core.quantities import parse_duration_option, parse_size_option
+from orchestrator.cli.core.option_parsers import parse_duration_option, parse_size_option
 from orchestrator.cli.render.findings import show_findings
 from orchestrator.config.source.quantities import format_size_short
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.project import find_project
-from orchestrator.repo.source.checkout import refuse_tracked_project_folder
+from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
 
 
 @click.command()
@@ -66,7 +66,7 @@ def adopt(as_json: bool) -> None:
     """
 
     async def command(context: CommandContext) -> int:
-        from orchestrator.api.transfer import adopt_state  # noqa: PLC0415  seldom needed
+        from orchestrator.api.transfer import adopt_state
 
         url = explicit_store_url()
         if not url:

@@ -1,0 +1,255 @@
+"""Processes that share one store, for `benchmarks/state.py`: `python -m benchmarks.shared_store JOB FOLDER COUNT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+
+from benchmarks.measure import BenchmarkRow, median
+from orchestrator.errors import VersionConflict
+from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.state.stores.file import FileStore
+from orchestrator.system.clock import SystemClock
+
+CLAIMERS: Final = 8
+READERS: Final = 50
+PRIORITIES: Final = 20
+RATE_LIMIT: Final = 2.0  # times what SQLite takes
+CLAIM_LIMIT: Final = 50.0  # ms, of the slowest in a hundred
+SEEN_LIMIT: Final = 250.0  # ms
+IDLE_LIMIT: Final = 1.0  # % of a processor
+
+
+def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
+    """Return how fast eight processes claim tasks by priority; RuntimeError if one is claimed twice or not at all."""
+    tasks, rounds = (100, 1) if quick else (2_000, 3)
+    pairs = []
+    for one in range(rounds):
+        anyio.run(_fill, place / f"store{one}", tasks)
+        _fill_sqlite(place / f"sqlite{one}", tasks)
+        ours = _run_processes("claim", place / f"store{one}", CLAIMERS, tasks)
+        pairs.append((ours, _run_processes("claim-sqlite", place / f"sqlite{one}", CLAIMERS, tasks)))
+    took, theirs = (median([pair[side][0] for pair in pairs]) / tasks * 1e6 for side in (0, 1))
+    slowest = median([_percentile(pair[0][1], 0.99) for pair in pairs]) * 1e3
+    ratio = median([ours[0] / other[0] for ours, other in pairs])
+    what, base = f"claims by priority, {CLAIMERS} processes", f"SQLite WAL, NORMAL: {theirs:.3g} µs"
+    return [
+        BenchmarkRow(what, took, "µs", base, ratio, RATE_LIMIT, is_ratio_limited=True),
+        BenchmarkRow(f"{what}: 99 of 100 within", slowest, "ms", limit=CLAIM_LIMIT),
+    ]
+
+
+def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
+    """Return what it costs to wait for a change, and how soon another process sees one."""
+    changes, idle = (3, 0.2) if quick else (40, 5.0)
+    argv = [sys.executable, "-m", "benchmarks.shared_store", "watch", str(place), str(changes)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdin
+        assert watcher.stdout
+        watcher.stdout.readline()
+        anyio.run(_change, place, changes, idle)
+        told = json.loads(watcher.stdout.readline())
+    seen = [one * 1e3 for one in told["seen"]]
+    return [
+        BenchmarkRow("a change seen by another process, half within", _percentile(seen, 0.5), "ms"),
+        BenchmarkRow(
+            "a change seen by another process, 99 of 100 within", _percentile(seen, 0.99), "ms", limit=SEEN_LIMIT
+        ),
+        BenchmarkRow("a watcher at rest: processor", max(told["idle"], 1e-3), "%", limit=IDLE_LIMIT),
+    ]
+
+
+def measure_many_processes(place: Path, *, quick: bool) -> list[BenchmarkRow]:
+    """Return the time of a durable commit of one of eight writers until fifty readers have followed."""
+    each = 5 if quick else 100
+    readers = _start("follow", place, READERS, each * CLAIMERS)
+    writers = _start("commit", place, CLAIMERS, each)
+    begin = _begin(readers, writers)
+    for process in (writers, readers):
+        process.communicate()
+    took = (time.perf_counter() - begin) / (each * CLAIMERS) * 1e6
+    return [BenchmarkRow(f"durable commits of {CLAIMERS} processes, followed by {READERS}", took, "µs")]
+
+
+def _percentile(found: list[float], part: float) -> float:
+    return sorted(found)[min(int(part * len(found)), len(found) - 1)]
+
+
+def _start(job: str, place: Path, processes: int, number: int) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "benchmarks.shared_store", job, str(place), str(number), str(processes)]
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _begin(*jobs: subprocess.Popen[str]) -> float:
+    """Let all begin once all are ready; return when."""
+    for job in jobs:
+        assert job.stdout
+        job.stdout.readline()
+    for job in jobs:
+        assert job.stdin
+        job.stdin.close()
+        job.stdin = None
+    return time.perf_counter()
+
+
+def _run_processes(job: str, place: Path, processes: int, tasks: int) -> tuple[float, list[float]]:
+    started = _start(job, place, processes, tasks)
+    begin = _begin(started)
+    started.communicate()
+    took = time.perf_counter() - begin
+    lines = [json.loads(path.read_bytes()) for path in place.parent.glob(f"{place.name}-*.json")]
+    claimed = [task for line in lines for task in line["claimed"]]
+    if sorted(claimed) != list(range(tasks)):
+        raise RuntimeError(f"{len(claimed)} claims of {tasks} tasks, {len(set(claimed))} of them different")
+    return took, [one for line in lines for one in line["took"]]
+
+
+async def _fill(place: Path, tasks: int) -> None:
+    async with FileStore.open(place, SystemClock()) as store:
+        for task in range(tasks):
+            key = Key("queue", f"{task % PRIORITIES:02d}/{task}")
+            await store.commit(Commit([Write(key, 0, {"task": task})], durable=False))
+
+
+def _fill_sqlite(place: Path, tasks: int) -> None:
+    place.mkdir()
+    with closing(sqlite3.connect(place / "db", isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("CREATE TABLE tasks (id INTEGER PRIMARY KEY, priority INTEGER, owner INTEGER)")
+        database.execute("CREATE INDEX by_priority ON tasks (owner, priority)")
+        rows = [(task, task % PRIORITIES) for task in range(tasks)]
+        database.executemany("INSERT INTO tasks (id, priority) VALUES (?, ?)", rows)
+
+
+async def _change(place: Path, changes: int, idle: float) -> None:
+    async with FileStore.open(place, SystemClock()) as store:
+        await store.commit(Commit(events=[Event("begin")]))
+        await anyio.sleep(idle)
+        for _ in range(changes):
+            # Long enough for whoever watches to look as seldom as it does.
+            await anyio.sleep(random.uniform(0.0, 0.5))
+            await store.commit(Commit(events=[Event("sent", {"at": time.monotonic()})]))
+
+
+# What the processes do. Each is given what lets it begin.
+
+
+async def _watch(place: Path, changes: int) -> None:
+    async with FileStore.open(place, SystemClock()) as store:
+        print_json({"ready": True})
+        seen, idle, since, spent = list[float](), 0.0, 0.0, 0.0
+        async for record in store.watch():
+            (event,) = record.events
+            if event.type == "begin":
+                since, spent = time.monotonic(), time.process_time()
+                continue
+            now = time.monotonic()
+            idle = idle or (time.process_time() - spent) / (now - since) * 100
+            seen.append(now - event.data["at"])
+            if len(seen) == changes:
+                break
+    print_json({"seen": seen, "idle": idle})
+
+
+async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
+    """Claim any of the tasks of the highest priority, which is a commit that takes it out of the queue."""
+    dice, claimed, took = random.Random(me), list[int](), list[float]()
+    async with FileStore.open(place, SystemClock()) as store:
+        begin()
+        for priority in range(PRIORITIES):
+            while True:
+                start = time.perf_counter()
+                while ready := await store.list("queue", f"{priority:02d}/"):
+                    one = dice.choice(ready)
+                    writes = [Write(one.key, one.version, None), Write(Key("claim", one.key.id), 0, {"by": me})]
+                    try:
+                        await store.commit(Commit(writes, durable=False))
+                    except VersionConflict:
+                        continue
+                    claimed.append(one.value["task"])
+                    took.append(time.perf_counter() - start)
+                    break
+                else:
+                    break
+    place.with_name(f"{place.name}-{me}.json").write_text(json.dumps({"claimed": claimed, "took": took}))
+
+
+async def _claim_sqlite(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
+    claimed, took = list[int](), list[float]()
+    with closing(sqlite3.connect(place / "db", isolation_level=None, timeout=60)) as database:
+        database.execute("PRAGMA synchronous=NORMAL")
+        begin()
+        while True:
+            start = time.perf_counter()
+            database.execute("BEGIN IMMEDIATE")
+            found = database.execute("SELECT id FROM tasks WHERE owner IS NULL ORDER BY priority LIMIT 1").fetchone()
+            if found is not None:
+                database.execute("UPDATE tasks SET owner = ? WHERE id = ?", (me, found[0]))
+            database.execute("COMMIT")
+            if found is None:
+                break
+            claimed.append(found[0])
+            took.append(time.perf_counter() - start)
+    place.with_name(f"{place.name}-{me}.json").write_text(json.dumps({"claimed": claimed, "took": took}))
+
+
+async def _commit(place: Path, each: int, me: int, begin: Callable[[], None]) -> None:
+    async with FileStore.open(place, SystemClock()) as store:
+        begin()
+        for version in range(each):
+            await store.commit(Commit([Write(Key("task", str(me)), version, {"n": version})]))
+
+
+async def _follow(place: Path, until: int, _me: int, begin: Callable[[], None]) -> None:
+    async with FileStore.open(place, SystemClock()) as store:
+        begin()
+        async for record in store.watch():
+            if record.position == until:
+                return
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """Print a line in one piece: several processes share this output."""
+    os.write(1, json.dumps(facts).encode() + b"\n")
+
+
+def _fork(job: Callable[..., Any], place: Path, number: int, processes: int) -> int:
+    """Do a job in many processes, forked after the imports; they begin together once standard input ends."""
+    ready, tell = os.pipe()
+
+    def begin() -> None:
+        os.write(tell, b".")
+        sys.stdin.read()
+
+    children = []
+    for me in range(processes):
+        child = os.fork()
+        if child == 0:
+            anyio.run(job, place, number, me, begin)
+            os._exit(0)
+        children.append(child)
+    for _ in children:
+        os.read(ready, 1)
+    print_json({"ready": True})
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+_JOBS: Final = {"claim": _claim, "claim-sqlite": _claim_sqlite, "commit": _commit, "follow": _follow}
+
+if __name__ == "__main__":
+    name, folder, amount, *rest = sys.argv[1:]
+    if name == "watch":
+        anyio.run(_watch, Path(folder), int(amount))
+    else:
+        sys.exit(_fork(_JOBS[name], Path(folder), int(amount), int(rest[0])))

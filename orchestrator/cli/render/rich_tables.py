@@ -1,0 +1,133 @@
+"""Draws tables with rich. All text comes as what a terminal only shows (`output.printable`), and none of it is markup."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
+
+from orchestrator.cli.render.columns import short_name
+from orchestrator.cli.render.output import format_line_counts
+from orchestrator.cli.render.result import ResultRow, row_lines
+from orchestrator.cli.render.table_model import TableFrame, TaskRow
+
+_STYLES: Mapping[str, str] = {
+    "build": "cyan",
+    "checks": "yellow",
+    "landing": "bold green",
+    "queued": "blue",
+    "retry": "magenta",
+    "landed": "green",
+    "done": "green",
+    "approval": "bold yellow",
+    "waiting for approval": "bold yellow",
+    "conflict": "red",
+    "failed": "red",
+    "cancelled": "red",
+    "no change": "red",
+}
+#: Columns that are left out of a terminal with fewer characters in a line.
+_MIN_WIDTHS: Mapping[str, int] = {"adapter": 90, "attempt": 72, "lines": 60, "time": 46}
+#: The most characters that some columns take, and no column more than its part of the line but the last.
+_MAX_COLUMN_WIDTHS: Mapping[str, int] = {"task": 32, "adapter": 16}
+_MAX_COLUMN_SHARE = 3
+_GAP = 2
+#: States of which there may be thousands, all alike, and how many of each have a row in a result that is drawn.
+_COLLAPSED_STATES = frozenset({"landed", "done", "pending", "blocked"})
+MAX_ROWS_PER_STATE = 200
+
+
+def frame_lines(frame: TableFrame, width: int) -> list[list[Segment]]:
+    """Return what a run looks like at an instant as lines of at most `width` characters, without blanks at their ends.
+
+    Not a table of rich's own: with fifty rows that would take longer than all the rest of a redraw.
+    """
+    columns = {name: cells for name, cells in _columns(frame.rows).items() if width >= _MIN_WIDTHS.get(name, 0)}
+    *sized, last = columns
+    widths = {name: min(_width(name, columns[name]), width // _MAX_COLUMN_SHARE) for name in sized}
+    widths[last] = max(width - sum(widths.values()) - _GAP * len(sized), 0)
+    drawn = [_line([(name, "dim") for name in columns], widths)] if frame.rows else []
+    drawn += [_line(cells, widths) for cells in zip(*columns.values(), strict=True)]
+    drawn = [Segment.adjust_line_length(line, width, pad=False) for line in drawn]
+    foot = (frame.more, "dim"), (frame.totals, "bold")
+    return drawn + [[Segment(truncate_end(text, width), Style.parse(style))] for text, style in foot if text]
+
+
+_Cell = tuple[str, str]
+
+
+def _columns(rows: Sequence[TaskRow]) -> dict[str, list[_Cell]]:
+    """Return the cells of each column, as text and style."""
+    return {
+        "task": [(row.task, "none") for row in rows],
+        "phase": [(row.stage or row.phase, _STYLES.get(row.phase, "dim")) for row in rows],
+        "adapter": [(row.adapter, "dim") for row in rows],
+        "attempt": [(row.attempt, "dim") for row in rows],
+        "time": [(row.elapsed, "none") for row in rows],
+        "lines": [(format_line_counts(row.changes) if row.changes.files else "", "none") for row in rows],
+        "says": [(row.words, "none" if row.phase == "build" else "dim") for row in rows],
+    }
+
+
+def _width(name: str, cells: Sequence[_Cell]) -> int:
+    return min(max(cell_len(text) for text, _ in [(name, ""), *cells]), _MAX_COLUMN_WIDTHS.get(name, 99))
+
+
+def _line(cells: Sequence[_Cell], widths: Mapping[str, int]) -> list[Segment]:
+    line: list[Segment] = []
+    blanks = 0
+    for (text, style), width in zip(cells, widths.values(), strict=True):
+        shown = truncate_end(text, width)
+        if shown:
+            line += [Segment(" " * blanks), Segment(shown, Style.parse(style))]
+            blanks = 0
+        blanks += width - cell_len(shown) + _GAP
+    return line
+
+
+def truncate_end(text: str, width: int) -> str:
+    """Return text that takes at most so many cells of a terminal."""
+    return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0))}…"[:width]
+
+
+def truncate_start(text: str, width: int) -> str:
+    """Return the end of text that takes at most so many cells of a terminal."""
+    return text if cell_len(text) <= width else f"…{set_cell_size(text[::-1], width - 1)[::-1]}"
+
+
+def count_wrapped_rows(lengths: Sequence[int], width: int) -> int:
+    """Return how many rows of a terminal lines take that were drawn when it was wider; lengths in its cells."""
+    return sum(max(math.ceil(length / width), 1) for length in lengths)
+
+
+def render_result_table(rows: Sequence[ResultRow]) -> str:
+    """Return what a run came to as a table for the terminal at standard output; of many tasks that are alike, some."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    counts = Counter[str]()
+    kept = []
+    for row in rows:
+        counts[row.state] += row.state in _COLLAPSED_STATES
+        if counts[row.state] <= MAX_ROWS_PER_STATE:
+            kept.append(row)
+    drawn = Text()
+    for row, (first, *others) in row_lines(kept):
+        head = Text(first)
+        at = first.index(row.state, len(short_name(row.task)) + 2)
+        head.stylize(_STYLES.get(row.state, ""), at, at + len(row.state))
+        steps = {f"    {step}" for step in row.steps}
+        rest = (Text(line, "cyan" if line in steps else "") for line in others)
+        drawn.append(Text("\n").join((head, *rest))).append("\n")
+    more = ", ".join(
+        f"{count - MAX_ROWS_PER_STATE} more {state}" for state, count in counts.items() if count > MAX_ROWS_PER_STATE
+    )
+    with console.capture() as capture:
+        console.print(drawn, end="", soft_wrap=True)
+        if more:
+            console.print(Text(f"and {more}: `council status | less` has them all"))
+    return capture.get()

@@ -1,0 +1,35 @@
+"""Folders of a tree that git takes for a repository of its own: its commands obey the configuration in there."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Final
+
+from orchestrator.repo.git.command import Git, split_nul
+
+#: What is in such a folder (`is_git_directory` in git's setup.c); some file systems ignore case.
+_PARTS: Final = ("**/HEAD", "**/commondir", "**/config", "**/objects", "**/objects/**", "**/refs", "**/refs/**")
+
+
+async def find_embedded_repository(git: Git, base: str, tree: str) -> str | None:
+    """Return a folder that is a repository in `tree` and was changed since `base`; None if there is none.
+
+    The top is none: git finds the repository that it is the checkout of.
+    """
+    patterns = [f":(top,glob,icase){one}" for one in _PARTS]
+    asked = ("diff-tree", "-r", "-t", "-z", "--name-only", "--no-renames", "--diff-filter=d")
+    changed = split_nul((await git(*asked, base, tree, "--", *patterns)).stdout)
+    folders = {str(folder) for path in changed for folder in _candidates(path)}
+    for folder in sorted(folders - {"."}):
+        listed = await git("ls-tree", "-z", "--name-only", f"{tree}:{folder}", ok=(0, 128))
+        names = {name.casefold() for name in split_nul(listed.stdout)}
+        if "head" in names and ("commondir" in names or {"objects", "refs"} <= names):
+            return folder
+    return None
+
+
+def _candidates(path: str) -> list[PurePosixPath]:
+    """Return the folders that a path may make a repository."""
+    at = PurePosixPath(path)
+    inner = [folder.parent for folder in at.parents if folder.name.casefold() in {"objects", "refs"}]
+    return [at.parent, *inner]

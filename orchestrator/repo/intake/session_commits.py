@@ -1,0 +1,163 @@
+"""Brings commits that an agent made into the hub: read, hashed and checked anew, then inspected, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.errors import GitError, is_resource_exhaustion
+from orchestrator.repo.git.command import FileChange, Git, is_object_id, parse_raw_diff, printable_name, split_nul
+from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
+from orchestrator.repo.intake.quarantine import Quarantine
+from orchestrator.repo.worktrees.worktrees import Worktree
+
+_MAX_COMMITS = 10_000
+_LIMIT = 120.0  # seconds
+_NONE = "0" * 40
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCommits:
+    """Reads the commits of one session. `base` is where it began."""
+
+    git: Git
+    worktree: Worktree
+    base: str
+    admit: IntakeRules
+
+    async def commit_of(self, name: str) -> str | None:
+        """Return the commit that an object of the session's is or stands for; None if there is none."""
+        done = await self._run_on_session_objects(
+            "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", ok=(0, 1, 128)
+        )
+        return done or None
+
+    async def is_unreachable_from(self, commit: str, *known: str) -> bool:
+        """Whether a commit of the session's is reachable from none of the `known`; GitError if it can't be read."""
+        return bool(
+            await self._run_on_session_objects("rev-list", "--max-count=1", commit, *(f"^{one}" for one in known))
+        )
+
+    async def import_commits(self, tip: str, *known: str, descends: bool = False) -> str | None:
+        """Bring in what `tip` has beyond the `known` commits; return why not, or None.
+
+        With `descends` only if the base is behind it.
+        """
+        quarantine = Quarantine(self.worktree.import_folder / "history", self.worktree.hub.objects)
+        await anyio.to_thread.run_sync(quarantine.empty)
+        try:
+            if refused := await self._find_size_violation(tip, known):
+                return refused
+            await self._pack(quarantine, tip, known)
+            git = self._confined_git(quarantine)
+            if descends:
+                await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.reading)
+            found = await self._inspect(quarantine, tip, known)
+        except GitError as error:
+            if is_resource_exhaustion(error):
+                raise
+            return f"they can't be read or do not continue from where it began ({error.stderr or 'exit 1'})"
+        if found:
+            return "; ".join(f"{printable_name(path)!r}: {why}" for path, why in sorted(found.items())[:5])
+        await anyio.to_thread.run_sync(quarantine.adopt_packs)
+        return None
+
+    def _confined_git(self, quarantine: Quarantine) -> Git:
+        """Return git as it may look at the quarantine, without the session's own objects in reach."""
+        return self.git.confined(readable=(self.worktree.hub.objects,), writable=(quarantine.objects,))
+
+    @property
+    def _packed(self) -> Path:
+        return self.worktree.import_folder / "packed"
+
+    @property
+    def _view(self) -> Path:
+        return self.worktree.import_folder / "theirs"
+
+    async def look(self) -> None:
+        """Take hold of the session's objects; before anything else is asked for."""
+        await anyio.to_thread.run_sync(link_session_objects, self.worktree.git_dir, self._view)
+        await anyio.to_thread.run_sync(lambda: (self._packed / "pack").mkdir(mode=0o700, parents=True, exist_ok=True))
+
+    async def _run_on_session_objects(self, *args: str, ok: tuple[int, ...] = (0,), input_: bytes | None = None) -> str:
+        known = self.worktree.hub.objects
+        env = {
+            "GIT_OBJECT_DIRECTORY": str(self._packed),
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": os.pathsep.join(map(str, (known, self._view))),
+        }
+        readable = (known, self.worktree.git_dir, self._view)
+        git = self.git.confined(readable=readable, writable=(self._packed,))
+        return (await git(*args, env=env, ok=ok, limit=_LIMIT, input_=input_)).stdout.decode().rstrip("\n")
+
+    async def _find_size_violation(self, tip: str, known: tuple[str, ...]) -> str | None:
+        """Look at numbers and sizes alone, before anything is copied."""
+        excluded = [f"^{one}" for one in known]
+        counted = await self._run_on_session_objects(
+            "rev-list", "--count", f"--max-count={_MAX_COMMITS + 1}", tip, *excluded
+        )
+        if int(counted) > _MAX_COMMITS:
+            return f"there are more than {_MAX_COMMITS} of them"
+        listed = await self._run_on_session_objects("rev-list", "--objects", "--no-object-names", "--filter-print-omitted",
+                                    f"--filter=blob:limit={self.admit.max_file + 1}", tip, *excluded)  # fmt: skip
+        if "~" in listed:
+            return f"a file in them has more than {self.admit.max_file} bytes"
+        return None
+
+    async def _pack(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> None:
+        revisions = "".join((f"{tip}\n", *(f"^{one}\n" for one in known)))
+        name = await self._run_on_session_objects(
+            "pack-objects", "--quiet", "--revs", str(self._packed / "pack"), input_=revisions.encode()
+        )
+        pack = quarantine.objects / "pack" / f"pack-{name}.pack"
+        # A copy: what packed it can't write that any more. A name from there is not trusted either.
+        if not is_object_id(name):
+            raise GitError(["pack-objects"], 0, "it printed no name of a pack")
+        await anyio.to_thread.run_sync(shutil.copyfile, self._packed / pack.name, pack)
+        # Hashes everything again and follows every link.
+        await self._confined_git(quarantine)("index-pack", "--strict", str(pack), env=quarantine.writing, limit=_LIMIT)
+
+    async def _inspect(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> dict[str, str]:
+        env, git = quarantine.reading, self._confined_git(quarantine)
+        commits = (await git("rev-list", tip, *(f"^{one}" for one in known), env=env)).stdout
+        # With folders (-t): an empty one is a name that no file would tell of.
+        raw = await git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",
+                             "--no-commit-id", env=env, input_=commits, limit=_LIMIT)  # fmt: skip
+        before = await self._base_files()
+        changes = {
+            FileChange(one.path, one.old_mode, one.new_mode, before.get(one.path, _NONE), one.new_id)
+            for one in parse_raw_diff(raw.stdout)
+        }
+        # What commits say of themselves comes in, too.
+        said = [FileChange(f"commit {name}", "000000", "100644", _NONE, name) for name in commits.decode().split()]
+        return await find_rejected_paths(git, [*changes, *said], self.admit, env)
+
+    async def _base_files(self) -> dict[str, str]:
+        listed = await self.git("ls-tree", "-r", "-z", self.base)
+        rows = (row.partition("\t") for row in split_nul(listed.stdout))
+        return {path: meta.split(" ")[2] for meta, _, path in rows}
+
+
+def link_session_objects(git_dir: Path, view: Path) -> None:
+    """Make a folder through which git sees the objects of a session and nothing else of it.
+
+    No alternates, which name any folder of the machine, and no pipes, which git would wait for. Blocks.
+    """
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir(mode=0o700, parents=True)
+    objects = git_dir / "objects"
+    if git_dir.is_symlink() or objects.is_symlink() or not objects.is_dir():
+        return
+    for folder in objects.iterdir():
+        if folder.name != "info" and folder.is_dir() and not folder.is_symlink():
+            with os.scandir(folder) as found:
+                files = {entry.name: entry.is_file(follow_symlinks=False) for entry in found}
+            if all(files.values()):
+                (view / folder.name).symlink_to(folder)
+                continue
+            (view / folder.name).mkdir()
+            for name in (name for name, is_file in files.items() if is_file):
+                (view / folder.name / name).symlink_to(folder / name)

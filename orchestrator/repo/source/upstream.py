@@ -1,0 +1,132 @@
+"""The user's repository, or the remote, as we deal with it: read its branches, fetch from it, move one of them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anyio
+
+from orchestrator.repo.git.command import Git, printable_name, read_ref, was_killed
+from orchestrator.repo.source.user_checkouts import LocalRepository, find_checkout, find_repository, lock_marker
+from orchestrator.repo.source.user_programs import (
+    MARK_VARIABLE,
+    OLD_COMMIT_VARIABLE,
+    TARGET_VARIABLE,
+    UPDATED_FILE,
+    write_landing_hooks,
+)
+
+# Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
+# they are clean, and no housekeeping starts in their repository on our account.
+_RECEIVE = (
+    "{environ} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
+    " -c core.fsmonitor=false -c {hooks} receive-pack"
+)
+# On one machine there is no line to spare the bytes for: what is not a delta in their packs stays none.
+_UPLOAD = "git -c pack.window=0 upload-pack"
+
+#: What the other side says beside the porcelain: its hooks, and errors of the system.
+_REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)")
+_MAX_REASON_CHARS = 300  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """The outcome of a push: whether the ref moved; if not, what the other side said, and whether it was killed."""
+
+    moved: bool
+    updated_checkout: bool = False
+    """Whether our hook has brought a checkout to what was pushed."""
+    reason: str = ""
+    was_killed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRepository:
+    """Where work comes from and lands: `location` is an absolute path or a URL; git runs in the trusted repository."""
+
+    location: str
+    is_local: bool
+    git: Git
+    repository: LocalRepository | None = None
+    """The repository at a path, where it is known already."""
+
+    @classmethod
+    def of(
+        cls, location: str, *, is_local: bool, git: Git, repository: LocalRepository | None = None
+    ) -> UpstreamRepository:
+        """Return the source, talked to in the user's own git environment."""
+        return cls(location, is_local, replace(git, as_user=True), repository)
+
+    async def tip(self, branch: str) -> str | None:
+        """Return the commit id that a branch is at; None if it does not exist."""
+        if self.is_local:
+            return await read_ref(Path(self.location), f"refs/heads/{branch}")
+        done = await self.git("ls-remote", "--refs", self.location, f"refs/heads/{branch}")
+        return done.stdout.split(b"\t")[0].decode() or None
+
+    async def heads(self) -> dict[str, str]:
+        """Return all branches with the commit ids that they are at."""
+        done = await self.git("ls-remote", "--refs", "--heads", self.location)
+        lines = [line.split("\t") for line in done.stdout.decode(errors="surrogateescape").split("\n")[:-1]]
+        return {ref.removeprefix("refs/heads/"): commit for commit, ref in lines}
+
+    async def fetch(self, branch: str, ref: str) -> str:
+        """Bring a branch's commits into the hub, point `ref` of the trusted repository at it, return its commit id."""
+        refspec = f"+refs/heads/{branch}:{ref}"
+        upload = [f"--upload-pack={_UPLOAD}"] if self.is_local else []
+        await self.git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance",
+                       "--recurse-submodules=no", *upload, self.location, refspec)  # fmt: skip
+        return await self.git.line("rev-parse", "--verify", f"{ref}^{{commit}}")
+
+    async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> PushResult:
+        """Move a branch from `old` (None: it must not exist) to `new`, or not at all.
+
+        Hooks of the user's run, but none that is inside a checkout: the push itself may have written it. The command,
+        and all that it starts at the other side of a path, holds `keep_fds` until it has ended.
+        """
+        ref = f"refs/heads/{branch}"
+        receive = [f"--receive-pack={await self._receive(branch, old)}"] if self.is_local else []
+        done = await self.git(
+            "-c", "push.pushOption=", "push", "--porcelain", "--no-verify", "--no-signed", "--recurse-submodules=no",
+            f"--force-with-lease={ref}:{old or ''}", *receive,
+            self.location, f"{new}:{ref}",
+            ok=range(-64, 256), keep_fds=keep_fds,
+        )  # fmt: skip
+        if done.returncode == 0:
+            has_updated = self.is_local and await anyio.Path(self._hooks(branch), UPDATED_FILE).exists()
+            return PushResult(moved=True, updated_checkout=has_updated)
+        stderr = done.stderr.decode(errors="replace")
+        lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
+        said = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
+        told = "; ".join(
+            line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _REMOTE_MESSAGE.match(line)
+        )
+        reason = said if not lines or not told else f"{said}: {printable_name(told)[:_MAX_REASON_CHARS]}"
+        remedy = ": give yourself access" if "Permission denied" in told else ""
+        return PushResult(moved=False, reason=reason + remedy, was_killed=was_killed(done.returncode, stderr))
+
+    async def _receive(self, branch: str, old: str | None) -> str:
+        users = replace(self.git, git_dir=None)
+        repository = self.repository or await find_repository(Path(self.location), users)
+        checkout = await find_checkout(repository, branch, users)
+        folder = self._hooks(branch)
+        await write_landing_hooks(repository, users, folder, checkout)
+        hooks = shlex.quote(f"core.hooksPath={folder}")
+        given = {
+            OLD_COMMIT_VARIABLE: old or "",
+            TARGET_VARIABLE: f"refs/heads/{branch}",
+            MARK_VARIABLE: lock_marker(branch),
+        }
+        environ = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
+        return _RECEIVE.format(environ=environ, hooks=hooks)
+
+    def _hooks(self, branch: str) -> Path:
+        """Return the folder of the hooks of a push, which nothing but the landing of the branch uses: one at a time."""
+        assert self.git.git_dir is not None, "it runs in the trusted repository"
+        return self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]

@@ -1,0 +1,615 @@
+"""The user's own checkouts: where a branch is checked out, whether it is clean, and repairing an interrupted update.
+
+A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves the
+earlier ones ahead of the later ones, and the user may commit at any of these points; `settle` brings all three back
+to one commit, and touches nothing of the user's: no path that the push does not change, no content but its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import anyio.to_thread
+
+from orchestrator.errors import GitError, RefusedError, to_unusable_error
+from orchestrator.project import Project
+from orchestrator.repo.git.command import (
+    FileChange,
+    Git,
+    is_object_id,
+    join_nul,
+    parse_raw_diff,
+    printable_name,
+    split_nul,
+)
+
+#: What git calls the folders in which it keeps what a push brings until it is accepted.
+_INCOMING: Final = "tmp_objdir-incoming-*"
+#: Seconds for which the end of the user's git commands is waited for, at most, and between two looks.
+_GIT_EXIT_TIMEOUT: Final = 2.0
+_PAUSE: Final = 0.02
+#: The same for those that may be a switch to the target; a command that shows its output in a pager takes longer.
+_SWITCH_TIMEOUT: Final = 0.2
+#: The seconds in a line of a reflog.
+_TIME_OF_MOVE: Final = re.compile(rb"> (\d+) [+-]\d{4}\t")
+#: Longer than what a lock of ours holds.
+_MARK_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRepository:
+    """A repository on this machine: its shared git directory, and the top of its checkout (None: bare)."""
+
+    git_dir: Path
+    top: Path | None
+    object_format: str
+
+    @property
+    def folder(self) -> Path:
+        """Where commands run: what a user who trusts a repository of someone else's has named to git."""
+        return self.top or self.git_dir
+
+
+async def find_repository(path: Path, git: Git) -> LocalRepository:
+    """Find the repository at or above a path; RefusedError where there is none that git will work with."""
+    remedy = "set `repo` to the path or URL of a git repository that git accepts"
+
+    async def ask(*facts: str) -> list[str]:
+        """Return a line for each; the last may be a folder's name, which may have any character in it."""
+        done = await git("rev-parse", *facts, cwd=path)
+        printed = done.stdout.decode(errors="surrogateescape").rstrip("\n").split("\n", len(facts) - 1)
+        if len(printed) < len(facts):
+            raise GitError(["rev-parse", *facts], 0, f"it printed {printed}")
+        return printed
+
+    try:
+        bare, object_format, common = await ask("--is-bare-repository", "--show-object-format", "--git-common-dir")
+        top = None if bare == "true" else Path(*await ask("--show-toplevel"))
+    except GitError as error:
+        raise to_unusable_error(error, str(path), remedy) from None
+    if top is not None and not await anyio.Path(top, ".git").exists():
+        raise RefusedError(f"the files of {path} are in {top}, by `core.worktree`, where git does not find it", remedy)
+    return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
+
+
+async def read_current_branch(folder: Path, git: Git) -> str | None:
+    """Return the branch that is checked out in a folder; None where there is none."""
+    found = await git("symbolic-ref", "--quiet", "--short", "HEAD", cwd=folder, ok=(0, 1, 128))
+    return found.stdout.decode(errors="surrogateescape").rstrip("\n") or None
+
+
+async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> Path | None:
+    """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's.
+
+    RefusedError where no push can update that: if it is in two (`git worktree add --force`), which git would update one
+    of, or has its git directory elsewhere.
+    """
+    if not await anyio.to_thread.run_sync(_may_be_checked_out, repository.git_dir, branch):
+        return None
+    listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.folder)
+    found = []
+    for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
+        facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
+        if facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts:
+            found.append(Path(facts["worktree"]))
+    for checkout in found[:1]:
+        if not await anyio.Path(checkout).is_dir():
+            what = f"{branch!r} is checked out in {checkout}, which is gone"
+            raise RefusedError(what, "run `git worktree prune` in the repository")
+        if not await anyio.Path(checkout, ".git").exists():  # git takes the git directory for the checkout
+            what = f"{branch!r} is checked out, and a push can't update the checkout of {checkout}"
+            why = "the git directory of a submodule, or of `--separate-git-dir`, is outside of its checkout"
+            raise RefusedError(f"{what}: {why}", "set `target` to a branch that is not checked out")
+    for another in found[1:]:
+        if await anyio.Path(another).is_dir():
+            what = f"{branch!r} is checked out in {found[0]} and in {another}, of which a landing can update only one"
+            raise RefusedError(what, f"run `git -C {shlex.quote(str(another))} switch --detach`")
+    return found[0] if found else None
+
+
+def list_checkout_git_dirs(folder: Path) -> list[str]:
+    """Return the git directory of each checkout, relative to the shared one."""
+    linked: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        linked = sorted(path.name for path in (folder / "worktrees").iterdir())
+    return [".", *(f"worktrees/{name}" for name in linked)]
+
+
+def list_checkouts(repository: LocalRepository) -> list[Path]:
+    """Return the tops of a repository's checkouts on this machine, links resolved. Blocks."""
+    folder = repository.git_dir
+    tops = [] if repository.top is None else [repository.top]
+    tops += [folder.parent] if folder.name == ".git" else []
+    for name in list_checkout_git_dirs(folder)[1:]:
+        with suppress(OSError):
+            written = os.fsdecode((folder / name / "gitdir").read_bytes()).rstrip("\n")
+            tops.append((folder / name / written).parent)
+    return list(dict.fromkeys(top.resolve() for top in tops))
+
+
+def read_heads(folder: Path) -> dict[str, str]:
+    """Return what the HEAD of each checkout holds, by its git directory as `list_checkout_git_dirs` has it. Blocks."""
+    found = {}
+    for name in list_checkout_git_dirs(folder):
+        try:
+            found[name] = (folder / name / "HEAD").read_text(errors="surrogateescape").strip()
+        except (FileNotFoundError, NotADirectoryError):  # it is just being made or removed, or none
+            continue
+    return found
+
+
+def _may_be_checked_out(folder: Path, branch: str) -> bool:
+    """Whether git must be asked where a branch is checked out: not if no HEAD can lead there."""
+    return any(_may_resolve_to(folder, name, head, branch) for name, head in read_heads(folder).items())
+
+
+def _may_resolve_to(folder: Path, name: str, head: str, branch: str) -> bool:
+    if (folder / name / "HEAD").is_symlink():
+        return True
+    if is_object_id(head):
+        return False
+    ref = head.removeprefix("ref: ")
+    # What is no branch in a file may be the sign of another format, and a branch may stand for another one.
+    if ref in {f"refs/heads/{branch}", "refs/heads/.invalid"} or not head.startswith("ref: refs/heads/"):
+        return True
+    try:
+        return (folder / ref).read_bytes().startswith(b"ref:")
+    except OSError:
+        return False
+
+
+async def list_uncommitted_changes(checkout: Path, git: Git) -> list[str]:
+    """Return the tracked paths that differ from the checkout's commit, staged or not; reading changes nothing."""
+    listed = await git(
+        "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all", "--no-renames", cwd=checkout
+    )
+    return [printable_name(entry[3:]) for entry in split_nul(listed.stdout)]
+
+
+async def find_blocking_locks(repository: LocalRepository, checkout: Path, branch: str, git: Git) -> list[Path]:
+    """Return the lock files that keep a checked-out branch from being moved."""
+    locks, _ = await _locks(repository, checkout, branch, git)
+    return await anyio.to_thread.run_sync(lambda: [lock for lock in locks if lock.exists()])
+
+
+def lock_marker(branch: str) -> str:
+    """Return what the lock has as its content that a push of ours to a branch takes on the index of a checkout.
+
+    Such a push is alone: whoever may land on the branch, and so runs no push, may remove what another one has left.
+    """
+    return f"council-{hashlib.sha256(branch.encode()).hexdigest()[:16]}"
+
+
+def find_locked_checkouts(repository: LocalRepository, branch: str) -> list[Path]:
+    """Return the checkouts whose index a push of ours to a branch has left locked. Blocks."""
+    return [top for top in list_checkouts(repository) if _is_marked(_git_dir_of(top) / "index.lock", branch)]
+
+
+def interrupted_landing(repository: LocalRepository, branch: str) -> str | None:
+    """Return what to do where a push of ours to a branch has left a checkout locked; None if none has. Blocks."""
+    locked = find_locked_checkouts(repository, branch)
+    if not locked:
+        return None
+    return f"a landing that was interrupted has left {locked[0]} locked: `council resume` its run, which repairs that"
+
+
+def left_checkouts(repository: LocalRepository, branch: str, since: float) -> list[Path]:
+    """Return the checkouts that were switched away from a branch after `since` (wall-clock seconds). Blocks.
+
+    The user's git carries along what a push had staged there if they have removed the lock.
+    """
+    signs = (f"\tcheckout: moving from {branch} to ".encode(), f"\tBranch: renamed refs/heads/{branch} to ".encode())
+    found = []
+    for top in list_checkouts(repository):
+        with suppress(OSError):
+            lines = (_git_dir_of(top) / "logs" / "HEAD").read_bytes().splitlines()
+            moves = [_TIME_OF_MOVE.search(line) for line in lines if any(sign in line for sign in signs)]
+            if any(move is not None and int(move[1]) >= int(since) for move in moves):
+                found.append(top)
+    return found
+
+
+def _git_dir_of(top: Path) -> Path:
+    """Return the git directory of a checkout (gitrepository-layout(5))."""
+    place = top / ".git"
+    if place.is_file():
+        return top / place.read_text(errors="surrogateescape").removeprefix("gitdir: ").rstrip("\n")
+    return place
+
+
+def _is_marked(lock: Path, branch: str) -> bool:
+    try:
+        return lock.read_bytes()[:_MARK_BYTES].strip() == lock_marker(branch).encode()
+    except OSError:
+        return False
+
+
+def read_head_stats(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
+    """Return what changes with each switch of a checkout to another branch, by its git directory. Blocks."""
+    found = {}
+    for name in list_checkout_git_dirs(repository.git_dir):
+        with suppress(OSError):
+            git_dir = (repository.git_dir / name).resolve()
+            stat = (git_dir / "HEAD").lstat()
+            found[git_dir] = stat.st_ino, stat.st_mtime_ns
+    return found
+
+
+async def update_switched_checkout(
+    repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[Path, tuple[int, int]], git: Git
+) -> None:
+    """Bring a checkout that was switched to a branch while that was moved (old, new) to the new commit.
+
+    `before` are the `read_head_stats` from before the move. The caller knows that the push has updated no checkout: the
+    switch may have written what the branch was at when it began. A checkout that was not switched is the user's.
+    """
+    tops = await anyio.to_thread.run_sync(list_checkouts, repository)
+    await anyio.to_thread.run_sync(_wait_until_unused, lambda: any(map(_is_git_running_in, tops)), _SWITCH_TIMEOUT)
+    now = await anyio.to_thread.run_sync(read_head_stats, repository)
+    if now == before or (checkout := await find_checkout(repository, branch, git)) is None:
+        return
+    git_dir = await anyio.to_thread.run_sync(lambda: _git_dir_of(checkout).resolve())
+    if now.get(git_dir) != before.get(git_dir):
+        old, new = move
+        await _InterruptedUpdate(checkout, branch, git, old=new, tip=new, new=old).undo([], has_just_ended=True)
+
+
+async def recover_push(
+    repository: LocalRepository,
+    checkout: Path | None,
+    branch: str,
+    move: tuple[str | None, str],
+    since: float,
+    git: Git,
+    *,
+    may_finish: bool,
+    was_killed: bool = True,
+) -> list[str]:
+    """Bring ref, index and files to one commit after a push that was to `move` the branch (old, new) ended early.
+
+    The caller knows that the checkout was clean right before the push, and holds proof that no process of it lives;
+    `since` (wall-clock seconds) is when it began. With `may_finish` the move is finished by a compare-and-swap if
+    only the ref was missing; a push that may have been refused is undone instead. So is one where the user has
+    committed meanwhile, or has switched to another branch: what is brought to its commit then is what the checkout is
+    at now. Only paths that the move changes are touched, and of those only the index entries and files
+    that hold what it brings, wholly, or one file a part of it, and others nothing, while a lock on the index, other
+    such files, or the push itself, which has just ended, show that it was writing. Returns the paths that neither
+    commit explains: they are left as they are. Unless the push `was_killed` other locks than its own are the user's.
+    """
+    stale = await _stale_locks(repository, checkout, branch, since if was_killed else None, git)
+    old, new = move
+    foreign: list[str] = []
+    has_just_ended = not may_finish
+    if checkout is not None and await _has_all_objects(checkout, old, new, git):
+        tip = await _tip(checkout, git)
+        if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
+            empty = await _empty_tree(checkout, git) if old is None else ""
+            # Of a branch that the user has deleted the files stay as they were.
+            update = _InterruptedUpdate(checkout, branch, git, old or empty, tip or old or empty, new)
+            may_finish = may_finish and tip == old and await read_current_branch(checkout, git) == branch
+            if may_finish and await update.is_staged():
+                await anyio.to_thread.run_sync(_unlink, stale)
+                reflog = "council: finish an interrupted landing"
+                await git("update-ref", "-m", reflog, f"refs/heads/{branch}", new, old or "0" * len(new), cwd=checkout)
+            else:
+                foreign = await update.undo(stale, has_just_ended=has_just_ended)
+                foreign += await _catch_up(update, tip)
+    # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
+    await anyio.to_thread.run_sync(_unlink, stale)
+    await anyio.to_thread.run_sync(remove_incoming_objects, repository.git_dir, since)
+    return foreign
+
+
+async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
+    """Bring what was undone to what the user has committed of it meanwhile; return the paths that are theirs.
+
+    `git commit` reads the index first, and moves the branch later: so theirs may have all that the update had staged.
+    """
+    foreign: list[str] = []
+    while (now := await _read_settled_tip(undone.checkout, undone.git)) is not None and now != tip:
+        back = replace(undone, old=undone.new, tip=now, new=tip or undone.tip)
+        foreign += await back.undo([], has_just_ended=True)
+        tip = now
+    return foreign
+
+
+async def _read_settled_tip(checkout: Path, git: Git) -> str | None:
+    """Return the commit of a checkout once no git command is at work in its checkout, or after a while."""
+    await anyio.to_thread.run_sync(_wait_until_unused, lambda: _is_git_running_in(checkout))
+    return await _tip(checkout, git)
+
+
+async def _has_all_objects(checkout: Path, old: str | None, new: str, git: Git) -> bool:
+    """Whether a commit is there with all that it brings: of what a killed push received there may be a part."""
+    before = () if old is None else (f"^{old}",)
+    found = await git("rev-list", "--objects", "--quiet", new, *before, cwd=checkout, ok=(0, 1, 128))
+    return found.returncode == 0
+
+
+async def _tip(checkout: Path, git: Git) -> str | None:
+    ref = await git("rev-parse", "--verify", "--quiet", "HEAD", cwd=checkout, ok=(0, 1))
+    return ref.stdout.decode().strip() or None
+
+
+async def _empty_tree(checkout: Path, git: Git) -> str:
+    return (await git("hash-object", "-t", "tree", "--stdin", cwd=checkout, input_=b"")).stdout.decode().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _InterruptedUpdate:
+    """An update of a checkout from `old` to `new` of a branch that ended early, where HEAD is at `tip`."""
+
+    checkout: Path
+    branch: str
+    git: Git
+    old: str
+    tip: str
+    new: str
+
+    async def is_staged(self) -> bool:
+        """Whether the index has all that the update brings."""
+        unlike_new = await self._staged_unlike(self.new)
+        return not any(change.path in unlike_new for change in await self._changes(self.old))
+
+    async def undo(self, stale: Sequence[Path], *, has_just_ended: bool) -> list[str]:
+        """Return index entries and files of the update to `tip`; return the paths that were changed since.
+
+        `stale` are the locks that the update left; `has_just_ended` means that nobody else had time to change files.
+        The index stays locked until all is undone, also if that fails, so that the user neither commits a part of the
+        update nor carries it to another branch. It is written first: the next recovery finds what an interrupted push
+        leaves, too, and finishes nothing of which files are undone already.
+        """
+        ours = {change.path for change in await self._changes(self.old)}
+        changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
+        unlike_new, unlike_tip = await self._staged_unlike(self.new), await self._staged_unlike(self.tip)
+        staged = [path for path in changes if path not in unlike_new]
+        before = {path: change.old_id for path, change in changes.items() if int(change.old_mode, 8)}
+        after = {path: change.new_id for path, change in changes.items() if int(change.new_mode, 8)}
+        kinds = ("old", "new", "partial", "restored", "empty", "foreign")
+        found: dict[str, list[str]] = {kind: [] for kind in kinds}
+        for path in sorted(changes):
+            is_theirs = path in unlike_new and path in unlike_tip
+            whose = await _classify_file(self.git, self.checkout, path, before.get(path), after.get(path))
+            found["foreign" if is_theirs else whose].append(path)
+        # Git writes one file after the other: one kill leaves one file in pieces. On a full disk the next are empty.
+        is_locked = any(lock.name == "index.lock" for lock in stale)
+        was_writing = bool(staged or found["new"]) or is_locked or has_just_ended
+        pieces = found["partial"] + found["restored"] + found["empty"]
+        are_pieces = len(found["partial"]) <= 1 and len(found["restored"]) <= 1 and was_writing
+        written = found["new"] + (pieces if are_pieces else [])
+        foreign = found["foreign"] + ([] if are_pieces else pieces)
+        if written or staged:
+            git_dir = await anyio.to_thread.run_sync(_git_dir_of, self.checkout)
+            await anyio.to_thread.run_sync(_lock_index, git_dir, self.branch, stale)
+            if staged:
+                index = await anyio.to_thread.run_sync(_copy_index, git_dir, self.branch)
+                entries = (f"{changes[path].old_mode} {changes[path].old_id}\t{path}" for path in staged)
+                env, arguments = {"GIT_INDEX_FILE": str(index)}, ("update-index", "-z", "--index-info")
+                await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(entries))
+                await anyio.to_thread.run_sync(index.replace, git_dir / "index")
+            await self._restore([path for path in written if path in before])
+            added = [path for path in written if path not in before]
+            await anyio.to_thread.run_sync(_delete_added, self.checkout, added)
+            await anyio.to_thread.run_sync(_unlink, [git_dir / "index.lock"])
+            await self.git("update-index", "-q", "--refresh", "--ignore-submodules", cwd=self.checkout, ok=range(256))
+        return [printable_name(path) for path in sorted(foreign)]
+
+    async def _restore(self, paths: Sequence[str]) -> None:
+        if not paths:
+            return
+        with TemporaryDirectory(prefix="council-") as folder:
+            env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+            await self.git("read-tree", self.tip, cwd=self.checkout, env=env)
+            arguments = ("checkout-index", "--force", "-z", "--stdin")
+            await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(paths))
+
+    async def _changes(self, since: str) -> list[FileChange]:
+        return await self.git.changes(since, self.new, cwd=self.checkout)
+
+    async def _staged_unlike(self, commit: str) -> set[str]:
+        arguments = ("diff-index", "--cached", "--raw", "-z", "--no-renames", "--ignore-submodules=none", commit)
+        return {change.path for change in parse_raw_diff((await self.git(*arguments, cwd=self.checkout)).stdout)}
+
+
+def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
+    """Lock an index with our mark, unless it is; RefusedError if a git command of the user's has it locked."""
+    lock = git_dir / "index.lock"
+    if _is_marked(lock, branch):
+        return
+    _unlink([one for one in stale if one == lock])
+    try:
+        with lock.open("x") as file:
+            file.write(lock_marker(branch))
+    except FileExistsError:
+        raise RefusedError(f"{lock} exists", "remove it if no git command of yours is running") from None
+
+
+def _copy_index(git_dir: Path, branch: str) -> Path:
+    """Return a copy of an index that is locked with our mark, which is to replace it."""
+    copy, lock = _copies(git_dir, branch)
+    _unlink([lock])
+    shutil.copy2(git_dir / "index", copy)
+    return copy
+
+
+def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
+    for path in paths:
+        (checkout / path).unlink(missing_ok=True)
+        for folder in Path(path).parents:
+            if folder != Path() and not any((checkout / folder).iterdir()):
+                (checkout / folder).rmdir()
+
+
+async def _classify_file(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
+    """Return whether a file is `old` or `new`, as an interrupted push left it, or `foreign`.
+
+    One that a push or an undo was writing is `partial` (a part of the new one), `restored` (of the old one) or `empty`.
+    """
+    content = await anyio.to_thread.run_sync(_read, checkout / path)
+    if content is None:
+        # Git unlinks a file before it writes the new one.
+        return "old" if before is None else "new" if after is None else "empty"
+    identity = await _identity(git, checkout, path, content)
+    if identity == before:
+        return "old"
+    if identity == after:
+        return "new"
+    for blob, part in ((after, "partial"), (before, "restored")):
+        if blob is not None:
+            filtered = await git("cat-file", "--filters", f"--path={path}", blob, cwd=checkout)
+            if filtered.stdout.startswith(content):
+                return part if content else "empty"
+    return "foreign"
+
+
+def _read(file: Path) -> bytes | None:
+    if file.is_symlink():
+        return os.fsencode(file.readlink())
+    return file.read_bytes() if file.is_file() else None
+
+
+async def _identity(git: Git, checkout: Path, path: str, content: bytes) -> str:
+    if await anyio.to_thread.run_sync((checkout / path).is_symlink):
+        algorithm = (await git("rev-parse", "--show-object-format", cwd=checkout)).stdout.decode().strip()
+        return hashlib.new(algorithm, b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    hashed = await git("hash-object", "--stdin", f"--path={path}", cwd=checkout, input_=content)
+    return hashed.stdout.decode().strip()
+
+
+async def _stale_locks(
+    repository: LocalRepository, checkout: Path | None, branch: str, since: float | None, git: Git
+) -> list[Path]:
+    """Return the lock files that a killed push left in the user's repository; those of the living are not its."""
+    locks, folders = await _locks(repository, checkout, branch, git)
+    ours = await anyio.to_thread.run_sync(_marked_files, folders[0], branch)
+    others = [lock for lock in locks if lock not in ours]
+    if since is None:
+        return ours
+    return [*ours, *await anyio.to_thread.run_sync(_find_stale, others, folders, since)]
+
+
+def _marked_files(git_dir: Path, branch: str) -> list[Path]:
+    """Return what a push of ours has left of the index: the lock, and the new index with its own."""
+    return [path for path in _copies(git_dir, branch) if path.exists()] + [
+        lock for lock in [git_dir / "index.lock"] if _is_marked(lock, branch)
+    ]
+
+
+def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
+    """Return what replaces an index that is locked with our mark, and its own lock."""
+    copy = git_dir / f"index.{lock_marker(branch)}"
+    return copy, copy.with_name(f"{copy.name}.lock")
+
+
+async def _locks(
+    repository: LocalRepository, checkout: Path | None, branch: str, git: Git
+) -> tuple[list[Path], list[Path]]:
+    """Return the lock files that a push makes, and the folders that its commands work in."""
+    folders = [repository.git_dir]
+    if checkout is not None:
+        own = await git("rev-parse", "--absolute-git-dir", cwd=checkout)
+        folders = [Path(own.stdout.decode(errors="surrogateescape").rstrip("\n")), repository.git_dir, checkout]
+    locks = [folders[0] / "index.lock", folders[0] / "HEAD.lock"]
+    if folders[0] != repository.git_dir:  # the HEAD of a bare repository may lead to the branch, too
+        locks.append(repository.git_dir / "HEAD.lock")
+    locks.append(repository.git_dir / "refs" / "heads" / f"{branch}.lock")
+    return locks, folders
+
+
+def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> list[Path]:
+    found: list[Path] = []
+
+    def is_used() -> bool:
+        # Coarse file system time stamps may lag behind the clock that `since` was read from.
+        found[:] = [lock for lock in locks if _modified(lock) >= since - 2]
+        return bool(found) and (any(_is_git_running_in(folder) for folder in folders) or _is_open(found))
+
+    # Those that were judged, and no other: the user's next command may have made one since.
+    return found if _wait_until_unused(is_used) else []
+
+
+def remove_incoming_objects(git_dir: Path, since: float) -> None:
+    """Remove what a killed push had received: objects of which no ref ever knew. Git's own pruning would, too. Blocks.
+
+    Each `git receive-pack` works in the git directory: where none does, folders that were made since are nobody's.
+    """
+    found: list[Path] = []
+
+    def is_used() -> bool:
+        found[:] = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
+        return bool(found) and _is_git_running_in(git_dir)
+
+    for folder in found if _wait_until_unused(is_used) else []:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _unlink(locks: Sequence[Path]) -> None:
+    for lock in locks:
+        lock.unlink(missing_ok=True)
+
+
+def _is_open(files: Sequence[Path]) -> bool:
+    """Whether any process has one of these files open; other programs than git lock the index, too."""
+    names = {str(file) for file in files}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(link.readlink()) in names:
+                return True
+        except OSError:  # it has ended, or is not ours
+            continue
+    return False
+
+
+def _is_git_running_in(folder: Path) -> bool:
+    """Whether a git command works in a folder; where there is no /proc (macOS) none can be seen."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink().is_relative_to(folder) and (process / "comm").read_text().startswith("git"):
+                return True
+        except OSError:  # it has ended, or is not ours
+            continue
+    return False
+
+
+def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIMEOUT) -> bool:
+    """Wait until the user's git commands have ended; False if they have not within the limit (seconds). Blocks."""
+    deadline = time.monotonic() + limit
+    while is_used():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_PAUSE)  # the user's git commands end at once, and more may follow
+    return True
+
+
+async def refuse_tracked_project_folder(project: Project, environ: Mapping[str, str]) -> None:
+    """Refuse a `.council` that came with the repository: what is in it would be obeyed as if we had written it."""
+    git = Git(None, as_user=True, environ=environ)
+    name = project.folder.name
+    # On some file systems another spelling of it is the same folder.
+    listed = await git("ls-files", "-z", "--", f":(icase){name}", cwd=project.top, ok=(0, 128))
+    if tracked := split_nul(listed.stdout):
+        named = ", ".join(map(printable_name, tracked[:3])) + (
+            f" and {len(tracked) - 3} more" if len(tracked) > 3 else ""
+        )
+        raise RefusedError(
+            f"the repository brings a {name} of its own: git tracks {named}",
+            f"`git rm -r --cached {name}` and commit that: no file stays in git's hands, and none is deleted",
+        )

@@ -1,0 +1,373 @@
+"""The shapes of our own documents, kind by kind: which stored ones can't be read, and what people may write.
+
+Documents of all other kinds belong to whoever writes them, and have any shape.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+
+from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.runs.model import (
+    AdapterDocument,
+    CheckpointOrigin,
+    RunDocument,
+    RunRequest,
+    TaskDocument,
+    TaskStatus,
+)
+from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
+from orchestrator.domain.scheduling.path_ownership import PathOwnership
+from orchestrator.domain.sessions.contexts import SessionContext
+from orchestrator.domain.sessions.notes import Note
+from orchestrator.domain.workflow.handoffs import Handoff
+from orchestrator.errors import RefusedError, UnreadableDocument, VersionConflict, describe_validation_error
+from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, VerificationReport, Write
+from orchestrator.state.documents.log_reader import is_run_document
+from orchestrator.state.log.codec import encode_object
+
+#: The kind of the documents that hold named locks.
+LOCK_KIND: Final = "rwlock"
+
+#: What may be changed by hand of a run; everything else stays as the run was made.
+EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
+#: What may be changed by hand of a task; everything else is written by the run alone.
+EDITABLE_TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
+#: The states that a task can be given by hand: all others need work that only a run can record.
+MANUAL_STATUSES: Final = (
+    TaskStatus.PENDING,
+    TaskStatus.FAILED,
+    TaskStatus.CONFLICT,
+    TaskStatus.NO_CHANGE,
+    TaskStatus.CANCELLED,
+)
+#: How many versions of a document are searched for one that can be read.
+_DEEP: Final = 1000
+
+_NOT_BY_HAND: Final = "use the command or function that writes it; documents of your own have a kind of your own"
+
+
+_HOLDING = cache(lambda: TypeAdapter(PathOwnership))
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
+class _RunLease(_Stored):
+    orchestrator: str
+    epoch: int
+
+
+class _Cursor(_Stored):
+    position: int
+
+
+class _Shared(_Stored):
+    value: JsonValue
+    writer: str | None
+    time: Instant
+
+
+class _Conflict(_Stored):
+    class Candidate(_Part):
+        time: Instant
+        writer: str
+        value: dict[str, Any] | None
+        base: int | None
+
+    key: tuple[str, str]
+    version: int
+    candidates: list[Candidate]
+
+
+class _Checkpoint(_Stored):
+    class Session(_Part):
+        run: str
+        task: str
+        attempt: int
+        status: str
+
+    position: int
+    reason: str
+    maker: CheckpointOrigin
+    status: str | None
+    phase: dict[str, int]
+    sessions: list[Session]
+
+
+class _Ports(_Stored):
+    place: str
+    ports: list[int]
+
+
+class _Locks(_Stored):
+    class Taking(_Part):
+        id: str
+        name: str
+        mode: Literal["read", "write"]
+        owner: str
+        acquired_at: Instant
+        expires_at: Instant
+        host: str
+        boot: str
+        pid: int
+        started: int | None
+
+    holders: list[Taking]
+    waiters: list[Taking]
+
+
+class _Import(_Stored):
+    pass
+
+
+def _run(encoded: bytes) -> RunDocument:
+    # Late: the models of a file take as long to make as all else that shows a run.
+    from orchestrator.config import model
+    from orchestrator.domain.runs.prices import Price
+    from orchestrator.domain.workflow.routing import Phase
+
+    run = RunDocument.model_validate_json(encoded)
+    if run.inconsistency is not None:
+        raise ValueError(run.inconsistency)
+    for config, part in (
+        (model.SandboxConfig, run.fence),
+        (model.WorktreesConfig, run.worktrees),
+        (model.Retention, run.retention),
+        (model.BudgetConfig, run.budget),
+        (model.CoordinationConfig, run.coordination),
+    ):
+        if part:
+            config.model_validate(part)
+    for one in run.mcp_servers.values():
+        model.McpServerConfig.model_validate(one)
+    for one in run.prices.values():
+        Price.model_validate(one)
+    for phases in run.workflows.values():
+        for phase in phases:
+            Phase.model_validate(phase)
+    for entry in (*run.adapters.values(), *run.sinks.values(), *run.trackers.values()):
+        if not isinstance(entry.get("use"), str) or not isinstance(entry.get("options"), dict):
+            raise ValueError("an adapter, sink or tracker lacks `use` or `options`")
+    return run
+
+
+def _task(encoded: bytes) -> TaskDocument:
+    task = TaskDocument.model_validate_json(encoded)
+    if task.inconsistency is not None:
+        raise ValueError(task.inconsistency)
+    return task
+
+
+def _spec(encoded: bytes) -> BaseModel:
+    from orchestrator.config.model import TaskSpec
+
+    return TaskSpec.model_validate_json(encoded)
+
+
+def _lease(key: Key, encoded: bytes) -> object:
+    if key.id.startswith("merge/"):
+        return MergeLease.model_validate_json(encoded)
+    return _RunLease.model_validate_json(encoded) if key.id.startswith("run/") else None
+
+
+def _ownership(key: Key, encoded: bytes) -> object:
+    # Else it is the turnstile of a scope.
+    return _HOLDING().validate_python(PathOwnership.from_json(json.loads(encoded))) if "/" in key.id else None
+
+
+def checkpoint_number(key: Key) -> int | None:
+    """Return the number at the end of a checkpoint's name; None where there is none."""
+    owner, _, number = key.id.rpartition("/")
+    return int(number) if owner and re.fullmatch(r"[1-9][0-9]{0,14}", number) else None
+
+
+def _checkpoint(key: Key, encoded: bytes) -> object:
+    if checkpoint_number(key) is None:
+        raise ValueError("its name does not end with a number")
+    return _Checkpoint.model_validate_json(encoded)
+
+
+def _model(model: type[BaseModel]) -> Callable[[Key, bytes], object]:
+    return lambda _, encoded: model.model_validate_json(encoded)
+
+
+#: How each of our kinds is read.
+_KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
+    "run": lambda _, encoded: _run(encoded),
+    "spec": lambda _, encoded: _spec(encoded),
+    "task": lambda _, encoded: _task(encoded),
+    "lease": _lease,
+    "orchestrator": _model(OrchestratorLease),
+    "claim": _model(Claim),
+    "adapter": _model(AdapterDocument),
+    "cursor": _model(_Cursor),
+    "request": _model(RunRequest),
+    "conflict": _model(_Conflict),
+    "checkpoint": _checkpoint,
+    "import": _model(_Import),
+    "imported": _model(_Import),
+    "ownership": _ownership,
+    "context": _model(SessionContext),
+    "handoff": _model(Handoff),
+    "shared": _model(_Shared),
+    LOCK_KIND: _model(_Locks),
+    "note": _model(Note),
+    "ports": _model(_Ports),
+}
+DOCUMENT_KINDS: Final = frozenset(_KINDS)
+
+
+class DocumentError(NamedTuple):
+    """A document of ours that can't be read, and why."""
+
+    key: Key
+    reason: str
+
+    def error(self) -> UnreadableDocument:
+        """Return the error that names it."""
+        return UnreadableDocument(str(self.key), self.reason)
+
+
+def find_document_error(found: Document) -> str | None:
+    """Return why a document of ours can't be read; None if it can, or is of another kind, or damaged in the log."""
+    return None if found.damaged else _flaw(found.key, found.encoded)
+
+
+def _flaw(key: Key, encoded: bytes) -> str | None:
+    read = _KINDS.get(key.kind)
+    if read is None:
+        return None
+    try:
+        read(key, encoded)
+    except ValidationError as error:
+        return describe_validation_error(error)
+    except ValueError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def is_readable(found: Document) -> bool:
+    """Whether a document's newest value can be read."""
+    return not found.damaged and find_document_error(found) is None
+
+
+def filter_readable(found: Sequence[Document]) -> Iterator[Document]:
+    """Yield the documents that can be read."""
+    return filter(is_readable, found)
+
+
+async def find_unreadable(store: Store, run: str | None = None) -> list[DocumentError]:
+    """Return the documents of ours that can't be read, those of one run or all, by key."""
+    listed = [one for kind in sorted(DOCUMENT_KINDS) for one in await store.list(kind)]
+    own = [one for one in listed if run is None or is_run_document(one.key, run)]
+    return [DocumentError(one.key, flaw) for one in own if (flaw := find_document_error(one)) is not None]
+
+
+async def verify_store(store: Store) -> VerificationReport:
+    """Verify a store's log, and that each of our documents can be read."""
+    found = await store.verify()
+    unreadable = {one.key: one.reason for one in await find_unreadable(store)}
+    return replace(found, unreadable=unreadable)
+
+
+async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
+    """Give documents their newest value that can be read; delete those that never had one.
+
+    What can't be read stays as an earlier version (`council state history`). Each is an event `state.repaired`.
+    """
+    for key in keys:
+        found = await store.get(key)
+        if found is None or find_document_error(found) is None:
+            continue
+        known = (one.value for one in await store.history(key, _DEEP) if not one.damaged)
+        value = next((one for one in known if one is not None and _flaw(key, encode_object(key, one)) is None), None)
+        if value is not None and key.kind in {"lease", "claim", "orchestrator"}:
+            value = {**value, "epoch": found.version + 1}  # no epoch was ever higher: nobody has this one
+        facts = {"key": str(key), "lost": found.version, "is_known": value is not None}
+        ttl = None if found.expires is None else max(found.expires - found.time, 1.0)
+        try:
+            await store.commit(Commit([Write(key, found.version, value, ttl)], [Event("state.repaired", facts)]))
+        except VersionConflict:  # somebody has just written it
+            continue
+
+
+def check_manual_change(key: Key, found: Document | None, value: JsonObject | None) -> None:
+    """Refuse (RefusedError) a change by hand that would keep a document of ours from being read; None deletes.
+
+    InvalidDocument for a value that no store takes.
+
+    Documents of kinds that are not ours can become anything. Of ours, those of runs and tasks can be changed, in the
+    fields that are for people; all others are written by commands and functions alone.
+    """
+    if key.kind not in DOCUMENT_KINDS:
+        return
+    before = None if found is None else found.value
+    encoded = None if value is None else encode_object(key, value)
+    if before == value:
+        return
+    fields = {"run": EDITABLE_RUN_FIELDS, "task": EDITABLE_TASK_FIELDS}.get(key.kind)
+    if fields is None:
+        raise RefusedError(f"{key} is written by council alone", _NOT_BY_HAND)
+    if value is None or encoded is None:
+        raise RefusedError(
+            f"{key} is part of run {key.id.partition('/')[0]}", "`council clean --runs` forgets runs, as a whole"
+        )
+    if found is None or found.damaged:
+        remedy = "`council run` makes runs and their tasks; documents of your own have a kind of your own"
+        what = "is damaged in the log" if found else "is not there"
+        raise RefusedError(f"{key} {what}", "`council state verify --repair` first" if found else remedy)
+    if (flaw := find_document_error(found)) is not None:  # nobody can say which of its fields would change
+        raise UnreadableDocument(str(key), flaw)
+    _check_known(key, value)
+    if (flaw := _flaw(key, encoded)) is not None:
+        begin = f"begin with what `council state at now {key}` shows"
+        raise RefusedError(f"{key} can't become this: {flaw}", begin)
+    _check_fields(key, found.value, value, fields)
+
+
+def _check_known(key: Key, value: JsonObject) -> None:
+    """Refuse fields that a document of its kind does not have."""
+    known = (RunDocument if key.kind == "run" else TaskDocument).model_fields
+    unknown = sorted(value.keys() - known.keys())
+    if unknown:
+        what = f"{key} has no field {', '.join(map(repr, unknown[:3]))}"
+        raise RefusedError(what, "put fields of your own under `extra`, which holds any")
+
+
+def _check_fields(key: Key, before: JsonObject, value: JsonObject, fields: frozenset[str]) -> None:
+    changed = [name for name in {**before, **value} if before.get(name, _defaults(key)[name]) != value.get(
+        name, _defaults(key)[name])]  # fmt: skip
+    fixed = sorted(set(changed) - fields)
+    if fixed:
+        what = f"{fixed[0]!r} of {key} is written by the run alone"
+        raise RefusedError(what, f"{', '.join(sorted(fields))} can be changed by hand, and `extra` holds any value")
+    if key.kind == "task" and "status" in changed and value["status"] not in MANUAL_STATUSES:
+        what = f"{key} can't be {value['status']} by hand: the run records that with the work"
+        raise RefusedError(what, f"write one of {', '.join(MANUAL_STATUSES)}; or note what you know under `extra`")
+
+
+def _defaults(key: Key) -> Mapping[str, Any]:
+    return _defaults_of("run" if key.kind == "run" else "task")
+
+
+@cache
+def _defaults_of(kind: str) -> Mapping[str, Any]:
+    if kind == "task":
+        return TaskDocument().model_dump(mode="json")
+    fields = RunDocument.model_fields
+    return {name: None if field.is_required() else field.get_default() for name, field in fields.items()}

@@ -1,0 +1,148 @@
+"""A stand-in for Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
+
+Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until it is
+interrupted, `spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the
+prompt), `run COMMAND`. Before it writes it asks the hook of its settings. It keeps its conversation in its folder, and
+knows it again by its id only in the worktree where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.fakes.script import steps, write
+
+SESSION = "e4176175-ef9d-4a2f-bffa-f270f179ef19"
+USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 200, "cache_read_input_tokens": 3000, "output_tokens": 42}
+
+
+def emit(type_: str, **fields: Any) -> None:
+    print(json.dumps({"type": type_, **fields, "session_id": SESSION}), flush=True)
+
+
+def result(**fields: Any) -> None:
+    usual = {"subtype": "success", "is_error": False, "api_error_status": None, "result": "Done."}
+    emit("result", **{**usual, "total_cost_usd": 0.0125, "usage": USAGE, "permission_denials": [], **fields})
+
+
+def fail(kind: str, rest: str) -> None:
+    match kind:
+        case "auth":
+            emit("system", subtype="api_retry", attempt=1, max_retries=3, retry_delay_ms=504.9, error_status=401,
+                 error="authentication_failed")  # fmt: skip
+            told = "Failed to authenticate. API Error: 401 stub says authentication_error"
+            result(is_error=True, api_error_status=401, result=told)
+        case "limit":
+            until = int(time.time() + float(rest or 3600))
+            emit("rate_limit_event", rate_limit_info={"status": "rejected", "resetsAt": until,
+                                                      "rateLimitType": "five_hour"})  # fmt: skip
+            result(is_error=True, api_error_status=429, result="You've hit your session limit · resets 3pm")
+        case "overloaded":
+            result(is_error=True, api_error_status=529, result="API Error: 529 stub says overloaded_error.")
+        case "silently":
+            sys.exit(0)
+        case "turns":
+            result(subtype="error_max_turns", is_error=True, result=None)
+        case "plain":
+            print("--dangerously-skip-permissions cannot be used with root/sudo privileges for security reasons")
+    sys.exit(1)
+
+
+def hang() -> None:
+    """Of SIGINT it ends with a result, of SIGTERM without."""
+
+    def conclude(*_: object) -> None:
+        result(subtype="error_during_execution", is_error=True, result=None)
+        sys.exit(1)
+
+    signal.signal(signal.SIGINT, conclude)
+    while True:
+        time.sleep(0.02)  # Python sees a signal that comes just before a sleep only after it
+
+
+def spend(tokens: int, call: int) -> None:
+    """Tell of a call while it is under way, and when it is done."""
+    for output in (1, tokens - 10):
+        usage = {"input_tokens": 10, "output_tokens": output}
+        emit("assistant", message={"id": f"msg_{call}", "model": "claude-opus-4-8", "content": [], "usage": usage})
+
+
+def is_denied(path: str) -> bool:
+    """Whether a hook of its settings denies that a file is written."""
+    if "--settings" not in sys.argv:
+        return False
+    settings = json.loads(Path(sys.argv[sys.argv.index("--settings") + 1]).read_text())
+    told = {"file_path": str(Path.cwd() / path), "content": "…"}
+    call = {"cwd": str(Path.cwd()), "hook_event_name": "PreToolUse", "tool_name": "Write", "tool_input": told}
+    for group in settings["hooks"]["PreToolUse"]:
+        if re.fullmatch(group["matcher"], "Write"):
+            for hook in group["hooks"]:
+                done = subprocess.run(
+                    hook["command"], shell=True, input=json.dumps(call), capture_output=True, text=True, check=True
+                )
+                answer = json.loads(done.stdout or "{}").get("hookSpecificOutput", {})
+                if answer.get("permissionDecision") == "deny":
+                    said = {"type": "text", "text": answer["permissionDecisionReason"]}
+                    emit("assistant", message={"role": "assistant", "content": [said]})
+                    return True
+    return False
+
+
+def continue_conversation(prompt: str) -> None:
+    """Keep the conversation; end where it is to be gone on with one that is not known."""
+    folder = os.environ.get("CLAUDE_CONFIG_DIR")
+    place = None if folder is None else Path(folder) / "projects" / str(Path.cwd()).replace("/", "-")
+    if "--resume" in sys.argv:
+        wanted = sys.argv[sys.argv.index("--resume") + 1]
+        if place is None or not (place / f"{wanted}.jsonl").exists():
+            sys.exit(f"No conversation found with session ID: {wanted}")
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / f"{SESSION}.jsonl").open("a") as file:
+            file.write(json.dumps(prompt) + "\n")
+
+
+def main() -> None:
+    assert sys.argv[1:5] == ["-p", "--output-format", "stream-json", "--verbose"], sys.argv
+    assert "HOME" in os.environ
+    assert os.environ["DISABLE_AUTOUPDATER"] == "1"
+    emit("system", subtype="init", cwd=str(Path.cwd()), tools=["Edit", "Write"], model="claude-opus-4-8[1m]")
+    prompt, spent = sys.stdin.read(), 0
+    continue_conversation(prompt)
+    for number, (word, first, rest) in enumerate(steps(prompt)):
+        if word == "spend":
+            spend(int(first), number)
+            spent += int(first)
+        elif word == "tell":
+            Path(first).write_text(json.dumps({"argv": sys.argv[1:], "prompt": prompt}))
+        elif word == "write":
+            call = {"type": "tool_use", "id": "t", "name": "Write", "input": {"file_path": first, "content": rest}}
+            emit("assistant", message={"role": "assistant", "content": [call]})
+            if not is_denied(first):
+                write(first, rest)
+        elif word == "run":
+            subprocess.run(f"{first} {rest}", shell=True, check=True)
+        elif word == "fail":
+            fail(first, rest)
+        elif word == "hang":
+            hang()
+    emit("assistant", message={"role": "assistant", "content": [{"type": "text", "text": "Done."}]})
+    result(**({"usage": {"input_tokens": spent}, "total_cost_usd": spent / 1000} if spent else {}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--version"]:
+        print("2.1.197 (Claude Code)")
+    elif sys.argv[1:] == ["auth", "status"]:
+        print(json.dumps({"loggedIn": "ANTHROPIC_API_KEY" in os.environ}))
+        sys.exit("ANTHROPIC_API_KEY" not in os.environ)
+    else:
+        main()

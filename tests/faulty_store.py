@@ -1,0 +1,77 @@
+"""What the tests of outages share: a store that can be put out of reach, in front of a real one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+import anyio
+
+from orchestrator.errors import StoreUnavailable
+from orchestrator.protocols import Commit, CommitRecord, Store
+from orchestrator.state.offline.outage import RetryIntervals
+from orchestrator.state.offline.wrapper import StoreWrapper
+
+T = TypeVar("T")
+
+#: Tests wait for nothing.
+QUICK_PAUSES = RetryIntervals(first=0.001, longest=0.005)
+
+
+class DisconnectableStore(StoreWrapper):
+    """A store at the other end of a line that can be cut."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self._is_cut = False
+        self._news = anyio.Event()
+        self.lost_answers = 0
+        """How many of the next commits are made without their maker's getting to know."""
+
+    def cut(self) -> None:
+        """Put it out of reach; who watches finds out, too."""
+        self._is_cut = True
+        self._news.set()
+        self._news = anyio.Event()
+
+    def reconnect(self) -> None:
+        """Put it within reach again."""
+        self._is_cut = False
+
+    def _check(self) -> None:
+        if self._is_cut:
+            raise StoreUnavailable("the other end", "it does not answer", "wait")
+
+    async def commit(self, commit: Commit) -> int:
+        self._check()
+        position = await self._inner.commit(commit)
+        if self.lost_answers:
+            self.lost_answers -= 1
+            raise StoreUnavailable("the other end", "it does not answer", "wait")
+        return position
+
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        self._check()
+        return await read()
+
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
+        self._check()
+        async with aclosing(self._inner.watch(after)) as records:
+            while (record := await self._next(records)) is not None:
+                yield record
+
+    async def _next(self, records: AsyncGenerator[CommitRecord]) -> CommitRecord | None:
+        found, cut = list[CommitRecord](), self._news
+
+        async with anyio.create_task_group() as group:
+
+            async def take() -> None:
+                found.append(await anext(records))
+                group.cancel_scope.cancel()
+
+            group.start_soon(take)
+            await cut.wait()
+            group.cancel_scope.cancel()
+        self._check()
+        return found[0] if found else None

@@ -1,0 +1,29 @@
+"""Permits to land, for tests that have no run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from orchestrator.locking.merge_permit import MergePermit, MergePermitQueue
+from orchestrator.protocols import Store
+from orchestrator.repo.source.upstream import UpstreamRepository
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.system.clock import Clock
+from orchestrator.testing.clock import ManualClock
+from tests.recorded_run import make_orchestrators
+
+
+async def join_merge_queue(store: Store, clock: Clock, repository: str, branch: str) -> MergePermitQueue:
+    """Return the turns of one more orchestrator to land on a branch."""
+    others = make_orchestrators(store, clock, "r", alone=False)
+    await others.join()
+    return MergePermitQueue(store, clock, others, repository, branch)
+
+
+@asynccontextmanager
+async def hold_permit(source: UpstreamRepository, branch: str) -> AsyncIterator[MergePermit]:
+    """Have the right to land on a branch, which nobody else asks for."""
+    clock = ManualClock()
+    async with (await join_merge_queue(MemoryStore(clock), clock, source.location, branch)).hold() as permit:
+        yield permit
