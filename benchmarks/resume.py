@@ -1,6 +1,6 @@
 """How much more a long run's `council resume` takes to its first session, and its `council status`, than a short one's.
 
-    python benchmarks/resuming.py [--quick]
+    python benchmarks/resume.py [--quick]
 
 Processor time of both commands on a run of 10,000 tasks that was killed, next to one of 1,000 tasks. The resume is
 killed as soon as its first attempt is on record, so that each one finds the session of the one before to clear up.

@@ -1,6 +1,6 @@
 """How long a command takes that a session asks by, and the hook before an edit, from start to end.
 
-    python benchmarks/asking.py [--quick]
+    python benchmarks/session_commands.py [--quick]
 
 95 of 100 take no longer than what is told. Beside a Python that does nothing, in turn with it, on the clock; who
 answers is a mailbox as sessions have it, whose desk knows the answer at once.

@@ -1,6 +1,6 @@
 """Look at the newest run, see what is left of it, have it tried again, and go on.
 
-python examples/mend_a_run.py       (in the repository that the run was in)
+python examples/retry_failed_tasks.py       (in the repository that the run was in)
 """
 
 from __future__ import annotations

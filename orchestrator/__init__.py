@@ -142,7 +142,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "archive": ("Archive", "PreservedWork", "LogChunk"),
+    "api.archive": ("Archive", "PreservedWork", "LogChunk"),
     "config.schema": (
         "AdapterSettings",
         "BackoffSettings",
@@ -152,16 +152,16 @@ _MODULES = {
         "TaskDefaults",
         "WorktreeSettings",
     ),
-    "council": ("Council", "ProjectPaths"),
-    "domain.conflicts": ("ConflictStrategy", "DocumentUpdate"),
-    "domain.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
-    "domain.failures": ("FailureClass",),
-    "domain.model": ("TaskStatus",),
-    "domain.notes": ("Note",),
-    "domain.violations": ("Violation",),
-    "engine.checking": ("TaskVerification", "RunVerification"),
-    "engine.details": ("SessionDetails",),
-    "engine.report": (
+    "api.council": ("Council", "ProjectPaths"),
+    "domain.documents.conflicts": ("ConflictStrategy", "DocumentUpdate"),
+    "domain.sessions.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
+    "domain.runs.failures": ("FailureClass",),
+    "domain.runs.model": ("TaskStatus",),
+    "domain.sessions.notes": ("Note",),
+    "domain.workflow.violations": ("Violation",),
+    "engine.phases.verification": ("TaskVerification", "RunVerification"),
+    "engine.session_api.details": ("SessionDetails",),
+    "engine.reports.report": (
         "AdapterReport",
         "OrchestratorReport",
         "RunReport",
@@ -169,8 +169,8 @@ _MODULES = {
         "SessionReport",
         "TaskReport",
     ),
-    "engine.restoring": ("RestoreResult",),
-    "engine.story": ("TaskDetails",),
+    "engine.scheduler.restore": ("RestoreResult",),
+    "engine.reports.task_details": ("TaskDetails",),
     "errors": (
         "ConfigError",
         "CouncilError",
@@ -185,15 +185,15 @@ _MODULES = {
         "VersionConflict",
     ),
     "locking.named_locks": ("LockInfo",),
-    "locking.overview": ("LockLayer", "LockStatus", "LockParty"),
-    "past": ("StateHistory",),
+    "locking.lock_overview": ("LockLayer", "LockStatus", "LockParty"),
+    "api.history": ("StateHistory",),
     "plugins": ("Plugins",),
     "protocols": ("Document", "Event", "Key", "RecordedEvent", "VerificationReport"),
-    "state.checkpoints": ("Checkpoint", "RestorePlan"),
-    "state.conflicts": ("UpdateResult", "Conflict", "ConflictResolution"),
-    "state.copying": ("CopyResult",),
-    "state.subscription": ("DocumentChange",),
-    "transfer": ("adopt_state", "copy_state"),
+    "state.documents.checkpoints": ("Checkpoint", "RestorePlan"),
+    "state.documents.conflicts": ("UpdateResult", "Conflict", "ConflictResolution"),
+    "state.transfer.copying": ("CopyResult",),
+    "state.documents.subscription": ("DocumentChange",),
+    "api.transfer": ("adopt_state", "copy_state"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -23,7 +23,7 @@ ADAPTER = (
     REGISTER
     + """
 from pydantic import BaseModel, ConfigDict
-from orchestrator.protocols import Command
+from orchestrator.protocols import SessionCommand
 
 
 class Echo:
@@ -41,7 +41,7 @@ class Echo:
         return ()
 
     def command(self, request):
-        return Command(["sh", "-c", f"echo {self.options.text} > echo.txt"])
+        return SessionCommand(["sh", "-c", f"echo {self.options.text} > echo.txt"])
 
     def parse(self, line):
         return ()

@@ -13,7 +13,7 @@ from tests.distributions import install
 _PLUGIN = """
 import pluggy
 from pydantic import BaseModel
-from orchestrator.protocols import Command, Program, Said
+from orchestrator.protocols import SessionCommand, Program, AgentMessage
 
 hookimpl = pluggy.HookimplMarker("cli_council")
 
@@ -34,10 +34,10 @@ def adapter(name, **facts):
             return (Program(name, **facts),)
 
         def command(self, request):
-            return Command(argv=[name, request.prompt], pass_env=["ALPHA_KEY", "BETA_LOGIN"])
+            return SessionCommand(argv=[name, request.prompt], pass_env=["ALPHA_KEY", "BETA_LOGIN"])
 
         def parse(self, line):
-            return (Said(line),) if line.strip() else ()
+            return (AgentMessage(line),) if line.strip() else ()
 
         def verdict(self, end):
             return None

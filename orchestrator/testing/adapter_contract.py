@@ -54,7 +54,7 @@ _ASKED: Final[Mapping[Capability, Mapping[str, Any]]] = {
             McpServer("docs", url="http://127.0.0.1:9/mcp"),
         )
     },
-    Capability.COST_LIMIT: {"most_cost": 1.5},
+    Capability.COST_LIMIT: {"max_cost": 1.5},
     Capability.PRE_EDIT: {"pre_edit": ("/opt/a b/council", "hook", "pre-edit")},
 }
 

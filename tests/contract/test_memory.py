@@ -47,7 +47,7 @@ async def test_of_too_many_the_oldest_go(
     memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scope has room for so many."""
-    monkeypatch.setattr("orchestrator.engine.session_api.notes.MOST_NOTES", 3)
+    monkeypatch.setattr("orchestrator.engine.session_api.notes.MAX_NOTES", 3)
     for number in range(5):
         await memory.leave(API, f"note {number}")
         clock.advance(0.002)
@@ -58,7 +58,7 @@ async def test_of_too_many_of_one_task_its_own_go(
     memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever leaves notes without end takes no other task's away."""
-    monkeypatch.setattr("orchestrator.engine.session_api.notes.MOST_OF_TASK", 2)
+    monkeypatch.setattr("orchestrator.engine.session_api.notes.MAX_TASK_NOTES", 2)
     await memory.leave(WEB, "of another")
     for number in range(5):
         clock.advance(0.002)

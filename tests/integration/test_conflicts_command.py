@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Council, Key, RefusedError, Update
+from orchestrator import Council, Key, RefusedError, DocumentUpdate
 from orchestrator.protocols import Commit, Write
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents.conflicts import apply_updates
@@ -26,14 +26,14 @@ EXAMPLES = re.findall(r"```text\n\$ (council state (?:conflicts|settle).*?)```",
 API, NAME = Key("task", f"{RUN}/api"), "3f9ac0d1e2b45678"
 
 
-async def updates(store: FileStore) -> list[Update[Key]]:
+async def updates(store: FileStore) -> list[DocumentUpdate[Key]]:
     """Return what two have made of a document."""
     found = await store.get(API)
     assert found is not None
     changed = found.value | {"status": "failed", "reason": "needs a key"}
     return [
-        Update(API, RUN_STARTED + 115, "ada@box:4711", changed),
-        Update(API, RUN_STARTED + 125, "bob@attic:12", None),
+        DocumentUpdate(API, RUN_STARTED + 115, "ada@box:4711", changed),
+        DocumentUpdate(API, RUN_STARTED + 125, "bob@attic:12", None),
     ]
 
 
@@ -162,7 +162,7 @@ async def test_no_update_keeps_a_run_from_being_read(project: Repository) -> Non
         position = await council.position()
         for value, told in (({"status": "odd"}, "can't become this: status: "), (None, f"is part of run {RUN}")):
             with pytest.raises(RefusedError, match=told):
-                await council.apply_updates([Update(API, 1.0, "me", value)])
+                await council.apply_updates([DocumentUpdate(API, 1.0, "me", value)])
         assert await council.position() == position
         assert [one.run for one in await council.runs()] == [RUN]
 
@@ -173,9 +173,9 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
     for folder in (hub.trusted, hub.root / "locks"):
         folder.mkdir(parents=True)
     async with Council.open(project.top, environ=project.environ) as council:
-        note = Update(Key("memo", "x"), 1.0, "me", {"a": 1})
+        note = DocumentUpdate(Key("memo", "x"), 1.0, "me", {"a": 1})
         again = await pending(project)
-        mine = Update(API, 1.0, "me", again)
+        mine = DocumentUpdate(API, 1.0, "me", again)
         async with hub.run_lock(RUN).hold(0):
             with pytest.raises(RefusedError, match=f"task/{RUN}/api is of run {RUN}, which is at work"):
                 await council.settle(NAME, 1, force=True)
@@ -183,7 +183,7 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
                 await council.apply_updates([note, mine])
             assert (await council.apply_updates([note])).written == [note.key]
         applied = await council.apply_updates(
-            [mine, Update(API, 2.0, "you", {**again, "reason": "b"})], "first_write_wins"
+            [mine, DocumentUpdate(API, 2.0, "you", {**again, "reason": "b"})], "first_write_wins"
         )
         assert (applied.resolved, applied.waiting) == ([API], [])
         assert (await council.history.at(await council.position())).documents[API].value == again

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator import Council, RequestUnanswered
+from orchestrator import Council, RequestTimeout
 from orchestrator.api import execution
 from orchestrator.errors import describe_shortage
 from tests.command_server import StartedCommand
@@ -92,7 +92,7 @@ def test_a_request_that_nobody_performs_stays_recorded(repository: Repository, m
             await council.cancel("a")
 
     try:
-        with pytest.raises(RequestUnanswered) as unanswered:
+        with pytest.raises(RequestTimeout) as unanswered:
             anyio.run(cancel)
     finally:
         child.send_signal(signal.SIGCONT)

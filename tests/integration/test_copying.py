@@ -256,11 +256,11 @@ import sys, anyio
 from pathlib import Path
 from orchestrator.system.clock import SystemClock
 from orchestrator.state.stores.file import FileStore
-from orchestrator.state.transfer.copying import copy
+from orchestrator.state.transfer.copying import copy_store
 async def main():
     async with FileStore.open(Path(sys.argv[1]), SystemClock()) as source:
         async with FileStore.open(Path(sys.argv[2]), SystemClock(), segment_bytes=1500) as target:
-            await copy(source, target)
+            await copy_store(source, target)
 anyio.run(main)
 """
 

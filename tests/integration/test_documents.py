@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 import anyio
 import pytest
 
-from orchestrator import Changed, Council, Document, Key, RefusedError, RunStatus, VersionConflict
+from orchestrator import DocumentChange, Council, Document, Key, RefusedError, RunStatus, VersionConflict
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents.update import update_document
@@ -116,7 +116,7 @@ async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
 
 async def test_who_waits_for_a_document_is_told_when_it_comes(project: Repository) -> None:
     """By its pattern, from whichever process, and also what came before, from a position on."""
-    heard: list[Changed] = []
+    heard: list[DocumentChange] = []
 
     async def listen(council: Council, after: int) -> None:
         async with aclosing(council.subscribe("memo/*", after)) as changes:

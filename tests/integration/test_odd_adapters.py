@@ -14,7 +14,7 @@ import pluggy
 from pydantic import BaseModel
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
-from orchestrator.protocols import Command, Concluded, Identified, Program, Said, Spent
+from orchestrator.protocols import SessionCommand, FinalResult, ConversationStarted, Program, AgentMessage, UsageReport
 
 hookimpl = pluggy.HookimplMarker("cli_council")
 
@@ -33,17 +33,17 @@ class Odd:
         return (Program("sh"),)
 
     def command(self, request):
-        return Command(argv=["sh", str(request.prompt_file)])
+        return SessionCommand(argv=["sh", str(request.prompt_file)])
 
     def parse(self, line):
         if line == "raise":
             raise OverflowError("int too large to convert to float")
         failed = Failed(FailureClass.INVALID, "cut in \\ud83d", float("nan")) if line == "fail" else None
-        spent = Spent(1, 1, float("inf"))
-        return (Identified("\\udc80\\0"), spent, Said("half \\ud83d"), Concluded("end \\ud83d", failed))
+        spent = UsageReport(1, 1, float("inf"))
+        return (ConversationStarted("\\udc80\\0"), spent, AgentMessage("half \\ud83d"), FinalResult("end \\ud83d", failed))
 
     def verdict(self, end):
-        return next((one.failed for one in end.events if isinstance(one, Concluded) and one.failed), None)
+        return next((one.failed for one in end.events if isinstance(one, FinalResult) and one.failed), None)
 
 
 @hookimpl

@@ -426,16 +426,16 @@ from pathlib import Path
 from orchestrator.system.clock import SystemClock
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.file import FileStore
-from orchestrator.state.offline.outage import surviving
-from tests.faulty_store import QUICK, Line
+from orchestrator.state.offline.outage import survive_outages
+from tests.faulty_store import QUICK_PAUSES, DisconnectableStore
 
 async def main() -> None:
     place = Path(sys.argv[1])
     async def tell(event: Event) -> None:
         pass
     async with FileStore.open(place / "state", SystemClock()) as real:
-        line = Line(real)
-        async with surviving(line, "continue", SystemClock(), place / "outage", tell, pauses=QUICK) as store:
+        line = DisconnectableStore(real)
+        async with survive_outages(line, "continue", SystemClock(), place / "outage", tell, pauses=QUICK_PAUSES) as store:
             await store.list("task")
             line.cut()
             for number in range(5):

@@ -97,7 +97,7 @@ print(json.dumps({
 def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repository, site: Path) -> None:
     """A model becomes a kind; a check that is added to one of ours is part of it."""
     code = """
-    from orchestrator.domain.workflow.handoff_kinds import Validator
+    from orchestrator.domain.workflow.handoff_kinds import HandoffValidator
     from orchestrator.domain.workflow.violations import Violation
     from pydantic import BaseModel
 
@@ -110,7 +110,7 @@ def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repositor
 
     @hookimpl
     def council_register_validators(register):
-        register("strict", Validator("scout", lambda data, facts: [Violation("mine", "all", "no", "do")]))
+        register("strict", HandoffValidator("scout", lambda data, facts: [Violation("mine", "all", "no", "do")]))
 
     @hookimpl
     def council_register_transformations(register):
@@ -123,14 +123,14 @@ def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repositor
     install(site, "risks", REGISTER + dedent(code))
     asked = """
 import json
-from orchestrator.domain.workflow.handoff_kinds import Facts
+from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
 from orchestrator.plugins import load_plugins
 found = load_plugins()
 kinds = found.checked_kinds()
 print(json.dumps([
     sorted(kinds), sorted(found.transformations), sorted(found.constraints), kinds["risks"].schema["required"],
-    [one.rule for one in kinds["scout"].check({"findings": []}, Facts()).violations],
-    [one.rule for one in kinds["risks"].check({}, Facts()).violations],
+    [one.rule for one in kinds["scout"].check({"findings": []}, HandoffFacts()).violations],
+    [one.rule for one in kinds["risks"].check({}, HandoffFacts()).violations],
 ]))
 """
     done = subprocess.run([sys.executable, "-c", asked], env=repository.environ, check=True, capture_output=True)

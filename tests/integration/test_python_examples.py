@@ -74,7 +74,7 @@ def test_a_run_is_mended(repository: Repository) -> None:
     fails_first = "attempt 1 print no\nattempt 1 exit 1\nwrite a.txt a"
     path = repository.configure([{"id": "a", "prompt": fails_first, "attempts": 1}])
     assert repository.council("run", str(path)).code == 1
-    ended = run(repository, "mend_a_run.py")
+    ended = run(repository, "retry_failed_tasks.py")
     assert (ended.code, ended.stderr) == (0, "")
     assert "a stdout: no" in ended.stdout
     assert ended.stdout.splitlines()[-1] == "landed"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from orchestrator import Council, Key, RefusedError, Update
+from orchestrator import Council, Key, RefusedError, DocumentUpdate
 from orchestrator.errors import CouncilError, UnreadableDocument
 from orchestrator.protocols import Commit, Document, JsonObject, Store, Write
 from orchestrator.repo.worktrees.hub import Hub
@@ -201,7 +201,7 @@ async def test_what_no_store_takes_is_refused_as_such(
             whole = {**(before.value if before else {}), **value} if isinstance(value, dict) else value
             for write in (
                 lambda whole=whole: opened.update(key, lambda _: whole),
-                lambda whole=whole: opened.apply_updates([Update(key, RUN_STARTED, "me", whole)]),
+                lambda whole=whole: opened.apply_updates([DocumentUpdate(key, RUN_STARTED, "me", whole)]),
             ):
                 with pytest.raises(CouncilError):
                     await write()

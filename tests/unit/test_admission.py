@@ -90,11 +90,11 @@ def test_a_system_that_says_nothing_has_no_known_limit(tmp_path: Path) -> None:
 
 CHILD = """
 import json, resource
-from orchestrator.system.resources import raise_descriptor_limit, read_facts
-from orchestrator.domain.scheduling.admission import fit
+from orchestrator.system.resources import raise_descriptor_limit, read_resources
+from orchestrator.domain.scheduling.admission import fit_sessions
 before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 raised = raise_descriptor_limit()
-found = fit(read_facts(), 64)
+found = fit_sessions(read_resources(), 64)
 print(json.dumps([before, raised, found.sessions, found.limited_by]))
 """
 

@@ -36,7 +36,7 @@ anyio.run(main)
 OWNER_OF_A_CHILD = """
 import sys, anyio
 from pathlib import Path
-from orchestrator import process
+from orchestrator.system import process
 from orchestrator.system.file_lock import FileLock
 
 async def main():

@@ -124,20 +124,20 @@ def test_the_task_of_a_tracker_is_marked_off() -> None:
 def test_what_a_template_leaves_out_stands_behind_it() -> None:
     """How to hand over, and what is to be mended; but only once."""
     handing = HandoffInstructions("answer", SCHEMA)
-    text = render("{{ task.prompt }}", facts(feedback="Mend it.", handing=handing)).text
+    text = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing)).text
     assert text.startswith("Add a login.\n\nMend it.\n\nWhen you are done, hand over")
-    own = render("{{ hand_over }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", handing=handing)).text
+    own = render("{{ hand_over }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", handoff=handing)).text
     assert own.endswith("Mend it.\nEnd.\n")
     assert own.count("hand over your result") == own.count("Mend it.") == 1
 
 
 def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
-    told = render("", facts(handing=HandoffInstructions("answer", SCHEMA))).text
+    told = render("", facts(handoff=HandoffInstructions("answer", SCHEMA))).text
     assert json.loads(re.findall(r"```json\n(.*?)\n```", told, re.DOTALL)[0]) == SCHEMA
     places = [told.index(word) for word in ("COUNCIL_HANDOFF", "hand_over", "end your answer")]
     assert places == sorted(places)
-    few = render("", facts(handing=HandoffInstructions("answer", SCHEMA, writes=False, has_tools=False))).text
+    few = render("", facts(handoff=HandoffInstructions("answer", SCHEMA, writes=False, has_tools=False))).text
     assert "hand_over" not in few
     assert few.index("end your answer") < few.index("COUNCIL_HANDOFF")
 
@@ -145,11 +145,11 @@ def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
 def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
     """What is to be mended and how to hand over; without anything to mend there is nothing new."""
     handing = HandoffInstructions("answer", SCHEMA)
-    prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", handing=handing))
+    prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing))
     assert prompt.follow_up is not None
     assert prompt.follow_up.startswith("Mend it.\n\nWhen you are done, hand over")
     assert "Add a login." not in prompt.follow_up
-    assert render("{{ task.prompt }}", facts(handing=handing)).follow_up is None
+    assert render("{{ task.prompt }}", facts(handoff=handing)).follow_up is None
 
 
 def test_values_and_prompts_have_a_largest_size() -> None:
@@ -172,7 +172,7 @@ def test_the_supplied_templates_fit_all_facts(name: str, writes: bool) -> None:
     handing = HandoffInstructions(name, SCHEMA if kind is None else kind.schema)
     whole = render(
         template,
-        facts(feedback="Mend it.", handing=handing, owns=["src/**"], base="c0ffee", round=2, writes=writes, phase=name),
+        facts(feedback="Mend it.", handoff=handing, owns=["src/**"], base="c0ffee", round=2, writes=writes, phase=name),
     ).text
     for part in ("Add a login.", "Mend it.", "hand over your result"):
         assert whole.count(part) == 1, part
