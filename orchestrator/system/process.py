@@ -280,7 +280,7 @@ def internal_program(module: str, function: str) -> tuple[list[str], dict[str, s
         "-S",
         "-c",
         code,
-        os.fspath(Path(__file__).parents[1]),
+        os.fspath(Path(__file__).parents[2]),
     ]
     # A Python that was built as a shared library may not start without this.
     return argv, {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
@@ -288,7 +288,7 @@ def internal_program(module: str, function: str) -> tuple[list[str], dict[str, s
 
 def internal_program_folders() -> tuple[Path, ...]:
     """Return the folders that a program of `internal_program` must be able to read. Blocks."""
-    folders = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parent)
+    folders = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parents[1])
     return tuple(dict.fromkeys(map(without_dotdot, folders)))
 
 
