@@ -21,7 +21,7 @@ async def main() -> int:
             return report.exit_code
         for kept in await council.archive.kept(report.run):
             print(f"kept: {kept.name}")
-        failed = [task.id for task in report.tasks if task.state in {TaskStatus.FAILED, TaskStatus.CONFLICT}]
+        failed = [task.id for task in report.tasks if task.status in {TaskStatus.FAILED, TaskStatus.CONFLICT}]
         for task in failed:
             async for part in council.archive.log(report.run, task):
                 print(f"{task} {part.stream}: {part.text.strip()}")

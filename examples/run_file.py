@@ -24,7 +24,7 @@ async def main(file: str) -> int:
         print(f"{error.what}: {error.remedy}")
         return 2
     for task in report.tasks:
-        print(f"{task.id}: {task.state}", f"as {task.landed[:10]}" if task.landed else task.reason or "")
+        print(f"{task.id}: {task.status}", f"as {task.landed[:10]}" if task.landed else task.reason or "")
     return report.exit_code
 
 

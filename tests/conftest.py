@@ -105,7 +105,7 @@ class CommandResult:
     @property
     def states(self) -> dict[str, str]:
         """The state of each task in the result."""
-        return {task["id"]: task["state"] for task in self.result["tasks"]}
+        return {task["id"]: task["status"] for task in self.result["tasks"]}
 
 
 @dataclass(frozen=True)

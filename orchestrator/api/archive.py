@@ -87,7 +87,7 @@ class PreservedWork:
     name: str
     run: str
     task: str
-    state: str
+    status: str
     subject: str
     commit: str | None
     committed: int | None

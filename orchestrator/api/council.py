@@ -82,7 +82,7 @@ _LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "ru
 #: How runs stand that are not over.
 _ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.HALTED})
 #: The events that may come behind those without anybody being at work again.
-_LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.seized"})
+_LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.taken_over"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +297,7 @@ class Council:
             async for record in self._store.watch(position):
                 for event in record.events:
                     run = event.data.get("run", "")
-                    if event.type == "run.claimed" and run not in known:
+                    if event.type == "run.leader_elected" and run not in known:
                         known.add(run)
                         yield run
 
@@ -554,7 +554,7 @@ class Council:
         """
         run = await self.find_run(run)
         found = await self.history.story(run, task)
-        if found.state != TaskStatus.RUNNING:
+        if found.status != TaskStatus.RUNNING:
             return found
         from orchestrator.engine.reports.task_details import LatestActivity
 

@@ -138,9 +138,9 @@ _log = logging.getLogger("orchestrator.outage")
 #: What is printed at once; the events themselves are recorded when the store is back.
 _OUTAGE_MESSAGES: Mapping[str, str] = {
     "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
-    "outage.over": "the state can be read and written again",
-    "outage.refused": "not recorded after the outage: {keys}: {reason}",
-    "outage.kept": "the state could not be reached: what was recorded meanwhile is kept in {folder}",
+    "outage.ended": "the state can be read and written again",
+    "outage.commit_rejected": "not recorded after the outage: {keys}: {reason}",
+    "outage.preserved": "the state could not be reached: what was recorded meanwhile is kept in {folder}",
 }
 
 
@@ -489,7 +489,7 @@ class RunExecutor:
         if scheduler.halted is not None and coordinates:
             await ledger.halt(*scheduler.halted)
         elif scheduler.halted is not None and scheduler.halted[0] is not HaltCause.BUDGET:
-            await ledger.note("run.left", {"pid": ledger.orchestrators.me.pid, "reason": scheduler.halted[1]})
+            await ledger.note("run.worker_left", {"pid": ledger.orchestrators.me.pid, "reason": scheduler.halted[1]})
         elif not finished and coordinates:
             await ledger.note("run.interrupted", {})
         if not finished and not coordinates:
@@ -516,7 +516,7 @@ class RunExecutor:
                 await _check_sharing(others)
                 for left_out in self._plugins.left_out:
                     facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
-                    await ledger.note("plugin.left_out", facts)
+                    await ledger.note("plugin.skipped", facts)
                 shop = _with_session_service(runs, shop, ledger, settings)
                 await recover(ledger, shop, clock)
                 for request in await ledger.requests():

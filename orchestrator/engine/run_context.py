@@ -201,7 +201,7 @@ async def open_run_context(
         found = await leases.lease(place)
         if found.lost:
             facts = {"place": str(place), "lost": list(found.lost), "ports": list(found.ports)}
-            await tell("place.ports_changed", facts)
+            await tell("slot.ports_changed", facts)
         return found.environment()
 
     redactor = Redactor(secret_values(environ) | await provisions.secrets())

@@ -70,7 +70,7 @@ async def forward_events(
 ) -> AsyncIterator[None]:
     """Feed the outlets of a run during the body, then until they have all of it, within limits.
 
-    What is left then is told as `sink.behind`, and delivered when this is entered again. If the body raises, it ends
+    What is left then is told as `sink.undelivered`, and delivered when this is entered again. If the body raises, it ends
     at once.
     """
     feeders = [EventForwarder(store, clock, redactor, run, outlet, patience) for outlet in outlets]

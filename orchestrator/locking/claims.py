@@ -159,7 +159,7 @@ class Claims:
                 return planned
             facts = {"run": self._others.run, "task": task, "owner": self._others.me.id, "epoch": planned.claim.epoch}
             try:
-                await self._store.commit(Commit([planned.write], [Event("claim.taken", facts)], [self._others.guard]))
+                await self._store.commit(Commit([planned.write], [Event("claim.acquired", facts)], [self._others.guard]))
             except VersionConflict:
                 continue
             except CouncilError as error:
@@ -297,13 +297,13 @@ class Claims:
         if also is not None:
             writes += await also([one.guard for one in takings.values()], self._others.me.id)
         try:
-            await self._store.commit(Commit(writes, [Event("claims.swept", facts)], [self._others.guard]))
+            await self._store.commit(Commit(writes, [Event("claims.taken_over", facts)], [self._others.guard]))
         except VersionConflict:  # it lives after all, or somebody else was quicker
             return []
         except CouncilError as error:
             _log.warning("claim sweep failed: run %s, %d of %s: %s", self._others.run, len(tasks), name, error)
             raise
-        failpoint("claims.swept")
+        failpoint("claims.taken_over")
         for task in tasks:
             self.mark_claimed(task, takings[task])
         _log.info("claims swept: run %s, %d of %s: %s", self._others.run, len(tasks), name, ", ".join(tasks) or "none")

@@ -194,7 +194,7 @@ class OwnershipRegistry:
             given = [one for one in check_patterns(patterns) if one in holding.taken]
             if given:
                 write = Write(self.key(session), version, holding.without(given).to_json())
-                event = _event("ownership.given_back", session, patterns=given)
+                event = _event("ownership.released", session, patterns=given)
                 await self._commit([write], event, claim)
             return given
 

@@ -19,41 +19,41 @@ FAILPOINTS: Final = frozenset(
         "git.started",  # it is, and has done nothing or a part
         "git.ended",  # it has done all, and is killed before it says so
         "run.seeded",  # the run and its tasks are in the store
-        "run.claimed",  # this process is the run's owner, under a new epoch
-        "claims.swept",  # the claims of an orchestrator that is gone are this one's, nothing of its work is saved
+        "run.leader_elected",  # this process is the run's owner, under a new epoch
+        "claims.taken_over",  # the claims of an orchestrator that is gone are this one's, nothing of its work is saved
         "run.finished",  # the run's end is in the store
         "run.removed",  # the documents of an old run are deleted
-        "run.seized",  # this process is the run's owner, to restore a checkpoint
+        "run.taken_over",  # this process is the run's owner, to restore a checkpoint
         "checkpoint.created",  # a checkpoint is in the store
         "checkpoint.restored",  # the state is as it was, in the store
         "attempt.recorded",  # the attempt is in the store, nothing of it exists yet
-        "place.half_made",  # a place's folder exists, its checkout does not
-        "place.moved",  # a place that was taken is at another commit than recorded
-        "worktree.half_built",  # the session's folder has its place, and nothing else
+        "slot.partly_made",  # a place's folder exists, its checkout does not
+        "slot.moved",  # a place that was taken is at another commit than recorded
+        "worktree.partly_made",  # the session's folder has its place, and nothing else
         "worktree.created",  # the worktree is ready
         "session.spawned",  # the supervisor runs, the CLI perhaps
         "session.ended",  # all of the session's processes are gone, nothing is collected
         "work.staged",  # what the agent left is in our index
         "work.committed",  # it is a commit on the attempt's branch
-        "adapter.parked",  # the store knows that an adapter can't be used now
+        "adapter.cooling_down",  # the store knows that an adapter can't be used now
         "sink.sent",  # a sink has got events, the store does not know
         "request.recorded",  # a person's request is in the store
-        "request.obeyed",  # it was done, the store still asks for it
+        "request.applied",  # it was done, the store still asks for it
         "attempt.ended",  # the attempt's end is in the store, its worktree is still there
         "phase.checked",  # what a phase is done until has been tried, the store does not know
         "handoff.taken",  # what a phase handed over is read and valid, the store does not know
-        "phase.rested",  # the store knows that no phase is left for a task
+        "phase.finished",  # the store knows that no phase is left for a task
         "work.recorded",  # the store knows the commit: the task is queued
         "plan.expanded",  # what a plan became are tasks in the store, its own task waits for them
         "worktree.removed",  # the session's folder is gone, its place is not clean
-        "place.half_clean",  # some of what a session changed in its place is as it was before
-        "place.clean",  # all of it is, nobody knows yet
+        "slot.partly_clean",  # some of what a session changed in its place is as it was before
+        "slot.clean",  # all of it is, nobody knows yet
         "landing.merged",  # the merge commit exists, nothing refers to it
         "landing.checking",  # the store knows that the merge is being checked
         "check.ended",  # a check's processes are gone, its worktree is still there
         "landing.checked",  # the merge has passed, the store does not know
         "base.checked",  # the checks of the base have ended, the store does not know
-        "landing.bounced",  # the store knows that it does not pass
+        "landing.rejected",  # the store knows that it does not pass
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store
@@ -69,7 +69,7 @@ FAILPOINTS: Final = frozenset(
         "state.load_finished",  # all of them are, they are no log yet
         "state.loaded",  # they count, in a folder of their own
         "state.load_put",  # a segment of them is in its place
-        "state.thinned",  # what is left of old segments is there, and so are they
+        "state.pruned",  # what is left of old segments is there, and so are they
         "views.written",  # views are up to date, and do not say so
         "views.replaced",  # views made anew are in their place, the old ones are still there
         "recovery.session_reaped",  # a cut-off attempt's processes are gone

@@ -75,7 +75,7 @@ async def test_a_limit_is_waited_out_and_costs_no_attempt(stage: Stage, program:
     """The only attempt that it has is not spent on the limit."""
     ended = stage.run(f"fail 429 {program.calls} 1\nwrite hello.txt hi", attempts=1)
     assert ended.states == {"task": "landed"}, stage.tell(ended)
-    (parked,) = [line for line in ended.lines if line.get("event") == "adapter.parked"]
+    (parked,) = [line for line in ended.lines if line.get("event") == "adapter.cooling_down"]
     assert parked["adapter"] in stage.programs
     task = await stage.task()
     assert [one.outcome for one in task.attempts] == ["rate_limited", "built"]
@@ -91,7 +91,7 @@ async def test_a_server_that_is_gone_is_no_fault_of_the_task(cut_off: Stage, pro
     )
     (task,) = ended.result["tasks"]
     assert task["failure"] == program.without_server, cut_off.tell(ended)
-    assert task["state"] != "landed"
+    assert task["status"] != "landed"
     assert [one.outcome for one in (await cut_off.task()).attempts] == [program.without_server]
     assert cut_off.repository.git("rev-list", "--count", "main") == "1"
     await cut_off.assert_clean()

@@ -203,7 +203,7 @@ class OvernightRun:
         assert self._everything() == state
 
     def _assert_ends(self, ended: CommandResult) -> None:
-        found = {one["id"]: (one["state"], one["failure"]) for one in ended.result["tasks"]}
+        found = {one["id"]: (one["status"], one["failure"]) for one in ended.result["tasks"]}
         wrong = {one["id"]: one for one in ended.result["tasks"]}
         for rivals in self.rivals:
             ends = Counter(found.pop(task) for task in rivals.jobs)
@@ -261,7 +261,7 @@ async def read_task_states(repository: Repository) -> dict[str, str]:
             found = await council.status()
     except RefusedError:
         return {}
-    return {task.id: task.state for task in found.tasks}
+    return {task.id: task.status for task in found.tasks}
 
 
 def is_running_elsewhere(ended: CommandResult) -> bool:

@@ -42,7 +42,7 @@ async def test_killed_while_a_checkpoint_is_restored(repository: Repository, nam
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("landing.pushed", "run.claimed", "recovery.session_reaped", "landing.intended")
+        for name in ("landing.pushed", "run.leader_elected", "recovery.session_reaped", "landing.intended")
     ],
 )
 async def test_killed_after_a_checkpoint_was_restored(repository: Repository, name: str) -> None:

@@ -23,14 +23,14 @@ REQUEST_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("r
 #: in tests/integration.
 STORE_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("state."))
 #: Reached by making or restoring a checkpoint; see tests/crash/test_checkpoints.py.
-CHECKPOINT_FAILPOINTS = frozenset({"run.seized", "checkpoint.created", "checkpoint.restored"})
+CHECKPOINT_FAILPOINTS = frozenset({"run.taken_over", "checkpoint.created", "checkpoint.restored"})
 #: Reached by writing the readable copies; see tests/integration/test_views.py.
 VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
 #: Reached by importing what older layouts have, and by forgetting runs; see tests/integration/test_legacy.py and
 #: test_clean_runs.py there.
 RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
 #: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
-PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.rested", "handoff.taken", "plan.expanded"})
+PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.expanded"})
 #: Those that a run never reaches by itself.
 UNREACHED_FAILPOINTS = (
     REQUEST_FAILPOINTS
@@ -41,11 +41,11 @@ UNREACHED_FAILPOINTS = (
     | PHASE_FAILPOINTS
 )
 #: Reached only once by the tasks of `chain_and_sides`.
-SINGLE_HIT_FAILPOINTS = frozenset({"run.seeded", "run.claimed", "run.finished", "adapter.parked", "landing.bounced"})
+SINGLE_HIT_FAILPOINTS = frozenset({"run.seeded", "run.leader_elected", "run.finished", "adapter.cooling_down", "landing.rejected"})
 RECOVERY_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
 #: Those that every process reaches that has some tasks to work on.
 FAILPOINTS_IN_TURN = sorted(
-    FAILPOINTS - RECOVERY_FAILPOINTS - UNREACHED_FAILPOINTS - SINGLE_HIT_FAILPOINTS - {"place.half_made"}
+    FAILPOINTS - RECOVERY_FAILPOINTS - UNREACHED_FAILPOINTS - SINGLE_HIT_FAILPOINTS - {"slot.partly_made"}
 )
 #: So many that enough are left for the last of them.
 TASKS_IN_TURN = 12
@@ -125,7 +125,7 @@ async def test_killed_at_one_step_after_the_other(repository: Repository) -> Non
     """One run that is killed at each step in turn, whatever the kill before has left, loses and repeats nothing."""
     config = configure(repository, chain_and_sides(TASKS_IN_TURN))
     command = ["run", str(config)]
-    for name in ("run.seeded", "run.claimed", "adapter.parked", *FAILPOINTS_IN_TURN):
+    for name in ("run.seeded", "run.leader_elected", "adapter.cooling_down", *FAILPOINTS_IN_TURN):
         killed = repository.council(*command, "--json", failpoints=f"{name}=kill")
         assert killed.code == -signal.SIGKILL, (name, killed)
         command = ["resume"]
@@ -229,7 +229,7 @@ async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: 
     ended = CommandResult(child.returncode, stdout, stderr)
     assert (ended.code, ended.result["status"], ended.result["exit"]) == (130, "interrupted", 130)
     task = ended.result["tasks"][0]
-    assert task["state"] == "pending"
+    assert task["status"] == "pending"
     where = repository.council("where", "--json").result
     show = ["git", "show", f"{task['branch']}:half.txt"]
     assert subprocess.run(show, check=True, cwd=where["trusted"], capture_output=True).stdout == b"half\n"

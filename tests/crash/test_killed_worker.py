@@ -30,12 +30,12 @@ from tests.integration.test_working_together import QUICK, assert_each_landed_on
 from tests.waiting import wait_for
 
 #: What only the coordinator reaches.
-LEADER_FAILPOINTS: Final = frozenset({"run.seeded", "run.claimed", "run.finished", "sink.sent"})
+LEADER_FAILPOINTS: Final = frozenset({"run.seeded", "run.leader_elected", "run.finished", "sink.sent"})
 #: What only who stands in for another reaches.
-TAKEOVER_FAILPOINTS: Final = RECOVERY_FAILPOINTS | {"claims.swept"}
+TAKEOVER_FAILPOINTS: Final = RECOVERY_FAILPOINTS | {"claims.taken_over"}
 #: What a process reaches before the session of its first task is at work.
 EARLY_FAILPOINTS: Final = frozenset(
-    {"attempt.recorded", "place.half_made", "place.moved", "worktree.half_built", "worktree.created", "session.spawned"}
+    {"attempt.recorded", "slot.partly_made", "slot.moved", "worktree.partly_made", "worktree.created", "session.spawned"}
 )
 #: Commits, of which each process makes many.
 COMMIT_FAILPOINTS: Final = frozenset({"state.appended", "state.published"})
@@ -43,7 +43,7 @@ WORKER_FAILPOINTS: Final = (
     FAILPOINTS - UNREACHED_FAILPOINTS - LEADER_FAILPOINTS - TAKEOVER_FAILPOINTS | COMMIT_FAILPOINTS
 )
 #: The short form: the coordinator is killed, then whoever replaces it.
-QUICK_CASES: Final = {("stand-in", "claims.swept", 1)}
+QUICK_CASES: Final = {("stand-in", "claims.taken_over", 1)}
 
 #: Whoever is dead is known to be by its lock, and who is only slow is left alone.
 SLOW_EXPIRY: Final = {**QUICK, "stale": "60s", "owner_stale": "60s"}
@@ -113,7 +113,7 @@ class RunProcesses:
 
     async def claimed(self) -> int:
         """Return how often somebody has become the coordinator."""
-        return sum(event.type == "run.claimed" for event in await happened(self.repository))
+        return sum(event.type == "run.leader_elected" for event in await happened(self.repository))
 
 
 def is_killed(child: StartedCommand) -> bool:
@@ -124,7 +124,7 @@ def is_killed(child: StartedCommand) -> bool:
 def kill_cases() -> list[object]:
     """Return who is killed where, at which time that it gets there."""
     found = [
-        ("coordinator", name, 1 + (name in EARLY_FAILPOINTS - {"place.half_made"}))
+        ("coordinator", name, 1 + (name in EARLY_FAILPOINTS - {"slot.partly_made"}))
         for name in WORKER_FAILPOINTS | LEADER_FAILPOINTS
     ]
     found += [("worker", name, 1) for name in WORKER_FAILPOINTS]

@@ -68,7 +68,7 @@ async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(FAILPOINTS - UNREACHED_FAILPOINTS - {"adapter.parked", "landing.bounced", "sink.sent"})
+    "name", sorted(FAILPOINTS - UNREACHED_FAILPOINTS - {"adapter.cooling_down", "landing.rejected", "sink.sent"})
 )
 async def test_killed_at_every_failpoint(project: Repository, name: str) -> None:
     """Killed at the fifth time (or the only one) that a step is reached."""

@@ -46,7 +46,7 @@ async def test_an_adapter_that_is_right_keeps_its_promises_and_lands(claude: Rep
     """With nothing left of it where the command was given."""
     before = sorted(claude.top.iterdir())
     ended = tried(claude, name, *PROMPT)
-    assert (ended.code, ended.result["live"]["state"]) == (0, "landed"), ended.result["live"]
+    assert (ended.code, ended.result["live"]["status"]) == (0, "landed"), ended.result["live"]
     results = ended.result["contract"]["results"]
     assert len(results) > 30
     assert [one for one in results if not one["passed"]] == []

@@ -118,7 +118,7 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(bench: Bench) -> No
     began = time.time()
     ended = bench.run("claude-code", "attempt 1 fail limit 2\nwrite a.txt a")
     assert ended.states == {"t0": "landed"}, ended
-    until = next(line["until"] for line in ended.lines if line.get("event") == "adapter.parked")
+    until = next(line["until"] for line in ended.lines if line.get("event") == "adapter.cooling_down")
     assert began < until < began + 60
     assert ended.result["tasks"][0]["attempts"] == 1
 
@@ -136,12 +136,12 @@ async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> N
         run = await council.create_run()
         async with anyio.create_task_group() as group:
             group.start_soon(council.resume, run)
-            await until_event(council, "adapter.parked", 2)
+            await until_event(council, "adapter.cooling_down", 2)
             await anyio.wait_all_tasks_blocked()
             parked = (await council.status(run)).adapters
             clock.advance(max(one.parked_until or 0.0 for one in parked) - clock.now())
         report = await council.status(run)
-    assert [(task.state, task.attempts) for task in report.tasks] == [("landed", 1), ("landed", 1)]
+    assert [(task.status, task.attempts) for task in report.tasks] == [("landed", 1), ("landed", 1)]
 
 
 @pytest.mark.extended_but_first
@@ -204,7 +204,7 @@ async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
     """The class and the reason that the program's words or its end stand for."""
     ended = bench.run(use, *(prompt for prompt, _, _ in ENDS[use]))
     for task, (prompt, failure, told) in zip(ended.result["tasks"], ENDS[use], strict=True):
-        assert (task["state"], task["failure"]) == ("failed", failure), (prompt, task)
+        assert (task["status"], task["failure"]) == ("failed", failure), (prompt, task)
         assert told in task["reason"], prompt
     if use == "acp":
         assert "last words" in bench.said(ended), "what an agent says to its standard error is in the log"
@@ -216,7 +216,7 @@ async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, san
     """Claude Code says what was spent when it is interrupted, and only then."""
     ended = bench.run("claude-code", "hang", sandbox=sandbox, timeout="4s")
     (task,) = ended.result["tasks"]
-    assert (task["state"], task["failure"]) == ("failed", "timeout"), ended
+    assert (task["status"], task["failure"]) == ("failed", "timeout"), ended
     assert (task["input_tokens"], task["output_tokens"], task["cost"]) == (3210, 42, 0.0125)
 
 
@@ -299,7 +299,7 @@ async def test_tokens_that_an_agent_tells_beside_the_protocol_are_recorded(bench
 async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str, str], failure: str | None) -> None:
     """It wants a login, or speaks another version of the protocol."""
     task = bench.run("acp", "write a.txt x", options={"env": env}).result["tasks"][0]
-    assert (task["state"], task["failure"]) == (("failed", failure) if failure else ("blocked", "auth")), task
+    assert (task["status"], task["failure"]) == (("failed", failure) if failure else ("blocked", "auth")), task
     assert ("agent login" in task["reason"]) == (failure is None)
 
 
@@ -381,7 +381,7 @@ async def test_an_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path
     bench.repository.commit({}, "a symlink")
     ended = bench.run("ollama", *(f"```file good.txt\nx\n```\n{answer}" for answer in HOSTILE.values()))
     for name, task in zip(HOSTILE, ended.result["tasks"], strict=True):
-        assert (task["state"], task["failure"], task["branch"]) == ("failed", "refused", None), (name, task)
+        assert (task["status"], task["failure"], task["branch"]) == ("failed", "refused", None), (name, task)
         assert "nothing of the answer was applied" in task["reason"]
     assert list(outside.iterdir()) == []
     assert list(tmp_path.rglob("hostile*")) == []
@@ -421,7 +421,7 @@ async def test_a_server_that_is_not_there_closes_the_adapter(bench: Bench) -> No
     """After some seconds of patience: somebody has to start it, and no attempt is lost for that."""
     ended = bench.run("ollama", "x", options={"host": "http://127.0.0.1:9"})
     task = ended.result["tasks"][0]
-    assert (task["state"], task["attempts"]) == ("blocked", 0), ended
+    assert (task["status"], task["attempts"]) == ("blocked", 0), ended
     assert "ollama serve" in task["reason"]
 
 

@@ -39,7 +39,7 @@ def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
     def asked() -> dict[str, Any] | None:
         ended = repository.council("status", "--json")
         found = next((one for one in ended.result.get("tasks", ()) if one["id"] == "t"), None) if ended.stdout else None
-        if found is None or found["state"] != "waiting":
+        if found is None or found["status"] != "waiting":
             return None
         return found if repository.council("show", "t", "--json").result["figures"]["sessions"] == session else None
 
@@ -90,7 +90,7 @@ async def test_what_is_rejected_is_done_again_with_the_note(repository: Reposito
     ended = finished(child)
     assert ended.states["t"] == "landed", ended
     assert [one["approvals"] for one in events(ended, "run.waiting")] == [["t"], ["t"]]
-    assert [one["note"] for one in events(ended, "task.sent_back")] == ["keep the old names"]
+    assert [one["note"] for one in events(ended, "task.rejected")] == ["keep the old names"]
     await repository.assert_invariants()
 
 
@@ -110,7 +110,7 @@ async def test_an_answer_may_come_before_the_session_is_quite_over(
 
         monkeypatch.setattr(Session, "release", answered_first)
         report = await council.resume(run)
-    assert {one.id: one.state for one in report.tasks} == {"t": "landed", "after": "landed"}, report
+    assert {one.id: one.status for one in report.tasks} == {"t": "landed", "after": "landed"}, report
     await repository.assert_invariants()
 
 
@@ -212,7 +212,7 @@ async def test_approvals_are_answered_from_python(repository: Repository) -> Non
         ("plan", 2, "completed", None),
         ("build", 1, "completed", None),
     ]
-    assert story.state == "landed"
+    assert story.status == "landed"
     await repository.assert_invariants()
 
 

@@ -47,7 +47,7 @@ async def test_a_session_asks_by_its_shell_and_its_hook(
     use_in_runs(desk, monkeypatch)
     prompt = "write theirs.txt no\nrun council lock ours.txt\nwrite ours.txt yes\ntell told.json"
     report = await run(repository, tmp_path / "bin", monkeypatch, prompt)
-    assert [task.state for task in report.tasks] == ["landed"], report
+    assert [task.status for task in report.tasks] == ["landed"], report
     assert repository.git("ls-tree", "--name-only", "main").splitlines() == [
         "README.md",
         "ours.txt",
@@ -85,7 +85,7 @@ async def test_without_a_desk_nothing_is_given(
     """Neither server nor hook."""
     prompt = "write theirs.txt yes\ntell told.json"
     report = await run(repository, tmp_path / "bin", monkeypatch, prompt, coordination={"tools": False})
-    assert [task.state for task in report.tasks] == ["landed"], report
+    assert [task.status for task in report.tasks] == ["landed"], report
     argv = json.loads((repository.top / "told.json").read_text())["argv"]
     assert not {"--settings", "--mcp-config", "--allowedTools=mcp__council"} & set(argv)
     await repository.assert_invariants()

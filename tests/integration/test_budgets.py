@@ -44,7 +44,7 @@ async def test_a_session_is_stopped_when_its_tokens_are_used_up(claude: Reposito
     prompt = "spend 400\nspend 401\nwrite a.txt half\nspend 200\nhang"
     ended = claude.council("run", str(configured(claude, prompt, task={"session_budget": {"tokens": 1000}})), "--json")
     (task,) = ended.result["tasks"]
-    assert (task["state"], task["failure"], task["attempts"]) == ("failed", "budget", 1), ended
+    assert (task["status"], task["failure"], task["attempts"]) == ("failed", "budget", 1), ended
     assert "1,001 of 1,000 tokens" in task["reason"]
     assert "session_budget" in task["reason"]
     kept = claude.git("--git-dir", ended.result["repository"], "show", f"{task['branch']}:a.txt")
@@ -65,7 +65,7 @@ async def test_a_task_has_no_further_session_when_its_budget_is_used_up(claude: 
     prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nattempt 2 write a.txt a"
     ended = claude.council("run", str(configured(claude, prompt, task={"budget": {"tokens": 600}})), "--json")
     (task,) = ended.result["tasks"]
-    assert (task["state"], task["attempts"]) == ("failed", 1), ended
+    assert (task["status"], task["attempts"]) == ("failed", 1), ended
     assert "the task's budget is used up" in task["reason"]
 
 
@@ -138,11 +138,11 @@ async def test_money_that_can_not_be_counted_is_told_of(repository: Repository) 
     path = repository.configure([task], adapters={"it": adapter}, sandbox="off", budget={"cost": 1})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    (told,) = happened(ended, "budget.unpriced")
+    (told,) = happened(ended, "budget.price_unknown")
     assert (told["adapter"], told["model"]) == ("it", "nobody-knows")
     known = repository.configure([task], adapters={"it": adapter}, sandbox="off", budget={"cost": 1}, target="two",
                                  prices={"nobody-knows": {"input": 1, "output": 1}})  # fmt: skip
-    assert happened(repository.council("run", str(known), "--json"), "budget.unpriced") == []
+    assert happened(repository.council("run", str(known), "--json"), "budget.price_unknown") == []
 
 
 async def test_time_of_sessions_is_limited_over_all_attempts(claude: Repository) -> None:

@@ -182,7 +182,7 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
         {"id": "first", "prompt": f"without {flag(repository)} exit 1\nwrite f.txt x", "attempts": 1},
         {"id": "long", "prompt": f"write half.txt x\nwithout {flag(repository)} hang"},
     ]
-    killed_with(repository, tasks, "run.claimed")
+    killed_with(repository, tasks, "run.leader_elected")
     checkpoint = made(repository)
     owner = repository.start("resume", "--json")
     wait_for(lambda: repository.council("status", "--json").states == {"first": "failed", "long": "running"})
@@ -258,7 +258,7 @@ async def test_the_events_of_a_run_end_also_behind_a_checkpoint(repository: Repo
         assert (await council.restore(before.id)).runs == [run]
         with anyio.fail_after(20):
             types = [one.event.type async for one in council.events(run)]
-        assert types[-3:] == ["run.seized", "checkpoint.created", "checkpoint.restored"]
+        assert types[-3:] == ["run.taken_over", "checkpoint.created", "checkpoint.restored"]
         assert [one.reason for one in await council.checkpoints(run)] == ["at first", "before restore"]
 
 
@@ -324,7 +324,7 @@ async def test_a_task_that_stays_landed_keeps_what_its_phases_handed_off(reposit
         ],
         workflows={"reviewed": [{"build": {"prompt": "{{ task.prompt }}"}}, {"review": review}]},
     )
-    assert repository.council("run", str(path), failpoints="run.claimed=kill").code == -signal.SIGKILL
+    assert repository.council("run", str(path), failpoints="run.leader_elected=kill").code == -signal.SIGKILL
     checkpoint = repository.council("checkpoint", "create", "--json").result["id"]
     assert repository.council("resume", "--json").states == {"a": "landed", "b": "failed"}
     restored = repository.council("checkpoint", "restore", checkpoint, "--json")

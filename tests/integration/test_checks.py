@@ -37,7 +37,7 @@ async def test_a_clean_merge_of_two_changes_that_break_each_other_does_not_land(
     ended = repository.council("run", str(repository.configure(**settings)), "--json")
     assert ended.code == 1, ended
     assert sorted(ended.states.values()) == ["failed", "landed"]
-    failed = next(task for task in ended.result["tasks"] if task["state"] == "failed")
+    failed = next(task for task in ended.result["tasks"] if task["status"] == "failed")
     assert failed["failure"] == "checks_failed"
     assert "ImportError" in failed["reason"]
     assert repository.git("rev-list", "--count", "--first-parent", "main") == "3"
@@ -80,7 +80,7 @@ async def test_attempts_whose_work_never_passes_come_to_an_end(repository: Repos
     settings = checked([{"id": "never", "prompt": "write a.txt bad"}], ["false"], attempts=2)
     ended = repository.council("run", str(repository.configure(**settings)), "--json")
     task = ended.result["tasks"][0]
-    assert (task["state"], task["failure"], task["attempts"]) == ("failed", "checks_failed", 2)
+    assert (task["status"], task["failure"], task["attempts"]) == ("failed", "checks_failed", 2)
     trusted = Path(ended.result["repository"])
     assert (trusted / "refs/heads" / task["branch"]).exists()
     await repository.assert_invariants()
@@ -113,7 +113,7 @@ async def test_a_check_can_not_reach_the_users_tree_and_what_it_writes_does_not_
     )
     settings = checked([{"id": "t", "prompt": "write a.txt a\ncommit mine"}], [check])
     ended = repository.council("run", str(repository.configure(**settings, sandbox=require_sandbox(sandbox))), "--json")
-    claimed = next(line for line in ended.lines if line.get("event") == "run.claimed")
+    claimed = next(line for line in ended.lines if line.get("event") == "run.leader_elected")
     assert claimed["sandbox"] == sandbox
     assert ended.states == {"t": "landed"}, ended
     assert (repository.top / "a.txt").read_text() == "a\n"

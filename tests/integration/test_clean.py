@@ -142,7 +142,7 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
     [
         "session.spawned",
         "work.committed",
-        *(pytest.param(step, marks=pytest.mark.slow) for step in ("worktree.half_built", "session.ended")),
+        *(pytest.param(step, marks=pytest.mark.slow) for step in ("worktree.partly_made", "session.ended")),
     ],
 )
 async def test_an_interrupted_run_still_resumes(repository: Repository, failpoint: str) -> None:

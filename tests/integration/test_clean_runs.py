@@ -102,13 +102,13 @@ async def test_work_that_did_not_land_stays_unless_forced(repository: Repository
         await council.archive.drop(run, [kept.name])
         assert await judged(council) == {run: "left_over"}
         # What was brought back can be gone on with.
-        assert [task.state for task in (await council.retry("f")).tasks] == ["pending"]
-        assert [(task.state, task.attempts) for task in (await council.resume()).tasks] == [("failed", 1)]
+        assert [task.status for task in (await council.retry("f")).tasks] == ["pending"]
+        assert [(task.status, task.attempts) for task in (await council.resume()).tasks] == [("failed", 1)]
 
 
 async def test_what_can_be_resumed_stays_unless_that_is_said(repository: Repository) -> None:
     """A run that was cut off, and one of which a task is to be tried again."""
-    cut_off = run_once(repository, LANDS, failpoints="run.claimed=kill")
+    cut_off = run_once(repository, LANDS, failpoints="run.leader_elected=kill")
     retried = run_once(repository, FAILS)
     assert repository.council("retry", "f").code == 0
     async with later(repository, 8) as council:
@@ -132,7 +132,7 @@ async def test_no_epoch_comes_back_with_a_run(repository: Repository) -> None:
         assert await documents(council, run) == {"lease", "claim", "checkpoint"}
         [checkpoint] = await council.checkpoints(run)
         assert (await council.restore(checkpoint.id)).runs == [run]
-        assert [task.state for task in (await council.resume(run)).tasks] == ["landed"]
+        assert [task.status for task in (await council.resume(run)).tasks] == ["landed"]
         assert (after := await council.document(claim)) is not None
         assert (after.value["epoch"], after.value["released"]) == (after.version, "complete")
         with pytest.raises(LeaseLost):

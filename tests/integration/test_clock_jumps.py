@@ -37,6 +37,6 @@ async def test_a_run_while_the_clock_jumps_back_and_forth(repository: Repository
     with anyio.fail_after(60):
         async with Council.open(path, environ=repository.environ, clock=JumpingClock(0, HOUR, -HOUR)) as council:
             report = await council.run()
-    ended = [(task.id, task.state, task.attempts) for task in report.tasks]
+    ended = [(task.id, task.status, task.attempts) for task in report.tasks]
     assert ended == [("one", "landed", 1), ("two", "landed", 2), ("three", "landed", 1)]
     await repository.assert_invariants()

@@ -37,7 +37,7 @@ async def test_half_of_the_work_does_not_land_and_is_gone_on_with(repository: Re
     config = repository.configure(tasks, adapters={"x": OPTIONS}, defaults={"backoff": backoff})
     ended = repository.council("run", str(config), "--json")
     task = ended.result["tasks"][0]
-    assert (task["state"], task["attempts"]) == ("landed", 2), ended
+    assert (task["status"], task["attempts"]) == ("landed", 2), ended
     assert (repository.top / "sessions.txt").read_text() == "2\n"
     assert (task["input_tokens"], task["output_tokens"]) == (200, 20)
     await repository.assert_invariants()
@@ -48,6 +48,6 @@ async def test_without_its_end_all_attempts_fail(repository: Repository) -> None
     options = {**OPTIONS, "argv": ["sh", "-c", "echo x > x.txt"]}
     config = repository.configure([{"id": "t", "prompt": "x", "attempts": 1}], adapters={"x": options})
     task = repository.council("run", str(config), "--json").result["tasks"][0]
-    assert (task["state"], task["failure"]) == ("failed", "crashed")
+    assert (task["status"], task["failure"]) == ("failed", "crashed")
     assert task["reason"] == 'it ended without a line with type: "end"'
     await repository.assert_invariants()

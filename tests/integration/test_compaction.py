@@ -189,7 +189,7 @@ async def test_a_damaged_part_of_what_was_thinned_out_is_told(
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("failpoint", ["state.packed=kill", "state.packed=kill@3", "state.thinned=kill"])
+@pytest.mark.parametrize("failpoint", ["state.packed=kill", "state.packed=kill@3", "state.pruned=kill"])
 async def test_killed_in_a_compaction(store: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str) -> None:
     """Whoever comes next finds all that was there, and brings it to its end."""
     newest, versions = await store.get(MUCH), await store.history(MUCH)

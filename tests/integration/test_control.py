@@ -386,7 +386,7 @@ async def test_a_worktree_that_holds_a_secret_stays_and_can_be_dropped(repositor
     tasks = [{"id": "env", "prompt": "do it\nwrite src/.env API_TOKEN=s3cr3t-value-77\nwrite good.txt g"}]
     ended = repository.council("run", str(repository.configure(tasks)), "--json")
     task = ended.result["tasks"][0]
-    assert (task["state"], task["failure"]) == ("failed", "refused")
+    assert (task["status"], task["failure"]) == ("failed", "refused")
     assert "src/.env" in task["reason"]
     kept = repository.council("salvage", "list", "--json").result["kept"]
     assert [one["name"] for one in kept] == ["env/1", "env/1/worktree"]
@@ -583,7 +583,7 @@ async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(reposi
     ignored = repository.council("task", "ignore", "long", "waits", "--reason", "done by hand", "--json")
     assert ignored.code == 0, ignored
     for task in ("long", "waits"):
-        assert (of(ignored, task)["state"], of(ignored, task)["reason"]) == ("cancelled", "ignored: done by hand")
+        assert (of(ignored, task)["status"], of(ignored, task)["reason"]) == ("cancelled", "ignored: done by hand")
     assert "half" in repository.council("salvage", "show", "long/1").stdout
     child.kill()
     child.communicate()
@@ -701,7 +701,7 @@ def test_reload_takes_over_the_checks_of_a_task_that_waits_to_land(repository: R
     assert (reloaded.code, reloaded.states["built"]) == (0, "queued"), reloaded
     repository.git("checkout", "--quiet", "README.md")
     [landed] = repository.council("merge", "--json").result["tasks"]
-    assert (landed["state"], "test -e missing" in landed["reason"]) == ("failed", True), landed
+    assert (landed["status"], "test -e missing" in landed["reason"]) == ("failed", True), landed
 
 
 @pytest.mark.extended_but_first

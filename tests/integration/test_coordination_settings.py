@@ -48,7 +48,7 @@ def test_the_number_of_retries_is_a_limit(repository: Repository, retries: int, 
     file = repository.configure([{"id": "a", "prompt": "exit 1", "attempts": 4, "backoff": {"initial": "1ms"}}])
     repository.environ["SHARED_STATE_MAX_RETRIES"] = str(retries)
     [task] = repository.council("run", str(file), "--json").result["tasks"]
-    assert (task["state"], task["attempts"]) == ("failed", attempts)
+    assert (task["status"], task["attempts"]) == ("failed", attempts)
 
 
 @pytest.mark.extended_but_first
@@ -67,4 +67,4 @@ def test_a_task_that_says_nothing_is_tried_as_often_as_the_setting_says(
     [wave] = repository.council("run", str(file), *words, "--dry-run", "--json").result["waves"]
     assert [one["attempts"] for one in wave["tasks"]] == [attempts]
     [task] = repository.council("run", str(file), *words, "--json").result["tasks"]
-    assert (task["state"], task["attempts"]) == ("failed", attempts)
+    assert (task["status"], task["attempts"]) == ("failed", attempts)

@@ -374,7 +374,7 @@ def test_an_adapter_that_pauses_says_until_when(repository: Repository) -> None:
     run = repository.start("run", str(file), "--json")
     try:
         assert run.stdout is not None
-        assert any('"adapter.parked"' in line for line in run.stdout)
+        assert any('"adapter.cooling_down"' in line for line in run.stdout)
         assert repository.council("adapters", "--json").result["adapters"][0]["parked_until"] > time.time()
         assert "\n  pauses until 2" in repository.council("adapters").stdout
     finally:

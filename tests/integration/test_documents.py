@@ -165,7 +165,7 @@ async def test_a_run_that_was_recovered_says_when(repository: Repository) -> Non
         [report] = await council.runs(active=True)
         assert report.status is RunStatus.INTERRUPTED
         assert (await council.resume(report.run)).status is RunStatus.LANDED
-        claims = [one async for one in council.events(report.run) if one.event.type == "run.claimed"]
+        claims = [one async for one in council.events(report.run) if one.event.type == "run.leader_elected"]
         assert await council.runs(active=True) == []
     first, second = claims
     assert (first.event.data["epoch"], second.event.data["epoch"]) == (1, 2)

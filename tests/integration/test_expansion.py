@@ -341,7 +341,7 @@ async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repo
 async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(repository: Repository) -> None:
     """What no session was at is gone with the plan; another one is made."""
     path = planned_twice(repository)
-    assert repository.council("run", path, failpoints="run.claimed=kill").code == -signal.SIGKILL
+    assert repository.council("run", path, failpoints="run.leader_elected=kill").code == -signal.SIGKILL
     checkpoint = repository.council("checkpoint", "create", "--json").result["id"]
     run = repository.council("resume", "--json")
     assert run.states == {"all": "blocked", "all-x": "landed", "all-y": "failed", "all-z": "blocked"}, run
@@ -377,7 +377,7 @@ async def test_a_plan_after_a_restore_gives_its_tasks_names_that_were_never_used
     first = plan(planned("x", "write first.txt 1"))
     second = plan(planned("x", "write second.txt 2"))
     path = expanding(repository, [f"attempt 1 in plan hand-over {first}", f"attempt 2 in plan hand-over {second}"])
-    assert repository.council("run", path, failpoints="run.claimed=kill").code == -signal.SIGKILL
+    assert repository.council("run", path, failpoints="run.leader_elected=kill").code == -signal.SIGKILL
     before = repository.council("checkpoint", "create", "--json").result["id"]
     assert repository.council("resume", failpoints="plan.expanded=kill").code == -signal.SIGKILL
     planned_first = repository.council("checkpoint", "create", "--json").result["id"]

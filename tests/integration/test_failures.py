@@ -118,13 +118,13 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
 
         async with anyio.create_task_group() as group:
             group.start_soon(execute)
-            await until_event(council, "adapter.parked", 1)
+            await until_event(council, "adapter.cooling_down", 1)
             await until_event(council, "task.landed", 1)
             await anyio.wait_all_tasks_blocked()
             clock.advance(17_999)
             await anyio.wait_all_tasks_blocked()
             parked = await council.status(run)
-            assert [(task.state, task.attempts) for task in parked.tasks] == [
+            assert [(task.status, task.attempts) for task in parked.tasks] == [
                 ("pending", 0), ("pending", 0), ("landed", 1),
             ]  # fmt: skip
             assert [one.parked_until for one in parked.adapters] == [clock.now() + 1]
@@ -159,14 +159,14 @@ async def test_what_has_a_fallback_does_not_wait_for_a_limit(repository: Reposit
             await until_event(council, "task.landed", 2)
             await anyio.wait_all_tasks_blocked()
             status = await council.status(run)
-            assert {task.id: (task.state, task.adapter) for task in status.tasks} == {
+            assert {task.id: (task.status, task.adapter) for task in status.tasks} == {
                 "lock": ("pending", "locked"),
                 "limited": ("landed", "third"),
                 "behind": ("landed", "third"),
                 "alone": ("pending", "first"),
             }
             clock.advance(18_000)
-    assert {task.id: (task.state, task.attempts) for task in reports[0].tasks} == {
+    assert {task.id: (task.status, task.attempts) for task in reports[0].tasks} == {
         "lock": ("blocked", 0),
         "limited": ("landed", 1),
         "behind": ("landed", 1),
@@ -186,7 +186,7 @@ async def test_a_park_outlasts_the_process(repository: Repository) -> None:
             name = run or await council.create_run()
             async with anyio.create_task_group() as group:
                 group.start_soon(council.resume, name)
-                await until_event(council, "adapter.parked", 1)
+                await until_event(council, "adapter.cooling_down", 1)
                 await until_claimed(council, name, 1 if run is None else 2)
                 await anyio.wait_all_tasks_blocked()
                 clock.advance(advance)
@@ -206,7 +206,7 @@ async def test_a_park_outlasts_the_process(repository: Repository) -> None:
 
 async def until_claimed(council: Council, run: str, times: int) -> None:
     """Return when a run has had that many owners."""
-    await until_event(council, "run.claimed", times)
+    await until_event(council, "run.leader_elected", times)
 
 
 async def test_silence_ends_a_session_that_neither_speaks_nor_works(repository: Repository) -> None:
@@ -302,7 +302,7 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
         finally:
             subprocess.run(["umount", str(logs)], check=True)
         report = await council.status(run)
-    assert [(task.state, task.attempts) for task in report.tasks] == [("landed", 1)]
+    assert [(task.status, task.attempts) for task in report.tasks] == [("landed", 1)]
     await repository.assert_invariants()
 
 
@@ -322,11 +322,11 @@ async def test_sessions_that_run_into_one_limit_side_by_side_are_one_park(reposi
             await until_event(council, "run.waiting", 1)
             until = clock.now() + 19_000
             clock.advance(19_000)
-        told = [event.data["until"] for event in await events_of(council, run, "adapter.parked")]
+        told = [event.data["until"] for event in await events_of(council, run, "adapter.cooling_down")]
         assert told == sorted(set(told))
         assert told[-1] == until
         report = await council.status(run)
-    assert {task.id: task.state for task in report.tasks} == {f"t{n}": "landed" for n in range(4)}
+    assert {task.id: task.status for task in report.tasks} == {f"t{n}": "landed" for n in range(4)}
     await repository.assert_invariants()
 
 

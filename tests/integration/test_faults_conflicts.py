@@ -106,8 +106,8 @@ async def test_hostile_file_names_through_run_conflict_diff_and_salvage(reposito
     ended = repository.council("run", str(repository.configure(tasks, adapters={"py": PYTHON_ADAPTER})), "--json")
     both = {ended.states["lands"], ended.states["meets"]}
     assert (both, ended.states["fails"]) == ({"landed", "conflict"}, "failed"), ended
-    landed = next(task for task in ended.result["tasks"] if task["state"] == "landed")["id"]
-    conflict = next(task for task in ended.result["tasks"] if task["state"] == "conflict")
+    landed = next(task for task in ended.result["tasks"] if task["status"] == "landed")["id"]
+    conflict = next(task for task in ended.result["tasks"] if task["status"] == "conflict")
     assert len(conflict["paths"]) == len(NAMES)
     assert {"-rf", "new\nline", "latin\\xe9", "bytes\\xff\\xfe"} <= set(conflict["paths"])
     top = bytes(repository.top)

@@ -185,7 +185,7 @@ async def test_capacity_of_a_thousand_under_a_low_limit_of_descriptors(repositor
 
     ended = limited(64)
     assert (ended.code, set(ended.states.values())) == (0, {"landed"}), ended
-    said = next(line for line in ended.lines if line.get("event") == "run.limited")
+    said = next(line for line in ended.lines if line.get("event") == "run.capacity_limited")
     assert 1 <= said["sessions"] < 5
     assert "ulimit -n" in said["reason"]
     starts = [line["event"] for line in ended.lines if line.get("event") in {"task.started", "task.queued"}]

@@ -134,7 +134,7 @@ async def test_what_should_not_be_committed_is_no_object_of_ours(repository: Rep
     ended = repository.council("run", str(config), "--json")
     in_files = {"env", "id_rsa", "key-in-a-file", "huge"}
     assert {task for task, state in ended.states.items() if state == "failed"} == in_files, ended
-    assert all(task["failure"] == "refused" for task in ended.result["tasks"] if task["state"] == "failed")
+    assert all(task["failure"] == "refused" for task in ended.result["tasks"] if task["status"] == "failed")
     assert set(ended.states.values()) == {"failed", "landed"}
     hubs = [*Path(repository.environ["COUNCIL_HOME"]).glob("*/hub.git")]
     assert len(hubs) == 1

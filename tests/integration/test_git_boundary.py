@@ -180,7 +180,7 @@ async def test_a_nested_repository_is_refused_and_its_work_kept(repository: Repo
     config = repository.configure([{"id": "nested", "prompt": prompt, "attempts": 1}])
     ended = repository.council("run", str(config), "--json")
     task = ended.result["tasks"][0]
-    assert (ended.code, task["state"]) == (1, "failed")
+    assert (ended.code, task["status"]) == (1, "failed")
     assert "inner" in task["reason"]
     await repository.assert_invariants()
 
@@ -247,7 +247,7 @@ async def test_conflicts_keep_both_sides_and_leave_the_target_alone(repository: 
     ended = repository.council("run", str(config), "--json")
     assert ended.code == 1
     assert sorted(ended.states.values()) == ["conflict", "landed"], ended
-    task = next(task for task in ended.result["tasks"] if task["state"] == "conflict")
+    task = next(task for task in ended.result["tasks"] if task["status"] == "conflict")
     assert task["paths"] == ["README.md"]
     where = repository.council("where", "--json").result
     shown = subprocess.run(
@@ -284,7 +284,7 @@ async def test_work_that_can_not_all_be_staged_is_kept(repository: Repository, t
     prompt = "write good.txt good\ngit init --quiet inner\nwrite inner/file.txt x"  # a repository without a commit
     config = repository.configure([{"id": "half", "prompt": prompt, "attempts": 1}])
     task = repository.council("run", str(config), "--json").result["tasks"][0]
-    assert task["state"] == "failed"
+    assert task["status"] == "failed"
     trusted = repository.council("where", "--json").result["trusted"]
     shown = subprocess.run(["git", "show", f"{task['branch']}:good.txt"], cwd=trusted, capture_output=True, check=True)
     assert shown.stdout == b"good\n"
@@ -308,7 +308,7 @@ async def test_a_replaced_worktree_is_not_followed(repository: Repository, tmp_p
     tasks = [{"id": "link", "prompt": "x", "attempts": 1}]
     config = repository.configure(tasks, adapters={"sh": shell}, sandbox="off")
     task = repository.council("run", str(config), "--json").result["tasks"][0]
-    assert task["state"] == "failed"
+    assert task["status"] == "failed"
     assert "replaced" in task["reason"]
     assert not list((tmp_path / "council-home").glob("*/hub.git/objects/*/secret*"))
     await_free = repository.git("log", "--all", "--oneline", "--", "secret.txt")
@@ -323,7 +323,7 @@ async def test_a_conflict_in_a_name_that_is_not_utf8(repository: Repository) -> 
     config = repository.configure(tasks, adapters={"sh": shell})
     ended = repository.council("run", str(config), "--json")
     assert sorted(ended.states.values()) == ["conflict", "landed"], ended
-    conflict = next(task for task in ended.result["tasks"] if task["state"] == "conflict")
+    conflict = next(task for task in ended.result["tasks"] if task["status"] == "conflict")
     assert conflict["paths"] == ["caf\\xe9.txt"]
 
 

@@ -33,7 +33,7 @@ async def test_work_that_a_person_has_merged_counts_as_landed(repository: Reposi
     by_hand = repository.git("rev-parse", "HEAD")
     wait_for(lambda: repository.council("status", "--json").states["more"] == "landed")
     found = repository.council("status", "--json").result["tasks"][0]
-    assert (found["state"], found["landed"], found["reason"]) == ("landed", by_hand, "somebody else has landed it")
+    assert (found["status"], found["landed"], found["reason"]) == ("landed", by_hand, "somebody else has landed it")
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
     await repository.assert_invariants()
@@ -67,7 +67,7 @@ def test_no_commit_message_says_what_has_landed(repository: Repository, label: s
     child = repository.start("run", str(config), "--json")
 
     def states() -> dict[str, str]:
-        return {one["id"]: one["state"] for one in repository.council("status", "--json").result.get("tasks", [])}
+        return {one["id"]: one["status"] for one in repository.council("status", "--json").result.get("tasks", [])}
 
     wait_for(lambda: (found := states()) and found["forger"] == found["failed"] == "failed")
     result = repository.council("status", "--json").result

@@ -80,7 +80,7 @@ async def test_the_same_change_twice_lands_once(repository: Repository) -> None:
     before = queue(repository, [{"id": f"t{one}", "prompt": "write same.txt x"} for one in range(2)])
     ended = repository.council("resume", "--json")
     first, second = ended.result["tasks"]
-    assert (first["state"], second["state"]) == ("landed", "landed"), ended
+    assert (first["status"], second["status"]) == ("landed", "landed"), ended
     assert first["landed"] == second["landed"] == repository.git("rev-parse", "main")
     assert moves(repository) == before + 1
     await repository.assert_invariants()
@@ -160,7 +160,7 @@ async def test_killed_in_the_middle_of_the_push_of_several(repository: Repositor
 def states(repository: Repository) -> Mapping[str, str]:
     """Return the state of each task of the newest run."""
     shown = repository.council("status", "--json")
-    return {task["id"]: task["state"] for task in shown.result.get("tasks", [])}
+    return {task["id"]: task["status"] for task in shown.result.get("tasks", [])}
 
 
 def recorded(repository: Repository, event: str) -> int:
@@ -212,9 +212,9 @@ async def test_one_that_was_cut_off_is_cancelled_only_if_it_has_not_landed(
     assert repository.council("resume", failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
     async with (await landing_lock(repository)).hold():
         child = repository.start("resume", "--json")
-        wait_for(lambda: recorded(repository, "run.claimed") == 3)
+        wait_for(lambda: recorded(repository, "run.leader_elected") == 3)
         asked = repository.start("cancel", "t1")
-        wait_for(lambda: recorded(repository, "request.answered") == 1)
+        wait_for(lambda: recorded(repository, "request.completed") == 1)
     asked.communicate(timeout=60)
     assert ended(child).states == {"t0": "landed", "t1": state, "t2": "landed"}
     await repository.assert_invariants()
@@ -284,7 +284,7 @@ async def test_what_is_left_to_the_next_turn_can_be_cancelled(repository: Reposi
     child = repository.start("resume", "--json")
     wait_for(begun.exists)
     asked = repository.start("cancel", "t2")
-    wait_for(lambda: recorded(repository, "request.answered") == 1)
+    wait_for(lambda: recorded(repository, "request.completed") == 1)
     free.touch()
     asked.communicate(timeout=60)
     assert ended(child).states == {"t0": "landed", "t1": "landed", "t2": "cancelled"}

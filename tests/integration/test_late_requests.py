@@ -46,10 +46,10 @@ async def states_after(
                 group.start_soon(execute, council)
                 await until_event(council, end, 1)
                 group.start_soon(council.cancel if action is RequestAction.CANCEL else council.retry, "t")
-                await until_event(council, "request.answered", 1)
+                await until_event(council, "request.completed", 1)
                 may_remove.set()
     await repository.assert_invariants()
-    return {task.id: task.state for task in reports[0].tasks}
+    return {task.id: task.status for task in reports[0].tasks}
 
 
 @pytest.mark.extended

@@ -162,11 +162,11 @@ async def test_what_another_has_tried_meanwhile_is_not_started_as_it_was_before(
 async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(tmp_path: Path) -> None:
     """Of two sessions of one limit, in two processes, the later one sees that it is known."""
     clock = ManualClock()
-    store = Overtaken(clock, "adapter.parked")
+    store = Overtaken(clock, "adapter.cooling_down")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
 
     def judge(known: AdapterDocument) -> AdapterUpdate | None:
-        return None if known.parks else AdapterUpdate(AdapterDocument(parked_until=60.0, parks=1), "adapter.parked", {})
+        return None if known.parks else AdapterUpdate(AdapterDocument(parked_until=60.0, parks=1), "adapter.cooling_down", {})
 
     store.quicker = lambda: theirs.update_adapter("fixer", judge)
     assert await ours.update_adapter("fixer", judge) == (AdapterDocument(parked_until=60.0, parks=1), False)
@@ -232,7 +232,7 @@ async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_
 async def test_who_takes_a_run_when_another_becomes_its_coordinator_is_told_who_that_is(tmp_path: Path) -> None:
     """The other was quicker by a moment."""
     clock = ManualClock()
-    store = Overtaken(clock, "run.claimed")
+    store = Overtaken(clock, "run.leader_elected")
     theirs, _ = await two_ledgers(store, clock, tmp_path)
     store.quicker = theirs.try_to_lead
     run = theirs.run.id
@@ -240,7 +240,7 @@ async def test_who_takes_a_run_when_another_becomes_its_coordinator_is_told_who_
         await Ledger.take(store, clock, Redactor([]), make_orchestrators(store, clock, run, alone=False), {})
 
 
-@pytest.mark.parametrize("event", ["run.claimed", "run.joined"])
+@pytest.mark.parametrize("event", ["run.leader_elected", "run.joined"])
 async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, event: str) -> None:
     """The documents were read before, and whoever restores a checkpoint is no orchestrator of the run."""
     clock = ManualClock()
@@ -255,10 +255,10 @@ async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, ev
 
     store.quicker = restore
     others = make_orchestrators(store, clock, run.id, alone=False)
-    take = Ledger.take if event == "run.claimed" else Ledger.join
+    take = Ledger.take if event == "run.leader_elected" else Ledger.join
     ledger = await take(store, clock, Redactor([]), others, {})
     assert ledger.task("models").status is TaskStatus.CANCELLED
-    assert ledger.became_leader.is_set() == (event == "run.claimed")
+    assert ledger.became_leader.is_set() == (event == "run.leader_elected")
     await ledger.note("run.waiting", {})
 
 

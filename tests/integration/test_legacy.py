@@ -100,7 +100,7 @@ async def runs(repository: Repository) -> dict[str, RunReport]:
 
 def states(run: RunReport) -> dict[str, str]:
     """Return the state of each task of a run."""
-    return {task.id: task.state for task in run.tasks}
+    return {task.id: task.status for task in run.tasks}
 
 
 async def events(repository: Repository, kind: str) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ async def test_a_file_of_version_2_becomes_runs(repository: Repository) -> None:
     assert repository.git("status", "--porcelain", "--", ".council") == ""
     run = repository.council("runs", "--json").result["runs"][0]
     assert (run["status"], run["imported"]) == ("incomplete", LEGACY_FILE)
-    assert {task["id"]: task["state"] for task in run["tasks"]} == STATES
+    assert {task["id"]: task["status"] for task in run["tasks"]} == STATES
     reasons = {task["id"]: task["reason"] for task in run["tasks"]}
     assert reasons["login"] == f"{LEGACY_FILE} says that it was completed; nothing here proves it"
     assert reasons["export"] == "tests failed"
@@ -195,7 +195,7 @@ async def test_older_versions_are_taken_as_they_come(
     """Sessions and tasks as lists or by id, one session as the whole file, statuses in any case."""
     write(repository, LEGACY_FILE, state)
     assert {run: states(one) for run, one in (await runs(repository)).items()} == expected
-    assert await events(repository, "legacy.damaged") == []
+    assert await events(repository, "legacy.file_skipped") == []
 
 
 async def test_statuses_become_what_the_guide_says(repository: Repository) -> None:
@@ -245,7 +245,7 @@ async def test_what_is_damaged_is_kept_aside_and_the_rest_imported(repository: R
     [told, problem] = await imported(repository)
     assert told.startswith("Imported 1 run with 2 tasks")
     assert problem.startswith(f"Not imported as it is: {LEGACY_FILE}: ")
-    [event] = await events(repository, "legacy.damaged")
+    [event] = await events(repository, "legacy.file_skipped")
     assert (repository.top / event["copy"]).read_bytes() == path.read_bytes()
     assert f"a copy is kept as {event['copy']}" in problem
     assert (repository.top / event["copy"]).stat().st_mode & 0o777 == 0o600
@@ -264,7 +264,7 @@ async def test_damaged_parts_of_a_tree_are_recovered(repository: Repository) -> 
         "tree-1": {"a": "landed", "b": "landed"}
     }
     told = {
-        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"] for one in await events(repository, "legacy.damaged")
+        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"] for one in await events(repository, "legacy.file_skipped")
     }
     assert told.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
     assert "version 9 of its history" in told["tasks/task-b/state.json"]
@@ -276,7 +276,7 @@ async def test_sessions_beside_what_is_none_are_imported(repository: Repository)
     write(repository, LEGACY_FILE, state)
     found = await runs(repository)
     assert (set(found), states(found["odd"])) == ({RUN, "odd"}, {"b": "failed"})
-    [event] = await events(repository, "legacy.damaged")
+    [event] = await events(repository, "legacy.file_skipped")
     assert event["reason"] == "session-2 is no object; task a of odd is no object"
 
 
@@ -320,7 +320,7 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
     os.mkfifo(repository.top / LEGACY_TREE / "sessions/pipe.json")
     (repository.top / LEGACY_TREE / "tasks/task-c").symlink_to(outside)
     assert (await runs(repository)).keys() == {"tree-1"}
-    told = [(one["path"], one["reason"], one["copy"]) for one in await events(repository, "legacy.damaged")]
+    told = [(one["path"], one["reason"], one["copy"]) for one in await events(repository, "legacy.file_skipped")]
     assert sorted(told) == [
         (LEGACY_FILE, "a link leads out of the project", None),
         (f"{LEGACY_TREE}/sessions/more.json", "a link leads out of the project", None),
@@ -357,7 +357,7 @@ async def test_of_what_is_too_much_the_first_is_taken(repository: Repository, mo
         write(repository, f"{LEGACY_TREE}/tasks/task-{number:02}/state.json", " " * 601)
     told = await imported(repository)
     assert (await runs(repository)).keys() == {"a", "c"}
-    reasons = [one["reason"] for one in await events(repository, "legacy.damaged")]
+    reasons = [one["reason"] for one in await events(repository, "legacy.file_skipped")]
     assert len(reasons) == 33
     assert {"of 4 sessions only the first 3 are taken", "of its 40 entries only the first 30 are read"} < set(reasons)
     assert {"its 601 bytes are more than 600", "session b has too many tasks, 2"} < set(reasons)

@@ -82,7 +82,7 @@ async def test_what_has_expired_is_swept_every_thirty_seconds(
         await anyio.wait_all_tasks_blocked()
         assert (await state.statistics()).expired == [LOCK]
         clock.advance(1)
-        (swept,) = await events(state, "state.swept", 1)
+        (swept,) = await events(state, "state.expired_deleted", 1)
         assert swept.data == {"run": RUN, "count": 1, "documents": ["lock/a"]}
         assert (await state.statistics()).expired == []
         assert (await state.history(LOCK, 1))[0].value is None

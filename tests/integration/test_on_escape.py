@@ -61,7 +61,7 @@ async def test_a_task_that_keeps_going_outside_fails_and_its_work_is_kept(reposi
     """The last attempt's branch has it all; the reason names the paths."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}, attempts=2)
     (task,) = ended.result["tasks"]
-    assert (task["state"], task["failure"], task["attempts"]) == ("failed", "escaped", 2)
+    assert (task["status"], task["failure"], task["attempts"]) == ("failed", "escaped", 2)
     assert "README.md" in task["reason"]
     assert (Path(ended.result["repository"]) / "refs/heads" / task["branch"]).exists()
     await repository.assert_invariants()
@@ -93,7 +93,7 @@ async def test_allow_lands_it_and_says_so_once(repository: Repository) -> None:
     ]
     ended = run(repository, *tasks, on_escape="allow", attempts=1, checks=["true"])
     assert ended.states == {"free": "landed", "held": "failed"}, ended
-    (allowed,) = events(ended, "task.escape_allowed")
+    (allowed,) = events(ended, "task.out_of_scope_allowed")
     assert (allowed["task"], allowed["paths"]) == ("free", ["README.md"])
     await repository.assert_invariants()
 
@@ -115,7 +115,7 @@ async def test_a_lock_of_its_own_widens_nothing(repository: Repository) -> None:
     task = {"id": "t", "prompt": "x", "owns": ["src/**"], "attempts": 1}
     ended = repository.council("run", str(repository.configure([task], adapters={"odd": adapter})), "--json")
     (failed,) = ended.result["tasks"]
-    assert (failed["state"], failed["failure"]) == ("failed", "escaped"), failed
+    assert (failed["status"], failed["failure"]) == ("failed", "escaped"), failed
     assert "ci.yaml" in failed["reason"]
     assert not (repository.top / "ci.yaml").exists()
     await repository.assert_invariants()
@@ -143,14 +143,14 @@ async def test_what_another_session_has_locked_waits_to_land(repository: Reposit
     def found() -> dict[str, dict[str, Any]]:
         return {task["id"]: task for task in repository.council("status", "--json").result.get("tasks", [])}
 
-    wait_for(lambda: found() and found()["free"]["state"] == "landed" and found()["other"]["reason"], 60)
+    wait_for(lambda: found() and found()["free"]["status"] == "landed" and found()["other"]["reason"], 60)
     waiting = found()["other"]
-    assert waiting["state"] == "queued"
+    assert waiting["status"] == "queued"
     assert "README.md is locked by task holder of run" in waiting["reason"]
     assert (repository.top / "README.md").read_text().endswith("more\n")
     freed.touch()
     running.communicate(timeout=60)
-    assert {task: one["state"] for task, one in found().items()} == dict.fromkeys(["holder", "other", "free"], "landed")
+    assert {task: one["status"] for task, one in found().items()} == dict.fromkeys(["holder", "other", "free"], "landed")
     assert (repository.top / "README.md").read_text() == 9 * "more\n" + "x\n"
     await repository.assert_invariants()
 
@@ -240,7 +240,7 @@ async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
     def found() -> dict[str, dict[str, Any]]:
         return {task["id"]: task for task in repository.council("status", "--json").result["tasks"]}
 
-    wait_for(lambda: [one["state"] for one in found().values()] == ["running", "failed", "failed", "landed"], 60)
+    wait_for(lambda: [one["status"] for one in found().values()] == ["running", "failed", "failed", "landed"], 60)
     tasks_now = found()
     freed.touch()
     for one in running:
@@ -254,7 +254,7 @@ async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
         "declared": "escaped",
         "allowed": None,
     }
-    assert found()["holder"]["state"] == "landed"
+    assert found()["holder"]["status"] == "landed"
     await repository.assert_invariants()
 
 

@@ -53,7 +53,7 @@ class Scene:
         """Mend the line, and wait until that is noticed."""
         self.told.clear()
         self.line.reconnect()
-        await self.until_told("outage.over")
+        await self.until_told("outage.ended")
 
     @asynccontextmanager
     async def opened(self, mode: Literal["pause", "continue"]) -> AsyncIterator[Store]:
@@ -103,7 +103,7 @@ async def test_commits_wait_in_their_order_and_it_is_told_twice(scene: Scene) ->
             assert positions == {}
             scene.line.reconnect()
         assert positions == {number: number + 2 for number in range(20)}
-    assert [one.type for one in scene.told] == ["outage.began", "outage.over"]
+    assert [one.type for one in scene.told] == ["outage.began", "outage.ended"]
     assert scene.told[0].data["mode"] == "pause"
     assert "does not answer" in scene.told[0].data["reason"]
 
@@ -297,7 +297,7 @@ async def test_what_somebody_else_did_meanwhile_counts(scene: Scene) -> None:
         await store.commit(writing(B, 0, {"by": "here"}))
         await scene.real.commit(writing(CLAIM, 0, {"epoch": 1, "owner": "there"}))
         await scene.back()
-        assert [one.data["keys"] for one in scene.told if one.type == "outage.refused"] == [[str(CLAIM)], [str(A)]]
+        assert [one.data["keys"] for one in scene.told if one.type == "outage.commit_rejected"] == [[str(CLAIM)], [str(A)]]
         assert scene.told[-1].data["refused"] == 2
         assert [await scene.value(key) for key in (CLAIM, A, B)] == [
             {"epoch": 1, "owner": "there"}, None, {"by": "here"},
@@ -466,7 +466,7 @@ async def test_what_a_killed_process_did_alone_is_told_by_the_next(tmp_path: Pat
                 assert found is not None
                 assert (found.version, found.value) == (5, {"n": 5})
         assert await real.position() == 5
-    assert [(one.type, one.data["replayed"]) for one in told] == [("outage.over", 5)]
+    assert [(one.type, one.data["replayed"]) for one in told] == [("outage.ended", 5)]
     assert list((tmp_path / "outage").iterdir()) == []
 
 
@@ -478,7 +478,7 @@ async def test_what_is_left_at_the_end_is_kept_and_told_by_the_next(scene: Scene
         await store.commit(writing(A, 0))
         async with survive_outages(scene.real, "continue", SystemClock(), scene.folder, scene.tell):
             assert await scene.value(A) is None
-    assert [one.type for one in scene.told] == ["outage.began", "outage.kept"]
+    assert [one.type for one in scene.told] == ["outage.began", "outage.preserved"]
     scene.line.reconnect()
     async with scene.opened("continue"):
         assert await scene.value(A) == {"n": 1}

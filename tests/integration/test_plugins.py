@@ -159,7 +159,7 @@ async def test_whatever_is_wrong_with_plugins_is_told_and_the_run_goes_on(reposi
     config.write_text(json.dumps(value))
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"one": "landed", "two": "landed"}, ended
-    told = {line["plugin"]: line["reason"] for line in ended.lines if line.get("event") == "plugin.left_out"}
+    told = {line["plugin"]: line["reason"] for line in ended.lines if line.get("event") == "plugin.skipped"}
     assert told.keys() == _BROKEN.keys()
     for name, (_, reason) in _BROKEN.items():
         assert reason in told[name]
@@ -263,7 +263,7 @@ def test_nothing_in_the_repository_is_imported(repository: Repository, site: Pat
     assert not trace.exists()
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
     assert ended.states == {"one": "landed"}, ended
-    assert [line["plugin"] for line in ended.lines if line.get("event") == "plugin.left_out"] == ["evil"]
+    assert [line["plugin"] for line in ended.lines if line.get("event") == "plugin.skipped"] == ["evil"]
     assert not trace.exists()
 
 
@@ -278,7 +278,7 @@ def test_the_repository_that_a_file_names_is_not_imported_from_either(
     elsewhere = Repository(tmp_path, repository.environ, repository.spawns)
     ended = elsewhere.council("run", str(config), "--json")
     assert ended.states == {"one": "landed"}, ended
-    assert [line["plugin"] for line in ended.lines if line.get("event") == "plugin.left_out"] == ["evil"]
+    assert [line["plugin"] for line in ended.lines if line.get("event") == "plugin.skipped"] == ["evil"]
     assert not trace.exists()
 
 

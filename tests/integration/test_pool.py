@@ -28,8 +28,8 @@ from tests.hub_fixture import HubFixture
 from tests.waiting import wait_for
 
 WORKER = Path(__file__).with_name("pool_worker.py")
-STEPS = ("place.half_made", "place.moved", "worktree.half_built", "worktree.created", "worktree.removed",
-         "place.half_clean", "place.clean")  # fmt: skip
+STEPS = ("slot.partly_made", "slot.moved", "worktree.partly_made", "worktree.created", "worktree.removed",
+         "slot.partly_clean", "slot.clean")  # fmt: skip
 MANY = 6
 
 
@@ -548,7 +548,7 @@ def until_free(yard: HubFixture) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "step",
-    [pytest.param(one, marks=() if one in {"place.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],
+    [pytest.param(one, marks=() if one in {"slot.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],
 )
 async def test_a_place_is_not_lost_with_its_process(plain: HubFixture, repository: Repository, step: str) -> None:
     """Killed at any step: the next pool throws away what nobody can vouch for, keeps sessions' places, and works."""

@@ -26,7 +26,7 @@ def sessions(repository: Repository) -> set[str]:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(
-    ("failpoint", "kept"), [("session.ended=kill", {"two.1"}), ("worktree.half_built=kill", set[str]())]
+    ("failpoint", "kept"), [("session.ended=kill", {"two.1"}), ("worktree.partly_made=kill", set[str]())]
 )
 def test_a_run_whose_attempt_was_lost_goes_on_after_a_repair(
     repository: Repository, failpoint: str, kept: set[str]

@@ -322,14 +322,14 @@ async def test_a_landing_that_the_user_rewrote_away_is_not_called_landed(reposit
     def has_landed() -> bool:
         # Recorded, not only pushed: rewritten before that, it would just be landed anew.
         shown = repository.council("status", "--json").result
-        return bool(shown.get("tasks")) and shown["tasks"][0]["state"] == "landed"
+        return bool(shown.get("tasks")) and shown["tasks"][0]["status"] == "landed"
 
     wait_for(has_landed)
     repository.git("branch", "--force", "out", "main")
     stdout, stderr = child.communicate(timeout=60)
     ended = CommandResult(child.returncode, stdout, stderr)
     lost = ended.result["tasks"][0]
-    assert (ended.code, lost["state"], lost["landed"]) == (1, "failed", None)
+    assert (ended.code, lost["status"], lost["landed"]) == (1, "failed", None)
     assert "rewritten" in lost["reason"]
     trusted = ended.result["repository"]
     shown = subprocess.run(["git", "show", f"{lost['branch']}:lost.txt"], cwd=trusted, capture_output=True, check=True)

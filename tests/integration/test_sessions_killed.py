@@ -213,5 +213,5 @@ async def test_sessions_start_and_end_without_the_process_that_forks_their_super
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode == 0, (stdout, stderr)
     result = json.loads(stdout.splitlines()[-1])
-    assert [(task["state"], task["attempts"]) for task in result["tasks"]] == [("landed", 1)] * 2, result
+    assert [(task["status"], task["attempts"]) for task in result["tasks"]] == [("landed", 1)] * 2, result
     await repository.assert_invariants()

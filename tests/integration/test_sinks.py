@@ -98,7 +98,7 @@ async def test_a_sink_that_fails_costs_nothing_and_gets_the_rest_on_resume(repos
     ended = repository.council("run", str(config), "--json")
     assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
     failing, behind = (line for line in _events(ended) if line["event"].startswith("sink."))
-    assert (failing["event"], behind["event"]) == ("sink.failing", "sink.behind")
+    assert (failing["event"], behind["event"]) == ("sink.failing", "sink.undelivered")
     assert (failing["sink"], failing["reason"]) == ("m", "ConnectionError: no route, says [redacted]")
     assert behind["left"] == len(_events(ended)) - 2
     assert not (moody / "arrived").exists()
@@ -121,7 +121,7 @@ async def test_a_sink_whose_plugin_is_gone_does_not_keep_a_run_from_going_on(
     """On resume a person is told which sink fails, why, and how it gets the rest; the run lands."""
     sinks = {"m": {"use": "moody", "folder": str(moody)}}
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
-    repository.council("run", str(config), failpoints="run.claimed=kill")
+    repository.council("run", str(config), failpoints="run.leader_elected=kill")
     repository.environ["COUNCIL_PLUGINS"] = ""
     ended = repository.council("resume")
     assert ended.code == 0, ended

@@ -364,7 +364,7 @@ async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tm
     tasks = [{"id": f"t{number}", "prompt": script} for number, script in enumerate(scripts)]
     ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": SHELL_ADAPTER})), "--json")
     assert sorted(ended.states.values()) == ["landed"] * (parts - 1) + ["queued"], ended
-    (waiting,) = (one for one in ended.result["tasks"] if one["state"] == "queued")
+    (waiting,) = (one for one in ended.result["tasks"] if one["status"] == "queued")
     assert "git would take docs/Notes for a repository of its own" in waiting["reason"]
     if parts == 1:
         assert repository.council("cancel", waiting["id"]).code in {0, 1}

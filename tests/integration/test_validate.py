@@ -105,7 +105,7 @@ async def test_real_results_are_as_their_schema_says(repository: Repository) -> 
     ):
         validator.validate(result)
         assert not validator.is_valid({**result, "status": "done"})
-        assert not validator.is_valid({**result, "tasks": [{**result["tasks"][0], "state": "lost"}]})
+        assert not validator.is_valid({**result, "tasks": [{**result["tasks"][0], "status": "lost"}]})
     await repository.assert_invariants()
 
 

@@ -316,7 +316,7 @@ async def test_what_a_person_approved_is_not_replaced(repository: Repository, ap
     assert repository.council("approve", "t").code == 0
     child.communicate(timeout=60)
     (task,) = (one for one in repository.council("status", "--json").result["tasks"] if one["id"] == "t")
-    assert task["state"] == "landed", task
+    assert task["status"] == "landed", task
     built = repository.council("logs", "t", "--session", "3").stdout
     assert "evil" in shared
     assert "evil" not in built

@@ -44,7 +44,7 @@ def shared(count: int) -> list[dict[str, Any]]:
 def states(repository: Repository) -> dict[str, str]:
     """Return the state of each task; nothing before there is a run."""
     result = repository.council("status", "--json").result
-    return {task["id"]: task["state"] for task in result.get("tasks", ())}
+    return {task["id"]: task["status"] for task in result.get("tasks", ())}
 
 
 async def happened(repository: Repository) -> list[Event]:
@@ -238,9 +238,9 @@ async def test_what_lands_elsewhere_is_over_before_a_request_about_it_is(reposit
     helper = repository.start("work", "--json")
     wait_for(begun.exists)
     asked = repository.start("task", "ignore", "t", "--reason", "not wanted")
-    wait_for(lambda: "request.made" in repository.council("state", "log", "--json").stdout)
+    wait_for(lambda: "request.submitted" in repository.council("state", "log", "--json").stdout)
     free.touch()
-    wait_for(lambda: "request.answered" in repository.council("state", "log", "--json").stdout)
+    wait_for(lambda: "request.completed" in repository.council("state", "log", "--json").stdout)
     assert repository.council("cancel", "long").code == 0
     ended(asked, owner, helper)
     assert states(repository) == {"long": "cancelled", "t": "landed"}
@@ -284,7 +284,7 @@ async def test_what_is_asked_when_the_coordinator_is_gone_is_done(
     coordinator.send_signal(signal.SIGKILL)
     coordinator.communicate()
     if sweep == "300ms":
-        while [event.type for event in await happened(repository)].count("run.claimed") < 2:
+        while [event.type for event in await happened(repository)].count("run.leader_elected") < 2:
             pass
     task = {"cancel": "b", "retry": "failed"}[action]
     asked = repository.council(action, task)
@@ -315,7 +315,7 @@ async def test_who_sees_too_late_that_the_run_is_over_does_not_end_it_again(repo
     worker.send_signal(signal.SIGCONT)
     assert ended(worker) == [0]
     names = Counter(event.type for event in await happened(repository))
-    assert (names["run.finished"], names["run.claimed"]) == (1, 1)
+    assert (names["run.finished"], names["run.leader_elected"]) == (1, 1)
     await assert_each_landed_once(repository, ["a"])
 
 
@@ -470,7 +470,7 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
                 await claimed.wait()
                 await council.cancel("here")
         ended(other)
-    assert {task.id: task.state for task in reports[0].tasks} == {"here": "cancelled", "there": "failed"}
+    assert {task.id: task.status for task in reports[0].tasks} == {"here": "cancelled", "there": "failed"}
     await repository.assert_invariants()
 
 

@@ -66,8 +66,8 @@ async def test_setup_runs_once_for_each_place_and_again_only_when_its_inputs_cha
     done = run(repository, config)
     first = lines(outside / "setups")
     assert len(first) == len(set(first)) <= 3, "once for each place"
-    assert [one["commands"] for one in done.lines if one.get("event") == "place.setup_started"] == [[step]] * len(first)
-    took = [one["seconds"] for one in done.lines if one.get("event") == "place.setup_finished"]
+    assert [one["commands"] for one in done.lines if one.get("event") == "slot.setup_started"] == [[step]] * len(first)
+    took = [one["seconds"] for one in done.lines if one.get("event") == "slot.setup_finished"]
     assert len(took) == len(first)
     assert min(took) > 0
     run(repository, shell(repository, outside, many(3, script.replace("@.", "@b.")), worktrees=worktrees, capacity=2))

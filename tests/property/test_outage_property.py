@@ -110,7 +110,7 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
                     await party.read(task)
                     await party.work(task)
                     assert task in party.epochs
-    await check(real, parties, sum(event.type == "outage.refused" for event in told))
+    await check(real, parties, sum(event.type == "outage.commit_rejected" for event in told))
 
 
 async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> None:

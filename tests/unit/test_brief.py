@@ -52,7 +52,7 @@ def test_it_is_at_most_ten_lines_and_only_commands_and_long_words_exceed_eighty_
     wide = [line for line in lines if cell_len(line) > COLUMNS == 80 and target not in line]
     assert all("next: council" in line.lower() or "`" in line or line in (halted or "") for line in wide), wide
     assert all(line.isprintable() for line in lines), lines
-    landed = sum(one.state == "landed" for one in tasks)
+    landed = sum(one.status == "landed" for one in tasks)
     assert f"{landed} of {len(tasks)} landed" in lines[0]
     assert target not in run_summary(report) or any(target in line for line in lines), "a branch is never cut"
 

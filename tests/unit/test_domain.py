@@ -324,7 +324,7 @@ def test_a_report_names_what_blocks() -> None:
     }
     made = reported(record(tasks, {"a": DispatchEntry(), "b": DispatchEntry(("a",))}), None)
     assert (made.status, made.exit_code, made.to_json()["exit"]) == (RunStatus.INCOMPLETE, 1, 1)
-    assert [(task.state, task.failure, task.reason) for task in made.tasks] == [
+    assert [(task.status, task.failure, task.reason) for task in made.tasks] == [
         ("failed", "crashed", "it broke"),
         ("blocked", None, "needs 'a', which did not land"),
     ]
@@ -339,8 +339,8 @@ def test_a_report_names_adapters_that_can_not_be_used() -> None:
     made = record(tasks, entries, shut=AdapterDocument(closed="log in"), parked=parked, past=past)
     live, over = reported(made, RunStatus.RUNNING), reported(made, None)
     assert live.adapters == [AdapterReport("shut", None, "log in"), AdapterReport("parked", 200.0, None)]
-    assert [task.state for task in live.tasks] == ["pending", "pending"]
-    assert [task.state for task in over.tasks] == ["blocked", "pending"]
+    assert [task.status for task in live.tasks] == ["pending", "pending"]
+    assert [task.status for task in over.tasks] == ["blocked", "pending"]
     assert "log in" in str(over.tasks[0].reason)
 
 
@@ -359,7 +359,7 @@ def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
     stopped = {name: AdapterDocument(closed=why) for name, why in (("shut", "log in"), ("barred", "no key"))}
     made = record(tasks, entries, **learned, **stopped, past=AdapterDocument(parked_until=99.0))
     live, over = ({task.id: task for task in reported(made, one).tasks} for one in (RunStatus.RUNNING, None))
-    assert over["both"].state == "blocked"
+    assert over["both"].status == "blocked"
     assert all(part in str(over["both"].reason) for part in ("'shut': log in", "'barred': no key", "fix one of them"))
     first, second = format_local_time(200.0), format_local_time(300.0)
     for tasks_by_id in (live, over):
@@ -371,7 +371,7 @@ def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
             "needy": None,
             "failed": "no",
         }
-        assert tasks_by_id["late"].state == "pending"
+        assert tasks_by_id["late"].status == "pending"
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ async def test_a_sink_that_hangs_is_given_up_on(hangs: str) -> None:
             await bench.happen(1)
     told = await bench.told()
     assert told[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "it took longer than 0.2 s"})
-    assert told[1:] == ([] if hangs == "close" else [("sink.behind", {"run": "r", "sink": "ear", "left": 3})])
+    assert told[1:] == ([] if hangs == "close" else [("sink.undelivered", {"run": "r", "sink": "ear", "left": 3})])
     assert ear.numbers == ([1, 2, 3] if hangs == "close" else [])
 
 
@@ -245,13 +245,13 @@ async def test_what_is_left_is_delivered_the_next_time() -> None:
     async with bench.feeding(outlet(first)):
         await until(lambda: first.numbers == [1, 2])
         await bench.happen(2)
-    assert (await bench.told())[-1] == ("sink.behind", {"run": "r", "sink": "ear", "left": 2})
+    assert (await bench.told())[-1] == ("sink.undelivered", {"run": "r", "sink": "ear", "left": 2})
     await bench.happen()
     second = Listener()
     async with bench.feeding(outlet(second)):
         pass
     assert second.numbers == [3, 4, 5]
-    assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.behind"]
+    assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.undelivered"]
 
 
 async def test_what_the_store_has_let_go_of_is_skipped_and_told(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ async def test_one_that_can_t_be_opened_is_no_harm(error: BaseException) -> None
     async with bench.feeding(EventSubscriber("tracker", "list", ("*",), refused)):
         pass
     told = await bench.told("tracker.")
-    assert [(name, data["tracker"]) for name, data in told] == [("tracker.failing", "list"), ("tracker.behind", "list")]
+    assert [(name, data["tracker"]) for name, data in told] == [("tracker.failing", "list"), ("tracker.undelivered", "list")]
 
 
 class _Odd(BaseException):

@@ -29,7 +29,7 @@ def task(state: str, **facts: Any) -> TaskReport:
         "id": "t", "attempts": 1, "landed": None, "branch": None, "failure": None, "reason": None, "paths": (),
         "log": None, "adapter": "fake", "words": None, "input_tokens": 0, "output_tokens": 0, "cost": None,
     }  # fmt: skip
-    return TaskReport(state=state, **{**made, **facts})
+    return TaskReport(status=state, **{**made, **facts})
 
 
 def run(*tasks: TaskReport, status: RunStatus = RunStatus.INCOMPLETE, closed: str | None = None) -> RunReport:

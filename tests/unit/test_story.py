@@ -36,7 +36,7 @@ def handoff(number: int, phase: str, kind: str, data: dict[str, Any], **facts: A
 
 def told(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: Handoff, **facts: Any) -> TaskDetails:
     report = TaskReport(
-        id="t", state=document.status.value, attempts=len(document.attempts), landed=document.landed,
+        id="t", status=document.status.value, attempts=len(document.attempts), landed=document.landed,
         branch=document.branch, failure=None, reason=document.reason, paths=document.paths, log=None, adapter="fake",
         words=None, input_tokens=0, output_tokens=0, cost=None,
     )  # fmt: skip

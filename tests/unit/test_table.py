@@ -234,13 +234,13 @@ def test_a_resumed_run_counts_its_active_time_and_its_room() -> None:
     for number, since, ended in ((1, 0.0, 20.0), (2, 1000.0, None)):
         joined = orchestrator(number, since, since, ended=ended).model_dump(mode="json")
         shown.apply(CommitRecord(number, since, {Key("orchestrator", f"run/{number}"): (1, joined)}, []))
-    shown.apply(event("run.claimed", 1000.0))
-    shown.apply(event("run.limited", 1001.0, sessions=3))
-    shown.apply(CommitRecord(2, 1002.0, {}, [Event("run.limited", {"run": "another", "sessions": 1})]))
+    shown.apply(event("run.leader_elected", 1000.0))
+    shown.apply(event("run.capacity_limited", 1001.0, sessions=3))
+    shown.apply(CommitRecord(2, 1002.0, {}, [Event("run.capacity_limited", {"run": "another", "sessions": 1})]))
     totals = shown.totals(1030.0)
     assert (totals.elapsed, totals.capacity, shown.is_over) == (50.0, 3, False)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-    shown.apply(event("run.limited", sessions=1))  # memory is short for a moment
+    shown.apply(event("run.capacity_limited", sessions=1))  # memory is short for a moment
     assert shown.totals(1030.0).capacity == 3
     shown.apply(event("run.finished"))
     assert shown.is_over

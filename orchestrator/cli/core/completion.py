@@ -43,7 +43,7 @@ async def _runs(council: Council, _: str | None) -> Iterable[str]:
 def _tasks(states: Collection[str]) -> Completer:
     async def names(council: Council, run: str | None) -> Iterable[str]:
         report = await council.status(await council.find_run(run))
-        return [task.id for task in report.tasks if task.state in states]
+        return [task.id for task in report.tasks if task.status in states]
 
     return _completer(names)
 

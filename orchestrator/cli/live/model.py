@@ -177,9 +177,9 @@ class LiveRun:
 
     def _happened(self, event: Event) -> None:
         match event.type:
-            case "run.claimed":
+            case "run.leader_elected":
                 self._capacity, self.is_over = self.run.capacity, False
-            case "run.limited" if not self._groups[ACTIVITY_LABELS[TaskStatus.RUNNING]]:  # else it is for a moment only
+            case "run.capacity_limited" if not self._groups[ACTIVITY_LABELS[TaskStatus.RUNNING]]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
             case "run.finished" | "run.interrupted" | "run.halted":
                 self.is_over = True

@@ -32,7 +32,7 @@ _REFRESH_INTERVAL = 0.25
 #: Lines that are not for rows: the header, the totals, and one where the cursor can stand.
 _RESERVED_LINES = 3
 #: What is told of a task beside the table: it has no row for it.
-_SHOWN_TASK_EVENTS = frozenset({"task.salvaged", "task.worktree_kept", "task.changes_discarded", "task.waiting"})
+_SHOWN_TASK_EVENTS = frozenset({"task.salvaged", "task.worktree_preserved", "task.changes_discarded", "task.waiting"})
 #: What events that are about a task begin with.
 _TASK_EVENT_PREFIXES = ("task.", "phase.", "handoff.")
 

@@ -50,7 +50,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
         foot = foot[: most // 2]
         foot += _halt(HaltReason.parse(report.halted), most - len(foot))
     tasks = sorted(
-        (task for task in report.tasks if task.state not in _NO_ATTENTION), key=lambda task: task.state == _BLOCKED
+        (task for task in report.tasks if task.status not in _NO_ATTENTION), key=lambda task: task.status == _BLOCKED
     )
     room = MAX_LINES - len(head) - len(foot)
     lines: list[str] = []
@@ -77,7 +77,7 @@ def _totals(report: RunReport) -> Iterator[str]:
 def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[str]:
     sessions = {one.task: one for one in report.sessions}
     what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
-    words = ": ".join(filter(None, [f"  {short_name(task.id)} {format_state(task.state)}", what]))
+    words = ": ".join(filter(None, [f"  {short_name(task.id)} {format_state(task.status)}", what]))
     if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
         yield from islice(wrapped(printable(words)), MAX_LINES // 2)
     else:

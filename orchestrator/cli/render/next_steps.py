@@ -38,7 +38,7 @@ def task_steps(task: TaskReport, report: RunReport, *, is_newest: bool = True) -
     name, kept, run = shlex.quote(task.id), kept_as(task), "" if is_newest else f" --run {report.run}"
     logs, show, retry = (f"council {command} {name}" for command in ("logs", "show", "retry"))
     apply = [("or", f"council salvage apply {shlex.quote(kept)}")] if kept is not None else []
-    match task.state:
+    match task.status:
         case TaskStatus.WAITING:
             reject = f"council reject {name} --note TEXT"
             commands = [("next", show), ("then", f"council approve {name}"), ("or", reject)]
@@ -62,10 +62,10 @@ def task_steps(task: TaskReport, report: RunReport, *, is_newest: bool = True) -
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
     """Return the commands after a failed merge of a run's own branch: a retry would merge the same commits again."""
-    if task.state not in RETRYABLE_STATUSES:
+    if task.status not in RETRYABLE_STATUSES:
         return ()
     base, again = shlex.quote(report.target), f"council merge {report.merges}"
-    match task.state:
+    match task.status:
         case TaskStatus.CONFLICT:
             return [
                 Step("next", f"git switch council/{report.merges} && git merge {base}"),
@@ -82,7 +82,7 @@ def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
 
 def run_step(report: RunReport) -> str:
     """Return the next command for a run; nothing where only its tasks, or nobody, have something to do."""
-    states = {task.state for task in report.tasks}
+    states = {task.status for task in report.tasks}
     is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     match report.status:
         case _ if report.imported is not None:

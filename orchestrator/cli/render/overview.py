@@ -76,4 +76,4 @@ def _task(task: TaskOverview) -> list[str]:
         where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))
     why = "" if one.landed or one.reason is None else one_line(one.reason)
     rest = "; ".join(filter(None, [where, task.worktree, why]))
-    return [short_name(one.id), one.state.replace("_", " "), attempts, phases, took, rest]
+    return [short_name(one.id), one.status.replace("_", " "), attempts, phases, took, rest]

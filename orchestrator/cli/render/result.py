@@ -36,7 +36,7 @@ class ResultRow(NamedTuple):
     """One task, as text that a terminal only shows: its state, the reason, and the next commands, a line each."""
 
     task: str
-    state: str
+    status: str
     what: str
     steps: Sequence[str]
 
@@ -55,10 +55,10 @@ def result_rows(
     """
     sessions = {one.task: one for one in report.sessions}
     for task in report.tasks:
-        session = sessions.get(task.id) if task.state == TaskStatus.RUNNING else None
+        session = sessions.get(task.id) if task.status == TaskStatus.RUNNING else None
         yield ResultRow(
             printable(task.id),
-            format_state(task.state),
+            format_state(task.status),
             _task_details(task, report.target, changes) if session is None else format_session_status(session, now),
             [printable(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
         )
@@ -108,7 +108,7 @@ def landed_summary(report: RunReport) -> str:
 
     A task that is done has nothing that could land. A run's own branch exists from the first landing on.
     """
-    states = Counter(task.state for task in report.tasks)
+    states = Counter(task.status for task in report.tasks)
     done = f"{states[TaskStatus.DONE]} done, " if states[TaskStatus.DONE] else ""
     exists = report.target != f"council/{report.run}" or own_branch(report)
     target = f" on {report.target}" if report.target and exists else ""
@@ -118,7 +118,7 @@ def landed_summary(report: RunReport) -> str:
 
 def state_counts(report: RunReport) -> list[str]:
     """Return how many tasks are in each state other than success, the most frequent first."""
-    states = Counter(format_state(task.state) for task in report.tasks if task.state not in SUCCESS_STATUSES)
+    states = Counter(format_state(task.status) for task in report.tasks if task.status not in SUCCESS_STATUSES)
     return [f"{count} {state}" for state, count in states.most_common()]
 
 
@@ -129,7 +129,7 @@ def result_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
 
 def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[str]]]:
     """Yield each row with its lines: name and state in columns, the reason, and the next commands."""
-    heads = align_columns([(short_name(row.task), row.state, "|") for row in rows], "  ")
+    heads = align_columns([(short_name(row.task), row.status, "|") for row in rows], "  ")
     for row, head in zip(rows, heads, strict=True):
         about = wrapped(row.what, head=head.removesuffix("|"), indent="      ")
         yield row, [*about, *(f"    {step}" for step in row.steps)]
@@ -138,7 +138,7 @@ def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[s
 def running_task_lines(report: RunReport) -> Iterator[str]:
     """Yield the totals of a run, and the tasks that are running, being checked or landing now."""
     yield run_summary(report)
-    running = [task for task in report.tasks if task.state in ACTIVE_STATUSES]
+    running = [task for task in report.tasks if task.status in ACTIVE_STATUSES]
     yield from result_lines(list(result_rows(replace(report, tasks=running), {})))
 
 
@@ -151,7 +151,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
         )
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
-    asked = [task.id for task in report.tasks if task.state == TaskStatus.WAITING]
+    asked = [task.id for task in report.tasks if task.status == TaskStatus.WAITING]
     if asked:
         yield f"Waiting for a person to approve: {printable(', '.join(asked))}."
     yield from background_error_lines(report)

@@ -112,14 +112,14 @@ def render_result_table(rows: Sequence[ResultRow]) -> str:
     counts = Counter[str]()
     kept = []
     for row in rows:
-        counts[row.state] += row.state in _COLLAPSED_STATES
-        if counts[row.state] <= MAX_ROWS_PER_STATE:
+        counts[row.status] += row.status in _COLLAPSED_STATES
+        if counts[row.status] <= MAX_ROWS_PER_STATE:
             kept.append(row)
     drawn = Text()
     for row, (first, *others) in row_lines(kept):
         head = Text(first)
-        at = first.index(row.state, len(short_name(row.task)) + 2)
-        head.stylize(_STYLES.get(row.state, ""), at, at + len(row.state))
+        at = first.index(row.status, len(short_name(row.task)) + 2)
+        head.stylize(_STYLES.get(row.status, ""), at, at + len(row.status))
         steps = {f"    {step}" for step in row.steps}
         rest = (Text(line, "cyan" if line in steps else "") for line in others)
         drawn.append(Text("\n").join((head, *rest))).append("\n")

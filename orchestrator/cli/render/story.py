@@ -35,7 +35,7 @@ _WORDS: Mapping[str, str] = {
 
 def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
     """Yield the task, its phases, sessions and handoffs, its landing and figures, each under a heading."""
-    yield printable(f"task {story.task} of run {story.run}: {story.state.replace('_', ' ')}")
+    yield printable(f"task {story.task} of run {story.run}: {story.status.replace('_', ' ')}")
     yield from align_columns(list(_head(story, now)), "  ")
     if story.phases or story.ahead:
         yield "phases"
@@ -182,7 +182,7 @@ def _landing(story: TaskDetails) -> str:
     if one.paths:
         kept = "" if one.branch is None else f"; kept as {salvage_name(one.branch)}"
         return f"conflicts with {one.target} in {_format_paths(one.paths)}{kept}{request}"
-    if one.waiting is not None and story.state in LANDING_STATUSES:
+    if one.waiting is not None and story.status in LANDING_STATUSES:
         return f"{one.waiting[:_SHORT_DIGEST]}, built by session {one.attempt}, waits to land on {one.target}{request}"
     if one.branch is not None:
         return f"not landed; what there is is kept as {salvage_name(one.branch)}{request}"

@@ -454,7 +454,7 @@ class MergeQueue:
         changes |= {"failures": document.failures + 1, "bounces": document.bounces + 1}
         changes |= {"attempts": attempts, "reason": reason, "branch": branch}
         await self.ledger.change(task, trigger, details, **changes)
-        failpoint("landing.bounced")
+        failpoint("landing.rejected")
 
     async def _settle_interrupted(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
         """Find out what became of moves that were cut off; return the tasks with those that did not happen."""

@@ -96,7 +96,7 @@ class OwnershipCheck:
                         return replace(escape, holder=why)
                     await self._note_once("task.ownership_extended", task, outside)
                 case "allow":
-                    await self._note_once("task.escape_allowed", task, outside)
+                    await self._note_once("task.out_of_scope_allowed", task, outside)
         self._judged.add(merge.new)
         return None
 

@@ -53,7 +53,7 @@ class TaskOverview:
         tokens = {"input_tokens": one.input_tokens, "output_tokens": one.output_tokens, "cost": one.cost}
         return {
             "id": one.id,
-            "status": one.state,
+            "status": one.status,
             "reason": one.reason,
             "attempts": one.attempts,
             "landed": one.landed,

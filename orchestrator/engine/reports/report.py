@@ -66,7 +66,7 @@ class TaskReport:
 
     id: str
     """The task's name within the run."""
-    state: str
+    status: str
     """Where it is; `blocked` means that something that it needs will not land."""
     attempts: int
     """How many count towards its limit: each phase, and each retry by a person, starts again with all of them."""
@@ -230,7 +230,7 @@ class RunReport:
     @property
     def has_unfinished_tasks(self) -> bool:
         """Whether a resume or a merge could continue one of its tasks."""
-        return self.imported is None and any(task.state not in {*FINAL_STATUSES, "blocked"} for task in self.tasks)
+        return self.imported is None and any(task.status not in {*FINAL_STATUSES, "blocked"} for task in self.tasks)
 
     def to_json(self) -> JsonObject:
         """Return the result object."""
@@ -349,7 +349,7 @@ def build_report(
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
         told = replace(told, reason=waiting[task]) if task in waiting else told
-        if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and told.state == TaskStatus.RUNNING:
+        if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and told.status == TaskStatus.RUNNING:
             reason = _INTERRUPTED.format(run=record.run.id)
             told = replace(told, reason=reason, attempts=told.attempts - 1)  # as it is once that is recorded
         reports.append(replace(told, reason=_DAMAGED) if task in record.damaged else told)
@@ -450,7 +450,7 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
     outcome = None if newest is None else newest.outcome
     return TaskReport(
         id=task,
-        state=state,
+        status=state,
         attempts=document.counted_attempts,
         landed=document.landed,
         branch=document.branch,

@@ -18,7 +18,7 @@ def result_schema() -> JsonObject:
     """Return the schema of what `RunReport.to_json` returns; later versions may add fields."""
     schema = TypeAdapter(RunReport).json_schema(mode="serialization")
     task = schema["$defs"][TaskReport.__name__]["properties"]
-    task["state"]["enum"] = _STATES
+    task["status"]["enum"] = _STATES
     schema["properties"]["exit"] = {"description": "The exit code.", "enum": sorted(set(EXIT_CODES.values()))}
     schema["required"].append("exit")
     del schema["$defs"][ClaimCounters.__name__]["additionalProperties"]
@@ -28,7 +28,7 @@ def result_schema() -> JsonObject:
 def task_details_schema() -> JsonObject:
     """Return the schema of what `council show --json` prints; later versions may add fields."""
     schema = TypeAdapter(TaskDetails).json_schema(mode="serialization")
-    schema["properties"]["state"]["enum"] = _STATES
+    schema["properties"]["status"]["enum"] = _STATES
     schema["properties"]["exit"] = {"description": "The exit code.", "const": 0}
     schema["required"].append("exit")
     for one in schema["$defs"].values():

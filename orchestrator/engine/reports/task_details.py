@@ -229,7 +229,7 @@ class TaskDetails:
 
     run: str
     task: str
-    state: str
+    status: str
     """Where it is; `blocked` means that something that it needs will not land."""
     reason: str | None
     """Why it is not landed, or what is special about it."""
@@ -302,7 +302,7 @@ def build_task_details(
     return TaskDetails(
         run=run,
         task=report.id,
-        state=report.state,
+        status=report.status,
         reason=report.reason,
         asked=asked.prompt,
         tracker=asked.tracker,

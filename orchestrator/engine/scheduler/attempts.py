@@ -442,7 +442,7 @@ class AttemptRunner:
         update, trigger = self.phase_handlers.starter.build_finish_update(rest)
         if await self.ledger.start(task, update, trigger=trigger) is not None:
             return ClaimedElsewhere()
-        failpoint("phase.rested")
+        failpoint("phase.finished")
         return ReadyToLand() if trigger is Trigger.QUEUE else TaskDone()
 
     async def _failed(self, work: ActiveAttempt, finished: SessionResult, outcome: Failed) -> AttemptOutcome:
@@ -478,16 +478,16 @@ class AttemptRunner:
             if parked_until is not None and (outcome.until is None or until - parked_until < _MIN_EXTENSION):
                 return None
             learned = AdapterDocument(parked_until=until, parks=parks)
-            return AdapterUpdate(learned, "adapter.parked", {"until": until, "reason": outcome.reason})
+            return AdapterUpdate(learned, "adapter.cooling_down", {"until": until, "reason": outcome.reason})
 
         known, is_new = await self.ledger.update_adapter(adapter, judge)
         if is_new:
-            failpoint("adapter.parked")
+            failpoint("adapter.cooling_down")
         assert known.parked_until is not None, "else it would have been parked"
         return AdapterCoolingDown(adapter, known.parked_until)
 
     async def _close(self, work: ActiveAttempt, reason: str) -> AdapterDisabled | RetryAfter:
-        closed = AdapterUpdate(AdapterDocument(closed=reason), "adapter.closed", {"reason": reason})
+        closed = AdapterUpdate(AdapterDocument(closed=reason), "adapter.disabled", {"reason": reason})
         started = self.ledger.task(work.task).attempts[work.session.assignment.worktree.attempt - 1].started
 
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
@@ -498,7 +498,7 @@ class AttemptRunner:
 
     async def _clear_cooldown(self, adapter: str) -> None:
         """Forget that an adapter was parked: a session of it has ended well that did not begin before that."""
-        opened, now = AdapterUpdate(AdapterDocument(), "adapter.opened", {}), self.clock.now()
+        opened, now = AdapterUpdate(AdapterDocument(), "adapter.enabled", {}), self.clock.now()
         await self.ledger.update_adapter(
             adapter, lambda known: opened if known.parks and not _is_cooling_down(known, now) else None
         )
@@ -543,7 +543,7 @@ def _end_events(work: ActiveAttempt, finished: SessionResult) -> Iterator[tuple[
     for fault in finished.faults:
         yield "task.after_run_failed", {"reason": fault}
     for fault in finished.session_api_faults:
-        yield "task.desk_failed", {"reason": fault}
+        yield "task.session_api_failed", {"reason": fault}
     for host in finished.denied_hosts:
         yield "task.host_denied", {"host": host}
     if (denials := finished.transcript.denials).count:
@@ -554,7 +554,7 @@ def _end_events(work: ActiveAttempt, finished: SessionResult) -> Iterator[tuple[
         yield "task.changes_discarded", {"attempt": number, "paths": list(finished.discarded[:MAX_EVENT_PATHS])}
     if not finished.collected:
         reason = "; ".join(("it holds what is on no branch", *finished.notes))
-        yield "task.worktree_kept", {"worktree": str(work.session.assignment.worktree.tree), "reason": reason}
+        yield "task.worktree_preserved", {"worktree": str(work.session.assignment.worktree.tree), "reason": reason}
 
 
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:

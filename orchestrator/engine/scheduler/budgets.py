@@ -161,7 +161,7 @@ class Budgets:
         counts_money = any(one.budget.cost is not None for one in limits) or spec.session_budget.cost is not None
         if counts_money and attempt.cost is None and (attempt.input_tokens or attempt.output_tokens):
             facts = {"adapter": attempt.adapter, "model": attempt.model}
-            await self._note_once("budget.unpriced", facts, attempt.adapter, attempt.model or "")
+            await self._note_once("budget.price_unknown", facts, attempt.adapter, attempt.model or "")
 
     async def _watch(
         self, task: str, attempt: int, spec: TaskSpec, meter: _UsageMeter, stop: Callable[[BudgetReached], None]
@@ -172,7 +172,7 @@ class Budgets:
             if await anyio.to_thread.run_sync(meter.read):
                 self._update_meter(task, meter)
             if meter.follower.at >= MAX_OUTPUT_BYTES:
-                await self._note_once("budget.unfollowed", {"of": f"session {session}"}, session)
+                await self._note_once("budget.untracked", {"of": f"session {session}"}, session)
             for limit in self._limits(task, spec, session):
                 await self._warn(limit)
                 if (found := self._check_limit(limit)) is not None:

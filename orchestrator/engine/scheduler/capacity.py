@@ -46,7 +46,7 @@ class Capacity:
         demand = SessionDemand(memory=ledger.run.session_memory)
         found = await measure_capacity(wanted, demand)
         if found.limited_by is not None:
-            await ledger.note("run.limited", {"sessions": found.sessions, "reason": found.limited_by})
+            await ledger.note("run.capacity_limited", {"sessions": found.sessions, "reason": found.limited_by})
         return cls(found.sessions, demand, ledger, clock)
 
     async def free(self, running: int) -> int:
@@ -65,5 +65,5 @@ class Capacity:
             self._is_short = room == 0
             if self._is_short:
                 reason = "memory is short: nothing starts beside what runs until there is more"
-                await self._ledger.note("run.limited", {"sessions": running, "reason": reason})
+                await self._ledger.note("run.capacity_limited", {"sessions": running, "reason": reason})
         return room

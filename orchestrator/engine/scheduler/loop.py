@@ -127,7 +127,7 @@ class Scheduler:
 
     async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
         """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
-        opened = AdapterUpdate(AdapterDocument(), "adapter.opened", {})
+        opened = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
         for adapter, one in learned.items():
             if one.closed is not None:
                 await self._ledger.update_adapter(adapter, lambda known: None if known.closed is None else opened)

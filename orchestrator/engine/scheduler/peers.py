@@ -179,7 +179,7 @@ class PeerSync:
         for adapter in request.adapters:
             self._local.update_adapter(adapter, await self._ledger.reopen(adapter))
         await record_ignored(self._ledger, request)
-        failpoint("request.obeyed")
+        failpoint("request.applied")
         await self._ledger.answer(request)
 
     async def _perform(self, request: RunRequest, task: str) -> None:

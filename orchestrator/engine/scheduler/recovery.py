@@ -213,7 +213,7 @@ async def _recreate_lost_record(ledger: Ledger, shop: RunContext, clock: Clock, 
     await ledger.change(task, Trigger.START, facts, attempts=(*known, *lost))
     await ledger.change(task, Trigger.INTERRUPT, {"reason": _LOST, "branch": None}, branch=None, reason=_LOST)
     reason = "; ".join((_LOST, *await try_to_preserve(shop.git, worktree, base)))
-    await ledger.note("task.worktree_kept", {"task": task, "worktree": str(worktree.tree), "reason": reason})
+    await ledger.note("task.worktree_preserved", {"task": task, "worktree": str(worktree.tree), "reason": reason})
     return True
 
 
@@ -261,7 +261,7 @@ async def _save(ledger: Ledger, shop: RunContext, worktree: Worktree, attempt: A
         told = await try_to_preserve(shop.git, worktree, attempt.base)
         reason = "; ".join((left.refused or "it holds what is on no branch", *left.notes, *told))
         details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": reason}
-        await ledger.note("task.worktree_kept", details)
+        await ledger.note("task.worktree_preserved", details)
     return left.complete
 
 

@@ -167,7 +167,7 @@ async def submit_request(
         phase=phase,
         adapters=tuple(adapters),
     )
-    event = Event("request.made", {"run": run, "request": asked.id, "action": str(action), "tasks": list(tasks)})
+    event = Event("request.submitted", {"run": run, "request": asked.id, "action": str(action), "tasks": list(tasks)})
     await store.commit(Commit([Write(request_key(run, asked.id), 0, asked.model_dump(mode="json"))], [event]))
     failpoint("request.recorded")
     return asked
@@ -195,7 +195,7 @@ async def apply_request(ledger: Ledger, request: RunRequest) -> None:
     await record_ignored(ledger, request)
     for adapter in request.adapters:
         await ledger.reopen(adapter)
-    failpoint("request.obeyed")
+    failpoint("request.applied")
     await ledger.answer(request)
 
 

@@ -69,7 +69,7 @@ class NoteStore:
             own = [one for one in kept if not one.damaged and one.value["task"] == session.task]
             old = own[: max(len(own) - MAX_TASK_NOTES + 1, 0)] or kept[: max(len(kept) - MAX_NOTES + 1, 0)]
             writes = [Write(self._key(name), 0, note.to_json()), *(Write(one.key, one.version, None) for one in old)]
-            event = Event("note.left", {**session._asdict(), "note": name, "topic": topic, "paths": list(patterns)})
+            event = Event("note.added", {**session._asdict(), "note": name, "topic": topic, "paths": list(patterns)})
             await self._store.commit(Commit(writes, [event], [claim] if claim else []))
             return note
 
@@ -104,7 +104,7 @@ class NoteStore:
             there = await self._store.get(key)
             if there is None:
                 raise RefusedError(f"there is no note {note!r}", "`notes` names those that there are")
-            await self._store.commit(Commit([Write(key, there.version, None)], [Event("note.dropped", {"note": note})]))
+            await self._store.commit(Commit([Write(key, there.version, None)], [Event("note.deleted", {"note": note})]))
 
         await retry_on_conflict(attempt)
 

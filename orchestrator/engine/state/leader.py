@@ -51,8 +51,8 @@ async def take_leadership(store: Store, clock: Clock, run: str, owner: Orchestra
             for one in await store.list("orchestrator", f"{run}/")
             if one.value["ended"] is None
         ]
-        seized = Event("run.seized", {"run": run, "epoch": guard.epoch, "pid": owner.pid})
+        seized = Event("run.taken_over", {"run": run, "epoch": guard.epoch, "pid": owner.pid})
         with suppress(VersionConflict):  # one of them has just renewed its record
             await store.commit(Commit([write, *fences], [seized]))
-            failpoint("run.seized")
+            failpoint("run.taken_over")
             return guard

@@ -226,10 +226,10 @@ class Ledger:
     async def _lead(self, lease: tuple[Write, Guard], writes: Sequence[Write], facts: JsonObject) -> None:
         write, guard = lease
         facts = {"run": self.run.id, "epoch": guard.epoch, "pid": self.orchestrators.me.pid, **facts}
-        await self._store.commit(Commit([write, *writes], [Event("run.claimed", facts)]))
+        await self._store.commit(Commit([write, *writes], [Event("run.leader_elected", facts)]))
         self._guards = (self.orchestrators.guard, guard)
         self.became_leader.set()
-        failpoint("run.claimed")
+        failpoint("run.leader_elected")
 
     async def try_to_lead(self) -> bool:
         """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now.
@@ -619,7 +619,7 @@ class Ledger:
 
     async def reopen(self, adapter: str) -> AdapterDocument:
         """Record that an adapter that was parked or closed may be used again; return what the run knows then."""
-        opened = AdapterUpdate(AdapterDocument(reopened=self._clock.now()), "adapter.opened", {})
+        opened = AdapterUpdate(AdapterDocument(reopened=self._clock.now()), "adapter.enabled", {})
         known, _ = await self.update_adapter(
             adapter, lambda known: opened if known.closed or known.parked_until else None
         )
@@ -709,7 +709,7 @@ class Ledger:
         key = request_key(self.run.id, request.id)
         found = await self._store.get(key)
         if found is not None:
-            event = self._event("request.answered", {"request": request.id})
+            event = self._event("request.completed", {"request": request.id})
             await self._commit(Commit([Write(key, found.version, None)], [event], self._guards))
 
     def slowest_commit(self) -> float:

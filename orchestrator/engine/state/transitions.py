@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.START: "task.started",
     Trigger.RETRY: "task.retrying",
-    Trigger.HOLD: "task.held",
+    Trigger.HOLD: "task.postponed",
     Trigger.INTERRUPT: "task.interrupted",
     Trigger.FAIL: "task.failed",
     Trigger.IDLE: "task.no_change",
     Trigger.BUILD: "task.queued",
     Trigger.ADVANCE: "task.advanced",
     Trigger.EXPAND: "task.expanded",
-    Trigger.REPEAT: "task.repeating",
+    Trigger.REPEAT: "task.phase_repeated",
     Trigger.ASK: "task.waiting",
     Trigger.APPROVE: "task.approved",
-    Trigger.SEND_BACK: "task.sent_back",
+    Trigger.SEND_BACK: "task.rejected",
     Trigger.QUEUE: "task.queued",
     Trigger.FINISH: "task.done",
     Trigger.CHECK: "task.checking",
@@ -38,7 +38,7 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.BOUNCE: "task.retrying",
     Trigger.REJECT: "task.failed",
     Trigger.INTEND: "task.landing",
-    Trigger.UNDO: "task.landing_undone",
+    Trigger.UNDO: "task.landing_aborted",
     Trigger.DEFER: "task.deferred",
     Trigger.CONFLICT: "task.conflict",
     Trigger.ADOPT: "task.landed",
@@ -47,7 +47,7 @@ TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.DISTRUST: "task.failed",
     Trigger.CANCEL: "task.cancelled",
     Trigger.IGNORE: "task.ignored",
-    Trigger.REVIVE: "task.revived",
+    Trigger.REVIVE: "task.retry_requested",
 }
 
 

@@ -633,7 +633,7 @@ class SlotPool:
         size = await self._size_of(checkout)
         record = replace(checkout.contents.record, bytes=size, used=self._clock.now())
         checkout.contents = replace(checkout.contents, record=record)
-        failpoint("place.clean")
+        failpoint("slot.clean")
         sizes = [one.contents.record.bytes for pool in self._pools for one in pool._held_slots.values()]
         if record.kept and self._limits.bytes is not None and sum(sizes) > self._limits.bytes:
             await self.discard(checkout)

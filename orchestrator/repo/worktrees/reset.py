@@ -61,14 +61,14 @@ def slot_git(git: Git, place: WorktreeSlot, sparse: Sequence[str] = ()) -> Git:
 async def check_out_slot(git: Git, place: WorktreeSlot, commit: str, sparse: Sequence[str]) -> None:
     """Write a commit's files into a new place; `git` is that of `admin`. `index_slot` is to follow."""
     await anyio.to_thread.run_sync(_lay_out, place, sparse, None)
-    failpoint("place.half_made")
+    failpoint("slot.partly_made")
     await git("read-tree", "--reset", "-u", commit, env=place.env, cwd=place.tree)
 
 
 async def copy_slot(git: Git, source: WorktreeSlot, place: WorktreeSlot, sparse: Sequence[str]) -> None:
     """Do what `check_out_slot` does by copying a place that holds the same and is clean; nobody may use that meanwhile."""
     await anyio.to_thread.run_sync(_lay_out, place, sparse, source.index)
-    failpoint("place.half_made")
+    failpoint("slot.partly_made")
     await copy_tree(f"{source.tree}/.", place.tree, git.environ, git.keep_fds)
 
 
@@ -92,7 +92,7 @@ async def move_slot(git: Git, place: WorktreeSlot, contents: SlotContents, commi
     if _overlap(paths, {*record.extras, *record.kept}):
         return None
     await git("read-tree", "-m", "-u", record.commit, commit, env=place.env, cwd=place.tree)
-    failpoint("place.moved")
+    failpoint("slot.moved")
     names = {path.rpartition("/")[2] for path in paths}
     if ".gitattributes" in names:
         # Git leaves files as they are whose content is the same in both commits.
@@ -198,7 +198,7 @@ async def _write(git: Git, place: WorktreeSlot, paths: Collection[str]) -> None:
         if part:
             command = ("checkout-index", "--force", "--index", "-z", "--stdin")
             await git(*command, env=place.env, cwd=place.tree, input_=join_nul(part))
-            failpoint("place.half_clean")
+            failpoint("slot.partly_clean")
 
 
 def _overlap(paths: Iterable[str], others: Collection[str]) -> bool:

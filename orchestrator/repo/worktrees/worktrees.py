@@ -157,7 +157,7 @@ def _lay_out(worktree: Worktree, checkout: HeldSlot, prompt: str) -> None:
     place, record = checkout.place, checkout.contents.record
     make_root(worktree.root)
     (worktree.root / "place").symlink_to(place.root)
-    failpoint("worktree.half_built")
+    failpoint("worktree.partly_made")
     shutil.copytree(worktree.hub.seed, worktree.git_dir)
     (worktree.git_dir / "HEAD").write_text(f"ref: refs/heads/{worktree.branch}\n")
     ref = worktree.git_dir / "refs" / "heads" / worktree.branch

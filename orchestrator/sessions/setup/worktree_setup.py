@@ -118,7 +118,7 @@ class WorktreeSetup:
         place = checkout.place
         variables = await self.lease(place.root)
         facts: JsonObject = {"place": str(place.root), "commands": [step.run for step in steps[first:]]}
-        await self.tell("place.setup_started", facts)
+        await self.tell("slot.setup_started", facts)
         began = anyio.current_time()
         async with _temporary_git(place, commit):
             commands = hooks.setup_commands(steps, first, self.logs, place.number)
@@ -129,7 +129,7 @@ class WorktreeSetup:
                 self._failed[wanted[first + ended.done], at] = failure
             raise failure
         seconds = round(anyio.current_time() - began, 3)
-        await self.tell("place.setup_finished", {"place": str(place.root), "seconds": seconds})
+        await self.tell("slot.setup_finished", {"place": str(place.root), "seconds": seconds})
         return wanted
 
     def _with_network(self, ended: ShellResult) -> ShellResult:
@@ -150,7 +150,7 @@ class WorktreeSetup:
             lines, timeout = self.config.teardown, self.config.hooks_timeout
             failed = await hooks.run_all(shell, hooks.teardown_commands(lines, timeout, self.logs, place.number))
             for reason in _describe_failures(failed, "before its place was deleted"):
-                await self.tell("place.teardown_failed", {"place": str(place.root), "reason": reason})
+                await self.tell("slot.teardown_failed", {"place": str(place.root), "reason": reason})
 
     async def prepare(self, checkout: HeldSlot) -> PreparedWorktree | Failed | ResourcesExhausted:
         """Give a session's place what it is to have; or say why it can't have it."""

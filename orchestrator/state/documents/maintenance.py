@@ -16,7 +16,7 @@ _MOST_NAMED = 100
 async def delete_expired(store: Store, facts: JsonObject) -> Sequence[Key]:
     """Delete what has expired, and return its keys.
 
-    It was as if it were not there before; from then on it is not even on record as a value. The event `state.swept`
+    It was as if it were not there before; from then on it is not even on record as a value. The event `state.expired_deleted`
     has their count, the names of the first hundred, and `facts`.
     """
     expired = (await store.statistics()).expired
@@ -24,7 +24,7 @@ async def delete_expired(store: Store, facts: JsonObject) -> Sequence[Key]:
         return ()
     named = {"count": len(expired), "documents": [str(key) for key in expired[:_MOST_NAMED]]}
     with suppress(VersionConflict):  # somebody has written one of them anew: the others go the next time
-        await store.commit(Commit([Write(key, 0, None) for key in expired], [Event("state.swept", facts | named)]))
+        await store.commit(Commit([Write(key, 0, None) for key in expired], [Event("state.expired_deleted", facts | named)]))
         return expired
     return ()
 

@@ -119,7 +119,7 @@ def _imported(run: dict[str, Any]) -> Event:
 
 
 def _damaged(one: LegacyProblem) -> Event:
-    return Event("legacy.damaged", {"path": one.path, "reason": one.reason, "copy": one.copy})
+    return Event("legacy.file_skipped", {"path": one.path, "reason": one.reason, "copy": one.copy})
 
 
 async def _needed(store: Store, key: Key, value: dict[str, Any]) -> Write | None:

@@ -71,7 +71,7 @@ def prune_segments(
             path = segment.path(directory)
             shutil.copyfile(path, damaged / f"{path.name}.{token_hex(4)}")
     _put(Segment(old[0].first, end, is_packed=True).path(directory), pack(data), held)
-    failpoint("state.thinned")
+    failpoint("state.pruned")
 
 
 def find_prunable_segment(directory: Path, older_than: float, largest: int) -> Segment | None:

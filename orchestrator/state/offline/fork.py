@@ -35,7 +35,7 @@ class RejectedCommit:
         """Return what is told of it."""
         keys = [str(key) for key, _, _ in self.documents]
         return Event(
-            "outage.refused", {"keys": keys, "events": [one.type for one in self.events], "reason": self.reason}
+            "outage.commit_rejected", {"keys": keys, "events": [one.type for one in self.events], "reason": self.reason}
         )
 
 

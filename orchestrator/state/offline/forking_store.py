@@ -274,7 +274,7 @@ class ForkingStore(StoreWrapper):
     async def close(self) -> None:
         """Let go of the fork, if there is one; what is in it is told by whoever comes next."""
         if self._fork is not None:
-            self._news(Event("outage.kept", {"folder": str(self._place)}))
+            self._news(Event("outage.preserved", {"folder": str(self._place)}))
         await self._close()
 
     async def _close(self) -> None:
@@ -325,6 +325,6 @@ async def _replay_leftovers(store: Store, clock: Clock, folder: Path) -> Sequenc
                         await fork.replay(store, replayed)
                     told += [one.event() for one in replayed.refused]
                     counts = {"replayed": len(replayed.accepted), "refused": len(replayed.refused)}
-                    told.append(Event("outage.over", {"mode": "continue", "seconds": None, **counts}))
+                    told.append(Event("outage.ended", {"mode": "continue", "seconds": None, **counts}))
                 await to_thread.run_sync(remove_fork, place)
     return told

@@ -114,7 +114,7 @@ class Outage:
             lasted = self._clock.monotonic() - self._since
             self._since = None
             self._over.set()
-            self._news(Event("outage.over", {"mode": self._mode, "seconds": lasted, **facts}))
+            self._news(Event("outage.ended", {"mode": self._mode, "seconds": lasted, **facts}))
 
     async def until_reached(self, call: Callable[[], Awaitable[T]], *, note: bool = True) -> T:
         """Return what `call` returns once the store can be reached; with `note`, tell how it stands meanwhile."""
@@ -204,8 +204,8 @@ async def survive_outages(
     which errors are waited for with `pause`, until `gives_up` is true: then they are raised.
 
     `tell` gets an event when an outage begins (`outage.began`: `mode`, `reason`, `time`) and when it is over
-    (`outage.over`: `mode`, `seconds`, and with `continue` how many commits were `replayed` and `refused`), and one for
-    each commit that was refused then (`outage.refused`: `keys`, `events`, `reason`). It may commit to the store that
+    (`outage.ended`: `mode`, `seconds`, and with `continue` how many commits were `replayed` and `refused`), and one for
+    each commit that was refused then (`outage.commit_rejected`: `keys`, `events`, `reason`). It may commit to the store that
     this yields, which waits like any other; what it raises ends the body.
     """
     send, receive = anyio.create_memory_object_stream[Event](math.inf)

@@ -256,7 +256,7 @@ def merge(run: str | None, as_json: bool) -> None:
             report = await council.status(name)
             if report.status is RunStatus.RUNNING:
                 raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
-            waiting = any(task.state in LANDING_STATUSES for task in report.tasks)
+            waiting = any(task.status in LANDING_STATUSES for task in report.tasks)
             if not waiting and not own_branch(report):
                 return await _show_nothing(context, council, report, f"nothing of run {name} waits to land")
             after = await council.position()

@@ -71,7 +71,7 @@ def list_kept(run: str | None, as_json: bool) -> None:
 def _line(one: PreservedWork) -> str:
     when = "" if one.committed is None else _local(one.committed)
     return (
-        printable(f"{one.run}  {one.name:<28} {f'task {one.state}':<15} {when:<16} {one.worktree or one.subject}")
+        printable(f"{one.run}  {one.name:<28} {f'task {one.status}':<15} {when:<16} {one.worktree or one.subject}")
         + "\n"
     )
 

@@ -63,5 +63,5 @@ async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
         return ()
     shown = next(one for one in report.tasks if one.id == task)
     steps = task_steps(shown, report, is_newest=await council.newest_run() == run)
-    own = run_step(report) if not steps and shown.state != TaskStatus.LANDED else ""
+    own = run_step(report) if not steps and shown.status != TaskStatus.LANDED else ""
     return [printable(str(step)) for step in steps] or ([f"next: {own}"] if own else [])

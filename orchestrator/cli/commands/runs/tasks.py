@@ -49,7 +49,7 @@ def _request_and_show(ask: Callable[[Council], Awaitable[RunReport]], *, as_json
 
 def _print_still_landing(context: CommandContext, report: RunReport, tasks: Sequence[str]) -> int:
     """Name those of the tasks that could not be cancelled because they are landing; return the exit code."""
-    landing = [task.id for task in report.tasks if task.id in tasks and task.state == TaskStatus.LANDING]
+    landing = [task.id for task in report.tasks if task.id in tasks and task.status == TaskStatus.LANDING]
     who = "the run" if report.status is RunStatus.RUNNING else "`council resume`"
     for task in landing:
         context.output.notice(printable(f"could not cancel {task}: it is landing, which {who} finishes first"))
@@ -79,8 +79,8 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
             report = await council.status(run)
-            left = [task.id for task in report.tasks if task.state not in FINAL_STATUSES]
-            ended = {task.id: task.state for task in report.tasks if task.id in tasks and task.state in FINAL_STATUSES}
+            left = [task.id for task in report.tasks if task.status not in FINAL_STATUSES]
+            ended = {task.id: task.status for task in report.tasks if task.id in tasks and task.status in FINAL_STATUSES}
             for name, state in ended.items():
                 words = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
                 context.output.notice(printable(f"nothing to cancel: {words}"))

@@ -103,7 +103,7 @@ class _AdapterTestResult:
 
     @property
     def code(self) -> int:
-        landed = not self.is_live or (isinstance(self.live, TaskReport) and self.live.state == "landed")
+        landed = not self.is_live or (isinstance(self.live, TaskReport) and self.live.status == "landed")
         return 0 if landed and not isinstance(self.contract, str) and not self.failed else 1
 
     def lines(self) -> Iterator[str]:
@@ -149,8 +149,8 @@ def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
     if not isinstance(live, TaskReport):
         yield f"session   {one_line(live or 'did not come about')}"
         return
-    if live.state != "landed":
-        yield f"session   {live.state}: {one_line(live.reason or '')}"
+    if live.status != "landed":
+        yield f"session   {live.status}: {one_line(live.reason or '')}"
         return
     tokens = f"{live.input_tokens:,} tokens in, {live.output_tokens:,} out" if live.input_tokens else "tokens not told"
     cost = "cost not known" if live.cost is None else f"${live.cost:.4f}"
@@ -222,7 +222,7 @@ async def _run_scratch_task(
         except RefusedError as error:
             return str(error), ""
         (task,) = report.tasks
-        said = "" if task.state == "landed" or task.log is None else await _session_output(Path(task.log))
+        said = "" if task.status == "landed" or task.log is None else await _session_output(Path(task.log))
         closed = next((one.closed for one in report.adapters if one.closed is not None), None)
         return (task if closed is None else f"stopped: {closed}"), said
 
