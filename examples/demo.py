@@ -60,7 +60,7 @@ def check(clone: Path, code: int, result: dict[str, Any]) -> list[str]:
     if (code, result["exit"], result["status"]) != (1, 1, "incomplete"):
         return [f"exit {code}, {result}"]
     tasks = {task["id"]: task for task in result["tasks"]}
-    states = {name: task["state"] for name, task in tasks.items()}
+    states = {name: task["status"] for name, task in tasks.items()}
     wrong = [f"{name} is {states[name]}, not {state}" for name, state in STATES.items() if states[name] != state]
     if tasks["hangs"]["failure"] != "timeout" or tasks["hangs"]["branch"] is None:
         wrong.append(f"hangs was not timed out, or what it did is not kept: {tasks['hangs']}")
