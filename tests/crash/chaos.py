@@ -182,7 +182,11 @@ class ChaosTrial:
             self._dice.choices(list(actions), list(actions.values()))[0]()
         self._thaw(math.inf)
         self._user.done.set()
-        self._user.join(END_TIMEOUT)
+        # The index stays locked after a killed landing until the run is resumed.
+        deadline = time.monotonic() + END_TIMEOUT
+        while self._user.is_alive() and time.monotonic() < deadline:
+            self._keep_going()
+            self._user.join(0.5)
         if self._user.problem:
             self.findings.append(self._user.problem)
         self._settle()
