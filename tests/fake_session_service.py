@@ -106,4 +106,4 @@ def use_in_runs(desk: FakeSessionService, monkeypatch: pytest.MonkeyPatch) -> No
     def seat(shop: RunContext, *_: object) -> RunContext:
         return replace(shop, tools=replace(shop.tools, session_service=desk))
 
-    monkeypatch.setattr(execution, "with_desk", seat)
+    monkeypatch.setattr(execution, "with_session_service", seat)

@@ -67,7 +67,7 @@ def bench(repository: Repository, tmp_path: Path) -> Iterator[Bench]:
     """Stand-ins on PATH, a server on loopback."""
     folder = tmp_path / "bin"
     for name, module in (("claude", "claude"), ("aider", "aider"), ("acp-agent", "acp_agent")):
-        install(folder, name, f"tests.standins.{module}")
+        install(folder, name, f"tests.fakes.{module}")
     repository.environ["PATH"] = f"{folder}{os.pathsep}{repository.environ['PATH']}"
     with run_server() as server:
         yield Bench(repository, folder, server)

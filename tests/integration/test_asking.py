@@ -74,7 +74,7 @@ async def test_the_file_says_how_long_a_lock_is_waited_for(
         told.append(rest[-1])
         return shop
 
-    monkeypatch.setattr(execution, "with_desk", seat)
+    monkeypatch.setattr(execution, "with_session_service", seat)
     await run(repository, tmp_path / "bin", monkeypatch, "write a.txt x", coordination={"lock_timeout": "2s"})
     assert told == [2.0]
 

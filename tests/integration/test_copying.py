@@ -545,7 +545,7 @@ async def test_a_place_that_was_taken_meanwhile_is_left_alone(
         place.write_text("first")
         return await export_to_stream(store, stream, time)
 
-    monkeypatch.setattr("orchestrator.api.transfer.export", export_and_lose)
+    monkeypatch.setattr("orchestrator.api.transfer.export_to_stream", export_and_lose)
     with pytest.raises(RefusedError, match="there already"):
         await export_store(source, place)
     assert place.read_text() == "first"

@@ -75,7 +75,7 @@ async def test_an_adapters_mistake_fails_its_task_alone(repository: Repository) 
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("Command(argv=['sh', request.prompt_file])", "makes a command that is not of text: ['sh', PosixPath("),
+        ("SessionCommand(argv=['sh', request.prompt_file])", "makes a command that is not of text: ['sh', PosixPath("),
         ("1 / 0", "can't make its command, ZeroDivisionError: division by zero"),
     ],
 )
@@ -85,7 +85,7 @@ def test_an_adapter_without_a_command_is_a_mistake_in_the_file(repository: Repos
         repository.top.parent,
         repository,
         "odd",
-        _ODD.replace('Command(argv=["sh", str(request.prompt_file)])', command),
+        _ODD.replace('SessionCommand(argv=["sh", str(request.prompt_file)])', command),
     )
     config = repository.configure([{"id": "go", "prompt": "true"}], adapters={"odd": {"use": "odd"}})
     ended = repository.council("validate", str(config))

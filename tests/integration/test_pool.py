@@ -36,7 +36,7 @@ MANY = 6
 @pytest.fixture(autouse=True)
 def any_file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Places are used again also where the tests' folder is in memory: nobody here writes through mappings."""
-    monkeypatch.setattr(pool_module, "stamps_mappings", lambda folder: True)
+    monkeypatch.setattr(pool_module, "detects_mmap_writes", lambda folder: True)
 
 
 @pytest.fixture
@@ -358,7 +358,7 @@ async def test_a_file_system_that_tells_too_little(yard: HubFixture, monkeypatch
         (checkout.place.tree / "setup.o").write_text("made\n")
         return ("made",)
 
-    for name, value in (("stamps_mappings", lambda folder: False), ("Stamps", None)):
+    for name, value in (("detects_mmap_writes", lambda folder: False), ("Stamps", None)):
         with monkeypatch.context() as patch:
             if value is None:
                 patch.setattr(TreeSnapshot, "take", classmethod(lambda cls, *_: None))
