@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import click
 
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.render.streams import usable_streams
+from orchestrator.cli.streams import usable_streams
 from orchestrator.client.commands import SESSION_COMMANDS as SESSION_COMMANDS
 
 

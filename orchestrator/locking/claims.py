@@ -159,7 +159,9 @@ class Claims:
                 return planned
             facts = {"run": self._others.run, "task": task, "owner": self._others.me.id, "epoch": planned.claim.epoch}
             try:
-                await self._store.commit(Commit([planned.write], [Event("claim.acquired", facts)], [self._others.guard]))
+                await self._store.commit(
+                    Commit([planned.write], [Event("claim.acquired", facts)], [self._others.guard])
+                )
             except VersionConflict:
                 continue
             except CouncilError as error:

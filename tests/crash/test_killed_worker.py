@@ -35,7 +35,14 @@ LEADER_FAILPOINTS: Final = frozenset({"run.seeded", "run.leader_elected", "run.f
 TAKEOVER_FAILPOINTS: Final = RECOVERY_FAILPOINTS | {"claims.taken_over"}
 #: What a process reaches before the session of its first task is at work.
 EARLY_FAILPOINTS: Final = frozenset(
-    {"attempt.recorded", "slot.partly_made", "slot.moved", "worktree.partly_made", "worktree.created", "session.spawned"}
+    {
+        "attempt.recorded",
+        "slot.partly_made",
+        "slot.moved",
+        "worktree.partly_made",
+        "worktree.created",
+        "session.spawned",
+    }
 )
 #: Commits, of which each process makes many.
 COMMIT_FAILPOINTS: Final = frozenset({"state.appended", "state.published"})

@@ -72,7 +72,9 @@ async def test_another_cli_does_work_as_the_guide_says(repository: Repository, t
     first, *words = shlex.split(block(guide, "console").removeprefix("$ "))
     assert (first, words[:3]) == ("council", ["adapters", "test", mini])
     tried = repository.council(*words, "--json")
-    assert (tried.code, tried.result["live"]["status"], tried.result["live"]["input_tokens"]) == (0, "landed", 12), tried
+    assert (tried.code, tried.result["live"]["status"], tried.result["live"]["input_tokens"]) == (0, "landed", 12), (
+        tried
+    )
     stopped = repository.council("run", "--task", "fail", "--json").result
     assert (stopped["tasks"][0]["failure"], stopped["adapters"][0]["name"]) == ("auth", mini), stopped
     (repository.top / "council.yaml").unlink()

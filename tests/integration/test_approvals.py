@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from orchestrator.api.council import Council
-from orchestrator.cli.render.output import event_text
+from orchestrator.cli.render.events import event_text
 from orchestrator.protocols import Event
 from orchestrator.sessions.session import Session
 from tests.command_server import StartedCommand

@@ -264,7 +264,8 @@ async def test_damaged_parts_of_a_tree_are_recovered(repository: Repository) -> 
         "tree-1": {"a": "landed", "b": "landed"}
     }
     told = {
-        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"] for one in await events(repository, "legacy.file_skipped")
+        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"]
+        for one in await events(repository, "legacy.file_skipped")
     }
     assert told.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
     assert "version 9 of its history" in told["tasks/task-b/state.json"]

@@ -297,7 +297,10 @@ async def test_what_somebody_else_did_meanwhile_counts(scene: Scene) -> None:
         await store.commit(writing(B, 0, {"by": "here"}))
         await scene.real.commit(writing(CLAIM, 0, {"epoch": 1, "owner": "there"}))
         await scene.back()
-        assert [one.data["keys"] for one in scene.told if one.type == "outage.commit_rejected"] == [[str(CLAIM)], [str(A)]]
+        assert [one.data["keys"] for one in scene.told if one.type == "outage.commit_rejected"] == [
+            [str(CLAIM)],
+            [str(A)],
+        ]
         assert scene.told[-1].data["refused"] == 2
         assert [await scene.value(key) for key in (CLAIM, A, B)] == [
             {"epoch": 1, "owner": "there"}, None, {"by": "here"},

@@ -114,7 +114,10 @@ def test_the_quick_way_imports_nothing_that_takes_long(tmp_path: Path) -> None:
     assert loaded & slow == set()
     assert {name for name in loaded if name.startswith("orchestrator.")} == {
         "orchestrator.__main__",
-        *(f"orchestrator.client{name}" for name in ("", ".commands", ".main", ".messages", ".quick_parser", ".session")),
+        *(
+            f"orchestrator.client{name}"
+            for name in ("", ".commands", ".main", ".messages", ".quick_parser", ".session")
+        ),
     }
 
 

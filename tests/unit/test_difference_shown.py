@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from orchestrator.cli.render.output import Output, escape_unprintable, printable
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.text import escape_unprintable, printable
 
 HIDING = {
     "conceal": "\x1b[8m",

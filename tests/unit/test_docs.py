@@ -17,7 +17,7 @@ from adapters.output_rules import OutputRule
 from orchestrator.builtin.checklist import ChecklistTracker, read_items
 from orchestrator.builtin.jsonlines import JsonLinesSink
 from orchestrator.cli.main import COMMANDS_BY_SECTION, main
-from orchestrator.cli.render.output import EVENT_MESSAGES
+from orchestrator.cli.render.events import EVENT_MESSAGES
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import (

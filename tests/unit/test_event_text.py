@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.cli.render.output import event_text
+from orchestrator.cli.render.events import event_text
 from orchestrator.protocols import Event
 from orchestrator.system.instants import format_local_time
 

@@ -20,8 +20,9 @@ from orchestrator.api.council import Council
 from orchestrator.cli.core.completion import complete_runs
 from orchestrator.cli.core.error_boundary import EXIT_INTERNAL_ERROR, ErrorLog, error_boundary
 from orchestrator.cli.core.signals import InterruptHandler
-from orchestrator.cli.render.output import Output, printable
-from orchestrator.cli.render.streams import write_error_message
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.text import printable
+from orchestrator.cli.streams import write_error_message
 from orchestrator.config.store import to_store_url
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.errors import CouncilError, RefusedError

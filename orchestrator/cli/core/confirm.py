@@ -7,7 +7,8 @@ import sys
 import anyio
 import click
 
-from orchestrator.cli.render.output import Output, printable
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.text import printable
 from orchestrator.errors import RefusedError
 
 #: The answers that agree.

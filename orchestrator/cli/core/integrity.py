@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 from orchestrator.config.source.quantities import format_size_short
 from orchestrator.protocols import CommitRecord, JsonObject, VerificationReport
 

@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 import click
 
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 from orchestrator.config.model import RunConfig
 from orchestrator.config.permissions import list_permission_requests
 from orchestrator.engine.diagnostics.trust import (

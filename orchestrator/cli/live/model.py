@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 
 from orchestrator.api.activity import ObservedSession
-from orchestrator.cli.render.output import one_line, printable
 from orchestrator.cli.render.table_model import (
     ACTIVITY_LABELS,
     RETRY_LABEL,
@@ -25,6 +24,7 @@ from orchestrator.cli.render.table_model import (
     longest_chains,
     totals_line,
 )
+from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.runs.model import (
     ACTIVE_STATUSES,
     FINAL_STATUSES,
@@ -179,7 +179,9 @@ class LiveRun:
         match event.type:
             case "run.leader_elected":
                 self._capacity, self.is_over = self.run.capacity, False
-            case "run.capacity_limited" if not self._groups[ACTIVITY_LABELS[TaskStatus.RUNNING]]:  # else it is for a moment only
+            case "run.capacity_limited" if not self._groups[
+                ACTIVITY_LABELS[TaskStatus.RUNNING]
+            ]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
             case "run.finished" | "run.interrupted" | "run.halted":
                 self.is_over = True

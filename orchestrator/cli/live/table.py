@@ -18,11 +18,12 @@ from rich.text import Text
 from orchestrator.api.council import Council
 from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.live.progress import DisplayProgress
-from orchestrator.cli.render.output import Output, event_line
+from orchestrator.cli.render.events import event_line
+from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.result import adapter_line, reopen_adapter_command
 from orchestrator.cli.render.rich_tables import count_wrapped_rows, frame_lines
-from orchestrator.cli.render.streams import redirect_to_null
 from orchestrator.cli.render.table_model import TableFrame
+from orchestrator.cli.streams import redirect_to_null
 from orchestrator.domain.runs.model import AdapterDocument
 from orchestrator.engine.reports.report import AdapterReport
 from orchestrator.protocols import CommitRecord, Event

@@ -10,7 +10,6 @@ from rich.cells import cell_len
 
 from orchestrator.cli.render.columns import COLUMNS, short_name, wrapped
 from orchestrator.cli.render.next_steps import task_steps
-from orchestrator.cli.render.output import one_line, printable
 from orchestrator.cli.render.result import (
     adapter_line,
     background_error_lines,
@@ -24,6 +23,7 @@ from orchestrator.cli.render.result import (
 )
 from orchestrator.cli.render.rich_tables import truncate_end, truncate_start
 from orchestrator.cli.render.table_model import format_count
+from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import SUCCESS_STATUSES, HaltCause, TaskStatus

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len, set_cell_size
 
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 
 COLUMNS = 80
 """The most cells of a terminal that a line takes, unless it has a command, a path or another word that is longer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 from orchestrator.protocols import CommitRecord, Event, JsonObject
 from orchestrator.system.instants import format_local_time
 

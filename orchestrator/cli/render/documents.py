@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from orchestrator.cli.render.columns import align_columns
 from orchestrator.cli.render.commits import describe_event, events_json
-from orchestrator.cli.render.differences import field_changes, field_lines
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
+from orchestrator.domain.documents.delta import compute_delta, delta_to_json, format_delta
 from orchestrator.protocols import Document, DocumentVersion, JsonObject, Key, StateSnapshot
 from orchestrator.system.instants import format_local_time
 
@@ -166,3 +166,13 @@ def _version_changes(one: DocumentVersion, before: DocumentVersion | None) -> Se
     if before is not None and before.damaged:
         return ["the version before can't be read"]
     return field_lines(before.value if before else None, one.value) or ["written again, nothing changed"]
+
+
+def field_changes(old: JsonObject | None, new: JsonObject | None) -> JsonObject:
+    """Return lists of what was `added`, `modified` and `removed`, each with its path; None stands for no document."""
+    return delta_to_json(compute_delta(old or {}, new or {}))
+
+
+def field_lines(old: JsonObject | None, new: JsonObject | None) -> list[str]:
+    """Return a line for each field that differs, `path: old → new`, as text that a terminal only shows."""
+    return [printable(line) for line in format_delta(compute_delta(old or {}, new or {}))]

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
-from orchestrator.cli.render.output import Output, one_line, printable
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.text import one_line, printable
 from orchestrator.engine.diagnostics.findings import Finding, Level
 
 

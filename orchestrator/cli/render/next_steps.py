@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from orchestrator.cli.render.output import salvage_name
+from orchestrator.cli.render.text import salvage_name
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import LANDING_STATUSES, RETRYABLE_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport

@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterator
 
 from orchestrator.cli.render.columns import align_columns, described, short_name, wrapped
-from orchestrator.cli.render.metrics import format_minutes, metrics_line
-from orchestrator.cli.render.output import event_text, one_line, salvage_name
-from orchestrator.cli.render.result import run_summary
+from orchestrator.cli.render.events import event_text
+from orchestrator.cli.render.result import landed_summary, run_summary, state_counts
+from orchestrator.cli.render.table_model import format_count
+from orchestrator.cli.render.text import one_line, salvage_name
+from orchestrator.domain.runs.metrics import Metrics
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.reports.overview import RunOverview, TaskOverview
+from orchestrator.engine.reports.report import RunReport
 from orchestrator.system.instants import format_local_time
 
 
@@ -77,3 +80,20 @@ def _task(task: TaskOverview) -> list[str]:
     why = "" if one.landed or one.reason is None else one_line(one.reason)
     rest = "; ".join(filter(None, [where, task.worktree, why]))
     return [short_name(one.id), one.status.replace("_", " "), attempts, phases, took, rest]
+
+
+def format_minutes(minutes: float) -> str:
+    """Return a time in minutes; what would be shown as none of them in seconds."""
+    return f"{minutes:.1f} min" if minutes >= 0.1 else f"{minutes * 60:.1f} s"
+
+
+def metrics_line(report: RunReport, metrics: Metrics) -> str:
+    """Return the figures of a run in a line, first how much has landed; what is zero or not known is left out."""
+    parts = [landed_summary(report), *state_counts(report)]
+    if metrics.average_time_minutes is not None:
+        parts.append(f"{format_minutes(metrics.average_time_minutes)} on average")
+    if tokens := metrics.input_tokens + metrics.output_tokens:
+        parts.append(f"{format_count(tokens)} tokens")
+    if metrics.cost is not None:
+        parts.append(f"${metrics.cost:.2f}")
+    return ", ".join(parts)

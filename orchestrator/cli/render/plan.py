@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from orchestrator.cli.render.columns import short_name, wrapped
-from orchestrator.cli.render.output import one_line, printable
+from orchestrator.cli.render.text import one_line, printable
 from orchestrator.config.source.problems import join_names
 from orchestrator.config.source.quantities import format_duration
 from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
@@ -129,3 +129,37 @@ def _last_need(task: PlannedTask, wave_of: dict[str, int]) -> str:
 
 def _other_needs(task: PlannedTask) -> str:
     return f" (needs {join_names(task.needs)})" if len(task.needs) > 1 else ""
+
+
+def flowchart(rehearsal: DryRun) -> str:
+    """Return waves as subgraphs and needs as arrows; dotted lines join tasks that own a common path.
+
+    What is beyond the numbers that the text shows is counted: a chart of thousands of nodes is not drawn anyway.
+    """
+    return "\n".join(_flowchart_lines(rehearsal)) + "\n"
+
+
+def _flowchart_lines(rehearsal: DryRun) -> Iterator[str]:
+    yield "flowchart LR"
+    nodes: dict[str, str] = {}
+    shown: list[PlannedTask] = []
+    for number, wave in enumerate(rehearsal.waves[:MAX_WAVES], 1):
+        yield f'    subgraph wave{number}["wave {number}"]'
+        for task in wave.tasks[:MAX_TASKS_PER_WAVE]:
+            nodes[task.id] = f"task{len(nodes)}"
+            shown.append(task)
+            yield f'        {nodes[task.id]}["{escape_label(task.id)}"]'
+        if len(wave.tasks) > MAX_TASKS_PER_WAVE:
+            yield f'        more{number}(["and {len(wave.tasks) - MAX_TASKS_PER_WAVE} more"])'
+        yield "    end"
+    if len(rehearsal.waves) > MAX_WAVES:
+        yield f'    rest(["and {pluralize(len(rehearsal.waves) - MAX_WAVES, "more wave")}"])'
+    for task in shown:
+        yield from (f"    {nodes[need]} --> {nodes[task.id]}" for need in task.needs if need in nodes)
+        if task.follows in nodes:
+            yield f"    {nodes[task.follows]} -.- {nodes[task.id]}"
+
+
+def escape_label(text: str) -> str:
+    """Return text for a quoted label: all but letters, digits and a few marks as Mermaid's entity codes."""
+    return "".join(char if char.isascii() and (char.isalnum() or char in "._- ") else f"#{ord(char)};" for char in text)

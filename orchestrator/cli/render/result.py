@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from orchestrator.cli.render.columns import align_columns, short_name, wrapped
 from orchestrator.cli.render.next_steps import kept_as, own_branch, run_step, task_steps, waits_for_merge
-from orchestrator.cli.render.output import format_line_counts, one_line, printable
 from orchestrator.cli.render.table_model import format_age
+from orchestrator.cli.render.text import format_line_counts, one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import ACTIVE_STATUSES, SUCCESS_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import (

@@ -13,9 +13,9 @@ from rich.style import Style
 from rich.text import Text
 
 from orchestrator.cli.render.columns import short_name
-from orchestrator.cli.render.output import format_line_counts
 from orchestrator.cli.render.result import ResultRow, row_lines
 from orchestrator.cli.render.table_model import TableFrame, TaskRow
+from orchestrator.cli.render.text import format_line_counts
 
 _STYLES: Mapping[str, str] = {
     "build": "cyan",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from orchestrator.cli.render.output import format_line_counts
+from orchestrator.cli.render.text import format_line_counts
 from orchestrator.domain.runs.model import TaskDocument, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.repo.git.change_counts import Changes

@@ -24,7 +24,9 @@ async def delete_expired(store: Store, facts: JsonObject) -> Sequence[Key]:
         return ()
     named = {"count": len(expired), "documents": [str(key) for key in expired[:_MOST_NAMED]]}
     with suppress(VersionConflict):  # somebody has written one of them anew: the others go the next time
-        await store.commit(Commit([Write(key, 0, None) for key in expired], [Event("state.expired_deleted", facts | named)]))
+        await store.commit(
+            Commit([Write(key, 0, None) for key in expired], [Event("state.expired_deleted", facts | named)])
+        )
         return expired
     return ()
 

@@ -16,7 +16,7 @@ from orchestrator.cli.core.command import (
     run_command,
     store_option,
 )
-from orchestrator.cli.render.output import one_line, printable
+from orchestrator.cli.render.text import one_line, printable
 
 if TYPE_CHECKING:
     from orchestrator.engine.phases.verification import RunVerification

@@ -29,12 +29,12 @@ from orchestrator.cli.core.coordination_options import coordination_options
 from orchestrator.cli.core.option_parsers import parse_budget_option
 from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.cli.core.trust import require_trust, trust_option
-from orchestrator.cli.live.progress import show_progress
+from orchestrator.cli.live.display import show_progress
 from orchestrator.cli.render.findings import finding_lines, findings_exit_code
-from orchestrator.cli.render.mermaid import flowchart
 from orchestrator.cli.render.next_steps import needs_retry, own_branch
-from orchestrator.cli.render.output import Output, printable
-from orchestrator.cli.render.plan import plan_text
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.plan import flowchart, plan_text
+from orchestrator.cli.render.text import printable
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig

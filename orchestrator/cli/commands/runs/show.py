@@ -18,8 +18,8 @@ from orchestrator.cli.core.command import (
 )
 from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.next_steps import run_step, task_steps
-from orchestrator.cli.render.output import printable
 from orchestrator.cli.render.story import story_lines
+from orchestrator.cli.render.text import printable
 from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.errors import RefusedError
 

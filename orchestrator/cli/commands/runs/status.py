@@ -19,7 +19,7 @@ from orchestrator.cli.core.command import (
     store_option,
 )
 from orchestrator.cli.render.next_steps import run_step
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 from orchestrator.engine.reports.report import RunReport
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def runs(active: bool, as_json: bool) -> None:
 
 def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
     from orchestrator.cli.render.columns import wrapped
-    from orchestrator.cli.render.metrics import metrics_line
+    from orchestrator.cli.render.overview import metrics_line
 
     yield from wrapped(
         printable(metrics_line(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    "

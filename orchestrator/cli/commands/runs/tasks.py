@@ -28,7 +28,8 @@ from orchestrator.cli.core.completion import (
 from orchestrator.cli.core.confirm import confirm_action, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.trust import require_trust, trust_option
-from orchestrator.cli.render.output import describe_file_changes, pluralize, printable
+from orchestrator.cli.render.events import describe_file_changes
+from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.runs.model import FINAL_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus
 
@@ -80,7 +81,9 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
         async with open_council(context.log) as council:
             report = await council.status(run)
             left = [task.id for task in report.tasks if task.status not in FINAL_STATUSES]
-            ended = {task.id: task.status for task in report.tasks if task.id in tasks and task.status in FINAL_STATUSES}
+            ended = {
+                task.id: task.status for task in report.tasks if task.id in tasks and task.status in FINAL_STATUSES
+            }
             for name, state in ended.items():
                 words = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
                 context.output.notice(printable(f"nothing to cancel: {words}"))

@@ -17,8 +17,8 @@ from orchestrator.cli.core.command import (
     store_option,
 )
 from orchestrator.cli.render.columns import align_columns, short_name
-from orchestrator.cli.render.metrics import format_minutes
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.overview import format_minutes
+from orchestrator.cli.render.text import printable
 from orchestrator.domain.runs.budget import Budget, Spending, compute_budget_usage
 
 if TYPE_CHECKING:

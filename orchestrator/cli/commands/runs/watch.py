@@ -15,7 +15,7 @@ from orchestrator.cli.core.command import (
     store_option,
     verbose_option,
 )
-from orchestrator.cli.live.progress import show_progress
+from orchestrator.cli.live.display import show_progress
 from orchestrator.cli.render.result import running_task_lines
 
 #: Seconds between two looks whether a process is still at work in the run: one that was killed says nothing.

@@ -21,7 +21,7 @@ from orchestrator.cli.core.command import CommandContext, json_option, run_comma
 from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
 from orchestrator.cli.core.option_parsers import parse_duration_option
 from orchestrator.cli.core.trust import trust_option
-from orchestrator.cli.render.output import one_line, printable
+from orchestrator.cli.render.text import one_line, printable
 from orchestrator.config.load import load_value
 from orchestrator.config.model import AdapterConfig, PathAccess, RunConfig, make_adapters
 from orchestrator.config.source.quantities import format_duration

@@ -16,7 +16,7 @@ from orchestrator.cli.core.command import CommandContext, json_option, run_comma
 from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.trust import trust_option
-from orchestrator.cli.render.output import one_line, printable
+from orchestrator.cli.render.text import one_line, printable
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters

@@ -14,7 +14,8 @@ import click
 
 from orchestrator.cli.core.command import CommandContext, json_option, run_command
 from orchestrator.cli.core.run_source import CONFIG_FILE_NAME
-from orchestrator.cli.render.output import Output, printable
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.text import printable
 from orchestrator.config.json_schema import file_schema
 from orchestrator.config.load import load_config
 from orchestrator.config.permissions import list_permission_requests

@@ -10,7 +10,7 @@ import click
 from orchestrator.cli.core.command import CommandContext, json_option, run_command
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.run_source import load_run_config
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 from orchestrator.config.source.problems import KnownWords
 from orchestrator.config.workflows.load import Phases, builtin_phases
 from orchestrator.config.workflows.text import build_workflow_files, phase_settings, workflows_to_yaml

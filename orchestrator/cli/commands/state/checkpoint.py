@@ -19,7 +19,7 @@ from orchestrator.cli.core.command import (
 )
 from orchestrator.cli.core.completion import complete_checkpoints
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.state.documents.checkpoints import WHOLE_STORE, Checkpoint, RestorePlan

@@ -15,7 +15,8 @@ from orchestrator.cli.core.command import CommandContext, json_option, open_coun
 from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
 from orchestrator.cli.core.error_boundary import ErrorLog
 from orchestrator.cli.core.option_parsers import parse_duration_option
-from orchestrator.cli.render.output import Output, printable
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.text import printable
 from orchestrator.config.source.quantities import format_size_short
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, LeftoverStatus
 from orchestrator.errors import RefusedError

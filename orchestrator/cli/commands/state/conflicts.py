@@ -19,8 +19,8 @@ from orchestrator.cli.core.command import (
     run_command,
     store_option,
 )
-from orchestrator.cli.render.differences import field_changes, field_lines
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.documents import field_changes, field_lines
+from orchestrator.cli.render.text import printable
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Document, JsonObject
 from orchestrator.system.instants import format_local_time

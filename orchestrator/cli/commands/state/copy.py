@@ -21,8 +21,8 @@ from orchestrator.cli.core.command import (
     run_command,
     store_option,
 )
-from orchestrator.cli.render.output import printable
-from orchestrator.cli.render.streams import redirect_to_null
+from orchestrator.cli.render.text import printable
+from orchestrator.cli.streams import redirect_to_null
 from orchestrator.config.source.quantities import format_size_short
 from orchestrator.config.store import store_folder
 from orchestrator.errors import CouncilError, RefusedError

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.core.command import CommandContext, json_option, open_council, run_command, store_option
-from orchestrator.cli.render.output import printable
+from orchestrator.cli.render.text import printable
 from orchestrator.system.instants import format_local_time
 
 
