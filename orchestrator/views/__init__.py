@@ -1,0 +1,1 @@
+"""Readable copies of the state as files."""

@@ -1,0 +1,1 @@
+"""Show an active run: `display.show_progress` is the entry point."""

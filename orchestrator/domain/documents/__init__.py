@@ -1,0 +1,1 @@
+"""JSON values: canonical form, differences, competing updates, times."""

@@ -1,0 +1,1 @@
+"""Runs and tasks as they are stored, and how their status changes."""

@@ -1,0 +1,1 @@
+"""Secrets, untrusted text and names, network hosts."""

@@ -1,0 +1,1 @@
+"""What sessions report to each other."""

@@ -1,0 +1,1 @@
+"""Phases of a workflow and the handoffs between them."""

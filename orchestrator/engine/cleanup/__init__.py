@@ -1,0 +1,1 @@
+"""Find what runs left behind, and remove records of ended runs."""

@@ -1,0 +1,1 @@
+"""The loop of a run: decide, start attempts, follow other processes, recover after a crash."""

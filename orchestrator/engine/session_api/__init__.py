@@ -1,0 +1,1 @@
+"""Answer requests of active sessions: `service` is the entry point."""

@@ -1,0 +1,1 @@
+"""Move the target branch, and recover work that did not land."""

@@ -1,0 +1,1 @@
+"""Prepare a worktree: environment, setup steps, hooks, checks, adapter homes."""

@@ -1,0 +1,1 @@
+"""The socket by which a session calls its orchestrator."""

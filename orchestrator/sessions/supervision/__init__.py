@@ -1,0 +1,1 @@
+"""Start a program and make sure that nothing it started outlives it."""

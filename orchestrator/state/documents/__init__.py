@@ -1,0 +1,1 @@
+"""Read, change, validate and restore documents of any store."""

@@ -1,0 +1,1 @@
+"""Import the state of older layouts."""

@@ -1,0 +1,1 @@
+"""The commit log on disk: codec, segments, snapshot, compaction, recovery."""

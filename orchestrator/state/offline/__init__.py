@@ -1,0 +1,1 @@
+"""Continue while a store is unreachable."""

@@ -1,0 +1,1 @@
+"""Copy, export and import whole stores."""

@@ -1,0 +1,1 @@
+"""Commands that start, inspect and control runs and their tasks."""

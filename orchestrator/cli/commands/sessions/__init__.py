@@ -1,0 +1,1 @@
+"""Commands that programs inside a session call."""

@@ -1,0 +1,1 @@
+"""Commands that inspect, copy and maintain the state."""
