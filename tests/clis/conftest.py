@@ -20,10 +20,10 @@ from orchestrator.project import Project
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.fingerprint import Fingerprint
-from orchestrator.testing.model_server import ModelServer
 from tests.clis.programs import CLIS, MODEL, Program, selected
 from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, CommandResult, Repository
+from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
 #: Nothing listens there.

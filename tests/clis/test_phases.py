@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import pytest
 
-from orchestrator.testing.model_server import RecordedRequest
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
 from tests.conftest import CommandResult
+from tests.model_server import RecordedRequest
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 

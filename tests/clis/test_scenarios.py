@@ -10,10 +10,10 @@ from typing import Final
 import pytest
 
 from orchestrator.domain.runs.model import TaskStatus
-from orchestrator.testing.model_server import RecordedRequest, anthropic, gemini, ollama, openai_chat, openai_responses
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
 from tests.fakes import mcp_server
+from tests.model_server import RecordedRequest, anthropic, gemini, ollama, openai_chat, openai_responses
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.testing.model_server import ModelServer
 from tests.clis.conftest import SELECTED, Stage
 from tests.conftest import Repository
+from tests.model_server import ModelServer
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 

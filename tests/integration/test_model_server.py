@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from adapters.bridges.answer import EDIT_INSTRUCTIONS, parse_answer
-from orchestrator.testing.model_server import ModelServer
+from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
 Json = dict[str, Any]
@@ -784,7 +784,7 @@ def test_many_conversations_at_once(server: ModelServer) -> None:
 
 def test_the_program_serves_until_its_input_ends() -> None:
     """It says where, and ends by itself."""
-    argv = [sys.executable, "-m", "orchestrator.testing.model_server"]
+    argv = [sys.executable, "-m", "tests.model_server"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
         assert program.stdin is not None
         assert program.stdout is not None

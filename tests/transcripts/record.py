@@ -24,8 +24,8 @@ import anyio
 
 from orchestrator.protocols import Adapter, ConversationStarted, SessionCommand, SessionRequest
 from orchestrator.sessions.setup.adapter_homes import set_up
-from orchestrator.testing.model_server import ModelServer
 from orchestrator.testing.recordings import Recording
+from tests.model_server import ModelServer
 from tests.transcripts.programs import PROGRAMS
 from tests.transcripts.programs.case import MODEL, Case, Program
 from tests.waiting import wait_for

@@ -41,10 +41,10 @@ from orchestrator.protocols import (
 from orchestrator.protocols import FinalResult as ConcludedEvent
 from orchestrator.sessions.output.transcript import MAX_LINE_BYTES
 from orchestrator.sessions.setup.adapter_homes import set_up
-from orchestrator.testing.model_server import ModelServer
 from tests.conftest import Repository
 from tests.fakes.ollama_server import run_server
 from tests.fakes.script import install
+from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
 

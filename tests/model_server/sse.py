@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from orchestrator.testing.model_server.conversation import Json
+from tests.model_server.conversation import Json
 
 
 def encode_event(data: Json, name: str | None = None) -> bytes:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from orchestrator.testing.model_server.conversation import (
+from tests.model_server.conversation import (
     ApiFault,
     ConversationTurn,
     ModelAnswer,
@@ -18,8 +18,8 @@ from orchestrator.testing.model_server.conversation import (
     TokenUsage,
     ToolCall,
 )
-from orchestrator.testing.model_server.text_answers import find_answer_format
-from orchestrator.testing.model_server.tools import RunStep, ScriptStep, UseToolStep, WriteStep, tool_call_for
+from tests.model_server.text_answers import find_answer_format
+from tests.model_server.tools import RunStep, ScriptStep, UseToolStep, WriteStep, tool_call_for
 
 
 @dataclass(frozen=True, slots=True)

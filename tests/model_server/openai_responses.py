@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import (
+from tests.model_server.conversation import (
     ApiDialect,
     ConversationTurn,
     Json,
@@ -18,8 +18,8 @@ from orchestrator.testing.model_server.conversation import (
     ToolCall,
     split_for_stream,
 )
-from orchestrator.testing.model_server.openai_faults import openai_error
-from orchestrator.testing.model_server.sse import encode_event
+from tests.model_server.openai_faults import openai_error
+from tests.model_server.sse import encode_event
 
 # How often a tool is searched for: it may be that of a server that has yet to start.
 _SEARCHES: Final = 200

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import Json
+from tests.model_server.conversation import Json
 
 _MODEL: Final = "scripted"
 _THEN: Final = "2025-01-01T00:00:00Z"

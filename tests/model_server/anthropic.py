@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import (
+from tests.model_server.conversation import (
     ApiDialect,
     ApiFault,
     ConversationTurn,
@@ -17,7 +17,7 @@ from orchestrator.testing.model_server.conversation import (
     Tool,
     split_for_stream,
 )
-from orchestrator.testing.model_server.sse import encode_event
+from tests.model_server.sse import encode_event
 
 _FAULTS: Final = {
     400: ("invalid_request_error", "The request is invalid."),

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import TypeAlias
 
-from orchestrator.testing.model_server.conversation import ModelRequest
-from orchestrator.testing.model_server.tools import WriteStep
+from tests.model_server.conversation import ModelRequest
+from tests.model_server.tools import WriteStep
 
 AnswerFormat: TypeAlias = Callable[[WriteStep], str]
 

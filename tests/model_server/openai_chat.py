@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import (
+from tests.model_server.conversation import (
     ApiDialect,
     ConversationTurn,
     Json,
@@ -16,8 +16,8 @@ from orchestrator.testing.model_server.conversation import (
     Tool,
     split_for_stream,
 )
-from orchestrator.testing.model_server.openai_faults import openai_error
-from orchestrator.testing.model_server.sse import encode_event
+from tests.model_server.openai_faults import openai_error
+from tests.model_server.sse import encode_event
 
 _ID: Final = "chatcmpl-scripted"
 

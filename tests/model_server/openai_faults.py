@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from orchestrator.testing.model_server.conversation import ApiFault, Json
+from tests.model_server.conversation import ApiFault, Json
 
 _FAULTS: Final = {
     400: ("invalid_request_error", None, "The request is invalid."),

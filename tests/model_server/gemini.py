@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import (
+from tests.model_server.conversation import (
     ApiDialect,
     ApiFault,
     ConversationTurn,
@@ -16,7 +16,7 @@ from orchestrator.testing.model_server.conversation import (
     Tool,
     split_for_stream,
 )
-from orchestrator.testing.model_server.sse import encode_event
+from tests.model_server.sse import encode_event
 
 #: The path of a request: the model and the method.
 PATH: Final = re.compile(r".*/models/(?P<model>[^/:]+):(?P<method>\w+)")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from orchestrator.testing.model_server.conversation import (
+from tests.model_server.conversation import (
     ApiDialect,
     ApiFault,
     ConversationTurn,
@@ -16,7 +16,7 @@ from orchestrator.testing.model_server.conversation import (
     ModelRequest,
     split_for_stream,
 )
-from orchestrator.testing.model_server.openai_chat import read_messages, read_tools
+from tests.model_server.openai_chat import read_messages, read_tools
 
 _FAULTS: Final = {
     400: "invalid request",

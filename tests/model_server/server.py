@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from orchestrator.testing.model_server import anthropic, gemini, lookups, ollama, openai_chat, openai_responses
-from orchestrator.testing.model_server.conversation import ApiDialect, ApiFault, DialectName, Json, ModelRequest
-from orchestrator.testing.model_server.script import (
+from tests.model_server import anthropic, gemini, lookups, ollama, openai_chat, openai_responses
+from tests.model_server.conversation import ApiDialect, ApiFault, DialectName, Json, ModelRequest
+from tests.model_server.script import (
     AnswerTruncation,
     ConnectionDrop,
     Script,

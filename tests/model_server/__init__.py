@@ -17,7 +17,7 @@ of conversations can go on at once. Only `fail` and `drop` are counted in the se
 A client without tools, as aider or the Ollama bridge, gets all files in words, in the form that it asks for.
 """
 
-from orchestrator.testing.model_server.conversation import DialectName
-from orchestrator.testing.model_server.server import ModelServer, RecordedRequest
+from tests.model_server.conversation import DialectName
+from tests.model_server.server import ModelServer, RecordedRequest
 
 __all__ = ["DialectName", "ModelServer", "RecordedRequest"]

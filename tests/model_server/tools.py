@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeAlias
 
-from orchestrator.testing.model_server.conversation import Json, ModelRequest, Tool
+from tests.model_server.conversation import Json, ModelRequest, Tool
 
 
 @dataclass(frozen=True, slots=True)
