@@ -15,8 +15,13 @@ import pytest
 
 from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.config.inline import InlineTasks
+from orchestrator.engine.state.records import task_key
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins
+from orchestrator.project import Project
+from orchestrator.protocols import Commit, Write
+from orchestrator.state.stores.file import open_file_store
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.integration.test_control import has_begun
 from tests.unit.test_inline import TYPES, _Free
@@ -339,3 +344,39 @@ async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository)
     nothing = repository.council("merge")
     assert (nothing.code, "waits to land" in nothing.stdout, nothing.stdout.count("\n")) == (0, True, 1)
     assert repository.council("merge", "--json").result["exit"] == 0
+
+
+async def test_a_merge_run_never_starts_a_session(repository: Repository) -> None:
+    """A retry of its task is rejected with the commands that merge again; a resume changes nothing."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    name = repository.council("status", "--json").result["run"]
+    before = repository.commit({"a.txt": "mine"})
+    spawned = repository.spawns.read_text()
+    merge = repository.council("merge", "--json").result["run"]
+    for more in ([], ["--reload"]):
+        refused = repository.council("retry", "merge", "--run", merge, *more)
+        assert (refused.code, f"`council merge {name}`" in refused.stderr) == (2, True), refused
+        assert f"git switch council/{name}" in refused.stderr, refused
+    assert repository.council("resume", merge, "--json").states == {"merge": "conflict"}
+    assert repository.spawns.read_text() == spawned
+    assert repository.git("rev-parse", "main") == before
+
+
+async def test_a_merge_run_with_a_pending_task_starts_no_session(repository: Repository) -> None:
+    """Also not if another process, such as one that restores a checkpoint, has made its task pending."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    repository.commit({"a.txt": "mine"})
+    spawned = repository.spawns.read_text()
+    merge = repository.council("merge", "--json").result["run"]
+    key = task_key(merge, "merge")
+    async with open_file_store(Project(repository.top).store(), SystemClock()) as store:
+        found = await store.get(key)
+        assert found is not None
+        await store.commit(Commit([Write(key, found.version, {**found.value, "status": "pending"})], []))
+    resumed = repository.council("resume", merge, "--json")
+    assert (resumed.code, resumed.states) == (1, {"merge": "failed"}), resumed
+    assert repository.spawns.read_text() == spawned

@@ -227,6 +227,10 @@ class Scheduler:
         spec = await self._ledger.spec(task)
         if self._budgets.is_halted():
             return None
+        if (merged := self._ledger.run.merges) is not None:  # its work is built already
+            reason = f"a merge run starts no session: `council merge {merged}` merges again"
+            await self._refuse(task, Failed(FailureClass.INVALID, reason))
+            return None
         if self._local.has_open_parts(task):  # which its plan became elsewhere
             await self._ledger.learn_tasks()
             self._local.wait(task)
