@@ -380,3 +380,36 @@ async def test_a_merge_run_with_a_pending_task_starts_no_session(repository: Rep
     resumed = repository.council("resume", merge, "--json")
     assert (resumed.code, resumed.states) == (1, {"merge": "failed"}), resumed
     assert repository.spawns.read_text() == spawned
+
+
+def printed_next(repository: Repository) -> list[str]:
+    """Return the lines with the next command that `status` and `runs` print."""
+    shown = "".join(repository.council(command).stdout for command in ("status", "runs"))
+    return [line.strip() for line in shown.splitlines() if "next:" in line.lower()]
+
+
+@pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
+async def test_a_branch_that_the_user_merged_or_deleted_waits_for_nothing(repository: Repository, how: str) -> None:
+    """`status` and `runs` name no next command any more, and `council merge` has nothing to merge."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    name = repository.council("status", "--json").result["run"]
+    assert printed_next(repository) == [f"Next: council merge {name}", f"next: council merge {name}"]
+    branch = f"council/{name}"
+    tip = repository.git("rev-parse", branch)
+    if how == "squashed":
+        repository.git("merge", "--quiet", "--squash", branch)
+        repository.git("commit", "--quiet", "--message", "squashed")
+    elif how != "lost":
+        repository.git("merge", "--quiet", "--no-ff", "--no-edit", branch)
+    if how != "merged":
+        repository.git("branch", "--quiet", "-D", branch)
+    assert printed_next(repository) == []
+    assert repository.council("status", "--json").result["awaits_merge"] is False
+    merged = repository.council("merge")
+    if how == "lost":
+        assert (merged.code, f"`git branch {branch} {tip}`" in merged.stderr) == (2, True), merged
+    else:
+        assert (merged.code, "'main' has all of" in merged.stdout) == (0, True), merged
+    assert len(repository.council("runs", "--json").result["runs"]) == 1

@@ -117,7 +117,7 @@ def own_branch(report: RunReport) -> bool:
 
 def waits_for_merge(report: RunReport) -> bool:
     """Whether `council merge` is the next step: the run has ended, and its own branch is not merged."""
-    return own_branch(report) and report.merged_by is None and report.status is not RunStatus.RUNNING
+    return report.awaits_merge and report.status is not RunStatus.RUNNING
 
 
 def needs_retry(report: RunReport) -> bool:

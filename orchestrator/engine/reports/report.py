@@ -213,6 +213,8 @@ class RunReport:
     """The run whose own branch it merges into the base, for `council merge`."""
     merged_by: str | None = None
     """The run that merged its own branch into its base, by `council merge`."""
+    awaits_merge: bool = False
+    """Whether its own branch exists and has commits that its base does not have: `council merge` merges them."""
     background: str | None = None
     """Why the process ended that ran it in the background, where that failed."""
     sessions: Sequence[SessionReport] = ()
@@ -370,6 +372,7 @@ def build_report(
         halted=halted,
         halted_by=None if halted is None else run.halted_by or HaltCause.BUDGET,
         merges=run.merges,
+        awaits_merge=run.target == f"council/{run.id}" and any(one.landed is not None for one in reports),
         orchestrators=[OrchestratorReport.of(one) for one in others],
         claims=sum_counters(one.counters for one in others),
     )
