@@ -413,3 +413,27 @@ async def test_a_branch_that_the_user_merged_or_deleted_waits_for_nothing(reposi
     else:
         assert (merged.code, "'main' has all of" in merged.stdout) == (0, True), merged
     assert len(repository.council("runs", "--json").result["runs"]) == 1
+
+
+@pytest.mark.parametrize("has_more", [False, True], ids=["all", "more"])
+async def test_a_merge_that_a_dirty_checkout_blocks_names_the_obstacle(repository: Repository, has_more: bool) -> None:
+    """Nobody has interrupted it: the exit code is 1, and the next command works once the checkout is clean."""
+    later = [{"id": "later", "prompt": "write later.txt x", "needs": ["built"]}] if has_more else []
+    config = str(repository.configure([{"id": "built", "prompt": "write README.md changed"}, *later]))
+    (repository.top / "README.md").write_text("my own change")
+    ended = repository.council("run", config, "--allow-deferred")
+    name = repository.council("status", "--json").result["run"]
+    for command in ("merge", "resume", "merge"):
+        blocked = repository.council(command)
+        assert blocked.code == 1, blocked
+        assert "interrupted" not in blocked.stdout + blocked.stderr, blocked
+        assert "README.md): commit or stash them" in " ".join(blocked.stdout.split()), blocked
+    step = "resume" if has_more else "merge"
+    last = repository.council("status").stdout.splitlines()[-1]
+    assert last == f"Next: council {step} {name}", ended
+    repository.git("checkout", "--quiet", "README.md")
+    merged = repository.council("merge", "--json")
+    assert merged.states["built"] == "landed", merged
+    assert (merged.code, merged.result["status"]) == ((1, "incomplete") if has_more else (0, "landed"))
+    if has_more:
+        assert repository.council("status").stdout.splitlines()[-1] == f"Next: council resume {name}"

@@ -180,7 +180,8 @@ class Scheduler:
                     await self._tick(group)
             listening.cancel_scope.cancel()
         is_over = self._board.is_over(self._ledger.statuses())
-        if not is_over and (self._is_start_blocked or self._is_unavailable_work_left()):
+        was_stopped = self._stopping or self.halted is not None
+        if not is_over and (was_stopped or self._is_unavailable_work_left()):
             return False
         self.halted = None
         await self._repository_guard.look()
