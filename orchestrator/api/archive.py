@@ -190,9 +190,9 @@ class Archive:
             raise await self._no_attempt_error(run, task)
 
     async def diff(self, run: str, task: str, *, stat: bool = False) -> bytes:
-        """Return what a task has changed, as git shows it: so far, where its session is at work."""
+        """Return what a task has changed, as git shows it: from the worktree of a running or interrupted session."""
         document, git = await self._task(run, task), await self._git(run)
-        if document.status is TaskStatus.RUNNING and await self._is_live(run):
+        if document.status is TaskStatus.RUNNING and await self._has_worktree(run, task, document.attempt):
             return await self._live_diff(run, task, document.attempt, stat=stat)
         return await diffs.diff_commits(git, *await self._diff_range(git, run, task, document), stat=stat)
 
@@ -305,6 +305,13 @@ class Archive:
 
     async def _kept_worktree(self, run: str, name: str) -> Worktree | None:
         return next((one for one in await self._leftover_worktrees(run) if _name(one) == name), None)
+
+    async def _has_worktree(self, run: str, task: str, attempt: Attempt) -> bool:
+        """Whether the session of an attempt runs, or was interrupted and left its worktree."""
+        if await self._is_live(run):
+            return True
+        left = await self._leftover_worktrees(run)
+        return any((one.task, one.attempt) == (task, attempt.number) for one in left)
 
     async def _leftover_worktrees(self, run: str) -> list[Worktree]:
         document = await read_run(self._store, run)

@@ -813,3 +813,21 @@ async def test_branches_of_ours_are_named_as_salvage_takes_them(repository: Repo
             assert name in heads, one.stdout
     assert all("kept as" in one.stdout and "t/1" in one.stdout for one in printed[1:])
     assert repository.council("salvage", "show", "t/1").code == 0
+
+
+def killed_with_work(repository: Repository) -> str:
+    """Run a task until it has changed something, and kill the run; return its id."""
+    child = repository.start("run", _file(repository, [{"id": "t", "prompt": "write half.txt half\nhang"}]))
+    has_begun(repository, "t")
+    wait_for(lambda: "half.txt" in repository.council("diff", "t").stdout)
+    child.kill()
+    child.communicate()
+    return str(repository.council("status", "--json").result["run"])
+
+
+def test_diff_shows_the_worktree_that_a_killed_run_left(repository: Repository) -> None:
+    """The same that it showed of the running session; `salvage list` names that worktree."""
+    killed_with_work(repository)
+    assert "t.1" in repository.council("salvage", "list").stdout
+    shown = repository.council("diff", "t")
+    assert (shown.code, "+half" in shown.stdout) == (0, True), shown
