@@ -72,9 +72,12 @@ class LogEntry(OutputEntry):
 
 @dataclass(frozen=True, slots=True)
 class AttemptMarker:
-    """Where an attempt's log begins (`began`) and ends: its attempt has `ended`, or is `running`."""
+    """Where an attempt's log begins (`began`) and ends: its attempt has `ended`, is `running`, or was `interrupted`.
 
-    event: Literal["began", "ended", "running"]
+    It was interrupted if it has no recorded end and no process is active on its run.
+    """
+
+    event: Literal["began", "ended", "running", "interrupted"]
     attempt: Attempt
     used: Transcript = EMPTY_TRANSCRIPT
     """What it said that it used up, so far."""
@@ -147,7 +150,8 @@ class Archive:
                     if follow and not parts:
                         for entry in logs[number].pause(document):
                             yield entry
-        for entry in chain.from_iterable(one.end(document) for one in logs.values()):
+        is_interrupted = document.status is TaskStatus.RUNNING and not await self._is_live(run)
+        for entry in chain.from_iterable(one.end(document, is_interrupted=is_interrupted) for one in logs.values()):
             yield entry
 
     async def latest(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> tuple[str, float] | None:
@@ -396,19 +400,25 @@ class _SessionLog:
         if document.attempts[self._attempt.number - 1].ended is not None:
             yield from self._ended(document)
 
-    def end(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
-        """Yield what was held back: there is no more output."""
+    def end(self, document: TaskDocument, *, is_interrupted: bool = False) -> Iterator[LogEntry | AttemptMarker]:
+        """Yield what was held back: there is no more output.
+
+        `is_interrupted`: an attempt without a recorded end does not run any more.
+        """
         for stream, rest in self._rest.items():
             yield from self._read(stream, [rest] if rest else [])
         self._rest.clear()
-        yield from self._ended(document)
+        yield from self._ended(document, is_interrupted=is_interrupted)
 
-    def _ended(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
+    def _ended(self, document: TaskDocument, *, is_interrupted: bool = False) -> Iterator[LogEntry | AttemptMarker]:
         if not self._has_ended:
             self._has_ended = True
             yield from self._made(self._entries.end())
             attempt = document.attempts[self._attempt.number - 1]
-            yield AttemptMarker("running" if attempt.ended is None else "ended", attempt, self._entries.transcript)
+            event: Literal["ended", "running", "interrupted"] = "ended"
+            if attempt.ended is None:
+                event = "interrupted" if is_interrupted else "running"
+            yield AttemptMarker(event, attempt, self._entries.transcript)
 
     def _read(self, stream: str, lines: Sequence[str]) -> Iterator[LogEntry]:
         for line in lines:

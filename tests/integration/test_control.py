@@ -831,3 +831,11 @@ def test_diff_shows_the_worktree_that_a_killed_run_left(repository: Repository) 
     assert "t.1" in repository.council("salvage", "list").stdout
     shown = repository.council("diff", "t")
     assert (shown.code, "+half" in shown.stdout) == (0, True), shown
+
+
+def test_logs_of_a_killed_session_name_it_interrupted(repository: Repository) -> None:
+    """As `show` does; nothing runs any more."""
+    killed_with_work(repository)
+    assert "interrupted" in repository.council("show", "t").stdout
+    assert repository.council("logs", "t").stdout.splitlines()[-1] == "session 1 interrupted"
+    assert repository.council("logs", "t", "--json").lines[-1]["kind"] == "interrupted"
