@@ -839,3 +839,12 @@ def test_logs_of_a_killed_session_name_it_interrupted(repository: Repository) ->
     assert "interrupted" in repository.council("show", "t").stdout
     assert repository.council("logs", "t").stdout.splitlines()[-1] == "session 1 interrupted"
     assert repository.council("logs", "t", "--json").lines[-1]["kind"] == "interrupted"
+
+
+def test_show_names_no_log_of_a_session_that_setup_ended(repository: Repository) -> None:
+    """Its program never started, so that it wrote none."""
+    config = _file(repository, [{"id": "t", "prompt": "write x x", "attempts": 1}], worktrees={"setup": ["exit 3"]})
+    assert repository.council("run", config, "--json").result["tasks"][0]["failure"] == "setup_failed"
+    [session] = repository.council("show", "t", "--json").result["sessions"]
+    assert session["log"] is None
+    assert ".stdout" not in repository.council("show", "t").stdout
