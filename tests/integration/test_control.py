@@ -848,3 +848,18 @@ def test_show_names_no_log_of_a_session_that_setup_ended(repository: Repository)
     [session] = repository.council("show", "t", "--json").result["sessions"]
     assert session["log"] is None
     assert ".stdout" not in repository.council("show", "t").stdout
+
+
+def test_show_of_a_blocked_task_leads_to_the_task_that_failed(repository: Repository) -> None:
+    """Also over a task that is blocked itself; the printed command unblocks both."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "need", "prompt": "attempt 1 exit 3\nwrite n n", "attempts": 1},
+        {"id": "after", "prompt": "write a a", "needs": ["need"]},
+        {"id": "last", "prompt": "write l l", "needs": ["after"]},
+    ]
+    repository.council("run", _file(repository, tasks))
+    for task in ("after", "last"):
+        assert repository.council("show", task).stdout.splitlines()[-1] == "next: council retry need"
+    assert [one["blocked_by"] for one in repository.council("status", "--json").result["tasks"]] == [None, "need", "need"]
+    assert repository.council("retry", "need").code == 0
+    assert set(repository.council("resume", "--json").states.values()) == {"landed"}

@@ -26,16 +26,21 @@ class Step(NamedTuple):
         return f"{self.label}: {self.command}"
 
 
-def task_steps(task: TaskReport, report: RunReport, *, is_newest: bool = True) -> Sequence[Step]:
+def task_steps(
+    task: TaskReport, report: RunReport, *, is_newest: bool = True, is_shown: bool = False
+) -> Sequence[Step]:
     """Return the next command for a task and the ones that follow it; none where nothing is to be done for it.
 
-    What waits for the run as a whole (`run_step`) has no command of its own.
+    What waits for the run as a whole (`run_step`) has no command of its own. With `is_shown`, the output of
+    `council show`: a blocked task has the command for the task that blocks it.
     """
     if report.imported is not None:
         return ()
     if report.merges is not None:
         return _merge_steps(task, report)
     name, kept, run = shlex.quote(task.id), kept_as(task), "" if is_newest else f" --run {report.run}"
+    if is_shown and task.blocked_by is not None:
+        return [Step("next", f"council retry {shlex.quote(task.blocked_by)}{run}")]
     logs, show, retry = (f"council {command} {name}" for command in ("logs", "show", "retry"))
     apply = [("or", f"council salvage apply {shlex.quote(kept)}")] if kept is not None else []
     match task.status:

@@ -93,6 +93,8 @@ class TaskReport:
     """The phase of its workflow that it is at, or is to enter next; null: none is left, or it has no workflow."""
     denied: str | None = None
     """The tools that its newest session with any was denied, and what allows them; null: none was."""
+    blocked_by: str | None = None
+    """The task that did not land and that it needs, directly or not; null: an adapter, or nothing, blocks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,12 +347,15 @@ def build_report(
     closed = {one.name: one.closed for one in adapters if one.closed is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, closed)
     waiting = _tasks_in_cooldown(record, adapters)
-    reports, logs = [], str(places.logs)
+    reports, logs, roots = [], str(places.logs), dict[str, str]()
+    for task, need in blocked.items():  # what a task needs comes before it
+        roots[task] = roots.get(need, need)
     for task in record.run.tasks:
         need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
         told = replace(told, reason=waiting[task]) if task in waiting else told
+        told = replace(told, blocked_by=roots[task]) if task in roots else told
         if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and told.status == TaskStatus.RUNNING:
             reason = _INTERRUPTED.format(run=record.run.id)
             told = replace(told, reason=reason, attempts=told.attempts - 1)  # as it is once that is recorded
