@@ -234,7 +234,14 @@ class RunReport:
     @property
     def has_unfinished_tasks(self) -> bool:
         """Whether a resume or a merge could continue one of its tasks."""
-        return self.imported is None and any(task.status not in {*FINAL_STATUSES, "blocked"} for task in self.tasks)
+        if self.imported is not None:
+            return False
+        return self.has_stuck_tasks or any(task.status not in {*FINAL_STATUSES, "blocked"} for task in self.tasks)
+
+    @property
+    def has_stuck_tasks(self) -> bool:
+        """Whether a stopped adapter alone blocks one of its tasks: a resume tries that again."""
+        return any(task.status == "blocked" and task.blocked_by is None for task in self.tasks)
 
     def to_json(self) -> JsonObject:
         """Return the result object."""
