@@ -86,6 +86,10 @@ class Terminal:
         """Press keys."""
         os.write(self._master, keys.encode())
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the program."""
+        self._child.send_signal(number)
+
     def hang_up(self) -> None:
         """Close the window."""
         os.close(self._master)

@@ -72,9 +72,12 @@ class LogEntry(OutputEntry):
 
 @dataclass(frozen=True, slots=True)
 class AttemptMarker:
-    """Where an attempt's log begins (`began`) and ends: its attempt has `ended`, or is `running`."""
+    """Where an attempt's log begins (`began`) and ends: its attempt has `ended`, is `running`, or was `interrupted`.
 
-    event: Literal["began", "ended", "running"]
+    It was interrupted if it has no recorded end and no process is active on its run.
+    """
+
+    event: Literal["began", "ended", "running", "interrupted"]
     attempt: Attempt
     used: Transcript = EMPTY_TRANSCRIPT
     """What it said that it used up, so far."""
@@ -147,7 +150,8 @@ class Archive:
                     if follow and not parts:
                         for entry in logs[number].pause(document):
                             yield entry
-        for entry in chain.from_iterable(one.end(document) for one in logs.values()):
+        is_interrupted = document.status is TaskStatus.RUNNING and not await self._is_live(run)
+        for entry in chain.from_iterable(one.end(document, is_interrupted=is_interrupted) for one in logs.values()):
             yield entry
 
     async def latest(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> tuple[str, float] | None:
@@ -190,9 +194,9 @@ class Archive:
             raise await self._no_attempt_error(run, task)
 
     async def diff(self, run: str, task: str, *, stat: bool = False) -> bytes:
-        """Return what a task has changed, as git shows it: so far, where its session is at work."""
+        """Return what a task has changed, as git shows it: from the worktree of a running or interrupted session."""
         document, git = await self._task(run, task), await self._git(run)
-        if document.status is TaskStatus.RUNNING and await self._is_live(run):
+        if document.status is TaskStatus.RUNNING and await self._has_worktree(run, task, document.attempt):
             return await self._live_diff(run, task, document.attempt, stat=stat)
         return await diffs.diff_commits(git, *await self._diff_range(git, run, task, document), stat=stat)
 
@@ -306,6 +310,13 @@ class Archive:
     async def _kept_worktree(self, run: str, name: str) -> Worktree | None:
         return next((one for one in await self._leftover_worktrees(run) if _name(one) == name), None)
 
+    async def _has_worktree(self, run: str, task: str, attempt: Attempt) -> bool:
+        """Whether the session of an attempt runs, or was interrupted and left its worktree."""
+        if await self._is_live(run):
+            return True
+        left = await self._leftover_worktrees(run)
+        return any((one.task, one.attempt) == (task, attempt.number) for one in left)
+
     async def _leftover_worktrees(self, run: str) -> list[Worktree]:
         document = await read_run(self._store, run)
         hub = Hub(Path(document.hub))
@@ -389,19 +400,25 @@ class _SessionLog:
         if document.attempts[self._attempt.number - 1].ended is not None:
             yield from self._ended(document)
 
-    def end(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
-        """Yield what was held back: there is no more output."""
+    def end(self, document: TaskDocument, *, is_interrupted: bool = False) -> Iterator[LogEntry | AttemptMarker]:
+        """Yield what was held back: there is no more output.
+
+        `is_interrupted`: an attempt without a recorded end does not run any more.
+        """
         for stream, rest in self._rest.items():
             yield from self._read(stream, [rest] if rest else [])
         self._rest.clear()
-        yield from self._ended(document)
+        yield from self._ended(document, is_interrupted=is_interrupted)
 
-    def _ended(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
+    def _ended(self, document: TaskDocument, *, is_interrupted: bool = False) -> Iterator[LogEntry | AttemptMarker]:
         if not self._has_ended:
             self._has_ended = True
             yield from self._made(self._entries.end())
             attempt = document.attempts[self._attempt.number - 1]
-            yield AttemptMarker("running" if attempt.ended is None else "ended", attempt, self._entries.transcript)
+            event: Literal["ended", "running", "interrupted"] = "ended"
+            if attempt.ended is None:
+                event = "interrupted" if is_interrupted else "running"
+            yield AttemptMarker(event, attempt, self._entries.transcript)
 
     def _read(self, stream: str, lines: Sequence[str]) -> Iterator[LogEntry]:
         for line in lines:

@@ -228,6 +228,9 @@ class RunExecutor:
         await check_branches(source, base, base)
         await check_checkout(site.repository, base, environ, remedy="commit or stash them, then `council merge`")
         start = await fetch_base_and_target(site, hub, name, (base, base), environ)
+        if await source.tip(document.target) is None:
+            await delete_run_refs(hub, name, environ)
+            raise await _explain_missing_branch(git, record, start)
         commit, branch = (
             await source.fetch(document.target, internal_ref_name(name, "work")),
             work_branch_name(name, MERGE_TASK, "1"),
@@ -497,7 +500,7 @@ class RunExecutor:
         result = runs.describe(await runs.record(run), is_live=False, has_ended=finished)
         if finished and coordinates:
             await ledger.finish(result.status)
-        return result
+        return await runs.with_merge_state(result, ledger.run) if finished else result
 
     @asynccontextmanager
     async def _taken(
@@ -692,6 +695,22 @@ def _describe_process(pid: int | None, host: str) -> str:
         return f"process {pid} on {host}, which has not answered yet"
     stat = process_stat(pid)
     return f"process {pid}, which {'is stopped' if stat is not None and stat.state in 'Tt' else 'has not answered yet'}"
+
+
+async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> RefusedError:
+    """Return why a run's own branch that does not exist can't be merged into its base, which is at `start`."""
+    run = record.run
+    what = f"the branch {run.target!r} does not exist"
+    commits = [task.landed for task in record.tasks.values() if task.landed is not None]
+    tip = (await git.line("merge-base", "--independent", *commits)).split("\n")[0]
+    is_merged = await git.is_ancestor(tip, start)
+    if not is_merged:  # its commits may have been squashed
+        tree, conflicts = await git.merge_tree(start, tip)
+        is_merged = not conflicts and tree == await git.line("rev-parse", f"{start}^{{tree}}")
+    if is_merged:
+        return NothingToMerge(f"{what}, and {run.base!r} has all of it already", "there is nothing to merge")
+    remedy = f"`git branch {run.target} {tip}` restores it, then `council merge {run.id}`"
+    return RefusedError(f"{what}, and {run.base!r} does not have all of it", remedy)
 
 
 async def _entries(runs: ProjectRuns, before: RunRecord, ledger: Ledger) -> dict[str, DispatchEntry]:

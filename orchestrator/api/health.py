@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class Health:
             *findings.judge_documents(statistics),
             findings.judge_expired(statistics),
             await self._latency(),
-            findings.judge_interrupted_runs([run for run, is_live in open_runs.items() if not is_live]),
+            findings.judge_unfinished_runs([run.id for run in runs if await self._is_left(run, open_runs)]),
             *findings.judge_silent_sessions(sessions),
             findings.judge_conflicts(len(await list_pending(store))),
         ]
@@ -57,6 +57,14 @@ class Health:
         with suppress(RefusedError):  # what can't be read is a finding of its own
             return await read_run(self.runs.store, run)
         return None
+
+    async def _is_left(self, run: RunDocument, open_runs: Mapping[str, bool]) -> bool:
+        """Whether a run has unfinished tasks and no active process; `open_runs`: whether those not ended have one."""
+        if run.ended is None:
+            return not open_runs[run.id]
+        with suppress(RefusedError, UnreadableDocument):
+            return (await self.runs.status(run.id, even_gone=True)).has_unfinished_tasks
+        return False
 
     async def _latency(self) -> Finding:
         store, clock = self.runs.store, self.runs.clock

@@ -182,7 +182,7 @@ class StateHistory:
         handoffs = await read_handoffs(self.runs.store, run, task)
         found = await read_tasks(self.runs.store, run)
         landed_at = await self._landed_at(record.run, {task: record.tasks[task]}, found)
-        return build_task_details(
+        details = build_task_details(
             run,
             report,
             shown,
@@ -195,6 +195,7 @@ class StateHistory:
             is_merge=record.run.merges is not None,
             damage=self.runs.damage,
         )
+        return await anyio.to_thread.run_sync(_without_missing_logs, details)
 
     async def overview(self, run: str) -> RunOverview:
         """Return all that is known of a run, also of one whose repositories are gone."""
@@ -287,6 +288,14 @@ def _refuse_compacted() -> Iterator[None]:
 def _compacted_refusal(gone: HistoryCompacted) -> RefusedError:
     what = f"the state log does not go back to position {gone.position}, only to {gone.first}"
     return RefusedError(what, f"name a position from {gone.first} on, or a later time")
+
+
+def _without_missing_logs(details: TaskDetails) -> TaskDetails:
+    """Return details that name only logs that exist: a session that ended in setup has none. Blocks."""
+    sessions = [
+        one if one.log is None or Path(one.log).exists() else replace(one, log=None) for one in details.sessions
+    ]
+    return replace(details, sessions=sessions)
 
 
 def _mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:

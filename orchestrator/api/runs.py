@@ -25,7 +25,7 @@ from orchestrator.engine.state.records import (
     read_tasks,
     task_documents,
 )
-from orchestrator.errors import RefusedError, UnreadableDocument
+from orchestrator.errors import GitError, RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.project import Project
 from orchestrator.protocols import Document, Store
@@ -172,7 +172,30 @@ class ProjectRuns:
             return replace(described, background=await anyio.to_thread.run_sync(self._background_error, run))
         if described.status is RunStatus.RUNNING:
             return replace(described, sessions=await self._sessions(run))
-        return replace(described, merged_by=await self._merged_by(record.run))
+        return await self.with_merge_state(described, record.run)
+
+    async def with_merge_state(self, report: RunReport, run: RunDocument) -> RunReport:
+        """Return the report of a run that has ended with what became of its own branch, if it landed on one.
+
+        The repository decides, if it is on this machine: users merge and delete such branches, too.
+        """
+        if not report.awaits_merge:
+            return report
+        merged_by = await self._merged_by(run)
+        awaits_merge = merged_by is None and (run.is_url or await self._is_unmerged(run))
+        return replace(report, merged_by=merged_by, awaits_merge=awaits_merge)
+
+    async def _is_unmerged(self, run: RunDocument) -> bool:
+        """Whether the own branch of a run is not merged into its base, also where that can't be read."""
+        # Late: most runs land on a branch of the user's.
+        from orchestrator.repo.git.command import Git
+        from orchestrator.repo.source.branches import has_unmerged_commits
+
+        git = Git(None, as_user=True, environ=self.environ)
+        try:
+            return await has_unmerged_commits(Path(run.repo), run.target, run.base, git)
+        except (GitError, OSError):
+            return True
 
     async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
         """Return by task how much each has changed; `commits` are those by which they landed.

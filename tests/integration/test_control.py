@@ -813,3 +813,53 @@ async def test_branches_of_ours_are_named_as_salvage_takes_them(repository: Repo
             assert name in heads, one.stdout
     assert all("kept as" in one.stdout and "t/1" in one.stdout for one in printed[1:])
     assert repository.council("salvage", "show", "t/1").code == 0
+
+
+def killed_with_work(repository: Repository) -> str:
+    """Run a task until it has changed something, and kill the run; return its id."""
+    child = repository.start("run", _file(repository, [{"id": "t", "prompt": "write half.txt half\nhang"}]))
+    has_begun(repository, "t")
+    wait_for(lambda: "half.txt" in repository.council("diff", "t").stdout)
+    child.kill()
+    child.communicate()
+    return str(repository.council("status", "--json").result["run"])
+
+
+def test_diff_shows_the_worktree_that_a_killed_run_left(repository: Repository) -> None:
+    """The same that it showed of the running session; `salvage list` names that worktree."""
+    killed_with_work(repository)
+    assert "t.1" in repository.council("salvage", "list").stdout
+    shown = repository.council("diff", "t")
+    assert (shown.code, "+half" in shown.stdout) == (0, True), shown
+
+
+def test_logs_of_a_killed_session_name_it_interrupted(repository: Repository) -> None:
+    """As `show` does; nothing runs any more."""
+    killed_with_work(repository)
+    assert "interrupted" in repository.council("show", "t").stdout
+    assert repository.council("logs", "t").stdout.splitlines()[-1] == "session 1 interrupted"
+    assert repository.council("logs", "t", "--json").lines[-1]["kind"] == "interrupted"
+
+
+def test_show_names_no_log_of_a_session_that_setup_ended(repository: Repository) -> None:
+    """Its program never started, so that it wrote none."""
+    config = _file(repository, [{"id": "t", "prompt": "write x x", "attempts": 1}], worktrees={"setup": ["exit 3"]})
+    assert repository.council("run", config, "--json").result["tasks"][0]["failure"] == "setup_failed"
+    [session] = repository.council("show", "t", "--json").result["sessions"]
+    assert session["log"] is None
+    assert ".stdout" not in repository.council("show", "t").stdout
+
+
+def test_show_of_a_blocked_task_leads_to_the_task_that_failed(repository: Repository) -> None:
+    """Also over a task that is blocked itself; the printed command unblocks both."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "need", "prompt": "attempt 1 exit 3\nwrite n n", "attempts": 1},
+        {"id": "after", "prompt": "write a a", "needs": ["need"]},
+        {"id": "last", "prompt": "write l l", "needs": ["after"]},
+    ]
+    repository.council("run", _file(repository, tasks))
+    for task in ("after", "last"):
+        assert repository.council("show", task).stdout.splitlines()[-1] == "next: council retry need"
+    assert [one["blocked_by"] for one in repository.council("status", "--json").result["tasks"]] == [None, "need", "need"]
+    assert repository.council("retry", "need").code == 0
+    assert set(repository.council("resume", "--json").states.values()) == {"landed"}

@@ -121,3 +121,20 @@ def test_what_can_be_used_is_not_reopened(repository: Repository, tmp_path: Path
     refused = repository.council("adapters", "reopen", *names)
     assert refused.code == 2
     assert ("fake, locked" in refused.stderr) == (names == ["locke"])
+
+
+def test_a_stopped_adapter_of_an_ended_run_leads_to_what_helps(repository: Repository, tmp_path: Path) -> None:
+    """To a resume as long as a task waits for it, which `runs --active` lists; to none once all tasks have ended."""
+    (tmp_path / "gate").touch()
+    tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two"))
+    repository.council("run", configured(repository, tmp_path, *tasks))
+    name = repository.council("status", "--json").result["run"]
+    assert f"Next: council resume {name}" in repository.council("status").stdout
+    assert name in repository.council("runs", "--active").stdout
+    health = repository.council("state", "health").stdout
+    assert f"council resume {name}" in health, health
+    assert repository.council("cancel", "--yes").code == 0
+    status = repository.council("status")
+    assert "council resume" not in status.stdout, status
+    assert repository.council("runs", "--active").stdout == ""
+    assert "council resume" not in repository.council("state", "health").stdout

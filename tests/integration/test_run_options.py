@@ -15,8 +15,13 @@ import pytest
 
 from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.config.inline import InlineTasks
+from orchestrator.engine.state.records import task_key
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins
+from orchestrator.project import Project
+from orchestrator.protocols import Commit, Write
+from orchestrator.state.stores.file import open_file_store
+from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.integration.test_control import has_begun
 from tests.unit.test_inline import TYPES, _Free
@@ -339,3 +344,96 @@ async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository)
     nothing = repository.council("merge")
     assert (nothing.code, "waits to land" in nothing.stdout, nothing.stdout.count("\n")) == (0, True, 1)
     assert repository.council("merge", "--json").result["exit"] == 0
+
+
+async def test_a_merge_run_never_starts_a_session(repository: Repository) -> None:
+    """A retry of its task is rejected with the commands that merge again; a resume changes nothing."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    name = repository.council("status", "--json").result["run"]
+    before = repository.commit({"a.txt": "mine"})
+    spawned = repository.spawns.read_text()
+    merge = repository.council("merge", "--json").result["run"]
+    for more in ([], ["--reload"]):
+        refused = repository.council("retry", "merge", "--run", merge, *more)
+        assert (refused.code, f"`council merge {name}`" in refused.stderr) == (2, True), refused
+        assert f"git switch council/{name}" in refused.stderr, refused
+    assert repository.council("resume", merge, "--json").states == {"merge": "conflict"}
+    assert repository.spawns.read_text() == spawned
+    assert repository.git("rev-parse", "main") == before
+
+
+async def test_a_merge_run_with_a_pending_task_starts_no_session(repository: Repository) -> None:
+    """Also not if another process, such as one that restores a checkpoint, has made its task pending."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    repository.commit({"a.txt": "mine"})
+    spawned = repository.spawns.read_text()
+    merge = repository.council("merge", "--json").result["run"]
+    key = task_key(merge, "merge")
+    async with open_file_store(Project(repository.top).store(), SystemClock()) as store:
+        found = await store.get(key)
+        assert found is not None
+        await store.commit(Commit([Write(key, found.version, {**found.value, "status": "pending"})], []))
+    resumed = repository.council("resume", merge, "--json")
+    assert (resumed.code, resumed.states) == (1, {"merge": "failed"}), resumed
+    assert repository.spawns.read_text() == spawned
+
+
+def printed_next(repository: Repository) -> list[str]:
+    """Return the lines with the next command that `status` and `runs` print."""
+    shown = "".join(repository.council(command).stdout for command in ("status", "runs"))
+    return [line.strip() for line in shown.splitlines() if "next:" in line.lower()]
+
+
+@pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
+async def test_a_branch_that_the_user_merged_or_deleted_waits_for_nothing(repository: Repository, how: str) -> None:
+    """`status` and `runs` name no next command any more, and `council merge` has nothing to merge."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    assert repository.council("run").code == 0
+    name = repository.council("status", "--json").result["run"]
+    assert printed_next(repository) == [f"Next: council merge {name}", f"next: council merge {name}"]
+    branch = f"council/{name}"
+    tip = repository.git("rev-parse", branch)
+    if how == "squashed":
+        repository.git("merge", "--quiet", "--squash", branch)
+        repository.git("commit", "--quiet", "--message", "squashed")
+    elif how != "lost":
+        repository.git("merge", "--quiet", "--no-ff", "--no-edit", branch)
+    if how != "merged":
+        repository.git("branch", "--quiet", "-D", branch)
+    assert printed_next(repository) == []
+    assert repository.council("status", "--json").result["awaits_merge"] is False
+    merged = repository.council("merge")
+    if how == "lost":
+        assert (merged.code, f"`git branch {branch} {tip}`" in merged.stderr) == (2, True), merged
+    else:
+        assert (merged.code, "'main' has all of" in merged.stdout) == (0, True), merged
+    assert len(repository.council("runs", "--json").result["runs"]) == 1
+
+
+@pytest.mark.parametrize("has_more", [False, True], ids=["all", "more"])
+async def test_a_merge_that_a_dirty_checkout_blocks_names_the_obstacle(repository: Repository, has_more: bool) -> None:
+    """Nobody has interrupted it: the exit code is 1, and the next command works once the checkout is clean."""
+    later = [{"id": "later", "prompt": "write later.txt x", "needs": ["built"]}] if has_more else []
+    config = str(repository.configure([{"id": "built", "prompt": "write README.md changed"}, *later]))
+    (repository.top / "README.md").write_text("my own change")
+    ended = repository.council("run", config, "--allow-deferred")
+    name = repository.council("status", "--json").result["run"]
+    for command in ("merge", "resume", "merge"):
+        blocked = repository.council(command)
+        assert blocked.code == 1, blocked
+        assert "interrupted" not in blocked.stdout + blocked.stderr, blocked
+        assert "README.md): commit or stash them" in " ".join(blocked.stdout.split()), blocked
+    step = "resume" if has_more else "merge"
+    last = repository.council("status").stdout.splitlines()[-1]
+    assert last == f"Next: council {step} {name}", ended
+    repository.git("checkout", "--quiet", "README.md")
+    merged = repository.council("merge", "--json")
+    assert merged.states["built"] == "landed", merged
+    assert (merged.code, merged.result["status"]) == ((1, "incomplete") if has_more else (0, "landed"))
+    if has_more:
+        assert repository.council("status").stdout.splitlines()[-1] == f"Next: council resume {name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from tests.conftest import CommandResult, Repository
 from tests.sandboxes import needs_sandbox
+from tests.terminal import Terminal
+from tests.waiting import wait_for
 
 pytestmark = needs_sandbox
 
@@ -104,3 +107,34 @@ def test_looking_at_a_file_needs_no_word(cloned: Repository) -> None:
     trace = bring(cloned, sandbox="off")
     assert cloned.council("validate").code == 0
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_the_question_at_once(cloned: Repository, how: int) -> None:
+    """As it ends any command; nothing is confirmed and no program of the file is executed."""
+    trace = bring(cloned)
+    terminal = Terminal(("doctor",), cloned.top, cloned.environ)
+    try:
+        wait_for(lambda: "Trust this file? [y/N]" in terminal.text)
+        if how == signal.SIGINT:
+            terminal.type("\x03")
+        else:
+            terminal.send_signal(how)
+        assert terminal.wait(10) == 130
+    finally:
+        terminal.close()
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("answer", ["y", ""])
+def test_the_answer_at_the_terminal_decides(cloned: Repository, answer: str) -> None:
+    """No answer is no."""
+    trace = bring(cloned)
+    terminal = Terminal(("doctor",), cloned.top, cloned.environ)
+    try:
+        wait_for(lambda: "Trust this file? [y/N]" in terminal.text)
+        terminal.type(f"{answer}\n")
+        code = terminal.wait()
+    finally:
+        terminal.close()
+    assert (code == 2, trace.exists()) == ((False, True) if answer else (True, False))

@@ -92,7 +92,7 @@ def test_what_has_no_room_is_counted() -> None:
         (run(task("pending")), "Next: council resume run"),
         (run(task("queued", reason="main is dirty")), "Next: council merge run"),
         (
-            replace(run(task("landed", landed=COMMIT)), target="council/run"),
+            replace(run(task("landed", landed=COMMIT)), target="council/run", awaits_merge=True),
             "Next: council merge run",
         ),
         (
@@ -120,7 +120,7 @@ def test_commands_are_never_cut() -> None:
     [cut] = [line for line in shown if line.startswith("  api failed:")]
     assert cut.endswith(f"… {remedy}")
     assert any(line.endswith("… `council adapters reopen claude --run run`") for line in shown), shown
-    landed = replace(run(task("landed", landed=COMMIT)), run="r" * 70, target=f"council/{'r' * 70}")
+    landed = replace(run(task("landed", landed=COMMIT)), run="r" * 70, target=f"council/{'r' * 70}", awaits_merge=True)
     assert brief_lines(landed, is_newest=False)[-1] == f"Next: council merge {'r' * 70}"
 
 
@@ -176,6 +176,7 @@ def test_nothing_but_totals_where_all_is_well() -> None:
 def test_a_merge_is_the_next_step_only_of_a_run_that_has_ended_and_is_not_merged() -> None:
     """`council merge` refuses a run that is running, and finds nothing to do in a merged one."""
     ended = replace(run(replace(task("landed"), landed="c1")), target="council/r1", run="r1", status=RunStatus.LANDED)
+    ended = replace(ended, awaits_merge=True)
     assert brief_lines(ended)[-1] == "Next: council merge r1"
-    for other in (replace(ended, status=RunStatus.RUNNING), replace(ended, merged_by="r2")):
+    for other in (replace(ended, status=RunStatus.RUNNING), replace(ended, awaits_merge=False)):
         assert not any("council merge" in line for line in brief_lines(other))

@@ -14,7 +14,7 @@ from orchestrator.engine.diagnostics.state_findings import (
     SilentSession,
     judge_documents,
     judge_integrity,
-    judge_interrupted_runs,
+    judge_unfinished_runs,
     judge_latency,
     judge_log,
     judge_silent_sessions,
@@ -98,7 +98,7 @@ def test_silence() -> None:
 
 def test_runs_that_are_cut_off() -> None:
     """Each is named, with how the first goes on."""
-    assert judge_interrupted_runs([]).level is Level.OK
-    told = judge_interrupted_runs(["r1", "r2"])
+    assert judge_unfinished_runs([]).level is Level.OK
+    told = judge_unfinished_runs(["r1", "r2"])
     assert told.found == "interrupted or halted: r1, r2"
     assert told.remedy == "`council resume r1`"

@@ -11,6 +11,8 @@ import anyio.to_thread
 import click
 
 from orchestrator.cli.render.text import printable
+from orchestrator.cli.core.confirm import ask_yes_no
+from orchestrator.cli.render.output import Output, printable
 from orchestrator.config.model import RunConfig
 from orchestrator.config.permissions import list_permission_requests
 from orchestrator.engine.diagnostics.trust import (
@@ -58,13 +60,14 @@ async def require_trust(config: RunConfig, *, is_named: bool) -> None:
         remedy = f"read the file, then confirm with --trust, or set {TRUST_VARIABLE}=1"
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise RefusedError(f"{file} asks for more than the default, not confirmed yet: {'; '.join(new)}", remedy)
-        if not await anyio.to_thread.run_sync(_ask, file, new):
+        if not await _ask(file, new):
             raise RefusedError(f"{file} is not trusted", remedy)
     await confirm_requests(file, requests, os.environ)
 
 
-def _ask(file: Path, new: list[str]) -> bool:
-    click.echo(printable(f"{file} asks for more than the default:"), err=True)
+async def _ask(file: Path, new: list[str]) -> bool:
+    output = Output(as_json=False)
+    output.text(printable(f"{file} asks for more than the default:\n", keep="\n"), err=True)
     for one in new:
-        click.echo(printable(f"  {one}"), err=True)
-    return click.confirm("Trust this file?", default=False, err=True)
+        output.text(printable(f"  {one}") + "\n", err=True)
+    return await ask_yes_no(output, "Trust this file?")

@@ -78,7 +78,7 @@ def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[s
     sessions = {one.task: one for one in report.sessions}
     what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
     words = ": ".join(filter(None, [f"  {short_name(task.id)} {format_state(task.status)}", what]))
-    if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
+    if task.failure == FailureClass.SETUP_FAILED or task.status == TaskStatus.QUEUED:  # the cause and its fix
         yield from islice(wrapped(printable(words)), MAX_LINES // 2)
     else:
         yield _shortened(printable(words))
@@ -102,7 +102,7 @@ def _next(report: RunReport) -> Iterator[str]:
     if report.damage:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
     for adapter in report.adapters:
-        again = reopen_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
+        again = reopen_adapter_command(adapter.name, report)
         yield _shortened(printable(adapter_line(adapter, again)))
     yield from map(_shortened, background_error_lines(report))
     if report.halted is not None and report.halted_by is HaltCause.BUDGET:

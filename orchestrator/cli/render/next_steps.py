@@ -26,16 +26,21 @@ class Step(NamedTuple):
         return f"{self.label}: {self.command}"
 
 
-def task_steps(task: TaskReport, report: RunReport, *, is_newest: bool = True) -> Sequence[Step]:
+def task_steps(
+    task: TaskReport, report: RunReport, *, is_newest: bool = True, is_shown: bool = False
+) -> Sequence[Step]:
     """Return the next command for a task and the ones that follow it; none where nothing is to be done for it.
 
-    What waits for the run as a whole (`run_step`) has no command of its own.
+    What waits for the run as a whole (`run_step`) has no command of its own. With `is_shown`, the output of
+    `council show`: a blocked task has the command for the task that blocks it.
     """
     if report.imported is not None:
         return ()
     if report.merges is not None:
         return _merge_steps(task, report)
     name, kept, run = shlex.quote(task.id), kept_as(task), "" if is_newest else f" --run {report.run}"
+    if is_shown and task.blocked_by is not None:
+        return [Step("next", f"council retry {shlex.quote(task.blocked_by)}{run}")]
     logs, show, retry = (f"council {command} {name}" for command in ("logs", "show", "retry"))
     apply = [("or", f"council salvage apply {shlex.quote(kept)}")] if kept is not None else []
     match task.status:
@@ -83,7 +88,6 @@ def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
 def run_step(report: RunReport) -> str:
     """Return the next command for a run; nothing where only its tasks, or nobody, have something to do."""
     states = {task.status for task in report.tasks}
-    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     match report.status:
         case _ if report.imported is not None:
             return ""
@@ -93,7 +97,7 @@ def run_step(report: RunReport) -> str:
             return f"council resume {report.run} --budget LIMITS"
         case RunStatus.HALTED | RunStatus.INTERRUPTED:
             return f"council resume {report.run}"
-        case RunStatus.INCOMPLETE if is_stopped or states & _TO_TRY:
+        case RunStatus.INCOMPLETE if report.has_stuck_tasks or states & _TO_TRY:
             return f"council resume {report.run}"
         case RunStatus.INCOMPLETE if states & LANDING_STATUSES:
             return f"council merge {report.run}"
@@ -117,11 +121,10 @@ def own_branch(report: RunReport) -> bool:
 
 def waits_for_merge(report: RunReport) -> bool:
     """Whether `council merge` is the next step: the run has ended, and its own branch is not merged."""
-    return own_branch(report) and report.merged_by is None and report.status is not RunStatus.RUNNING
+    return report.awaits_merge and report.status is not RunStatus.RUNNING
 
 
 def needs_retry(report: RunReport) -> bool:
     """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
-    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
     is_over = report.imported is None and not report.has_unfinished_tasks
-    return report.status is RunStatus.INCOMPLETE and is_over and not is_stopped
+    return report.status is RunStatus.INCOMPLETE and is_over

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from orchestrator.cli.render.columns import align_columns, short_name, wrapped
-from orchestrator.cli.render.next_steps import kept_as, own_branch, run_step, task_steps, waits_for_merge
+from orchestrator.cli.render.next_steps import kept_as, needs_retry, own_branch, run_step, task_steps, waits_for_merge
 from orchestrator.cli.render.table_model import format_age
 from orchestrator.cli.render.text import format_line_counts, one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
@@ -146,9 +146,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
     """Say who is at work, where that are several, and what to type next."""
     yield from _active_processes(report)
     for adapter in report.adapters:
-        yield adapter_line(
-            adapter, reopen_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
-        )
+        yield adapter_line(adapter, reopen_adapter_command(adapter.name, report))
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
     asked = [task.id for task in report.tasks if task.status == TaskStatus.WAITING]
@@ -193,9 +191,11 @@ def _at(report: RunReport, process: OrchestratorReport) -> str:
     return f" ({printable(', '.join(tasks))})" if tasks else ""
 
 
-def reopen_adapter_command(adapter: str, run: str, *, is_running: bool) -> str:
+def reopen_adapter_command(adapter: str, report: RunReport) -> str:
     """Return the command to use an adapter again that a run has stopped."""
-    return f"council adapters reopen {shlex.quote(adapter)} --run {run}" if is_running else f"council resume {run}"
+    if report.status is RunStatus.RUNNING:
+        return f"council adapters reopen {shlex.quote(adapter)} --run {report.run}"
+    return f"council retry TASK --run {report.run}" if needs_retry(report) else f"council resume {report.run}"
 
 
 def adapter_line(adapter: AdapterReport, command: str) -> str:

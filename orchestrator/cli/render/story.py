@@ -145,7 +145,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         "reason": one_line(one.reason or ""),
         "says": one_line(one.words or "", _LONGEST),
         "kept as": "" if one.branch is None else salvage_name(one.branch),
-        "log": one.log,
+        "log": one.log or "",
         "check": one.check_log or "",
         "discarded": _format_paths(one.discarded),
         "denied": one_line(str(one.denied)),

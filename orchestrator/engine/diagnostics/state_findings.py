@@ -117,11 +117,11 @@ def judge_silent_sessions(sessions: Sequence[SilentSession]) -> Iterator[Finding
             yield Finding(title, Level.WARNING, f"nothing printed for {long}, the limit is {limit}", remedy)
 
 
-def judge_interrupted_runs(runs: Sequence[str]) -> Finding:
-    """Judge the runs that are not over and that nobody is at work in."""
+def judge_unfinished_runs(runs: Sequence[str]) -> Finding:
+    """Judge the runs that have unfinished tasks and no active process."""
     if not runs:
         return Finding("runs", Level.OK, "none is unfinished")
-    return Finding("runs", Level.WARNING, f"interrupted or halted: {', '.join(runs)}", f"`council resume {runs[0]}`")
+    return Finding("runs", Level.WARNING, f"unfinished: {', '.join(runs)}", f"`council resume {runs[0]}`")
 
 
 def judge_conflicts(waiting: int) -> Finding:

@@ -93,6 +93,8 @@ class TaskReport:
     """The phase of its workflow that it is at, or is to enter next; null: none is left, or it has no workflow."""
     denied: str | None = None
     """The tools that its newest session with any was denied, and what allows them; null: none was."""
+    blocked_by: str | None = None
+    """The task that did not land and that it needs, directly or not; null: an adapter, or nothing, blocks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,8 @@ class RunReport:
     """The run whose own branch it merges into the base, for `council merge`."""
     merged_by: str | None = None
     """The run that merged its own branch into its base, by `council merge`."""
+    awaits_merge: bool = False
+    """Whether its own branch exists and has commits that its base does not have: `council merge` merges them."""
     background: str | None = None
     """Why the process ended that ran it in the background, where that failed."""
     sessions: Sequence[SessionReport] = ()
@@ -230,7 +234,14 @@ class RunReport:
     @property
     def has_unfinished_tasks(self) -> bool:
         """Whether a resume or a merge could continue one of its tasks."""
-        return self.imported is None and any(task.status not in {*FINAL_STATUSES, "blocked"} for task in self.tasks)
+        if self.imported is not None:
+            return False
+        return self.has_stuck_tasks or any(task.status not in {*FINAL_STATUSES, "blocked"} for task in self.tasks)
+
+    @property
+    def has_stuck_tasks(self) -> bool:
+        """Whether a stopped adapter alone blocks one of its tasks: a resume tries that again."""
+        return any(task.status == "blocked" and task.blocked_by is None for task in self.tasks)
 
     def to_json(self) -> JsonObject:
         """Return the result object."""
@@ -343,12 +354,15 @@ def build_report(
     closed = {one.name: one.closed for one in adapters if one.closed is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, closed)
     waiting = _tasks_in_cooldown(record, adapters)
-    reports, logs = [], str(places.logs)
+    reports, logs, roots = [], str(places.logs), dict[str, str]()
+    for task, need in blocked.items():  # what a task needs comes before it
+        roots[task] = roots.get(need, need)
     for task in record.run.tasks:
         need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
         told = _task(task, record.tasks[task], record.entries[task].adapter, why, logs)
         told = replace(told, reason=waiting[task]) if task in waiting else told
+        told = replace(told, blocked_by=roots[task]) if task in roots else told
         if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and told.status == TaskStatus.RUNNING:
             reason = _INTERRUPTED.format(run=record.run.id)
             told = replace(told, reason=reason, attempts=told.attempts - 1)  # as it is once that is recorded
@@ -370,6 +384,7 @@ def build_report(
         halted=halted,
         halted_by=None if halted is None else run.halted_by or HaltCause.BUDGET,
         merges=run.merges,
+        awaits_merge=run.target == f"council/{run.id}" and any(one.landed is not None for one in reports),
         orchestrators=[OrchestratorReport.of(one) for one in others],
         claims=sum_counters(one.counters for one in others),
     )

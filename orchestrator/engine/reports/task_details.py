@@ -136,8 +136,8 @@ class AttemptDetails:
     """The branch that keeps what it left."""
     words: str | None
     """What the CLI said last, or its result."""
-    log: str
-    """The file with what it wrote to standard output; `.stderr` is beside it."""
+    log: str | None
+    """The file with its standard output; `.stderr` is next to it. Null: there is none, as of one that setup ended."""
     check_log: str | None
     """The file with what the check printed that did not pass."""
     discarded: Sequence[str]

@@ -180,7 +180,8 @@ class Scheduler:
                     await self._tick(group)
             listening.cancel_scope.cancel()
         is_over = self._board.is_over(self._ledger.statuses())
-        if not is_over and (self._is_start_blocked or self._is_unavailable_work_left()):
+        was_stopped = self._stopping or self.halted is not None
+        if not is_over and (was_stopped or self._is_unavailable_work_left()):
             return False
         self.halted = None
         await self._repository_guard.look()
@@ -226,6 +227,10 @@ class Scheduler:
         """Return the next attempt of a task that is to start; None where it may not any more."""
         spec = await self._ledger.spec(task)
         if self._budgets.is_halted():
+            return None
+        if (merged := self._ledger.run.merges) is not None:  # its work is built already
+            reason = f"a merge run starts no session: `council merge {merged}` merges again"
+            await self._refuse(task, Failed(FailureClass.INVALID, reason))
             return None
         if self._local.has_open_parts(task):  # which its plan became elsewhere
             await self._ledger.learn_tasks()

@@ -13,6 +13,7 @@ from orchestrator.domain.runs.model import (
     FINAL_STATUSES,
     RETRYABLE_STATUSES,
     RequestAction,
+    RunDocument,
     RunRequest,
     TaskDocument,
     TaskStatus,
@@ -31,6 +32,7 @@ from orchestrator.engine.phases.expansion import (
 from orchestrator.engine.phases.prompts import render_rejection
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.merge_run import MERGE_TASK
 from orchestrator.engine.state.records import request_key
 from orchestrator.engine.state.reload import TASKS_KEY
 from orchestrator.engine.state.transitions import TaskUpdate
@@ -61,6 +63,8 @@ def check_request(
     A retry accepts blocked tasks together with the failed ones that they need. With `even_waiting` also tasks that wait
     to start or to land, for a reload that leaves them in their state.
     """
+    if action is RequestAction.RETRY and record.run.merges is not None:
+        raise _explain_merge_retry(record.run, record.tasks[MERGE_TASK].status)
     blocked = record.blocked() if action is RequestAction.RETRY else {}
     for task in tasks:
         status = record.tasks[task].status
@@ -79,6 +83,17 @@ def check_request(
                 raise RefusedError(what, f"`council retry {' '.join(map(shlex.quote, missing))}`")
         elif status not in RETRYABLE_STATUSES and not (even_waiting and status in _RELOADED):
             raise _explain_not_retryable(task, status, may_reload=TASKS_KEY not in record.run.given, is_live=is_live)
+
+
+def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
+    """Return why the task of a merge run can't be retried, and how to merge again."""
+    if status is TaskStatus.LANDED:
+        return RefusedError(f"run {run.merges} is merged into {run.target!r}", "there is nothing to retry")
+    remedy = f"`council merge {run.merges}` merges again"
+    if status is TaskStatus.CONFLICT:
+        branch = f"council/{run.merges}"
+        remedy = f"`git switch {branch} && git merge {run.target}`, resolve the conflicts, commit; then {remedy}"
+    return RefusedError(f"run {run.id} is a merge of run {run.merges}, which starts no session", remedy)
 
 
 def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, is_live: bool) -> RefusedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.user_checkouts import LocalRepository, read_current_branch
@@ -16,6 +17,17 @@ async def list_branches(repository: LocalRepository, git: Git) -> dict[str, str]
     listed = await git("for-each-ref", form, "refs/heads/", cwd=repository.folder)
     lines = listed.stdout.decode(errors="surrogateescape").split("\n")[:-1]
     return {name: commit for commit, name in (line.split(" ", 1) for line in lines)}
+
+
+async def has_unmerged_commits(folder: Path, branch: str, base: str, git: Git) -> bool:
+    """Whether a branch exists in the repository at a folder and has commits that another one does not have.
+
+    GitError where the other one does not exist.
+    """
+    listed = await git(
+        "for-each-ref", "--format=%(refname)", f"--no-merged=refs/heads/{base}", f"refs/heads/{branch}", cwd=folder
+    )
+    return listed.stdout.decode(errors="surrogateescape").rstrip("\n") == f"refs/heads/{branch}"
 
 
 async def find_base_branch(repository: LocalRepository, git: Git) -> str | None:

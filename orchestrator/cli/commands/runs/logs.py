@@ -154,7 +154,7 @@ def _attempt_line(one: AttemptMarker) -> str:
         phase = "" if attempt.phase is None else f", phase {attempt.phase}"
         return f"session {attempt.number}{phase}, {attempt.adapter}, started {format_local_time(attempt.started)}"
     if attempt.ended is None:
-        parts, used = ["running"], one.used
+        parts, used = [str(one.event)], one.used
         told = (used.input_tokens, used.output_tokens, used.cost)
     else:
         outcome = (attempt.outcome or "ended").replace("_", " ")

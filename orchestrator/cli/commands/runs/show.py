@@ -62,6 +62,6 @@ async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
     except RefusedError:  # its repositories are gone
         return ()
     shown = next(one for one in report.tasks if one.id == task)
-    steps = task_steps(shown, report, is_newest=await council.newest_run() == run)
+    steps = task_steps(shown, report, is_newest=await council.newest_run() == run, is_shown=True)
     own = run_step(report) if not steps and shown.status != TaskStatus.LANDED else ""
     return [printable(str(step)) for step in steps] or ([f"next: {own}"] if own else [])
