@@ -12,7 +12,8 @@ import click
 
 from orchestrator.cli.render.text import printable
 from orchestrator.cli.core.confirm import ask_yes_no
-from orchestrator.cli.render.output import Output, printable
+from orchestrator.cli.render.output import Output
+from orchestrator.cli.render.text import printable
 from orchestrator.config.model import RunConfig
 from orchestrator.config.permissions import list_permission_requests
 from orchestrator.engine.diagnostics.trust import (
