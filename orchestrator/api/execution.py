@@ -473,7 +473,7 @@ class RunExecutor:
                 permits,
                 phasing,
                 entries=entries,
-                lacking=closed,
+                unavailable_adapters=closed,
                 only_lands=only_lands,
             )
             await scheduler.remember(before.adapters)
