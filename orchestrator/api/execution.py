@@ -69,7 +69,7 @@ from orchestrator.engine.scheduler.requests import (
     check_phase,
     check_reopening,
     check_request,
-    is_answered,
+    is_handled,
     submit_request,
 )
 from orchestrator.engine.scheduler.restore import RestoreResult, restore_checkpoint
@@ -278,7 +278,7 @@ class RunExecutor:
                     self._taken(runs, document, hub, lock, settings) as (ledger, shop),
                 ):
                     if budget is not None:
-                        await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+                        await ledger.set_budget(budget.model_dump(mode="json", exclude_none=True))
                     if allow_failing_base and not ledger.run.allow_failing_base:
                         await ledger.allow_failing_base()
                     if before.orchestrators:  # an earlier process than this one
@@ -594,7 +594,7 @@ class RunExecutor:
         asked = await submit_request(runs.store, runs.clock, run, action, named, reason, phase, adapters)
         hub = await runs.hub(record.run)
         waiting = _RequestWait()
-        while not await is_answered(runs.store, run, asked):
+        while not await is_handled(runs.store, run, asked):
             try:
                 settings = self._settings(record.run, None)
                 async with (

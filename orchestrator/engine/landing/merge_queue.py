@@ -284,7 +284,7 @@ class MergeQueue:
             case Landed(commit):
                 await self._record_landed(Trigger.ADOPT, {task: commit})
             case NothingToLand(commit):
-                await self._record_landed(Trigger.ADOPT, {task: commit}, "the target already contains the same change")
+                await self._record_landed(Trigger.ADOPT, {task: commit}, "the target already has the same change")
             case MergeConflict() as conflict:
                 await self._conflict(task, conflict)
             case DeferredLanding(reason):

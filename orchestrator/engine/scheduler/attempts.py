@@ -25,7 +25,7 @@ from orchestrator.domain.runs.outcome import (
 )
 from orchestrator.domain.runs.retry import compute_cooldown_end, retry_delay
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_selection import BaseSelector, StartPoint
@@ -325,7 +325,7 @@ class AttemptRunner:
             return None
         return format_notes(await self.context.session_service.memory.find_relevant(task, spec.owns))
 
-    async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | OwnedBy | OutdatedBase:
+    async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | OwnershipConflict | OutdatedBase:
         """Return the writes that claim the paths of a task, under a claim that is about to be taken."""
         owns = active.spec.owns
         if not owns:
@@ -333,7 +333,7 @@ class AttemptRunner:
         orchestrator = self.ledger.orchestrators.me.id
         planned = await self.context.registry.plan(active.name, owns, orchestrator=orchestrator, claim=claim)
         # The previous owner may have landed since the start point was read; from now on no other task can.
-        if isinstance(planned, OwnedBy) or not active.next_phase.is_newest:
+        if isinstance(planned, OwnershipConflict) or not active.next_phase.is_newest:
             return planned
         if not await self.base_selector.is_outdated(owns, active.session.assignment.base):
             return planned

@@ -1,4 +1,4 @@
-"""TCP ports of this machine: which are in use, and where a block of free ones is."""
+"""TCP ports of this machine: test which are in use, and find a block of free ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 from collections.abc import Collection, Iterable
 from typing import Final
 
-# A server of a session may listen on any of these. What listens on one other address is in the way of the general ones.
+# A session's server may listen on any of these; a listener on one specific address also blocks the wildcard ones.
 _ADDRESSES: Final = (
     (socket.AF_INET, "127.0.0.1"),
     (socket.AF_INET, "0.0.0.0"),
@@ -19,18 +19,18 @@ _IN_USE: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
 
 
 def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
-    """Return those of the ports that a server could not listen on now, on every address of this machine. Blocks.
+    """Return the ports on which a server cannot listen now, on any address of this machine. Blocks.
 
-    One that only connections in TIME_WAIT still have is free, if their server had set SO_REUSEADDR as we do
-    (socket(7)). OSError where nothing can be found out, as for want of descriptors.
+    A port with only TIME_WAIT connections counts as free, if its server set SO_REUSEADDR as this probe does
+    (socket(7)). OSError if the probe fails, for example for lack of descriptors.
     """
     return tuple(port for port in ports if not all(_can_bind(*address, port) for address in _ADDRESSES))
 
 
 def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
-    """Return `count` ports in a row that are neither `taken` nor in use; None if there are none. Blocks.
+    """Return `count` consecutive ports that are neither `taken` nor in use; None if there are none. Blocks.
 
-    The first that fits from the position `begin` (any number) on, around to where that is reached again.
+    The search starts at position `begin` (any number) and wraps around.
     """
     unusable = set(taken)
     positions = len(ports) - count + 1
@@ -48,7 +48,7 @@ def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]
 def _can_bind(family: socket.AddressFamily, address: str, port: int) -> bool:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # Also spares us and others who only look at the same time from taking each other for a server.
+            # Also keeps concurrent probes from mistaking each other for a server.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -1,4 +1,4 @@
-"""What may go on record: no secret in what programs say, and nothing that is no JSON."""
+"""Sanitize values before they are recorded: remove secrets from foreign text, and values that JSON lacks."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from orchestrator.protocols import JsonObject
 if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
-#: The fields of documents and events whose text is not our own.
+#: Fields of documents and events with foreign text.
 _FOREIGN_TEXT_FIELDS = frozenset(
     {"reason", "feedback", "paths", "discarded", "closed", "changes", "worktree", "words", "note"}
 )
 
 
 def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
-    """Take secrets out of what comes from programs; names and ids of our own stay, whatever they look like."""
+    """Remove secrets from program output; names and ids of our own stay, whatever they look like."""
     return {key: _item(key, item, redactor) for key, item in value.items()}
 
 
 def _item(key: str, item: Any, redactor: Redactor) -> Any:
-    if isinstance(item, str):  # programs that cut text in two leave half a surrogate pair, which no store takes
+    if isinstance(item, str):  # truncated program output may end in half a surrogate pair, which no store accepts
         item = item.encode(errors="replace").decode()
     if isinstance(item, float) and not math.isfinite(item):
         return None
