@@ -1,4 +1,4 @@
-"""What the sessions of a run are answered with, put together from the places and tools of the run."""
+"""Create the session API of a run."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from orchestrator.system.clock import Clock
 
 
 def with_session_service(
-    shop: RunContext, ledger: Ledger, store: Store, clock: Clock, project: Project, lock_timeout: float
+    context: RunContext, ledger: Ledger, store: Store, clock: Clock, project: Project, lock_timeout: float
 ) -> RunContext:
-    """Return a run's places and tools with a desk at which its sessions are answered.
+    """Return a run context that serves the session API.
 
-    They wait `lock_timeout` seconds for a lock where they don't say how long.
+    `lock_timeout` is the default in seconds for which a session waits for a lock.
     """
-    scope, redactor, me = shop.registry.scope, shop.tools.redactor, ledger.orchestrators.me.id
+    scope, redactor, me = context.registry.scope, context.tools.redactor, ledger.orchestrators.me.id
     claims = ledger.claims
 
     def claim(session: SessionName) -> Guard | None:
         return None if claims is None else claims.guard(session.task)
 
-    desk = SessionService(
+    service = SessionService(
         store=store,
         clock=clock,
-        git=shop.git,
+        git=context.git,
         contexts=SessionContexts(store, clock, scope, redactor, orchestrator=me, claim=claim),
         memory=NoteStore(store, clock, scope, redactor),
         files=FileLocks(project.file_locks, clock),
-        registry=shop.registry,
+        registry=context.registry,
         redactor=redactor,
         orchestrator=me,
         claim=claim,
-        elsewhere=partial(find_workspace, store, shop.adapters, project.logs_folder, redactor),
+        elsewhere=partial(find_workspace, store, context.adapters, project.logs_folder, redactor),
         lock_timeout=lock_timeout,
     )
-    return replace(shop, session_service=desk, tools=replace(shop.tools, session_service=desk))
+    return replace(context, session_service=service, tools=replace(context.tools, session_service=service))

@@ -333,7 +333,7 @@ async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repo
     run = repository.council("run", path, "--json")
     assert run.states == {"all": "blocked", "all-t0": "landed", "all-t1": "failed", "all-t2": "failed"}, run
     assert {one["failure"] for one in run.result["tasks"][2:]} <= {"budget", None}
-    assert reason_of(run, "all-t2").startswith("the task's budget is used up")
+    assert reason_of(run, "all-t2").startswith("the task's budget is exhausted")
     await repository.assert_invariants()
 
 

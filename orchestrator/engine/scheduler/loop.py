@@ -132,7 +132,7 @@ class Scheduler:
             if document.closed is not None:
                 await self._ledger.update_adapter(adapter, lambda current: None if current.closed is None else enabled)
             elif document.parked_until is not None:
-                self._local.park(adapter, document.parked_until)
+                self._local.cool_down(adapter, document.parked_until)
 
     def stop(self) -> None:
         """Start nothing more and stop sessions and checks; a move of the target still completes."""
@@ -236,7 +236,7 @@ class Scheduler:
         spec = await self._ledger.spec(task)
         if self._budgets.is_halted():
             return None
-        if self._local.has_open_parts(task):  # subtasks that another process created
+        if self._local.has_open_subtasks(task):  # subtasks that another process created
             await self._ledger.learn_tasks()
             self._local.wait(task)
             self._local.wake()
@@ -393,7 +393,7 @@ class Scheduler:
             case RetryAfter(delay):
                 self._local.wait(task, delay or 0.0)
             case AdapterCoolingDown(adapter, until):
-                self._local.park(adapter, until)
+                self._local.cool_down(adapter, until)
                 self._local.wait(task)
             case AdapterDisabled(adapter, reason):
                 self._board.close(adapter, reason)
