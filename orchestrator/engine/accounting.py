@@ -18,7 +18,7 @@ class Accounting:
     prices: Mapping[str, Price]
 
     def net_usage(self, transcript: Transcript, attempts: Sequence[Attempt]) -> Transcript:
-        """Return a session's transcript without usage of earlier `attempts` in the same conversation.
+        """Return a transcript without usage of earlier sessions in its conversation.
 
         `attempts` are those of the task; the session's own attempt may be among them, because its usage is not recorded
         yet. The cost is estimated if the CLI did not report it.
@@ -39,7 +39,10 @@ class Accounting:
         return transcript if transcript.cost is not None else replace(transcript, cost=self._estimate(transcript))
 
     def recorded(self, transcript: Transcript, attempts: Sequence[Attempt]) -> JsonObject:
-        """Return the attempt fields to record for a transcript; `attempts` as for `net_usage`."""
+        """Return the attempt fields to record for a transcript.
+
+        `attempts` as for `net_usage`.
+        """
         net = self.net_usage(transcript, attempts)
         return {
             "words": net.words,
@@ -60,6 +63,9 @@ class Accounting:
 
 
 def _includes_earlier_cost(transcript: Transcript, earlier: Sequence[Attempt]) -> bool:
-    """Return True if the reported cost covers earlier sessions, judged by the tokens that it covers."""
+    """Return True if the reported cost covers earlier sessions.
+
+    The number of tokens that it covers decides.
+    """
     earlier_tokens = sum(attempt.input_tokens + attempt.output_tokens for attempt in earlier)
     return 0 < earlier_tokens <= transcript.priced_tokens - transcript.input_tokens - transcript.output_tokens

@@ -47,7 +47,10 @@ from orchestrator.system.clock import Clock
 
 @dataclass(frozen=True, slots=True)
 class RunRefs:
-    """Names of an orchestrator's private refs: concurrent fetches into one ref would both fail."""
+    """Names of an orchestrator's private refs.
+
+    Concurrent fetches into one ref would both fail.
+    """
 
     run: str
     suffix: str
@@ -59,7 +62,10 @@ class RunRefs:
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """The resources of an open run; `repository` is the user's, None if it is reached by a URL."""
+    """The resources of an open run.
+
+    `repository` is the user's, None if it is reached by a URL.
+    """
 
     hub: Hub
     git: Git
@@ -79,9 +85,10 @@ class RunContext:
     """The session API; None if it is not served."""
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[SlotPool]:
-        """Open the worktree slots of the run: one warm slot per session, and one for checks.
+        """Open the worktree slots of the run.
 
-        With no sessions, it only discards and deletes leftovers of a killed owner.
+        There is one warm slot per session, and one for checks. With no sessions, this only discards and deletes
+        leftovers of a killed owner.
         """
         setup, config = self.tools.worktree_setup, self.worktrees
         limits = PoolLimits(config.max, config.max_size)
@@ -107,9 +114,10 @@ class RunContext:
         commands: Sequence[str] | None = None,
         by: str = "",
     ) -> CheckRunner:
-        """Return a runner of the task's checks, or of other `commands`, for the work of an attempt.
+        """Return a runner of checks for the work of an attempt.
 
-        `by` names this process if other processes may run the same checks concurrently.
+        The commands default to the checks of the task. `by` names this process if other processes may run the same
+        checks concurrently.
         """
         return CheckRunner(
             pool=pool.checks,
@@ -126,7 +134,10 @@ class RunContext:
 
 
 def hidden_folders(site: RunRepository, project: Project, store: str, hub: Hub) -> tuple[Path, ...]:
-    """Return the folders hidden from sessions: the user's repository, all stores, our repositories. Blocks."""
+    """Return the folders hidden from sessions. Blocks.
+
+    They are the user's repository, all stores and our repositories.
+    """
     state_folder = store_folder(store)
     hidden = {
         project.folder,
@@ -157,9 +168,10 @@ async def open_run_context(
     environ: Mapping[str, str],
     clock: Clock,
 ) -> RunContext:
-    """Open the resources of a run; each git command inherits `lock_fds` and so holds the lock until it exits.
+    """Open the resources of a run.
 
-    `worker` is the name of this orchestrator unless it leads the run.
+    Each git command inherits `lock_fds` and so holds the lock until it exits. `worker` is the name of this orchestrator
+    unless it leads the run.
 
     RefusedError if the repository is gone, or if this machine lacks the configured sandbox.
     """

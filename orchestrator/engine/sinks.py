@@ -1,8 +1,8 @@
-"""Deliver the events of a run to its sinks and trackers, without delaying or failing the run.
+"""Deliver the events of a run to its sinks and trackers.
 
-One forwarder per subscriber follows the store from a cursor that is recorded after delivery, so that each event arrives
-at least once, across restarts too. Events about the forwarders themselves are delivered to nobody: two failing
-subscribers could keep each other busy.
+This neither delays nor fails the run. One forwarder per subscriber follows the store from a cursor that is recorded
+after delivery, so that each event arrives at least once, across restarts too. Events about the forwarders themselves
+are delivered to nobody: two failing subscribers could keep each other busy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ _MAX_REASON_LENGTH = 500  # characters
 
 @dataclass(frozen=True, slots=True)
 class DeliveryTimeouts:
-    """Seconds: for a sink to open, send or close; for all remaining events at the end; between cursor writes."""
+    """Time limits of delivery, in seconds.
+
+    `per_call`: to open, send or close; `last`: for all remaining events at the end of the run; `cursor`: between cursor
+    writes.
+    """
 
     per_call: float = 30.0
     last: float = 10.0
@@ -46,7 +50,10 @@ DELIVERY_TIMEOUTS = DeliveryTimeouts()
 
 @dataclass(frozen=True, slots=True)
 class EventSubscriber:
-    """A sink or tracker of a run: its kind, its name, its event patterns, and how to open it."""
+    """A sink or tracker of a run.
+
+    `patterns` select its events; `open` opens it.
+    """
 
     kind: str
     name: str
@@ -69,7 +76,7 @@ async def forward_events(
     subscribers: Sequence[EventSubscriber],
     timeouts: DeliveryTimeouts = DELIVERY_TIMEOUTS,
 ) -> AsyncIterator[None]:
-    """Deliver events to the subscribers during the body, then deliver the rest within the time limits.
+    """Deliver events to the subscribers during the body and shortly afterwards.
 
     Undelivered events are reported as `sink.undelivered`, and delivered by the next call. If the body raises, delivery
     stops at once.
@@ -162,7 +169,10 @@ class EventForwarder:
         self._delivered = self._recorded = self._done
 
     async def _try(self) -> str | None:
-        """Deliver to a sink that is opened for the first event; return why delivery ended early."""
+        """Deliver to a sink that is opened for the first event.
+
+        Return why delivery ended early.
+        """
         try:
             with anyio.CancelScope() as self._call_scope:
                 await self._deliver_all()
@@ -294,7 +304,10 @@ class EventForwarder:
 
 
 async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
-    """Send events in a separate task, so that a cancellation inside the sink does not cancel the run."""
+    """Send events in a separate task.
+
+    A cancellation inside the sink then does not cancel the run.
+    """
     raised: BaseException | None = RuntimeError("the sink cancelled its own task")
 
     async def send() -> None:

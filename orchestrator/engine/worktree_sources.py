@@ -1,4 +1,7 @@
-"""Verify that the sources of a run's worktrees exist in the base commit and in the user's checkout."""
+"""Verify that the sources of a run's worktrees exist.
+
+They are in the base commit or in the user's checkout.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,12 @@ class BaseCommit:
 async def check_worktree_sources(
     worktrees: WorktreesConfig, base: BaseCommit, repository: LocalRepository | None, hidden: Sequence[Path]
 ) -> None:
-    """Reject worktrees that cannot be created as configured (RefusedError with all problems).
+    """Reject worktrees that cannot be created as configured.
 
-    Sparse folders and the inputs of setup must exist in the base. Copied or linked paths must exist in the checkout of
-    `repository` and not in the base. The last component of such a path may be a link: then its destination counts,
-    wherever it is, unless that is `hidden`, belongs to Council, or is used by git itself. Parent folders must not be
-    links.
+    RefusedError lists all problems. Sparse folders and the inputs of setup must exist in the base. Copied or linked
+    paths must exist in the checkout of `repository` and not in the base. The last component of such a path may be a
+    link: then its destination counts, wherever it is, unless that is `hidden`, belongs to Council, or is used by git
+    itself. Parent folders must not be links.
     """
     problems = list(_find_missing(worktrees, base.branch, await _object_types(base, _required_paths(worktrees))))
     if worktrees.copied or worktrees.linked:
@@ -52,7 +55,10 @@ async def check_worktree_sources(
 
 
 def make_provisions(worktrees: WorktreesConfig, top: Path, hidden: Iterable[Path]) -> Provisions:
-    """Return the files for each worktree from the user's checkout at `top`; Council's own folder is hidden, too."""
+    """Return the files for each worktree from the user's checkout at `top`.
+
+    Council's own folder is hidden, too.
+    """
     return Provisions(top, worktrees.copied, worktrees.linked, (*hidden, Project(top).folder))
 
 

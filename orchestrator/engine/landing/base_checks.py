@@ -1,4 +1,7 @@
-"""Run the checks on the base before sessions start: a check that fails there would fail every task."""
+"""Run the checks on the base before sessions start.
+
+A check that fails there would fail every task.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +84,11 @@ class BaseChecks:
         self._running.cancel()
 
     async def failure(self) -> str | None:
-        """Return why no session should start: a check of a pending task fails on the base; None if none does.
+        """Return why no session should start, or None.
 
-        Passed checks are recorded, and no process of the run repeats them. One process per machine runs the checks at a
-        time. If the base moves meanwhile, it is checked again.
+        The reason is a check of a pending task that fails on the base. Passed checks are recorded, and no process of
+        the run repeats them. One process per machine runs the checks at a time. If the base moves meanwhile, it is
+        checked again.
         """
         groups = await self._group_pending_tasks()
         if not groups:
@@ -121,7 +125,10 @@ class BaseChecks:
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
-        """Run base checks alone on this machine, unless the lock holder is suspended or has left the run."""
+        """Run base checks alone on this machine.
+
+        Continue without the lock if its holder is suspended or has left the run.
+        """
         lock = self.context.hub.lock(f"base-{self.ledger.run.id}")
         async with AsyncExitStack() as stack:
             while True:
@@ -134,7 +141,7 @@ class BaseChecks:
             yield
 
     async def _is_working(self, holder: LockHolder | None) -> bool:
-        """Return True if the process that signed a lock is an active orchestrator of this run."""
+        """Return True if the signer of a lock is an active orchestrator of this run."""
         orchestrators = self.ledger.orchestrators
         records = [
             record
@@ -144,7 +151,10 @@ class BaseChecks:
         return any([await orchestrators.standing(record) is OwnerStatus.ALIVE for record in records])
 
     async def _group_pending_tasks(self) -> _CheckGroups:
-        """Group the pending tasks by `allow_failing_base`, by whether they bring the base along, and by checks."""
+        """Group the pending tasks that share checks.
+
+        The key has `allow_failing_base`, whether they bring the base along, and the checks.
+        """
         groups: _CheckGroups = {}
         known: dict[str, bool] = {}
         for task, status in self.ledger.statuses().items():
@@ -156,7 +166,10 @@ class BaseChecks:
         return groups
 
     async def _brings_base(self, task: str, known: dict[str, bool]) -> bool:
-        """Return True if a pending task, or a task that it needs, starts from the base and so brings it along."""
+        """Return True if the landing of a pending task brings the base along.
+
+        It does if the task, or a pending task that it needs, starts from the base.
+        """
         if task not in known:
             known[task] = not self.base_selector.builds_on_target(task, await self.ledger.spec(task))
             statuses = self.ledger.statuses()
@@ -232,9 +245,10 @@ class BaseChecks:
     async def _unrunnable_on(
         self, task: str, spec: TaskSpec, commands: Sequence[str], commit: str, *, may_be_added: bool
     ) -> list[CommandFailed]:
-        """Return the commands that cannot run on a commit, except programs that a task may add (`may_be_added`).
+        """Return the commands that cannot run on a commit.
 
-        Only checks whose program is missing are run: other checks may take long.
+        Commands whose program a task may add (`may_be_added`) are left out. Only checks whose program is missing are
+        run: other checks may take long.
         """
         failures = []
         for command in commands:
@@ -279,10 +293,10 @@ class BaseChecks:
     async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
     ) -> str | None:
-        """Return why a check that exited with 126 or 127 cannot run, independent of the task's changes.
+        """Return why a check that exited with 126 or 127 can never run.
 
-        `correction` says how to fix a mistake in the command. None if the task may be the cause: its base has the
-        program.
+        None if the task may be the cause: its base has the program. `correction` says how to fix a mistake in the
+        command.
         """
         missing = failed.unrunnable
         if missing is None:
@@ -309,11 +323,17 @@ class BaseChecks:
         return missing.is_absent and (not missing.is_uncommitted or self._is_made(command, missing.program))
 
     def _is_made(self, command: str, program: str) -> bool:
-        """Return True if setup or an earlier part of the command may build the program from changed files."""
+        """Return True if changed files may produce the program.
+
+        Setup or an earlier part of the command may build it.
+        """
         return bool(self.context.worktrees.setup) or may_create(command, program)
 
     def _probe_command(self, command: str, program: str, *, may_be_added: bool) -> str:
-        """Return a shell command that fails if a program cannot run, unless a task may add it (`may_be_added`)."""
+        """Return a shell command that fails if a program cannot run.
+
+        It succeeds if a task may add the program (`may_be_added`).
+        """
         if not is_in_worktree(program):
             return make_lookup_command(program)
         name = shlex.quote(program)
@@ -325,7 +345,10 @@ class BaseChecks:
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:
-    """Return how to fix a mistake in a shared check; `is_built` tasks are queued to land."""
+    """Return how to fix a mistake in a shared check.
+
+    `is_built` tasks are queued to land.
+    """
     if not all(can_reload(run, spec) for spec in specs):
         return "correct the check and start a new run"
     names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MAX_NAMED_TASKS else "TASK..."

@@ -1,4 +1,7 @@
-"""Select the commit that an attempt starts from: the newest base or target, with earlier work merged onto it."""
+"""Select the commit that an attempt starts from.
+
+It is the newest commit of the base or the target, with earlier work merged onto it.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,11 @@ class BaseSelector:
         self._fetch_lock = anyio.Lock()
 
     async def of(self, task: str, spec: TaskSpec, next_phase: NextPhase, tips: dict[bool, str]) -> StartPoint:
-        """Return where the next attempt of a task starts; `tips` caches commits for tasks that start together.
+        """Return where the next attempt of a task starts.
 
-        Earlier work continues if it merges cleanly onto the current target. If not, work to be fixed starts from
-        scratch, and a later phase takes the work unmerged: its landing reports the conflict.
+        `tips` caches commits for tasks that start together. Earlier work continues if it merges cleanly onto the
+        current target. If not, work to be fixed starts from scratch, and a later phase takes the work unmerged: its
+        landing reports the conflict.
         """
         document = self._ledger.task(task)
         builds_on_target = self.builds_on_target(task, spec) or next_phase.start is not None
@@ -62,13 +66,16 @@ class BaseSelector:
         return StartPoint(tip)
 
     def builds_on_target(self, task: str, spec: TaskSpec) -> bool:
-        """Return True if a task without earlier work starts from the target instead of the base."""
+        """Return True if a task without earlier work starts from the target, not the base."""
         document = self._ledger.task(task)
         was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
         return spec.builds_on_target or was_stale or bool(document.expanded)
 
     async def is_outdated(self, owns: Sequence[str], base: str) -> bool:
-        """Return True if owned paths changed on the target since `base`; call while no other task can own them."""
+        """Return True if owned paths changed on the target since `base`.
+
+        Call while no other task can own them.
+        """
         try:
             tip = await self.newest(builds_on_target=True)
         except GitError:  # the landing reports it
@@ -77,7 +84,7 @@ class BaseSelector:
         return len(find_out_of_scope(owns, changed)) < len(changed)
 
     async def newest(self, *, builds_on_target: bool) -> str:
-        """Return the newest commit of the base, or of the target, that new work starts from."""
+        """Return the newest commit of the base or the target, for new work."""
         try:
             async with self._fetch_lock:  # concurrent fetches of the same ref would both fail
                 return await self._fetch_newest(builds_on_target)

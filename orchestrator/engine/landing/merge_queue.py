@@ -1,8 +1,9 @@
-"""Merge queue of one run: settle interrupted landings, merge, check, record the intent, move the target.
+"""Land the built tasks of one run through its merge queue.
 
-A push costs more than the rest of a landing. Therefore tasks that are ready together land in one push: their merges
-follow each other on the first-parent line, and each is recorded as its own landing. Only clean merges without checks
-are batched. Every other outcome is judged against the current target, not against merges that have yet to land.
+A landing settles an interrupted one, merges, checks, records the intent and moves the target. A push costs more than
+the rest of a landing. Therefore tasks that are ready together land in one push: their merges follow each other on the
+first-parent line, and each is recorded as its own landing. Only clean merges without checks are batched. Every other
+outcome is judged against the current target, not against merges that have yet to land.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ MAX_CHECK_OUTPUT = 8192
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why built work cannot land, the branch that preserves it, and extra facts of the event."""
+    """Why built work cannot land.
+
+    `branch` preserves the work; `facts` are further details of the event.
+    """
 
     failure: FailureClass
     reason: str
@@ -92,9 +96,10 @@ class MergeQueue:
         base_checks: BaseChecks,
         give_up: Callable[[str], None],
     ) -> None:
-        """Create the queue of a run; `cancelled` holds the tasks that a person has cancelled.
+        """Create the queue of a run.
 
-        `give_up` ends the run with the reason why its checks cannot run.
+        `cancelled` holds the tasks that a person has cancelled. `give_up` ends the run with the reason why its checks
+        cannot run.
         """
         self._base_checks, self._give_up = base_checks, give_up
         self._permits = permits
@@ -117,7 +122,10 @@ class MergeQueue:
         """Tasks with the trees that passed their checks: a new merge with the same tree is not checked again."""
 
     def stop(self) -> None:
-        """Stop checks and waits; tasks keep their positions. A move of the target still completes."""
+        """Stop checks and waits.
+
+        Tasks keep their positions. A move of the target still completes.
+        """
         self._stopping = True
         if self.is_moving:
             slow_waits.logger.warning("waiting for %s: press Ctrl-C again to exit now", OWN_PUSH_DESCRIPTION)
@@ -125,7 +133,10 @@ class MergeQueue:
         self._stop_checks()
 
     def cancel(self, task: str) -> None:
-        """Stop landing a cancelled task, unless the target is, or may have been, moved for it."""
+        """Stop landing a cancelled task.
+
+        A task whose target is, or may have been, moved still completes.
+        """
         if task in self.landing:
             self._stop_checks()
         elif task in self.waiting and self._status(task) is not TaskStatus.LANDING:
@@ -186,7 +197,10 @@ class MergeQueue:
         return [task for task in tasks if task not in later]
 
     async def _take(self) -> list[str]:
-        """Take all tasks whose move was interrupted, or else the head of the queue that may land together."""
+        """Take the tasks of the next landing from the queue.
+
+        These are all tasks whose move was interrupted, or else the head of the queue that may land together.
+        """
         if interrupted := [task for task in self.waiting if self._status(task) is TaskStatus.LANDING]:
             for task in interrupted:
                 self.waiting.remove(task)
@@ -210,7 +224,10 @@ class MergeQueue:
         return self.ledger.task(task).status
 
     async def verify(self) -> None:
-        """Verify that landed commits are still on the target: somebody else may have rewritten it."""
+        """Verify that landed commits are still on the target.
+
+        Somebody else may have rewritten it.
+        """
         exists, change = True, "rewritten"
         try:
             await self.target.refresh()
@@ -253,7 +270,10 @@ class MergeQueue:
         return later
 
     async def _prepare(self, permit: MergePermit, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
-        """Return the merges of tasks, each onto the previous one, and the tasks left for another round."""
+        """Merge tasks, each onto the previous one.
+
+        Return the merges, and the tasks left for another round.
+        """
         merges: dict[str, PreparedMerge] = {}
         last: PreparedMerge | None = None
         for index, task in enumerate(tasks):
@@ -330,7 +350,10 @@ class MergeQueue:
         return moved
 
     async def _may_move(self, task: str, merge: PreparedMerge) -> bool:
-        """Return True if a merge passes all its tests and nothing blocks it; else record why not."""
+        """Return True if a merge passes all its tests and nothing blocks it.
+
+        Otherwise the reason is recorded.
+        """
         if self._stopping or task in self._cancelled:
             return False
         spec = await self.ledger.spec(task)
@@ -424,7 +447,10 @@ class MergeQueue:
             await self._reject(task, Trigger.REJECT, rejection)
 
     async def _conflict(self, task: str, conflict: MergeConflict) -> None:
-        """Preserve both sides of a merge conflict; end the task unless it is to start from scratch."""
+        """Preserve both sides of a merge conflict.
+
+        End the task unless it is to start from scratch.
+        """
         branch = work_branch_name(self.ledger.run.id, task, "conflict")
         await self.git("update-ref", f"refs/heads/{branch}", conflict.commit)
         reason = f"merge conflict in {', '.join(conflict.paths)}"
@@ -468,7 +494,10 @@ class MergeQueue:
         failpoint("landing.rejected")
 
     async def _settle_interrupted(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
-        """Find out whether interrupted moves happened; return the tasks whose move did not."""
+        """Find out whether interrupted moves happened.
+
+        Return the tasks whose move did not.
+        """
         again = []
         for task in tasks:
             document = self.ledger.task(task)
@@ -509,7 +538,10 @@ class MergeQueue:
             await self.ledger.change(task, Trigger.DEFER, {"reason": reason}, intent=None, reason=reason)
 
     async def _record_unreachable(self, task: str, why: str) -> None:
-        """Keep the task's position; one with an intent stays `landing` until the target is reachable."""
+        """Keep the task's position.
+
+        One with an intent stays `landing` until the target is reachable.
+        """
         match self._status(task):
             case TaskStatus.QUEUED:
                 await self.ledger.change(task, Trigger.DEFER, {"reason": why}, reason=why)
@@ -541,7 +573,10 @@ class MergeQueue:
 
 
 def _render_check_failure(failed: CommandFailed, mark: str) -> str:
-    """Return the prompt section for the next attempt; `mark` is a nonce that check output cannot contain."""
+    """Return the prompt section for the next attempt.
+
+    `mark` is a nonce that check output cannot contain.
+    """
     return (
         "---\n"
         "An earlier attempt at this task was merged into the newest commit of the target branch. A check failed on\n"

@@ -1,6 +1,7 @@
-"""Check, before a merge lands, that it only changes paths that its task owns and no other session has locked.
+"""Check the paths that a merge changes before it lands.
 
-Paths that the task's own session locked while it ran do not count: no agent decides what its task may change.
+The task must own them, and no other session may have locked them. Locks of the task's own session do not count: no
+agent decides what its task may change.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class OwnershipViolation:
         return f"changes paths that the task does not own: {named}{more}{held}"
 
     def render_feedback(self, mark: str) -> str:
-        """Return the prompt section for the next attempt; `mark` is a nonce that file names cannot contain."""
+        """Return the prompt section for the next attempt.
+
+        `mark` is a nonce that file names cannot contain.
+        """
         return (
             "---\n"
             "An earlier attempt at this task changed files that the task may not change, so it could not land. Those\n"
@@ -72,9 +76,10 @@ class OwnershipCheck:
         self._noted: set[tuple[str, str, int, tuple[str, ...]]] = set()
 
     async def judge(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> OwnershipViolation | None:
-        """Return the ownership violation that keeps a merge from landing; None if it may land.
+        """Return the ownership violation that keeps a merge from landing.
 
-        Allowed violations, and paths that the task comes to own by them (`on_escape`), are recorded.
+        None if it may land. Allowed violations, and paths that the task comes to own by them (`on_escape`), are
+        recorded.
         """
         if not spec.owns or merge.new in self._judged:
             return None
@@ -101,7 +106,10 @@ class OwnershipCheck:
         return None
 
     async def locked(self, task: str, merge: PreparedMerge) -> str | None:
-        """Return, as text, which other session locked a path that a merge changes; None if none did."""
+        """Return, as text, which other session locked a path that a merge changes.
+
+        None if none did.
+        """
         others = await self._registry.locked_by_others(self._session(task))
         if not others:
             return None
@@ -115,7 +123,10 @@ class OwnershipCheck:
         return [change.path for change in await self._git.changes(f"{merge.new}^1", merge.new)]
 
     async def create_retry_base(self, task: str, merge: PreparedMerge, violation: OwnershipViolation) -> str:
-        """Return a commit to retry from: the merge without its out-of-scope changes; a ref keeps it."""
+        """Return a commit to retry from.
+
+        It is the merge without its out-of-scope changes; a ref keeps it.
+        """
         commit = await revert_paths(self._git, merge.new, frozenset(violation.paths), "Merge for another attempt\n")
         await self._git("update-ref", internal_ref_name(self._ledger.run.id, f"again/{task}"), commit)
         return commit

@@ -1,7 +1,8 @@
-"""Detect changes of the user's repository, before and after each session, that no landing made.
+"""Detect changes of the user's repository that no landing made.
 
-A sandboxed session cannot make such changes. Without a sandbox, or through a hole in it, this detects them. The user
-may also have made them, so the report names the sessions that ran and judges none.
+It is compared before and after each session. A sandboxed session cannot make such changes. Without a sandbox, or
+through a hole in it, this detects them. The user may also have made them, so the report names the sessions that ran and
+judges none.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from orchestrator.repo.source.user_checkouts import LocalRepository
 
 
 class RepositoryGuard:
-    """Compares the user's repository between sessions; does nothing for a repository reached by a URL."""
+    """Compares the user's repository between sessions.
+
+    Does nothing for a repository reached by a URL.
+    """
 
     def __init__(self, ledger: Ledger, context: RunContext, merge_queue: MergeQueue) -> None:
-        """Guard the repository of a run; `merge_queue` knows when this process is changing it."""
+        """Guard the repository of a run.
+
+        `merge_queue` knows when this process is changing it.
+        """
         self._ledger, self._merge_queue = ledger, merge_queue
         self._repository = context.repository
         self._git = Git(None, as_user=True, keep_fds=context.git.keep_fds, environ=context.git.environ)
@@ -42,7 +49,10 @@ class RepositoryGuard:
         await self.compare()
 
     async def compare(self) -> None:
-        """Report changes since the last comparison, unless this process or the user is changing the repository."""
+        """Report changes since the last comparison.
+
+        Do nothing while this process or the user is changing the repository.
+        """
         async with self._compare_lock:
             if self._repository is None or self._merge_queue.is_moving or await is_user_git_running(self._repository):
                 return

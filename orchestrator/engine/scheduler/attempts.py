@@ -1,4 +1,7 @@
-"""Run one attempt of a task: record it before it starts, run its session, and record the outcome."""
+"""Run single attempts of tasks.
+
+An attempt is recorded before it starts, its session runs, and its outcome is recorded.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,10 @@ class RetryAfter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterCoolingDown:
-    """The adapter may start nothing before `until` (wall-clock seconds); the task starts again then."""
+    """The adapter may start nothing before `until` (wall-clock seconds).
+
+    The task starts again then.
+    """
 
     adapter: str
     until: float
@@ -196,7 +202,10 @@ class AttemptRunner:
     async def prepare(
         self, task: str, spec: TaskSpec, next_phase: NextPhase, adapter: str, start: StartPoint
     ) -> ActiveAttempt:
-        """Return the next attempt of a task, with one of its adapters; nothing is created yet."""
+        """Return the next attempt of a task, with one of its adapters.
+
+        Nothing is created yet.
+        """
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
         is_restart = document.start is not None and start.commit is None
@@ -267,7 +276,10 @@ class AttemptRunner:
         return outcome
 
     async def _begin(self, active: ActiveAttempt) -> bool:
-        """Record an attempt with its claims; return False if another orchestrator has the task or its paths."""
+        """Record an attempt with its claims.
+
+        Return False if another orchestrator has the task or its paths.
+        """
         assignment = active.session.assignment
         attempt = Attempt(
             number=assignment.worktree.attempt,
@@ -320,13 +332,19 @@ class AttemptRunner:
         )
 
     async def _notes(self, task: str, spec: TaskSpec) -> str | None:
-        """Return the notes of earlier sessions of this task, or about the paths that it owns."""
+        """Return the notes of earlier sessions for the next one.
+
+        They are of this task or about paths that it owns.
+        """
         if self.context.session_service is None:
             return None
         return format_notes(await self.context.session_service.memory.find_relevant(task, spec.owns))
 
     async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | OwnershipConflict | OutdatedBase:
-        """Return the writes that claim the paths of a task, under a claim that is about to be taken."""
+        """Return the writes that claim the paths of a task.
+
+        `claim` is the guard of the task claim that is about to be taken.
+        """
         owns = active.spec.owns
         if not owns:
             return []
@@ -340,7 +358,10 @@ class AttemptRunner:
         return OutdatedBase()
 
     def _apply_budget(self, active: ActiveAttempt, finished: SessionResult) -> SessionResult:
-        """Return the result of a session; attribute a limit that it stopped at to the matching budget."""
+        """Return the result of a session.
+
+        Attribute a limit that it stopped at to the matching budget.
+        """
         if not isinstance(finished.outcome, Failed) or finished.outcome.failure is not FailureClass.LIMIT:
             return finished
         reached = self.budgets.find_reached(active.task, active.spec, finished.transcript)
@@ -457,7 +478,10 @@ class AttemptRunner:
         return None if isinstance(result, ChecksPassed) else result
 
     async def finish(self, task: str, finish: NoPhaseLeft) -> AttemptOutcome | ClaimedElsewhere:
-        """Finish a task that needs no further session: queue its work to land, or mark it done."""
+        """Finish a task that needs no further session.
+
+        Queue its work to land, or mark it done.
+        """
         update, trigger = self.phase_handlers.starter.build_finish_update(finish)
         if await self.ledger.start(task, update, trigger=trigger) is not None:
             return ClaimedElsewhere()
@@ -577,7 +601,10 @@ def _end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[tupl
 
 
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:
-    """Return the conversation of an attempt to resume; None unless it used the same adapter."""
+    """Return the conversation of an attempt to resume.
+
+    None unless it used the same adapter.
+    """
     if number is None:
         return None
     attempt = document.attempts[number - 1]

@@ -1,4 +1,7 @@
-"""Enforce the budgets of a run, its tasks and their sessions, during and after each session."""
+"""Enforce the budgets of a run, its tasks and their sessions.
+
+Usage is compared with them during and after each session.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,10 @@ class _UsageMeter:
 
 
 class Budgets:
-    """The budgets of a run, its tasks and their sessions; `halt` ends the run with a reason."""
+    """The budgets of a run, its tasks and their sessions.
+
+    `halt` ends the run with a reason.
+    """
 
     def __init__(self, ledger: Ledger, clock: Clock, accounting: Accounting, halt: Callable[[str], None]) -> None:
         self._ledger, self._clock, self._accounting, self._halt = ledger, clock, accounting, halt
@@ -127,7 +133,10 @@ class Budgets:
         log: Path,
         stop: Callable[[BudgetReached], None],
     ) -> AsyncIterator[None]:
-        """Watch a session during the body: call `stop` once its own, its task's or the run's budget is exhausted."""
+        """Watch a session during the body.
+
+        Call `stop` once its own, its task's or the run's budget is exhausted.
+        """
         if not any(budget.is_limited for budget in (spec.session_budget.policy(), spec.budget.policy(), self._run)):
             yield
             return
@@ -144,7 +153,10 @@ class Budgets:
             self._tokens, self._cost = self._tokens - meter.tokens, self._cost - meter.cost
 
     def find_reached(self, task: str, spec: TaskSpec, transcript: Transcript) -> BudgetReached | None:
-        """Return the budget that an ended session, not yet counted, has exhausted by its final usage."""
+        """Return the budget that the final usage of a session has exhausted.
+
+        The session has ended, but its usage is not counted yet.
+        """
         net = self._accounting.net_usage(transcript, self._ledger.task(task).attempts)
         usage = Spending(net.input_tokens + net.output_tokens, net.cost or 0.0)
         session = _Limit("session", task, spec.session_budget.policy(), usage)
@@ -218,7 +230,10 @@ class Budgets:
         return Spending(meter.tokens, meter.cost, max(self._clock.now() - meter.started, 0.0))
 
     def _check_limit(self, limit: _Limit) -> BudgetReached | None:
-        """Return the outcome of an exhausted limit; the run is halted if the limit is the run's."""
+        """Return the outcome of an exhausted limit.
+
+        The run is halted if the limit is the run's.
+        """
         reason = _describe_if_exhausted(limit)
         if reason is None:
             return None

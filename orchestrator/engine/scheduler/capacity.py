@@ -1,4 +1,4 @@
-"""Capacity: how many sessions may run, limited by the configuration and the resources of this machine."""
+"""Session capacity, limited by the configuration and this machine's resources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ MEMORY_RETRY_DELAY = 5.0
 
 
 async def measure_capacity(wanted: int, demand: SessionDemand) -> SessionFit:
-    """Raise the descriptor limit and return how many sessions fit; RefusedError if none fits."""
+    """Raise the descriptor limit and return how many sessions fit.
+
+    RefusedError if none fits.
+    """
     await anyio.to_thread.run_sync(raise_descriptor_limit)
     fit = fit_sessions(await anyio.to_thread.run_sync(read_resources), wanted, demand)
     if isinstance(fit, NoSessionFits):
@@ -42,7 +45,10 @@ class Capacity:
 
     @classmethod
     async def measure(cls, wanted: int, ledger: Ledger, clock: Clock) -> Capacity:
-        """Measure the capacity of this machine and record a limit; RefusedError if no session fits."""
+        """Measure the capacity of this machine and record a limit.
+
+        RefusedError if no session fits.
+        """
         demand = SessionDemand(memory=ledger.run.session_memory)
         fit = await measure_capacity(wanted, demand)
         if fit.limited_by is not None:

@@ -1,4 +1,4 @@
-"""The work of this process in a run: its attempts, its landings, and the dispatch board of all tasks.
+"""The work of this process in a run: attempts, landings and the dispatch board.
 
 The scheduler acts on it; `engine.scheduler.peers` applies changes of other orchestrators to it.
 """
@@ -22,7 +22,10 @@ _PEER_RETRY_DELAY = 0.5
 
 
 class LocalWork:
-    """Active attempts, landings and known task states of this process; times are monotonic seconds."""
+    """Active attempts, landings and known task states of this process.
+
+    Times are monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -33,9 +36,10 @@ class LocalWork:
         cancelled: set[str],
         unavailable_adapters: Collection[str],
     ) -> None:
-        """Create from a board that reflects the documents; `merge_queue` reads the same `cancelled` set.
+        """Create from a board that reflects the documents.
 
-        `unavailable_adapters` are those that this process cannot run, whatever their recorded state.
+        `merge_queue` reads the same `cancelled` set. `unavailable_adapters` are those that this process cannot run,
+        whatever their recorded state.
         """
         self._unavailable_adapters = unavailable_adapters
         self._ledger, self.board, self.merge_queue, self._clock = ledger, board, merge_queue, clock
@@ -72,7 +76,10 @@ class LocalWork:
                 self.sync_task(task)
 
     def _file_order(self, new: Sequence[str]) -> dict[str, float]:
-        """Return fractional positions of new tasks: neighbours share the gap between existing ones."""
+        """Return fractional positions of new tasks.
+
+        Neighbours share the gap between existing ones.
+        """
         order: dict[str, float] = {}
         group: list[str] = []
         before, is_new = -1.0, set(new)
@@ -140,7 +147,10 @@ class LocalWork:
         self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
 
     def continue_task(self, task: str) -> None:
-        """Continue a task after an approval or rejection; one whose session is still ending continues by itself."""
+        """Continue a task after an approval or rejection.
+
+        One whose session is still ending continues by itself.
+        """
         if task not in self.active_attempts:
             self.wait(task)
 
@@ -153,7 +163,10 @@ class LocalWork:
         self.board.revive(task)
 
     def _phase_adapters(self, task: str) -> tuple[tuple[str, ...] | None, bool]:
-        """Return the adapters of a task's phase (None without a workflow), and whether it keeps its paths."""
+        """Return the adapters of a task's phase, and whether it keeps its paths.
+
+        The adapters are None without a workflow.
+        """
         entry, document = self.board.entry(task), self._ledger.task(task)
         if entry.workflow is None:
             return None, False

@@ -1,4 +1,4 @@
-"""Run loop of one orchestrator: read the dispatch board, choose, start, and apply the outcomes."""
+"""Run loop of one orchestrator: choose tasks from the board, start them, apply outcomes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SHORTAGE_BACKOFF = Backoff(initial=1.0, factor=2.0, max=30.0, jitter=False)
 
 
 class Scheduler:
-    """Start whatever the dispatch board allows, within capacity, until no work is left."""
+    """Starts the tasks that the dispatch board allows, within capacity."""
 
     def __init__(
         self,
@@ -126,7 +126,10 @@ class Scheduler:
         """The cooling adapters and waiting approvals of the last `run.waiting` event."""
 
     async def remember(self, documents: Mapping[str, AdapterDocument]) -> None:
-        """Restore the adapter cooldowns of an earlier leader; enable the adapters that it disabled."""
+        """Restore the adapter cooldowns of an earlier leader.
+
+        Enable the adapters that it disabled.
+        """
         enabled = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
         for adapter, document in documents.items():
             if document.closed is not None:
@@ -135,20 +138,29 @@ class Scheduler:
                 self._local.cool_down(adapter, document.parked_until)
 
     def stop(self) -> None:
-        """Start nothing more and stop sessions and checks; a move of the target still completes."""
+        """Start nothing more and stop sessions and checks.
+
+        A move of the target still completes.
+        """
         self._stopping = True
         self._base_checks.stop()
         self._merge_queue.stop()
         self._local.stop_sessions()
 
     def _halt(self, by: HaltCause, reason: str) -> None:
-        """Start nothing more and stop sessions; built work still lands, because that costs no budget."""
+        """Start nothing more and stop sessions.
+
+        Built work still lands, because that costs no budget.
+        """
         self.halted = self.halted or (by, reason)
         self._base_checks.stop()
         self._local.stop_sessions()
 
     def _give_up(self, reason: str) -> None:
-        """Stop all work: a check or setup command cannot run here, so no task can be built or landed."""
+        """Stop all work.
+
+        A check or setup command cannot run here, so no task can be built or landed.
+        """
         self.halted = self.halted or (HaltCause.COMMANDS, reason)
         self.stop()
 
@@ -302,7 +314,10 @@ class Scheduler:
         self._local.wake()
 
     def _may_land(self, now: float) -> bool:
-        """Return True to land now; False to wait briefly for sessions that are about to finish."""
+        """Return True if the queue should land now.
+
+        Otherwise it waits briefly for sessions that are about to finish.
+        """
         waiting = len(self._merge_queue.waiting)
         is_full = waiting >= self._capacity.sessions or not self._local.active_attempts
         return waiting > 0 and (is_full or now >= self._batch_until)

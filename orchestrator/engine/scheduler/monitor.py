@@ -1,4 +1,4 @@
-"""Periodic maintenance of the state store during a run, independent of the scheduler."""
+"""Periodic maintenance of the state store, independent of the scheduler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _PAUSE_FACTOR, _MAX_PAUSE = 50.0, 600.0
 
 
 class Monitor:
-    """Deletes expired data, compacts, verifies, makes checkpoints, and records each warning once."""
+    """Deletes expired data, compacts, verifies and makes checkpoints.
+
+    Each warning is recorded once.
+    """
 
     def __init__(self, ledger: Ledger, store: Store, clock: Clock) -> None:
         """Monitor the store of a run."""

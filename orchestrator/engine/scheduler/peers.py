@@ -1,4 +1,7 @@
-"""Coordination with the other orchestrators of a run: follow their changes, take over dead peers, handle requests."""
+"""Coordinate with the other orchestrators of a run.
+
+Follow their changes, take over tasks of dead ones, and handle requests.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ LIVENESS_INTERVAL: Final = 0.5
 
 
 class PeerSync:
-    """Applies the changes of other orchestrators to this process, concurrently with the scheduler."""
+    """Applies the changes of other orchestrators to this process.
+
+    It runs concurrently with the scheduler.
+    """
 
     def __init__(
         self,
@@ -57,7 +63,10 @@ class PeerSync:
         halt: Callable[[HaltCause, str], None],
         is_ending: Callable[[], bool],
     ) -> None:
-        """Call `halt` with the reason if the run is halted; take over nothing once `is_ending()`."""
+        """Call `halt` with the reason if the run is halted.
+
+        Take over nothing once `is_ending()`.
+        """
         self._ledger, self._context, self._pool, self._local = ledger, context, pool, local
         self._budgets, self._clock = budgets, clock
         self._halt, self._is_ending = halt, is_ending
@@ -75,7 +84,10 @@ class PeerSync:
         return self._is_sweeping or bool(self._requests)
 
     async def follow(self) -> None:
-        """Apply changes of other orchestrators, and queue requests if this one leads the run."""
+        """Apply changes of other orchestrators.
+
+        The leader of the run also queues requests.
+        """
         async for change in self._ledger.changes():
             # A partial change would leave the board and the documents inconsistent.
             with anyio.CancelScope(shield=True):
@@ -107,7 +119,10 @@ class PeerSync:
                 await orchestrators.renew()
 
     async def detect_dead_peers(self) -> None:
-        """Sweep as soon as an orchestrator of this machine exits: the kernel releases its lock at once."""
+        """Sweep as soon as an orchestrator of this machine exits.
+
+        The kernel releases its lock at once.
+        """
         orchestrators, locks = self._ledger.orchestrators, self._context.hub.liveness_locks
         known = frozenset[str]()
         with suppress(StoreUnavailable):  # the next sweep finds orchestrators that exited before this
@@ -122,7 +137,10 @@ class PeerSync:
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + LIVENESS_INTERVAL)
 
     async def sweep(self) -> None:
-        """Take over tasks of dead orchestrators, lead the run if nobody does, and adopt external landings."""
+        """Take over tasks of dead orchestrators and adopt external landings.
+
+        Lead the run if nobody does.
+        """
         while True:
             await self._clock.wait(self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
             self._sweep_due = anyio.Event()
@@ -147,7 +165,10 @@ class PeerSync:
             self._local.sync_task(task)
 
     async def clean_up_abandoned(self) -> None:
-        """Remove unused leftovers of dead orchestrators: session folders, then worktree slots."""
+        """Remove unused leftovers of dead orchestrators.
+
+        Session folders go first, then worktree slots.
+        """
         await remove_abandoned(self._ledger, self._context)
         await self._pool.clear()
 
@@ -198,7 +219,10 @@ class PeerSync:
                 await self._cancel(task)
 
     async def _wait_until_ended(self, tasks: Sequence[str]) -> None:
-        """Wait until sessions that are being stopped have ended: until then their attempts change the tasks."""
+        """Wait until sessions that are being stopped have ended.
+
+        Until then their attempts change the tasks.
+        """
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
                 while self._is_ending_here(task):
@@ -223,7 +247,10 @@ class PeerSync:
             await anyio.sleep(_POLL_INTERVAL)
 
     async def _try_to_cancel(self, task: str) -> bool:
-        """Return True if a task has ended or ends as soon as it can; False while it lands elsewhere."""
+        """Return True if a task has ended or ends as soon as it can.
+
+        False while it lands elsewhere.
+        """
         local, status = self._local, self._ledger.task(task).status
         is_elsewhere, is_landing = self._ledger.is_claimed_elsewhere(task), status is TaskStatus.LANDING
         if status in FINAL_STATUSES:
@@ -240,7 +267,10 @@ class PeerSync:
         return True
 
     async def _end(self, task: str) -> bool:
-        """Cancel a task that this process is not running; return False if its landing has just started elsewhere."""
+        """Cancel a task that this process is not running.
+
+        Return False if its landing has just started elsewhere.
+        """
         local = self._local
         local.drop(task)
         if await cancel_task(self._ledger, task):

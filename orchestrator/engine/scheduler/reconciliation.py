@@ -1,4 +1,7 @@
-"""Find work that somebody else landed: manually, or by merging a pull request of its branch."""
+"""Find work that somebody else landed.
+
+A person may have landed it manually, or merged a pull request of its branch.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ class Reconciler:
         return True
 
     async def _landed_by_others(self, document: TaskDocument) -> str | None:
-        """Return the commit of the target that contains a task's work without a recorded merge."""
+        """Return the commit of the target that contains a task's work.
+
+        Only work without a recorded merge counts.
+        """
         tip, built = self._context.target.known, document.commit
         if document.status not in _BUILT or built is None or tip is None:
             return None

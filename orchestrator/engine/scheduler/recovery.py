@@ -1,7 +1,7 @@
-"""Recovery from a killed orchestrator: end its sessions, salvage their work, requeue their tasks.
+"""Recover from a killed orchestrator.
 
-Runs under the lock of the run. Every git command of the killed owner holds that lock until it exits, so no git lock
-file of theirs belongs to a live process.
+End its sessions, salvage their work, and requeue their tasks. Runs under the lock of the run. Every git command of the
+killed owner holds that lock until it exits, so no git lock file of theirs belongs to a live process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _UNCHECKED = "the orchestrator exited before the checks ended"
 
 
 async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
-    """Requeue the task of every interrupted attempt, with its work on a branch; adopt landed merges.
+    """Requeue interrupted tasks, salvage their work, and adopt landed merges.
 
     Interrupted landings are not decided here: their tasks stay `landing`, and the merge queue settles them first. May
     be killed at any point and run again.
@@ -69,9 +69,10 @@ async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
 
 
 async def take_over_tasks(ledger: Ledger, context: RunContext, clock: Clock) -> list[str]:
-    """Take over tasks of dead orchestrators, as `recover` does at the start; return them.
+    """Take over tasks of dead orchestrators, and return them.
 
-    Each takeover counts as a retry of its task. May be killed at any point: claimed tasks are then taken over again.
+    It works as `recover` does at the start. Each takeover counts as a retry of its task. May be killed at any point:
+    claimed tasks are then taken over again.
     """
     taken = await _take_over(ledger, context, counts=True)
     if taken:
@@ -102,7 +103,10 @@ async def _recover_sessions(
 
 
 async def _inherit_session(ledger: Ledger, context: RunContext, task: str) -> None:
-    """Mark an interrupted session as inactive, and let built work own its paths until it lands."""
+    """Inherit the path ownership of an interrupted task.
+
+    A running session becomes inactive; built work owns its paths until it lands.
+    """
     document = ledger.task(task)
     if document.status not in CLAIMED_STATUSES or not document.attempts or ledger.is_claimed_elsewhere(task):
         return
@@ -115,9 +119,9 @@ async def _inherit_session(ledger: Ledger, context: RunContext, task: str) -> No
 
 
 async def remove_abandoned(ledger: Ledger, context: RunContext) -> None:
-    """Remove folders of sessions whose attempts have ended but whose process died before it removed them.
+    """Remove session folders of ended attempts that a dead process left.
 
-    A free lock of the slot proves that: a process holds it until the folder of its session is gone.
+    A free lock of the slot proves that it is dead: a process holds it until the folder of its session is gone.
     """
     for worktree in await anyio.to_thread.run_sync(
         worktrees.list_worktrees, context.hub, ledger.run.id, ledger.run.tasks
@@ -156,7 +160,10 @@ async def has_active_peers(ledger: Ledger) -> bool:
 
 
 async def _requeue_task(ledger: Ledger, clock: Clock, task: str, landed: str | None) -> None:
-    """Return a task to a state that it can continue from; `landed` is its merge on the target, if any."""
+    """Return a task to a state that it can continue from.
+
+    `landed` is its merge on the target, if any.
+    """
     document = ledger.task(task)
     if document.status in FINAL_STATUSES or document.status is TaskStatus.LANDING or ledger.is_claimed_elsewhere(task):
         return
@@ -185,10 +192,10 @@ async def _reap(ledger: Ledger, context: RunContext, clock: Clock, worktree: Wor
 
 
 async def _recreate_lost_record(ledger: Ledger, context: RunContext, clock: Clock, worktree: Worktree) -> bool:
-    """Recreate the lost record of the attempt that a worktree belongs to: its number is used up.
+    """Recreate the lost record of the attempt that a worktree belongs to.
 
-    The worktree is preserved: its secrets and its start commit are unknown. An unused worktree is removed. Return False
-    if the task cannot be retried from its state.
+    Its number is used up. The worktree is preserved: its secrets and its start commit are unknown. An unused worktree
+    is removed. Return False if the task cannot be retried from its state.
     """
     task, number = worktree.task, worktree.attempt
     if ledger.task(task).status is TaskStatus.RUNNING and ledger.task(task).attempt.ended is None:
@@ -222,16 +229,19 @@ async def _recreate_lost_record(ledger: Ledger, context: RunContext, clock: Cloc
 
 
 async def end_orphaned_session(worktree: Worktree) -> None:
-    """End the remaining processes of a session; its orchestrator is dead or has lost the task.
+    """End the remaining processes of a session.
 
-    LockHeld if a process cannot be ended.
+    Its orchestrator is dead or has lost the task. LockHeld if a process cannot be ended.
     """
     await stop_supervised(worktree.lock, worktree.marker, REAP_TIMEOUT)
     await anyio.to_thread.run_sync(remove_session_socket, worktree)
 
 
 async def _salvage_attempt(ledger: Ledger, context: RunContext, clock: Clock, worktree: Worktree) -> bool:
-    """Save the work of an interrupted attempt and requeue its task; return False if the worktree must stay."""
+    """Save the work of an interrupted attempt and requeue its task.
+
+    Return False if the worktree must stay.
+    """
     document = ledger.task(worktree.task)
     attempt = next(candidate for candidate in document.attempts if candidate.number == worktree.attempt)
     is_saved = await _save(ledger, context, worktree, attempt)
@@ -246,7 +256,10 @@ async def _salvage_attempt(ledger: Ledger, context: RunContext, clock: Clock, wo
 
 
 async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt: Attempt) -> bool:
-    """Commit the leftovers of an interrupted session to a branch; return False if the worktree must stay."""
+    """Commit the leftovers of an interrupted session to a branch.
+
+    Return False if the worktree must stay.
+    """
     spec = await ledger.spec(worktree.task)
     if attempt.phase is not None and not ledger.workflow(spec.workflow).phase(attempt.phase).writes:
         await context.git(

@@ -1,4 +1,7 @@
-"""Requests to a run from another process: recorded in the store, handled by the run's leader."""
+"""Requests to a run from another process.
+
+They are recorded in the store, and the leader of the run handles them.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +59,11 @@ def check_request(
     even_waiting: bool = False,
     is_live: bool,
 ) -> None:
-    """Reject a request that the state of its tasks does not allow; `is_live`: a process is active in the run.
+    """Reject a request that the state of its tasks does not allow.
 
     A retry accepts blocked tasks together with the failed tasks that they need. With `even_waiting` it also accepts
-    tasks that wait to start or to land, for a reload that leaves them in their state.
+    tasks that wait to start or to land, for a reload that leaves them in their state. `is_live` is True if a process is
+    active in the run.
     """
     blocked = record.blocked() if action is RequestAction.RETRY else {}
     for task in tasks:
@@ -100,9 +104,10 @@ def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, i
 
 
 def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
-    """Return the adapters to enable: the named ones, or all that are disabled or cooling down.
+    """Return the adapters to enable.
 
-    RefusedError for an adapter that the run does not have, and if there is nothing to reopen.
+    These are the named ones, or all that are disabled or cooling down. RefusedError for an adapter that the run does
+    not have, and if there is nothing to enable.
     """
     unavailable = {
         name
@@ -146,7 +151,7 @@ def check_note(note: str | None) -> None:
 
 
 def check_phase(task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:
-    """Reject a phase that is not in `known`, or that follows an incomplete phase of the task."""
+    """Reject a phase that is unknown or follows an incomplete phase."""
     if phase not in known:
         remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: omit `--from`"
         raise RefusedError(f"task {task!r} has no phase {phase!r}", remedy)
@@ -209,9 +214,9 @@ async def apply_request(ledger: Ledger, request: RunRequest) -> None:
 
 
 async def cancel_task(ledger: Ledger, task: str) -> bool:
-    """Cancel a task that waits or that another orchestrator owns; its work stays on its branch.
+    """Cancel a task that waits or that another orchestrator owns.
 
-    Return False if it has ended, or is being landed: its owner completes that.
+    Its work stays on its branch. Return False if it has ended, or is being landed: its owner completes that.
     """
     while await _is_ours_to_cancel(ledger, task):
         document = ledger.task(task)
@@ -229,7 +234,10 @@ async def cancel_task(ledger: Ledger, task: str) -> bool:
 
 
 async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
-    """Return True if a task can be cancelled in its state, after taking its claim from any owner."""
+    """Return True if a task can be cancelled in its current state.
+
+    Its claim is taken from any owner first.
+    """
     while (ledger.task(task).status, Trigger.CANCEL) in TRANSITIONS:
         if not ledger.is_claimed_elsewhere(task):
             return True
@@ -239,7 +247,10 @@ async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
 
 
 async def record_ignored(ledger: Ledger, request: RunRequest) -> None:
-    """Record on cancelled tasks why they are ignored; tasks that landed in the meantime stay landed."""
+    """Record on cancelled tasks why they are ignored.
+
+    Tasks that landed in the meantime stay landed.
+    """
     for task in request.tasks if request.action is RequestAction.IGNORE else ():
         if ledger.task(task).status is TaskStatus.CANCELLED:
             changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
@@ -247,7 +258,7 @@ async def record_ignored(ledger: Ledger, request: RunRequest) -> None:
 
 
 async def parts_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple[str, ...]:
-    """Return the subtasks of an earlier plan to cancel when a task is retried from a phase."""
+    """Return the subtasks of an earlier plan that a retry must cancel."""
     document = ledger.task(task)
     if document.status not in RETRYABLE_STATUSES:
         return ()
@@ -255,7 +266,10 @@ async def parts_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple
 
 
 async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> bool:
-    """Retry an ended task from a phase, with all its attempts available again; return False if it has not ended."""
+    """Retry an ended task from a phase, with all its attempts available again.
+
+    Return False if it has not ended.
+    """
     workflow = ledger.workflow((await ledger.spec(task)).workflow)
     cleared = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
     while (document := ledger.task(task)).status in RETRYABLE_STATUSES:
@@ -273,7 +287,10 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
 
 
 async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
-    """Approve the result of a task's phase; return False if the task does not wait for approval."""
+    """Approve the result of a task's phase.
+
+    Return False if the task does not wait for approval.
+    """
     document, spec = ledger.task(task), await ledger.spec(task)
     if document.status is not TaskStatus.WAITING:
         return False
@@ -296,7 +313,7 @@ async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
 async def _expand_approved_plan(
     ledger: Ledger, task: str, spec: TaskSpec, phase: Phase
 ) -> Mapping[str, TaskSpec] | Sequence[Violation]:
-    """Return the tasks that an approved plan expands to, or the violations that prevent it."""
+    """Return the tasks of an approved plan, or the violations that prevent it."""
     name = ledger.task(task).phases[-1].handoff
     if phase.expand is None or name is None:
         return {}
@@ -305,7 +322,10 @@ async def _expand_approved_plan(
 
 
 async def reject_phase(ledger: Ledger, task: str, note: str | None) -> bool:
-    """Repeat a phase whose result a person rejected; return False if the task does not wait for approval."""
+    """Repeat a phase whose result a person rejected.
+
+    Return False if the task does not wait for approval.
+    """
     document = ledger.task(task)
     if document.status is not TaskStatus.WAITING:
         return False

@@ -1,4 +1,7 @@
-"""Restore a checkpoint: save the current state as another checkpoint, then apply all changes in one commit."""
+"""Restore a checkpoint.
+
+The current state is saved as another checkpoint first; then one commit applies all changes.
+"""
 
 from __future__ import annotations
 

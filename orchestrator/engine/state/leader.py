@@ -1,4 +1,7 @@
-"""Leader election: the holder of a run's lease leads the run, under the epoch of the lease."""
+"""Leader election by the lease of a run.
+
+The holder of the lease leads the run, under the epoch of the lease.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ async def find_other_leader(store: Store, orchestrators: RunMembership) -> Orche
 
 
 async def prepare_lease(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> tuple[Write, Guard]:
-    """Return the write that makes an orchestrator the leader of a run, and the guard of its epoch.
+    """Return the write that takes the lease of a run, and the guard of its epoch.
 
     The write fails if the lease changes after this call: so call this before looking for a live leader.
     """
@@ -42,7 +45,10 @@ async def prepare_lease(store: Store, clock: Clock, run: str, owner: Orchestrato
 
 
 async def take_leadership(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> Guard:
-    """Take the lease of a run under the next epoch without working in it; fence all its orchestrators."""
+    """Take the lease of a run under the next epoch without working in it.
+
+    Fence all its orchestrators.
+    """
     while True:
         write, guard = await prepare_lease(store, clock, run, owner)
         ended = {"ended": clock.now(), "reason": "a checkpoint of the run was restored"}

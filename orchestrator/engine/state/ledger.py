@@ -1,4 +1,7 @@
-"""Run state as seen by one orchestrator. Every change is one commit fenced by its lease epoch."""
+"""Run state as seen by one orchestrator.
+
+Every change is one commit fenced by its lease epoch.
+"""
 
 from __future__ import annotations
 
@@ -102,10 +105,11 @@ class ExternalChange(NamedTuple):
 
 
 class Ledger:
-    """State of a run as seen by one of its orchestrators; its commits fail once another has taken over.
+    """State of a run as seen by one of its orchestrators.
 
-    One orchestrator leads: it holds the lease of the run and does the work that must happen once. Each holds a claim on
-    every task that it works on, from the start of the task until the task ends or waits for a retry.
+    Its commits fail once another has taken over. One orchestrator leads: it holds the lease of the run and does the
+    work that must happen once. Each holds a claim on every task that it works on, from the start of the task until the
+    task ends or waits for a retry.
     """
 
     def __init__(
@@ -119,9 +123,10 @@ class Ledger:
         *,
         is_shared: bool = True,
     ) -> None:
-        """Create a ledger from documents that were read; `redactor` removes secrets from all that is recorded.
+        """Create a ledger from documents that were read.
 
-        Unless `is_shared`, there are no claims: only the leader can work in the run.
+        `redactor` removes secrets from all that is recorded. Unless `is_shared`, there are no claims: only the leader
+        can work in the run.
         """
         self.run, self._redactor = run, redactor
         self.orchestrators = orchestrators
@@ -155,9 +160,9 @@ class Ledger:
         *,
         is_shared: bool = True,
     ) -> Ledger:
-        """Load a run and become its leader under the next epoch; `facts` go into the event.
+        """Load a run and become its leader under the next epoch.
 
-        RunActive if another live orchestrator leads the run.
+        `facts` go into the event. RunActive if another live orchestrator leads the run.
         """
         while True:
             try:
@@ -210,7 +215,10 @@ class Ledger:
         return await ledger._newest()
 
     async def _newest(self) -> Ledger:
-        """Return a ledger with the current documents: a checkpoint may be restored while this one joins."""
+        """Return a ledger with the current documents.
+
+        A checkpoint may be restored while this one joins.
+        """
         document, tasks = await read_run(self._store, self.run.id), await read_tasks(self._store, self.run.id)
         if document == self.run and all(tasks[name].version == version for name, version in self._versions.items()):
             return self
@@ -232,9 +240,9 @@ class Ledger:
         failpoint("run.leader_elected")
 
     async def try_to_lead(self) -> bool:
-        """Become the leader if no live orchestrator leads and the run has not ended; return True if that happened.
+        """Become the leader if no live orchestrator leads and the run has not ended.
 
-        A worker leaves this to a live process that was started as a leader.
+        Return True if that happened. A worker leaves this to a live process that was started as a leader.
         """
         if self.became_leader.is_set():
             return False
@@ -255,7 +263,10 @@ class Ledger:
         return self._tasks[task]
 
     def __contains__(self, task: str) -> bool:
-        """Return True if a task is known; subtasks from other processes are known once they are read."""
+        """Return True if a task is known.
+
+        Subtasks from other processes are known once they are read.
+        """
         return task in self._versions
 
     def parts(self, task: str) -> tuple[str, ...]:
@@ -267,7 +278,10 @@ class Ledger:
         return self._planners.get(task)
 
     def family(self, task: str) -> list[str]:
-        """Return the root of a task's plan with all subtasks, nested ones included; or the task alone."""
+        """Return a task with all tasks of the same plan, nested plans included.
+
+        It is the task alone if it belongs to no plan.
+        """
         while task in self._planners:
             task = self._planners[task]
         members = [task]
@@ -328,9 +342,9 @@ class Ledger:
     async def change_all(
         self, trigger: Trigger, updates: Mapping[str, TaskUpdate], permits: Sequence[Guard] = ()
     ) -> None:
-        """Apply a trigger to tasks in one commit, as `change` does; `permits` are additional guards.
+        """Apply a trigger to tasks in one commit, as `change` does.
 
-        ClaimLost if another orchestrator has taken over one of the tasks.
+        `permits` are additional guards. ClaimLost if another orchestrator has taken over one of the tasks.
         """
         writes, guards, transitions = list[Write](), list(permits), dict[str, Transition]()
         for task, update in updates.items():
@@ -367,7 +381,10 @@ class Ledger:
                 self._apply_own_change(task, transition.after)
 
     async def _commit_with_new_tasks(self, updates: Mapping[str, TaskUpdate], commit: Commit) -> None:
-        """Commit changes together with new subtasks; others may change the run document concurrently."""
+        """Commit changes together with new subtasks.
+
+        Others may change the run document concurrently.
+        """
         specs = {task: spec for update in updates.values() for task, spec in update.tasks.items()}
         while True:
             version, before = await self._read_run()
@@ -400,7 +417,10 @@ class Ledger:
         self.added[task] = entry
 
     def _set_run(self, document: RunDocument) -> None:
-        """Adopt a run document, except for tasks that are not loaded yet; no task is dropped."""
+        """Adopt a run document, except for tasks that are not loaded yet.
+
+        No task is dropped.
+        """
         tasks = tuple(task for task in document.tasks if task in self._versions)
         self.run = document.model_copy(update={"tasks": max(tasks, self.run.tasks, key=len)})
 
@@ -437,10 +457,10 @@ class Ledger:
         *,
         trigger: Trigger = Trigger.START,
     ) -> ClaimHolder | OwnershipConflict | OutdatedBase | TaskMoved | None:
-        """Claim a task and record its next attempt in one commit; return the obstacle if that is impossible.
+        """Claim a task and record its next attempt in one commit.
 
-        `also` plans, given the guard of the claim, further writes or returns what prevents them. Another `trigger`
-        starts another kind of step.
+        Return the obstacle if that is impossible. `also` plans, given the guard of the claim, further writes or returns
+        what prevents them. Another `trigger` starts another kind of step.
         """
         if self.claims is None:
             await self.change_all(trigger, {task: update})
@@ -484,9 +504,10 @@ class Ledger:
             return None
 
     async def claim(self, task: str, *, is_asked: bool = False) -> bool:
-        """Claim an unclaimed task in its current state, such as one that is queued to land; return True if it is ours.
+        """Claim an unclaimed task in its current state; return True if it is ours.
 
-        On request of a person (`is_asked`), take the claim from any owner, except for a task that is being landed.
+        Such a task may be queued to land. On request of a person (`is_asked`), take the claim from any owner, except
+        for a task that is being landed.
         """
         if self.claims is None:
             return True
@@ -506,7 +527,10 @@ class Ledger:
             return False
 
     async def release(self, task: str) -> None:
-        """Release our claim if the task is no longer claimable, for example after a checkpoint restore."""
+        """Release our claim if the task is no longer claimable.
+
+        A checkpoint restore may cause that.
+        """
         document = self._tasks[task]
         if self.claims is not None and task in self.claims and document.status not in CLAIMED_STATUSES:
             await self.claims.release(task, CLAIM_RELEASES[document.status], document.reason)
@@ -516,13 +540,19 @@ class Ledger:
         return self.claims is not None and self._tasks[task].status in CLAIMED_STATUSES and task not in self.claims
 
     async def hold(self, task: str) -> None:
-        """Require this orchestrator's claim on a task; ClaimLost if another has taken it over."""
+        """Require this orchestrator's claim on a task.
+
+        ClaimLost if another has taken it over.
+        """
         if self.claims is not None and task not in self.claims:
             await self.refresh(task)
             await self._raise_if_claim_lost([task])
 
     async def confirm(self, task: str) -> None:
-        """Verify in the store that this orchestrator still has the claim on a task; ClaimLost if not."""
+        """Verify in the store that this orchestrator still has the claim on a task.
+
+        ClaimLost if another has taken it over.
+        """
         await self._raise_if_claim_lost([task])
 
     async def refresh(self, task: str, *, released: bool = True) -> bool:
@@ -606,9 +636,10 @@ class Ledger:
     async def update_adapter(
         self, adapter: str, judge: Callable[[AdapterDocument], AdapterUpdate | None]
     ) -> tuple[AdapterDocument, bool]:
-        """Record the update that `judge` derives from an adapter's state; return the state and whether it changed.
+        """Record the update that `judge` derives from an adapter's state.
 
-        `judge` is called again if another orchestrator updates the adapter concurrently.
+        Return the state and whether it changed. `judge` is called again if another orchestrator updates the adapter
+        concurrently.
         """
         key = adapter_key(self.run.id, adapter)
         while True:
@@ -645,7 +676,10 @@ class Ledger:
         return await read_requests(self._store, self.run.id)
 
     async def changes(self) -> AsyncGenerator[ExternalChange]:
-        """Yield the pending requests, then each change or request of others as it is committed."""
+        """Yield pending requests, then changes and requests of others.
+
+        The latter are yielded as they are committed.
+        """
         while True:
             position = await self._store.position()
             if await self.learn_tasks():
@@ -700,7 +734,10 @@ class Ledger:
         return task in self._unreported and version == self._versions[task]
 
     async def earlier_specs(self, task: str) -> dict[str, JsonObject]:
-        """Return all recorded specifications whose task name starts with that of a task, as its subtasks do."""
+        """Return all recorded specifications of a task's subtasks, by name.
+
+        They are found by prefix, so specifications of earlier plans are included.
+        """
         documents = await self._store.list("spec", f"{self.run.id}/{task}")
         return {document.key.id.partition("/")[2]: document.value for document in documents if not document.damaged}
 

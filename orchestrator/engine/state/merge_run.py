@@ -1,4 +1,7 @@
-"""Build a run that merges the target of another run into its base: one task that is already built. Pure."""
+"""Build a run that merges the target of another run into its base. Pure.
+
+It has one task, which is already built.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,11 @@ def build_merge_run(
     common: str,
     now: float,
 ) -> MergeRun:
-    """Return the run `name`, which lands `commit` of a run's target on its base at `start`.
+    """Return the run `name`, which lands a run's target on its base.
 
-    `branch` keeps the commit; `common` is the merge base. The checks of the run's tasks (`specs`) also check the merge.
-    The task has one attempt: no session follows if the merge fails.
+    `commit` is the commit to land, kept by `branch`; `start` is the commit of the base, and `common` the merge base.
+    The checks of the run's tasks (`specs`) also check the merge. The task has one attempt: no session follows if the
+    merge fails.
     """
     run_changes = {
         "id": name,

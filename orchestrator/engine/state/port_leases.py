@@ -1,8 +1,8 @@
-"""Lease a name and a block of ports to each worktree slot: no two slots on a machine share them.
+"""Lease a name and a block of ports to each worktree slot.
 
-The `lease.json` of a slot has its lease. The files of all slots in a home, of any project, list the taken ports; a free
-block is chosen under the lock of the home. The store also has a document per port, which separates runs that share the
-store from different homes.
+No two slots on a machine share them. The `lease.json` of a slot has its lease. The files of all slots in a home, of any
+project, list the taken ports; a free block is chosen under the lock of the home. The store also has a document per
+port, which separates runs that share the store from different homes.
 
 `lease.json` is written before the documents. So a document is only valid while the slot that it names has the same
 lease: any other document was left by a killed process or belonged to a deleted slot, and a process that needs the port
@@ -40,11 +40,11 @@ _LOCK = "ports.lock"
 
 @dataclass(frozen=True, slots=True)
 class PortLease:
-    """The name and ports that a slot has to itself on this machine while the slot exists.
+    """The name and ports of a slot on this machine.
 
-    `name` is valid for a host, a database or a Compose project: lower-case letters, digits and `-`, at most 40
-    characters, starting with a letter. `ports` are consecutive. `lost` are the ports of the previous block that another
-    program uses now, which is why the block was replaced; empty otherwise.
+    They belong to the slot while it exists. `name` is valid for a host, a database or a Compose project: lower-case
+    letters, digits and `-`, at most 40 characters, starting with a letter. `ports` are consecutive. `lost` are the
+    ports of the previous block that another program uses now, which is why the block was replaced; empty otherwise.
     """
 
     name: str
@@ -68,9 +68,10 @@ class PortLeases:
         self._count, self._ports = count, ports
 
     async def lease(self, slot: Path) -> PortLease:
-        """Return the lease of a slot; replace its block if it has none or cannot use it now.
+        """Return the lease of a slot.
 
-        Call this each time the slot is acquired. RefusedError if no block is free.
+        Replace its block if it has none or cannot use it now. Call this each time the slot is acquired. RefusedError if
+        no block is free.
         """
         if self._count == 0:
             await self.release(slot)
@@ -87,7 +88,10 @@ class PortLeases:
                     return replace(lease, lost=tuple(port for port in previous if port in lost))
 
     async def release(self, slot: Path) -> None:
-        """Release the lease of a slot, if any, before or after the caller deletes its folder."""
+        """Release the lease of a slot, if any.
+
+        The caller may delete its folder before or after.
+        """
         await anyio.to_thread.run_sync(lambda: (slot / _FILE).unlink(missing_ok=True))
         documents = await _documents(self._store)
         await delete_port_leases(
@@ -117,7 +121,10 @@ class PortLeases:
         return lease
 
     async def _record(self, slot: Path, lease: PortLease, documents: Mapping[int, Document], *, rewrite: bool) -> None:
-        """Make the documents match `lease.json`; `rewrite` refreshes all, as others may be about to delete them."""
+        """Make the documents match `lease.json`.
+
+        `rewrite` refreshes all, as others may be about to delete them.
+        """
         host = socket.gethostname()
         value = {**_content(slot, lease), "host": host, "since": self._clock.now()}
         writes = []
@@ -200,7 +207,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _read(slot: Path) -> tuple[int, ...]:
-    """Return the ports of a slot; empty if its `lease.json` is missing, unreadable or another slot's."""
+    """Return the ports of a slot.
+
+    Empty if its `lease.json` is missing, unreadable or another slot's.
+    """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError, ValueError, KeyError, TypeError):
         content = json.loads((slot / _FILE).read_bytes())
         return tuple(map(int, content["ports"])) if content["place"] == str(slot) else ()

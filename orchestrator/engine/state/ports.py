@@ -19,18 +19,18 @@ _IN_USE: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
 
 
 def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
-    """Return the ports on which a server cannot listen now, on any address of this machine. Blocks.
+    """Return the ports on which a server cannot listen now. Blocks.
 
-    A port with only TIME_WAIT connections counts as free, if its server set SO_REUSEADDR as this probe does
-    (socket(7)). OSError if the probe fails, for example for lack of descriptors.
+    All addresses of this machine are tried. A port with only TIME_WAIT connections counts as free, if its server set
+    SO_REUSEADDR as this probe does (socket(7)). OSError if the probe fails, for example for lack of descriptors.
     """
     return tuple(port for port in ports if not all(_can_bind(*address, port) for address in _ADDRESSES))
 
 
 def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
-    """Return `count` consecutive ports that are neither `taken` nor in use; None if there are none. Blocks.
+    """Return `count` consecutive ports that are neither `taken` nor in use.
 
-    The search starts at position `begin` (any number) and wraps around.
+    None if there are none. Blocks. The search starts at position `begin` (any number) and wraps around.
     """
     unusable = set(taken)
     positions = len(ports) - count + 1

@@ -81,7 +81,10 @@ async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[in
 async def record_new_run(
     store: Store, run: RunDocument, specs: Mapping[str, TaskSpec], begun: Mapping[str, TaskDocument] = _NO_DOCUMENTS
 ) -> None:
-    """Record a new run with all tasks in one commit; `begun` has the documents of tasks that start with work."""
+    """Record a new run with all tasks in one commit.
+
+    `begun` has the documents of tasks that start with work.
+    """
     writes = [Write(run_key(run.id), 0, run.model_dump(mode="json")), *new_task_writes(run, specs, begun)]
     begin = {"position": await store.position()}
     for kind, names in (("sink", run.sinks), ("tracker", run.trackers)):
@@ -92,7 +95,10 @@ async def record_new_run(
 
 
 async def read_run(store: Store, run: str) -> RunDocument:
-    """Return a run document; RefusedError if it is missing, damaged or of an incompatible version."""
+    """Return a run document.
+
+    RefusedError if it is missing, damaged or of an incompatible version.
+    """
     stored = await store.get(run_key(run))
     if stored is None:
         raise RefusedError(f"there is no run {run!r}", "`council runs` lists all runs")
@@ -105,7 +111,10 @@ async def read_run(store: Store, run: str) -> RunDocument:
 
 
 async def read_runnable(store: Store, run: str) -> RunDocument:
-    """Return a run document as `read_run` does; UnreadableDocument also if no process could run it."""
+    """Return a run document as `read_run` does.
+
+    UnreadableDocument also if no process could run it.
+    """
     document = await read_run(store, run)
     stored = await store.get(run_key(run))
     if stored is not None:
@@ -122,7 +131,10 @@ def _require_valid(document: Document) -> None:
 
 
 async def check_task(store: Store, run: RunDocument, task: str) -> None:
-    """Reject a task that a run does not have; for `merge`, suggest the newest merge run."""
+    """Reject a task that a run does not have.
+
+    For `merge`, suggest the newest merge run.
+    """
     if task == MERGE_TASK and task not in run.tasks:
         merges = [
             document
@@ -185,9 +197,9 @@ def task_documents(stored: Mapping[str, Document], tasks: Sequence[str]) -> dict
 
 
 async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, DispatchEntry]:
-    """Return the dispatch entries of tasks in file order; empty entries for the tasks in `blank`.
+    """Return the dispatch entries of tasks in file order.
 
-    The task documents have the subtasks of plans, see `dispatch.with_subtasks`.
+    Empty entries for the tasks in `blank`. The task documents have the subtasks of plans, see `dispatch.with_subtasks`.
     """
     specs = await _list_by_name(store, "spec", run.id)
     for document in specs.values():

@@ -1,4 +1,4 @@
-"""Compare a run's file with its record, and build the changes that apply the file to tasks. Pure."""
+"""Compare a run's file with its record, and apply the file to tasks. Pure."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ class FileChanges:
 
 
 def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) -> FileChanges:
-    """Return how a file differs from the record of its run; `specs` are the tasks to compare."""
+    """Return how a file differs from the record of its run.
+
+    `specs` are the tasks to compare.
+    """
     file_tasks = {task.id: task for task in config.tasks}
     changed_adapters = {
         name
@@ -114,7 +117,10 @@ def _run_values(config: RunConfig) -> dict[str, Any]:
 
 
 def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequence[str]:
-    """Return the keys in which two specifications differ, with the changed adapters of the newer one."""
+    """Return the keys in which two specifications differ.
+
+    The changed adapters of the newer one are included.
+    """
     keys = []
     if then != now:
         old, new = then.model_dump(mode="json"), now.model_dump(mode="json")
@@ -125,9 +131,9 @@ def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequen
 def build_reload(
     run: Document, specs: Mapping[str, tuple[int, TaskSpec]], changes: FileChanges, *, is_live: bool
 ) -> tuple[list[Write], list[Event]]:
-    """Return the writes and events that apply the file to tasks; `specs` come with their versions.
+    """Return the writes and events that apply the file to tasks.
 
-    RefusedError with a reason for each change that is not possible.
+    `specs` come with their versions. RefusedError with a reason for each change that is not possible.
     """
     document, config = RunDocument.model_validate(run.value), changes.config
     if TASKS_KEY in document.given:

@@ -1,4 +1,4 @@
-"""Sanitize values before they are recorded: remove secrets from foreign text, and values that JSON lacks."""
+"""Remove secrets and invalid JSON values before documents are recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _FOREIGN_TEXT_FIELDS = frozenset(
 
 
 def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
-    """Remove secrets from program output; names and ids of our own stay, whatever they look like."""
+    """Remove secrets from program output.
+
+    Names and ids of our own stay, whatever they look like.
+    """
     return {key: _item(key, item, redactor) for key, item in value.items()}
 
 

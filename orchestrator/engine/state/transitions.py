@@ -93,7 +93,10 @@ def build_transition(
     now: float,
     redactor: Redactor,
 ) -> Transition:
-    """Return the record of a lifecycle step; `key` and `version` are those of the task's document."""
+    """Return the record of a lifecycle step.
+
+    `key` and `version` are those of the task's document.
+    """
     run, _, task = key.id.partition("/")
     changed = close_open_visit(apply_trigger(f"task {task!r}", before, trigger, **update.changes), now)
     after = TaskDocument.model_validate(sanitize(changed.model_dump(mode="json"), redactor))
