@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
@@ -17,12 +18,17 @@ from orchestrator.domain.runs.prices import Price
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.accounting import Accounting
+from orchestrator.engine.session_api.contexts import SessionContexts
+from orchestrator.engine.session_api.details import find_workspace
+from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.service import SessionService
+from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.port_leases import PortLeases
 from orchestrator.engine.worktree_sources import make_provisions
+from orchestrator.locking.file_locks import FileLocks
 from orchestrator.locking.ownership import OwnershipRegistry, ownership_scope
 from orchestrator.project import Project
-from orchestrator.protocols import Adapter, Commit, Event, JsonObject, McpServer, Store
+from orchestrator.protocols import Adapter, Commit, Event, Guard, JsonObject, McpServer, Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import Target
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
@@ -249,3 +255,33 @@ async def open_run_context(
         registry,
         servers,
     )
+
+
+def with_session_service(
+    context: RunContext, ledger: Ledger, store: Store, clock: Clock, project: Project, lock_timeout: float
+) -> RunContext:
+    """Return a run context that serves the session API.
+
+    `lock_timeout` is the default in seconds for which a session waits for a lock.
+    """
+    scope, redactor, me = context.registry.scope, context.tools.redactor, ledger.orchestrators.me.id
+    claims = ledger.claims
+
+    def claim(session: SessionName) -> Guard | None:
+        return None if claims is None else claims.guard(session.task)
+
+    service = SessionService(
+        store=store,
+        clock=clock,
+        git=context.git,
+        contexts=SessionContexts(store, clock, scope, redactor, orchestrator=me, claim=claim),
+        memory=NoteStore(store, clock, scope, redactor),
+        files=FileLocks(project.file_locks, clock),
+        registry=context.registry,
+        redactor=redactor,
+        orchestrator=me,
+        claim=claim,
+        elsewhere=partial(find_workspace, store, context.adapters, project.logs_folder, redactor),
+        lock_timeout=lock_timeout,
+    )
+    return replace(context, session_service=service, tools=replace(context.tools, session_service=service))

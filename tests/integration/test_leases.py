@@ -21,8 +21,14 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.engine.state.port_leases import PortLease, PortLeases, delete_port_leases, find_stale_port_leases
-from orchestrator.engine.state.ports import find_free_block, ports_in_use
+from orchestrator.engine.state.port_leases import (
+    PortLease,
+    PortLeases,
+    delete_port_leases,
+    find_free_block,
+    find_stale_port_leases,
+    ports_in_use,
+)
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Key, Store, Write
 from orchestrator.state.stores.file import FileStore

@@ -44,8 +44,7 @@ from orchestrator.engine.state.records import (
     task_documents,
     task_key,
 )
-from orchestrator.engine.state.sanitize import sanitize
-from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, Transition, build_transition
+from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, Transition, build_transition, sanitize
 from orchestrator.errors import ClaimLost, HistoryCompacted, LeaseLost, RefusedError, RunActive, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.orchestrators import RunMembership

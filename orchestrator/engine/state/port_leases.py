@@ -11,12 +11,13 @@ takes it. Missing documents of a `lease.json` are written at the next lease.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,6 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.engine.state.ports import find_free_block, ports_in_use
 from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.system.clock import Clock
@@ -36,6 +36,16 @@ DEFAULT_PORTS: Final = range(20000, 30000)
 _KIND = "ports"
 _FILE = "lease.json"
 _LOCK = "ports.lock"
+
+# A session's server may listen on any of these; a listener on one specific address also blocks the wildcard ones.
+_ADDRESSES: Final = (
+    (socket.AF_INET, "127.0.0.1"),
+    (socket.AF_INET, "0.0.0.0"),
+    (socket.AF_INET6, "::1"),
+    (socket.AF_INET6, "::"),
+)
+_NO_SUCH_ADDRESS: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+_IN_USE: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,3 +255,46 @@ def _first_position(slot: Path) -> int:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()
+
+
+def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
+    """Return the ports on which a server cannot listen now. Blocks.
+
+    All addresses of this machine are tried. A port with only TIME_WAIT connections counts as free, if its server set
+    SO_REUSEADDR as this probe does (socket(7)). OSError if the probe fails, for example for lack of descriptors.
+    """
+    return tuple(port for port in ports if not all(_can_bind(*address, port) for address in _ADDRESSES))
+
+
+def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
+    """Return `count` consecutive ports that are neither `taken` nor in use.
+
+    None if there are none. Blocks. The search starts at position `begin` (any number) and wraps around.
+    """
+    unusable = set(taken)
+    positions = len(ports) - count + 1
+    for step in range(positions):
+        first = ports[(begin + step) % positions]
+        block = range(first, first + count)
+        if unusable.isdisjoint(block):
+            in_use = ports_in_use(block)
+            if not in_use:
+                return block
+            unusable.update(in_use)
+    return None
+
+
+def _can_bind(family: socket.AddressFamily, address: str, port: int) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Also keeps concurrent probes from mistaking each other for a server.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        if error.errno in _IN_USE:
+            return False
+        if error.errno not in _NO_SUCH_ADDRESS:
+            raise
+    return True

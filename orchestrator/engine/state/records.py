@@ -94,10 +94,11 @@ async def record_new_run(
     failpoint("run.seeded")
 
 
-async def read_run(store: Store, run: str) -> RunDocument:
+async def read_run(store: Store, run: str, *, validate: bool = False) -> RunDocument:
     """Return a run document.
 
-    RefusedError if it is missing, damaged or of an incompatible version.
+    RefusedError if it is missing, damaged or of an incompatible version. With `validate`, UnreadableDocument also if no
+    process could run it.
     """
     stored = await store.get(run_key(run))
     if stored is None:
@@ -105,19 +106,7 @@ async def read_run(store: Store, run: str) -> RunDocument:
     document = _parsed(RunDocument, _require_undamaged(store, stored))
     if document.inconsistency is not None:
         raise UnreadableDocument(str(stored.key), document.inconsistency)
-    if document.workflows:  # other fields only matter to running processes: `read_runnable`
-        _require_valid(stored)
-    return document
-
-
-async def read_runnable(store: Store, run: str) -> RunDocument:
-    """Return a run document as `read_run` does.
-
-    UnreadableDocument also if no process could run it.
-    """
-    document = await read_run(store, run)
-    stored = await store.get(run_key(run))
-    if stored is not None:
+    if validate or document.workflows:  # other invalid fields only matter to processes that run it
         _require_valid(stored)
     return document
 

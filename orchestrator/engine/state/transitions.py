@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +10,6 @@ from orchestrator.domain.runs.lifecycle import Trigger, apply_trigger
 from orchestrator.domain.runs.model import TaskDocument, TaskStatus
 from orchestrator.domain.scheduling.claims import ReleaseReason
 from orchestrator.domain.workflow.routing import close_open_visit, phase_events
-from orchestrator.engine.state.sanitize import sanitize
 from orchestrator.protocols import Event, JsonObject, Key, Write
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ CLAIM_RELEASES: Mapping[TaskStatus, ReleaseReason] = {
     TaskStatus.FAILED: ReleaseReason.FAILED,
 }
 
+#: Fields of documents and events with foreign text.
+_FOREIGN_TEXT_FIELDS = frozenset(
+    {"reason", "feedback", "paths", "discarded", "closed", "changes", "worktree", "words", "note"}
+)
+
 
 class TaskUpdate(NamedTuple):
     """Event details and document changes of one task, and what else the commit writes."""
@@ -110,3 +115,23 @@ def build_transition(
     write = Write(key, version, after.model_dump(mode="json"))
     events = [Event(event, sanitize({"run": run, **facts}, redactor)) for event, facts in event_facts]
     return Transition(after, [write, *update.writes], events)
+
+
+def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
+    """Remove secrets from program output.
+
+    Names and ids of our own stay, whatever they look like.
+    """
+    return {key: _item(key, item, redactor) for key, item in value.items()}
+
+
+def _item(key: str, item: Any, redactor: Redactor) -> Any:
+    if isinstance(item, str):  # truncated program output may end in half a surrogate pair, which no store accepts
+        item = item.encode(errors="replace").decode()
+    if isinstance(item, float) and not math.isfinite(item):
+        return None
+    if key in _FOREIGN_TEXT_FIELDS:
+        return redactor.json(item)
+    if isinstance(item, list):
+        return [sanitize(one, redactor) if isinstance(one, dict) else one for one in item]
+    return item
