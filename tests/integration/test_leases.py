@@ -255,7 +255,7 @@ async def test_what_is_in_use_is_never_given(store: Store, ports: range, tmp_pat
         assert (await leases_of(store, ports[:12]).lease(place)).ports in {tuple(ports[3:6]), tuple(ports[9:12])}
         with pytest.raises(RefusedError, match=f"no 4 consecutive ports are free from {ports[0]} to {ports[11]}"):
             await leases_of(store, ports[:12], 4).lease(place)
-    with pytest.raises(RefusedError, match="no 13 ports"):
+    with pytest.raises(RefusedError, match="no 13 consecutive ports"):
         await leases_of(store, ports[:12], 13).lease(place)
 
 

@@ -137,7 +137,7 @@ async def test_all_that_is_wrong_is_told_at_once(repository: Repository) -> None
     """One message has each fact with its remedy."""
     worktrees = WorktreesConfig(sparse=("lib",), copied=("README.md", "secret"), linked=("data",))
     found = await look(repository, worktrees) or ""
-    for fragment in ("no folder 'lib'", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
+    for fragment in ("folder 'lib' not found", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
         assert found.count(fragment) == 1
     assert found.endswith("fix these under `worktrees:`")
 
@@ -146,7 +146,7 @@ async def test_a_bare_repository_has_nothing_to_copy(repository: Repository) -> 
     """The rest works as elsewhere."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
     assert await look(repository, WorktreesConfig(sparse=("src",)), "../bare.git") is None
-    assert "there is none: remove them, or set `repo` to a checkout" in (
+    assert "the repository has none: remove them, or set `repo` to a checkout" in (
         await look(repository, COPY, "../bare.git") or ""
     )
 
