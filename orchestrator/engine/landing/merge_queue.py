@@ -174,24 +174,24 @@ class MergeQueue:
         self.target.must_exist |= self.ledger.has_moved_target()
         try:
             if self._status(tasks[0]) is TaskStatus.LANDING:
-                left = await self._settle_interrupted(permit, tasks)
+                remaining = await self._settle_interrupted(permit, tasks)
             else:
-                left = await self._land_together(permit, tasks)
+                remaining = await self._land_together(permit, tasks)
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
-            left = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
+            remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
         except LeaseLost as lost:
             if lost.subject != str(permit.guard.key):
                 raise
-            left = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
-            for task in left:
+            remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
+            for task in remaining:
                 if self._status(task) is TaskStatus.CHECKING:
                     await self.ledger.change(task, Trigger.REQUEUE, {"reason": _PERMIT_LOST}, reason=_PERMIT_LOST)
         except _LANDING_ERRORS as error:
-            left = []
+            remaining = []
             for task in tasks:
                 await self._record_unreachable(task, str(error))
-        later = [task for task in left if task not in self._cancelled]
+        later = [task for task in remaining if task not in self._cancelled]
         self.waiting.extendleft(reversed(later))
         await self._drop_branches(tasks)
         return [task for task in tasks if task not in later]
@@ -249,8 +249,8 @@ class MergeQueue:
         """Land tasks with one move of the target; return the tasks to queue again."""
         later: list[str] = []
         for _ in range(MAX_MERGE_ROUNDS):
-            merges, left = await self._prepare(permit, tasks)
-            later = left + later
+            merges, postponed = await self._prepare(permit, tasks)
+            later = postponed + later
             tasks = [task for task, merge in merges.items() if await self._may_move(task, merge)]
             if not tasks:
                 break

@@ -78,4 +78,6 @@ class RepositoryGuard:
         """Return the refs that a landing of any run moved, with their commits."""
         earlier = before.refs.content
         moved = {ref: commit for ref, commit in after.refs.content.items() if earlier.get(ref) != commit}
-        return {ref: commit for ref, commit in moved.items() if await self._ledger.intended(commit.split(" ")[0])}
+        return {
+            ref: commit for ref, commit in moved.items() if await self._ledger.is_landing_intent(commit.split(" ")[0])
+        }

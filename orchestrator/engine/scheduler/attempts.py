@@ -169,10 +169,10 @@ class ActiveAttempt:
         worktree = self.session.assignment.worktree
         return SessionName(worktree.run, worktree.task, worktree.attempt)
 
-    def stop_for_budget(self, found: BudgetReached) -> None:
+    def stop_for_budget(self, reached: BudgetReached) -> None:
         """Stop the session because a budget is exhausted."""
-        self.is_budget_exhausted = found.scope == "task"
-        self.session.stop(found.outcome if isinstance(found.outcome, Failed) else None)
+        self.is_budget_exhausted = reached.scope == "task"
+        self.session.stop(reached.outcome if isinstance(reached.outcome, Failed) else None)
 
     def stop(self) -> None:
         """Stop the session, and the checks that follow it."""
@@ -237,7 +237,7 @@ class AttemptRunner:
             phase=None if next_phase.workflow.is_default else next_phase.phase.name,
             writes=next_phase.phase.writes,
         )
-        session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm, task))
+        session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claim, task))
         return ActiveAttempt(task, spec, adapter, session, replace(next_phase, brief=prompt))
 
     async def _diff(self, next_phase: NextPhase) -> str | None:
@@ -371,7 +371,7 @@ class AttemptRunner:
         return replace(finished, outcome=reached.outcome)
 
     async def _record(self, active: ActiveAttempt, finished: SessionResult) -> AttemptOutcome:
-        await self.ledger.hold(active.task)
+        await self.ledger.require_claim(active.task)
         if active.cancelled:
             await self._end(active, Trigger.CANCEL, finished, "cancelled", "on request, while running")
             return TaskEnded()
@@ -458,9 +458,14 @@ class AttemptRunner:
         self, active: ActiveAttempt, commit: str
     ) -> CommandFailed | ChecksNotRun | Misconfigured | None:
         """Return why the work fails the `until` checks of its phase; None if it passes."""
-        base, what = active.session.assignment.base, active.session.assignment.worktree
+        base, worktree = active.session.assignment.base, active.session.assignment.worktree
         active.checks = self.context.checks(
-            self.pool, what.run, what.task, what.attempt, active.spec, commands=active.next_phase.phase.until
+            self.pool,
+            worktree.run,
+            worktree.task,
+            worktree.attempt,
+            active.spec,
+            commands=active.next_phase.phase.until,
         )
         unrunnable = None
         try:
@@ -468,7 +473,12 @@ class AttemptRunner:
             if isinstance(result, CommandFailed):
                 commands = active.next_phase.phase.until
                 unrunnable = await self.base_checks.explain_unrunnable(
-                    what.task, active.spec, commands, result, base, "correct `until` in the file, then start a new run"
+                    worktree.task,
+                    active.spec,
+                    commands,
+                    result,
+                    base,
+                    "correct `until` in the file, then start a new run",
                 )
         finally:
             active.checks = None

@@ -70,7 +70,7 @@ class LocalWork:
         self.board.add({task: self._ledger.added[task] for task in new}, self._file_order(new))
         for task in new:
             if self._ledger.task(task).status is TaskStatus.PENDING:
-                self.board.set_subtasks(task, self._ledger.parts(task))
+                self.board.set_subtasks(task, self._ledger.subtasks(task))
                 self._place(task)
             else:
                 self.sync_task(task)
@@ -103,7 +103,7 @@ class LocalWork:
     def _wait_for_subtasks(self, task: str) -> None:
         """Let a task wait for its subtasks, if any."""
         self.add_planned_tasks()
-        self.board.set_subtasks(task, self._ledger.parts(task))
+        self.board.set_subtasks(task, self._ledger.subtasks(task))
 
     def wake(self) -> None:
         """Wake the scheduler."""

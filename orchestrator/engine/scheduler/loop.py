@@ -249,7 +249,7 @@ class Scheduler:
         if self._budgets.is_halted():
             return None
         if self._local.has_open_subtasks(task):  # subtasks that another process created
-            await self._ledger.learn_tasks()
+            await self._ledger.load_new_tasks()
             self._local.wait(task)
             self._local.wake()
             return None

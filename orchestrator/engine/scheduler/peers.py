@@ -28,10 +28,10 @@ from orchestrator.engine.scheduler.recovery import remove_abandoned, take_over_t
 from orchestrator.engine.scheduler.requests import (
     approve_phase,
     cancel_task,
-    parts_to_cancel,
     record_ignored,
     reject_phase,
     retry_task,
+    subtasks_to_cancel,
 )
 from orchestrator.engine.state.ledger import ExternalChange, Ledger
 from orchestrator.errors import StoreUnavailable
@@ -193,7 +193,7 @@ class PeerSync:
         if request not in await self._ledger.requests():  # a new leader sees some requests twice
             return
         if any(task not in self._ledger for task in request.tasks):
-            await self._ledger.learn_tasks()
+            await self._ledger.load_new_tasks()
             self._local.add_planned_tasks()
         for task in request.tasks:
             await self._perform(request, task)
@@ -233,7 +233,7 @@ class PeerSync:
 
     async def _retry(self, task: str, phase: str | None) -> None:
         if self._ledger.task(task).status in RETRYABLE_STATUSES:
-            for subtask in await parts_to_cancel(self._ledger, task, phase):
+            for subtask in await subtasks_to_cancel(self._ledger, task, phase):
                 await self._cancel(subtask)
             self._local.cancelled.discard(task)
             if await retry_task(self._ledger, task, phase):

@@ -55,8 +55,8 @@ async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
     context.target.must_exist |= ledger.has_moved_target()
     try:
         await context.target.refresh()
-    except TargetMissing as gone:
-        raise RefusedError(gone.what, gone.remedy) from None
+    except TargetMissing as error:
+        raise RefusedError(error.what, error.remedy) from None
     except GitError as error:
         raise to_unusable_error(error, "cannot read the target", "retry once it is reachable") from None
     taken = await _take_over(ledger, context, counts=False)
@@ -127,7 +127,7 @@ async def remove_abandoned(ledger: Ledger, context: RunContext) -> None:
         worktrees.list_worktrees, context.hub, ledger.run.id, ledger.run.tasks
     ):
         contents = classify_worktree(ledger.task(worktree.task), worktree.attempt, is_check=worktree.is_check)
-        slot = await anyio.to_thread.run_sync(lambda item: item.place, worktree)
+        slot = await anyio.to_thread.run_sync(lambda each: each.place, worktree)
         if contents is WorktreeContents.NOTHING and slot is not None:
             with suppress(LockHeld):
                 async with slot.lock.hold(0):
@@ -141,7 +141,7 @@ async def _take_over(ledger: Ledger, context: RunContext, *, counts: bool) -> li
         return []
     claimed = set(await ledger.claims.sweep(counts=counts, also=context.registry.plan_transfer))
     if any(task not in ledger for task in claimed):
-        await ledger.learn_tasks()
+        await ledger.load_new_tasks()
     for task in claimed:
         await ledger.refresh(task)
         await ledger.release(task)

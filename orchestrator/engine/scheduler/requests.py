@@ -70,8 +70,8 @@ def check_request(
         status = record.tasks[task].status
         if action in {RequestAction.APPROVE, RequestAction.REJECT}:
             if status is not TaskStatus.WAITING:
-                what = f"task {task!r} does not wait for approval (state: {status})"
-                raise RefusedError(what, "`council status` lists the tasks that do")
+                message = f"task {task!r} does not wait for approval (state: {status})"
+                raise RefusedError(message, "`council status` lists the tasks that do")
         elif action is not RequestAction.RETRY:
             if status in FINAL_STATUSES and action is not RequestAction.CANCEL:  # nothing is left to cancel
                 state = status.replace("_", " ")
@@ -79,8 +79,8 @@ def check_request(
         elif task in blocked:
             missing = [need for need in record.failed_needs(task) if need not in tasks]
             if missing:
-                what = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
-                raise RefusedError(what, f"`council retry {' '.join(map(shlex.quote, missing))}`")
+                message = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
+                raise RefusedError(message, f"`council retry {' '.join(map(shlex.quote, missing))}`")
         elif status not in RETRYABLE_STATUSES and not (even_waiting and status in _RELOADED):
             raise _explain_not_retryable(task, status, may_reload=TASKS_KEY not in record.run.given, is_live=is_live)
 
@@ -157,8 +157,8 @@ def check_phase(task: str, phase: str, known: Sequence[str], document: TaskDocum
         raise RefusedError(f"task {task!r} has no phase {phase!r}", remedy)
     incomplete = find_first_incomplete(known, phase, document)
     if incomplete is not None:
-        what = f"phase {incomplete!r} of task {task!r} precedes {phase!r} and is not complete"
-        raise RefusedError(what, f"`council retry {task} --from {incomplete}`")
+        message = f"phase {incomplete!r} of task {task!r} precedes {phase!r} and is not complete"
+        raise RefusedError(message, f"`council retry {task} --from {incomplete}`")
 
 
 async def submit_request(
@@ -197,7 +197,7 @@ async def apply_request(ledger: Ledger, request: RunRequest) -> None:
     for task in request.tasks:
         match request.action:
             case RequestAction.RETRY:
-                for subtask in await parts_to_cancel(ledger, task, request.phase):
+                for subtask in await subtasks_to_cancel(ledger, task, request.phase):
                     await cancel_task(ledger, subtask)
                 await retry_task(ledger, task, request.phase)
             case RequestAction.APPROVE:
@@ -257,7 +257,7 @@ async def record_ignored(ledger: Ledger, request: RunRequest) -> None:
             await ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
 
 
-async def parts_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple[str, ...]:
+async def subtasks_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple[str, ...]:
     """Return the subtasks of an earlier plan that a retry must cancel."""
     document = ledger.task(task)
     if document.status not in RETRYABLE_STATUSES:

@@ -268,15 +268,15 @@ class Ledger:
         """
         return task in self._versions
 
-    def parts(self, task: str) -> tuple[str, ...]:
+    def subtasks(self, task: str) -> tuple[str, ...]:
         """Return the known subtasks that the plan of a task was expanded to."""
         return tuple(part for part in self._tasks[task].expanded if part in self._versions)
 
-    def planner(self, task: str) -> str | None:
+    def planning_task(self, task: str) -> str | None:
         """Return the task whose plan a subtask belongs to; None if it belongs to none."""
         return self._planners.get(task)
 
-    def family(self, task: str) -> list[str]:
+    def plan_members(self, task: str) -> list[str]:
         """Return a task with all tasks of the same plan, nested plans included.
 
         It is the task alone if it belongs to no plan.
@@ -285,14 +285,14 @@ class Ledger:
             task = self._planners[task]
         members = [task]
         for member in members:
-            members += self.parts(member)
+            members += self.subtasks(member)
         return members
 
     def documents(self) -> Mapping[str, TaskDocument]:
         """Return the current state of every task."""
         return self._tasks
 
-    async def intended(self, commit: str) -> bool:
+    async def is_landing_intent(self, commit: str) -> bool:
         """Return True if a commit is a recorded landing intent of any task in the store."""
         if any(commit in document.intended for document in self._tasks.values()):
             return True
@@ -325,7 +325,7 @@ class Ledger:
         """Return the handoffs of a task by id, each with the version of its document."""
         return await read_handoffs(self._store, self.run.id, task)
 
-    def handed_over(self, handoff: Handoff, version: int = 0) -> Write:
+    def handoff_write(self, handoff: Handoff, version: int = 0) -> Write:
         """Return the write that records a handoff."""
         return Write(handoff_key(handoff.id), version, handoff.model_dump(mode="json"))
 
@@ -348,7 +348,7 @@ class Ledger:
         writes, guards, transitions = list[Write](), list(permits), dict[str, Transition]()
         for task, update in updates.items():
             if self.is_claimed_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
-                await self.hold(task)
+                await self.require_claim(task)
             transitions[task] = transition = self._build_transition(task, trigger, update)
             writes += transition.writes
             if self.claims is not None and (guard := self.claims.guard(task)) is not None:
@@ -424,12 +424,12 @@ class Ledger:
         self.run = document.model_copy(update={"tasks": max(tasks, self.run.tasks, key=len)})
 
     async def _read_run(self) -> tuple[int, RunDocument]:
-        found = await self._store.get(run_key(self.run.id))
-        if found is None:
+        stored = await self._store.get(run_key(self.run.id))
+        if stored is None:
             raise RefusedError(f"run {self.run.id} was removed", "start a new run")
-        return found.version, RunDocument.model_validate_json(found.encoded)
+        return stored.version, RunDocument.model_validate_json(stored.encoded)
 
-    async def learn_tasks(self) -> bool:
+    async def load_new_tasks(self) -> bool:
         """Load the subtasks that other processes have added; return True if there are any."""
         _, document = await self._read_run()
         has_new = False
@@ -538,7 +538,7 @@ class Ledger:
         """Return True if another orchestrator runs a task or queues it to land."""
         return self.claims is not None and self._tasks[task].status in CLAIMED_STATUSES and task not in self.claims
 
-    async def hold(self, task: str) -> None:
+    async def require_claim(self, task: str) -> None:
         """Require this orchestrator's claim on a task.
 
         ClaimLost if another has taken it over.
@@ -547,7 +547,7 @@ class Ledger:
             await self.refresh(task)
             await self._raise_if_claim_lost([task])
 
-    async def confirm(self, task: str) -> None:
+    async def confirm_claim(self, task: str) -> None:
         """Verify in the store that this orchestrator still has the claim on a task.
 
         ClaimLost if another has taken it over.
@@ -681,7 +681,7 @@ class Ledger:
         """
         while True:
             position = await self._store.position()
-            if await self.learn_tasks():
+            if await self.load_new_tasks():
                 yield ExternalChange(has_new_tasks=True)
             documents = await read_tasks(self._store, self.run.id)  # later changes come from the log
             for task in self.run.tasks:
@@ -698,7 +698,7 @@ class Ledger:
                         yield change
 
     async def _changes_in(self, record: CommitRecord) -> AsyncGenerator[ExternalChange]:
-        if run_key(self.run.id) in record.documents and await self.learn_tasks():
+        if run_key(self.run.id) in record.documents and await self.load_new_tasks():
             yield ExternalChange(has_new_tasks=True)
         for key, (version, value) in record.documents.items():
             if value is not None and f"{key.id}/".startswith(f"{self.run.id}/"):

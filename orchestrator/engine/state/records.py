@@ -173,8 +173,8 @@ def task_documents(stored: Mapping[str, Document], tasks: Sequence[str]) -> dict
     """Parse the documents of tasks, in the order of `tasks`."""
     for task in tasks:
         if task not in stored:
-            what = f"the state of task {task} is missing"
-            raise RefusedError(what, "restore a checkpoint (`council checkpoint list`), or start a new run")
+            message = f"the state of task {task} is missing"
+            raise RefusedError(message, "restore a checkpoint (`council checkpoint list`), or start a new run")
     encoded = [stored[task].encoded for task in tasks]
     # Unstarted tasks share one immutable document.
     distinct = {content: stored[task] for content, task in zip(encoded, tasks, strict=True)}

@@ -189,8 +189,8 @@ def _find_problems(
             if key in FIXED_KEYS:
                 yield f"`{key}` of task {name!r} can't change: {FIXED_KEYS[key]}", "start a new run"
             elif is_live and (key in _READ_AT_START or key.startswith(_ADAPTERS_PREFIX)):
-                what = f"`{key}` of task {name!r} can't change while the run is running"
-                yield what, "wait for its end or stop it with SIGINT, then retry"
+                message = f"`{key}` of task {name!r} can't change while the run is running"
+                yield message, "wait for its end or stop it with SIGINT, then retry"
             elif key.startswith(_ADAPTERS_PREFIX) and (
                 problem := _other_type(run, config, key.removeprefix(_ADAPTERS_PREFIX))
             ):
