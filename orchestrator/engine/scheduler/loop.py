@@ -112,11 +112,11 @@ class Scheduler:
         )
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, cancelled, unavailable_adapters)
-        self._others = PeerSync(
+        self._peers = PeerSync(
             ledger, context, pool, self._local, self._budgets, clock, self._halt, lambda: self._is_start_blocked
         )
         self._deferred_until = 0.0
-        self._last_tries = MAX_FINAL_LANDINGS
+        self._final_tries_left = MAX_FINAL_LANDINGS
         self._landing = False
         self._batch_until = 0.0
         self._shortages = 0
@@ -175,14 +175,14 @@ class Scheduler:
             )
             self._merge_queue.waiting.extend(own_tasks)
         async with anyio.create_task_group() as services:
-            services.start_soon(self._others.follow)
-            services.start_soon(self._others.handle_requests)
+            services.start_soon(self._peers.follow)
+            services.start_soon(self._peers.handle_requests)
             services.start_soon(self._run_monitor_as_leader)
             if self._context.session_service is not None:
                 services.start_soon(self._context.session_service.follow_lock_breaks)
-            services.start_soon(self._others.renew)
-            services.start_soon(self._others.sweep)
-            services.start_soon(self._others.detect_dead_peers)
+            services.start_soon(self._peers.renew)
+            services.start_soon(self._peers.sweep)
+            services.start_soon(self._peers.detect_dead_peers)
             async with anyio.create_task_group() as group:
                 successful = [task for task, status in statuses.items() if status in SUCCESS_STATUSES]
                 group.start_soon(self._remove_homes, successful)
@@ -203,7 +203,7 @@ class Scheduler:
         # The leader, and any other orchestrator, may have exited since the last sweep.
         if not self._ledger.became_leader.is_set() and not await self._ledger.try_to_lead():
             return True
-        await self._others.clean_up_abandoned()
+        await self._peers.clean_up_abandoned()
         try:
             await self._merge_queue.verify()
         except GitError as error:
@@ -226,7 +226,7 @@ class Scheduler:
         now = self._clock.monotonic()
         if self._local.deferred and now >= self._deferred_until:
             if not self._local.active_attempts:
-                self._last_tries -= 1
+                self._final_tries_left -= 1
             self._merge_queue.waiting.extendleft(reversed(self._local.deferred))
             self._local.deferred.clear()
         if not self._landing and self._may_land(now):
@@ -337,10 +337,10 @@ class Scheduler:
         return self._stopping or self._only_lands or self.halted is not None
 
     def _is_active(self) -> bool:
-        return bool(self._local.active_attempts or self._landing or self._others.is_busy)
+        return bool(self._local.active_attempts or self._landing or self._peers.is_busy)
 
     def _has_pending_landings(self) -> bool:
-        return bool(self._merge_queue.waiting or (self._local.deferred and self._last_tries > 0))
+        return bool(self._merge_queue.waiting or (self._local.deferred and self._final_tries_left > 0))
 
     def _awaiting_approval(self) -> dict[str, int]:
         """Map each task that waits for approval to the number of its phase visits."""

@@ -367,7 +367,7 @@ class Ledger:
             for task in updates:
                 writes += await self.claims.afresh(task)
         events = [event for transition in transitions.values() for event in transition.events]
-        with self._suppress_reports(updates):
+        with self._delay_reports(updates):
             try:
                 if any(update.tasks for update in updates.values()):
                     await self._commit_with_new_tasks(updates, Commit(writes, events, [*self._guards, *guards]))
@@ -464,7 +464,7 @@ class Ledger:
         if self.claims is None:
             await self.change_all(trigger, {task: update})
             return None
-        with self._suppress_reports([task]):
+        with self._delay_reports([task]):
             return await self._start(self.claims, task, trigger, update, also)
 
     async def _start(
@@ -510,7 +510,7 @@ class Ledger:
         """
         if self.claims is None:
             return True
-        with self._suppress_reports([task]):
+        with self._delay_reports([task]):
             if task not in self.claims:
                 await self.refresh(task)
                 status = self._tasks[task].status
@@ -572,7 +572,7 @@ class Ledger:
         return True
 
     @contextmanager
-    def _suppress_reports(self, tasks: Iterable[str]) -> Iterator[None]:
+    def _delay_reports(self, tasks: Iterable[str]) -> Iterator[None]:
         """Delay the reporting of changes of tasks while the body changes them itself."""
         done = anyio.Event()
         names = list(tasks)
