@@ -59,7 +59,7 @@ from orchestrator.engine.phases.completion import PhaseCompleter, PhaseHandlers
 from orchestrator.engine.phases.start import PhaseStarter
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.reports.report import RunRecord, RunReport
-from orchestrator.engine.run_context import RunContext, open_run_context
+from orchestrator.engine.run_context import RunContext, open_run_context, with_session_service
 from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.loop import Scheduler
 from orchestrator.engine.scheduler.monitor import Monitor
@@ -69,12 +69,11 @@ from orchestrator.engine.scheduler.requests import (
     check_phase,
     check_reopening,
     check_request,
-    is_answered,
+    is_handled,
     submit_request,
 )
 from orchestrator.engine.scheduler.restore import RestoreResult, restore_checkpoint
 from orchestrator.engine.session_api.shared_values import SharedValues
-from orchestrator.engine.session_factory import with_session_service
 from orchestrator.engine.sinks import EventSubscriber, forward_events
 from orchestrator.engine.state.leader import take_leadership
 from orchestrator.engine.state.ledger import Ledger
@@ -85,7 +84,6 @@ from orchestrator.engine.state.records import (
     read_entries,
     read_requests,
     read_run,
-    read_runnable,
     read_spec,
     read_specs,
     read_task,
@@ -266,7 +264,7 @@ class RunExecutor:
         allow_failing_base: bool = False,
     ) -> RunReport:
         """See `Council.resume`."""
-        document = await read_runnable(self._runs.store, run)
+        document = await read_run(self._runs.store, run, validate=True)
         if document.imported is not None:
             raise await write_unfinished_tasks(self._runs.store, document, self._runs.project.legacy)
         settings = self._settings(document, coordination)
@@ -281,7 +279,7 @@ class RunExecutor:
                     self._taken(runs, document, hub, lock, settings) as (ledger, shop),
                 ):
                     if budget is not None:
-                        await ledger.allow(budget.model_dump(mode="json", exclude_none=True))
+                        await ledger.set_budget(budget.model_dump(mode="json", exclude_none=True))
                     if allow_failing_base and not ledger.run.allow_failing_base:
                         await ledger.allow_failing_base()
                     if before.orchestrators:  # an earlier process than this one
@@ -356,7 +354,7 @@ class RunExecutor:
         self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None
     ) -> RunReport:
         """See `Council.work`."""
-        document = await read_runnable(self._runs.store, run)
+        document = await read_run(self._runs.store, run, validate=True)
         settings = self._settings(document, coordination)
         if not settings.enabled:
             raise RefusedError(f"run {run} is not shared", _how_to_share(run, self._runs.environ, coordination))
@@ -476,7 +474,7 @@ class RunExecutor:
                 permits,
                 phasing,
                 entries=entries,
-                lacking=closed,
+                unavailable_adapters=closed,
                 only_lands=only_lands,
             )
             await scheduler.remember(before.adapters)
@@ -597,7 +595,7 @@ class RunExecutor:
         asked = await submit_request(runs.store, runs.clock, run, action, named, reason, phase, adapters)
         hub = await runs.hub(record.run)
         waiting = _RequestWait()
-        while not await is_answered(runs.store, run, asked):
+        while not await is_handled(runs.store, run, asked):
             try:
                 settings = self._settings(record.run, None)
                 async with (

@@ -1,4 +1,4 @@
-"""What a session used up by itself, and what that cost, from what its CLI told."""
+"""Usage and cost of a single session, from the transcript of its CLI."""
 
 from __future__ import annotations
 
@@ -13,51 +13,59 @@ from orchestrator.sessions.output.transcript import Transcript
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """`prices` are those of models, by name."""
+    """Computes usage and cost; `prices` maps model names to prices."""
 
     prices: Mapping[str, Price]
 
-    def net_usage(self, said: Transcript, attempts: Sequence[Attempt]) -> Transcript:
-        """Return what a session said without what the task's `attempts` before it used up in the same conversation.
+    def net_usage(self, transcript: Transcript, attempts: Sequence[Attempt]) -> Transcript:
+        """Return a transcript without usage of earlier sessions in its conversation.
 
-        Its own attempt may be among them, since nothing is recorded of that yet. Its cost is estimated where the CLI
-        did not tell it.
+        `attempts` are those of the task; the session's own attempt may be among them, because its usage is not recorded
+        yet. The cost is estimated if the CLI did not report it.
         """
-        before = [one for one in attempts if said.session is not None and one.session == said.session]
-        cost = said.cost
-        if cost is not None and (said.includes_resumed or _includes_earlier_cost(said, before)):
-            said = replace(said, cost=max(cost - (sum_known_cost(before) or 0.0), 0.0))
-        if said.includes_resumed:
-            said = replace(
-                said,
-                input_tokens=max(said.input_tokens - sum(one.input_tokens for one in before), 0),
-                output_tokens=max(said.output_tokens - sum(one.output_tokens for one in before), 0),
-                cached_tokens=max(said.cached_tokens - sum(one.cached_tokens for one in before), 0),
+        earlier = [
+            attempt for attempt in attempts if transcript.session is not None and attempt.session == transcript.session
+        ]
+        cost = transcript.cost
+        if cost is not None and (transcript.includes_resumed or _includes_earlier_cost(transcript, earlier)):
+            transcript = replace(transcript, cost=max(cost - (sum_known_cost(earlier) or 0.0), 0.0))
+        if transcript.includes_resumed:
+            transcript = replace(
+                transcript,
+                input_tokens=max(transcript.input_tokens - sum(attempt.input_tokens for attempt in earlier), 0),
+                output_tokens=max(transcript.output_tokens - sum(attempt.output_tokens for attempt in earlier), 0),
+                cached_tokens=max(transcript.cached_tokens - sum(attempt.cached_tokens for attempt in earlier), 0),
             )
-        return said if said.cost is not None else replace(said, cost=self._estimate(said))
+        return transcript if transcript.cost is not None else replace(transcript, cost=self._estimate(transcript))
 
-    def recorded(self, said: Transcript, attempts: Sequence[Attempt]) -> JsonObject:
-        """Return what is recorded of an attempt for what it said; `attempts` are those of its task, as for `own`."""
-        own = self.net_usage(said, attempts)
+    def recorded(self, transcript: Transcript, attempts: Sequence[Attempt]) -> JsonObject:
+        """Return the attempt fields to record for a transcript.
+
+        `attempts` as for `net_usage`.
+        """
+        net = self.net_usage(transcript, attempts)
         return {
-            "words": own.words,
-            "session": own.session,
-            "input_tokens": own.input_tokens,
-            "output_tokens": own.output_tokens,
-            "cached_tokens": own.cached_tokens,
-            "model": own.model,
-            "cost": own.cost,
-            "is_estimated": said.cost is None and own.cost is not None,
+            "words": net.words,
+            "session": net.session,
+            "input_tokens": net.input_tokens,
+            "output_tokens": net.output_tokens,
+            "cached_tokens": net.cached_tokens,
+            "model": net.model,
+            "cost": net.cost,
+            "is_estimated": transcript.cost is None and net.cost is not None,
         }
 
-    def _estimate(self, said: Transcript) -> float | None:
-        price = find_price(said.model, self.prices)
-        if price is None or not (said.input_tokens or said.output_tokens):
+    def _estimate(self, transcript: Transcript) -> float | None:
+        price = find_price(transcript.model, self.prices)
+        if price is None or not (transcript.input_tokens or transcript.output_tokens):
             return None
-        return price.cost(said.input_tokens, said.output_tokens, said.cached_tokens)
+        return price.cost(transcript.input_tokens, transcript.output_tokens, transcript.cached_tokens)
 
 
-def _includes_earlier_cost(said: Transcript, before: Sequence[Attempt]) -> bool:
-    """Return whether the reported cost includes that of earlier sessions, judged by the tokens that it covers."""
-    earlier = sum(one.input_tokens + one.output_tokens for one in before)
-    return 0 < earlier <= said.priced_tokens - said.input_tokens - said.output_tokens
+def _includes_earlier_cost(transcript: Transcript, earlier: Sequence[Attempt]) -> bool:
+    """Return True if the reported cost covers earlier sessions.
+
+    The number of tokens that it covers decides.
+    """
+    earlier_tokens = sum(attempt.input_tokens + attempt.output_tokens for attempt in earlier)
+    return 0 < earlier_tokens <= transcript.priced_tokens - transcript.input_tokens - transcript.output_tokens

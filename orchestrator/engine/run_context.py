@@ -1,10 +1,11 @@
-"""The places and tools that a run works with."""
+"""The repositories, tools and settings of a run, opened once per process."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
@@ -17,12 +18,17 @@ from orchestrator.domain.runs.prices import Price
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.accounting import Accounting
+from orchestrator.engine.session_api.contexts import SessionContexts
+from orchestrator.engine.session_api.details import find_workspace
+from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.service import SessionService
+from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.port_leases import PortLeases
 from orchestrator.engine.worktree_sources import make_provisions
+from orchestrator.locking.file_locks import FileLocks
 from orchestrator.locking.ownership import OwnershipRegistry, ownership_scope
 from orchestrator.project import Project
-from orchestrator.protocols import Adapter, Commit, Event, JsonObject, McpServer, Store
+from orchestrator.protocols import Adapter, Commit, Event, Guard, JsonObject, McpServer, Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import Target
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
@@ -47,19 +53,25 @@ from orchestrator.system.clock import Clock
 
 @dataclass(frozen=True, slots=True)
 class RunRefs:
-    """The refs that keep what an orchestrator has fetched for a run; two that fetched into one would both fail."""
+    """Names of an orchestrator's private refs.
+
+    Concurrent fetches into one ref would both fail.
+    """
 
     run: str
     suffix: str
 
     def __call__(self, name: str) -> str:
-        """Return the one of a name."""
+        """Return the full ref for a name."""
         return internal_ref_name(self.run, f"{name}{self.suffix}")
 
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What is opened once for a run; `repository` is the user's, None where it is reached by a URL."""
+    """The resources of an open run.
+
+    `repository` is the user's, None if it is reached by a URL.
+    """
 
     hub: Hub
     git: Git
@@ -73,27 +85,30 @@ class RunContext:
     accounting: Accounting
     refs: RunRefs
     registry: OwnershipRegistry
-    """Who owns which paths of the target."""
+    """Path ownership on the target."""
     mcp_servers: tuple[McpServer, ...] = ()
     session_service: SessionService | None = None
-    """Where sessions are answered; None: nowhere."""
+    """The session API; None if it is not served."""
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[SlotPool]:
-        """Open the places of the run; as many are there all the time as are worked in, and one for checks.
+        """Open the worktree slots of the run.
 
-        Opened for no session it only throws away what a killed owner left, and deletes that.
+        There is one warm slot per session, and one for checks. With no sessions, this only discards and deletes
+        leftovers of a killed owner.
         """
-        equipment, config = self.tools.worktree_setup, self.worktrees
+        setup, config = self.tools.worktree_setup, self.worktrees
         limits = PoolLimits(config.max, config.max_size)
-        kept = [(pattern, "") for pattern in config.keep_ignored]
-        kept += [(pattern, name) for name, one in self.configs.items() for pattern in one.keep_ignored]
-        furnish = equipment.set_up if config.setup else None
-        strip = equipment.strip if config.setup or config.teardown else None
-        care = SlotOptions(
-            config.sparse, KeepRules(tuple(kept)), furnish, strip, equipment.keys if config.setup else None
+        keep_patterns = [(pattern, "") for pattern in config.keep_ignored]
+        keep_patterns += [
+            (pattern, name) for name, adapter_config in self.configs.items() for pattern in adapter_config.keep_ignored
+        ]
+        set_up = setup.set_up if config.setup else None
+        clear = setup.strip if config.setup or config.teardown else None
+        options = SlotOptions(
+            config.sparse, KeepRules(tuple(keep_patterns)), set_up, clear, setup.keys if config.setup else None
         )
         warm, checks = min(sessions, config.max), int(0 < sessions < config.max)
-        return SlotPool.open(self.git, self.hub, self.tools.clock, limits, care, warm=warm, warm_checks=checks)
+        return SlotPool.open(self.git, self.hub, self.tools.clock, limits, options, warm=warm, warm_checks=checks)
 
     def checks(
         self,
@@ -105,9 +120,10 @@ class RunContext:
         commands: Sequence[str] | None = None,
         by: str = "",
     ) -> CheckRunner:
-        """Return the checks of what an attempt built: its task's, unless other commands are given.
+        """Return a runner of checks for the work of an attempt.
 
-        `by` names this process where others may run the same checks at the same time.
+        The commands default to the checks of the task. `by` names this process if other processes may run the same
+        checks concurrently.
         """
         return CheckRunner(
             pool=pool.checks,
@@ -124,17 +140,20 @@ class RunContext:
 
 
 def hidden_folders(site: RunRepository, project: Project, store: str, hub: Hub) -> tuple[Path, ...]:
-    """Return the folders that no session is to see: the user's repository, all states, our repositories. Blocks."""
-    state = store_folder(store)
+    """Return the folders hidden from sessions. Blocks.
+
+    They are the user's repository, all stores and our repositories.
+    """
+    state_folder = store_folder(store)
     hidden = {
         project.folder,
         hub.root.parent,
-        *([] if state is None else [state]),
+        *([] if state_folder is None else [state_folder]),
         *known_store_folders(hub.root.parent),
     }
     if site.repository is not None:
         git_dir = site.repository.git_dir
-        # A linked worktree's main checkout is the user's, too.
+        # The main checkout of a linked worktree belongs to the user, too.
         hidden |= {git_dir, git_dir.parent if git_dir.name == ".git" else git_dir, site.repository.top or git_dir}
     elif site.location.startswith("file://"):
         hidden.add(Path(site.location.removeprefix("file://")))
@@ -155,11 +174,12 @@ async def open_run_context(
     environ: Mapping[str, str],
     clock: Clock,
 ) -> RunContext:
-    """Open what a run works with; every git command of its holds `lock_fds` until it has ended.
+    """Open the resources of a run.
 
-    `worker` is the name of this orchestrator, if it is not the one that coordinates the run.
+    Each git command inherits `lock_fds` and so holds the lock until it exits. `worker` is the name of this orchestrator
+    unless it leads the run.
 
-    RefusedError where the repository is gone, or where this machine has no such sandbox.
+    RefusedError if the repository is gone, or if this machine lacks the configured sandbox.
     """
     site = await find_run_repository(run.repo, is_url=run.is_url, environ=environ)
     git = Git(hub.trusted, keep_fds=tuple(lock_fds), environ=environ)
@@ -176,11 +196,13 @@ async def open_run_context(
         must_exist=run.has_target,
         title=None if run.merges is None else f"Land run {run.merges}",
     )
-    fence = SandboxConfig.model_validate(run.fence)
-    kind = await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
+    sandbox_config = SandboxConfig.model_validate(run.fence)
+    sandbox = await choose_sandbox(
+        sandbox_config.sandbox, network=sandbox_config.network, hosts=sandbox_config.hosts, environ=environ
+    )
     hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, store_url, hub)
     credentials = await anyio.to_thread.run_sync(find_credentials, environ)
-    fencing = RunSandbox(kind, (*hidden, *credentials), fence)
+    run_sandbox = RunSandbox(sandbox, (*hidden, *credentials), sandbox_config)
     logs = project.logs(run.id)
     await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
     worktrees = WorktreesConfig.model_validate(run.worktrees)
@@ -189,31 +211,35 @@ async def open_run_context(
         provisions = make_provisions(worktrees, site.repository.top, (hub.root.parent, site.repository.git_dir))
     leases = PortLeases(store, clock, worktrees.ports)
 
-    async def tell(what: str, facts: JsonObject) -> None:
-        await store.commit(Commit([], [Event(what, {"run": run.id, **facts})]))
+    async def record_event(event_type: str, facts: JsonObject) -> None:
+        await store.commit(Commit([], [Event(event_type, {"run": run.id, **facts})]))
 
-    users = Git(None, as_user=True, environ=environ)
-    hooks = [] if site.repository is None else await find_hooks_in_checkouts(site.repository, users)
+    user_git = Git(None, as_user=True, environ=environ)
+    hooks = [] if site.repository is None else await find_hooks_in_checkouts(site.repository, user_git)
     if hooks:
-        await tell("run.hooks_skipped", {"hooks": [str(hook) for hook in hooks], "reason": SKIPPED_HOOKS_REASON})
+        await record_event(
+            "run.hooks_skipped", {"hooks": [str(hook) for hook in hooks], "reason": SKIPPED_HOOKS_REASON}
+        )
 
-    async def lease(place: Path) -> Mapping[str, str]:
-        found = await leases.lease(place)
-        if found.lost:
-            facts = {"place": str(place), "lost": list(found.lost), "ports": list(found.ports)}
-            await tell("slot.ports_changed", facts)
-        return found.environment()
+    async def lease(slot: Path) -> Mapping[str, str]:
+        port_lease = await leases.lease(slot)
+        if port_lease.lost:
+            facts = {"place": str(slot), "lost": list(port_lease.lost), "ports": list(port_lease.ports)}
+            await record_event("slot.ports_changed", facts)
+        return port_lease.environment()
 
     redactor = Redactor(secret_values(environ) | await provisions.secrets())
-    equipment = WorktreeSetup(git, worktrees, provisions, lease, tell, fencing, redactor, logs, environ)
-    tools = SessionResources(git, fencing, redactor, logs, environ, clock, equipment)
-    accounting = Accounting(known_prices() | {name: Price.model_validate(one) for name, one in run.prices.items()})
-    servers = tuple(McpServerConfig.model_validate(one).named(name) for name, one in run.mcp_servers.items())
+    worktree_setup = WorktreeSetup(
+        git, worktrees, provisions, lease, record_event, run_sandbox, redactor, logs, environ
+    )
+    tools = SessionResources(git, run_sandbox, redactor, logs, environ, clock, worktree_setup)
+    accounting = Accounting(known_prices() | {name: Price.model_validate(price) for name, price in run.prices.items()})
+    servers = tuple(McpServerConfig.model_validate(price).named(name) for name, price in run.mcp_servers.items())
 
-    async def lives(session: SessionName) -> bool:
+    async def is_alive(session: SessionName) -> bool:
         return await is_session_alive(Worktree(hub, *session).lock)
 
-    registry = OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), lives)
+    registry = OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), is_alive)
     return RunContext(
         hub,
         git,
@@ -229,3 +255,33 @@ async def open_run_context(
         registry,
         servers,
     )
+
+
+def with_session_service(
+    context: RunContext, ledger: Ledger, store: Store, clock: Clock, project: Project, lock_timeout: float
+) -> RunContext:
+    """Return a run context that serves the session API.
+
+    `lock_timeout` is the default in seconds for which a session waits for a lock.
+    """
+    scope, redactor, me = context.registry.scope, context.tools.redactor, ledger.orchestrators.me.id
+    claims = ledger.claims
+
+    def claim(session: SessionName) -> Guard | None:
+        return None if claims is None else claims.guard(session.task)
+
+    service = SessionService(
+        store=store,
+        clock=clock,
+        git=context.git,
+        contexts=SessionContexts(store, clock, scope, redactor, orchestrator=me, claim=claim),
+        memory=NoteStore(store, clock, scope, redactor),
+        files=FileLocks(project.file_locks, clock),
+        registry=context.registry,
+        redactor=redactor,
+        orchestrator=me,
+        claim=claim,
+        elsewhere=partial(find_workspace, store, context.adapters, project.logs_folder, redactor),
+        lock_timeout=lock_timeout,
+    )
+    return replace(context, session_service=service, tools=replace(context.tools, session_service=service))

@@ -1,7 +1,8 @@
-"""Tells sinks and trackers what happens in a run, beside it: they never hold it up, and never fail it.
+"""Deliver the events of a run to its sinks and trackers.
 
-A feeder for each follows the store from a cursor that is recorded after delivery, so that every event comes at least
-once, across restarts too. What feeders say of themselves is fed to nobody: two that fail could keep each other busy.
+This neither delays nor fails the run. One forwarder per subscriber follows the store from a cursor that is recorded
+after delivery, so that each event arrives at least once, across restarts too. Events about the forwarders themselves
+are delivered to nobody: two failing subscribers could keep each other busy.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, Reco
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: Events that are delivered at once, at most (those of one commit stay together).
+#: Most events per batch (events of one commit stay together).
 MAX_BATCH_EVENTS = 100
-#: How long to wait before what failed is tried again; and at the run's end, when there is little time.
+#: Delay before a retry; the second one applies at the end of the run, when time is short.
 RETRY_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
 FINAL_RETRY_DELAY = 0.5
 
@@ -33,7 +34,11 @@ _MAX_REASON_LENGTH = 500  # characters
 
 @dataclass(frozen=True, slots=True)
 class DeliveryTimeouts:
-    """Seconds: for a sink to open, to send or to close; for all that is left at the run's end; between cursors."""
+    """Time limits of delivery, in seconds.
+
+    `per_call`: to open, send or close; `last`: for all remaining events at the end of the run; `cursor`: between cursor
+    writes.
+    """
 
     per_call: float = 30.0
     last: float = 10.0
@@ -45,7 +50,10 @@ DELIVERY_TIMEOUTS = DeliveryTimeouts()
 
 @dataclass(frozen=True, slots=True)
 class EventSubscriber:
-    """A sink or tracker of a run: its kind and name, the events it wants (by patterns), and how it is opened."""
+    """A sink or tracker of a run.
+
+    `patterns` select its events; `open` opens it.
+    """
 
     kind: str
     name: str
@@ -53,7 +61,7 @@ class EventSubscriber:
     open: Callable[[], AbstractAsyncContextManager[Sink]]
 
     def wants(self, event: Event, run: str) -> bool:
-        """Whether an event is for it."""
+        """Return True if the subscriber receives an event."""
         if event.data.get("run") != run or event.type.startswith(("sink.", "tracker.")):
             return False
         return any(fnmatchcase(event.type, pattern) for pattern in self.patterns)
@@ -65,37 +73,37 @@ async def forward_events(
     clock: Clock,
     redactor: Redactor,
     run: str,
-    outlets: Sequence[EventSubscriber],
-    patience: DeliveryTimeouts = DELIVERY_TIMEOUTS,
+    subscribers: Sequence[EventSubscriber],
+    timeouts: DeliveryTimeouts = DELIVERY_TIMEOUTS,
 ) -> AsyncIterator[None]:
-    """Feed the outlets of a run during the body, then until they have all of it, within limits.
+    """Deliver events to the subscribers during the body and shortly afterwards.
 
-    What is left then is told as `sink.undelivered`, and delivered when this is entered again. If the body raises, it ends
-    at once.
+    Undelivered events are reported as `sink.undelivered`, and delivered by the next call. If the body raises, delivery
+    stops at once.
     """
-    feeders = [EventForwarder(store, clock, redactor, run, outlet, patience) for outlet in outlets]
+    forwarders = [EventForwarder(store, clock, redactor, run, subscriber, timeouts) for subscriber in subscribers]
     raised: Exception | None = None
     goal = 0
     async with anyio.create_task_group() as group:
-        for feeder in feeders:
-            group.start_soon(feeder.feed)
+        for forwarder in forwarders:
+            group.start_soon(forwarder.deliver_until_end)
         try:
             yield
             goal = await store.position()
         except Exception as error:
             raised = error
             group.cancel_scope.cancel()
-        for feeder in feeders:
-            feeder.end(goal)
-        group.cancel_scope.deadline = anyio.current_time() + patience.last
+        for forwarder in forwarders:
+            forwarder.end(goal)
+        group.cancel_scope.deadline = anyio.current_time() + timeouts.last
     if raised is not None:
         raise raised
-    for feeder in feeders:
-        await feeder.close(goal)
+    for forwarder in forwarders:
+        await forwarder.close(goal)
 
 
 class EventForwarder:
-    """Delivers the events of one run to one outlet."""
+    """Delivers the events of one run to one subscriber."""
 
     def __init__(
         self,
@@ -103,83 +111,86 @@ class EventForwarder:
         clock: Clock,
         redactor: Redactor,
         run: str,
-        outlet: EventSubscriber,
-        patience: DeliveryTimeouts,
+        subscriber: EventSubscriber,
+        timeouts: DeliveryTimeouts,
     ) -> None:
         self._store, self._clock, self._redactor = store, clock, redactor
-        self._run, self._subscriber, self._timeouts = run, outlet, patience
-        self._key = cursor_key(run, outlet.kind, outlet.name)
+        self._run, self._subscriber, self._timeouts = run, subscriber, timeouts
+        self._key = cursor_key(run, subscriber.kind, subscriber.name)
         self._version = 0
         self._recorded = 0
         self._recorded_at = -inf
         self._delivered = 0
         self._done = 0
-        """The position up to which there is nothing more to deliver."""
+        """The position up to which nothing is left to deliver."""
         self._goal: int | None = None
-        self._is_over = self._is_failing = False
-        self._limit = anyio.CancelScope()
-        self._idle: anyio.CancelScope | None = None
-        self._hurry = anyio.Event()
+        self._is_finished = self._is_failing = False
+        self._call_scope = anyio.CancelScope()
+        self._idle_scope: anyio.CancelScope | None = None
+        self._retry_now = anyio.Event()
 
-    async def feed(self) -> None:
-        """Deliver until `end` says how far, and that is reached; whatever fails is tried again."""
+    async def deliver_until_end(self) -> None:
+        """Deliver until the position given to `end` is reached; retry failures."""
         failures = 0
         try:
             await self._begin()
-            while not self._is_over:
+            while not self._is_finished:
                 before = self._delivered
-                why = await self._try()
-                if why is not None:
+                reason = await self._try()
+                if reason is not None:
                     failures = 1 if self._delivered > before else failures + 1
-                    await self._failed(why)
+                    await self._note_failure(reason)
                     await self._pause(failures)
         except (CouncilError, OSError):
-            # The store can't be used: whoever resumes delivers the rest.
+            # The store is unavailable: the next process delivers the rest.
             return
 
     def end(self, goal: int) -> None:
-        """Nothing comes behind the position `goal`: deliver up to there, and be over."""
+        """Stop once all events up to the position `goal` are delivered."""
         self._goal = goal
-        self._hurry.set()
-        if self._is_caught_up() and self._idle is not None:
-            self._idle.cancel()
+        self._retry_now.set()
+        if self._is_caught_up() and self._idle_scope is not None:
+            self._idle_scope.cancel()
 
     async def close(self, goal: int) -> None:
-        """Record how far it came, and tell how much is left."""
+        """Record the cursor, and report the number of undelivered events."""
         try:
             await self._record()
-            left = await self._count(goal)
-            if left:
-                await self._note("behind", {"left": left})
+            undelivered = await self._count(goal)
+            if undelivered:
+                await self._note("undelivered", {"left": undelivered})
         except (CouncilError, OSError):
             return
 
     async def _begin(self) -> None:
-        found = await self._store.get(self._key)
-        if found is not None:
-            self._version, self._done = found.version, int(found.value["position"])
+        cursor = await self._store.get(self._key)
+        if cursor is not None:
+            self._version, self._done = cursor.version, int(cursor.value["position"])
         self._delivered = self._recorded = self._done
 
     async def _try(self) -> str | None:
-        """Deliver, to an outlet that is opened once there is something; return why that ended before it was over."""
+        """Deliver to a sink that is opened for the first event.
+
+        Return why delivery ended early.
+        """
         try:
-            with anyio.CancelScope() as self._limit:
+            with anyio.CancelScope() as self._call_scope:
                 await self._deliver_all()
-        except _StoreFailed as failed:
-            raise failed.error from None
-        except HistoryCompacted as gone:
-            await self._skip(gone.first)
+        except _StoreFailed as error:
+            raise error.error from None
+        except HistoryCompacted as compacted:
+            await self._skip(compacted.first)
             return None
         except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
             raise
         except BaseException as error:
             return _describe_error(error)
-        if self._limit.cancelled_caught:
-            return f"it took longer than {self._timeouts.per_call:g} s"
-        return None if self._is_over else "it closed by itself"
+        if self._call_scope.cancelled_caught:
+            return f"timed out after {self._timeouts.per_call:g} s"
+        return None if self._is_finished else "the event stream closed"
 
-    def _allow(self, seconds: float) -> None:
-        self._limit.deadline = anyio.current_time() + seconds
+    def _set_timeout(self, seconds: float) -> None:
+        self._call_scope.deadline = anyio.current_time() + seconds
 
     async def _deliver_all(self) -> None:
         sink: Sink | None = None
@@ -192,23 +203,23 @@ class EventForwarder:
                 if record.position < newest and len(batch) < MAX_BATCH_EVENTS:
                     continue
                 if batch:
-                    self._allow(self._timeouts.per_call)
+                    self._set_timeout(self._timeouts.per_call)
                     if sink is None:
                         sink = await stack.enter_async_context(self._subscriber.open())
                     await _send(sink, batch)
-                    self._allow(inf)
-                    await self._sent(batch[-1].position)
+                    self._set_timeout(inf)
+                    await self._record_sent(batch[-1].position)
                     batch = []
                 self._done = record.position
-            self._is_over = self._is_caught_up()
-            self._allow(self._timeouts.per_call)
+            self._is_finished = self._is_caught_up()
+            self._set_timeout(self._timeouts.per_call)
 
     async def _next(self, records: AsyncGenerator[CommitRecord]) -> CommitRecord | None:
-        """Return the next record; None once nothing more is to come."""
+        """Return the next record; None at the goal."""
         if self._is_caught_up():
             return None
         with anyio.CancelScope() as scope:
-            self._idle = scope
+            self._idle_scope = scope
             try:
                 return await anext(records, None)
             except HistoryCompacted:
@@ -216,11 +227,11 @@ class EventForwarder:
             except (CouncilError, OSError) as error:
                 raise _StoreFailed(error) from error
             finally:
-                self._idle = None
+                self._idle_scope = None
         return None
 
     async def _skip(self, first: int) -> None:
-        """Go on behind what the store has let go of, and tell that nobody got it."""
+        """Continue after the pruned part of the log, and report the gap."""
         await self._note("skipped", {"after": self._done, "until": first})
         self._done = self._delivered = max(self._delivered, first)
         await self._record()
@@ -234,7 +245,7 @@ class EventForwarder:
         except (CouncilError, OSError) as error:
             raise _StoreFailed(error) from error
 
-    async def _sent(self, position: int) -> None:
+    async def _record_sent(self, position: int) -> None:
         failpoint("sink.sent")
         self._delivered = position
         try:
@@ -250,51 +261,54 @@ class EventForwarder:
         while self._delivered > self._recorded:
             try:
                 await self._store.commit(Commit([Write(self._key, self._version, {"position": self._delivered})]))
-            except VersionConflict:  # whoever coordinated before, or wanted to, has delivered some of it, too
-                found = await self._store.get(self._key)
-                if found is None:  # the record of the run is removed
+            except VersionConflict:  # an earlier or competing leader has delivered some events, too
+                cursor = await self._store.get(self._key)
+                if cursor is None:  # the record of the run was deleted
                     raise
-                self._version, self._recorded = found.version, int(found.value["position"])
+                self._version, self._recorded = cursor.version, int(cursor.value["position"])
             else:
                 self._version += 1
                 self._recorded, self._recorded_at = self._delivered, self._clock.monotonic()
 
-    async def _failed(self, why: str) -> None:
+    async def _note_failure(self, reason: str) -> None:
         if not self._is_failing:
             self._is_failing = True
-            await self._note("failing", {"reason": self._redactor.text(why)})
+            await self._note("failing", {"reason": self._redactor.text(reason)})
 
-    async def _note(self, what: str, details: JsonObject) -> None:
+    async def _note(self, event: str, details: JsonObject) -> None:
         kind = self._subscriber.kind
         await self._store.commit(
-            Commit([], [Event(f"{kind}.{what}", {"run": self._run, kind: self._subscriber.name, **details})])
+            Commit([], [Event(f"{kind}.{event}", {"run": self._run, kind: self._subscriber.name, **details})])
         )
 
     async def _pause(self, failures: int) -> None:
         delay = retry_delay(RETRY_BACKOFF, failures)
         if self._goal is not None:
-            self._hurry = anyio.Event()
+            self._retry_now = anyio.Event()
             delay = min(delay, FINAL_RETRY_DELAY)
-        await self._clock.wait(self._hurry, self._clock.monotonic() + delay)
+        await self._clock.wait(self._retry_now, self._clock.monotonic() + delay)
 
     async def _count(self, goal: int) -> int:
-        left = 0
+        undelivered = 0
         begin = max(self._delivered, (await self._store.statistics()).first)
         if self._done >= goal or begin >= goal:
-            return left
+            return undelivered
         async with aclosing(self._store.watch(begin)) as records:
             async for record in records:
                 if record.position > goal:
                     break
-                left += sum(self._subscriber.wants(event, self._run) for event in record.events)
+                undelivered += sum(self._subscriber.wants(event, self._run) for event in record.events)
                 if record.position == goal:
                     break
-        return left
+        return undelivered
 
 
 async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
-    """Hand over events; in a task of its own, so that one which is cancelled from within does not cancel the run."""
-    raised: BaseException | None = RuntimeError("it was cancelled, but not by us")
+    """Send events in a separate task.
+
+    A cancellation inside the sink then does not cancel the run.
+    """
+    raised: BaseException | None = RuntimeError("the sink cancelled its own task")
 
     async def send() -> None:
         nonlocal raised
@@ -313,7 +327,7 @@ async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
 
 
 class _StoreFailed(Exception):
-    """It was the store that failed, and not the outlet that is told."""
+    """The store failed, not the sink."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -322,5 +336,5 @@ class _StoreFailed(Exception):
 def _describe_error(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    told = str(error) if isinstance(error, CouncilError) else f"{type(error).__name__}: {error}"
-    return " ".join(told.split())[:_MAX_REASON_LENGTH]
+    message = str(error) if isinstance(error, CouncilError) else f"{type(error).__name__}: {error}"
+    return " ".join(message.split())[:_MAX_REASON_LENGTH]

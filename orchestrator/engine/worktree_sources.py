@@ -1,4 +1,7 @@
-"""Whether what a run's worktrees are made of is there: in the commit that work starts from, and in the checkout."""
+"""Verify that the sources of a run's worktrees exist.
+
+They are in the base commit or in the user's checkout.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from orchestrator.repo.source.user_checkouts import LocalRepository
 from orchestrator.repo.worktrees.provisions import Provisions
 
 _Problem = tuple[str, str]
-"""What is wrong, and what to do."""
-_REMEDY: Final = "mend these under `worktrees:`"
+"""A problem and its remedy."""
+_REMEDY: Final = "fix these under `worktrees:`"
 
 
 @dataclass(frozen=True, slots=True)
 class BaseCommit:
-    """The branch that work starts from, and the commit or ref of it that `git` finds in its repository."""
+    """The base branch, and its commit or ref in the repository of `git`."""
 
     branch: str
     commit: str
@@ -31,25 +34,31 @@ class BaseCommit:
 async def check_worktree_sources(
     worktrees: WorktreesConfig, base: BaseCommit, repository: LocalRepository | None, hidden: Sequence[Path]
 ) -> None:
-    """Refuse (RefusedError, with all that is wrong) worktrees that can't be made as they are configured.
+    """Reject worktrees that cannot be created as configured.
 
-    Folders to check out and the inputs of setup must be in the base. What is copied or linked must be in the checkout
-    of `repository` and not in the base. Its last part may be a link: then it is what that leads to, wherever it is,
-    unless it leads to `hidden`, to what is ours, or to what git itself works with. Folders before it may be no links.
+    RefusedError lists all problems. Sparse folders and the inputs of setup must exist in the base. Copied or linked
+    paths must exist in the checkout of `repository` and not in the base. The last component of such a path may be a
+    link: then its destination counts, wherever it is, unless that is `hidden`, belongs to Council, or is used by git
+    itself. Parent folders must not be links.
     """
-    faults = list(_missing(worktrees, base.branch, await _object_types(base, _required_paths(worktrees))))
+    problems = list(_find_missing(worktrees, base.branch, await _object_types(base, _required_paths(worktrees))))
     if worktrees.copied or worktrees.linked:
         if repository is None or repository.top is None:
             remedy = "remove them, or set `repo` to a checkout"
-            raise RefusedError("`worktrees.copy` and `worktrees.link` need a checkout, and there is none", remedy)
+            raise RefusedError(
+                "`worktrees.copy` and `worktrees.link` need a checkout, but the repository has none", remedy
+            )
         provisions = make_provisions(worktrees, repository.top, (*hidden, repository.git_dir))
-        found = await provisions.faults(base.commit, base.git, repr(base.branch))
-        faults += [(fault.what, fault.remedy) for fault in found]
-    raise_combined_refusal(faults, _REMEDY)
+        provision_faults = await provisions.faults(base.commit, base.git, repr(base.branch))
+        problems += [(fault.what, fault.remedy) for fault in provision_faults]
+    raise_combined_refusal(problems, _REMEDY)
 
 
 def make_provisions(worktrees: WorktreesConfig, top: Path, hidden: Iterable[Path]) -> Provisions:
-    """Return what each worktree gets from the user's checkout at `top`; what is ours there is hidden, too."""
+    """Return the files for each worktree from the user's checkout at `top`.
+
+    Council's own folder is hidden, too.
+    """
     return Provisions(top, worktrees.copied, worktrees.linked, (*hidden, Project(top).folder))
 
 
@@ -58,21 +67,21 @@ def _required_paths(worktrees: WorktreesConfig) -> set[str]:
 
 
 async def _object_types(base: BaseCommit, paths: set[str]) -> dict[str, str]:
-    """Return `blob` or `tree` for each path that is in the base."""
-    asked = sorted(paths)
-    if not asked:
+    """Return `blob` or `tree` for each path that exists in the base."""
+    requested = sorted(paths)
+    if not requested:
         return {}
-    lines = "".join(f"{base.commit}:{path}\n" for path in asked).encode(errors="surrogateescape")
-    told = (await base.git("cat-file", "--batch-check=%(objecttype)", input_=lines)).stdout.splitlines()
-    # Of what is not there, git repeats the question with a word behind it.
-    found = zip(asked, (line.decode(errors="replace") for line in told), strict=True)
-    return {path: kind for path, kind in found if kind in {"blob", "tree"}}
+    lines = "".join(f"{base.commit}:{path}\n" for path in requested).encode(errors="surrogateescape")
+    answers = (await base.git("cat-file", "--batch-check=%(objecttype)", input_=lines)).stdout.splitlines()
+    # For a missing path, git repeats the request and appends a word.
+    types = zip(requested, (line.decode(errors="replace") for line in answers), strict=True)
+    return {path: kind for path, kind in types if kind in {"blob", "tree"}}
 
 
-def _missing(worktrees: WorktreesConfig, branch: str, kinds: Mapping[str, str]) -> Iterator[_Problem]:
+def _find_missing(worktrees: WorktreesConfig, branch: str, kinds: Mapping[str, str]) -> Iterator[_Problem]:
     for path in worktrees.sparse:
         if kinds.get(path) != "tree":
-            yield f"`worktrees.sparse`: there is no folder {path!r} in {branch!r}", "name folders that are committed"
+            yield f"`worktrees.sparse`: folder {path!r} not found in {branch!r}", "list committed folders"
     for path in dict.fromkeys(path for step in worktrees.setup for path in step.inputs):
         if kinds.get(path) != "blob":
-            yield f"`worktrees.setup`: there is no file {path!r} in {branch!r}", "name `inputs` that are committed"
+            yield f"`worktrees.setup`: file {path!r} not found in {branch!r}", "list committed files as `inputs`"

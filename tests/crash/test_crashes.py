@@ -209,7 +209,7 @@ async def test_resume_at_once_waits_until_a_stubborn_agent_is_dead(repository: R
     assert ended.states == {"stubborn": "landed"}, ended
     reaped = next(line for line in ended.lines if line.get("event") == "task.interrupted")
     assert time.monotonic() - killed_at < 30
-    assert reaped["reason"] == "the orchestrator ended before the session did"
+    assert reaped["reason"] == "the orchestrator exited before the session ended"
     await repository.assert_invariants()
 
 

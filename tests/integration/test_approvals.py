@@ -180,7 +180,7 @@ async def test_a_task_is_tried_again_from_an_earlier_phase(repository: Repositor
     assert repository.council("run", str(path), "--json").states == {"t": "failed", "plain": "failed"}
     refused = repository.council("retry", "t", "--from", "biuld")
     assert (refused.code, "name one of: scout, plan, build" in refused.stderr) == (2, True)
-    assert "leave `--from` out" in repository.council("retry", "plain", "--from", "build").stderr
+    assert "omit `--from`" in repository.council("retry", "plain", "--from", "build").stderr
     assert repository.council("retry", "t", "--from", "plan").code == 0
     ended = repository.council("resume", "--json")
     assert ended.states == {"t": "landed", "plain": "failed"}, ended

@@ -272,7 +272,7 @@ async def test_the_report_of_a_halt_has_the_end_of_the_output_and_the_log(reposi
     tasks = [{"id": name, "prompt": "write a.txt a"} for name in ("one", "two", "bad", "three")]
     ended = repository.council("run", str(repository.configure(tasks, defaults={"checks": [check]})))
     [event] = [line for line in ended.stdout.splitlines() if " halted: " in line]
-    assert re.fullmatch(r"\S+ halted: check `.*` fails on main \(\w{10}\): it ended with exit code 1", event)
+    assert re.fullmatch(r"\S+ halted: check `.*` fails on main \(\w{10}\): ended with exit code 1", event)
     report = ended.stdout.splitlines()[ended.stdout.splitlines().index(event) + 1 :]
     assert len(report) <= 10, report
     [log] = [line for line in report if line.startswith("log: ")]

@@ -66,7 +66,7 @@ async def test_a_task_has_no_further_session_when_its_budget_is_used_up(claude: 
     ended = claude.council("run", str(configured(claude, prompt, task={"budget": {"tokens": 600}})), "--json")
     (task,) = ended.result["tasks"]
     assert (task["status"], task["attempts"]) == ("failed", 1), ended
-    assert "the task's budget is used up" in task["reason"]
+    assert "the task's budget is exhausted" in task["reason"]
 
 
 async def test_a_run_is_halted_when_its_budget_is_used_up_and_goes_on_with_more(claude: Repository) -> None:
@@ -80,7 +80,7 @@ async def test_a_run_is_halted_when_its_budget_is_used_up_and_goes_on_with_more(
     ended = claude.council("run", str(path), "--json")
     assert (ended.result["status"], ended.code) == ("halted", 1), ended
     assert ended.states == {"t0": "landed", "t1": "pending", "t2": "pending"}
-    assert "the run's budget is used up" in ended.result["halted"]
+    assert "the run's budget is exhausted" in ended.result["halted"]
     again = claude.council("resume", "--json")
     assert again.result["status"] == "halted"
     assert [task["attempts"] for task in again.result["tasks"]] == [1, 0, 0], "a session that was stopped is no attempt"

@@ -175,7 +175,7 @@ async def test_a_signal_ends_the_wait_for_another_runs_checks(repository: Reposi
     first = repository.start("run", str(config.rename(config.with_name("first.yaml"))), "--json")
     wait_for(flag.exists)
     second = repository.start("run", str(repository.configure([{"id": "quick", "prompt": "write b.txt b"}])), "--json")
-    wait_for(lambda: repository.council("status", "--json").result.get("tasks", [{}])[0].get("state") == "queued")
+    wait_for(lambda: repository.council("status", "--json").result.get("tasks", [{}])[0].get("status") == "queued")
     for child in (second, first):
         child.send_signal(signal.SIGTERM)
         child.communicate(timeout=30)

@@ -126,7 +126,7 @@ def test_an_interrupted_process_that_waits_for_a_hook_says_so(repository: Reposi
     free.touch()
     assert child.returncode == 130
     (told,) = [line for line in lines if line.startswith("waiting for a push to the target of this process, which a")]
-    assert told.endswith("hook of the repository may delay: a second Ctrl-C ends at once\n")
+    assert told.endswith("hook of the repository may delay: press Ctrl-C again to exit now\n")
     assert repository.council("resume", "--json").states == {"a": "landed"}
 
 

@@ -333,7 +333,7 @@ async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repo
     run = repository.council("run", path, "--json")
     assert run.states == {"all": "blocked", "all-t0": "landed", "all-t1": "failed", "all-t2": "failed"}, run
     assert {one["failure"] for one in run.result["tasks"][2:]} <= {"budget", None}
-    assert reason_of(run, "all-t2").startswith("the task's budget is used up")
+    assert reason_of(run, "all-t2").startswith("the task's budget is exhausted")
     await repository.assert_invariants()
 
 
@@ -367,7 +367,7 @@ async def test_no_plan_gives_its_tasks_more_than_its_own_task_has(
     path = expanding(repository, [f"in plan hand-over {made}"], own={"owns": [limit], "attempts": 1})
     run = repository.council("run", path, "--json")
     assert run.states["all-part"] == "failed", run
-    assert "it changes what it does not own" in reason_of(run, "all-part")
+    assert "changes paths that the task does not own" in reason_of(run, "all-part")
     assert "evil" not in repository.git("show", "HEAD:src/app.py")
 
 

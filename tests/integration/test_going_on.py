@@ -38,7 +38,7 @@ def mended(path: str) -> list[dict[str, Any]]:
     ("path", "content", "reason"),
     [
         ("src/own.txt", "bad\ngood\n", None),
-        ("src/shared.txt", "x\ngood\n", "what was built before conflicts with what has landed since: it is done anew"),
+        ("src/shared.txt", "x\ngood\n", "the earlier work conflicts with the target: starting from scratch"),
     ],
 )
 async def test_what_was_owned_by_another_meanwhile_is_merged_or_done_anew(

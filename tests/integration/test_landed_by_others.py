@@ -21,7 +21,7 @@ async def test_work_that_a_person_has_merged_counts_as_landed(repository: Reposi
         {"id": "long", "prompt": "hang"},
     ]
     child = repository.start("run", str(repository.configure(tasks, coordination={"sweep": "200ms"})), "--json")
-    wait_for(lambda: repository.council("status", "--json").result.get("tasks", [{}])[0].get("state") == "failed")
+    wait_for(lambda: repository.council("status", "--json").result.get("tasks", [{}])[0].get("status") == "failed")
     result = repository.council("status", "--json").result
     repository.git("fetch", "--quiet", result["repository"], result["tasks"][0]["branch"])
     if squashed:
@@ -33,7 +33,7 @@ async def test_work_that_a_person_has_merged_counts_as_landed(repository: Reposi
     by_hand = repository.git("rev-parse", "HEAD")
     wait_for(lambda: repository.council("status", "--json").states["more"] == "landed")
     found = repository.council("status", "--json").result["tasks"][0]
-    assert (found["status"], found["landed"], found["reason"]) == ("landed", by_hand, "somebody else has landed it")
+    assert (found["status"], found["landed"], found["reason"]) == ("landed", by_hand, "landed externally")
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
     await repository.assert_invariants()

@@ -21,8 +21,14 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.engine.state.port_leases import PortLease, PortLeases, delete_port_leases, find_stale_port_leases
-from orchestrator.engine.state.ports import find_free_block, ports_in_use
+from orchestrator.engine.state.port_leases import (
+    PortLease,
+    PortLeases,
+    delete_port_leases,
+    find_free_block,
+    find_stale_port_leases,
+    ports_in_use,
+)
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
@@ -247,9 +253,9 @@ async def test_what_is_in_use_is_never_given(store: Store, ports: range, tmp_pat
         for port in (ports[2], ports[6], ports[8]):
             stack.enter_context(listening(port, "0.0.0.0"))
         assert (await leases_of(store, ports[:12]).lease(place)).ports in {tuple(ports[3:6]), tuple(ports[9:12])}
-        with pytest.raises(RefusedError, match=f"no 4 ports in a row are free from {ports[0]} to {ports[11]}"):
+        with pytest.raises(RefusedError, match=f"no 4 consecutive ports are free from {ports[0]} to {ports[11]}"):
             await leases_of(store, ports[:12], 4).lease(place)
-    with pytest.raises(RefusedError, match="no 13 ports"):
+    with pytest.raises(RefusedError, match="no 13 consecutive ports"):
         await leases_of(store, ports[:12], 13).lease(place)
 
 

@@ -51,7 +51,7 @@ async def test_work_outside_goes_back_and_the_next_attempt_is_told(repository: R
     assert retried["outcome"] == "escaped"
     assert sorted(retried["paths"]) == ["README.md", "deep", "deep/er.txt", "file", "file/in", "gone.txt", "new.txt"]
     told = Path(ended.result["tasks"][0]["log"]).with_name("t.2.stdout").read_text()
-    forbidden, _, allowed = told.partition("not to be touched]")[2].partition("what the task may change]")
+    forbidden, _, allowed = told.partition("do not change]")[2].partition("the task may change]")
     assert '"new.txt"' in forbidden
     assert '"src/**"' in allowed
     await repository.assert_invariants()
@@ -190,9 +190,9 @@ async def test_extend_goes_back_where_there_are_too_many(repository: Repository)
 def test_of_very_many_paths_some_are_told() -> None:
     """A session may leave any number of files, and neither prompt nor record may grow with it; how many is said."""
     escape = OwnershipViolation(tuple(f"node_modules/{'d' * 100}/{number}" for number in range(100_000)), ("src/**",))
-    assert len(escape.told("mark")) < 100_000
-    assert '"node_modules' in escape.told("mark")
-    assert "and 99800 more\n[mark what the task may change]" in escape.told("mark")
+    assert len(escape.render_feedback("mark")) < 100_000
+    assert '"node_modules' in escape.render_feedback("mark")
+    assert "and 99800 more\n[mark the task may change]" in escape.render_feedback("mark")
     assert len(escape.recorded) == 200
 
 

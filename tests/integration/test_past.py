@@ -372,9 +372,9 @@ async def test_a_task_whose_record_is_gone_is_named(project: Repository) -> None
     assert project.council("checkpoint", "create").code == 0
     await add(project, Commit([Write(API, 4, None)]))
     listed = project.council("runs", "--json").result
-    assert (listed["runs"], "how task api stands" in listed["damage"][0]) == ([], True)
+    assert (listed["runs"], "the state of task api is missing" in listed["damage"][0]) == ([], True)
     refused = project.council("status", "--json")
-    assert (refused.code, refused.result["error"]) == (2, "nothing is recorded any more of how task api stands")
+    assert (refused.code, refused.result["error"]) == (2, "the state of task api is missing")
     assert "council checkpoint list" in refused.result["remedy"]
     assert project.council("checkpoint", "restore", "1").code == 0
     assert project.council("runs").stdout.startswith(RUN)

@@ -18,7 +18,7 @@ def check(picture: Path) -> None:
     root = ET.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     words = {(one.text or "").replace("\N{NO-BREAK SPACE}", " ").strip() for one in root.iter(f"{root.tag[:-3]}text")}
-    assert {"landed", "build", "conflict", "checks", "2/3", "conflicts with the target in README.md"} <= words
+    assert {"landed", "build", "conflict", "checks", "2/3", "merge conflict in README.md"} <= words
     assert text.count("://") == 1
     assert not [folder for folder in ("/tmp", "/home", str(Path.home()), sys.prefix) if folder in text]
 

@@ -199,7 +199,7 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
                     found = (await anext(changes)).request
                 assert found is not None
                 assert list(found.tasks) == [task]
-                await ledger.answer(found)
+                await ledger.complete_request(found)
 
 
 async def test_what_is_yet_to_come_is_not_waited_for(store: Store) -> None:

@@ -292,9 +292,9 @@ def test_a_clash_between_trackers_names_both(repository: Repository, moody: Path
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        ("1 / 0", "tracker 'm' can't tell its tasks, ZeroDivisionError: division by zero"),
-        ("[('a', 'x')]", "tracker 'm' can't tell its tasks, AttributeError: 'tuple' object has no attribute 'id'"),
-        ("None", "tracker 'm' can't tell its tasks, TypeError: 'NoneType' object is not iterable"),
+        ("1 / 0", "tracker 'm' cannot list its tasks, ZeroDivisionError: division by zero"),
+        ("[('a', 'x')]", "tracker 'm' cannot list its tasks, AttributeError: 'tuple' object has no attribute 'id'"),
+        ("None", "tracker 'm' cannot list its tasks, TypeError: 'NoneType' object is not iterable"),
     ],
 )
 def test_a_tracker_that_can_t_tell_its_tasks_is_a_refusal(

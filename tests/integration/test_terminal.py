@@ -93,7 +93,7 @@ async def test_what_did_not_land_says_what_to_type(repository: Repository, start
     assert status.wait() == 1
     for text in (terminal.text, status.text, plain):
         assert "1 of 4 landed on main" in text
-        assert "conflicts with the target in README.md; kept as right/conflict" in text
+        assert "merge conflict in README.md; kept as right/conflict" in text
         assert "council salvage apply right/conflict --branch right-conflict, or council retry right" in text
         assert "the program ended with exit code 7; kept as broken/1" in text
         assert "council logs broken, then council salvage apply broken/1, or council retry broken" in text

@@ -94,7 +94,7 @@ async def test_a_task_whose_budget_ends_behind_a_phase_has_failed_with_its_work_
     ended = repository.council("run", str(path), "--json")
     (task,) = ended.result["tasks"]
     assert (task["status"], task["attempts"], task["phase"]) == ("failed", 1, "review"), ended
-    assert "the task's budget is used up, 100 of 100 tokens" in task["reason"]
+    assert "the task's budget is exhausted, 100 of 100 tokens" in task["reason"]
     assert repository.git("--git-dir", ended.result["repository"], "show", f"{task['branch']}:b.txt") == "built"
     assert visits(repository) == once()[:2]
     await repository.assert_invariants()

@@ -104,15 +104,15 @@ def _through_a_link(repository: Repository) -> None:
         (lambda it: _outwards(it, "secret", ".git/config"), COPY, "'secret' is, or holds, what no session may see"),
         (lambda it: _write(it.top / ".council/x"), WorktreesConfig(linked=(".council",)), "no session may see"),
         (lambda it: _outwards(it, "secret", it.top.parent), COPY, "'secret' is, or holds, what no session may see"),
-        (_nothing, WorktreesConfig(sparse=("src", "lib")), "`worktrees.sparse`: there is no folder 'lib' in 'main'"),
-        (_nothing, WorktreesConfig(sparse=("README.md",)), "there is no folder 'README.md' in 'main'"),
-        (lambda it: _write(it.top / "new/x"), WorktreesConfig(sparse=("new",)), "there is no folder 'new'"),
+        (_nothing, WorktreesConfig(sparse=("src", "lib")), "`worktrees.sparse`: folder 'lib' not found in 'main'"),
+        (_nothing, WorktreesConfig(sparse=("README.md",)), "folder 'README.md' not found in 'main'"),
+        (lambda it: _write(it.top / "new/x"), WorktreesConfig(sparse=("new",)), "folder 'new' not found"),
         (
             _nothing,
             WorktreesConfig(setup=(SetupStep(run="true", inputs=("lock",)),)),
-            "`worktrees.setup`: there is no file 'lock' in 'main': name `inputs` that are committed",
+            "`worktrees.setup`: file 'lock' not found in 'main': list committed files as `inputs`",
         ),
-        (_nothing, WorktreesConfig(setup=(SetupStep(run="true", inputs=("src",)),)), "there is no file 'src'"),
+        (_nothing, WorktreesConfig(setup=(SetupStep(run="true", inputs=("src",)),)), "file 'src' not found"),
     ],
 )
 async def test_what_is_not_as_it_must_be_is_refused(
@@ -137,16 +137,16 @@ async def test_all_that_is_wrong_is_told_at_once(repository: Repository) -> None
     """One message has each fact with its remedy."""
     worktrees = WorktreesConfig(sparse=("lib",), copied=("README.md", "secret"), linked=("data",))
     found = await look(repository, worktrees) or ""
-    for fragment in ("no folder 'lib'", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
+    for fragment in ("folder 'lib' not found", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
         assert found.count(fragment) == 1
-    assert found.endswith("mend these under `worktrees:`")
+    assert found.endswith("fix these under `worktrees:`")
 
 
 async def test_a_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
     """The rest works as elsewhere."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
     assert await look(repository, WorktreesConfig(sparse=("src",)), "../bare.git") is None
-    assert "there is none: remove them, or set `repo` to a checkout" in (
+    assert "the repository has none: remove them, or set `repo` to a checkout" in (
         await look(repository, COPY, "../bare.git") or ""
     )
 

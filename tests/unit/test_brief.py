@@ -63,14 +63,14 @@ def test_what_needs_attention_has_its_next_command() -> None:
         *(task("landed", id=f"l{n}", landed=COMMIT, input_tokens=900, cost=0.25) for n in range(40)),
         task("failed", id="api", reason="the program ended with exit code 1", branch="council/run/api/1"),
         task("blocked", id="later", reason="needs 'api', which did not land"),
-        task("conflict", id="ui", reason="conflicts with the target in a", branch="council/run/ui/conflict"),
+        task("conflict", id="ui", reason="merge conflict in a", branch="council/run/ui/conflict"),
     )
     assert brief_lines(report) == [
         "run run: incomplete, 40 of 43 landed on main",
         "  1 failed, 1 blocked, 1 conflict, 36.0k tokens, $10.00",
         "  api failed: the program ended with exit code 1",
         "    next: council logs api",
-        "  ui conflict: conflicts with the target in a",
+        "  ui conflict: merge conflict in a",
         "    next: council salvage apply ui/conflict --branch ui-conflict",
         "  later blocked: needs 'api', which did not land",
     ]

@@ -227,7 +227,7 @@ async def test_a_sink_that_hangs_is_given_up_on(hangs: str) -> None:
         async with bench.feeding(EventSubscriber("sink", "ear", ("*",), hanging)):
             await bench.happen(1)
     told = await bench.told()
-    assert told[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "it took longer than 0.2 s"})
+    assert told[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "timed out after 0.2 s"})
     assert told[1:] == ([] if hangs == "close" else [("sink.undelivered", {"run": "r", "sink": "ear", "left": 3})])
     assert ear.numbers == ([1, 2, 3] if hangs == "close" else [])
 
@@ -351,7 +351,7 @@ async def test_one_that_closes_by_itself_is_opened_again() -> None:
     await bench.happen()
     async with bench.feeding(EventSubscriber("sink", "ear", ("*",), swallowing)):
         await until(lambda: ear.numbers == [1])
-    assert (await bench.told())[0][1]["reason"] == "it closed by itself"
+    assert (await bench.told())[0][1]["reason"] == "the event stream closed"
 
 
 async def test_the_body_s_error_comes_out_as_it_is_and_at_once() -> None:

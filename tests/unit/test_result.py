@@ -144,7 +144,7 @@ def test_the_plain_form_has_columns() -> None:
     report = run(
         task("landed", id="models", landed=COMMIT),
         task("failed", id="api", reason="it broke\nbadly", branch="council/run/api/1"),
-        task("landed", id="gone", landed="f" * 40, reason="the target holds the same change already"),
+        task("landed", id="gone", landed="f" * 40, reason="the target already has the same change"),
     )
     rows = list(result_rows(report, {report.tasks[0].id: Changes(2, 12, 3)}))
     assert run_summary(report) == "run run: incomplete, 2 of 3 landed on main"
@@ -154,7 +154,7 @@ def test_the_plain_form_has_columns() -> None:
         "    next: council logs api",
         "    then: council retry api",
         "    or: council salvage apply api/1",
-        "  gone    landed  ffffffffff on main; the target holds the same change already",
+        "  gone    landed  ffffffffff on main; the target already has the same change",
     ]
 
 

@@ -1,4 +1,7 @@
-"""Runs the checks on the base before the next session: a check that fails there would fail every task."""
+"""Run the checks on the base before sessions start.
+
+A check that fails there would fail every task.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,18 @@ from orchestrator.sessions.setup.worktree_setup import SETUP_REMEDY
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import LockHolder
 
-#: The number of the attempt that the checks of a base are named after; those of tasks begin at 1.
+#: Attempt number for the checks of a base; attempts of tasks start at 1.
 _BASE_CHECK_ATTEMPT = 0
-#: How often a base is checked that moves meanwhile: one that moves all the time must not keep a run from starting.
+#: Most rounds for a base that keeps moving: it must not keep a run from starting.
 _MAX_ROUNDS = 3
-#: Seconds between the tries of checks that can't be run to their end.
+#: Seconds between tries of checks that could not run to the end.
 _RETRY_DELAYS = (1.0, 2.0, 4.0)
-#: Seconds from one look whether the process that checks the base is still active to the next.
+#: Seconds between tests whether the process that checks the base is still active.
 _POLL_INTERVAL = 1.0
-#: Tasks that a command of a remedy names; more are left to the reader.
+#: Most tasks that a suggested command names.
 _MAX_NAMED_TASKS = 5
 
-#: Tasks by whether their checks may fail, whether they bring the base along, and their checks.
+#: Tasks by `allow_failing_base`, by whether they bring the base along, and by checks.
 _CheckGroups = dict[tuple[bool, bool, tuple[str, ...]], list[str]]
 
 
@@ -58,14 +61,14 @@ class CheckedBase:
 
     commit: str
     branch: str
-    """The branch that it is the newest commit of; where it merges the base into the target, both."""
+    """The branch whose newest commit it is; both branches if it merges the base into the target."""
     merge: str = ""
-    """How a fix of the run's base gets there; empty: landings bring it along."""
+    """How a fix of the base reaches the target; empty if landings bring it along."""
 
 
 @dataclass(slots=True)
 class BaseChecks:
-    """The checks of a run's base; `entries` are its tasks."""
+    """The checks of a run's base; `entries` are the run's tasks."""
 
     ledger: Ledger
     context: RunContext
@@ -74,54 +77,58 @@ class BaseChecks:
     entries: Mapping[str, DispatchEntry]
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
     _unrunnable: dict[tuple[str, tuple[str, ...]], str | None] = field(default_factory=dict, init=False)
-    """By base and commands, why one of them can't be run there."""
+    """By base and commands, why one of the commands cannot run there."""
 
     def stop(self) -> None:
-        """End the checks that run; `failure` then returns None."""
+        """Stop running checks; `failure` then returns None."""
         self._running.cancel()
 
     async def failure(self) -> str | None:
-        """Return why no session should start: a check of a pending task fails on the base; None if none does.
+        """Return why no session should start, or None.
 
-        What passes is recorded, and is not run again by any process of the run. One process of a machine runs them
-        at a time. A base that has moved meanwhile is checked again.
+        The reason is a check of a pending task that fails on the base. Passed checks are recorded, and no process of
+        the run repeats them. One process per machine runs the checks at a time. If the base moves meanwhile, it is
+        checked again.
         """
-        sets = await self._group_pending_tasks()
-        if not sets:
+        groups = await self._group_pending_tasks()
+        if not groups:
             return None
-        found: str | None = None
+        failure: str | None = None
         with self._running:
-            async with self._turn():
+            async with self._exclusive():
                 checked: list[str] = []
                 for _ in range(_MAX_ROUNDS):
-                    tips = await self._tips(sets)
+                    tips = await self._tips(groups)
                     if tips == checked:
                         break
-                    found, checked = await self._first_failure(sets), tips
-        return None if self._running.cancelled_caught else found
+                    failure, checked = await self._first_failure(groups), tips
+        return None if self._running.cancelled_caught else failure
 
-    async def _first_failure(self, sets: _CheckGroups) -> str | None:
-        """Return why a check fails, those first that must not fail; None if none does."""
+    async def _first_failure(self, groups: _CheckGroups) -> str | None:
+        """Return why a check fails, required checks first; None if none fails."""
         bases: dict[bool, CheckedBase | None] = {}
-        for (_, brings_base, _), tasks in sorted(sets.items(), key=lambda one: one[0][0]):
+        for (_, brings_base, _), tasks in sorted(groups.items(), key=lambda group: group[0][0]):
             if brings_base not in bases:
                 bases[brings_base] = await self._base(brings_base=brings_base)
             base = bases[brings_base]
-            if base is not None and (found := await self._failure_of(tasks, base)) is not None:
-                return found
+            if base is not None and (failure := await self._find_failure(tasks, base)) is not None:
+                return failure
         return None
 
-    async def _tips(self, sets: _CheckGroups) -> list[str]:
-        """Return the newest commits that landings build on; empty where they are not known."""
-        kinds = (True, False) if any(brings_base for _, brings_base, _ in sets) else (True,)
+    async def _tips(self, groups: _CheckGroups) -> list[str]:
+        """Return the newest commits that landings build on; empty if unknown."""
+        kinds = (True, False) if any(brings_base for _, brings_base, _ in groups) else (True,)
         try:
             return [await self.base_selector.newest(builds_on_target=kind) for kind in kinds]
-        except GitError:  # the start of the first session reports that
+        except GitError:  # reported when the first session starts
             return []
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Check the base alone on this machine, unless the process that has the turn is stopped or has left the run."""
+    async def _exclusive(self) -> AsyncIterator[None]:
+        """Run base checks alone on this machine.
+
+        Continue without the lock if its holder is suspended or has left the run.
+        """
         lock = self.context.hub.lock(f"base-{self.ledger.run.id}")
         async with AsyncExitStack() as stack:
             while True:
@@ -134,25 +141,35 @@ class BaseChecks:
             yield
 
     async def _is_working(self, holder: LockHolder | None) -> bool:
-        """Return whether the process that signed a lock is an active one of this run."""
-        others = self.ledger.orchestrators
-        found = [one for one in (await others.all()).values() if holder is not None and one.owner.pid == holder.pid]
-        return any([await others.standing(one) is OwnerStatus.ALIVE for one in found])
+        """Return True if the signer of a lock is an active orchestrator of this run."""
+        orchestrators = self.ledger.orchestrators
+        records = [
+            record
+            for record in (await orchestrators.all()).values()
+            if holder is not None and record.owner.pid == holder.pid
+        ]
+        return any([await orchestrators.standing(record) is OwnerStatus.ALIVE for record in records])
 
     async def _group_pending_tasks(self) -> _CheckGroups:
-        """Return the pending tasks by whether their checks may fail, whether they bring the base along, and checks."""
-        sets: _CheckGroups = {}
+        """Group the pending tasks that share checks.
+
+        The key has `allow_failing_base`, whether they bring the base along, and the checks.
+        """
+        groups: _CheckGroups = {}
         known: dict[str, bool] = {}
         for task, status in self.ledger.statuses().items():
             entry = self.entries.get(task)
             if entry is not None and status is TaskStatus.PENDING and entry.checks:
                 may_fail = entry.allow_failing_base or self.ledger.run.allow_failing_base
                 key = may_fail, await self._brings_base(task, known), entry.checks
-                sets.setdefault(key, []).append(task)
-        return sets
+                groups.setdefault(key, []).append(task)
+        return groups
 
     async def _brings_base(self, task: str, known: dict[str, bool]) -> bool:
-        """Return whether a pending task, or one that lands before it, starts from the base and so brings it along."""
+        """Return True if the landing of a pending task brings the base along.
+
+        It does if the task, or a pending task that it needs, starts from the base.
+        """
         if task not in known:
             known[task] = not self.base_selector.builds_on_target(task, await self.ledger.spec(task))
             statuses = self.ledger.statuses()
@@ -162,9 +179,9 @@ class BaseChecks:
         return known[task]
 
     async def _base(self, *, brings_base: bool) -> CheckedBase | None:
-        """Return what landings build on: the target, merged with the base where tasks bring that along.
+        """Return the commit that landings build on; None if unknown.
 
-        None where that is not known.
+        It is the target, merged with the base if tasks bring the base along.
         """
         run, git = self.ledger.run, self.context.git
         try:
@@ -177,15 +194,15 @@ class BaseChecks:
             if await git.is_ancestor(base, target):
                 return CheckedBase(target, run.target)
             merged = await self.context.target.again(base, target, self.context.refs("checked-base"))
-        except GitError:  # the start of the first session reports that
+        except GitError:  # reported when the first session starts
             return None
-        # Where the two conflict, what starts from the base is all that can be checked.
+        # If the two conflict, only work that starts from the base can be checked.
         if merged is None:
             return CheckedBase(base, run.base)
         return CheckedBase(merged, f"{run.target} with {run.base}")
 
     async def _merge_into_target(self) -> str:
-        """Return how a fix of the base gets to the target when no task brings it there."""
+        """Return how a fix of the base reaches the target if no task brings it along."""
         run = self.ledger.run
         if run.target == run.base:
             return ""
@@ -195,16 +212,16 @@ class BaseChecks:
             command = f"git branch {target} {base}"
         return f" and merge that into {run.target} (`{command}`)"
 
-    async def _failure_of(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
+    async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
         """Return why the checks that these tasks share fail on a commit."""
         task, spec, commit = tasks[0], await self.ledger.spec(tasks[0]), base.commit
         key = await self._key(spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.proven_bases():
             return None
-        correction = describe_check_fix(self.ledger.run, [await self.ledger.spec(one) for one in tasks])
+        correction = describe_check_fix(self.ledger.run, [await self.ledger.spec(name) for name in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
-            found = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
-            return describe_unrunnable(found, correction, base.merge) if found else None
+            unrunnable = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
+            return describe_unrunnable(unrunnable, correction, base.merge) if unrunnable else None
         facts = {"commit": commit, "branch": base.branch, "checks": list(spec.checks)}
         await self.ledger.note("base.checking", facts)
         result = await self._run(task, spec, spec.checks, commit)
@@ -214,12 +231,12 @@ class BaseChecks:
                 await self.ledger.record_passed_base(key, facts)
                 return None
             case ChecksNotRun(reason):
-                headline = f"the checks could not be run on {base.branch} ({commit[:10]}): {reason}"
+                headline = f"checks could not run on {base.branch} ({commit[:10]}): {reason}"
                 return str(HaltReason(headline, remedy=(f"fix that, then `council resume {self.ledger.run.id}`",)))
             case CommandFailed() if result.unrunnable is not None and result.command in spec.checks:
                 later = spec.checks[spec.checks.index(result.command) + 1 :]
-                found = [result, *await self._unrunnable_on(task, spec, later, commit, may_be_added=False)]
-                return describe_unrunnable(found, correction, base.merge)
+                unrunnable = [result, *await self._unrunnable_on(task, spec, later, commit, may_be_added=False)]
+                return describe_unrunnable(unrunnable, correction, base.merge)
             case CommandFailed():
                 return _describe_failure(result, spec, base, self.ledger.run, correction)
             case _:
@@ -228,87 +245,95 @@ class BaseChecks:
     async def _unrunnable_on(
         self, task: str, spec: TaskSpec, commands: Sequence[str], commit: str, *, may_be_added: bool
     ) -> list[CommandFailed]:
-        """Return the commands that can't be run on a commit, unless their program `may_be_added` by a task.
+        """Return the commands that cannot run on a commit.
 
-        Only a check that names a program that can't be run is run: others may take long.
+        Commands whose program a task may add (`may_be_added`) are left out. Only checks whose program is missing are
+        run: other checks may take long.
         """
-        found = []
+        failures = []
         for command in commands:
-            question = " && ".join(
-                self._question(command, one, may_be_added=may_be_added) for one in find_programs(command)
+            probe = " && ".join(
+                self._probe_command(command, program, may_be_added=may_be_added) for program in find_programs(command)
             )
-            result = await self._run(task, spec, (question,), commit) if question else ChecksPassed()
-            if isinstance(result, CommandFailed) and result.command == question:
+            result = await self._run(task, spec, (probe,), commit) if probe else ChecksPassed()
+            if isinstance(result, CommandFailed) and result.command == probe:
                 result = await self._run(task, spec, (command,), commit)
                 if isinstance(result, CommandFailed) and (missing := result.unrunnable) is not None:
-                    found += [] if may_be_added and self._may_add(command, missing) else [result]
-        return found
+                    failures += [] if may_be_added and self._may_add(command, missing) else [result]
+        return failures
 
     async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
-        """Run commands on a commit; where they can't be run to their end, try again a few times."""
-        # In a folder of this process's own: leftovers of another, killed or stopped, are not in the way.
+        """Run commands on a commit; retry a few times if they could not run to the end."""
+        # Use a folder of this process's own: leftovers of a killed or suspended process are not in the way.
         by = self.ledger.orchestrators.me.id.rpartition("-")[2]
-        of = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, by)
-        result, clock = await self.context.checks(*of).run(commit, commit), self.context.tools.clock
+        check_args = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, by)
+        result, clock = await self.context.checks(*check_args).run(commit, commit), self.context.tools.clock
         for pause in _RETRY_DELAYS:
             if not isinstance(result, ChecksNotRun):
                 break
             await clock.wait(anyio.Event(), clock.monotonic() + pause)
-            result = await self.context.checks(*of).run(commit, commit)
+            result = await self.context.checks(*check_args).run(commit, commit)
         return result
 
     async def _key(self, spec: TaskSpec, commit: str) -> str:
-        """Return what identifies a base with its checks and the setup that they need."""
+        """Return a hash of a base, its checks, and the setup that they need."""
         tree = await self.context.git.line("rev-parse", f"{commit}^{{tree}}")
         setup = await self.context.tools.worktree_setup.keys(commit) if self.context.worktrees.setup else ()
         facts = json.dumps([tree, spec.checks, spec.checks_env, setup])
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def _has_landed(self, spec: TaskSpec, commit: str) -> bool:
-        """Return whether a commit is a merge of this run that has passed the same checks."""
+        """Return True if a commit is a merge of this run that passed the same checks."""
         return any(
-            one.landed == commit and commit in one.intended and self.entries[task].checks == spec.checks
-            for task, one in self.ledger.documents().items()
+            document.landed == commit and commit in document.intended and self.entries[task].checks == spec.checks
+            for task, document in self.ledger.documents().items()
             if task in self.entries
         )
 
     async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
     ) -> str | None:
-        """Return why a check that ended with 126 or 127 can't be run whatever the task changed.
+        """Return why a check that exited with 126 or 127 can never run.
 
-        `correction` is how a mistake in the command is fixed.
-
-        None where the task may be at fault: its base has the program.
+        None if the task may be the cause: its base has the program. `correction` says how to fix a mistake in the
+        command.
         """
-        found = failed.unrunnable
-        if found is None:
+        missing = failed.unrunnable
+        if missing is None:
             return None
         is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
-        if is_allowed and self._may_add(failed.command, found):
+        if is_allowed and self._may_add(failed.command, missing):
             return None
         commands = (failed.command,) if is_allowed else commands
         key = (base, (*commands, failed.command))
         if key not in self._unrunnable:
-            async with self._turn():
+            async with self._exclusive():
                 result = await self._run(task, spec, commands, base)
-            if isinstance(result, ChecksNotRun):  # another time it can
+            if isinstance(result, ChecksNotRun):  # it may run another time
                 return None
-            there = result.unrunnable if isinstance(result, CommandFailed) else None
-            is_missing_there = there is not None and not (is_allowed and self._may_add(failed.command, there))
+            missing_on_base = result.unrunnable if isinstance(result, CommandFailed) else None
+            is_missing_there = missing_on_base is not None and not (
+                is_allowed and self._may_add(failed.command, missing_on_base)
+            )
             self._unrunnable[key] = describe_unrunnable([failed], correction) if is_missing_there else None
         return self._unrunnable[key]
 
     def _may_add(self, command: str, missing: UnrunnableProgram) -> bool:
-        """Return whether a task may add a program that a check does not find."""
+        """Return True if a task may add the program that a check misses."""
         return missing.is_absent and (not missing.is_uncommitted or self._is_made(command, missing.program))
 
     def _is_made(self, command: str, program: str) -> bool:
-        """Return whether what runs before a program may create it from files that a task changes."""
+        """Return True if changed files may produce the program.
+
+        Setup or an earlier part of the command may build it.
+        """
         return bool(self.context.worktrees.setup) or may_create(command, program)
 
-    def _question(self, command: str, program: str, *, may_be_added: bool) -> str:
-        """Return a shell command that fails where a program can't be run, unless it `may_be_added` by a task."""
+    def _probe_command(self, command: str, program: str, *, may_be_added: bool) -> str:
+        """Return a shell command that fails if a program cannot run.
+
+        It succeeds if a task may add the program (`may_be_added`).
+        """
         if not is_in_worktree(program):
             return make_lookup_command(program)
         name = shlex.quote(program)
@@ -320,7 +345,10 @@ class BaseChecks:
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:
-    """Return how a mistake in a check that tasks share is fixed; `is_built` tasks wait to land."""
+    """Return how to fix a mistake in a shared check.
+
+    `is_built` tasks are queued to land.
+    """
     if not all(can_reload(run, spec) for spec in specs):
         return "correct the check and start a new run"
     names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MAX_NAMED_TASKS else "TASK..."
@@ -337,6 +365,6 @@ def _describe_failure(
     if failed.unrunnable is not None:
         return describe_unrunnable([failed], correction, base.merge)
     kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
-    headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): it {failed.ended}"
+    headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): {failed.ended}"
     remedy = f"fix {run.base}{base.merge}{allowed}, then `council resume {run.id}`", f"or {correction}"
     return str(HaltReason(headline, tuple(failed.output_tail.splitlines()), str(failed.log), remedy))

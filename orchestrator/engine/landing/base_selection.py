@@ -1,4 +1,7 @@
-"""Where attempts start: at the newest state of what they build on, with the earlier work that they are to mend."""
+"""Select the commit that an attempt starts from.
+
+It is the newest commit of the base or the target, with earlier work merged onto it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
 
-#: What a task has that did not fit onto the target as the target is now.
+#: Outcomes of attempts that did not fit onto the target of that time.
 _STALE: Final = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
 
@@ -24,71 +27,75 @@ class StartPoint(NamedTuple):
     """Where an attempt starts."""
 
     base: str
-    """The commit that its work is judged against."""
+    """The commit that its work is diffed against."""
     commit: str | None = None
-    """What its worktree begins at where that is not the base: earlier work, merged onto it."""
+    """The commit that its worktree starts at if not the base: earlier work, merged onto the base."""
     is_newest: bool = True
-    """Whether the base is the newest state of what it builds on."""
+    """Whether the base is the newest commit of the branch that the attempt builds on."""
 
 
 class BaseSelector:
-    """Finds where the attempts of one run start."""
+    """Selects the start points of the attempts of one run."""
 
-    def __init__(self, ledger: Ledger, shop: RunContext) -> None:
-        self._ledger, self._context = ledger, shop
+    def __init__(self, ledger: Ledger, context: RunContext) -> None:
+        self._ledger, self._context = ledger, context
         self._base: str | None = None
         self._fetch_lock = anyio.Lock()
 
-    async def of(self, task: str, spec: TaskSpec, turn: NextPhase, tips: dict[bool, str]) -> StartPoint:
-        """Return where the next attempt of a task starts; `tips` keeps what was asked for others of the same moment.
+    async def of(self, task: str, spec: TaskSpec, next_phase: NextPhase, tips: dict[bool, str]) -> StartPoint:
+        """Return where the next attempt of a task starts.
 
-        Earlier work goes on where it fits onto the target as it is now. Where it does not, what it is to mend is done
-        anew, and what only follows it takes it as it is: that it does not fit is for its landing to say.
+        `tips` caches commits for tasks that start together. Earlier work continues if it merges cleanly onto the
+        current target. If not, work to be fixed starts from scratch, and a later phase takes the work unmerged: its
+        landing reports the conflict.
         """
         document = self._ledger.task(task)
-        builds_on_target = self.builds_on_target(task, spec) or turn.start is not None
+        builds_on_target = self.builds_on_target(task, spec) or next_phase.start is not None
         if builds_on_target not in tips:
             tips[builds_on_target] = await self.newest(builds_on_target=builds_on_target)
         tip = tips[builds_on_target]
-        if turn.start is None:
+        if next_phase.start is None:
             return StartPoint(tip)
-        with suppress(GitError):  # what it was made of is not here, or the target was rewritten
+        with suppress(GitError):  # its parents are not here, or the target was rewritten
             if (
-                merged := await self._context.target.again(turn.start, tip, self._context.refs(f"again/{task}"))
+                merged := await self._context.target.again(next_phase.start, tip, self._context.refs(f"again/{task}"))
             ) is not None:
                 return StartPoint(tip, merged)
-        if document.start is None and turn.base is not None:
-            return StartPoint(turn.base, turn.start, is_newest=False)
+        if document.start is None and next_phase.base is not None:
+            return StartPoint(next_phase.base, next_phase.start, is_newest=False)
         return StartPoint(tip)
 
     def builds_on_target(self, task: str, spec: TaskSpec) -> bool:
-        """Return whether a task without earlier work starts from the target instead of the base."""
+        """Return True if a task without earlier work starts from the target, not the base."""
         document = self._ledger.task(task)
         was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
         return spec.builds_on_target or was_stale or bool(document.expanded)
 
     async def is_outdated(self, owns: Sequence[str], base: str) -> bool:
-        """Whether what a task owns has changed on the target since a base; asked once nobody else can own it."""
+        """Return True if owned paths changed on the target since `base`.
+
+        Call while no other task can own them.
+        """
         try:
             tip = await self.newest(builds_on_target=True)
-        except GitError:  # the landing will tell
+        except GitError:  # the landing reports it
             return False
-        changed = [] if tip == base else [one.path for one in await self._context.git.changes(base, tip)]
+        changed = [] if tip == base else [change.path for change in await self._context.git.changes(base, tip)]
         return len(find_out_of_scope(owns, changed)) < len(changed)
 
     async def newest(self, *, builds_on_target: bool) -> str:
-        """Return the commit that new work starts from: the base as it is now, or the target if it needs others."""
+        """Return the newest commit of the base or the target, for new work."""
         try:
-            async with self._fetch_lock:  # two that fetch the same at once would both fail
-                return await self._ask(builds_on_target)
+            async with self._fetch_lock:  # concurrent fetches of the same ref would both fail
+                return await self._fetch_newest(builds_on_target)
         except GitError:
-            # A remote that can't be reached for a moment: what was seen last will do.
+            # The remote may be unreachable for a moment: use the last known commit.
             known = self._context.target.known if builds_on_target else self._base
             if known is None:
                 raise
             return known
 
-    async def _ask(self, builds_on_target: bool) -> str:
+    async def _fetch_newest(self, builds_on_target: bool) -> str:
         if builds_on_target:
             return await self._context.target.tip()
         tip = await self._context.source.tip(self._ledger.run.base)

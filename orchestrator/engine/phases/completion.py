@@ -210,7 +210,7 @@ class PhaseCompleter:
                 return Failed(FailureClass.INVALID_HANDOFF, str(made))
             handoff = made
             record["handoff"] = handoff.id
-        writes = [] if handoff is None else [self.ledger.handed_over(handoff)]
+        writes = [] if handoff is None else [self.ledger.handoff_write(handoff)]
         events = [] if handoff is None else [_delivered_event(handoff)]
         carried = compute_next_start(workflow, document, phase)
         fresh: dict[str, Any] = {"failures": document.bounces, "feedback": None, **carried}

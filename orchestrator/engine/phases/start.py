@@ -171,7 +171,7 @@ class PhaseStarter:
             ("handoff.received", {"task": task, "handoff": id_, "phase": turn.phase.name, "digest": one.digest})
             for id_, (_, one) in taken.items()
         ]
-        writes = [self.ledger.handed_over(one, version) for version, one in taken.values()]
+        writes = [self.ledger.handoff_write(one, version) for version, one in taken.values()]
         return TaskUpdate(details, changes, writes, events)
 
     def build_finish_update(self, rest: NoPhaseLeft) -> tuple[TaskUpdate, Trigger]:

@@ -1,4 +1,7 @@
-"""One attempt of a task: recorded before anything of it exists, run, and recorded as what it came to."""
+"""Run single attempts of tasks.
+
+An attempt is recorded before it starts, its session runs, and its outcome is recorded.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from orchestrator.domain.runs.outcome import (
 )
 from orchestrator.domain.runs.retry import compute_cooldown_end, retry_delay
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_selection import BaseSelector, StartPoint
@@ -50,48 +53,51 @@ from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: By how many seconds the end of a limit must be later than was known to be told again: programs tell whole seconds.
+#: Seconds by which a cooldown must move to be recorded again: programs report whole seconds.
 _MIN_EXTENSION = 1.0
-#: Paths that are recorded of what was discarded.
+#: Number of discarded paths that are recorded.
 _MAX_DISCARDED_PATHS = 100
 _NO_TASKS: Final[Mapping[str, TaskSpec]] = {}
-#: Paths that an event names.
+#: Number of paths that an event names.
 MAX_EVENT_PATHS = 200
 
-#: Why an attempt begins anew though there is work that it was to mend.
-_RESTART_REASON = "what was built before conflicts with what has landed since: it is done anew"
+#: Why an attempt restarts although there is work to fix.
+_RESTART_REASON = "the earlier work conflicts with the target: starting from scratch"
 
 
 @dataclass(frozen=True, slots=True)
 class ReadyToLand:
-    """The work waits to land."""
+    """The work is queued to land."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskEnded:
-    """No attempt follows."""
+    """The task ended; no attempt follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """Nothing is left to do, and there is nothing to land."""
+    """The task is done, and there is nothing to land."""
 
 
 @dataclass(frozen=True, slots=True)
 class AwaitingApproval:
-    """A person is to approve what its phase came to."""
+    """A person must approve the result of the phase."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryAfter:
-    """Another attempt may follow after `delay` seconds; None: not while this process runs."""
+    """Another attempt may follow after `delay` seconds; None: not in this process."""
 
     delay: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterCoolingDown:
-    """Nothing of the adapter may start before `until` (wall-clock seconds); the task then starts anew."""
+    """The adapter may start nothing before `until` (wall-clock seconds).
+
+    The task starts again then.
+    """
 
     adapter: str
     until: float
@@ -99,7 +105,7 @@ class AdapterCoolingDown:
 
 @dataclass(frozen=True, slots=True)
 class AdapterDisabled:
-    """Nothing of the adapter may start until a person has seen to it."""
+    """The adapter may start nothing until a person enables it again."""
 
     adapter: str
     reason: str
@@ -107,14 +113,14 @@ class AdapterDisabled:
 
 @dataclass(frozen=True, slots=True)
 class ResourceShortage:
-    """The machine has not enough of something: nothing should start for a while."""
+    """The machine is short of a resource: nothing should start for a while."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class RunHalted:
-    """No attempt can work: a command of checks or setup can't be run here."""
+    """No attempt can work: a check or setup command cannot run here."""
 
     reason: str
 
@@ -134,52 +140,55 @@ AttemptOutcome = (
 
 @dataclass(frozen=True, slots=True)
 class ClaimedElsewhere:
-    """Another orchestrator has the task, or had paths that it is to own: where it is now is in the ledger."""
+    """Another orchestrator owns the task or its paths.
+
+    The ledger has the current state of the task.
+    """
 
 
 @dataclass(slots=True)
 class ActiveAttempt:
-    """An attempt under way; `cancelled` says that a person does not want the task any more."""
+    """A running attempt; `cancelled` is set once a person cancels the task."""
 
     task: str
     spec: TaskSpec
     adapter: str
     session: Session
-    turn: NextPhase
+    next_phase: NextPhase
     checks: CheckRunner | None = field(default=None, init=False)
-    """What its work has to pass before its phase is complete, while that is under way."""
+    """The `until` checks of its phase, while they run."""
     handed_over: JsonObject | None = field(default=None, init=False)
-    """What its session handed over while it ran."""
+    """The handoff that its session submitted while it ran."""
     cancelled: bool = field(default=False, init=False)
     is_budget_exhausted: bool = field(default=False, init=False)
-    """Whether the task's budget is used up, so that no other attempt follows."""
+    """Whether the budget of the task is exhausted, so that no attempt follows."""
 
     @property
     def name(self) -> SessionName:
-        """What its session is called."""
+        """Return the name of its session."""
         worktree = self.session.assignment.worktree
         return SessionName(worktree.run, worktree.task, worktree.attempt)
 
-    def stop_for_budget(self, found: BudgetReached) -> None:
-        """End it because a budget is used up."""
-        self.is_budget_exhausted = found.scope == "task"
-        self.session.stop(found.outcome if isinstance(found.outcome, Failed) else None)
+    def stop_for_budget(self, reached: BudgetReached) -> None:
+        """Stop the session because a budget is exhausted."""
+        self.is_budget_exhausted = reached.scope == "task"
+        self.session.stop(reached.outcome if isinstance(reached.outcome, Failed) else None)
 
     def stop(self) -> None:
-        """End its session, and the checks that follow that."""
+        """Stop the session, and the checks that follow it."""
         self.session.stop()
         if self.checks is not None:
             self.checks.stop()
 
     def cancel(self) -> None:
-        """End it for good."""
+        """Stop the attempt; no other attempt follows."""
         self.cancelled = True
         self.stop()
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptRunner:
-    """Makes and performs the attempts of one run."""
+    """Prepares and performs the attempts of one run."""
 
     ledger: Ledger
     context: RunContext
@@ -191,24 +200,29 @@ class AttemptRunner:
     clock: Clock
 
     async def prepare(
-        self, task: str, spec: TaskSpec, turn: NextPhase, adapter: str, start: StartPoint
+        self, task: str, spec: TaskSpec, next_phase: NextPhase, adapter: str, start: StartPoint
     ) -> ActiveAttempt:
-        """Return the next attempt of a task, at its turn, with one of its adapters; nothing of it exists yet."""
+        """Return the next attempt of a task, with one of its adapters.
+
+        Nothing is created yet.
+        """
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
-        is_anew = document.start is not None and start.commit is None
-        turn = replace(turn, base=start.base, start=start.commit, is_restart=is_anew, is_newest=start.is_newest)
-        brief = await self.phase_handlers.starter.brief(task, spec, turn, await self._diff(turn))
-        earlier = None
+        is_restart = document.start is not None and start.commit is None
+        next_phase = replace(
+            next_phase, base=start.base, start=start.commit, is_restart=is_restart, is_newest=start.is_newest
+        )
+        prompt = await self.phase_handlers.starter.brief(task, spec, next_phase, await self._diff(next_phase))
+        conversation = None
         if Capability.RESUME in self.context.adapters[adapter].capabilities():
-            earlier = None if turn.is_restart else _conversation(document, turn.earlier, adapter)
-        timeout = turn.phase.timeout or spec.timeout
+            conversation = None if next_phase.is_restart else _conversation(document, next_phase.earlier, adapter)
+        timeout = next_phase.phase.timeout or spec.timeout
         assignment = Assignment(
             worktree=Worktree(self.context.hub, self.ledger.run.id, task, len(document.attempts) + 1),
             base=start.base,
             start=start.commit,
-            prompt=brief.text,
-            told="\n\n".join(filter(None, (notes, brief.told))) or None,
+            prompt=prompt.text,
+            told="\n\n".join(filter(None, (notes, prompt.told))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].reach,
@@ -217,169 +231,193 @@ class AttemptRunner:
             instructions=spec.instructions,
             mcp_servers=self.context.mcp_servers,
             max_cost=self.budgets.cost_left(task, spec),
-            earlier=earlier,
-            follow_up="\n\n".join(filter(None, (notes, brief.follow_up))) or None,
+            earlier=conversation,
+            follow_up="\n\n".join(filter(None, (notes, prompt.follow_up))) or None,
             task_prompt=spec.prompt,
-            phase=None if turn.workflow.is_default else turn.phase.name,
-            writes=turn.phase.writes,
+            phase=None if next_phase.workflow.is_default else next_phase.phase.name,
+            writes=next_phase.phase.writes,
         )
-        session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm, task))
-        return ActiveAttempt(task, spec, adapter, session, replace(turn, brief=brief))
+        session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claim, task))
+        return ActiveAttempt(task, spec, adapter, session, replace(next_phase, brief=prompt))
 
-    async def _diff(self, turn: NextPhase) -> str | None:
-        """Return the changes that a phase starts with, if its template may show them."""
-        if turn.base is None or turn.start is None or not turn.phase.shows_diff:
+    async def _diff(self, next_phase: NextPhase) -> str | None:
+        """Return the diff that a phase starts with, if its template may show it."""
+        if next_phase.base is None or next_phase.start is None or not next_phase.phase.shows_diff:
             return None
-        return self.context.tools.redactor.text(await diff_commits_bounded(self.context.git, turn.base, turn.start))
+        return self.context.tools.redactor.text(
+            await diff_commits_bounded(self.context.git, next_phase.base, next_phase.start)
+        )
 
-    async def perform(self, work: ActiveAttempt) -> AttemptOutcome | ClaimedElsewhere:
-        """Record the attempt, run it, record its end, and clean up behind it."""
-        if not await self._begin(work):
+    async def perform(self, active: ActiveAttempt) -> AttemptOutcome | ClaimedElsewhere:
+        """Record the attempt, run it, record its end, and clean up."""
+        if not await self._begin(active):
             return ClaimedElsewhere()
         failpoint("attempt.recorded")
-        number = work.session.assignment.worktree.attempt
-        if work.spec.checks or work.turn.phase.until:
-            self.pool.prewarm_checks(work.session.assignment.base)
-        finished = self._apply_budget(work, await self._run(work))
+        number = active.session.assignment.worktree.attempt
+        if active.spec.checks or active.next_phase.phase.until:
+            self.pool.prewarm_checks(active.session.assignment.base)
+        finished = self._apply_budget(active, await self._run(active))
         if not finished.collected:
-            what = work.session.assignment
-            told = await try_to_preserve(self.context.git, what.worktree, what.start or what.base)
-            finished = replace(finished, notes=(*finished.notes, *told))
+            assignment = active.session.assignment
+            notes = await try_to_preserve(self.context.git, assignment.worktree, assignment.start or assignment.base)
+            finished = replace(finished, notes=(*finished.notes, *notes))
         try:
-            after = await self._record(work, finished)
-        except ClaimLost as lost:
-            facts = {"task": work.task, "attempt": number, "by": lost.by, "branch": finished.branch}
+            outcome = await self._record(active, finished)
+        except ClaimLost as error:
+            facts = {"task": active.task, "attempt": number, "by": error.by, "branch": finished.branch}
             await self.ledger.note("task.claim_lost", facts)
-            await work.session.release(saved=finished.collected)
+            await active.session.release(saved=finished.collected)
             return ClaimedElsewhere()
         failpoint("attempt.ended")
-        await self.budgets.count(work.task, work.spec, self.ledger.task(work.task).attempts[number - 1])
-        for event, facts in _end_events(work, finished):
-            await self.ledger.note(event, {"task": work.task, **facts})
-        await work.session.release(saved=finished.collected)
-        return after
+        await self.budgets.count(active.task, active.spec, self.ledger.task(active.task).attempts[number - 1])
+        for event, facts in _end_events(active, finished):
+            await self.ledger.note(event, {"task": active.task, **facts})
+        await active.session.release(saved=finished.collected)
+        return outcome
 
-    async def _begin(self, work: ActiveAttempt) -> bool:
-        """Record an attempt, with all that it is to have; False where another orchestrator has it, or had its paths."""
-        what = work.session.assignment
+    async def _begin(self, active: ActiveAttempt) -> bool:
+        """Record an attempt with its claims.
+
+        Return False if another orchestrator has the task or its paths.
+        """
+        assignment = active.session.assignment
         attempt = Attempt(
-            number=what.worktree.attempt,
-            adapter=work.adapter,
-            base=what.base,
-            start=what.start,
+            number=assignment.worktree.attempt,
+            adapter=active.adapter,
+            base=assignment.base,
+            start=assignment.start,
             started=self.clock.now(),
-            secrets=work.session.secret_names(),
-            phase=what.phase,
+            secrets=active.session.secret_names(),
+            phase=assignment.phase,
         )
-        earlier = self.ledger.task(work.task).attempts
-        if len(earlier) + 1 != attempt.number:  # another orchestrator has tried it since this one was prepared
+        earlier = self.ledger.task(active.task).attempts
+        if len(earlier) + 1 != attempt.number:  # another orchestrator has made an attempt since this one was prepared
             return False
-        update = self.phase_handlers.starter.build_start_update(work.task, work.turn, attempt, (*earlier, attempt))
-        if work.turn.is_restart:
+        update = self.phase_handlers.starter.build_start_update(
+            active.task, active.next_phase, attempt, (*earlier, attempt)
+        )
+        if active.next_phase.is_restart:
             update = update._replace(
                 details={**update.details, "reason": _RESTART_REASON},
                 changes={**update.changes, "start": None, "base": None, "feedback": None},
             )
-        return await self.ledger.start(work.task, update, partial(self._paths, work)) is None
+        return await self.ledger.start(active.task, update, partial(self._paths, active)) is None
 
-    async def _run(self, work: ActiveAttempt) -> SessionResult:
-        """Have an attempt's session at work, within its budget, with a seat at the desk."""
-        what, desk = work.session.assignment, self.context.session_service
-        log = log_path(self.context.tools.logs, work.task, what.worktree.attempt, "stdout")
+    async def _run(self, active: ActiveAttempt) -> SessionResult:
+        """Run the session of an attempt within its budget, with the session API served."""
+        assignment, session_service = active.session.assignment, self.context.session_service
+        log = log_path(self.context.tools.logs, active.task, assignment.worktree.attempt, "stdout")
         async with AsyncExitStack() as stack:
             watched = self.budgets.watched(
-                work.task, what.worktree.attempt, work.spec, what.adapter, log, work.stop_for_budget
+                active.task, assignment.worktree.attempt, active.spec, assignment.adapter, log, active.stop_for_budget
             )
             await stack.enter_async_context(watched)
-            if desk is None:
-                return await work.session.run()
-            takes = self.phase_handlers.completer.make_handoff_checker(work.task, work.spec, work.turn.phase)
-            seat = desk.serve_session(
-                work.name, work.adapter, self._session_workspace(work), keep_ownership=True, takes=takes
+            if session_service is None:
+                return await active.session.run()
+            check_handoff = self.phase_handlers.completer.make_handoff_checker(
+                active.task, active.spec, active.next_phase.phase
             )
-            await stack.enter_async_context(seat)
-            finished = await work.session.run()
-            work.handed_over = desk.handed_over(work.name)
+            service = session_service.serve_session(
+                active.name, active.adapter, self._session_workspace(active), keep_ownership=True, takes=check_handoff
+            )
+            await stack.enter_async_context(service)
+            finished = await active.session.run()
+            active.handed_over = session_service.handed_over(active.name)
         return finished
 
-    def _session_workspace(self, work: ActiveAttempt) -> SessionWorkspace:
-        what, tools = work.session.assignment, self.context.tools
-        return SessionWorkspace(what.worktree, what.base, what.adapter, tools.logs, tools.admission(what.max_file))
+    def _session_workspace(self, active: ActiveAttempt) -> SessionWorkspace:
+        assignment, tools = active.session.assignment, self.context.tools
+        return SessionWorkspace(
+            assignment.worktree, assignment.base, assignment.adapter, tools.logs, tools.admission(assignment.max_file)
+        )
 
     async def _notes(self, task: str, spec: TaskSpec) -> str | None:
-        """Return what earlier sessions left for one of this task, or of the paths that it owns, to read."""
+        """Return the notes of earlier sessions for the next one.
+
+        They are of this task or about paths that it owns.
+        """
         if self.context.session_service is None:
             return None
         return format_notes(await self.context.session_service.memory.find_relevant(task, spec.owns))
 
-    async def _paths(self, work: ActiveAttempt, claim: Guard) -> Sequence[Write] | OwnedBy | OutdatedBase:
-        """Return what it takes to own a task's paths under a claim that is about to be taken."""
-        owns = work.spec.owns
+    async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | OwnershipConflict | OutdatedBase:
+        """Return the writes that claim the paths of a task.
+
+        `claim` is the guard of the task claim that is about to be taken.
+        """
+        owns = active.spec.owns
         if not owns:
             return []
         orchestrator = self.ledger.orchestrators.me.id
-        planned = await self.context.registry.plan(work.name, owns, orchestrator=orchestrator, claim=claim)
-        # Whoever had them may have landed since it was looked where to start; from now on nobody else can.
-        if isinstance(planned, OwnedBy) or not work.turn.is_newest:
+        planned = await self.context.registry.plan(active.name, owns, orchestrator=orchestrator, claim=claim)
+        # The previous owner may have landed since the start point was read; from now on no other task can.
+        if isinstance(planned, OwnershipConflict) or not active.next_phase.is_newest:
             return planned
-        if not await self.base_selector.is_outdated(owns, work.session.assignment.base):
+        if not await self.base_selector.is_outdated(owns, active.session.assignment.base):
             return planned
         return OutdatedBase()
 
-    def _apply_budget(self, work: ActiveAttempt, finished: SessionResult) -> SessionResult:
-        """Return the end of a session; one that stopped itself at a limit of ours is that limit's."""
+    def _apply_budget(self, active: ActiveAttempt, finished: SessionResult) -> SessionResult:
+        """Return the result of a session.
+
+        Attribute a limit that it stopped at to the matching budget.
+        """
         if not isinstance(finished.outcome, Failed) or finished.outcome.failure is not FailureClass.LIMIT:
             return finished
-        found = self.budgets.find_reached(work.task, work.spec, finished.transcript)
-        if found is None:
+        reached = self.budgets.find_reached(active.task, active.spec, finished.transcript)
+        if reached is None:
             return finished
-        work.is_budget_exhausted = found.scope == "task"
-        return replace(finished, outcome=found.outcome)
+        active.is_budget_exhausted = reached.scope == "task"
+        return replace(finished, outcome=reached.outcome)
 
-    async def _record(self, work: ActiveAttempt, finished: SessionResult) -> AttemptOutcome:
-        await self.ledger.hold(work.task)
-        if work.cancelled:
-            await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
+    async def _record(self, active: ActiveAttempt, finished: SessionResult) -> AttemptOutcome:
+        await self.ledger.require_claim(active.task)
+        if active.cancelled:
+            await self._end(active, Trigger.CANCEL, finished, "cancelled", "on request, while running")
             return TaskEnded()
         outcome = finished.outcome
         match outcome:
             case Built() | ReadOnlySuccess():
-                return await self._record_success(work, finished)
+                return await self._record_success(active, finished)
             case Interrupted(reason):
-                await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, reason)
+                await self._end(active, Trigger.INTERRUPT, finished, INTERRUPTED, reason)
                 return RetryAfter(None)
             case ResourcesExhausted(reason):
-                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, reason)
+                await self._end(active, Trigger.HOLD, finished, INTERRUPTED, reason)
                 return ResourceShortage(reason)
             case Misconfigured(reason):
-                await self._end(work, Trigger.HOLD, finished, INTERRUPTED, HaltReason.parse(reason).headline)
+                await self._end(active, Trigger.HOLD, finished, INTERRUPTED, HaltReason.parse(reason).headline)
                 return RunHalted(reason)
             case Failed():
-                return await self._failed(work, finished, outcome)
+                return await self._record_failure(active, finished, outcome)
             case _:
                 assert_never(outcome)
 
-    async def _record_success(self, work: ActiveAttempt, finished: SessionResult) -> AttemptOutcome:
-        """Record what a session that ended well makes of its phase."""
+    async def _record_success(self, active: ActiveAttempt, finished: SessionResult) -> AttemptOutcome:
+        """Record the phase result of a session that succeeded."""
         commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
-        failed = await self._until(work, commit) if commit is not None and work.turn.phase.until else None
+        failed = (
+            await self._run_phase_checks(active, commit)
+            if commit is not None and active.next_phase.phase.until
+            else None
+        )
         if isinstance(failed, ChecksNotRun | Misconfigured):
-            why = failed.reason if isinstance(failed, ChecksNotRun) else HaltReason.parse(failed.reason).headline
-            await self._end(work, Trigger.INTERRUPT, finished, INTERRUPTED, why)
+            reason = failed.reason if isinstance(failed, ChecksNotRun) else HaltReason.parse(failed.reason).headline
+            await self._end(active, Trigger.INTERRUPT, finished, INTERRUPTED, reason)
             return RetryAfter(None) if isinstance(failed, ChecksNotRun) else RunHalted(failed.reason)
-        if work.cancelled:
-            await self._end(work, Trigger.CANCEL, finished, "cancelled", "on request, while it ran")
+        if active.cancelled:
+            await self._end(active, Trigger.CANCEL, finished, "cancelled", "on request, while running")
             return TaskEnded()
-        place = work.session.assignment.worktree
-        file = await read_handoff(place) if work.turn.phase.produces is not None else None
-        used = self.context.accounting.net_usage(finished.transcript, self.ledger.task(work.task).attempts)
-        ended = EndedSession(commit, failed, file, work.handed_over, finished.answer, used)
-        concluded = await self._conclude(work, finished, ended)
-        if isinstance(concluded, Failed):
-            return await self._failed(work, finished, concluded)
+        worktree = active.session.assignment.worktree
+        file_handoff = await read_handoff(worktree) if active.next_phase.phase.produces is not None else None
+        usage = self.context.accounting.net_usage(finished.transcript, self.ledger.task(active.task).attempts)
+        ended = EndedSession(commit, failed, file_handoff, active.handed_over, finished.answer, usage)
+        completion = await self._complete_phase(active, finished, ended)
+        if isinstance(completion, Failed):
+            return await self._record_failure(active, finished, completion)
         failpoint("work.recorded")
-        await self._clear_cooldown(work.adapter)
-        match concluded.trigger:
+        await self._clear_cooldown(active.adapter)
+        match completion.trigger:
             case Trigger.BUILD:
                 return ReadyToLand()
             case Trigger.FINISH:
@@ -391,19 +429,19 @@ class AttemptRunner:
             case _:
                 return RetryAfter(0.0)
 
-    async def _conclude(
-        self, work: ActiveAttempt, finished: SessionResult, ended: EndedSession
+    async def _complete_phase(
+        self, active: ActiveAttempt, finished: SessionResult, ended: EndedSession
     ) -> PhaseCompletion | Failed:
-        """Record what a session makes of its phase, and return it; nothing is recorded where the phase has failed."""
+        """Record and return the completion of a phase; record nothing if the phase failed."""
         try:
-            concluded = await self.phase_handlers.completer.conclude(work.task, work.spec, work.turn, ended)
-        except (RefusedError, HandoffCorrupted) as error:  # a condition, or what was handed over before, is at fault
+            concluded = await self.phase_handlers.completer.conclude(active.task, active.spec, active.next_phase, ended)
+        except (RefusedError, HandoffCorrupted) as error:  # an invalid condition or earlier handoff
             return Failed(FailureClass.INVALID, str(error))
         if isinstance(concluded, PhaseCompletion):
-            if not work.turn.workflow.is_default:
+            if not active.next_phase.workflow.is_default:
                 failpoint("handoff.taken")
             await self._end(
-                work,
+                active,
                 concluded.trigger,
                 finished,
                 concluded.outcome,
@@ -416,62 +454,77 @@ class AttemptRunner:
             )
         return concluded
 
-    async def _until(self, work: ActiveAttempt, commit: str) -> CommandFailed | ChecksNotRun | Misconfigured | None:
-        """Return why a session's work is not what its phase is to be done until; None if it is."""
-        base, what = work.session.assignment.base, work.session.assignment.worktree
-        work.checks = self.context.checks(
-            self.pool, what.run, what.task, what.attempt, work.spec, commands=work.turn.phase.until
+    async def _run_phase_checks(
+        self, active: ActiveAttempt, commit: str
+    ) -> CommandFailed | ChecksNotRun | Misconfigured | None:
+        """Return why the work fails the `until` checks of its phase; None if it passes."""
+        base, worktree = active.session.assignment.base, active.session.assignment.worktree
+        active.checks = self.context.checks(
+            self.pool,
+            worktree.run,
+            worktree.task,
+            worktree.attempt,
+            active.spec,
+            commands=active.next_phase.phase.until,
         )
         unrunnable = None
         try:
-            result = await work.checks.run(commit, base)
+            result = await active.checks.run(commit, base)
             if isinstance(result, CommandFailed):
-                commands = work.turn.phase.until
+                commands = active.next_phase.phase.until
                 unrunnable = await self.base_checks.explain_unrunnable(
-                    what.task, work.spec, commands, result, base, "correct `until` in the file, then start a new run"
+                    worktree.task,
+                    active.spec,
+                    commands,
+                    result,
+                    base,
+                    "correct `until` in the file, then start a new run",
                 )
         finally:
-            work.checks = None
+            active.checks = None
         failpoint("phase.checked")
         if unrunnable is not None:
             return Misconfigured(unrunnable)
         return None if isinstance(result, ChecksPassed) else result
 
-    async def rest(self, task: str, rest: NoPhaseLeft) -> AttemptOutcome | ClaimedElsewhere:
-        """Record what is left for a task without another session: its work waits to land, or it is done."""
-        update, trigger = self.phase_handlers.starter.build_finish_update(rest)
+    async def finish(self, task: str, finish: NoPhaseLeft) -> AttemptOutcome | ClaimedElsewhere:
+        """Finish a task that needs no further session.
+
+        Queue its work to land, or mark it done.
+        """
+        update, trigger = self.phase_handlers.starter.build_finish_update(finish)
         if await self.ledger.start(task, update, trigger=trigger) is not None:
             return ClaimedElsewhere()
         failpoint("phase.finished")
         return ReadyToLand() if trigger is Trigger.QUEUE else TaskDone()
 
-    async def _failed(self, work: ActiveAttempt, finished: SessionResult, outcome: Failed) -> AttemptOutcome:
+    async def _record_failure(self, active: ActiveAttempt, finished: SessionResult, outcome: Failed) -> AttemptOutcome:
         failure, reason = outcome.failure, outcome.reason
-        if failure is FailureClass.NO_CHANGE and work.turn.phase.produces is not None:
-            reason += ": write `access: read` for a phase that is to change nothing"
-        match get_failure_policy(failure, work.spec.retry_on):
+        if failure is FailureClass.NO_CHANGE and active.next_phase.phase.produces is not None:
+            reason += ": set `access: read` for a phase that should change nothing"
+        match get_failure_policy(failure, active.spec.retry_on):
             case FailurePolicy.PARK:
-                await self._end(work, Trigger.HOLD, finished, failure, reason)
-                return await self._park(work.adapter, outcome)
+                await self._end(active, Trigger.HOLD, finished, failure, reason)
+                return await self._start_cooldown(active.adapter, outcome)
             case FailurePolicy.CLOSE:
-                await self._end(work, Trigger.HOLD, finished, failure, reason)
-                return await self._close(work, reason)
+                await self._end(active, Trigger.HOLD, finished, failure, reason)
+                return await self._disable_adapter(active, reason)
             case policy:
-                failures = self.ledger.task(work.task).failures + 1
-                if policy is FailurePolicy.RETRY and failures < work.spec.attempts and not work.is_budget_exhausted:
-                    delay = round(retry_delay(work.spec.backoff.policy(), failures), 3)
+                failures = self.ledger.task(active.task).failures + 1
+                if policy is FailurePolicy.RETRY and failures < active.spec.attempts and not active.is_budget_exhausted:
+                    delay = round(retry_delay(active.spec.backoff.policy(), failures), 3)
                     facts = {"retry_in": delay}
-                    await self._end(work, Trigger.RETRY, finished, failure, reason, facts, failures=failures)
+                    await self._end(active, Trigger.RETRY, finished, failure, reason, facts, failures=failures)
                     return RetryAfter(delay)
                 trigger = Trigger.IDLE if failure is FailureClass.NO_CHANGE else Trigger.FAIL
-                await self._end(work, trigger, finished, failure, reason, failures=failures)
+                await self._end(active, trigger, finished, failure, reason, failures=failures)
                 return TaskEnded()
 
-    async def _park(self, adapter: str, outcome: Failed) -> AdapterCoolingDown:
+    async def _start_cooldown(self, adapter: str, outcome: Failed) -> AdapterCoolingDown:
         now = self.clock.now()
 
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
-            # Sessions that run into one limit side by side are one park.
+            # Concurrent sessions that reach the same limit count as one cooldown.
             parked_until = known.parked_until if _is_cooling_down(known, now) else None
             parks = known.parks + (parked_until is None)
             until = compute_cooldown_end(now, outcome.until, parks)
@@ -483,21 +536,21 @@ class AttemptRunner:
         known, is_new = await self.ledger.update_adapter(adapter, judge)
         if is_new:
             failpoint("adapter.cooling_down")
-        assert known.parked_until is not None, "else it would have been parked"
+        assert known.parked_until is not None, "else the cooldown would have been recorded"
         return AdapterCoolingDown(adapter, known.parked_until)
 
-    async def _close(self, work: ActiveAttempt, reason: str) -> AdapterDisabled | RetryAfter:
+    async def _disable_adapter(self, active: ActiveAttempt, reason: str) -> AdapterDisabled | RetryAfter:
         closed = AdapterUpdate(AdapterDocument(closed=reason), "adapter.disabled", {"reason": reason})
-        started = self.ledger.task(work.task).attempts[work.session.assignment.worktree.attempt - 1].started
+        started = self.ledger.task(active.task).attempts[active.session.assignment.worktree.attempt - 1].started
 
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
             return closed if known.closed is None and started >= (known.reopened or 0.0) else None
 
-        known, _ = await self.ledger.update_adapter(work.adapter, judge)
-        return RetryAfter(0.0) if known.closed is None else AdapterDisabled(work.adapter, known.closed)
+        known, _ = await self.ledger.update_adapter(active.adapter, judge)
+        return RetryAfter(0.0) if known.closed is None else AdapterDisabled(active.adapter, known.closed)
 
     async def _clear_cooldown(self, adapter: str) -> None:
-        """Forget that an adapter was parked: a session of it has ended well that did not begin before that."""
+        """Forget the cooldowns of an adapter: a session that started after them succeeded."""
         opened, now = AdapterUpdate(AdapterDocument(), "adapter.enabled", {}), self.clock.now()
         await self.ledger.update_adapter(
             adapter, lambda known: opened if known.parks and not _is_cooling_down(known, now) else None
@@ -505,7 +558,7 @@ class AttemptRunner:
 
     async def _end(
         self,
-        work: ActiveAttempt,
+        active: ActiveAttempt,
         trigger: Trigger,
         finished: SessionResult,
         outcome: str,
@@ -517,7 +570,7 @@ class AttemptRunner:
         tasks: Mapping[str, TaskSpec] = _NO_TASKS,
         **changes: Any,
     ) -> None:
-        document = self.ledger.task(work.task)
+        document = self.ledger.task(active.task)
         attempts = document.with_attempt(
             ended=self.clock.now(),
             branch=finished.branch,
@@ -525,19 +578,19 @@ class AttemptRunner:
             reason=reason,
             is_kept=not finished.collected,
             folder=None if finished.folder is None else str(finished.folder),
-            resumed=work.session.assignment.earlier is not None,
+            resumed=active.session.assignment.earlier is not None,
             discarded=finished.discarded[:_MAX_DISCARDED_PATHS],
             denied=finished.transcript.denials,
             **self.context.accounting.recorded(finished.transcript, document.attempts),
         )
-        branch = finished.branch if work.turn.phase.writes else document.branch
+        branch = finished.branch if active.next_phase.phase.writes else document.branch
         facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
         changes = {"attempts": attempts, "branch": branch, "reason": reason, **changes}
-        await self.ledger.change_all(trigger, {work.task: TaskUpdate(facts, changes, writes, events, tasks)})
+        await self.ledger.change_all(trigger, {active.task: TaskUpdate(facts, changes, writes, events, tasks)})
 
 
-def _end_events(work: ActiveAttempt, finished: SessionResult) -> Iterator[tuple[str, JsonObject]]:
-    """Yield what a session's end has to be told of beside the end itself: events, and what they say."""
+def _end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[tuple[str, JsonObject]]:
+    """Yield the events, each with its facts, that accompany the end of a session."""
     for ref in finished.salvaged:
         yield "task.salvaged", {"branch": ref}
     for fault in finished.faults:
@@ -548,26 +601,26 @@ def _end_events(work: ActiveAttempt, finished: SessionResult) -> Iterator[tuple[
         yield "task.host_denied", {"host": host}
     if (denials := finished.transcript.denials).count:
         facts = {"count": denials.count, "tools": [*denials.tools], "reason": str(denials)}
-        yield "task.tools_denied", {"attempt": work.session.assignment.worktree.attempt, **facts}
+        yield "task.tools_denied", {"attempt": active.session.assignment.worktree.attempt, **facts}
     if finished.discarded:
-        number = work.session.assignment.worktree.attempt
+        number = active.session.assignment.worktree.attempt
         yield "task.changes_discarded", {"attempt": number, "paths": list(finished.discarded[:MAX_EVENT_PATHS])}
     if not finished.collected:
-        reason = "; ".join(("it holds what is on no branch", *finished.notes))
-        yield "task.worktree_preserved", {"worktree": str(work.session.assignment.worktree.tree), "reason": reason}
+        reason = "; ".join(("it has changes that are on no branch", *finished.notes))
+        yield "task.worktree_preserved", {"worktree": str(active.session.assignment.worktree.tree), "reason": reason}
 
 
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:
-    """Return what a task's next attempt can go on with: the conversation of the attempt of a number.
+    """Return the conversation of an attempt to resume.
 
-    It must have been with the same adapter.
+    None unless it used the same adapter.
     """
     if number is None:
         return None
-    one = document.attempts[number - 1]
-    if one.adapter != adapter or one.session is None or one.folder is None:
+    attempt = document.attempts[number - 1]
+    if attempt.adapter != adapter or attempt.session is None or attempt.folder is None:
         return None
-    return Conversation(one.session, Path(one.folder))
+    return Conversation(attempt.session, Path(attempt.folder))
 
 
 def _is_cooling_down(adapter: AdapterDocument, now: float) -> bool:

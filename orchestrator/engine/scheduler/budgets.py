@@ -1,4 +1,7 @@
-"""What sessions use up is held against their budgets, while they are at work and when they are over."""
+"""Enforce the budgets of a run, its tasks and their sessions.
+
+Usage is compared with them during and after each session.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,20 @@ from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 from orchestrator.system.clock import Clock
 
-#: Seconds between two looks at what a session has used up.
+#: Seconds between readings of a session's usage.
 POLL_INTERVAL = 1.0
 
 _NOTHING = Spending()
-#: What to do where each is used up; a run keeps its file as it was.
+#: Remedies by scope; a run keeps its file as recorded.
 _REMEDIES = {
-    "session": "for a new run raise its `session_budget`, or split the task",
-    "task": "for a new run raise its `budget`, or split the task",
-    "run": "`council resume --budget` goes on with more",
+    "session": "raise its `session_budget` and start a new run, or split the task",
+    "task": "raise its `budget` and start a new run, or split the task",
+    "run": "`council resume --budget` continues with a higher limit",
 }
 
 
 class _Limit(NamedTuple):
-    """A budget with what was used up of it; `owner` is the attempt, the task or nothing, which is the run."""
+    """A budget and its usage; `owner` is the session or task, empty for the run."""
 
     scope: str
     owner: str
@@ -53,12 +56,12 @@ class _Limit(NamedTuple):
 
     @property
     def of(self) -> str:
-        """Whose it is, in words."""
+        """Return the owner as text."""
         return f"{self.scope} {self.owner}" if self.owner else f"the {self.scope}"
 
 
 class BudgetReached(NamedTuple):
-    """A budget that is used up, and what that makes of the attempt that used it up."""
+    """An exhausted budget, and the resulting outcome of the attempt."""
 
     scope: str
     outcome: Failed | Interrupted
@@ -66,54 +69,59 @@ class BudgetReached(NamedTuple):
 
 @dataclass(slots=True)
 class _UsageMeter:
-    """A session at work: what it is known to have used up."""
+    """The known usage of an active session."""
 
     follower: OutputFollower
     started: float
-    said: Transcript = EMPTY_TRANSCRIPT
+    transcript: Transcript = EMPTY_TRANSCRIPT
     tokens: int = 0
     cost: float = 0.0
 
     def read(self) -> bool:
-        """Take what has come; whether any did. Blocks."""
+        """Read new output; return True if there was any. Blocks."""
         events = self.follower.read()
         for event in events or ():
-            self.said = self.said.after(event)
+            self.transcript = self.transcript.after(event)
         return events is not None
 
 
 class Budgets:
-    """The budgets of a run, its tasks and their sessions; `halt` ends the run, with the reason."""
+    """The budgets of a run, its tasks and their sessions.
+
+    `halt` ends the run with a reason.
+    """
 
     def __init__(self, ledger: Ledger, clock: Clock, accounting: Accounting, halt: Callable[[str], None]) -> None:
         self._ledger, self._clock, self._accounting, self._halt = ledger, clock, accounting, halt
         self._run = BudgetConfig.model_validate(ledger.run.budget).policy()
-        self._over = Spending()
-        if self._run.is_limited:  # with many tasks that takes its time
+        self._ended_usage = Spending()
+        if self._run.is_limited:  # slow with many tasks
             for task in ledger.run.tasks:
-                self._over += sum_spending(ledger.task(task).attempts)
+                self._ended_usage += sum_spending(ledger.task(task).attempts)
         self._meters: dict[str, _UsageMeter] = {}
-        # Of all sessions at work, so that a look at the run does not go through them.
+        # Totals of all active sessions, so that checking the run needs no loop over them.
         self._tokens, self._cost, self._started = 0, 0.0, 0.0
-        self._told: set[tuple[str, ...]] = set()
+        self._noted: set[tuple[str, ...]] = set()
 
     def cost_left(self, task: str, spec: TaskSpec) -> float | None:
-        """Return how many dollars a task's next session may cost; None: without a limit."""
-        return compute_remaining_cost((one.budget, one.spent) for one in self._limits(task, spec, ""))
+        """Return the dollars that a task's next session may cost; None if unlimited."""
+        return compute_remaining_cost((limit.budget, limit.spent) for limit in self._limits(task, spec, ""))
 
     def is_halted(self) -> bool:
-        """Whether the run has nothing left to use up; it is halted then."""
-        return self._check_limit(self._of_run()) is not None
+        """Return True if the run's budget is exhausted; the run is then halted."""
+        return self._check_limit(self._run_limit()) is not None
 
     def find_obstacle(self, task: str, spec: TaskSpec) -> Failed | None:
         """Return why a task may have no further session."""
-        reason = _exhausted(self._of_task(task, spec))
+        reason = _describe_if_exhausted(self._task_limit(task, spec))
         return None if reason is None else Failed(FailureClass.BUDGET, reason)
 
     def add_peer_usage(self, before: TaskDocument, after: TaskDocument) -> None:
-        """Take what sessions of other orchestrators used up of which the end has been recorded."""
-        known = {one.number for one in before.attempts if one.ended is not None}
-        self._over += sum_spending(one for one in after.attempts if one.ended is not None and one.number not in known)
+        """Add the usage of newly ended sessions of other orchestrators."""
+        counted = {attempt.number for attempt in before.attempts if attempt.ended is not None}
+        self._ended_usage += sum_spending(
+            attempt for attempt in after.attempts if attempt.ended is not None and attempt.number not in counted
+        )
 
     @asynccontextmanager
     async def watched(
@@ -125,8 +133,11 @@ class Budgets:
         log: Path,
         stop: Callable[[BudgetReached], None],
     ) -> AsyncIterator[None]:
-        """Watch over a session for the body: call `stop` when it has used up what it, its task or the run may."""
-        if not any(one.is_limited for one in (spec.session_budget.policy(), spec.budget.policy(), self._run)):
+        """Watch a session during the body.
+
+        Call `stop` once its own, its task's or the run's budget is exhausted.
+        """
+        if not any(budget.is_limited for budget in (spec.session_budget.policy(), spec.budget.policy(), self._run)):
             yield
             return
         meter = self._meters[task] = _UsageMeter(OutputFollower(adapter, log), self._clock.now())
@@ -141,24 +152,27 @@ class Budgets:
             self._started -= meter.started
             self._tokens, self._cost = self._tokens - meter.tokens, self._cost - meter.cost
 
-    def find_reached(self, task: str, spec: TaskSpec, said: Transcript) -> BudgetReached | None:
-        """Return the budget that a session has used up by what it said to the last; it is over, but not counted yet."""
-        own = self._accounting.net_usage(said, self._ledger.task(task).attempts)
-        last = Spending(own.input_tokens + own.output_tokens, own.cost or 0.0)
-        session = _Limit("session", task, spec.session_budget.policy(), last)
-        limits = (session, self._of_task(task, spec, last), self._of_run(last))
+    def find_reached(self, task: str, spec: TaskSpec, transcript: Transcript) -> BudgetReached | None:
+        """Return the budget that the final usage of a session has exhausted.
+
+        The session has ended, but its usage is not counted yet.
+        """
+        net = self._accounting.net_usage(transcript, self._ledger.task(task).attempts)
+        usage = Spending(net.input_tokens + net.output_tokens, net.cost or 0.0)
+        session = _Limit("session", task, spec.session_budget.policy(), usage)
+        limits = (session, self._task_limit(task, spec, usage), self._run_limit(usage))
         return next(filter(None, map(self._check_limit, limits)), None)
 
     async def count(self, task: str, spec: TaskSpec, attempt: Attempt) -> None:
-        """Take what an attempt that is over used up, and tell where that is a good part of what there is, or more."""
-        self._over += sum_spending([attempt])
-        limits = (self._of_task(task, spec), self._of_run())
+        """Add the usage of an ended attempt, and report budgets that are low or exhausted."""
+        self._ended_usage += sum_spending([attempt])
+        limits = (self._task_limit(task, spec), self._run_limit())
         for limit in limits:
             await self._warn(limit)
             for share in compute_budget_usage(limit.budget, limit.spent):
                 if share.is_exhausted:
                     await self._note_share("budget.exhausted", limit, share)
-        counts_money = any(one.budget.cost is not None for one in limits) or spec.session_budget.cost is not None
+        counts_money = any(limit.budget.cost is not None for limit in limits) or spec.session_budget.cost is not None
         if counts_money and attempt.cost is None and (attempt.input_tokens or attempt.output_tokens):
             facts = {"adapter": attempt.adapter, "model": attempt.model}
             await self._note_once("budget.price_unknown", facts, attempt.adapter, attempt.model or "")
@@ -175,49 +189,52 @@ class Budgets:
                 await self._note_once("budget.untracked", {"of": f"session {session}"}, session)
             for limit in self._limits(task, spec, session):
                 await self._warn(limit)
-                if (found := self._check_limit(limit)) is not None:
-                    stop(found)
+                if (reached := self._check_limit(limit)) is not None:
+                    stop(reached)
                     return
 
     def _limits(self, task: str, spec: TaskSpec, session: str) -> Iterator[_Limit]:
-        now = self._now(task)
-        yield _Limit("session", session, spec.session_budget.policy(), now)
-        yield self._of_task(task, spec, now)
-        yield self._of_run()
+        usage = self._active_usage(task)
+        yield _Limit("session", session, spec.session_budget.policy(), usage)
+        yield self._task_limit(task, spec, usage)
+        yield self._run_limit()
 
-    def _of_task(self, task: str, spec: TaskSpec, more: Spending = _NOTHING) -> _Limit:
-        """Return the limit of a task; `more` was used up beside what is recorded.
+    def _task_limit(self, task: str, spec: TaskSpec, more: Spending = _NOTHING) -> _Limit:
+        """Return the limit of a task; `more` is usage beyond the record.
 
-        A task and all that its plan became, sessions at work included, have one budget.
+        A task and all subtasks of its plan, with their active sessions, share one budget.
         """
         spent = more
-        for one in self._ledger.family(task):
-            spent += sum_spending(self._ledger.task(one).attempts)
-            if one != task:
-                spent += self._now(one)
+        for member in self._ledger.plan_members(task):
+            spent += sum_spending(self._ledger.task(member).attempts)
+            if member != task:
+                spent += self._active_usage(member)
         return _Limit("task", task, spec.budget.policy(), spent)
 
-    def _of_run(self, more: Spending = _NOTHING) -> _Limit:
-        """Return the limit of the run, sessions at work included; `more` was used up beside all that."""
+    def _run_limit(self, more: Spending = _NOTHING) -> _Limit:
+        """Return the limit of the run with its active sessions; `more` is further usage."""
         seconds = max(len(self._meters) * self._clock.now() - self._started, 0.0)
-        return _Limit("run", "", self._run, self._over + Spending(self._tokens, self._cost, seconds) + more)
+        return _Limit("run", "", self._run, self._ended_usage + Spending(self._tokens, self._cost, seconds) + more)
 
     def _update_meter(self, task: str, meter: _UsageMeter) -> None:
-        own = self._accounting.net_usage(meter.said, self._ledger.task(task).attempts)
-        tokens, cost = own.input_tokens + own.output_tokens, own.cost or 0.0
+        net = self._accounting.net_usage(meter.transcript, self._ledger.task(task).attempts)
+        tokens, cost = net.input_tokens + net.output_tokens, net.cost or 0.0
         self._tokens, self._cost = self._tokens + tokens - meter.tokens, self._cost + cost - meter.cost
         meter.tokens, meter.cost = tokens, cost
 
-    def _now(self, task: str) -> Spending:
-        """Return what the session of a task that is at work has used up so far."""
+    def _active_usage(self, task: str) -> Spending:
+        """Return the usage so far of a task's active session."""
         meter = self._meters.get(task)
         if meter is None:
             return _NOTHING
         return Spending(meter.tokens, meter.cost, max(self._clock.now() - meter.started, 0.0))
 
     def _check_limit(self, limit: _Limit) -> BudgetReached | None:
-        """Return what comes of a limit if nothing is left of it; where it is the run's, that is halted."""
-        reason = _exhausted(limit)
+        """Return the outcome of an exhausted limit.
+
+        The run is halted if the limit is the run's.
+        """
+        reason = _describe_if_exhausted(limit)
         if reason is None:
             return None
         if limit.scope != "run":
@@ -234,15 +251,15 @@ class Budgets:
         facts = {"scope": limit.scope, "of": limit.of, "limit": share.key, "reason": share.describe()}
         await self._note_once(event, facts, limit.of, share.key)
 
-    async def _note_once(self, event: str, facts: JsonObject, *of: str) -> None:
-        if (event, *of) not in self._told:
-            self._told.add((event, *of))
+    async def _note_once(self, event: str, facts: JsonObject, *key: str) -> None:
+        if (event, *key) not in self._noted:
+            self._noted.add((event, *key))
             await self._ledger.note(event, facts)
 
 
-def _exhausted(limit: _Limit) -> str | None:
-    """Return in words that nothing is left of a budget, if so."""
-    found = next((one for one in compute_budget_usage(limit.budget, limit.spent) if one.is_exhausted), None)
-    if found is None:
+def _describe_if_exhausted(limit: _Limit) -> str | None:
+    """Return a message if a budget is exhausted."""
+    share = next((share for share in compute_budget_usage(limit.budget, limit.spent) if share.is_exhausted), None)
+    if share is None:
         return None
-    return f"the {limit.scope}'s budget is used up, {found.describe()}: {_REMEDIES[limit.scope]}"
+    return f"the {limit.scope}'s budget is exhausted, {share.describe()}: {_REMEDIES[limit.scope]}"

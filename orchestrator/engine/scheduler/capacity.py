@@ -1,4 +1,4 @@
-"""How many sessions may run: what the run asks for, as far as this machine has room for them."""
+"""Session capacity, limited by the configuration and this machine's resources."""
 
 from __future__ import annotations
 
@@ -16,54 +16,60 @@ from orchestrator.errors import RefusedError
 from orchestrator.system.clock import Clock
 from orchestrator.system.resources import raise_descriptor_limit, read_resources
 
-#: Seconds after which memory that was short is looked at again.
+#: Seconds before memory is checked again after a shortage.
 MEMORY_RETRY_DELAY = 5.0
 
 
 async def measure_capacity(wanted: int, demand: SessionDemand) -> SessionFit:
-    """Raise the limit of descriptors and look how many of the wanted sessions fit; RefusedError if not even one."""
+    """Raise the descriptor limit and return how many sessions fit.
+
+    RefusedError if none fits.
+    """
     await anyio.to_thread.run_sync(raise_descriptor_limit)
-    found = fit_sessions(await anyio.to_thread.run_sync(read_resources), wanted, demand)
-    if isinstance(found, NoSessionFits):
-        raise RefusedError(found.what, found.remedy)
-    return found
+    fit = fit_sessions(await anyio.to_thread.run_sync(read_resources), wanted, demand)
+    if isinstance(fit, NoSessionFits):
+        raise RefusedError(fit.what, fit.remedy)
+    return fit
 
 
 class Capacity:
-    """The room for sessions, measured once before the first of them and watched from then on."""
+    """The capacity for sessions, measured at the start and monitored afterwards."""
 
     def __init__(self, sessions: int, demand: SessionDemand, ledger: Ledger, clock: Clock) -> None:
-        """Take how many sessions fit; `measure` finds that out."""
+        """Create with the number of sessions that fit, as found by `measure`."""
         self.sessions = sessions
         self._demand, self._ledger, self._clock = demand, ledger, clock
         self._is_short = False
         self.recheck_at: float | None = None
-        """When (monotonic seconds) memory that was short should be looked at again; None if it was not."""
+        """When to check memory again (monotonic seconds); None if memory is not short."""
 
     @classmethod
     async def measure(cls, wanted: int, ledger: Ledger, clock: Clock) -> Capacity:
-        """Raise the limit of descriptors and look how many of the wanted fit; RefusedError if not even one does."""
+        """Measure the capacity of this machine and record a limit.
+
+        RefusedError if no session fits.
+        """
         demand = SessionDemand(memory=ledger.run.session_memory)
-        found = await measure_capacity(wanted, demand)
-        if found.limited_by is not None:
-            await ledger.note("run.capacity_limited", {"sessions": found.sessions, "reason": found.limited_by})
-        return cls(found.sessions, demand, ledger, clock)
+        fit = await measure_capacity(wanted, demand)
+        if fit.limited_by is not None:
+            await ledger.note("run.capacity_limited", {"sessions": fit.sessions, "reason": fit.limited_by})
+        return cls(fit.sessions, demand, ledger, clock)
 
     async def free(self, running: int) -> int:
-        """Return how many more sessions may start now beside those that run."""
+        """Return how many more sessions may start now."""
         self.recheck_at = None
         wanted = self.sessions - running
         if wanted <= 0:
             return 0
         facts = await anyio.to_thread.run_sync(read_resources)
-        # What has just started has not taken its share yet: one at a time where it is tight.
-        room = wanted if facts.memory is None else min(wanted, max(facts.memory // self._demand.memory, 1))
-        room = room if can_start_session(facts, running, self._demand) else 0
-        if room == 0:
+        # A new session has not allocated its share yet: start one at a time if memory is tight.
+        startable = wanted if facts.memory is None else min(wanted, max(facts.memory // self._demand.memory, 1))
+        startable = startable if can_start_session(facts, running, self._demand) else 0
+        if startable == 0:
             self.recheck_at = self._clock.monotonic() + MEMORY_RETRY_DELAY
-        if (room == 0) != self._is_short:
-            self._is_short = room == 0
+        if (startable == 0) != self._is_short:
+            self._is_short = startable == 0
             if self._is_short:
-                reason = "memory is short: nothing starts beside what runs until there is more"
+                reason = "memory is low: no session starts until more is free"
                 await self._ledger.note("run.capacity_limited", {"sessions": running, "reason": reason})
-        return room
+        return startable

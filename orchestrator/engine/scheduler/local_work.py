@@ -1,6 +1,6 @@
-"""What one process has in hand of a run: its sessions, what it lands, and the board that shows where all tasks are.
+"""The work of this process in a run: attempts, landings and the dispatch board.
 
-The scheduler works by it; whatever others do to the run is entered here (`engine.scheduler.peers`).
+The scheduler acts on it; `engine.scheduler.peers` applies changes of other orchestrators to it.
 """
 
 from __future__ import annotations
@@ -17,143 +17,156 @@ from orchestrator.engine.scheduler.attempts import ActiveAttempt
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.system.clock import Clock
 
-#: Seconds that an orchestrator which gave a task back has to take it again before others do.
+#: Head start in seconds of the orchestrator that released a task to claim it again.
 _PEER_RETRY_DELAY = 0.5
 
 
 class LocalWork:
-    """What this process is at, and what of the run it knows; its times are monotonic seconds."""
+    """Active attempts, landings and known task states of this process.
+
+    Times are monotonic seconds.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
         board: DispatchBoard,
-        merging: MergeQueue,
+        merge_queue: MergeQueue,
         clock: Clock,
         cancelled: set[str],
-        lacking: Collection[str],
+        unavailable_adapters: Collection[str],
     ) -> None:
-        """Take a board that reflects the documents, and the set by which `merging` knows what is `cancelled`.
+        """Create from a board that reflects the documents.
 
-        `lacking` has the adapters that this process can't run, whatever the run knows about them.
+        `merge_queue` reads the same `cancelled` set. `unavailable_adapters` are those that this process cannot run,
+        whatever their recorded state.
         """
-        self._unavailable_adapters = lacking
-        self._ledger, self.board, self.merge_queue, self._clock = ledger, board, merging, clock
+        self._unavailable_adapters = unavailable_adapters
+        self._ledger, self.board, self.merge_queue, self._clock = ledger, board, merge_queue, clock
         self.cancelled = cancelled
-        """Tasks that a person does not want any more."""
+        """Tasks that a person has cancelled."""
         self.active_attempts: dict[str, ActiveAttempt] = {}
-        """The attempts that are under way here, by task."""
+        """The attempts that run in this process, by task."""
         self.elsewhere = {task for task in ledger.run.tasks if ledger.is_claimed_elsewhere(task)}
-        """Tasks that other orchestrators have claimed."""
+        """Tasks claimed by other orchestrators."""
         self.deferred: list[str] = []
-        """Tasks that could not be landed now."""
+        """Tasks that could not land now."""
         self._woken = anyio.Event()
         for task in ledger.run.tasks:
             if ledger.task(task).status in {TaskStatus.PENDING, TaskStatus.WAITING}:
                 self._place(task)
 
     def _place(self, task: str) -> None:
-        """Have a task wait for the adapters of its phase, where it has any of its own."""
-        adapters, keeps = self._at_phase(task)
+        """Queue a task for the adapters of its phase, if that has its own."""
+        adapters, keeps = self._phase_adapters(task)
         if adapters is not None:
             self.board.place(task, adapters, keeps_paths=keeps)
 
     def add_planned_tasks(self) -> None:
-        """Have the board know the tasks that plans have become, each at its place of the file."""
+        """Add subtasks of expanded plans to the board, at their positions in the file."""
         new = [task for task in self._ledger.added if not self.board.has(task)]
         if not new:
             return
         self.board.add({task: self._ledger.added[task] for task in new}, self._file_order(new))
         for task in new:
             if self._ledger.task(task).status is TaskStatus.PENDING:
-                self.board.set_subtasks(task, self._ledger.parts(task))
+                self.board.set_subtasks(task, self._ledger.subtasks(task))
                 self._place(task)
             else:
                 self.sync_task(task)
 
     def _file_order(self, new: Sequence[str]) -> dict[str, float]:
-        """Return where new tasks stand in the file: those that came together share the room between others."""
-        found: dict[str, float] = {}
-        together: list[str] = []
+        """Return fractional positions of new tasks.
+
+        Neighbours share the gap between existing ones.
+        """
+        order: dict[str, float] = {}
+        group: list[str] = []
         before, is_new = -1.0, set(new)
         for task in (*self._ledger.run.tasks, None):
             if task is not None and task in is_new:
-                together.append(task)
+                group.append(task)
                 continue
             here = before + 1.0 if task is None else self.board.order(task)
-            share = (here - before) / (len(together) + 1)
-            found |= {one: before + share * number for number, one in enumerate(together, 1)}
-            together, before = [], here
-        return found
+            share = (here - before) / (len(group) + 1)
+            order |= {member: before + share * number for number, member in enumerate(group, 1)}
+            group, before = [], here
+        return order
 
-    def has_open_parts(self, task: str) -> bool:
-        """Whether something that the plan of a task became has neither landed nor is done, as far as is recorded."""
+    def has_open_subtasks(self, task: str) -> bool:
+        """Return True if a recorded subtask has neither landed nor is done."""
         return any(
-            one not in self._ledger or self._ledger.task(one).status not in SUCCESS_STATUSES
-            for one in self._ledger.task(task).expanded
+            subtask not in self._ledger or self._ledger.task(subtask).status not in SUCCESS_STATUSES
+            for subtask in self._ledger.task(task).expanded
         )
 
-    def _wait_for_parts(self, task: str) -> None:
-        """Have a task wait for what its plan became, where it became anything."""
+    def _wait_for_subtasks(self, task: str) -> None:
+        """Let a task wait for its subtasks, if any."""
         self.add_planned_tasks()
-        self.board.set_subtasks(task, self._ledger.parts(task))
+        self.board.set_subtasks(task, self._ledger.subtasks(task))
 
     def wake(self) -> None:
-        """Have the scheduler look at all this now."""
+        """Wake the scheduler."""
         self._woken.set()
 
     async def pause(self, until: float | None) -> None:
-        """Wait until something is to be looked at, or until a time."""
+        """Wait until woken, or until a time."""
         await self._clock.wait(self._woken, until)
         self._woken = anyio.Event()
 
     def stop_sessions(self) -> None:
-        """Stop all sessions; their tasks keep what they did."""
+        """Stop all sessions; their work is kept."""
         for work in self.active_attempts.values():
             work.stop()
         self.wake()
 
-    def park(self, adapter: str, until: float) -> None:
-        """Start nothing with an adapter before that time (wall-clock seconds)."""
+    def cool_down(self, adapter: str, until: float) -> None:
+        """Start nothing with an adapter before `until` (wall-clock seconds)."""
         self.board.park(adapter, self._clock.monotonic() + until - self._clock.now())
 
-    def update_adapter(self, adapter: str, learned: AdapterDocument) -> None:
-        """Do with an adapter what the run has learned about it."""
-        if learned.closed is not None:
-            self.board.close(adapter, learned.closed)
-        elif learned.parked_until is not None:
-            self.park(adapter, learned.parked_until)
+    def update_adapter(self, adapter: str, document: AdapterDocument) -> None:
+        """Apply the recorded state of an adapter."""
+        if document.closed is not None:
+            self.board.close(adapter, document.closed)
+        elif document.parked_until is not None:
+            self.cool_down(adapter, document.parked_until)
         elif adapter not in self._unavailable_adapters:
             self.board.open(adapter)
 
     def show(self, task: str, retry_in: float) -> None:
-        """Have the board show where a task is; one that is to be tried again starts in so many seconds."""
-        self._wait_for_parts(task)
+        """Update a task on the board; a retry starts after `retry_in` seconds."""
+        self._wait_for_subtasks(task)
         until = self._clock.monotonic() + retry_in
-        adapters, keeps = self._at_phase(task)
+        adapters, keeps = self._phase_adapters(task)
         self.board.sync_task(task, self._ledger.task(task).status, until, adapters, keeps_paths=keeps)
 
     def wait(self, task: str, delay: float = 0.0) -> None:
-        """Have a task go on in so many seconds, at its phase."""
-        self._wait_for_parts(task)
-        adapters, keeps = self._at_phase(task)
+        """Let a task continue at its phase after `delay` seconds."""
+        self._wait_for_subtasks(task)
+        adapters, keeps = self._phase_adapters(task)
         self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
 
     def continue_task(self, task: str) -> None:
-        """Have a task go on that a person was asked about; one whose session is not quite over does by itself then."""
+        """Continue a task after an approval or rejection.
+
+        One whose session is still ending continues by itself.
+        """
         if task not in self.active_attempts:
             self.wait(task)
 
     def revive(self, task: str) -> None:
-        """Have a task tried again that was over; at the end of its session where that is not quite over."""
+        """Retry an ended task; one whose session is still ending is retried after that."""
         if task in self.active_attempts:
             return
-        self._wait_for_parts(task)
+        self._wait_for_subtasks(task)
         self._place(task)
         self.board.revive(task)
 
-    def _at_phase(self, task: str) -> tuple[tuple[str, ...] | None, bool]:
-        """Return the adapters of a task's phase (None where it has no workflow), and whether it keeps its paths."""
+    def _phase_adapters(self, task: str) -> tuple[tuple[str, ...] | None, bool]:
+        """Return the adapters of a task's phase, and whether it keeps its paths.
+
+        The adapters are None without a workflow.
+        """
         entry, document = self.board.entry(task), self._ledger.task(task)
         if entry.workflow is None:
             return None, False
@@ -161,9 +174,9 @@ class LocalWork:
         return current_adapters(workflow, document, entry.adapter, entry.fallback), has_built_work(document)
 
     def sync_task(self, task: str, retry_in: float | None = None) -> None:
-        """Take over where a task is that another orchestrator moved, or a person."""
+        """Apply the state of a task that another orchestrator or a person has changed."""
         if task in self.active_attempts:
-            self.active_attempts[task].stop()  # when it is over, the board is told where the task is
+            self.active_attempts[task].stop()  # the board is updated when the attempt ends
             return
         self._drop_landing(task)
         is_elsewhere = self._ledger.is_claimed_elsewhere(task)
@@ -172,9 +185,9 @@ class LocalWork:
             self.show(task, _PEER_RETRY_DELAY if retry_in is None else retry_in)
 
     def take_over(self, task: str) -> None:
-        """Go on with a task that was another orchestrator's, from where it is now.
+        """Continue a task of another orchestrator from its current state.
 
-        One that has its session here already, as the scheduler was faster, goes on by itself at the end of that.
+        If its session already runs here, because the scheduler was faster, the task continues after that.
         """
         self.elsewhere.discard(task)
         if task in self.active_attempts:
@@ -184,13 +197,13 @@ class LocalWork:
             self.merge_queue.waiting.append(task)
 
     def drop(self, task: str) -> None:
-        """Have nothing to do with a task any more that is, or will be, over."""
+        """Stop tracking a task that has ended, or will."""
         self._drop_landing(task)
         self.elsewhere.discard(task)
         self.board.ended(task)
 
     def _drop_landing(self, task: str) -> None:
-        """Land a task no more that is not this orchestrator's."""
+        """Stop landing a task that this orchestrator no longer owns."""
         self.merge_queue.cancel(task)
         if task in self.deferred:
             self.deferred.remove(task)

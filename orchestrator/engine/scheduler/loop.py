@@ -1,4 +1,4 @@
-"""The run's loop: look at the board, decide, perform, and feed what came of it back."""
+"""Run loop of one orchestrator: choose tasks from the board, start them, apply outcomes."""
 
 from __future__ import annotations
 
@@ -57,119 +57,135 @@ from orchestrator.locking.merge_permit import MergePermitQueue
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup import adapter_homes
 
-#: Seconds from one push to the next, while there are sessions that may finish meanwhile and fill it.
+#: Seconds between pushes while active sessions may still finish and join the next push.
 LANDING_BATCH_WINDOW = 0.25
-#: Seconds after which a landing that could not be made is tried again while sessions are at work.
+#: Seconds before a deferred landing is retried while sessions are active.
 DEFERRED_RETRY_DELAY = 30.0
-#: How often, and after how many seconds each, it is tried again when nothing else is left to do: the user may just
-#: be in the middle of a commit.
+#: Number of retries, and the seconds before each, when nothing else is left to do: the user may be in the middle of a
+#: commit.
 MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY = 3, 1.0
-#: How long nothing starts after the machine had not enough of something.
+#: How long no session starts after a resource shortage.
 SHORTAGE_BACKOFF = Backoff(initial=1.0, factor=2.0, max=30.0, jitter=False)
 
 
 class Scheduler:
-    """Runs what the board allows, within capacity, until nothing is left that could be done."""
+    """Starts the tasks that the dispatch board allows, within capacity."""
 
     def __init__(
         self,
         ledger: Ledger,
-        workshop: RunContext,
+        context: RunContext,
         pool: SlotPool,
         board: DispatchBoard,
         capacity: Capacity,
         monitor: Monitor,
         permits: MergePermitQueue,
-        phasing: PhaseHandlers,
+        phase_handlers: PhaseHandlers,
         *,
         entries: Mapping[str, DispatchEntry],
-        lacking: Mapping[str, str],
+        unavailable_adapters: Mapping[str, str],
         only_lands: bool = False,
     ) -> None:
-        """Take a run whose cut-off attempts have been returned; `board` reflects its documents, `entries` its tasks.
+        """Create a scheduler for a run whose interrupted attempts are back in the queue.
 
-        `lacking` has the adapters that are closed for this process alone, each with the reason. One that `only_lands`
-        starts no session.
+        `board` reflects the documents of the run, `entries` its tasks. `unavailable_adapters` maps each adapter that
+        only this process cannot use to the reason. With `only_lands`, no session starts.
         """
         self._only_lands = only_lands
-        self._unavailable_adapters = lacking
-        self._ledger, self._context, self._board = ledger, workshop, board
-        clock = self._clock = workshop.tools.clock
+        self._unavailable_adapters = unavailable_adapters
+        self._ledger, self._context, self._board = ledger, context, board
+        clock = self._clock = context.tools.clock
         self._capacity, self._monitor = capacity, monitor
         self.halted: tuple[HaltCause, str] | None = None
-        """What stopped it before its end, and why."""
-        self._budgets = Budgets(ledger, clock, workshop.accounting, partial(self._halt, HaltCause.BUDGET))
+        """The cause and the reason of an early stop; None otherwise."""
+        self._budgets = Budgets(ledger, clock, context.accounting, partial(self._halt, HaltCause.BUDGET))
         self._pool = pool
-        self._base_selector = BaseSelector(ledger, workshop)
-        self._base_checks = BaseChecks(ledger, workshop, pool, self._base_selector, entries)
-        self._phase_starter = phasing.starter
+        self._base_selector = BaseSelector(ledger, context)
+        self._base_checks = BaseChecks(ledger, context, pool, self._base_selector, entries)
+        self._phase_starter = phase_handlers.starter
         self._attempts = AttemptRunner(
-            ledger, workshop, pool, self._budgets, self._base_selector, self._base_checks, phasing, clock
+            ledger, context, pool, self._budgets, self._base_selector, self._base_checks, phase_handlers, clock
         )
         cancelled: set[str] = set()
         self._merge_queue = MergeQueue(
-            ledger, workshop, pool, clock, permits, cancelled, self._base_checks, self._give_up
+            ledger, context, pool, clock, permits, cancelled, self._base_checks, self._give_up
         )
-        self._repository_guard = RepositoryGuard(ledger, workshop, self._merge_queue)
-        self._local = LocalWork(ledger, board, self._merge_queue, clock, cancelled, lacking)
-        self._others = PeerSync(
-            ledger, workshop, pool, self._local, self._budgets, clock, self._halt, lambda: self._is_start_blocked
+        self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
+        self._local = LocalWork(ledger, board, self._merge_queue, clock, cancelled, unavailable_adapters)
+        self._peers = PeerSync(
+            ledger, context, pool, self._local, self._budgets, clock, self._halt, lambda: self._is_start_blocked
         )
         self._deferred_until = 0.0
-        self._last_tries = MAX_FINAL_LANDINGS
+        self._final_tries_left = MAX_FINAL_LANDINGS
         self._landing = False
         self._batch_until = 0.0
         self._shortages = 0
         self._paused_until = 0.0
         self._stopping = False
         self._last_noted_wait: tuple[Mapping[str, float], Mapping[str, int]] = {}, {}
-        """The parked adapters and the tasks to be approved that were last told to be all that is waited for."""
+        """The cooling adapters and waiting approvals of the last `run.waiting` event."""
 
-    async def remember(self, learned: Mapping[str, AdapterDocument]) -> None:
-        """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
-        opened = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
-        for adapter, one in learned.items():
-            if one.closed is not None:
-                await self._ledger.update_adapter(adapter, lambda known: None if known.closed is None else opened)
-            elif one.parked_until is not None:
-                self._local.park(adapter, one.parked_until)
+    async def remember(self, documents: Mapping[str, AdapterDocument]) -> None:
+        """Restore the adapter cooldowns of an earlier leader.
+
+        Enable the adapters that it disabled.
+        """
+        enabled = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
+        for adapter, document in documents.items():
+            if document.closed is not None:
+                await self._ledger.update_adapter(adapter, lambda current: None if current.closed is None else enabled)
+            elif document.parked_until is not None:
+                self._local.cool_down(adapter, document.parked_until)
 
     def stop(self) -> None:
-        """Start nothing more and stop sessions and checks; a move of the target is brought to its end."""
+        """Start nothing more and stop sessions and checks.
+
+        A move of the target still completes.
+        """
         self._stopping = True
         self._base_checks.stop()
         self._merge_queue.stop()
         self._local.stop_sessions()
 
     def _halt(self, by: HaltCause, reason: str) -> None:
-        """Start nothing more and stop sessions; what is built lands, which costs nothing of a budget."""
+        """Start nothing more and stop sessions.
+
+        Built work still lands, because that costs no budget.
+        """
         self.halted = self.halted or (by, reason)
         self._base_checks.stop()
         self._local.stop_sessions()
 
     def _give_up(self, reason: str) -> None:
-        """Stop all work: a command of checks or setup can't be run here, so that nothing can be built or landed."""
+        """Stop all work.
+
+        A check or setup command cannot run here, so no task can be built or landed.
+        """
         self.halted = self.halted or (HaltCause.COMMANDS, reason)
         self.stop()
 
     async def run(self) -> bool:
-        """Work until nothing is left that could be done; False if it was stopped before that."""
+        """Work until nothing is left to do; return False if stopped earlier."""
         statuses = self._ledger.statuses()
-        for wanted in (TaskStatus.LANDING, TaskStatus.QUEUED):
-            ours = (task for task, status in statuses.items() if status is wanted and task not in self._local.elsewhere)
-            self._merge_queue.waiting.extend(ours)
-        async with anyio.create_task_group() as listening:
-            listening.start_soon(self._others.follow)
-            listening.start_soon(self._others.handle_requests)
-            listening.start_soon(self._run_monitor_as_leader)
+        for queued_status in (TaskStatus.LANDING, TaskStatus.QUEUED):
+            own_tasks = (
+                task
+                for task, status in statuses.items()
+                if status is queued_status and task not in self._local.elsewhere
+            )
+            self._merge_queue.waiting.extend(own_tasks)
+        async with anyio.create_task_group() as services:
+            services.start_soon(self._peers.follow)
+            services.start_soon(self._peers.handle_requests)
+            services.start_soon(self._run_monitor_as_leader)
             if self._context.session_service is not None:
-                listening.start_soon(self._context.session_service.follow_lock_breaks)
-            listening.start_soon(self._others.renew)
-            listening.start_soon(self._others.sweep)
-            listening.start_soon(self._others.detect_dead_peers)
+                services.start_soon(self._context.session_service.follow_lock_breaks)
+            services.start_soon(self._peers.renew)
+            services.start_soon(self._peers.sweep)
+            services.start_soon(self._peers.detect_dead_peers)
             async with anyio.create_task_group() as group:
-                over = [task for task, status in statuses.items() if status in SUCCESS_STATUSES]
-                group.start_soon(self._remove_homes, over)
+                successful = [task for task, status in statuses.items() if status in SUCCESS_STATUSES]
+                group.start_soon(self._remove_homes, successful)
                 failure = None if self._only_lands else await self._base_checks.failure()
                 if failure is not None:
                     self.halted = self.halted or (HaltCause.BASE, failure)
@@ -178,17 +194,17 @@ class Scheduler:
                 while not self._idle():
                     await self._pause()
                     await self._tick(group)
-            listening.cancel_scope.cancel()
+            services.cancel_scope.cancel()
         is_over = self._board.is_over(self._ledger.statuses())
         was_stopped = self._stopping or self.halted is not None
         if not is_over and (was_stopped or self._is_unavailable_work_left()):
             return False
         self.halted = None
-        await self._repository_guard.look()
-        # Whoever coordinated may be gone since it was last looked, and the others as far as this one.
+        await self._repository_guard.compare()
+        # The leader, and any other orchestrator, may have exited since the last sweep.
         if not self._ledger.became_leader.is_set() and not await self._ledger.try_to_lead():
             return True
-        await self._others.clean_up_abandoned()
+        await self._peers.clean_up_abandoned()
         try:
             await self._merge_queue.verify()
         except GitError as error:
@@ -196,9 +212,14 @@ class Scheduler:
         return True
 
     def _is_unavailable_work_left(self) -> bool:
-        """Whether another process could do what this one can't: then the run's end is not this one's to record."""
-        lacking = {name for name, why in self._unavailable_adapters.items() if self._board.closed.get(name) == why}
-        return any(lacking.intersection(adapters) for adapters in self._board.left(self._ledger.statuses()))
+        """Return True if another process could run tasks that this one cannot.
+
+        This process then does not record the end of the run.
+        """
+        unavailable = {
+            name for name, reason in self._unavailable_adapters.items() if self._board.closed.get(name) == reason
+        }
+        return any(unavailable.intersection(adapters) for adapters in self._board.left(self._ledger.statuses()))
 
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:
@@ -206,7 +227,7 @@ class Scheduler:
         now = self._clock.monotonic()
         if self._local.deferred and now >= self._deferred_until:
             if not self._local.active_attempts:
-                self._last_tries -= 1
+                self._final_tries_left -= 1
             self._merge_queue.waiting.extendleft(reversed(self._local.deferred))
             self._local.deferred.clear()
         if not self._landing and self._may_land(now):
@@ -215,16 +236,16 @@ class Scheduler:
         starts = choose_tasks(self._board, await self._free(now), now)
         tips: dict[bool, str] = {}
         for task in starts:
-            work = await self._prepare(task, tips)
-            if self._is_start_blocked:  # while we asked where to start from
+            attempt = await self._prepare(task, tips)
+            if self._is_start_blocked:  # it changed while the start point was read
                 return
-            if work is not None:
-                self._local.active_attempts[task] = work
-                group.start_soon(self._attempt, work)
+            if attempt is not None:
+                self._local.active_attempts[task] = attempt
+                group.start_soon(self._attempt, attempt)
         await self._note_waiting()
 
     async def _prepare(self, task: str, tips: dict[bool, str]) -> ActiveAttempt | None:
-        """Return the next attempt of a task that is to start; None where it may not any more."""
+        """Return the next attempt of a task; None if the task may no longer start."""
         spec = await self._ledger.spec(task)
         if self._budgets.is_halted():
             return None
@@ -232,8 +253,8 @@ class Scheduler:
             reason = f"a merge run starts no session: `council merge {merged}` merges again"
             await self._refuse(task, Failed(FailureClass.INVALID, reason))
             return None
-        if self._local.has_open_parts(task):  # which its plan became elsewhere
-            await self._ledger.learn_tasks()
+        if self._local.has_open_subtasks(task):  # subtasks that another process created
+            await self._ledger.load_new_tasks()
             self._local.wait(task)
             self._local.wake()
             return None
@@ -242,55 +263,55 @@ class Scheduler:
             await self._refuse(task, obstacle)
             return None
         try:
-            turn = await self._phase_starter.turn(task, spec)
-            if isinstance(turn, NoPhaseLeft):
-                await self._apply_outcome(task, await self._attempts.rest(task, turn))
-                self._local.wake()  # what needs it may start
+            next_phase = await self._phase_starter.turn(task, spec)
+            if isinstance(next_phase, NoPhaseLeft):
+                await self._apply_outcome(task, await self._attempts.finish(task, next_phase))
+                self._local.wake()  # dependent tasks may start
                 return None
-            start = await self._base_selector.of(task, spec, turn, tips)
-            if not self._board.is_running(task):  # it was cancelled meanwhile
+            start = await self._base_selector.of(task, spec, next_phase, tips)
+            if not self._board.is_running(task):  # cancelled in the meantime
                 return None
-            return await self._attempts.prepare(task, spec, turn, self._board.adapter_of(task), start)
+            return await self._attempts.prepare(task, spec, next_phase, self._board.adapter_of(task), start)
         except (
             RefusedError,
             HandoffCorrupted,
-        ) as error:  # a template, a condition, or what was handed over is at fault
+        ) as error:  # an invalid template, condition or handoff
             await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None
 
     async def _check_retry_limit(self, task: str) -> Failed | None:
-        """Return why a task may not be tried again: its own attempts and those that were taken over were too many."""
+        """Return why a task has no retries left, counting its own attempts and takeovers."""
         claims, timing = self._ledger.claims, self._ledger.orchestrators.timing
         if claims is None:
             return None
         claim = await claims.read(task)
         if claim is None or should_try(claim, None, timing, ignored=None) is not ClaimVerdict.TRIED_OUT:
             return None
-        reason = f"it was tried {claim.retries + 1} times, some of them by orchestrators that were gone before its end"
-        return Failed(FailureClass.CRASHED, f"{reason}: see to those, then `council retry {task}`")
+        reason = f"tried {claim.retries + 1} times, some of them by orchestrators that exited before its end"
+        return Failed(FailureClass.CRASHED, f"{reason}: find out why they exited, then `council retry {task}`")
 
     async def _note_waiting(self) -> None:
-        """Say once that nothing is left to do but to wait for adapters that are parked, and for people."""
+        """Record once that the run only waits for adapters that cool down, or for people."""
         if self._is_active() or self._has_pending_landings() or self._local.elsewhere or self._is_start_blocked:
             return
-        awaited, asked = self._board.awaited(), self._awaiting_approval()
+        awaited, approvals = self._board.awaited(), self._awaiting_approval()
         if (
             (not awaited and self._board.has_work())
-            or not (awaited or asked)
-            or (awaited, asked) == self._last_noted_wait
+            or not (awaited or approvals)
+            or (awaited, approvals) == self._last_noted_wait
         ):
             return
-        self._last_noted_wait = awaited, asked
+        self._last_noted_wait = awaited, approvals
         ends = [(await self._ledger.adapter(name)).parked_until for name in awaited]
         facts = {"until": min(filter(None, ends), default=None), "adapters": sorted(awaited, key=awaited.__getitem__)}
-        await self._ledger.note("run.waiting", {**facts, "approvals": list(asked)})
+        await self._ledger.note("run.waiting", {**facts, "approvals": list(approvals)})
 
-    async def _refuse(self, task: str, why: Failed) -> None:
-        """End a task that may have no further session."""
-        facts = {"outcome": why.failure, "reason": why.reason}
+    async def _refuse(self, task: str, failure: Failed) -> None:
+        """Fail a task that may have no further session."""
+        facts = {"outcome": failure.failure, "reason": failure.reason}
         try:
-            await self._ledger.change(task, Trigger.FAIL, facts, reason=why.reason)
-        except (ClaimLost, VersionConflict):  # another orchestrator was quicker
+            await self._ledger.change(task, Trigger.FAIL, facts, reason=failure.reason)
+        except (ClaimLost, VersionConflict):  # another orchestrator was first
             await self._ledger.refresh(task)
             self._local.sync_task(task)
         else:
@@ -298,13 +319,19 @@ class Scheduler:
         self._local.wake()
 
     def _may_land(self, now: float) -> bool:
-        """Whether to land what waits now, rather than a little later with what sessions are just about to bring."""
+        """Return True if the queue should land now.
+
+        Otherwise it waits briefly for sessions that are about to finish.
+        """
         waiting = len(self._merge_queue.waiting)
         is_full = waiting >= self._capacity.sessions or not self._local.active_attempts
         return waiting > 0 and (is_full or now >= self._batch_until)
 
     async def _free(self, now: float) -> int:
-        """How many sessions may start. None while more is built than can be landed: it would only grow stale."""
+        """Return how many sessions may start now.
+
+        Zero while the queue to land is full: more built work would only become stale.
+        """
         is_full = len(self._merge_queue.waiting) >= self._capacity.sessions
         if is_full or now < self._paused_until or self._is_start_blocked:
             return 0
@@ -315,13 +342,13 @@ class Scheduler:
         return self._stopping or self._only_lands or self.halted is not None
 
     def _is_active(self) -> bool:
-        return bool(self._local.active_attempts or self._landing or self._others.is_busy)
+        return bool(self._local.active_attempts or self._landing or self._peers.is_busy)
 
     def _has_pending_landings(self) -> bool:
-        return bool(self._merge_queue.waiting or (self._local.deferred and self._last_tries > 0))
+        return bool(self._merge_queue.waiting or (self._local.deferred and self._final_tries_left > 0))
 
     def _awaiting_approval(self) -> dict[str, int]:
-        """Return the tasks that wait for a person, each with the number of the phases that it was at."""
+        """Map each task that waits for approval to the number of its phase visits."""
         statuses = self._ledger.statuses().items()
         return {task: len(self._ledger.task(task).phases) for task, status in statuses if status is TaskStatus.WAITING}
 
@@ -332,12 +359,15 @@ class Scheduler:
             return True
         if self._has_pending_landings():
             return False
-        # Asked last: who waits for a person is looked for among all tasks.
+        # Last, because it searches all tasks.
         is_open = self._board.has_work() or self._is_waiting_for_peers() or self._awaiting_approval()
         return self._is_start_blocked or not is_open
 
     def _is_waiting_for_peers(self) -> bool:
-        """Whether tasks of others may bring more work: not where theirs and ours all wait for the target."""
+        """Return True if tasks of other orchestrators may still create work.
+
+        False if theirs and ours all wait for the target.
+        """
         statuses = self._ledger.statuses()
         are_built = all(statuses[task] in LANDING_STATUSES for task in self._local.elsewhere)
         return bool(self._local.elsewhere) and not (self._local.deferred and are_built)
@@ -353,25 +383,25 @@ class Scheduler:
             times.append(self._capacity.recheck_at)
         await self._local.pause(min((time for time in times if time is not None), default=None))
 
-    async def _attempt(self, work: ActiveAttempt) -> None:
-        await self._repository_guard.begin(work.task)
-        after = await self._attempts.perform(work)
-        await self._repository_guard.end(work.task)
-        if work.task in self._local.cancelled:  # perhaps only since the attempt's end was recorded
-            await cancel_task(self._ledger, work.task)
-        # The board hears of it last: from then on the task may have its next session.
-        del self._local.active_attempts[work.task]
-        if not self._local.active_attempts:  # nothing else is at work that the wait for the user could be hidden behind
+    async def _attempt(self, attempt: ActiveAttempt) -> None:
+        await self._repository_guard.begin(attempt.task)
+        outcome = await self._attempts.perform(attempt)
+        await self._repository_guard.end(attempt.task)
+        if attempt.task in self._local.cancelled:  # perhaps after the end of the attempt was recorded
+            await cancel_task(self._ledger, attempt.task)
+        # The board is updated last: from then on the task may start its next session.
+        del self._local.active_attempts[attempt.task]
+        if not self._local.active_attempts:  # no session is left to hide the wait for the user behind
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + FINAL_LANDING_DELAY)
-        await self._apply_outcome(work.task, after)
+        await self._apply_outcome(attempt.task, outcome)
         self._local.wake()
 
-    async def _apply_outcome(self, task: str, after: AttemptOutcome | ClaimedElsewhere) -> None:
-        if isinstance(after, ClaimedElsewhere):
+    async def _apply_outcome(self, task: str, outcome: AttemptOutcome | ClaimedElsewhere) -> None:
+        if isinstance(outcome, ClaimedElsewhere):
             (self._local.sync_task if self._ledger.is_claimed_elsewhere(task) else self._local.take_over)(task)
             return
-        self._shortages = self._shortages if isinstance(after, ResourceShortage) else 0
-        match after:
+        self._shortages = self._shortages if isinstance(outcome, ResourceShortage) else 0
+        match outcome:
             case ReadyToLand():
                 self._board.built(task)
                 self._merge_queue.waiting.append(task)
@@ -383,7 +413,7 @@ class Scheduler:
             case RetryAfter(delay):
                 self._local.wait(task, delay or 0.0)
             case AdapterCoolingDown(adapter, until):
-                self._local.park(adapter, until)
+                self._local.cool_down(adapter, until)
                 self._local.wait(task)
             case AdapterDisabled(adapter, reason):
                 self._board.close(adapter, reason)
@@ -395,12 +425,12 @@ class Scheduler:
                 self._local.wait(task)
                 self._give_up(reason)
             case _:
-                assert_never(after)
+                assert_never(outcome)
         self._apply_late_request(task)
 
     async def _pause_starts(self, reason: str) -> None:
-        """Start nothing for a while: the machine has not enough of something."""
-        if self._paused_until > self._clock.monotonic():  # another session has met the same
+        """Start nothing for a while, because the machine is short of a resource."""
+        if self._paused_until > self._clock.monotonic():  # another session reported the same shortage
             return
         self._shortages += 1
         pause = retry_delay(SHORTAGE_BACKOFF, self._shortages)
@@ -408,7 +438,7 @@ class Scheduler:
         await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
 
     def _apply_late_request(self, task: str) -> None:
-        match self._ledger.task(task).status:  # a person may have asked for something since the end was recorded
+        match self._ledger.task(task).status:  # a request may have arrived since the end was recorded
             case TaskStatus.CANCELLED:
                 self._local.drop(task)
             case TaskStatus.PENDING:
@@ -424,7 +454,7 @@ class Scheduler:
         self._local.wake()
 
     async def _remove_homes(self, tasks: Sequence[str]) -> None:
-        """Remove the homes of tasks that have landed or are done: nobody goes on with them."""
+        """Delete the adapter homes of tasks that landed or are done: nothing resumes them."""
         await adapter_homes.remove_homes(self._context.tools.logs, tasks, self._context.tools.environ)
 
     async def _apply_landing(self, task: str) -> None:
@@ -441,6 +471,6 @@ class Scheduler:
         self._local.deferred.append(task)
 
     async def _run_monitor_as_leader(self) -> None:
-        """Look after the state, once this is the run's coordinator."""
+        """Watch the state store once this orchestrator leads the run."""
         await self._ledger.became_leader.wait()
         await self._monitor.watch()

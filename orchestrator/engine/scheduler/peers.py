@@ -1,4 +1,7 @@
-"""What a process does about the others in a run: it follows what they do, stands in for who is gone, and is asked."""
+"""Coordinate with the other orchestrators of a run.
+
+Follow their changes, take over tasks of dead ones, and handle requests.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ from orchestrator.engine.scheduler.recovery import remove_abandoned, take_over_t
 from orchestrator.engine.scheduler.requests import (
     approve_phase,
     cancel_task,
-    parts_to_cancel,
     record_ignored,
     reject_phase,
     retry_task,
+    subtasks_to_cancel,
 )
 from orchestrator.engine.state.ledger import ExternalChange, Ledger
 from orchestrator.errors import StoreUnavailable
@@ -36,48 +39,57 @@ from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: Seconds that a session which was told to stop, or a landing, gets to be over, and between two looks whether it is.
+#: Seconds to wait for a stopped session or a landing to end, and between polls of that.
 _STOP_TIMEOUT: Final = 60.0
 _POLL_INTERVAL: Final = 0.05
-#: Seconds between two looks at the locks of this machine's orchestrators.
+#: Seconds between checks of the liveness locks of this machine.
 LIVENESS_INTERVAL: Final = 0.5
 
 
 class PeerSync:
-    """Enters what others do into what this process has in hand, beside the scheduler."""
+    """Applies the changes of other orchestrators to this process.
+
+    It runs concurrently with the scheduler.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
-        workshop: RunContext,
+        context: RunContext,
         pool: SlotPool,
-        hand: LocalWork,
+        local: LocalWork,
         budgets: Budgets,
         clock: Clock,
         halt: Callable[[HaltCause, str], None],
         is_ending: Callable[[], bool],
     ) -> None:
-        """Call `halt` with the reason where the run was stopped; take nothing over once it `is_ending`."""
-        self._ledger, self._context, self._pool, self._local = ledger, workshop, pool, hand
+        """Call `halt` with the reason if the run is halted.
+
+        Take over nothing once `is_ending()`.
+        """
+        self._ledger, self._context, self._pool, self._local = ledger, context, pool, local
         self._budgets, self._clock = budgets, clock
         self._halt, self._is_ending = halt, is_ending
-        self._reconciler = Reconciler(ledger, workshop)
-        self._asked: deque[RunRequest] = deque()
-        """What is yet to be done of what was asked for, in its order."""
-        self._is_asked = anyio.Event()
+        self._reconciler = Reconciler(ledger, context)
+        self._requests: deque[RunRequest] = deque()
+        """Requests to handle, in order."""
+        self._request_added = anyio.Event()
         self._is_sweeping = False
         self._sweep_due = anyio.Event()
-        """Set to have the next sweep at once."""
+        """Set to run the next sweep now."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is being done for others, of which more work may come."""
-        return self._is_sweeping or bool(self._asked)
+        """Return True while a sweep or request is processed that may create work."""
+        return self._is_sweeping or bool(self._requests)
 
     async def follow(self) -> None:
-        """Keep up with what other orchestrators do, and hear what is asked of this one."""
+        """Apply changes of other orchestrators.
+
+        The leader of the run also queues requests.
+        """
         async for change in self._ledger.changes():
-            # What is half done would leave the board and the documents apart.
+            # A partial change would leave the board and the documents inconsistent.
             with anyio.CancelScope(shield=True):
                 await self._apply_change(change)
 
@@ -89,7 +101,7 @@ class PeerSync:
         if change.halted is not None:
             self._halt(*change.halted)
         if change.adapter is not None:
-            # The newest: this process may have learned more since, and heeded it.
+            # Read the newest document: this process may have applied a later one.
             self._local.update_adapter(change.adapter, await self._ledger.adapter(change.adapter))
         if change.has_new_tasks:
             self._local.add_planned_tasks()
@@ -99,30 +111,36 @@ class PeerSync:
         self._local.wake()
 
     async def renew(self) -> None:
-        """Give signs of life, whatever else is going on."""
-        others = self._ledger.orchestrators
+        """Send heartbeats, independent of all other work."""
+        orchestrators = self._ledger.orchestrators
         while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + others.timing.heartbeat)
-            with suppress(StoreUnavailable):  # whatever must be recorded will say so
-                await others.renew()
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + orchestrators.timing.heartbeat)
+            with suppress(StoreUnavailable):  # mandatory commits report the outage
+                await orchestrators.renew()
 
     async def detect_dead_peers(self) -> None:
-        """Sweep as soon as an orchestrator of this machine has ended: the kernel frees its lock at once."""
-        others, locks = self._ledger.orchestrators, self._context.hub.liveness_locks
+        """Sweep as soon as an orchestrator of this machine exits.
+
+        The kernel releases its lock at once.
+        """
+        orchestrators, locks = self._ledger.orchestrators, self._context.hub.liveness_locks
         known = frozenset[str]()
-        with suppress(StoreUnavailable):  # then the next sweep finds those that had ended before this look
-            known = frozenset(name for name, one in (await others.all()).items() if one.ended is None)
+        with suppress(StoreUnavailable):  # the next sweep finds orchestrators that exited before this
+            known = frozenset(name for name, record in (await orchestrators.all()).items() if record.ended is None)
         while True:
-            with suppress(OSError, StoreUnavailable):  # no descriptor left: look again later
-                living = await locks.list_alive(self._ledger.run.id)
-                if ended := known - living:
-                    others.expire_liveness(ended)
+            with suppress(OSError, StoreUnavailable):  # no file descriptor left: retry later
+                alive = await locks.list_alive(self._ledger.run.id)
+                if exited := known - alive:
+                    orchestrators.expire_liveness(exited)
                     self._sweep_due.set()
-                known = living
+                known = alive
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + LIVENESS_INTERVAL)
 
     async def sweep(self) -> None:
-        """Take over from orchestrators that are gone, lead the run if nobody does, and see what others landed."""
+        """Take over tasks of dead orchestrators and adopt external landings.
+
+        Lead the run if nobody does.
+        """
         while True:
             await self._clock.wait(self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
             self._sweep_due = anyio.Event()
@@ -143,49 +161,54 @@ class PeerSync:
         for task in await take_over_tasks(self._ledger, self._context, self._clock):
             self._local.take_over(task)
         await self.clean_up_abandoned()
-        for task in await self._reconciler.look(frozenset(self._local.merge_queue.landing)):
+        for task in await self._reconciler.adopt_landings(frozenset(self._local.merge_queue.landing)):
             self._local.sync_task(task)
 
     async def clean_up_abandoned(self) -> None:
-        """Remove what orchestrators that are gone left behind and no task is at any more: sessions, then places."""
+        """Remove unused leftovers of dead orchestrators.
+
+        Session folders go first, then worktree slots.
+        """
         await remove_abandoned(self._ledger, self._context)
         await self._pool.clear()
 
     def _enqueue_request(self, request: RunRequest) -> None:
-        self._asked.append(request)
-        self._is_asked.set()
+        self._requests.append(request)
+        self._request_added.set()
 
     async def handle_requests(self) -> None:
-        """Do what is asked of the run, one after the other; what others do is followed meanwhile."""
+        """Handle requests one by one, while changes of others are still followed."""
         while True:
-            await self._is_asked.wait()
-            self._is_asked = anyio.Event()
-            while self._asked:
-                with anyio.CancelScope(shield=True):  # what is half done would leave the board and the documents apart
-                    await self._handle_request(self._asked[0])
-                self._asked.popleft()
+            await self._request_added.wait()
+            self._request_added = anyio.Event()
+            while self._requests:
+                with anyio.CancelScope(
+                    shield=True
+                ):  # a partial change would leave the board and the documents inconsistent
+                    await self._handle_request(self._requests[0])
+                self._requests.popleft()
                 self._local.wake()
 
     async def _handle_request(self, request: RunRequest) -> None:
-        if request not in await self._ledger.requests():  # who has just become the coordinator hears some of them twice
+        if request not in await self._ledger.requests():  # a new leader sees some requests twice
             return
         if any(task not in self._ledger for task in request.tasks):
-            await self._ledger.learn_tasks()
+            await self._ledger.load_new_tasks()
             self._local.add_planned_tasks()
         for task in request.tasks:
             await self._perform(request, task)
         if request.action is RequestAction.IGNORE:
-            await self._until_over(request.tasks)
+            await self._wait_until_ended(request.tasks)
         for adapter in request.adapters:
             self._local.update_adapter(adapter, await self._ledger.reopen(adapter))
         await record_ignored(self._ledger, request)
         failpoint("request.applied")
-        await self._ledger.answer(request)
+        await self._ledger.complete_request(request)
 
     async def _perform(self, request: RunRequest, task: str) -> None:
         match request.action:
             case RequestAction.RETRY:
-                await self._revive(task, request.phase)
+                await self._retry(task, request.phase)
             case RequestAction.APPROVE:
                 if await approve_phase(self._ledger, task, request.reason):
                     self._local.continue_task(task)
@@ -195,8 +218,11 @@ class PeerSync:
             case _:
                 await self._cancel(task)
 
-    async def _until_over(self, tasks: Sequence[str]) -> None:
-        """Wait for sessions that are being stopped: until they are over, attempts have the documents to themselves."""
+    async def _wait_until_ended(self, tasks: Sequence[str]) -> None:
+        """Wait until sessions that are being stopped have ended.
+
+        Until then their attempts change the tasks.
+        """
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
                 while self._is_ending_here(task):
@@ -205,47 +231,53 @@ class PeerSync:
     def _is_ending_here(self, task: str) -> bool:
         return self._ledger.task(task).status not in FINAL_STATUSES and not self._ledger.is_claimed_elsewhere(task)
 
-    async def _revive(self, task: str, phase: str | None) -> None:
+    async def _retry(self, task: str, phase: str | None) -> None:
         if self._ledger.task(task).status in RETRYABLE_STATUSES:
-            for part in await parts_to_cancel(self._ledger, task, phase):
-                await self._cancel(part)
+            for subtask in await subtasks_to_cancel(self._ledger, task, phase):
+                await self._cancel(subtask)
             self._local.cancelled.discard(task)
             if await retry_task(self._ledger, task, phase):
                 self._local.revive(task)
 
     async def _cancel(self, task: str) -> None:
-        until = self._clock.monotonic() + _STOP_TIMEOUT
+        deadline = self._clock.monotonic() + _STOP_TIMEOUT
         while not await self._try_to_cancel(task):
-            if self._is_ending() or self._clock.monotonic() >= until:
+            if self._is_ending() or self._clock.monotonic() >= deadline:
                 break
             await anyio.sleep(_POLL_INTERVAL)
 
     async def _try_to_cancel(self, task: str) -> bool:
-        """Whether a task that is not wanted is over now or ends as soon as it can; not while it lands elsewhere."""
-        hand, status = self._local, self._ledger.task(task).status
+        """Return True if a task has ended or ends as soon as it can.
+
+        False while it lands elsewhere.
+        """
+        local, status = self._local, self._ledger.task(task).status
         is_elsewhere, is_landing = self._ledger.is_claimed_elsewhere(task), status is TaskStatus.LANDING
         if status in FINAL_STATUSES:
             return True
         if is_elsewhere and is_landing:
             return False
-        hand.cancelled.add(task)
-        if task in hand.active_attempts and not is_elsewhere:
-            hand.active_attempts[task].cancel()
-        elif (task in hand.merge_queue.landing or is_landing) and not is_elsewhere:
-            hand.merge_queue.cancel(task)  # what comes of it is told when it is known whether the target moved
+        local.cancelled.add(task)
+        if task in local.active_attempts and not is_elsewhere:
+            local.active_attempts[task].cancel()
+        elif (task in local.merge_queue.landing or is_landing) and not is_elsewhere:
+            local.merge_queue.cancel(task)  # the outcome is recorded once it is known whether the target moved
         else:
             return await self._end(task)
         return True
 
     async def _end(self, task: str) -> bool:
-        """End a task that this process is not at, wherever it is; False where somebody has just begun to land it."""
-        hand = self._local
-        hand.drop(task)
+        """Cancel a task that this process is not running.
+
+        Return False if its landing has just started elsewhere.
+        """
+        local = self._local
+        local.drop(task)
         if await cancel_task(self._ledger, task):
             return True
         if not self._ledger.is_claimed_elsewhere(task) and self._ledger.task(task).status is TaskStatus.LANDING:
-            hand.take_over(task)  # that was begun where it was, just before it was taken from there
+            local.take_over(task)  # the previous owner began it just before it lost the claim
             return True
-        hand.cancelled.discard(task)
-        hand.sync_task(task)
+        local.cancelled.discard(task)
+        local.sync_task(task)
         return self._ledger.task(task).status in FINAL_STATUSES

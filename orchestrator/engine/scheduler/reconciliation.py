@@ -1,4 +1,7 @@
-"""Finds work that somebody else has landed: a person by hand, or whoever merged a pull request of its branch."""
+"""Find work that somebody else landed.
+
+A person may have landed it manually, or merged a pull request of its branch.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,39 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost, GitError, VersionConflict
 
-#: Where what was built may have been landed by others, by hand or squashed.
+#: States in which built work may have been landed by others, manually or squashed.
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CONFLICT, TaskStatus.FAILED})
-#: Where a recorded merge counts that is on the target.
+#: States in which a recorded merge on the target counts as the landing.
 _OPEN = _BUILT | {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING}
 
-_LANDED_EXTERNALLY = "somebody else has landed it"
+_LANDED_EXTERNALLY = "landed externally"
 
 
 class Reconciler:
-    """Looks at a run's target each time that this has moved."""
+    """Compares the tasks of a run with its target each time the target moves."""
 
-    def __init__(self, ledger: Ledger, shop: RunContext) -> None:
-        self._ledger, self._context = ledger, shop
+    def __init__(self, ledger: Ledger, context: RunContext) -> None:
+        self._ledger, self._context = ledger, context
         self._seen: tuple[str | None, int] | None = None
 
-    async def look(self, busy: frozenset[str]) -> list[str]:
-        """Record as landed what is on the target otherwise than by this orchestrator; return those tasks.
+    async def adopt_landings(self, busy: frozenset[str]) -> list[str]:
+        """Record as landed what others put on the target; return those tasks.
 
-        It is for those that are its own, and, if it coordinates the run, those that are nobody's; not for tasks that
-        are `busy` landing.
+        Covers the tasks of this orchestrator and, if it leads the run, unclaimed tasks; not tasks that are `busy`
+        landing.
         """
         target = self._context.target
         try:
             await target.refresh()
-            # A task that has failed since may have been landed before.
-            now = (target.known, sum(self._ledger.task(task).status in _BUILT for task in self._ledger.run.tasks))
-            if now == self._seen:
+            # A task that failed since then may have landed before.
+            snapshot = (target.known, sum(self._ledger.task(task).status in _BUILT for task in self._ledger.run.tasks))
+            if snapshot == self._seen:
                 return []
-            found = [task for task in self._ledger.run.tasks if task not in busy and await self._adopt(task)]
-        except GitError:  # it can't be reached: the next look will tell
+            adopted = [task for task in self._ledger.run.tasks if task not in busy and await self._adopt(task)]
+        except GitError:  # unreachable: the next sweep retries
             return []
-        self._seen = now
-        return found
+        self._seen = snapshot
+        return adopted
 
     async def _adopt(self, task: str) -> bool:
         document = self._ledger.task(task)
@@ -56,12 +59,15 @@ class Reconciler:
         facts = {"landed": commit, "reason": reason, "external": reason is not None}
         try:
             await self._ledger.change(task, Trigger.ADOPT, facts, landed=commit, reason=reason, branch=None)
-        except (ClaimLost, VersionConflict):  # another orchestrator was quicker
+        except (ClaimLost, VersionConflict):  # another orchestrator was first
             return False
         return True
 
     async def _landed_by_others(self, document: TaskDocument) -> str | None:
-        """Return the commit of the target that has what a task built, though not by a recorded merge."""
+        """Return the commit of the target that contains a task's work.
+
+        Only work without a recorded merge counts.
+        """
         tip, built = self._context.target.known, document.commit
         if document.status not in _BUILT or built is None or tip is None:
             return None
@@ -71,5 +77,5 @@ class Reconciler:
             return since.split("\n")[-1] or built
         tree, conflicts = await git.merge_tree(tip, built)
         if not conflicts and tree == await git.line("rev-parse", f"{tip}^{{tree}}"):
-            return tip  # squashed, or made anew
+            return tip  # squashed or recreated
         return None

@@ -1,4 +1,7 @@
-"""What a person asks of a run from another process: recorded in the store, dealt with by the run's owner."""
+"""Requests to a run from another process.
+
+They are recorded in the store, and the leader of the run handles them.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +45,11 @@ from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: Characters of what a person says of what they approve or reject.
+#: Most characters of a note on an approval or rejection.
 MAX_NOTE_LENGTH: Final = 10_000
-#: States in which a task takes over what its file says and stays: an attempt or a landing of it reads that later.
+#: States that a reload keeps: an attempt or a landing reads the new specification later.
 _RELOADED: Final = frozenset({TaskStatus.PENDING, TaskStatus.QUEUED})
-#: Another orchestrator has just begun a task, or ended it.
+#: Raised if another orchestrator has just started or ended a task.
 _OVERTAKEN: Final = (ClaimLost, VersionConflict)
 
 
@@ -58,10 +61,11 @@ def check_request(
     even_waiting: bool = False,
     is_live: bool,
 ) -> None:
-    """Refuse what can't be done for tasks in their present state; `is_live`: a process is active in the run.
+    """Reject a request that the state of its tasks does not allow.
 
-    A retry accepts blocked tasks together with the failed ones that they need. With `even_waiting` also tasks that wait
-    to start or to land, for a reload that leaves them in their state.
+    A retry accepts blocked tasks together with the failed tasks that they need. With `even_waiting` it also accepts
+    tasks that wait to start or to land, for a reload that leaves them in their state. `is_live` is True if a process is
+    active in the run.
     """
     if action is RequestAction.RETRY and record.run.merges is not None:
         raise _explain_merge_retry(record.run, record.tasks[MERGE_TASK].status)
@@ -70,8 +74,8 @@ def check_request(
         status = record.tasks[task].status
         if action in {RequestAction.APPROVE, RequestAction.REJECT}:
             if status is not TaskStatus.WAITING:
-                what = f"task {task!r} does not wait for approval (state: {status})"
-                raise RefusedError(what, "`council status` names those that do")
+                message = f"task {task!r} does not wait for approval (state: {status})"
+                raise RefusedError(message, "`council status` lists the tasks that do")
         elif action is not RequestAction.RETRY:
             if status in FINAL_STATUSES and action is not RequestAction.CANCEL:  # nothing is left to cancel
                 state = status.replace("_", " ")
@@ -79,8 +83,8 @@ def check_request(
         elif task in blocked:
             missing = [need for need in record.failed_needs(task) if need not in tasks]
             if missing:
-                what = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
-                raise RefusedError(what, f"`council retry {' '.join(map(shlex.quote, missing))}`")
+                message = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
+                raise RefusedError(message, f"`council retry {' '.join(map(shlex.quote, missing))}`")
         elif status not in RETRYABLE_STATUSES and not (even_waiting and status in _RELOADED):
             raise _explain_not_retryable(task, status, may_reload=TASKS_KEY not in record.run.given, is_live=is_live)
 
@@ -97,69 +101,79 @@ def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
 
 
 def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, is_live: bool) -> RefusedError:
-    """Return why a task that is not blocked can't be tried again, and what to do instead."""
+    """Return why a task that is not blocked cannot be retried, and what to do instead."""
     match status:
         case TaskStatus.LANDED:
             return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
         case TaskStatus.DONE:
             return RefusedError(f"task {task!r} is done", "start a new run to do it again")
         case TaskStatus.WAITING:
-            remedy = f"`council approve {task}`, or `council reject {task}` has its phase done again"
+            remedy = f"`council approve {task}`, or `council reject {task}` to repeat its phase"
             return RefusedError(f"task {task!r} waits for approval", remedy)
     remedy = "cancel it first, or wait"
     if not is_live:
         remedy = "no process is active in the run: `council resume` continues it"
         if may_reload and status in _RELOADED:
-            remedy += f" (with changes of the file: `council retry {shlex.quote(task)} --reload` first)"
+            remedy += f" (to apply changes of the file first: `council retry {shlex.quote(task)} --reload`)"
     return RefusedError(f"task {task!r} has not ended (state: {status})", remedy)
 
 
 def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
-    """Return those of a run's adapters that are to be reopened: the named ones, or all that can't be used now.
+    """Return the adapters to enable.
 
-    RefusedError for one that the run does not have, and where there is nothing to reopen.
+    These are the named ones, or all that are disabled or cooling down. RefusedError for an adapter that the run does
+    not have, and if there is nothing to enable.
     """
-    shut = {name for name, one in record.adapters.items() if one.closed is not None or (one.parked_until or 0.0) > now}
+    unavailable = {
+        name
+        for name, document in record.adapters.items()
+        if document.closed is not None or (document.parked_until or 0.0) > now
+    }
     known = ", ".join(record.run.adapters)
     for name in adapters:
         if name not in record.run.adapters:
             raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"name one of: {known}")
-        if name not in shut:
-            raise RefusedError(f"adapter {name!r} of run {record.run.id} is in use", "there is nothing to reopen")
-    if not shut:
-        raise RefusedError(f"no adapter of run {record.run.id} is stopped or paused", "there is nothing to reopen")
-    return list(adapters) or sorted(shut)
+        if name not in unavailable:
+            raise RefusedError(
+                f"adapter {name!r} of run {record.run.id} is neither disabled nor cooling down",
+                "there is nothing to reopen",
+            )
+    if not unavailable:
+        raise RefusedError(
+            f"no adapter of run {record.run.id} is disabled or cooling down", "there is nothing to reopen"
+        )
+    return list(adapters) or sorted(unavailable)
 
 
 def check_reason(reason: str) -> None:
-    """Refuse what says nothing, and what may not be recorded."""
+    """Reject an empty reason and one that contains a secret."""
     if not reason.strip():
-        raise RefusedError("the reason is empty", "say why nobody is to try the task")
+        raise RefusedError("the reason is empty", "give the reason to ignore the task")
     if has_secret_key(reason):
-        raise RefusedError("the reason holds what looks like a secret key, and is recorded", "leave it out")
+        raise RefusedError("the reason contains what looks like a secret key, and would be recorded", "remove it")
 
 
 def check_note(note: str | None) -> None:
-    """Refuse what may not be recorded, and what would be too much to tell a session."""
+    """Reject a note that is empty, too long, or contains a secret."""
     if note is None:
         return
     if not note.strip():
-        raise RefusedError("the note is empty", "say something, or leave `--note` out")
+        raise RefusedError("the note is empty", "write a note, or omit `--note`")
     if len(note) > MAX_NOTE_LENGTH:
-        raise RefusedError(f"the note has {len(note)} characters", f"say it in {MAX_NOTE_LENGTH}")
+        raise RefusedError(f"the note has {len(note)} characters", f"shorten it to {MAX_NOTE_LENGTH}")
     if has_secret_key(note):
-        raise RefusedError("the note holds what looks like a secret key, and is recorded", "leave it out")
+        raise RefusedError("the note contains what looks like a secret key, and would be recorded", "remove it")
 
 
 def check_phase(task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:
-    """Refuse to go on from a phase that is none of those `known` of a task, or that others have to precede."""
+    """Reject a phase that is unknown or follows an incomplete phase."""
     if phase not in known:
-        remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: leave `--from` out"
+        remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: omit `--from`"
         raise RefusedError(f"task {task!r} has no phase {phase!r}", remedy)
-    left = find_first_incomplete(known, phase, document)
-    if left is not None:
-        what = f"phase {left!r} of task {task!r} comes before {phase!r} and is not complete"
-        raise RefusedError(what, f"`council retry {task} --from {left}`")
+    incomplete = find_first_incomplete(known, phase, document)
+    if incomplete is not None:
+        message = f"phase {incomplete!r} of task {task!r} precedes {phase!r} and is not complete"
+        raise RefusedError(message, f"`council retry {task} --from {incomplete}`")
 
 
 async def submit_request(
@@ -172,8 +186,8 @@ async def submit_request(
     phase: str | None = None,
     adapters: Sequence[str] = (),
 ) -> RunRequest:
-    """Record a request; whoever owns the run, or does so next, deals with it."""
-    asked = RunRequest(
+    """Record a request; the current or next leader of the run handles it."""
+    request = RunRequest(
         id=secrets.token_hex(4),
         action=action,
         tasks=tuple(tasks),
@@ -182,24 +196,24 @@ async def submit_request(
         phase=phase,
         adapters=tuple(adapters),
     )
-    event = Event("request.submitted", {"run": run, "request": asked.id, "action": str(action), "tasks": list(tasks)})
-    await store.commit(Commit([Write(request_key(run, asked.id), 0, asked.model_dump(mode="json"))], [event]))
+    event = Event("request.submitted", {"run": run, "request": request.id, "action": str(action), "tasks": list(tasks)})
+    await store.commit(Commit([Write(request_key(run, request.id), 0, request.model_dump(mode="json"))], [event]))
     failpoint("request.recorded")
-    return asked
+    return request
 
 
-async def is_answered(store: Store, run: str, request: RunRequest) -> bool:
-    """Whether a request has been dealt with."""
+async def is_handled(store: Store, run: str, request: RunRequest) -> bool:
+    """Return True if a request has been handled."""
     return await store.get(request_key(run, request.id)) is None
 
 
 async def apply_request(ledger: Ledger, request: RunRequest) -> None:
-    """Do what was asked of a run in which this process is at nothing; others may be."""
+    """Apply a request to a run in which this process has no work; others may have."""
     for task in request.tasks:
         match request.action:
             case RequestAction.RETRY:
-                for part in await parts_to_cancel(ledger, task, request.phase):
-                    await cancel_task(ledger, part)
+                for subtask in await subtasks_to_cancel(ledger, task, request.phase):
+                    await cancel_task(ledger, subtask)
                 await retry_task(ledger, task, request.phase)
             case RequestAction.APPROVE:
                 await approve_phase(ledger, task, request.reason)
@@ -211,13 +225,13 @@ async def apply_request(ledger: Ledger, request: RunRequest) -> None:
     for adapter in request.adapters:
         await ledger.reopen(adapter)
     failpoint("request.applied")
-    await ledger.answer(request)
+    await ledger.complete_request(request)
 
 
 async def cancel_task(ledger: Ledger, task: str) -> bool:
-    """End a task that waits for a session or to land, or is another orchestrator's; what it built stays on its branch.
+    """Cancel a task that waits or that another orchestrator owns.
 
-    False if it is over, or being landed: whoever has begun that brings it to its end.
+    Its work stays on its branch. Return False if it has ended, or is being landed: its owner completes that.
     """
     while await _is_ours_to_cancel(ledger, task):
         document = ledger.task(task)
@@ -235,7 +249,10 @@ async def cancel_task(ledger: Ledger, task: str) -> bool:
 
 
 async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
-    """Whether a task can be cancelled where it is now; it is taken from whoever has it."""
+    """Return True if a task can be cancelled in its current state.
+
+    Its claim is taken from any owner first.
+    """
     while (ledger.task(task).status, Trigger.CANCEL) in TRANSITIONS:
         if not ledger.is_claimed_elsewhere(task):
             return True
@@ -245,15 +262,18 @@ async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
 
 
 async def record_ignored(ledger: Ledger, request: RunRequest) -> None:
-    """Note of tasks that were cancelled why nobody is to try them; what has landed by then has."""
+    """Record on cancelled tasks why they are ignored.
+
+    Tasks that landed in the meantime stay landed.
+    """
     for task in request.tasks if request.action is RequestAction.IGNORE else ():
         if ledger.task(task).status is TaskStatus.CANCELLED:
             changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
             await ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
 
 
-async def parts_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple[str, ...]:
-    """Return what of an earlier plan is to be cancelled where a task is tried again from a phase on."""
+async def subtasks_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple[str, ...]:
+    """Return the subtasks of an earlier plan that a retry must cancel."""
     document = ledger.task(task)
     if document.status not in RETRYABLE_STATUSES:
         return ()
@@ -261,16 +281,19 @@ async def parts_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple
 
 
 async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> bool:
-    """Have a task that is over tried again, from a phase on, with all of its attempts before it; False if it is not."""
+    """Retry an ended task from a phase, with all its attempts available again.
+
+    Return False if it has not ended.
+    """
     workflow = ledger.workflow((await ledger.spec(task)).workflow)
-    work = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
+    cleared = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
     while (document := ledger.task(task)).status in RETRYABLE_STATUSES:
-        again = restart_task(workflow, document, phase)
+        restart = restart_task(workflow, document, phase)
         if superseded_parts(ledger, workflow, document, phase):
-            again["expanded"] = landed_parts(ledger, document)
-        fresh = {"failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
+            restart["expanded"] = landed_parts(ledger, document)
+        reset = {"failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
         try:
-            await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **fresh, **work, **again)
+            await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **reset, **cleared, **restart)
         except _OVERTAKEN:
             await ledger.refresh(task)
         else:
@@ -279,22 +302,25 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
 
 
 async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
-    """Let a task go on from what a person has approved; False if it waits for nobody."""
+    """Approve the result of a task's phase.
+
+    Return False if the task does not wait for approval.
+    """
     document, spec = ledger.task(task), await ledger.spec(task)
     if document.status is not TaskStatus.WAITING:
         return False
     workflow = ledger.workflow(spec.workflow)
     phase = workflow.phase(document.phases[-1].phase)
-    tasks = await _expand_approved_plan(ledger, task, spec, phase)
-    if isinstance(tasks, Sequence):  # what the run has come to meanwhile is in its way
-        return await reject_phase(ledger, task, "; ".join(map(str, tasks)))
-    following = workflow.after(phase.name)
+    expansion = await _expand_approved_plan(ledger, task, spec, phase)
+    if isinstance(expansion, Sequence):  # the run has changed, and the plan no longer fits
+        return await reject_phase(ledger, task, "; ".join(map(str, expansion)))
+    next_phases = workflow.after(phase.name)
     phases = change_last_visit(document, PhaseTrigger.APPROVE, note=note)
-    changes = {"phases": phases, "phase": following[0].name if following else None, "reason": None}
-    changes |= expansion_changes(ledger, task, tasks)
+    changes = {"phases": phases, "phase": next_phases[0].name if next_phases else None, "reason": None}
+    changes |= expansion_changes(ledger, task, expansion)
     facts = {"phase": phase.name, "note": note}
-    events = [("task.expanded", {"task": task, **describe_expansion(phase, tasks)})] if tasks else []
-    update = TaskUpdate(facts, changes, events=events, tasks=tasks)
+    events = [("task.expanded", {"task": task, **describe_expansion(phase, expansion)})] if expansion else []
+    update = TaskUpdate(facts, changes, events=events, tasks=expansion)
     await ledger.change_all(Trigger.APPROVE, {task: update})
     return True
 
@@ -302,7 +328,7 @@ async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
 async def _expand_approved_plan(
     ledger: Ledger, task: str, spec: TaskSpec, phase: Phase
 ) -> Mapping[str, TaskSpec] | Sequence[Violation]:
-    """Return the tasks that a plan becomes which is approved, or why it can't."""
+    """Return the tasks of an approved plan, or the violations that prevent it."""
     name = ledger.task(task).phases[-1].handoff
     if phase.expand is None or name is None:
         return {}
@@ -311,12 +337,15 @@ async def _expand_approved_plan(
 
 
 async def reject_phase(ledger: Ledger, task: str, note: str | None) -> bool:
-    """Have a phase done again whose result a person has not approved; False if it waits for nobody."""
+    """Repeat a phase whose result a person rejected.
+
+    Return False if the task does not wait for approval.
+    """
     document = ledger.task(task)
     if document.status is not TaskStatus.WAITING:
         return False
     visit = document.phases[-1]
-    reason = "a person did not approve it" if note is None else f"a person did not approve it: {note}"
+    reason = "rejected by a person" if note is None else f"rejected by a person: {note}"
     changes = {
         "phases": change_last_visit(document, PhaseTrigger.REJECT, note=note, reason=reason),
         "phase": visit.phase,

@@ -1,4 +1,7 @@
-"""Who coordinates a run: the holder of its lease, under the lease's epoch."""
+"""Leader election by the lease of a run.
+
+The holder of the lease leads the run, under the epoch of the lease.
+"""
 
 from __future__ import annotations
 
@@ -17,42 +20,45 @@ def _lease_key(run: str) -> Key:
 
 
 async def find_other_leader(store: Store, orchestrators: RunMembership) -> OrchestratorIdentity | None:
-    """Return who coordinates the run of these orchestrators, if somebody else than this one does who lives."""
+    """Return the live leader of the run if it is another orchestrator; None otherwise."""
     lease = await store.get(_lease_key(orchestrators.run))
-    found = None if lease is None or lease.damaged else lease.value.get("orchestrator")
-    if found in {None, orchestrators.me.id}:
+    leader = None if lease is None or lease.damaged else lease.value.get("orchestrator")
+    if leader in {None, orchestrators.me.id}:
         return None
-    holder = await orchestrators.find(found)
+    holder = await orchestrators.find(leader)
     if holder is None or await orchestrators.standing(holder) is not OwnerStatus.ALIVE:
         return None
     return holder.owner
 
 
 async def prepare_lease(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> tuple[Write, Guard]:
-    """Return the write that makes an orchestrator a run's coordinator, and the guard under which it is one then.
+    """Return the write that takes the lease of a run, and the guard of its epoch.
 
-    The write fails if somebody has become it since this was asked: so ask before looking whether anybody is.
+    The write fails if the lease changes after this call: so call this before looking for a live leader.
     """
     key = _lease_key(run)
     lease = await store.get(key)
     version = lease.version if lease else 0
-    # Each owner writes the lease once: its version is the epoch, and known even where its bytes are damaged.
+    # Each leader writes the lease once: its version is the epoch, known even if its bytes are damaged.
     value = {"orchestrator": owner.id, "host": owner.host, "pid": owner.pid, "since": clock.now(), "epoch": version + 1}
     return Write(key, version, value), Guard(key, version + 1)
 
 
 async def take_leadership(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> Guard:
-    """Become a run's owner under the next epoch without working in it; whoever was can write nothing any more."""
+    """Take the lease of a run under the next epoch without working in it.
+
+    Fence all its orchestrators.
+    """
     while True:
         write, guard = await prepare_lease(store, clock, run, owner)
         ended = {"ended": clock.now(), "reason": "a checkpoint of the run was restored"}
         fences = [
-            Write(one.key, one.version, {**one.value, **ended, "epoch": one.value["epoch"] + 1})
-            for one in await store.list("orchestrator", f"{run}/")
-            if one.value["ended"] is None
+            Write(record.key, record.version, {**record.value, **ended, "epoch": record.value["epoch"] + 1})
+            for record in await store.list("orchestrator", f"{run}/")
+            if record.value["ended"] is None
         ]
-        seized = Event("run.taken_over", {"run": run, "epoch": guard.epoch, "pid": owner.pid})
-        with suppress(VersionConflict):  # one of them has just renewed its record
-            await store.commit(Commit([write, *fences], [seized]))
+        taken_over = Event("run.taken_over", {"run": run, "epoch": guard.epoch, "pid": owner.pid})
+        with suppress(VersionConflict):  # an orchestrator has just renewed its record
+            await store.commit(Commit([write, *fences], [taken_over]))
             failpoint("run.taken_over")
             return guard

@@ -1,4 +1,7 @@
-"""A run that merges the branch of another run into its base: one task, which is built already. Pure."""
+"""Build a run that merges the target of another run into its base. Pure.
+
+It has one task, which is already built.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument, T
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
 
-#: The name of its task.
+#: Task name of a merge run.
 MERGE_TASK: Final = "merge"
 
 
 class MergeRun(NamedTuple):
-    """What is recorded of such a run."""
+    """The documents of such a run."""
 
     run: RunDocument
     spec: TaskSpec
@@ -33,12 +36,13 @@ def build_merge_run(
     common: str,
     now: float,
 ) -> MergeRun:
-    """Return the run `name`, which lands `commit` of a run's target on its base, as it is at `start`.
+    """Return the run `name`, which lands a run's target on its base.
 
-    `branch` keeps the commit; `common` is the base of the merge. What the tasks of the run were checked by (`specs`)
-    checks the merge, too. It has one attempt: no session follows where the merge fails.
+    `commit` is the commit to land, kept by `branch`; `start` is the commit of the base, and `common` the merge base.
+    The checks of the run's tasks (`specs`) also check the merge. The task has one attempt: no session follows if the
+    merge fails.
     """
-    own = {
+    run_changes = {
         "id": name,
         "merges": run.id,
         "target": run.base,
@@ -53,7 +57,7 @@ def build_merge_run(
         "halted": None,
         "extra": {},
     }
-    first = specs[0]
+    first_spec = specs[0]
     task = {
         "id": MERGE_TASK,
         "prompt": f"Merge the branch {run.target} into {run.base}.",
@@ -69,8 +73,8 @@ def build_merge_run(
         "tracker": None,
         "plan": None,
     }
-    built = Attempt(
-        number=1, adapter=first.adapter, base=common, started=now, ended=now, outcome="built", branch=branch
+    attempt = Attempt(
+        number=1, adapter=first_spec.adapter, base=common, started=now, ended=now, outcome="built", branch=branch
     )
-    document = TaskDocument(status=TaskStatus.QUEUED, attempts=(built,), commit=commit, branch=branch)
-    return MergeRun(run.model_copy(update=own), first.model_copy(update=task), document)
+    document = TaskDocument(status=TaskStatus.QUEUED, attempts=(attempt,), commit=commit, branch=branch)
+    return MergeRun(run.model_copy(update=run_changes), first_spec.model_copy(update=task), document)

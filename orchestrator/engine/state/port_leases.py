@@ -1,22 +1,23 @@
-"""A name and a block of ports for each of the pool's places: no two places on a machine have the same.
+"""Lease a name and a block of ports to each worktree slot.
 
-What a place has is said by its `lease.json`. Those of all places in a home are what is taken there, whichever project
-they are of, and under the home's lock a block is chosen that none of them has. The store has a document for each port
-as well, which keeps runs apart that share it from different homes.
+No two slots on a machine share them. The `lease.json` of a slot has its lease. The files of all slots in a home, of any
+project, list the taken ports; a free block is chosen under the lock of the home. The store also has a document per
+port, which separates runs that share the store from different homes.
 
-`lease.json` is written before the documents. So a document is proof only as long as the place that it names says the
-same: any other was left by a killed process or belonged to a place that is gone, and whoever needs the port takes it
-over. A `lease.json` whose documents are missing gets them the next time.
+`lease.json` is written before the documents. So a document is only valid while the slot that it names has the same
+lease: any other document was left by a killed process or belonged to a deleted slot, and a process that needs the port
+takes it. Missing documents of a `lease.json` are written at the next lease.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,27 +25,36 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.engine.state.ports import find_free_block, ports_in_use
 from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 
-#: Where blocks are looked for: below the ports that systems give to outgoing connections (ip(7), RFC 6335).
+#: Range of blocks: below the ephemeral ports of outgoing connections (ip(7), RFC 6335).
 DEFAULT_PORTS: Final = range(20000, 30000)
 
 _KIND = "ports"
 _FILE = "lease.json"
 _LOCK = "ports.lock"
 
+# A session's server may listen on any of these; a listener on one specific address also blocks the wildcard ones.
+_ADDRESSES: Final = (
+    (socket.AF_INET, "127.0.0.1"),
+    (socket.AF_INET, "0.0.0.0"),
+    (socket.AF_INET6, "::1"),
+    (socket.AF_INET6, "::"),
+)
+_NO_SUCH_ADDRESS: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+_IN_USE: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
+
 
 @dataclass(frozen=True, slots=True)
 class PortLease:
-    """What a place has to itself on this machine, for as long as the place is there.
+    """The name and ports of a slot on this machine.
 
-    `name` is fit for a host, a database or a Compose project: lower-case letters, digits and `-`, at most 40
-    characters, a letter first. `ports` follow each other. `lost` are those ports of the block it had before that
-    somebody else has now, which is why it was given another; none where that has not happened.
+    They belong to the slot while it exists. `name` is valid for a host, a database or a Compose project: lower-case
+    letters, digits and `-`, at most 40 characters, starting with a letter. `ports` are consecutive. `lost` are the
+    ports of the previous block that another program uses now, which is why the block was replaced; empty otherwise.
     """
 
     name: str
@@ -52,177 +62,239 @@ class PortLease:
     lost: tuple[int, ...] = ()
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that tell a place's commands and sessions of it."""
+        """Return the environment variables for the commands and sessions of a slot."""
         numbered = {f"COUNCIL_PORT_{number}": str(port) for number, port in enumerate(self.ports)}
         return {"COUNCIL_NAME": self.name, **numbered}
 
 
 class PortLeases:
-    """Leases `count` ports to each place, from `ports`, and records them in the store.
+    """Leases `count` ports from `ports` to each slot, and records them in the store.
 
-    A place is the absolute path `<home>/<hub>/places/<number>` of a folder; the caller holds the place's lock.
+    A slot is a folder with the absolute path `<home>/<hub>/places/<number>`; the caller holds the lock of the slot.
     """
 
     def __init__(self, store: Store, clock: Clock, count: int, *, ports: range = DEFAULT_PORTS) -> None:
         self._store, self._clock = store, clock
         self._count, self._ports = count, ports
 
-    async def lease(self, place: Path) -> PortLease:
-        """Return what the place has, or give it a block if it has none that it could use now.
+    async def lease(self, slot: Path) -> PortLease:
+        """Return the lease of a slot.
 
-        To be asked for each time that the place is handed out. RefusedError where no block is free.
+        Replace its block if it has none or cannot use it now. Call this each time the slot is acquired. RefusedError if
+        no block is free.
         """
         if self._count == 0:
-            await self.release(place)
-            return PortLease(_name(place))
+            await self.release(slot)
+            return PortLease(_name(slot))
         lost: set[int] = set()
-        async with FileLock(_home(place) / _LOCK).hold():
-            before = await anyio.to_thread.run_sync(_read, place)
+        async with FileLock(_home(slot) / _LOCK).hold():
+            previous = await anyio.to_thread.run_sync(_read, slot)
             while True:
                 documents = await _documents(self._store)
-                lease = await anyio.to_thread.run_sync(self._settle, place, documents)
+                lease = await anyio.to_thread.run_sync(self._settle, slot, documents)
                 lost.update(lease.lost)
-                with suppress(VersionConflict):  # a run of another home was quicker: look again
-                    await self._record(place, lease, documents, anew=not before)
-                    return replace(lease, lost=tuple(port for port in before if port in lost))
+                with suppress(VersionConflict):  # a run of another home was first: retry
+                    await self._record(slot, lease, documents, rewrite=not previous)
+                    return replace(lease, lost=tuple(port for port in previous if port in lost))
 
-    async def release(self, place: Path) -> None:
-        """Give back what the place has, if anything, before the caller deletes its folder or after."""
-        await anyio.to_thread.run_sync(lambda: (place / _FILE).unlink(missing_ok=True))
+    async def release(self, slot: Path) -> None:
+        """Release the lease of a slot, if any.
+
+        The caller may delete its folder before or after.
+        """
+        await anyio.to_thread.run_sync(lambda: (slot / _FILE).unlink(missing_ok=True))
         documents = await _documents(self._store)
-        await delete_port_leases(self._store, [found for found in documents.values() if _holder(found) == place])
+        await delete_port_leases(
+            self._store, [document for document in documents.values() if _holder(document) == slot]
+        )
 
-    def _settle(self, place: Path, documents: Mapping[int, Document]) -> PortLease:
-        """Return the place's lease, its `lease.json` being written. Blocks."""
-        taken = _taken_by_others(place, documents)
-        # A place that was lost by a kill is made anew under its number: it has what it had.
-        had = _read(place) or tuple(sorted(port for port, found in documents.items() if _holder(found) == place))
+    def _settle(self, slot: Path, documents: Mapping[int, Document]) -> PortLease:
+        """Write `lease.json` and return the lease of a slot. Blocks."""
+        taken = _taken_by_others(slot, documents)
+        # A slot recreated under its number after a kill keeps its ports.
+        previous = _read(slot) or tuple(
+            sorted(port for port, document in documents.items() if _holder(document) == slot)
+        )
         lost: tuple[int, ...] = ()
-        if len(had) == self._count and all(port in self._ports for port in had):
-            lost = tuple(port for port in had if port in taken) or ports_in_use(had)
+        if len(previous) == self._count and all(port in self._ports for port in previous):
+            lost = tuple(port for port in previous if port in taken) or ports_in_use(previous)
             if not lost:
-                lease = PortLease(_name(place), had)
-                _write(place, lease)
+                lease = PortLease(_name(slot), previous)
+                _write(slot, lease)
                 return lease
-        block = find_free_block(self._ports, self._count, _first_position(place), taken.union(lost))
+        block = find_free_block(self._ports, self._count, _first_position(slot), taken.union(lost))
         if block is None:
-            what = f"no {self._count} ports in a row are free from {self._ports.start} to {self._ports.stop - 1}"
-            raise RefusedError(what, "lower `ports` or `max` under `worktrees`")
-        lease = PortLease(_name(place), tuple(block), lost)
-        _write(place, lease)
+            message = f"no {self._count} consecutive ports are free from {self._ports.start} to {self._ports.stop - 1}"
+            raise RefusedError(message, "lower `ports` or `max` under `worktrees`")
+        lease = PortLease(_name(slot), tuple(block), lost)
+        _write(slot, lease)
         return lease
 
-    async def _record(self, place: Path, lease: PortLease, documents: Mapping[int, Document], *, anew: bool) -> None:
-        """Make the store say what `lease.json` says; `anew` where somebody may be about to forget what it says."""
+    async def _record(self, slot: Path, lease: PortLease, documents: Mapping[int, Document], *, rewrite: bool) -> None:
+        """Make the documents match `lease.json`.
+
+        `rewrite` refreshes all, as others may be about to delete them.
+        """
         host = socket.gethostname()
-        value = {**_content(place, lease), "host": host, "since": self._clock.now()}
+        value = {**_content(slot, lease), "host": host, "since": self._clock.now()}
         writes = []
         for port in lease.ports:
-            found = documents.get(port)
-            if anew or found is None or _holder(found) != place or found.value.get("ports") != value["ports"]:
-                writes.append(Write(_key(host, port), found.version if found else 0, value))
-        for port, found in documents.items():
-            if _holder(found) == place and port not in lease.ports:
-                writes.append(Write(found.key, found.version, None))
+            document = documents.get(port)
+            if (
+                rewrite
+                or document is None
+                or _holder(document) != slot
+                or document.value.get("ports") != value["ports"]
+            ):
+                writes.append(Write(_key(host, port), document.version if document else 0, value))
+        for port, document in documents.items():
+            if _holder(document) == slot and port not in lease.ports:
+                writes.append(Write(document.key, document.version, None))
         if writes:
             await self._store.commit(Commit(writes))
 
 
 async def find_stale_port_leases(store: Store) -> list[Document]:
-    """Return the leases of this host in a store whose places are gone, or have other ports by now.
+    """Return this host's leases in a store whose slots are gone or have other ports.
 
-    One of a place that is only out of reach, as on a disk that is not mounted, is among them: it is recorded anew
-    when the place is used again, if nobody has taken its ports.
+    The slot of a stale lease may only be unreachable, for example on an unmounted disk. Its lease is recorded again at
+    the next use, unless its ports are taken.
     """
     documents = await _documents(store)
     return await anyio.to_thread.run_sync(
-        lambda: [found for port, found in documents.items() if _is_stale(port, found)],
+        lambda: [document for port, document in documents.items() if _is_stale(port, document)],
     )
 
 
 async def delete_port_leases(store: Store, leases: Sequence[Document]) -> None:
-    """Delete leases from a store, but for those that have changed since they were read."""
+    """Delete leases from a store, except those that changed since they were read."""
     while True:
-        same = [found for found in leases if await store.get(found.key) == found]
+        unchanged = [lease for lease in leases if await store.get(lease.key) == lease]
         with suppress(VersionConflict):
-            if same:
-                await store.commit(Commit([Write(found.key, found.version, None) for found in same]))
+            if unchanged:
+                await store.commit(Commit([Write(lease.key, lease.version, None) for lease in unchanged]))
             return
 
 
 def _key(host: str, port: int) -> Key:
-    # One for each port: blocks of different sizes can't overlap unnoticed.
+    # One document per port: blocks of different sizes cannot overlap unnoticed.
     return Key(_KIND, f"{host}/{port}")
 
 
 async def _documents(store: Store) -> dict[int, Document]:
     """Return the leases of this host by port."""
-    found = await store.list(_KIND, f"{socket.gethostname()}/")
-    return {int(one.key.id.rpartition("/")[2]): one for one in found}
+    documents = await store.list(_KIND, f"{socket.gethostname()}/")
+    return {int(document.key.id.rpartition("/")[2]): document for document in documents}
 
 
-def _holder(found: Document) -> Path | None:
-    """Return the place that a lease names; None where that is not known."""
-    return None if found.damaged else Path(found.value["place"])
+def _holder(document: Document) -> Path | None:
+    """Return the slot that a lease names; None if unknown."""
+    return None if document.damaged else Path(document.value["place"])
 
 
-def _is_stale(port: int, found: Document) -> bool:
-    holder = _holder(found)
+def _is_stale(port: int, document: Document) -> bool:
+    holder = _holder(document)
     return holder is None or port not in _read(holder)
 
 
-def _taken_by_others(place: Path, documents: Mapping[int, Document]) -> set[int]:
-    """Return the ports of all other places that are known of."""
+def _taken_by_others(slot: Path, documents: Mapping[int, Document]) -> set[int]:
+    """Return the ports of all other known slots."""
     taken: set[int] = set()
-    for hub in _entries(_home(place)):
+    for hub in _entries(_home(slot)):
         for other in _entries(hub / "places"):
-            taken.update(() if other == place else _read(other))
-    for port, found in documents.items():
-        if port not in taken and _holder(found) != place and not _is_stale(port, found):
+            taken.update(() if other == slot else _read(other))
+    for port, document in documents.items():
+        if port not in taken and _holder(document) != slot and not _is_stale(port, document):
             taken.add(port)
     return taken
 
 
 def _entries(folder: Path) -> list[Path]:
-    # Other errors are not passed over: what was not looked at must not count as free.
+    # Other errors propagate: an unread slot must not count as free.
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         return list(folder.iterdir())
     return []
 
 
-def _read(place: Path) -> tuple[int, ...]:
-    """Return the ports that a place has; none where its `lease.json` is missing, unreadable or another place's."""
+def _read(slot: Path) -> tuple[int, ...]:
+    """Return the ports of a slot.
+
+    Empty if its `lease.json` is missing, unreadable or another slot's.
+    """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError, ValueError, KeyError, TypeError):
-        found = json.loads((place / _FILE).read_bytes())
-        return tuple(map(int, found["ports"])) if found["place"] == str(place) else ()
+        content = json.loads((slot / _FILE).read_bytes())
+        return tuple(map(int, content["ports"])) if content["place"] == str(slot) else ()
     return ()
 
 
-def _write(place: Path, lease: PortLease) -> None:
-    staged = place / f"{_FILE}.{secrets.token_hex(4)}.new"
+def _write(slot: Path, lease: PortLease) -> None:
+    staged = slot / f"{_FILE}.{secrets.token_hex(4)}.new"
     try:
-        staged.write_text(json.dumps(_content(place, lease)))
-        staged.replace(place / _FILE)
+        staged.write_text(json.dumps(_content(slot, lease)))
+        staged.replace(slot / _FILE)
     finally:
         staged.unlink(missing_ok=True)
 
 
-def _content(place: Path, lease: PortLease) -> dict[str, object]:
-    return {"place": str(place), "name": lease.name, "ports": list(lease.ports)}
+def _content(slot: Path, lease: PortLease) -> dict[str, object]:
+    return {"place": str(slot), "name": lease.name, "ports": list(lease.ports)}
 
 
-def _home(place: Path) -> Path:
-    return place.parents[2]
+def _home(slot: Path) -> Path:
+    return slot.parents[2]
 
 
-def _name(place: Path) -> str:
-    return f"council-{_digest(place)[:8]}-{place.name}"
+def _name(slot: Path) -> str:
+    return f"council-{_digest(slot)[:8]}-{slot.name}"
 
 
-def _first_position(place: Path) -> int:
-    # The same for all places of a hub: their blocks lie together, so that those of two homes seldom meet.
-    return int(_digest(place.parent)[:8], 16)
+def _first_position(slot: Path) -> int:
+    # The same for all slots of a hub: their blocks are adjacent, so blocks of two homes seldom collide.
+    return int(_digest(slot.parent)[:8], 16)
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()
+
+
+def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
+    """Return the ports on which a server cannot listen now. Blocks.
+
+    All addresses of this machine are tried. A port with only TIME_WAIT connections counts as free, if its server set
+    SO_REUSEADDR as this probe does (socket(7)). OSError if the probe fails, for example for lack of descriptors.
+    """
+    return tuple(port for port in ports if not all(_can_bind(*address, port) for address in _ADDRESSES))
+
+
+def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
+    """Return `count` consecutive ports that are neither `taken` nor in use.
+
+    None if there are none. Blocks. The search starts at position `begin` (any number) and wraps around.
+    """
+    unusable = set(taken)
+    positions = len(ports) - count + 1
+    for step in range(positions):
+        first = ports[(begin + step) % positions]
+        block = range(first, first + count)
+        if unusable.isdisjoint(block):
+            in_use = ports_in_use(block)
+            if not in_use:
+                return block
+            unusable.update(in_use)
+    return None
+
+
+def _can_bind(family: socket.AddressFamily, address: str, port: int) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Also keeps concurrent probes from mistaking each other for a server.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        if error.errno in _IN_USE:
+            return False
+        if error.errno not in _NO_SUCH_ADDRESS:
+            raise
+    return True

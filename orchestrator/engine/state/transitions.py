@@ -1,7 +1,8 @@
-"""What one step of a task along its lifecycle is recorded with: documents, and events that tell it. Pure."""
+"""Build the documents and events that record one lifecycle step of a task. Pure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,14 +10,13 @@ from orchestrator.domain.runs.lifecycle import Trigger, apply_trigger
 from orchestrator.domain.runs.model import TaskDocument, TaskStatus
 from orchestrator.domain.scheduling.claims import ReleaseReason
 from orchestrator.domain.workflow.routing import close_open_visit, phase_events
-from orchestrator.engine.state.sanitize import sanitize
 from orchestrator.protocols import Event, JsonObject, Key, Write
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
     from orchestrator.domain.security.secrets import Redactor
 
-#: The event that each change of a task is recorded with.
+#: Event type by trigger.
 TASK_EVENTS: Mapping[Trigger, str] = {
     Trigger.START: "task.started",
     Trigger.RETRY: "task.retrying",
@@ -51,7 +51,7 @@ TASK_EVENTS: Mapping[Trigger, str] = {
 }
 
 
-#: What each status in which a task is nobody's makes of the claim on it.
+#: How the claim on a task ends, by the status in which the task has no owner.
 CLAIM_RELEASES: Mapping[TaskStatus, ReleaseReason] = {
     TaskStatus.PENDING: ReleaseReason.ABANDONED,
     TaskStatus.WAITING: ReleaseReason.ABANDONED,
@@ -63,21 +63,26 @@ CLAIM_RELEASES: Mapping[TaskStatus, ReleaseReason] = {
     TaskStatus.FAILED: ReleaseReason.FAILED,
 }
 
+#: Fields of documents and events with foreign text.
+_FOREIGN_TEXT_FIELDS = frozenset(
+    {"reason", "feedback", "paths", "discarded", "closed", "changes", "worktree", "words", "note"}
+)
+
 
 class TaskUpdate(NamedTuple):
-    """What an event says of a task, and which fields of its document change; and what else is written with that."""
+    """Event details and document changes of one task, and what else the commit writes."""
 
     details: JsonObject
     changes: Mapping[str, Any]
     writes: Sequence[Write] = ()
     events: Sequence[tuple[str, JsonObject]] = ()
-    """Their types, and what they say beside the run."""
+    """Further event types with their details; the run is added."""
     tasks: Mapping[str, TaskSpec] = {}
-    """The tasks that are added to the run, behind this one: what its plan became."""
+    """The subtasks that its plan was expanded to, inserted after this task."""
 
 
 class Transition(NamedTuple):
-    """One step of a task along its lifecycle, and what a commit records it with."""
+    """One lifecycle step of a task, with the writes and events that record it."""
 
     after: TaskDocument
     writes: Sequence[Write]
@@ -93,15 +98,40 @@ def build_transition(
     now: float,
     redactor: Redactor,
 ) -> Transition:
-    """Return what a task's step is recorded with, under the key of its document, which is at a version now."""
+    """Return the record of a lifecycle step.
+
+    `key` and `version` are those of the task's document.
+    """
     run, _, task = key.id.partition("/")
     changed = close_open_visit(apply_trigger(f"task {task!r}", before, trigger, **update.changes), now)
     after = TaskDocument.model_validate(sanitize(changed.model_dump(mode="json"), redactor))
     attempt = {"attempt": after.attempt.number} if after.attempts else {}
-    own = (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
+    task_event = (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
     phases = [(event, {"task": task, **facts}) for event, facts in phase_events(before.phases, after.phases)]
-    # In the order in which a person would tell it: what was handed over ends the phase, which moves the task.
-    told = [own, *phases, *update.events] if trigger is Trigger.START else [*update.events, *phases, own]
+    # In causal order: a handoff ends its phase, and that moves the task.
+    event_facts = (
+        [task_event, *phases, *update.events] if trigger is Trigger.START else [*update.events, *phases, task_event]
+    )
     write = Write(key, version, after.model_dump(mode="json"))
-    events = [Event(event, sanitize({"run": run, **facts}, redactor)) for event, facts in told]
+    events = [Event(event, sanitize({"run": run, **facts}, redactor)) for event, facts in event_facts]
     return Transition(after, [write, *update.writes], events)
+
+
+def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
+    """Remove secrets from program output.
+
+    Names and ids of our own stay, whatever they look like.
+    """
+    return {key: _item(key, item, redactor) for key, item in value.items()}
+
+
+def _item(key: str, item: Any, redactor: Redactor) -> Any:
+    if isinstance(item, str):  # truncated program output may end in half a surrogate pair, which no store accepts
+        item = item.encode(errors="replace").decode()
+    if isinstance(item, float) and not math.isfinite(item):
+        return None
+    if key in _FOREIGN_TEXT_FIELDS:
+        return redactor.json(item)
+    if isinstance(item, list):
+        return [sanitize(one, redactor) if isinstance(one, dict) else one for one in item]
+    return item
