@@ -203,9 +203,9 @@ class Cleaner:
             for place in await anyio.to_thread.run_sync(lambda: list(hub.sessions.iterdir())):
                 for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, place.name, None):
                     await end_orphaned_session(worktree)
-            await remove_all([hub.unfinished], self._environ, fds)
-            await anyio.to_thread.run_sync(hub.root.rename, hub.unfinished)
-            await remove_all([hub.unfinished], self._environ, fds)
+            await remove_all([hub.staging_root], self._environ, fds)
+            await anyio.to_thread.run_sync(hub.root.rename, hub.staging_root)
+            await remove_all([hub.staging_root], self._environ, fds)
         return True
 
     async def _remove_temporary(self, one: Leftover) -> bool:
@@ -221,7 +221,7 @@ class Cleaner:
     async def _is_stale_file(self, one: Leftover) -> bool:
         if one.hub is None:
             return one in await self._survey.stale_excludes()
-        return one.place == str(_hub(one).unfinished) or one in await self._survey.stale_files(_hub(one))
+        return one.place == str(_hub(one).staging_root) or one in await self._survey.stale_files(_hub(one))
 
 
 def _hub(one: Leftover) -> Hub:

@@ -176,7 +176,7 @@ class BaseChecks:
                 return CheckedBase(base, run.base)
             if await git.is_ancestor(base, target):
                 return CheckedBase(target, run.target)
-            merged = await self.context.target.again(base, target, self.context.refs("checked-base"))
+            merged = await self.context.target.renew_retry_base(base, target, self.context.refs("checked-base"))
         except GitError:  # the start of the first session reports that
             return None
         # Where the two conflict, what starts from the base is all that can be checked.

@@ -54,7 +54,9 @@ class BaseSelector:
             return StartPoint(tip)
         with suppress(GitError):  # what it was made of is not here, or the target was rewritten
             if (
-                merged := await self._context.target.again(turn.start, tip, self._context.refs(f"again/{task}"))
+                merged := await self._context.target.renew_retry_base(
+                    turn.start, tip, self._context.refs(f"again/{task}")
+                )
             ) is not None:
                 return StartPoint(tip, merged)
         if document.start is None and turn.base is not None:

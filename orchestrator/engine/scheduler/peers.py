@@ -149,7 +149,7 @@ class PeerSync:
     async def clean_up_abandoned(self) -> None:
         """Remove what orchestrators that are gone left behind and no task is at any more: sessions, then places."""
         await remove_abandoned(self._ledger, self._context)
-        await self._pool.clear()
+        await self._pool.discard_abandoned()
 
     def _enqueue_request(self, request: RunRequest) -> None:
         self._asked.append(request)

@@ -94,7 +94,7 @@ async def _recover_sessions(
         await _inherit_session(ledger, shop, task)
     for worktree in worktrees.list_worktrees(shop.hub, ledger.run.id, tasks):
         # Checks of the base may be those of another process that is alive: `remove_abandoned` removes leftovers.
-        if not at_start and (worktree.by or ledger.task(worktree.task).status not in CLAIMED_STATUSES):
+        if not at_start and (worktree.checker or ledger.task(worktree.task).status not in CLAIMED_STATUSES):
             continue
         await _reap(ledger, shop, clock, worktree)
     for task in tasks:
@@ -121,7 +121,7 @@ async def remove_abandoned(ledger: Ledger, shop: RunContext) -> None:
     """
     for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, shop.hub, ledger.run.id, ledger.run.tasks):
         held = classify_worktree(ledger.task(worktree.task), worktree.attempt, is_check=worktree.is_check)
-        place = await anyio.to_thread.run_sync(lambda one: one.place, worktree)
+        place = await anyio.to_thread.run_sync(lambda one: one.slot, worktree)
         if held is WorktreeContents.NOTHING and place is not None:
             with suppress(LockHeld):
                 async with place.lock.hold(0):
@@ -266,7 +266,7 @@ async def _save(ledger: Ledger, shop: RunContext, worktree: Worktree, attempt: A
 
 
 async def _collect(shop: RunContext, worktree: Worktree, base: str, spec: TaskSpec) -> CollectedWork:
-    place = worktree.place
+    place = worktree.slot
     made = () if place is None else await anyio.to_thread.run_sync(read_setup_files, place)
     try:
         return await salvage_session(shop.git, worktree, base, spec.prompt, shop.tools.admission(spec.max_file, made))

@@ -52,17 +52,17 @@ class CollectedWork:
 
 
 async def collect_work(
-    git: Git, worktree: Worktree, base: str, message: str, *, admit: IntakeRules, found: TreeDiff | None = None
+    git: Git, worktree: Worktree, base: str, message: str, *, admit: IntakeRules, diff: TreeDiff | None = None
 ) -> CollectedWork:
     """Commit what the worktree holds beyond `base` to the attempt's branch; `git` runs in the trusted repository.
 
-    With `found`, what differs from the checkout that it was handed, less of it need be looked at.
+    With `diff`, what differs from the checkout that it was handed, less of it need be looked at.
 
     Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows
     that nothing of the session lives.
     """
     try:
-        return await _collect_all(git, worktree, base, message, admit, found)
+        return await _collect_all(git, worktree, base, message, admit, diff)
     finally:
         # What was refused is in there, too.
         with anyio.CancelScope(shield=True):
@@ -70,13 +70,13 @@ async def collect_work(
 
 
 async def _collect_all(
-    git: Git, worktree: Worktree, base: str, message: str, admit: IntakeRules, found: TreeDiff | None
+    git: Git, worktree: Worktree, base: str, message: str, admit: IntakeRules, diff: TreeDiff | None
 ) -> CollectedWork:
     left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
     history = SessionCommits(git, worktree, base, admit)
-    await history.look()
+    await history.open()
     tip, dropped = await _own_commits(history, left)
-    files = await _collect_files(history, tip, left.head, message, found)
+    files = await _collect_files(history, tip, left.head, message, diff)
     salvaged, notes = await _salvage(history, left, files.commit or base)
     return CollectedWork(
         files.commit,
@@ -100,10 +100,10 @@ async def _own_commits(history: SessionCommits, left: SessionRefs) -> tuple[str,
 
 
 async def _collect_files(
-    history: SessionCommits, tip: str, head: str | None, message: str, found: TreeDiff | None
+    history: SessionCommits, tip: str, head: str | None, message: str, diff: TreeDiff | None
 ) -> CollectedWork:
     git, worktree, base = history.git, history.worktree, history.base
-    staged = await _stage(history, found)
+    staged = await _stage(history, diff)
     refused, left_out = staged.refused, staged.left_out
     if tip == base and not staged.changes:
         return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
@@ -134,22 +134,22 @@ class _Staged:
     changes: Sequence[FileChange] = ()
 
 
-async def _stage(history: SessionCommits, found: TreeDiff | None) -> _Staged:
+async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
     """Stage all of the checkout that can and may be."""
     worktree = history.worktree
     if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
         return _Staged("its worktree was removed or replaced by something else")
-    unread = await anyio.to_thread.run_sync(remove_blocking_files, worktree.tree, found)
+    unread = await anyio.to_thread.run_sync(remove_blocking_files, worktree.tree, diff)
     if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
         await anyio.to_thread.run_sync(remove_blocking_files, worktree.git_dir)
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
-    place, git = worktree.place, history.git
-    if place is not None and place.is_sparse:
+    slot, git = worktree.slot, history.git
+    if slot is not None and slot.is_sparse:
         # What is there although it was not to be checked out may differ from the commit: git is to see it, and to look.
-        git, found = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
-    staging = StagingArea(worktree.tree, worktree.index, quarantine, found)
+        git, diff = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
+    staging = StagingArea(worktree.tree, worktree.index, quarantine, diff)
     staged = await stage_files(git, staging, history.base, history.admit)
-    await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
+    await anyio.to_thread.run_sync(quarantine.admit_objects, staged.refused_objects)
     failpoint("work.staged")
     reasons = []
     if staged.refused:
@@ -183,7 +183,7 @@ async def _salvage(history: SessionCommits, left: SessionRefs, tip: str) -> tupl
         if target in {history.base, tip}:
             continue
         try:
-            commit = await history.commit_of(target)
+            commit = await history.resolve_commit(target)
             if commit is None or commit in made or not await history.is_unreachable_from(commit, history.base, tip):
                 continue
         except GitError as error:  # it refers to what is not there: nothing can be saved of it

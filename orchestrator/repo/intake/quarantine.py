@@ -28,16 +28,16 @@ class Quarantine:
         return self.objects, self.hub
 
     @property
-    def reading(self) -> dict[str, str]:
+    def read_env(self) -> dict[str, str]:
         """What lets git see these objects too."""
         return {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.objects)}
 
     @property
-    def writing(self) -> dict[str, str]:
+    def write_env(self) -> dict[str, str]:
         """What makes git write new objects here, and see those of the hub."""
         return {"GIT_OBJECT_DIRECTORY": str(self.objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.hub)}
 
-    def adopt(self, refused: Collection[str] = ()) -> None:
+    def admit_objects(self, refused: Collection[str] = ()) -> None:
         """Move the objects that are files of their own into the hub, except the refused ones. Safe to repeat. Blocks.
 
         Each is hashed first: what wrote it looked at an agent's files, so its name proves nothing. Raises OSError for
@@ -54,7 +54,7 @@ class Quarantine:
                     raise OSError(f"object {name} is not what its name says")
                 file.rename(target / file.name)
 
-    def adopt_packs(self) -> None:
+    def admit_packs(self) -> None:
         """Move the packs, whose indexes `git index-pack` has written here, into the hub. Safe to repeat. Blocks."""
         packs = self.hub / "pack"
         packs.mkdir(exist_ok=True)

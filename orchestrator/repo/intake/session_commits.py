@@ -29,7 +29,7 @@ class SessionCommits:
     base: str
     admit: IntakeRules
 
-    async def commit_of(self, name: str) -> str | None:
+    async def resolve_commit(self, name: str) -> str | None:
         """Return the commit that an object of the session's is or stands for; None if there is none."""
         done = await self._run_on_session_objects(
             "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", ok=(0, 1, 128)
@@ -55,7 +55,7 @@ class SessionCommits:
             await self._pack(quarantine, tip, known)
             git = self._confined_git(quarantine)
             if descends:
-                await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.reading)
+                await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.read_env)
             found = await self._inspect(quarantine, tip, known)
         except GitError as error:
             if is_resource_exhaustion(error):
@@ -63,7 +63,7 @@ class SessionCommits:
             return f"they can't be read or do not continue from where it began ({error.stderr or 'exit 1'})"
         if found:
             return "; ".join(f"{printable_name(path)!r}: {why}" for path, why in sorted(found.items())[:5])
-        await anyio.to_thread.run_sync(quarantine.adopt_packs)
+        await anyio.to_thread.run_sync(quarantine.admit_packs)
         return None
 
     def _confined_git(self, quarantine: Quarantine) -> Git:
@@ -78,7 +78,7 @@ class SessionCommits:
     def _view(self) -> Path:
         return self.worktree.import_folder / "theirs"
 
-    async def look(self) -> None:
+    async def open(self) -> None:
         """Take hold of the session's objects; before anything else is asked for."""
         await anyio.to_thread.run_sync(link_session_objects, self.worktree.git_dir, self._view)
         await anyio.to_thread.run_sync(lambda: (self._packed / "pack").mkdir(mode=0o700, parents=True, exist_ok=True))
@@ -118,10 +118,12 @@ class SessionCommits:
             raise GitError(["pack-objects"], 0, "it printed no name of a pack")
         await anyio.to_thread.run_sync(shutil.copyfile, self._packed / pack.name, pack)
         # Hashes everything again and follows every link.
-        await self._confined_git(quarantine)("index-pack", "--strict", str(pack), env=quarantine.writing, limit=_LIMIT)
+        await self._confined_git(quarantine)(
+            "index-pack", "--strict", str(pack), env=quarantine.write_env, limit=_LIMIT
+        )
 
     async def _inspect(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> dict[str, str]:
-        env, git = quarantine.reading, self._confined_git(quarantine)
+        env, git = quarantine.read_env, self._confined_git(quarantine)
         commits = (await git("rev-list", tip, *(f"^{one}" for one in known), env=env)).stdout
         # With folders (-t): an empty one is a name that no file would tell of.
         raw = await git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",

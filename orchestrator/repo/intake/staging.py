@@ -45,7 +45,7 @@ class StagingArea:
     tree: Path
     index: Path
     quarantine: Quarantine
-    found: TreeDiff | None = None
+    known_diff: TreeDiff | None = None
     """What differs from the checkout that the index was made of, if that is known."""
 
     def confine(self, git: Git) -> Git:
@@ -56,7 +56,7 @@ class StagingArea:
     @property
     def env(self) -> dict[str, str]:
         """What points git at the checkout, our index and the objects."""
-        return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index), **self.quarantine.writing}
+        return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index), **self.quarantine.write_env}
 
     @property
     def ignore_option(self) -> tuple[str, str]:
@@ -96,8 +96,8 @@ async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRu
     """
     git = staging.confine(git)
     await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
-    if staging.found is not None and staging.found.is_small(_MAX_NAMED_PATHS):
-        among = staging.found.without(lambda path: admit.find_withheld(path) is not None)
+    if staging.known_diff is not None and staging.known_diff.is_small(_MAX_NAMED_PATHS):
+        among = staging.known_diff.without(lambda path: admit.find_withheld(path) is not None)
         staged = await _stage(git, staging, base, admit, among)
         if staged is not None:
             return staged
@@ -153,7 +153,7 @@ async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, adm
     `git add`: that finds out itself which of them differ, and which are ignored.
     """
     if among is not None:
-        paths = [*among.changed, *among.gone, *among.added]
+        paths = [*among.changed, *among.removed, *among.added]
         if await anyio.to_thread.run_sync(_may_all_be_read, staging.tree, among.added, paths, admit):
             return paths
 
@@ -171,7 +171,7 @@ async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, adm
     if among is None:
         await ask("update-index", "-q", "--refresh")
     changed, others = b"", b""
-    tracked = [] if among is None else [*among.changed, *among.gone]
+    tracked = [] if among is None else [*among.changed, *among.removed]
     if among is None or tracked:
         changed = await ask("diff-files", "--raw", "-z", "--no-renames", paths=tracked)
     if among is None or among.added:
@@ -243,17 +243,17 @@ async def _add_matching(
     await git(*staging.ignore_option, *command, env=staging.env, cwd=staging.tree, input_=given, limit=STAGING_TIMEOUT)
 
 
-def remove_blocking_files(tree: Path, found: TreeDiff | None = None) -> list[str]:
+def remove_blocking_files(tree: Path, diff: TreeDiff | None = None) -> list[str]:
     """Remove the pipes, sockets and devices that git would open and wait for. Blocks.
 
-    Returns the folders that can't be opened: git passes over them with a warning. With `found`, which says what
+    Returns the folders that can't be opened: git passes over them with a warning. With `diff`, which says what
     differs from a checkout, nothing else is looked at.
 
     It opens each file that is called `.gitignore` and the like, and what is in a folder called `.git`, or in whatever
     folder something called `.git` names: so all pipes go, which can't be committed anyway.
     """
     unread: list[str] = []
-    begin = [""] if found is None else [*found.changed, *found.added, *found.replaced]
+    begin = [""] if diff is None else [*diff.changed, *diff.added, *diff.replaced]
     for path in [path for one in begin for path in find_blocking_files(tree / one, unread, anywhere=True)]:
         path.unlink(missing_ok=True)
     return unread

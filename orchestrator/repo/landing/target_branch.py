@@ -236,7 +236,7 @@ class Target:
         first, second = parents.split()
         return await self._restart(tree, first, second, ref)
 
-    async def again(self, work: str, onto: str, ref: str) -> str | None:
+    async def renew_retry_base(self, work: str, onto: str, ref: str) -> str | None:
         """Return what `restart` made on a newer commit of the target, kept by `ref`; None where the two conflict."""
         if await self._git.line("rev-parse", f"{work}^1") == onto:
             return work

@@ -1,4 +1,4 @@
-"""Copying folders as they are."""
+"""Copy folders unchanged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from orchestrator.system.process import run
 async def copy_tree(
     source: str, target: Path, environ: Mapping[str, str], keep_fds: Sequence[int] = (), *, times: bool = False
 ) -> None:
-    """Copy a file, or a folder with all that is in it, links as links; if it can't, a GitError with what `cp` said.
+    """Copy a file, or a folder with all contents and links as links; GitError with the output of `cp` if that fails.
 
-    With `times` modes, owners and times stay, too. The locks `keep_fds` are held until it has ended, also where we are
-    killed.
+    With `times`, modes, owners and times are preserved, too. The locks `keep_fds` stay held until the copy ends, also
+    if we are killed.
     """
     argv = ["cp", "-RPp" if times else "-RP", "--", source, str(target)]
     env = {"PATH": environ.get("PATH", os.defpath), "LC_ALL": "C"}

@@ -1,4 +1,4 @@
-"""Deleting folders that agents have filled with anything, and how much of the disk they take."""
+"""Delete folders that agents have filled, and measure their disk usage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from orchestrator.errors import GitError
 from orchestrator.system.process import run
 
 
-async def remove_all(places: Sequence[Path], environ: Mapping[str, str], keep_fds: Sequence[int] = ()) -> None:
-    """Delete files, and folders with all that is in them; GitError, which says what `rm` said, if that can't be.
+async def remove_all(paths: Sequence[Path], environ: Mapping[str, str], keep_fds: Sequence[int] = ()) -> None:
+    """Delete files, and folders with all contents; GitError with the output of `rm` if that fails.
 
-    The locks `keep_fds` are held until the deletion has ended, also where we are killed.
+    The locks `keep_fds` stay held until the deletion ends, also if we are killed.
     """
-    # `rm` rather than shutil: an agent's folders may be nested deeper than Python recurses, or closed to us.
-    named = list(map(str, places))
+    # `rm` rather than shutil: an agent's folders may be nested deeper than Python recurses, or unreadable.
+    named = list(map(str, paths))
     argv = ["rm", "-rf", "--", *named]
     env = {"PATH": environ.get("PATH", os.defpath), "LC_ALL": "C"}
     if (await run(argv, env=env, keep_fds=keep_fds)).returncode:
@@ -28,20 +28,20 @@ async def remove_all(places: Sequence[Path], environ: Mapping[str, str], keep_fd
             raise GitError(argv, done.returncode, done.stderr.decode(errors="replace"))
 
 
-def disk_usage(place: Path) -> int:
-    """Return the bytes on disk of a file or of all that is in a folder, as far as it can be read. Blocks.
+def disk_usage(path: Path) -> int:
+    """Return the bytes on disk of a file or of all readable contents of a folder. Blocks.
 
-    What has several names is counted once; links are not followed.
+    A file with several names counts once; links are not followed.
     """
-    waiting, seen, total = [str(place)], set[tuple[int, int]](), 0
+    waiting, seen, total = [str(path)], set[tuple[int, int]](), 0
     while waiting:
-        path = waiting.pop()
-        with suppress(OSError):  # closed to us, deeper than paths can be, or gone meanwhile
-            status = os.lstat(path)
+        current = waiting.pop()
+        with suppress(OSError):  # unreadable, deeper than the longest path, or removed meanwhile
+            status = os.lstat(current)
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
-                total += status.st_blocks * 512  # stat(2): whatever the block size
+                total += status.st_blocks * 512  # stat(2): the unit does not depend on the block size
             if stat.S_ISDIR(status.st_mode):
-                with os.scandir(path) as entries:
+                with os.scandir(current) as entries:
                     waiting.extend(entry.path for entry in entries)
     return total
