@@ -468,7 +468,7 @@ async def test_a_landing_whose_push_still_runs_stays_one_that_was_interrupted(
     await landing.bring_objects()
     async with hold_permit(landing.source, "main") as permit:
         async with landing.target._landing_lock.hold(0):
-            with pytest.raises(RefusedError, match="is being moved by"):
+            with pytest.raises(RefusedError, match="is moving the target"):
                 await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
             staged(landing)
         assert await landing.target.find_obstacle(landing.merge) is None

@@ -172,7 +172,7 @@ async def test_git_in_a_preserved_worktree_shows_what_differs_from_where_the_ses
         assert run_git(worktree.tree, repository.environ, "rev-parse", "HEAD").stdout.strip() == base
         assert (worktree.tree / "lib/.git/HEAD.disabled-by-council").read_text().startswith("ref: ")
         assert told is not None
-        assert told.endswith("by a rename to lib/.git/HEAD.disabled-by-council")
+        assert told.endswith("by renaming them to lib/.git/HEAD.disabled-by-council")
         await pool.detach(checkout)
 
 
