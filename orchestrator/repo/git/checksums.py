@@ -1,4 +1,4 @@
-"""The checksums of files as a commit has them."""
+"""Compute checksums of files in a commit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import anyio.to_thread
 
 from orchestrator.repo.git.command import Git
 
-#: Bytes of files that are read at once.
-_BATCH = 64 << 20
+#: Bytes of file content to read at a time.
+_BATCH_BYTES = 64 << 20
 
 
 async def compute_checksums(git: Git, commit: str, paths: Sequence[str]) -> dict[str, str | None]:
-    """Return the SHA-256 (hexadecimal) of files in a commit by their paths; None where there is no such file."""
+    """Return the SHA-256 (hex) of a commit's files by path; None for missing files."""
     blobs = await _blobs(git, commit, paths)
     sums: dict[str, str] = {}
     batch, size = list[str](), 0
     for blob, length in dict.fromkeys(blobs.values()):
-        if batch and size + length > _BATCH:
+        if batch and size + length > _BATCH_BYTES:
             sums |= await _read(git, batch)
             batch, size = [], 0
         batch.append(blob)
@@ -30,17 +30,17 @@ async def compute_checksums(git: Git, commit: str, paths: Sequence[str]) -> dict
 
 
 async def _blobs(git: Git, commit: str, paths: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Return the object and the size of each file that is there."""
+    """Return the object id and size of each existing file."""
     wanted = {path.encode(errors="surrogateescape"): path for path in paths}
     listed = (await git("ls-tree", "-r", "-z", "-l", "--full-tree", commit)).stdout
-    found = {}
+    blobs = {}
     for entry in listed.split(b"\0"):
         facts, _, name = entry.partition(b"\t")
         if name in wanted:
             _mode, kind, blob, size = facts.split()
             if kind == b"blob":
-                found[wanted[name]] = (blob.decode(), int(size))
-    return found
+                blobs[wanted[name]] = (blob.decode(), int(size))
+    return blobs
 
 
 async def _read(git: Git, blobs: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, counted
+from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, parse_numstat
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
@@ -63,7 +63,7 @@ async def count_session_changes(git: Git, worktree: Worktree, base: str, *, admi
     """Count a session's changes so far; like `diff_session`, without secrets and huge files."""
     async with _staged(git, worktree, base, admit) as (staging, _):
         done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
-    return counted(done.stdout.splitlines())
+    return parse_numstat(done.stdout.splitlines())
 
 
 async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:

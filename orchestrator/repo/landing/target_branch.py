@@ -22,11 +22,11 @@ from orchestrator.repo.git.embedded_repositories import find_embedded_repository
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
+    describe_interrupted_landing,
     find_blocking_locks,
     find_checkout,
     find_locked_checkouts,
-    interrupted_landing,
-    left_checkouts,
+    find_switched_checkouts,
     list_uncommitted_changes,
     read_head_stats,
     recover_push,
@@ -340,7 +340,7 @@ class Target:
         if checkout is None:
             return None
         assert self._repository is not None, "a checkout implies a local repository"
-        obstacle = await anyio.to_thread.run_sync(interrupted_landing, self._repository, self.branch)
+        obstacle = await anyio.to_thread.run_sync(describe_interrupted_landing, self._repository, self.branch)
         if obstacle is not None:
             return obstacle  # another run's
         # Filters first: looking for changes runs them, too.
@@ -434,7 +434,7 @@ class Target:
         """Settle the target's checkout, and other checkouts with possible leftovers of a push."""
         self._unsettled = merge, since
         others = await anyio.to_thread.run_sync(find_locked_checkouts, repository, self.branch)
-        others += await anyio.to_thread.run_sync(left_checkouts, repository, self.branch, since)
+        others += await anyio.to_thread.run_sync(find_switched_checkouts, repository, self.branch, since)
         foreign: list[str] = []
         for checkout in dict.fromkeys([await self._checkout(), *others]):
             move, git = (merge.old, merge.new), self._users_git()
