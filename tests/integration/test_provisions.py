@@ -267,7 +267,7 @@ async def test_a_link_on_the_way_is_refused_in_the_users_checkout(place: Place, 
     assert (place.tree / "config/local.yaml").read_text() == "of somebody\n"
     assert not (place.tree / "config/local.yaml").is_symlink()
     place.provisions = replace(place.provisions, hidden=(elsewhere / "deeper",))
-    assert "`worktrees.link`: 'data/models' is, or holds, what no session may see" in str(await place.refuse())
+    assert "`worktrees.link`: 'data/models' contains files hidden from sessions" in str(await place.refuse())
 
 
 @pytest.mark.parametrize("path", ["config", "config/base.yaml"])

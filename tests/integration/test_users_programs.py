@@ -370,7 +370,7 @@ async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tm
         assert repository.council("cancel", waiting["id"]).code in {0, 1}
         (kept,) = repository.council("salvage", "list", "--json").result["kept"]
         applied = repository.council("salvage", "apply", kept["name"])
-        assert (applied.code, "a repository of its own" in applied.stderr) == (2, True), applied
+        assert (applied.code, "a separate repository" in applied.stderr) == (2, True), applied
     repository.git("status")
     assert not ran.exists()
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import anyio.to_thread
 
+from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
 from orchestrator.repo.git.command import Git
 
 #: Bytes of file content to read at a time.
@@ -17,15 +18,8 @@ async def compute_checksums(git: Git, commit: str, paths: Sequence[str]) -> dict
     """Return the SHA-256 (hex) of a commit's files by path; None for missing files."""
     blobs = await _blobs(git, commit, paths)
     sums: dict[str, str] = {}
-    batch, size = list[str](), 0
-    for blob, length in dict.fromkeys(blobs.values()):
-        if batch and size + length > _BATCH_BYTES:
-            sums |= await _read(git, batch)
-            batch, size = [], 0
-        batch.append(blob)
-        size += length
-    if batch:
-        sums |= await _read(git, batch)
+    for batch in batch_by_size(dict.fromkeys(blobs.values()), _BATCH_BYTES):
+        sums |= await anyio.to_thread.run_sync(_hash_blobs, await cat_blobs(git, batch))
     return {path: sums[blobs[path][0]] if path in blobs else None for path in paths}
 
 
@@ -43,16 +37,5 @@ async def _blobs(git: Git, commit: str, paths: Sequence[str]) -> dict[str, tuple
     return blobs
 
 
-async def _read(git: Git, blobs: Sequence[str]) -> dict[str, str]:
-    out = (await git("cat-file", "--batch", input_="".join(f"{blob}\n" for blob in blobs).encode())).stdout
-    return await anyio.to_thread.run_sync(_hash_blobs, out)
-
-
-def _hash_blobs(out: bytes) -> dict[str, str]:
-    sums, at = {}, 0
-    while at < len(out):
-        end = out.index(b"\n", at)
-        blob, _kind, size = out[at:end].decode().split()
-        sums[blob] = hashlib.sha256(memoryview(out)[end + 1 : end + 1 + int(size)]).hexdigest()
-        at = end + 1 + int(size) + 1
-    return sums
+def _hash_blobs(output: bytes) -> dict[str, str]:
+    return {blob: hashlib.sha256(content).hexdigest() for blob, content in parse_blobs(output)}

@@ -171,8 +171,9 @@ class Git:
     ) -> CompletedCommand:
         """Run `git ARGS` to completion, also when cancelled; GitError if the exit code is not in `ok`.
 
-        A command killed from outside is retried a few times, then raises GitKilled; so is one that finds a killed
-        command's lock in our repository. With `limit`, for agents' files, it has this many seconds and 2 GiB of memory.
+        Commands that are killed from outside, or fail on a killed command's lock in our repository, are retried a few
+        times; the last kill raises GitKilled. With `limit`, for agents' files, a command has this many seconds and
+        2 GiB of memory.
         """
         attempts = AsyncRetrying(
             retry=retry_if_exception(self._is_retryable),

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -27,6 +26,7 @@ from orchestrator.repo.intake.session_commits import SessionCommits
 from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, remove_blocking_files, stage_files
 from orchestrator.repo.worktrees.change_detection import TreeDiff
+from orchestrator.repo.worktrees.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.failpoints import failpoint
 
@@ -139,10 +139,10 @@ class _Staged:
 async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
     """Stage all files of the checkout that can and may be staged."""
     worktree = history.worktree
-    if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
+    if not await anyio.to_thread.run_sync(is_folder, worktree.tree):
         return _Staged("its worktree was removed or replaced")
     unread = await anyio.to_thread.run_sync(remove_blocking_files, worktree.tree, diff)
-    if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
+    if await anyio.to_thread.run_sync(is_folder, worktree.git_dir):
         await anyio.to_thread.run_sync(remove_blocking_files, worktree.git_dir)
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
     slot, git = worktree.slot, history.git
@@ -162,10 +162,6 @@ async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
     if problem is not None:
         reasons.append(f"some of its files can't be staged ({problem}): find them in {worktree.tree}")
     return _Staged("; ".join(reasons) or None, tuple(sorted(map(printable_name, staged.refused))), staged.changes)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _describe_nested_repository(changes: Iterable[FileChange]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import anyio.to_thread
 from orchestrator.domain.security.reserved_names import find_reserved_name
 from orchestrator.domain.security.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
+from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
 from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, printable_name
 from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
 
@@ -69,7 +70,7 @@ class IntakeRules:
             return "it was put into the worktree from your checkout (`worktrees.copy` and `link`)"
         if (name := find_reserved_name(path)) is not None:
             return f"{name} is reserved: programs would act on its contents"
-        return "its name holds a secret" if self.redactor.find_secrets(os.fsencode(path)) else None
+        return "its name contains a secret" if self.redactor.find_secrets(os.fsencode(path)) else None
 
     def find_withheld(self, path: str) -> str | None:
         """Return the withheld path at or above a path, None if there is none."""
@@ -98,11 +99,12 @@ async def find_rejected_paths(
     refused = by_name | {file.path: why for file in files if (why := admit.check_file(file.path, sizes[file.new_id]))}
     remaining = [file for file in files if file.path not in refused]
     secrets: dict[str, set[bytes]] = {}
-    for batch in _batches(sorted({file.new_id for file in remaining}), sizes):
+    sized = ((blob, sizes[blob]) for blob in sorted({file.new_id for file in remaining}))
+    for batch in batch_by_size(sized, _BATCH_BYTES):
         secrets |= await objects.find(batch, admit.redactor)
     for file in remaining:
         if secrets.get(file.new_id) and secrets[file.new_id] - await objects.known(file.old_id, admit.redactor):
-            refused[file.path] = "it holds a secret"
+            refused[file.path] = "it contains a secret"
     return refused
 
 
@@ -131,11 +133,11 @@ class _Objects:
         """Return the secrets in each object that has some."""
         contents = await anyio.to_thread.run_sync(self._contents_of_files, ids)
         secrets = await anyio.to_thread.run_sync(_find, contents, redactor)
-        listed = "".join(f"{name}\n" for name in ids if name not in contents).encode()
-        if not listed:
+        packed = [name for name in ids if name not in contents]
+        if not packed:
             return secrets
-        done = await self.git("cat-file", "--batch", env=self.env, input_=listed)
-        return secrets | await anyio.to_thread.run_sync(lambda: _find(_contents(done.stdout), redactor))
+        output = await cat_blobs(self.git, packed, self.env)
+        return secrets | await anyio.to_thread.run_sync(_find_in_output, output, redactor)
 
     async def known(self, base_id: str, redactor: Redactor) -> set[bytes]:
         """Return the secrets in an object; none for the null id (all zeros)."""
@@ -156,30 +158,9 @@ class _Objects:
         return next((loose for loose in objects if loose is not None), None)
 
 
-def _batches(ids: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    total = 0
-    for name in ids:
-        if batch and total + sizes[name] > _BATCH_BYTES:
-            yield batch
-            batch, total = [], 0
-        batch.append(name)
-        total += sizes[name]
-    if batch:
-        yield batch
-
-
 def _find(contents: Mapping[str, bytes], redactor: Redactor) -> dict[str, set[bytes]]:
     return {name: secrets for name, content in contents.items() if (secrets := redactor.find_secrets(content))}
 
 
-def _contents(output: bytes) -> dict[str, bytes]:
-    """Parse the output of `git cat-file --batch`: for each object a line with its size, then its content."""
-    contents = {}
-    at = 0
-    while at < len(output):
-        end = output.index(b"\n", at)
-        name, _, size = output[at:end].split()
-        contents[name.decode()] = output[end + 1 : end + 1 + int(size)]
-        at = end + 1 + int(size) + 1
-    return contents
+def _find_in_output(output: bytes, redactor: Redactor) -> dict[str, set[bytes]]:
+    return _find({name: bytes(content) for name, content in parse_blobs(output)}, redactor)

@@ -36,14 +36,14 @@ _PARTS = frozenset(
 
 def list_hubs(home: Path) -> list[Hub]:
     """Return the hubs in the home folder. Blocks."""
-    found = [path for path in sorted(home.iterdir()) if not path.is_symlink()] if home.is_dir() else []
-    return [Hub(path) for path in found if _HUB.fullmatch(path.name) and (path / "trusted.git").is_dir()]
+    folders = [path for path in sorted(home.iterdir()) if not path.is_symlink()] if home.is_dir() else []
+    return [Hub(path) for path in folders if _HUB.fullmatch(path.name) and (path / "trusted.git").is_dir()]
 
 
 def list_incomplete_hubs(home: Path) -> list[Hub]:
     """Return the hubs whose creation or removal was interrupted or is running. Blocks."""
-    found = sorted(home.iterdir()) if home.is_dir() else []
-    hubs = [Hub(path.with_name(path.name.removesuffix(".new"))) for path in found if path.name.endswith(".new")]
+    paths = sorted(home.iterdir()) if home.is_dir() else []
+    hubs = [Hub(path.with_name(path.name.removesuffix(".new"))) for path in paths if path.name.endswith(".new")]
     return [hub for hub in hubs if _HUB.fullmatch(hub.root.name) and _has_only_hub_parts(hub.staging_root)]
 
 

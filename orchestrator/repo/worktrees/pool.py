@@ -26,8 +26,8 @@ from orchestrator.errors import GitError, LockHeld, RefusedError
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees import reset
 from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot, detects_mmap_writes
+from orchestrator.repo.worktrees.file_trees import disk_usage
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.removal import disk_usage
 from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
 from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import (

@@ -18,7 +18,8 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.repo.worktrees.file_trees import is_folder
+from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout
 
 _SUFFIX: Final = ".disabled-by-council"
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -36,7 +37,7 @@ async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
     tree = worktree.tree
     await anyio.to_thread.run_sync(_remove_pointer, worktree)
     changed = await anyio.to_thread.run_sync(disable_repositories, tree)
-    if await anyio.to_thread.run_sync(_is_folder, tree):
+    if await anyio.to_thread.run_sync(is_folder, tree):
         await _add_repository(git, worktree, base)
     await anyio.to_thread.run_sync((worktree.root / _MARK).touch)
     return _describe_renames(changed)
@@ -81,7 +82,7 @@ def disable_repositories(tree: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return changed
     except OSError:
-        if not _is_folder(tree):  # a link
+        if not is_folder(tree):  # a link
             return changed
         tree.chmod(0o700)
         at = os.open(tree, _DIRECTORY)
@@ -126,15 +127,15 @@ def _disable_folder(folder: int, above: list[str], changed: list[str]) -> list[s
         os.rename(name, free, src_dir_fd=folder, dst_dir_fd=folder)
         entries[free] = entries.pop(name)
         changed.append("/".join((*above[-20:], free)))
-    return [name for name, is_folder in entries.items() if is_folder]
+    return [name for name, is_dir in entries.items() if is_dir]
 
 
 def _find_repository_entries(entries: dict[str, bool]) -> Iterator[str]:
     # Ignores case, as some file systems do.
     folded = {name.casefold() for name in entries}
     is_repository = "commondir" in folded or {"objects", "refs"} <= folded
-    for name, is_folder in entries.items():
-        is_pointer = name.casefold() == ".git" and not is_folder
+    for name, is_dir in entries.items():
+        is_pointer = name.casefold() == ".git" and not is_dir
         if is_pointer or (is_repository and name.casefold() == "head"):
             yield name
 
@@ -155,10 +156,7 @@ async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
         shutil.copytree(worktree.hub.session_template, made)
         (made / "HEAD").write_text(f"{base}\n")
         if slot is not None and slot.is_sparse:
-            (made / "info").mkdir(exist_ok=True)
-            shutil.copyfile(slot.git_dir / "info" / "sparse-checkout", made / "info" / "sparse-checkout")
-            with (made / "config").open("a") as config:
-                config.write("[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n")
+            copy_sparse_checkout(slot, made)
 
     await anyio.to_thread.run_sync(lay_out)
     env = {"GIT_INDEX_FILE": str(made / "index"), "GIT_WORK_TREE": str(worktree.tree)}
@@ -178,10 +176,6 @@ def _publish(made: Path, tree: Path) -> None:
         os.rename(made, ".git", dst_dir_fd=at)
     finally:
         os.close(at)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _describe_renames(changed: list[str]) -> str | None:

@@ -22,8 +22,7 @@ from orchestrator.domain.security.envfile import parse_env_values
 from orchestrator.domain.security.secrets import is_secret_file, secret_values
 from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.copying import copy_tree
-from orchestrator.repo.worktrees.removal import remove_all
+from orchestrator.repo.worktrees.file_trees import copy_tree, remove_all
 
 _MAX_ENV_FILE_BYTES: Final = 1 << 20  # bytes
 _ENV_FILES: Final = (".env", ".envrc")
@@ -149,7 +148,7 @@ def _check_path(top: Path, path: str, hidden: Sequence[Path]) -> tuple[str, str]
     if not real.is_file() and not real.is_dir():
         return f"{path!r} is neither a file nor a folder", "remove it"
     if any(real.is_relative_to(path) or path.is_relative_to(real) for path in hidden):
-        return f"{path!r} is, or holds, what no session may see: {real}", "name only the files that sessions need"
+        return f"{path!r} contains files hidden from sessions: {real}", "name only the files that sessions need"
     if not os.access(real, os.R_OK):
         return f"{path!r} can't be read", "let yourself read it, or remove it"
     return None

@@ -22,7 +22,7 @@ import anyio.to_thread
 from orchestrator.repo.git.command import Git, join_nul, split_nul
 from orchestrator.repo.git.index_file import count_entries, refresh_index_stats
 from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
-from orchestrator.repo.worktrees.copying import copy_tree
+from orchestrator.repo.worktrees.file_trees import copy_tree
 from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import SlotRecord, WorktreeSlot, move_to_trash
 from orchestrator.system.failpoints import failpoint

@@ -28,8 +28,8 @@ import anyio.to_thread
 
 from orchestrator.domain.runs.leftovers import LeftoverStatus, judge_slot
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.repo.worktrees.hub import Hub, is_inside_hub
-from orchestrator.repo.worktrees.removal import remove_all
 from orchestrator.system.file_lock import FileLock
 
 

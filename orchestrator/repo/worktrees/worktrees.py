@@ -164,7 +164,7 @@ def _lay_out(worktree: Worktree, held: HeldSlot, prompt: str) -> None:
     ref.parent.mkdir(parents=True)
     ref.write_text(f"{record.commit}\n")
     if record.sparse:
-        _make_sparse(worktree, slot)
+        copy_sparse_checkout(slot, worktree.git_dir)
     worktree.scratch.mkdir(mode=0o700)
     worktree.handoff_file.parent.mkdir(mode=0o700)
     untrusted_files.write_file(slot.tree, ".git", os.fsencode(f"gitdir: {worktree.git_dir}\n"), 0o644)
@@ -190,12 +190,12 @@ def make_root(root: Path) -> None:
             is_made = True
 
 
-def _make_sparse(worktree: Worktree, slot: WorktreeSlot) -> None:
-    """Configure the session's git for a sparse checkout."""
-    info = worktree.git_dir / "info"
+def copy_sparse_checkout(slot: WorktreeSlot, git_dir: Path) -> None:
+    """Configure a git directory for a slot's sparse checkout. Blocks."""
+    info = git_dir / "info"
     info.mkdir(exist_ok=True)
     shutil.copyfile(slot.git_dir / "info" / "sparse-checkout", info / "sparse-checkout")
-    with (worktree.git_dir / "config").open("a") as config:
+    with (git_dir / "config").open("a") as config:
         config.write("[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n")
 
 
