@@ -358,7 +358,7 @@ async def test_a_file_system_that_tells_too_little(yard: HubFixture, monkeypatch
         (checkout.slot.tree / "setup.o").write_text("made\n")
         return ("made",)
 
-    for name, value in (("detects_mmap_writes", lambda folder: False), ("Stamps", None)):
+    for name, value in (("detects_mmap_writes", lambda folder: False), ("TreeSnapshot", None)):
         with monkeypatch.context() as patch:
             if value is None:
                 patch.setattr(TreeSnapshot, "capture", classmethod(lambda cls, *_: None))

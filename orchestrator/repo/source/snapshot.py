@@ -104,13 +104,12 @@ def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, o
         for name, old, new in _differences(before.heads.content, after.heads.content)
     ]
     for file, old, new in _differences(before.files.content, after.files.content):
-        changes.append(
-            f".git/{printable_name(file)} {'appeared' if old is None else 'is gone' if new is None else 'changed'}"
-        )
+        change = "created" if old is None else "deleted" if new is None else "changed"
+        changes.append(f".git/{printable_name(file)} was {change}")
     for name in before.indexes.keys() & after.indexes.keys():
         moved = after.heads.content.get(name, "").removeprefix("ref: ") in ours
         if not moved and before.indexes[name].content != after.indexes[name].content:
-            changes.append(f"{_inside(name)}/index has other staged entries")
+            changes.append(f"{_inside(name)}/index has different staged entries")
     return sorted(changes)
 
 
@@ -219,9 +218,9 @@ def _inside(checkout: str) -> str:
 
 def _moved(name: str, old: str | None, new: str | None) -> str:
     if old is None:
-        return f"{printable_name(name)} appeared at {_short(new)}"
+        return f"{printable_name(name)} was created at {_short(new)}"
     if new is None:
-        return f"{printable_name(name)} is gone, it was at {_short(old)}"
+        return f"{printable_name(name)} was deleted, it was at {_short(old)}"
     return f"{printable_name(name)} moved from {_short(old)} to {_short(new)}"
 
 
