@@ -84,7 +84,7 @@ def _session(folder: Path) -> Iterator[tuple[Worktree, SessionSocket]]:
     """Serve a mailbox from a thread of its own, as an orchestrator does from another process."""
     hub = Hub(folder / "hub")
     place = WorktreeSlot(hub, 1)
-    worktree = Worktree(hub, "run-1", "task", 1, held=place)
+    worktree = Worktree(hub, "run-1", "task", 1, held_slot=place)
     for one in (worktree.git_dir, place.tree / "src"):
         one.mkdir(parents=True)
     (place.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")

@@ -135,9 +135,7 @@ async def _ground(top: Path) -> _TestRepository:
 
 @asynccontextmanager
 async def _pool(ground: _TestRepository) -> AsyncIterator[SlotPool]:
-    async with SlotPool.open(
-        ground.git, ground.hub, SystemClock(), PoolLimits(places=1), SlotOptions(), warm=0
-    ) as pool:
+    async with SlotPool.open(ground.git, ground.hub, SystemClock(), PoolLimits(slots=1), SlotOptions(), warm=0) as pool:
         pool._detects_all_changes = True
         yield pool
 
@@ -146,7 +144,7 @@ async def _cycle(ground: _TestRepository, pool: SlotPool, name: str, commit: str
     """Have a session that writes a file and removes one."""
     worktree = Worktree(ground.hub, "bench", name, 1)
     with measure_cost() as cost:
-        checkout = await pool.take(commit, worktree.root)
+        checkout = await pool.acquire(commit, worktree.root)
         await worktrees.create_worktree(worktree, checkout, "prompt")
     if what is not None:
         ground.costs[what].append(cost())
@@ -164,7 +162,7 @@ async def _end(pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> dict[s
         found = await checkout.compare()
     with measure_cost() as giving:
         await worktrees.remove_session_folder(worktree)
-        pool.give_back(checkout, found)
+        pool.release(checkout, found)
     with measure_cost() as cleaning:
         await _until_clean(pool)
     return {

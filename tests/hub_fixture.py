@@ -62,7 +62,7 @@ class HubFixture:
     async def begin(self, pool: SlotPool, task: str, commit: str, adapter: str = "") -> tuple[Worktree, HeldSlot]:
         """Hand a place out to a session, and make what that has."""
         worktree = self.worktree(task)
-        checkout = await pool.take(commit, worktree.root, adapter)
+        checkout = await pool.acquire(commit, worktree.root, adapter)
         await worktrees.create_worktree(worktree, checkout, "prompt")
         return worktree, checkout
 
@@ -70,4 +70,4 @@ class HubFixture:
         """Take the place back from a session whose work is saved."""
         found = await checkout.compare()
         await worktrees.remove_session_folder(worktree)
-        pool.give_back(checkout, found)
+        pool.release(checkout, found)

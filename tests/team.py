@@ -85,7 +85,7 @@ class SessionTeam:
         """Begin a session in a worktree of its own, under a claim, with what its task owns."""
         session = SessionName(RUN, task, attempt)
         worktree = self.yard.worktree(task, attempt)
-        checkout = await self.pool.take(self.base, worktree.root)
+        checkout = await self.pool.acquire(self.base, worktree.root)
         self.checkouts[session] = await worktrees.create_worktree(worktree, checkout, "prompt"), checkout
         await self.claim(session)
         assert await self.registry.take(session, owns, orchestrator=self.name, claim=self.claims[session]) is None

@@ -23,8 +23,8 @@ from orchestrator.project import Project
 from orchestrator.protocols import Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.file_trees import disk_usage, remove_all
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.removal import disk_usage, remove_all
 from orchestrator.repo.worktrees.slots import WorktreeSlot, empty_trash, move_to_trash, read_session_slot
 from orchestrator.state.documents.checkpoints import create_checkpoint
 from orchestrator.system.clock import Clock
@@ -203,9 +203,9 @@ class Cleaner:
             for place in await anyio.to_thread.run_sync(lambda: list(hub.sessions.iterdir())):
                 for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, place.name, None):
                     await end_orphaned_session(worktree)
-            await remove_all([hub.unfinished], self._environ, fds)
-            await anyio.to_thread.run_sync(hub.root.rename, hub.unfinished)
-            await remove_all([hub.unfinished], self._environ, fds)
+            await remove_all([hub.staging_root], self._environ, fds)
+            await anyio.to_thread.run_sync(hub.root.rename, hub.staging_root)
+            await remove_all([hub.staging_root], self._environ, fds)
         return True
 
     async def _remove_temporary(self, one: Leftover) -> bool:
@@ -221,7 +221,7 @@ class Cleaner:
     async def _is_stale_file(self, one: Leftover) -> bool:
         if one.hub is None:
             return one in await self._survey.stale_excludes()
-        return one.place == str(_hub(one).unfinished) or one in await self._survey.stale_files(_hub(one))
+        return one.place == str(_hub(one).staging_root) or one in await self._survey.stale_files(_hub(one))
 
 
 def _hub(one: Leftover) -> Hub:

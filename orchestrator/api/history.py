@@ -249,7 +249,7 @@ def _worktrees(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> dict[str,
     """Return the checkouts that the newest attempts of tasks have, by task. Blocks."""
     hub = Hub(Path(run.hub))
     newest = {task: Worktree(hub, run.id, task, one.attempt.number) for task, one in tasks.items() if one.attempts}
-    return {task: str(place.tree) for task, worktree in newest.items() if (place := worktree.place) is not None}
+    return {task: str(place.tree) for task, worktree in newest.items() if (place := worktree.slot) is not None}
 
 
 def _named(name: str, documents: Mapping[Key, Document], run: str | None, where: str) -> Sequence[Key]:

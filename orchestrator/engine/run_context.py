@@ -128,7 +128,7 @@ class RunContext:
         return CheckRunner(
             pool=pool.checks,
             worktree_setup=self.tools.worktree_setup,
-            worktree=Worktree(self.hub, run, task, attempt, is_check=True, by=by),
+            worktree=Worktree(self.hub, run, task, attempt, is_check=True, checker=by),
             commands=spec.checks if commands is None else commands,
             timeout=spec.checks_timeout,
             env=spec.checks_env,

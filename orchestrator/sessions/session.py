@@ -256,19 +256,19 @@ class Session:
             return
         if saved:
             await worktrees.remove_session_folder(self.assignment.worktree)
-            self.pool.give_back(checkout, self._found)
+            self.pool.release(checkout, self._found)
         else:
-            await self.pool.lose(checkout)
+            await self.pool.detach(checkout)
 
     async def _set_up(self) -> Outcome | None:
         """Make the worktree, and put into it what it is to have; return why the program can't be started, if so."""
         what, worktree = self.assignment, self.assignment.worktree
         await anyio.to_thread.run_sync(lambda: self.tools.logs.mkdir(mode=0o700, exist_ok=True))
         folder = None if what.earlier is None else what.earlier.folder
-        checkout = await self.pool.take(what.start or what.base, worktree.root, what.adapter_name, folder)
+        checkout = await self.pool.acquire(what.start or what.base, worktree.root, what.adapter_name, folder)
         with anyio.CancelScope(shield=True):
             self._checkout = checkout
-            if folder != checkout.place.tree:
+            if folder != checkout.slot.tree:
                 what = replace(what, earlier=None)
             worktree = await worktrees.create_worktree(worktree, checkout, what.text)
             self.assignment = replace(what, worktree=worktree)
@@ -402,7 +402,7 @@ class Session:
         leavings = (*self._adapter_command().scratch_patterns, *(() if what.writes else _CACHES))
         admit = replace(self.tools.admission(what.max_file, made), scratch_patterns=leavings)
         base = what.base if what.writes else what.start or what.base
-        return await collect_work(self.tools.git, what.worktree, base, message, admit=admit, found=self._found)
+        return await collect_work(self.tools.git, what.worktree, base, message, admit=admit, diff=self._found)
 
     async def _discard(self, left: CollectedWork) -> tuple[str, ...]:
         """Forget what a session changed that was to change nothing; return the paths."""

@@ -222,7 +222,7 @@ def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str
 
 async def _places(hub: Hub) -> list[str]:
     """Look for what became of checkouts: each is clean, stays with a session, or is somebody's right now."""
-    broken = [f"10: {path} is left" for path in hub.places.glob("*.new")]
+    broken = [f"10: {path} is left" for path in hub.slots.glob("*.new")]
     broken += [f"10: {path} was not deleted" for path in hub.trash.glob("*")]
     for place in list_slots(hub):
         if not await place.lock.is_held():

@@ -53,5 +53,5 @@ class ActiveSessions:
 
     def _worktree(self, one: ActiveTask) -> str | None:
         hub = self.hubs.get(one.run)
-        place = None if hub is None else Worktree(Hub(hub), one.run, one.task, one.attempt.number).place
+        place = None if hub is None else Worktree(Hub(hub), one.run, one.task, one.attempt.number).slot
         return None if place is None else str(place.tree)

@@ -251,14 +251,14 @@ class TestPool:
         checkout = await pool.checks.acquire_for_check(commit, commit, worktree.root)
         await worktrees.create_worktree(worktree, checkout, "")
         await yard.end(pool.checks, worktree, checkout)
-        return checkout.place.tree
+        return checkout.slot.tree
 
     @staticmethod
     async def session(yard: HubFixture, pool: SlotPool, commit: str) -> Path:
         """Take a slot for a session and release it; return its tree."""
         worktree, checkout = await yard.begin(pool, "t", commit)
         await yard.end(pool, worktree, checkout)
-        return checkout.place.tree
+        return checkout.slot.tree
 
     @pytest.mark.parametrize("places", [2, 16])
     async def test_each_kind_has_its_own_also_in_the_next_pool(self, yard: HubFixture, places: int) -> None:
@@ -292,8 +292,8 @@ class TestPool:
         commit = await yard.fetch()
         async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
             worktree, checkout = await yard.begin(pool, "t", commit)
-            assert await self.check(yard, pool, commit) != checkout.place.tree
-            assert checkout.place.tree.is_dir()
+            assert await self.check(yard, pool, commit) != checkout.slot.tree
+            assert checkout.slot.tree.is_dir()
             await yard.end(pool, worktree, checkout)
 
     @staticmethod

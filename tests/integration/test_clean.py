@@ -91,10 +91,10 @@ async def test_nothing_is_left_of_a_run_that_ended_well(repository: Repository) 
     assert "nothing is left over" in told
     assert "ready for the next run, --pool removes it" in told
     await repository.assert_invariants()
-    assert list(hub_of(repository).places.iterdir())
+    assert list(hub_of(repository).slots.iterdir())
     removed = repository.council("clean", "--yes", "--pool", "--json")
     assert (removed.code, removed.result["freed"]) == (0, sum(one["bytes"] for one in listed.result["found"]))
-    assert not list(hub_of(repository).places.iterdir())
+    assert not list(hub_of(repository).slots.iterdir())
     assert repository.council("clean", "--json").result == {"found": [], "freed": 0, "exit": 0}
     await repository.assert_invariants()
 
@@ -158,7 +158,7 @@ async def test_an_interrupted_run_still_resumes(repository: Repository, failpoin
     assert trees(repository) == before
     # Of the places those stay that sessions have.
     assert standings(cleaned) <= {"left_over"}
-    assert set(hub_of(repository).places.iterdir()) == places
+    assert set(hub_of(repository).slots.iterdir()) == places
     [run] = {one["run"] for one in cleaned.result["found"] if one["kind"] == "worktree"}
     assert f"kept for `council resume {run}`" in repository.council("clean").stdout
     ended = repository.council("resume", "--json")
@@ -514,8 +514,8 @@ async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
         hub.sessions / run,
         hub.sessions / "20200101-000000-abcd",
         hub.sessions,
-        hub.places,
-        hub.places / "7",
+        hub.slots,
+        hub.slots / "7",
         hub.trash,
         hub.indexes,
         hub.root.with_name("theirs-0123456789ab"),

@@ -70,7 +70,7 @@ class Place:
     async def collect(self) -> CollectedWork:
         """Collect, twice: what is found by stamps must also be found without, and again."""
         first = await collect_work(
-            self.git, self.worktree, self.base, "work\n", admit=ADMIT, found=self.snapshot.compare()
+            self.git, self.worktree, self.base, "work\n", admit=ADMIT, diff=self.snapshot.compare()
         )
         again = await collect_work(self.git, self.worktree, self.base, "work\n", admit=ADMIT)
         assert await self.tree(first.commit) == await self.tree(again.commit)
@@ -102,7 +102,7 @@ async def place(repository: Repository, tmp_path: Path, environ: dict[str, str])
         _, source = await yard.begin(pool, "earlier", base)
         await yard.end(pool, yard.worktree("earlier"), source)
         worktree, checkout = await yard.begin(pool, "task", base)
-        await pool.lose(checkout)
+        await pool.detach(checkout)
     return Place(yard.git, worktree, base, environ, checkout.contents.snapshot)
 
 
@@ -392,7 +392,7 @@ async def test_more_refs_than_are_looked_at_are_not_passed_over(place: Place) ->
     collected = await place.collect()
     assert collected.salvaged == ()
     assert not collected.complete
-    assert collected.notes == ("it has more refs than are looked at",)
+    assert collected.notes == ("it has too many refs: only some were read",)
 
 
 async def test_files_deeper_than_paths_can_be_are_not_lost(place: Place) -> None:

@@ -65,7 +65,7 @@ async def attempt(repository: Repository, tmp_path: Path, environ: dict[str, str
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "task", base)
-        await pool.lose(checkout)
+        await pool.detach(checkout)
     return Attempt(yard, worktree, base)
 
 
@@ -225,12 +225,12 @@ async def test_an_object_that_is_not_what_its_name_says_does_not_enter_the_hub(
     quarantine = Quarantine(tmp_path / "quarantine", hub.objects)
     quarantine.empty()
     git = Git(hub.trusted, environ=environ)
-    name = await git.line("hash-object", "-w", "--stdin", env=quarantine.writing, input_=b"good")
-    other = await git.line("hash-object", "-w", "--stdin", env=quarantine.writing, input_=b"other")
+    name = await git.line("hash-object", "-w", "--stdin", env=quarantine.write_env, input_=b"good")
+    other = await git.line("hash-object", "-w", "--stdin", env=quarantine.write_env, input_=b"other")
     (quarantine.objects / name[:2] / name[2:]).unlink()
     (quarantine.objects / other[:2] / other[2:]).rename(quarantine.objects / name[:2] / name[2:])
     with pytest.raises(OSError, match=name):
-        quarantine.adopt()
+        quarantine.admit_objects()
     assert (await git("cat-file", "-e", name, ok=(0, 1))).returncode == 1
 
 

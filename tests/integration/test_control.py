@@ -171,7 +171,7 @@ def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
     assert repository.council("checkpoint", "list", "--json").result["checkpoints"] == []
     refused = repository.council("salvage", "apply", "a/1")
     assert refused.code == 2
-    assert "no work is kept as 'a/1': nothing is preserved of this run" in refused.stderr
+    assert "no preserved work is named 'a/1': this run has no preserved work" in refused.stderr
 
 
 async def test_cancel_of_all_on_a_live_run_ends_it(repository: Repository) -> None:

@@ -229,7 +229,7 @@ def test_our_folder(repository: Repository, tmp_path: Path) -> None:
     assert level(doctor(repository), ".council") == "problem"
     folder.unlink()
     repository.commit({".council/state/x": "x"})
-    assert "brings a .council of its own" in doctor(repository)[".council"][0][1]
+    assert "git tracks files in .council" in doctor(repository)[".council"][0][1]
 
 
 def test_our_repositories_inside_of_theirs(repository: Repository) -> None:

@@ -59,21 +59,21 @@ def refresh(repository: Repository) -> None:
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
-        (does("branch", "other"), "refs/heads/other appeared at "),
-        (does("tag", "v1"), "refs/tags/v1 appeared at "),
-        (does("branch", "-D", "side"), "refs/heads/side is gone, it was at "),
+        (does("branch", "other"), "refs/heads/other was created at "),
+        (does("tag", "v1"), "refs/tags/v1 was created at "),
+        (does("branch", "-D", "side"), "refs/heads/side was deleted, it was at "),
         (does("update-ref", "refs/heads/side", "HEAD^"), "refs/heads/side moved from "),
         (does("pack-refs", "--all"), None),
-        (does("config", "user.name", "Someone"), ".git/config changed"),
+        (does("config", "user.name", "Someone"), ".git/config was changed"),
         (does("switch", "--quiet", "side"), ".git/HEAD moved from refs/heads/main to refs/heads/side"),
-        (does("rm", "--quiet", "--cached", "README.md"), ".git/index has other staged entries"),
-        (does("update-index", "--assume-unchanged", "README.md"), ".git/index has other staged entries"),
-        (does("-C", "../linked", "rm", "--quiet", "f"), ".git/worktrees/linked/index has other staged entries"),
+        (does("rm", "--quiet", "--cached", "README.md"), ".git/index has different staged entries"),
+        (does("update-index", "--assume-unchanged", "README.md"), ".git/index has different staged entries"),
+        (does("-C", "../linked", "rm", "--quiet", "f"), ".git/worktrees/linked/index has different staged entries"),
         (does("-C", "../linked", "switch", "--quiet", "--detach"), ".git/worktrees/linked/HEAD moved from refs/heads/"),
-        (write("hooks/post-commit", "#!/bin/sh\n", 0o755), ".git/hooks/post-commit appeared"),
-        (write("hooks/old", "#!/bin/sh\n", 0o755), ".git/hooks/old changed"),
-        (write("info/attributes", "* filter=x\n"), ".git/info/attributes appeared"),
-        (write("config.worktree", "[core]\n"), ".git/config.worktree appeared"),
+        (write("hooks/post-commit", "#!/bin/sh\n", 0o755), ".git/hooks/post-commit was created"),
+        (write("hooks/old", "#!/bin/sh\n", 0o755), ".git/hooks/old was changed"),
+        (write("info/attributes", "* filter=x\n"), ".git/info/attributes was created"),
+        (write("config.worktree", "[core]\n"), ".git/config.worktree was created"),
         (does("status"), None),
         (refresh, None),
         (lambda repository: (repository.top / "README.md").write_text("mine"), None),
@@ -107,7 +107,7 @@ async def test_a_landing_is_ours(repository: Repository, git: Git) -> None:
     assert describe_changes(before, after, ours={"refs/heads/main": commit}) == []
     old = before.refs.content["refs/heads/main"]
     assert describe_changes(before, after, ours={"refs/heads/other": commit}) == [
-        ".git/index has other staged entries",
+        ".git/index has different staged entries",
         f"refs/heads/main moved from {old[:10]} to {commit[:10]}",
     ]
     assert describe_changes(before, after, ours={"refs/heads/main": old}) == [
@@ -132,7 +132,7 @@ async def test_what_looks_the_same_is_not_read_again(repository: Repository, git
     assert changed.refs is not seal.refs
     assert changed.indexes["."] is seal.indexes["."]
     assert [sentence.split(" at ")[0] for sentence in describe_changes(seal, changed, ours={})] == [
-        "refs/heads/x appeared"
+        "refs/heads/x was created"
     ]
 
 
@@ -143,7 +143,7 @@ async def test_a_bare_repository_can_be_sealed(tmp_path: Path, repository: Repos
     before = await take_snapshot(bare, git)
     subprocess.run(["git", "branch", "x", "main"], cwd=bare.git_dir, check=True, env=repository.environ)
     found = describe_changes(before, await take_snapshot(bare, git, before), ours={})
-    assert [sentence.split(" at ")[0] for sentence in found] == ["refs/heads/x appeared"]
+    assert [sentence.split(" at ")[0] for sentence in found] == ["refs/heads/x was created"]
 
 
 async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, git: Git) -> None:
@@ -198,8 +198,8 @@ async def test_a_session_that_reaches_into_the_users_repository_is_reported(
     assert [line["sessions"] for line in told] == [["reaches-out"]]
     changed = " ".join(told[0]["changes"])
     assert "refs/heads/planted" in changed
-    assert ".git/config changed" in changed
-    assert "hooks/post-commit appeared" in changed
+    assert ".git/config was changed" in changed
+    assert "hooks/post-commit was created" in changed
 
 
 async def test_landings_are_no_escapes(repository: Repository) -> None:
@@ -224,4 +224,4 @@ async def test_what_is_odd_beside_what_is_watched_is_no_error(repository: Reposi
     before = await sealed(repository, git)
     repository.git("branch", "three\u0085four")
     found = describe_changes(before, await sealed(repository, git, before), ours={})
-    assert [one.partition(" at ")[0] for one in found] == ["refs/heads/three\u0085four appeared"]
+    assert [one.partition(" at ")[0] for one in found] == ["refs/heads/three\u0085four was created"]

@@ -120,4 +120,4 @@ async def test_a_state_that_a_repository_brings_is_not_obeyed(repository: Reposi
     for command in (["status"], ["resume"], ["run", str(config)]):
         refused = repository.council(*command)
         assert refused.code == 2, refused
-        assert "brings a .council of its own" in refused.stderr
+        assert "git tracks files in .council" in refused.stderr

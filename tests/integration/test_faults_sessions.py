@@ -69,7 +69,7 @@ true
         await repository.assert_invariants()
     else:
         said = "; ".join(sentence for line in changed for sentence in line["changes"])
-        assert "refs/heads/planted appeared" in said
+        assert "refs/heads/planted was created" in said
         assert "refs/heads/side is gone" in said
-        assert ".git/config changed" in said
+        assert ".git/config was changed" in said
         assert changed[0]["sessions"] == ["reaches"]

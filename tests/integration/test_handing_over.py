@@ -48,7 +48,7 @@ async def test_a_session_has_a_folder_for_it(repository: Repository) -> None:
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree = yard.worktree("t")
-        checkout = await pool.take(base, worktree.root)
+        checkout = await pool.acquire(base, worktree.root)
         worktree = await worktrees.create_worktree(worktree, checkout, "prompt")
         folder = worktree.handoff_file.parent
         assert (folder.is_dir(), folder.stat().st_mode & 0o777, list(folder.iterdir())) == (True, 0o700, [])

@@ -468,7 +468,7 @@ async def test_a_landing_whose_push_still_runs_stays_one_that_was_interrupted(
     await landing.bring_objects()
     async with hold_permit(landing.source, "main") as permit:
         async with landing.target._landing_lock.hold(0):
-            with pytest.raises(RefusedError, match="is being moved by"):
+            with pytest.raises(RefusedError, match="is moving the target"):
                 await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
             staged(landing)
         assert await landing.target.find_obstacle(landing.merge) is None
@@ -612,10 +612,10 @@ async def test_a_killed_landing_of_another_run_is_reported_with_what_repairs_it(
     for command in (["run", str(path)], ["doctor", str(path)]):
         ended = repository.council(*command)
         assert ended.code != 0
-        assert "`council resume` its run" in ended.stdout + ended.stderr, ended
+        assert "`council resume` of its run" in ended.stdout + ended.stderr, ended
     ended = repository.council("run", str(path), "--allow-deferred", "--json")
     assert ended.states == {"one": "queued"}
-    assert "`council resume` its run" in ended.result["tasks"][0]["reason"]
+    assert "`council resume` of its run" in ended.result["tasks"][0]["reason"]
     assert repository.council("resume", killed.result["run"], "--json").states == {"one": "landed"}
     assert repository.git("status", "--porcelain") == ""
 

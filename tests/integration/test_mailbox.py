@@ -59,7 +59,7 @@ class Site:
     def worktree(self, task: str, number: int, attempt: int = 1) -> Worktree:
         """Make the folders of a session."""
         place = WorktreeSlot(self.hub, number)
-        made = Worktree(self.hub, "run-1", task, attempt, held=place)
+        made = Worktree(self.hub, "run-1", task, attempt, held_slot=place)
         for folder in (made.git_dir, made.tree / "src", self.hub.objects):
             folder.mkdir(parents=True, exist_ok=True)
         (made.tree / ".git").write_text(f"gitdir: {made.git_dir}\n")

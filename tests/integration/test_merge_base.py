@@ -21,7 +21,7 @@ async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
     """Work lands beside other work, and on a part of itself that the user has merged by hand and changed."""
-    monkeypatch.setattr(target_branch, "_FEW", few)
+    monkeypatch.setattr(target_branch, "_MAX_WALKED_LANDINGS", few)
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     hub = locate_hub(site.location, tmp_path / "council-home")
     await create_hub(hub, site.object_format, repository.environ)

@@ -151,7 +151,7 @@ async def test_a_warm_pool_makes_places_ahead(yard: HubFixture) -> None:
         pool.warm(commit)
         await idle(pool, 3)
         began = [await yard.begin(pool, f"task{number}", commit) for number in range(3)]
-        assert {checkout.place.number for _, checkout in began} == {1, 2, 3}
+        assert {checkout.slot.number for _, checkout in began} == {1, 2, 3}
         for one in began:
             await yard.end(pool, *one)
     await assert_no_leaks(yard)
@@ -164,7 +164,7 @@ async def test_a_place_keeps_its_path_and_moves(yard: HubFixture, tmp_path: Path
     async with yard.open(places=1) as pool:
         for number, branch in enumerate(("main", "other", "other", "main", "other")):
             worktree, checkout = await yard.begin(pool, f"task{number}", commits[branch])
-            assert checkout.place.number == 1
+            assert checkout.slot.number == 1
             assert files(worktree.tree) == expected[branch]
             (worktree.tree / "src/app.py").unlink()
             (worktree.tree / "made.txt").write_text("made\n")
@@ -201,7 +201,7 @@ async def test_there_are_never_more_than_allowed(yard: HubFixture) -> None:
 async def test_waiting_does_not_spin(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no more may be made, whether that has changed is looked at twice a second."""
     commit, looks = await yard.fetch(), 0
-    counted = SlotPool._counted
+    counted = SlotPool._measure_counted
 
     async def count(pool: SlotPool) -> dict[WorktreeSlot, int]:
         nonlocal looks
@@ -210,7 +210,7 @@ async def test_waiting_does_not_spin(yard: HubFixture, monkeypatch: pytest.Monke
 
     async with yard.open(places=1) as pool:
         one = await yard.begin(pool, "first", commit)
-        monkeypatch.setattr(SlotPool, "_counted", count)
+        monkeypatch.setattr(SlotPool, "_measure_counted", count)
         with anyio.move_on_after(1.2) as waited:
             await yard.begin(pool, "second", commit)
         assert waited.cancelled_caught
@@ -224,7 +224,7 @@ async def test_bytes_are_limited(yard: HubFixture) -> None:
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         if not checkout.contents.record.setup:
-            (checkout.place.tree / "large.o").write_bytes(bytes(1 << 20))
+            (checkout.slot.tree / "large.o").write_bytes(bytes(1 << 20))
         return ("large",)
 
     care = SlotOptions(set_up=furnish)
@@ -315,8 +315,8 @@ async def test_what_setup_made_stays_or_the_place_goes(yard: HubFixture) -> None
         if checkout.contents.record.setup:
             return checkout.contents.record.setup
         made += 1
-        (checkout.place.tree / "setup.o").write_text("whole\n")
-        (checkout.place.tree / "plain.txt").write_text("whole\n")
+        (checkout.slot.tree / "setup.o").write_text("whole\n")
+        (checkout.slot.tree / "plain.txt").write_text("whole\n")
         return ("made",)
 
     async with yard.open(SlotOptions(set_up=furnish), places=1) as pool:
@@ -355,21 +355,21 @@ async def test_a_file_system_that_tells_too_little(yard: HubFixture, monkeypatch
     commit = await yard.fetch()
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
-        (checkout.place.tree / "setup.o").write_text("made\n")
+        (checkout.slot.tree / "setup.o").write_text("made\n")
         return ("made",)
 
-    for name, value in (("detects_mmap_writes", lambda folder: False), ("Stamps", None)):
+    for name, value in (("detects_mmap_writes", lambda folder: False), ("TreeSnapshot", None)):
         with monkeypatch.context() as patch:
             if value is None:
-                patch.setattr(TreeSnapshot, "take", classmethod(lambda cls, *_: None))
+                patch.setattr(TreeSnapshot, "capture", classmethod(lambda cls, *_: None))
             else:
                 patch.setattr(pool_module, name, value)
             async with yard.open(SlotOptions(set_up=furnish), places=2) as pool:
                 for number in range(3):
                     with anyio.fail_after(30):
                         worktree, checkout = await yard.begin(pool, f"{name}{number}", commit)
-                    assert not (checkout.place.scratch / "used").exists()
-                    (checkout.place.scratch / "used").touch()
+                    assert not (checkout.slot.scratch / "used").exists()
+                    (checkout.slot.scratch / "used").touch()
                     await yard.end(pool, worktree, checkout)
         assert not list_slots(yard.hub)
         await assert_no_leaks(yard)
@@ -412,7 +412,7 @@ async def test_takers_that_are_cancelled_at_any_moment(yard: HubFixture, seed: i
         async def session(number: int) -> None:
             with anyio.move_on_after(chance.random() * 0.3 if number % 2 else None):
                 worktree = yard.worktree(f"task{number}")
-                checkout = await pool.take(chance.choice(commits), worktree.root)
+                checkout = await pool.acquire(chance.choice(commits), worktree.root)
                 with anyio.CancelScope(shield=True):
                     await worktrees.create_worktree(worktree, checkout, "")
                     (worktree.tree / "README.md").write_text("changed\n")
@@ -443,7 +443,7 @@ async def test_the_next_pool_goes_on_with_what_was_left(yard: HubFixture) -> Non
         for number in range(3):
             worktree, checkout = await yard.begin(pool, f"task{number}", commit)
             assert (worktree.tree / "README.md").read_text() == "# Project\n"
-            again[checkout.place.number] = (checkout.place.root / "mark").exists()
+            again[checkout.slot.number] = (checkout.slot.root / "mark").exists()
             began.append((worktree, checkout))
         for one in began:
             await yard.end(pool, *one)
@@ -479,7 +479,7 @@ async def test_a_kept_session_keeps_its_place(yard: HubFixture) -> None:
     async with yard.open(places=1) as pool:
         worktree, checkout = await yard.begin(pool, "kept", commit)
         (worktree.tree / "work.txt").write_text("work\n")
-        await pool.lose(checkout)
+        await pool.detach(checkout)
     async with yard.open(places=1, warm=1) as pool:
         await yard.end(pool, *await yard.begin(pool, "next", commit))
     assert (worktree.tree / "work.txt").read_text() == "work\n"
@@ -559,7 +559,7 @@ async def test_a_place_is_not_lost_with_its_process(plain: HubFixture, repositor
     _, errors = child.communicate(timeout=60)
     assert child.returncode == -9, errors
     await anyio.to_thread.run_sync(until_free, plain)
-    sessions = {one.root: one.place for one in worktrees.list_worktrees(plain.hub, "run1", None)}
+    sessions = {one.root: one.slot for one in worktrees.list_worktrees(plain.hub, "run1", None)}
     async with plain.open(warm=2) as pool:
         await plain.end(pool, *await plain.begin(pool, "after", await plain.fetch()))
         for root, place in sessions.items():
@@ -652,8 +652,8 @@ async def test_a_place_that_is_asked_for_while_it_is_cleaned_is_waited_for(
         await begun.wait()
         async with anyio.create_task_group() as group:
             group.start_soon(let_go_once, pool, may_end)
-            again = await pool.take(main, yard.worktree("first", 2).root, tree=mine.place.tree)
-        assert again.place.tree == mine.place.tree
+            again = await pool.acquire(main, yard.worktree("first", 2).root, tree=mine.slot.tree)
+        assert again.slot.tree == mine.slot.tree
         await pool.discard(again)
 
 

@@ -148,7 +148,7 @@ async def test_no_git_command_in_a_preserved_worktree_runs_a_program_of_the_agen
                 if folder.is_dir():
                     run_git(folder, repository.environ, *command.split())
                     assert not trace.exists(), (folder, command, trace.read_text())
-        await pool.lose(checkout)
+        await pool.detach(checkout)
 
 
 async def test_git_in_a_preserved_worktree_shows_what_differs_from_where_the_session_began(
@@ -172,8 +172,8 @@ async def test_git_in_a_preserved_worktree_shows_what_differs_from_where_the_ses
         assert run_git(worktree.tree, repository.environ, "rev-parse", "HEAD").stdout.strip() == base
         assert (worktree.tree / "lib/.git/HEAD.disabled-by-council").read_text().startswith("ref: ")
         assert told is not None
-        assert told.endswith("by a rename to lib/.git/HEAD.disabled-by-council")
-        await pool.lose(checkout)
+        assert told.endswith("by renaming them to lib/.git/HEAD.disabled-by-council")
+        await pool.detach(checkout)
 
 
 async def test_what_was_disabled_is_told(repository: Repository, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Place:
         """Collect, twice: what is found by stamps must also be found without, and again."""
         admit = IntakeRules(Redactor(), withheld=self.provisions.paths)
         found = self.snapshot.compare()
-        first = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit, found=found)
+        first = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit, diff=found)
         again = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit)
         assert await self.paths(first.commit) == await self.paths(again.commit)
         assert (first.refused, first.left_out, first.notes) == (again.refused, again.left_out, again.notes)
@@ -97,7 +97,7 @@ async def place(repository: Repository, tmp_path: Path, environ: dict[str, str])
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "task", base)
-        await pool.lose(checkout)
+        await pool.detach(checkout)
     provisions = Provisions(top, COPIED, ("data/models",))
     return Place(yard.git, worktree, base, environ, provisions, checkout.contents.snapshot)
 
@@ -267,7 +267,7 @@ async def test_a_link_on_the_way_is_refused_in_the_users_checkout(place: Place, 
     assert (place.tree / "config/local.yaml").read_text() == "of somebody\n"
     assert not (place.tree / "config/local.yaml").is_symlink()
     place.provisions = replace(place.provisions, hidden=(elsewhere / "deeper",))
-    assert "`worktrees.link`: 'data/models' is, or holds, what no session may see" in str(await place.refuse())
+    assert "`worktrees.link`: 'data/models' contains files hidden from sessions" in str(await place.refuse())
 
 
 @pytest.mark.parametrize("path", ["config", "config/base.yaml"])
@@ -323,7 +323,7 @@ async def test_what_was_there_untracked_before_the_session_may_change(place: Pla
     place.agent("add", "--all", ".gitignore")
     place.agent("commit", "--quiet", "--message", "ignore")
     (place.tree / "cache").write_text("1\n")
-    stamps = TreeSnapshot.take(place.tree)
+    stamps = TreeSnapshot.capture(place.tree)
     assert stamps is not None
     place.snapshot = stamps
     (place.tree / "cache").write_text("2\n")

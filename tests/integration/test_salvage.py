@@ -73,7 +73,7 @@ async def test_kept_work_is_listed_and_found(place: Place, work: str) -> None:
     assert (found.ref, found.commit, found.subject) == ("refs/salvage/run1/task.1/stash", work, "work")
     assert found.committed > 1_600_000_000
     assert salvage.find_unmerged_work(all_runs, "run2/task/1").run == "run2"
-    with pytest.raises(RefusedError, match="more than one run"):
+    with pytest.raises(RefusedError, match="exists in several runs"):
         salvage.find_unmerged_work(all_runs, "task/1")
     with pytest.raises(RefusedError, match="task/conflict"):
         salvage.find_unmerged_work(run1, "task/conflct")
@@ -163,7 +163,7 @@ async def test_work_that_does_not_fit_changes_nothing(
             (repository.top / "src").rename(tmp_path / "out/src")
             (repository.top / "src").symlink_to(tmp_path / "out/src")
     before = state(repository.top), repository.git("status", "--porcelain")
-    with pytest.raises(RefusedError, match="add `--branch BRANCH` to make a branch of it instead"):
+    with pytest.raises(RefusedError, match="add `--branch BRANCH` to create a branch instead"):
         await salvage.apply_to_checkout(place.git, users, repository.top, place.base, work)
     assert before == (state(repository.top), repository.git("status", "--porcelain"))
     if how == "link out":
@@ -178,7 +178,7 @@ async def test_a_link_to_another_repository_is_not_applied(place: Place, users: 
     )
     left = await place.collect()
     assert left.commit is not None
-    with pytest.raises(RefusedError, match="repository in the repository"):
+    with pytest.raises(RefusedError, match="includes a nested repository"):
         await salvage.apply_to_checkout(place.git, users, repository.top, place.base, left.commit)
 
 
@@ -187,10 +187,13 @@ async def test_a_branch_is_made_once(place: Place, work: str, repository: Reposi
     source = UpstreamRepository.of(str(repository.top), is_local=True, git=place.git)
     await salvage.create_branch(source, work, "rescued/work")
     assert repository.git("rev-parse", "rescued/work") == work
-    for taken, why in (("rescued/work", "exists"), ("main", "exists"), ("rescued", "can't be made"),
-                       ("-x", "can't be the name"),
-                       ("a..b", "can't be the name"), ("x:y", "can't be the name"),
-                       ("", "can't be the name")):  # fmt: skip
+    reasons = {
+        "rescued/work": "already exists",
+        "main": "already exists",
+        "rescued": "can't create branch",
+        **dict.fromkeys(("-x", "a..b", "x:y", ""), "is not a valid branch name"),
+    }
+    for taken, why in reasons.items():
         with pytest.raises(RefusedError, match=why):
             await salvage.create_branch(source, work, taken)
 

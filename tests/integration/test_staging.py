@@ -41,7 +41,7 @@ class Checkout:
         """Stage by what differs, then with a look at everything; both must come to the same."""
         found = self.snapshot.compare()
         assert found is not None
-        by_stamps = await stage_files(self.git, replace(self.staging, found=found), self.base, admit)
+        by_stamps = await stage_files(self.git, replace(self.staging, known_diff=found), self.base, admit)
         first = await self.index()
         of_all = await stage_files(self.git, self.staging, self.base, admit)
         assert (first, by_stamps) == (await self.index(), of_all)
@@ -66,7 +66,7 @@ async def checkout(repository: Repository, tmp_path: Path, environ: dict[str, st
     staging = StagingArea(tree, tmp_path / "index", Quarantine(tmp_path / "import" / "objects", hub.objects))
     env = {"GIT_WORK_TREE": str(tree), "GIT_INDEX_FILE": str(staging.index)}
     await git("read-tree", "--reset", "-u", base, env=env, cwd=tree)
-    stamps = TreeSnapshot.take(tree)
+    stamps = TreeSnapshot.capture(tree)
     assert stamps is not None
     return Checkout(git, staging, base, stamps)
 
@@ -150,7 +150,7 @@ async def test_an_index_of_another_commit_is_made_anew(checkout: Checkout) -> No
     await checkout.git("read-tree", checkout.base, env=env)
     await checkout.git("add", "a.txt", env=env, cwd=checkout.tree)
     other.rename(checkout.staging.index)
-    stamps = TreeSnapshot.take(checkout.tree)
+    stamps = TreeSnapshot.capture(checkout.tree)
     assert stamps is not None
     (checkout.tree / "b.txt").write_text("other\n")
     staged = await replace(checkout, snapshot=stamps).stage()

@@ -324,7 +324,7 @@ async def test_no_landing_deletes_files_that_git_ignores(repository: Repository,
     config = repository.configure([{"id": "t", "prompt": prompt}], adapters={"sh": SHELL_ADAPTER})
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"t": "queued"}, ended
-    assert "files that git does not track are in the way" in ended.result["tasks"][0]["reason"]
+    assert "untracked files would be overwritten" in ended.result["tasks"][0]["reason"]
     assert mine.read_text() == "mine\n"
 
 
@@ -365,12 +365,12 @@ async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tm
     ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": SHELL_ADAPTER})), "--json")
     assert sorted(ended.states.values()) == ["landed"] * (parts - 1) + ["queued"], ended
     (waiting,) = (one for one in ended.result["tasks"] if one["status"] == "queued")
-    assert "git would take docs/Notes for a repository of its own" in waiting["reason"]
+    assert "git would treat docs/Notes as a separate repository" in waiting["reason"]
     if parts == 1:
         assert repository.council("cancel", waiting["id"]).code in {0, 1}
         (kept,) = repository.council("salvage", "list", "--json").result["kept"]
         applied = repository.council("salvage", "apply", kept["name"])
-        assert (applied.code, "a repository of its own" in applied.stderr) == (2, True), applied
+        assert (applied.code, "a separate repository" in applied.stderr) == (2, True), applied
     repository.git("status")
     assert not ran.exists()
 

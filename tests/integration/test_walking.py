@@ -36,7 +36,7 @@ def stamps(tmp_path: Path) -> TreeSnapshot:
     tree.mkdir()
     for name in (b"same", b"written", b"odd \xff"):
         (tree / os.fsdecode(name)).touch()
-    stamps = TreeSnapshot.take(tree)
+    stamps = TreeSnapshot.capture(tree)
     assert stamps is not None
     (tree / "written").write_text("x")
     (tree / os.fsdecode(b"new \xff")).touch()

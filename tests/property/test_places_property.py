@@ -362,7 +362,7 @@ def _facts_of(path: Path) -> Facts:
 
 
 async def _furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
-    tree = checkout.place.tree
+    tree = checkout.slot.tree
     if not checkout.contents.record.setup:
         for path in (".venv/bin/python", ".venv/lib/x.py", "setup.out", "cache/a"):
             _write(tree, path, path)
@@ -370,7 +370,7 @@ async def _furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
     return ("made",)
 
 
-def _care(kind: str) -> SlotOptions:
+def _options(kind: str) -> SlotOptions:
     care = SlotOptions(sparse=("sub", "out/") if kind == "sparse" else ())
     if kind in {"extras", "kept"}:
         care = replace(care, set_up=_furnish)
@@ -380,7 +380,7 @@ def _care(kind: str) -> SlotOptions:
 async def _expected(pool: SlotPool, commits: Commits, commit: str) -> dict[str, Facts]:
     """Return what a new place holds."""
     worktree, checkout = await commits.yard.begin(pool, "expected", commit)
-    facts = _facts(checkout.place.tree, ("cache",) if checkout.contents.record.kept else ())
+    facts = _facts(checkout.slot.tree, ("cache",) if checkout.contents.record.kept else ())
     await worktrees.remove_session_folder(worktree)
     await pool.discard(checkout)
     return facts
@@ -395,7 +395,7 @@ def _assert_found(found: TreeDiff | None, before: dict[str, Facts], after: dict[
     """Whatever differs is named, or a folder that it is in."""
     if found is None:
         return
-    files, others = {*found.changed, *found.gone}, {path.rstrip("/") for path in (*found.added, *found.replaced)}
+    files, others = {*found.changed, *found.removed}, {path.rstrip("/") for path in (*found.added, *found.replaced)}
     touched = (
         {path.strip("/") for path in found.touched_folders} | others | {path.rstrip("/") for path in found.ambiguous}
     )
@@ -410,8 +410,8 @@ async def _clean(pool: SlotPool, checkout: HeldSlot, found: TreeDiff | None) -> 
     if found is None:
         return None
     try:
-        git = pool._admin(checkout)
-        return await reset.clean_slot(git, checkout.place, checkout.contents, found, pool._care.keep)
+        git = pool._slot_git(checkout)
+        return await reset.clean_slot(git, checkout.slot, checkout.contents, found, pool._options.keep)
     except (GitError, OSError):
         return None
 
@@ -432,12 +432,12 @@ async def _assert_clean(git: Git, place: WorktreeSlot, contents: SlotContents) -
 
 async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool:
     """Have two sessions edit a place in turn; returns whether it had to be thrown away."""
-    async with commits.yard.open(_care(kind)) as pool:
+    async with commits.yard.open(_options(kind)) as pool:
         if kind not in commits.expected:
             commits.expected[kind] = [await _expected(pool, commits, one) for one in (commits.first, commits.second)]
         first, second = commits.expected[kind]
         worktree, checkout = await commits.yard.begin(pool, "task", commits.first)
-        place, git = checkout.place, pool._admin(checkout)
+        place, git = checkout.slot, pool._slot_git(checkout)
         try:
             before = _facts(place.tree, tuple(checkout.contents.record.kept))
             assert before == first
@@ -448,7 +448,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
             contents = await _clean(pool, checkout, found)
             if contents is None:
                 assert found is not None
-                assert {*found.changed, *found.gone} & {*checkout.contents.record.extras}
+                assert {*found.changed, *found.removed} & {*checkout.contents.record.extras}
                 return True
             assert _facts(place.tree, tuple(contents.record.kept)) == first
             await _assert_clean(git, place, contents)

@@ -103,12 +103,12 @@ def _by_git(top: Path, *paths: str) -> set[str]:
 def test_nothing_that_git_finds_is_missed(steps: list[tuple[Callable[[Path, str, str], None], str, str]]) -> None:
     """Git, told to look at what differs alone, finds all that it finds when it looks at everything."""
     with _checkout() as top:
-        stamps = TreeSnapshot.take(top)
+        stamps = TreeSnapshot.capture(top)
         assert stamps is not None
         for edit, path, other in steps:
             with suppress(OSError):
                 edit(top, path, other)
         found = stamps.compare()
         if found is not None and found.is_small(_MOST):
-            named = [f":(literal){path}" for path in (*found.changed, *found.gone, *found.added)]
+            named = [f":(literal){path}" for path in (*found.changed, *found.removed, *found.added)]
             assert (_by_git(top, *named) if named else set()) == _by_git(top)

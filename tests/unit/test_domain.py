@@ -264,7 +264,7 @@ def test_the_last_line_of_standard_error_explains_an_exit_code() -> None:
     assert judge_outcome(failed, limits, None, None, BUSY, errors="no\n") == BUSY
 
 
-@pytest.mark.parametrize(("commit", "refused"), [("c", None), (None, None), ("c", "it holds a secret")])
+@pytest.mark.parametrize(("commit", "refused"), [("c", None), (None, None), ("c", "it contains a secret")])
 def test_who_admits_that_it_failed_is_believed_whatever_it_has_changed(commit: str | None, refused: str | None) -> None:
     """With a zero exit and half of the work done, a conclusion that failed is a failure; a stop still is a stop."""
     limits = SessionLimits(60.0)

@@ -15,7 +15,7 @@ THERE = {"requirements.txt": "100644 blob 1"}
 
 def keys(**changes: Any) -> tuple[str, ...]:
     """Return the keys of the steps with something changed."""
-    facts: dict[str, Any] = {"steps": STEPS, "there": THERE, "sparse": (), "env": ()} | changes
+    facts: dict[str, Any] = {"steps": STEPS, "entries": THERE, "sparse": (), "env": ()} | changes
     return compute_setup_keys(**facts)
 
 
@@ -23,10 +23,10 @@ def keys(**changes: Any) -> tuple[str, ...]:
     ("changes", "first"),
     [
         ({}, 2),
-        ({"there": {"requirements.txt": "100644 blob 2"}}, 0),
-        ({"there": {"requirements.txt": "100755 blob 1"}}, 0),
-        ({"there": {}}, 0),
-        ({"there": {**THERE, "else": "100644 blob 3"}}, 2),
+        ({"entries": {"requirements.txt": "100644 blob 2"}}, 0),
+        ({"entries": {"requirements.txt": "100755 blob 1"}}, 0),
+        ({"entries": {}}, 0),
+        ({"entries": {**THERE, "else": "100644 blob 3"}}, 2),
         ({"steps": (STEPS[0], SetupStep(run="make data2"))}, 1),
         ({"steps": (STEPS[0], SetupStep(run="make data", inputs=("data.csv",)))}, 1),
         ({"steps": (STEPS[0], SetupStep(run="make data", timeout=1.0))}, 2),

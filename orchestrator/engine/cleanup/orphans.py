@@ -221,7 +221,7 @@ class OrphanFinder:
 
     async def _half_built(self) -> list[Leftover]:
         found = await anyio.to_thread.run_sync(list_incomplete_hubs, self._home)
-        return [_temporary(hub.unfinished, hub) for hub in found if not await hub.creation_lock.is_held()]
+        return [_temporary(hub.staging_root, hub) for hub in found if not await hub.creation_lock.is_held()]
 
     async def stale_excludes(self) -> list[Leftover]:
         """Return what we were about to put into the user's `info/exclude` when we were killed."""

@@ -25,8 +25,8 @@ from orchestrator.repo.source.run_repository import RunRepository, find_run_repo
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
+    describe_interrupted_landing,
     find_checkout,
-    interrupted_landing,
     list_uncommitted_changes,
 )
 from orchestrator.repo.source.user_programs import find_unsafe_filter, read_git_config
@@ -181,7 +181,7 @@ async def check_checkout(
         raise RefusedError(*found)
     if changed := await list_uncommitted_changes(checkout, git):
         what = f"{target!r} is checked out in {checkout} with changes that are not committed ({', '.join(changed[:3])})"
-        interrupted = await anyio.to_thread.run_sync(interrupted_landing, repository, target)
+        interrupted = await anyio.to_thread.run_sync(describe_interrupted_landing, repository, target)
         raise RefusedError(what, interrupted or remedy)
 
 

@@ -193,7 +193,7 @@ class BaseChecks:
                 return CheckedBase(base, run.base)
             if await git.is_ancestor(base, target):
                 return CheckedBase(target, run.target)
-            merged = await self.context.target.again(base, target, self.context.refs("checked-base"))
+            merged = await self.context.target.renew_retry_base(base, target, self.context.refs("checked-base"))
         except GitError:  # reported when the first session starts
             return None
         # If the two conflict, only work that starts from the base can be checked.

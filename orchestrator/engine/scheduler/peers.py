@@ -170,7 +170,7 @@ class PeerSync:
         Session folders go first, then worktree slots.
         """
         await remove_abandoned(self._ledger, self._context)
-        await self._pool.clear()
+        await self._pool.discard_abandoned()
 
     def _enqueue_request(self, request: RunRequest) -> None:
         self._requests.append(request)

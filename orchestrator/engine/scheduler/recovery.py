@@ -95,7 +95,7 @@ async def _recover_sessions(
         await _inherit_session(ledger, context, task)
     for worktree in worktrees.list_worktrees(context.hub, ledger.run.id, tasks):
         # Base checks may belong to another live process: `remove_abandoned` removes leftovers.
-        if not at_start and (worktree.by or ledger.task(worktree.task).status not in CLAIMED_STATUSES):
+        if not at_start and (worktree.checker or ledger.task(worktree.task).status not in CLAIMED_STATUSES):
             continue
         await _reap(ledger, context, clock, worktree)
     for task in tasks:
@@ -127,7 +127,7 @@ async def remove_abandoned(ledger: Ledger, context: RunContext) -> None:
         worktrees.list_worktrees, context.hub, ledger.run.id, ledger.run.tasks
     ):
         contents = classify_worktree(ledger.task(worktree.task), worktree.attempt, is_check=worktree.is_check)
-        slot = await anyio.to_thread.run_sync(lambda each: each.place, worktree)
+        slot = await anyio.to_thread.run_sync(lambda each: each.slot, worktree)
         if contents is WorktreeContents.NOTHING and slot is not None:
             with suppress(LockHeld):
                 async with slot.lock.hold(0):
@@ -285,7 +285,7 @@ async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt
 
 
 async def _collect(context: RunContext, worktree: Worktree, base: str, spec: TaskSpec) -> CollectedWork:
-    slot = worktree.place
+    slot = worktree.slot
     setup_files = () if slot is None else await anyio.to_thread.run_sync(read_setup_files, slot)
     try:
         return await salvage_session(

@@ -1,4 +1,4 @@
-"""How much commits change: files and lines. Imports little, because `council status` counts."""
+"""Count the changes of commits: files and lines. Imports little, because `council status` uses it."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from dataclasses import dataclass
 
 from orchestrator.repo.git.command import Git, is_object_id
 
-# No program that a configuration names may run, and what is shown depends on nobody's settings.
+# Runs no configured program, and makes the output independent of settings.
 PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")
 COUNTS = (*PLAIN, "--numstat")
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """How much work changes: files, and the lines that it adds and removes; what is no text has no lines."""
+    """The size of a change: files, and added and removed lines; binary files have no lines."""
 
     files: int = 0
     added: int = 0
     removed: int = 0
 
     def __add__(self, other: Changes) -> Changes:
-        """Return both together."""
+        """Return the sum."""
         return Changes(self.files + other.files, self.added + other.added, self.removed + other.removed)
 
     def __sub__(self, other: Changes) -> Changes:
-        """Return this without what was counted in it before."""
+        """Return this without the changes counted before."""
         return Changes(self.files - other.files, self.added - other.added, self.removed - other.removed)
 
 
 async def count(git: Git, base: str, commit: str) -> Changes:
-    """Return how much differs between two commits."""
-    return counted((await git("diff-tree", "-r", *COUNTS, base, commit)).stdout.splitlines())
+    """Count the changes between two commits."""
+    return parse_numstat((await git("diff-tree", "-r", *COUNTS, base, commit)).stdout.splitlines())
 
 
 async def count_many(git: Git, commits: Mapping[str, str | None]) -> dict[str, Changes]:
-    """Return how much each of many commits changes, with one git command for all.
+    """Count the changes of many commits with one git command.
 
-    Each is compared with the commit that it is mapped to; None: with its first parent.
+    Each is compared with the commit that it is mapped to; None means its first parent.
     """
     if not commits:
         return {}
     command = ("diff-tree", "--stdin", "-r", "--root", "--diff-merges=first-parent", *COUNTS)
-    lines_in = "".join(f"{one} {base}\n" if base else f"{one}\n" for one, base in commits.items())
-    done = await git(*command, input_=lines_in.encode())
+    pairs = "".join(f"{commit} {base}\n" if base else f"{commit}\n" for commit, base in commits.items())
+    done = await git(*command, input_=pairs.encode())
     lines: dict[str, list[bytes]] = {commit: [] for commit in commits}
     commit = ""
     for line in done.stdout.splitlines():
@@ -51,11 +51,11 @@ async def count_many(git: Git, commits: Mapping[str, str | None]) -> dict[str, C
             commit = name
         else:
             lines[commit].append(line)
-    return {commit: counted(of_it) for commit, of_it in lines.items()}
+    return {commit: parse_numstat(changed) for commit, changed in lines.items()}
 
 
-def counted(lines: Iterable[bytes]) -> Changes:
-    """Return what lines of `git diff --numstat` come to."""
-    found = [line.split(b"\t", 2) for line in lines if line]
-    counts = [(int(added), int(removed)) for added, removed, _ in found if added != b"-"]
-    return Changes(len(found), sum(added for added, _ in counts), sum(removed for _, removed in counts))
+def parse_numstat(lines: Iterable[bytes]) -> Changes:
+    """Count the changes in lines of `git diff --numstat`."""
+    rows = [line.split(b"\t", 2) for line in lines if line]
+    counts = [(int(added), int(removed)) for added, removed, _ in rows if added != b"-"]
+    return Changes(len(rows), sum(added for added, _ in counts), sum(removed for _, removed in counts))

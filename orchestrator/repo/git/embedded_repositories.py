@@ -1,4 +1,4 @@
-"""Folders of a tree that git takes for a repository of its own: its commands obey the configuration in there."""
+"""Find folders of a tree that git would treat as a repository: its commands would obey their configuration."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Final
 
 from orchestrator.repo.git.command import Git, split_nul
 
-#: What is in such a folder (`is_git_directory` in git's setup.c); some file systems ignore case.
+#: The entries of such a folder (`is_git_directory` in git's setup.c); some file systems ignore case.
 _PARTS: Final = ("**/HEAD", "**/commondir", "**/config", "**/objects", "**/objects/**", "**/refs", "**/refs/**")
 
 
 async def find_embedded_repository(git: Git, base: str, tree: str) -> str | None:
     """Return a folder that is a repository in `tree` and was changed since `base`; None if there is none.
 
-    The top is none: git finds the repository that it is the checkout of.
+    The top does not count: git finds the repository that it is the checkout of.
     """
-    patterns = [f":(top,glob,icase){one}" for one in _PARTS]
-    asked = ("diff-tree", "-r", "-t", "-z", "--name-only", "--no-renames", "--diff-filter=d")
-    changed = split_nul((await git(*asked, base, tree, "--", *patterns)).stdout)
+    patterns = [f":(top,glob,icase){part}" for part in _PARTS]
+    command = ("diff-tree", "-r", "-t", "-z", "--name-only", "--no-renames", "--diff-filter=d")
+    changed = split_nul((await git(*command, base, tree, "--", *patterns)).stdout)
     folders = {str(folder) for path in changed for folder in _candidates(path)}
     for folder in sorted(folders - {"."}):
         listed = await git("ls-tree", "-z", "--name-only", f"{tree}:{folder}", ok=(0, 128))
@@ -29,7 +29,7 @@ async def find_embedded_repository(git: Git, base: str, tree: str) -> str | None
 
 
 def _candidates(path: str) -> list[PurePosixPath]:
-    """Return the folders that a path may make a repository."""
+    """Return the folders that a path may turn into a repository."""
     at = PurePosixPath(path)
     inner = [folder.parent for folder in at.parents if folder.name.casefold() in {"objects", "refs"}]
     return [at.parent, *inner]

@@ -1,10 +1,10 @@
-"""What git's index says of files, made to fit others with the same content: see gitformat-index(5).
+"""Update the file metadata in git's index for a copied checkout: see gitformat-index(5).
 
-Git takes a file for unchanged only where its times, inode, owner and size are those in the index; of a copied checkout
-it would read every file to find out that nothing differs, which takes longer than copying it. It also reads each file
-that is not older than the index by a second of the clock (racy-git in its documentation), and so all of a fresh one.
+Git considers a file unchanged only if its times, inode, owner and size match the index; in a copied checkout it would
+read every file, which takes longer than copying. It also reads each file that is not at least a clock second older than
+the index (racy git), and so every file of a fresh checkout.
 
-Only the standard library is imported: `orchestrator.repo.worktrees.scan_worker` does this, too.
+Imports only the standard library, because `orchestrator.repo.worktrees.scan_worker` runs it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _EXTENDED, _NAME = 0x4000, 0x0FFF
 _SKIP_WORKTREE = 0x4000
 _GITLINK = 0o160000
 _SHA1 = 20
-#: Nanoseconds by which files are made to look older than their index.
+#: Nanoseconds by which files are dated back before their index.
 _AGE: Final = 10 * 10**9
 _32_BITS = 0xFFFFFFFF
 
 
 def count_entries(index: Path) -> int:
-    """Return how many files an index tells of; 0 if it is none. Blocks."""
+    """Return the number of files in an index; 0 if it is not an index. Blocks."""
     with index.open("rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
@@ -41,30 +41,30 @@ def count_entries(index: Path) -> int:
 
 
 def refresh_index_stats(index: Path, tree: Path) -> bool:
-    """Have an index tell of the files in `tree`, which have the content that it says and are made to look old. Blocks.
+    """Update an index for the files in `tree`, which have the recorded content, and set their times back. Blocks.
 
-    False where its format is another than git writes unless it is told to, or a file is missing: then it stays.
+    Returns False, with the index unchanged, if git was configured to write another format, or a file is missing.
     """
     data = bytearray(index.read_bytes())
     try:
         magic, version, count = _HEADER.unpack_from(data)
         if magic != b"DIRC" or version not in {2, 3}:
             return False
-        folder, offset, moment = os.fsencode(tree) + b"/", _HEADER.size, time.time_ns() - _AGE
+        folder, offset, timestamp = os.fsencode(tree) + b"/", _HEADER.size, time.time_ns() - _AGE
         for _ in range(count):
-            offset = _refresh_entry(data, offset, folder, moment)
+            offset = _refresh_entry(data, offset, folder, timestamp)
     except (OSError, struct.error, ValueError):
         return False
     data[-_SHA1:] = hashlib.sha1(data[:-_SHA1], usedforsecurity=False).digest()
-    # As a whole: one that is cut off would be of no use to anybody.
-    whole = index.with_name(f"{index.name}.fitted")
-    whole.write_bytes(data)
-    whole.replace(index)
+    # Replaced atomically: a truncated index would be useless.
+    staged = index.with_name(f"{index.name}.fitted")
+    staged.write_bytes(data)
+    staged.replace(index)
     return True
 
 
-def _refresh_entry(data: bytearray, offset: int, folder: bytes, moment: int) -> int:
-    """Fit the entry at an offset, with a file last written at a moment; return the offset of the next."""
+def _refresh_entry(data: bytearray, offset: int, folder: bytes, timestamp: int) -> int:
+    """Update the entry at an offset and its file's times; return the offset of the next entry."""
     *_, mode = _ENTRY.unpack_from(data, offset)[:7]
     (flags,) = struct.unpack_from(">H", data, offset + _ENTRY.size - 2)
     begin, more = offset + _ENTRY.size, 0
@@ -74,12 +74,12 @@ def _refresh_entry(data: bytearray, offset: int, folder: bytes, moment: int) -> 
     end = begin + (flags & _NAME) if flags & _NAME < _NAME else data.index(b"\0", begin)
     if mode != _GITLINK and not more & _SKIP_WORKTREE:
         path = folder + data[begin:end]
-        os.utime(path, ns=(moment, moment), follow_symlinks=False)
+        os.utime(path, ns=(timestamp, timestamp), follow_symlinks=False)
         status = os.lstat(path)
         seconds, rest = divmod(status.st_ctime_ns, 10**9)
         changed, changed_rest = divmod(status.st_mtime_ns, 10**9)
         identity = (status.st_dev & _32_BITS, status.st_ino & _32_BITS)
         _TIMES.pack_into(data, offset, seconds & _32_BITS, rest, changed & _32_BITS, changed_rest, *identity)
         _OWNER.pack_into(data, offset + 28, status.st_uid, status.st_gid, status.st_size & _32_BITS)
-    # Each entry ends with one to eight NULs, so that the next begins at a multiple of eight from here.
+    # Each entry ends with one to eight NULs, so that its length is a multiple of eight.
     return offset + (end - offset) // 8 * 8 + 8

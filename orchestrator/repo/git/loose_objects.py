@@ -1,4 +1,4 @@
-"""Objects that are files of their own in a folder of objects, read without git (gitformat-loose(5))."""
+"""Read loose objects from a folder of objects without git (gitformat-loose(5))."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 _CHUNK = 1 << 20  # bytes
-_LONGEST_HEADER = 64  # bytes: a kind and a number
+_MAX_HEADER = 64  # bytes: a kind and a size
 
 
 class LooseObject(NamedTuple):
-    """An object: its kind (`blob`, `tree`, `commit`, `tag`), its size in bytes, and what was read of its content."""
+    """An object: its kind (`blob`, `tree`, `commit`, `tag`), its size in bytes, and the content that was read."""
 
     kind: str
     size: int
@@ -22,13 +22,13 @@ class LooseObject(NamedTuple):
 
 
 def read_loose_object(objects: Path, name: str, most: int | None = None) -> LooseObject | None:
-    """Return an object of a folder that only our own git writes, and of its content at most so many bytes. Blocks.
+    """Return an object from a folder that only our own git writes, with at most `most` bytes of content. Blocks.
 
-    None where it is not there as a file of its own, or is damaged: git will say how.
+    Returns None if it is not a loose object there, or damaged: then git reports the damage.
     """
     try:
         with (objects / name[:2] / name[2:]).open("rb") as file:
-            packed = file.read() if most is None else file.read(_LONGEST_HEADER + most)
+            packed = file.read() if most is None else file.read(_MAX_HEADER + most)
     except FileNotFoundError:
         return None
     with suppress(zlib.error, ValueError):
@@ -37,21 +37,21 @@ def read_loose_object(objects: Path, name: str, most: int | None = None) -> Loos
 
 
 def has_valid_hash(file: Path, name: str) -> bool:
-    """Whether a regular file holds the object of that name, found by hashing it (gitformat-loose(5)). Blocks."""
+    """Whether a regular file contains the object of that name, by its hash (gitformat-loose(5)). Blocks."""
     digest = hashlib.new("sha1" if len(name) == 40 else "sha256", usedforsecurity=False)
-    unpacking = zlib.decompressobj()
+    decompressor = zlib.decompressobj()
     with suppress(OSError, zlib.error):
         with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as packed:
             while chunk := packed.read(_CHUNK):
                 while chunk:
-                    digest.update(unpacking.decompress(chunk, _CHUNK))
-                    chunk = unpacking.unconsumed_tail
-        return unpacking.eof and not unpacking.unused_data and digest.hexdigest() == name
+                    digest.update(decompressor.decompress(chunk, _CHUNK))
+                    chunk = decompressor.unconsumed_tail
+        return decompressor.eof and not decompressor.unused_data and digest.hexdigest() == name
     return False
 
 
 def _read(packed: bytes, most: int | None) -> LooseObject:
-    unpacked = zlib.decompressobj().decompress(packed, 0 if most is None else _LONGEST_HEADER + most)
+    unpacked = zlib.decompressobj().decompress(packed, 0 if most is None else _MAX_HEADER + most)
     header, _, content = unpacked.partition(b"\0")
     kind, size = header.decode().split(" ")
     return LooseObject(kind, int(size), content if most is None else content[:most])

@@ -1,7 +1,7 @@
-"""Lock files and half-written objects that killed git commands left in our own repositories, and proof of that.
+"""Remove lock files and half-written objects that killed git commands left in our own repositories.
 
-The owner of such a file existed before the file did. So once all git commands have ended that were running when one was
-found, and it is still the same file, it is nobody's; commands that began later need not be waited for.
+The owner of such a file existed before the file. So when all git commands that were running when the file was found
+have exited, and it is still the same file, it has no owner; commands started later need not be waited for.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Final
 
 _PROCESSES: Final = Path("/proc")
-_PAUSE: Final = 0.02  # seconds between two looks at processes
+_POLL_INTERVAL: Final = 0.02  # seconds
 
 
-# What git calls the objects, packs and folders of them that it is writing (odb_mkstemp in its environment.c).
+# Git's names of objects, packs and folders while it writes them (odb_mkstemp in its environment.c).
 _OBJECTS: Final = ("tmp_*", "pack/tmp_*", "pack/.tmp-*", "[0-9a-f][0-9a-f]/tmp_obj_*")
 
 
 @dataclass(frozen=True, slots=True)
 class GitTempFile:
-    """A file or folder that git removes when it is done; `variable` is in the environment of all who can own it."""
+    """A file or folder that git removes at exit; every possible owner has `variable` in its environment."""
 
     path: Path
     variable: bytes
@@ -36,32 +36,34 @@ def list_locks(git_dir: Path) -> list[GitTempFile]:
 
 
 def list_partial_objects(git_dir: Path) -> list[GitTempFile]:
-    """Return the objects in a repository that are not written yet, or never will be. Blocks."""
-    found = [path for pattern in _OBJECTS for path in (git_dir / "objects").glob(pattern)]
-    return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in found]
+    """Return the incomplete objects in a repository, whether their writers live or not. Blocks."""
+    paths = [path for pattern in _OBJECTS for path in (git_dir / "objects").glob(pattern)]
+    return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in paths]
 
 
 def list_index_locks(index: Path) -> list[GitTempFile]:
-    """Return the lock file of an index, if there is one. Blocks."""
+    """Return the lock file of an index, if it exists. Blocks."""
     path = index.with_name(f"{index.name}.lock")
     return [GitTempFile(path, _variable("GIT_INDEX_FILE", index))] if path.is_file() else []
 
 
 def remove_unowned(files: Iterable[GitTempFile], limit: float) -> None:
-    """Remove those of some files that no living command can own; wait up to `limit` seconds for such. Blocks."""
-    found = {file: inode for file in files if (inode := _inode(file.path)) is not None}
-    if not _PROCESSES.is_dir():  # macOS: nothing can be proven
+    """Remove the files that no living command can own; wait up to `limit` seconds for possible owners. Blocks."""
+    pending = {file: inode for file in files if (inode := _inode(file.path)) is not None}
+    if not _PROCESSES.is_dir():  # macOS: owners are unknown
         return
-    owners = {variable: _processes_with(variable) for variable in {file.variable for file in found}}
+    owners = {variable: _processes_with(variable) for variable in {file.variable for file in pending}}
     deadline = time.monotonic() + limit
-    while found:
-        for file in [file for file in found if not owners[file.variable]]:
-            if found.pop(file) == _inode(file.path):
+    while pending:
+        for file in [file for file in pending if not owners[file.variable]]:
+            if pending.pop(file) == _inode(file.path):
                 _remove(file.path)
-        if not found or time.monotonic() >= deadline:
+        if not pending or time.monotonic() >= deadline:
             return
-        time.sleep(_PAUSE)
-        owners = {variable: {one for one in living if _has(one, variable)} for variable, living in owners.items()}
+        time.sleep(_POLL_INTERVAL)
+        owners = {
+            variable: {process for process in living if _has(process, variable)} for variable, living in owners.items()
+        }
 
 
 def _remove(path: Path) -> None:
@@ -72,7 +74,7 @@ def _remove(path: Path) -> None:
 
 
 def is_git_running(git_dir: Path) -> bool:
-    """Whether a process has a repository of ours as its GIT_DIR; without /proc that can't be ruled out. Blocks."""
+    """Whether a process has our repository as its GIT_DIR; True without /proc, where it is unknown. Blocks."""
     return not _PROCESSES.is_dir() or bool(_processes_with(_variable("GIT_DIR", git_dir)))
 
 
@@ -93,5 +95,5 @@ def _processes_with(variable: bytes) -> set[Path]:
 def _has(process: Path, variable: bytes) -> bool:
     try:
         return variable in (process / "environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is not ours
+    except OSError:  # it has exited, or belongs to another user
         return False

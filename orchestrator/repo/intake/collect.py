@@ -1,10 +1,10 @@
-"""What an agent left in its worktree becomes one commit in the trusted repository.
+"""Collect an agent's work from its worktree as one commit in the trusted repository.
 
-The files in the checkout are what counts. They are staged by us, in our repository and with our index, so
-that no filter or hook of the agent's runs. Commits that the agent made on its own branch are kept as history
-if they descend from where it started, and enter as objects that were read, hashed and checked anew. Commits
-that are on no branch of ours then (other branches, tags, stashes, a detached HEAD) are kept under refs/salvage.
-No secret and no huge file comes in by any of these ways (`repo.intake.inspection`).
+The files in the checkout count. We stage them in our repository and with our index, so that no filter or hook of the
+agent's runs. The agent's commits on its own branch are kept as history if they descend from its base; they enter as
+objects that were read, hashed and checked again. Commits on no branch of ours (other branches, tags, stashes, a
+detached HEAD) are kept under refs/salvage. No secret and no huge file enters by any of these ways
+(`repo.intake.inspection`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -27,6 +26,7 @@ from orchestrator.repo.intake.session_commits import SessionCommits
 from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, remove_blocking_files, stage_files
 from orchestrator.repo.worktrees.change_detection import TreeDiff
+from orchestrator.repo.worktrees.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.failpoints import failpoint
 
@@ -35,12 +35,12 @@ _MAX_SALVAGED = 50
 
 @dataclass(frozen=True, slots=True)
 class CollectedWork:
-    """What a worktree held.
+    """The work collected from a worktree.
 
-    `commit`: what differs from the base, None if nothing does. `refused`: why it can't be landed, or None.
-    `complete`: whether the trusted repository has all that may count; if not, the worktree is all there is of the
-    rest. `left_out`: the paths of secrets and huge files, which the commit does not have: another try won't help.
-    `salvaged`: the refs that were made for commits on no branch. `notes`: what else was not taken, and why.
+    `commit`: the difference from the base, None if there is none. `refused`: why it can't be landed, or None.
+    `complete`: whether the trusted repository has everything that may count; otherwise the worktree is the only copy of
+    the rest. `left_out`: the paths of secrets and huge files, which the commit does not have: a retry won't help.
+    `salvaged`: the refs created for commits on no branch. `notes`: what else was not collected, and why.
     """
 
     commit: str | None
@@ -52,32 +52,32 @@ class CollectedWork:
 
 
 async def collect_work(
-    git: Git, worktree: Worktree, base: str, message: str, *, admit: IntakeRules, found: TreeDiff | None = None
+    git: Git, worktree: Worktree, base: str, message: str, *, admit: IntakeRules, diff: TreeDiff | None = None
 ) -> CollectedWork:
-    """Commit what the worktree holds beyond `base` to the attempt's branch; `git` runs in the trusted repository.
+    """Commit the worktree's changes since `base` to the attempt's branch; `git` runs in the trusted repository.
 
-    With `found`, what differs from the checkout that it was handed, less of it need be looked at.
+    With `diff`, the changes since the slot was assigned, fewer files are read.
 
-    Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows
-    that nothing of the session lives.
+    Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows that
+    no process of the session is running.
     """
     try:
-        return await _collect_all(git, worktree, base, message, admit, found)
+        return await _collect_all(git, worktree, base, message, admit, diff)
     finally:
-        # What was refused is in there, too.
+        # The folder also has rejected objects.
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(partial(shutil.rmtree, worktree.import_folder, ignore_errors=True))
 
 
 async def _collect_all(
-    git: Git, worktree: Worktree, base: str, message: str, admit: IntakeRules, found: TreeDiff | None
+    git: Git, worktree: Worktree, base: str, message: str, admit: IntakeRules, diff: TreeDiff | None
 ) -> CollectedWork:
-    left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
+    refs = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
     history = SessionCommits(git, worktree, base, admit)
-    await history.look()
-    tip, dropped = await _own_commits(history, left)
-    files = await _collect_files(history, tip, left.head, message, found)
-    salvaged, notes = await _salvage(history, left, files.commit or base)
+    await history.open()
+    tip, dropped = await _own_commits(history, refs)
+    files = await _collect_files(history, tip, refs.head, message, diff)
+    salvaged, notes = await _salvage(history, refs, files.commit or base)
     return CollectedWork(
         files.commit,
         files.refused,
@@ -88,9 +88,9 @@ async def _collect_all(
     )
 
 
-async def _own_commits(history: SessionCommits, left: SessionRefs) -> tuple[str, tuple[str, ...]]:
-    """Return the tip of the agent's own commits if they can be kept as history, else the base and why."""
-    tip = left.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
+async def _own_commits(history: SessionCommits, refs: SessionRefs) -> tuple[str, tuple[str, ...]]:
+    """Return the tip of the agent's own commits if they can be kept as history, else the base and the reason."""
+    tip = refs.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
     if tip == history.base:
         return history.base, ()
     why = await history.import_commits(tip, history.base, descends=True)
@@ -100,19 +100,19 @@ async def _own_commits(history: SessionCommits, left: SessionRefs) -> tuple[str,
 
 
 async def _collect_files(
-    history: SessionCommits, tip: str, head: str | None, message: str, found: TreeDiff | None
+    history: SessionCommits, tip: str, head: str | None, message: str, diff: TreeDiff | None
 ) -> CollectedWork:
     git, worktree, base = history.git, history.worktree, history.base
-    staged = await _stage(history, found)
+    staged = await _stage(history, diff)
     refused, left_out = staged.refused, staged.left_out
     if tip == base and not staged.changes:
         return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
     tree = await git.line("write-tree", env={"GIT_INDEX_FILE": str(worktree.index)})
-    base_tree = tip_tree = None  # only what changes something gets here
+    base_tree = tip_tree = None  # unless it has commits, only changed files get here
     if tip != base:
         tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
         if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
-            # It went back to where it began, or elsewhere: what it left on its branch is its work.
+            # It switched back to the base or elsewhere: its branch is its work.
             tree = tip_tree
     own = tip
     if tree != tip_tree:
@@ -122,34 +122,36 @@ async def _collect_files(
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")
     changes = staged.changes if own == base else await git.changes(base, tip)
-    return CollectedWork(tip, refused or _nested_repository(changes), complete=refused is None, left_out=left_out)
+    return CollectedWork(
+        tip, refused or _describe_nested_repository(changes), complete=refused is None, left_out=left_out
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """Why some of the checkout is not staged, the paths that may not be, and how the index differs from the base."""
+    """Why some files are not staged, the rejected paths, and the changes of the index from the base."""
 
     refused: str | None
     left_out: tuple[str, ...] = ()
     changes: Sequence[FileChange] = ()
 
 
-async def _stage(history: SessionCommits, found: TreeDiff | None) -> _Staged:
-    """Stage all of the checkout that can and may be."""
+async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
+    """Stage all files of the checkout that can and may be staged."""
     worktree = history.worktree
-    if not await anyio.to_thread.run_sync(_is_folder, worktree.tree):
-        return _Staged("its worktree was removed or replaced by something else")
-    unread = await anyio.to_thread.run_sync(remove_blocking_files, worktree.tree, found)
-    if await anyio.to_thread.run_sync(_is_folder, worktree.git_dir):
+    if not await anyio.to_thread.run_sync(is_folder, worktree.tree):
+        return _Staged("its worktree was removed or replaced")
+    unread = await anyio.to_thread.run_sync(remove_blocking_files, worktree.tree, diff)
+    if await anyio.to_thread.run_sync(is_folder, worktree.git_dir):
         await anyio.to_thread.run_sync(remove_blocking_files, worktree.git_dir)
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
-    place, git = worktree.place, history.git
-    if place is not None and place.is_sparse:
-        # What is there although it was not to be checked out may differ from the commit: git is to see it, and to look.
-        git, found = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
-    staging = StagingArea(worktree.tree, worktree.index, quarantine, found)
+    slot, git = worktree.slot, history.git
+    if slot is not None and slot.is_sparse:
+        # Files outside the sparse folders may differ from the commit: let git see and compare them.
+        git, diff = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
+    staging = StagingArea(worktree.tree, worktree.index, quarantine, diff)
     staged = await stage_files(git, staging, history.base, history.admit)
-    await anyio.to_thread.run_sync(quarantine.adopt, staged.refused_objects)
+    await anyio.to_thread.run_sync(quarantine.admit_objects, staged.refused_objects)
     failpoint("work.staged")
     reasons = []
     if staged.refused:
@@ -158,43 +160,39 @@ async def _stage(history: SessionCommits, found: TreeDiff | None) -> _Staged:
         reasons.append(f"left out of its commit: {'; '.join(named[:10])}{more}")
     problem = staged.problem or (f"{printable_name(unread[0])[-100:]!r} can't be opened" if unread else None)
     if problem is not None:
-        reasons.append(f"not all of its files can be staged ({problem}): what can't is in {worktree.tree}")
+        reasons.append(f"some of its files can't be staged ({problem}): find them in {worktree.tree}")
     return _Staged("; ".join(reasons) or None, tuple(sorted(map(printable_name, staged.refused))), staged.changes)
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _nested_repository(changes: Iterable[FileChange]) -> str | None:
+def _describe_nested_repository(changes: Iterable[FileChange]) -> str | None:
     for change in changes:
         if change.new_mode == GITLINK_MODE:
-            return f"{change.path!r} is a git repository of its own: its `.git` must go before it can land"
+            return f"{change.path!r} is a nested git repository: remove its `.git` to land it"
     return None
 
 
-async def _salvage(history: SessionCommits, left: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Keep the commits that neither base nor `tip` has; return the refs that hold them, and what was not kept."""
+async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keep commits that neither base nor `tip` has; return the refs created, and notes on what was not kept."""
     worktree = history.worktree
     before: dict[str, str] | None = None
-    made: dict[str, str] = {}
-    notes = [] if left.complete else ["it has more refs than are looked at"]
-    for name, target in _candidates(left, worktree.branch):
+    created: dict[str, str] = {}
+    notes = [] if refs.complete else ["it has too many refs: only some were read"]
+    for name, target in _candidates(refs, worktree.branch):
         if target in {history.base, tip}:
             continue
         try:
-            commit = await history.commit_of(target)
-            if commit is None or commit in made or not await history.is_unreachable_from(commit, history.base, tip):
+            commit = await history.resolve_commit(target)
+            if commit is None or commit in created or not await history.is_unreachable_from(commit, history.base, tip):
                 continue
-        except GitError as error:  # it refers to what is not there: nothing can be saved of it
+        except GitError as error:  # it refers to missing objects: nothing can be saved
             if is_resource_exhaustion(error):
                 raise
             continue
-        if len(made) == _MAX_SALVAGED:
+        if len(created) == _MAX_SALVAGED:
             notes.append(f"only {_MAX_SALVAGED} refs were salvaged")
             break
         safe = history.admit.redactor.text(name)
-        ref = _free_ref(salvage_ref_name(worktree.run, worktree.task, worktree.attempt, safe), made)
+        ref = _free_ref(salvage_ref_name(worktree.run, worktree.task, worktree.attempt, safe), created)
         if before is None:
             before = await _read_existing_salvage(history)
         if before.get(ref) != commit:
@@ -202,34 +200,36 @@ async def _salvage(history: SessionCommits, left: SessionRefs, tip: str) -> tupl
                 notes.append(f"{printable_name(name)!r} is not salvaged: {why}")
                 continue
             await history.git("update-ref", ref, commit)
-        made[commit] = ref
-    return tuple(made.values()), tuple(notes)
+        created[commit] = ref
+    return tuple(created.values()), tuple(notes)
 
 
 async def _read_existing_salvage(history: SessionCommits) -> dict[str, str]:
-    """Return what an earlier call that was cut off has made already."""
-    one = history.worktree
+    """Return the refs that an earlier, interrupted call has created."""
+    worktree = history.worktree
     listed = await history.git.line(
-        "for-each-ref", "--format=%(refname) %(objectname)", f"refs/salvage/{one.run}/{one.task}.{one.attempt}/"
+        "for-each-ref",
+        "--format=%(refname) %(objectname)",
+        f"refs/salvage/{worktree.run}/{worktree.task}.{worktree.attempt}/",
     )
     return dict(line.split(" ") for line in listed.splitlines())
 
 
-def _candidates(left: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:
-    if left.head is not None and is_object_id(left.head):
-        yield "HEAD", left.head
-    for ref, target in sorted(left.refs.items()):
-        own = ref == f"refs/heads/{branch}"
-        yield "branch" if own else ref.removeprefix("refs/").removeprefix("heads/"), target
+def _candidates(refs: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:
+    if refs.head is not None and is_object_id(refs.head):
+        yield "HEAD", refs.head
+    for ref, target in sorted(refs.refs.items()):
+        is_own = ref == f"refs/heads/{branch}"
+        yield "branch" if is_own else ref.removeprefix("refs/").removeprefix("heads/"), target
 
 
 def salvage_ref_name(run: str, task: str, attempt: int, name: str) -> str:
-    """Return the ref that keeps commits an attempt had on no branch; what a ref's name can't have becomes `-`."""
+    """Return the ref that keeps commits an attempt had on no branch; characters invalid in refs become `-`."""
     safe = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:64] or "ref"
     return f"refs/salvage/{run}/{task}.{attempt}/{safe}"
 
 
-def _free_ref(ref: str, made: Mapping[str, str]) -> str:
-    taken = set(made.values())
+def _free_ref(ref: str, created: Mapping[str, str]) -> str:
+    taken = set(created.values())
     names = (ref if number == 1 else f"{ref}-{number}" for number in range(1, len(taken) + 2))
     return next(name for name in names if name not in taken)

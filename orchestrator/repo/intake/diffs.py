@@ -1,4 +1,4 @@
-"""What work changes: between two commits, and in a session that is still under way."""
+"""Show the changes of work: between two commits, and in a running session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
-from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, counted
+from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, parse_numstat
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
@@ -21,55 +21,55 @@ from orchestrator.repo.intake.session_refs import read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, StagingResult, find_blocking_files, stage_files
 from orchestrator.repo.worktrees.worktrees import Worktree
 
-#: Of a larger difference only the counts are shown in a prompt.
-_MOST_FILES = 200
-_MOST_LINES = 3_000
-#: More commits of a session are not counted.
+#: In a prompt, a larger diff is shown as counts only.
+_MAX_FILES = 200
+_MAX_LINES = 3_000
+#: Counting of a session's commits stops here.
 MAX_COMMITS = 10_000
-#: Seconds that git may take to count them.
-_LIMIT = 30.0
+#: Seconds for git to count them.
+_COUNT_TIMEOUT = 30.0
 
 
 async def diff_commits(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
-    """Return the difference of two commits as git shows it; file names are quoted, contents are as they are."""
+    """Return the diff of two commits as git prints it: quoted file names, unchanged contents."""
     return (await git("diff-tree", "-r", *_options(stat=stat), base, commit)).stdout
 
 
 async def diff_commits_bounded(git: Git, base: str, commit: str) -> str:
-    """Return the difference of two commits to read: counts by file, then the lines unless they are too many."""
+    """Return a readable diff of two commits: counts by file, then the lines unless there are too many."""
     changes = await count(git, base, commit)
     text = (await diff_commits(git, base, commit, stat=True)).decode(errors="replace")
-    if changes.files > _MOST_FILES or changes.added + changes.removed > _MOST_LINES:
-        return f"{text}\n(The lines are left out: they are too many.)\n"
+    if changes.files > _MAX_FILES or changes.added + changes.removed > _MAX_LINES:
+        return f"{text}\n(The diff is too long; its lines are left out.)\n"
     return f"{text}\n{(await diff_commits(git, base, commit)).decode(errors='replace')}"
 
 
 async def diff_session(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules, stat: bool = False) -> bytes:
-    """Return what a session's files differ from its base by now, while it may be at work.
+    """Return the diff between a session's base and its current files, while the session may be running.
 
-    Neither its index nor ours is touched, and no object is kept. Secrets and huge files are left out and named in
-    lines that begin with `#`, before the difference. RefusedError where there is nothing to look at.
+    Changes neither index, and keeps no object. Secrets and huge files are left out and named in lines that begin with
+    `#`, before the diff. Raises RefusedError if there is no readable checkout.
     """
     async with _staged(git, worktree, base, admit) as (staging, staged):
         options = _options(stat=stat)
         done = await staging.confine(git)("diff-index", "--cached", *options, base, env=staging.env)
     lines = [f"# left out: {printable_name(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
     if staged.problem is not None:
-        lines.append(f"# not all of its files can be read: {staged.problem}\n")
+        lines.append(f"# some of its files can't be read: {staged.problem}\n")
     return "".join(lines).encode(errors="replace") + done.stdout
 
 
 async def count_session_changes(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules) -> Changes:
-    """Return how much a session has changed by now; as `diff_session`, without secrets and huge files."""
+    """Count a session's changes so far; like `diff_session`, without secrets and huge files."""
     async with _staged(git, worktree, base, admit) as (staging, _):
         done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
-    return counted(done.stdout.splitlines())
+    return parse_numstat(done.stdout.splitlines())
 
 
 async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
-    """Return how many commits of its own a session has made on its branch by now; 0 where they can't be read."""
-    left = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
-    tip = left.refs.get(f"refs/heads/{worktree.branch}", base)
+    """Return the number of commits on a session's branch so far; 0 if they can't be read."""
+    refs = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
+    tip = refs.refs.get(f"refs/heads/{worktree.branch}", base)
     if tip == base:
         return 0
     folder = await anyio.to_thread.run_sync(_live_folder, worktree)
@@ -78,8 +78,8 @@ async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
         env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(folder / "theirs")}
         command = ("rev-list", "--count", f"--max-count={MAX_COMMITS}", tip, f"^{base}")
         confined = git.confined(readable=(worktree.hub.objects, worktree.git_dir, folder))
-        return int((await confined(*command, env=env, limit=_LIMIT)).stdout)
-    except GitError:  # it may be writing them
+        return int((await confined(*command, env=env, limit=_COUNT_TIMEOUT)).stdout)
+    except GitError:  # the session may be writing them
         return 0
     finally:
         with anyio.CancelScope(shield=True):
@@ -105,13 +105,13 @@ def _options(*, stat: bool) -> list[str]:
 
 
 def _prepare(worktree: Worktree) -> Path:
-    """Copy our index of the checkout, in which git finds what it need not read again."""
+    """Copy our index of the checkout, which tells git which files it need not read again."""
     name = f"{worktree.task}.{worktree.attempt}"
-    remedy = "look at it when the session is at work or has ended"
+    remedy = "try again while the session is running or after it has ended"
     if not worktree.index.exists() or not worktree.tree.is_dir() or worktree.tree.is_symlink():
         raise RefusedError(f"attempt {name} has no checkout", remedy)
     if pipe := next(find_blocking_files(worktree.tree), None):
-        raise RefusedError(f"{printable_name(str(pipe))!r} is no file that git can read", remedy)
+        raise RefusedError(f"git can't read {printable_name(str(pipe))!r}, it is not a regular file", remedy)
     folder = _live_folder(worktree)
     try:
         shutil.copyfile(worktree.index, folder / "index")

@@ -1,10 +1,10 @@
-"""What may come in from an agent: no secret and no huge file, judged by name, by size and by content."""
+"""Decide which files of an agent may enter: no secrets and no huge files, judged by name, size and content."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,24 +13,25 @@ import anyio.to_thread
 from orchestrator.domain.security.reserved_names import find_reserved_name
 from orchestrator.domain.security.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
+from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
 from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, printable_name
 from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
 
-MAX_FILE_BYTES = 50 << 20  # bytes: what the large hosts take without a warning
-#: Bytes and files of a session's changes in all: git stages so much within its time limit.
+MAX_FILE_BYTES = 50 << 20  # the large hosts accept this without a warning
+#: Total bytes and files of a session's changes, which git can stage within its time limit.
 MAX_TOTAL_BYTES, MAX_FILES = 1 << 30, 200_000
-_WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # what has a name and nothing to read: others, and folders
-# What means something else in a .gitignore; see gitignore(5).
+_WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folders: they have a name only
+# Characters with a special meaning in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
-_BATCH_BYTES = 32 << 20  # bytes of content that are read at a time
+_BATCH_BYTES = 32 << 20  # bytes of content to read at a time
 
 
 @dataclass(frozen=True, slots=True)
 class IntakeRules:
-    """The rules: the largest file in bytes, and the values that no file may have.
+    """The rules: the largest file in bytes, and the secrets that no file may contain.
 
-    `leavings` are patterns, as in a .gitignore, of files that are no work where the base does not have them. `withheld`
-    are the paths of what we put into worktrees: nothing at or beneath them is work, and it may be in no commit.
+    `scratch_patterns` are .gitignore patterns of files that are not work unless the base has them. `withheld` are the
+    paths that we provide in worktrees: nothing at or below them is work, and no commit may contain it.
     """
 
     redactor: Redactor
@@ -42,144 +43,124 @@ class IntakeRules:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> IntakeRules:
-        """Return the rules that keep the secrets of this environment out."""
+        """Return the rules that exclude the secrets of this environment."""
         return cls(Redactor(secret_values(environ)))
 
     def check_file(self, path: str, size: int) -> str | None:
-        """Return why a file of this name and size (bytes) may not come in, None if it may."""
+        """Return why a file of this name and size (bytes) may not enter, None if it may."""
         if why := self.check_name(path):
             return why
         if is_secret_file(path):
-            return "its name is that of a file for secrets"
-        if above := next((one for one in self.withheld if one.startswith(f"{path}/")), None):
-            return f"it is where the folder of {printable_name(above)!r} must be"
+            return "its name is that of a secrets file"
+        if below := next((withheld for withheld in self.withheld if withheld.startswith(f"{path}/")), None):
+            return f"it replaces a folder above {printable_name(below)!r}, which council provides"
         if size > self.max_file:
-            return f"it has {size} bytes, more than {self.max_file}"
+            return f"it has {size} bytes, more than the limit of {self.max_file}"
         return None
 
     def check_total(self, files: int, size: int) -> str | None:
-        """Return why so many changed files of so many bytes in all may not come in, None if they may."""
+        """Return why this number of changed files and bytes may not enter, None if it may."""
         if files <= self.max_files and size <= self.max_total:
             return None
-        return f"too much to stage: {files} files of {size} bytes, {self.max_files} of {self.max_total} fit"
+        return f"too much to stage: {files} files of {size} bytes, the limit is {self.max_files} of {self.max_total}"
 
     def check_name(self, path: str) -> str | None:
-        """Return why nothing of this name may come in, a folder neither; None if it may."""
+        """Return why no file or folder of this name may enter, None if it may."""
         if self.find_withheld(path) is not None:
             return "it was put into the worktree from your checkout (`worktrees.copy` and `link`)"
         if (name := find_reserved_name(path)) is not None:
-            return f"{name} is reserved: what is in it would be obeyed, not only read"
-        return "its name holds a secret" if self.redactor.find_secrets(os.fsencode(path)) else None
+            return f"{name} is reserved: programs would act on its contents"
+        return "its name contains a secret" if self.redactor.find_secrets(os.fsencode(path)) else None
 
     def find_withheld(self, path: str) -> str | None:
-        """Return what we put where a path is or leads through, whatever became of it; None if nothing."""
-        return next((one for one in self.withheld if path == one or path.startswith(f"{one}/")), None)
+        """Return the withheld path at or above a path, None if there is none."""
+        return next((top for top in self.withheld if path == top or path.startswith(f"{top}/")), None)
 
     @property
     def ignored(self) -> list[str]:
-        """The patterns, as in a .gitignore, of what is no work."""
+        """The .gitignore patterns of files that are not work."""
         return [*self.scratch_patterns, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
 
 
 async def find_rejected_paths(
     git: Git, changes: Iterable[FileChange], admit: IntakeRules, env: Mapping[str, str], loose: Sequence[Path] = ()
 ) -> dict[str, str]:
-    """Return the paths of those changes that may not come in, each with the reason.
+    """Return the changed paths that may not enter, each with the reason.
 
-    `old_id` of a change is what the base has at the path: a secret that is there already is nothing new. Git runs
-    with `env`, which says where the objects are; what is in the folders `loose` is read without it. No
-    more than some 32 MiB or one file are in memory at once.
+    `old_id` of a change is the base's object at the path: a secret that is there already is not new. Git runs with
+    `env`, which gives the location of the objects; objects in the folders `loose` are read without git. At most about
+    32 MiB or one file are in memory at a time.
     """
-    there = [one for one in changes if one.new_id != one.old_id and int(one.new_mode, 8)]
-    named = {one.path: why for one in there if (why := admit.check_name(one.path))}
-    news = [one for one in there if one.new_mode not in _WITHOUT_CONTENT]
+    present = [change for change in changes if change.new_id != change.old_id and int(change.new_mode, 8)]
+    by_name = {change.path: why for change in present if (why := admit.check_name(change.path))}
+    files = [change for change in present if change.new_mode not in _WITHOUT_CONTENT]
     objects = _Objects(git, env, loose)
-    sizes = await objects.sizes({one.new_id for one in news})
-    refused = named | {one.path: why for one in news if (why := admit.check_file(one.path, sizes[one.new_id]))}
-    left = [one for one in news if one.path not in refused]
-    found: dict[str, set[bytes]] = {}
-    for batch in _batches(sorted({one.new_id for one in left}), sizes):
-        found |= await objects.find(batch, admit.redactor)
-    for one in left:
-        if found.get(one.new_id) and found[one.new_id] - await objects.known(one.old_id, admit.redactor):
-            refused[one.path] = "it holds a secret"
+    sizes = await objects.sizes({file.new_id for file in files})
+    refused = by_name | {file.path: why for file in files if (why := admit.check_file(file.path, sizes[file.new_id]))}
+    remaining = [file for file in files if file.path not in refused]
+    secrets: dict[str, set[bytes]] = {}
+    sized = ((blob, sizes[blob]) for blob in sorted({file.new_id for file in remaining}))
+    for batch in batch_by_size(sized, _BATCH_BYTES):
+        secrets |= await objects.find(batch, admit.redactor)
+    for file in remaining:
+        if secrets.get(file.new_id) and secrets[file.new_id] - await objects.known(file.old_id, admit.redactor):
+            refused[file.path] = "it contains a secret"
     return refused
 
 
 @dataclass(frozen=True, slots=True)
 class _Objects:
-    """Reads objects: those in the folders `loose` that are files there, the others by git with `env`."""
+    """Reads objects: loose ones from the folders `loose`, others by git with `env`."""
 
     git: Git
     env: Mapping[str, str]
     loose: Sequence[Path]
 
     async def sizes(self, ids: Collection[str]) -> dict[str, int]:
-        """Return how many bytes each has; GitError if one is missing."""
-        found = await anyio.to_thread.run_sync(self._sizes_of_files, ids)
-        listed = "".join(f"{name}\n" for name in ids if name not in found).encode()
+        """Return the size of each object in bytes; GitError if one is missing."""
+        sizes = await anyio.to_thread.run_sync(self._sizes_of_files, ids)
+        listed = "".join(f"{name}\n" for name in ids if name not in sizes).encode()
         if not listed:
-            return found
+            return sizes
         done = await self.git("cat-file", "--batch-check=%(objectname) %(objectsize)", env=self.env, input_=listed)
         pairs = [line.split() for line in done.stdout.decode().splitlines()]
         missing = [name for name, size in pairs if not size.isdigit()]
         if missing:
             raise GitError(["cat-file"], 0, f"{missing[0]} is missing")
-        return found | {name: int(size) for name, size in pairs}
+        return sizes | {name: int(size) for name, size in pairs}
 
     async def find(self, ids: Iterable[str], redactor: Redactor) -> dict[str, set[bytes]]:
-        """Return the secrets that are in each that has some."""
+        """Return the secrets in each object that has some."""
         contents = await anyio.to_thread.run_sync(self._contents_of_files, ids)
-        found = await anyio.to_thread.run_sync(_find, contents, redactor)
-        listed = "".join(f"{name}\n" for name in ids if name not in contents).encode()
-        if not listed:
-            return found
-        done = await self.git("cat-file", "--batch", env=self.env, input_=listed)
-        return found | await anyio.to_thread.run_sync(lambda: _find(_contents(done.stdout), redactor))
+        secrets = await anyio.to_thread.run_sync(_find, contents, redactor)
+        packed = [name for name in ids if name not in contents]
+        if not packed:
+            return secrets
+        output = await cat_blobs(self.git, packed, self.env)
+        return secrets | await anyio.to_thread.run_sync(_find_in_output, output, redactor)
 
     async def known(self, base_id: str, redactor: Redactor) -> set[bytes]:
-        """Return the secrets that are in one that may be nothing (all zeros)."""
+        """Return the secrets in an object; none for the null id (all zeros)."""
         if not base_id.strip("0"):
             return set()
         return (await self.find([base_id], redactor)).get(base_id, set())
 
     def _sizes_of_files(self, ids: Iterable[str]) -> dict[str, int]:
         read = {name: self._read(name, 0) for name in ids}
-        return {name: one.size for name, one in read.items() if one is not None}
+        return {name: loose.size for name, loose in read.items() if loose is not None}
 
     def _contents_of_files(self, ids: Iterable[str]) -> dict[str, bytes]:
         read = {name: self._read(name) for name in ids}
-        return {name: one.content for name, one in read.items() if one is not None}
+        return {name: loose.content for name, loose in read.items() if loose is not None}
 
     def _read(self, name: str, most: int | None = None) -> LooseObject | None:
-        found = (read_loose_object(folder, name, most) for folder in self.loose)
-        return next((one for one in found if one is not None), None)
-
-
-def _batches(ids: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    total = 0
-    for name in ids:
-        if batch and total + sizes[name] > _BATCH_BYTES:
-            yield batch
-            batch, total = [], 0
-        batch.append(name)
-        total += sizes[name]
-    if batch:
-        yield batch
+        objects = (read_loose_object(folder, name, most) for folder in self.loose)
+        return next((loose for loose in objects if loose is not None), None)
 
 
 def _find(contents: Mapping[str, bytes], redactor: Redactor) -> dict[str, set[bytes]]:
     return {name: secrets for name, content in contents.items() if (secrets := redactor.find_secrets(content))}
 
 
-def _contents(output: bytes) -> dict[str, bytes]:
-    """Read what `git cat-file --batch` printed: for each object a line with its size, then its content."""
-    found = {}
-    at = 0
-    while at < len(output):
-        end = output.index(b"\n", at)
-        name, _, size = output[at:end].split()
-        found[name.decode()] = output[end + 1 : end + 1 + int(size)]
-        at = end + 1 + int(size) + 1
-    return found
+def _find_in_output(output: bytes, redactor: Redactor) -> dict[str, set[bytes]]:
+    return _find({name: bytes(content) for name, content in parse_blobs(output)}, redactor)

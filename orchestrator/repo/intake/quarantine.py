@@ -1,4 +1,4 @@
-"""Objects of an agent's that are not admitted yet: a folder of their own beside the hub's, which borrows nothing."""
+"""Quarantine an agent's objects in a folder next to the hub's objects, without alternates, until they are admitted."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from orchestrator.repo.git.loose_objects import has_valid_hash
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A folder of objects; `hub` is the folder of objects that they enter when they are admitted."""
+    """A folder of objects; `hub` is the folder of objects that they enter on admission."""
 
     objects: Path
     hub: Path
 
     def empty(self) -> None:
-        """Make it, or empty it of what an earlier attempt left. Blocks."""
+        """Create the folder, or remove an earlier attempt's objects from it. Blocks."""
         shutil.rmtree(self.objects, ignore_errors=True)
         (self.objects / "pack").mkdir(mode=0o700, parents=True)
 
     @property
     def folders(self) -> tuple[Path, Path]:
-        """Where objects may be that were written here, unless they were there before."""
+        """The folders that may contain an object written here: it is in the hub if it was known before."""
         return self.objects, self.hub
 
     @property
-    def reading(self) -> dict[str, str]:
-        """What lets git see these objects too."""
+    def read_env(self) -> dict[str, str]:
+        """The environment that lets git read these objects, too."""
         return {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.objects)}
 
     @property
-    def writing(self) -> dict[str, str]:
-        """What makes git write new objects here, and see those of the hub."""
+    def write_env(self) -> dict[str, str]:
+        """The environment that makes git write new objects here, and read those of the hub."""
         return {"GIT_OBJECT_DIRECTORY": str(self.objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.hub)}
 
-    def adopt(self, refused: Collection[str] = ()) -> None:
-        """Move the objects that are files of their own into the hub, except the refused ones. Safe to repeat. Blocks.
+    def admit_objects(self, refused: Collection[str] = ()) -> None:
+        """Move the loose objects into the hub, except the refused ones. Safe to repeat. Blocks.
 
-        Each is hashed first: what wrote it looked at an agent's files, so its name proves nothing. Raises OSError for
-        one that is not what its name says.
+        Each is hashed first: its writer read an agent's files, so its name proves nothing. Raises OSError for an object
+        whose content does not match its name.
         """
         for folder in self.objects.glob("[0-9a-f][0-9a-f]"):
             target = self.hub / folder.name
@@ -51,11 +51,11 @@ class Quarantine:
                 if name in refused:
                     continue
                 if not has_valid_hash(file, name):
-                    raise OSError(f"object {name} is not what its name says")
+                    raise OSError(f"object {name} does not match its name")
                 file.rename(target / file.name)
 
-    def adopt_packs(self) -> None:
-        """Move the packs, whose indexes `git index-pack` has written here, into the hub. Safe to repeat. Blocks."""
+    def admit_packs(self) -> None:
+        """Move packs indexed here by `git index-pack` into the hub. Safe to repeat. Blocks."""
         packs = self.hub / "pack"
         packs.mkdir(exist_ok=True)
         # git looks for the .idx: the pack must be there first.

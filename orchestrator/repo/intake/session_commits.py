@@ -1,4 +1,4 @@
-"""Brings commits that an agent made into the hub: read, hashed and checked anew, then inspected, or not at all."""
+"""Import an agent's commits into the hub: read, hashed and inspected again, all of them or none."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 
 _MAX_COMMITS = 10_000
 _LIMIT = 120.0  # seconds
-_NONE = "0" * 40
+_NULL_ID = "0" * 40
 
 
 @dataclass(frozen=True, slots=True)
 class SessionCommits:
-    """Reads the commits of one session. `base` is where it began."""
+    """Reads the commits of one session; `base` is the commit it started at."""
 
     git: Git
     worktree: Worktree
     base: str
     admit: IntakeRules
 
-    async def commit_of(self, name: str) -> str | None:
-        """Return the commit that an object of the session's is or stands for; None if there is none."""
+    async def resolve_commit(self, name: str) -> str | None:
+        """Return the commit that an object of the session is or points to; None if there is none."""
         done = await self._run_on_session_objects(
             "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", ok=(0, 1, 128)
         )
         return done or None
 
     async def is_unreachable_from(self, commit: str, *known: str) -> bool:
-        """Whether a commit of the session's is reachable from none of the `known`; GitError if it can't be read."""
+        """Whether none of the `known` commits reaches a session's commit; GitError if it can't be read."""
         return bool(
-            await self._run_on_session_objects("rev-list", "--max-count=1", commit, *(f"^{one}" for one in known))
+            await self._run_on_session_objects(
+                "rev-list", "--max-count=1", commit, *(f"^{ancestor}" for ancestor in known)
+            )
         )
 
     async def import_commits(self, tip: str, *known: str, descends: bool = False) -> str | None:
-        """Bring in what `tip` has beyond the `known` commits; return why not, or None.
+        """Import the commits of `tip` beyond the `known` ones; return why that failed, or None.
 
-        With `descends` only if the base is behind it.
+        With `descends`, imports only descendants of the base.
         """
         quarantine = Quarantine(self.worktree.import_folder / "history", self.worktree.hub.objects)
         await anyio.to_thread.run_sync(quarantine.empty)
@@ -55,19 +57,19 @@ class SessionCommits:
             await self._pack(quarantine, tip, known)
             git = self._confined_git(quarantine)
             if descends:
-                await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.reading)
-            found = await self._inspect(quarantine, tip, known)
+                await git("merge-base", "--is-ancestor", self.base, tip, env=quarantine.read_env)
+            rejected = await self._inspect(quarantine, tip, known)
         except GitError as error:
             if is_resource_exhaustion(error):
                 raise
-            return f"they can't be read or do not continue from where it began ({error.stderr or 'exit 1'})"
-        if found:
-            return "; ".join(f"{printable_name(path)!r}: {why}" for path, why in sorted(found.items())[:5])
-        await anyio.to_thread.run_sync(quarantine.adopt_packs)
+            return f"they can't be read or do not descend from its base ({error.stderr or 'exit 1'})"
+        if rejected:
+            return "; ".join(f"{printable_name(path)!r}: {why}" for path, why in sorted(rejected.items())[:5])
+        await anyio.to_thread.run_sync(quarantine.admit_packs)
         return None
 
     def _confined_git(self, quarantine: Quarantine) -> Git:
-        """Return git as it may look at the quarantine, without the session's own objects in reach."""
+        """Return git for the quarantine, without access to the session's own objects."""
         return self.git.confined(readable=(self.worktree.hub.objects,), writable=(quarantine.objects,))
 
     @property
@@ -78,8 +80,8 @@ class SessionCommits:
     def _view(self) -> Path:
         return self.worktree.import_folder / "theirs"
 
-    async def look(self) -> None:
-        """Take hold of the session's objects; before anything else is asked for."""
+    async def open(self) -> None:
+        """Link the session's objects; must be called before any other method."""
         await anyio.to_thread.run_sync(link_session_objects, self.worktree.git_dir, self._view)
         await anyio.to_thread.run_sync(lambda: (self._packed / "pack").mkdir(mode=0o700, parents=True, exist_ok=True))
 
@@ -94,46 +96,51 @@ class SessionCommits:
         return (await git(*args, env=env, ok=ok, limit=_LIMIT, input_=input_)).stdout.decode().rstrip("\n")
 
     async def _find_size_violation(self, tip: str, known: tuple[str, ...]) -> str | None:
-        """Look at numbers and sizes alone, before anything is copied."""
-        excluded = [f"^{one}" for one in known]
+        """Check numbers and sizes, before anything is copied."""
+        excluded = [f"^{commit}" for commit in known]
         counted = await self._run_on_session_objects(
             "rev-list", "--count", f"--max-count={_MAX_COMMITS + 1}", tip, *excluded
         )
         if int(counted) > _MAX_COMMITS:
             return f"there are more than {_MAX_COMMITS} of them"
-        listed = await self._run_on_session_objects("rev-list", "--objects", "--no-object-names", "--filter-print-omitted",
-                                    f"--filter=blob:limit={self.admit.max_file + 1}", tip, *excluded)  # fmt: skip
+        options = ("--objects", "--no-object-names", "--filter-print-omitted")
+        limit = f"--filter=blob:limit={self.admit.max_file + 1}"
+        listed = await self._run_on_session_objects("rev-list", *options, limit, tip, *excluded)
         if "~" in listed:
             return f"a file in them has more than {self.admit.max_file} bytes"
         return None
 
     async def _pack(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> None:
-        revisions = "".join((f"{tip}\n", *(f"^{one}\n" for one in known)))
+        revisions = "".join((f"{tip}\n", *(f"^{commit}\n" for commit in known)))
         name = await self._run_on_session_objects(
             "pack-objects", "--quiet", "--revs", str(self._packed / "pack"), input_=revisions.encode()
         )
         pack = quarantine.objects / "pack" / f"pack-{name}.pack"
-        # A copy: what packed it can't write that any more. A name from there is not trusted either.
+        # Copied: the packing process can't write the copy. Its output is not trusted either.
         if not is_object_id(name):
-            raise GitError(["pack-objects"], 0, "it printed no name of a pack")
+            raise GitError(["pack-objects"], 0, "it printed no pack name")
         await anyio.to_thread.run_sync(shutil.copyfile, self._packed / pack.name, pack)
-        # Hashes everything again and follows every link.
-        await self._confined_git(quarantine)("index-pack", "--strict", str(pack), env=quarantine.writing, limit=_LIMIT)
+        # Hashes all objects again and follows every reference.
+        await self._confined_git(quarantine)(
+            "index-pack", "--strict", str(pack), env=quarantine.write_env, limit=_LIMIT
+        )
 
     async def _inspect(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> dict[str, str]:
-        env, git = quarantine.reading, self._confined_git(quarantine)
-        commits = (await git("rev-list", tip, *(f"^{one}" for one in known), env=env)).stdout
-        # With folders (-t): an empty one is a name that no file would tell of.
+        env, git = quarantine.read_env, self._confined_git(quarantine)
+        commits = (await git("rev-list", tip, *(f"^{commit}" for commit in known), env=env)).stdout
+        # With folders (-t): the name of an empty folder occurs in no file's path.
         raw = await git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",
                              "--no-commit-id", env=env, input_=commits, limit=_LIMIT)  # fmt: skip
         before = await self._base_files()
         changes = {
-            FileChange(one.path, one.old_mode, one.new_mode, before.get(one.path, _NONE), one.new_id)
-            for one in parse_raw_diff(raw.stdout)
+            FileChange(file.path, file.old_mode, file.new_mode, before.get(file.path, _NULL_ID), file.new_id)
+            for file in parse_raw_diff(raw.stdout)
         }
-        # What commits say of themselves comes in, too.
-        said = [FileChange(f"commit {name}", "000000", "100644", _NONE, name) for name in commits.decode().split()]
-        return await find_rejected_paths(git, [*changes, *said], self.admit, env)
+        # Commit messages and authors enter, too.
+        messages = [
+            FileChange(f"commit {name}", "000000", "100644", _NULL_ID, name) for name in commits.decode().split()
+        ]
+        return await find_rejected_paths(git, [*changes, *messages], self.admit, env)
 
     async def _base_files(self) -> dict[str, str]:
         listed = await self.git("ls-tree", "-r", "-z", self.base)
@@ -142,9 +149,9 @@ class SessionCommits:
 
 
 def link_session_objects(git_dir: Path, view: Path) -> None:
-    """Make a folder through which git sees the objects of a session and nothing else of it.
+    """Create a folder through which git sees a session's objects and nothing else of it.
 
-    No alternates, which name any folder of the machine, and no pipes, which git would wait for. Blocks.
+    No alternates, which could name any folder of the machine, and no pipes, on which git would block. Blocks.
     """
     shutil.rmtree(view, ignore_errors=True)
     view.mkdir(mode=0o700, parents=True)
@@ -153,8 +160,8 @@ def link_session_objects(git_dir: Path, view: Path) -> None:
         return
     for folder in objects.iterdir():
         if folder.name != "info" and folder.is_dir() and not folder.is_symlink():
-            with os.scandir(folder) as found:
-                files = {entry.name: entry.is_file(follow_symlinks=False) for entry in found}
+            with os.scandir(folder) as entries:
+                files = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
             if all(files.values()):
                 (view / folder.name).symlink_to(folder)
                 continue

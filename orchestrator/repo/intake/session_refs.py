@@ -1,7 +1,7 @@
-"""Reads the refs of a session's git directory, which the agent may have filled with anything.
+"""Read the refs of a session's git directory, in which the agent may have put anything.
 
-Never through git, and through `orchestrator.system.untrusted_files` alone: a pipe would be waited for, a link would lead to files
-that are none of the session's.
+Never through git, and only with `orchestrator.system.untrusted_files`: reading a pipe would block, and a link could
+lead to files outside the session.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _MAX_REFS = 2000
 
 @dataclass(frozen=True, slots=True)
 class SessionRefs:
-    """What HEAD holds (None if it can't be read), and each ref with its object id; older stashes are `stash@{N}`.
+    """The content of HEAD (None if unreadable), and the object id of each ref; older stashes are `stash@{N}`.
 
-    `complete`: whether there were not more than are read.
+    `complete`: whether all refs were read.
     """
 
     head: str | None
@@ -32,26 +32,26 @@ class SessionRefs:
 
 
 def read_session_refs(git_dir: Path) -> SessionRefs:
-    """Return what a session's git directory refers to. Blocks."""
-    found: dict[str, str] = {}
+    """Return the refs of a session's git directory. Blocks."""
+    refs: dict[str, str] = {}
     packed = (_read(git_dir, "packed-refs") or "").split("\n")
     for line in packed[:_MAX_REFS]:
         name, _, ref = line.partition(" ")
         if is_object_id(name) and ref.startswith("refs/"):
-            found[ref] = name
+            refs[ref] = name
     loose = list(_loose(git_dir))
     for ref in loose:
         value = (_read(git_dir, ref) or "").strip()
         if is_object_id(value):
-            found[ref] = value
+            refs[ref] = value
     logged = (_read(git_dir, "logs/refs/stash") or "").split("\n")
     stashes = [line.split(" ", 2)[1:2] for line in logged[-_MAX_REFS:]]
     for number, entry in enumerate(reversed([entry[0] for entry in stashes if entry and is_object_id(entry[0])])):
         if number:
-            found[f"refs/stash@{{{number}}}"] = entry
+            refs[f"refs/stash@{{{number}}}"] = entry
     head = _read(git_dir, "HEAD")
     complete = max(len(packed), len(loose), len(logged)) < _MAX_REFS
-    return SessionRefs(head if head is None else head.rstrip("\n"), found, complete)
+    return SessionRefs(head if head is None else head.rstrip("\n"), refs, complete)
 
 
 def _loose(git_dir: Path) -> Iterator[str]:
@@ -72,11 +72,11 @@ def _entries(git_dir: Path, folder: str) -> list[tuple[str, bool]]:
         untrusted_files.open_folder(git_dir, folder) as descriptor,
         os.scandir(descriptor) as entries,
     ):
-        found = [
+        names = [
             (entry.name, entry.is_dir(follow_symlinks=False))
             for entry, _ in zip(entries, range(_MAX_REFS), strict=False)
         ]
-        return sorted(found, reverse=True)
+        return sorted(names, reverse=True)
     return []
 
 

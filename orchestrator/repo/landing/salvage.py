@@ -1,4 +1,4 @@
-"""Work that is kept in the trusted repository, and the ways out of there: a checkout, a branch, or none."""
+"""Find preserved work in the trusted repository, and apply it to a checkout, put it on a branch, or drop it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 
 _WORK, _SALVAGE = "refs/heads/council/", "refs/salvage/"
-_REMEDY = "add `--branch BRANCH` to make a branch of it instead, and merge that"
+_REMEDY = "add `--branch BRANCH` to create a branch instead, and merge that"
 
 
 @dataclass(frozen=True, slots=True)
 class UnmergedWork:
-    """A ref that keeps work of a task.
+    """A ref that preserves work of a task.
 
-    `part` is the attempt's number or `conflict` for a branch, `<attempt>/<name>` for what was salvaged besides.
+    `part` is the attempt's number or `conflict` for a branch, `<attempt>/<name>` for other salvaged commits.
     `committed` is the committer's time in seconds since 1970.
     """
 
@@ -40,63 +40,64 @@ class UnmergedWork:
 
     @property
     def name(self) -> str:
-        """What a user calls it: `<task>/<part>`, as in `build/1`, `build/conflict`, `build/1/stash`.
+        """The user's name for it: `<task>/<part>`, as in `build/1`, `build/conflict`, `build/1/stash`.
 
-        Unambiguous within a run: no part of it has a slash, and only what was salvaged has three.
+        Unambiguous within a run: no part has a slash, and only salvaged commits have three parts.
         """
         return f"{self.task}/{self.part}"
 
 
 async def list_unmerged_work(git: Git, run: str | None = None) -> list[UnmergedWork]:
-    """Return all that is kept of a run, or of all runs, sorted by run and name."""
+    """Return all preserved work of a run, or of all runs, sorted by run and name."""
     inside = f"{run}/" if run else ""
     listed = await git(
         "for-each-ref", "--format=%(refname)%00%(objectname)%00%(committerdate:unix)%00%(subject)",
         f"{_WORK}{inside}", f"{_SALVAGE}{inside}",
     )  # fmt: skip
     rows = [row.split("\0", 3) for row in listed.stdout.decode(errors="replace").split("\n")[:-1]]
-    found = (_parse_ref(*row) for row in rows)
-    return sorted((one for one in found if one is not None), key=lambda one: (one.run, one.task, one.part))
+    parsed = (_parse_ref(*row) for row in rows)
+    return sorted((work for work in parsed if work is not None), key=lambda work: (work.run, work.task, work.part))
 
 
 def _parse_ref(ref: str, commit: str, committed: str, subject: str) -> UnmergedWork | None:
-    salvaged = ref.startswith(_SALVAGE)
-    parts = ref.removeprefix(_SALVAGE if salvaged else _WORK).split("/")
+    is_salvaged = ref.startswith(_SALVAGE)
+    parts = ref.removeprefix(_SALVAGE if is_salvaged else _WORK).split("/")
     if len(parts) != 3:
         return None
     run, task, part = parts
-    if salvaged:
+    if is_salvaged:
         task, _, attempt = task.rpartition(".")
         part = f"{attempt}/{part}"
     return UnmergedWork(ref, run, task, part, commit, int(committed or 0), subject)
 
 
-def find_unmerged_work(kept: Sequence[UnmergedWork], name: str) -> UnmergedWork:
-    """Return what a user means by `<task>/<part>` or `<run>/<task>/<part>`; RefusedError with what is near."""
-    found = [one for one in kept if one.name == name] or [one for one in kept if f"{one.run}/{one.name}" == name]
-    if len(found) == 1:
-        return found[0]
-    full = [f"{one.run}/{one.name}" for one in found]
+def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> UnmergedWork:
+    """Return the work named `<task>/<part>` or `<run>/<task>/<part>`; RefusedError with similar names."""
+    matches = [work for work in preserved if work.name == name]
+    matches = matches or [work for work in preserved if f"{work.run}/{work.name}" == name]
+    if len(matches) == 1:
+        return matches[0]
+    full = [f"{work.run}/{work.name}" for work in matches]
     if full:
-        raise RefusedError(f"{name!r} is in more than one run", f"say which: {', '.join(full)}")
-    names = sorted({one.name for one in kept})
-    near = [one for one in names if one.startswith(f"{name}/")] or difflib.get_close_matches(name, names)
-    remedy = f"choose one of {', '.join(near or names[:10])}" if names else "nothing is preserved of this run"
-    raise RefusedError(f"no work is kept as {name!r}", remedy)
+        raise RefusedError(f"{name!r} exists in several runs", f"choose one of {', '.join(full)}")
+    names = sorted({work.name for work in preserved})
+    near = [known for known in names if known.startswith(f"{name}/")] or difflib.get_close_matches(name, names)
+    remedy = f"choose one of {', '.join(near or names[:10])}" if names else "this run has no preserved work"
+    raise RefusedError(f"no preserved work is named {name!r}", remedy)
 
 
 async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, commit: str) -> tuple[str, ...]:
-    """Bring the change from `base` to `commit` into the user's files, uncommitted; return the paths that changed.
+    """Apply the change from `base` to `commit` to the user's files, uncommitted; return the changed paths.
 
-    All of it or nothing: the change is merged with the checkout's commit first, and the result is applied only if
-    it fits the files as they are. Else RefusedError. The index stays as it is. `git` runs in the trusted
-    repository, `users` at the user's side.
+    All of it or nothing: the change is merged with the checkout's commit first, and the result is applied only if it
+    fits the files as they are; otherwise RefusedError. The index does not change. `git` runs in the trusted repository,
+    `users` with the user's configuration.
     """
-    if any(GITLINK_MODE in {one.old_mode, one.new_mode} for one in await git.changes(base, commit)):
-        raise RefusedError("the change is about a repository in the repository, which files can't hold", _REMEDY)
+    if any(GITLINK_MODE in {change.old_mode, change.new_mode} for change in await git.changes(base, commit)):
+        raise RefusedError("the change includes a nested repository, which can't be applied to files", _REMEDY)
     scratch = await anyio.to_thread.run_sync(_scratch, git)
     try:
-        env = {"GIT_OBJECT_DIRECTORY": str(scratch), **await _objects_of_both(git, users, checkout)}
+        env = {"GIT_OBJECT_DIRECTORY": str(scratch), **await _alternate_objects_env(git, users, checkout)}
         patch, paths = await _make_patch(git, users, checkout, (base, commit), env)
         await _refuse_user_programs(git, users, checkout, base, commit)
     finally:
@@ -106,30 +107,30 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
             if patch:
                 await users("apply", "--whitespace=nowarn", *mode, "-", cwd=checkout, input_=patch)
     except GitError as error:
-        raise to_unusable_error(error, f"it does not fit the files in {checkout}", _REMEDY) from None
+        raise to_unusable_error(error, f"it does not apply to the files in {checkout}", _REMEDY) from None
     return paths
 
 
 async def _refuse_user_programs(git: Git, users: Git, checkout: Path, base: str, commit: str) -> None:
-    """Refuse (RefusedError) what would make the user's git run a program of an agent, as a landing does."""
+    """Raise RefusedError if the change would make the user's git run an agent's program, as for a landing."""
     repository, configuration = await find_repository(checkout, users), await read_git_config(users, checkout)
-    remedy = "look at it first: `council salvage show`; then `council salvage apply --branch` and merge it by hand"
-    if (found := await find_unsafe_filter(repository, checkout, configuration)) is not None:
-        raise RefusedError(*found)
-    paths = [one.path for one in await git.changes(base, commit)]
+    remedy = "review it with `council salvage show`, then run `council salvage apply --branch` and merge it manually"
+    if (unsafe := await find_unsafe_filter(repository, checkout, configuration)) is not None:
+        raise RefusedError(*unsafe)
+    paths = [change.path for change in await git.changes(base, commit)]
     if (path := await find_path_controlling_git(repository, users, checkout, configuration, paths)) is not None:
         raise RefusedError(f"it changes {printable_name(path)}, which decides what your git runs", remedy)
     if (folder := await find_embedded_repository(git, base, commit)) is not None:
-        raise RefusedError(f"git would take {printable_name(folder)} for a repository of its own", remedy)
+        raise RefusedError(f"git would treat {printable_name(folder)} as a separate repository", remedy)
 
 
 def _scratch(git: Git) -> Path:
     return Path(tempfile.mkdtemp(prefix="objects.", dir=git.git_dir))
 
 
-async def _objects_of_both(git: Git, users: Git, checkout: Path) -> dict[str, str]:
-    asked = await users("rev-parse", "--path-format=absolute", "--git-path", "objects", cwd=checkout)
-    theirs = asked.stdout.decode(errors="surrogateescape").rstrip("\n")
+async def _alternate_objects_env(git: Git, users: Git, checkout: Path) -> dict[str, str]:
+    printed = await users("rev-parse", "--path-format=absolute", "--git-path", "objects", cwd=checkout)
+    theirs = printed.stdout.decode(errors="surrogateescape").rstrip("\n")
     quoted = theirs.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return {"GIT_ALTERNATE_OBJECT_DIRECTORIES": f'{git.git_dir}/objects:"{quoted}"'}
 
@@ -137,17 +138,17 @@ async def _objects_of_both(git: Git, users: Git, checkout: Path) -> dict[str, st
 async def _make_patch(
     git: Git, users: Git, checkout: Path, move: tuple[str, str], env: dict[str, str]
 ) -> tuple[bytes, tuple[str, ...]]:
-    """Return the change as a patch to the checkout's commit, and its paths; RefusedError if both change the same."""
+    """Return the change as a patch for the checkout's commit, and its paths; RefusedError on a conflict."""
     base, commit = move
-    asked = await users("rev-parse", "--verify", "--quiet", "HEAD^{commit}", cwd=checkout, ok=(0, 1, 128))
-    head = asked.stdout.decode().strip()
+    printed = await users("rev-parse", "--verify", "--quiet", "HEAD^{commit}", cwd=checkout, ok=(0, 1, 128))
+    head = printed.stdout.decode().strip()
     if not head:
         raise RefusedError(f"{checkout} has no commit yet", _REMEDY)
 
     async def commit_tree(of: str, *parents: str) -> str:
         return await git.line("commit-tree", f"{of}^{{tree}}", *parents, env=env, input_=b"side\n")
 
-    # Whatever their histories are, the change is what lies between its own two commits.
+    # The change is the difference of its two commits, independent of their histories.
     start = await commit_tree(base)
     ours, theirs = await commit_tree(head, "-p", start), await commit_tree(commit, "-p", start)
     tree, conflicts = await git.merge_tree(ours, theirs, env=env)
@@ -156,25 +157,25 @@ async def _make_patch(
     options = ("-r", "--patch", "--binary", "--full-index", "--no-renames", "--no-ext-diff", "--no-textconv")
     patch = (await git("diff-tree", *options, ours, tree, env=env)).stdout
     raw = await git("diff-tree", "-r", "--raw", "-z", "--no-renames", ours, tree, env=env)
-    return patch, tuple(printable_name(one.path) for one in parse_raw_diff(raw.stdout))
+    return patch, tuple(printable_name(change.path) for change in parse_raw_diff(raw.stdout))
 
 
 async def create_branch(source: UpstreamRepository, commit: str, branch: str) -> None:
-    """Create a branch of the user's repository at a commit of ours; RefusedError if it exists or can't be one."""
+    """Create a branch in the user's repository at a commit of ours; RefusedError if it exists or is invalid."""
     remedy = "choose another name"
     checked = await source.git("check-ref-format", f"refs/heads/{branch}", ok=(0, 1))
     if checked.returncode or branch.startswith("-") or branch == "HEAD":
-        raise RefusedError(f"{branch!r} can't be the name of a branch", remedy)
+        raise RefusedError(f"{branch!r} is not a valid branch name", remedy)
     if await source.tip(branch) is not None:
-        raise RefusedError(f"the branch {branch!r} exists", remedy)
+        raise RefusedError(f"branch {branch!r} already exists", remedy)
     pushed = await source.push(commit, branch, None, ())
     if not pushed.moved:
-        raise RefusedError(f"the branch {branch!r} can't be made: {pushed.reason}", remedy)
+        raise RefusedError(f"can't create branch {branch!r}: {pushed.reason}", remedy)
 
 
-async def delete_refs(git: Git, kept: Iterable[UnmergedWork]) -> None:
-    """Delete these refs, all or none; RefusedError if one of them is not what was listed any more."""
-    lines = "".join(f"delete {one.ref}\0{one.commit}\0" for one in kept)
+async def delete_refs(git: Git, preserved: Iterable[UnmergedWork]) -> None:
+    """Delete these refs, all or none; RefusedError if one of them changed since it was listed."""
+    lines = "".join(f"delete {work.ref}\0{work.commit}\0" for work in preserved)
     try:
         await git("update-ref", "-z", "--stdin", input_=lines.encode())
     except GitError as error:

@@ -1,8 +1,7 @@
-"""Landing: finished work moves the target branch, merge by merge, or not at all.
+"""Land finished work: move the target branch merge by merge, atomically.
 
-`prepare` merges without a checkout, the caller records the intent, `move` is one push with a lease, of one merge or of
-several that follow each other. What was cut off in between is finished or undone by `settle`. Each of them demands a
-`MergePermit`.
+`prepare` merges without a checkout, the caller records the intent, and `move` is one push with a lease, of one merge or
+several consecutive ones. `settle` finishes or undoes an interrupted move. Each of them requires a `MergePermit`.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from orchestrator.repo.git.embedded_repositories import find_embedded_repository
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
+    describe_interrupted_landing,
     find_blocking_locks,
     find_checkout,
     find_locked_checkouts,
-    interrupted_landing,
-    left_checkouts,
+    find_switched_checkouts,
     list_uncommitted_changes,
     read_head_stats,
     recover_push,
@@ -40,25 +39,25 @@ from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import FileLock
 from orchestrator.system.slow_waits import warn_if_slow
 
-#: Shows people which task a landing is of. What counts as landed is decided by recorded merges: anyone can write it.
+#: Shows people the task of a landing. Recorded merges decide what has landed: anyone can write a trailer.
 TASK_TRAILER = "Council-Task"
 
-#: Seconds that whoever is moving the target gets to be done with it: a push, which a stopped process may have begun.
+#: Seconds to wait for a running move of the target: a push, perhaps of a process that has exited.
 _PUSH_TIMEOUT = 30.0
-#: What holds the landing lock, in words.
+#: The holder of the landing lock, for messages.
 _PUSH = "a push to the target"
-#: A push of ours, as it is reported.
+#: A push of ours, for messages.
 OWN_PUSH_DESCRIPTION = f"{_PUSH} of this process, which a hook of the repository may delay"
-#: Seconds after which a push of ours is reported that has not ended.
+#: Seconds after which a running push of ours is reported as slow.
 _SLOW_PUSH = 10.0
 
-#: Up to so many landings git finds the base of a merge faster than we can tell it.
-_FEW = 200
+#: Up to this number of landings git finds a merge base faster than we can provide it.
+_MAX_WALKED_LANDINGS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedMerge:
-    """A merge commit that waits for the target to move from `old` (None: it does not exist) to `new`."""
+    """A merge commit ready to move the target from `old` (None: it does not exist) to `new`."""
 
     old: str | None
     new: str
@@ -66,21 +65,21 @@ class PreparedMerge:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """The work is on the target, by this commit of its first-parent line."""
+    """The work is on the target, as this commit of its first-parent line."""
 
     commit: str
 
 
 @dataclass(frozen=True, slots=True)
 class NothingToLand:
-    """The target, at this commit, holds the same change already: there is nothing to land."""
+    """The target, at this commit, already has the same change."""
 
     commit: str
 
 
 @dataclass(frozen=True, slots=True)
 class MergeConflict:
-    """The work does not merge; `commit` holds both sides as parents and the marked files as its tree."""
+    """The work conflicts; `commit` has both sides as parents and the files with conflict markers as its tree."""
 
     paths: tuple[str, ...]
     commit: str
@@ -88,18 +87,18 @@ class MergeConflict:
 
 @dataclass(frozen=True, slots=True)
 class StaleTarget:
-    """Somebody else moved the target first, or the push was killed: merge again."""
+    """Another process moved the target first, or the push was killed: merge again."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeferredLanding:
-    """The target can't be moved now, for this reason; the work keeps."""
+    """The target can't be moved now, for this reason; the work is preserved."""
 
     reason: str
 
 
 def combine_merges(merges: Iterable[PreparedMerge]) -> PreparedMerge:
-    """Return the move over merges that follow each other."""
+    """Return one move over consecutive merges."""
     first, *others = merges
     return PreparedMerge(first.old, [first, *others][-1].new)
 
@@ -120,39 +119,38 @@ class Target:
         must_exist: bool = False,
         title: str | None = None,
     ) -> None:
-        """Take the branch of `source` (`repository` is None where that is a URL).
+        """Create the target `branch` of `source` (`repository` is None if that is a URL).
 
-        `start` is the commit behind which landings are looked for, and what the target begins at where it does
-        not exist; `ref` keeps what was fetched of it in the trusted repository. With `must_exist` it
-        existed before the run, and is not created. `title` is the first line of merge
-        commits, `Land <task>` if it is None.
+        `start` is the commit after which landings are looked up, and the target's first commit if it does not exist;
+        `ref` is where the trusted repository keeps the fetched target. With `must_exist` the target existed before the
+        run, and is not created. `title` is the first line of merge commits, `Land <task>` if None.
         """
         self.branch = branch
         self._hub, self._git, self._source, self._repository = hub, git, source, repository
         self._scope = ownership_scope(source.location, branch)
         self._start, self._ref, self._title = start, ref, title
         self.known: str | None = None
-        """The commit that the target was at when it was last looked at or moved; None if it does not exist."""
+        """The target's commit when last read or moved; None if the target does not exist."""
         self.must_exist = must_exist
-        """Whether the target existed once: TargetGone where it does not exist now."""
+        """Whether the target has existed: then TargetMissing is raised if it does not exist now."""
         self._line: set[str] = set()
         """The commits of the target's first-parent line since the start."""
         self._trees: dict[str, str] = {}
-        """The trees of merges that were made here."""
+        """The trees of merges made here."""
         self._contained: set[str] = set()
         self._unsettled: tuple[PreparedMerge, float] | None = None
-        """A push that was refused or killed, with when it began, of which the leftovers could not be removed yet."""
+        """A refused or killed push, with its start time, whose leftovers could not be removed yet."""
 
     async def tip(self) -> str:
-        """Return the commit that work which builds on the target starts from."""
-        tip = await self._look()
+        """Return the commit from which work on the target starts."""
+        tip = await self._read_tip()
         if tip is None:
             return self._start
         return tip if tip == self.known else await self._source.fetch(self.branch, f"{self._ref}-tip")
 
     async def refresh(self, *, again: bool = False) -> str:
-        """Look where the target is and what has landed on it, all of it `again`; return the commit to merge onto."""
-        tip = await self._look()
+        """Read the target and its landings, everything from scratch if `again`; return the commit to merge onto."""
+        tip = await self._read_tip()
         if tip is None:
             self.known, self._line, self._contained = None, set(), {self._start}
             return self._start
@@ -163,8 +161,8 @@ class Target:
             self.known = tip
         return tip
 
-    async def _look(self) -> str | None:
-        """Return the commit that the target is at, None if it never existed; TargetGone if it was deleted."""
+    async def _read_tip(self) -> str | None:
+        """Return the target's commit, None if it never existed; raise TargetMissing if it was deleted."""
         tip = await self._source.tip(self.branch)
         self.must_exist = self.must_exist or self.known is not None or tip is not None
         if tip is None and self.must_exist:
@@ -179,11 +177,11 @@ class Target:
         self._contained.add(tip)
 
     def find_landing(self, intended: Iterable[str]) -> str | None:
-        """Return the first of some merges that the target has, as of the last look; None if it has none of them."""
-        return next((one for one in intended if one in self._line), None)
+        """Return the first of these merges that is on the target, as of the last refresh; None if none is."""
+        return next((merge for merge in intended if merge in self._line), None)
 
     async def contains(self, commit: str) -> bool:
-        """Whether a commit is part of the target, as of the last look."""
+        """Whether a commit is part of the target, as of the last refresh."""
         if self.known is None:
             return False
         return await self._git.is_ancestor(commit, self.known, may_be_missing=True)
@@ -197,16 +195,16 @@ class Target:
         after: PreparedMerge | None = None,
         intended: Sequence[str] = (),
     ) -> PreparedMerge | Landed | NothingToLand | MergeConflict | DeferredLanding:
-        """Merge `commit`, which was built on `base`, onto the target as it is now; move nothing.
+        """Merge `commit`, which was built on `base`, onto the current target; move nothing.
 
-        `intended` are the merges that were made of it before: Landed if the target has one. With `after`, it is merged
-        onto that: the result is valid only if `after` has landed, too.
+        `intended` are earlier merges of the same work: returns Landed if the target has one. With `after`, merges onto
+        that one: the result is valid only if `after` lands, too.
         """
         self._check(permit)
         onto, old = (await self.refresh(), self.known) if after is None else (after.new, after.new)
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
-        ours = await self._above(base, onto, commit)
+        ours = await self._merge_base_hint(base, onto, commit)
         tree, paths = await self._git.merge_tree(ours, commit)
         if paths:
             return await self._conflict(label, ours, onto, commit, paths)
@@ -214,30 +212,30 @@ class Target:
             return NothingToLand(onto)
         if (folder := await find_embedded_repository(self._git, onto, tree)) is not None:
             return DeferredLanding(
-                f"git would take {printable_name(folder)} for a repository of its own: check it, and merge it by hand"
+                f"git would treat {printable_name(folder)} as a separate repository: review and merge it manually"
             )
         title = self._title or f"Land {label.rpartition('/')[2]}"
         new = await self._commit(tree, onto, commit, f"{title}\n\n{TASK_TRAILER}: {label}\n")
-        self._trees = {key: of for key, of in self._trees.items() if key == onto} | {new: tree}
+        self._trees = {merge: known for merge, known in self._trees.items() if merge == onto} | {new: tree}
         failpoint("landing.merged")
         merge = PreparedMerge(old, new)
-        # Looked at before anything is intended: a push that must fail is not even begun, so that what a cut-off
-        # landing finds changed later was not changed before.
+        # Checked before the intent is recorded: a push that must fail never starts, so files that recovery finds
+        # changed after an interrupted landing were not changed before it.
         obstacle = await self.find_obstacle(merge)
         return merge if obstacle is None else DeferredLanding(obstacle)
 
     async def create_retry_base(self, merge: PreparedMerge, ref: str) -> str:
-        """Return a commit with the merged tree, kept by `ref`, from which an agent can go on to mend the merge.
+        """Return a commit with the merged tree, kept by `ref`, from which an agent can fix the merge.
 
-        Its first parent is what was merged onto; unlike the merge itself it says of no task that it has landed.
+        Its first parent is the commit merged onto; unlike the merge itself it does not mark any task as landed.
         """
         parents = await self._git.line("rev-parse", f"{merge.new}^1", f"{merge.new}^2")
         tree = await self._git.line("rev-parse", f"{merge.new}^{{tree}}")
         first, second = parents.split()
         return await self._restart(tree, first, second, ref)
 
-    async def again(self, work: str, onto: str, ref: str) -> str | None:
-        """Return what `restart` made on a newer commit of the target, kept by `ref`; None where the two conflict."""
+    async def renew_retry_base(self, work: str, onto: str, ref: str) -> str | None:
+        """Recreate a retry base on a newer commit of the target, kept by `ref`; None if the two conflict."""
         if await self._git.line("rev-parse", f"{work}^1") == onto:
             return work
         tree, paths = await self._git.merge_tree(onto, work)
@@ -249,7 +247,7 @@ class Target:
         return commit
 
     async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> MergeConflict:
-        # Once more by names: git writes what it was given into the markers.
+        # Merge again by ref names: git writes its arguments into the conflict markers.
         names = f"refs/target/{self.branch}", f"refs/work/{label}"
         for name, value in zip(names, (ours, commit), strict=True):
             await self._git("update-ref", name, value)
@@ -259,16 +257,16 @@ class Target:
         message = f"{label.rpartition('/')[2]}: both sides of a conflict, marked\n"
         return MergeConflict(paths, await self._commit(tree, onto, commit, message))
 
-    async def _above(self, base: str, onto: str, commit: str) -> str:
+    async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:
         """Return a commit with the tree of `onto` from which the merge base with `commit` is found at once.
 
-        Git would walk all that has landed since, so that a run's merges would cost the square of its length; while
-        that is little, it is faster than to find out what follows. Where `base` is part of the target, and nothing
-        of what was built on it is, it is the merge base: a commit right above it says so. (`merge-tree
-        --merge-base`, which would do the same, came with git 2.40.) Where something of it is, by a pull of the
-        agent's or a merge of the user's, only git can tell.
+        Git would walk everything landed since, so a run's merges would cost the square of its length; for few landings
+        that is faster than this search. If `base` is part of the target, and nothing built on it is, `base` is the
+        merge base: a commit right above it says so. (`merge-tree --merge-base` does the same, but requires git 2.40.)
+        If some of that work is on the target, through a pull of the agent's or a merge of the user's, only git can find
+        the merge base.
         """
-        if len(self._line) <= _FEW:
+        if len(self._line) <= _MAX_WALKED_LANDINGS:
             return onto
         if base not in self._contained:
             if not await self._git.is_ancestor(base, onto):
@@ -285,10 +283,10 @@ class Target:
     async def move(
         self, permit: MergePermit, merges: Sequence[PreparedMerge]
     ) -> Landed | StaleTarget | DeferredLanding:
-        """Move the target over the merges, each prepared `after` the one before it, all or none of them.
+        """Move the target over merges, each prepared `after` the previous one, all or none of them.
 
-        It is one push that holds only if nobody else moved the target. The push holds the landing's file lock, so that
-        whoever lands next knows that none is under way, even if we are killed.
+        It is one push, which succeeds only if nobody else moved the target. The push holds the landing's file lock, so
+        that the next process to land knows that no push is running, even if we are killed.
         """
         self._check(permit)
         try:
@@ -307,17 +305,17 @@ class Target:
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
         if tip != whole.new and self._repository is not None:
-            # The checkout was clean a moment ago: the leftovers of a push that was refused or killed are known by that.
+            # The checkout was clean just before: changes in it are leftovers of a refused or killed push.
             is_killed = pushed.was_killed
             await self._settle_checkouts(self._repository, whole, began, may_finish=False, was_killed=is_killed)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.find_obstacle(whole)) is None and pushed.was_killed:
                 return StaleTarget()
-            return DeferredLanding(reason or f"the target could not be moved: {pushed.reason}")
+            return DeferredLanding(reason or f"could not move the target: {pushed.reason}")
         if tip != whole.new:
             await self.refresh()
-            # Others may have moved it on from there at once.
+            # Another process may already have moved the target further.
             return StaleTarget() if self.find_landing([whole.new]) is None else Landed(whole.new)
         if self._repository is not None:
             if await anyio.to_thread.run_sync(
@@ -335,35 +333,34 @@ class Target:
         return Landed(whole.new)
 
     async def find_obstacle(self, merge: PreparedMerge) -> str | None:
-        """Return what of the user's stands in the way where the target is checked out."""
+        """Return what blocks landing in the user's checkout of the target, with a remedy; None if nothing does."""
         if self._unsettled is not None and (reason := await self._settle_again(*self._unsettled)) is not None:
             return reason
         checkout = await self._checkout()
         if checkout is None:
             return None
-        assert self._repository is not None, "what is checked out is on this machine"
-        if (found := await anyio.to_thread.run_sync(interrupted_landing, self._repository, self.branch)) is not None:
-            return found  # of another run
-        # First of all, because to look for changes runs them, too.
+        assert self._repository is not None, "a checkout implies a local repository"
+        obstacle = await anyio.to_thread.run_sync(describe_interrupted_landing, self._repository, self.branch)
+        if obstacle is not None:
+            return obstacle  # another run's
+        # Filters first: looking for changes runs them, too.
         git = self._users_git()
         configuration = await read_git_config(git, checkout)
-        if (filter_ := await find_unsafe_filter(self._repository, checkout, configuration)) is not None:
-            return ": ".join(filter_)
+        if (unsafe := await find_unsafe_filter(self._repository, checkout, configuration)) is not None:
+            return ": ".join(unsafe)
         if changed := await list_uncommitted_changes(checkout, git):
-            return f"the target's checkout has changes of your own ({', '.join(changed[:3])}): commit or stash them"
+            return f"the target's checkout has uncommitted changes ({', '.join(changed[:3])}): commit or stash them"
         changes = await self._git.changes(merge.old or self._start, merge.new)
-        paths = [one.path for one in changes]
+        paths = [change.path for change in changes]
         if (path := await find_path_controlling_git(self._repository, git, checkout, configuration, paths)) is not None:
-            return (
-                f"it changes {printable_name(path)}, which decides what your git runs: check it, and merge it by hand"
-            )
-        if in_way := await self._in_way(checkout, changes):
-            return f"files that git does not track are in the way ({', '.join(in_way[:3])}): move or commit them"
+            return f"it changes {printable_name(path)}, which decides what your git runs: review and merge it manually"
+        if in_way := await self._find_files_in_way(checkout, changes):
+            return f"untracked files would be overwritten ({', '.join(in_way[:3])}): move or commit them"
         return await self._locked(checkout)
 
     async def _settle_again(self, merge: PreparedMerge, since: float) -> str | None:
-        """Remove what a push left, as on a disk that was full; return why that can't be done now."""
-        assert self._repository is not None, "what was to be settled is on this machine"
+        """Remove leftovers of a push, for example after a full disk; return why that is impossible now."""
+        assert self._repository is not None, "only local pushes are unsettled"
         try:
             async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
                 await self._settle_checkouts(self._repository, merge, since, may_finish=False)
@@ -371,11 +368,11 @@ class Target:
             return str(_describe_busy_target(held))
         return None
 
-    async def _in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
-        """Return the files of the checkout, ignored ones too, that git would delete or overwrite for what is added."""
-        added = [one.path for one in changes if not int(one.old_mode, 8)]
-        gone = {one.path for one in changes if not int(one.new_mode, 8)}
-        files, folders = await anyio.to_thread.run_sync(_find_existing, checkout, added, gone)
+    async def _find_files_in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
+        """Return the checkout's untracked files, also ignored ones, that git would delete or overwrite."""
+        added = [change.path for change in changes if not int(change.old_mode, 8)]
+        removed = {change.path for change in changes if not int(change.new_mode, 8)}
+        files, folders = await anyio.to_thread.run_sync(_find_existing, checkout, added, removed)
         if folders:
             literal = [f":(literal){name}" for name in folders]
             listed = await self._users_git()("ls-files", "--others", "-z", "--", *literal, cwd=checkout)
@@ -383,25 +380,25 @@ class Target:
         return files
 
     async def _locked(self, checkout: Path) -> str | None:
-        assert self._repository is not None, "what is checked out is on this machine"
+        assert self._repository is not None, "a checkout implies a local repository"
         locks = await find_blocking_locks(self._repository, checkout, self.branch, self._users_git())
         if not locks:
             return None
         named = ", ".join(map(str, locks))
-        return f"the target is locked by another git command of yours; if none is at work, remove {named}"
+        return f"another git command of yours has locked the target: if none is running, remove {named}"
 
     async def clean_up(self, since: float) -> None:
-        """Remove what pushes have left in the user's repository that were killed after `since` (wall-clock seconds)."""
+        """Remove leftovers in the user's repository of pushes killed after `since` (wall-clock seconds)."""
         if self._repository is not None:
             await anyio.to_thread.run_sync(remove_incoming_objects, self._repository.git_dir, since)
 
     async def settle(
         self, permit: MergePermit, merge: PreparedMerge, intended: Sequence[str], since: float
     ) -> Landed | DeferredLanding | StaleTarget:
-        """Finish or undo an interrupted move; Stale means that it did not happen and may be tried again.
+        """Finish or undo an interrupted move; StaleTarget means that it did not happen and may be retried.
 
-        It happened if the target has one of the `intended` merges. RefusedError while the push is still running:
-        whether it happens, and what has to be undone, is not known until it ends.
+        It happened if the target has one of the `intended` merges. Raises RefusedError while the push is still running:
+        until it ends, its result is unknown.
         """
         self._check(permit)
         if self._repository is not None:
@@ -422,9 +419,7 @@ class Target:
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
         if foreign:
-            return DeferredLanding(
-                f"an interrupted landing left files that were changed since: {', '.join(foreign[:3])}"
-            )
+            return DeferredLanding(f"files of an interrupted landing were changed since: {', '.join(foreign[:3])}")
         return StaleTarget()
 
     async def _settle_checkouts(
@@ -436,10 +431,10 @@ class Target:
         may_finish: bool,
         was_killed: bool = True,
     ) -> list[str]:
-        """Settle the checkout of the target, and those that a push may have left and that are at something else now."""
+        """Settle the target's checkout, and other checkouts with possible leftovers of a push."""
         self._unsettled = merge, since
         others = await anyio.to_thread.run_sync(find_locked_checkouts, repository, self.branch)
-        others += await anyio.to_thread.run_sync(left_checkouts, repository, self.branch, since)
+        others += await anyio.to_thread.run_sync(find_switched_checkouts, repository, self.branch, since)
         foreign: list[str] = []
         for checkout in dict.fromkeys([await self._checkout(), *others]):
             move, git = (merge.old, merge.new), self._users_git()
@@ -448,8 +443,8 @@ class Target:
                     repository, checkout, self.branch, move, since, git, may_finish=may_finish, was_killed=was_killed
                 )
             except OSError as error:  # as on a full disk
-                what = f"an interrupted landing can't be undone in {checkout}: {error}"
-                raise RefusedError(what, "fix that: the next landing tries again") from None
+                message = f"can't undo an interrupted landing in {checkout}: {error}"
+                raise RefusedError(message, "fix the cause: the next landing tries again") from None
         self._unsettled = None
         return foreign
 
@@ -467,18 +462,18 @@ class Target:
 
     def _check(self, permit: MergePermit) -> None:
         if permit.scope != self._scope:
-            raise ValueError(f"this is no permit to land on {self.branch!r} of {self._source.location}")
+            raise ValueError(f"the permit is not for {self.branch!r} of {self._source.location}")
 
 
 def _describe_busy_target(held: LockHeld) -> RefusedError:
-    return RefusedError(f"the target is being moved by {held.holder}", "if that is not running any more, end it")
+    return RefusedError(f"{held.holder} is moving the target", "wait for it, or end it if it hangs")
 
 
-def _find_existing(top: Path, added: Iterable[str], gone: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the files where something is to be, or where a folder of it is to be, and the folders. Blocks."""
+def _find_existing(top: Path, added: Iterable[str], removed: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return existing files at or above added paths, and existing folders at these paths. Blocks."""
     files: dict[str, None] = {}
     folders: list[str] = []
-    parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *gone}
+    parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *removed}
     for name in added:
         path = top / name
         if path.is_dir() and not path.is_symlink():

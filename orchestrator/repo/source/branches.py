@@ -1,4 +1,4 @@
-"""The branches of a repository on this machine, and which of them work would start from."""
+"""List a local repository's branches, and choose the base branch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COMMON_NAMES = ("main", "master", "trunk", "develop")
 
 
 async def list_branches(repository: LocalRepository, git: Git) -> dict[str, str]:
-    """Return the branches with the commit ids that they are at; none before the first commit."""
+    """Return the branches with their commit ids; empty before the first commit."""
     form = "--format=%(objectname) %(refname:lstrip=2)"
     listed = await git("for-each-ref", form, "refs/heads/", cwd=repository.folder)
     lines = listed.stdout.decode(errors="surrogateescape").split("\n")[:-1]
@@ -31,9 +31,9 @@ async def has_unmerged_commits(folder: Path, branch: str, base: str, git: Git) -
 
 
 async def find_base_branch(repository: LocalRepository, git: Git) -> str | None:
-    """Return the branch that work would start from; None if there is no branch.
+    """Return the default base branch; None if there is no branch.
 
-    It is the one that is checked out, else the default one of `origin`, else one with a usual name.
+    It is the checked-out branch, else the default branch of `origin`, else one with a common name.
     """
     remote = await git("symbolic-ref", "--quiet", "refs/remotes/origin/HEAD", cwd=repository.folder, ok=(0, 1, 128))
     default = remote.stdout.decode(errors="surrogateescape").rstrip("\n").removeprefix("refs/remotes/origin/")
@@ -43,6 +43,6 @@ async def find_base_branch(repository: LocalRepository, git: Git) -> str | None:
 
 
 def choose_base_branch(branches: Collection[str], current: str | None, default: str | None) -> str | None:
-    """Return the first that is there of the current, the default and the usual branches, else any one."""
+    """Return the first existing one of the current, the default and the common branches, else any branch."""
     wanted = (current, default, *_COMMON_NAMES, *sorted(branches))
     return next((name for name in wanted if name in branches), None)

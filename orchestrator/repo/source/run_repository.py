@@ -1,4 +1,4 @@
-"""The repository that a run works on: found where a config or a run's record names it."""
+"""Find the repository that a run works on, as named by a config or a run's record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.repo.source.user_checkouts import LocalRepository, find_reposi
 
 @dataclass(frozen=True, slots=True)
 class RunRepository:
-    """Where a run works: the location to fetch from and push to, and the repository if it is on this machine."""
+    """A run's repository: the location to fetch from and push to, and the repository if it is local."""
 
     location: str
     repository: LocalRepository | None
@@ -22,11 +22,11 @@ class RunRepository:
 
     @property
     def identity(self) -> str:
-        """What names the repository, by whichever of its checkouts or spellings it was reached."""
+        """The repository's identity, independent of checkout or spelling of the path."""
         return self.location if self.repository is None else str(self.repository.git_dir)
 
     def source(self, git: Git) -> UpstreamRepository:
-        """Return the repository as a source of work, for git in the trusted repository."""
+        """Return the repository for fetching and pushing, with git in the trusted repository."""
         return UpstreamRepository.of(
             self.location, is_local=self.repository is not None, git=git, repository=self.repository
         )
@@ -40,5 +40,5 @@ async def find_run_repository(repo: str, *, is_url: bool, environ: Mapping[str, 
     git = Git(None, as_user=True, environ=environ)
     repository = await find_repository(Path(repo), git)
     if repository.object_format != "sha1":
-        raise RefusedError(f"{repo} is a {repository.object_format} repository", "use one with SHA-1 object names")
+        raise RefusedError(f"{repo} is a {repository.object_format} repository", "use a SHA-1 repository")
     return RunRepository(str(repository.top or repository.git_dir), repository, repository.object_format)

@@ -1,7 +1,8 @@
-"""What sessions must leave alone in the user's repository: refs, configuration, hooks, HEADs and staged entries.
+"""Detect changes to the parts of the user's repository that sessions must not touch.
 
-A `RepositorySnapshot` is a snapshot of these. Most looks find nothing new, so a part whose files have the same inodes, times and
-sizes as in an earlier seal is taken over from it; only the others are read. Nothing is ever written there.
+These are refs, configuration, hooks, HEADs and staged entries. Most snapshots find no change, so a part whose files
+have the same inodes, times and sizes as in an earlier snapshot is reused; only the other parts are read. Nothing is
+written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.source.user_checkouts import LocalRepository, list_checkout_git_dirs, read_heads
 from orchestrator.system.process_table import process_ids, process_stat
 
-#: Nanoseconds within which a file system may give two writes the same time: what is younger is read again.
+#: Nanoseconds within which a file system may give two writes the same time; younger files are read again.
 _TIMESTAMP_GRANULARITY = 2_000_000_000
 _FILES = ("config", "info/attributes", "info/exclude")
 
@@ -30,31 +31,31 @@ _Content = Mapping[str, str]
 @dataclass(frozen=True, slots=True)
 class _Part:
     signature: _Signature | None
-    """What its files look like from without; None if they are too young to tell by that."""
+    """The metadata of its files; None if they are too young for it to be conclusive."""
     content: _Content
 
 
 @dataclass(frozen=True, slots=True)
 class RepositorySnapshot:
-    """What the repository was like at one moment; made by `take`, compared by `changes`."""
+    """The repository's state at a point in time; made by `take_snapshot`, compared by `describe_changes`."""
 
     refs: _Part
     files: _Part
     heads: _Part
     """By the git directory of each checkout, relative to the shared one: `ref: …` or a commit."""
     indexes: Mapping[str, _Part]
-    """By the same: a digest of the staged entries, without what `git status` refreshes."""
+    """By the same: a digest of the staged entries, without the data that `git status` refreshes."""
 
 
 async def take_snapshot(
     repository: LocalRepository, git: Git, previous: RepositorySnapshot | None = None
 ) -> RepositorySnapshot:
-    """Look at a repository, reading only what differs from an earlier seal.
+    """Take a snapshot of a repository, reading only parts that differ from an earlier one.
 
-    `git` runs at the user's side (`users=True`). GitError where the repository can't be read.
+    `git` runs on the user's side (`as_user=True`). Raises GitError if the repository can't be read.
     """
     folder = repository.git_dir
-    found = await anyio.to_thread.run_sync(_signatures, folder)
+    signatures = await anyio.to_thread.run_sync(_signatures, folder)
 
     async def part(
         before: _Part | None, signature: _Signature | None, read: Callable[[], Awaitable[_Content]]
@@ -73,50 +74,49 @@ async def take_snapshot(
         return await anyio.to_thread.run_sync(read_heads, folder)
 
     indexes = {}
-    for name, signature in found.indexes.items():
+    for name, signature in signatures.indexes.items():
 
         async def read_index(checkout: str = name) -> _Content:
             return await _read_index(folder, checkout, git)
 
         indexes[name] = await part(previous.indexes.get(name) if previous else None, signature, read_index)
     return RepositorySnapshot(
-        await part(previous.refs if previous else None, found.refs, read_refs),
-        await part(previous.files if previous else None, found.files, read_files),
-        await part(previous.heads if previous else None, found.heads, heads),
+        await part(previous.refs if previous else None, signatures.refs, read_refs),
+        await part(previous.files if previous else None, signatures.files, read_files),
+        await part(previous.heads if previous else None, signatures.heads, heads),
         indexes,
     )
 
 
 def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, ours: Mapping[str, str]) -> list[str]:
-    """Return what has changed between two seals, a sentence each.
+    """Return the changes between two snapshots, a sentence each.
 
-    `ours` are the refs that landings moved meanwhile, with the commit of the newest. They are not reported if they
-    are there, and neither are the staged entries where one of them is checked out, which move with it.
+    `ours` are the refs that landings moved meanwhile, with their newest commits. They are not reported if they are
+    there, and neither are the staged entries of checkouts of these refs, which move with them.
     """
-    found = [
+    changes = [
         _moved(ref, old, new)
         for ref, old, new in _differences(before.refs.content, after.refs.content)
         if new is None or ours.get(ref) != new
     ]
-    found += [
+    changes += [
         _moved(f"{_inside(name)}/HEAD", old, new)
         for name, old, new in _differences(before.heads.content, after.heads.content)
     ]
     for file, old, new in _differences(before.files.content, after.files.content):
-        found.append(
-            f".git/{printable_name(file)} {'appeared' if old is None else 'is gone' if new is None else 'changed'}"
-        )
+        change = "created" if old is None else "deleted" if new is None else "changed"
+        changes.append(f".git/{printable_name(file)} was {change}")
     for name in before.indexes.keys() & after.indexes.keys():
         moved = after.heads.content.get(name, "").removeprefix("ref: ") in ours
         if not moved and before.indexes[name].content != after.indexes[name].content:
-            found.append(f"{_inside(name)}/index has other staged entries")
-    return sorted(found)
+            changes.append(f"{_inside(name)}/index has different staged entries")
+    return sorted(changes)
 
 
 async def is_user_git_running(repository: LocalRepository) -> bool:
-    """Whether a git command that we did not start, directly or by a session, works in the repository now.
+    """Whether a git command that neither we nor a session started runs in the repository now.
 
-    Then what differs may be the user's own doing. Where there is no /proc (macOS) none can be seen.
+    Then changes may be the user's. Without /proc (macOS) no command can be seen.
     """
     return await anyio.to_thread.run_sync(_is_user_git_running, repository)
 
@@ -161,13 +161,13 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _ref_files(folder: Path) -> Iterator[Path]:
-    """Yield all that refs are stored in: loose ones with their folders, packed ones, tables."""
+    """Yield all files that store refs: loose ones with their folders, packed ones, tables."""
     yield folder / "packed-refs"
     for root in ("refs", "reftable"):
-        for place, folders, names in os.walk(folder / root):
+        for path, folders, names in os.walk(folder / root):
             folders.sort()
-            yield Path(place)
-            yield from (Path(place, name) for name in sorted(names) if not name.endswith(".lock"))
+            yield Path(path)
+            yield from (Path(path, name) for name in sorted(names) if not name.endswith(".lock"))
 
 
 def _watched_files(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -178,29 +178,29 @@ def _watched_files(folder: Path) -> Iterator[tuple[Path, str]]:
 
 async def _read_refs(folder: Path, git: Git) -> _Content:
     listed = await git("for-each-ref", "--format=%(refname) %(objectname) %(symref)", cwd=folder)
-    # By this alone: names of refs may have what Unicode takes for the end of a line.
+    # Not splitlines: ref names may contain Unicode line separators.
     lines = listed.stdout.decode(errors="surrogateescape").split("\n")[:-1]
     return {ref: value.rstrip() for ref, value in (line.split(" ", 1) for line in lines)}
 
 
 def _read_files(folder: Path) -> _Content:
-    found = ((name, _digest(path)) for path, name in _watched_files(folder))
-    return {name: digest for name, digest in found if digest is not None}
+    digests = ((name, _digest(path)) for path, name in _watched_files(folder))
+    return {name: digest for name, digest in digests if digest is not None}
 
 
 def _digest(path: Path) -> str | None:
-    """Return what tells apart what is at a path and whether it can be run; None if nothing is."""
+    """Return a digest of a file's content and whether it is executable; None if there is no file."""
     try:
         if path.is_symlink():
             return f"-> {path.readlink()}"
-        runs = bool(path.stat().st_mode & 0o111)
-        return f"{runs} {hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else 'no file'}"
+        is_executable = bool(path.stat().st_mode & 0o111)
+        return f"{is_executable} {hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else 'no file'}"
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 async def _read_index(folder: Path, checkout: str, git: Git) -> _Content:
-    # Its tags (-v) show entries whose changes git was told not to see.
+    # Tags (-v) show entries whose changes git is configured to ignore.
     env = {"GIT_DIR": str(folder / checkout)}
     listed = await git("ls-files", "--stage", "-v", "-z", "--full-name", cwd=folder, env=env, ok=(0, 128))
     return {"": "" if listed.returncode else hashlib.sha256(listed.stdout).hexdigest()}
@@ -218,9 +218,9 @@ def _inside(checkout: str) -> str:
 
 def _moved(name: str, old: str | None, new: str | None) -> str:
     if old is None:
-        return f"{printable_name(name)} appeared at {_short(new)}"
+        return f"{printable_name(name)} was created at {_short(new)}"
     if new is None:
-        return f"{printable_name(name)} is gone, it was at {_short(old)}"
+        return f"{printable_name(name)} was deleted, it was at {_short(old)}"
     return f"{printable_name(name)} moved from {_short(old)} to {_short(new)}"
 
 
@@ -236,29 +236,29 @@ def _is_user_git_running(repository: LocalRepository) -> bool:
 
 
 def _linked_tops(folder: Path) -> list[Path]:
-    found = []
+    tops = []
     for name in list_checkout_git_dirs(folder)[1:]:
         try:
-            found.append(Path((folder / name / "gitdir").read_text().rstrip("\n")).parent)
+            tops.append(Path((folder / name / "gitdir").read_text().rstrip("\n")).parent)
         except OSError:
             continue
-    return found
+    return tops
 
 
 def _is_git_in(pid: int, folders: list[Path]) -> bool:
     try:
-        # Every process of the machine is looked at around each session: without the path that pathlib would make of it.
+        # Reads every process of the machine before and after each session: pathlib would be slower.
         with open(f"/proc/{pid}/comm", "rb", 0) as file:
             if file.read(3) != b"git":
                 return False
         where = Path("/proc", str(pid), "cwd").readlink()
-    except OSError:  # it has ended, or is not ours
+    except OSError:  # it has exited, or belongs to another user
         return False
     return any(where.is_relative_to(folder) for folder in folders)
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether we are among a process's parents; one that ended meanwhile did not change anything any more."""
+    """Whether we are an ancestor of a process; one that has just exited changes nothing any more."""
     own = os.getpid()
     while pid > 1:
         if pid == own:

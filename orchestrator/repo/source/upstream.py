@@ -1,4 +1,4 @@
-"""The user's repository, or the remote, as we deal with it: read its branches, fetch from it, move one of them."""
+"""Access the user's repository or remote: read its branches, fetch from it, push to it."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ from orchestrator.repo.source.user_programs import (
     write_landing_hooks,
 )
 
-# Applied at the user's side of a push to a path: a branch that is checked out moves together with its files if
-# they are clean, and no housekeeping starts in their repository on our account.
+# For the receiving side of a push to a path: a checked-out branch moves together with its files if they are clean,
+# and the push starts no maintenance in the user's repository.
 _RECEIVE = (
     "{environ} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
     " -c core.fsmonitor=false -c {hooks} receive-pack"
 )
-# On one machine there is no line to spare the bytes for: what is not a delta in their packs stays none.
+# On one machine bandwidth does not matter: computing new deltas would cost more than it saves.
 _UPLOAD = "git -c pack.window=0 upload-pack"
 
-#: What the other side says beside the porcelain: its hooks, and errors of the system.
+#: Messages of the other side in addition to the porcelain output: hooks, and system errors.
 _REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)")
 _MAX_REASON_CHARS = 300  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """The outcome of a push: whether the ref moved; if not, what the other side said, and whether it was killed."""
+    """The outcome of a push: whether the ref moved; if not, the remote's message, and whether it was killed."""
 
     moved: bool
     updated_checkout: bool = False
-    """Whether our hook has brought a checkout to what was pushed."""
+    """Whether our hook has updated a checkout to the pushed commit."""
     reason: str = ""
     was_killed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRepository:
-    """Where work comes from and lands: `location` is an absolute path or a URL; git runs in the trusted repository."""
+    """The source and target of work: `location` is an absolute path or a URL; git runs in the trusted repository."""
 
     location: str
     is_local: bool
     git: Git
     repository: LocalRepository | None = None
-    """The repository at a path, where it is known already."""
+    """The repository at a path, if already known."""
 
     @classmethod
     def of(
         cls, location: str, *, is_local: bool, git: Git, repository: LocalRepository | None = None
     ) -> UpstreamRepository:
-        """Return the source, talked to in the user's own git environment."""
+        """Return the upstream repository, accessed with the user's own git environment."""
         return cls(location, is_local, replace(git, as_user=True), repository)
 
     async def tip(self, branch: str) -> str | None:
-        """Return the commit id that a branch is at; None if it does not exist."""
+        """Return the commit id of a branch; None if it does not exist."""
         if self.is_local:
             return await read_ref(Path(self.location), f"refs/heads/{branch}")
         done = await self.git("ls-remote", "--refs", self.location, f"refs/heads/{branch}")
         return done.stdout.split(b"\t")[0].decode() or None
 
     async def heads(self) -> dict[str, str]:
-        """Return all branches with the commit ids that they are at."""
+        """Return all branches with their commit ids."""
         done = await self.git("ls-remote", "--refs", "--heads", self.location)
         lines = [line.split("\t") for line in done.stdout.decode(errors="surrogateescape").split("\n")[:-1]]
         return {ref.removeprefix("refs/heads/"): commit for commit, ref in lines}
 
     async def fetch(self, branch: str, ref: str) -> str:
-        """Bring a branch's commits into the hub, point `ref` of the trusted repository at it, return its commit id."""
+        """Fetch a branch into the hub, point `ref` of the trusted repository at it, and return its commit id."""
         refspec = f"+refs/heads/{branch}:{ref}"
         upload = [f"--upload-pack={_UPLOAD}"] if self.is_local else []
         await self.git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance",
@@ -87,8 +87,8 @@ class UpstreamRepository:
     async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> PushResult:
         """Move a branch from `old` (None: it must not exist) to `new`, or not at all.
 
-        Hooks of the user's run, but none that is inside a checkout: the push itself may have written it. The command,
-        and all that it starts at the other side of a path, holds `keep_fds` until it has ended.
+        Runs the user's hooks, except those inside a checkout: the push itself may have written them. The command, and
+        everything that it starts on the other side of a path, holds `keep_fds` until it exits.
         """
         ref = f"refs/heads/{branch}"
         receive = [f"--receive-pack={await self._receive(branch, old)}"] if self.is_local else []
@@ -103,12 +103,12 @@ class UpstreamRepository:
             return PushResult(moved=True, updated_checkout=has_updated)
         stderr = done.stderr.decode(errors="replace")
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
-        said = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
-        told = "; ".join(
+        summary = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
+        messages = "; ".join(
             line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _REMOTE_MESSAGE.match(line)
         )
-        reason = said if not lines or not told else f"{said}: {printable_name(told)[:_MAX_REASON_CHARS]}"
-        remedy = ": give yourself access" if "Permission denied" in told else ""
+        reason = summary if not lines or not messages else f"{summary}: {printable_name(messages)[:_MAX_REASON_CHARS]}"
+        remedy = ": grant yourself access" if "Permission denied" in messages else ""
         return PushResult(moved=False, reason=reason + remedy, was_killed=was_killed(done.returncode, stderr))
 
     async def _receive(self, branch: str, old: str | None) -> str:
@@ -127,6 +127,6 @@ class UpstreamRepository:
         return _RECEIVE.format(environ=environ, hooks=hooks)
 
     def _hooks(self, branch: str) -> Path:
-        """Return the folder of the hooks of a push, which nothing but the landing of the branch uses: one at a time."""
+        """Return the hooks folder for pushes to a branch; only one landing uses it at a time."""
         assert self.git.git_dir is not None, "it runs in the trusted repository"
         return self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]

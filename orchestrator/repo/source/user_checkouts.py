@@ -1,8 +1,8 @@
-"""The user's own checkouts: where a branch is checked out, whether it is clean, and repairing an interrupted update.
+"""Find the user's checkouts of a branch, check that they are clean, and repair interrupted updates.
 
-A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves the
-earlier ones ahead of the later ones, and the user may commit at any of these points; `settle` brings all three back
-to one commit, and touches nothing of the user's: no path that the push does not change, no content but its own.
+A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves the earlier ones
+ahead of the later ones, and the user may commit at any of these points. `recover_push` brings all three to one commit,
+and touches nothing of the user's: no path that the push does not change, no content but its own.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from orchestrator.repo.git.command import (
     split_nul,
 )
 
-#: What git calls the folders in which it keeps what a push brings until it is accepted.
+#: Git's folders for the objects of a push until it is accepted.
 _INCOMING: Final = "tmp_objdir-incoming-*"
-#: Seconds for which the end of the user's git commands is waited for, at most, and between two looks.
+#: Maximum seconds to wait for the user's git commands to exit, and seconds between two checks.
 _GIT_EXIT_TIMEOUT: Final = 2.0
-_PAUSE: Final = 0.02
-#: The same for those that may be a switch to the target; a command that shows its output in a pager takes longer.
+_POLL_INTERVAL: Final = 0.02
+#: The same for a possible switch to the target; a command that shows its output in a pager takes longer.
 _SWITCH_TIMEOUT: Final = 0.2
-#: The seconds in a line of a reflog.
+#: The time (seconds) in a reflog line.
 _TIME_OF_MOVE: Final = re.compile(rb"> (\d+) [+-]\d{4}\t")
-#: Longer than what a lock of ours holds.
+#: Longer than the content of a lock of ours.
 _MARK_BYTES: Final = 64
 
 
@@ -57,16 +57,16 @@ class LocalRepository:
 
     @property
     def folder(self) -> Path:
-        """Where commands run: what a user who trusts a repository of someone else's has named to git."""
+        """The folder to run commands in, which `safe.directory` names if another user owns the repository."""
         return self.top or self.git_dir
 
 
 async def find_repository(path: Path, git: Git) -> LocalRepository:
-    """Find the repository at or above a path; RefusedError where there is none that git will work with."""
+    """Find the repository at or above a path; RefusedError if there is none that git accepts."""
     remedy = "set `repo` to the path or URL of a git repository that git accepts"
 
     async def ask(*facts: str) -> list[str]:
-        """Return a line for each; the last may be a folder's name, which may have any character in it."""
+        """Return a line for each fact; the last may be a folder's name, with any characters."""
         done = await git("rev-parse", *facts, cwd=path)
         printed = done.stdout.decode(errors="surrogateescape").rstrip("\n").split("\n", len(facts) - 1)
         if len(printed) < len(facts):
@@ -79,43 +79,43 @@ async def find_repository(path: Path, git: Git) -> LocalRepository:
     except GitError as error:
         raise to_unusable_error(error, str(path), remedy) from None
     if top is not None and not await anyio.Path(top, ".git").exists():
-        raise RefusedError(f"the files of {path} are in {top}, by `core.worktree`, where git does not find it", remedy)
+        raise RefusedError(f"`core.worktree` of {path} points to {top}, which has no .git", remedy)
     return LocalRepository(await anyio.to_thread.run_sync((path / common).resolve), top, object_format)
 
 
 async def read_current_branch(folder: Path, git: Git) -> str | None:
-    """Return the branch that is checked out in a folder; None where there is none."""
-    found = await git("symbolic-ref", "--quiet", "--short", "HEAD", cwd=folder, ok=(0, 1, 128))
-    return found.stdout.decode(errors="surrogateescape").rstrip("\n") or None
+    """Return the branch that is checked out in a folder; None if there is none."""
+    ref = await git("symbolic-ref", "--quiet", "--short", "HEAD", cwd=folder, ok=(0, 1, 128))
+    return ref.stdout.decode(errors="surrogateescape").rstrip("\n") or None
 
 
 async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> Path | None:
-    """Return the folder in which a branch is checked out, in the main or a linked worktree of the user's.
+    """Return the user's main or linked worktree in which a branch is checked out, None if there is none.
 
-    RefusedError where no push can update that: if it is in two (`git worktree add --force`), which git would update one
-    of, or has its git directory elsewhere.
+    Raises RefusedError if no push can update it: if the branch is checked out twice (`git worktree add --force`), of
+    which git would update one, or the checkout has its git directory elsewhere.
     """
     if not await anyio.to_thread.run_sync(_may_be_checked_out, repository.git_dir, branch):
         return None
     listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.folder)
-    found = []
+    checkouts = []
     for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
         facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
         if facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts:
-            found.append(Path(facts["worktree"]))
-    for checkout in found[:1]:
+            checkouts.append(Path(facts["worktree"]))
+    for checkout in checkouts[:1]:
         if not await anyio.Path(checkout).is_dir():
-            what = f"{branch!r} is checked out in {checkout}, which is gone"
+            what = f"{branch!r} is checked out in {checkout}, which does not exist"
             raise RefusedError(what, "run `git worktree prune` in the repository")
-        if not await anyio.Path(checkout, ".git").exists():  # git takes the git directory for the checkout
+        if not await anyio.Path(checkout, ".git").exists():  # git lists the git directory as the checkout
             what = f"{branch!r} is checked out, and a push can't update the checkout of {checkout}"
             why = "the git directory of a submodule, or of `--separate-git-dir`, is outside of its checkout"
             raise RefusedError(f"{what}: {why}", "set `target` to a branch that is not checked out")
-    for another in found[1:]:
+    for another in checkouts[1:]:
         if await anyio.Path(another).is_dir():
-            what = f"{branch!r} is checked out in {found[0]} and in {another}, of which a landing can update only one"
+            what = f"{branch!r} is checked out in {checkouts[0]} and in {another}, and a landing can update only one"
             raise RefusedError(what, f"run `git -C {shlex.quote(str(another))} switch --detach`")
-    return found[0] if found else None
+    return checkouts[0] if checkouts else None
 
 
 def list_checkout_git_dirs(folder: Path) -> list[str]:
@@ -139,18 +139,18 @@ def list_checkouts(repository: LocalRepository) -> list[Path]:
 
 
 def read_heads(folder: Path) -> dict[str, str]:
-    """Return what the HEAD of each checkout holds, by its git directory as `list_checkout_git_dirs` has it. Blocks."""
-    found = {}
+    """Return the content of each checkout's HEAD, by git directory as in `list_checkout_git_dirs`. Blocks."""
+    heads = {}
     for name in list_checkout_git_dirs(folder):
         try:
-            found[name] = (folder / name / "HEAD").read_text(errors="surrogateescape").strip()
-        except (FileNotFoundError, NotADirectoryError):  # it is just being made or removed, or none
+            heads[name] = (folder / name / "HEAD").read_text(errors="surrogateescape").strip()
+        except (FileNotFoundError, NotADirectoryError):  # not a checkout, or being created or removed
             continue
-    return found
+    return heads
 
 
 def _may_be_checked_out(folder: Path, branch: str) -> bool:
-    """Whether git must be asked where a branch is checked out: not if no HEAD can lead there."""
+    """Whether a branch may be checked out; False if no HEAD can resolve to it, so git need not be asked."""
     return any(_may_resolve_to(folder, name, head, branch) for name, head in read_heads(folder).items())
 
 
@@ -160,7 +160,7 @@ def _may_resolve_to(folder: Path, name: str, head: str, branch: str) -> bool:
     if is_object_id(head):
         return False
     ref = head.removeprefix("ref: ")
-    # What is no branch in a file may be the sign of another format, and a branch may stand for another one.
+    # Anything but a branch may indicate another ref format, and a branch may be a symbolic ref.
     if ref in {f"refs/heads/{branch}", "refs/heads/.invalid"} or not head.startswith("ref: refs/heads/"):
         return True
     try:
@@ -170,7 +170,7 @@ def _may_resolve_to(folder: Path, name: str, head: str, branch: str) -> bool:
 
 
 async def list_uncommitted_changes(checkout: Path, git: Git) -> list[str]:
-    """Return the tracked paths that differ from the checkout's commit, staged or not; reading changes nothing."""
+    """Return the tracked paths that differ from the checkout's commit, staged or not. Read-only."""
     listed = await git(
         "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all", "--no-renames", cwd=checkout
     )
@@ -184,9 +184,10 @@ async def find_blocking_locks(repository: LocalRepository, checkout: Path, branc
 
 
 def lock_marker(branch: str) -> str:
-    """Return what the lock has as its content that a push of ours to a branch takes on the index of a checkout.
+    """Return the content of the lock that a push of ours to a branch takes on a checkout's index.
 
-    Such a push is alone: whoever may land on the branch, and so runs no push, may remove what another one has left.
+    Only one such push runs at a time: a process that may land on the branch, and runs no push, may remove another's
+    locks.
     """
     return f"council-{hashlib.sha256(branch.encode()).hexdigest()[:16]}"
 
@@ -196,36 +197,36 @@ def find_locked_checkouts(repository: LocalRepository, branch: str) -> list[Path
     return [top for top in list_checkouts(repository) if _is_marked(_git_dir_of(top) / "index.lock", branch)]
 
 
-def interrupted_landing(repository: LocalRepository, branch: str) -> str | None:
-    """Return what to do where a push of ours to a branch has left a checkout locked; None if none has. Blocks."""
+def describe_interrupted_landing(repository: LocalRepository, branch: str) -> str | None:
+    """Return the remedy if a push of ours to a branch has left a checkout locked; None otherwise. Blocks."""
     locked = find_locked_checkouts(repository, branch)
     if not locked:
         return None
-    return f"a landing that was interrupted has left {locked[0]} locked: `council resume` its run, which repairs that"
+    return f"an interrupted landing left {locked[0]} locked: repair it with `council resume` of its run"
 
 
-def left_checkouts(repository: LocalRepository, branch: str, since: float) -> list[Path]:
+def find_switched_checkouts(repository: LocalRepository, branch: str, since: float) -> list[Path]:
     """Return the checkouts that were switched away from a branch after `since` (wall-clock seconds). Blocks.
 
-    The user's git carries along what a push had staged there if they have removed the lock.
+    If the user has removed the lock, their git carries along changes that a push had staged.
     """
-    signs = (f"\tcheckout: moving from {branch} to ".encode(), f"\tBranch: renamed refs/heads/{branch} to ".encode())
-    found = []
+    markers = (f"\tcheckout: moving from {branch} to ".encode(), f"\tBranch: renamed refs/heads/{branch} to ".encode())
+    switched = []
     for top in list_checkouts(repository):
         with suppress(OSError):
             lines = (_git_dir_of(top) / "logs" / "HEAD").read_bytes().splitlines()
-            moves = [_TIME_OF_MOVE.search(line) for line in lines if any(sign in line for sign in signs)]
+            moves = [_TIME_OF_MOVE.search(line) for line in lines if any(marker in line for marker in markers)]
             if any(move is not None and int(move[1]) >= int(since) for move in moves):
-                found.append(top)
-    return found
+                switched.append(top)
+    return switched
 
 
 def _git_dir_of(top: Path) -> Path:
     """Return the git directory of a checkout (gitrepository-layout(5))."""
-    place = top / ".git"
-    if place.is_file():
-        return top / place.read_text(errors="surrogateescape").removeprefix("gitdir: ").rstrip("\n")
-    return place
+    pointer = top / ".git"
+    if pointer.is_file():
+        return top / pointer.read_text(errors="surrogateescape").removeprefix("gitdir: ").rstrip("\n")
+    return pointer
 
 
 def _is_marked(lock: Path, branch: str) -> bool:
@@ -236,23 +237,23 @@ def _is_marked(lock: Path, branch: str) -> bool:
 
 
 def read_head_stats(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
-    """Return what changes with each switch of a checkout to another branch, by its git directory. Blocks."""
-    found = {}
+    """Return inode and time of each HEAD, which change with every switch, by git directory. Blocks."""
+    stats = {}
     for name in list_checkout_git_dirs(repository.git_dir):
         with suppress(OSError):
             git_dir = (repository.git_dir / name).resolve()
             stat = (git_dir / "HEAD").lstat()
-            found[git_dir] = stat.st_ino, stat.st_mtime_ns
-    return found
+            stats[git_dir] = stat.st_ino, stat.st_mtime_ns
+    return stats
 
 
 async def update_switched_checkout(
     repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[Path, tuple[int, int]], git: Git
 ) -> None:
-    """Bring a checkout that was switched to a branch while that was moved (old, new) to the new commit.
+    """Update a checkout that was switched to a branch while that branch moved (old, new).
 
     `before` are the `read_head_stats` from before the move. The caller knows that the push has updated no checkout: the
-    switch may have written what the branch was at when it began. A checkout that was not switched is the user's.
+    switch may have written the branch's files as of its own start. A checkout that was not switched is the user's.
     """
     tops = await anyio.to_thread.run_sync(list_checkouts, repository)
     await anyio.to_thread.run_sync(_wait_until_unused, lambda: any(map(_is_git_running_in, tops)), _SWITCH_TIMEOUT)
@@ -278,14 +279,15 @@ async def recover_push(
 ) -> list[str]:
     """Bring ref, index and files to one commit after a push that was to `move` the branch (old, new) ended early.
 
-    The caller knows that the checkout was clean right before the push, and holds proof that no process of it lives;
-    `since` (wall-clock seconds) is when it began. With `may_finish` the move is finished by a compare-and-swap if
-    only the ref was missing; a push that may have been refused is undone instead. So is one where the user has
-    committed meanwhile, or has switched to another branch: what is brought to its commit then is what the checkout is
-    at now. Only paths that the move changes are touched, and of those only the index entries and files
-    that hold what it brings, wholly, or one file a part of it, and others nothing, while a lock on the index, other
-    such files, or the push itself, which has just ended, show that it was writing. Returns the paths that neither
-    commit explains: they are left as they are. Unless the push `was_killed` other locks than its own are the user's.
+    The caller knows that the checkout was clean right before the push, and has proof that no process of it is running;
+    `since` (wall-clock seconds) is when it began. With `may_finish`, a move that lacks only the ref is finished by a
+    compare-and-swap; a push that may have been refused is undone instead. A push is also undone if the user has
+    committed meanwhile, or switched to another branch: its changes are then set to the checkout's current commit.
+
+    Only paths that the move changes are touched. Of those, only index entries and files with the content of the move
+    are touched: whole files, or one partial file and empty ones if the push was evidently writing. Evidence is a lock
+    on the index, other such files, or that the push itself has just ended. Returns the paths that neither commit
+    explains, which are left unchanged. Unless the push `was_killed`, locks other than its own are the user's.
     """
     stale = await _stale_locks(repository, checkout, branch, since if was_killed else None, git)
     old, new = move
@@ -295,7 +297,7 @@ async def recover_push(
         tip = await _tip(checkout, git)
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
             empty = await _empty_tree(checkout, git) if old is None else ""
-            # Of a branch that the user has deleted the files stay as they were.
+            # If the user has deleted the branch, the files stay at its old commit.
             update = _InterruptedUpdate(checkout, branch, git, old or empty, tip or old or empty, new)
             may_finish = may_finish and tip == old and await read_current_branch(checkout, git) == branch
             if may_finish and await update.is_staged():
@@ -305,16 +307,17 @@ async def recover_push(
             else:
                 foreign = await update.undo(stale, has_just_ended=has_just_ended)
                 foreign += await _catch_up(update, tip)
-    # Last: as long as the index is locked, an interrupted recovery can be distinguished from one that is done.
+    # Last: while the index is locked, the next recovery knows that this one was interrupted.
     await anyio.to_thread.run_sync(_unlink, stale)
     await anyio.to_thread.run_sync(remove_incoming_objects, repository.git_dir, since)
     return foreign
 
 
 async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
-    """Bring what was undone to what the user has committed of it meanwhile; return the paths that are theirs.
+    """Apply the user's commits made meanwhile to the undone paths; return the paths that are theirs.
 
-    `git commit` reads the index first, and moves the branch later: so theirs may have all that the update had staged.
+    `git commit` reads the index first, and moves the branch later: so their commit may have everything that the update
+    had staged.
     """
     foreign: list[str] = []
     while (now := await _read_settled_tip(undone.checkout, undone.git)) is not None and now != tip:
@@ -325,16 +328,16 @@ async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
 
 
 async def _read_settled_tip(checkout: Path, git: Git) -> str | None:
-    """Return the commit of a checkout once no git command is at work in its checkout, or after a while."""
+    """Return a checkout's commit once no git command runs in it, or after a timeout."""
     await anyio.to_thread.run_sync(_wait_until_unused, lambda: _is_git_running_in(checkout))
     return await _tip(checkout, git)
 
 
 async def _has_all_objects(checkout: Path, old: str | None, new: str, git: Git) -> bool:
-    """Whether a commit is there with all that it brings: of what a killed push received there may be a part."""
+    """Whether a commit exists with all its new objects: a killed push may have received only some."""
     before = () if old is None else (f"^{old}",)
-    found = await git("rev-list", "--objects", "--quiet", new, *before, cwd=checkout, ok=(0, 1, 128))
-    return found.returncode == 0
+    walk = await git("rev-list", "--objects", "--quiet", new, *before, cwd=checkout, ok=(0, 1, 128))
+    return walk.returncode == 0
 
 
 async def _tip(checkout: Path, git: Git) -> str | None:
@@ -348,7 +351,7 @@ async def _empty_tree(checkout: Path, git: Git) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _InterruptedUpdate:
-    """An update of a checkout from `old` to `new` of a branch that ended early, where HEAD is at `tip`."""
+    """An update of a checkout of a branch from `old` to `new` that ended early, where HEAD is at `tip`."""
 
     checkout: Path
     branch: str
@@ -358,17 +361,17 @@ class _InterruptedUpdate:
     new: str
 
     async def is_staged(self) -> bool:
-        """Whether the index has all that the update brings."""
+        """Whether the index has all changes of the update."""
         unlike_new = await self._staged_unlike(self.new)
         return not any(change.path in unlike_new for change in await self._changes(self.old))
 
     async def undo(self, stale: Sequence[Path], *, has_just_ended: bool) -> list[str]:
-        """Return index entries and files of the update to `tip`; return the paths that were changed since.
+        """Restore index entries and files of the update to `tip`; return the paths that were changed since.
 
-        `stale` are the locks that the update left; `has_just_ended` means that nobody else had time to change files.
-        The index stays locked until all is undone, also if that fails, so that the user neither commits a part of the
-        update nor carries it to another branch. It is written first: the next recovery finds what an interrupted push
-        leaves, too, and finishes nothing of which files are undone already.
+        `stale` are the locks that the update left; with `has_just_ended` nobody else had time to change files. The
+        index stays locked until everything is undone, also on failure, so that the user neither commits part of the
+        update nor carries it to another branch. The index is written first: the next recovery then finds the leftovers
+        of an interrupted push, too, and does not finish an update with files that are already undone.
         """
         ours = {change.path for change in await self._changes(self.old)}
         changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
@@ -377,18 +380,18 @@ class _InterruptedUpdate:
         before = {path: change.old_id for path, change in changes.items() if int(change.old_mode, 8)}
         after = {path: change.new_id for path, change in changes.items() if int(change.new_mode, 8)}
         kinds = ("old", "new", "partial", "restored", "empty", "foreign")
-        found: dict[str, list[str]] = {kind: [] for kind in kinds}
+        by_kind: dict[str, list[str]] = {kind: [] for kind in kinds}
         for path in sorted(changes):
             is_theirs = path in unlike_new and path in unlike_tip
-            whose = await _classify_file(self.git, self.checkout, path, before.get(path), after.get(path))
-            found["foreign" if is_theirs else whose].append(path)
-        # Git writes one file after the other: one kill leaves one file in pieces. On a full disk the next are empty.
+            kind = await _classify_file(self.git, self.checkout, path, before.get(path), after.get(path))
+            by_kind["foreign" if is_theirs else kind].append(path)
+        # Git writes files one by one: a kill leaves at most one partial file. On a full disk the next are empty.
         is_locked = any(lock.name == "index.lock" for lock in stale)
-        was_writing = bool(staged or found["new"]) or is_locked or has_just_ended
-        pieces = found["partial"] + found["restored"] + found["empty"]
-        are_pieces = len(found["partial"]) <= 1 and len(found["restored"]) <= 1 and was_writing
-        written = found["new"] + (pieces if are_pieces else [])
-        foreign = found["foreign"] + ([] if are_pieces else pieces)
+        was_writing = bool(staged or by_kind["new"]) or is_locked or has_just_ended
+        incomplete = by_kind["partial"] + by_kind["restored"] + by_kind["empty"]
+        are_ours = len(by_kind["partial"]) <= 1 and len(by_kind["restored"]) <= 1 and was_writing
+        written = by_kind["new"] + (incomplete if are_ours else [])
+        foreign = by_kind["foreign"] + ([] if are_ours else incomplete)
         if written or staged:
             git_dir = await anyio.to_thread.run_sync(_git_dir_of, self.checkout)
             await anyio.to_thread.run_sync(_lock_index, git_dir, self.branch, stale)
@@ -423,20 +426,20 @@ class _InterruptedUpdate:
 
 
 def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
-    """Lock an index with our mark, unless it is; RefusedError if a git command of the user's has it locked."""
+    """Lock an index with our mark, unless it is already; RefusedError if the user's git has locked it."""
     lock = git_dir / "index.lock"
     if _is_marked(lock, branch):
         return
-    _unlink([one for one in stale if one == lock])
+    _unlink([path for path in stale if path == lock])
     try:
         with lock.open("x") as file:
             file.write(lock_marker(branch))
     except FileExistsError:
-        raise RefusedError(f"{lock} exists", "remove it if no git command of yours is running") from None
+        raise RefusedError(f"{lock} already exists", "remove it if no git command of yours is running") from None
 
 
 def _copy_index(git_dir: Path, branch: str) -> Path:
-    """Return a copy of an index that is locked with our mark, which is to replace it."""
+    """Return a copy of an index locked with our mark, which will replace it."""
     copy, lock = _copies(git_dir, branch)
     _unlink([lock])
     shutil.copy2(git_dir / "index", copy)
@@ -454,7 +457,8 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
 async def _classify_file(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
     """Return whether a file is `old` or `new`, as an interrupted push left it, or `foreign`.
 
-    One that a push or an undo was writing is `partial` (a part of the new one), `restored` (of the old one) or `empty`.
+    A file that a push or an undo was writing is `partial` (part of the new one), `restored` (part of the old one) or
+    `empty`.
     """
     content = await anyio.to_thread.run_sync(_read, checkout / path)
     if content is None:
@@ -490,7 +494,7 @@ async def _identity(git: Git, checkout: Path, path: str, content: bytes) -> str:
 async def _stale_locks(
     repository: LocalRepository, checkout: Path | None, branch: str, since: float | None, git: Git
 ) -> list[Path]:
-    """Return the lock files that a killed push left in the user's repository; those of the living are not its."""
+    """Return the lock files that a killed push left in the user's repository, without those of live commands."""
     locks, folders = await _locks(repository, checkout, branch, git)
     ours = await anyio.to_thread.run_sync(_marked_files, folders[0], branch)
     others = [lock for lock in locks if lock not in ours]
@@ -500,14 +504,14 @@ async def _stale_locks(
 
 
 def _marked_files(git_dir: Path, branch: str) -> list[Path]:
-    """Return what a push of ours has left of the index: the lock, and the new index with its own."""
+    """Return the index files that a push of ours has left: the lock, and the new index with its own lock."""
     return [path for path in _copies(git_dir, branch) if path.exists()] + [
         lock for lock in [git_dir / "index.lock"] if _is_marked(lock, branch)
     ]
 
 
 def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
-    """Return what replaces an index that is locked with our mark, and its own lock."""
+    """Return the replacement of an index locked with our mark, and its own lock."""
     copy = git_dir / f"index.{lock_marker(branch)}"
     return copy, copy.with_name(f"{copy.name}.lock")
 
@@ -515,42 +519,42 @@ def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
 async def _locks(
     repository: LocalRepository, checkout: Path | None, branch: str, git: Git
 ) -> tuple[list[Path], list[Path]]:
-    """Return the lock files that a push makes, and the folders that its commands work in."""
+    """Return the lock files that a push creates, and the folders that its commands run in."""
     folders = [repository.git_dir]
     if checkout is not None:
         own = await git("rev-parse", "--absolute-git-dir", cwd=checkout)
         folders = [Path(own.stdout.decode(errors="surrogateescape").rstrip("\n")), repository.git_dir, checkout]
     locks = [folders[0] / "index.lock", folders[0] / "HEAD.lock"]
-    if folders[0] != repository.git_dir:  # the HEAD of a bare repository may lead to the branch, too
+    if folders[0] != repository.git_dir:  # the HEAD of a bare repository may point to the branch, too
         locks.append(repository.git_dir / "HEAD.lock")
     locks.append(repository.git_dir / "refs" / "heads" / f"{branch}.lock")
     return locks, folders
 
 
 def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) -> list[Path]:
-    found: list[Path] = []
+    stale: list[Path] = []
 
     def is_used() -> bool:
         # Coarse file system time stamps may lag behind the clock that `since` was read from.
-        found[:] = [lock for lock in locks if _modified(lock) >= since - 2]
-        return bool(found) and (any(_is_git_running_in(folder) for folder in folders) or _is_open(found))
+        stale[:] = [lock for lock in locks if _modified(lock) >= since - 2]
+        return bool(stale) and (any(_is_git_running_in(folder) for folder in folders) or _is_open(stale))
 
-    # Those that were judged, and no other: the user's next command may have made one since.
-    return found if _wait_until_unused(is_used) else []
+    # Only the checked files: the user's next command may have created another lock since.
+    return stale if _wait_until_unused(is_used) else []
 
 
 def remove_incoming_objects(git_dir: Path, since: float) -> None:
-    """Remove what a killed push had received: objects of which no ref ever knew. Git's own pruning would, too. Blocks.
+    """Remove objects that a killed push had received, to which no ref ever pointed; git would prune them, too. Blocks.
 
-    Each `git receive-pack` works in the git directory: where none does, folders that were made since are nobody's.
+    Each `git receive-pack` runs in the git directory: if none does, folders created after `since` have no owner.
     """
-    found: list[Path] = []
+    incoming: list[Path] = []
 
     def is_used() -> bool:
-        found[:] = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
-        return bool(found) and _is_git_running_in(git_dir)
+        incoming[:] = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
+        return bool(incoming) and _is_git_running_in(git_dir)
 
-    for folder in found if _wait_until_unused(is_used) else []:
+    for folder in incoming if _wait_until_unused(is_used) else []:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -567,49 +571,49 @@ def _unlink(locks: Sequence[Path]) -> None:
 
 
 def _is_open(files: Sequence[Path]) -> bool:
-    """Whether any process has one of these files open; other programs than git lock the index, too."""
+    """Whether any process has one of these files open; programs other than git lock the index, too."""
     names = {str(file) for file in files}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if str(link.readlink()) in names:
                 return True
-        except OSError:  # it has ended, or is not ours
+        except OSError:  # it has exited, or belongs to another user
             continue
     return False
 
 
 def _is_git_running_in(folder: Path) -> bool:
-    """Whether a git command works in a folder; where there is no /proc (macOS) none can be seen."""
+    """Whether a git command runs in a folder; False without /proc (macOS), where none can be seen."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cwd").readlink().is_relative_to(folder) and (process / "comm").read_text().startswith("git"):
                 return True
-        except OSError:  # it has ended, or is not ours
+        except OSError:  # it has exited, or belongs to another user
             continue
     return False
 
 
 def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIMEOUT) -> bool:
-    """Wait until the user's git commands have ended; False if they have not within the limit (seconds). Blocks."""
+    """Wait until the user's git commands have exited; False after `limit` seconds. Blocks."""
     deadline = time.monotonic() + limit
     while is_used():
         if time.monotonic() >= deadline:
             return False
-        time.sleep(_PAUSE)  # the user's git commands end at once, and more may follow
+        time.sleep(_POLL_INTERVAL)  # the user's git commands are short, and more may follow
     return True
 
 
 async def refuse_tracked_project_folder(project: Project, environ: Mapping[str, str]) -> None:
-    """Refuse a `.council` that came with the repository: what is in it would be obeyed as if we had written it."""
+    """Refuse a `.council` that came with the repository: we would obey its files as our own."""
     git = Git(None, as_user=True, environ=environ)
     name = project.folder.name
-    # On some file systems another spelling of it is the same folder.
+    # On some file systems a different case is the same folder.
     listed = await git("ls-files", "-z", "--", f":(icase){name}", cwd=project.top, ok=(0, 128))
     if tracked := split_nul(listed.stdout):
         named = ", ".join(map(printable_name, tracked[:3])) + (
             f" and {len(tracked) - 3} more" if len(tracked) > 3 else ""
         )
         raise RefusedError(
-            f"the repository brings a {name} of its own: git tracks {named}",
-            f"`git rm -r --cached {name}` and commit that: no file stays in git's hands, and none is deleted",
+            f"git tracks files in {name}: {named}",
+            f"untrack them with `git rm -r --cached {name}` and commit; no file is deleted",
         )

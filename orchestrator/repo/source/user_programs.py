@@ -1,7 +1,7 @@
-"""Programs in the user's checkouts that git would run on a landing: hooks, and drivers of filters.
+"""Find programs in the user's checkouts that git would run on a landing: hooks and filter drivers.
 
-A landing writes the files of a checkout, so it must not run any of them: a hook or a filter that an agent has written
-would run as the user, without a sandbox, before anybody has seen it. Hooks outside of the checkouts do run.
+A landing writes the files of a checkout, so it must not run any of them: a hook or filter written by an agent would run
+as the user, without a sandbox, before anybody has reviewed it. Hooks outside the checkouts do run.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from orchestrator.repo.source.user_checkouts import LocalRepository, list_checko
 
 #: The hook that updates a checkout for a push (githooks(5)).
 UPDATE_HOOK: Final = "push-to-checkout"
-#: The variable by which a landing hands it the commit that the target was at; empty where it did not exist.
+#: The hook's variable with the target's commit before the push; empty if the target did not exist.
 OLD_COMMIT_VARIABLE: Final = "COUNCIL_OLD_COMMIT"
-#: The file by which that hook says, in its own folder, that it has updated a checkout.
+#: The file that the hook creates in its own folder after it has updated a checkout.
 UPDATED_FILE: Final = "updated"
-#: The variables with the ref that is to be moved, and with what a lock of ours on an index has as its content.
+#: The hook's variables with the ref to move, and with the content of our lock on an index.
 TARGET_VARIABLE: Final = "COUNCIL_TARGET"
 MARK_VARIABLE: Final = "COUNCIL_MARK"
-# As git does it without a hook, but for two things. `read-tree` gets both commits, and so leaves alone in index and
-# files what they have in common: git's own makes all like the new commit, which takes out what the user has committed
-# since the push began. And the index stays locked until the ref is moved (`_RELEASE`): what is staged meanwhile, but on
-# no branch yet, would be part of the user's next commit, and who switches branches would take it along.
+# Like git's built-in update, with two differences. `read-tree` gets both commits, and so keeps index entries and files
+# that are equal in both: git's own update resets everything to the new commit, which reverts what the user has
+# committed since the push began. And the index stays locked until the ref is moved (`_RELEASE`): otherwise staged
+# changes that are on no branch yet would be part of the user's next commit, or be carried along by a branch switch.
 _UPDATE: Final = f"""#!/bin/sh
 refuse() {{
     echo "$1" >&2
@@ -45,7 +45,7 @@ new=$GIT_DIR/index.${MARK_VARIABLE}
     echo "its index is locked by another git command" >&2
     exit 1
 }}
-# Not in one step: on a full disk the lock would be there, and nothing in it would show that it is ours.
+# In two steps: in one, a full disk would leave a lock without the content that marks it as ours.
 echo "${MARK_VARIABLE}" >"$GIT_DIR/index.lock" || refuse "its index can't be locked"
 read -r head <"$GIT_DIR/HEAD"
 [ "$head" = "ref: ${TARGET_VARIABLE}" ] || [ "$(git symbolic-ref -q HEAD)" = "${TARGET_VARIABLE}" ] ||
@@ -59,59 +59,59 @@ git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached
     refuse "the checkout has changes"
 git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index" && : >"${{0%/*}}/{UPDATED_FILE}"
 """
-#: The hook that runs when the ref has been moved, and what it does before the user's own is called: it unlocks indexes.
+#: The hook that runs after the ref has moved; before it calls the user's own hook it unlocks the indexes.
 _RELEASE_HOOK: Final = "post-receive"
 _RELEASE: Final = f"""#!/bin/sh
 for lock in "$GIT_DIR"/index.lock "$GIT_DIR"/worktrees/*/index.lock; do
     if [ -f "$lock" ] && read -r mark <"$lock" && [ "$mark" = "${MARK_VARIABLE}" ]; then rm -f "$lock"; fi
 done
 """
-# What a shell can't say of a descriptor above 9.
+# Closes all descriptors; a portable shell can't name descriptors above 9.
 _CLOSE: Final = "import os, sys; os.closerange(3, os.sysconf('SC_OPEN_MAX')); os.execv(sys.argv[1], sys.argv[1:])"
-#: The hooks that a push into a repository can run there (githooks(5)).
+#: The hooks that a push can run in the receiving repository (githooks(5)).
 _RUN_BY_PUSH: Final = (
     "pre-receive", "update", "post-receive", "post-update", "reference-transaction", UPDATE_HOOK,
     "proc-receive", "post-index-change",
 )  # fmt: skip
-#: What stands in a shell command for the top of the checkout.
+#: References to the checkout's top in a shell command.
 _TOP: Final = re.compile(r"show-toplevel|\$\{?(?:PWD|GIT_WORK_TREE)\b")
 _MAX_LINKS: Final = 40
 _FILTER: Final = re.compile(r"filter\..*\.(clean|smudge|process)", re.DOTALL)
-#: What names a program that the user's git runs by itself. Hooks in a checkout are left out of landings and named.
+#: Settings that name a program that the user's git runs by itself. Landings skip hooks in a checkout, and report them.
 _PROGRAM: Final = re.compile(
     r"core\.(fsmonitor|sshcommand|askpass|pager|editor|gitproxy)|sequence\.editor|gpg\.(.*\.)?program|credential\.(.*\.)?helper"
     r"|diff\.external|diff\..*\.(textconv|command)|merge\..*\.driver|interactive\.difffilter|pager\..*|alias\..*",
     re.DOTALL,
 )
 _SEPARATORS: Final = ";|&"
-#: What runs commands inside of an argument or after a line: then all words are looked at.
+#: Syntax that runs commands inside an argument or after a newline: then all words are examined.
 _SUBSHELL: Final = re.compile(r"[`\n\r]|[$<>]\s*\(|\$'")
-#: Programs that execute nothing of what their arguments name.
+#: Programs that never execute a file named in their arguments.
 _INERT: Final = frozenset({"cat", "cut", "expand", "fold", "grep", "head", "rev", "tail", "tr", "unexpand"})
-#: Words before a script of sed, and a script that only replaces text: it runs no command and writes no file.
+#: Words before a sed script, and a script that only replaces text: it runs no command and writes no file.
 _BEFORE_SCRIPTS: Final = frozenset({"sed", "-e", "-n", "-E", "-r", "-u", "-z", "--posix"})
 _SED_SCRIPT: Final = re.compile(r"[sy]([/|,:#@!])(?:(?!\1)[^\\\n]|\\.)*\1(?:(?!\1)[^\\\n]|\\.)*\1[gIip0-9]*")
 _INCLUDE: Final = re.compile(r"include\.path|includeif\..*\.path", re.DOTALL)
-#: Why a landing leaves hooks out, for people.
+#: Why a landing skips hooks, for messages.
 SKIPPED_HOOKS_REASON: Final = (
-    "they are in a checkout, where agents' work lands: move them out of the repository to have them run"
+    "they are in a checkout, where agents' work lands: move them out of the repository to run them"
 )
 
 
 async def find_hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Path | None = None) -> list[Path]:
     """Return the hooks inside the repository's checkouts that a landing would run, whether they exist yet or not.
 
-    Of a folder of hooks inside of a checkout that is the folder alone. `git` runs at the user's side.
+    For a hooks folder inside a checkout it is only the folder. `git` runs on the user's side.
     """
     inside, _ = await _classify_hooks(repository, git, checkout)
     return inside
 
 
 async def write_landing_hooks(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> None:
-    """Fill the folder of hooks that a push is to use with calls of the user's that are outside of the checkouts.
+    """Fill the hooks folder of a push with calls of the user's hooks outside the checkouts.
 
-    Where the user has no hook that updates a checkout there is ours, also without one: the user may switch to the
-    branch while the push is under way.
+    If the user has no hook that updates a checkout, ours is used, also without a checkout: the user may switch to the
+    branch while the push is running.
     """
     _, outside = await _classify_hooks(repository, git, checkout)
     calls = {UPDATE_HOOK: _UPDATE, _RELEASE_HOOK: _RELEASE} | {hook.name: _call(hook) for hook in outside}
@@ -119,9 +119,9 @@ async def write_landing_hooks(repository: LocalRepository, git: Git, folder: Pat
 
 
 def _call(hook: Path) -> str:
-    """Return a script that runs a hook of the user's; one that may leave a daemon behind does not get our locks.
+    """Return a script that runs a hook of the user's; a hook that may leave a daemon behind does not inherit our locks.
 
-    The hook that updates a checkout keeps them: it may outlive all that could wait for its end.
+    The hook that updates a checkout inherits them: it may outlive every process that could wait for it.
     """
     command = [] if hook.name == UPDATE_HOOK else [sys.executable, "-I", "-S", "-c", _CLOSE]
     before = _RELEASE if hook.name == _RELEASE_HOOK else "#!/bin/sh\n"
@@ -132,16 +132,16 @@ async def _classify_hooks(
     repository: LocalRepository, git: Git, checkout: Path | None
 ) -> tuple[list[Path], list[Path]]:
     """Return the hooks inside the repository's checkouts, and those outside."""
-    places = dict.fromkeys((repository.folder, *([checkout] if checkout is not None else [])))
-    configured = [value for place in places for value in [await _hooks_path(git, place)] if value is not None]
-    return await anyio.to_thread.run_sync(_sort_hooks, repository, configured, len(configured) == len(places))
+    folders = dict.fromkeys((repository.folder, *([checkout] if checkout is not None else [])))
+    configured = [value for folder in folders for value in [await _hooks_path(git, folder)] if value is not None]
+    return await anyio.to_thread.run_sync(_sort_hooks, repository, configured, len(configured) == len(folders))
 
 
 async def _hooks_path(git: Git, folder: Path) -> str | None:
-    """Return `core.hooksPath` of the user's configuration with `~` expanded; None if it is not set."""
-    asked = ("config", "--null", "--show-scope", "--type=path", "--get-all", "core.hooksPath")
-    fields = split_nul((await git(*asked, cwd=folder, ok=(0, 1))).stdout)
-    # The last one counts, and those of the scope `command` are ours.
+    """Return the user's `core.hooksPath` with `~` expanded; None if it is not set."""
+    command = ("config", "--null", "--show-scope", "--type=path", "--get-all", "core.hooksPath")
+    fields = split_nul((await git(*command, cwd=folder, ok=(0, 1))).stdout)
+    # The last value counts; values of the scope `command` are ours.
     values = [value for scope, value in zip(fields[::2], fields[1::2], strict=False) if scope != "command"]
     return values[-1] if values else None
 
@@ -152,7 +152,7 @@ def _sort_hooks(
     everywhere: bool,
 ) -> tuple[list[Path], list[Path]]:
     tops, git_dir = list_checkouts(repository), repository.git_dir.resolve()
-    # Git takes a relative path as one from the folder in which the hook runs: the git directory or the checkout.
+    # Git resolves a relative path from the folder in which the hook runs: the git directory or the checkout.
     folders = [Path(base, value) for value in configured for base in (git_dir, *tops)]
     folders += [] if everywhere else [git_dir / "hooks"]
     inside: dict[Path, None] = {}
@@ -167,13 +167,13 @@ def _sort_hooks(
                 inside[hook] = None
             elif os.access(hook, os.X_OK):
                 outside.setdefault(name, hook)
-    # A relative path names a folder in each checkout: of those that are not there nothing need be said.
-    there = [path for path in inside if os.path.lexists(path)]
-    return there or list(inside), list(outside.values())
+    # A relative path names a folder in each checkout: missing ones need not be reported.
+    existing = [path for path in inside if os.path.lexists(path)]
+    return existing or list(inside), list(outside.values())
 
 
 def passes_through_checkout(path: Path, tops: Sequence[Path], git_dir: Path) -> bool:
-    """Whether the way to a path, along all of its links, has a file or folder inside one of the checkouts. Blocks."""
+    """Whether resolving a path, with all its links, visits a file or folder inside a checkout. Blocks."""
     return any(
         any(at != top and at.is_relative_to(top) for top in tops) and not at.is_relative_to(git_dir)
         for at in _path_components(path)
@@ -181,7 +181,7 @@ def passes_through_checkout(path: Path, tops: Sequence[Path], git_dir: Path) -> 
 
 
 def _path_components(path: Path) -> Iterator[Path]:
-    """Yield each file and folder that the system looks at on the way to a path; what is not there counts, too."""
+    """Yield each file and folder that the system visits while resolving a path, also missing ones."""
     ahead, at, links = list(reversed(path.absolute().parts[1:])), Path("/"), 0
     while ahead and links <= _MAX_LINKS:
         part = ahead.pop()
@@ -194,7 +194,7 @@ def _path_components(path: Path) -> Iterator[Path]:
             target = at.readlink()
             links += 1
             at = Path("/") if target.is_absolute() else at.parent
-            ahead += reversed([one for one in target.parts if one != "/"])
+            ahead += reversed([part for part in target.parts if part != "/"])
 
 
 def _write_hooks(folder: Path, scripts: Mapping[str, str]) -> None:
@@ -211,7 +211,7 @@ def _write_hooks(folder: Path, scripts: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GitSetting:
-    """An entry of the user's configuration: the file that it is in (None: none), its key and its value."""
+    """An entry of the user's git configuration: its file (None: no file), key and value."""
 
     file: Path | None
     key: str
@@ -219,67 +219,70 @@ class GitSetting:
 
 
 async def read_git_config(git: Git, checkout: Path) -> list[GitSetting]:
-    """Return the user's configuration as git reads it in a checkout, with the files that it includes."""
+    """Return the user's configuration as git reads it in a checkout, with included files."""
     done = await git("config", "--null", "--show-origin", "--list", cwd=checkout, ok=(0, 1))
     fields = split_nul(done.stdout)
-    found = []
+    settings = []
     for origin, entry in zip(fields[::2], fields[1::2], strict=False):
         kind, _, path = origin.partition(":")
         key, _, value = entry.partition("\n")
-        found.append(GitSetting(checkout / path if kind == "file" else None, key, value))
-    return found
+        settings.append(GitSetting(checkout / path if kind == "file" else None, key, value))
+    return settings
 
 
 async def find_unsafe_filter(
     repository: LocalRepository, checkout: Path, configuration: Sequence[GitSetting]
 ) -> tuple[str, str] | None:
-    """Return what is wrong and what to do where a filter of the user's configuration runs a file of a checkout.
+    """Return the problem and the remedy if a configured filter runs a file of a checkout; None otherwise.
 
-    A landing would run it as it is after that, to write files. What a command reaches otherwise, such as by a wrapper
-    on PATH that runs a file of the current folder, can't be seen.
+    A landing would run the landed version of that file, to write files. Indirect calls can't be detected, for example a
+    wrapper on PATH that runs a file of the current folder.
     """
-    commands = [(one.key, one.value) for one in configuration if _FILTER.fullmatch(one.key)]
-    found = await anyio.to_thread.run_sync(_find_first_inside, repository, checkout, commands) if commands else None
-    if found is None:
+    commands = [(setting.key, setting.value) for setting in configuration if _FILTER.fullmatch(setting.key)]
+    unsafe = await anyio.to_thread.run_sync(_find_first_inside, repository, checkout, commands) if commands else None
+    if unsafe is None:
         return None
-    key, command = found
-    what = f"git would run `{printable_name(command)}` ({printable_name(key)}) on landings, a program that agents can change"
-    return what, "move it out of the repository, or land on a branch that is not checked out"
+    key, command = unsafe
+    program = f"`{printable_name(command)}` ({printable_name(key)})"
+    return (
+        f"git would run {program} on landings, a program that agents can change",
+        "move it out of the repository, or land on a branch that is not checked out",
+    )
 
 
 async def find_path_controlling_git(
     repository: LocalRepository, git: Git, checkout: Path, configuration: Sequence[GitSetting], changed: Sequence[str]
 ) -> str | None:
-    """Return the first of some paths of a checkout that decides what the user's git runs; None if none does.
+    """Return the first changed path that decides what the user's git runs; None if none does.
 
-    That is a file that git reads its configuration from or would if it were there or the condition of an include were
-    true, a file that a setting names as a program, or a link on the way to one. Whoever changes it chooses what the
-    user's next git command runs.
+    That is a file that git reads its configuration from, or would read if it existed or an include condition were true,
+    a file that a setting names as a program, or a link on the way to one. A change to it chooses what the user's next
+    git command runs.
     """
     files = await _configuration_files(repository, git, configuration)
     return await anyio.to_thread.run_sync(_find_controlling_path, repository, checkout, files, configuration, changed)
 
 
 async def _configuration_files(repository: LocalRepository, git: Git, configuration: Sequence[GitSetting]) -> set[Path]:
-    read = {one.file for one in configuration if one.file is not None}
+    read = {setting.file for setting in configuration if setting.file is not None}
     standard = await anyio.to_thread.run_sync(lambda: list(_standard_files(git, repository)))
-    waiting = [*(one for one in standard if one not in read), *_includes(configuration)]
+    waiting = [*(file for file in standard if file not in read), *_includes(configuration)]
     while waiting:
         file = waiting.pop()
         if file in read:
             continue
         read.add(file)
         if await anyio.Path(file).is_file():
-            asked = ("config", "--null", "--no-includes", "--list", "--file", str(file))
-            done = await git(*asked, cwd=repository.folder, ok=(0, 1, 128))
+            command = ("config", "--null", "--no-includes", "--list", "--file", str(file))
+            done = await git(*command, cwd=repository.folder, ok=(0, 1, 128))
             entries = [entry.partition("\n") for entry in split_nul(done.stdout)]
             waiting += _includes([GitSetting(file, key, value) for key, _, value in entries])
     return read
 
 
 def _includes(settings: Iterable[GitSetting]) -> list[Path]:
-    found = (one for one in settings if one.file is not None and _INCLUDE.fullmatch(one.key))
-    return [one.file.parent / Path(one.value).expanduser() for one in found if one.file is not None]
+    includes = ((setting.file, setting.value) for setting in settings if _INCLUDE.fullmatch(setting.key))
+    return [file.parent / Path(value).expanduser() for file, value in includes if file is not None]
 
 
 def _find_controlling_path(
@@ -290,18 +293,23 @@ def _find_controlling_path(
     changed: Sequence[str],
 ) -> str | None:
     top, git_dir = checkout.resolve(), repository.git_dir.resolve()
-    programs = [path for one in configuration if _PROGRAM.fullmatch(one.key) for path in _paths_in(one.value, checkout)]
-    on_the_way = {
+    programs = [
+        path
+        for setting in configuration
+        if _PROGRAM.fullmatch(setting.key)
+        for path in _paths_in(setting.value, checkout)
+    ]
+    controlling = {
         at.relative_to(top).as_posix()
         for file in (*files, *programs)
         for at in _path_components(file)
         if at != top and at.is_relative_to(top) and not at.is_relative_to(git_dir)
     }
-    return next((one for one in changed if one in on_the_way), None)
+    return next((path for path in changed if path in controlling), None)
 
 
 def _standard_files(git: Git, repository: LocalRepository) -> Iterator[Path]:
-    """Yield where git looks for configuration, whether there is any or not (git-config(1), FILES)."""
+    """Yield the standard configuration files of git, existing or not (git-config(1), FILES)."""
     environ = git.environ
     yield from (repository.git_dir / name for name in ("config", "config.worktree"))
     yield from repository.git_dir.glob("worktrees/*/config.worktree")
@@ -325,7 +333,7 @@ def _find_first_inside(
 
 
 def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
-    """Yield the paths that a shell command names, as seen from the checkout: words with a slash or an ending."""
+    """Yield the paths that a shell command names, relative to the checkout: words with a slash or an extension."""
     for number, word in enumerate(_words_in(command.removeprefix("!"))):
         name = word.partition("=")[2] if word.startswith("-") else word
         if "/" in name or (number and re.search(r"\w\.\w+$", name)):
@@ -333,7 +341,7 @@ def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
 
 
 def _words_in(command: str) -> Iterator[str]:
-    """Yield the words of a shell command, without arguments that are certain to name no program or script."""
+    """Yield the words of a shell command, except arguments that certainly name no program or script."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars=_SEPARATORS)
     lexer.whitespace_split, lexer.commenters = True, ""
     is_plain, program, before = _SUBSHELL.search(command) is None, "", ""

@@ -1,14 +1,14 @@
-"""Which files of a checkout may have changed since some moment, by what the file system says of them.
+"""Detect which files of a checkout may have changed since a snapshot, from file system metadata.
 
-Git compares times by the second, and must read what is as young as its index. Here a file counts as unchanged while its
-path leads to the same inode and that has not changed since (its ctime, inode(7), in nanoseconds), which no program can
-set. What is written through a shared mapping shows where the file system stamps that (`detects_mmap_writes`); git does not
-see it elsewhere either.
+Git compares times by the second, and must read files that are as young as its index. Here a file counts as unchanged
+while its path leads to the same inode and its ctime (inode(7), in nanoseconds) is older than the snapshot; no program
+can set the ctime. Writes through a shared mapping are detected where the file system stamps them
+(`detects_mmap_writes`); elsewhere git misses them, too.
 
-Only the standard library is imported: `orchestrator.repo.worktrees.scan_worker` does this, too.
+Imports only the standard library, because `orchestrator.repo.worktrees.scan_worker` runs it.
 
-What is found this way is a hint to look at less when work is collected: where anything is odd git looks at everything.
-When a checkout is cleaned it is the truth, and one of which nothing can be told is given up.
+For collecting work the result is a hint to read less: if anything is odd, git reads everything. For cleaning a checkout
+it is authoritative, and a checkout with an unknown result is discarded.
 """
 
 from __future__ import annotations
@@ -25,108 +25,110 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-#: Nanoseconds: two ticks of the slowest kernel, whose clock the stamps are taken from.
+#: Nanoseconds: two ticks of the slowest kernel clock, which file times come from.
 _TIMESTAMP_RESOLUTION: Final = 20_000_000
-#: Nanoseconds by which two clocks differ that are not read at the same moment.
+#: Nanoseconds by which two clock_offset differ that are not read at the same timestamp.
 _JITTER: Final = 50_000_000
 _MAX_CLOCK_SKEW: Final = 2_000_000_000  # nanoseconds
-#: The clock that nobody can set, with the time that the machine slept where it knows that.
+#: A clock that can't be set; it includes the machine's sleep where the system provides that.
 _STEADY: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @dataclass(frozen=True, slots=True)
 class TreeDiff:
-    """Paths as git has them; those of folders end with a slash where they are told apart."""
+    """Changed paths, in git's form; folders end with a slash where files and folders are distinguished."""
 
     changed: list[str] = field(default_factory=list)
-    """Files that may not be what they were."""
-    gone: list[str] = field(default_factory=list)
-    """Files that are not there any more."""
+    """Files that may have changed."""
+    removed: list[str] = field(default_factory=list)
+    """Files that no longer exist."""
     added: list[str] = field(default_factory=list)
-    """Files and folders that were not there; nothing of what is in such a folder."""
+    """New files and folders, without the contents of new folders."""
     touched_folders: list[str] = field(default_factory=list)
-    """Folders of which more than the content may have changed."""
+    """Folders of which more than the contents may have changed."""
     replaced: list[str] = field(default_factory=list)
-    """Folders that are others than before: what was in them is gone."""
+    """Folders that were replaced by other folders; the files in the old ones are removed."""
     ambiguous: list[str] = field(default_factory=list)
-    """What was added, and empty folders that are gone, in such a way that only git can tell what it means."""
+    """Added paths and removed empty folders whose meaning only git can decide."""
 
     def is_small(self, most: int) -> bool:
-        """Whether git need look at nothing but these, which are at most so many."""
-        count = len(self.changed) + len(self.gone) + len(self.added)
+        """Whether git need only look at these paths, and there are at most `most` of them."""
+        count = len(self.changed) + len(self.removed) + len(self.added)
         return not self.ambiguous and not self.replaced and count <= most
 
-    def without(self, passed_over: Callable[[str], bool]) -> TreeDiff:
-        """Return the same but for the files that are to be passed over."""
-        kept = ([path for path in paths if not passed_over(path)] for paths in (self.changed, self.gone, self.added))
-        changed, gone, added = kept
-        return replace(self, changed=changed, gone=gone, added=added)
+    def without(self, is_excluded: Callable[[str], bool]) -> TreeDiff:
+        """Return the diff without excluded files."""
+        remaining = (
+            [path for path in paths if not is_excluded(path)] for paths in (self.changed, self.removed, self.added)
+        )
+        changed, removed, added = remaining
+        return replace(self, changed=changed, removed=removed, added=added)
 
 
 class FolderSnapshot(NamedTuple):
-    """What a folder was, by inodes."""
+    """The entries of a folder, by inode."""
 
     inode: int
     files: Mapping[str, int]
-    """Whatever is in it and no folder, by name."""
+    """Everything except folders, by name."""
     folders: frozenset[str]
-    """The names of those in it."""
+    """The names of its folders."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has nothing in it."""
+        """Whether the folder has no entries."""
         return not self.files and not self.folders
 
 
 @dataclass(frozen=True, slots=True)
 class TreeSnapshot:
-    """What the checkout in `tree` was like at one moment, kept where no session can write; made by `take`."""
+    """The state of the checkout `tree` at a point in time, stored where no session can write."""
 
     tree: Path
     folders: Mapping[str, FolderSnapshot]
-    """By path, with a slash at the end but for that of the whole."""
-    kept: frozenset[str]
-    """Files and folders that are never looked at."""
+    """By path, with a trailing slash; the top is ""."""
+    preserved_paths: frozenset[str]
+    """Files and folders that are never compared."""
     timestamp: int
     """The file system's clock, in nanoseconds."""
     clock_offset: int
 
     @classmethod
     def unknown(cls, tree: Path) -> TreeSnapshot:
-        """Return stamps of a checkout of which nothing is known: no comparison will ever tell anything."""
+        """Return a snapshot of a checkout in unknown state: comparing it never yields a result."""
         return cls(tree, {"": FolderSnapshot(0, {}, frozenset())}, frozenset(), 0, 0)
 
     @classmethod
-    def take(cls, tree: Path, kept: Iterable[str] = ()) -> TreeSnapshot | None:
-        """Look at a checkout that nobody writes to; None where the file system's times can't be relied on. Blocks."""
-        unseen, folders = frozenset(kept), dict[str, FolderSnapshot]()
+    def capture(cls, tree: Path, preserved_paths: Iterable[str] = ()) -> TreeSnapshot | None:
+        """Scan a checkout that nobody writes to; None if the file system's times are unreliable. Blocks."""
+        preserved, folders = frozenset(preserved_paths), dict[str, FolderSnapshot]()
         with suppress(OSError):
             waiting = [""]
             while waiting:
                 path = waiting.pop()
-                folders[path] = folder = _scan_folder(tree, path, unseen)
+                folders[path] = folder = _scan_folder(tree, path, preserved)
                 waiting.extend(f"{path}{name}/" for name in folder.folders)
-            return _finish_snapshot(tree, folders, unseen)
+            return _finish_snapshot(tree, folders, preserved)
         return None
 
     def count_files(self) -> int:
-        """Return how many files there were."""
+        """Return the number of files."""
         return sum(len(folder.files) for folder in self.folders.values())
 
     def has(self, path: str) -> bool:
-        """Whether there was such a file."""
+        """Whether this file existed."""
         folder, _, name = path.rpartition("/")
         known = self.folders.get(f"{folder}/" if folder else "")
         return known is not None and name in known.files
 
     def is_empty(self, path: str) -> bool:
-        """Whether there was such a folder, which ends with a slash, with nothing in it."""
+        """Whether this folder (with a trailing slash) existed and was empty."""
         known = self.folders.get(path)
         return known is not None and known.is_empty
 
     def compare(self) -> TreeDiff | None:
-        """Return what may differ by now; None if that can't be told. Blocks."""
-        found, waiting = TreeDiff(touched_folders=["/"]), [""]
+        """Return the possible changes since the snapshot; None if they can't be determined. Blocks."""
+        diff, waiting = TreeDiff(touched_folders=["/"]), [""]
         with suppress(OSError):
             if self.tree.lstat().st_ino != self.folders[""].inode:
                 return None
@@ -134,116 +136,115 @@ class TreeSnapshot:
                 path = waiting.pop()
                 descriptor = os.open(f"{self.tree}/{path}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
-                    self._compare_folder(path, descriptor, found)
-                    waiting.extend(self._same_folders(path, descriptor, found))
+                    self._compare_folder(path, descriptor, diff)
+                    waiting.extend(self._same_folders(path, descriptor, diff))
                 finally:
                     os.close(descriptor)
-            # A clock that was set back may have stamped a change with an earlier moment.
+            # After the clock was set back, a change may have an earlier time.
             if abs(_clock_offset() - self.clock_offset) < _JITTER:
-                return found
+                return diff
         return None
 
-    def renewed(self, paths: Iterable[str], kept: Iterable[str] | None = None) -> TreeSnapshot | None:
-        """Return the stamps of now, where nothing but `paths`, and folders above them, differs from what was. Blocks.
+    def refreshed(self, paths: Iterable[str], preserved_paths: Iterable[str] | None = None) -> TreeSnapshot | None:
+        """Return a snapshot of the current state, if only `paths` and folders above them have changed. Blocks.
 
-        They may be files that were made, written or removed, or folders; what is in a new folder is named, too.
+        The paths may be added, changed or removed files, or folders; the contents of a new folder must be named, too.
         """
         if not self.timestamp:
             return None
-        unseen = self.kept if kept is None else frozenset(kept)
+        preserved = self.preserved_paths if preserved_paths is None else frozenset(preserved_paths)
         folders = dict(self.folders)
         with suppress(OSError):
             for path in _with_parents(paths):
                 if (path and (self.tree / path).is_symlink()) or not (self.tree / path).is_dir():
                     folders.pop(path, None)
                 else:
-                    folders[path] = _scan_folder(self.tree, path, unseen)
-            return _finish_snapshot(self.tree, folders, unseen)
+                    folders[path] = _scan_folder(self.tree, path, preserved)
+            return _finish_snapshot(self.tree, folders, preserved)
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `of_json` takes."""
+        """Return the form that `of_json` reads."""
         return {
-            "folders": {path: [one.inode, one.files, sorted(one.folders)] for path, one in self.folders.items()},
-            "kept": sorted(self.kept),
+            "folders": {path: [each.inode, each.files, sorted(each.folders)] for path, each in self.folders.items()},
+            "kept": sorted(self.preserved_paths),
             "moment": self.timestamp,
             "clocks": self.clock_offset,
         }
 
     @classmethod
     def of_json(cls, tree: Path, stored: Mapping[str, Any]) -> TreeSnapshot:
-        """Return stamps as they were stored; raises KeyError, TypeError or ValueError where they are damaged."""
+        """Parse a stored snapshot. Raises KeyError, TypeError or ValueError if it is damaged."""
         folders = {
             path: FolderSnapshot(inode, dict(files), frozenset(names))
             for path, (inode, files, names) in stored["folders"].items()
         }
         return cls(tree, folders, frozenset(stored["kept"]), int(stored["moment"]), int(stored["clocks"]))
 
-    def _compare_folder(self, path: str, descriptor: int, found: TreeDiff) -> None:
+    def _compare_folder(self, path: str, descriptor: int, diff: TreeDiff) -> None:
         known, oldest = self.folders[path], self.timestamp - _TIMESTAMP_RESOLUTION
         if os.fstat(descriptor).st_ctime_ns > oldest or not path:
             if path:
-                found.touched_folders.append(path)
-            self._compare_names(path, os.listdir(descriptor), found)
-        look = os.stat
+                diff.touched_folders.append(path)
+            self._compare_names(path, os.listdir(descriptor), diff)
         for name, inode in known.files.items():
-            try:
-                status = look(name, dir_fd=descriptor, follow_symlinks=False)
-            except FileNotFoundError:
-                found.gone.append(path + name)
-                continue
-            if status.st_ino != inode or status.st_ctime_ns > oldest:
-                if stat.S_ISDIR(status.st_mode):
-                    found.gone.append(path + name)
-                    found.added.append(path + name)
-                else:
-                    found.changed.append(path + name)
-
-    def _compare_names(self, path: str, names: Iterable[str], found: TreeDiff) -> None:
-        known = self.folders[path]
-        for name in names:
-            one = path + name
-            if name in known.files or name in known.folders or one in self.kept or one == ".git":
-                continue
-            found.added.append(one)
-            # Folders that began empty are submodules, and git has its own view of both.
-            if name.lower() == ".git" or (path and known.is_empty):
-                found.ambiguous.append(one)
-
-    def _same_folders(self, path: str, descriptor: int, found: TreeDiff) -> Iterator[str]:
-        """Yield the folders in a folder that are still the same; of others, tell that all in them is gone."""
-        for name in self.folders[path].folders:
-            one = f"{path}{name}/"
             try:
                 status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
             except FileNotFoundError:
-                self._mark_gone(one, found)
+                diff.removed.append(path + name)
                 continue
-            if stat.S_ISDIR(status.st_mode) and status.st_ino == self.folders[one].inode:
-                yield one
+            if status.st_ino != inode or status.st_ctime_ns > oldest:
+                if stat.S_ISDIR(status.st_mode):
+                    diff.removed.append(path + name)
+                    diff.added.append(path + name)
+                else:
+                    diff.changed.append(path + name)
+
+    def _compare_names(self, path: str, names: Iterable[str], diff: TreeDiff) -> None:
+        known = self.folders[path]
+        for name in names:
+            full = path + name
+            if name in known.files or name in known.folders or full in self.preserved_paths or full == ".git":
+                continue
+            diff.added.append(full)
+            # Empty folders of a checkout are submodules, and git treats both cases specially.
+            if name.lower() == ".git" or (path and known.is_empty):
+                diff.ambiguous.append(full)
+
+    def _same_folders(self, path: str, descriptor: int, diff: TreeDiff) -> Iterator[str]:
+        """Yield the unchanged folders in a folder; add the files of the other ones as removed."""
+        for name in self.folders[path].folders:
+            folder = f"{path}{name}/"
+            try:
+                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            except FileNotFoundError:
+                self._add_removed_folder(folder, diff)
+                continue
+            if stat.S_ISDIR(status.st_mode) and status.st_ino == self.folders[folder].inode:
+                yield folder
                 continue
             if stat.S_ISDIR(status.st_mode):
-                found.replaced.append(one)
+                diff.replaced.append(folder)
             else:
-                found.added.append(one.rstrip("/"))
-            self._mark_gone(one, found)
+                diff.added.append(folder.rstrip("/"))
+            self._add_removed_folder(folder, diff)
 
-    def _mark_gone(self, path: str, found: TreeDiff) -> None:
+    def _add_removed_folder(self, path: str, diff: TreeDiff) -> None:
         waiting = [path]
         while waiting:
-            one = waiting.pop()
-            known = self.folders[one]
-            found.gone.extend(one + name for name in known.files)
+            folder = waiting.pop()
+            known = self.folders[folder]
+            diff.removed.extend(folder + name for name in known.files)
             if known.is_empty:
-                found.ambiguous.append(one)
-            waiting.extend(f"{one}{name}/" for name in known.folders)
+                diff.ambiguous.append(folder)
+            waiting.extend(f"{folder}{name}/" for name in known.folders)
 
 
 def detects_mmap_writes(folder: Path) -> bool:
-    """Whether the file system under a folder stamps a file that is written through a shared mapping. Blocks.
+    """Whether the file system of a folder updates the ctime on writes through a shared mapping. Blocks.
 
-    A tmpfs does not (no `page_mkwrite` in the kernel's mm/shmem.c), and then nobody can tell by a file's times that it
-    was changed.
+    A tmpfs does not (no `page_mkwrite` in the kernel's mm/shmem.c): there a file's times don't show that it was
+    changed.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(mmap.PAGESIZE))
@@ -251,31 +252,33 @@ def detects_mmap_writes(folder: Path) -> bool:
         begin, before = time.monotonic_ns(), os.fstat(file.fileno()).st_ctime_ns
         time.sleep(max(0, _TIMESTAMP_RESOLUTION - (time.monotonic_ns() - begin)) / 1e9)
         with mmap.mmap(file.fileno(), mmap.PAGESIZE) as mapped:
-            # Read before it is written: where that was all the kernel wanted to know, it lets the page be written, too.
+            # Read first: after a read fault some kernels leave the page writable, and miss the write.
             mapped[0] += 1
             return os.fstat(file.fileno()).st_ctime_ns > before
 
 
-def _finish_snapshot(tree: Path, folders: Mapping[str, FolderSnapshot], kept: frozenset[str]) -> TreeSnapshot | None:
-    """Return the stamps of a checkout that was written to until now; None where its times can't be relied on."""
-    clocks = _clock_offset()
-    # What was written before is to be clearly older than the moment.
+def _finish_snapshot(
+    tree: Path, folders: Mapping[str, FolderSnapshot], preserved_paths: frozenset[str]
+) -> TreeSnapshot | None:
+    """Return the snapshot of a checkout that was just written; None if its times are unreliable."""
+    clock_offset = _clock_offset()
+    # Earlier writes must be clearly older than the timestamp.
     time.sleep(1.5 * _TIMESTAMP_RESOLUTION / 1e9)
-    # Where ctime is no more than another name of mtime, this shows it.
+    # Reveals file systems that report mtime as ctime.
     os.utime(tree, ns=(0, 0))
-    moment = tree.stat().st_ctime_ns
-    if abs(time.time_ns() - moment) >= _MAX_CLOCK_SKEW:
+    timestamp = tree.stat().st_ctime_ns
+    if abs(time.time_ns() - timestamp) >= _MAX_CLOCK_SKEW:
         return None
-    return TreeSnapshot(tree, folders, kept, moment, clocks)
+    return TreeSnapshot(tree, folders, preserved_paths, timestamp, clock_offset)
 
 
-def _scan_folder(tree: Path, path: str, kept: frozenset[str]) -> FolderSnapshot:
-    """Return what a folder is, but for the `.git` of the whole and what is kept."""
+def _scan_folder(tree: Path, path: str, preserved_paths: frozenset[str]) -> FolderSnapshot:
+    """Return a folder's entries, except the top's `.git` and the preserved paths."""
     files, folders = dict[str, int](), list[str]()
     with os.scandir(f"{tree}/{path}") as entries:
         for entry in entries:
-            one = path + entry.name
-            if one == ".git" or one in kept:
+            full = path + entry.name
+            if full == ".git" or full in preserved_paths:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(sys.intern(entry.name))
@@ -285,16 +288,16 @@ def _scan_folder(tree: Path, path: str, kept: frozenset[str]) -> FolderSnapshot:
 
 
 def _with_parents(paths: Iterable[str]) -> set[str]:
-    """Return all folders that are, or are above, one of the paths; any of these may be one."""
-    found = {""}
+    """Return every path as a folder, and all folders above the paths."""
+    folders = {""}
     for path in paths:
-        one = f"{path.rstrip('/')}/"
-        while one and one not in found:
-            found.add(one)
-            one = one[: one.rstrip("/").rfind("/") + 1]
-    return found
+        folder = f"{path.rstrip('/')}/"
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder[: folder.rstrip("/").rfind("/") + 1]
+    return folders
 
 
 def _clock_offset() -> int:
-    """Return by how much the clock that can be set is ahead of the one that can't."""
+    """Return by how much the settable clock is ahead of the steady one (nanoseconds)."""
     return time.time_ns() - time.clock_gettime_ns(_STEADY)

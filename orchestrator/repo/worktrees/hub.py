@@ -1,20 +1,20 @@
-"""The repositories of our own, outside the user's tree: one set for each repository that is worked on.
+"""Our own repositories, outside the user's tree: one hub for each repository that runs work on.
 
     <home>/<name>-<digest>/
-      hub.git/       objects, which sessions borrow from (read only for them)
-      trusted.git/   configuration, refs and index files of our own; its objects are the hub's
-      session.git/   what each session's own git directory starts as a copy of
-      sessions/      what each attempt has to itself, one folder an attempt
-      indexes/       our own index of each attempt's checkout, and what waits to be admitted, one folder an attempt
-      places/        checkouts that attempts take turns in
-      trash/         folders that are being deleted
+      hub.git/       objects, which sessions borrow (read-only for them)
+      trusted.git/   our configuration, refs and index files; its objects are the hub's
+      session.git/   the template of each session's git directory
+      sessions/      one folder for each attempt
+      indexes/       our index of each attempt's checkout, and its quarantine, one folder for each attempt
+      places/        worktree slots: checkouts that attempts reuse
+      trash/         folders that wait for deletion
       locks/         permanent lock files
-      origin.json    whom it is for (`repo.worktrees.origin`)
+      origin.json    the repository and the stores that the hub is for (`repo.worktrees.origin`)
 
-No git command of ours uses a configuration, hook or attribute that an agent could have written: each session has a
-git directory to itself, which we never run git in, and the one we do run it in is not named in anything that an agent
-is given. Git that looks at files or objects of an agent's runs in a sandbox (`Git.confined`), so that whatever it finds
-there can't make it do anything else. What agents commit comes in as verified objects (`repo.intake.collect`).
+No git command of ours uses a configuration, hook or attribute that an agent could have written: we never run git in a
+session's git directory, and no path that an agent is given names the trusted repository. Git that reads files or
+objects of an agent runs in a sandbox (`Git.confined`), so that nothing there can make it do anything else. Agents'
+commits enter as verified objects (`repo.intake.collect`).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.locking.liveness import LivenessLocks
 from orchestrator.repo.git.command import IDENTITY, Git
 from orchestrator.repo.worktrees import origin
-from orchestrator.repo.worktrees.removal import remove_all
+from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.system.file_lock import FileLock
 
-#: Where the trusted repository keeps what each run has fetched.
+#: The namespace in the trusted repository for what each run has fetched.
 INTERNAL_REFS = "refs/council"
 
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """Where everything of one repository lives."""
+    """The paths of one repository's hub."""
 
     root: Path
 
@@ -56,42 +56,42 @@ class Hub:
         return self.root / "trusted.git"
 
     @property
-    def seed(self) -> Path:
-        """What a session's git directory is copied from."""
+    def session_template(self) -> Path:
+        """The template that each session's git directory is copied from."""
         return self.root / "session.git"
 
     @property
     def sessions(self) -> Path:
-        """One folder for each run, in it one for each attempt."""
+        """One folder for each run, with one folder for each attempt."""
         return self.root / "sessions"
 
     @property
     def indexes(self) -> Path:
-        """One folder for each attempt, with our own index of its checkout; no session sees it."""
+        """One folder for each attempt, with our index of its checkout; no session sees it."""
         return self.root / "indexes"
 
     @property
-    def places(self) -> Path:
-        """The checkouts that sessions take turns in (`repo.worktrees.slots`)."""
+    def slots(self) -> Path:
+        """The worktree slots (`repo.worktrees.slots`)."""
         return self.root / "places"
 
     @property
     def trash(self) -> Path:
-        """Folders that wait for their deletion."""
+        """Folders that wait for deletion."""
         return self.root / "trash"
 
     @property
-    def unfinished(self) -> Path:
-        """Where it is while it is being made or removed, so that there is a whole one or none."""
+    def staging_root(self) -> Path:
+        """The hub's path while it is created or removed, so that a hub is complete or absent."""
         return self.root.with_name(f"{self.root.name}.new")
 
     @property
     def creation_lock(self) -> FileLock:
-        """The lock, beside it, under which it is made and removed."""
+        """The lock for creating and removing the hub, next to its folder."""
         return FileLock(self.root.with_name(f"{self.root.name}.lock"))
 
     def lock(self, name: str) -> FileLock:
-        """Return the permanent lock of that name."""
+        """Return the permanent lock with that name."""
         return FileLock(self.root / "locks" / name)
 
     def landing_lock(self, source: str, target: str) -> FileLock:
@@ -100,22 +100,22 @@ class Hub:
         return self.lock(f"landing-{digest}")
 
     def run_lock(self, run: str) -> FileLock:
-        """Return the lock of a run's coordinator."""
+        """Return the lock of a run's leader."""
         return self.lock(f"run-{run}")
 
     @property
     def liveness_locks(self) -> LivenessLocks:
-        """The locks of the orchestrators of this machine that work with it."""
+        """The liveness locks of this machine's orchestrators that use the hub."""
         return LivenessLocks(self.root / "locks")
 
 
-def is_inside_hub(hub: Hub, place: Path) -> bool:
-    """Whether no link leads from a hub to where something of it lies: behind one may be files of the user's. Blocks."""
-    return place.parent.resolve().is_relative_to(hub.root.resolve())
+def is_inside_hub(hub: Hub, path: Path) -> bool:
+    """Whether no link leads out of a hub on the way to `path`. Blocks."""
+    return path.parent.resolve().is_relative_to(hub.root.resolve())
 
 
 def locate_hub(source: str, home: Path) -> Hub:
-    """Return the hub of a repository, by its path or URL; it need not exist yet."""
+    """Return the hub of a repository, given its path or URL; it need not exist yet."""
     last = source.rstrip("/").removesuffix("/.git").removesuffix(".git").rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:40] or "repo"
     return Hub(home / f"{name}-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()[:12]}")
@@ -124,18 +124,18 @@ def locate_hub(source: str, home: Path) -> Hub:
 async def create_hub(
     hub: Hub, object_format: str, environ: Mapping[str, str], user: origin.HubUser | None = None
 ) -> None:
-    """Make the hub if it is not there; all at once, so that a crash leaves none or a whole one.
+    """Create the hub unless it exists, atomically: a crash leaves no hub or a complete one.
 
-    It remembers `user`, so that it can be told later whether anybody is left who needs it.
+    Records `user`, so that an unused hub can be recognized later.
     """
     remedy = "set COUNCIL_HOME to another folder"
-    if any(char in str(hub.root) for char in '\n":'):  # git's lists of object folders know no way to write them
-        raise RefusedError(f"{str(hub.root)!r} can't hold repositories", remedy)
+    if any(char in str(hub.root) for char in '\n":'):  # git can't quote these in its alternates files
+        raise RefusedError(f"{str(hub.root)!r} can't hold git repositories", remedy)
     parent = hub.root.parent
     try:
         await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
     except OSError as error:
-        raise to_unusable_error(error, f"{parent} can't be made", remedy) from None
+        raise to_unusable_error(error, f"can't create {parent}", remedy) from None
     async with hub.creation_lock.hold():
         if not hub.root.exists():
             await _build(hub, object_format, environ)
@@ -144,7 +144,7 @@ async def create_hub(
 
 
 async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> None:
-    building = hub.unfinished
+    building = hub.staging_root
     await remove_all([building], environ)
     building.mkdir(mode=0o700)
     for name in ("hub.git", "trusted.git", "session.git"):
@@ -159,7 +159,7 @@ def _configure(building: Path, hub: Hub) -> None:
         (building / name).mkdir(mode=0o700)
     shutil.rmtree(building / "trusted.git" / "objects")
     (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))
-    # A commit that the log calls queued must not be lost with the power.
+    # A commit that the log calls queued must survive a power failure.
     _add_settings(building / "trusted.git", "core", fsync="committed,reference", fsyncMethod="batch")
     _add_settings(building / "session.git", "core", bare="false")
     _add_settings(building / "session.git", "user", name=IDENTITY[0], email=IDENTITY[1])
@@ -175,10 +175,10 @@ def _add_settings(git_dir: Path, section: str, **settings: str) -> None:
 
 
 def internal_ref_name(run: str, name: str) -> str:
-    """Return a ref of the trusted repository that keeps what a run has fetched."""
+    """Return the ref of the trusted repository for something a run has fetched."""
     return f"{INTERNAL_REFS}/{run}/{name}"
 
 
 def work_branch_name(run: str, task: str, part: str) -> str:
-    """Return the branch that holds what became of a task; `part` is the attempt's number, or `conflict`."""
+    """Return the branch with a task's work; `part` is the attempt's number, or `conflict`."""
     return f"council/{run}/{task}/{part}"

@@ -1,7 +1,7 @@
-"""What killed commands leave in and beside our repositories: temporary files and folders, lock files, half-built hubs.
+"""Find leftovers of killed commands in and next to hubs: temporary files, lock files, incomplete hubs.
 
-None of it holds anything that is not elsewhere. That nobody uses it is known from no git command running for the
-repository, and, of what other commands of ours make, from its age as well.
+None of them is the only copy of anything. They are unused if no git command runs for the repository and, for files of
+our other commands, if they are old enough.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from orchestrator.repo.worktrees.worktrees import list_lock_files
 
 _HUB = re.compile(r".+-[0-9a-f]{12}")
 _LIVE_DIFF = re.compile(r".+\.live-[a-z0-9_]{8}")  # as `repo.intake.diffs` has tempfile name it
-#: All that a hub consists of.
+#: The entries of a hub.
 _PARTS = frozenset(
     {
         "hub.git",
@@ -35,37 +35,37 @@ _PARTS = frozenset(
 
 
 def list_hubs(home: Path) -> list[Hub]:
-    """Return the hubs in the folder for all of them. Blocks."""
-    found = [path for path in sorted(home.iterdir()) if not path.is_symlink()] if home.is_dir() else []
-    return [Hub(path) for path in found if _HUB.fullmatch(path.name) and (path / "trusted.git").is_dir()]
+    """Return the hubs in the home folder. Blocks."""
+    folders = [path for path in sorted(home.iterdir()) if not path.is_symlink()] if home.is_dir() else []
+    return [Hub(path) for path in folders if _HUB.fullmatch(path.name) and (path / "trusted.git").is_dir()]
 
 
 def list_incomplete_hubs(home: Path) -> list[Hub]:
-    """Return the hubs whose making or removal was cut off, or is under way. Blocks."""
-    found = sorted(home.iterdir()) if home.is_dir() else []
-    hubs = [Hub(path.with_name(path.name.removesuffix(".new"))) for path in found if path.name.endswith(".new")]
-    return [hub for hub in hubs if _HUB.fullmatch(hub.root.name) and _is_part_of_one(hub.unfinished)]
+    """Return the hubs whose creation or removal was interrupted or is running. Blocks."""
+    paths = sorted(home.iterdir()) if home.is_dir() else []
+    hubs = [Hub(path.with_name(path.name.removesuffix(".new"))) for path in paths if path.name.endswith(".new")]
+    return [hub for hub in hubs if _HUB.fullmatch(hub.root.name) and _has_only_hub_parts(hub.staging_root)]
 
 
-def _is_part_of_one(folder: Path) -> bool:
-    """Whether a folder holds what we make, and nothing of anybody else."""
+def _has_only_hub_parts(folder: Path) -> bool:
+    """Whether a folder contains only parts of a hub."""
     return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= _PARTS
 
 
 def list_stale_files(hub: Hub, now: float) -> list[Path]:
-    """Return the temporary files and locks in a hub that are of nobody who lives; `now` is the wall clock. Blocks."""
-    gits = {
+    """Return a hub's temporary files and locks without a living owner; `now` is the wall clock. Blocks."""
+    git_files = {
         file.path
         for file in (*list_lock_files(hub), *list_partial_objects(hub.trusted))
         if is_inside_hub(hub, file.path)
     }
-    found = [path for path in dict.fromkeys(_temporaries(hub)) if is_inside_hub(hub, path)]
-    stale = gits.union(path for path in found if is_stale_file(_modified(path, now), now))
+    temporaries = [path for path in dict.fromkeys(_temporaries(hub)) if is_inside_hub(hub, path)]
+    stale = git_files.union(path for path in temporaries if is_stale_file(_modified(path, now), now))
     return sorted(stale) if stale and not is_git_running(hub.trusted) else []
 
 
 def _temporaries(hub: Hub) -> Iterator[Path]:
-    yield from hub.trusted.glob("objects.*")  # where kept work was about to be applied
+    yield from hub.trusted.glob("objects.*")  # scratch objects of an interrupted `council salvage apply`
     yield from hub.root.glob("*.json.new")
     yield from hub.trash.glob("*")
     sessions = {f"{path.parent.name}-{path.name}" for path in hub.sessions.glob("*/*")}
@@ -75,7 +75,7 @@ def _temporaries(hub: Hub) -> Iterator[Path]:
 
 
 def _owners(name: str) -> set[str]:
-    """Return all that the session can be called whose index, or file beside it, has this name."""
+    """Return all session names that an entry of the hub's `indexes` folder may belong to."""
     parts = name.split(".")
     return {".".join(parts[: end + 1]) for end in range(len(parts))}
 

@@ -1,7 +1,7 @@
-"""Whom a hub is for: the repository, and the stores that know of its runs.
+"""Record which repository and stores a hub is for.
 
-Recorded in the hub itself, so that it can be told when nobody is left who could need it: the state that names a hub
-is in the user's repository and goes with it.
+The record is in the hub itself, because the state that names a hub is in the user's repository and is deleted with it.
+From the record one can tell when nothing needs the hub any more.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _PASSWORD = re.compile(r"//[^/@]*@")
 
 @dataclass(frozen=True, slots=True)
 class MountedPath:
-    """A path of the user's, and the mount point that it was beneath."""
+    """A path of the user's, and the mount point that it was below."""
 
     path: Path
     mount: Path
 
     @classmethod
     def of(cls, path: Path) -> MountedPath:
-        """Return a path that exists as a place."""
+        """Return the mounted path of an existing path."""
         path = path.resolve()
         return cls(path, next(folder for folder in (path, *path.parents) if os.path.ismount(folder)))
 
     def is_gone(self) -> bool:
-        """Whether it was removed; false also where that can't be told: a disk that is not mounted is not gone."""
+        """Whether the path was removed; False if unknown, for example because a disk is not mounted."""
         try:
             self.path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -44,46 +44,46 @@ class MountedPath:
 
 @dataclass(frozen=True, slots=True)
 class StoreLocation:
-    """Where a store is: its URL, by which it is known, and its folder if it is in one."""
+    """The location of a store: its identifying URL, and its folder if it has one."""
 
     url: str
     folder: MountedPath | None
 
     @classmethod
     def of(cls, url: str) -> StoreLocation:
-        """Return where the store of a URL is, which exists; whatever way leads to its folder, it is the same. Blocks.
+        """Return the location of an existing store, independent of the path by which its folder was reached. Blocks.
 
-        Of other stores the URL is kept without what may be a password.
+        Of a URL without a folder, possible passwords are removed.
         """
         folder = store_folder(url)
         if folder is None:
             return cls(_PASSWORD.sub("//", url), None)
-        place = MountedPath.of(folder)
-        return cls(folder_url(place.path), place)
+        mounted = MountedPath.of(folder)
+        return cls(folder_url(mounted.path), mounted)
 
     def is_gone(self) -> bool:
-        """Whether it was removed; false also where that can't be told."""
+        """Whether the store was removed; False if unknown."""
         return self.folder is not None and self.folder.is_gone()
 
 
 @dataclass(frozen=True, slots=True)
 class HubOrigin:
-    """`name` is the repository's git directory or URL, `source` its place (None for a URL), `stores` all stores."""
+    """The repository's `name` (git directory or URL), its path `source` (None for a URL), and all `stores`."""
 
     name: str
     source: MountedPath | None
     stores: tuple[StoreLocation, ...]
 
     def is_gone(self) -> bool:
-        """Whether neither the repository nor any store that knows of its runs is on this machine any more."""
-        return (self.source is None or self.source.is_gone()) and all(one.is_gone() for one in self.stores)
+        """Whether the repository and all stores that know its runs are gone from this machine."""
+        return (self.source is None or self.source.is_gone()) and all(store.is_gone() for store in self.stores)
 
 
 @dataclass(frozen=True, slots=True)
 class HubUser:
-    """Who uses a hub: the repository's identity, its git directory if it is on this machine, the URL of the store.
+    """A user of a hub: the repository's identity, its git directory if local, and the URL of the store.
 
-    The latter is None for who only looks whether a run would be possible.
+    `store` is None for a check that starts no run.
     """
 
     name: str
@@ -99,7 +99,7 @@ def record_user(root: Path, user: HubUser) -> None:
     after = HubOrigin(
         user.name,
         None if user.git_dir is None else MountedPath.of(user.git_dir),
-        (*known, *(one for one in new if one not in known)),
+        (*known, *(store for store in new if store not in known)),
     )
     if after == before:
         return
@@ -109,29 +109,29 @@ def record_user(root: Path, user: HubUser) -> None:
 
 
 def read_origin(root: Path) -> HubOrigin | None:
-    """Return whom a hub is for; None if that is not known. Blocks."""
+    """Return a hub's origin; None if it is unknown. Blocks."""
     try:
-        found = json.loads((root / _FILE).read_bytes())
-        source = None if found["source"] is None else _place(found["source"])
-        return HubOrigin(found["name"], source, tuple(_store(one) for one in found["stores"]))
+        stored = json.loads((root / _FILE).read_bytes())
+        source = None if stored["source"] is None else _mounted_path(stored["source"])
+        return HubOrigin(stored["name"], source, tuple(_store(columns) for columns in stored["stores"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _encoded(origin: HubOrigin) -> dict[str, object]:
-    def pair(place: MountedPath) -> list[str]:
-        return [str(place.path), str(place.mount)]
+    def pair(mounted: MountedPath) -> list[str]:
+        return [str(mounted.path), str(mounted.mount)]
 
     source = None if origin.source is None else pair(origin.source)
-    stores = [[one.url, *(pair(one.folder) if one.folder is not None else [])] for one in origin.stores]
+    stores = [[store.url, *(pair(store.folder) if store.folder is not None else [])] for store in origin.stores]
     return {"name": origin.name, "source": source, "stores": stores}
 
 
-def _place(pair: list[str]) -> MountedPath:
+def _mounted_path(pair: list[str]) -> MountedPath:
     path, mount = pair
     return MountedPath(Path(path), Path(mount))
 
 
 def _store(columns: list[str]) -> StoreLocation:
     url, *pair = columns
-    return StoreLocation(url, _place(pair) if pair else None)
+    return StoreLocation(url, _mounted_path(pair) if pair else None)

@@ -1,8 +1,8 @@
-"""A worktree that is preserved for a person: their own git in there must run nothing that an agent has configured.
+"""Make a preserved worktree safe for a person: their git must not run any program that an agent configured.
 
-The session's git directory is exchanged for a clean one of ours, so that `git status` and `git diff` show what differs
-from where the session began. Every other repository in the worktree stops being one, with nothing of it deleted.
-Nothing of the session may live.
+The session's git directory is replaced by a clean one, so that `git status` and `git diff` show the changes since the
+session began. Every other repository in the worktree is disabled, without deleting any of its files. No process of the
+session may be running.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.repo.worktrees.file_trees import is_folder
+from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout
 
 _SUFFIX: Final = ".disabled-by-council"
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: In the session's folder: the worktree has no git configuration of an agent any more.
+#: A file in the session's folder: the agent's git configuration is disabled.
 _MARK: Final = "preserved"
-_MOST_NAMED: Final = 3
+_MAX_NAMED: Final = 3
 
 
 async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
-    """Make a worktree safe to look at with git; return what a person needs to know, None if nothing was found.
+    """Make a worktree safe for git; return a note for the user, None if there was nothing to disable.
 
-    `git` runs in the trusted repository; `base` is the commit that the worktree began at. Safe to repeat. Raises
-    OSError where something in it can't be changed.
+    `git` runs in the trusted repository; `base` is the commit that the worktree started at. Safe to repeat. Raises
+    OSError if something in it can't be changed.
     """
     tree = worktree.tree
     await anyio.to_thread.run_sync(_remove_pointer, worktree)
     changed = await anyio.to_thread.run_sync(disable_repositories, tree)
-    if await anyio.to_thread.run_sync(_is_folder, tree):
+    if await anyio.to_thread.run_sync(is_folder, tree):
         await _add_repository(git, worktree, base)
     await anyio.to_thread.run_sync((worktree.root / _MARK).touch)
     return _describe_renames(changed)
 
 
 async def try_to_preserve(git: Git, worktree: Worktree, base: str) -> tuple[str, ...]:
-    """Do as `preserve`; return what the message that names the worktree needs to add, also where that has failed."""
+    """Like `preserve`, but return the notes for the message that names the worktree, also on failure."""
     try:
-        told = await preserve(git, worktree, base)
+        note = await preserve(git, worktree, base)
     except (GitError, OSError) as error:
-        return (f"run no git in it, which could run programs of the agent: it could not be disabled ({error})",)
-    return () if told is None else (told,)
+        return (f"do not run git there, it may run the agent's programs: disabling its repositories failed ({error})",)
+    return () if note is None else (note,)
 
 
 def is_preserved(worktree: Worktree) -> bool:
-    """Whether `preserve` has made a worktree safe to look at. Blocks."""
+    """Whether `preserve` has made a worktree safe. Blocks."""
     return (worktree.root / _MARK).is_file()
 
 
@@ -70,10 +71,10 @@ def _remove_pointer(worktree: Worktree) -> None:
 
 
 def disable_repositories(tree: Path) -> list[str]:
-    """Keep git from finding a repository in a folder or anywhere beneath; return what was renamed. Blocks.
+    """Keep git from finding a repository at or below a folder; return the renamed paths. Blocks.
 
-    Files and links called `.git` are renamed, and so is `HEAD` of each folder that git would take for a repository,
-    whatever its name. No link is followed. Folders that are closed to their owner are opened.
+    Renames files and links called `.git`, and `HEAD` of each folder that git would take for a repository, whatever its
+    name. Follows no link. Folders that their owner can't read are opened.
     """
     changed: list[str] = []
     try:
@@ -81,31 +82,31 @@ def disable_repositories(tree: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return changed
     except OSError:
-        if not _is_folder(tree):  # a link
+        if not is_folder(tree):  # a link
             return changed
         tree.chmod(0o700)
         at = os.open(tree, _DIRECTORY)
     try:
-        # By one descriptor, and back by `..`: paths may be longer than the system takes.
+        # Walks with one descriptor, and back by `..`: paths may exceed the system's limit.
         names: list[str] = []
         ahead = [_disable_folder(at, names, changed)]
         while ahead:
             if ahead[-1]:
                 name = ahead[-1].pop()
-                at = _moved(at, _open(name, at))
+                at = _replace_descriptor(at, _open(name, at))
                 names.append(name)
                 ahead.append(_disable_folder(at, names, changed))
             else:
                 ahead.pop()
                 if ahead:
                     names.pop()
-                    at = _moved(at, os.open("..", _DIRECTORY, dir_fd=at))
+                    at = _replace_descriptor(at, os.open("..", _DIRECTORY, dir_fd=at))
     finally:
         os.close(at)
     return changed
 
 
-def _moved(old: int, new: int) -> int:
+def _replace_descriptor(old: int, new: int) -> int:
     os.close(old)
     return new
 
@@ -118,47 +119,44 @@ def _open(name: str, parent: int) -> int:
 
 
 def _disable_folder(folder: int, above: list[str], changed: list[str]) -> list[str]:
-    """Rename what makes a folder a repository, or leads to one; return the folders in it."""
-    with os.scandir(folder) as found:
-        entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in found}
+    """Rename the entries that make a folder a repository or point to one; return its folders."""
+    with os.scandir(folder) as scan:
+        entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
     for name in [*_find_repository_entries(entries)]:
         free = _free(name, entries)
         os.rename(name, free, src_dir_fd=folder, dst_dir_fd=folder)
         entries[free] = entries.pop(name)
         changed.append("/".join((*above[-20:], free)))
-    return [name for name, is_folder in entries.items() if is_folder]
+    return [name for name, is_dir in entries.items() if is_dir]
 
 
 def _find_repository_entries(entries: dict[str, bool]) -> Iterator[str]:
-    # Without regard to case, as some file systems have it.
+    # Ignores case, as some file systems do.
     folded = {name.casefold() for name in entries}
     is_repository = "commondir" in folded or {"objects", "refs"} <= folded
-    for name, is_folder in entries.items():
-        leads = name.casefold() == ".git" and not is_folder
-        if leads or (is_repository and name.casefold() == "head"):
+    for name, is_dir in entries.items():
+        is_pointer = name.casefold() == ".git" and not is_dir
+        if is_pointer or (is_repository and name.casefold() == "head"):
             yield name
 
 
 def _free(name: str, taken: Iterable[str]) -> str:
-    folded = {one.casefold() for one in taken}
+    folded = {used.casefold() for used in taken}
     names = (f"{name}{_SUFFIX}{number or ''}" for number in range(len(folded) + 1))
-    return next(one for one in names if one.casefold() not in folded)
+    return next(free for free in names if free.casefold() not in folded)
 
 
 async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
-    """Put a repository of ours at the top: at `base`, with its index, the hub's objects and nothing else."""
-    place = worktree.place
+    """Create a repository at the top: at `base`, with its index, the hub's objects and nothing else."""
+    slot = worktree.slot
     made = worktree.root / "preserved.git"
 
     def lay_out() -> None:
         shutil.rmtree(made, ignore_errors=True)
-        shutil.copytree(worktree.hub.seed, made)
+        shutil.copytree(worktree.hub.session_template, made)
         (made / "HEAD").write_text(f"{base}\n")
-        if place is not None and place.is_sparse:
-            (made / "info").mkdir(exist_ok=True)
-            shutil.copyfile(place.git_dir / "info" / "sparse-checkout", made / "info" / "sparse-checkout")
-            with (made / "config").open("a") as config:
-                config.write("[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n")
+        if slot is not None and slot.is_sparse:
+            copy_sparse_checkout(slot, made)
 
     await anyio.to_thread.run_sync(lay_out)
     env = {"GIT_INDEX_FILE": str(made / "index"), "GIT_WORK_TREE": str(worktree.tree)}
@@ -167,11 +165,11 @@ async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
 
 
 def _publish(made: Path, tree: Path) -> None:
-    """Put the repository into its place; what is called `.git` there is a folder, and no repository any more."""
+    """Move the repository to the top of the worktree; a remaining `.git` is a folder, and already disabled."""
     at = os.open(tree, _DIRECTORY)
     try:
-        with os.scandir(at) as found:
-            names = [entry.name for entry in found]
+        with os.scandir(at) as entries:
+            names = [entry.name for entry in entries]
         for name in names:
             if name.casefold() == ".git":
                 os.rename(name, _free(name, names), src_dir_fd=at, dst_dir_fd=at)
@@ -180,14 +178,10 @@ def _publish(made: Path, tree: Path) -> None:
         os.close(at)
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
 def _describe_renames(changed: list[str]) -> str | None:
     own = [path for path in changed if path not in {f".git{_SUFFIX}", f".git/HEAD{_SUFFIX}"}]
     if not own:
         return None
-    named = ", ".join(printable_name(path)[-100:] for path in own[:_MOST_NAMED])
-    more = f" and {len(own) - _MOST_NAMED} more" if len(own) > _MOST_NAMED else ""
-    return f"git repositories inside of it are disabled, by a rename to {named}{more}"
+    named = ", ".join(printable_name(path)[-100:] for path in own[:_MAX_NAMED])
+    more = f" and {len(own) - _MAX_NAMED} more" if len(own) > _MAX_NAMED else ""
+    return f"git repositories inside it were disabled by renaming them to {named}{more}"

@@ -1,8 +1,8 @@
-"""What git does not track and programs need all the same, from the user's checkout into each worktree.
+"""Provide worktrees with untracked files of the user's checkout that programs need.
 
-Copies are made anew each time, so that no session finds what another one made of them; links lead to the user's own
-files, which the sandbox lets sessions read. Nobody writes to the worktree meanwhile, but whoever did before may have
-put anything where something is to be: it is removed, never followed.
+Copies are made again for each session, so that no session sees another's changes. Links lead to the user's own files,
+which the sandbox lets sessions read. Nobody writes to the worktree meanwhile, but earlier processes may have put
+anything at a target path: it is removed, never followed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from orchestrator.domain.security.envfile import parse_env_values
 from orchestrator.domain.security.secrets import is_secret_file, secret_values
 from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.copying import copy_tree
-from orchestrator.repo.worktrees.removal import remove_all
+from orchestrator.repo.worktrees.file_trees import copy_tree, remove_all
 
-_LONGEST_ENV_FILE: Final = 1 << 20  # bytes
+_MAX_ENV_FILE_BYTES: Final = 1 << 20  # bytes
 _ENV_FILES: Final = (".env", ".envrc")
 
 
 @dataclass(frozen=True, slots=True)
 class ProvisionFailure:
-    """Something that a worktree was to have can't be put there: what is wrong with it, and what to do.
+    """A path that can't be provided in a worktree, with a remedy.
 
     `exhausted` means a lack of memory, disk, processes or descriptors, which may pass.
     """
@@ -46,9 +45,9 @@ class ProvisionFailure:
 
 @dataclass(frozen=True, slots=True)
 class Provisions:
-    """Paths of the user's `checkout` that each worktree gets a copy of, or a link to, as the config has them.
+    """Paths of the user's `checkout` to copy or link into each worktree, as configured.
 
-    Nothing is taken that is one of the `hidden` files and folders, is in one, or holds one.
+    Paths that are, contain or are inside one of the `hidden` files and folders are rejected.
     """
 
     checkout: Path
@@ -58,24 +57,24 @@ class Provisions:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All of them: what `IntakeRules` is to withhold."""
+        """All paths, which `IntakeRules` withholds."""
         return self.copied + self.linked
 
     async def faults(self, commit: str, git: Git, named: str = "the commit") -> list[ProvisionFailure]:
-        """Return why some of it can't be put into a checkout of `commit`, which messages call `named`.
+        """Return why paths can't be provided in a checkout of `commit`, which messages call `named`.
 
-        It must be in the user's checkout, and not in the commit. Its last part may be a link: then it is what that
-        leads to, wherever it is. Folders before it may be no links: what they are is decided by what landed, too.
+        Each path must exist in the user's checkout, and not in the commit. Its last part may be a link to any location.
+        Folders before it must not be links, because landed commits could change them.
         """
         if not self.paths:
             return []
-        return [*await self._committed(commit, git, named), *await anyio.to_thread.run_sync(self._look_at_all)]
+        return [*await self._committed(commit, git, named), *await anyio.to_thread.run_sync(self._check_all)]
 
     async def install_into(self, tree: Path, commit: str, git: Git) -> PathAccess | ProvisionFailure:
-        """Put everything into `tree`, a checkout of `commit`; return what programs there must be able to read.
+        """Copy and link everything into `tree`, a checkout of `commit`; return the paths to make readable.
 
-        `git` runs in the trusted repository. What is there already is replaced. Modes are kept, and so are links
-        inside of copied folders.
+        Programs in the checkout must be able to read these. `git` runs in the trusted repository. Existing files are
+        replaced. Modes are preserved, and so are links inside copied folders.
         """
         if faults := await self.faults(commit, git):
             return faults[0]
@@ -83,22 +82,22 @@ class Provisions:
         for path in self.paths:
             original = await anyio.to_thread.run_sync(os.path.realpath, self.checkout / path)
             try:
-                place = await _clear(tree, path, git)
+                target = await _clear(tree, path, git)
                 if path in self.copied:
-                    await copy_tree(original, place, git.environ, git.keep_fds, times=True)
+                    await copy_tree(original, target, git.environ, git.keep_fds, times=True)
                 else:
-                    await anyio.to_thread.run_sync(place.symlink_to, original)
+                    await anyio.to_thread.run_sync(target.symlink_to, original)
                     readable.append(Path(original))
             except (OSError, GitError) as error:
-                what, remedy = f"{path!r} can't be put into a worktree: {error}", f"see to {self.checkout / path}"
+                what, remedy = f"can't put {path!r} into a worktree: {error}", f"check {self.checkout / path}"
                 return ProvisionFailure(what, remedy, is_resource_exhaustion(error))
         return PathAccess(readable=tuple(readable))
 
     async def secrets(self) -> frozenset[str]:
-        """Return the values in these files that are to be hidden wherever text is stored.
+        """Return the secret values in these files, to redact wherever text is stored.
 
-        Those of lines NAME=value with a secret's name, in each file that is named in the config, and in their folders
-        in files that are called as files for secrets are. What can't be read has none.
+        Reads NAME=value lines with a secret's name in each configured file and, in configured folders, in files with
+        the name of a secrets file. Unreadable files are skipped.
         """
         return await anyio.to_thread.run_sync(self._read_secrets)
 
@@ -106,12 +105,12 @@ class Provisions:
         return f"`worktrees.{'copy' if path in self.copied else 'link'}`"
 
     async def _committed(self, commit: str, git: Git, named: str) -> list[ProvisionFailure]:
-        """Return what is wrong where the commit has something of its own at, or above, a path."""
+        """Return faults of paths that the commit has already, or has a file above."""
         asked = {*self.paths, *(folder for path in self.paths for folder in _folders(path))}
         kinds = {path: meta.split(" ")[1] for path, meta in (await git.entries(commit, asked)).items()}
-        return [fault for path in self.paths for fault in self._judge(path, kinds, named)]
+        return [fault for path in self.paths for fault in self._check_committed(path, kinds, named)]
 
-    def _judge(self, path: str, kinds: Mapping[str, str], named: str) -> Iterator[ProvisionFailure]:
+    def _check_committed(self, path: str, kinds: Mapping[str, str], named: str) -> Iterator[ProvisionFailure]:
         key = self._key(path)
         if path in kinds:
             yield ProvisionFailure(f"{path!r} is in {named} already", f"remove it from {key}: sessions see it anyway")
@@ -119,77 +118,77 @@ class Provisions:
             if kinds.get(folder, "tree") != "tree":
                 yield ProvisionFailure(f"{folder!r} is no folder in {named}", f"remove {path!r} from {key}")
 
-    def _look_at_all(self) -> list[ProvisionFailure]:
-        hidden = [Path(os.path.realpath(one)) for one in self.hidden]
-        found = ((self._key(path), _check_path(self.checkout, path, hidden)) for path in self.paths)
-        return [ProvisionFailure(f"{key}: {fault[0]}", fault[1]) for key, fault in found if fault is not None]
+    def _check_all(self) -> list[ProvisionFailure]:
+        hidden = [Path(os.path.realpath(path)) for path in self.hidden]
+        checks = ((self._key(path), _check_path(self.checkout, path, hidden)) for path in self.paths)
+        return [ProvisionFailure(f"{key}: {fault[0]}", fault[1]) for key, fault in checks if fault is not None]
 
     def _read_secrets(self) -> frozenset[str]:
-        found: set[str] = set()
+        values: set[str] = set()
         for path in self.paths:
             original = self.checkout / path
-            found |= {value for file in (original, *_files_for_secrets(original)) for value in _secrets_in(file)}
-        return frozenset(found)
+            values |= {value for file in (original, *_files_for_secrets(original)) for value in _secrets_in(file)}
+        return frozenset(values)
 
 
 def _folders(path: str) -> list[str]:
-    """Return the folders that a path leads through, from the top."""
+    """Return the folders above a path, from the top."""
     return [str(folder) for folder in reversed(PurePosixPath(path).parents)][1:]
 
 
 def _check_path(top: Path, path: str, hidden: Sequence[Path]) -> tuple[str, str] | None:
-    """Return what is wrong with a path of the checkout, and what to do; None if nothing is. Blocks."""
+    """Return the problem with a path of the checkout, and a remedy; None if there is no problem. Blocks."""
     link = next((folder for folder in _folders(path) if (top / folder).is_symlink()), None)
     if link is not None:
         return f"{path!r} goes through the link {link!r}", f"name {link!r} itself, or make it a folder"
-    place = top / path
-    if not os.path.lexists(place):
+    target = top / path
+    if not os.path.lexists(target):
         return f"there is no {path!r} in {top}", "make it there, or remove it"
-    real = Path(os.path.realpath(place))
+    real = Path(os.path.realpath(target))
     if not real.is_file() and not real.is_dir():
         return f"{path!r} is neither a file nor a folder", "remove it"
-    if any(real.is_relative_to(one) or one.is_relative_to(real) for one in hidden):
-        return f"{path!r} is, or holds, what no session may see: {real}", "name only the files that sessions need"
+    if any(real.is_relative_to(path) or path.is_relative_to(real) for path in hidden):
+        return f"{path!r} contains files hidden from sessions: {real}", "name only the files that sessions need"
     if not os.access(real, os.R_OK):
         return f"{path!r} can't be read", "let yourself read it, or remove it"
     return None
 
 
 async def _clear(tree: Path, path: str, git: Git) -> Path:
-    """Return where something goes in a worktree: nothing is there, and all above are folders in it."""
+    """Return a path's target in a worktree, free to create: nothing exists there, and all parents are folders."""
     if await anyio.to_thread.run_sync(_make_parents, tree, path):
         await remove_all([tree / path], git.environ, git.keep_fds)
     return tree / path
 
 
 def _make_parents(tree: Path, path: str) -> bool:
-    """Make the folders that a path leads through; return whether a folder is where it is to be."""
+    """Create the folders above a path; return whether a folder exists at the path."""
     for parent in _folders(path):
         if not _is_folder(tree / parent):
             (tree / parent).mkdir()
     return _is_folder(tree / path)
 
 
-def _is_folder(place: Path) -> bool:
-    """Whether a folder is there; anything else, a link to a folder too, is removed."""
-    if place.is_dir() and not place.is_symlink():
+def _is_folder(target: Path) -> bool:
+    """Whether a folder is there; anything else, including a link to a folder, is removed."""
+    if target.is_dir() and not target.is_symlink():
         return True
-    place.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)
     return False
 
 
-#: A folder that is linked may be as large as a disk.
-_MOST_FOLDERS = 10_000
+#: A linked folder may be as large as a disk.
+_MAX_FOLDERS = 10_000
 
 
 def _files_for_secrets(folder: Path) -> Iterator[Path]:
-    for top, _, names in islice(os.walk(folder), _MOST_FOLDERS):
+    for top, _, names in islice(os.walk(folder), _MAX_FOLDERS):
         yield from (Path(top, name) for name in names if is_secret_file(name) or name.endswith(_ENV_FILES))
 
 
 def _secrets_in(file: Path) -> frozenset[str]:
     with suppress(OSError):
-        if file.is_file() and file.stat().st_size <= _LONGEST_ENV_FILE:
+        if file.is_file() and file.stat().st_size <= _MAX_ENV_FILE_BYTES:
             return _secret_values(parse_env_values(file.read_text(encoding="utf-8", errors="surrogateescape")))
     return frozenset()
 

@@ -1,7 +1,8 @@
-"""Brings the checkout of a place to a commit: anew, as a copy, from another commit, or from what was left.
+"""Bring a slot's checkout to a commit: check out, copy, move from another commit, or clean after a session.
 
-Cleaning goes by what differs (`repo.worktrees.change_detection`): what was not there is removed, what may have changed is written anew, and
-nothing else is touched. Where that can't be told, or something gets in the way, the place is to be thrown away.
+Cleaning relies on the detected changes (`repo.worktrees.change_detection`): it removes added files, rewrites files that
+may have changed, and touches nothing else. If changes can't be determined, or something is in the way, the slot must be
+removed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import anyio.to_thread
 from orchestrator.repo.git.command import Git, join_nul, split_nul
 from orchestrator.repo.git.index_file import count_entries, refresh_index_stats
 from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
-from orchestrator.repo.worktrees.copying import copy_tree
+from orchestrator.repo.worktrees.file_trees import copy_tree
 from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import SlotRecord, WorktreeSlot, move_to_trash
 from orchestrator.system.failpoints import failpoint
@@ -31,7 +32,7 @@ _SPARSE = ("-c", "core.sparseCheckout=true", "-c", "core.sparseCheckoutCone=true
 
 @dataclass(frozen=True, slots=True)
 class SlotContents:
-    """What a clean place holds, and the stamps by which that can be told."""
+    """The contents of a clean slot, and the file snapshot that detects changes to it."""
 
     record: SlotRecord
     snapshot: TreeSnapshot
@@ -39,170 +40,172 @@ class SlotContents:
 
 @dataclass(frozen=True, slots=True)
 class KeepRules:
-    """Ignored files and folders that stay: names, or paths from the top, each with the adapter that they are for.
+    """Ignored files and folders to preserve: names, or paths from the top, each with the adapter that they are for.
 
-    Without an adapter (an empty name) they are for all.
+    An empty adapter name means all adapters.
     """
 
     patterns: tuple[tuple[str, str], ...] = ()
 
     def adapter_of(self, path: str) -> str | None:
-        """Return for whose sessions a path is to stay; None if it is not."""
+        """Return the adapter for which a path is preserved ("" for all); None if it is not preserved."""
         name = path.rpartition("/")[2]
         return next((adapter for pattern, adapter in self.patterns if pattern in {path, name}), None)
 
 
-def slot_git(git: Git, place: WorktreeSlot, sparse: Sequence[str] = ()) -> Git:
-    """Return what runs git on the checkout of a place, in a sandbox: with the trusted repository behind."""
-    own = replace(git, git_dir=place.git_dir, flags=(*git.flags, *(_SPARSE if sparse else ())))
-    return own.confined(readable=(place.hub.trusted, place.hub.objects), writable=(place.tree, place.git_dir))
+def slot_git(git: Git, slot: WorktreeSlot, sparse: Sequence[str] = ()) -> Git:
+    """Return git for a slot's checkout, in a sandbox, on top of the trusted repository."""
+    own = replace(git, git_dir=slot.git_dir, flags=(*git.flags, *(_SPARSE if sparse else ())))
+    return own.confined(readable=(slot.hub.trusted, slot.hub.objects), writable=(slot.tree, slot.git_dir))
 
 
-async def check_out_slot(git: Git, place: WorktreeSlot, commit: str, sparse: Sequence[str]) -> None:
-    """Write a commit's files into a new place; `git` is that of `admin`. `index_slot` is to follow."""
-    await anyio.to_thread.run_sync(_lay_out, place, sparse, None)
+async def check_out_slot(git: Git, slot: WorktreeSlot, commit: str, sparse: Sequence[str]) -> None:
+    """Write a commit's files into a new slot; `git` comes from `slot_git`. `index_slot` must follow."""
+    await anyio.to_thread.run_sync(_lay_out, slot, sparse, None)
     failpoint("slot.partly_made")
-    await git("read-tree", "--reset", "-u", commit, env=place.env, cwd=place.tree)
+    await git("read-tree", "--reset", "-u", commit, env=slot.env, cwd=slot.tree)
 
 
-async def copy_slot(git: Git, source: WorktreeSlot, place: WorktreeSlot, sparse: Sequence[str]) -> None:
-    """Do what `check_out_slot` does by copying a place that holds the same and is clean; nobody may use that meanwhile."""
-    await anyio.to_thread.run_sync(_lay_out, place, sparse, source.index)
+async def copy_slot(git: Git, source: WorktreeSlot, slot: WorktreeSlot, sparse: Sequence[str]) -> None:
+    """Like `check_out_slot`, but copy a clean slot at the same commit, which nobody may use meanwhile."""
+    await anyio.to_thread.run_sync(_lay_out, slot, sparse, source.index)
     failpoint("slot.partly_made")
-    await copy_tree(f"{source.tree}/.", place.tree, git.environ, git.keep_fds)
+    await copy_tree(f"{source.tree}/.", slot.tree, git.environ, git.keep_fds)
 
 
-async def index_slot(git: Git, place: WorktreeSlot, walker: FileScanner) -> TreeSnapshot | None:
-    """Have the index of a new place know its files; return the stamps of these, None where they can't be relied on."""
-    # Otherwise each session's first look would read all of them.
-    files = await anyio.to_thread.run_sync(count_entries, place.index)
-    if not await walker.run(partial(refresh_index_stats, place.index, place.tree), files):
-        await git("update-index", "-q", "--refresh", env=place.env, cwd=place.tree)
-    return await anyio.to_thread.run_sync(TreeSnapshot.take, place.tree)
+async def index_slot(git: Git, slot: WorktreeSlot, scanner: FileScanner) -> TreeSnapshot | None:
+    """Refresh the index of a new slot; return the snapshot of its files, None if file times are unreliable."""
+    # Otherwise each session's first `git status` would read all files.
+    files = await anyio.to_thread.run_sync(count_entries, slot.index)
+    if not await scanner.run(partial(refresh_index_stats, slot.index, slot.tree), files):
+        await git("update-index", "-q", "--refresh", env=slot.env, cwd=slot.tree)
+    return await anyio.to_thread.run_sync(TreeSnapshot.capture, slot.tree)
 
 
-async def move_slot(git: Git, place: WorktreeSlot, contents: SlotContents, commit: str) -> SlotContents | None:
-    """Bring a clean place from its commit to another one; None where what can be told of it is not enough."""
-    record, stamps = contents.record, contents.snapshot
+async def move_slot(git: Git, slot: WorktreeSlot, contents: SlotContents, commit: str) -> SlotContents | None:
+    """Move a clean slot from its commit to another one; None if too little is known about its files."""
+    record, snapshot = contents.record, contents.snapshot
     if record.commit == commit:
         return contents
     listed = await git("diff-tree", "-r", "--name-only", "-z", "--no-renames", record.commit, commit)
     paths = split_nul(listed.stdout)
-    # Git writes over what is ignored.
+    # Git overwrites ignored files.
     if _overlap(paths, {*record.extras, *record.kept}):
         return None
-    await git("read-tree", "-m", "-u", record.commit, commit, env=place.env, cwd=place.tree)
+    await git("read-tree", "-m", "-u", record.commit, commit, env=slot.env, cwd=slot.tree)
     failpoint("slot.moved")
     names = {path.rpartition("/")[2] for path in paths}
     if ".gitattributes" in names:
-        # Git leaves files as they are whose content is the same in both commits.
-        same = _files_under_attributes(stamps, paths) - {*paths, *record.extras}
-        await anyio.to_thread.run_sync(_remove, place, (), same)
-        await _write(git, place, same)
+        # Git does not rewrite files with the same content in both commits, but new attributes may apply to them.
+        same = _files_under_attributes(snapshot, paths) - {*paths, *record.extras}
+        await anyio.to_thread.run_sync(_remove, slot, (), same)
+        await _write(git, slot, same)
         paths += same
-    kept = await list_ignored(git, place, list(record.kept)) if ".gitignore" in names else record.kept.keys()
-    await anyio.to_thread.run_sync(_remove, place, (), record.kept.keys() - kept)
-    stays = {path: owner for path, owner in record.kept.items() if path in kept}
-    renewed = await anyio.to_thread.run_sync(stamps.renewed, [*paths, *(record.kept.keys() - kept)], stays)
-    return None if renewed is None else SlotContents(replace(record, commit=commit, kept=stays), renewed)
+    kept = await list_ignored(git, slot, list(record.kept)) if ".gitignore" in names else record.kept.keys()
+    await anyio.to_thread.run_sync(_remove, slot, (), record.kept.keys() - kept)
+    preserved = {path: owner for path, owner in record.kept.items() if path in kept}
+    refreshed = await anyio.to_thread.run_sync(snapshot.refreshed, [*paths, *(record.kept.keys() - kept)], preserved)
+    return None if refreshed is None else SlotContents(replace(record, commit=commit, kept=preserved), refreshed)
 
 
 async def clean_slot(
-    git: Git, place: WorktreeSlot, contents: SlotContents, found: TreeDiff, keep: KeepRules
+    git: Git, slot: WorktreeSlot, contents: SlotContents, diff: TreeDiff, keep: KeepRules
 ) -> SlotContents | None:
-    """Make a place again what it was when it was handed out, but for what is to be kept.
+    """Restore a slot to its state at assignment, except for files to preserve.
 
-    None where that can't be had: what setup made was changed, or what can be told of it is not enough. GitError or
-    OSError where something gets in the way. `found` is what differs by now, and nobody else writes to it.
+    `diff` is the change since then, and nobody else writes to the slot. Returns None if the state can't be restored: a
+    setup file was changed, or too little is known. Raises GitError or OSError if something is in the way.
     """
-    record, stamps = contents.record, contents.snapshot
-    written = [*found.changed, *found.gone]
+    record, snapshot = contents.record, contents.snapshot
+    written = [*diff.changed, *diff.removed]
     if not set(record.extras).isdisjoint(written):
         return None
-    wanted = [path for path in found.added if keep.adapter_of(path) is not None]
-    removed = [*(path for path in found.added if path not in wanted), *found.replaced, *found.changed]
-    await anyio.to_thread.run_sync(_remove, place, found.touched_folders, removed)
-    await _write(git, place, written)
-    empty = [path for path in (*found.ambiguous, *found.replaced) if stamps.is_empty(path)]
-    await anyio.to_thread.run_sync(_make_folders, place.tree, empty)
-    # Also what was kept before: it may have become something else.
+    wanted = [path for path in diff.added if keep.adapter_of(path) is not None]
+    removed = [*(path for path in diff.added if path not in wanted), *diff.replaced, *diff.changed]
+    await anyio.to_thread.run_sync(_remove, slot, diff.touched_folders, removed)
+    await _write(git, slot, written)
+    empty = [path for path in (*diff.ambiguous, *diff.replaced) if snapshot.is_empty(path)]
+    await anyio.to_thread.run_sync(_make_folders, slot.tree, empty)
+    # Check files preserved earlier, too: they may no longer be ignored.
     owners = {**record.kept, **{path: keep.adapter_of(path) or "" for path in wanted}}
-    kept = await list_ignored(git, place, list(owners))
+    kept = await list_ignored(git, slot, list(owners))
     if record.setup and not record.kept.keys() <= kept:
-        return None  # it may have been made by setup
-    await anyio.to_thread.run_sync(_remove, place, (), owners.keys() - kept)
-    stays = {path: owner for path, owner in owners.items() if path in kept}
-    changed = [*written, *found.added, *found.replaced, *found.ambiguous]
-    renewed = await anyio.to_thread.run_sync(lambda: stamps.renewed((p for p in changed if p not in kept), stays))
-    return None if renewed is None else SlotContents(replace(record, kept=stays), renewed)
+        return None  # setup may have made it
+    await anyio.to_thread.run_sync(_remove, slot, (), owners.keys() - kept)
+    preserved = {path: owner for path, owner in owners.items() if path in kept}
+    changed = [*written, *diff.added, *diff.replaced, *diff.ambiguous]
+    refreshed = await anyio.to_thread.run_sync(
+        lambda: snapshot.refreshed((p for p in changed if p not in kept), preserved)
+    )
+    return None if refreshed is None else SlotContents(replace(record, kept=preserved), refreshed)
 
 
-async def remove_kept_of_others(place: WorktreeSlot, contents: SlotContents, adapter: str) -> SlotContents | None:
-    """Remove what is kept for sessions of other adapters."""
+async def remove_kept_of_others(slot: WorktreeSlot, contents: SlotContents, adapter: str) -> SlotContents | None:
+    """Remove files that are preserved for sessions of other adapters."""
     others = [path for path, owner in contents.record.kept.items() if owner not in {"", adapter}]
     if not others:
         return contents
-    await anyio.to_thread.run_sync(_remove, place, (), others)
+    await anyio.to_thread.run_sync(_remove, slot, (), others)
     kept = {path: owner for path, owner in contents.record.kept.items() if path not in others}
-    renewed = await anyio.to_thread.run_sync(contents.snapshot.renewed, others, kept)
-    return None if renewed is None else SlotContents(replace(contents.record, kept=kept), renewed)
+    refreshed = await anyio.to_thread.run_sync(contents.snapshot.refreshed, others, kept)
+    return None if refreshed is None else SlotContents(replace(contents.record, kept=kept), refreshed)
 
 
-async def add_content_changes(git: Git, place: WorktreeSlot, found: TreeDiff) -> TreeDiff | None:
-    """Return what differs where the file system does not tell of every change: also files whose content does.
+async def add_content_changes(git: Git, slot: WorktreeSlot, diff: TreeDiff) -> TreeDiff | None:
+    """Return the diff with content changes added, where the file system does not report every change.
 
-    None where what the session did to the rules for reading files makes that uncertain.
+    None if the session changed the rules for reading files, which makes the result uncertain.
     """
-    if any(path.rpartition("/")[2] == ".gitattributes" for path in (*found.changed, *found.gone, *found.added)):
+    if any(path.rpartition("/")[2] == ".gitattributes" for path in (*diff.changed, *diff.removed, *diff.added)):
         return None
-    before = await anyio.to_thread.run_sync(place.index.stat)
+    before = await anyio.to_thread.run_sync(slot.index.stat)
     try:
-        # Git reads a file that is as young as the index (racy-git in its documentation), and so all of them.
-        await anyio.to_thread.run_sync(lambda: os.utime(place.index, (0, 0)))
-        done = await git("diff-files", "--name-only", "-z", env=place.env, cwd=place.tree)
+        # Git reads files that are no older than the index (gitformat-index(5), racy git): with time 0 it reads all.
+        await anyio.to_thread.run_sync(lambda: os.utime(slot.index, (0, 0)))
+        done = await git("diff-files", "--name-only", "-z", env=slot.env, cwd=slot.tree)
     finally:
         times = (before.st_atime_ns, before.st_mtime_ns)
-        await anyio.to_thread.run_sync(lambda: os.utime(place.index, ns=times))
+        await anyio.to_thread.run_sync(lambda: os.utime(slot.index, ns=times))
     differs = split_nul(done.stdout)
-    known = {*found.changed, *found.gone}
-    return replace(found, changed=[*found.changed, *(path for path in differs if path not in known)])
+    known = {*diff.changed, *diff.removed}
+    return replace(diff, changed=[*diff.changed, *(path for path in differs if path not in known)])
 
 
-async def list_ignored(git: Git, place: WorktreeSlot, paths: Sequence[str]) -> set[str]:
-    """Return those of the paths that git ignores, by what the files of the commit say."""
+async def list_ignored(git: Git, slot: WorktreeSlot, paths: Sequence[str]) -> set[str]:
+    """Return the paths that git ignores, by the files of the commit."""
     if not paths:
         return set()
-    return await git.ignored(paths, place.tree, place.env)
+    return await git.ignored(paths, slot.tree, slot.env)
 
 
-async def list_untracked(git: Git, place: WorktreeSlot) -> tuple[list[str], list[str], list[str]]:
-    """Return the files in a place that are in no commit, what is topmost of them, and those that are not ignored."""
-    found = []
+async def list_untracked(git: Git, slot: WorktreeSlot) -> tuple[list[str], list[str], list[str]]:
+    """Return a slot's untracked files, their topmost folders or files, and those that are not ignored."""
+    listings = []
     for option in ((), ("--directory",), ("--exclude-standard",)):
-        done = await git("ls-files", "--others", *option, "-z", env=place.env, cwd=place.tree)
-        found.append([path.rstrip("/") for path in split_nul(done.stdout)])
-    files, top, unignored = found
+        done = await git("ls-files", "--others", *option, "-z", env=slot.env, cwd=slot.tree)
+        listings.append([path.rstrip("/") for path in split_nul(done.stdout)])
+    files, top, unignored = listings
     return files, top, unignored
 
 
-async def restore_files(git: Git, place: WorktreeSlot) -> None:
-    """Write the files of the commit anew that a command of ours has changed."""
-    await git("checkout-index", "--force", "--all", "--index", env=place.env, cwd=place.tree)
+async def restore_files(git: Git, slot: WorktreeSlot) -> None:
+    """Rewrite the commit's files that setup has changed."""
+    await git("checkout-index", "--force", "--all", "--index", env=slot.env, cwd=slot.tree)
 
 
-async def _write(git: Git, place: WorktreeSlot, paths: Collection[str]) -> None:
-    """Write files as the index has them; those that say how others are to be written first."""
+async def _write(git: Git, slot: WorktreeSlot, paths: Collection[str]) -> None:
+    """Write files from the index, .gitattributes files first: they decide how other files are written."""
     rules = [path for path in paths if path.rpartition("/")[2] == ".gitattributes"]
     rest = [path for path in paths if path.rpartition("/")[2] != ".gitattributes"]
     for part in (rules, rest):
         if part:
             command = ("checkout-index", "--force", "--index", "-z", "--stdin")
-            await git(*command, env=place.env, cwd=place.tree, input_=join_nul(part))
+            await git(*command, env=slot.env, cwd=slot.tree, input_=join_nul(part))
             failpoint("slot.partly_clean")
 
 
 def _overlap(paths: Iterable[str], others: Collection[str]) -> bool:
-    """Whether one of the paths is one of the others, or in it, or the other way round."""
+    """Whether a path equals, contains or is inside one of the other paths."""
     if not others:
         return False
     paths = set(paths)
@@ -210,38 +213,40 @@ def _overlap(paths: Iterable[str], others: Collection[str]) -> bool:
 
 
 def _with_parents(paths: Iterable[str]) -> set[str]:
-    """Return the paths, and all folders that they are in."""
-    found = set[str]()
+    """Return the paths and all folders above them."""
+    parents = set[str]()
     for path in paths:
-        one = path
-        while one and one not in found:
-            found.add(one)
-            one = one.rpartition("/")[0]
-    return found
+        current = path
+        while current and current not in parents:
+            parents.add(current)
+            current = current.rpartition("/")[0]
+    return parents
 
 
-def _files_under_attributes(stamps: TreeSnapshot, paths: Iterable[str]) -> set[str]:
-    """Return the files that those of the paths speak of that say how files are to be written."""
+def _files_under_attributes(snapshot: TreeSnapshot, paths: Iterable[str]) -> set[str]:
+    """Return the files to which the .gitattributes files among the paths apply."""
     rules = [path for path in paths if path.rpartition("/")[2] == ".gitattributes"]
     folders = tuple(path.removesuffix(".gitattributes") for path in rules)
-    return {path + name for path, one in stamps.folders.items() if path.startswith(folders) for name in one.files}
+    return {
+        path + name for path, folder in snapshot.folders.items() if path.startswith(folders) for name in folder.files
+    }
 
 
-def _lay_out(place: WorktreeSlot, sparse: Sequence[str], index: Path | None) -> None:
-    place.root.mkdir(mode=0o700, exist_ok=True)
-    for folder in (place.tree, place.git_dir, place.git_dir / "info", place.scratch):
+def _lay_out(slot: WorktreeSlot, sparse: Sequence[str], index: Path | None) -> None:
+    slot.root.mkdir(mode=0o700, exist_ok=True)
+    for folder in (slot.tree, slot.git_dir, slot.git_dir / "info", slot.scratch):
         folder.mkdir()
-    # gitrepository-layout(5): all but HEAD, the index and a few files of `info` is where `commondir` leads.
-    (place.git_dir / "commondir").write_text(f"{place.hub.trusted}\n")
-    (place.git_dir / "HEAD").write_text("ref: refs/heads/none\n")
+    # gitrepository-layout(5): all but HEAD, the index and a few files of `info` is read from `commondir`.
+    (slot.git_dir / "commondir").write_text(f"{slot.hub.trusted}\n")
+    (slot.git_dir / "HEAD").write_text("ref: refs/heads/none\n")
     if sparse:
-        (place.git_dir / "info" / "sparse-checkout").write_text(format_sparse_patterns(sparse))
+        (slot.git_dir / "info" / "sparse-checkout").write_text(format_sparse_patterns(sparse))
     if index is not None:
-        shutil.copyfile(index, place.index)
+        shutil.copyfile(index, slot.index)
 
 
 def format_sparse_patterns(folders: Iterable[str]) -> str:
-    """Return what git-sparse-checkout(1) writes in cone mode for these folders, all that is in them included."""
+    """Return the cone-mode patterns of git-sparse-checkout(1) for these folders with all their contents."""
     parents, whole = set[str](), {_escaped(folder.strip("/")) for folder in folders}
     for folder in whole:
         parts = folder.split("/")
@@ -258,28 +263,28 @@ def _escaped(folder: str) -> str:
     return re.sub(r"([*?\[\]\\])", r"\\\1", folder)
 
 
-def _remove(place: WorktreeSlot, touched: Iterable[str], paths: Iterable[str]) -> None:
-    tree = place.tree
-    mode = stat.S_IMODE(place.git_dir.stat().st_mode)  # made as the checkout was, and no session could change it
+def _remove(slot: WorktreeSlot, touched: Iterable[str], paths: Iterable[str]) -> None:
+    tree = slot.tree
+    mode = stat.S_IMODE(slot.git_dir.stat().st_mode)  # created like the checkout, and out of sessions' reach
     for path in sorted(touched):
         _restore_folder_mode(tree / path.strip("/"), mode)
     for path in (".git", *paths):
-        _remove_one(place, tree / path.rstrip("/"))
+        _remove_entry(slot, tree / path.rstrip("/"))
 
 
 def _restore_folder_mode(folder: Path, mode: int) -> None:
     folder.chmod(mode)
-    # What a folder hands on to the files in it is an extended attribute, too (acl(5)).
+    # Default ACLs, which new files inherit, are extended attributes, too (acl(5)).
     for name in os.listxattr(folder, follow_symlinks=False) if hasattr(os, "listxattr") else ():
         if not name.startswith("security."):
             os.removexattr(folder, name, follow_symlinks=False)
 
 
-def _remove_one(place: WorktreeSlot, path: Path) -> None:
+def _remove_entry(slot: WorktreeSlot, path: Path) -> None:
     with suppress(FileNotFoundError):
         if stat.S_ISDIR(path.lstat().st_mode):
-            path.chmod(0o700)  # else it can't be moved to another folder
-            move_to_trash(place.hub, path)
+            path.chmod(0o700)  # moving a folder requires write permission on it
+            move_to_trash(slot.hub, path)
         else:
             path.unlink()
 

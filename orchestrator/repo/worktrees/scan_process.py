@@ -1,6 +1,6 @@
-"""Has what looks at each file of a large checkout done in a process of its own.
+"""Scan all files of a large checkout in a separate process.
 
-In ours, each of thousands of files would be one more turn for all threads, and for the event loop, to wait for.
+In our process, each of thousands of files would make all threads and the event loop compete for the interpreter.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import anyio.to_thread
 
 from orchestrator.system import process
 
-#: From so many files on, it is worth telling another process of them.
-_MANY: Final = 1_000
-#: The process's own folder, so that it keeps no worktree busy.
+#: From this number of files on, a separate process is worth its overhead.
+_MIN_FILES: Final = 1_000
+#: The process's working folder, outside all worktrees.
 _FOLDER: Final = Path("/")
-#: Seconds for one thing, after which the process is given up; and for it to end.
+#: Seconds for one scan, after which the process is abandoned; and for the process to exit.
 _LIMIT: Final = 120.0
 _EXIT_TIMEOUT: Final = 5.0
 
@@ -30,31 +30,31 @@ T = TypeVar("T")
 
 
 class FileScanner:
-    """Does one thing after another; made by `open`."""
+    """Runs one scan at a time; created by `open`."""
 
     def __init__(self) -> None:
-        self._turn = anyio.Lock()
+        self._lock = anyio.Lock()
         self._process: _Process | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(cls) -> AsyncIterator[FileScanner]:
-        """Have one for the body; its process is started when it is first needed, and ended with the body."""
-        walker = cls()
+        """Provide a scanner for the body; its process starts on first use and ends with the body."""
+        scanner = cls()
         try:
-            yield walker
+            yield scanner
         finally:
             with anyio.CancelScope(shield=True):
-                await walker._end()
+                await scanner._end()
 
     async def run(self, function: Callable[[], T], files: int) -> T:
-        """Return what a function does that looks at so many files.
+        """Return the result of a function that looks at `files` files.
 
-        It may be called twice: where the process fails, once more in a thread of ours. It consists of what `pickle`
-        takes, and needs nothing that is not in the standard library or in this package.
+        The function may be called twice: if the process fails, it is run again in a thread. It must be picklable, and
+        need only the standard library and this package.
         """
-        if files >= _MANY:
-            async with self._turn:
+        if files >= _MIN_FILES:
+            async with self._lock:
                 try:
                     return cast("T", await self._ask(function))
                 except Exception:
@@ -79,24 +79,24 @@ class _Process:
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
-        self._answers = io.BufferedReader(cast("io.RawIOBase", child.stdout))
+        self._output = io.BufferedReader(cast("io.RawIOBase", child.stdout))
 
     def ask(self, function: Callable[[], object]) -> Any:
-        """Return its answer. Blocks; an error of some kind if it is gone."""
-        questions = cast("io.RawIOBase", self._child.stdin)
-        question = memoryview(pickle.dumps(function))
-        while question:
-            question = question[questions.write(question) or 0 :]
-        return pickle.load(self._answers)
+        """Return the answer to a function; raises some error if the process has exited. Blocks."""
+        input_ = cast("io.RawIOBase", self._child.stdin)
+        request = memoryview(pickle.dumps(function))
+        while request:
+            request = request[input_.write(request) or 0 :]
+        return pickle.load(self._output)
 
     def end(self) -> None:
-        """End it, which it does with its input, or else is made to. Blocks."""
+        """End the process by closing its input, or kill it. Blocks."""
         with suppress(OSError):
             cast("io.RawIOBase", self._child.stdin).close()
         try:
             self._child.wait(_EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._child.kill()
-        # Only now: a thread that still reads from it would keep us waiting.
+        # Only now: closing blocks while a thread still reads.
         with suppress(OSError), self._child:
             pass

@@ -1,7 +1,7 @@
-"""Does what looks at each file of a checkout for another process: a program of its own (`orchestrator.repo.worktrees.scan_process`).
+"""Run functions that scan all files of a checkout, in a separate process (`orchestrator.repo.worktrees.scan_process`).
 
-It reads functions without arguments, and writes what they return, as `pickle` has both; it ends with its input. Only
-the standard library can be imported, by those functions too.
+Reads pickled functions without arguments from stdin, and writes their pickled results to stdout; exits at end of input.
+Only the standard library can be imported, also by those functions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import suppress
 
 
 def serve() -> None:
-    """Answer one after another; an error in a function ends it."""
-    # What Python says of that is not to be taken for an answer: both streams are the same pipe.
+    """Answer requests in order; an error in a function ends the process."""
+    # Python's error output must not be taken for an answer: stdout and stderr are the same pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     with suppress(EOFError, BrokenPipeError):
         while True:

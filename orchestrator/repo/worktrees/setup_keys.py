@@ -1,4 +1,4 @@
-"""What the setup of a checkout depends on, as keys: where they are the same, its result can be used again."""
+"""Compute keys of a checkout's setup steps; a setup result is reusable where the keys are equal."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Final
 from orchestrator.config.model import SetupStep
 from orchestrator.repo.git.command import Git
 
-#: Part of each key: another number where what is hashed, or what steps find around them, changes its meaning.
-_SCHEME: Final = 1
+#: Part of each key; increase it when the hashed data or the steps' environment changes its meaning.
+_VERSION: Final = 1
 
 
 async def read_setup_keys(
     git: Git, commit: str, steps: Sequence[SetupStep], *, sparse: Sequence[str] = (), env: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return the key (hex) of each step at a commit, as `compute_setup_keys` does; `git` runs in the trusted repository."""
-    there = await git.entries(commit, {path for step in steps for path in step.inputs})
-    return compute_setup_keys(steps, there, sparse=sparse, env=env)
+    """Return the key (hex) of each step at a commit; `git` runs in the trusted repository."""
+    entries = await git.entries(commit, {path for step in steps for path in step.inputs})
+    return compute_setup_keys(steps, entries, sparse=sparse, env=env)
 
 
 def compute_setup_keys(
-    steps: Sequence[SetupStep], there: Mapping[str, str], *, sparse: Sequence[str], env: Sequence[str]
+    steps: Sequence[SetupStep], entries: Mapping[str, str], *, sparse: Sequence[str], env: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return a key (hex) for each step, which holds those of the steps before it.
+    """Return a key (hex) for each step, which includes the keys of the steps before it.
 
-    `there` has what git says of those inputs that exist: mode, kind and id. `sparse` are the folders that are checked
-    out, `env` the names of the variables that are given. What a step may take of time is not part of its result.
+    `entries` is git's entry (mode, kind and id) of each existing input, `sparse` the folders that are checked out,
+    `env` the names of the variables that steps get. A step's time limit is not part of its key.
     """
     keys: list[str] = []
-    before = _digest([_SCHEME, sorted(sparse), sorted(env)])
+    previous = _digest([_VERSION, sorted(sparse), sorted(env)])
     for step in steps:
-        inputs = [[path, there.get(path)] for path in sorted(set(step.inputs))]
-        before = _digest([before, step.run, inputs])
-        keys.append(before)
+        inputs = [[path, entries.get(path)] for path in sorted(set(step.inputs))]
+        previous = _digest([previous, step.run, inputs])
+        keys.append(previous)
     return tuple(keys)
 
 
 def first_step_to_run(done: Sequence[str], wanted: Sequence[str]) -> int:
-    """Return the index of the first step that must run where `done` are the keys of those that have run."""
+    """Return the index of the first step to run, given the keys of the steps that have run."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(done, wanted, strict=False))))
 
 

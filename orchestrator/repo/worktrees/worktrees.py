@@ -1,10 +1,10 @@
-"""A worktree for each attempt: a checkout that it has for a time, and a git directory that belongs to it alone.
+"""The worktree of an attempt: a slot's checkout for a time, and a git directory of its own.
 
-Not `git worktree add`: linked worktrees share configuration, hooks, refs and stash, so that one agent's
-change reaches all others and us, and adding them is neither safe side by side nor when killed (an empty
-`commondir` breaks the whole repository). Here nothing is shared but the hub's objects, which are borrowed;
-creating one races with nothing, and a half-built one is a folder to delete. The checkout is that of a place
-(`repo.worktrees.slots`), which the link `place` in the session's folder names.
+Not `git worktree add`: linked worktrees share configuration, hooks, refs and stash, so one agent's change would reach
+all other agents and us. Adding them is safe neither concurrently nor when killed (an empty `commondir` breaks the whole
+repository). Here sessions share only the hub's objects, which they borrow. Creating a worktree races with nothing, and
+a partly created one is a folder to delete. The checkout belongs to a worktree slot (`repo.worktrees.slots`), which the
+link `place` in the session's folder names.
 """
 
 from __future__ import annotations
@@ -35,55 +35,55 @@ from orchestrator.repo.worktrees.slots import WorktreeSlot, move_to_trash, read_
 from orchestrator.system import untrusted_files
 from orchestrator.system.failpoints import failpoint
 
-# Looking at what runs left must be quick, and needs no pool.
+# Listing leftovers must be quick, and needs no pool.
 if TYPE_CHECKING:
     from orchestrator.repo.worktrees.pool import HeldSlot
 
-#: Seconds to wait for git commands of others that may own a lock; those that take longer keep it.
-_OTHERS_LIMIT = 1.0
-#: How the folder of a check's worktree ends, perhaps with `-` and a process; no task's attempt is named so.
+#: Seconds to wait for other git commands that may own a lock; a longer command keeps its lock.
+_OWNER_TIMEOUT = 1.0
+#: Suffix of a check's folder, optionally followed by `-` and a process; no attempt's folder ends like this.
 _CHECK = ".check"
-_NAME = re.compile(r"(?P<task>.+)\.(?P<attempt>[0-9]+)(?P<check>\.check(-(?P<by>[0-9a-f]+))?)?")
+_NAME = re.compile(r"(?P<task>.+)\.(?P<attempt>[0-9]+)(?P<check>\.check(-(?P<checker>[0-9a-f]+))?)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Worktree:
-    """The places of one attempt, or, with `is_check`, of the checks of what it built."""
+    """The paths of one attempt or, with `is_check`, of the checks of its work."""
 
     hub: Hub
     run: str
     task: str
     attempt: int
     is_check: bool = False
-    by: str = ""
-    """The process, where several may check the same at a time; only for checks."""
-    held: WorktreeSlot | None = field(default=None, compare=False)
-    """The place that it was handed, where it is known to have that still."""
+    checker: str = ""
+    """The checking process, where several may check the same attempt; only for checks."""
+    held_slot: WorktreeSlot | None = field(default=None, compare=False)
+    """The assigned slot, where it is known that the attempt still has it."""
 
     @property
     def name(self) -> str:
-        """What tells it from the others of its run."""
-        check = f"{_CHECK}{self.by and f'-{self.by}'}"
+        """The worktree's unique name within its run."""
+        check = f"{_CHECK}{self.checker and f'-{self.checker}'}"
         return f"{self.task}.{self.attempt}{check if self.is_check else ''}"
 
     @property
     def root(self) -> Path:
-        """The folder that holds all of the session's files."""
+        """The folder with all files of the session."""
         return self.hub.sessions / self.run / self.name
 
     @property
-    def place(self) -> WorktreeSlot | None:
-        """The place that it has; None before and after that, also where another has it. May look at the disk."""
-        if self.held is not None:
-            return self.held
-        place = read_session_slot(self.hub, self.root)
-        return place if place is not None and read_slot_session(place) == self.root else None
+    def slot(self) -> WorktreeSlot | None:
+        """The attempt's slot; None before and after it has one, and if another session has it. May read the disk."""
+        if self.held_slot is not None:
+            return self.held_slot
+        slot = read_session_slot(self.hub, self.root)
+        return slot if slot is not None and read_slot_session(slot) == self.root else None
 
     @property
     def tree(self) -> Path:
-        """The checkout that the CLI works in; one that is not there, without a place. May look at the disk."""
-        place = self.place
-        return self.root / "tree" if place is None else place.tree
+        """The checkout that the CLI runs in; without a slot, a path that does not exist. May read the disk."""
+        slot = self.slot
+        return self.root / "tree" if slot is None else slot.tree
 
     @property
     def git_dir(self) -> Path:
@@ -92,7 +92,7 @@ class Worktree:
 
     @property
     def scratch(self) -> Path:
-        """A place for temporary files of the session's own."""
+        """The folder for the session's temporary files."""
         return self.root / "tmp"
 
     @property
@@ -102,138 +102,135 @@ class Worktree:
 
     @property
     def handoff_file(self) -> Path:
-        """Where the session may write what it hands over, in a folder that it writes: never follow a link there."""
+        """The file for the session's handoff, in a folder that the session writes: never follow a link there."""
         return self.root / "handoff" / "handoff.json"
 
     @property
     def marker(self) -> bytes:
-        """What every process of the session has in its environment, unless it cleared that."""
+        """The environment entry of every process of the session, unless a process cleared it."""
         return b"COUNCIL_PROMPT_FILE=" + os.fsencode(self.prompt_file)
 
     @property
     def socket_folder(self) -> Path:
-        """The folder with the socket by which the session asks its orchestrator."""
+        """The folder of the session socket."""
         return self.root / SOCKET_FOLDER
 
     @property
     def lock(self) -> Path:
-        """Held by the session's supervisor until nothing of the session lives."""
+        """Held by the session's supervisor until every process of the session has exited."""
         return self.root / "lock"
 
     @property
     def index(self) -> Path:
-        """Our own index of the checkout, out of the agent's sight."""
+        """Our own index of the checkout; the agent can't see it."""
         return self.index_folder / "index"
 
     @property
     def index_folder(self) -> Path:
-        """The folder of our index, all of which a git command on the checkout may write."""
+        """The folder of our index; a git command on the checkout may write all of it."""
         return self.hub.indexes / f"{self.run}-{self.name}"
 
     @property
     def import_folder(self) -> Path:
-        """Where the agent's own commits are checked before they come in."""
+        """The folder in which the agent's own commits are verified before import."""
         return self.index_folder / "import"
 
     @property
     def branch(self) -> str:
-        """The branch that the session is on, and the one that keeps its work in the trusted repository."""
+        """The session's branch, which also preserves its work in the trusted repository."""
         return work_branch_name(self.run, self.task, "check" if self.is_check else str(self.attempt))
 
     @property
     def env(self) -> dict[str, str]:
-        """What points a command of ours, run in the trusted repository, at this checkout."""
+        """The environment that points our git commands in the trusted repository at this checkout."""
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
 
 
-async def create_worktree(worktree: Worktree, checkout: HeldSlot, prompt: str) -> Worktree:
-    """Make a session's folder around the place that it was handed; return the worktree with that."""
-    await anyio.to_thread.run_sync(_lay_out, worktree, checkout, prompt)
+async def create_worktree(worktree: Worktree, held: HeldSlot, prompt: str) -> Worktree:
+    """Create a session's folder for its assigned slot; return the worktree with that slot."""
+    await anyio.to_thread.run_sync(_lay_out, worktree, held, prompt)
     failpoint("worktree.created")
-    return replace(worktree, held=checkout.place)
+    return replace(worktree, held_slot=held.slot)
 
 
-def _lay_out(worktree: Worktree, checkout: HeldSlot, prompt: str) -> None:
-    place, record = checkout.place, checkout.contents.record
+def _lay_out(worktree: Worktree, held: HeldSlot, prompt: str) -> None:
+    slot, record = held.slot, held.contents.record
     make_root(worktree.root)
-    (worktree.root / "place").symlink_to(place.root)
+    (worktree.root / "place").symlink_to(slot.root)
     failpoint("worktree.partly_made")
-    shutil.copytree(worktree.hub.seed, worktree.git_dir)
+    shutil.copytree(worktree.hub.session_template, worktree.git_dir)
     (worktree.git_dir / "HEAD").write_text(f"ref: refs/heads/{worktree.branch}\n")
     ref = worktree.git_dir / "refs" / "heads" / worktree.branch
     ref.parent.mkdir(parents=True)
     ref.write_text(f"{record.commit}\n")
     if record.sparse:
-        _make_sparse(worktree, place)
+        copy_sparse_checkout(slot, worktree.git_dir)
     worktree.scratch.mkdir(mode=0o700)
     worktree.handoff_file.parent.mkdir(mode=0o700)
-    untrusted_files.write_file(place.tree, ".git", os.fsencode(f"gitdir: {worktree.git_dir}\n"), 0o644)
+    untrusted_files.write_file(slot.tree, ".git", os.fsencode(f"gitdir: {worktree.git_dir}\n"), 0o644)
     descriptor = os.open(worktree.prompt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
         file.write(prompt)
-    shutil.copyfile(place.index, worktree.git_dir / "index")
-    # Under the name of git's own lock, which is removed wherever an index is given up: where it is, all is there.
+    shutil.copyfile(slot.index, worktree.git_dir / "index")
+    # Staged under the name of git's own lock, which is removed with any abandoned index. The index marks completion.
     worktree.index_folder.mkdir(mode=0o700, exist_ok=True)
     staged = worktree.index.with_name("index.lock")
-    shutil.copyfile(place.index, staged)
+    shutil.copyfile(slot.index, staged)
     staged.rename(worktree.index)
 
 
 def make_root(root: Path) -> None:
-    """Make a session's folder. The one that it is in goes with the last session in it, at any moment."""
+    """Create a session's folder. The last session to end removes the parent folder, at any time."""
     is_made = False
     while not is_made:
-        with suppress(FileExistsError):  # also where it was there, and has gone since
+        with suppress(FileExistsError):  # also if it existed and was just removed
             root.parent.mkdir(mode=0o700, parents=True)
         with suppress(FileNotFoundError):
             root.mkdir(mode=0o700)
             is_made = True
 
 
-def _make_sparse(worktree: Worktree, place: WorktreeSlot) -> None:
-    """Have the session's git know what of the commit is not checked out."""
-    info = worktree.git_dir / "info"
+def copy_sparse_checkout(slot: WorktreeSlot, git_dir: Path) -> None:
+    """Configure a git directory for a slot's sparse checkout. Blocks."""
+    info = git_dir / "info"
     info.mkdir(exist_ok=True)
-    shutil.copyfile(place.git_dir / "info" / "sparse-checkout", info / "sparse-checkout")
-    with (worktree.git_dir / "config").open("a") as config:
+    shutil.copyfile(slot.git_dir / "info" / "sparse-checkout", info / "sparse-checkout")
+    with (git_dir / "config").open("a") as config:
         config.write("[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n")
 
 
 async def remove_session_folder(worktree: Worktree) -> None:
-    """Take a session's folder away whose work is saved; its place is the caller's, the folder waits for deletion."""
-    await anyio.to_thread.run_sync(_leave, worktree)
+    """Move a session's folder to the trash after its work is saved; the caller keeps the slot."""
+    await anyio.to_thread.run_sync(_trash_session, worktree)
     failpoint("worktree.removed")
 
 
-def _leave(worktree: Worktree) -> list[Path]:
-    # Its folder goes last: as long as it is there, a recovery knows that there is something to remove.
+def _trash_session(worktree: Worktree) -> list[Path]:
+    # The session's folder goes last: while it exists, recovery knows that there is something to remove.
     _remove_index(worktree)
-    thrown = move_to_trash(worktree.hub, worktree.root)
+    trashed = move_to_trash(worktree.hub, worktree.root)
     remove_if_empty(worktree.root.parent)
-    return thrown
+    return trashed
 
 
 async def remove_worktree(worktree: Worktree) -> list[Path]:
-    """Take a session away with its place, whatever state they are in; the caller has saved what counts.
-
-    Return what waits for its deletion now.
-    """
-    thrown = await anyio.to_thread.run_sync(_remove, worktree)
+    """Remove a session with its slot, in any state; return the paths in the trash. The caller has saved its work."""
+    trashed = await anyio.to_thread.run_sync(_remove, worktree)
     failpoint("worktree.removed")
-    return thrown
+    return trashed
 
 
 def _remove(worktree: Worktree) -> list[Path]:
-    place = worktree.place
-    # In this order: its place may be another's as soon as it is gone.
-    thrown = _leave(worktree)
-    return [*thrown, *(move_to_trash(worktree.hub, place.root) if place is not None else [])]
+    slot = worktree.slot
+    # In this order: once the session's folder is gone, the slot may be assigned to another session.
+    trashed = _trash_session(worktree)
+    return [*trashed, *(move_to_trash(worktree.hub, slot.root) if slot is not None else [])]
 
 
 def unlock_index(worktree: Worktree) -> bool:
-    """Remove the index lock of a killed git command; the caller has proof that none of ours lives.
+    """Remove the index lock of a killed git command; the caller has proof that no command of ours runs.
 
-    Returns whether the checkout was ever finished: git writes the index after the files.
+    Returns whether the checkout was ever complete: git writes the index after the files.
     """
     worktree.index.with_name("index.lock").unlink(missing_ok=True)
     return worktree.index.exists()
@@ -244,7 +241,7 @@ def _remove_index(worktree: Worktree) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that has nothing in it; otherwise do nothing. Blocks."""
+    """Remove a folder if it is empty. Blocks."""
     try:
         folder.rmdir()
     except OSError as error:
@@ -253,52 +250,52 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def list_worktrees(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Worktree]:
-    """Return the worktrees that exist for a run's tasks, in whatever state, those of a task in order of its attempts.
+    """Return the existing worktrees of a run's tasks, in any state, sorted by task and attempt.
 
-    What is none of ours is passed over.
-
-    `tasks` is None for a run of which nothing is known.
+    Other folders are ignored. `tasks` is None for a run without records.
     """
     folder = hub.sessions / run_id
     is_ours = folder.is_dir() and folder.resolve().is_relative_to(hub.root.resolve())  # else a link leads elsewhere
     names = _names_in(folder) if is_ours else []
-    found = [one for name in names if (one := _parse_name(hub, run_id, name, tasks)) is not None]
-    return sorted(found, key=lambda one: (one.task, one.attempt, one.is_check))
+    parsed = (_parse_name(hub, run_id, name, tasks) for name in names)
+    worktrees = [worktree for worktree in parsed if worktree is not None]
+    return sorted(worktrees, key=lambda worktree: (worktree.task, worktree.attempt, worktree.is_check))
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Return the names in a folder; none where another process has just removed it, as its last session left."""
+    """Return the names in a folder; none if another process just removed it after its last session."""
     with suppress(FileNotFoundError):
         return [path.name for path in folder.iterdir()]
     return []
 
 
 def _parse_name(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:
-    found = _NAME.fullmatch(name)
-    if found is None or (tasks is not None and found["task"] not in tasks):
+    match = _NAME.fullmatch(name)
+    if match is None or (tasks is not None and match["task"] not in tasks):
         return None
-    is_check, by = found["check"] is not None, found["by"] or ""
-    return Worktree(hub, run_id, found["task"], int(found["attempt"]), is_check=is_check, by=by)
+    is_check, checker = match["check"] is not None, match["checker"] or ""
+    return Worktree(hub, run_id, match["task"], int(match["attempt"]), is_check=is_check, checker=checker)
 
 
 async def remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
-    """Remove locks and half-written objects that killed git commands left in the trusted repository and our indexes.
+    """Remove the locks and half-written objects that killed git commands left.
 
-    With `is_alone` the caller holds the run's lock, which each of the run's commands holds until it has ended, and
-    nobody else works in the run: then locks of the run are nobody's. Others go if no living command can own them.
+    Looks in the trusted repository and our indexes. With `is_alone` the caller holds the run's lock, which each of the
+    run's commands holds until it exits, and nobody else works in the run: then no lock of the run has an owner. Other
+    files are removed if no living command can own them.
     """
     await anyio.to_thread.run_sync(partial(_remove_stale_files, hub, run_id, is_alone=is_alone))
 
 
 def _remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
-    found = list_lock_files(hub)
-    for lock in found if is_alone else []:
+    locks = list_lock_files(hub)
+    for lock in locks if is_alone else []:
         if any(part.startswith(run_id) for part in lock.path.relative_to(hub.root).parts):
             lock.path.unlink(missing_ok=True)
-    remove_unowned([*found, *list_partial_objects(hub.trusted)], _OTHERS_LIMIT)
+    remove_unowned([*locks, *list_partial_objects(hub.trusted)], _OWNER_TIMEOUT)
 
 
 def list_lock_files(hub: Hub) -> list[GitTempFile]:
-    """Return the lock files of git commands in our own repository, whether those live or not. Blocks."""
+    """Return the lock files of git commands in our repository, whether their owners live or not. Blocks."""
     indexes = [path.with_suffix("") for path in hub.indexes.glob("*/index.lock")]
     return [*list_locks(hub.trusted), *(lock for index in indexes for lock in list_index_locks(index))]

@@ -17,7 +17,7 @@ import anyio.to_thread
 from orchestrator.config.model import PathAccess
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import JsonObject, SessionHome, SettingsOverlay
-from orchestrator.repo.worktrees.removal import remove_all
+from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.system import untrusted_files
 
 #: Bytes of settings and of a login, at most.

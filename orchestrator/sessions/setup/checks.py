@@ -98,11 +98,11 @@ class CheckRunner:
         if checkout is not None:
             found = await checkout.compare()
             await worktrees.remove_session_folder(self.worktree)
-            self.pool.give_back(checkout, found)
+            self.pool.release(checkout, found)
 
     async def _run_all(self, provided: PreparedWorktree) -> CheckResult:
         shell = self._shell(provided)
-        by = f".{self.worktree.by}" if self.worktree.by else ""
+        by = f".{self.worktree.checker}" if self.worktree.checker else ""
         for number, text in enumerate(self.commands, start=1):
             log = log_path(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{by}")
             ended = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))

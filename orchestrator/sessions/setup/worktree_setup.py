@@ -115,7 +115,7 @@ class WorktreeSetup:
         known = next((self._failed[key, at] for key in wanted if (key, at) in self._failed), None)
         if known is not None:
             raise known
-        place = checkout.place
+        place = checkout.slot
         variables = await self.lease(place.root)
         facts: JsonObject = {"place": str(place.root), "commands": [step.run for step in steps[first:]]}
         await self.tell("slot.setup_started", facts)
@@ -154,7 +154,7 @@ class WorktreeSetup:
 
     async def prepare(self, checkout: HeldSlot) -> PreparedWorktree | Failed | ResourcesExhausted:
         """Give a session's place what it is to have; or say why it can't have it."""
-        commit, place = checkout.contents.record.commit, checkout.place
+        commit, place = checkout.contents.record.commit, checkout.slot
         try:
             variables = await self.lease(place.root)
         except RefusedError as error:
@@ -215,7 +215,7 @@ async def _temporary_git(place: WorktreeSlot, commit: str) -> AsyncIterator[None
 def _add_git(place: WorktreeSlot, commit: str) -> None:
     folder = place.scratch / "git"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(place.hub.seed, folder)
+    shutil.copytree(place.hub.session_template, folder)
     (folder / "HEAD").write_text(f"{commit}\n")
     shutil.copyfile(place.index, folder / "index")
     untrusted_files.write_file(place.tree, ".git", os.fsencode(f"gitdir: {folder}\n"), 0o644)
