@@ -41,7 +41,9 @@ UNREACHED_FAILPOINTS = (
     | PHASE_FAILPOINTS
 )
 #: Reached only once by the tasks of `chain_and_sides`.
-SINGLE_HIT_FAILPOINTS = frozenset({"run.seeded", "run.leader_elected", "run.finished", "adapter.cooling_down", "landing.rejected"})
+SINGLE_HIT_FAILPOINTS = frozenset(
+    {"run.seeded", "run.leader_elected", "run.finished", "adapter.cooling_down", "landing.rejected"}
+)
 RECOVERY_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
 #: Those that every process reaches that has some tasks to work on.
 FAILPOINTS_IN_TURN = sorted(

@@ -150,7 +150,9 @@ async def test_what_another_session_has_locked_waits_to_land(repository: Reposit
     assert (repository.top / "README.md").read_text().endswith("more\n")
     freed.touch()
     running.communicate(timeout=60)
-    assert {task: one["status"] for task, one in found().items()} == dict.fromkeys(["holder", "other", "free"], "landed")
+    assert {task: one["status"] for task, one in found().items()} == dict.fromkeys(
+        ["holder", "other", "free"], "landed"
+    )
     assert (repository.top / "README.md").read_text() == 9 * "more\n" + "x\n"
     await repository.assert_invariants()
 

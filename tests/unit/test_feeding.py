@@ -309,7 +309,10 @@ async def test_one_that_can_t_be_opened_is_no_harm(error: BaseException) -> None
     async with bench.feeding(EventSubscriber("tracker", "list", ("*",), refused)):
         pass
     told = await bench.told("tracker.")
-    assert [(name, data["tracker"]) for name, data in told] == [("tracker.failing", "list"), ("tracker.undelivered", "list")]
+    assert [(name, data["tracker"]) for name, data in told] == [
+        ("tracker.failing", "list"),
+        ("tracker.undelivered", "list"),
+    ]
 
 
 class _Odd(BaseException):
