@@ -828,7 +828,7 @@ def killed_with_work(repository: Repository) -> str:
 def test_diff_shows_the_worktree_that_a_killed_run_left(repository: Repository) -> None:
     """The same that it showed of the running session; `salvage list` names that worktree."""
     killed_with_work(repository)
-    assert "t.1" in repository.council("salvage", "list").stdout
+    assert "t/1/worktree" in repository.council("salvage", "list").stdout
     shown = repository.council("diff", "t")
     assert (shown.code, "+half" in shown.stdout) == (0, True), shown
 

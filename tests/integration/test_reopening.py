@@ -106,7 +106,7 @@ async def test_a_run_that_has_ended_is_reopened_for_its_resume(repository: Repos
     reopened = repository.council(*command_in(ended.stdout))
     assert reopened.code == 0, reopened
     assert "is stopped" not in reopened.stdout
-    resume = re.findall(r"`council (resume [^`]+)`", reopened.stdout)
+    resume = re.findall(r"council (resume \S+)", reopened.stdout)
     assert repository.council(*shlex.split(resume[-1])).code == 0
     assert has_landed(repository, "one")
     await repository.assert_invariants()

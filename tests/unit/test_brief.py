@@ -62,7 +62,7 @@ def test_what_needs_attention_has_its_next_command() -> None:
     report = run(
         *(task("landed", id=f"l{n}", landed=COMMIT, input_tokens=900, cost=0.25) for n in range(40)),
         task("failed", id="api", reason="the program ended with exit code 1", branch="council/run/api/1"),
-        task("blocked", id="later", reason="needs 'api', which did not land"),
+        task("blocked", id="later", reason="needs 'api', which did not land", blocked_by="api"),
         task("conflict", id="ui", reason="merge conflict in a", branch="council/run/ui/conflict"),
     )
     assert brief_lines(report) == [

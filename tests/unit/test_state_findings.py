@@ -100,5 +100,5 @@ def test_runs_that_are_cut_off() -> None:
     """Each is named, with how the first goes on."""
     assert judge_unfinished_runs([]).level is Level.OK
     told = judge_unfinished_runs(["r1", "r2"])
-    assert told.found == "interrupted or halted: r1, r2"
+    assert told.found == "unfinished: r1, r2"
     assert told.remedy == "`council resume r1`"

@@ -11,7 +11,7 @@ from orchestrator.cli.render.result import reopen_adapter_command
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.engine.diagnostics.findings import Finding, Level
-from orchestrator.engine.reports.report import AdapterFailure, AdapterReport, RunStatus
+from orchestrator.engine.reports.report import AdapterFailure, AdapterReport
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.system.instants import format_local_time
 
@@ -58,10 +58,7 @@ async def read_adapter_state(context: CommandContext) -> AdapterState:
         async with open_council(context.log) as council:
             report = await council.status()
             failed = await council.history.last_failures(report.run)
-            is_running = report.status is RunStatus.RUNNING
-            remedies = {
-                one.name: reopen_adapter_command(one.name, report.run, is_running=is_running) for one in report.adapters
-            }
+            remedies = {one.name: reopen_adapter_command(one.name, report) for one in report.adapters}
             return AdapterState({one.name: one for one in report.adapters}, failed, remedies)
     except RefusedError:
         return AdapterState()

@@ -79,7 +79,7 @@ def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[s
     what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
     words = ": ".join(filter(None, [f"  {short_name(task.id)} {format_state(task.status)}", what]))
     if task.failure == FailureClass.SETUP_FAILED or task.status == TaskStatus.QUEUED:  # the cause and its fix
-        yield from islice(wrapped(printable(words)), MAX_LINES // 2)
+        yield from islice(map(_shortened, wrapped(printable(words))), MAX_LINES // 2)
     else:
         yield _shortened(printable(words))
     steps = task_steps(task, report, is_newest=is_newest)

@@ -191,10 +191,15 @@ def _at(report: RunReport, process: OrchestratorReport) -> str:
     return f" ({printable(', '.join(tasks))})" if tasks else ""
 
 
+def live_reopen_command(adapter: str, run: str) -> str:
+    """Return the command by which an active run uses an adapter again."""
+    return f"council adapters reopen {shlex.quote(adapter)} --run {run}"
+
+
 def reopen_adapter_command(adapter: str, report: RunReport) -> str:
     """Return the command to use an adapter again that a run has stopped."""
     if report.status is RunStatus.RUNNING:
-        return f"council adapters reopen {shlex.quote(adapter)} --run {report.run}"
+        return live_reopen_command(adapter, report.run)
     return f"council retry TASK --run {report.run}" if needs_retry(report) else f"council resume {report.run}"
 
 
