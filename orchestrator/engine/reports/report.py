@@ -355,8 +355,8 @@ def build_report(
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, closed)
     waiting = _tasks_in_cooldown(record, adapters)
     reports, logs, roots = [], str(places.logs), dict[str, str]()
-    for task, need in blocked.items():  # what a task needs comes before it
-        roots[task] = roots.get(need, need)
+    for task, blocker in blocked.items():  # what a task needs comes before it
+        roots[task] = roots.get(blocker, blocker)
     for task in record.run.tasks:
         need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
