@@ -260,7 +260,7 @@ async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) ->
         (("cancel", "don"), "done"),
         (("logs", "nonsense"), "no task 'nonsense'"),
         (("logs", "done", "--session", "7"), "no session 7"),
-        (("salvage", "show", "done/7"), "no work is kept"),
+        (("salvage", "show", "done/7"), "no preserved work is named"),
         (("salvage", "apply", "failed/7"), "failed/1"),
     ],
 )

@@ -154,7 +154,7 @@ async def test_hooks_outside_of_the_checkouts_run_as_ever_also_next_to_one_insid
     (folder / "update").write_text("#!/bin/sh\necho 'index.lock: Permission denied' >&2\nexit 1\n")
     refused = await land(repository, tmp_path, {"b.txt": "b"})
     assert isinstance(refused, DeferredLanding)
-    for part in ("hook declined", "index.lock: Permission denied", ": give yourself access"):
+    for part in ("hook declined", "index.lock: Permission denied", ": grant yourself access"):
         assert part in refused.reason
 
 

@@ -184,7 +184,7 @@ async def test_a_review_is_given_the_changes_as_data(repository: Repository) -> 
     assert "b.txt | 1 +" in shown["few"]
     assert "+MARMALADE" in shown["few"]
     assert "many.txt | 3001 +" in shown["many"]
-    assert "they are too many" in shown["many"]
+    assert "The diff is too long" in shown["many"]
     assert "+QUINCE" not in shown["many"]
     await repository.assert_invariants()
 

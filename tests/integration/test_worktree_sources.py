@@ -102,7 +102,7 @@ def _through_a_link(repository: Repository) -> None:
         (_through_a_link, LINK, "'deep/data' goes through the link 'deep': name 'deep' itself"),
         (lambda it: _outwards(it, "secret", "."), COPY, "'secret' contains files hidden from sessions"),
         (lambda it: _outwards(it, "secret", ".git/config"), COPY, "'secret' contains files hidden from sessions"),
-        (lambda it: _write(it.top / ".council/x"), WorktreesConfig(linked=(".council",)), "no session may see"),
+        (lambda it: _write(it.top / ".council/x"), WorktreesConfig(linked=(".council",)), "hidden from sessions"),
         (lambda it: _outwards(it, "secret", it.top.parent), COPY, "'secret' contains files hidden from sessions"),
         (_nothing, WorktreesConfig(sparse=("src", "lib")), "`worktrees.sparse`: folder 'lib' not found in 'main'"),
         (_nothing, WorktreesConfig(sparse=("README.md",)), "folder 'README.md' not found in 'main'"),
