@@ -59,7 +59,7 @@ class FakeSessionService:
                 return {"task": arguments["task"], "attempt": 1, "status": "working", **told}
             case "share_put" | "share_get" | "share_wait" | "share_list":
                 return self._share(command, arguments)
-            case "hand_over":
+            case "submit_handoff":
                 self.handed_over.append(arguments["data"])
                 return {"size": 2}
             case "check_edit":

@@ -200,7 +200,7 @@ SESSION_COMMANDS = {
             is_for_all=True,
         ),
         SessionCommand(
-            "hand_over",
+            "submit_handoff",
             "Hand over what this session's phase is to produce.",
             "Who hands over what is not right is told why, and can mend it; of several the last counts.",
             Argument(
@@ -211,8 +211,8 @@ SESSION_COMMANDS = {
                 is_needed=True,
                 metavar="FILE",
             ),
-            examples=("council hand-over plan.json", "council hand-over - --json"),
-            typed="hand-over",
+            examples=("council submit-handoff plan.json", "council submit-handoff - --json"),
+            typed="submit-handoff",
         ),
     )
 }

@@ -90,7 +90,7 @@ def _listed(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"{one['key']}: version {one['version']}, {one['size']} bytes, by {one['writer'] or 'hand'}"
 
 
-def _handed_over(result: Mapping[str, Any]) -> Iterator[str]:
+def _submit_handoff(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"handed over: {result['size']} bytes"
 
 
@@ -106,5 +106,5 @@ _LINES = {
     "share_get": _value,
     "share_wait": _value,
     "share_list": _listed,
-    "hand_over": _handed_over,
+    "submit_handoff": _submit_handoff,
 }

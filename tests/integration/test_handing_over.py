@@ -157,7 +157,7 @@ async def test_nothing_but_a_file_is_read(worktree: Worktree, tmp_path: Path, wh
 async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository) -> None:
     """One waits for what another puts there; from outside it is seen, changed, and waited for."""
     script = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
-    odd = "! council hand-over /dev/null 2> err.txt\necho '{}' | council hand-over 2>> err.txt || true"
+    odd = "! council submit-handoff /dev/null 2> err.txt\necho '{}' | council submit-handoff 2>> err.txt || true"
     config = repository.configure(
         [
             {"id": "reads", "prompt": "council share wait greeting --timeout 60 > got.txt"},

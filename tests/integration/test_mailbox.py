@@ -144,9 +144,9 @@ async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: Sand
     """What is in a file, and what is said in a word; a file that is none is said so."""
     async with site.session() as (worktree, mailbox):
         (worktree.tree / "plan.json").write_text('{"tasks": []}')
-        argv = ["council", "hand-over", "../tree/plan.json"]
+        argv = ["council", "submit-handoff", "../tree/plan.json"]
         assert await site.run(kind, worktree, mailbox, argv) == (0, "handed over: 2 bytes\n")
-        code, said = await site.run(kind, worktree, mailbox, ["council", "hand-over", "none.json"])
+        code, said = await site.run(kind, worktree, mailbox, ["council", "submit-handoff", "none.json"])
         assert (code, "can't be read" in said) == (2, True)
         put = ["council", "share", "put", "api/ports", '[1, "two"]']
         assert await site.run(kind, worktree, mailbox, put) == (0, "shared as version 1 of api/ports\n")
@@ -424,11 +424,11 @@ REFUSED: list[tuple[Any, dict[str, Any]]] = [
     ("share_put", {"key": "k", "value": 1, "if_version": 1.0}),
     ("share_wait", {"key": "k", "after": True}),
     ("share_wait", {"key": "k", "timeout": 601}),
-    ("hand_over", {"data": None}),
-    ("hand_over", {"data": [1]}),
-    ("hand_over", {"data": "[1]"}),
-    ("hand_over", {"data": '{"a": NaN}'}),
-    ("hand_over", {"data": {"a": float("nan")}}),
+    ("submit_handoff", {"data": None}),
+    ("submit_handoff", {"data": [1]}),
+    ("submit_handoff", {"data": "[1]"}),
+    ("submit_handoff", {"data": '{"a": NaN}'}),
+    ("submit_handoff", {"data": {"a": float("nan")}}),
 ]
 
 
@@ -454,8 +454,8 @@ async def test_the_largest_handoff_fits_into_a_request(site: Site) -> None:
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         session = SessionConnection(str(worktree.socket_folder), caller.token, str(worktree.tree))
-        assert await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": largest}) == {"size": 2}
-        await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": '{"b": [null]}'})
+        assert await anyio.to_thread.run_sync(session.ask, "submit_handoff", {"data": largest}) == {"size": 2}
+        await anyio.to_thread.run_sync(session.ask, "submit_handoff", {"data": '{"b": [null]}'})
         await anyio.to_thread.run_sync(session.ask, "share_put", {"key": "k", "value": None})
     assert site.session_service.handed_over == [largest, {"b": [None]}]
     assert site.session_service.shared == {"k": None}

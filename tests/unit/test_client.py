@@ -36,8 +36,8 @@ PLAIN = [
     "share get --json k",
     "share wait k --after 3 --timeout=2",
     "share list --prefix api/",
-    "hand-over",
-    "hand-over plan.json --json",
+    "submit-handoff",
+    "submit-handoff plan.json --json",
 ]
 NOT_RIGHT = [
     *(
@@ -52,8 +52,8 @@ NOT_RIGHT = [
         "lock a --wait nan",
     ),
     *("report --status asleep", "report x", "peers x", "note", "note a b", "ask", "ask -h", "lock a --frce"),
-    *("share", "share put k", "share drop k", "share list --run r", "share wait k --after 1.5", "hand-over a b"),
-    *("share wait k --after -1", "share wait k --after 99999999999999999", "hand_over", "share_put k v"),
+    *("share", "share put k", "share drop k", "share list --run r", "share wait k --after 1.5", "submit-handoff a b"),
+    *("share wait k --after -1", "share wait k --after 99999999999999999", "submit_handoff", "share_put k v"),
 ]
 
 
@@ -114,7 +114,10 @@ def test_the_quick_way_imports_nothing_that_takes_long(tmp_path: Path) -> None:
     assert loaded & slow == set()
     assert {name for name in loaded if name.startswith("orchestrator.")} == {
         "orchestrator.__main__",
-        *(f"orchestrator.client{name}" for name in ("", ".commands", ".main", ".messages", ".quick_parser", ".session")),
+        *(
+            f"orchestrator.client{name}"
+            for name in ("", ".commands", ".main", ".messages", ".quick_parser", ".session")
+        ),
     }
 
 
@@ -131,7 +134,7 @@ async def test_each_result_is_told_in_words() -> None:
     assert told["share_put"] == "shared as version 1 of k\n"
     assert told["share_get"] == told["share_wait"] == '[\n  1,\n  "é"\n]\n'
     assert told["share_list"] == "k: version 1, 2 bytes, by hand\n"
-    assert told["hand_over"] == "handed over: 2 bytes\n"
+    assert told["submit_handoff"] == "handed over: 2 bytes\n"
     assert all(told.values())
 
 

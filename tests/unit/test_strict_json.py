@@ -107,7 +107,7 @@ def test_a_value_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object."""
-    command = SESSION_COMMANDS["hand_over"]
+    command = SESSION_COMMANDS["submit_handoff"]
     (tmp_path / "plan.json").write_text('{"tasks": []}')
     assert values.resolve_arguments(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
     monkeypatch.setattr(sys, "stdin", Typed(b'{"tasks": [1]}'))
@@ -131,5 +131,5 @@ def test_a_handoff_that_is_none_is_refused(tmp_path: Path, text: str | None, why
     if text is not None:
         file.write_text(text)
     with pytest.raises(SessionRequestError, match=why) as refused:
-        values.resolve_arguments(SESSION_COMMANDS["hand_over"], {"data": str(file)})
+        values.resolve_arguments(SESSION_COMMANDS["submit_handoff"], {"data": str(file)})
     assert refused.value.remedy

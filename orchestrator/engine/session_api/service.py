@@ -190,7 +190,7 @@ class SessionService:
             "share_get": self._share_get,
             "share_wait": self._share_wait,
             "share_list": self._share_list,
-            "hand_over": self._hand_over,
+            "submit_handoff": self._submit_handoff,
             "check_edit": self._check_edit,
         }
 
@@ -436,8 +436,8 @@ class SessionService:
         asked = _parse_arguments(_ShareListArguments, "share_list", arguments)
         return {"shared": [one.to_json() for one in await self._shared(session).list(asked.prefix)]}
 
-    async def _hand_over(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        given = _parse_arguments(_HandoffArguments, "hand_over", arguments).data
+    async def _submit_handoff(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        given = _parse_arguments(_HandoffArguments, "submit_handoff", arguments).data
         sitting = self._active[session]
         if sitting.takes is None:
             raise RefusedError("this session has nothing to hand over", "what it is to do ends with its changes")
