@@ -40,7 +40,7 @@ class Accounting:
         """Return what is recorded of an attempt for what it said; `attempts` are those of its task, as for `own`."""
         own = self.net_usage(said, attempts)
         return {
-            "words": own.words,
+            "words": own.last_message,
             "session": own.session,
             "input_tokens": own.input_tokens,
             "output_tokens": own.output_tokens,

@@ -88,7 +88,7 @@ class RunContext:
         kept = [(pattern, "") for pattern in config.keep_ignored]
         kept += [(pattern, name) for name, one in self.configs.items() for pattern in one.keep_ignored]
         furnish = equipment.set_up if config.setup else None
-        strip = equipment.strip if config.setup or config.teardown else None
+        strip = equipment.tear_down if config.setup or config.teardown else None
         care = SlotOptions(
             config.sparse, KeepRules(tuple(kept)), furnish, strip, equipment.keys if config.setup else None
         )

@@ -352,7 +352,7 @@ async def test_a_sandbox_that_is_killed_during_its_start_is_no_error_of_the_mach
     ended = await run_supervised(house.command(["sh", "-c", "sh -c 'kill -KILL $$'; exit $?"], wrapped=True))
     assert (ended.spawn_error, ended.signal, ended.exit) == (None, signal.SIGKILL, None)
     unsaid = await run_supervised(house.command(["sh", "-c", "exit 1"], wrapped=True))
-    assert unsaid.spawn_error == "the sandbox could not be made: it did not say why"
+    assert unsaid.spawn_error == "the sandbox could not be created: no error message"
 
 
 @pytest.mark.parametrize("interrupt", [False, True])

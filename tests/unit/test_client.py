@@ -131,10 +131,10 @@ async def test_each_result_is_told_in_words() -> None:
     assert told["peers"] == "t.1 (fake, this session): working\n"
     assert told["notes"] == "n1 (task t, topic tests):\n  one\n  two\n"
     assert "models, session 1: working\n1 commits, 2 files, +3 -4\n\nplan:\na plan\n" in told["ask"]
-    assert told["share_put"] == "shared as version 1 of k\n"
+    assert told["share_put"] == "shared k: version 1\n"
     assert told["share_get"] == told["share_wait"] == '[\n  1,\n  "é"\n]\n'
-    assert told["share_list"] == "k: version 1, 2 bytes, by hand\n"
-    assert told["submit_handoff"] == "handed over: 2 bytes\n"
+    assert told["share_list"] == "k: version 1, 2 bytes, by a person\n"
+    assert told["submit_handoff"] == "handoff accepted: 2 bytes\n"
     assert all(told.values())
 
 

@@ -179,7 +179,9 @@ class LiveRun:
         match event.type:
             case "run.leader_elected":
                 self._capacity, self.is_over = self.run.capacity, False
-            case "run.capacity_limited" if not self._groups[ACTIVITY_LABELS[TaskStatus.RUNNING]]:  # else it is for a moment only
+            case "run.capacity_limited" if not self._groups[
+                ACTIVITY_LABELS[TaskStatus.RUNNING]
+            ]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
             case "run.finished" | "run.interrupted" | "run.halted":
                 self.is_over = True
@@ -334,7 +336,7 @@ class LiveRun:
         if document.landed is not None:
             return f"{document.landed[:10]} on {self.run.target}"
         if document.status is TaskStatus.RUNNING:
-            return self._said.get(task, EMPTY_TRANSCRIPT).words or ""
+            return self._said.get(task, EMPTY_TRANSCRIPT).last_message or ""
         if document.status is TaskStatus.WAITING:
             return f"`council approve {task}`, or `council reject {task} --note TEXT`: {document.attempt.words or ''}"
         if document.attempts:

@@ -337,6 +337,6 @@ def _describe_failure(
     if failed.unrunnable is not None:
         return describe_unrunnable([failed], correction, base.merge)
     kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
-    headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): it {failed.ended}"
+    headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): it {failed.how_it_ended}"
     remedy = f"fix {run.base}{base.merge}{allowed}, then `council resume {run.id}`", f"or {correction}"
     return str(HaltReason(headline, tuple(failed.output_tail.splitlines()), str(failed.log), remedy))
