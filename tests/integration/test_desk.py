@@ -30,7 +30,7 @@ async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repositor
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "lock", paths=["a.py"])
-        assert "has locked a.py already" in await team.refused(session, "lock", paths=["a.py", "b.py"])
+        assert "has already locked a.py" in await team.refused(session, "lock", paths=["a.py", "b.py"])
         assert await team.owned() == {"auth.1": ("a.py",)}
         assert [one.path for one in team.files.held(session)] == ["a.py"]
         assert await team.ask(session, "unlock", paths=["a.py"]) == {"unlocked": ["a.py"]}

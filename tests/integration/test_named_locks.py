@@ -81,7 +81,7 @@ async def test_readers_share_and_a_writer_is_alone(locks: NamedLocks, tmp_path: 
     assert [one.owner for one in await locks.held()] == ["eve"]
     with pytest.raises(LockUnavailable):
         await locks.acquire("deploy", mode="read", owner="bob", timeout=0)
-    with pytest.raises(RefusedError, match="eve holds deploy already"):
+    with pytest.raises(RefusedError, match="eve already holds deploy"):
         await locks.acquire("deploy", mode="read", owner="eve")
     assert await locks.release(written)
 

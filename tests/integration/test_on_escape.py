@@ -150,7 +150,9 @@ async def test_what_another_session_has_locked_waits_to_land(repository: Reposit
     assert (repository.top / "README.md").read_text().endswith("more\n")
     freed.touch()
     running.communicate(timeout=60)
-    assert {task: one["status"] for task, one in found().items()} == dict.fromkeys(["holder", "other", "free"], "landed")
+    assert {task: one["status"] for task, one in found().items()} == dict.fromkeys(
+        ["holder", "other", "free"], "landed"
+    )
     assert (repository.top / "README.md").read_text() == 9 * "more\n" + "x\n"
     await repository.assert_invariants()
 
@@ -204,7 +206,7 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
         key = claim_key(session)
         await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
         registry = OwnershipRegistry(store, SystemClock(), ownership_scope(site.location, "main"))
-        assert await registry.take(session, [pattern], orchestrator="o", claim=Guard(key, 1)) is None
+        assert await registry.acquire(session, [pattern], orchestrator="o", claim=Guard(key, 1)) is None
     task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
     ended = run(repository, task)
     expected = "failed" if pattern == "*.md" else "landed"

@@ -262,7 +262,7 @@ async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path) -
     path.write_bytes(b'\xff{"pid": []')
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(LockHeld, match="has not signed it"):
+        with pytest.raises(LockHeld, match="an unknown process"):
             async with FileLock(path).hold(timeout=0):
                 pass
 

@@ -96,7 +96,7 @@ async def test_settings_that_are_no_file_are_refused(tmp_path: Path, user: Path)
         )
     (user / ".tool/settings").unlink()
     (user / ".tool/settings").write_text('{"a":' * 100_000)
-    with pytest.raises(RefusedError, match="not JSON"):
+    with pytest.raises(RefusedError, match="not valid JSON"):
         await set_up(
             tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
         )

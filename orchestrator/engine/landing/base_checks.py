@@ -137,7 +137,7 @@ class BaseChecks:
         """Return whether the process that signed a lock is an active one of this run."""
         others = self.ledger.orchestrators
         found = [one for one in (await others.all()).values() if holder is not None and one.owner.pid == holder.pid]
-        return any([await others.standing(one) is OwnerStatus.ALIVE for one in found])
+        return any([await others.assess(one) is OwnerStatus.ALIVE for one in found])
 
     async def _group_pending_tasks(self) -> _CheckGroups:
         """Return the pending tasks by whether their checks may fail, whether they bring the base along, and checks."""

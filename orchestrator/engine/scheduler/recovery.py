@@ -148,7 +148,7 @@ async def has_active_peers(ledger: Ledger) -> bool:
     """Whether another orchestrator is at work in the run."""
     others = ledger.orchestrators
     found = [one for one in (await others.all()).values() if one.owner.id != others.me.id]
-    return any([await others.standing(one) in {OwnerStatus.ALIVE, OwnerStatus.STALE} for one in found])
+    return any([await others.assess(one) in {OwnerStatus.ALIVE, OwnerStatus.STALE} for one in found])
 
 
 async def _requeue_task(ledger: Ledger, clock: Clock, task: str, landed: str | None) -> None:

@@ -319,12 +319,18 @@ class SessionService:
         # Only tried first where it looks free: who is refused is on record, and who waits is so by another record.
         still = held if isinstance(held, OwnershipConflict) else None
         if still is None:
-            still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, is_lock=True)
+            still = await self._registry.acquire(session, patterns, orchestrator=who, claim=claim, is_lock=True)
         left = until - self._clock.monotonic()
         if still is not None and left > 0:
             async with self._contexts.waiting(session, f"{still.wanted}, which {still.holder.task} has"):
-                still = await self._registry.take(
-                    session, patterns, orchestrator=who, claim=claim, is_lock=True, wait=left, also=self._files.waits
+                still = await self._registry.acquire(
+                    session,
+                    patterns,
+                    orchestrator=who,
+                    claim=claim,
+                    is_lock=True,
+                    wait=left,
+                    also=self._files.list_waits,
                 )
         if still is not None:
             what = f"{still.describe()} since {format_local_time(still.since)}"
@@ -358,7 +364,7 @@ class SessionService:
             del sitting.taken[pattern]
         if given and sitting.claim is not None:
             with suppress(LeaseLost):  # nothing of it counts any more
-                await self._registry.give_back(session, given, sitting.claim)
+                await self._registry.release_patterns(session, given, sitting.claim)
 
     async def _report(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _parse_arguments(_ReportArguments, "report", arguments)

@@ -342,17 +342,17 @@ class Ledger:
                 guards.append(guard)
                 if (status := step.after.status) not in CLAIMED_STATUSES:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
-                    ending = self.claims.ending(
+                    ending = self.claims.release_write(
                         task,
                         CLAIM_RELEASES[status],
                         step.after.reason,
                         counts=counts,
-                        afresh=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
+                        reset_retries=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
                     )
                     writes.append(ending)
         if trigger is Trigger.REVIVE and self.claims is not None:
             for task in updates:
-                writes += await self.claims.afresh(task)
+                writes += await self.claims.reset_retries(task)
         events = [event for step in steps.values() for event in step.events]
         with self._changing(updates):
             try:
@@ -565,7 +565,7 @@ class Ledger:
             self._tasks[task], self._versions[task] = after, version
             self._planners |= dict.fromkeys(after.expanded, task)
         if self.claims is not None and after.status not in CLAIMED_STATUSES:
-            self.claims.released(task)
+            self.claims.mark_released(task)
 
     def _step(self, task: str, trigger: Trigger, update: TaskUpdate) -> Transition:
         key = task_key(self.run.id, task)
@@ -580,7 +580,7 @@ class Ledger:
         for task in tasks:
             guard, claim = self.claims.guard(task), await self.claims.read(task)
             if claim is not None and (guard is None or claim.epoch != guard.epoch):
-                self.claims.lost(task)
+                self.claims.mark_lost(task)
                 raise ClaimLost(task, 0 if guard is None else guard.epoch, claim.epoch, claim.owner.id)
 
     async def note(self, event: str, details: JsonObject) -> None:
@@ -682,7 +682,7 @@ class Ledger:
             before = self._unreported.pop(name, self._tasks[name])
             if version > self._versions[name]:
                 if self.claims is not None:
-                    self.claims.released(name)
+                    self.claims.mark_released(name)
                 self._apply_document(name, version, TaskDocument.model_validate(value))
             elif self.claims is not None and name in self.claims:
                 return  # it was looked at when it was taken over, and whoever did that knows

@@ -73,8 +73,8 @@ class SandboxPolicy:
 
     `writable` paths can be read and written, `readable` ones only read, even inside a hidden path; `hidden` ones do not
     exist for the session. If a path is in several lists, the first list applies. Missing paths are ignored. `scratch`
-    is a folder of the session, created if needed: its /tmp (bubblewrap) and its TMPDIR. Without `network` the session has
-    only a private loopback (bubblewrap) or no internet socket (Landlock), except for the `proxy_endpoint`. With
+    is a folder of the session, created if needed: its /tmp (bubblewrap) and its TMPDIR. Without `network` the session
+    has only a private loopback (bubblewrap) or no internet socket (Landlock), except for the `proxy_endpoint`. With
     `nesting` it may create user namespaces, and so nested sandboxes.
     """
 
