@@ -124,9 +124,9 @@ class OwnershipRegistry:
         """Make a session own more patterns, all or none; return the conflict, or None on success.
 
         Waits up to `wait` seconds for the owners; the wait is recorded for all to see. Raises LeaseLost if the claim is
-        no longer the session's, RefusedError for an invalid pattern or too many, and LockUnavailable at once if sessions
-        wait for each other in a cycle and this one began to wait last. `also` returns waits of sessions for resources
-        other than paths of this scope. A cancelled wait acquires nothing.
+        no longer the session's, RefusedError for an invalid pattern or too many, and LockUnavailable at once if
+        sessions wait for each other in a cycle and this one began to wait last. `also` returns waits of sessions for
+        resources other than paths of this scope. A cancelled wait acquires nothing.
         """
         own = await self._own(session)
         check_ownership_limit(() if own is None else own[1].patterns, patterns)

@@ -248,8 +248,8 @@ class _Queue:
 class _Waiter:
     """A thread that is blocked in `flock`, which can't be interrupted.
 
-    A cancelled task leaves it running. The next task of the queue adopts it, so there is never a second one; if there is
-    none, the lock is released as soon as it is acquired. It is a daemon thread, so that the process can exit while
+    A cancelled task leaves it running. The next task of the queue adopts it, so there is never a second one; if there
+    is none, the lock is released as soon as it is acquired. It is a daemon thread, so that the process can exit while
     another holds the lock.
     """
 

@@ -109,7 +109,7 @@ class RegistryContract(ABC):
             assert await owners.registry.release_patterns(ADA, ["a"], owners.claims[ADA]) == []
             assert await owners.take(BOB, "a") is None
             assert await owners.owned() == {"ada": ("b", "c"), "bob": ("a",)}
-            assert await owners.events("ownership.released") == ["ownership.given_back ada"]
+            assert await owners.events("ownership.released") == ["ownership.released ada"]
 
     async def test_sessions_that_wait_for_each_other_are_told_at_once(self) -> None:
         """The one that began to wait last is refused with the circle, keeps what it has, and the other goes on."""

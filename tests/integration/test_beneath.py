@@ -144,7 +144,7 @@ def test_only_plain_relative_paths_are_taken(tmp_path: Path) -> None:
     (tmp_path / "top").mkdir()
     (tmp_path / "file").write_text(CANARY)
     for path in ("../file", "/etc/passwd", "a/../../file", "", "./file", "a//b"):
-        with pytest.raises(OSError, match="no plain relative path"):
+        with pytest.raises(OSError, match="not a plain relative path"):
             untrusted_files.read_file(tmp_path / "top", path, 100)
 
 

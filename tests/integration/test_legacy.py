@@ -264,7 +264,8 @@ async def test_damaged_parts_of_a_tree_are_recovered(repository: Repository) -> 
         "tree-1": {"a": "landed", "b": "landed"}
     }
     told = {
-        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"] for one in await events(repository, "legacy.file_skipped")
+        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"]
+        for one in await events(repository, "legacy.file_skipped")
     }
     assert told.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
     assert "version 9 of its history" in told["tasks/task-b/state.json"]
@@ -324,7 +325,7 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
     assert sorted(told) == [
         (LEGACY_FILE, "a link leads out of the project", None),
         (f"{LEGACY_TREE}/sessions/more.json", "a link leads out of the project", None),
-        (f"{LEGACY_TREE}/sessions/pipe.json", "it is no regular file", None),
+        (f"{LEGACY_TREE}/sessions/pipe.json", "not a regular file", None),
         (f"{LEGACY_TREE}/tasks/task-c/state.json", "a link leads out of the project", None),
     ]
 

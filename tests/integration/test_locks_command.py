@@ -147,7 +147,7 @@ async def test_a_broken_file_lock_is_given_back_by_its_process(repository: Repos
         assert [one.path for one in files.held()] == ["b"]
         refused = broken(repository, "file/a")
         assert refused.code == 2
-        assert "free already" in str(refused.result)
+        assert "released automatically" in str(refused.result)
 
 
 async def test_who_held_a_broken_merge_permit_is_refused(repository: Repository) -> None:
