@@ -109,15 +109,15 @@ async def _together(place: Path, times: int) -> Cost:
             other = SessionName("run", f"other-{one}", 1)
             key = claim_key(other)
             await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
-            await registry.take(other, [f"lib/{one}/**", f"docs/{one}.md"], orchestrator="o", claim=Guard(key, 1))
+            await registry.acquire(other, [f"lib/{one}/**", f"docs/{one}.md"], orchestrator="o", claim=Guard(key, 1))
         claim = Guard(claim_key(_ME), 1)
         await store.commit(Commit([Write(claim.key, 0, {"epoch": 1, "released": None})]))
         with measure_cost() as cost:
             for _ in range(times):
-                assert await registry.take(_ME, [_PATH], orchestrator="o", claim=claim) is None
+                assert await registry.acquire(_ME, [_PATH], orchestrator="o", claim=claim) is None
                 await files.acquire(_ME, [_PATH])
                 await files.release(_ME, [_PATH])
-                await registry.give_back(_ME, [_PATH], claim)
+                await registry.release_patterns(_ME, [_PATH], claim)
         return cost()
 
 

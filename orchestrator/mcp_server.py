@@ -1,7 +1,7 @@
-"""The commands of a session as tools, by the Model Context Protocol (https://modelcontextprotocol.io).
+"""MCP server that offers the session commands as tools (https://modelcontextprotocol.io).
 
-A face like the command line: what it is asked goes through the session's mailbox, and it may no more than that session.
-The official SDK is imported when it is needed, for it takes long and is an extra.
+Requests go through the session socket, so the server has the same permissions as the session. The official SDK is
+imported when needed: it is slow to import and an optional dependency.
 """
 
 from __future__ import annotations
@@ -35,24 +35,23 @@ if TYPE_CHECKING:
 
     from orchestrator.protocols import JsonObject
 
-_INSTALL = "`pip install 'cli-council[mcp]'` into the environment of `council`"
+_INSTALL = "run `pip install 'cli-council[mcp]'` in the environment of `council`"
 _INSTRUCTIONS = (
-    "Other agents work on the same repository at the same time, each in a worktree of its own. Lock the files that you "
-    "are about to change, tell by report what you are at, share what they wait for, and leave notes that later "
-    "sessions should know."
+    "Other agents work on the same repository at the same time, each in its own worktree. Lock files before you change "
+    "them, report your status, share the values that other sessions wait for, and leave notes for later sessions."
 )
 
 
 async def serve() -> None:
-    """Serve on standard input and output until that ends.
+    """Serve on standard input and output until the client closes them.
 
-    Raises RefusedError where this process is in no session, or where the SDK is not installed.
+    Raises RefusedError if this process is not part of a session or the SDK is not installed.
     """
     try:
         from mcp.server.lowlevel import Server
         from mcp.server.stdio import stdio_server
     except ImportError:
-        raise RefusedError("the SDK of the Model Context Protocol is not installed", _INSTALL) from None
+        raise RefusedError("the MCP SDK is not installed", _INSTALL) from None
     try:
         session = find_session(os.environ, str(Path.cwd()))
     except SessionRequestError as error:
@@ -69,45 +68,46 @@ async def serve() -> None:
 async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
     from mcp_types import ListToolsResult, Tool, ToolAnnotations
 
-    # No tool changes a file or removes anything of a user; a CLI that only reads then allows them without asking.
+    # No tool changes files or user data. With this hint, CLIs in read-only mode allow the tools without asking.
     annotations = ToolAnnotations(
         read_only_hint=True, destructive_hint=False, idempotent_hint=False, open_world_hint=False
     )
     return ListToolsResult(
         tools=[
             Tool(
-                name=one.name,
-                description=f"{one.help} {one.more}",
-                input_schema=input_schema(one),
+                name=command.name,
+                description=f"{command.help} {command.more}",
+                input_schema=input_schema(command),
                 annotations=annotations,
             )
-            for one in SESSION_COMMANDS.values()
+            for command in SESSION_COMMANDS.values()
         ]
     )
 
 
-def _call_tool(session: SessionConnection, name: str, given: JsonObject) -> CallToolResult:
+def _call_tool(session: SessionConnection, name: str, arguments: JsonObject) -> CallToolResult:
     from mcp_types import CallToolResult, TextContent
 
-    def said(text: str, *, is_error: bool = False, result: JsonObject | None = None) -> CallToolResult:
+    def result_of(text: str, *, is_error: bool = False, result: JsonObject | None = None) -> CallToolResult:
         return CallToolResult(content=[TextContent(text=text)], structured_content=result, is_error=is_error)
 
     command = SESSION_COMMANDS.get(name)
     if command is None:
-        return said(f"there is no tool {name[:40]!r}: there are {', '.join(SESSION_COMMANDS)}", is_error=True)
+        known = ", ".join(SESSION_COMMANDS)
+        return result_of(f"unknown tool {name[:40]!r} (tools: {known})", is_error=True)
     try:
-        result = dict(client.ask_session(session, ParsedCommand(command, given, as_json=True), session.tree))
+        result = dict(client.ask_session(session, ParsedCommand(command, arguments, as_json=True), session.tree))
     except SessionRequestError as error:
-        return said(str(error), is_error=True)
-    return said(json.dumps(result), result=result)
+        return result_of(str(error), is_error=True)
+    return result_of(json.dumps(result), result=result)
 
 
 def input_schema(command: SessionCommand) -> JsonObject:
-    """Return the JSON Schema of what a command takes; paths are from the worktree's top."""
+    """Return the JSON Schema of a command's arguments; paths are relative to the worktree."""
     return {
         "type": "object",
-        "properties": {one.name: _schema(one) for one in command.arguments},
-        "required": [one.name for one in command.arguments if one.is_needed],
+        "properties": {argument.name: _schema(argument) for argument in command.arguments},
+        "required": [argument.name for argument in command.arguments if argument.is_needed],
         "additionalProperties": False,
     }
 

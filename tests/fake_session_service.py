@@ -1,4 +1,4 @@
-"""A desk for tests of mailboxes: it answers from memory, and does as the paths that it is asked about say."""
+"""Fake session service for tests of the session socket: answers from memory, steered by the requested paths."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from orchestrator.protocols import JsonObject
 
 @dataclass
 class FakeSessionService:
-    """Files have one owner; `foreign` belong to somebody who never gives them back.
+    """Files have one owner; those in `foreign_owners` are never released.
 
-    Locking `fault` makes it fail, `never` takes until who asked has gone.
+    Locking `fault` raises an error; locking `never` waits until the client disconnects.
     """
 
     foreign_owners: dict[str, str] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class FakeSessionService:
     shared: dict[str, Any] = field(default_factory=dict)
     handed_over: list[JsonObject] = field(default_factory=list)
     left: int = 0
-    """How many did not wait for their answer."""
+    """How many clients disconnected before their answer."""
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
-        """Answer as the wire has it."""
+        """Answer a request in the form of the protocol."""
         self.asked.append((session, command, arguments))
         match command:
             case "lock":
@@ -59,7 +59,7 @@ class FakeSessionService:
                 return {"task": arguments["task"], "attempt": 1, "status": "working", **told}
             case "share_put" | "share_get" | "share_wait" | "share_list":
                 return self._share(command, arguments)
-            case "hand_over":
+            case "submit_handoff":
                 self.handed_over.append(arguments["data"])
                 return {"size": 2}
             case "check_edit":

@@ -88,7 +88,7 @@ class SessionTeam:
         checkout = await self.pool.acquire(self.base, worktree.root)
         self.checkouts[session] = await worktrees.create_worktree(worktree, checkout, "prompt"), checkout
         await self.claim(session)
-        assert await self.registry.take(session, owns, orchestrator=self.name, claim=self.claims[session]) is None
+        assert await self.registry.acquire(session, owns, orchestrator=self.name, claim=self.claims[session]) is None
         await self.session_service.enter(session, "fixer", self.workplace(session))
         return session
 

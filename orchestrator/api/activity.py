@@ -143,7 +143,7 @@ class _TranscriptReader:
     def _take(self, event: SessionEvent) -> None:
         match event:
             case ToolCall(name, detail):
-                self.transcript = replace(self.transcript.after(event), words=f"{name} {detail}".strip())
+                self.transcript = replace(self.transcript.after(event), last_message=f"{name} {detail}".strip())
             case _:
                 self.transcript = self.transcript.after(event)
 

@@ -396,7 +396,7 @@ class _SessionLog:
 
     def pause(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
         """Yield what was held back: there is no new output for now."""
-        yield from self._made(self._entries.pause())
+        yield from self._made(self._entries.flush())
         if document.attempts[self._attempt.number - 1].ended is not None:
             yield from self._ended(document)
 

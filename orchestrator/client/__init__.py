@@ -1,5 +1,5 @@
-"""What a program in a session asks its orchestrator by: the standard library alone, and little of it.
+"""Client of the session API: the commands that programs in a session use to reach their orchestrator.
 
-An agent types these commands all day, and a hook runs one before each edit. So none of this imports what takes long:
-no `typing`, `dataclasses`, `pathlib`, `argparse` or `socket`. `orchestrator.__main__` comes here before anything else.
+Agents run these commands often, and a hook runs one before each edit. To start fast, this package uses little of the
+standard library: no `typing`, `dataclasses`, `pathlib`, `argparse` or `socket`. `orchestrator.__main__` tries it first.
 """

@@ -1,4 +1,4 @@
-"""What a session can ask for: one table, of which commands, tools, help and the check of what comes in are made."""
+"""Session commands: the one table behind the command line, the MCP tools, their help and request validation."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ PATHS = "paths"
 SECONDS = "seconds"
 #: A document's version.
 VERSION = "version"
-#: Any value of JSON; on a command line other text stands for itself, and `-` for what is on standard input.
+#: Any JSON value. On a command line, text that is not JSON is taken as a string, and `-` reads standard input.
 VALUE = "value"
-#: An object of JSON; on a command line the name of a file that holds it, or else standard input.
+#: A JSON object. On a command line, the name of a file that contains it; standard input by default.
 OBJECT = "object"
 STANDARD_INPUT = "-"
 
-#: The name of our own server of the Model Context Protocol among those of a session.
+#: The name of our own MCP server among those of a session.
 MCP_SERVER_NAME = "council"
 
-#: Bytes of a request, at most; characters of a text or of a path; how many paths.
 MAX_REQUEST_BYTES = (1 << 20) + (1 << 17)
 MAX_TEXT_CHARS = 16_000
 MAX_PATH_CHARS = 4096
 MAX_PATHS = 1000
 MAX_WAIT_SECONDS = 600
-#: What JSON numbers are exact up to.
+#: The largest integer that every JSON parser reads exactly.
 MAX_VERSION = (1 << 53) - 1
-#: Bytes of what a session hands over, and of a value that it shares, as JSON in UTF-8.
+#: Bytes of a handoff and of a shared value, as JSON in UTF-8.
 MAX_HANDOFF_BYTES = 1 << 20
 MAX_SHARED_BYTES = 1 << 18
 
 
 class Argument:
-    """One fact that a command takes: a word of the command line where `is_word`, else an option."""
+    """One argument of a command: positional on the command line if `is_word`, else an option."""
 
     __slots__ = ("choices", "help", "is_needed", "is_word", "kind", "metavar", "name", "option")
 
@@ -58,9 +57,9 @@ class Argument:
 
 
 class SessionCommand:
-    """A command: its name on the wire, the words by which it is typed, what it takes, and how it is explained.
+    """A command: its protocol name, the words that invoke it, its arguments and its help.
 
-    One that `is_for_all` can be typed outside of sessions, too.
+    A command that `is_for_all` is also available outside sessions.
     """
 
     __slots__ = ("arguments", "examples", "help", "is_for_all", "more", "name", "typed")
@@ -81,42 +80,42 @@ class SessionCommand:
         self.is_for_all = is_for_all
 
 
-_PATHS_HELP = "Files, or folders with all in them, from the current folder."
-_KEY = Argument("key", TEXT, "Its name, such as `api/port`.", is_word=True, is_needed=True)
+_PATHS_HELP = "Files, or folders with everything in them, relative to the current folder."
+_KEY = Argument("key", TEXT, "The name of the value, such as `api/port`.", is_word=True, is_needed=True)
 
-#: What an agent can ask for, by name; all of these are commands of `council` and tools of its MCP server.
+#: The session commands by name. Each is a command of `council` and a tool of its MCP server.
 SESSION_COMMANDS = {
-    one.name: one
-    for one in (
+    command.name: command
+    for command in (
         SessionCommand(
             "lock",
-            "Take files for this session alone, all of them or none.",
-            "Who takes files that another session has is told whose they are and since when.",
+            "Lock files for this session, all of them or none.",
+            "If another session owns a file, shows the owner and since when.",
             Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
             Argument(
                 "wait",
                 SECONDS,
-                "Seconds to wait for files that others have; by default 5, or the run's.",
+                "Seconds to wait for files that other sessions own. Default: the setting of the run, or 5.",
                 metavar="SECONDS",
             ),
             examples=("council lock src/models.py", "council lock src/api docs/api.md --wait 60"),
         ),
         SessionCommand(
             "unlock",
-            "Give files back that this session took.",
-            "At the end of a session all that it took is given back.",
+            "Release files that this session locked.",
+            "The end of a session releases all of its locks.",
             Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
             examples=("council unlock src/models.py",),
         ),
         SessionCommand(
             "report",
-            "Tell the other sessions what this one is at.",
-            "What is not given stays as it was told last.",
-            Argument("status", TEXT, "How it stands.", choices=("working", "blocked", "waiting", "done")),
-            Argument("file", PATH, "The file that it works at."),
-            Argument("message", TEXT, "A sentence for the others."),
-            Argument("progress", TEXT, "How far it is, such as `50%`."),
-            Argument("blocked_on", TEXT, "What it waits for, such as a task or a file."),
+            "Report the status of this session to the other sessions.",
+            "Omitted options keep their last reported value.",
+            Argument("status", TEXT, "The status.", choices=("working", "blocked", "waiting", "done")),
+            Argument("file", PATH, "The file that the session is editing."),
+            Argument("message", TEXT, "A sentence for the other sessions."),
+            Argument("progress", TEXT, "The progress, such as `50%`."),
+            Argument("blocked_on", TEXT, "What blocks the session, such as a task or a file."),
             examples=(
                 "council report --status working --file src/models.py --progress 50%",
                 "council report --status blocked --blocked-on models --message 'waits for the User model'",
@@ -124,56 +123,56 @@ SESSION_COMMANDS = {
         ),
         SessionCommand(
             "peers",
-            "List the sessions that are at work now, and what they are at.",
-            "This one is among them, marked.",
+            "List the active sessions and what each is doing.",
+            "The list includes this session, marked.",
             examples=("council peers", "council peers --json"),
         ),
         SessionCommand(
             "note",
             "Leave a note for later sessions.",
-            "They find it by its task, its topic or its paths.",
-            Argument("text", TEXT, "What to remember.", is_word=True, is_needed=True),
-            Argument("topic", TEXT, "What it is about, in a word."),
-            Argument("paths", PATHS, "A file or a pattern that it is about.", option="--path", metavar="PATH"),
+            "Sessions find notes by task, topic or path.",
+            Argument("text", TEXT, "The text of the note.", is_word=True, is_needed=True),
+            Argument("topic", TEXT, "The topic, one word."),
+            Argument("paths", PATHS, "A file or pattern that the note is about.", option="--path", metavar="PATH"),
             examples=("council note 'The tests need the database of port 5433.' --topic tests",),
         ),
         SessionCommand(
             "notes",
             "Show the notes that sessions left.",
-            "Without an option all of them, whichever task left them; of many the newest.",
-            Argument("task", TEXT, "Only those of this task."),
-            Argument("topic", TEXT, "Only those about this topic."),
-            Argument("paths", PATHS, "Only those about this file or pattern.", option="--path", metavar="PATH"),
+            "Without options shows the notes of all tasks; if there are many, the newest.",
+            Argument("task", TEXT, "Only notes of this task."),
+            Argument("topic", TEXT, "Only notes about this topic."),
+            Argument("paths", PATHS, "Only notes about this file or pattern.", option="--path", metavar="PATH"),
             examples=("council notes --topic tests", "council notes --path src/models.py --json"),
         ),
         SessionCommand(
             "ask",
-            "Show how another task stands: its plan, its changes so far, what its program says.",
-            "It is not disturbed by that.",
+            "Show the state of another task: its plan, its changes so far, its recent output.",
+            "The session of the task is not interrupted.",
             Argument("task", TEXT, "The id of the task.", is_word=True, is_needed=True),
             examples=("council ask models", "council ask models --json"),
         ),
         SessionCommand(
             "share_put",
             "Share a value with the other sessions of the run.",
-            "It replaces what is there under its key, and whoever waits for that is told.",
+            "Replaces the current value of the key and wakes its waiters.",
             _KEY,
             Argument(
                 "value",
                 VALUE,
-                "What to share: JSON of at most 256 KiB, or text.",
+                "The value: JSON of at most 256 KiB, or text.",
                 is_word=True,
                 is_needed=True,
             ),
-            Argument("if_version", VERSION, "Only if it is at this version now; 0: only if there is none."),
+            Argument("if_version", VERSION, "Only if the key has this version; 0: only if it has no value."),
             examples=("council share put api/port 8080", "council share put api/routes '[\"/login\"]' --if-version 3"),
             typed="share put",
             is_for_all=True,
         ),
         SessionCommand(
             "share_get",
-            "Show a value that sessions share.",
-            "With its version, and who put it there.",
+            "Show a shared value.",
+            "With --json also its version and its writer.",
             _KEY,
             examples=("council share get api/port", "council share get schema --json"),
             typed="share get",
@@ -181,28 +180,28 @@ SESSION_COMMANDS = {
         ),
         SessionCommand(
             "share_wait",
-            "Wait for a value that another session is to share.",
-            "What is there already is had at once, unless a later version is asked for.",
+            "Wait until another session shares a value.",
+            "Returns an existing value at once, unless --after asks for a later version.",
             _KEY,
-            Argument("after", VERSION, "Wait for a later version than this one."),
-            Argument("timeout", SECONDS, "Seconds to wait; by default 30.", metavar="SECONDS"),
+            Argument("after", VERSION, "Wait for a version later than this one."),
+            Argument("timeout", SECONDS, "Seconds to wait. Default: 30.", metavar="SECONDS"),
             examples=("council share wait api/port", "council share wait schema --after 3 --timeout 300"),
             typed="share wait",
             is_for_all=True,
         ),
         SessionCommand(
             "share_list",
-            "List what the sessions of the run share.",
-            "Keys with their versions and sizes, without the values.",
-            Argument("prefix", TEXT, "Only keys that begin with this."),
+            "List the shared values of the run.",
+            "Shows keys with their versions and sizes, without the values.",
+            Argument("prefix", TEXT, "Only keys that begin with this text."),
             examples=("council share list", "council share list --prefix api/"),
             typed="share list",
             is_for_all=True,
         ),
         SessionCommand(
-            "hand_over",
-            "Hand over what this session's phase is to produce.",
-            "Who hands over what is not right is told why, and can mend it; of several the last counts.",
+            "submit_handoff",
+            "Submit the handoff of this session's phase.",
+            "An invalid handoff is rejected with its errors, so that it can be fixed. Of several, the last counts.",
             Argument(
                 "data",
                 OBJECT,
@@ -211,19 +210,19 @@ SESSION_COMMANDS = {
                 is_needed=True,
                 metavar="FILE",
             ),
-            examples=("council hand-over plan.json", "council hand-over - --json"),
-            typed="hand-over",
+            examples=("council submit-handoff plan.json", "council submit-handoff - --json"),
+            typed="submit-handoff",
         ),
     )
 }
 
-#: The same by the words by which they are typed.
-COMMANDS_BY_WORDS = {one.typed: one for one in SESSION_COMMANDS.values()}
+#: The session commands by the words that invoke them.
+COMMANDS_BY_WORDS = {command.typed: command for command in SESSION_COMMANDS.values()}
 
-#: What a hook asks before an edit; no command of its own.
+#: The request of the pre-edit hook; not a command.
 CHECK_EDIT = SessionCommand(
     "check_edit",
-    "Whether this session may edit a file.",
+    "Check whether this session may edit a file.",
     "",
     Argument("path", PATH, "The file.", is_word=True, is_needed=True),
 )

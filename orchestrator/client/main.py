@@ -1,6 +1,6 @@
-"""The commands that a program in a session types, from its words to the exit code.
+"""Entry point of the session commands, from the command line to the exit code.
 
-0 done · 1 refused, for example because another session has the file · 2 bad input, or no session to ask
+Exit codes: 0 success; 1 rejected, for example because another session owns the file; 2 bad input or no active session.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ EXIT_BAD_INPUT = 2
 
 
 def run(words: Sequence[str]) -> int | None:
-    """Do what the words after `council` ask for, and return the exit code; None where they are for somebody else."""
+    """Run the session command in the words after `council`; return its exit code, or None for other commands."""
     if words[:2] == ["hook", "pre-edit"] and len(words) == 2:
         from orchestrator.client import hook
 
         return hook.run(sys.stdin.buffer, sys.stdout)
     typed = parse_words(words)
-    # What others can ask for, too, is theirs where there is no session.
+    # Outside a session, the full command line handles the commands that are for all.
     return None if typed is None or (typed.command.is_for_all and not is_in_session()) else run_session_command(typed)
 
 
 def is_in_session() -> bool:
-    """Whether this process is part of a session that is at work."""
+    """Return whether this process is part of an active session."""
     try:
         find_session(os.environ, os.getcwd())
     except (SessionRequestError, FileNotFoundError):
@@ -44,7 +44,7 @@ def is_in_session() -> bool:
 
 
 def run_session_command(typed: ParsedCommand) -> int:
-    """Ask the orchestrator, print what it says, and return the exit code."""
+    """Send a command to the orchestrator, print the result, and return the exit code."""
     try:
         result = ask_current_session(typed)
     except SessionRequestError as error:
@@ -62,13 +62,13 @@ def run_session_command(typed: ParsedCommand) -> int:
 
 
 def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
-    """Ask as the session that this process is in; raises AskError."""
+    """Send a command on behalf of the session of this process. Raises SessionRequestError."""
     try:
         cwd = os.getcwd()
     except FileNotFoundError:
-        raise SessionRequestError("the current folder does not exist any more", "cd to one that does") from None
+        raise SessionRequestError("the current folder no longer exists", "cd to an existing folder") from None
     session = find_session(os.environ, cwd)
-    if any(one.kind in {VALUE, OBJECT} for one in typed.command.arguments):
+    if any(argument.kind in {VALUE, OBJECT} for argument in typed.command.arguments):
         from orchestrator.client.values import resolve_arguments
 
         typed = ParsedCommand(typed.command, resolve_arguments(typed.command, typed.arguments), as_json=typed.as_json)
@@ -76,28 +76,28 @@ def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
 
 
 def ask_session(session: SessionConnection, typed: ParsedCommand, cwd: str) -> Mapping[str, Any]:
-    """Ask as a session, with paths as they are typed in `cwd`; raises AskError."""
+    """Send a command on behalf of a session; paths are relative to `cwd`. Raises SessionRequestError."""
     arguments = dict(typed.arguments)
-    for one in typed.command.arguments:
-        value = arguments.get(one.name)
-        if one.kind == PATH and isinstance(value, str):
-            arguments[one.name] = _within(session, value, cwd)
-        elif one.kind == PATHS and isinstance(value, list):
-            arguments[one.name] = [_within(session, path, cwd) for path in value]
-    waits = next((one.name for one in typed.command.arguments if one.kind == SECONDS), None)
-    # Who does not say how long is waited for as long as the run says.
-    wait = 0.0 if waits is None else arguments.get(waits, MAX_WAIT_SECONDS)
+    for argument in typed.command.arguments:
+        value = arguments.get(argument.name)
+        if argument.kind == PATH and isinstance(value, str):
+            arguments[argument.name] = _relative_path(session, value, cwd)
+        elif argument.kind == PATHS and isinstance(value, list):
+            arguments[argument.name] = [_relative_path(session, path, cwd) for path in value]
+    wait_name = next((argument.name for argument in typed.command.arguments if argument.kind == SECONDS), None)
+    # Without an explicit wait, the run's setting applies, which is not known here.
+    wait = 0.0 if wait_name is None else arguments.get(wait_name, MAX_WAIT_SECONDS)
     return session.ask(typed.command.name, arguments, ANSWER_TIMEOUT + (wait if isinstance(wait, int | float) else 0))
 
 
-def _within(session: SessionConnection, path: Any, cwd: str) -> Any:
-    """Return a path from the worktree's top; what is none the orchestrator refuses."""
+def _relative_path(session: SessionConnection, path: Any, cwd: str) -> Any:
+    """Return a path relative to the worktree; the orchestrator rejects values that are not paths."""
     if not isinstance(path, str) or "\0" in path:
         return path
-    found = session.within(path, cwd)
-    if found is None:
-        raise SessionRequestError(f"{path} is not in this session's worktree", f"name files in {session.tree}")
-    return found
+    relative = session.relative_path(path, cwd)
+    if relative is None:
+        raise SessionRequestError(f"{path} is outside this session's worktree", f"name files in {session.tree}")
+    return relative
 
 
 def _print(value: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the orchestrator says, as a person or an agent would read it."""
+"""Plain-text output of the session commands."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def strip_control_characters(text: str) -> str:
-    """Return a text without what a terminal would obey: other sessions wrote parts of it."""
+    """Remove terminal control characters: parts of the text were written by other sessions."""
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
 
 
 def join_lines(text: str) -> str:
-    """Return a text without line breaks: nobody's words are to look like a line of ours."""
+    """Join the lines of a text, so that foreign text can't imitate a line of our output."""
     return " ".join(text.split())
 
 
 def format_result(command: str, result: Mapping[str, Any]) -> str:
-    """Return the lines that say a result."""
+    """Return the result of a command as lines of text."""
     lines = list(_LINES[command](result))
     return "".join(f"{line}\n" for line in lines)
 
@@ -31,35 +31,37 @@ def _locked(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unlocked(result: Mapping[str, Any]) -> Iterator[str]:
-    yield join_lines(f"unlocked: {', '.join(result['unlocked'])}") if result["unlocked"] else "none of that was locked"
+    yield (
+        join_lines(f"unlocked: {', '.join(result['unlocked'])}") if result["unlocked"] else "none of these were locked"
+    )
 
 
 def _reported(_result: Mapping[str, Any]) -> Iterator[str]:
-    yield "told the others"
+    yield "reported"
 
 
 def _peers(result: Mapping[str, Any]) -> Iterator[str]:
-    for one in result["peers"]:
-        facts = [one["status"], one["file"], one["progress"], one["message"]]
-        if one["blocked_on"]:
-            facts.append(f"blocked on {one['blocked_on']}")
-        if one["files"]:
-            facts.append(f"has {', '.join(one['files'])}")
-        name = f"{one['task']}.{one['attempt']} ({one['adapter']}{', this session' if one['is_me'] else ''})"
+    for peer in result["peers"]:
+        facts = [peer["status"], peer["file"], peer["progress"], peer["message"]]
+        if peer["blocked_on"]:
+            facts.append(f"blocked on {peer['blocked_on']}")
+        if peer["files"]:
+            facts.append(f"has {', '.join(peer['files'])}")
+        name = f"{peer['task']}.{peer['attempt']} ({peer['adapter']}{', this session' if peer['is_me'] else ''})"
         yield join_lines(f"{name}: {', '.join(str(fact) for fact in facts if fact not in {None, ''})}")
 
 
 def _noted(result: Mapping[str, Any]) -> Iterator[str]:
-    yield f"noted as {result['id']}"
+    yield f"saved as note {result['id']}"
 
 
 def _notes(result: Mapping[str, Any]) -> Iterator[str]:
     if not result["notes"]:
-        yield "there are no such notes"
-    for one in result["notes"]:
-        about = [f"task {one['task']}", *([f"topic {one['topic']}"] if one["topic"] else []), *one["paths"]]
-        yield join_lines(f"{one['id']} ({', '.join(about)}):")
-        yield from (f"  {line}" for line in one["text"].splitlines())
+        yield "no notes found"
+    for note in result["notes"]:
+        about = [f"task {note['task']}", *([f"topic {note['topic']}"] if note["topic"] else []), *note["paths"]]
+        yield join_lines(f"{note['id']} ({', '.join(about)}):")
+        yield from (f"  {line}" for line in note["text"].splitlines())
 
 
 def _asked(result: Mapping[str, Any]) -> Iterator[str]:
@@ -70,12 +72,12 @@ def _asked(result: Mapping[str, Any]) -> Iterator[str]:
         if result[name]:
             yield f"\n{name}:"
             yield from str(result[name]).splitlines()
-    for one in result["handoffs"]:
-        yield f"\nhandoff: {one}"
+    for handoff in result["handoffs"]:
+        yield f"\nhandoff: {handoff}"
 
 
 def _shared(result: Mapping[str, Any]) -> Iterator[str]:
-    yield f"shared as version {result['version']} of {result['key']}"
+    yield f"shared {result['key']}: version {result['version']}"
 
 
 def _value(result: Mapping[str, Any]) -> Iterator[str]:
@@ -85,13 +87,14 @@ def _value(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _listed(result: Mapping[str, Any]) -> Iterator[str]:
     if not result["shared"]:
-        yield "nothing is shared"
-    for one in result["shared"]:
-        yield f"{one['key']}: version {one['version']}, {one['size']} bytes, by {one['writer'] or 'hand'}"
+        yield "no shared values"
+    for value in result["shared"]:
+        writer = value["writer"] or "a person"
+        yield f"{value['key']}: version {value['version']}, {value['size']} bytes, by {writer}"
 
 
-def _handed_over(result: Mapping[str, Any]) -> Iterator[str]:
-    yield f"handed over: {result['size']} bytes"
+def _submit_handoff(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"handoff accepted: {result['size']} bytes"
 
 
 _LINES = {
@@ -106,5 +109,5 @@ _LINES = {
     "share_get": _value,
     "share_wait": _value,
     "share_list": _listed,
-    "hand_over": _handed_over,
+    "submit_handoff": _submit_handoff,
 }

@@ -1,4 +1,4 @@
-"""What is typed, read the quick way: whatever is not plain is left to the full command line, which explains it."""
+"""Fast parser of the session commands; leaves help and errors to the full command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ParsedCommand:
-    """A command with its arguments, and whether JSON is wanted."""
+    """A command with its arguments and its output format."""
 
     __slots__ = ("arguments", "as_json", "command")
 
@@ -29,22 +29,22 @@ class ParsedCommand:
 
 
 def parse_words(words: Sequence[str]) -> ParsedCommand | None:
-    """Return what the words after `council` ask for; None where they are none of these commands, or not right."""
+    """Parse the words after `council`; return None if they are not a valid session command."""
     command = COMMANDS_BY_WORDS.get(tuple(words[:1])) or COMMANDS_BY_WORDS.get(tuple(words[:2]))
     if command is None:
         return None
-    options = {one.option: one for one in command.arguments if not one.is_word}
-    found: dict[str, Any] = {}
-    plain: list[str] = []
+    options = {argument.option: argument for argument in command.arguments if not argument.is_word}
+    arguments: dict[str, Any] = {}
+    positionals: list[str] = []
     as_json = False
     rest = iter(words[len(command.typed) :])
     for word in rest:
         if word == "--json":
             as_json = True
         elif word == "--":
-            plain += rest
+            positionals += rest
         elif not word.startswith("-") or word == "-":
-            plain.append(word)
+            positionals.append(word)
         else:
             name, equals, value = word.partition("=")
             option = options.get(name)
@@ -52,26 +52,27 @@ def parse_words(words: Sequence[str]) -> ParsedCommand | None:
             if option is None or given is None or (option.choices and given not in option.choices):
                 return None
             if option.kind == PATHS:
-                found.setdefault(option.name, []).append(given)
+                arguments.setdefault(option.name, []).append(given)
             elif option.kind not in _NUMBERS:
-                found[option.name] = given
+                arguments[option.name] = given
             elif (number := _NUMBERS[option.kind](given)) is not None:
-                found[option.name] = number
+                arguments[option.name] = number
             else:
                 return None
-    return ParsedCommand(command, found, as_json=as_json) if _assign_positionals(command, plain, found) else None
+    is_valid = _assign_positionals(command, positionals, arguments)
+    return ParsedCommand(command, arguments, as_json=as_json) if is_valid else None
 
 
-def _assign_positionals(command: SessionCommand, plain: list[str], found: dict[str, Any]) -> bool:
-    """Put plain words where they belong; return whether that is right."""
-    places = [one for one in command.arguments if one.is_word]
-    if places and places[0].kind == PATHS:
-        found[places[0].name] = plain
-        return bool(plain)
-    if not plain and [one.kind for one in places] == [OBJECT]:
-        plain = [STANDARD_INPUT]
-    found.update((one.name, word) for one, word in zip(places, plain, strict=False))
-    return len(plain) == len(places)
+def _assign_positionals(command: SessionCommand, positionals: list[str], arguments: dict[str, Any]) -> bool:
+    """Assign positional words to their arguments; return whether their number is right."""
+    expected = [argument for argument in command.arguments if argument.is_word]
+    if expected and expected[0].kind == PATHS:
+        arguments[expected[0].name] = positionals
+        return bool(positionals)
+    if not positionals and [argument.kind for argument in expected] == [OBJECT]:
+        positionals = [STANDARD_INPUT]
+    arguments.update((argument.name, word) for argument, word in zip(expected, positionals, strict=False))
+    return len(positionals) == len(expected)
 
 
 def _seconds(text: str) -> float | None:

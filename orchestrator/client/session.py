@@ -1,7 +1,7 @@
-"""Which session a program is in, and how it asks the orchestrator: one line of JSON there, one back.
+"""Connection of a program to its session's socket: one line of JSON per request, one line back.
 
-A session is found by `COUNCIL_SESSION`, or, because CLIs keep variables from their tools, by the `.git` of the
-worktree: its git directory and the mailbox are neighbours.
+The session is found by `COUNCIL_SESSION`. Some CLIs hide variables from their tools; then it is found by the `.git`
+file of the worktree, because the session socket is next to the git directory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 
-# Not `socket`, which takes longer to import than all else here.
+# `socket` takes longer to import than everything else here.
 from _socket import AF_UNIX, SOCK_STREAM
 from _socket import socket as Socket
 from time import monotonic, sleep
@@ -24,24 +24,26 @@ if TYPE_CHECKING:
 
 SESSION_VARIABLE = "COUNCIL_SESSION"
 SOCKET_NAME, SESSION_FILE = "socket", "session.json"
-#: The folder of a session's mailbox, beside its git directory.
+#: The folder of the session socket, next to the session's git directory.
 SOCKET_FOLDER = "mailbox"
 
-#: Seconds for which an answer is waited for, beside what the request itself says.
+#: Seconds to wait for an answer, in addition to the wait in the request.
 ANSWER_TIMEOUT = 30.0
-_CONNECT_INTERVAL = 0.05  # seconds between two tries to be let in
-_LONGEST_ANSWER = 1 << 26
-_LONGEST_NAME = 100  # of a unix socket, in bytes; 104 to 108 by system
+_CONNECT_INTERVAL = 0.05  # seconds between two attempts to connect
+_MAX_ANSWER_BYTES = 1 << 26
+_MAX_ADDRESS_BYTES = 100  # of a unix socket; systems allow 104 to 108
 
-NO_SESSION = "this is no worktree of a session that is at work"
-NO_SESSION_REMEDY = "the command is for programs that `council run` starts; `council status` shows how a run stands"
-_GONE_REMEDY = "go on without it: what you change is checked when it lands"
+NO_SESSION = "not in the worktree of an active session"
+NO_SESSION_REMEDY = (
+    "this command is for programs that `council run` starts; for the state of a run use `council status`"
+)
+_GONE_REMEDY = "continue without it: changes are checked when they land"
 
 
 class SessionRequestError(Exception):
-    """What was asked for was not done: what is wrong, and what to do.
+    """A request failed: what happened and what to do.
 
-    `is_refused` where the orchestrator says so; else it could not be asked.
+    `is_refused` means that the orchestrator rejected the request; otherwise it could not be reached.
     """
 
     def __init__(self, what: str, remedy: str, *, is_refused: bool = False) -> None:
@@ -50,49 +52,50 @@ class SessionRequestError(Exception):
 
 
 class SessionConnection:
-    """One that is at work: where its mailbox is, the word by which it is known there, and its worktree."""
+    """An active session: the folder of its socket, its token and its worktree."""
 
     __slots__ = ("folder", "token", "tree")
 
     def __init__(self, folder: str, token: str, tree: str) -> None:
         self.folder, self.token, self.tree = folder, token, tree
 
-    def within(self, path: str, cwd: str) -> str | None:
-        """Return a path, as typed in `cwd`, from the worktree's top with links resolved; None if it is not in there."""
+    def relative_path(self, path: str, cwd: str) -> str | None:
+        """Return a path in `cwd` relative to the worktree, links resolved; None if it is outside."""
         top = os.path.realpath(self.tree)
-        found = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)
-        return None if found == os.pardir or found.startswith(os.pardir + os.sep) else found
+        relative = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)
+        return None if relative == os.pardir or relative.startswith(os.pardir + os.sep) else relative
 
-    def ask(self, command: str, arguments: Mapping[str, Any], patience: float = ANSWER_TIMEOUT) -> dict[str, Any]:
-        """Ask and return the result; raises AskError. Blocks, at most `patience` seconds from one byte to the next."""
+    def ask(self, command: str, arguments: Mapping[str, Any], timeout: float = ANSWER_TIMEOUT) -> dict[str, Any]:
+        """Send a request and return its result. Blocks, at most `timeout` seconds between two bytes.
+
+        Raises SessionRequestError.
+        """
         request = {"token": self.token, "command": command, "arguments": dict(arguments)}
-        # As it is: a character escaped would take up to six times its bytes of what a request may have.
+        # Unescaped: an escaped character takes up to six times its bytes of the size limit.
         encoded = json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
         if len(encoded) > MAX_REQUEST_BYTES:
             raise SessionRequestError(
-                f"the request has {len(encoded)} bytes, {MAX_REQUEST_BYTES} fit",
-                "ask for less at once",
+                f"request of {len(encoded)} bytes exceeds the limit of {MAX_REQUEST_BYTES}",
+                "send a smaller request",
                 is_refused=True,
             )
         connected = Socket(AF_UNIX, SOCK_STREAM)
         try:
-            connected.settimeout(patience)
+            connected.settimeout(timeout)
             with ShortSocketPath(self.folder) as folder:
-                _connect(connected, f"{folder}/{SOCKET_NAME}", monotonic() + patience)
+                _connect(connected, f"{folder}/{SOCKET_NAME}", monotonic() + timeout)
             connected.sendall(encoded)
-            line = _line(connected)
+            line = _read_line(connected)
         except OSError as error:
-            why = error.strerror or str(error)
-            raise SessionRequestError(
-                f"the orchestrator of this session does not answer ({why})", _GONE_REMEDY
-            ) from None
+            reason = error.strerror or str(error)
+            raise SessionRequestError(f"the session's orchestrator does not answer: {reason}", _GONE_REMEDY) from None
         finally:
             connected.close()
-        return _result(line)
+        return _parse_result(line)
 
 
 def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:
-    """Return the session that a program in a folder is part of; raises AskError where it is part of none."""
+    """Return the session of a program that runs in `cwd`. Raises SessionRequestError if it has none."""
     for folder in (environ.get(SESSION_VARIABLE), _find_socket_folder(cwd)):
         if folder:
             try:
@@ -123,15 +126,15 @@ def _connect(connected: Socket, address: str, deadline: float) -> None:
     while True:
         try:
             return connected.connect(address)
-        except BlockingIOError:  # too many wait already, and with a time limit the system does not wait for them
+        except BlockingIOError:  # the backlog is full; a socket with a timeout does not wait for room
             if monotonic() > deadline:
                 raise
             sleep(_CONNECT_INTERVAL)
 
 
-def _line(connected: Socket) -> bytes:
+def _read_line(connected: Socket) -> bytes:
     parts, size = [], 0
-    while size < _LONGEST_ANSWER:
+    while size < _MAX_ANSWER_BYTES:
         part = connected.recv(1 << 16)
         parts.append(part)
         size += len(part)
@@ -140,7 +143,7 @@ def _line(connected: Socket) -> bytes:
     return b"".join(parts)
 
 
-def _result(line: bytes) -> dict[str, Any]:
+def _parse_result(line: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(line)
         is_done = answer["ok"]
@@ -149,20 +152,20 @@ def _result(line: bytes) -> dict[str, Any]:
             return result
         refused = SessionRequestError(str(answer["error"]), str(answer["remedy"]), is_refused=True)
     except (ValueError, KeyError, TypeError):
-        raise SessionRequestError("the orchestrator of this session broke off its answer", _GONE_REMEDY) from None
+        raise SessionRequestError("the session's orchestrator sent an incomplete answer", _GONE_REMEDY) from None
     raise refused
 
 
 class ShortSocketPath:
-    """A name of a folder that, with a socket's, is short enough for a socket's address; good within the block."""
+    """Provide a path to a folder that, with the socket's name, fits a socket address; valid in the block."""
 
     def __init__(self, folder: str, name: str = SOCKET_NAME) -> None:
         self._name = name
         self._folder, self._descriptor, self._made = folder, -1, ""
 
     def __enter__(self) -> str:
-        """Return the name."""
-        if len(os.fsencode(self._folder)) + len(os.fsencode(self._name)) < _LONGEST_NAME:
+        """Return the path."""
+        if len(os.fsencode(self._folder)) + len(os.fsencode(self._name)) < _MAX_ADDRESS_BYTES:
             return self._folder
         if os.path.isdir("/proc/self/fd"):
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -176,7 +179,7 @@ class ShortSocketPath:
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        """Take the name away."""
+        """Remove the path."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         if self._made:

@@ -1,4 +1,4 @@
-"""Values as they are given on a command line: in a word, in a file, or on standard input."""
+"""Values on a command line: given as a word, in a file, or on standard input."""
 
 from __future__ import annotations
 
@@ -20,59 +20,58 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-#: What text begins with that is meant to be JSON, and not to stand for itself.
-_JSON = ("{", "[", '"')
+#: Text with one of these prefixes is meant as JSON, not as a plain string.
+_JSON_PREFIXES = ("{", "[", '"')
 
 
 def resolve_arguments(command: SessionCommand, words: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a command with values in place of the words that say where these are; raises AskError."""
-    found = dict(words)
-    for one in command.arguments:
-        if one.name in found and one.kind == VALUE:
-            found[one.name] = parse_value(found[one.name])
-        elif one.name in found and one.kind == OBJECT:
-            found[one.name] = _object_in(found[one.name])
-    return found
+    """Replace the words of value and object arguments with their values. Raises SessionRequestError."""
+    arguments = dict(words)
+    for argument in command.arguments:
+        if argument.name in arguments and argument.kind == VALUE:
+            arguments[argument.name] = parse_value(arguments[argument.name])
+        elif argument.name in arguments and argument.kind == OBJECT:
+            arguments[argument.name] = _read_object(arguments[argument.name])
+    return arguments
 
 
 def parse_value(word: str) -> Any:
-    """Return the value that a word stands for: JSON, or else the text itself; raises AskError."""
-    data = _bytes_of(None, MAX_SHARED_BYTES) if word == STANDARD_INPUT else word.encode(errors="surrogateescape")
+    """Return the value of a word: JSON, or else the text itself. Raises SessionRequestError."""
+    data = _read_bytes(None, MAX_SHARED_BYTES) if word == STANDARD_INPUT else word.encode(errors="surrogateescape")
     try:
         return strict_json.parse(data)
     except ValueError as error:
         text = data.decode(errors="surrogateescape")
-        if text.lstrip().startswith(_JSON):
+        if text.lstrip().startswith(_JSON_PREFIXES):
             raise SessionRequestError(
-                f"the value can't be taken: {error}", "give JSON, or text that looks like none"
+                f"invalid value: {error}", "give valid JSON, or text that does not look like JSON"
             ) from None
         return text
 
 
-def _object_in(name: str) -> dict[str, Any]:
-    what = "standard input" if name == STANDARD_INPUT else name
+def _read_object(name: str) -> dict[str, Any]:
+    source = "standard input" if name == STANDARD_INPUT else name
+    remedy = "provide one JSON object"
     try:
-        value = strict_json.parse(_bytes_of(None if name == STANDARD_INPUT else name, MAX_HANDOFF_BYTES))
+        value = strict_json.parse(_read_bytes(None if name == STANDARD_INPUT else name, MAX_HANDOFF_BYTES))
     except OSError as error:
-        raise SessionRequestError(
-            f"{name} can't be read: {error.strerror}", "name a file with the JSON object"
-        ) from None
+        raise SessionRequestError(f"can't read {name}: {error.strerror}", "name a file with the JSON object") from None
     except ValueError as error:
-        raise SessionRequestError(f"what is in {what} can't be taken: {error}", "write one JSON object there") from None
+        raise SessionRequestError(f"invalid content of {source}: {error}", remedy) from None
     if not isinstance(value, dict):
-        raise SessionRequestError(f"what is in {what} is no object", "write one JSON object there")
+        raise SessionRequestError(f"invalid content of {source}: not a JSON object", remedy)
     return value
 
 
-def _bytes_of(file: str | None, most: int) -> bytes:
-    """Return what is in a file, or on standard input; raises OSError, AskError for too much."""
+def _read_bytes(file: str | None, limit: int) -> bytes:
+    """Read a file or standard input. Raises OSError, and SessionRequestError if it exceeds `limit`."""
     if file is None:
-        data = sys.stdin.buffer.read(most + 1)
+        data = sys.stdin.buffer.read(limit + 1)
     else:
         with open(file, "rb") as opened:
-            data = opened.read(most + 1)
-    if len(data) > most:
+            data = opened.read(limit + 1)
+    if len(data) > limit:
         raise SessionRequestError(
-            f"{file or 'standard input'} has more than {most} bytes", "give what others need, and no more"
+            f"{file or 'standard input'} exceeds the limit of {limit} bytes", "include only what other sessions need"
         )
     return data

@@ -103,7 +103,7 @@ class RunContext:
             (pattern, name) for name, adapter_config in self.configs.items() for pattern in adapter_config.keep_ignored
         ]
         set_up = setup.set_up if config.setup else None
-        clear = setup.strip if config.setup or config.teardown else None
+        clear = setup.tear_down if config.setup or config.teardown else None
         options = SlotOptions(
             config.sparse, KeepRules(tuple(keep_patterns)), set_up, clear, setup.keys if config.setup else None
         )

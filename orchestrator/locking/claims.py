@@ -1,7 +1,7 @@
-"""Claims on the tasks of a run: leases in the store, under each of which one orchestrator works.
+"""Claims on the tasks of a run: leases in the store, each held by one orchestrator.
 
-The version of a claim's document is its epoch: it rises with each change of hands and never comes again. Claims are
-written when they are taken, released or taken over; signs of life are given for all of an orchestrator's at once
+The version of a claim's document is its epoch: it rises with each change of owner and is never reused. Claims are
+written when they are taken, released or taken over; one heartbeat per orchestrator covers all of its claims
 (`locking.orchestrators`).
 """
 
@@ -29,7 +29,7 @@ from orchestrator.system.failpoints import failpoint
 
 _KIND = "claim"
 
-#: Returns what a takeover must also write, by the guards of the claims and the name of who takes them.
+#: Returns additional writes of a takeover, given the guards of the claims and the name of the new owner.
 TakeoverWrites = Callable[[Sequence[Guard], str], Awaitable[Sequence[Write]]]
 
 _log = logging.getLogger("orchestrator.claims")
@@ -41,63 +41,63 @@ def claim_key(run: str, task: str) -> Key:
 
 
 async def read_claims(store: Store, run: str) -> dict[str, Claim]:
-    """Return the claims on a run's tasks, released ones too, by task."""
-    found = await store.list(_KIND, f"{run}/")
-    return {one.key.id.partition("/")[2]: Claim.model_validate_json(one.encoded) for one in filter_readable(found)}
+    """Return the claims on a run's tasks, including released ones, by task."""
+    documents = filter_readable(await store.list(_KIND, f"{run}/"))
+    return {document.key.id.partition("/")[2]: Claim.model_validate_json(document.encoded) for document in documents}
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedClaim:
-    """A claim that is about to be taken: the write that a commit must have, and the guard of what follows it.
+    """A claim to be taken: the write for the commit, and the guard for later writes.
 
-    That commit itself is guarded by the orchestrator's own record, so that none is taken by one that is over.
+    The commit itself must be guarded by the orchestrator's own record, so that a fenced orchestrator takes no claim.
     """
 
     write: Write
     guard: Guard
     claim: Claim
     is_takeover: bool = False
-    """Whether somebody else has it, who is gone or is overridden."""
+    """Whether another owner has it, who is gone or overridden."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimHolder:
-    """A claim that can't be taken, and how its owner stands; None where that is not known."""
+    """A claim that can't be taken, and the status of its owner (None: unknown)."""
 
     claim: Claim
     standing: OwnerStatus | None
 
 
 class Claims:
-    """What one orchestrator has claimed of its run. Its tasks plan for the same task of the run one at a time."""
+    """The claims of one orchestrator in its run. Callers must plan for the same task one at a time."""
 
     def __init__(self, store: Store, clock: Clock, orchestrators: RunMembership) -> None:
         self._store, self._clock, self._others = store, clock, orchestrators
         self._held: dict[str, Guard] = {}
         self._claims: dict[str, Claim] = {}
         self._owners: dict[str, tuple[int, str | None]] = {}
-        """By task: the version of a claim, and whose it was in that, or that it was released."""
+        """By task: the version of a claim and its owner in that version (None: released)."""
         self._unrecorded: dict[str, int] = {}
-        """Claims that were ours at the last sweep without our knowing of them, and their versions."""
+        """Claims that named us as owner at the last sweep but are not in `_held`, with their versions."""
 
     def __contains__(self, task: str) -> bool:
-        """Whether a task is claimed by this orchestrator."""
+        """Return whether this orchestrator holds the claim on a task."""
         return task in self._held
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the tasks that are claimed by this orchestrator."""
+        """Yield the tasks that this orchestrator has claimed."""
         return iter(list(self._held))
 
     def guard(self, task: str) -> Guard | None:
-        """Return what makes a commit refused once somebody else has the claim; None where it is not ours."""
+        """Return the guard that rejects commits once the claim has another owner; None if it is not ours."""
         return self._held.get(task)
 
     async def read(self, task: str) -> Claim | None:
-        """Return the claim on a task, whoever has it; None where there is none that can be read."""
+        """Return the claim on a task, of any owner; None if it is missing or damaged."""
         return _read(await self._store.get(claim_key(self._others.run, task)))
 
     async def verdict(self, task: str, *, ignored: str | None = None) -> ClaimVerdict:
-        """Return whether a task should be tried now."""
+        """Return whether to try a task now."""
         try:
             _, claim, holder = await self._look(task)
         except CouncilError as error:
@@ -106,29 +106,30 @@ class Claims:
         return should_try(claim, holder, self._others.timing, ignored=ignored)
 
     async def _look(self, task: str) -> tuple[int, Claim | None, OwnerStatus | None]:
-        """Return the version of a claim, the claim, and how its owner stands."""
+        """Return the version of a claim, the claim, and the status of its owner."""
         document = await self._store.get(claim_key(self._others.run, task))
         version, claim = 0 if document is None else document.version, _read(document)
         if claim is None or claim.released is not None:
             return version, claim, None
         if claim.owner.id == self._others.me.id and task not in self._held:
-            # It was committed, and we never learned of that: nothing has been done under it.
+            # An unconfirmed commit of ours took it: nothing has been done under it.
             return version, claim.model_copy(update={"released": ReleaseReason.ABANDONED}), None
         return version, claim, await self._others.read_liveness(claim.owner.id)
 
     async def plan(
         self, task: str, *, override: bool = False, is_asked: bool = False, retries: int | None = None
     ) -> PlannedClaim | ClaimHolder:
-        """Return what it takes to claim a task, or who has it; `took` is to follow once that is committed.
+        """Return a plan to claim a task, or its current holder. Call `mark_claimed` after the commit.
 
-        From one that is gone this takes the one task, and does not say of it that it is over, as `sweep` does.
-        With `override` a coordinator takes it from one that is none, where a person wants that (`is_asked`) anybody
-        from whoever has it. `retries` is the count to go on with, if not the one that follows from the claim.
+        From an owner that is gone this takes only the one task, and does not fence the owner as `sweep` does. With
+        `override` a leader takes the claim from an orchestrator that is not a leader; if a person asked for it
+        (`is_asked`), any orchestrator takes it from any owner. `retries` replaces the count that follows from the
+        claim.
         """
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
         if not can_claim(before, self._others.me, holder, override=override, is_asked=is_asked):
-            assert before is not None, "what nobody has is free"
+            assert before is not None, "a task without a claim is free"
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
             return ClaimHolder(before, holder)
@@ -139,19 +140,19 @@ class Claims:
             Write(key, version, claim.model_dump(mode="json")), Guard(key, version + 1), claim, is_takeover=is_takeover
         )
 
-    def mark_claimed(self, task: str, taking: PlannedClaim) -> None:
-        """A claim that was planned is committed."""
+    def mark_claimed(self, task: str, planned: PlannedClaim) -> None:
+        """Record that a planned claim is committed."""
         known = self._held.get(task)
-        if known is not None and known.epoch >= taking.guard.epoch:
+        if known is not None and known.epoch >= planned.guard.epoch:
             return
-        self._held[task], self._claims[task] = taking.guard, taking.claim
-        self._others.count(claims=1, retries=int(taking.claim.retries > 0), takeovers=int(taking.is_takeover))
-        _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, taking.guard.epoch)
+        self._held[task], self._claims[task] = planned.guard, planned.claim
+        self._others.count(claims=1, retries=int(planned.claim.retries > 0), takeovers=int(planned.is_takeover))
+        _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, planned.guard.epoch)
 
     async def claim(self, task: str, *, override: bool = False, is_asked: bool = False) -> Guard | ClaimHolder:
-        """Claim a task by itself; what is written about it from then on is to carry the guard.
+        """Claim a task in its own commit; later writes about the task must carry the returned guard.
 
-        Whether anything is left to do is to be read only then: it may have been done since it was last looked at.
+        Read the state of the task only afterwards: it may have changed since it was last read.
         """
         while True:
             planned = await self.plan(task, override=override, is_asked=is_asked)
@@ -170,78 +171,79 @@ class Claims:
             self.mark_claimed(task, planned)
             return planned.guard
 
-    def ending(
-        self, task: str, how: ReleaseReason, reason: str | None, *, counts: bool = False, afresh: bool = False
+    def release_write(
+        self, task: str, how: ReleaseReason, reason: str | None, *, counts: bool = False, reset_retries: bool = False
     ) -> Write:
-        """Return the write that releases a claim of ours; `released` is to follow once it is committed.
+        """Return the write that releases a claim of ours. Call `mark_released` after the commit.
 
-        `counts` says that the task was tried in vain, `afresh` that its tries before this do not count any more.
+        `counts` adds a failed try to the count of retries, `reset_retries` sets it to zero.
         """
         claim, guard = self._claims[task], self._held[task]
         changes = {
             "epoch": guard.epoch + 1,
             "released": how,
             "reason": reason,
-            "retries": 0 if afresh else claim.retries + int(counts),
+            "retries": 0 if reset_retries else claim.retries + int(counts),
         }
         return Write(guard.key, guard.epoch, claim.model_copy(update=changes).model_dump(mode="json"))
 
-    def released(self, task: str) -> None:
-        """A claim is not ours any more."""
+    def mark_released(self, task: str) -> None:
+        """Record that a claim is no longer ours."""
         self._held.pop(task, None)
         self._claims.pop(task, None)
 
-    def lost(self, task: str) -> None:
-        """A write under a claim of ours was refused: somebody else has it by now."""
+    def mark_lost(self, task: str) -> None:
+        """Record that a write under a claim was rejected because the claim has another owner."""
         self._others.count(refused=1)
         _log.warning("claim lost: run %s, task %s was taken over", self._others.run, task)
-        self.released(task)
+        self.mark_released(task)
 
     async def release(self, task: str, how: ReleaseReason, reason: str | None = None, *, counts: bool = False) -> None:
-        """Release a claim by itself. LeaseLost where somebody else has it by now; with any other error it is kept."""
+        """Release a claim in its own commit. Raises LeaseLost if it has another owner; other errors keep it."""
         guard = self._held.get(task)
         if guard is None:
             raise LeaseLost(f"the claim on task {task!r}", 0, await self._epoch(task))
         facts = {"run": self._others.run, "task": task, "as": how, "reason": reason}
         event = Event("claim.released", facts)
         try:
-            await self._store.commit(Commit([self.ending(task, how, reason, counts=counts)], [event], [guard]))
+            await self._store.commit(Commit([self.release_write(task, how, reason, counts=counts)], [event], [guard]))
         except LeaseLost:
             if not await self._was_released(task, guard):
-                self.lost(task)
+                self.mark_lost(task)
                 raise
         except CouncilError as error:
             _log.warning("claim release failed: run %s, task %s: %s", self._others.run, task, error)
             raise
         _log.info("claim released: run %s, task %s as %s", self._others.run, task, how)
-        self.released(task)
+        self.mark_released(task)
 
     async def _was_released(self, task: str, guard: Guard) -> bool:
-        """Whether a commit of ours that we never learned of has released the claim."""
+        """Return whether an unconfirmed commit of ours has released the claim."""
         claim = await self.read(task)
         if claim is None or claim.released is None or claim.epoch != guard.epoch + 1:
             return False
         return claim.owner.id == self._others.me.id
 
-    async def afresh(self, task: str) -> list[Write]:
-        """Return what a commit must also write so that a task which is nobody's has all of its retries before it."""
-        found = await self._store.get(claim_key(self._others.run, task))
-        if found is None or found.damaged or not found.value["retries"]:
+    async def reset_retries(self, task: str) -> list[Write]:
+        """Return the writes that reset the retries of a task without an owner."""
+        document = await self._store.get(claim_key(self._others.run, task))
+        if document is None or document.damaged or not document.value["retries"]:
             return []
-        return [Write(found.key, found.version, {**found.value, "epoch": found.version + 1, "retries": 0})]
+        value = {**document.value, "epoch": document.version + 1, "retries": 0}
+        return [Write(document.key, document.version, value)]
 
     async def _epoch(self, task: str) -> int | None:
         claim = await self.read(task)
         return None if claim is None else claim.epoch
 
     async def sweep(self, *, counts: bool = True, also: TakeoverWrites | None = None) -> Mapping[str, str]:
-        """Take over all claims of orchestrators that are gone: they are ours then, each by the name of whose it was.
+        """Take over all claims of orchestrators that are gone; return their previous owners by task.
 
-        `also` returns what else is written with the claims, by their guards and our name. `counts` says that each is a
-        retry of its task, as it is unless a person has had the run gone on with. By our own name come those that we
-        have had since the last sweep, or longer, without ever having learned of it.
+        `also` returns additional writes for the guards and our name. `counts` counts each claim as a retry of its
+        task, as it is unless a person resumed the run. Claims that have named us as owner since the last sweep without
+        our knowledge are taken over from ourselves.
         """
-        gone = await self._others.gone()
+        gone = await self._others.find_gone()
         left: dict[str, dict[str, Document]] = {name: {} for name in gone}
         for task, owner, document in await self._unreleased():
             if task not in self._held:
@@ -249,39 +251,39 @@ class Claims:
         ours = left.pop(self._others.me.id, {})
         taken: dict[str, str] = {}
         for name, theirs in left.items():
-            # Who has ended may have claimed something after it was last looked at what it has.
+            # An orchestrator that has ended may have taken claims after the previous sweep.
             if name in gone or await self._others.read_liveness(name) is OwnerStatus.ENDED:
-                fence = [self._others.ending(*gone[name])] if name in gone else []
-                why = self._others.describe_loss(*gone[name][1:]) if name in gone else "it left the run"
-                taken |= dict.fromkeys(await self._take_over(name, why, theirs, fence, also, counts=counts), name)
+                fence = [self._others.fence_write(*gone[name])] if name in gone else []
+                reason = self._others.describe_loss(*gone[name][1:]) if name in gone else "it left the run"
+                taken |= dict.fromkeys(await self._take_over(name, reason, theirs, fence, also, counts=counts), name)
         strays = {task: document for task, document in ours.items() if self._unrecorded.get(task) == document.version}
         self._unrecorded = {task: document.version for task, document in ours.items()}
         if strays:
             name = self._others.me.id
-            why = "its claims were not recorded here"
-            taken |= dict.fromkeys(await self._take_over(name, why, strays, (), also, counts=False), name)
+            reason = "its claims were not recorded here"
+            taken |= dict.fromkeys(await self._take_over(name, reason, strays, (), also, counts=False), name)
         return taken
 
     async def _unreleased(self) -> list[tuple[str, str, Document]]:
-        """Return tasks that are claimed, by whom, and the claims."""
-        found: list[tuple[str, str, Document]] = []
+        """Return the claimed tasks, each with its owner and its claim."""
+        claims: list[tuple[str, str, Document]] = []
         for document in await self._store.list(_KIND, f"{self._others.run}/"):
-            if document.damaged:  # nobody's writes are accepted under it
+            if document.damaged:  # no writes are accepted under it
                 continue
             task = document.key.id.partition("/")[2]
             version, owner = self._owners.get(task, (0, None))
-            if version != document.version:  # of thousands, few have changed since the last look
+            if version != document.version:  # of thousands of claims, few change between two sweeps
                 claim = document.value
                 owner = claim["owner"]["id"] if claim["released"] is None else None
                 self._owners[task] = document.version, owner
             if owner is not None:
-                found.append((task, owner, document))
-        return found
+                claims.append((task, owner, document))
+        return claims
 
     async def _take_over(
         self,
         name: str,
-        why: str,
+        reason: str,
         claims: Mapping[str, Document],
         fence: Sequence[Write],
         also: TakeoverWrites | None,
@@ -289,26 +291,28 @@ class Claims:
         counts: bool,
     ) -> list[str]:
         is_takeover = name != self._others.me.id
-        takings = {
+        plans = {
             task: self._plan_takeover(document, counts=counts, is_takeover=is_takeover)
             for task, document in claims.items()
         }
-        tasks = sorted(takings)
-        facts = {"run": self._others.run, "orchestrator": name, "reason": why, "count": len(tasks), "tasks": tasks}
-        writes = [*fence, *(one.write for one in takings.values())]
+        tasks = sorted(plans)
+        facts = {"run": self._others.run, "orchestrator": name, "reason": reason, "count": len(tasks), "tasks": tasks}
+        writes = [*fence, *(planned.write for planned in plans.values())]
         if also is not None:
-            writes += await also([one.guard for one in takings.values()], self._others.me.id)
+            writes += await also([planned.guard for planned in plans.values()], self._others.me.id)
         try:
             await self._store.commit(Commit(writes, [Event("claims.taken_over", facts)], [self._others.guard]))
-        except VersionConflict:  # it lives after all, or somebody else was quicker
+        except VersionConflict:  # the owner is alive after all, or another orchestrator was faster
             return []
         except CouncilError as error:
-            _log.warning("claim sweep failed: run %s, %d of %s: %s", self._others.run, len(tasks), name, error)
+            _log.warning("claim takeover failed: run %s, %d of %s: %s", self._others.run, len(tasks), name, error)
             raise
         failpoint("claims.taken_over")
         for task in tasks:
-            self.mark_claimed(task, takings[task])
-        _log.info("claims swept: run %s, %d of %s: %s", self._others.run, len(tasks), name, ", ".join(tasks) or "none")
+            self.mark_claimed(task, plans[task])
+        _log.info(
+            "claims taken over: run %s, %d of %s: %s", self._others.run, len(tasks), name, ", ".join(tasks) or "none"
+        )
         return tasks
 
     def _plan_takeover(self, document: Document, *, counts: bool, is_takeover: bool) -> PlannedClaim:
@@ -320,5 +324,5 @@ class Claims:
 
 
 def _read(document: Document | None) -> Claim | None:
-    """Return a claim; None where there is none, or nobody knows what it is by now."""
+    """Return a claim; None if it is missing or damaged."""
     return None if document is None or document.damaged else Claim.model_validate_json(document.encoded)

@@ -1,13 +1,13 @@
-"""File locks of sessions: which session works at which file now, between the processes of one machine.
+"""File locks of sessions, between the processes of one machine.
 
-For correctness: the kernel frees them when the process that took them dies, whatever its CLIs do then. Each file has a
-permanent lock file (`locking.lock_names`), which whoever holds it alone has signed, and a gate, a second lock: who takes the
-lock passes the gate first, and who has to wait does so in the gate. So nobody who comes later overtakes, and those who
-share a lock do not keep out for ever who wants it alone. Within one process the order is that of asking.
+For correctness: the kernel releases them when the process that took them dies, whatever its CLIs do. Each file has a
+permanent lock file (`locking.lock_names`), signed by its exclusive holder, and a gate, a second lock. A request passes
+the gate before it takes the lock, and waits inside the gate. So later requests can't overtake, and sharers can't starve
+an exclusive request. Within a process, requests are served in order.
 
-Several are taken in the order of their names or not at all, so that the calls of one moment make no circle. What their
-sessions hold from before can: who waits looks at once, and then time and again, whether it is part of a circle of
-waiting sessions (`domain.scheduling.deadlocks`), and the one that began to wait last gives up.
+Several locks are taken in the order of their names, or not at all, so concurrent calls can't deadlock. Locks that
+sessions already hold can: a waiter checks at once and then regularly whether it is part of a cycle of waiting sessions
+(`domain.scheduling.deadlocks`), and the last session of the cycle to wait gives up.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock, FileLockMode, HeldLock, LockHolder
 from orchestrator.system.resources import read_resources
 
-#: Seconds that a file is waited for.
+#: Seconds to wait for a file.
 FILE_LOCK_TIMEOUT: Final = 5.0
 
-#: Seconds between two looks for a circle: of two that begin to wait at once, neither may have seen the other.
-_LOOK: Final = 0.25
+#: Seconds between two deadlock checks: two sessions that begin to wait at once may not see each other at first.
+_DEADLOCK_INTERVAL: Final = 0.25
 
 _LOCK, _GATE = ".lock", ".gate"
-#: Of how many files at most it is kept what their locks are called.
+#: Files whose lock names are cached.
 _MAX_CACHED: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class FileLockRecord:
-    """One lock of a session's on one file, held or waited for."""
+    """A lock of a session on a file, held or waited for."""
 
     id: str
     path: str
-    """Relative to the top of the repository, in the one spelling that the lock is known by."""
+    """The canonical path, relative to the top of the repository."""
     mode: FileLockMode
     owner: str
     """The session, as `<run>/<task>.<attempt>`."""
     since: float
     """Wall-clock seconds."""
     pid: int
-    """Of the process that takes it for the session."""
+    """The process that takes the lock for the session."""
     state: Literal["held", "waiting"] = "held"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that programs get."""
+        """Return the JSON representation."""
         return asdict(self)
 
 
@@ -67,38 +67,38 @@ class FileLockRecord:
 class _HeldFileLock:
     record: FileLockRecord
     lock: HeldLock
-    mark: LockMarker | None
-    """Of one that is shared: its lock file has no room for all that share it."""
+    marker: LockMarker | None
+    """For shared locks: the lock file has room for one signature only."""
 
     def release(self) -> None:
-        if self.mark is None:
+        if self.marker is None:
             self.lock.write_holder(None)
         self.lock.release()
-        if self.mark is not None:
-            self.mark.drop()
+        if self.marker is not None:
+            self.marker.drop()
 
 
-#: Descriptors that are left for everything else: each lock holds one.
+#: File descriptors reserved for everything else: each lock takes one.
 _RESERVE: Final = 512
 
 
 def _check_descriptors(count: int) -> None:
-    """Refuse so many locks where this process would have too few descriptors left. Blocks."""
+    """Raise RefusedError if `count` locks would leave this process too few file descriptors. Blocks."""
     facts = read_resources()
     if count and facts.descriptor_limit is not None:
         left = facts.descriptor_limit - facts.descriptors_open
         if left < count + min(_RESERVE, facts.descriptor_limit // 2):
-            what = f"there is no room for {count} more locks: of {facts.descriptor_limit} open files {left} are left"
-            raise RefusedError(what, "unlock files, lock the folder that they are in, or raise `ulimit -n`")
+            what = f"can't take {count} more locks: only {left} of {facts.descriptor_limit} file descriptors are free"
+            raise RefusedError(what, "unlock files, lock their folder instead, or raise `ulimit -n`")
 
 
 class FileLocks:
-    """The file locks that one process takes for its sessions; `folder` is the same for all processes of a project."""
+    """The file locks that a process takes for its sessions; all processes of a project use the same `folder`."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder, self._clock = folder, clock
         self._held: dict[SessionName, dict[str, _HeldFileLock]] = {}
-        self._asked: set[tuple[SessionName, str]] = set()
+        self._requested: set[tuple[SessionName, str]] = set()
         self._known: dict[str, tuple[FileLock, FileLock]] = {}
 
     async def acquire(
@@ -111,17 +111,16 @@ class FileLocks:
         top: Path | None = None,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None = None,
     ) -> Sequence[FileLockRecord]:
-        """Lock files for a session, all or none, and return the records; `timeout` is in seconds, 0 only tries.
+        """Lock files for a session, all or none; return the records. `timeout` is in seconds, 0 does not wait.
 
-        `top` is the worktree in which the paths are looked up; without it no link is followed. Raises FileHeld, which
-        names who was in the way, and RefusedError at once for a path outside of the repository and for one that the
-        session has locked, or is waiting for, already. LockRefused is raised at once where sessions wait for each other
-        in a circle, of which this one began to wait last; `also` returns what they wait for besides files. A cancelled
-        call has locked nothing.
+        `top` is the worktree of the paths; without it no symlinks are followed. Raises FileLocked, which names the
+        holder; RefusedError for a path outside the repository, and for one that the session has already locked or is
+        waiting for; and LockUnavailable at once if sessions wait for each other in a cycle and this one began to wait
+        last. `also` returns waits of sessions for resources other than files. A cancelled call has locked nothing.
         """
         await anyio.to_thread.run_sync(_check_descriptors, len(paths))
         wanted = self._wanted(session, paths, top)
-        self._asked |= {(session, path) for path in wanted}
+        self._requested |= {(session, path) for path in wanted}
         try:
             with ExitStack() as releases:
                 taken: dict[str, _HeldFileLock] = {}
@@ -138,26 +137,25 @@ class FileLocks:
                 releases.pop_all()
                 return [held.record for held in taken.values()]
         finally:
-            self._asked -= {(session, path) for path in wanted}
+            self._requested -= {(session, path) for path in wanted}
 
     async def release(self, session: SessionName, paths: Sequence[str], *, top: Path | None = None) -> int:
-        """Give locks of a session's back; return how many of the paths it had locked."""
+        """Release locks of a session; return the number of paths that were locked."""
         held = self._held.get(session, {})
-        given = {self._canonical(path, top) for path in paths} & held.keys()
-        return self._give_back(session, given)
+        return self._release(session, {self._canonical(path, top) for path in paths} & held.keys())
 
     async def release_all(self, session: SessionName) -> int:
-        """Give back all that a session has locked; return how much that was."""
-        return self._give_back(session, list(self._held.get(session, {})))
+        """Release all locks of a session; return their number."""
+        return self._release(session, list(self._held.get(session, {})))
 
     def held(self, session: SessionName | None = None) -> Sequence[FileLockRecord]:
-        """Return what this process holds, for one session or for all."""
+        """Return the locks of this process, of one session or of all."""
         chosen = self._held if session is None else {session: self._held.get(session, {})}
-        return [one.record for held in chosen.values() for one in held.values()]
+        return [lock.record for locks in chosen.values() for lock in locks.values()]
 
     @cached_property
     def _folds_case(self) -> bool:
-        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a folder made as another's parent is open
+        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # mkdir ignores `mode` for parents
         self._folder.mkdir(mode=0o700, exist_ok=True)
         return folds_case(self._folder)
 
@@ -168,26 +166,26 @@ class FileLocks:
         wanted = sorted({self._canonical(path, top) for path in paths})
         for path in wanted:
             if path in self._held.get(session, {}):
-                raise RefusedError(f"{session} has locked {path} already", "go on with it, or unlock it first")
-            if (session, path) in self._asked:
-                raise RefusedError(f"{session} is waiting for {path} already", "wait for that, or cancel it first")
+                raise RefusedError(f"{session} has already locked {path}", "continue, or unlock it first")
+            if (session, path) in self._requested:
+                raise RefusedError(f"{session} is already waiting for {path}", "wait for that request, or cancel it")
         return wanted
 
     def _try_acquire(self, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock | None:
-        """Take a lock that nobody holds or waits for; None if somebody does."""
-        # On the loop: what has not to wait costs less than handing it to a thread.
+        """Take a lock that has no holders and no waiters; return None otherwise."""
+        # On the event loop: an uncontended lock is faster than a thread hop.
         gate, lock = self._locks_of(path)
-        passing = gate.try_acquire()
-        if passing is None:
+        held_gate = gate.try_acquire()
+        if held_gate is None:
             return None
         try:
-            taken = lock.try_acquire(shared=shared)
+            held = lock.try_acquire(shared=shared)
         finally:
-            passing.release()
-        return None if taken is None else self._signed(taken, session, path, shared=shared)
+            held_gate.release()
+        return None if held is None else self._signed(held, session, path, shared=shared)
 
-    async def waits(self) -> dict[str, LockWait]:
-        """Return which sessions wait for files, of this and of other processes, and for whom."""
+    async def list_waits(self) -> dict[str, LockWait]:
+        """Return the sessions of all processes that wait for files, with their blockers."""
         return find_waits(await anyio.to_thread.run_sync(list_file_locks, self._folder))
 
     async def _wait_until(
@@ -199,26 +197,26 @@ class FileLocks:
         shared: bool,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None,
     ) -> _HeldFileLock | None:
-        """Return the lock once it is had; None where the time is over. LockRefused where it would never be."""
+        """Wait for a lock and return it; None at the deadline. Raises LockUnavailable on a deadlock."""
         held: _HeldFileLock | None = None
-        circle: str | None = None
+        cycle: str | None = None
         failure: CouncilError | OSError | None = None
 
-        async def look(scope: anyio.CancelScope) -> None:
-            nonlocal circle
+        async def watch_for_deadlock(scope: anyio.CancelScope) -> None:
+            nonlocal cycle
             while True:
-                circle = find_deadlock(
-                    str(session), merge_waits(await self.waits(), {} if also is None else await also())
+                cycle = find_deadlock(
+                    str(session), merge_waits(await self.list_waits(), {} if also is None else await also())
                 )
-                if circle is not None:
+                if cycle is not None:
                     scope.cancel()
                     return
-                await anyio.sleep(_LOOK)
+                await anyio.sleep(_DEADLOCK_INTERVAL)
 
         try:
             with anyio.CancelScope(deadline=until) as scope:
                 async with anyio.create_task_group() as group:
-                    group.start_soon(look, scope)
+                    group.start_soon(watch_for_deadlock, scope)
                     try:
                         held = await self._wait(session, path, shared=shared)
                     except (CouncilError, OSError) as error:
@@ -230,19 +228,19 @@ class FileLocks:
             raise
         if failure is not None:
             raise failure
-        if held is None and circle is not None:
-            raise LockUnavailable(path, f"waiting for it would never end: {circle}", "unlock something, and ask again")
+        if held is None and cycle is not None:
+            raise LockUnavailable(path, f"waiting would deadlock: {cycle}", "unlock files, then retry")
         return held
 
     async def _wait(self, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
         gate, lock = self._locks_of(path)
         with hold_marker(self._folder, "waits", self._signature(session, path, shared=shared)):
-            passing = await gate.take()
+            held_gate = await gate.acquire()
             try:
-                taken = await lock.take(shared=shared)
+                held = await lock.acquire(shared=shared)
             finally:
-                passing.release()
-        return self._signed(taken, session, path, shared=shared)
+                held_gate.release()
+        return self._signed(held, session, path, shared=shared)
 
     def _signed(self, lock: HeldLock, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
         signature = self._signature(session, path, shared=shared)
@@ -256,7 +254,7 @@ class FileLocks:
             raise
 
     def _locks_of(self, path: str) -> tuple[FileLock, FileLock]:
-        """Return the gate and the lock of a file."""
+        """Return the gate and the lock of a path."""
         if (known := self._known.get(path)) is None:
             if len(self._known) >= _MAX_CACHED:
                 self._known.clear()
@@ -269,52 +267,54 @@ class FileLocks:
         return LockHolder.now(self._clock.now(), "shared" if shared else "exclusive", str(session), path)
 
     def _refusal(self, path: str) -> FileLocked:
-        for one in list_file_locks(self._folder, lock_name(path)):
-            if one.path == path and one.state == "held":
-                return FileLocked(path, f"{one.owner} (process {one.pid})", one.since)
-        return FileLocked(path, "somebody who has not signed it", None)
+        for record in list_file_locks(self._folder, lock_name(path)):
+            if record.path == path and record.state == "held":
+                return FileLocked(path, f"{record.owner} (process {record.pid})", record.since)
+        return FileLocked(path, "an unknown holder", None)
 
-    def _give_back(self, session: SessionName, paths: Iterable[str]) -> int:
+    def _release(self, session: SessionName, paths: Iterable[str]) -> int:
         held = self._held.get(session, {})
-        given = [held.pop(path) for path in paths]
+        released = [held.pop(path) for path in paths]
         if not held:
             self._held.pop(session, None)
-        for one in given:
-            one.release()
-        return len(given)
+        for lock in released:
+            lock.release()
+        return len(released)
 
 
-def find_waits(found: Sequence[FileLockRecord]) -> dict[str, LockWait]:
-    """Return who waits for whom: for holders, and for waiters that came before, unless both share the lock."""
+def find_waits(records: Sequence[FileLockRecord]) -> dict[str, LockWait]:
+    """Return the waiting owners with their blockers: holders and earlier waiters, unless both share the lock."""
     waits: dict[str, LockWait] = {}
-    for one in found:
-        if one.state == "waiting":
-            before = (other for other in found if other.path == one.path and other.owner != one.owner)
+    for record in records:
+        if record.state == "waiting":
+            rivals = (other for other in records if other.path == record.path and other.owner != record.owner)
             blockers = {
                 other.owner
-                for other in before
-                if "exclusive" in (one.mode, other.mode)
-                and (other.state == "held" or (other.since, other.id) < (one.since, one.id))
+                for other in rivals
+                if "exclusive" in (record.mode, other.mode)
+                and (other.state == "held" or (other.since, other.id) < (record.since, record.id))
             }
-            waits = merge_waits(waits, {one.owner: LockWait(one.since, one.path, blockers)})
+            waits = merge_waits(waits, {record.owner: LockWait(record.since, record.path, blockers)})
     return waits
 
 
 def list_file_locks(folder: Path, name: str = "*") -> list[FileLockRecord]:
-    """Return all file locks of a folder, held and waited for, the oldest first; of one lock by its `lock_name`.
+    """Return the held and requested file locks of a folder, oldest first; `name` selects one by its `lock_name`.
 
-    Any process can look. Whoever only tries to take a lock at that moment may find it held.
+    Any process can call this. A concurrent attempt to take a lock may briefly find it held.
     """
-    found = [_record(one.signature, "held" if one.kind == "shares" else "waiting") for one in list_markers(folder)]
+    records = [
+        _record(marker.signature, "held" if marker.kind == "shares" else "waiting") for marker in list_markers(folder)
+    ]
     for path in folder.glob(f"{name}{_LOCK}"):
         signature = LockHolder.read(path)
-        if signature is None:  # nobody has it alone
+        if signature is None:  # no exclusive holder
             continue
         if (free := FileLock(path).try_acquire(shared=True)) is not None:
-            free.release()  # its process died with it
+            free.release()  # the process of the holder has died
         else:
-            found.append(_record(signature))
-    return sorted(found, key=lambda one: (one.since, one.path, one.owner))
+            records.append(_record(signature))
+    return sorted(records, key=lambda record: (record.since, record.path, record.owner))
 
 
 def _record(signature: LockHolder, state: Literal["held", "waiting"] = "held") -> FileLockRecord:

@@ -1,4 +1,4 @@
-"""File locks that prove that an orchestrator of this machine has ended: it holds one for as long as it lives."""
+"""Liveness locks: each orchestrator holds a file lock while it is alive, so peers can prove its death."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from orchestrator.system.file_lock import FileLock, is_held
 
 @dataclass(frozen=True, slots=True)
 class LivenessLocks:
-    """The locks of a hub's orchestrators, each held by its process and by the git commands that this started."""
+    """The locks of a hub's orchestrators, each held by the process and the git commands that it started."""
 
     folder: Path
 
     def of(self, run: str, orchestrator: str) -> FileLock:
-        """Return the lock of one, by its run and its name in that."""
+        """Return the lock of an orchestrator of a run."""
         return FileLock(self.folder / f"run-{run}.{orchestrator}")
 
     async def is_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
-        """Whether it is proven that an orchestrator has ended, and all git commands of it have."""
+        """Return whether an orchestrator and all of its git commands are proven dead."""
         lock = self.of(run, owner.id)
-        # Without it, it is of another machine, though that may have the same name.
+        # Without a lock file the orchestrator is on another machine, which may have the same name.
         return await anyio.Path(lock.path).exists() and not await lock.is_held()
 
     async def held(self, run: str) -> list[FileLock]:
@@ -33,9 +33,9 @@ class LivenessLocks:
         return [FileLock(path) for path in await anyio.to_thread.run_sync(self._held, run)]
 
     async def list_alive(self, run: str) -> frozenset[str]:
-        """Return the ids of a run's orchestrators on this machine whose process, or a git command of it, runs."""
-        found = await anyio.to_thread.run_sync(self._held, run)
-        return frozenset(path.name.removeprefix(f"run-{run}.") for path in found)
+        """Return the ids of a run's orchestrators on this machine that are alive, or have a running git command."""
+        paths = await anyio.to_thread.run_sync(self._held, run)
+        return frozenset(path.name.removeprefix(f"run-{run}.") for path in paths)
 
     def _held(self, run: str) -> list[Path]:
         return [path for path in sorted(self.folder.glob(f"run-{run}.*")) if is_held(path)]

@@ -1,7 +1,7 @@
-"""Marks: small files that say who shares a lock or waits for one, for as long as whoever made them lives.
+"""Markers: small files that name the sharers and waiters of a lock.
 
-A mark proves nothing and decides nothing: it is there for people to see. Its maker holds a lock on it, so that one
-that was left behind is known by its being free.
+A marker is informational: no decision depends on it. Its creator holds a lock on it, so a stale marker is one that is
+not locked.
 """
 
 from __future__ import annotations
@@ -16,60 +16,60 @@ from orchestrator.system.file_lock import FileLock, LockHolder
 
 MarkerKind = Literal["shares", "waits"]
 
-#: More than it takes to make a mark, by far.
-_SECONDS_TO_MAKE: Final = 60.0
+#: Seconds after which a marker that is not complete is stale; creating one takes far less.
+_MAX_CREATION_SECONDS: Final = 60.0
 
 
 class LiveMarker(NamedTuple):
-    """A mark of somebody who lives."""
+    """A marker whose creator is alive."""
 
     kind: MarkerKind
     signature: LockHolder
 
 
 class LockMarker:
-    """A mark that is there until it is dropped."""
+    """A marker that exists until it is dropped."""
 
     def __init__(self, folder: Path, kind: MarkerKind, signature: LockHolder) -> None:
-        """Make a mark; OSError if that can't be done."""
+        """Create a marker. Raises OSError."""
         self._path = folder / f"{signature.id}.{kind}"
         made = folder / f"{signature.id}.new"
         lock = FileLock(made).try_acquire()
-        assert lock is not None, "nobody else knows of it"
+        assert lock is not None, "the name is unique"
         self._lock = lock
         with ExitStack() as stack:
             stack.callback(lock.release)
             stack.callback(made.unlink, missing_ok=True)
             lock.write_holder(signature)
-            made.rename(self._path)  # from now on it can be found, and is locked already
+            made.rename(self._path)  # it becomes visible only when it is locked
             stack.pop_all()
 
     def drop(self) -> None:
-        """Remove it; once."""
+        """Remove the marker. Call once."""
         self._path.unlink(missing_ok=True)
         self._lock.release()
 
 
 @contextmanager
 def hold_marker(folder: Path, kind: MarkerKind, signature: LockHolder) -> Iterator[None]:
-    """Have a mark for the body."""
-    mark = LockMarker(folder, kind, signature)
+    """Keep a marker during the block."""
+    marker = LockMarker(folder, kind, signature)
     try:
         yield
     finally:
-        mark.drop()
+        marker.drop()
 
 
 def list_markers(folder: Path) -> Iterator[LiveMarker]:
-    """Yield the marks of those who live, and remove what others left."""
+    """Yield the live markers and remove stale ones."""
     kinds: tuple[MarkerKind, MarkerKind] = ("shares", "waits")
     for kind in kinds:
         for path in sorted(folder.glob(f"*.{kind}")):
             signature = LockHolder.read(path)
-            # Shared, or two that look at once would take each other for its maker.
-            if (left := FileLock(path).try_acquire(shared=True)) is not None:
+            # Shared, so that two concurrent scans don't mistake each other for the creator.
+            if (stale := FileLock(path).try_acquire(shared=True)) is not None:
                 path.unlink(missing_ok=True)
-                left.release()
+                stale.release()
             elif signature is not None:
                 yield LiveMarker(kind, signature)
     for path in folder.glob("*.new"):
@@ -77,7 +77,7 @@ def list_markers(folder: Path) -> Iterator[LiveMarker]:
 
 
 def _remove_old(path: Path) -> None:
-    """Remove what was to become a mark when its maker was killed; one that is being made is younger."""
+    """Remove an incomplete marker of a killed process; a marker that is being created is younger."""
     with suppress(FileNotFoundError):
-        if time.time() - path.stat().st_mtime > _SECONDS_TO_MAKE:
+        if time.time() - path.stat().st_mtime > _MAX_CREATION_SECONDS:
             path.unlink()

@@ -1,9 +1,8 @@
-"""What the lock of a file is called: one name for one file, however its path is spelled.
+"""Names of file locks: one name per file, independent of the spelling of its path.
 
-The canonical path is relative to the top of the repository, without `..` and symbolic links. Letters that the file
-system takes for the same are the same here, and so are the composed and the decomposed form of a character,
-everywhere: half of the world's file systems can't hold two files whose names differ in nothing else, and a lock too
-many does less harm than one too few.
+The canonical path is relative to the top of the repository, without `..` and symlinks. Case is folded if the file
+system folds it. Composed and decomposed characters are always equal: many file systems can't store two names that
+differ only in this, and locking too much does less harm than locking too little.
 """
 
 from __future__ import annotations
@@ -18,40 +17,41 @@ from typing import Final
 
 from orchestrator.errors import RefusedError
 
-#: Characters of the readable part: the whole name has to fit into the 255 bytes of a file's name.
+#: Characters of the readable part: the whole name must fit into the 255 bytes of a file name.
 _READABLE: Final = 80
-_ODD: Final = re.compile(r"[^A-Za-z0-9._-]")
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def canonical_path(path: str, top: Path | None = None, *, folds_case: bool = False) -> str:
-    """Return the one path of a file, relative to the top of the repository; RefusedError for one outside of it.
+    """Return the canonical path of a file, relative to the top of the repository.
 
-    `path` is relative to `top`, or absolute within it. Without `top` there are no links to follow: `..` takes a segment
-    away. The file need not exist. `folds_case`: whether letters count alike, small or capital.
+    `path` is relative to `top`, or absolute within it. Without `top` no symlinks are followed, and `..` removes a
+    segment. The file need not exist. `folds_case` ignores the case of letters. Raises RefusedError for a path outside
+    the repository.
     """
     if not path or "\0" in path:
-        raise RefusedError(f"{path!r} is no path", "name a file of the repository")
+        raise RefusedError(f"invalid path: {path!r}", "name a file of the repository")
     if top is None:
-        found = os.path.normpath(path)
-        if found in {".", ".."} or found.startswith(("/", "../")):
+        normal = os.path.normpath(path)
+        if normal in {".", ".."} or normal.startswith(("/", "../")):
             raise _outside(path)
-        return _folded(found, folds_case=folds_case)
-    inside = _folded(os.path.realpath(top), folds_case=folds_case).rstrip("/") + "/"
-    found = _folded(os.path.realpath(Path(top, path)), folds_case=folds_case)
-    if not found.startswith(inside):
+        return _folded(normal, folds_case=folds_case)
+    prefix = _folded(os.path.realpath(top), folds_case=folds_case).rstrip("/") + "/"
+    absolute = _folded(os.path.realpath(Path(top, path)), folds_case=folds_case)
+    if not absolute.startswith(prefix):
         raise _outside(path)
-    return found.removeprefix(inside)
+    return absolute.removeprefix(prefix)
 
 
 def lock_name(path: str) -> str:
-    """Return the name of a lock by its canonical path, as a file's name without an extension; no other path has it."""
+    """Return the unique lock name of a canonical path, as a file name without extension."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()
-    readable = _ODD.sub("_", path)[-_READABLE:].lstrip(".")
+    readable = _UNSAFE.sub("_", path)[-_READABLE:].lstrip(".")
     return f"{readable or '_'}.{digest}"
 
 
 def folds_case(folder: Path) -> bool:
-    """Whether the file system of a folder takes small and capital letters for the same, by trying it."""
+    """Return whether the file system of a folder ignores case, by creating a probe file."""
     probe = folder / f".probe-{secrets.token_hex(4)}"
     probe.touch(0o600)
     try:
@@ -67,4 +67,4 @@ def _folded(path: str, *, folds_case: bool) -> str:
 
 
 def _outside(path: str) -> RefusedError:
-    return RefusedError(f"{path!r} is no file below the top of the repository", "name one that is")
+    return RefusedError(f"{path!r} is outside the repository", "name a file of the repository")

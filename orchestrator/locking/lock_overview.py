@@ -1,8 +1,8 @@
-"""All that sessions and landings hold, in its three layers: files, ownership of paths, and the merge permit.
+"""Overview of all locks in three layers: files, path ownership, and merge permits.
 
-Any process of the project can look, and break what it sees: what stands in the store is taken away there, and whoever
-held it gives back the rest as soon as it reads of it (`heed`). The kernel's locks can't be taken from a process that
-lives, and need not be from one that is dead.
+Any process of the project can list and break locks. A broken lock is removed from the store, and its holder releases
+the rest when it reads of it (`release_broken_locks`). Kernel locks can't be taken from a live process, and a dead one
+has none.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.state.documents.validation import filter_readable
 from orchestrator.system.clock import Clock
 
-#: The event that tells everybody of a lock that a person broke.
+#: The event that announces a lock that a person broke.
 LOCK_BROKEN: Final = "lock.broken"
 
 _MERGE: Final = "merge/"
 
 
 class LockLayer(StrEnum):
-    """What kind of lock one is."""
+    """The kind of a lock."""
 
-    FILE = "file"  #: a session is at work at a file: between the processes of one machine
-    OWNERSHIP = "ownership"  #: what a session may change: in the store
-    MERGE = "merge"  #: whose turn it is to land on a target
+    FILE = "file"  #: a session edits a file: between the processes of one machine
+    OWNERSHIP = "ownership"  #: the paths that a session may change: in the store
+    MERGE = "merge"  #: the permit to land on a target
 
 
 @dataclass(frozen=True, slots=True)
 class LockParty:
-    """Somebody who holds a lock, or waits for it."""
+    """A holder or waiter of a lock."""
 
     owner: str
-    """The session, as `<run>/<task>.<attempt>`; of a merge permit the process."""
+    """The session, as `<run>/<task>.<attempt>`; for a merge permit the process."""
     since: float | None
-    """Wall-clock seconds; None where that is not known."""
+    """Wall-clock seconds; None: unknown."""
     age: float | None
     """Seconds since then."""
     wants: tuple[str, ...] = ()
-    """Of who waits for ownership: the patterns."""
+    """The patterns that a waiter for ownership requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockStatus:
-    """A lock with who holds it and who waits for it."""
+    """A lock with its holders and waiters."""
 
     name: str
-    """By which it is broken: `file/<path>`, `ownership/<session>` or `merge/<scope>`."""
+    """The name for `break_lock`: `file/<path>`, `ownership/<session>` or `merge/<scope>`."""
     layer: LockLayer
     what: tuple[str, ...]
     """The file, the patterns, or the target's scope."""
@@ -68,39 +68,39 @@ class LockStatus:
     holders: tuple[LockParty, ...]
     waiters: tuple[LockParty, ...] = ()
     epoch: int | None = None
-    """Of the claim that the ownership is part of, or of the merge permit."""
+    """The epoch of the claim that the ownership belongs to, or of the merge permit."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that programs get."""
+        """Return the JSON representation."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class LockOverview:
-    """Looks at all locks of a project: its store, and the folder of its file locks."""
+    """Lists and breaks the locks of a project, in its store and its folder of file locks."""
 
     store: Store
     clock: Clock
     files: Path
 
     async def locks(self) -> list[LockStatus]:
-        """Return all that is held or waited for: files, ownership, merge permits, each by age."""
-        found = await anyio.to_thread.run_sync(list_file_locks, self.files)
-        return [*self._files(found), *await self._ownership(), *await self._merges()]
+        """Return all locks with holders or waiters: files, ownership, merge permits, each by age."""
+        records = await anyio.to_thread.run_sync(list_file_locks, self.files)
+        return [*self._files(records), *await self._ownership(), *await self._merges()]
 
     async def break_lock(self, name: str, reason: str) -> LockStatus:
-        """Take a lock away from whoever holds it, by its name; return it as it was. The reason is recorded.
+        """Break a lock by its name and record the reason; return its status before.
 
-        RefusedError where nobody holds it, and where only the process that does can give it back.
+        Raises RefusedError if the lock is not held.
         """
-        found = next((one for one in await self.locks() if one.name == name and one.holders), None)
-        if found is None:
-            what, listed = f"nobody holds {name!r}", "`council locks` lists what is held"
+        lock = next((lock for lock in await self.locks() if lock.name == name and lock.holders), None)
+        if lock is None:
+            remedy = "list the held locks with `council locks`"
             if name.startswith(f"{LockLayer.FILE}/"):
-                listed = f"what a dead process had locked is free already, without breaking; {listed}"
-            raise RefusedError(what, listed)
-        await retry_on_conflict(lambda: self._break(found, reason))
-        return found
+                remedy = f"file locks of dead processes are released automatically; {remedy}"
+            raise RefusedError(f"lock {name!r} is not held", remedy)
+        await retry_on_conflict(lambda: self._break(lock, reason))
+        return lock
 
     async def _break(self, lock: LockStatus, reason: str) -> None:
         holders = [one.owner for one in lock.holders]
@@ -113,31 +113,34 @@ class LockOverview:
                 return ()
             case LockLayer.OWNERSHIP:
                 holder = lock.holders[0].owner
-                found = [one for one in await self.store.list(OWNERSHIP_KIND) if one.key.id.endswith(f"/{holder}")]
-                # It stays on record without them: what it once had would count where what it changed is to land.
-                left = {one.key: PathOwnership.from_json(one.value).without_patterns() for one in found}
-                return [Write(one.key, one.version, left[one.key].to_json()) for one in found]
+                documents = await self.store.list(OWNERSHIP_KIND)
+                # Keep the record without patterns: a missing record would count as its earlier patterns at landing.
+                return [
+                    Write(one.key, one.version, PathOwnership.from_json(one.value).without_patterns().to_json())
+                    for one in documents
+                    if one.key.id.endswith(f"/{holder}")
+                ]
             case LockLayer.MERGE:
                 document, lease = (await read_merge_leases(self.store))[lock.name.removeprefix(_MERGE)]
                 freed = lease.model_copy(update={"epoch": lease.epoch + 1, "holder": None})
                 return [Write(document.key, document.version, freed.model_dump(mode="json"))]
 
-    def _files(self, found: Sequence[FileLockRecord]) -> list[LockStatus]:
+    def _files(self, records: Sequence[FileLockRecord]) -> list[LockStatus]:
         locks: dict[str, LockStatus] = {}
-        for one in found:
-            user = self._user(one.owner, one.since)
-            name = f"{LockLayer.FILE}/{one.path}"
-            known = locks.get(one.path) or LockStatus(name, LockLayer.FILE, (one.path,), one.mode, ())
-            if one.state == "held":
-                locks[one.path] = replace(known, mode=one.mode, holders=(*known.holders, user))
+        for record in records:
+            party, path = self._party(record.owner, record.since), record.path
+            name = f"{LockLayer.FILE}/{path}"
+            known = locks.get(path) or LockStatus(name, LockLayer.FILE, (path,), record.mode, ())
+            if record.state == "held":
+                locks[path] = replace(known, mode=record.mode, holders=(*known.holders, party))
             else:
-                locks[one.path] = replace(known, waiters=(*known.waiters, user))
+                locks[path] = replace(known, waiters=(*known.waiters, party))
         return list(locks.values())
 
     async def _ownership(self) -> list[LockStatus]:
         live: list[PathOwnership] = []
         for document in filter_readable(await self.store.list(OWNERSHIP_KIND)):
-            if "/" in document.key.id:  # else it is the turnstile of a scope
+            if "/" in document.key.id:  # without a slash it is the version guard of a scope
                 holding = PathOwnership.from_json(document.value)
                 claim = await self.store.get(claim_key(holding.session))
                 if is_current(holding, None if claim is None else claim.value):
@@ -147,11 +150,11 @@ class LockOverview:
 
     def _owned(self, one: PathOwnership, live: Sequence[PathOwnership]) -> LockStatus:
         waiters = tuple(
-            self._user(str(other.session), other.waiting.since, other.waiting.patterns)
+            self._party(str(other.session), other.waiting.since, other.waiting.patterns)
             for other in live
             if other.waiting is not None and one.has_conflict_with(other.session, other.waiting.patterns)
         )
-        name, holder = f"{LockLayer.OWNERSHIP}/{one.session}", self._user(str(one.session), one.since)
+        name, holder = f"{LockLayer.OWNERSHIP}/{one.session}", self._party(str(one.session), one.since)
         return LockStatus(name, LockLayer.OWNERSHIP, one.patterns, "exclusive", (holder,), waiters, one.epoch)
 
     async def _merges(self) -> list[LockStatus]:
@@ -161,46 +164,46 @@ class LockOverview:
                 LockLayer.MERGE,
                 (f"{lease.target} of {lease.repository}",),
                 "exclusive",
-                () if lease.holder is None else (self._user(_process(lease.holder), lease.holder.since),),
-                tuple(self._user(_process(one), one.since) for one in lease.waiting),
+                () if lease.holder is None else (self._party(_process(lease.holder), lease.holder.since),),
+                tuple(self._party(_process(one), one.since) for one in lease.waiting),
                 lease.epoch,
             )
             for scope, (_, lease) in (await read_merge_leases(self.store)).items()
             if lease.holder is not None or lease.waiting
         ]
 
-    def _user(self, owner: str, since: float | None, wants: tuple[str, ...] = ()) -> LockParty:
+    def _party(self, owner: str, since: float | None, wants: tuple[str, ...] = ()) -> LockParty:
         age = None if since is None else max(0.0, self.clock.now() - since)
         return LockParty(owner, since, age, wants)
 
 
 @dataclass(frozen=True, slots=True)
 class BrokenLock:
-    """What of a session's was broken: single files, or all that it owned."""
+    """Broken locks of sessions: single files, or all that they own."""
 
     sessions: tuple[str, ...]
     paths: tuple[str, ...] = field(default=())
-    """Files; none: all that they have locked."""
+    """Files; empty: all locked files."""
 
 
 def read_broken_locks(record: CommitRecord) -> list[BrokenLock]:
-    """Return what a commit says that a person has broken of sessions."""
-    found = []
+    """Return the broken session locks that a commit records."""
+    broken = []
     for event in record.events:
         if event.type == LOCK_BROKEN and event.data["layer"] != LockLayer.MERGE:
             paths = event.data["what"] if event.data["layer"] == LockLayer.FILE else ()
-            found.append(BrokenLock(tuple(event.data["holders"]), tuple(paths)))
-    return found
+            broken.append(BrokenLock(tuple(event.data["holders"]), tuple(paths)))
+    return broken
 
 
 async def release_broken_locks(record: CommitRecord, files: FileLocks, sessions: Sequence[SessionName]) -> int:
-    """Have sessions of this process give back the file locks that a commit says are broken; return how many."""
-    given = 0
-    for one in read_broken_locks(record):
+    """Release file locks of this process's sessions that a commit records as broken; return their number."""
+    released = 0
+    for broken in read_broken_locks(record):
         for session in sessions:
-            if str(session) in one.sessions:
-                given += await (files.release(session, one.paths) if one.paths else files.release_all(session))
-    return given
+            if str(session) in broken.sessions:
+                released += await (files.release(session, broken.paths) if broken.paths else files.release_all(session))
+    return released
 
 
 def _process(party: MergeParticipant) -> str:

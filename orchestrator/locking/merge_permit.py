@@ -1,7 +1,7 @@
-"""The merge permit: the right to land on one branch of one repository, held by one orchestrator at a time.
+"""Merge permit: the right to land on one branch of one repository, held by one orchestrator at a time.
 
-A lease in the store, so that it holds between machines, given in the order of asking. It is for order and carries an
-epoch, under which alone a landing can be intended; that a landing is no other's is proven by the lease of its push.
+It is a lease in the store, so it works across machines, and is granted in the order of requests. It provides order:
+landing intents need its epoch. The lease of the push (`--force-with-lease`) proves that no other landing interferes.
 """
 
 from __future__ import annotations
@@ -20,31 +20,34 @@ from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.documents.validation import filter_readable, find_document_error
 from orchestrator.system.clock import Clock
 
-#: Seconds between two looks whether it is this one's turn: at first, and at last.
+#: Seconds between two checks of the lease while waiting: initial and maximum.
 _PAUSES = (0.05, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class MergePermit:
-    """The right to land on a branch, as long as its guard holds; made by `MergePermitQueue.hold` alone."""
+    """The right to land on a branch while its guard is valid; created only by `MergePermitQueue.hold`."""
 
     scope: str
     guard: Guard
 
 
 def merge_lease_key(scope: str) -> Key:
-    """Return the key of the lease on landing on a branch."""
+    """Return the key of the merge lease of a branch."""
     return Key("lease", f"merge/{scope}")
 
 
 async def read_merge_leases(store: Store) -> dict[str, tuple[Document, MergeLease]]:
-    """Return all leases on landing with their documents, by scope."""
-    found = await store.list("lease", "merge/")
-    return {one.key.id.partition("/")[2]: (one, MergeLease.model_validate(one.value)) for one in filter_readable(found)}
+    """Return all merge leases with their documents, by scope."""
+    documents = filter_readable(await store.list("lease", "merge/"))
+    return {
+        document.key.id.partition("/")[2]: (document, MergeLease.model_validate(document.value))
+        for document in documents
+    }
 
 
 class MergePermitQueue:
-    """The turns of one orchestrator to land on one branch."""
+    """The queue for the merge permit of one branch, as used by one orchestrator."""
 
     def __init__(self, store: Store, clock: Clock, orchestrators: RunMembership, repository: str, target: str) -> None:
         self._store, self._clock, self._others = store, clock, orchestrators
@@ -54,15 +57,15 @@ class MergePermitQueue:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[MergePermit]:
-        """Wait for the turn, and have the permit for the body. LeaseLost where this orchestrator is taken for gone."""
-        async with self._others.turn(f"merge/{self.scope}"):
+        """Wait for the permit and hold it for the block. Raises LeaseLost if this orchestrator is declared gone."""
+        async with self._others.process_lock(f"merge/{self.scope}"):
             try:
-                yield MergePermit(self.scope, await self._take())
+                yield MergePermit(self.scope, await self._acquire())
             finally:
                 with anyio.CancelScope(shield=True):
                     await self._leave()
 
-    async def _take(self) -> Guard:
+    async def _acquire(self) -> Guard:
         me, begin = self._others.me.id, self._clock.monotonic()
         while True:
             document, lease = await self._read()
@@ -82,7 +85,7 @@ class MergePermitQueue:
                 await self._clock.wait(anyio.Event(), now + min(max(first, (now - begin) / 10), last))
 
     async def _leave(self) -> None:
-        """Give back all that this orchestrator has of it: the permit, and its place among those that wait."""
+        """Release the permit of this orchestrator and its position in the queue."""
         me = self._others.me.id
         try:
             while True:
@@ -95,13 +98,13 @@ class MergePermitQueue:
                 if not changes or await self._write(document, lease.model_copy(update=changes), is_guarded=False):
                     return
         except StoreUnavailable:
-            self._others.defer(self._leave_later)  # or all others wait for as long as this process lives
+            self._others.defer(self._leave_later)  # otherwise the others would wait until this process ends
 
     async def _leave_later(self) -> None:
-        turn = self._others.turn(f"merge/{self.scope}")
-        if turn.locked():  # whoever has it leaves nothing behind
+        lock = self._others.process_lock(f"merge/{self.scope}")
+        if lock.locked():  # the holder releases the permit itself
             return
-        async with turn:
+        async with lock:
             await self._leave()
 
     def _party(self) -> MergeParticipant:
@@ -118,7 +121,7 @@ class MergePermitQueue:
         document = await self._store.get(self._key)
         if document is None:
             return None, self._blank
-        if document.damaged or find_document_error(document) is not None:  # no epoch was ever higher than the version
+        if document.damaged or find_document_error(document) is not None:  # epochs never exceed the version
             return document, self._blank.model_copy(update={"epoch": document.version})
         return document, MergeLease.model_validate_json(document.encoded)
 

@@ -1,8 +1,8 @@
-"""Named locks for programs: shared by readers, exclusive for a writer, with an owner, an expiry and a time-out.
+"""Named locks for programs: shared for readers, exclusive for a writer, with an owner, an expiry and a timeout.
 
-A lock is a document of the store, so it counts for all processes and machines that use the store. A holder counts until
-it releases the lock, its time is over, or its process is known to have died on this machine. Waiters are served in the
-order of asking. For courtesy, as all locks with an expiry are: who was silent for too long is not kept from writing.
+A lock is a document of the store, so it is valid for all processes and machines that use the store. A holder is valid
+until it releases the lock, the lock expires, or its process is known to have died on this machine. Waiters are served
+in order. Like all locks with an expiry, these are advisory: a holder whose lock has expired is not kept from writing.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from orchestrator.system.process_table import start_ticks
 
 LockMode = Literal["read", "write"]
 
-#: Seconds until a lock ends by itself, and that it is waited for, unless the caller says otherwise.
+#: Default seconds until a lock expires, and to wait for it.
 DEFAULT_EXPIRY: Final = 30.0
 DEFAULT_TIMEOUT: Final = 5.0
-#: The longest time between two looks at a lock that is waited for: its holder may have died.
-_LOOK: Final = 0.5
+#: Seconds, at most, between two checks of an awaited lock, because its holder may have died.
+_MAX_CHECK_INTERVAL: Final = 0.5
 _TRIES: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
 class LockInfo:
-    """One taking of a lock, held or waited for. Times are wall-clock seconds."""
+    """A held or requested lock. Times are in wall-clock seconds."""
 
     id: str
-    """Of this one taking, no other's."""
+    """Unique for each acquisition."""
     name: str
     mode: LockMode
     owner: str
     acquired_at: float
-    """While it waits: when it was asked for."""
+    """For a waiter: the time of the request."""
     expires_at: float
     host: str
     boot: str
@@ -57,13 +57,13 @@ class LockInfo:
 
     @property
     def is_process_dead(self) -> bool:
-        """Whether its process is known to have ended: on this machine alone."""
+        """Whether the process of the owner is known to have ended; only known on this machine."""
         if self.host != socket.gethostname():
             return False
         return self.boot != boot_id() or (self.started is not None and start_ticks(self.pid) != self.started)
 
-    def counts(self, now: float) -> bool:
-        """Whether it still holds or waits."""
+    def is_valid(self, now: float) -> bool:
+        """Return whether the lock has not expired and its process may be alive."""
         return now < self.expires_at and not self.is_process_dead
 
 
@@ -74,28 +74,28 @@ class _LockState:
     waiters: tuple[LockInfo, ...] = ()
 
     @classmethod
-    def of(cls, found: Document | None, now: float) -> _LockState:
-        """Return what counts of a lock's document."""
-        if found is None:
+    def of(cls, document: Document | None, now: float) -> _LockState:
+        """Return the valid holders and waiters of a lock's document."""
+        if document is None:
             return cls()
-        if (flaw := find_document_error(found)) is not None:
-            raise UnreadableDocument(str(found.key), flaw)
-        value: dict[str, Any] = found.value
+        if (flaw := find_document_error(document)) is not None:
+            raise UnreadableDocument(str(document.key), flaw)
+        value: dict[str, Any] = document.value
         holders, waiters = (
-            tuple(one for one in (LockInfo(**item) for item in value[part]) if one.counts(now))
+            tuple(lock for lock in (LockInfo(**item) for item in value[part]) if lock.is_valid(now))
             for part in ("holders", "waiters")
         )
-        return cls(found.version, holders, waiters)
+        return cls(document.version, holders, waiters)
 
     def to_json(self) -> JsonObject:
-        """Return the document."""
+        """Return the JSON value of the document."""
         return {"holders": [*map(asdict, self.holders)], "waiters": [*map(asdict, self.waiters)]}
 
     def blockers(self, wanted: LockInfo) -> list[LockInfo]:
-        """Return those that a taking has to wait for: holders, and waiters before it."""
-        places = [one.id for one in self.waiters]
-        before = self.waiters[: places.index(wanted.id)] if wanted.id in places else self.waiters
-        return [one for one in (*self.holders, *before) if "write" in (one.mode, wanted.mode)]
+        """Return the holders and earlier waiters that a request must wait for."""
+        ids = [waiter.id for waiter in self.waiters]
+        earlier = self.waiters[: ids.index(wanted.id)] if wanted.id in ids else self.waiters
+        return [lock for lock in (*self.holders, *earlier) if "write" in (lock.mode, wanted.mode)]
 
 
 class NamedLocks:
@@ -113,80 +113,79 @@ class NamedLocks:
         expiry: float = DEFAULT_EXPIRY,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> LockInfo:
-        """Take a lock, and return what was taken; `release` takes that.
+        """Acquire a lock; pass the returned value to `release`.
 
-        Any number may hold it in the mode `read` at once, one alone in the mode `write`. `owner` is who wants it, this
-        process unless given; `expiry` is after how many seconds it ends by itself, `timeout` how many seconds it is
-        waited for (0 only tries). LockRefused names the holder where it was not free in time, and the circle at once
-        where waiting would never end because owners wait for each other. RefusedError where the owner has it already,
-        for another mode, and for times of more than 1e9 seconds.
-        A cancelled call has taken nothing.
+        Mode `read` is shared, mode `write` exclusive. `owner` defaults to this process. The lock expires after `expiry`
+        seconds; the call waits up to `timeout` seconds (0: does not wait). Raises LockUnavailable with the holder on
+        timeout, and at once with the cycle if owners wait for each other. Raises RefusedError if the owner already has
+        the lock, for an unknown mode, and for times over 1e9 seconds. A cancelled call has acquired nothing.
         """
         _check(name, mode, owner, expiry, timeout)
-        now, until = self._clock.now(), self._clock.monotonic() + timeout
+        now, deadline = self._clock.now(), self._clock.monotonic() + timeout
         pid, host = os.getpid(), socket.gethostname()
-        who = owner or f"{host}:{pid}"
-        wanted = LockInfo(
-            secrets.token_hex(8), name, mode, who, now, now + timeout + _LOOK, host, boot_id(), pid, start_ticks(pid)
-        )
+        owner = owner or f"{host}:{pid}"
+        expires, lock_id = now + timeout + _MAX_CHECK_INTERVAL, secrets.token_hex(8)
+        wanted = LockInfo(lock_id, name, mode, owner, now, expires, host, boot_id(), pid, start_ticks(pid))
         is_held = False
         try:
             while True:
                 position = await self._store.position()
                 state = await retry_on_conflict(lambda: self._try(wanted, expiry, waits=timeout > 0), _TRIES)
-                taken = next((one for one in state.holders if one.id == wanted.id), None)
-                if taken is not None:
+                held = next((lock for lock in state.holders if lock.id == wanted.id), None)
+                if held is not None:
                     is_held = True
-                    return taken
+                    return held
                 blockers = state.blockers(wanted)
-                circle = find_deadlock(who, await self._waits())
-                if circle is not None:
-                    raise LockUnavailable(
-                        name, f"waiting for it would never end: {circle}", "release a lock, and retry"
-                    )
-                left = until - self._clock.monotonic()
+                cycle = find_deadlock(owner, await self._waits())
+                if cycle is not None:
+                    raise LockUnavailable(name, f"waiting would deadlock: {cycle}", "release a lock, then retry")
+                left = deadline - self._clock.monotonic()
                 if left <= 0:
                     raise _timed_out(name, blockers, timeout)
-                ends = min((one.expires_at for one in blockers), default=0.0) - self._clock.now()
-                await self._change(Key(LOCK_KIND, name), position, min(left, _LOOK, max(ends, 0.0)))
+                until_expiry = min((lock.expires_at for lock in blockers), default=0.0) - self._clock.now()
+                seconds = min(left, _MAX_CHECK_INTERVAL, max(until_expiry, 0.0))
+                await self._wait_for_change(Key(LOCK_KIND, name), position, seconds)
         finally:
             if not is_held and timeout > 0:
                 with anyio.CancelScope(shield=True):
                     await retry_on_conflict(lambda: self._drop(wanted), _TRIES)
 
     async def release(self, lock: LockInfo) -> bool:
-        """Release a lock; return whether it was held until now, and had not expired."""
+        """Release a lock; return whether it was still held."""
         return await retry_on_conflict(lambda: self._drop(lock), _TRIES)
 
     async def held(self) -> list[LockInfo]:
-        """Return what is held, the oldest first."""
-        found = [_LockState.of(one, self._clock.now()) for one in filter_readable(await self._store.list(LOCK_KIND))]
-        return sorted((one for state in found for one in state.holders), key=lambda one: (one.acquired_at, one.id))
+        """Return the held locks, oldest first."""
+        documents = filter_readable(await self._store.list(LOCK_KIND))
+        states = [_LockState.of(document, self._clock.now()) for document in documents]
+        return sorted(
+            (lock for state in states for lock in state.holders), key=lambda lock: (lock.acquired_at, lock.id)
+        )
 
     async def cleanup_expired(self) -> list[str]:
-        """Delete what expired or dead owners left; return the names of the locks that this has freed."""
+        """Remove expired locks and those of dead owners; return the names of the freed locks."""
         freed = []
-        for one in filter_readable(await self._store.list(LOCK_KIND)):
-            state = _LockState.of(one, self._clock.now())
-            if len(state.holders) < len(one.value["holders"]) or not (state.holders or state.waiters):
+        for document in filter_readable(await self._store.list(LOCK_KIND)):
+            state = _LockState.of(document, self._clock.now())
+            if len(state.holders) < len(document.value["holders"]) or not (state.holders or state.waiters):
                 try:
-                    await self._write(one.key, state)
-                    freed.append(one.key.id)
-                except VersionConflict:  # somebody has just taken it
+                    await self._write(document.key, state)
+                    freed.append(document.key.id)
+                except VersionConflict:  # another owner has just acquired it
                     continue
         return freed
 
     async def _try(self, wanted: LockInfo, expiry: float, *, waits: bool) -> _LockState:
-        """Take a lock if it is free, else wait for it; return how it stands then."""
+        """Acquire a lock if it is free, else enter the queue; return the state afterwards."""
         key, now = Key(LOCK_KIND, wanted.name), self._clock.now()
         state = _LockState.of(await self._store.get(key), now)
-        if any(one.owner == wanted.owner for one in state.holders):
-            remedy = "release it first; a read lock can't become a write lock while it is held"
-            raise RefusedError(f"{wanted.owner} holds {wanted.name} already", remedy)
-        others = tuple(one for one in state.waiters if one.id != wanted.id)
+        if any(holder.owner == wanted.owner for holder in state.holders):
+            remedy = "release it first; a held read lock can't become a write lock"
+            raise RefusedError(f"{wanted.owner} already holds {wanted.name}", remedy)
+        others = tuple(waiter for waiter in state.waiters if waiter.id != wanted.id)
         if not state.blockers(wanted):
-            taken = replace(wanted, acquired_at=now, expires_at=now + expiry)
-            after = replace(state, holders=(*state.holders, taken), waiters=others)
+            held = replace(wanted, acquired_at=now, expires_at=now + expiry)
+            after = replace(state, holders=(*state.holders, held), waiters=others)
         elif waits and len(others) == len(state.waiters):
             after = replace(state, waiters=(*state.waiters, wanted))
         else:
@@ -197,8 +196,8 @@ class NamedLocks:
     async def _drop(self, lock: LockInfo) -> bool:
         key = Key(LOCK_KIND, lock.name)
         state = _LockState.of(await self._store.get(key), self._clock.now())
-        holders = tuple(one for one in state.holders if one.id != lock.id)
-        waiters = tuple(one for one in state.waiters if one.id != lock.id)
+        holders = tuple(holder for holder in state.holders if holder.id != lock.id)
+        waiters = tuple(waiter for waiter in state.waiters if waiter.id != lock.id)
         was_held = len(holders) < len(state.holders)
         if was_held or len(waiters) < len(state.waiters):
             await self._write(key, replace(state, holders=holders, waiters=waiters))
@@ -209,20 +208,20 @@ class NamedLocks:
         await self._store.commit(Commit([Write(key, state.version, value)], durable=False))
 
     async def _waits(self) -> dict[str, LockWait]:
-        """Return who waits for whom, over all locks."""
+        """Return the waiting owners of all locks, with their blockers."""
         waits: dict[str, LockWait] = {}
-        for found in filter_readable(await self._store.list(LOCK_KIND)):
-            state = _LockState.of(found, self._clock.now())
-            for one in state.waiters:
-                blockers = {other.owner for other in state.blockers(one)}
-                waits = merge_waits(waits, {one.owner: LockWait(one.acquired_at, one.name, blockers)})
+        for document in filter_readable(await self._store.list(LOCK_KIND)):
+            state = _LockState.of(document, self._clock.now())
+            for waiter in state.waiters:
+                blockers = {blocker.owner for blocker in state.blockers(waiter)}
+                waits = merge_waits(waits, {waiter.owner: LockWait(waiter.acquired_at, waiter.name, blockers)})
         return waits
 
-    async def _change(self, key: Key, position: int, seconds: float) -> None:
-        """Wait until a lock has changed since a position, for at most so many seconds."""
+    async def _wait_for_change(self, key: Key, position: int, seconds: float) -> None:
+        """Wait until a lock has changed since a log position, at most `seconds`."""
         changed = anyio.Event()
 
-        async def look() -> None:
+        async def watch() -> None:
             async with aclosing(follow_log(self._store, position)) as records:
                 async for record in records:
                     if key in record.documents:
@@ -230,26 +229,26 @@ class NamedLocks:
             changed.set()
 
         async with anyio.create_task_group() as group:
-            group.start_soon(look)
+            group.start_soon(watch)
             await self._clock.wait(changed, self._clock.monotonic() + seconds)
             group.cancel_scope.cancel()
 
 
 def _check(name: object, mode: object, owner: object, expiry: float, timeout: float) -> None:
-    """Refuse what could not be read back: of programs that check no types, too."""
+    """Reject arguments that could not be read back, including wrong types from untyped callers."""
     if not isinstance(name, str) or not (owner is None or isinstance(owner, str)):
-        raise RefusedError(f"lock {name!r} can't be taken by {owner!r}", "its name and its owner are text")
+        raise RefusedError(f"invalid lock name or owner: {name!r}, {owner!r}", "use strings for both")
     if mode not in get_args(LockMode):
         raise RefusedError(f"lock {name!r} has no mode {mode!r}", f"choose one of {', '.join(get_args(LockMode))}")
     if not name or not 0 < expiry <= MAX_TTL or not 0 <= timeout <= MAX_TTL:
-        what = f"lock {name!r} can't be taken for {expiry:g} s within {timeout:g} s"
-        remedy = f"give it a name, an expiry above 0 and a timeout of at least 0, both of at most {MAX_TTL:g} s"
+        what = f"invalid lock request: name {name!r}, expiry {expiry:g} s, timeout {timeout:g} s"
+        remedy = f"give it a name, an expiry above 0 and a timeout of at least 0, both at most {MAX_TTL:g} s"
         raise RefusedError(what, remedy)
 
 
 def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockUnavailable:
     if not blockers:
-        return LockUnavailable(name, f"it was not free within {timeout:g} s", "try again")
+        return LockUnavailable(name, f"not free within {timeout:g} s", "retry")
     first = blockers[0]
-    who = f"{first.owner} (process {first.pid} on {first.host}, mode {first.mode})"
-    return LockUnavailable(name, f"held by {who}, not free within {timeout:g} s", "wait longer, or release it there")
+    holder = f"{first.owner} (process {first.pid} on {first.host}, mode {first.mode})"
+    return LockUnavailable(name, f"held by {holder}, not free within {timeout:g} s", "wait longer, or release it there")

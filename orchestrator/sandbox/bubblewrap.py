@@ -1,4 +1,4 @@
-"""Where bubblewrap is, and what the installed version can do. See bwrap(1)."""
+"""Location and features of the installed bubblewrap. See bwrap(1)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Final
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
-#: How often a program is asked that somebody kills meanwhile.
+#: Attempts to probe a program that is killed by a signal.
 ATTEMPTS: Final = 3
-_TIMEOUT: Final = 20.0  # seconds; it takes milliseconds
+_TIMEOUT: Final = 20.0  # seconds; a probe takes milliseconds
 
 
 def find_bwrap(environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the absolute path of the program on PATH; None if there is none."""
+    """Return the absolute path of bubblewrap on PATH; None if it is not installed."""
     found = shutil.which("bwrap", path=None if environ is None else environ.get("PATH"))
     return None if found is None else str(Path(found).absolute())
 
@@ -34,9 +34,9 @@ def _run_version(program: str) -> subprocess.CompletedProcess[bytes]:
 
 @cache
 def can_disable_userns(program: str) -> bool:
-    """Return whether it can keep what it runs from making user namespaces (`--disable-userns`, from 0.8). Blocks.
+    """Return whether it supports `--disable-userns` (from version 0.8), which prevents user namespaces. Blocks.
 
-    OSError where that can't be found out because it is killed each time.
+    Raises OSError if each probe is killed.
     """
     try:
         done = _run_version(program)

@@ -1,11 +1,11 @@
-"""Runs a short program of ours with no more rights than it needs, such as git on a tree that an agent has written.
+"""Run a short program with minimal rights, such as git on a tree that an agent has written.
 
-It reads and executes itself and the system's libraries, reads and writes what it is given, and nothing else: no home,
-no network, no capabilities, no other program. A filter, hook or monitor that a hostile configuration names can't start.
+The program can read and execute itself and the system libraries, and access the given paths. It has no home, network,
+capabilities or other programs, so filters, hooks and monitors of a hostile configuration can't start.
 
-Landlock is preferred because it costs a fraction of a millisecond: rights are taken from the one thread that starts the
-program, which inherits them (landlock(7): a domain belongs to a thread, as do capabilities and seccomp filters). Where
-the kernel has none, bubblewrap mounts the same view. Where neither works, sessions are not sandboxed either
+Landlock is preferred because it costs a fraction of a millisecond: the thread that starts the program is restricted,
+and the program inherits this (landlock(7): a domain belongs to a thread, as do capabilities and seccomp filters). If
+the kernel lacks Landlock, bubblewrap mounts the same view. If neither works, sessions are not sandboxed either
 (`sandbox: off`), and the program runs with the rights of the user.
 """
 
@@ -31,17 +31,17 @@ _LIBRARIES: Final = (
     *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib", "/usr/local/libexec"),
     *("/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store", "/snap", "/opt"),
 )
-#: What a wrapper script needs besides itself.
+#: The programs that a wrapper script needs.
 _PROGRAMS: Final = ("/usr/bin", "/usr/local/bin", "/bin")
 _SYSTEM_FILES: Final = (
     *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.preload", "/etc/localtime"),
     *("/usr/share/zoneinfo", "/dev/urandom", "/sys/devices/system/cpu"),
 )
-_PROBE_LIMIT: Final = 20.0  # seconds; it takes milliseconds
+_PROBE_TIMEOUT: Final = 20.0  # seconds; a probe takes milliseconds
 
 
 class Mechanism(StrEnum):
-    """What takes the rights away."""
+    """The mechanism that restricts the program."""
 
     LANDLOCK = "landlock"
     BUBBLEWRAP = "bubblewrap"
@@ -50,10 +50,10 @@ class Mechanism(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What a program may touch: absolute paths, each with all that is beneath.
+    """The access of a program: absolute paths, each including everything beneath.
 
-    `program` is what is executed; `libraries` are folders or files of its own besides those of the system, which it may
-    execute, too. What does not exist is skipped.
+    `program` is the executable; `libraries` are additional executable files or folders next to the system libraries.
+    Missing paths are ignored.
     """
 
     program: Path
@@ -62,9 +62,9 @@ class Confinement:
     writable: tuple[Path, ...] = ()
 
     def start(self, argv: Sequence[str], start: Callable[[Sequence[str]], T], mechanism: Mechanism | None = None) -> T:
-        """Return what `start` returns for the command line, called so that what it starts is confined. Blocks.
+        """Call `start` with a command line so that its child process is confined; return its result. Blocks.
 
-        OSError where rights can't be taken away. `mechanism` is for tests; the best available one is the default.
+        Raises OSError if the process can't be restricted. `mechanism` is for tests; by default the best one is used.
         """
         match mechanism or best_mechanism():
             case Mechanism.LANDLOCK:
@@ -94,7 +94,7 @@ class Confinement:
         read = (*_executable(self.program, self.libraries), *_system_files(), *_resolved(self.readable))
         binds = [("--ro-bind", path) for path in read if not path.startswith("/dev/")]
         binds += [("--bind", path) for path in _resolved(self.writable)]
-        # From the root downwards, so that what is more specific is on top.
+        # From the root downwards, so that more specific paths win.
         for option, path in sorted(binds, key=lambda bind: bind[1].count("/")):
             yield from (option, path, path)
         yield "--"
@@ -126,7 +126,7 @@ def _is_script(program: Path) -> bool:
 
 
 def _in_thread(call: Callable[[], T]) -> T:
-    """Call in a thread of its own, which ends afterwards, with what was taken from it."""
+    """Call in a new thread, so that the restrictions end with the thread."""
     returned: list[T] = []
     raised: list[BaseException] = []
 
@@ -146,7 +146,7 @@ def _in_thread(call: Callable[[], T]) -> T:
 
 @cache
 def best_mechanism() -> Mechanism:
-    """Return the best mechanism that works on this machine; tried out once. Blocks."""
+    """Return the best mechanism that works on this machine; probed once. Blocks."""
     if sys.platform != "linux":
         return Mechanism.NONE
     if landlock.abi_version() >= landlock.MIN_ABI:
@@ -163,5 +163,5 @@ def best_mechanism() -> Mechanism:
 
 
 def _probe(argv: Sequence[str]) -> int:
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_LIMIT, check=False)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_TIMEOUT, check=False)
     return done.returncode

@@ -1,6 +1,6 @@
-"""Where people's credentials lie in their home: hidden from sessions and checks unless the config shows them.
+"""Locations of credentials in a user's home, hidden from sessions and checks unless the config exposes them.
 
-What the CLIs themselves log in with is not among them: adapters name that (`Command.home`).
+The logins of the CLIs themselves are not included: adapters name these (`SessionCommand.home`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _CREDENTIALS: Final = (
     # Keys and passwords.
     *(".ssh", ".gnupg", ".password-store", ".vault-token", ".netrc", ".git-credentials", ".config/git/credentials"),
     *(".local/share/keyrings", ".local/share/kwalletd", ".config/1Password", ".config/op", ".config/Bitwarden"),
-    # Clouds and hosts of code.
+    # Clouds and code hosts.
     *(".aws", ".azure", ".config/gcloud", ".config/gh", ".config/glab-cli", ".config/hub", ".config/doctl", ".kube"),
     *(".docker/config.json", ".config/containers/auth.json", ".config/rclone", ".terraform.d", ".oci", ".boto"),
     *(
@@ -25,7 +25,6 @@ _CREDENTIALS: Final = (
         ".cloudflared",
         ".databrickscfg",
         ".tsh",
-        ".config/sops",
     ),
     *(
         ".config/sops",
@@ -44,12 +43,12 @@ _CREDENTIALS: Final = (
     # Browsers and mail.
     *(".mozilla", ".config/google-chrome", ".config/chromium", ".config/BraveSoftware", ".config/microsoft-edge"),
     *(".config/vivaldi", ".config/opera", ".thunderbird", "snap/firefox", "snap/chromium", ".var/app"),
-    # What was typed.
+    # Histories of typed input.
     *(".bash_history", ".zsh_history", ".local/share/fish/fish_history", ".python_history", ".psql_history"),
     *(".node_repl_history", ".mysql_history", ".sqlite_history", ".lesshst", ".viminfo"),
 )
 _CONFIG: Final = ".config/"
-#: Variables that name files and folders of that kind; some name several, with colons between them.
+#: Variables that name such files and folders; some contain several, separated by colons.
 _PATH_VARIABLES: Final = (
     *("GNUPGHOME", "KUBECONFIG", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "DOCKER_CONFIG", "NETRC"),
     *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CONFIG_DIR", "CLOUDSDK_CONFIG", "GH_CONFIG_DIR", "GLAB_CONFIG_DIR"),
@@ -59,14 +58,14 @@ _PATH_VARIABLES: Final = (
 
 
 def find_credentials(environ: Mapping[str, str]) -> tuple[Path, ...]:
-    """Return the files and folders with credentials that there are, in the user's home or where variables say. Blocks.
+    """Return the existing files and folders with credentials, in the home and in paths from variables. Blocks.
 
-    What is made later is not among them.
+    Files created later are not included.
     """
-    named = [part for name in _PATH_VARIABLES for part in environ.get(name, "").split(":")]
+    names = [part for name in _PATH_VARIABLES for part in environ.get(name, "").split(":")]
     if home := environ.get("HOME"):
-        named += [f"{home}/{name}" for name in _CREDENTIALS]
+        names += [f"{home}/{name}" for name in _CREDENTIALS]
     if folder := environ.get("XDG_CONFIG_HOME"):
-        named += [f"{folder}/{name.removeprefix(_CONFIG)}" for name in _CREDENTIALS if name.startswith(_CONFIG)]
-    found = (Path(one) for one in named if one.startswith("/"))
-    return tuple(dict.fromkeys(path for path in found if path.exists()))
+        names += [f"{folder}/{name.removeprefix(_CONFIG)}" for name in _CREDENTIALS if name.startswith(_CONFIG)]
+    paths = (Path(name) for name in names if name.startswith("/"))
+    return tuple(dict.fromkeys(path for path in paths if path.exists()))

@@ -1,7 +1,7 @@
-"""Landlock: a process takes rights on files from itself and from all that it will start. See landlock(7).
+"""Landlock: a process restricts the file access of itself and its children. See landlock(7).
 
-The supervisor imports this in every session: only the standard library, and little of it. The system calls
-have no wrappers in the C library; their numbers are the same on all architectures but alpha.
+The supervisor imports this in every session: use little, and only of the standard library. The system calls have no
+wrappers in the C library; their numbers are the same on all architectures except alpha.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _READING = _EXECUTE | _READ_FILE | _READ_DIR
 
 @cache
 def abi_version() -> int:
-    """Return the version of Landlock that this kernel has, 0 for none."""
+    """Return the Landlock ABI version of this kernel; 0 if it has none."""
     if sys.platform != "linux":
         return 0
     return max(0, int(libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)))
@@ -44,17 +44,17 @@ def abi_version() -> int:
 
 @cache
 def libc() -> ctypes.CDLL:
-    """Return the C library; to make one costs as much as all that it is used for here."""
+    """Return the C library, cached because loading it is expensive."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 def restrict_thread(rules: list[tuple[str, str]], port: int | None = None) -> None:
-    """Leave this thread, and what it starts, nothing but `rules`: pairs of an absolute path and the kind of access.
+    """Restrict this thread and its children to `rules`: pairs of an absolute path and the kind of access.
 
-    A rule is for all that is beneath its path; a path that is gone is passed over. What may be written may be
-    read, but no device node can be made anywhere. Capabilities are given up, also by root. From ABI 6 on
-    processes outside are neither signalled nor reached by abstract unix sockets. With a `port`, no TCP socket is
-    bound, and none is connected but to that port, of whichever host. Raises OSError, also where the kernel can't do it.
+    A rule applies to everything beneath its path; missing paths are ignored. Write access includes read access, but
+    device nodes can't be created anywhere. Capabilities are dropped, also for root. From ABI 6 on, processes outside
+    can't be signalled or reached by abstract unix sockets. With a `port`, TCP sockets can't be bound, and can connect
+    only to that port, of any host. Raises OSError, also if the kernel does not support it.
     """
     version = abi_version()
     handled = _ALL[min(max(version, MIN_ABI), 5)]
@@ -71,22 +71,22 @@ def restrict_thread(rules: list[tuple[str, str]], port: int | None = None) -> No
         raise _error()
     _call(_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
-    # Those of root open what Landlock closes, such as others' environments; see capset(2).
+    # Root's capabilities bypass Landlock, for example to read other processes' environments; see capset(2).
     if libc().capset(struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)):
         raise _error()
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
     try:
-        place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
-    kind = os.fstat(place).st_mode
+    kind = os.fstat(descriptor).st_mode
     if not stat.S_ISDIR(kind):
         rights &= _OF_FILES
     if not stat.S_ISLNK(kind):
-        _call(_ADD_RULE, ruleset, _PATH_BENEATH, struct.pack("=Qi", rights, place), 0)
-    os.close(place)
+        _call(_ADD_RULE, ruleset, _PATH_BENEATH, struct.pack("=Qi", rights, descriptor), 0)
+    os.close(descriptor)
 
 
 def _call(number: int, *arguments: object) -> int:

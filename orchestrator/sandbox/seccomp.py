@@ -1,13 +1,13 @@
-"""seccomp: system calls that a sandboxed program may not make. See seccomp(2).
+"""seccomp: filter of the system calls of a sandboxed program. See seccomp(2).
 
-The filter takes from a program what neither Landlock nor bubblewrap covers: ways into the kernel that a coding CLI has
-no use for and that many escapes began with (io_uring, userfaultfd, bpf, new user namespaces), the kernel's keyring,
-other processes' memory, typing into a terminal, and, if asked, sockets.
+The filter covers what Landlock and bubblewrap do not: kernel interfaces that a coding CLI does not need and that many
+sandbox escapes used (io_uring, userfaultfd, bpf, new user namespaces), the kernel keyring, memory of other processes,
+input to a terminal, and optionally sockets.
 
-The supervisor imports this in every session: only the standard library, and little of it. A denied call fails with
-EPERM; one that programs fall back from fails with ENOSYS. Numbers are those of the kernel's tables for x86_64 and for
-aarch64 (include/uapi/asm-generic/unistd.h); from 424 on they are the same. Programs of another architecture, 32-bit
-ones too, can make no call at all.
+The supervisor imports this in every session: use little, and only of the standard library. A denied call fails with
+EPERM; a call for which programs have a fallback fails with ENOSYS. Call numbers are from the kernel's tables for x86_64
+and aarch64 (include/uapi/asm-generic/unistd.h); from 424 on they are equal. Programs of other architectures, including
+32-bit ones, can't make any call.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import sys
 
 from orchestrator.sandbox.landlock import libc
 
-#: What `socket` may make: anything; what belongs to a network namespace; only sockets of this machine's file system;
-#: these and TCP to connect with; nothing.
+#: Allowed sockets: all; families covered by network namespaces; only unix sockets; unix sockets and outgoing TCP; none.
 ALL, NAMESPACED, UNIX, STREAM, NONE = "all", "namespaced", "unix", "stream", "none"
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -88,7 +87,7 @@ _DENIED = {
     "setdomainname": (171, 162),
     "vhangup": (153, 58),
 }
-#: What namespaces cover where there are some: System V and POSIX means to share memory.
+#: Denied without namespaces, which would cover them: System V and POSIX IPC.
 _SHARED_IPC = {
     "shmget": (29, 194),
     "shmat": (30, 196),
@@ -104,8 +103,8 @@ _SHARED_IPC = {
     "mq_open": (240, 180),
     "mq_unlink": (241, 181),
 }
-#: What namespaces cover as well: calls that change a process which an argument names, and which that is; 0 is itself.
-#: A limit on processor time ends a process as a signal does.
+#: Denied as well: calls that change another process, and the index of the argument that names it (0: the caller).
+#: A limit on processor time ends a process like a signal.
 _PROCESS_TARGETING = {
     "prlimit64": ((302, 261), 0),
     "setpriority": ((141, 140), 1),
@@ -117,7 +116,7 @@ _PROCESS_TARGETING = {
     "migrate_pages": ((256, 238), 0),
     "move_pages": ((279, 239), 0),
 }
-#: What read-only mounts cover where there are some: attributes of files. Programs take this for a file system without.
+#: Denied without read-only mounts, which would cover them: file attributes. The error is that of a file system without.
 _ATTRIBUTES = {
     "setxattr": (188, 5),
     "lsetxattr": (189, 6),
@@ -133,30 +132,30 @@ _ATTRIBUTES = {
 _SETTING_FLAGS = (0x40086602, 0x40046602, 0x401C5820, 0x40806685, 0x800C6613)
 _LISTEN, _SETSOCKOPT = (50, 201), (54, 208)
 _COVERED = (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _AF_PACKET)
-#: Calls that send, and which of their arguments holds the flags.
+#: Calls that send, and the index of the argument with their flags.
 _SENDING = (((44, 206), 3), ((46, 211), 2), ((307, 269), 3))
 _SOCKET, _CLONE, _CLONE3, _UNSHARE, _IOCTL = (41, 198), (56, 220), (435, 435), (272, 97), (16, 29)
 
 
 def is_supported() -> bool:
-    """Return whether there are filters for this machine."""
+    """Return whether filters are supported on this machine."""
     return sys.platform == "linux" and os.uname().machine in _ARCHITECTURES
 
 
 def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False) -> bytes:
-    """Return a filter for this machine: an array of `struct sock_filter`, as bubblewrap's `--seccomp` reads it.
+    """Return a filter for this machine: an array of `struct sock_filter`, the format of bubblewrap's `--seccomp`.
 
-    `sockets` is one of the constants; pairs of connected sockets can always be made. NAMESPACED leaves out families
-    that no network namespace covers, such as those by which a virtual machine reaches its host. STREAM is what makes
-    Landlock's rule on the ports of `connect` cover all of the network: no protocol but TCP, nobody can connect to the
-    program, and no connection is made by sending. With it no socket can listen, since a filter can't tell one of the
-    file system from one of TCP by its descriptor. A program that is not `namespaced` shares System V and POSIX queues,
-    semaphores and memory with all of the machine, may change attributes of files that it may only read, and limits,
-    priorities and processors of other processes: it is denied all that. With `nesting` it may make namespaces of its
-    own. OSError where there is no filter for the machine.
+    `sockets` is one of the constants; socket pairs are always allowed. NAMESPACED excludes families that no network
+    namespace covers, such as those between a virtual machine and its host. STREAM makes Landlock's rule for the ports
+    of `connect` cover the whole network: only TCP, no incoming connections, and no connections by sending. It also
+    forbids listening on unix sockets, since a filter can't distinguish them from TCP sockets by descriptor.
+
+    A program that is not `namespaced` would share System V and POSIX queues, semaphores and memory with the machine,
+    and could change attributes of read-only files and limits, priorities and processors of other processes: it is
+    denied all of that. With `nesting` it may create namespaces. Raises OSError if the machine is not supported.
     """
     if not is_supported():
-        raise OSError(errno.ENOSYS, f"there is no filter of system calls for {os.uname().machine}")
+        raise OSError(errno.ENOSYS, f"no system call filter for {os.uname().machine}")
     machine = os.uname().machine
     column = list(_ARCHITECTURES).index(machine)
     made = [
@@ -170,7 +169,7 @@ def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool =
     made += [] if namespaced else _instead_of_namespaces(column)
     made += _when_argument(_IOCTL[column], 1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
     if not nesting:
-        # What clone3 is given can't be looked at: the C library falls back to clone.
+        # A filter can't inspect the arguments of clone3: the C library falls back to clone.
         made += _when(_EQUAL, _CLONE3[column], _fail(errno.ENOSYS))
         made += _when_argument(_CLONE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
         made += _when_argument(_UNSHARE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
@@ -186,7 +185,7 @@ def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool =
 
 
 def _instead_of_namespaces(column: int) -> list[bytes]:
-    """Deny what reaches other processes, what they share, and attributes of files."""
+    """Deny calls on other processes, shared IPC, and file attributes."""
     made = []
     for numbers in _SHARED_IPC.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
@@ -198,7 +197,7 @@ def _instead_of_namespaces(column: int) -> list[bytes]:
 
 
 def install_filter(program: bytes) -> None:
-    """Put a filter on this thread and all that it starts, for good. Raises OSError."""
+    """Install a filter permanently for this thread and its children. Raises OSError."""
     buffer = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a length and, aligned, a pointer
     described = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))
@@ -218,7 +217,7 @@ def _fail(number: int) -> bytes:
 
 
 def _when(test: int, value: int, then: bytes) -> list[bytes]:
-    """Do `then`, which is one operation or more, where the test is true of what was loaded."""
+    """Run the operations of `then` if the test of the loaded value is true."""
     return [_operation(test, value, 0, len(then) // 8), then]
 
 
@@ -227,21 +226,21 @@ def _unless(test: int, value: int, then: bytes) -> list[bytes]:
 
 
 def _unless_any(values: tuple[int, ...], then: bytes) -> list[bytes]:
-    """Do `then` where what was loaded is none of the values."""
+    """Run the operations of `then` if the loaded value is none of `values`."""
     left, size = len(values), len(then) // 8
     return [*(_operation(_EQUAL, value, left - nth - 1 + size) for nth, value in enumerate(values)), then]
 
 
 def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...], error: int) -> list[bytes]:
-    """Fail a call where the test is true of the low word of an argument and one of the values."""
+    """Fail a call if the test is true for the low word of an argument and one of `values`."""
     tests = (part for value in values for part in _when(test, value, _fail(error)))
-    # The number is loaded again for what follows.
+    # Load the call number again for the following operations.
     then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *tests, _operation(_LOAD, _NUMBER_AT)])
     return _when(_EQUAL, number, then)
 
 
 def _only_streams(column: int) -> list[bytes]:
-    """Fail what makes a socket that is neither of the file system nor TCP, and what Landlock does not see of TCP."""
+    """Fail calls that create sockets other than unix and TCP, and TCP operations that Landlock does not check."""
     error = _fail(errno.EACCES)
     tcp = b"".join(
         [
@@ -257,12 +256,12 @@ def _only_streams(column: int) -> list[bytes]:
     made = [*_when(_EQUAL, _SOCKET[column], b"".join(then)), *_when(_EQUAL, _LISTEN[column], error)]
     for numbers, argument in _SENDING:
         made += _when_argument(numbers[column], argument, _ANY_BIT, (_MSG_FASTOPEN,), errno.EOPNOTSUPP)
-    # A module of the kernel can make another protocol of TCP; programs take this for a kernel without modules.
+    # Kernel modules can turn TCP into another protocol (ULP). The error is that of a kernel without such modules.
     return made + _when_argument(_SETSOCKOPT[column], 2, _EQUAL, (_TCP_ULP,), errno.ENOPROTOOPT)
 
 
 def _only_argument(number: int, argument: int, values: tuple[int, ...], error: int) -> list[bytes]:
-    """Fail a call unless the low word of an argument is one of the values."""
+    """Fail a call unless the low word of an argument is one of `values`."""
     test = _unless_any(values, _fail(error))
     then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *test, _operation(_LOAD, _NUMBER_AT)])
     return _when(_EQUAL, number, then)

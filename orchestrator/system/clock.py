@@ -1,4 +1,4 @@
-"""Where the time comes from: one protocol, so that a test can drive hours in milliseconds."""
+"""Clocks behind one protocol, so that a test can simulate hours in milliseconds."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import anyio
 
 
 class Clock(Protocol):
-    """A source of time and of waiting; `testing.clock.ManualClock` is the one that tests drive."""
+    """A source of time and of waiting; tests use `testing.clock.ManualClock`."""
 
     def now(self) -> float:
-        """Wall-clock time in seconds since the epoch, for records; it may jump."""
+        """Return the wall-clock time in seconds since the epoch, for records; it may jump."""
 
     def monotonic(self) -> float:
-        """Seconds that never go backwards, for durations and deadlines within one process."""
+        """Return seconds that never go backwards, for durations and deadlines within a process."""
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:
-        """Return once `event` is set or `monotonic()` has reached `until` (seconds; None: never)."""
+        """Wait until `event` is set or `monotonic()` reaches `until` (seconds; None: never)."""
 
 
 class SystemClock:
-    """The machine's own clocks."""
+    """The clocks of the machine."""
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Return the seconds since the epoch."""
         return time.time()
 
     def monotonic(self) -> float:
-        """The event loop's clock."""
+        """Return the time of the event loop."""
         return anyio.current_time()
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:

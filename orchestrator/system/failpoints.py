@@ -1,9 +1,9 @@
-"""Named places where a crash test may end the process: after each persisted or outward step.
+"""Failpoints: named points, after each persisted or external step, where a crash test can end the process.
 
-Off unless `COUNCIL_FAILPOINTS` is set when the process starts, and then one dictionary look-up is all that a
-disarmed one costs. The syntax is `name=kill` or `name=kill@N` (at the N-th time it is reached), separated by
-commas. `kill` is SIGKILL to ourselves: no `finally`, no flush, as when the machine's memory runs out. At `git.started`
-and `git.ended` it is the git command that is killed. `stop` in its place is SIGSTOP: we continue at SIGCONT.
+Disabled unless `COUNCIL_FAILPOINTS` is set when the process starts; even then an unarmed failpoint costs one dictionary
+lookup. The syntax is `name=kill` or `name=kill@N` (the N-th time it is reached), separated by commas. `kill` sends
+SIGKILL to this process: no `finally`, no flush, as when memory runs out. At `git.started` and `git.ended` it kills the
+git command instead. `stop` sends SIGSTOP; the process continues on SIGCONT.
 """
 
 from __future__ import annotations
@@ -16,65 +16,65 @@ from typing import Final
 FAILPOINTS: Final = frozenset(
     {
         "git.starting",  # a git command is about to be started
-        "git.started",  # it is, and has done nothing or a part
-        "git.ended",  # it has done all, and is killed before it says so
+        "git.started",  # the git command runs, and has done nothing or a part
+        "git.ended",  # the git command has done all, and is killed before it reports success
         "run.seeded",  # the run and its tasks are in the store
         "run.leader_elected",  # this process is the run's owner, under a new epoch
-        "claims.taken_over",  # the claims of an orchestrator that is gone are this one's, nothing of its work is saved
+        "claims.taken_over",  # this process has the claims of a gone orchestrator, whose work is not saved yet
         "run.finished",  # the run's end is in the store
         "run.removed",  # the documents of an old run are deleted
         "run.taken_over",  # this process is the run's owner, to restore a checkpoint
         "checkpoint.created",  # a checkpoint is in the store
         "checkpoint.restored",  # the state is as it was, in the store
         "attempt.recorded",  # the attempt is in the store, nothing of it exists yet
-        "slot.partly_made",  # a place's folder exists, its checkout does not
-        "slot.moved",  # a place that was taken is at another commit than recorded
-        "worktree.partly_made",  # the session's folder has its place, and nothing else
+        "slot.partly_made",  # a slot's folder exists, its checkout does not
+        "slot.moved",  # an acquired slot is at another commit than recorded
+        "worktree.partly_made",  # the session's folder has its slot, and nothing else
         "worktree.created",  # the worktree is ready
         "session.spawned",  # the supervisor runs, the CLI perhaps
         "session.ended",  # all of the session's processes are gone, nothing is collected
-        "work.staged",  # what the agent left is in our index
-        "work.committed",  # it is a commit on the attempt's branch
-        "adapter.cooling_down",  # the store knows that an adapter can't be used now
-        "sink.sent",  # a sink has got events, the store does not know
+        "work.staged",  # the agent's work is in our index
+        "work.committed",  # the agent's work is a commit on the attempt's branch
+        "adapter.cooling_down",  # the cooldown of an adapter is in the store
+        "sink.sent",  # a sink has received events, the store does not know
         "request.recorded",  # a person's request is in the store
-        "request.applied",  # it was done, the store still asks for it
+        "request.applied",  # the request was applied, but is still in the store
         "attempt.ended",  # the attempt's end is in the store, its worktree is still there
-        "phase.checked",  # what a phase is done until has been tried, the store does not know
-        "handoff.taken",  # what a phase handed over is read and valid, the store does not know
+        "phase.checked",  # the `until` of a phase has been checked, the store does not know
+        "handoff.taken",  # the handoff of a phase is read and valid, the store does not know
         "phase.finished",  # the store knows that no phase is left for a task
         "work.recorded",  # the store knows the commit: the task is queued
-        "plan.expanded",  # what a plan became are tasks in the store, its own task waits for them
-        "worktree.removed",  # the session's folder is gone, its place is not clean
-        "slot.partly_clean",  # some of what a session changed in its place is as it was before
-        "slot.clean",  # all of it is, nobody knows yet
+        "plan.expanded",  # the tasks of a plan are in the store, the plan's task waits for them
+        "worktree.removed",  # the session's folder is gone, its slot is not clean
+        "slot.partly_clean",  # some of a session's changes in its slot are reverted
+        "slot.clean",  # all of them are, but this is not recorded yet
         "landing.merged",  # the merge commit exists, nothing refers to it
         "landing.checking",  # the store knows that the merge is being checked
         "check.ended",  # a check's processes are gone, its worktree is still there
         "landing.checked",  # the merge has passed, the store does not know
         "base.checked",  # the checks of the base have ended, the store does not know
-        "landing.rejected",  # the store knows that it does not pass
+        "landing.rejected",  # the rejection is in the store
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store
-        "legacy.begun",  # a part of what is imported from an older layout is in the store
-        "legacy.imported",  # all of it is
-        "state.appended",  # commits stand at the end of the log, the mark does not say so
-        "state.published",  # it does, and nobody was told
-        "state.rolled",  # a new segment is there, with nothing in it
-        "state.snapshot_staged",  # a snapshot is whole, beside the one that counts
-        "state.snapshot_written",  # it counts
-        "state.packed",  # a segment of the log is there twice, packed and not
-        "state.load_staged",  # a segment of what is loaded is whole, others are to come
-        "state.load_finished",  # all of them are, they are no log yet
-        "state.loaded",  # they count, in a folder of their own
-        "state.load_put",  # a segment of them is in its place
-        "state.pruned",  # what is left of old segments is there, and so are they
-        "views.written",  # views are up to date, and do not say so
-        "views.replaced",  # views made anew are in their place, the old ones are still there
-        "recovery.session_reaped",  # a cut-off attempt's processes are gone
-        "recovery.attempt_returned",  # that attempt's task waits again
-        "recovery.landing_settled",  # a cut-off landing was finished or undone
+        "legacy.begun",  # a part of an import from an older layout is in the store
+        "legacy.imported",  # the whole import is in the store
+        "state.appended",  # commits are at the end of the log, the end mark is not updated
+        "state.published",  # the end mark is updated, subscribers are not notified
+        "state.rolled",  # a new segment exists, and is empty
+        "state.snapshot_staged",  # a new snapshot is complete, but not the current one
+        "state.snapshot_written",  # the new snapshot is the current one
+        "state.packed",  # a segment of the log exists twice, packed and unpacked
+        "state.load_staged",  # a segment of a load is complete, others follow
+        "state.load_finished",  # all segments of a load are complete, but not a log yet
+        "state.loaded",  # the loaded segments are the log, in a folder of their own
+        "state.load_put",  # a loaded segment is in its final folder
+        "state.pruned",  # the rest of old segments exists next to these
+        "views.written",  # views are up to date, but not marked so
+        "views.replaced",  # rebuilt views are in use, the old ones still exist
+        "recovery.session_reaped",  # the processes of an interrupted attempt are gone
+        "recovery.attempt_returned",  # the task of an interrupted attempt is pending again
+        "recovery.landing_settled",  # an interrupted landing was finished or undone
     }
 )
 
@@ -98,14 +98,14 @@ _armed: Final = dict[str, tuple[int, signal.Signals]]()
 
 
 def arm(spec: str) -> None:
-    """Arm what `spec` names, and nothing else. Raises ValueError for what it does not understand."""
+    """Arm exactly the failpoints in `spec`. Raises ValueError for invalid syntax or unknown names."""
     armed = _parse(spec)
     _armed.clear()
     _armed.update(armed)
 
 
 def is_triggered(name: str) -> bool:
-    """Whether a crash test asked for a signal here, at this time."""
+    """Return whether a crash test armed this failpoint for this time."""
     if not _armed or name not in _armed:
         return False
     left, number = _armed[name]
@@ -114,7 +114,7 @@ def is_triggered(name: str) -> bool:
 
 
 def failpoint(name: str) -> None:
-    """Die or stop here if a crash test asked for it; otherwise nothing."""
+    """Kill or stop this process if a crash test armed the failpoint."""
     if is_triggered(name):
         os.kill(os.getpid(), _armed[name][1])
 

@@ -1,14 +1,12 @@
-"""File locks for tasks and processes of one machine: `flock` underneath, a queue of tasks in front.
+"""File locks for the tasks and processes of one machine: `flock` with a queue of tasks in front.
 
-For correctness, not courtesy: whoever holds one may rely on it. `flock` belongs to an open file, not to a
-process: opening and closing the file elsewhere in the process does not drop it, two opens exclude each other
-even within one process, and a child that keeps the descriptor keeps the lock if its owner is killed. An owner
-that lives gives it back by an unlock, which takes it from such children, too: what it waited for has ended, and
-what else they left behind (a daemon of a hook of the user's) must not hold it for ever. Lock files are
-permanent: unlinking one while somebody waits makes two holders.
+These locks are for correctness, not advisory. A `flock` belongs to an open file, not to a process: opening and closing
+the file elsewhere in the process does not release it, two opens exclude each other even within a process, and a child
+that keeps the descriptor keeps the lock if its owner is killed. A live owner releases it with an unlock, which also
+takes it from such children: the work is done, and a leftover (a daemon of a user's hook) must not keep it. Lock files
+are permanent: unlinking one while a process waits would allow two holders.
 
-A lock can be held by one, or be shared by any number that all ask for it so. Who holds it alone has signed its file
-(`LockHolder`), for messages and for people.
+A lock is exclusive or shared. An exclusive holder signs the file (`LockHolder`), for messages and for people.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from orchestrator.errors import LockHeld, StoreUnavailable
 from orchestrator.system.process_table import start_ticks
 from orchestrator.system.slow_waits import NOTICE_AFTER, warn_if_slow
 
-#: A signature has room for so many bytes, and for as many more again as it takes: what was there before is covered.
+#: A signature is padded to a multiple of this size, so that it covers an earlier one.
 _HOLDER_BLOCK_BYTES: Final = 512
 
 FileLockMode = Literal["exclusive", "shared"]
@@ -44,20 +42,20 @@ FileLockMode = Literal["exclusive", "shared"]
 
 @dataclass(frozen=True, slots=True)
 class LockHolder:
-    """What a lock's file says of who holds it."""
+    """The signature of a holder in a lock file."""
 
     id: str
-    """Of this one taking, no other's."""
+    """Unique for each acquisition."""
     pid: int
     started: int | None
-    """When that process started, in the kernel's ticks since boot; None where they can't be told."""
+    """The start of the process in kernel ticks since boot; None if not available."""
     since: float
     """Wall-clock seconds."""
     mode: FileLockMode = "exclusive"
     owner: str = ""
-    """For whom the process took it, in its own words."""
+    """The party for which the process took the lock."""
     subject: str = ""
-    """What is locked, in its own words."""
+    """The locked resource."""
 
     @classmethod
     def now(cls, since: float, mode: FileLockMode = "exclusive", owner: str = "", subject: str = "") -> LockHolder:
@@ -67,7 +65,7 @@ class LockHolder:
 
     @classmethod
     def read(cls, path: Path) -> LockHolder | None:
-        """Return the signature that a file has; None if it has none, or one that can't be read."""
+        """Return the signature in a file; None if it has none or an invalid one."""
         try:
             raw = path.read_bytes()
             record: dict[str, Any] = json.loads(raw.partition(b"\n")[0])
@@ -79,62 +77,62 @@ class LockHolder:
             return None
 
     def encoded(self) -> bytes:
-        """Return the line that `read` reads, with room behind it."""
+        """Return the signature as a padded line that `read` can parse."""
         record = {name: getattr(self, name) for name in self.__slots__}
         raw = json.dumps(record).encode() + b"\n"
         return raw.ljust(-(-len(raw) // _HOLDER_BLOCK_BYTES) * _HOLDER_BLOCK_BYTES)
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process that signed lives, as far as is known."""
+        """Whether the process that signed is alive, as far as known."""
         return _is_alive(self.pid, self.started)
 
 
 @dataclass(frozen=True, slots=True)
 class HeldLock:
-    """A lock that is held; a child that is given `fd` goes on holding it if we are killed, until it ends."""
+    """A held lock; a child that inherits `fd` keeps it until it ends if this process is killed."""
 
     path: Path
     fd: int
 
     def write_holder(self, signature: LockHolder | None) -> None:
-        """Say in its file who holds it, or that nobody does; who shares a lock must not.
+        """Write or clear the signature of an exclusive lock.
 
-        It only serves messages: a full disk must not keep anyone from locking.
+        Errors are ignored, because it only serves messages: a full disk must not prevent locking.
         """
         with suppress(OSError):
             os.pwrite(self.fd, b"\n" if signature is None else signature.encoded(), 0)
 
     def release(self) -> None:
-        """Give it back; once."""
+        """Release the lock. Call once."""
         _unlock(self.fd)
 
 
 class FileLock:
-    """The lock on `path`, whose folder must exist; the file is made if it is missing.
+    """The lock on `path`, whose folder must exist; the file is created if missing.
 
-    The tasks of one event loop get it in the order of their asking, if they spell the path the same way.
+    The tasks of one event loop get it in the order of their requests, if they use the same spelling of the path.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
 
     async def is_held(self) -> bool:
-        """Whether anyone holds the lock. Raises as `hold` does.
+        """Return whether the lock is held. Raises like `hold`.
 
-        Any number may look at once; who only tries to take the lock at that moment may find it held.
+        Concurrent checks don't affect each other; a concurrent attempt to take the lock may find it held.
         """
         return await anyio.to_thread.run_sync(is_held, self.path)
 
     async def held_error(self) -> LockHeld:
-        """Return the error that names who holds the lock."""
+        """Return the error that names the holder of the lock."""
         holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
         return LockHeld(self.path, holder, owner_lives=lives)
 
     def try_acquire(self, *, shared: bool = False) -> HeldLock | None:
-        """Take the lock if it is free, before anybody of this event loop who waits for it; None if it is not.
+        """Take the lock if it is free, ahead of waiters of this event loop; return None otherwise.
 
-        Blocks for no longer than it takes to open a local file. It is not signed. Raises as `hold` does.
+        Does not sign the file. Blocks only for the opening of a local file. Raises like `hold`.
         """
         fd, locked = _open_and_try(self.path, shared=shared)
         if not locked:
@@ -142,18 +140,18 @@ class FileLock:
             return None
         return HeldLock(self.path, fd)
 
-    async def take(self, *, shared: bool = False) -> HeldLock:
-        """Wait until the lock is free, and take it; whoever has it may give it back in any task.
+    async def acquire(self, *, shared: bool = False) -> HeldLock:
+        """Wait until the lock is free and take it; any task may release it.
 
-        It is not signed. Raises as `hold` does. A cancelled wait leaves nothing locked.
+        Does not sign the file. Raises like `hold`. A cancelled wait leaves nothing locked.
         """
         queue = _queue_of(self.path)
-        await queue.take_turn()
+        await queue.enter()
         try:
             fd = await queue.lock(shared=shared)
         finally:
-            queue.turn.release()
-        assert fd is not None, "only who does not wait gets none"
+            queue.mutex.release()
+        assert fd is not None, "None is returned only with only_try"
         return HeldLock(self.path, fd)
 
     @asynccontextmanager
@@ -163,11 +161,11 @@ class FileLock:
         *,
         awaited: str | None = None,
     ) -> AsyncIterator[HeldLock]:
-        """Hold the lock alone for the body; `timeout` is how many seconds to wait for it, 0 only tries.
+        """Hold the lock exclusively for the block; `timeout` is in seconds, 0 does not wait.
 
-        `awaited` is what the holder runs: a line on standard error says so where the wait takes some seconds.
-        Raises LockHeld, which names the holder, StoreUnavailable where the file system has no locks, and
-        OSError if the file can't be opened. A cancelled wait leaves nothing locked.
+        `awaited` names the activity of the holder for a notice on standard error during a long wait. Raises LockHeld,
+        which names the holder; StoreUnavailable if the file system has no locks; and OSError if the file can't be
+        opened. A cancelled wait leaves nothing locked.
         """
         queue = _queue_of(self.path)
         notice = (
@@ -178,35 +176,35 @@ class FileLock:
         with ExitStack() as releases:
             fd = None
             with anyio.move_on_after(timeout), notice:
-                await queue.take_turn()
-                releases.callback(queue.turn.release)
+                await queue.enter()
+                releases.callback(queue.mutex.release)
                 fd = await queue.lock(only_try=timeout == 0)
             if fd is None:
                 raise await self.held_error()
             releases.callback(_unlock, fd)
             held = HeldLock(self.path, fd)
-            with suppress(OSError):  # without a descriptor to spare it stays unsigned
+            with suppress(OSError):  # without a free file descriptor it stays unsigned
                 held.write_holder(LockHolder.now(time.time()))
             yield held
 
 
 class _Queue:
-    """The tasks of one event loop that want one lock: one of them at a time deals with the file."""
+    """The tasks of an event loop that request one lock; one at a time accesses the file."""
 
     def __init__(self, path: Path) -> None:
-        self.turn = anyio.Semaphore(1, max_value=1)
+        self.mutex = anyio.Semaphore(1, max_value=1)
         self._path = path
         self._waiter: _Waiter | None = None
 
-    async def take_turn(self) -> None:
+    async def enter(self) -> None:
         try:
-            # Also a caller without time to wait gets what is free.
-            self.turn.acquire_nowait()
+            # A caller whose timeout is zero must still get a free lock.
+            self.mutex.acquire_nowait()
         except anyio.WouldBlock:
-            await self.turn.acquire()
+            await self.mutex.acquire()
 
     async def lock(self, *, shared: bool = False, only_try: bool = False) -> int | None:
-        """Return a descriptor that holds the lock; None only if it was to be tried and is not free."""
+        """Return a descriptor that holds the lock; None if it is not free with `only_try`."""
         while True:
             if self._waiter is None:
                 with anyio.CancelScope(shield=True):
@@ -223,7 +221,7 @@ class _Queue:
             fd = await self._adopt(waiter)
             if waiter.shared == shared:
                 return fd
-            # Somebody gave up who wanted it in the other way: ask for it anew, since a change is no single step.
+            # The cancelled request had the other mode. Request again, since a change of mode is not atomic.
             _unlock(fd)
 
     async def _adopt(self, waiter: _Waiter) -> int:
@@ -242,17 +240,17 @@ class _Queue:
         return waiter.fd
 
     def abandon(self, waiter: _Waiter) -> None:
-        """Give back what nobody wants any more."""
+        """Release a lock that no task requests any more."""
         os.close(waiter.fd)
         self._waiter = None
 
 
 class _Waiter:
-    """A thread that is blocked in `flock`, which nothing can interrupt.
+    """A thread that is blocked in `flock`, which can't be interrupted.
 
-    A task that gives up leaves it behind. The next task of the queue takes it over, so that there is never a
-    second one; if there is none, the lock is given back as soon as it is got. It is a daemon: a process may
-    end while another still holds the lock.
+    A cancelled task leaves it running. The next task of the queue adopts it, so there is never a second one; if there
+    is none, the lock is released as soon as it is acquired. It is a daemon thread, so that the process can exit while
+    another holds the lock.
     """
 
     def __init__(self, queue: _Queue, path: Path, fd: int, *, shared: bool) -> None:
@@ -272,7 +270,7 @@ class _Waiter:
             error = exc
         try:
             self._loop.call_soon_threadsafe(self._settle, error)
-        except RuntimeError:  # the loop is closed: nobody is left who could want it
+        except RuntimeError:  # the loop is closed, so no task can request the lock
             os.close(self.fd)
 
     def _settle(self, error: StoreUnavailable | None) -> None:
@@ -308,18 +306,18 @@ def _open_and_try(path: Path, *, shared: bool = False) -> tuple[int, bool]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether anyone holds the lock on a file, as `FileLock.is_held`. Blocks."""
-    # Shared, or two that look at the same moment would take each other for a holder.
+    """Return whether the lock on a file is held, like `FileLock.is_held`. Blocks."""
+    # Shared, so that two concurrent checks don't mistake each other for a holder.
     fd, is_free = _open_and_try(path, shared=True)
     _unlock(fd)
     return not is_free
 
 
 class _Locker:
-    """`flock` by portalocker, its own locker: the module's default is a global that anyone may set to lockf."""
+    """`flock` by an explicit locker of portalocker: the module's default is global and may be changed to lockf."""
 
     def __init__(self) -> None:
-        # Late: importing portalocker takes up to half a second where redis is installed.
+        # Imported late: portalocker takes up to half a second to import if redis is installed.
         from portalocker import AlreadyLocked, LockException, LockFlags
         from portalocker.portalocker import FlockLocker
 
@@ -345,7 +343,7 @@ def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:
     except flock.held:
         return False
     except flock.failed as exc:
-        raise StoreUnavailable(path, str(exc), "put it on a local file system") from exc
+        raise StoreUnavailable(path, str(exc), "move it to a local file system") from exc
     return True
 
 
@@ -357,31 +355,18 @@ def _unlock(fd: int) -> None:
 
 
 def _describe_holder(path: Path) -> tuple[str, bool]:
-    """Return who signed the lock file, in words, and whether that process lives as far as is known."""
-    found = LockHolder.read(path)
-    if found is None:
-        return "a process that has not signed it", True
-    since = datetime.fromtimestamp(found.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    state = "alive" if found.is_alive else "ended, but something it started holds it"
-    return f"process {found.pid} ({state}, since {since})", found.is_alive
+    """Return a description of the holder of a lock file, and whether its process is alive as far as known."""
+    holder = LockHolder.read(path)
+    if holder is None:
+        return "an unknown process", True
+    since = datetime.fromtimestamp(holder.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    state = "alive" if holder.is_alive else "ended, but a child process holds it"
+    return f"process {holder.pid} ({state}, since {since})", holder.is_alive
 
 
 @cache
 def _own_start_ticks(pid: int) -> int | None:
     return start_ticks(pid)
-
-
-def waiting_processes(path: Path) -> list[int]:
-    """Return the processes that wait for a lock right now, the first first; none where the system does not tell."""
-    try:
-        status, table = path.stat(), Path("/proc/locks").read_text(encoding="ascii")
-    except OSError:
-        return []
-    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    # As in `7: -> FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF`; who holds it has no arrow (proc_locks(5)).
-    rows = [line.split() for line in table.splitlines()]
-    found = [row[5] for row in rows if len(row) > 6 and row[1:3] == ["->", "FLOCK"] and row[6] == file]
-    return [int(pid) for pid in found]
 
 
 def _is_alive(pid: int, started: int | None) -> bool:

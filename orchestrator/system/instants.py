@@ -1,4 +1,4 @@
-"""Instants as people read them."""
+"""Formatting of points in time."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from datetime import UTC, datetime
 
 
 def format_local_time(instant: float) -> str:
-    """Return an instant (seconds since the epoch) as a person here reads it."""
+    """Return a point in time (seconds since the epoch) in the local time zone."""
     return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M:%S}"

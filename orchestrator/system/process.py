@@ -1,4 +1,4 @@
-"""The one door through which this package starts processes; each gets a session of its own.
+"""The only module of this package that starts processes; each becomes a session leader.
 
 The exception is `orchestrator.sessions.supervision.supervisor`, a separate program, which starts the CLI.
 """
@@ -29,16 +29,16 @@ from orchestrator.sandbox.confinement import Confinement
 from orchestrator.system import command_reaper
 from orchestrator.system.failpoints import is_triggered
 
-_POLL_SECONDS = 0.02  # seconds between two looks whether a program has ended: others may keep its streams open
-#: Seconds after which a command that does nothing at all is killed, and one of which a process is stopped (SIGSTOP).
+_POLL_SECONDS = 0.02  # between two checks whether a program has ended: other processes may keep its streams open
+#: Seconds after which an idle command is killed, and one with a stopped process (SIGSTOP).
 IDLE_TIMEOUT, STOPPED_TIMEOUT = 300.0, 10.0
-_IDLE_POLL_SECONDS = 2.0  # seconds between two looks whether it does anything
-_PIPE = 1 << 20  # bytes, the most that a pipe holds unless root says otherwise, see pipe(7)
+_IDLE_POLL_SECONDS = 2.0  # between two checks for activity
+_PIPE = 1 << 20  # bytes; the default maximum capacity of a pipe, see pipe(7)
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedCommand:
-    """How a command ended: `returncode` is negative for the signal that killed it."""
+    """The result of a command: `returncode` is negative if a signal killed it."""
 
     returncode: int
     stdout: bytes
@@ -56,17 +56,16 @@ async def run(
     memory: int | None = None,
     confinement: Confinement | None = None,
 ) -> CompletedCommand:
-    """Run a short command, such as git, to its end, with exactly `env` and with `input` or nothing to read.
+    """Run a short command, such as git, with exactly `env` and with `input` or empty standard input.
 
-    `keep_fds` stay open in the command: a lock whose descriptor it keeps is free only when it, too, has
-    ended. It does not outlive this process by more than `keeper.LIMIT` then. Cancelling the caller does not cut the
-    command short. After `timeout` seconds it is killed with all that it started, and TimeoutError raised; so it is
-    after `IDLE_TIMEOUT` without any processor time, or after `STOPPED_TIMEOUT` where a process of it is stopped (Linux). A
-    program that can't be started is an OSError. `memory` is how many bytes of its own the command, and each that it
-    starts, may have (RLIMIT_DATA, setrlimit(2); Linux only). With a `confinement` it runs in a sandbox of its own.
+    `keep_fds` stay open in the command: a lock whose descriptor it keeps is released only when the command has ended as
+    well. Such a command survives this process by at most `command_reaper.EXIT_TIMEOUT`. Cancelling the caller does not
+    interrupt the command. After `timeout` seconds it is killed with all descendants, and TimeoutError is raised; also
+    after `IDLE_TIMEOUT` without processor time, or `STOPPED_TIMEOUT` with a stopped process (Linux). Raises OSError if
+    the program can't be started. `memory` limits the bytes of the command and of each child (RLIMIT_DATA, setrlimit(2);
+    Linux only). With a `confinement` it runs in its own sandbox.
 
-    The output is read until every process that holds it has closed it, so a command that may leave a daemon
-    behind needs a timeout.
+    The output is read until all processes have closed it, so a command that may leave a daemon needs a timeout.
     """
     return await anyio.to_thread.run_sync(partial(_run, argv, env, cwd, input, keep_fds, timeout, memory, confinement))
 
@@ -94,7 +93,7 @@ def _run(
         )
 
     if keep_fds:
-        _notify_reaper(b"-0\n")  # it is there before the command is; no command has this id
+        _notify_reaper(b"-0\n")  # starts the reaper before the command; no command has this id
     with (
         nullcontext() if stdin is None else _file_of(stdin) as given,
         start(argv) if confinement is None else confinement.start(argv, start) as child,
@@ -105,16 +104,16 @@ def _run(
         with _reaped_on_exit(child.pid) if keep_fds else nullcontext():
             try:
                 stdout, stderr = _communicate(child, timeout)
-            except TimeoutError as why:
-                # The leader is not reaped yet, so its session's id can't be anyone else's.
+            except TimeoutError as reason:
+                # The leader is not reaped yet, so its session id can't have been reused.
                 command_reaper.kill_tree(child.pid)
                 os.killpg(child.pid, signal.SIGKILL)
-                raise TimeoutError(f"`{' '.join(argv)}` was killed: {why}") from None
+                raise TimeoutError(f"`{' '.join(argv)}` was killed: {reason}") from None
     return CompletedCommand(child.returncode, stdout, stderr)
 
 
 def _file_of(data: bytes) -> IO[bytes]:
-    """Return a file in memory to read data from: a pipe is only written to while its reader is waited for."""
+    """Return an in-memory file with this data: a pipe would need a writer while the command runs."""
     file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()
     file.write(data)
     file.seek(0)
@@ -122,7 +121,7 @@ def _file_of(data: bytes) -> IO[bytes]:
 
 
 def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple[bytes, bytes]:
-    """Return what a command printed, at its end. TimeoutError says why it is not waited for any longer."""
+    """Wait for a command and return its output. Raises TimeoutError with the reason."""
     now = since = time.monotonic()
     deadline = math.inf if timeout is None else now + timeout
     before = -1
@@ -134,23 +133,23 @@ def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple
         if now >= deadline:
             raise TimeoutError(f"it ran longer than {timeout:g} s")
         family = command_reaper.read_process_tree(child.pid).values()
-        ran, is_stopped = sum(one.ran for one in family), any(one.state in "Tt" for one in family)
-        if ran != before or not family:
-            before, since = ran, now
+        ticks, is_stopped = sum(stat.cpu_ticks for stat in family), any(stat.state in "Tt" for stat in family)
+        if ticks != before or not family:
+            before, since = ticks, now
         if now - since >= (STOPPED_TIMEOUT if is_stopped else IDLE_TIMEOUT):
             how = "was stopped" if is_stopped else "did nothing"
             raise TimeoutError(f"it {how} for {now - since:.0f} s")
 
 
 _reaper: tuple[int, IO[bytes]] | None = None
-"""The process that started the keeper, which forks may be of, and the keeper's standard input."""
+"""The process that started the reaper (this one may be a fork), and the reaper's standard input."""
 _leaders: set[int] = set()
-"""The commands that a keeper which replaces a killed one has to learn of."""
+"""The running commands, for a reaper that replaces a killed one."""
 _starting = threading.Lock()
 
 
 def _notify_reaper(line: bytes) -> None:
-    with _starting, suppress(OSError):  # without a keeper, or descriptors for one, all is as without it
+    with _starting, suppress(OSError):  # the reaper is optional: without file descriptors for it, continue
         if _reaper is None or _reaper[0] != os.getpid():
             _leaders.clear()
             _start_reaper()
@@ -163,7 +162,7 @@ def _notify_reaper(line: bytes) -> None:
 
 
 def _write_to_reaper(line: bytes) -> None:
-    assert _reaper is not None, "it was started before"
+    assert _reaper is not None, "the reaper was started"
     _reaper[1].write(line)
 
 
@@ -174,16 +173,16 @@ def _start_reaper() -> None:
     with open(reads, "rb", buffering=0) as theirs:
         pipe = open(writes, "wb", buffering=0)
         devnull = subprocess.DEVNULL
-        one = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
+        reaper = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
                                start_new_session=True)  # fmt: skip
-        one.returncode = 0  # nobody waits for it: it ends right after this process
+        reaper.returncode = 0  # never waited for: it ends right after this process
     _reaper = os.getpid(), pipe
     pipe.writelines(b"+%d\n" % leader for leader in _leaders)
 
 
 @contextmanager
 def _reaped_on_exit(leader: int) -> Iterator[None]:
-    """Have a command killed, with all that it started, if this process ends while the body runs."""
+    """Kill a command with all descendants if this process ends during the block."""
     _notify_reaper(b"+%d\n" % leader)
     try:
         yield
@@ -193,7 +192,7 @@ def _reaped_on_exit(leader: int) -> Iterator[None]:
 
 def _limit_memory(pid: int, memory: int | None) -> None:
     if memory is not None and sys.platform == "linux":
-        # Set from without: code between fork and exec may hang a program that has threads.
+        # Set from outside: code between fork and exec may hang in a threaded program.
         with suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_DATA, (memory, memory))
 
@@ -206,11 +205,11 @@ async def run_untrusted(
     timeout: float,
     most: int,
 ) -> CompletedCommand:
-    """Run a program of which nothing is known, such as a CLI that is asked for its version.
+    """Run an untrusted program, such as a CLI to read its version.
 
-    It has nothing to read. As soon as it has ended, or has printed more than `most` bytes, all that is left of its
-    process group is killed; after `timeout` seconds, too, and TimeoutError is raised. What can't be started is an
-    OSError. Cancelling the caller does not cut it short.
+    Its standard input is empty. When it has ended or has printed more than `most` bytes, the rest of its process group
+    is killed; after `timeout` seconds as well, and TimeoutError is raised. Raises OSError if the program can't be
+    started. Cancelling the caller does not interrupt it.
     """
     return await anyio.to_thread.run_sync(partial(_run_stranger, argv, env, cwd, timeout, most))
 
@@ -240,21 +239,21 @@ def _run_stranger(
 
 
 def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tuple[bytes, bytes]:
-    """Read until the child has ended, has printed more than `most`, or it is too late."""
+    """Read until the child has ended, has printed more than `most` bytes, or the deadline has passed."""
     streams = [pipe.fileno() for pipe in (child.stdout, child.stderr) if pipe is not None]
     read = dict.fromkeys(streams, b"")
     with selectors.DefaultSelector() as selector:
         for stream in streams:
             selector.register(stream, selectors.EVENT_READ)
         while time.monotonic() < deadline and sum(map(len, read.values())) <= most:
-            # Asked before the pipes are read: what it wrote before its end is in them by then.
-            is_over = _has_ended(child)
-            for key, _ in selector.select(0 if is_over else _POLL_SECONDS):
+            # Check before reading the pipes, so that they contain all output if the child has ended.
+            has_ended = _has_ended(child)
+            for key, _ in selector.select(0 if has_ended else _POLL_SECONDS):
                 data = os.read(key.fd, _PIPE)
                 read[key.fd] += data
                 if not data:
                     selector.unregister(key.fd)
-            if is_over:
+            if has_ended:
                 break
     stdout, stderr = (read[stream][:most] for stream in streams)
     return stdout, stderr
@@ -262,17 +261,17 @@ def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tu
 
 def _has_ended(child: subprocess.Popen[bytes]) -> bool:
     if sys.platform == "linux":
-        # Without reaping it, which would give its id and its group's away.
+        # Don't reap it: its process and group ids must not be reused yet.
         return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     return child.poll() is not None
 
 
 def internal_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
-    """Return the command line and the environment by which a function of this package is a program of its own.
+    """Return the command line and environment that run a function of this package as a separate program.
 
-    It sees the standard library and this package, and nothing else that is installed.
+    It can import the standard library and this package, but no other installed packages.
     """
-    # Imported rather than run as a script, because Python caches the byte code of imports only: 6 ms a start.
+    # Imported instead of run as a script, because Python caches only the byte code of imports: saves 6 ms per start.
     code = f"import sys; sys.path.append(sys.argv.pop(1)); from {module} import {function}; {function}()"
     argv = [
         os.fspath(without_dotdot(Path(sys.executable))),
@@ -282,7 +281,7 @@ def internal_program(module: str, function: str) -> tuple[list[str], dict[str, s
         code,
         os.fspath(Path(__file__).parents[2]),
     ]
-    # A Python that was built as a shared library may not start without this.
+    # A Python built as a shared library may need this to start.
     return argv, {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
@@ -293,16 +292,16 @@ def internal_program_folders() -> tuple[Path, ...]:
 
 
 def without_dotdot(path: Path) -> Path:
-    """Return an absolute path without `..`, which could lead through a folder that a fence hides. Blocks."""
+    """Return an absolute path without `..`, which could pass through a folder hidden by a sandbox. Blocks."""
     path = path.absolute()
     return path.parent.resolve() / path.name if ".." in path.parts else path
 
 
 async def spawn(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:
-    """Start a program that is talked to while it runs, and return it as soon as it has been started.
+    """Start an interactive program and return it at once.
 
-    Its stdin is an unbuffered pipe, its stdout another, which stderr goes to as well. Once it has been
-    started it is returned even to a cancelled caller, who owns it: close both pipes and wait for it.
+    Its stdin is an unbuffered pipe, its stdout and stderr share another. A started program is returned even if the
+    caller is cancelled. The caller owns it: close both pipes and wait for it.
     """
     return await anyio.to_thread.run_sync(partial(_spawn, argv, env, cwd))
 
@@ -323,9 +322,9 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess
 def start_detached(
     arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start this program once more, in a session of its own, with its standard error appended to a file. Blocks.
+    """Start another instance of this program as a session leader, appending its standard error to a file. Blocks.
 
-    It outlives this process and its terminal.
+    It survives this process and its terminal.
     """
     with log.open("ab") as errors:
         return subprocess.Popen(
@@ -340,14 +339,14 @@ def start_detached(
 
 
 class ForkServer:
-    """A program that forks another for each request, which is faster than to start one.
+    """A program that forks a process for each request, which is faster than starting one.
 
-    It has a socket as its standard input, and for each byte of that it gets two pipes, of which it gives the one
-    to be read and the one to be written to a process that it forks.
+    Its standard input is a socket. Each request is a byte with two pipe ends, one to read and one to write, for the
+    forked process.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
-        """Start it. Blocks; OSError if it can't be started."""
+        """Start the server. Blocks. Raises OSError."""
         self._requests, theirs = socket.socketpair()
         with theirs:
             try:
@@ -365,46 +364,46 @@ class ForkServer:
                 raise
 
     def fork(self) -> tuple[IO[bytes], IO[bytes]]:
-        """Have a process forked; return what it reads and what it writes, unbuffered. Blocks, though not for long.
+        """Fork a process; return the pipes that it reads and writes, unbuffered. Blocks briefly.
 
-        OSError if there is no descriptor left, or the server is gone.
+        Raises OSError if no file descriptor is free or the server is gone.
         """
         with ExitStack() as ours, ExitStack() as theirs:
             reads, written = os.pipe()
             theirs.callback(os.close, reads)
-            given = ours.enter_context(open(written, "wb", buffering=0))
+            child_input = ours.enter_context(open(written, "wb", buffering=0))
             read, writes = os.pipe()
             theirs.callback(os.close, writes)
-            taken = ours.enter_context(open(read, "rb", buffering=0))
+            child_output = ours.enter_context(open(read, "rb", buffering=0))
             socket.send_fds(self._requests, [b"\n"], [reads, writes])
             ours.pop_all()
-            return given, taken
+            return child_input, child_output
 
     def close(self) -> None:
-        """End it; what it has forked lives on. Blocks."""
+        """Stop the server; forked processes continue. Blocks."""
         self._requests.close()
         self._server.wait()
 
 
 def kill_by_environment(marker: bytes) -> int:
-    """Kill every process that has `marker` in its environment; return how many there were. Blocks.
+    """Kill all processes with `marker` in their environment; return their number. Blocks.
 
-    For what is left of a session whose supervisor was itself killed. A process that cleared its environment is
-    not found, and without /proc (macOS) none is.
+    Used for leftovers of a session whose supervisor was killed. A process that cleared its environment is not found;
+    without /proc (macOS) none is.
     """
     killed: set[int] = set()
     while True:
-        found = {int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_marked(place, marker)}
-        for pid in found:
+        marked = {int(folder.name) for folder in Path("/proc").glob("[0-9]*") if _is_marked(folder, marker)}
+        for pid in marked:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if found <= killed:
+        if marked <= killed:
             return len(killed)
-        killed |= found
+        killed |= marked
 
 
 def _is_marked(process: Path, marker: bytes) -> bool:
     try:
         return marker in (process / "environ").read_bytes()
-    except OSError:  # it has ended, or is not ours
+    except OSError:  # the process has ended, or belongs to another user
         return False

@@ -1,4 +1,4 @@
-"""What this process and machine have left: file descriptors, memory and processes."""
+"""Available resources of this process and machine: file descriptors, memory, disk space and processes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 from orchestrator.domain.scheduling.admission import AvailableResources
 
-#: Programs that close every descriptor there could be take minutes under limits of a billion, as containers set them.
+#: Programs that close all possible descriptors take minutes under limits of a billion, which containers set.
 _MAX_DESCRIPTORS = 1 << 16
-#: A disk with fewer bytes to spare is full.
+#: A disk with fewer free bytes counts as full.
 _MIN_FREE_BYTES = 1 << 20
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files to the hard one, as far as makes sense; return what it is then.
+    """Raise the soft limit of open files to the hard limit, within a maximum; return the new limit.
 
-    What this process starts inherits it. See getrlimit(2).
+    Child processes inherit it. See getrlimit(2).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS refuses more than kern.maxfilesperproc, whatever the hard limit says.
+        # macOS rejects more than kern.maxfilesperproc, whatever the hard limit.
         for value in (wanted, 10240):
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, value), hard))
@@ -33,43 +33,43 @@ def raise_descriptor_limit() -> int:
 
 
 def read_resources() -> AvailableResources:
-    """Return what is left now. Reads a few small files."""
+    """Return the available resources. Reads a few small files."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = None if soft == resource.RLIM_INFINITY else soft
     return AvailableResources(limit, len(os.listdir("/dev/fd")) - 1, available_memory())
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes that can be had without swapping, of the machine or of a cgroup (v2) that we are in.
+    """Return the bytes available without swapping, on the machine and in our cgroups (v2).
 
-    None where the system does not say (macOS). See proc_meminfo(5) and
+    None if the system does not report it (macOS). See proc_meminfo(5) and
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files.
     """
-    found = [_available_on_machine(proc), *(_available_in_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
-    return min((left for left in found if left is not None), default=None)
+    limits = [_available_on_machine(proc), *(_available_in_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
+    return min((left for left in limits if left is not None), default=None)
 
 
 def is_disk_full(*folders: Path | None) -> bool:
-    """Whether a file system that one of these folders is on has no room left for a file. See statvfs(3). Blocks."""
+    """Return whether the file system of any of these folders is full. See statvfs(3). Blocks."""
     for folder in folders:
-        with suppress(OSError):  # there is no such folder
-            found = None if folder is None else os.statvfs(folder)
-            if found and (found.f_bavail * found.f_frsize < _MIN_FREE_BYTES or (found.f_files and not found.f_favail)):
+        with suppress(OSError):  # the folder does not exist
+            disk = None if folder is None else os.statvfs(folder)
+            if disk and (disk.f_bavail * disk.f_frsize < _MIN_FREE_BYTES or (disk.f_files and not disk.f_favail)):
                 return True
     return False
 
 
 def remaining_processes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return how many processes and threads may still be started, by the user's limit and those of cgroups (v2).
+    """Return the number of processes and threads that can be started, by the limits of the user and cgroups (v2).
 
-    None where there is no limit, or the system does not say. See RLIMIT_NPROC in getrlimit(2), which does not bind
-    root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.
+    None if there is no limit, or the system does not report it. See RLIMIT_NPROC in getrlimit(2), which does not apply
+    to root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.
     """
-    found = [_tasks_left(folder) for folder in _own_cgroups(proc, cgroups)]
+    limits = [_tasks_left(folder) for folder in _own_cgroups(proc, cgroups)]
     soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if soft != resource.RLIM_INFINITY and os.getuid() != 0 and proc.is_dir():
-        found.append(max(0, soft - _threads_of(os.getuid(), proc)))
-    return min((left for left in found if left is not None), default=None)
+        limits.append(max(0, soft - _threads_of(os.getuid(), proc)))
+    return min((left for left in limits if left is not None), default=None)
 
 
 def _tasks_left(folder: Path) -> int | None:
@@ -90,7 +90,7 @@ def _available_on_machine(proc: Path) -> int | None:
 
 
 def _own_cgroups(proc: Path, cgroups: Path) -> list[Path]:
-    """Return our cgroup and those that it is in; the limits of all of them count."""
+    """Return our cgroup and its ancestors; the limits of all of them apply."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -108,7 +108,7 @@ def _available_in_cgroup(folder: Path) -> int | None:
         used = int((folder / "memory.current").read_text())
     except (OSError, ValueError):  # no such file, or `max`
         return None
-    # Files that were read once are given up before a limit hurts, but count as used until then.
+    # The kernel reclaims inactive page cache before the limit takes effect, but counts it as used until then.
     return max(0, limit - used + _table(folder / "memory.stat").get("inactive_file", 0))
 
 

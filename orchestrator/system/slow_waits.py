@@ -1,4 +1,4 @@
-"""Lines on standard error about waits that take longer than usual."""
+"""Warnings about waits that take longer than usual."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger: Final = logging.getLogger("orchestrator.waiting")
 
 @contextmanager
 def warn_if_slow(describe: Callable[[], str], after: float) -> Iterator[None]:
-    """Report what is waited for if the body takes longer than `after` seconds; `describe` is called then."""
+    """Log a warning if the block takes longer than `after` seconds; `describe` then returns the awaited activity."""
     timer = asyncio.get_running_loop().call_later(after, lambda: logger.warning("waiting for %s", describe()))
     try:
         yield

@@ -1,11 +1,11 @@
-"""Reads and writes files in folders that an agent may write to, without following a symlink.
+"""Access to files in folders that an agent may write to, without following symlinks.
 
-Each component of a path is opened relative to the folder before it with O_NOFOLLOW. What an agent exchanges meanwhile
-(`renameat2` with RENAME_EXCHANGE) leads to an error and never out of the folder. Opening by the whole path checks
-the last component only, and a check before an open is too early.
+Each component of a path is opened relative to its parent folder with O_NOFOLLOW. If an agent exchanges a component
+meanwhile (`renameat2` with RENAME_EXCHANGE), the result is an error, never a path outside the folder. Opening the whole
+path would check only the last component, and a check before the open would be a race.
 
-The walk gives on every system what `openat2` gives on Linux with RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS and
-RESOLVE_NO_MAGICLINKS: a path without `..` whose components are no links can't leave the folder that it starts in.
+This provides on every system what `openat2` provides on Linux with RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS and
+RESOLVE_NO_MAGICLINKS: a path without `..` and without links can't leave its top folder.
 
 Only the standard library is imported. All functions block; those of paths raise OSError (ELOOP or ENOTDIR for a link).
 """
@@ -29,9 +29,9 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 
 @contextmanager
 def open_folder(top: Path, path: str = "", *, make: bool = False) -> Iterator[int]:
-    """Open a folder beneath `top`, which is no link itself; the folders above `top` are trusted.
+    """Open a folder beneath `top`, which must not be a link; the folders above `top` are trusted.
 
-    With `make`, the missing folders beneath `top` are made, and what is there but is no folder is removed.
+    With `make`, missing folders beneath `top` are created, and other files in their place are removed.
     """
     descriptor = os.open(top, _FOLDER)
     try:
@@ -45,52 +45,52 @@ def open_folder(top: Path, path: str = "", *, make: bool = False) -> Iterator[in
 
 
 def open_file(top: Path, path: str) -> int:
-    """Return a descriptor of a regular file beneath `top`, for reading; EINVAL for anything else that is no link."""
+    """Open a regular file beneath `top` for reading; EINVAL for other types of files except links."""
     folder, name = _split(path)
     with open_folder(top, folder) as within:
         descriptor = os.open(name, _FILE, dir_fd=within)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", path)
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return descriptor
 
 
-def read_file(top: Path, path: str, largest: int, *, sole: bool = False) -> bytes:
+def read_file(top: Path, path: str, max_bytes: int, *, sole: bool = False) -> bytes:
     """Return the content of a regular file beneath `top`.
 
-    EFBIG if it has more than `largest` bytes. With `sole`, EMLINK if the file has another name, perhaps elsewhere.
+    EFBIG if it has more than `max_bytes`. With `sole`, EMLINK if the file has another hard link.
     """
     with os.fdopen(open_file(top, path), "rb", buffering=0) as file:
         if sole and os.fstat(file.fileno()).st_nlink > 1:
             raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), path)
         data = bytearray()
-        while len(data) <= largest and (part := file.read(largest + 1 - len(data))):
+        while len(data) <= max_bytes and (part := file.read(max_bytes + 1 - len(data))):
             data += part
-    if len(data) > largest:
+    if len(data) > max_bytes:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     return bytes(data)
 
 
 def write_file(top: Path, path: str, data: bytes, mode: int = 0o600) -> None:
-    """Put a new file in the place of whatever file or link is there; missing folders are made.
+    """Write a file atomically, replacing an existing file or link; missing folders are created.
 
-    EISDIR if a folder is there.
+    EISDIR if the path is a folder.
     """
     folder, name = _split(path)
-    aside = f".{secrets.token_hex(8)}.new"
+    temporary = f".{secrets.token_hex(8)}.new"
     with open_folder(top, folder, make=True) as within:
         try:
-            with os.fdopen(os.open(aside, _NEW, mode, dir_fd=within), "wb") as file:
+            with os.fdopen(os.open(temporary, _NEW, mode, dir_fd=within), "wb") as file:
                 file.write(data)
-            os.rename(aside, name, src_dir_fd=within, dst_dir_fd=within)
+            os.rename(temporary, name, src_dir_fd=within, dst_dir_fd=within)
         except BaseException:
             with suppress(OSError):
-                os.unlink(aside, dir_fd=within)
+                os.unlink(temporary, dir_fd=within)
             raise
 
 
 def make_link(top: Path, path: str, target: Path) -> None:
-    """Put a symlink to `target` in the place of whatever file or link is there; missing folders are made."""
+    """Create a symlink to `target`, replacing an existing file or link; missing folders are created."""
     folder, name = _split(path)
     with open_folder(top, folder, make=True) as within:
         with suppress(FileNotFoundError):
@@ -99,7 +99,7 @@ def make_link(top: Path, path: str, target: Path) -> None:
 
 
 def file_type(top: Path, path: str) -> int | None:
-    """Return the file type beneath `top` as `stat.S_IFMT` has it, of a link its own; None if nothing is there."""
+    """Return the `stat.S_IFMT` type of a path beneath `top`, without following links; None if it does not exist."""
     folder, name = _split(path)
     with suppress(OSError), open_folder(top, folder) as within:
         return stat.S_IFMT(os.stat(name, dir_fd=within, follow_symlinks=False).st_mode)
@@ -107,7 +107,7 @@ def file_type(top: Path, path: str) -> int | None:
 
 
 def remove_file(top: Path, path: str) -> None:
-    """Remove a file or a link beneath `top`, if it is there."""
+    """Remove a file or link beneath `top`, if it exists."""
     folder, name = _split(path)
     with suppress(FileNotFoundError), open_folder(top, folder) as within:
         os.unlink(name, dir_fd=within)
@@ -116,14 +116,14 @@ def remove_file(top: Path, path: str) -> None:
 def _names(path: str) -> list[str]:
     names = path.split("/") if path else []
     if any(name in {"", ".", ".."} for name in names):
-        raise OSError(errno.EINVAL, "it is no plain relative path", path)
+        raise OSError(errno.EINVAL, "not a plain relative path", path)
     return names
 
 
 def _split(path: str) -> tuple[str, str]:
     folder, _, name = path.rpartition("/")
     if name not in _names(path)[-1:]:
-        raise OSError(errno.EINVAL, "it is no plain relative path", path)
+        raise OSError(errno.EINVAL, "not a plain relative path", path)
     return folder, name
 
 

@@ -299,7 +299,7 @@ def interpret_end(adapter: Adapter, end: SessionEnd, asked: RecordingMeaning) ->
     return RecordingMeaning(
         verdict.failure if verdict else None,
         None if asked.session is None else told.session,
-        None if asked.text is None else told.words,
+        None if asked.text is None else told.last_message,
         None if asked.tokens is None else (told.input_tokens, told.output_tokens),
         None if asked.paths is None else frozenset(p for one in parsed if isinstance(one, ToolCall) for p in one.paths),
     )

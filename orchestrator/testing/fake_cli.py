@@ -126,7 +126,7 @@ def _step(words: list[str], rest: str) -> None:
         case ["answer", *_]:
             print(f"Here it is.\n```json\n{rest}\n```", flush=True)
         case ["tell", *_]:
-            subprocess.run(["council", "hand-over"], input=rest, text=True, check=False, stderr=subprocess.STDOUT)
+            subprocess.run(["council", "submit-handoff"], input=rest, text=True, check=False, stderr=subprocess.STDOUT)
         case ["share", key, *_]:
             subprocess.run(["council", "share", "put", key, rest.partition(" ")[2]], check=True)
         case ["built", *paths]:

@@ -33,7 +33,7 @@ async def test_a_session_asks_and_leaves_alone_what_is_anothers(
     assert any("theirs.txt belongs to run-0/other.1" in one for one in told) is program.asks_before_edits
     if program.has_servers:  # and with that tools at all
         # One that has its model search for tools tells it of the server alone, once that has started.
-        known = ("Take files for this session alone", "Other agents work on the same")
+        known = ("Lock files for this session", "Other agents work on the same")
         assert not program.keeps_path or any(part in one for one in told for part in known)
         asked = [arguments for _, command, arguments in desk.asked if command == "lock"]
         assert asked == ([{"paths": ["ours.txt"]}] if program.keeps_path else [])

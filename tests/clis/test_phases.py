@@ -68,7 +68,7 @@ async def test_what_is_given_to_the_tool_is_handed_on(stage: Stage, program: Pro
     """The model is told at once what is wrong with it, and may try again: nothing is left to be mended."""
     if not program.has_servers:
         pytest.skip("it uses no servers")
-    calls = [f"call hand_over {json.dumps({'data': data})}" for data in ({"tasks": "all of it"}, PLAN, REVIEW)]
+    calls = [f"call submit_handoff {json.dumps({'data': data})}" for data in ({"tasks": "all of it"}, PLAN, REVIEW)]
     ended = run(stage, plan="\n".join(calls[:2]), review=calls[2])
     assert ended.states == {"task": "landed"}, stage.tell(ended)
     assert [one.phase for one in (await stage.task()).attempts] == ["plan", "build", "review"]

@@ -138,11 +138,11 @@ async def watch_for(process: Process, seconds: float, clock: ManualClock) -> Non
     """Let time pass in which a process looks, and gives signs of life, as it does at work."""
     left = seconds
     while left > 0:
-        await process.others.gone()
+        await process.others.find_gone()
         clock.advance(min(60.0, left))
         left -= 60.0
         await process.others.renew()
-    await process.others.gone()
+    await process.others.find_gone()
 
 
 class ClaimsContract(ABC):
@@ -297,11 +297,11 @@ class ClaimsContract(ABC):
         late = await a.claims.plan("late")
         assert isinstance(late, PlannedClaim)
         await place.store.commit(Commit([late.write], guards=[a.others.guard]))
-        gone = await b.others.gone()
+        gone = await b.others.find_gone()
         assert not gone  # it is of another machine
         document, record = await place.store.get(orchestrator_key(RUN, "a")), (await b.others.all())["a"]
         assert document is not None
-        await place.store.commit(Commit([b.others.ending(document, record, OwnerStatus.DEAD)]))
+        await place.store.commit(Commit([b.others.fence_write(document, record, OwnerStatus.DEAD)]))
         assert await b.claims.sweep() == {"t": "a", "late": "a"}
 
     async def test_one_that_has_left_is_no_holder(self, place: Place) -> None:
@@ -321,7 +321,7 @@ class ClaimsContract(ABC):
         await place.store.commit(Commit([Write(found.key, found.version, None)]))
         c = await place.join("c")
         assert await c.claims.sweep() == {"t": "b"}
-        with pytest.raises(OrchestratorFenced, match="its record is gone"):
+        with pytest.raises(OrchestratorFenced, match="its record is missing"):
             await b.others.renew()
 
     async def test_a_coordinator_overrides_those_that_are_none(self, place: Place) -> None:
@@ -358,10 +358,10 @@ class ClaimsContract(ABC):
                     await a.claims.release("t", ReleaseReason.ABANDONED)
         assert await a.claims.verdict("t") is ClaimVerdict.TRIED_OUT
         assert await a.claims.verdict("t", ignored="not now") is ClaimVerdict.IGNORED
-        afresh = await a.claims.afresh("t")
+        afresh = await a.claims.reset_retries("t")
         await place.store.commit(Commit(afresh))
         assert await a.claims.verdict("t") is ClaimVerdict.TRY
-        assert await a.claims.afresh("t") == await a.claims.afresh("never claimed") == []
+        assert await a.claims.reset_retries("t") == await a.claims.reset_retries("never claimed") == []
         again = await a.claims.plan("t", retries=0)
         assert isinstance(again, PlannedClaim)
         assert again.claim.retries == 0
@@ -384,9 +384,9 @@ class ClaimsContract(ABC):
         assert b.claims.guard("t") == theirs.guard
         with pytest.raises(Exception, match=r"is at version 1 .*, not 0"):
             await place.store.commit(Commit([mine.write, Write(TASK, 1, {"by": "a"})], guards=[a.others.guard]))
-        done = b.claims.ending("t", ReleaseReason.COMPLETE, None)
+        done = b.claims.release_write("t", ReleaseReason.COMPLETE, None)
         await place.store.commit(Commit([done, Write(TASK, 1, {"by": "b"})], guards=[theirs.guard]))
-        b.claims.released("t")
+        b.claims.mark_released("t")
         assert ("t" in b.claims, (await place.claim("t")).released) == (False, ReleaseReason.COMPLETE)
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
@@ -453,7 +453,7 @@ class ClaimsContract(ABC):
         await a.others.join()
         await a.others.renew()
         await a.others.leave()
-        with pytest.raises(OrchestratorFenced, match="it has said that it ended"):
+        with pytest.raises(OrchestratorFenced, match="it has ended"):
             await a.others.join()
 
     async def test_what_happens_is_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -476,7 +476,7 @@ class ClaimsContract(ABC):
         assert told == [
             ("INFO", "claims synced: run run, a"),
             ("INFO", "claim released: run run, task t as complete"),
-            ("INFO", "claims swept: run run, 2 of a: t, u"),
+            ("INFO", "claims taken over: run run, 2 of a: t, u"),
             ("WARNING", "claim lost: run run, task t was taken over"),
             ("WARNING", "claim sync failed: run run, a: store: no answer: wait"),
         ]

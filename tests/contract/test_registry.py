@@ -54,7 +54,7 @@ class Owners:
     async def take(self, session: SessionName, *patterns: str, wait: float = 0.0) -> OwnershipConflict | None:
         if session not in self.claims:
             self.claims[session] = await claimed(self.store, session)
-        return await self.registry.take(session, patterns, orchestrator="o1", claim=self.claims[session], wait=wait)
+        return await self.registry.acquire(session, patterns, orchestrator="o1", claim=self.claims[session], wait=wait)
 
     async def owned(self) -> dict[str, Sequence[str]]:
         return {one.session.task: one.patterns for one in await self.registry.holdings() if one.patterns}
@@ -105,11 +105,11 @@ class RegistryContract(ABC):
             await owners.take(ADA, "a", "b")
             await owners.take(ADA, "b", "c")
             assert await owners.owned() == {"ada": ("a", "b", "c")}
-            assert await owners.registry.give_back(ADA, ["a", "zzz"], owners.claims[ADA]) == ["a"]
-            assert await owners.registry.give_back(ADA, ["a"], owners.claims[ADA]) == []
+            assert await owners.registry.release_patterns(ADA, ["a", "zzz"], owners.claims[ADA]) == ["a"]
+            assert await owners.registry.release_patterns(ADA, ["a"], owners.claims[ADA]) == []
             assert await owners.take(BOB, "a") is None
             assert await owners.owned() == {"ada": ("b", "c"), "bob": ("a",)}
-            assert await owners.events("ownership.released") == ["ownership.given_back ada"]
+            assert await owners.events("ownership.released") == ["ownership.released ada"]
 
     async def test_sessions_that_wait_for_each_other_are_told_at_once(self) -> None:
         """The one that began to wait last is refused with the circle, keeps what it has, and the other goes on."""
@@ -120,7 +120,7 @@ class RegistryContract(ABC):
 
             async def wait() -> None:
                 claim = owners.claims[ADA]
-                had.append(await registry.take(ADA, ["b"], orchestrator="o1", claim=claim, wait=60.0))
+                had.append(await registry.acquire(ADA, ["b"], orchestrator="o1", claim=claim, wait=60.0))
 
             with anyio.fail_after(20):
                 async with anyio.create_task_group() as group:
@@ -129,11 +129,11 @@ class RegistryContract(ABC):
                         await anyio.sleep(0.01)
                     claim = owners.claims[BOB]
                     with pytest.raises(
-                        LockUnavailable, match=r"would never end: r/bob.1 waits for a, r/ada.1 waits for b"
+                        LockUnavailable, match=r"would deadlock: r/bob.1 waits for a, r/ada.1 waits for b"
                     ):
-                        await registry.take(BOB, ["a"], orchestrator="o1", claim=claim, wait=60.0)
+                        await registry.acquire(BOB, ["a"], orchestrator="o1", claim=claim, wait=60.0)
                     assert await owners.owned() == {"ada": ("a",), "bob": ("b",)}
-                    await registry.give_back(BOB, ["b"], claim)
+                    await registry.release_patterns(BOB, ["b"], claim)
             assert had == [None]
 
     async def test_two_that_plan_at_once_do_not_both_get_it(self) -> None:
@@ -188,9 +188,9 @@ class RegistryContract(ABC):
             owners.claims[again] = await claimed(owners.store, ADA)
             assert await owners.owned() == {}
             with pytest.raises(LeaseLost):
-                await owners.registry.take(ADA, ["b"], orchestrator="o1", claim=old)
+                await owners.registry.acquire(ADA, ["b"], orchestrator="o1", claim=old)
             with pytest.raises(LeaseLost):
-                await owners.registry.give_back(ADA, ["a"], old)
+                await owners.registry.release_patterns(ADA, ["a"], old)
             assert await owners.take(again, "a") is None
             assert [one.session for one in await owners.registry.holdings()] == [again]
 
@@ -199,8 +199,8 @@ class RegistryContract(ABC):
         async with self.open_store() as store:
             owners = Owners(store)
             await owners.take(ADA, "a", "gone")
-            await owners.registry.take(ADA, ["a"], orchestrator="o1", claim=owners.claims[ADA], is_lock=True)
-            await owners.registry.give_back(ADA, ["gone"], owners.claims[ADA])
+            await owners.registry.acquire(ADA, ["a"], orchestrator="o1", claim=owners.claims[ADA], is_lock=True)
+            await owners.registry.release_patterns(ADA, ["gone"], owners.claims[ADA])
             later = await claimed(store, ADA)
             assert await owners.owned() == {}
             await store.commit(Commit(await owners.registry.sweep()))
@@ -268,7 +268,7 @@ class RegistryContract(ABC):
                 assert waiting[0].session == BOB
                 assert waiting[0].waiting is not None
                 assert waiting[0].waiting.patterns == ("a",)
-                await owners.registry.give_back(ADA, ["a"], owners.claims[ADA])
+                await owners.registry.release_patterns(ADA, ["a"], owners.claims[ADA])
             assert got == [None]
             assert [one.waiting for one in await owners.registry.holdings()] == [None]
             assert (await owners.owned())["bob"] == ("a",)

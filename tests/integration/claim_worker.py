@@ -112,14 +112,16 @@ class Worker:
     async def _finishes(self, task: str, guard: Guard, claims: Claims, others: RunMembership) -> bool:
         work = Write(work_key(task), 0, {"by": others.me.id, "epoch": guard.epoch})
         try:
-            await self.store.commit(Commit([work, claims.ending(task, ReleaseReason.COMPLETE, None)], guards=[guard]))
+            await self.store.commit(
+                Commit([work, claims.release_write(task, ReleaseReason.COMPLETE, None)], guards=[guard])
+            )
         except LeaseLost:
             say(self.number, "refused", task)
-            claims.lost(task)
+            claims.mark_lost(task)
             if (error := await others.find_fencing_error()) is not None:
                 raise error from None
             return False
-        claims.released(task)
+        claims.mark_released(task)
         self.done += 1
         return True
 

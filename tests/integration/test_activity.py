@@ -133,7 +133,7 @@ async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository
                 group.start_soon(activity.show, watcher)
                 await until(lambda: watcher.heard and watcher.seen.get("t") == Changes(1, 1, 0))
                 group.cancel_scope.cancel()
-            assert watcher.heard["t"].words == "Reading"
+            assert watcher.heard["t"].last_message == "Reading"
             assert set(watcher.heard) == {"t"}
     finally:
         child.terminate()
@@ -164,7 +164,7 @@ async def test_lines_are_heard_once_and_whole(
             await until(lambda: watcher.heard["x"] == Transcript("second", None, 10, 0, 0.5))
             with file.open("a") as more:
                 more.write('{"bad": 1}\n{"tool": "Edit"}\n')
-            await until(lambda: watcher.heard["x"].words == "Edit src/app.py")
+            await until(lambda: watcher.heard["x"].last_message == "Edit src/app.py")
             group.cancel_scope.cancel()
         with file.open("a") as more:
             more.write('{"tokens": 1}\n' * 20_000 + '{"say": "last"}\n')
@@ -173,7 +173,7 @@ async def test_lines_are_heard_once_and_whole(
             group.start_soon(activity.show, late)
             await until(lambda: "x" in late.heard)
             group.cancel_scope.cancel()
-        assert late.heard["x"].words == "last"
+        assert late.heard["x"].last_message == "last"
         assert late.heard["x"].input_tokens < 5_000  # of the last 64 KiB
 
 

@@ -19,7 +19,7 @@ from orchestrator.protocols import SessionHome
 from orchestrator.repo.intake.session_refs import read_session_refs
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.setup.adapter_homes import _bring_back, _furnish
+from orchestrator.sessions.setup.adapter_homes import _copy_back, _write_content
 from orchestrator.sessions.setup.handoff_file import HandoffData, _read
 from orchestrator.state.legacy.files import read_legacy_files
 from orchestrator.system import untrusted_files
@@ -144,7 +144,7 @@ def test_only_plain_relative_paths_are_taken(tmp_path: Path) -> None:
     (tmp_path / "top").mkdir()
     (tmp_path / "file").write_text(CANARY)
     for path in ("../file", "/etc/passwd", "a/../../file", "", "./file", "a//b"):
-        with pytest.raises(OSError, match="no plain relative path"):
+        with pytest.raises(OSError, match="not a plain relative path"):
             untrusted_files.read_file(tmp_path / "top", path, 100)
 
 
@@ -217,7 +217,7 @@ def test_a_login_is_not_brought_back_through_a_link_that_is_exchanged(tmp_path: 
     def bring() -> None:
         login.write_text("login")
         with suppress(OSError):
-            _bring_back(folder, what, {})
+            _copy_back(folder, what, {})
         seen.add(login.read_text())
 
     with exchanging(folder / "dir", folder / "link"):
@@ -237,7 +237,7 @@ def test_settings_are_not_written_through_a_link_that_is_exchanged(tmp_path: Pat
 
     def furnish() -> None:
         with suppress(OSError):
-            _furnish(folder, what, {})
+            _write_content(folder, what, {})
 
     with exchanging(folder / "dir", folder / "link"):
         repeat(furnish)

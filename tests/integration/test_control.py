@@ -141,9 +141,7 @@ async def test_a_task_whose_push_was_under_way_can_not_be_cancelled(repository: 
     assert cancelling.stderr is not None
     line = cancelling.stderr.readline()
     free.touch()
-    assert line.startswith(
-        f"waiting for a git command of process {child.pid} (ended, but something it started holds it"
-    )
+    assert line.startswith(f"waiting for a git command of process {child.pid} (ended, but a child process holds it")
     stdout, stderr = cancelling.communicate(timeout=60)
     assert (cancelling.returncode, "1 landing" in stdout) == (1, True)
     assert stderr == "could not cancel a: it is landing, which `council resume` finishes first\n"

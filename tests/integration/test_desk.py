@@ -30,7 +30,7 @@ async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repositor
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "lock", paths=["a.py"])
-        assert "has locked a.py already" in await team.refused(session, "lock", paths=["a.py", "b.py"])
+        assert "has already locked a.py" in await team.refused(session, "lock", paths=["a.py", "b.py"])
         assert await team.owned() == {"auth.1": ("a.py",)}
         assert [one.path for one in team.files.held(session)] == ["a.py"]
         assert await team.ask(session, "unlock", paths=["a.py"]) == {"unlocked": ["a.py"]}
@@ -304,10 +304,10 @@ async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
         ("lock", {"paths": []}, "paths"),
         ("lock", {"paths": ["a"], "wait": 1e9}, "wait"),
         ("lock", {"paths": ["a"], "wait": float("nan")}, "wait"),
-        ("lock", {"paths": ["../a"]}, "outside|no file"),
-        ("lock", {"paths": ["."]}, "outside|no file"),
+        ("lock", {"paths": ["../a"]}, "outside"),
+        ("lock", {"paths": ["."]}, "outside"),
         ("report", {"status": "asleep"}, "status"),
-        ("report", {"file": "/etc/passwd"}, "no file"),
+        ("report", {"file": "/etc/passwd"}, "outside the repository"),
         ("peers", {"run": "x"}, "run"),
         ("ask", {"task": 5}, "task"),
     ],
@@ -372,23 +372,23 @@ async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp
 
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
-        assert "nothing to hand over" in await team.refused(session, "hand_over", data={"summary": "x"})
+        assert "nothing to hand over" in await team.refused(session, "submit_handoff", data={"summary": "x"})
         await team.session_service.enter(session, "fixer", team.workplace(session), takes=takes)
         assert team.session_service.handed_over(session) is None
-        said = await team.refused(session, "hand_over", data={})
+        said = await team.refused(session, "submit_handoff", data={})
         assert said.endswith(":\n- summary: there is none\n- tasks: there are none")
         assert "not taken: mend this" in said
         assert team.session_service.handed_over(session) is None
-        assert (await team.ask(session, "hand_over", data={"summary": "a"}))["size"] == len('{"summary":"a"}')
-        await team.ask(session, "hand_over", data={"summary": f"key {SECRET}"})
+        assert (await team.ask(session, "submit_handoff", data={"summary": "a"}))["size"] == len('{"summary":"a"}')
+        await team.ask(session, "submit_handoff", data={"summary": f"key {SECRET}"})
         assert team.session_service.handed_over(session) == judged[-1] == {"summary": "key [redacted]"}
-        await team.refused(session, "hand_over", data={"worse": 1})
+        await team.refused(session, "submit_handoff", data={"worse": 1})
         large = {"summary": "x" * (MAX_HANDOFF_BYTES - len('{"summary":""}'))}
         assert f"{MAX_HANDOFF_BYTES + 1} bytes" in await team.refused(
-            session, "hand_over", data={"summary": large["summary"] + "x"}
+            session, "submit_handoff", data={"summary": large["summary"] + "x"}
         )
         assert team.session_service.handed_over(session) == {"summary": "key [redacted]"}
-        await team.ask(session, "hand_over", data=large)
+        await team.ask(session, "submit_handoff", data=large)
         assert team.session_service.handed_over(session) == large
         await team.session_service.leave(session)
         assert team.session_service.handed_over(session) is None

@@ -97,13 +97,13 @@ async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: S
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "no JSON"),
-        (b"# a plan\n", "no JSON"),
-        (b"[1]", "no object"),
-        (b'{"a": NaN}', "NaN is no number"),
+        (b"", "not valid JSON"),
+        (b"# a plan\n", "not valid JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": 1, "a": 2}', "'a' twice"),
-        (b'{"a": "\xff"}', "no UTF-8"),
-        (b"{" + b" " * (MAX_HANDOFF_BYTES - 1) + b"}", f"more than {MAX_HANDOFF_BYTES} bytes"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b"{" + b" " * (MAX_HANDOFF_BYTES - 1) + b"}", f"exceeds the limit of {MAX_HANDOFF_BYTES} bytes"),
     ],
     ids=range(7),
 )
@@ -157,7 +157,7 @@ async def test_nothing_but_a_file_is_read(worktree: Worktree, tmp_path: Path, wh
 async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository) -> None:
     """One waits for what another puts there; from outside it is seen, changed, and waited for."""
     script = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
-    odd = "! council hand-over /dev/null 2> err.txt\necho '{}' | council hand-over 2>> err.txt || true"
+    odd = "! council submit-handoff /dev/null 2> err.txt\necho '{}' | council submit-handoff 2>> err.txt || true"
     config = repository.configure(
         [
             {"id": "reads", "prompt": "council share wait greeting --timeout 60 > got.txt"},
@@ -185,7 +185,7 @@ async def test_a_person_looks_at_what_is_shared_and_puts_it(repository: Reposito
         await (await council.shared_values()).put("greeting", {"text": "hello"})
         assert repository.council("share", "get", "greeting", "--run", run).stdout == '{\n  "text": "hello"\n}\n'
         put = repository.council("share", "put", "greeting", "bye", "--if-version", "1")
-        assert (put.code, put.stdout) == (0, "shared as version 2 of greeting\n")
+        assert (put.code, put.stdout) == (0, "shared greeting: version 2\n")
         (entry,) = repository.council("share", "list", "--json").result["shared"]
         assert (entry["key"], entry["version"], entry["writer"]) == ("greeting", 2, None)
         assert entry["size"] == len('"bye"')

@@ -70,7 +70,7 @@ class Place:
         )
         self.shell = Shell(
             sandbox=fencing,
-            ground=SandboxScope((self.tree,), (top / "readable",), top / "place" / "tmp"),
+            scope=SandboxScope((self.tree,), (top / "readable",), top / "place" / "tmp"),
             cwd=self.tree,
             lock=top / "place" / "lock",
             environment=build_base_environment(["GIVEN"], environ, self.tree, variables),
@@ -115,8 +115,8 @@ async def test_a_command_that_fails_says_how_and_what_it_printed(place: Place) -
     assert result == CommandFailed("echo no such package; exit 3", "ended with exit code 3", "no such package\n", log)
     result = await place.shell.run(place.command("echo begun; sleep 600 & sleep 600", timeout=1))
     assert isinstance(result, CommandFailed)
-    assert result.ended == "ran for longer than 1 s, its limit (`worktrees.hooks_timeout`)"
-    assert result.said == "begun\n"
+    assert result.how_it_ended == "exceeded its timeout of 1 s (`worktrees.hooks_timeout`)"
+    assert result.output == "begun\n"
     assert not child_processes()
 
 
@@ -185,7 +185,7 @@ async def test_what_is_only_told_of_keeps_nothing_from_running(place: Place) -> 
     """Each command of a teardown runs, whatever became of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
     told = await run_all(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
-    assert [one.ended for one in told if isinstance(one, CommandFailed)] == [
+    assert [one.how_it_ended for one in told if isinstance(one, CommandFailed)] == [
         "ended with exit code 1",
         "ended with exit code 4",
     ]

@@ -325,7 +325,7 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
     assert sorted(told) == [
         (LEGACY_FILE, "a link leads out of the project", None),
         (f"{LEGACY_TREE}/sessions/more.json", "a link leads out of the project", None),
-        (f"{LEGACY_TREE}/sessions/pipe.json", "it is no regular file", None),
+        (f"{LEGACY_TREE}/sessions/pipe.json", "not a regular file", None),
         (f"{LEGACY_TREE}/tasks/task-c/state.json", "a link leads out of the project", None),
     ]
 

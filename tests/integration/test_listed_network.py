@@ -134,7 +134,7 @@ class Place:
 
     async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> SupervisedExit:
         command = self.command(argv, **env)
-        async with self.sandbox(kind, hosts).around(self.ground, command, PathAccess()) as fenced:
+        async with self.sandbox(kind, hosts).apply(self.ground, command, PathAccess()) as fenced:
             ended = await run_supervised(fenced.command)
         self.denied = list(fenced.denied)
         return ended
@@ -189,7 +189,7 @@ async def test_another_host_is_refused(place: Place, kind: SandboxKind, port: in
     script = f"for _ in 1 2; do curl --silent --noproxy '' http://127.0.0.1:{port}/; done"
     ended = await place.run(kind, ("api.example.com",), ["sh", "-c", script])
     assert ended.exit == 0
-    assert place.said.count(f"127.0.0.1:{port} is not among the hosts of `network.allow`") == 2
+    assert place.said.count(f"127.0.0.1:{port} is not in `network.allow`") == 2
     assert place.denied == [f"127.0.0.1:{port}"]
 
 
@@ -303,7 +303,7 @@ async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port:
     command = place.command(python(FETCH, f"http://127.0.0.1:{port}/"))
     fencing = place.sandbox(SandboxKind.BUBBLEWRAP, hosts)
     with socket.create_server(("127.0.0.1", 0)) as planted:
-        async with fencing.around(place.ground, command, PathAccess()) as fenced:
+        async with fencing.apply(place.ground, command, PathAccess()) as fenced:
             (meeting,) = place.scratch.glob(".council-*")
             with ShortSocketPath(str(place.scratch), meeting.name) as folder, socket.socket(socket.AF_UNIX) as intruder:
                 intruder.connect(f"{folder}/{meeting.name}")
@@ -349,7 +349,7 @@ async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: py
     """With what to do, and only where hosts are listed."""
     monkeypatch.setattr(landlock, "abi_version", lambda: 3)
     with pytest.raises(
-        RefusedError, match=r"only its ABI 3, and `network.allow` needs ABI 4 .*`network: off`.*bubblewrap"
+        RefusedError, match=r"supports only ABI 3; `network.allow` requires ABI 4 .*`network: off`.*bubblewrap"
     ):
         await choose_sandbox("landlock", network=False, hosts=("a.example",), environ=os.environ)
     with pytest.raises(RefusedError, match=r"`network\.allow` needs ABI 4"):
@@ -359,7 +359,7 @@ async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: py
 
 async def test_without_a_sandbox_hosts_are_refused() -> None:
     """A limit that can't be kept is refused, as `network: off` is."""
-    with pytest.raises(RefusedError, match="off the network"):
+    with pytest.raises(RefusedError, match="`network: off` needs a sandbox"):
         await choose_sandbox("off", network=False, hosts=("a.example",), environ=os.environ)
 
 

@@ -95,7 +95,7 @@ class Site:
             lock=worktree.lock,
         )
         fencing = RunSandbox(kind, (self.hub.root,), SandboxConfig(sandbox=kind, network=True, reach=PathAccess()))
-        async with fencing.around(SandboxScope.of(worktree), replace(command, **changes), mailbox.reach) as fenced:
+        async with fencing.apply(SandboxScope.of(worktree), replace(command, **changes), mailbox.reach) as fenced:
             ended = await run_supervised(fenced.command)
         assert ended.spawn_error is None, ended
         return ended.exit, "".join(one.read_text() for one in said)
@@ -144,12 +144,12 @@ async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: Sand
     """What is in a file, and what is said in a word; a file that is none is said so."""
     async with site.session() as (worktree, mailbox):
         (worktree.tree / "plan.json").write_text('{"tasks": []}')
-        argv = ["council", "hand-over", "../tree/plan.json"]
-        assert await site.run(kind, worktree, mailbox, argv) == (0, "handed over: 2 bytes\n")
-        code, said = await site.run(kind, worktree, mailbox, ["council", "hand-over", "none.json"])
-        assert (code, "can't be read" in said) == (2, True)
+        argv = ["council", "submit-handoff", "../tree/plan.json"]
+        assert await site.run(kind, worktree, mailbox, argv) == (0, "handoff accepted: 2 bytes\n")
+        code, said = await site.run(kind, worktree, mailbox, ["council", "submit-handoff", "none.json"])
+        assert (code, "can't read none.json" in said) == (2, True)
         put = ["council", "share", "put", "api/ports", '[1, "two"]']
-        assert await site.run(kind, worktree, mailbox, put) == (0, "shared as version 1 of api/ports\n")
+        assert await site.run(kind, worktree, mailbox, put) == (0, "shared api/ports: version 1\n")
         code, said = await site.run(kind, worktree, mailbox, ["council", "share", "get", "api/ports", "--json"])
     assert (code, json.loads(said)["value"]) == (0, [1, "two"])
     assert site.session_service.handed_over == [{"tasks": []}]
@@ -336,7 +336,7 @@ async def test_the_end_of_a_session_ends_its_mailbox(site: Site) -> None:
     argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
     code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
     assert code == 2
-    assert "no worktree of a session" in said
+    assert "not in the worktree of an active session" in said
 
 
 def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
     argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "no worktree of a session" in done.stderr
+    assert "not in the worktree of an active session" in done.stderr
     told = subprocess.run([*argv, "--json"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert json.loads(told.stdout)["exit"] == 2
 
@@ -424,11 +424,11 @@ REFUSED: list[tuple[Any, dict[str, Any]]] = [
     ("share_put", {"key": "k", "value": 1, "if_version": 1.0}),
     ("share_wait", {"key": "k", "after": True}),
     ("share_wait", {"key": "k", "timeout": 601}),
-    ("hand_over", {"data": None}),
-    ("hand_over", {"data": [1]}),
-    ("hand_over", {"data": "[1]"}),
-    ("hand_over", {"data": '{"a": NaN}'}),
-    ("hand_over", {"data": {"a": float("nan")}}),
+    ("submit_handoff", {"data": None}),
+    ("submit_handoff", {"data": [1]}),
+    ("submit_handoff", {"data": "[1]"}),
+    ("submit_handoff", {"data": '{"a": NaN}'}),
+    ("submit_handoff", {"data": {"a": float("nan")}}),
 ]
 
 
@@ -454,8 +454,8 @@ async def test_the_largest_handoff_fits_into_a_request(site: Site) -> None:
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         session = SessionConnection(str(worktree.socket_folder), caller.token, str(worktree.tree))
-        assert await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": largest}) == {"size": 2}
-        await anyio.to_thread.run_sync(session.ask, "hand_over", {"data": '{"b": [null]}'})
+        assert await anyio.to_thread.run_sync(session.ask, "submit_handoff", {"data": largest}) == {"size": 2}
+        await anyio.to_thread.run_sync(session.ask, "submit_handoff", {"data": '{"b": [null]}'})
         await anyio.to_thread.run_sync(session.ask, "share_put", {"key": "k", "value": None})
     assert site.session_service.handed_over == [largest, {"b": [None]}]
     assert site.session_service.shared == {"k": None}
@@ -475,7 +475,7 @@ async def test_who_types_too_much_is_told_so(site: Site) -> None:
     async with site.session() as (worktree, mailbox):
         argv = ["council", "lock", *(f"{number}{'x' * 2000}" for number in range(600))]
         code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
-    assert (code, f"{MAX_REQUEST_BYTES} fit: ask for less at once" in said) == (1, True), said
+    assert (code, f"exceeds the limit of {MAX_REQUEST_BYTES}: send a smaller request" in said) == (1, True), said
 
 
 async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:
@@ -483,7 +483,7 @@ async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:
     async with site.session() as (worktree, mailbox):
         caller = Caller(worktree)
         answer = await anyio.to_thread.run_sync(caller.say, caller.line("lock", paths=["fault"]))
-        assert (answer["ok"], "fault" in answer["error"]) == (False, True)
+        assert (answer["ok"], "internal error" in answer["error"]) == (False, True)
         assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
     assert mailbox.faults == ["ZeroDivisionError: a fault of the desk's"]
 
@@ -658,7 +658,7 @@ def test_no_lock_takes_the_last_descriptors(tmp_path: Path) -> None:
 
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))
-        with pytest.raises(RefusedError, match="no room for 40 more locks"):
+        with pytest.raises(RefusedError, match="can't take 40 more locks"):
             anyio.run(lock)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

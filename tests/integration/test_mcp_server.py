@@ -57,7 +57,7 @@ async def test_the_tools_are_the_commands(site: Site) -> None:
 
 @pytest.mark.extended
 async def test_the_tools_say_that_they_change_no_file(site: Site) -> None:
-    """A CLI that only reads allows them then, `hand_over` among them."""
+    """A CLI that only reads allows them then, `submit_handoff` among them."""
     async with client(site) as session:
         tools = (await session.list_tools()).tools
     found = {tool.name: tool.annotations for tool in tools}
@@ -89,9 +89,9 @@ async def test_values_go_as_they_are(site: Site) -> None:
         got = (await session.call_tool("share_wait", {"key": "k", "after": 0, "timeout": 1})).structured_content
         assert got is not None
         assert got["value"] == value
-        assert not (await session.call_tool("hand_over", {"data": {"summary": "done"}})).is_error
+        assert not (await session.call_tool("submit_handoff", {"data": {"summary": "done"}})).is_error
         for odd in ({}, {"data": [1]}, {"data": "none"}):
-            assert (await session.call_tool("hand_over", odd)).is_error, odd
+            assert (await session.call_tool("submit_handoff", odd)).is_error, odd
     assert site.session_service.handed_over == [{"summary": "done"}]
 
 

@@ -499,20 +499,20 @@ def test_what_is_told_later_begins_a_part_at_its_first_step(server: ModelServer)
 
 def test_a_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> None:
     """Whatever the client puts before it; what is no JSON object calls nothing."""
-    path, body = anthropic_ask('call broken {"a": }\ncall hand_over {"data": {"a": [1]}}', False, 0, True)
-    body["tools"].append({"name": "mcp__council__hand_over", "input_schema": {"type": "object"}})
+    path, body = anthropic_ask('call broken {"a": }\ncall submit_handoff {"data": {"a": [1]}}', False, 0, True)
+    body["tools"].append({"name": "mcp__council__submit_handoff", "input_schema": {"type": "object"}})
     heard = anthropic_read(post(server, path, body).raw, False)
-    assert heard.calls == [("mcp__council__hand_over", {"data": {"a": [1]}})]
+    assert heard.calls == [("mcp__council__submit_handoff", {"data": {"a": [1]}})]
 
 
 def test_codex_is_asked_for_a_tool_that_it_does_not_tell_of(server: ModelServer) -> None:
     """It brings what its search finds. A server may have yet to start: the model searches again, but not for ever."""
-    message = {"type": "message", "role": "user", "content": 'call hand_over {"a": 1}'}
+    message = {"type": "message", "role": "user", "content": 'call submit_handoff {"a": 1}'}
     shell = {"type": "function", "name": "exec_command", "parameters": COMMAND}
     body: Json = {"model": "m", "stream": False, "input": [message], "tools": [shell, {"type": "tool_search"}]}
     (search,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
     assert (search["type"], search["execution"]) == ("tool_search_call", "client")
-    assert search["arguments"] == {"query": "hand_over"}
+    assert search["arguments"] == {"query": "submit_handoff"}
     found: Json = {"type": "tool_search_output", "call_id": search["call_id"], "tools": []}
     body["input"] += [search, found]
     (again,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
@@ -520,11 +520,11 @@ def test_codex_is_asked_for_a_tool_that_it_does_not_tell_of(server: ModelServer)
     assert again["call_id"] != search["call_id"]
     body["input"] += [again, found] * 200
     (said,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
-    assert said["content"][0]["text"].startswith("None of the tools offered can do hand_over")
-    tool = {"type": "function", "name": "hand_over", "parameters": {"type": "object"}}
+    assert said["content"][0]["text"].startswith("None of the tools offered can do submit_handoff")
+    tool = {"type": "function", "name": "submit_handoff", "parameters": {"type": "object"}}
     found["tools"].append({"type": "namespace", "name": "mcp__council", "tools": [tool]})
     (call,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
-    assert (call["type"], call["namespace"], call["name"]) == ("function_call", "mcp__council", "hand_over")
+    assert (call["type"], call["namespace"], call["name"]) == ("function_call", "mcp__council", "submit_handoff")
     assert json.loads(call["arguments"]) == {"a": 1}
     assert call["call_id"] != search["call_id"]
 

@@ -64,7 +64,7 @@ async def test_an_adapters_mistake_fails_its_task_alone(repository: Repository) 
     assert ended.states == {"raise": "failed", "fail": "failed", "go": "landed"}
     told = {task["id"]: task for task in ended.result["tasks"]}
     assert told["raise"]["reason"] == (
-        "its adapter could not make sense of its output, OverflowError: int too large to convert to float"
+        "the adapter could not parse the output: OverflowError: int too large to convert to float"
     )
     assert told["raise"]["branch"], "what it built is kept"
     assert told["fail"]["reason"] == "cut in ?"

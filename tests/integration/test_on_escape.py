@@ -206,7 +206,7 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
         key = claim_key(session)
         await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
         registry = OwnershipRegistry(store, SystemClock(), ownership_scope(site.location, "main"))
-        assert await registry.take(session, [pattern], orchestrator="o", claim=Guard(key, 1)) is None
+        assert await registry.acquire(session, [pattern], orchestrator="o", claim=Guard(key, 1)) is None
     task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
     ended = run(repository, task)
     expected = "failed" if pattern == "*.md" else "landed"

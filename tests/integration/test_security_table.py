@@ -168,7 +168,7 @@ async def tried(
         lock=top / "task.1.lock",
     )
     fencing = RunSandbox(kind, (place["hidden"], Path(str(setting["hidden_socket"]))), config)
-    async with fencing.around(SandboxScope((place["tree"],), (), place["scratch"]), command, PathAccess()) as fenced:
+    async with fencing.apply(SandboxScope((place["tree"],), (), place["scratch"]), command, PathAccess()) as fenced:
         # Another host, whose server has the port number of the proxy.
         ports = {name: value.rpartition(":")[2] for name, value in fenced.command.env.items()}
         with socket.create_server(("127.0.0.2", int(ports.get("HTTPS_PROXY", 0)))):

@@ -278,7 +278,7 @@ class SimulatedOrchestrator:
         except (LeaseLost, VersionConflict):
             claim = await self.claims.read(task)
             if claim is None or claim.epoch != guard.epoch:
-                self.claims.lost(task)
+                self.claims.mark_lost(task)
             error = await self.others.find_fencing_error()
             if error is not None:
                 raise error from None
@@ -317,8 +317,10 @@ class SimulatedOrchestrator:
         return True
 
     async def _land(self, task: str, guard: Guard) -> None:
-        await self._write(task, [guard], {"state": "landed"}, self.claims.ending(task, ReleaseReason.COMPLETE, None))
-        self.claims.released(task)
+        await self._write(
+            task, [guard], {"state": "landed"}, self.claims.release_write(task, ReleaseReason.COMPLETE, None)
+        )
+        self.claims.mark_released(task)
 
     async def _write(self, task: str, guards: Sequence[Guard], changes: JsonObject, *more: Write) -> None:
         found = await self.store.get(work_key(task))

@@ -36,8 +36,8 @@ PLAIN = [
     "share get --json k",
     "share wait k --after 3 --timeout=2",
     "share list --prefix api/",
-    "hand-over",
-    "hand-over plan.json --json",
+    "submit-handoff",
+    "submit-handoff plan.json --json",
 ]
 NOT_RIGHT = [
     *(
@@ -52,8 +52,8 @@ NOT_RIGHT = [
         "lock a --wait nan",
     ),
     *("report --status asleep", "report x", "peers x", "note", "note a b", "ask", "ask -h", "lock a --frce"),
-    *("share", "share put k", "share drop k", "share list --run r", "share wait k --after 1.5", "hand-over a b"),
-    *("share wait k --after -1", "share wait k --after 99999999999999999", "hand_over", "share_put k v"),
+    *("share", "share put k", "share drop k", "share list --run r", "share wait k --after 1.5", "submit-handoff a b"),
+    *("share wait k --after -1", "share wait k --after 99999999999999999", "submit_handoff", "share_put k v"),
 ]
 
 
@@ -131,10 +131,10 @@ async def test_each_result_is_told_in_words() -> None:
     assert told["peers"] == "t.1 (fake, this session): working\n"
     assert told["notes"] == "n1 (task t, topic tests):\n  one\n  two\n"
     assert "models, session 1: working\n1 commits, 2 files, +3 -4\n\nplan:\na plan\n" in told["ask"]
-    assert told["share_put"] == "shared as version 1 of k\n"
+    assert told["share_put"] == "shared k: version 1\n"
     assert told["share_get"] == told["share_wait"] == '[\n  1,\n  "é"\n]\n'
-    assert told["share_list"] == "k: version 1, 2 bytes, by hand\n"
-    assert told["hand_over"] == "handed over: 2 bytes\n"
+    assert told["share_list"] == "k: version 1, 2 bytes, by a person\n"
+    assert told["submit_handoff"] == "handoff accepted: 2 bytes\n"
     assert all(told.values())
 
 

@@ -157,7 +157,7 @@ async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_ho
     try:
         os.kill(child, 0)
         if keeps:
-            with pytest.raises(LockHeld, match=rf"process {owner.pid} \(ended, but something it started"):
+            with pytest.raises(LockHeld, match=rf"process {owner.pid} \(ended, but a child process"):
                 async with FileLock(path).hold(timeout=0.2):
                     pass
         else:
@@ -262,7 +262,7 @@ async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path) -
     path.write_bytes(b'\xff{"pid": []')
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(LockHeld, match="has not signed it"):
+        with pytest.raises(LockHeld, match="an unknown process"):
             async with FileLock(path).hold(timeout=0):
                 pass
 

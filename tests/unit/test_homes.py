@@ -90,13 +90,13 @@ async def test_trees_of_any_depth_are_no_obstacle(tmp_path: Path) -> None:
 async def test_settings_that_are_no_file_are_refused(tmp_path: Path, user: Path) -> None:
     (user / ".tool/settings").unlink()
     os.mkfifo(user / ".tool/settings")
-    with pytest.raises(RefusedError, match="no file of settings"):
+    with pytest.raises(RefusedError, match="is not a settings file"):
         await set_up(
             tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
         )
     (user / ".tool/settings").unlink()
     (user / ".tool/settings").write_text('{"a":' * 100_000)
-    with pytest.raises(RefusedError, match="not JSON"):
+    with pytest.raises(RefusedError, match="not valid JSON"):
         await set_up(
             tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
         )
@@ -136,7 +136,7 @@ async def test_settings_go_over_those_of_the_users(tmp_path: Path, user: Path) -
 
 
 async def test_settings_that_are_not_json_are_refused(tmp_path: Path, user: Path) -> None:
-    with pytest.raises(RefusedError, match="settings is not JSON"):
+    with pytest.raises(RefusedError, match="settings is not valid JSON"):
         await set_up(
             tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
         )

@@ -135,10 +135,10 @@ def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
     told = render("", facts(handoff=HandoffInstructions("answer", SCHEMA))).text
     assert json.loads(re.findall(r"```json\n(.*?)\n```", told, re.DOTALL)[0]) == SCHEMA
-    places = [told.index(word) for word in ("COUNCIL_HANDOFF", "hand_over", "end your answer")]
+    places = [told.index(word) for word in ("COUNCIL_HANDOFF", "submit_handoff", "end your answer")]
     assert places == sorted(places)
     few = render("", facts(handoff=HandoffInstructions("answer", SCHEMA, writes=False, has_tools=False))).text
-    assert "hand_over" not in few
+    assert "submit_handoff" not in few
     assert few.index("end your answer") < few.index("COUNCIL_HANDOFF")
 
 

@@ -137,12 +137,12 @@ def test_off_leaves_a_command_as_it_is(top: Path) -> None:
 async def test_elsewhere_than_on_linux_only_off_works(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     """Said so, instead of a fence that is none."""
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(RefusedError, match="only `off` does: write `sandbox: off`"):
+    with pytest.raises(RefusedError, match="is not supported on this system: set `sandbox: off`"):
         await choose_sandbox(wanted, network=True, environ=os.environ)
     assert await choose_sandbox("off", network=True, environ=os.environ) is SandboxKind.OFF
 
 
-@pytest.mark.parametrize(("abi", "why"), [(0, "has none"), (2, "only its ABI 2")])
+@pytest.mark.parametrize(("abi", "why"), [(0, "kernel lacks it"), (2, "supports only ABI 2")])
 async def test_a_kernel_without_landlock_is_said_to_be_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abi: int, why: str
 ) -> None:
@@ -153,6 +153,6 @@ async def test_a_kernel_without_landlock_is_said_to_be_one(
     with pytest.raises(RefusedError, match=why):
         await choose_sandbox("landlock", network=True, environ=environ)
     with pytest.raises(
-        RefusedError, match=rf"no `bwrap` on PATH; landlock: .*{why}.*install bubblewrap.*`sandbox: off`"
+        RefusedError, match=rf"`bwrap` is not on PATH; landlock: .*{why}.*install bubblewrap.*`sandbox: off`"
     ):
         await choose_sandbox("auto", network=True, environ=environ)

@@ -42,10 +42,10 @@ def ends_at(watch: IdleWatch, clock: Clock, until: float, changes: dict[float, P
         while pending and pending[0][0] <= clock.now:
             with pending.pop(0)[1].open("a") as file:
                 file.write("x")
-        if watch.over():
+        if watch.has_expired():
             return clock.now
-        if watch._walk is not None:
-            wait_for(lambda: watch._walk is None or watch._walk.done)
+        if watch._scan is not None:
+            wait_for(lambda: watch._scan is None or watch._scan.done)
     return None
 
 
@@ -68,9 +68,9 @@ def test_output_starts_it_anew(tmp_path: Path, clock: Clock) -> None:
     watch = IdleWatch(LIMIT, [str(tmp_path)])
     for _ in range(100):
         clock.now += 1
-        watch.heard()
-        assert not watch.over()
-        assert watch._walk is None
+        watch.note_output()
+        assert not watch.has_expired()
+        assert watch._scan is None
     last = clock.now
     end = ends_at(watch, clock, last + 100)
     assert end is not None

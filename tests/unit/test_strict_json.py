@@ -35,19 +35,19 @@ def test_all_plain_values_are_read_as_they_are(value: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "no JSON: Expecting value in line 1, column 1"),
-        (b'{"a": 1,\n}', "in line 2, column 1"),
+        (b"", "not valid JSON: Expecting value at line 1, column 1"),
+        (b'{"a": 1,\n}', "at line 2, column 1"),
         (b"{} {}", "Extra data"),
-        (b"{'a': 1}", "no JSON"),
-        (b'{"a": NaN}', "NaN is no number"),
-        (b"[-Infinity]", "-Infinity is no number"),
+        (b"{'a': 1}", "not valid JSON"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b"[-Infinity]", "-Infinity is not a JSON number"),
         (b"[1e999]", "infinite"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
-        (b'"\xff"', "no UTF-8 from byte 1 on"),
+        (b'"\xff"', "not UTF-8 at byte 1"),
         (rb'["\ud800"]', r"U\+D800"),
         (rb'{"\u0000": 1}', r"U\+0000"),
-        (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), f"more than {MAX_DEPTH} deep"),
-        (b"[" * 100_000, f"more than {MAX_DEPTH} deep"),
+        (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), f"more than {MAX_DEPTH} levels deep"),
+        (b"[" * 100_000, f"more than {MAX_DEPTH} levels deep"),
         (b"9" * 5000, "integer"),
     ],
     ids=range(14),
@@ -93,7 +93,7 @@ def test_a_word_is_json_or_text(word: str, value: Any) -> None:
 @pytest.mark.parametrize("word", ["{", '["a"', '{"a": 1, "a": 2}', '"a'])
 def test_what_looks_like_json_must_be_some(word: str) -> None:
     """Else a mistake would be shared as text."""
-    with pytest.raises(SessionRequestError, match="can't be taken"):
+    with pytest.raises(SessionRequestError, match="invalid value"):
         values.parse_value(word)
 
 
@@ -107,7 +107,7 @@ def test_a_value_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object."""
-    command = SESSION_COMMANDS["hand_over"]
+    command = SESSION_COMMANDS["submit_handoff"]
     (tmp_path / "plan.json").write_text('{"tasks": []}')
     assert values.resolve_arguments(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
     monkeypatch.setattr(sys, "stdin", Typed(b'{"tasks": [1]}'))
@@ -117,11 +117,11 @@ def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("[]", "is no object"),
-        ("", "can't be taken: it is no JSON"),
-        ('{"a": NaN}', "NaN is no number"),
-        (" " * (MAX_HANDOFF_BYTES + 1), f"more than {MAX_HANDOFF_BYTES} bytes"),
-        (None, "can't be read: No such file"),
+        ("[]", "not a JSON object"),
+        ("", ": not valid JSON"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        (" " * (MAX_HANDOFF_BYTES + 1), f"exceeds the limit of {MAX_HANDOFF_BYTES} bytes"),
+        (None, "plan.json: No such file"),
     ],
     ids=range(5),
 )
@@ -131,5 +131,5 @@ def test_a_handoff_that_is_none_is_refused(tmp_path: Path, text: str | None, why
     if text is not None:
         file.write_text(text)
     with pytest.raises(SessionRequestError, match=why) as refused:
-        values.resolve_arguments(SESSION_COMMANDS["hand_over"], {"data": str(file)})
+        values.resolve_arguments(SESSION_COMMANDS["submit_handoff"], {"data": str(file)})
     assert refused.value.remedy

@@ -108,10 +108,12 @@ def test_a_row_tells_what_is_known_of_a_task() -> None:
     assert waits.words == "the program ended: with exit code 3"
     second = TaskDocument(status=TaskStatus.RUNNING, attempts=(first, attempt(2, started=20.0)), failures=1)
     shown.apply(record("t0", second))
-    shown.on_transcript(ObservedSession("t0", 1, "fake"), Transcript(words="too late"))
+    shown.on_transcript(ObservedSession("t0", 1, "fake"), Transcript(last_message="too late"))
     shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))
     assert shown.frame(20.0, 10).rows[0].words == ""
-    shown.on_transcript(ObservedSession("t0", 2, "fake"), Transcript(words="Reading it", input_tokens=1500, cost=0.5))
+    shown.on_transcript(
+        ObservedSession("t0", 2, "fake"), Transcript(last_message="Reading it", input_tokens=1500, cost=0.5)
+    )
     shown.on_changes(ObservedSession("t0", 2, "fake"), Changes(1, 12, 3))
     frame = shown.frame(95.0, 10)
     assert frame.rows == [TaskRow("t0", "build", "fake", "2/3", "1:15", Changes(1, 12, 3), "Reading it")]
@@ -381,7 +383,8 @@ def test_what_is_said_is_no_command_for_the_terminal() -> None:
     shown = view({"t0": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
     shown.on_transcript(
-        ObservedSession("t0", 1, "fake"), Transcript(words="\x1b]0;owned\x07\x1b[31m[red]stop[/red]\u202e\r\x9b2J")
+        ObservedSession("t0", 1, "fake"),
+        Transcript(last_message="\x1b]0;owned\x07\x1b[31m[red]stop[/red]\u202e\r\x9b2J"),
     )
     line = frame_lines(shown.frame(20.0, 5), 120)[1]
     text = "".join(part.text for part in line)

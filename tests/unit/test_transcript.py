@@ -27,4 +27,4 @@ DONE = (AgentMessage("It is ", part=True), AgentMessage("done.", part=True))
 )
 def test_parts_are_one_until_something_else_happens(events: tuple[SessionEvent, ...], words: str) -> None:
     """Nothing is put between them, and of a long speech the end is kept."""
-    assert reduce(Transcript.after, events, EMPTY_TRANSCRIPT).words == words
+    assert reduce(Transcript.after, events, EMPTY_TRANSCRIPT).last_message == words

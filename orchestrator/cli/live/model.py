@@ -336,7 +336,7 @@ class LiveRun:
         if document.landed is not None:
             return f"{document.landed[:10]} on {self.run.target}"
         if document.status is TaskStatus.RUNNING:
-            return self._said.get(task, EMPTY_TRANSCRIPT).words or ""
+            return self._said.get(task, EMPTY_TRANSCRIPT).last_message or ""
         if document.status is TaskStatus.WAITING:
             return f"`council approve {task}`, or `council reject {task} --note TEXT`: {document.attempt.words or ''}"
         if document.attempts:

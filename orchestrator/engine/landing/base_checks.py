@@ -148,7 +148,7 @@ class BaseChecks:
             for record in (await orchestrators.all()).values()
             if holder is not None and record.owner.pid == holder.pid
         ]
-        return any([await orchestrators.standing(record) is OwnerStatus.ALIVE for record in records])
+        return any([await orchestrators.assess(record) is OwnerStatus.ALIVE for record in records])
 
     async def _group_pending_tasks(self) -> _CheckGroups:
         """Group the pending tasks that share checks.
@@ -365,6 +365,6 @@ def _describe_failure(
     if failed.unrunnable is not None:
         return describe_unrunnable([failed], correction, base.merge)
     kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
-    headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): {failed.ended}"
+    headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): {failed.how_it_ended}"
     remedy = f"fix {run.base}{base.merge}{allowed}, then `council resume {run.id}`", f"or {correction}"
     return str(HaltReason(headline, tuple(failed.output_tail.splitlines()), str(failed.log), remedy))

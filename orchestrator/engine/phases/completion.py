@@ -167,7 +167,7 @@ class PhaseCompleter:
         reason = failed.describe(f"on the work of phase {phase.name!r}")
         if visit.rounds >= phase.max_rounds:
             return Failed(FailureClass.CHECKS_FAILED, f"{reason}; no round is left of `max_rounds: {phase.max_rounds}`")
-        told = render_command_failure(failed.command, failed.ended, failed.said, secrets.token_hex(8))
+        told = render_command_failure(failed.command, failed.how_it_ended, failed.output, secrets.token_hex(8))
         return _repeat_phase(document, session, base, FailureClass.CHECKS_FAILED, reason, told, rounds=visit.rounds + 1)
 
     def _request_repair(
@@ -320,7 +320,7 @@ class PhaseCompleter:
             phase=phase.name,
             to=None if following is None else following.name,
             time=self.clock.now(),
-            summary=used.words or "",
+            summary=used.last_message or "",
             tokens=tokens,
             cost=None if costs is None and used.cost is None else (costs or 0.0) + (used.cost or 0.0),
             by=checked.by,

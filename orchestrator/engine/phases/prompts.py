@@ -35,7 +35,7 @@ class HandoffInstructions:
     writes: bool = True
     """Whether its program may write files; one that may not is told of `$COUNCIL_HANDOFF` last."""
     has_tools: bool = True
-    """Whether the session has the command `council hand-over` and the tool `hand_over`."""
+    """Whether the session has the command `council submit-handoff` and the tool `submit_handoff`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def render_handoff_instructions(handing: HandoffInstructions) -> str:
     file = "write it to the file that the environment variable COUNCIL_HANDOFF names"
     ways = ["end your answer with it, in a code block that begins with ```json"]
     if handing.has_tools:
-        ways.insert(0, "give it to the tool `hand_over`, or to the command `council hand-over` on standard input")
+        ways.insert(0, "pass it to the tool `submit_handoff`, or to `council submit-handoff` on standard input")
     ways.insert(0 if handing.writes else len(ways), file)
     told = "\n".join(f"{number}. {way}" for number, way in enumerate(ways, 1))
     return (

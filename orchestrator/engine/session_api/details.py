@@ -143,7 +143,7 @@ def find_plan(events: Iterable[SessionEvent]) -> str | None:
 def format_events(events: Iterable[SessionEvent]) -> str:
     """Return what a session said and did, as a person would read it."""
     entries = OutputEntryBuilder()
-    return "".join(f"{one.line}\n" for one in (*entries.take(events), *entries.end()))
+    return "".join(f"{one.line}\n" for one in (*entries.add(events), *entries.end()))
 
 
 async def _read_plan_and_log(at: SessionWorkspace) -> tuple[str | None, str]:

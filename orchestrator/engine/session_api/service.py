@@ -190,7 +190,7 @@ class SessionService:
             "share_get": self._share_get,
             "share_wait": self._share_wait,
             "share_list": self._share_list,
-            "hand_over": self._hand_over,
+            "submit_handoff": self._submit_handoff,
             "check_edit": self._check_edit,
         }
 
@@ -319,12 +319,18 @@ class SessionService:
         # Only tried first where it looks free: who is refused is on record, and who waits is so by another record.
         still = held if isinstance(held, OwnershipConflict) else None
         if still is None:
-            still = await self._registry.take(session, patterns, orchestrator=who, claim=claim, is_lock=True)
+            still = await self._registry.acquire(session, patterns, orchestrator=who, claim=claim, is_lock=True)
         left = until - self._clock.monotonic()
         if still is not None and left > 0:
             async with self._contexts.waiting(session, f"{still.wanted}, which {still.holder.task} has"):
-                still = await self._registry.take(
-                    session, patterns, orchestrator=who, claim=claim, is_lock=True, wait=left, also=self._files.waits
+                still = await self._registry.acquire(
+                    session,
+                    patterns,
+                    orchestrator=who,
+                    claim=claim,
+                    is_lock=True,
+                    wait=left,
+                    also=self._files.list_waits,
                 )
         if still is not None:
             what = f"{still.describe()} since {format_local_time(still.since)}"
@@ -358,7 +364,7 @@ class SessionService:
             del sitting.taken[pattern]
         if given and sitting.claim is not None:
             with suppress(LeaseLost):  # nothing of it counts any more
-                await self._registry.give_back(session, given, sitting.claim)
+                await self._registry.release_patterns(session, given, sitting.claim)
 
     async def _report(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         asked = _parse_arguments(_ReportArguments, "report", arguments)
@@ -436,8 +442,8 @@ class SessionService:
         asked = _parse_arguments(_ShareListArguments, "share_list", arguments)
         return {"shared": [one.to_json() for one in await self._shared(session).list(asked.prefix)]}
 
-    async def _hand_over(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        given = _parse_arguments(_HandoffArguments, "hand_over", arguments).data
+    async def _submit_handoff(self, session: SessionName, arguments: JsonObject) -> JsonObject:
+        given = _parse_arguments(_HandoffArguments, "submit_handoff", arguments).data
         sitting = self._active[session]
         if sitting.takes is None:
             raise RefusedError("this session has nothing to hand over", "what it is to do ends with its changes")

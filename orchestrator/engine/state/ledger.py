@@ -355,17 +355,17 @@ class Ledger:
                 guards.append(guard)
                 if (status := transition.after.status) not in CLAIMED_STATUSES:
                     counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
-                    release = self.claims.ending(
+                    release = self.claims.release_write(
                         task,
                         CLAIM_RELEASES[status],
                         transition.after.reason,
                         counts=counts,
-                        afresh=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
+                        reset_retries=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
                     )
                     writes.append(release)
         if trigger is Trigger.REVIVE and self.claims is not None:
             for task in updates:
-                writes += await self.claims.afresh(task)
+                writes += await self.claims.reset_retries(task)
         events = [event for transition in transitions.values() for event in transition.events]
         with self._delay_reports(updates):
             try:
@@ -599,7 +599,7 @@ class Ledger:
             self._tasks[task], self._versions[task] = after, version
             self._planners |= dict.fromkeys(after.expanded, task)
         if self.claims is not None and after.status not in CLAIMED_STATUSES:
-            self.claims.released(task)
+            self.claims.mark_released(task)
 
     def _build_transition(self, task: str, trigger: Trigger, update: TaskUpdate) -> Transition:
         key = task_key(self.run.id, task)
@@ -614,7 +614,7 @@ class Ledger:
         for task in tasks:
             guard, claim = self.claims.guard(task), await self.claims.read(task)
             if claim is not None and (guard is None or claim.epoch != guard.epoch):
-                self.claims.lost(task)
+                self.claims.mark_lost(task)
                 raise ClaimLost(task, 0 if guard is None else guard.epoch, claim.epoch, claim.owner.id)
 
     async def note(self, event: str, details: JsonObject) -> None:
@@ -722,7 +722,7 @@ class Ledger:
             before = self._unreported.pop(name, self._tasks[name])
             if version > self._versions[name]:
                 if self.claims is not None:
-                    self.claims.released(name)
+                    self.claims.mark_released(name)
                 self._apply_document(name, version, TaskDocument.model_validate(value))
             elif self.claims is not None and name in self.claims:
                 return  # already reloaded by the takeover

@@ -1,4 +1,4 @@
-"""What a session said and did, entry by entry, from the lines that its program prints."""
+"""Log entries of a session, built from the output of its program."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from orchestrator.protocols import (
 )
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, MAX_LINE_BYTES, MAX_MESSAGE_CHARS
 
-#: JSON lines without a meaning that are held back: if a file begins with so many, its adapter does not know its form.
-_MOST_UNKNOWN: Final = 20
+#: Leading JSON lines without a meaning to hold back. If there are more, the adapter does not know the format.
+_MAX_UNKNOWN: Final = 20
 
 
 class OutputEntryKind(StrEnum):
-    """What an entry is."""
+    """The kind of an entry."""
 
-    LINE = "line"  #: a line, as it was printed
-    TEXT = "text"  #: the agent's words
+    LINE = "line"  #: an output line, unchanged
+    TEXT = "text"  #: a message of the agent
     TOOL = "tool"  #: a tool call
     WARNING = "warning"
     ERROR = "error"
@@ -37,18 +37,18 @@ class OutputEntryKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutputEntry:
-    """One entry of a session's log. Of a tool call, `text` is the main argument."""
+    """One entry of a session's log. For a tool call, `text` is its main argument."""
 
     kind: OutputEntryKind
     text: str
     tool: str | None = None
     """The name of the tool."""
     outcome: str | None = None
-    """How the tool call ended: `ok`, `denied` or `failed: REASON`; None while that is not known."""
+    """The outcome of the tool call: `ok`, `denied` or `failed: REASON`; None while unknown."""
 
     @property
     def line(self) -> str:
-        """The entry in words; the agent's words may have several lines."""
+        """The entry as text; a message of the agent may have several lines."""
         match self.kind:
             case OutputEntryKind.TOOL:
                 call = " ".join(filter(None, (self.tool, self.text)))
@@ -62,74 +62,77 @@ class OutputEntry:
 
 
 class OutputEntryBuilder:
-    """Makes entries of what one session prints, in the order in which it is printed.
+    """Builds the entries of one session in the order of its output.
 
-    A tool call is held back until its outcome is known, or until something else is said.
+    A tool call is held back until its outcome is known or other output follows.
     """
 
     def __init__(self) -> None:
         self.transcript = EMPTY_TRANSCRIPT
         self._unknown: list[str] | None = []
-        """The first lines of JSON, as long as none of the file meant anything; None: one did."""
+        """The leading JSON lines while none had a meaning; None after the first that did."""
         self._part = ""
         self._spoken = ""
-        """The agent's last words, without line breaks."""
+        """The agent's last messages, without line breaks."""
         self._failed: Failed | None = None
-        """The failure that it concluded with last: some conclude twice."""
+        """The last reported failure: some programs report it twice."""
         self._calls: dict[str, OutputEntry] = {}
-        """The tool calls that have not ended."""
+        """The unfinished tool calls that are held back."""
         self._denied: set[str] = set()
-        """The tool calls that were denied: some programs report that twice."""
+        """The denied tool calls: some programs report a denial twice."""
         self._shown: dict[str, OutputEntry] = {}
-        """Those of them that were not held back any longer."""
+        """The unfinished tool calls that were already returned."""
 
     def read(self, adapter: Adapter, line: str) -> list[OutputEntry]:
-        """Return the entries of a line of standard output; one that is no JSON object, or only said, is an entry."""
+        """Return the entries of a line of standard output.
+
+        A line that is not a JSON object, or that is itself a message, is one entry.
+        """
         if len(line) > MAX_LINE_BYTES:
-            return [*self.pause(), OutputEntry(OutputEntryKind.LINE, f"[a line of {len(line)} characters is left out]")]
+            return [*self.flush(), OutputEntry(OutputEntryKind.LINE, f"[line of {len(line)} characters omitted]")]
         events: list[SessionEvent] = []
-        with suppress(Exception):  # a mistake of a plugin's must not end what only looks
+        with suppress(Exception):  # an error in a plugin must not break a viewer
             events += adapter.parse(line)
         if not line.startswith("{") or events == [AgentMessage(line)]:
             for event in events:
                 self.transcript = self.transcript.after(event)
-            return [*self.pause(), OutputEntry(OutputEntryKind.LINE, line)]
+            return [*self.flush(), OutputEntry(OutputEntryKind.LINE, line)]
         if events:
             self._unknown = None
-            return list(self.take(events))
-        return self._without_meaning(line)
+            return list(self.add(events))
+        return self._add_unknown(line)
 
-    def take(self, events: Iterable[SessionEvent]) -> Iterator[OutputEntry]:
-        """Yield the entries of events."""
+    def add(self, events: Iterable[SessionEvent]) -> Iterator[OutputEntry]:
+        """Add events; yield their entries."""
         for event in events:
             self.transcript = self.transcript.after(event)
-            yield from self._take(event)
+            yield from self._add(event)
 
-    def pause(self) -> list[OutputEntry]:
-        """Return what was held back: nothing follows for now, or something that must not come before it."""
+    def flush(self) -> list[OutputEntry]:
+        """Return the entries that are held back, because the output pauses or a later entry must follow them."""
         held = [*self._words(), *self._calls.values()]
         self._shown |= self._calls
         self._calls = {}
         return held
 
     def end(self) -> list[OutputEntry]:
-        """Return what was held back: nothing follows."""
+        """Return the entries that are held back at the end of the output."""
         lines = [OutputEntry(OutputEntryKind.LINE, line) for line in self._unknown or ()]
         self._unknown = None if self._unknown is None else []
-        return [*lines, *self.pause()]
+        return [*lines, *self.flush()]
 
-    def _without_meaning(self, line: str) -> list[OutputEntry]:
+    def _add_unknown(self, line: str) -> list[OutputEntry]:
         if self._unknown is None:
             return []
         self._unknown.append(line)
-        return self.end() if len(self._unknown) >= _MOST_UNKNOWN else []
+        return self.end() if len(self._unknown) >= _MAX_UNKNOWN else []
 
-    def _take(self, event: SessionEvent) -> Iterator[OutputEntry]:
+    def _add(self, event: SessionEvent) -> Iterator[OutputEntry]:
         match event:
             case AgentMessage(text, part=True):
                 self._part += text
             case AgentMessage(text):
-                yield from self.pause()
+                yield from self.flush()
                 yield from self._said(text)
             case ToolCall():
                 yield from self._words()
@@ -139,7 +142,7 @@ class OutputEntryBuilder:
             case ToolDenied() | CliWarning():
                 yield from self._warning(event)
             case FinalResult(text, failed):
-                yield from self.pause()
+                yield from self.flush()
                 yield from self._said(text if failed is None else "")
                 yield from self._failure(failed)
             case _:
@@ -181,7 +184,7 @@ class OutputEntryBuilder:
         yield from self._said(part)
 
     def _said(self, text: str) -> Iterator[OutputEntry]:
-        """Yield words, unless they repeat the last ones, as a result does."""
+        """Yield a message unless it repeats the last one, as a final result does."""
         words = " ".join(text.split())
         if words and words[-MAX_MESSAGE_CHARS:] not in self._spoken:
             self._spoken = f"{self._spoken} {words}"[-2 * MAX_MESSAGE_CHARS :]

@@ -1,4 +1,4 @@
-"""The files that hold what sessions and checks print: how much is kept, and reading the end of one."""
+"""Log files of sessions and checks: names, size limits, and reading the tail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-MAX_OUTPUT_BYTES = 16 * 2**20  # bytes kept of each stream from its beginning; its end is kept as well
+MAX_OUTPUT_BYTES = 16 * 2**20  # kept from the beginning of each stream, in addition to its end
 STOP_GRACE = 5.0  # seconds between the first signal of a stop and SIGKILL
 TAIL_BYTES = 1 << 16
 
@@ -20,16 +20,15 @@ def log_file_name(task: str, attempt: int, stream: str) -> str:
 
 
 def log_path(logs: Path, task: str, attempt: int, stream: str) -> Path:
-    """Return the file that holds what an attempt printed.
+    """Return the file with a stream of an attempt's output.
 
-    `stream` is stdout, stderr, or one of before, after and check with a number; of checks of the base the process
-    follows.
+    `stream` is stdout, stderr, or before, after or check followed by a number; base checks append the process.
     """
     return logs / log_file_name(task, attempt, stream)
 
 
 def last_activity(logs: Path, task: str, attempt: int, started: float, now: float) -> float:
-    """Return when an attempt that was cut off is known to have been at work last: it used up no time since. Blocks."""
+    """Return the last known activity of an interrupted attempt; later time is not charged to it. Blocks."""
     latest = started
     for stream in ("stdout", "stderr"):
         with suppress(OSError):
@@ -37,18 +36,18 @@ def last_activity(logs: Path, task: str, attempt: int, started: float, now: floa
     return min(latest, max(now, started))
 
 
-def slot_log_path(logs: Path, place: int, stream: str) -> Path:
-    """Return the file that holds what was printed in a place while no attempt was in it.
+def slot_log_path(logs: Path, slot: int, stream: str) -> Path:
+    """Return the file with the output of commands in a worktree slot outside attempts.
 
-    `stream` is setup or teardown with a number.
+    `stream` is setup or teardown followed by a number.
     """
-    return logs / f"place-{place}.{stream}"
+    return logs / f"place-{slot}.{stream}"
 
 
 def list_attempt_streams(names: Iterable[str]) -> list[str]:
-    """Return those of the names that are streams of an attempt, in the order in which they begin."""
-    found = [match for name in names if (match := _STREAM.fullmatch(name))]
-    return [match.group() for match in sorted(found, key=_stream_order)]
+    """Return the names that are streams of an attempt, in the order of their start."""
+    matches = [match for name in names if (match := _STREAM.fullmatch(name))]
+    return [match.group() for match in sorted(matches, key=_stream_order)]
 
 
 _STREAM = re.compile(r"(stdout|stderr)|(before|after|check)([0-9]+)")
@@ -60,7 +59,7 @@ def _stream_order(match: re.Match[str]) -> tuple[int, int]:
 
 
 async def read_tail(file: Path, size: int = TAIL_BYTES) -> str:
-    """Return the last `size` bytes of a file as text, from the beginning of a line; empty if there is no file."""
+    """Return whole lines from the last `size` bytes of a file; empty if the file does not exist."""
     return await anyio.to_thread.run_sync(_read_tail, file, size)
 
 

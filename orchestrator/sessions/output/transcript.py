@@ -1,4 +1,4 @@
-"""What a program said, from the file that holds its standard output, in the words of its adapter."""
+"""Transcript of a session, parsed from its standard output by the adapter."""
 
 from __future__ import annotations
 
@@ -21,89 +21,89 @@ from orchestrator.protocols import (
     UsageReport,
 )
 
-MAX_LINE_BYTES = 1 << 20  # bytes; longer ones are left out
+MAX_LINE_BYTES = 1 << 20  # longer lines are ignored
 MAX_EVENTS = 1_000
 #: Characters of an answer, from its end.
 MAX_ANSWER_CHARS = 1 << 20
-#: Characters of the last words that are recorded.
+#: Characters of the last message that are recorded.
 MAX_MESSAGE_CHARS = 2_000
-#: Ids become arguments again: none that is an option, or that no argument can be.
+#: Ids are passed back as arguments, so they must not look like options and must be valid arguments.
 _ID = re.compile(r"[A-Za-z0-9_][!-~]{0,199}")
-_MOST = 1 << 53
+_MAX_AMOUNT = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What a session said up to some line: tokens, US dollars (None: not known), the CLI's own id of it."""
+    """Summary of a session's output so far: tokens, cost in US dollars (None: unknown), the CLI's session id."""
 
-    words: str | None = None
-    """What it said last, or its result."""
+    last_message: str | None = None
+    """The last message, or the final result."""
     session: str | None = None
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float | None = None
     cached_tokens: int = 0
-    """Of the input, what was read from a cache."""
+    """The part of the input tokens that was read from a cache."""
     model: str | None = None
-    """The one that was used last, by its name."""
+    """The name of the model used last."""
     includes_resumed: bool = False
-    """Whether earlier sessions of the same conversation are among what was used up."""
+    """Whether the usage includes earlier sessions of the same conversation."""
     priced_tokens: int = 0
-    """How many tokens the cost covers (`UsageReport.priced_tokens`)."""
-    begun: str = ""
-    """What it is saying, as far as its parts have come."""
+    """The number of tokens that the cost covers (`UsageReport.priced_tokens`)."""
+    partial_message: str = ""
+    """The parts of the current message that have arrived."""
     denied: tuple[ToolDenied, ...] = ()
-    """The tools that it was denied, of very many the first."""
+    """The denied tool calls; the first ones if there are too many."""
     call: tuple[str, UsageReport] | None = None
-    """The call of the model that was told of last, with what it had used up by then."""
+    """The last reported model call, with its usage so far."""
 
     @property
     def denials(self) -> ToolDenials:
-        """What it was denied, in words."""
-        return ToolDenials.of([(one.text, one.remedy) for one in self.denied])
+        """The denied tool calls as text."""
+        return ToolDenials.of([(denial.text, denial.remedy) for denial in self.denied])
 
     def after(self, event: SessionEvent) -> Transcript:
         """Return the transcript with one more event."""
         match event:
             case AgentMessage(text, part=True):
-                begun = (self.begun + text)[-MAX_MESSAGE_CHARS:]
-                return replace(self, words=begun.strip() or self.words, begun=begun)
-            case _ if self.begun:
-                return replace(self, begun="").after(event)
+                partial = (self.partial_message + text)[-MAX_MESSAGE_CHARS:]
+                return replace(self, last_message=partial.strip() or self.last_message, partial_message=partial)
+            case _ if self.partial_message:
+                return replace(self, partial_message="").after(event)
             case AgentMessage(text) | FinalResult(text) if text.strip():
-                return replace(self, words=text.strip()[-MAX_MESSAGE_CHARS:])
+                return replace(self, last_message=text.strip()[-MAX_MESSAGE_CHARS:])
             case ConversationStarted(session) if _ID.fullmatch(session):
                 return replace(self, session=session)
             case UsageReport():
-                return self._after_spending(_clamp_usage(event))
+                return self._after_usage(_clamp_usage(event))
             case ToolDenied():
                 return replace(self, denied=_with_denied(self.denied, event))
             case _:
                 return self
 
-    def _after_spending(self, spent: UsageReport) -> Transcript:
-        if spent.is_cumulative:
+    def _after_usage(self, usage: UsageReport) -> Transcript:
+        if usage.is_cumulative:
             return replace(
                 self,
-                input_tokens=spent.input_tokens,
-                output_tokens=spent.output_tokens,
-                cached_tokens=spent.cached_tokens,
-                cost=self.cost if spent.cost is None else spent.cost,
-                model=spent.model or self.model,
-                includes_resumed=spent.includes_resumed,
-                priced_tokens=spent.priced_tokens,
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+                cached_tokens=usage.cached_tokens,
+                cost=self.cost if usage.cost is None else usage.cost,
+                model=usage.model or self.model,
+                includes_resumed=usage.includes_resumed,
+                priced_tokens=usage.priced_tokens,
                 call=None,
             )
-        told = self.call[1] if self.call is not None and self.call[0] == spent.call else UsageReport()
-        cost = None if spent.cost is None else spent.cost - (told.cost or 0.0)
+        counted = self.call[1] if self.call is not None and self.call[0] == usage.call else UsageReport()
+        cost = None if usage.cost is None else usage.cost - (counted.cost or 0.0)
         return replace(
             self,
-            input_tokens=self.input_tokens + spent.input_tokens - told.input_tokens,
-            output_tokens=self.output_tokens + spent.output_tokens - told.output_tokens,
-            cached_tokens=self.cached_tokens + spent.cached_tokens - told.cached_tokens,
+            input_tokens=self.input_tokens + usage.input_tokens - counted.input_tokens,
+            output_tokens=self.output_tokens + usage.output_tokens - counted.output_tokens,
+            cached_tokens=self.cached_tokens + usage.cached_tokens - counted.cached_tokens,
             cost=self.cost if cost is None else (self.cost or 0.0) + cost,
-            model=spent.model or self.model,
-            call=None if spent.call is None else (spent.call, spent),
+            model=usage.model or self.model,
+            call=None if usage.call is None else (usage.call, usage),
         )
 
 
@@ -111,56 +111,56 @@ EMPTY_TRANSCRIPT = Transcript()
 
 
 def _with_denied(denied: tuple[ToolDenied, ...], new: ToolDenied) -> tuple[ToolDenied, ...]:
-    """Return denials with one more; of one that was reported before, the newer detail counts."""
-    for at, one in enumerate(denied):
-        if one.call is not None and one.call == new.call:
-            told = replace(one, detail=new.detail or one.detail, remedy=one.remedy or new.remedy)
-            return (*denied[:at], told, *denied[at + 1 :])
+    """Add a denial; if its call was reported before, merge both, preferring the newer detail."""
+    for index, known in enumerate(denied):
+        if known.call is not None and known.call == new.call:
+            merged = replace(known, detail=new.detail or known.detail, remedy=known.remedy or new.remedy)
+            return (*denied[:index], merged, *denied[index + 1 :])
     return (*denied, new) if len(denied) < MAX_EVENTS else denied
 
 
-def _clamp_usage(spent: UsageReport) -> UsageReport:
-    """Return what was used up with counts and amounts that mean something: parsers are plugins, too."""
-    cost = spent.cost
+def _clamp_usage(usage: UsageReport) -> UsageReport:
+    """Limit counts and amounts to valid ranges: parsers are plugins and may report anything."""
+    cost = usage.cost
     return replace(
-        spent,
-        input_tokens=min(max(spent.input_tokens, 0), _MOST),
-        output_tokens=min(max(spent.output_tokens, 0), _MOST),
-        cached_tokens=min(max(spent.cached_tokens, 0), _MOST),
-        priced_tokens=min(max(spent.priced_tokens, 0), _MOST),
-        cost=cost if cost is not None and 0 <= cost <= _MOST else None,
+        usage,
+        input_tokens=min(max(usage.input_tokens, 0), _MAX_AMOUNT),
+        output_tokens=min(max(usage.output_tokens, 0), _MAX_AMOUNT),
+        cached_tokens=min(max(usage.cached_tokens, 0), _MAX_AMOUNT),
+        priced_tokens=min(max(usage.priced_tokens, 0), _MAX_AMOUNT),
+        cost=cost if cost is not None and 0 <= cost <= _MAX_AMOUNT else None,
     )
 
 
 def has_reported_failure(events: Sequence[SessionEvent]) -> bool:
-    """Whether the program's last word about its end was that it failed."""
+    """Return whether the program's last final result reports a failure."""
     last = next((event for event in reversed(events) if isinstance(event, FinalResult)), None)
     return last is not None and last.failed is not None
 
 
 def extract_answer(events: Sequence[SessionEvent]) -> str:
-    """Return all that was said since a tool was used last, or the result that the program itself named, if it is more.
+    """Return the messages since the last tool call, or the program's final result if it is longer.
 
-    Programs differ in whether their result repeats what they said, and in whether they say it by lines or in parts.
+    Programs differ in whether the result repeats the messages, and whether these come as lines or in parts.
     """
-    said: list[str] = []
+    messages: list[str] = []
     result = ""
     for event in events:
         match event:
             case ToolCall():
-                said.clear()
+                messages.clear()
             case AgentMessage(text, part=part):
-                said.append(text if part else f"{text}\n")
+                messages.append(text if part else f"{text}\n")
             case FinalResult(text) if text.strip():
                 result = text
             case _:
                 pass
-    whole = "".join(said)
+    whole = "".join(messages)
     return (whole if len(whole.strip()) > len(result.strip()) else result)[-MAX_ANSWER_CHARS:]
 
 
 def read_transcript(adapter: Adapter, file: Path) -> tuple[Transcript, list[SessionEvent]]:
-    """Return what a file of standard output comes to, and its last events; nothing if there is no file. Blocks."""
+    """Return the transcript of an output file and its last events; empty if the file does not exist. Blocks."""
     transcript, events = Transcript(), deque[SessionEvent](maxlen=MAX_EVENTS)
     try:
         with file.open("rb") as stream:
@@ -173,14 +173,14 @@ def read_transcript(adapter: Adapter, file: Path) -> tuple[Transcript, list[Sess
 
 
 def parse_lines(adapter: Adapter, lines: Iterable[bytes]) -> Iterator[SessionEvent]:
-    """Yield what lines mean to an adapter."""
+    """Yield the events that an adapter parses from lines."""
     for line in lines:
         if len(line) <= MAX_LINE_BYTES:
             yield from adapter.parse(line.decode(errors="replace").rstrip("\r\n"))
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Yield lines without holding one of any length in memory: what is too long comes as one that is too long."""
+    """Yield lines with bounded memory: a line over the limit is truncated just above it."""
     while line := stream.readline(MAX_LINE_BYTES + 1):
         rest = line
         while not rest.endswith(b"\n") and (rest := stream.readline(MAX_LINE_BYTES)):

@@ -1,13 +1,12 @@
-"""What a session may touch: a fence of folders, put up by bubblewrap or by Landlock.
+"""Sandbox of a session, built with bubblewrap or Landlock: which paths it can read and write.
 
-Everything of the machine can be read that is not hidden, and nothing can be written but what is said to be
-writable.
+All paths that are not hidden can be read; only the paths declared writable can be written.
 
-With both, a filter of system calls (`orchestrator.sandbox.seccomp`) closes ways into the kernel. What the two keep
-is a table in docs/security.md, which is tested.
+Both kinds add a system call filter (`orchestrator.sandbox.seccomp`) that reduces the attack surface of the kernel. A
+table in docs/security.md, which is tested, lists what each kind prevents.
 
-With Landlock a right holds for all that is beneath a folder. So a folder that has something hidden in it is not
-granted itself, only what else was in it at the start: it can't be listed, and nothing can be made in it.
+A Landlock right applies to everything beneath a folder. So a folder that contains a hidden path gets no right itself;
+only its other entries, as of the start, do: it can't be listed, and nothing can be created in it.
 """
 
 from __future__ import annotations
@@ -33,24 +32,24 @@ from orchestrator.sessions.supervision.supervisor_client import SupervisedComman
 from orchestrator.system import process
 
 _PROBE_TIMEOUT = 20.0  # seconds; a start takes milliseconds
-_PROBE_OUTPUT = 1 << 16  # bytes
-#: Folders of the machine in whose place a session has others of its own, with bubblewrap.
+_MAX_PROBE_OUTPUT = 1 << 16  # bytes
+#: Folders of the machine that bubblewrap replaces with private ones.
 REPLACED_FOLDERS = ("/tmp", "/var/tmp", "/run")
 _RESOLVER = Path("/etc/resolv.conf")
-#: Without /dev/pts and /dev/shm: what is in there is others', and a right to one of them is a right to all.
+#: Without /dev/pts and /dev/shm: their entries belong to other processes, and a right to one is a right to all.
 _NODES = ("null", "zero", "full", "random", "urandom")
 
 _REMEDY = (
-    "install bubblewrap; if it is there but may not make user namespaces, allow them: on Ubuntu by "
+    "install bubblewrap; if it is installed but can't create user namespaces, allow them: on Ubuntu with "
     "`sysctl kernel.apparmor_restrict_unprivileged_userns=0` or an AppArmor profile for bwrap, on an old Debian "
-    "by `sysctl kernel.unprivileged_userns_clone=1`, in a container by its runtime's options"
+    "with `sysctl kernel.unprivileged_userns_clone=1`, in a container with the options of its runtime"
 )
 _CAN_FILTER = seccomp.is_supported()
-_OFF = "write `sandbox: off`, which protects from accidents only"
+_OFF = "set `sandbox: off`, which protects from accidents only"
 
 
 class SandboxKind(StrEnum):
-    """What puts up the fence; OFF: there is none."""
+    """The sandbox mechanism; OFF: no sandbox."""
 
     BUBBLEWRAP = "bubblewrap"
     LANDLOCK = "landlock"
@@ -59,9 +58,9 @@ class SandboxKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProxyEndpoint:
-    """Where a session reaches its proxy: a `port` of its loopback.
+    """The endpoint at which a session reaches its proxy: a `port` of its loopback.
 
-    In a bubblewrap the port is opened from inside, and its socket passed on at the unix socket `meeting`.
+    In bubblewrap the port is opened from inside, and its socket is passed out through the unix socket `socket_path`.
     """
 
     port: int
@@ -70,13 +69,13 @@ class ProxyEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class SandboxPolicy:
-    """What a session may touch: absolute paths, of which the more specific ones count, with symlinks resolved.
+    """The access of a session: absolute paths, symlinks resolved; the most specific path applies.
 
-    `writable` may be read and written, `readable` only read, also inside something hidden, and `hidden` is not
-    there at all; of the same path in several of them the first counts. What does not exist is passed over.
-    `scratch` is a folder of the session's own, made if needed: its /tmp (bubblewrap) and its TMPDIR. Without
-    `network` there is only a loopback of its own (bubblewrap), or no internet socket at all (Landlock), but for an
-    `inlet`, through which it reaches a proxy. With `nesting` it may make user namespaces, and so sandboxes of its own.
+    `writable` paths can be read and written, `readable` ones only read, even inside a hidden path; `hidden` ones do not
+    exist for the session. If a path is in several lists, the first list applies. Missing paths are ignored. `scratch`
+    is a folder of the session, created if needed: its /tmp (bubblewrap) and its TMPDIR. Without `network` the session
+    has only a private loopback (bubblewrap) or no internet socket (Landlock), except for the `proxy_endpoint`. With
+    `nesting` it may create user namespaces, and so nested sandboxes.
     """
 
     writable: tuple[Path, ...]
@@ -97,19 +96,19 @@ class _Access(IntEnum):
 async def choose_sandbox(
     wanted: str, *, network: bool, environ: Mapping[str, str], hosts: Sequence[str] = ()
 ) -> SandboxKind:
-    """Return the kind that `wanted` names, or for `auto` the strongest that works here, which is tried out.
+    """Return the kind that `wanted` names, or for `auto` the strongest kind that passes a trial here.
 
-    `environ` has the PATH on which bubblewrap is looked for. Raises RefusedError if it does not work, or can't
-    keep a session off the network although that is wanted, or off all but `hosts`: nothing weaker is taken instead.
+    `environ` provides the PATH for bubblewrap. Raises RefusedError if the kind does not work, or can't block the
+    network or all hosts except `hosts` as required: there is no fallback to a weaker kind.
     """
     if wanted == SandboxKind.OFF:
         if not network:
             raise RefusedError(
-                "without a sandbox no session can be kept off the network", "write `sandbox: auto`, or `network: on`"
+                "`network: off` needs a sandbox, but `sandbox: off` is set", "set `sandbox: auto` or `network: on`"
             )
         return SandboxKind.OFF
     if sys.platform != "linux":
-        raise RefusedError(f"`sandbox: {wanted}` does not work on this system, only `off` does", _OFF)
+        raise RefusedError(f"`sandbox: {wanted}` is not supported on this system", _OFF)
     if wanted == SandboxKind.LANDLOCK:
         if why := _landlock_problem(network, hosts):
             raise RefusedError(f"`sandbox: landlock` does not work: {why}", f"use bubblewrap ({_REMEDY}); or {_OFF}")
@@ -124,61 +123,61 @@ async def choose_sandbox(
     return SandboxKind.LANDLOCK
 
 
-def sandbox_command(kind: SandboxKind, command: SupervisedCommand, fence: SandboxPolicy) -> SupervisedCommand:
-    """Return the command that runs `command` behind `fence`. Blocks: it makes the scratch folder and lists folders.
+def sandbox_command(kind: SandboxKind, command: SupervisedCommand, policy: SandboxPolicy) -> SupervisedCommand:
+    """Return the command that runs `command` in a sandbox. Blocks: creates the scratch folder and lists folders.
 
-    What is made later beside something hidden is out of reach with Landlock, so call it just before the start.
+    With Landlock, files created later next to a hidden path are not accessible, so call it just before the start.
     Raises OSError.
     """
     if kind is SandboxKind.OFF:
         return command
-    fence.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    policy.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     if kind is SandboxKind.LANDLOCK:
-        env = {**command.env, "TMPDIR": str(fence.scratch.resolve())}
-        limited = seccomp.UNIX if fence.proxy_endpoint is None else seccomp.STREAM
-        sockets = seccomp.ALL if fence.network else limited
+        env = {**command.env, "TMPDIR": str(policy.scratch.resolve())}
+        limited = seccomp.UNIX if policy.proxy_endpoint is None else seccomp.STREAM
+        sockets = seccomp.ALL if policy.network else limited
         return replace(
             command,
             env=env,
-            landlock=tuple(_landlock_rules(fence)),
-            port=None if fence.proxy_endpoint is None else fence.proxy_endpoint.port,
-            filter=_filter(sockets=sockets, namespaced=False, nesting=fence.nesting),
+            landlock=tuple(_landlock_rules(policy)),
+            port=None if policy.proxy_endpoint is None else policy.proxy_endpoint.port,
+            filter=_filter(sockets=sockets, namespaced=False, nesting=policy.nesting),
         )
     bwrap = bubblewrap.find_bwrap()
     if bwrap is None:
         raise FileNotFoundError(2, os.strerror(2), "bwrap")
     reports = ("--json-status-fd", str(WRAPPER_STATUS), *(("--seccomp", str(WRAPPER_FILTER)) if _CAN_FILTER else ()))
-    tmpdir = "/tmp" if _exists(Path("/tmp")) else str(fence.scratch.resolve())
+    tmpdir = "/tmp" if _exists(Path("/tmp")) else str(policy.scratch.resolve())
     inside, env = list(command.argv), {**command.env, "TMPDIR": tmpdir}
-    if fence.proxy_endpoint is not None and fence.proxy_endpoint.socket_path is not None:
-        inside, env = _wrap_with_loopback(fence.proxy_endpoint, fence.proxy_endpoint.socket_path, inside, env)
-    argv = [bwrap, *_options(fence, bwrap), *reports, "--chdir", str(command.cwd), "--", *inside]
-    sockets = seccomp.ALL if fence.network else seccomp.NAMESPACED
-    denied = _filter(sockets=sockets, namespaced=True, nesting=fence.nesting)
+    if policy.proxy_endpoint is not None and policy.proxy_endpoint.socket_path is not None:
+        inside, env = _wrap_with_loopback(policy.proxy_endpoint, policy.proxy_endpoint.socket_path, inside, env)
+    argv = [bwrap, *_options(policy, bwrap), *reports, "--chdir", str(command.cwd), "--", *inside]
+    sockets = seccomp.ALL if policy.network else seccomp.NAMESPACED
+    denied = _filter(sockets=sockets, namespaced=True, nesting=policy.nesting)
     return replace(
-        command, argv=argv, env=env, wrapped=True, uses_loopback=fence.proxy_endpoint is not None, filter=denied
+        command, argv=argv, env=env, wrapped=True, uses_loopback=policy.proxy_endpoint is not None, filter=denied
     )
 
 
 def _wrap_with_loopback(
-    inlet: ProxyEndpoint, meeting: Path, argv: Sequence[str], env: Mapping[str, str]
+    endpoint: ProxyEndpoint, socket_path: Path, argv: Sequence[str], env: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the command line and environment of the program that opens the inlet and then becomes `argv`."""
+    """Return the command line and environment of the program that opens the endpoint and then executes `argv`."""
     program, needed = process.internal_program("orchestrator.sandbox.loopback", "main")
-    place = meeting.parent.resolve() / meeting.name
+    resolved = socket_path.parent.resolve() / socket_path.name
     unset = ",".join(needed.keys() - env.keys())
-    return [*program, str(place), str(inlet.port), str(WRAPPER_ERROR), unset, *argv], {**needed, **env}
+    return [*program, str(resolved), str(endpoint.port), str(WRAPPER_ERROR), unset, *argv], {**needed, **env}
 
 
 def _filter(*, sockets: str, namespaced: bool, nesting: bool) -> str | None:
     return seccomp.build_filter(sockets=sockets, namespaced=namespaced, nesting=nesting).hex() if _CAN_FILTER else None
 
 
-def _accesses(fence: SandboxPolicy) -> dict[Path, _Access]:
+def _accesses(policy: SandboxPolicy) -> dict[Path, _Access]:
     rights = (
-        (_Access.HIDDEN, fence.hidden),
-        (_Access.READ, fence.readable),
-        (_Access.WRITE, (*fence.writable, fence.scratch)),
+        (_Access.HIDDEN, policy.hidden),
+        (_Access.READ, policy.readable),
+        (_Access.WRITE, (*policy.writable, policy.scratch)),
     )
     return {path.resolve(): access for access, paths in rights for path in paths if _exists(path)}
 
@@ -186,7 +185,7 @@ def _accesses(fence: SandboxPolicy) -> dict[Path, _Access]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # what we can't reach, what we start can't reach either
+    except OSError:  # a path that we can't access, a child process can't access either
         return False
 
 
@@ -196,13 +195,12 @@ def _exists(path: Path) -> bool:
 async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str | None:
     bwrap = bubblewrap.find_bwrap(environ)
     if bwrap is None:
-        return "there is no `bwrap` on PATH"
+        return "`bwrap` is not on PATH"
     scratch = Path(await anyio.to_thread.run_sync(tempfile.mkdtemp))
     try:
-        # The flags that are used, since a machine may forbid any one of them; the program is one that surely is there.
+        # Use all flags, since a machine may forbid any one of them, and a program that certainly exists.
         options = await anyio.to_thread.run_sync(_options, SandboxPolicy((), (), (), scratch, network), bwrap)
         probe = [bwrap, *options, "--", bwrap, "--version"]
-        # A bubblewrap that is killed as it starts leaves a process behind that waits for it.
         done = await _probe(probe, environ)
     except (OSError, TimeoutError) as error:
         return str(error)
@@ -211,7 +209,7 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
             await anyio.to_thread.run_sync(partial(shutil.rmtree, scratch, ignore_errors=True))
     if done.returncode == 0:
         return None
-    return done.stderr.decode(errors="replace").strip() or f"it ended with exit code {done.returncode}"
+    return done.stderr.decode(errors="replace").strip() or f"exited with code {done.returncode}"
 
 
 @retry(
@@ -220,40 +218,40 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
     retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
 )
 async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.CompletedCommand:
-    """Run it again where somebody kills it: a weaker sandbox must not be taken for that."""
-    # Killed as it starts, it leaves a process behind that waits for it.
-    return await process.run_untrusted(argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, most=_PROBE_OUTPUT)
+    """Run a probe, again if it is killed: a kill is no reason to choose a weaker sandbox."""
+    # A bubblewrap that is killed while it starts leaves a process behind that waits for it.
+    return await process.run_untrusted(argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, most=_MAX_PROBE_OUTPUT)
 
 
-def _options(fence: SandboxPolicy, bwrap: str) -> list[str]:
-    sealed = () if fence.nesting or not bubblewrap.can_disable_userns(bwrap) else ("--disable-userns",)
-    return [*_NAMESPACES, *sealed, *(() if fence.network else ("--unshare-net",)), *_SYSTEM, *_mounts(fence)]
+def _options(policy: SandboxPolicy, bwrap: str) -> list[str]:
+    sealed = () if policy.nesting or not bubblewrap.can_disable_userns(bwrap) else ("--disable-userns",)
+    return [*_NAMESPACES, *sealed, *(() if policy.network else ("--unshare-net",)), *_SYSTEM, *_mounts(policy)]
 
 
-def _mounts(fence: SandboxPolicy) -> list[str]:
-    """Return bubblewrap's options: mounts from the root downwards, so that what is more specific is on top."""
+def _mounts(policy: SandboxPolicy) -> list[str]:
+    """Return the mount options of bubblewrap, from the root downwards, so that more specific paths win."""
     readable = (
-        fence.readable if fence.proxy_endpoint is None else (*fence.readable, *process.internal_program_folders())
+        policy.readable if policy.proxy_endpoint is None else (*policy.readable, *process.internal_program_folders())
     )
-    accesses = _accesses(replace(fence, readable=readable))
-    scratch = str(fence.scratch.resolve())
+    accesses = _accesses(replace(policy, readable=readable))
+    scratch = str(policy.scratch.resolve())
     private = {path.resolve() for path in map(Path, ("/tmp", "/var/tmp")) if _exists(path)}
     covers = dict.fromkeys(private, _Access.HIDDEN) | _run_folder_access() | accesses
     options: list[str] = []
     sealed: list[str] = []
     for path in sorted(covers, key=lambda path: len(path.parts)):
-        access, place = covers[path], str(path)
+        access, name = covers[path], str(path)
         if path in private and path not in accesses:
-            options += ("--bind", scratch, place)
+            options += ("--bind", scratch, name)
         elif access is not _Access.HIDDEN:
-            options += ("--bind" if access is _Access.WRITE else "--ro-bind", place, place)
+            options += ("--bind" if access is _Access.WRITE else "--ro-bind", name, name)
         elif _is_hidden_already(path, covers):
             continue
         elif path.is_dir():
-            options += ("--tmpfs", place)
-            sealed += ("--remount-ro", place)
+            options += ("--tmpfs", name)
+            sealed += ("--remount-ro", name)
         else:
-            options += ("--ro-bind", os.devnull, place)  # mounted without devices, so that it can't be opened
+            options += ("--ro-bind", os.devnull, name)  # mounted with nodev, so it can't be opened
     return [*options, *sealed]
 
 
@@ -268,18 +266,18 @@ _SYSTEM = (
 
 
 def _run_folder_access() -> dict[Path, _Access]:
-    """Hide /run, where the sockets of the machine's services are, but not who resolves names."""
+    """Hide /run with the sockets of the machine's services, except the name resolver."""
     run = Path("/run")
     if not _exists(run):
         return {}
     resolver = _RESOLVER.resolve()
-    named = {resolver: _Access.READ} if resolver.is_relative_to(run) and _exists(resolver) else {}
-    return {run.resolve(): _Access.HIDDEN} | named
+    exceptions = {resolver: _Access.READ} if resolver.is_relative_to(run) and _exists(resolver) else {}
+    return {run.resolve(): _Access.HIDDEN} | exceptions
 
 
 def _is_hidden_already(path: Path, covers: Mapping[Path, _Access]) -> bool:
-    above = next((parent for parent in path.parents if parent in covers), None)
-    return above is not None and covers[above] is _Access.HIDDEN
+    ancestor = next((parent for parent in path.parents if parent in covers), None)
+    return ancestor is not None and covers[ancestor] is _Access.HIDDEN
 
 
 # Landlock
@@ -287,25 +285,25 @@ def _is_hidden_already(path: Path, covers: Mapping[Path, _Access]) -> bool:
 
 def _landlock_problem(network: bool, hosts: Sequence[str]) -> str | None:
     if not network and not _CAN_FILTER:
-        return "this machine's system calls can't be filtered, so that it can't keep a session off the network"
+        return "system calls can't be filtered on this machine, so `network: off` can't be enforced"
     version = landlock.abi_version()
-    has = f"this kernel has only its ABI {version}" if version else "this kernel has none, or has it switched off"
+    support = f"this kernel supports only ABI {version}" if version else "this kernel lacks it or has it disabled"
     if version < landlock.MIN_ABI:
-        return f"{has}, and ABI {landlock.MIN_ABI} (Linux 6.2) is needed"
+        return f"{support}; ABI {landlock.MIN_ABI} (Linux 6.2) is required"
     if hosts and version < landlock.MIN_ABI_FOR_PORTS:
-        return f"{has}, and `network.allow` needs ABI {landlock.MIN_ABI_FOR_PORTS} (Linux 6.7), or `network: off`"
+        return f"{support}; `network.allow` requires ABI {landlock.MIN_ABI_FOR_PORTS} (Linux 6.7), or `network: off`"
     return None
 
 
-def _landlock_rules(fence: SandboxPolicy) -> Iterator[tuple[str, str]]:
+def _landlock_rules(policy: SandboxPolicy) -> Iterator[tuple[str, str]]:
     devices = {(Path("/dev") / name).resolve(): _Access.WRITE for name in _NODES if _exists(Path("/dev") / name)}
     root = Path("/")
-    accesses = {root: _Access.READ, Path("/dev"): _Access.HIDDEN} | devices | _accesses(fence)
+    accesses = {root: _Access.READ, Path("/dev"): _Access.HIDDEN} | devices | _accesses(policy)
     return _grant(root, accesses[root], accesses)
 
 
 def _grant(path: Path, access: _Access, accesses: Mapping[Path, _Access]) -> Iterator[tuple[str, str]]:
-    """Yield the rules for `path` and all beneath: as a whole, or entry by entry where something is taken away."""
+    """Yield the rules for `path`: for the whole tree, or per entry if an entry beneath has fewer rights."""
     beneath = {other: right for other, right in accesses.items() if path in other.parents}
     if any(right < access for right in beneath.values()):
         for entry in sorted(_entries(path, beneath)):
@@ -319,10 +317,10 @@ def _grant(path: Path, access: _Access, accesses: Mapping[Path, _Access]) -> Ite
 
 
 def _entries(folder: Path, beneath: Iterable[Path]) -> set[Path]:
-    """Return what is in a folder; a symlink gives no right, what it leads to has its own."""
+    """Return the entries of a folder without symlinks, whose targets have rules of their own."""
     try:
-        with os.scandir(folder) as entries:
-            found = {Path(entry.path) for entry in entries if not entry.is_symlink()}
+        with os.scandir(folder) as scan:
+            entries = {Path(entry.path) for entry in scan if not entry.is_symlink()}
     except PermissionError:
-        found = set()
-    return found | {folder / path.relative_to(folder).parts[0] for path in beneath}
+        entries = set()
+    return entries | {folder / path.relative_to(folder).parts[0] for path in beneath}

@@ -1,4 +1,4 @@
-"""An HTTP proxy that connects a session to the hosts in `network.allow`, and to no others.
+"""HTTP proxy that connects a session only to the hosts in `network.allow`.
 
 It accepts `CONNECT host:port` and requests with an absolute `http:` URL. It refuses requests without the session's
 token, hosts that no entry names, and names that resolve to an address that is not public. A name is resolved once, by
@@ -41,17 +41,17 @@ PROXY_USER: Final = "council"
 #: Bytes of a request's first line and its headers.
 MAX_HEAD_BYTES: Final = 16 << 10
 
-_MOST_LOOKUPS: Final = 4  # at once; each takes a thread
-_MOST_ADDRESSES: Final = 8  # of a name
-_MOST_DENIED: Final = 100  # recorded
-_MOST_DRAINED: Final = 16  # chunks of a request that is refused
+_MAX_LOOKUPS: Final = 4  # concurrent; each takes a thread
+_MAX_ADDRESSES: Final = 8  # tried per name
+_MAX_DENIED: Final = 100  # recorded
+_MAX_DRAINED: Final = 16  # chunks of a rejected request
 _CHUNK: Final = 64 << 10
 _TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST: Final = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.[01]")
 _HEADER: Final = re.compile(rf"({_TOKEN}):[ \t]*([^\x00\r\n]*?)[ \t]*")
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _URL: Final = re.compile(r"(?i:http)://([^/?#]*)((?:/[^?#]*)?(?:\?[^#]*)?)")
-# Those of one connection (RFC 9110, section 7.6.1), and those that are written anew.
+# Hop-by-hop headers (RFC 9110, section 7.6.1), and the headers that the proxy writes itself.
 _DROPPED: Final = frozenset(
     {"connection", "host", "keep-alive", "proxy-authorization", "proxy-connection", "te", "trailer", "upgrade"}
 )
@@ -69,7 +69,7 @@ Resolver = Callable[[str], Awaitable[Sequence[Address]]]
 
 @dataclass(frozen=True, slots=True)
 class ProxyTimeouts:
-    """How long the proxy waits, in seconds."""
+    """The timeouts of the proxy, in seconds."""
 
     head: float = 10.0
     """For the head of a request, from its first byte to its last."""
@@ -99,7 +99,7 @@ class _RefusedRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a client asks for: `head` is what its host gets to read first, None where a tunnel is wanted."""
+    """A client's request: `head` is forwarded to the host first; None for a tunnel."""
 
     host: str
     port: int
@@ -108,9 +108,9 @@ class _Request:
 
 
 async def resolve_host(host: str) -> Sequence[Address]:
-    """Return the addresses of a name, as all programs of the machine get them. Raises OSError."""
-    found = await anyio.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return tuple(dict.fromkeys(ip_address(address[0]) for _, _, _, _, address in found))
+    """Return the addresses of a name, from the resolver of the machine. Raises OSError."""
+    infos = await anyio.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return tuple(dict.fromkeys(ip_address(address[0]) for _, _, _, _, address in infos))
 
 
 @dataclass(slots=True)
@@ -119,28 +119,28 @@ class Proxy:
 
     hosts: Sequence[str]
     resolve: Resolver = resolve_host
-    most_connections: int = 64
-    """At once; further ones wait."""
+    max_connections: int = 64
+    """Concurrent connections; further ones wait."""
     timeouts: ProxyTimeouts = field(default_factory=ProxyTimeouts)
     token: str = field(default_factory=lambda: token_hex(16))
     denied: dict[str, None] = field(default_factory=dict)
-    """The first hosts with their ports that were asked for and refused, each once."""
+    """The first distinct `host:port` values that were denied."""
     _entries: tuple[AllowedHost, ...] = field(init=False)
-    _lookups: anyio.Semaphore = field(default_factory=lambda: anyio.Semaphore(_MOST_LOOKUPS), init=False)
+    _lookups: anyio.Semaphore = field(default_factory=lambda: anyio.Semaphore(_MAX_LOOKUPS), init=False)
 
     def __post_init__(self) -> None:
-        """Read the entries, which a config has been checked for."""
+        """Parse the entries, which config loading has validated."""
         self._entries = tuple(map(parse_allowed_host, self.hosts))
 
     @property
     def secrets(self) -> tuple[str, str]:
-        """What no log may show: the token, and what a program makes of it for its requests."""
+        """The values to redact in logs: the token, and its encoding in requests."""
         return self.token, b64encode(f"{PROXY_USER}:{self.token}".encode()).decode()
 
     def variables(self, port: int, direct: Sequence[str]) -> Mapping[str, str]:
-        """Return the variables by which programs find the proxy at a port of their loopback.
+        """Return the environment variables that point programs to the proxy at a port of their loopback.
 
-        `direct` are hosts that are reached without it, less those that an entry names.
+        `direct` lists hosts to reach without the proxy, unless an entry names them.
         """
         url = f"http://{PROXY_USER}:{self.token}@127.0.0.1:{port}"
         names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -152,11 +152,11 @@ class Proxy:
         }
 
     async def serve(self, listener: anyio.abc.SocketListener) -> None:
-        """Serve connections until cancelled; close the listener then."""
-        slots = anyio.Semaphore(self.most_connections)
+        """Serve connections until cancelled, then close the listener."""
+        slots = anyio.Semaphore(self.max_connections)
         async with listener, anyio.create_task_group() as group:
             while True:
-                await slots.acquire()  # the others wait in the kernel's queue
+                await slots.acquire()  # further connections wait in the kernel's queue
                 group.start_soon(self._handle, await accept_connection(listener), slots)
 
     async def _handle(self, stream: anyio.abc.SocketStream, slots: anyio.Semaphore) -> None:
@@ -175,8 +175,8 @@ class Proxy:
         with anyio.move_on_after(self.timeouts.head):
             await stream.send(refused.response)
             await stream.send_eof()
-            # Closed with something unread, a connection is reset, and the client may never see the answer.
-            for _ in range(_MOST_DRAINED):
+            # Closing a socket with unread data resets the connection, and the client may lose the answer.
+            for _ in range(_MAX_DRAINED):
                 await stream.receive(_CHUNK)
 
     async def _answer(self, client: BufferedByteStream) -> None:
@@ -197,7 +197,7 @@ class Proxy:
             with anyio.fail_after(self.timeouts.head):
                 head = await client.receive_until(b"\r\n\r\n", MAX_HEAD_BYTES)
         except TimeoutError:
-            raise _RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, "no whole request came in time") from None
+            raise _RefusedRequest(HTTPStatus.REQUEST_TIMEOUT, "timed out waiting for a complete request") from None
         except anyio.DelimiterNotFound:
             head = b" " * (MAX_HEAD_BYTES + 1)
         if len(head) > MAX_HEAD_BYTES:
@@ -206,27 +206,27 @@ class Proxy:
         return head
 
     async def _connect(self, request: _Request) -> anyio.abc.SocketStream:
-        """Connect to the host of a request, if the session may reach it."""
+        """Connect to the host of a request if the session may reach it."""
         host, port = request.host, request.port
         shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if not is_allowed(self._entries, host, port):
             self._note(shown)
-            raise _RefusedRequest(HTTPStatus.FORBIDDEN, f"{shown} is not among the hosts of `network.allow`")
+            raise _RefusedRequest(HTTPStatus.FORBIDDEN, f"{shown} is not in `network.allow`")
         addresses = addresses_to_try(self._entries, host, port, await self._look_up(host, shown))
         if not addresses:
             self._note(shown)
-            what = f"{shown} has an address that is not public: name the address itself under `network.allow`"
+            what = f"{shown} has an address that is not public: add the address itself to `network.allow`"
             raise _RefusedRequest(HTTPStatus.FORBIDDEN, what)
-        why = ""
-        for address in addresses[:_MOST_ADDRESSES]:
+        reason = ""
+        for address in addresses[:_MAX_ADDRESSES]:
             try:
                 with anyio.fail_after(self.timeouts.connect):
                     return await anyio.connect_tcp(str(address), port)
             except TimeoutError:
-                why = "it does not answer"
+                reason = "timed out"
             except OSError as error:
-                why = str(error)
-        raise _RefusedRequest(HTTPStatus.BAD_GATEWAY, f"{shown} can't be reached: {why}")
+                reason = str(error)
+        raise _RefusedRequest(HTTPStatus.BAD_GATEWAY, f"can't connect to {shown}: {reason}")
 
     async def _look_up(self, host: str, shown: str) -> Sequence[Address]:
         if host == LOCALHOST:
@@ -240,11 +240,11 @@ class Proxy:
                 async with self._lookups:
                     return await self.resolve(host)
         except (OSError, UnicodeError, TimeoutError) as error:
-            what = f"{shown} can't be reached: its name has no address ({error})"
+            what = f"can't connect to {shown}: name lookup failed ({error})"
             raise _RefusedRequest(HTTPStatus.BAD_GATEWAY, what) from None
 
     def _note(self, shown: str) -> None:
-        if len(self.denied) < _MOST_DENIED:
+        if len(self.denied) < _MAX_DENIED:
             self.denied[shown] = None
 
     async def _copy(
@@ -254,7 +254,7 @@ class Proxy:
         scope: anyio.CancelScope,
         limit: int | None = None,
     ) -> None:
-        """Copy at most `limit` bytes. `scope` is cancelled on an error, and when nothing was copied for too long."""
+        """Copy at most `limit` bytes. Cancels `scope` on an error, and after the idle timeout."""
         left = limit
         try:
             while left is None or left:
@@ -265,7 +265,7 @@ class Proxy:
                     break
                 await target.send(data)
                 left = None if left is None else left - len(data)
-            # Some servers drop a request whose client has closed its side.
+            # Some servers drop a request when the client closes its side.
             if limit is None:
                 await target.send_eof()
         except _DISCONNECTED:
@@ -273,27 +273,27 @@ class Proxy:
 
 
 def _read_request(head: bytes, token: str) -> _Request:
-    """Return what is asked for; what could be read in two ways is refused."""
+    """Parse the head of a request; reject ambiguous ones."""
     try:
         first, *lines = head.decode("ascii").split("\r\n")
     except UnicodeDecodeError:
         raise _bad_request("the head of the request is not ASCII") from None
-    asked, found = _REQUEST.fullmatch(first), [_HEADER.fullmatch(line) for line in lines]
-    headers = [(one[1], one[2]) for one in found if one is not None]
-    if asked is None or len(headers) < len(found):
-        raise _bad_request("this is no request of HTTP/1.1")
+    request, matches = _REQUEST.fullmatch(first), [_HEADER.fullmatch(line) for line in lines]
+    headers = [(match[1], match[2]) for match in matches if match is not None]
+    if request is None or len(headers) < len(matches):
+        raise _bad_request("not an HTTP/1.1 request")
     _check_token([value for name, value in headers if name.lower() == "proxy-authorization"], token)
-    if asked[1] == "CONNECT":
-        host, port = _authority(asked[2])
+    if request[1] == "CONNECT":
+        host, port = _authority(request[2])
         if port is None:
             raise _bad_request("CONNECT needs a host and a port")
         return _Request(host, port)
-    url = _URL.fullmatch(asked[2])
+    url = _URL.fullmatch(request[2])
     if url is None:
-        raise _bad_request("a proxy takes CONNECT, or a URL that begins with http://")
+        raise _bad_request("expected CONNECT or a URL that begins with http://")
     host, port = _authority(url[1])
     path = url[2] if url[2].startswith("/") else f"/{url[2]}"
-    head, length = _build_forwarded_head(f"{asked[1]} {path} HTTP/1.1", url[1], headers)
+    head, length = _build_forwarded_head(f"{request[1]} {path} HTTP/1.1", url[1], headers)
     return _Request(host, 80 if port is None else port, head, length)
 
 
@@ -303,7 +303,7 @@ def _check_token(given: Sequence[str], token: str) -> None:
     if scheme.lower() != "basic" or not compare_digest(value.strip(), expected):
         raise _RefusedRequest(
             HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
-            "this proxy is for one session only, which has its password in HTTPS_PROXY",
+            "wrong or missing password: this proxy serves one session, whose HTTPS_PROXY contains the password",
             f'Proxy-Authenticate: Basic realm="{PROXY_USER}"',
         )
 
@@ -313,22 +313,26 @@ def _authority(text: str) -> tuple[str, int | None]:
         host, port = split_authority(text)
         return canonical_host(f"[{host}]" if ":" in host else host), port
     except ValueError as error:
-        raise _bad_request(f"the host can't be used, {error}") from None
+        raise _bad_request(f"invalid host: {error}") from None
 
 
 def _build_forwarded_head(first: str, authority: str, headers: Sequence[tuple[str, str]]) -> tuple[bytes, int]:
-    """Return the head of a plain request as its host gets it, and how many bytes follow.
+    """Return the head of a plain request as forwarded to its host, and the length of its body in bytes.
 
-    One request a connection: a second one could be for another host.
+    Only one request per connection is allowed: a second one could name another host.
     """
-    named = {one.strip().lower() for name, value in headers if name.lower() == "connection" for one in value.split(",")}
-    kept = [(name, value) for name, value in headers if name.lower() not in _DROPPED | (named - {"content-length"})]
-    lengths = [value for name, value in kept if name.lower() == "content-length"]
+    options = {
+        option.strip().lower() for name, value in headers if name.lower() == "connection" for option in value.split(",")
+    }
+    dropped = _DROPPED | (options - {"content-length"})
+    forwarded = [(name, value) for name, value in headers if name.lower() not in dropped]
+    lengths = [value for name, value in forwarded if name.lower() == "content-length"]
     if any(name.lower() == "transfer-encoding" for name, _ in headers):
         raise _RefusedRequest(HTTPStatus.LENGTH_REQUIRED, "the request needs a Content-Length, or https")
     if len(lengths) > 1 or any(_LENGTH.fullmatch(value) is None for value in lengths):
-        raise _bad_request("the Content-Length is none")
-    lines = [first, f"Host: {authority}", *(f"{name}: {value}" for name, value in kept), "Connection: close", "", ""]
+        raise _bad_request("invalid Content-Length")
+    fields = (f"{name}: {value}" for name, value in forwarded)
+    lines = [first, f"Host: {authority}", *fields, "Connection: close", "", ""]
     return "\r\n".join(lines).encode("ascii"), int(lengths[0]) if lengths else 0
 
 

@@ -1,4 +1,4 @@
-"""What the sessions and checks of one run are fenced in by."""
+"""Sandbox of a run, applied to its sessions and checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.sessions.supervision.supervisor_client import SupervisedComman
 
 @dataclass(frozen=True, slots=True)
 class SandboxScope:
-    """What a program works on: absolute paths that it may write, and others to read; `scratch` is its own folder."""
+    """The files of a program: absolute paths to write and to read; `scratch` is its private folder."""
 
     writable: tuple[Path, ...]
     readable: tuple[Path, ...]
@@ -34,14 +34,14 @@ class SandboxScope:
 
     @classmethod
     def of(cls, worktree: Worktree) -> SandboxScope:
-        """Return what each program of an attempt needs: its files, git directory, prompt, and handoff."""
+        """Return the scope of an attempt's programs: its files, git directory, prompt and handoff."""
         readable = (worktree.prompt_file, worktree.hub.objects)
         return cls((worktree.tree, worktree.git_dir, worktree.handoff_file.parent), readable, worktree.scratch)
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxedCommand:
-    """A command in its sandbox; `denied` grows with the hosts that it is refused, as `host:port`."""
+    """A command in its sandbox; `denied` grows with the hosts that the proxy denies, as `host:port`."""
 
     command: SupervisedCommand
     denied: Collection[str] = ()
@@ -49,57 +49,57 @@ class SandboxedCommand:
 
 @dataclass(frozen=True, slots=True)
 class RunSandbox:
-    """The sandbox of a run: `hidden` is what no session is to see, the rest as the config has it."""
+    """The sandbox of a run: no session can see the `hidden` paths; the config has the other settings."""
 
     kind: SandboxKind
     hidden: tuple[Path, ...]
     config: SandboxConfig
 
     @asynccontextmanager
-    async def around(
-        self, ground: SandboxScope, command: SupervisedCommand, reach: PathAccess
+    async def apply(
+        self, scope: SandboxScope, command: SupervisedCommand, reach: PathAccess
     ) -> AsyncIterator[SandboxedCommand]:
-        """Yield the command so that it reaches the ground that it works on, and what `reach` adds.
+        """Yield the command with a sandbox that allows access to `scope` and `reach`.
 
-        It is to be run within the block: what it reaches of the network ends with that. Raises OSError.
+        Run the command within the block: its network access ends with the block. Raises OSError.
         """
         command = replace(command, limits=self.config.limits.by_resource)
         if not self.config.hosts:
-            yield SandboxedCommand(await self._fenced(ground, command, reach))
+            yield SandboxedCommand(await self._sandbox(scope, command, reach))
             return
-        async with run_proxy(self.kind, self.config.hosts, ground.scratch, command) as found:
+        async with run_proxy(self.kind, self.config.hosts, scope.scratch, command) as proxied:
             yield SandboxedCommand(
-                await self._fenced(ground, found.command, reach, found.proxy_endpoint), found.denied.keys()
+                await self._sandbox(scope, proxied.command, reach, proxied.proxy_endpoint), proxied.denied.keys()
             )
 
-    async def _fenced(
-        self, ground: SandboxScope, command: SupervisedCommand, reach: PathAccess, inlet: ProxyEndpoint | None = None
+    async def _sandbox(
+        self, scope: SandboxScope, command: SupervisedCommand, reach: PathAccess, endpoint: ProxyEndpoint | None = None
     ) -> SupervisedCommand:
         allowed = self.config.reach | reach
-        fence = SandboxPolicy(
-            writable=(*ground.writable, *allowed.writable),
-            readable=(*ground.readable, *allowed.readable),
+        policy = SandboxPolicy(
+            writable=(*scope.writable, *allowed.writable),
+            readable=(*scope.readable, *allowed.readable),
             hidden=self.hidden,
-            scratch=ground.scratch,
+            scratch=scope.scratch,
             network=self.config.network,
-            proxy_endpoint=inlet,
+            proxy_endpoint=endpoint,
             nesting=self.config.nesting,
         )
-        return await anyio.to_thread.run_sync(partial(sandbox_command, self.kind, command, fence))
+        return await anyio.to_thread.run_sync(partial(sandbox_command, self.kind, command, policy))
 
     def explain_missing_program(self, program: str, environ: Mapping[str, str], reach: PathAccess) -> str:
-        """Return what to do about a program that is there but not for sessions; empty if that is not so."""
+        """Return a hint for a program that exists but is hidden from sessions; else an empty string."""
         found = shutil.which(program, path=environ.get("PATH"))
         if found is None or self.kind is SandboxKind.OFF:
             return ""
-        places = {Path(found).absolute(), Path(found).resolve()}
+        paths = {Path(found).absolute(), Path(found).resolve()}
         allowed = (*self.config.reach.writable, *self.config.reach.readable, *reach.writable, *reach.readable)
         covered = (*self.hidden, *(map(Path, REPLACED_FOLDERS) if self.kind is SandboxKind.BUBBLEWRAP else ()))
-        hidden = sorted({place.parent for place in places if _is_in(place, covered) and not _is_in(place, allowed)})
+        hidden = sorted({path.parent for path in paths if _is_in(path, covered) and not _is_in(path, allowed)})
         if not hidden:
             return ""
-        return f" ({', '.join(map(str, hidden))} is hidden from sessions: name it under `readable`)"
+        return f" ({', '.join(map(str, hidden))} is hidden from sessions: add it to `readable`)"
 
 
-def _is_in(place: Path, folders: Iterable[Path]) -> bool:
-    return any(place.is_relative_to(folder) for folder in folders)
+def _is_in(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)

@@ -1,7 +1,6 @@
-"""The folder that a task's sessions with one adapter have to themselves: for what their CLI keeps from one to the next.
+"""Home folders of CLIs: one per task and adapter, for state that a CLI keeps between sessions.
 
-A session may write in it what it likes, links too. So all that we read and write there goes through
-`orchestrator.system.untrusted_files`.
+Sessions may write anything there, including links, so we access it only through `orchestrator.system.untrusted_files`.
 """
 
 from __future__ import annotations
@@ -20,116 +19,116 @@ from orchestrator.protocols import JsonObject, SessionHome, SettingsOverlay
 from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.system import untrusted_files
 
-#: Bytes of settings and of a login, at most.
-_LARGEST = 1 << 20
-_SHARE = "set `home: shared`, with which it is left as it is"
+#: Of a settings file and of a login.
+_MAX_BYTES = 1 << 20
+_SHARE = "set `home: shared` to use it unchanged"
 
 
 def home_path(logs: Path, task: str, adapter: str) -> Path:
-    """Return the home of a task's sessions with an adapter, among the logs of their run."""
+    """Return the home of a task's sessions with an adapter, in the logs folder of their run."""
     return logs / "homes" / task / adapter
 
 
-async def set_up(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> PathAccess:
-    """Put into a home what a session is to find there; return what it may reach for it.
+async def set_up(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> PathAccess:
+    """Write the files, links and settings of a home; return the access that a session needs.
 
-    Raises OSError and GitError; RefusedError where settings are to go over what is not JSON.
+    Raises OSError, GitError, and RefusedError if settings to overlay are not JSON.
     """
-    in_the_way = await anyio.to_thread.run_sync(_make, folder, [*what.files, *what.settings])
-    if in_the_way:
-        await remove_all(in_the_way, environ)
-    return await anyio.to_thread.run_sync(_furnish, folder, what, environ)
+    obstructing = await anyio.to_thread.run_sync(_create, folder, [*home.files, *home.settings])
+    if obstructing:
+        await remove_all(obstructing, environ)
+    return await anyio.to_thread.run_sync(_write_content, folder, home, environ)
 
 
-async def write_back_logins(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> None:
-    """Give the user a login that a session renewed by putting a new file in the place of the link. Best effort."""
+async def write_back_logins(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> None:
+    """Copy logins back to the user if a session renewed them by replacing the link with a file. Best effort."""
     with suppress(OSError):
-        await anyio.to_thread.run_sync(_bring_back, folder, what, environ)
+        await anyio.to_thread.run_sync(_copy_back, folder, home, environ)
 
 
 async def remove_homes(logs: Path, tasks: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Remove all homes of some tasks; what can't be removed stays with the logs of the run."""
-    found = await anyio.to_thread.run_sync(_homes_of, logs, tasks)
+    """Remove all homes of some tasks; on failure the rest stays in the logs of the run."""
+    homes = await anyio.to_thread.run_sync(_homes_of, logs, tasks)
     with suppress(OSError, GitError):
-        if found:
-            await remove_all(found, environ)
+        if homes:
+            await remove_all(homes, environ)
 
 
 def _homes_of(logs: Path, tasks: Sequence[str]) -> list[Path]:
-    folder, named = logs / "homes", frozenset(tasks)
-    return [one for one in folder.iterdir() if one.name in named] if folder.is_dir() else []
+    folder, names = logs / "homes", frozenset(tasks)
+    return [path for path in folder.iterdir() if path.name in names] if folder.is_dir() else []
 
 
-def _make(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Make a home, and return the folders that are where files and links are to be.
+def _create(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Create a home; return the folders in it that obstruct files and links.
 
     They are not removed here: an agent may have made trees of any depth.
     """
-    for one in (folder.parents[1], folder.parent, folder):
-        if one.is_symlink():
-            one.unlink()
-        one.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (folder.parents[1], folder.parent, folder):
+        if path.is_symlink():
+            path.unlink()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     return [folder / name for name in names if untrusted_files.file_type(folder, name) == stat.S_IFDIR]
 
 
-def _furnish(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> PathAccess:
-    texts = {name: _overlay_settings(one, environ) for name, one in what.settings.items()}
-    for name, text in {**what.files, **texts}.items():
+def _write_content(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> PathAccess:
+    texts = {name: _overlay_settings(settings, environ) for name, settings in home.settings.items()}
+    for name, text in {**home.files, **texts}.items():
         untrusted_files.write_file(folder, name, text.encode())
     readable: list[Path] = []
     writable = [folder]
-    for name, leads_to in what.links.items():
+    for name, leads_to in home.links.items():
         target = _expanded(leads_to, environ)
         if target is None or not target.exists():
             continue
-        # What the program has put in its place, such as a newer login, stays.
+        # Preserve a file that the program has put there, such as a newer login.
         if untrusted_files.file_type(folder, name) in {None, stat.S_IFLNK}:
             untrusted_files.make_link(folder, name, target)
-            (writable if name in what.renewed else readable).append(target)
+            (writable if name in home.renewed else readable).append(target)
     return PathAccess(writable=tuple(writable), readable=tuple(readable))
 
 
-def _bring_back(folder: Path, what: SessionHome, environ: Mapping[str, str]) -> None:
-    for name in what.renewed:
-        target = _expanded(what.links[name], environ)
+def _copy_back(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> None:
+    for name in home.renewed:
+        target = _expanded(home.links[name], environ)
         if target is None or not target.is_file():
             continue
-        with suppress(OSError):  # still the link, or nothing that is a login
-            content = untrusted_files.read_file(folder, name, _LARGEST, sole=True)
-            with target.open("r+b") as theirs:
-                theirs.write(content)
-                theirs.truncate()
+        with suppress(OSError):  # still the link, or not a login
+            content = untrusted_files.read_file(folder, name, _MAX_BYTES, sole=True)
+            with target.open("r+b") as user_file:
+                user_file.write(content)
+                user_file.truncate()
             untrusted_files.remove_file(folder, name)
 
 
 def _overlay_settings(settings: SettingsOverlay, environ: Mapping[str, str]) -> str:
     file = _expanded(settings.of, environ)
-    found: object = {}
+    base: object = {}
     if file is not None and file.exists():
-        if not file.is_file() or file.stat().st_size > _LARGEST:
-            raise RefusedError(f"{file} is no file of settings, or over 1 MiB", f"correct it, or {_SHARE}")
+        if not file.is_file() or file.stat().st_size > _MAX_BYTES:
+            raise RefusedError(f"{file} is not a settings file of at most 1 MiB", f"fix it, or {_SHARE}")
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            base = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
-            what = f"{file} is not JSON that can be read, and settings of a session's own are to go over it"
-            raise RefusedError(what, f"correct it (comments are none of JSON), or {_SHARE}") from None
-    over = _merged(found if isinstance(found, dict) else {}, settings.over)
-    return json.dumps(_merged(over, settings.added, adds=True))
+            what = f"{file} is not valid JSON, so the settings of a session can't be merged into it"
+            raise RefusedError(what, f"fix it (JSON has no comments), or {_SHARE}") from None
+    merged = _merge(base if isinstance(base, dict) else {}, settings.over)
+    return json.dumps(_merge(merged, settings.added, append_lists=True))
 
 
-def _merged(below: JsonObject, over: JsonObject, *, adds: bool = False) -> JsonObject:
-    """Return `over` over `below`; where it `adds`, lists follow each other."""
-    both = dict(below)
-    for key, value in over.items():
-        match below.get(key), value:
-            case dict(under), dict():
-                both[key] = _merged(under, value, adds=adds)
-            case list(under), list() if adds:
-                both[key] = [*under, *value]
+def _merge(base: JsonObject, override: JsonObject, *, append_lists: bool = False) -> JsonObject:
+    """Merge `override` into `base`; with `append_lists`, lists are concatenated instead of replaced."""
+    merged = dict(base)
+    for key, value in override.items():
+        match base.get(key), value:
+            case dict(old), dict():
+                merged[key] = _merge(old, value, append_lists=append_lists)
+            case list(old), list() if append_lists:
+                merged[key] = [*old, *value]
             case _:
-                both[key] = value
-    return both
+                merged[key] = value
+    return merged
 
 
 def _expanded(path: str, environ: Mapping[str, str]) -> Path | None:

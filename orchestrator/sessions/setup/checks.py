@@ -1,6 +1,6 @@
-"""The checks of a merged tree: commands of the user's on code that agents wrote, so fenced in as agents are.
+"""Checks of a merged tree: user commands on code of agents, so sandboxed like agents.
 
-Only their exit status and what they print crosses back.
+Only their exit status and output leave the sandbox.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from orchestrator.system.failpoints import failpoint
 
 @dataclass(frozen=True, slots=True)
 class ChecksPassed:
-    """Every command ended with zero."""
+    """Every command succeeded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChecksNotRun:
-    """The checks did not come to an end: they were stopped, or could not be started."""
+    """The checks did not finish: they were stopped or could not be started."""
 
     reason: str
 
@@ -51,7 +51,7 @@ CheckResult = ChecksPassed | CommandFailed | ChecksNotRun
 
 @dataclass(slots=True)
 class CheckRunner:
-    """The commands for one merge; `timeout` in seconds for each of them."""
+    """Runs the check commands of one merge; `timeout` is in seconds per command."""
 
     pool: SlotPool
     worktree_setup: WorktreeSetup
@@ -66,13 +66,13 @@ class CheckRunner:
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
 
     def stop(self) -> None:
-        """End the command that runs, and all that it started; `run` then says so."""
+        """Stop the running command and its processes; `run` then returns ChecksNotRun."""
         self._running.cancel()
 
     async def run(self, commit: str, base: str) -> CheckResult:
-        """Check `commit` out and run the commands in turn, up to the first that fails; nothing of it is left.
+        """Check out `commit` and run the commands in order until one fails; clean up afterwards.
 
-        `base` is the commit that it builds on, which the target holds.
+        `base` is the commit below it, which is on the target.
         """
         checkout = None
         try:
@@ -80,36 +80,36 @@ class CheckRunner:
                 checkout = await self.pool.acquire_for_check(commit, base, self.worktree.root)
                 with anyio.CancelScope(shield=True):
                     self.worktree = await worktrees.create_worktree(self.worktree, checkout, "")
-                provided = await self.worktree_setup.prepare(checkout)
-                if not isinstance(provided, PreparedWorktree):
-                    return ChecksNotRun(f"the checks could not be set up: {provided.reason}")
-                return await self._run_all(provided)
+                prepared = await self.worktree_setup.prepare(checkout)
+                if not isinstance(prepared, PreparedWorktree):
+                    return ChecksNotRun(f"the checks could not be set up: {prepared.reason}")
+                return await self._run_all(prepared)
             return ChecksNotRun(_STOPPED)
         except SetupFailed as failed:
-            # What the merge changed may be what the setup depends on.
-            return failed.ended if isinstance(failed.ended, CommandFailed) else ChecksNotRun(str(failed))
+            # The merge may have broken a file that the setup depends on.
+            return failed.result if isinstance(failed.result, CommandFailed) else ChecksNotRun(str(failed))
         except (GitError, OSError, RefusedError) as error:
             return ChecksNotRun(f"the checks could not be set up: {error}")
         finally:
             with anyio.CancelScope(shield=True):
-                await self._give_back(checkout)
+                await self._release(checkout)
 
-    async def _give_back(self, checkout: HeldSlot | None) -> None:
+    async def _release(self, checkout: HeldSlot | None) -> None:
         if checkout is not None:
-            found = await checkout.compare()
+            diff = await checkout.compare()
             await worktrees.remove_session_folder(self.worktree)
-            self.pool.release(checkout, found)
+            self.pool.release(checkout, diff)
 
-    async def _run_all(self, provided: PreparedWorktree) -> CheckResult:
-        shell = self._shell(provided)
+    async def _run_all(self, prepared: PreparedWorktree) -> CheckResult:
+        shell = self._shell(prepared)
         by = f".{self.worktree.checker}" if self.worktree.checker else ""
         for number, text in enumerate(self.commands, start=1):
             log = log_path(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{by}")
-            ended = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))
+            result = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))
             failpoint("check.ended")
-            match ended:
+            match result:
                 case CommandFailed():
-                    return ended
+                    return result
                 case CommandStopped():
                     return ChecksNotRun(_STOPPED)
                 case CommandNotRun(reason):
@@ -117,13 +117,12 @@ class CheckRunner:
                 case CommandSucceeded():
                     continue
                 case _:
-                    assert_never(ended)
+                    assert_never(result)
         return ChecksPassed()
 
-    def _shell(self, provided: PreparedWorktree) -> Shell:
-        place = self.worktree
-        variables = {**provided.variables, **attempt_variables(place)}
-        environment = build_base_environment(self.env, self.environ, place.tree, variables)
-        return Shell(
-            self.sandbox, SandboxScope.of(place), place.tree, place.lock, environment, self.redactor, provided.reach
-        )
+    def _shell(self, prepared: PreparedWorktree) -> Shell:
+        worktree = self.worktree
+        variables = {**prepared.variables, **attempt_variables(worktree)}
+        environment = build_base_environment(self.env, self.environ, worktree.tree, variables)
+        scope = SandboxScope.of(worktree)
+        return Shell(self.sandbox, scope, worktree.tree, worktree.lock, environment, self.redactor, prepared.reach)

@@ -1,4 +1,4 @@
-"""The environment that sessions and checks see: made from nothing, by names that are allowed."""
+"""Environment of sessions and checks, built from an allow list of variables."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 
 from orchestrator.protocols import SessionCommand
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.setup.handoff_file import HANDOFF_VARIABLE as HANDOFF
+from orchestrator.sessions.setup.handoff_file import HANDOFF_VARIABLE
 
-#: What every program needs to work at all; whatever else it sees is named in the config.
+#: The variables that every program gets; the config names all others.
 BASE_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 
 
 def build_base_environment(
     names: Iterable[str], environ: Mapping[str, str], tree: Path, variables: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the base set and the variables of these names, as far as they are set, and what we set for each program.
+    """Return the base variables and those in `names`, as far as they are set, with the variables that we set.
 
-    `tree` is the checkout that it works in, `variables` are those that tell it who and where it is.
+    `tree` is the program's checkout; `variables` identify the program and its worktree slot.
     """
     return {
         "PATH": os.defpath,
         **{name: environ[name] for name in (*BASE_VARIABLES, *names) if name in environ},
-        # A program whose `.git` is gone must not find a repository further up.
+        # A program whose `.git` was removed must not find a repository in a parent folder.
         "GIT_CEILING_DIRECTORIES": str(tree.parent),
         **variables,
     }
 
 
 def attempt_variables(worktree: Worktree) -> dict[str, str]:
-    """Return the variables that tell a program which attempt it is part of."""
+    """Return the variables that identify an attempt to its programs."""
     return {
         "COUNCIL_RUN": worktree.run,
         "COUNCIL_TASK": worktree.task,
@@ -43,11 +43,11 @@ def attempt_variables(worktree: Worktree) -> dict[str, str]:
 def build_session_environment(
     command: SessionCommand, environ: Mapping[str, str], worktree: Worktree, variables: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return all that a session sees of the environment; what the adapter sets can't replace what we set.
+    """Return the whole environment of a session; the adapter can't override the variables that we set.
 
-    `variables` are those of the place that it is in.
+    `variables` are those of its worktree slot.
     """
-    told = {**variables, **attempt_variables(worktree), HANDOFF: str(worktree.handoff_file)}
-    base = build_base_environment(command.pass_env, environ, worktree.tree, told)
+    own = {**variables, **attempt_variables(worktree), HANDOFF_VARIABLE: str(worktree.handoff_file)}
+    base = build_base_environment(command.pass_env, environ, worktree.tree, own)
     ours = {name: value for name, value in base.items() if name.startswith("COUNCIL_")}
     return {**base, **command.env, **ours}

@@ -1,6 +1,6 @@
-"""What a session leaves for whoever goes on: the file that `$COUNCIL_HANDOFF` names, read once the session is over.
+"""Reader of `$COUNCIL_HANDOFF`, the file in which a session leaves its handoff.
 
-An agent wrote it, or whatever it likes: no link is followed, only a file is read, and no more of it than fits.
+The file is untrusted: links are not followed, only a regular file is read, and its size is limited.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system import untrusted_files
 
-#: Names the file to a session.
+#: The variable with the path of the file.
 HANDOFF_VARIABLE = "COUNCIL_HANDOFF"
 
-_OBJECT = "write one JSON object there"
+_OBJECT = "write one JSON object to it"
 
 
 @dataclass(frozen=True, slots=True)
 class HandoffData:
-    """A session wrote a JSON object, which may hold secrets; whether it is what was wanted is for others to say."""
+    """A JSON object that a session wrote, not validated; it may contain secrets."""
 
     data: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
 class MalformedHandoff:
-    """A session wrote what can't be read as a JSON object: why, and what the agent is to do."""
+    """A handoff that is not a JSON object: the reason, and what the agent must do."""
 
     why: str
-    remedy: str = "write a plain file there"
+    remedy: str = "write a regular file"
 
 
-_NO_FILE = MalformedHandoff(f"${HANDOFF_VARIABLE} is a link or no file")
+_NO_FILE = MalformedHandoff(f"${HANDOFF_VARIABLE} is a link or not a regular file")
 
 
 async def read_handoff(worktree: Worktree) -> HandoffData | MalformedHandoff | None:
-    """Return what a session wrote that is over; None where it wrote nothing."""
+    """Return the handoff of a finished session; None if it wrote none."""
     return await anyio.to_thread.run_sync(_read, worktree)
 
 
@@ -52,8 +52,8 @@ def _read(worktree: Worktree) -> HandoffData | MalformedHandoff | None:
             pass
     except FileNotFoundError:
         return None
-    except OSError:  # a link, or no folder
-        return MalformedHandoff(f"the folder of ${HANDOFF_VARIABLE} was replaced", "leave it as it is")
+    except OSError:  # a link or a file
+        return MalformedHandoff(f"the folder of ${HANDOFF_VARIABLE} was replaced", "leave the folder unchanged")
     try:
         data = untrusted_files.read_file(file.parent, file.name, MAX_HANDOFF_BYTES, sole=True)
     except FileNotFoundError:
@@ -63,9 +63,9 @@ def _read(worktree: Worktree) -> HandoffData | MalformedHandoff | None:
     try:
         value = strict_json.parse(data)
     except ValueError as error:
-        return MalformedHandoff(f"${HANDOFF_VARIABLE} can't be taken, {error}", _OBJECT)
+        return MalformedHandoff(f"invalid content of ${HANDOFF_VARIABLE}: {error}", _OBJECT)
     if not isinstance(value, dict):
-        return MalformedHandoff(f"${HANDOFF_VARIABLE} holds no object", _OBJECT)
+        return MalformedHandoff(f"invalid content of ${HANDOFF_VARIABLE}: not a JSON object", _OBJECT)
     return HandoffData(value)
 
 
@@ -73,6 +73,6 @@ def _unread(error: OSError) -> MalformedHandoff:
     if error.errno in {EINVAL, ELOOP, EMLINK}:
         return _NO_FILE
     if error.errno == EFBIG:
-        remedy = "hand over what the next phase needs, and name files for the rest"
-        return MalformedHandoff(f"${HANDOFF_VARIABLE} has more than {MAX_HANDOFF_BYTES} bytes", remedy)
-    return MalformedHandoff(f"${HANDOFF_VARIABLE} can't be read ({error.strerror})")
+        remedy = "include only what the next phase needs, and refer to files for the rest"
+        return MalformedHandoff(f"${HANDOFF_VARIABLE} exceeds the limit of {MAX_HANDOFF_BYTES} bytes", remedy)
+    return MalformedHandoff(f"can't read ${HANDOFF_VARIABLE}: {error.strerror}")

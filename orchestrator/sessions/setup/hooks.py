@@ -1,4 +1,4 @@
-"""What the user has run in a worktree around sessions: setup, before and after each session, teardown."""
+"""User commands around sessions: setup, `before_run`, `after_run` and teardown."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _HOOKS_TIMEOUT = "worktrees.hooks_timeout"
 
 @dataclass(frozen=True, slots=True)
 class HooksResult:
-    """How a row of commands ended: `done` is how many of them ended with zero before `last`, which did not.
+    """The result of a sequence of commands: `done` counts the successful ones before `last`, which failed.
 
-    `last` is Done where all of them did.
+    `last` is CommandSucceeded if all of them succeeded.
     """
 
     done: int
     last: ShellResult
 
 
-def setup_commands(steps: Sequence[SetupStep], first: int, logs: Path, place: int) -> list[ShellCommand]:
-    """Return the commands that set a place up, from the step with the index `first` on."""
-    made = [
-        ShellCommand(step.run, slot_log_path(logs, place, f"setup{number}"), step.timeout, "timeout")
+def setup_commands(steps: Sequence[SetupStep], first: int, logs: Path, slot: int) -> list[ShellCommand]:
+    """Return the commands that set up a worktree slot, from the step with index `first`."""
+    commands = [
+        ShellCommand(step.run, slot_log_path(logs, slot, f"setup{number}"), step.timeout, "timeout")
         for number, step in enumerate(steps, start=1)
     ]
-    return made[first:]
+    return commands[first:]
 
 
-def teardown_commands(lines: Sequence[str], timeout: float, logs: Path, place: int) -> list[ShellCommand]:
-    """Return the commands that run before a place is deleted."""
+def teardown_commands(lines: Sequence[str], timeout: float, logs: Path, slot: int) -> list[ShellCommand]:
+    """Return the commands that run before a worktree slot is deleted."""
     return [
-        ShellCommand(line, slot_log_path(logs, place, f"teardown{number}"), timeout, _HOOKS_TIMEOUT)
+        ShellCommand(line, slot_log_path(logs, slot, f"teardown{number}"), timeout, _HOOKS_TIMEOUT)
         for number, line in enumerate(lines, start=1)
     ]
 
@@ -63,37 +63,39 @@ def after_commands(lines: Sequence[str], timeout: float, logs: Path, worktree: W
     return _around(lines, timeout, logs, worktree, "after")
 
 
-def _around(lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree, moment: str) -> list[ShellCommand]:
-    logged = [log_path(logs, worktree.task, worktree.attempt, f"{moment}{number + 1}") for number in range(len(lines))]
-    return [ShellCommand(line, log, timeout, _HOOKS_TIMEOUT) for line, log in zip(lines, logged, strict=True)]
+def _around(lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree, stage: str) -> list[ShellCommand]:
+    return [
+        ShellCommand(line, log_path(logs, worktree.task, worktree.attempt, f"{stage}{number}"), timeout, _HOOKS_TIMEOUT)
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 async def run_until_failure(shell: Shell, commands: Sequence[ShellCommand]) -> HooksResult:
-    """Run commands one after the other, up to the first that does not end with zero."""
+    """Run commands in order until one does not succeed."""
     for done, command in enumerate(commands):
-        ended = await shell.run(command)
-        if not isinstance(ended, CommandSucceeded):
-            return HooksResult(done, ended)
+        result = await shell.run(command)
+        if not isinstance(result, CommandSucceeded):
+            return HooksResult(done, result)
     return HooksResult(len(commands), CommandSucceeded())
 
 
 async def run_all(shell: Shell, commands: Sequence[ShellCommand]) -> list[CommandFailed | CommandNotRun]:
-    """Run all commands one after the other, whatever becomes of the earlier ones; return what went wrong."""
-    ended = [await shell.run(command) for command in commands]
-    return [one for one in ended if isinstance(one, CommandFailed | CommandNotRun)]
+    """Run all commands in order, whatever the results; return the failures."""
+    results = [await shell.run(command) for command in commands]
+    return [result for result in results if isinstance(result, CommandFailed | CommandNotRun)]
 
 
-def hook_outcome(ended: ShellResult) -> Outcome | None:
-    """Return what a hook that an attempt depends on makes of it; None where nothing keeps it from going on."""
-    match ended:
+def hook_outcome(result: ShellResult) -> Outcome | None:
+    """Return the outcome of an attempt whose hook had this result; None if the attempt can continue."""
+    match result:
         case CommandSucceeded():
             return None
         case CommandFailed():
-            return Failed(FailureClass.SETUP_FAILED, ended.describe("before the session"))
+            return Failed(FailureClass.SETUP_FAILED, result.describe("before the session"))
         case CommandStopped():
             return Interrupted("the run was stopped")
         case CommandNotRun(reason, exhausted):
-            what = f"a command before the session was not run: {reason}"
-            return ResourcesExhausted(what) if exhausted else Failed(FailureClass.TRANSIENT, what)
+            text = f"a command before the session was not run: {reason}"
+            return ResourcesExhausted(text) if exhausted else Failed(FailureClass.TRANSIENT, text)
         case _:
-            assert_never(ended)
+            assert_never(result)

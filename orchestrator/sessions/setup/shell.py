@@ -1,6 +1,6 @@
-"""Shell commands of the user's where agents were or will be, so fenced in and supervised as agents are.
+"""User shell commands in worktrees of agents, so sandboxed and supervised like agents.
 
-Only how they ended and what they print crosses back.
+Only their result and output leave the sandbox.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ from orchestrator.sessions.supervision.supervisor_client import SupervisedComman
 from orchestrator.system.process import kill_by_environment
 from orchestrator.system.resources import is_disk_full
 
-#: Characters of a command, and of the end of what it printed, that are told.
-_LONGEST_COMMAND = 80
-#: Seconds for a question to git.
-_PATIENCE = 10.0
-#: Lines and characters of the end of its output: installers name a cause above their last lines.
-_SHOWN_LINES, _SHOWN = 15, 2000
-_NOTES = ("[notice]", "note:", "hint:")
-_MOST_DENIED = 5  # hosts that are named
+#: Characters of a command in messages.
+_MAX_COMMAND_CHARS = 80
+_GIT_TIMEOUT = 10.0  # seconds
+#: Lines and characters of the output tail in messages: installers print the cause above their last lines.
+_TAIL_LINES, _TAIL_CHARS = 15, 2000
+_NOTE_PREFIXES = ("[notice]", "note:", "hint:")
+_MAX_DENIED_HOSTS = 5  # in messages
 
 
 @dataclass(frozen=True, slots=True)
 class ShellCommand:
-    """What `sh` is to run: `log` gets what it prints, `timeout` (seconds) is what the config says at `setting`."""
+    """A command for `sh`: `log` receives its output, `timeout` (seconds) comes from the config key `setting`."""
 
     text: str
     log: Path
@@ -54,68 +53,71 @@ class ShellCommand:
 
 @dataclass(frozen=True, slots=True)
 class CommandSucceeded:
-    """It ended with zero."""
+    """The command exited with code 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnrunnableProgram:
-    """A program that was not found or can't be executed: why, where it was looked for, and what to do."""
+    """A program that was not found or can't be executed: why, where it was searched, and what to do."""
 
     program: str
     why: str
     search_location: str
     remedy: str
     is_absent: bool = False
-    """Whether it is a file of the worktree that is not there."""
+    """Whether it is a file missing in the worktree."""
     is_uncommitted: bool = False
-    """Whether nobody commits it: only the settings of a new run provide it."""
+    """Whether it is never committed, so that only the settings of a new run can provide it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandFailed:
-    """It did not end with zero: how it ended in words, and the end of what it printed.
+    """The command failed: how it ended, as text, and the tail of its output.
 
-    `unrunnable` is set where it ended with 126 or 127: the program that can't be run, and where it was looked for.
+    `unrunnable` is set for exit codes 126 and 127: the program that can't be run, and where it was searched.
     """
 
     command: str
-    ended: str
-    said: str
+    how_it_ended: str
+    output: str
     log: Path
     unrunnable: UnrunnableProgram | None = None
 
     def describe(self, where: str = "") -> str:
-        """Return what happened, for people: the command's beginning, how and `where` it ended, its last words."""
-        return f"`{self.short}` {self.ended}{where and f' {where}'}\n{self.output_tail}".strip()
+        """Return a description: the start of the command, how and `where` it ended, and its output tail."""
+        return f"`{self.short}` {self.how_it_ended}{where and f' {where}'}\n{self.output_tail}".strip()
 
     @property
     def short(self) -> str:
-        """Return the command's beginning, on one line."""
+        """Return the start of the command, on one line."""
         line = " ".join(self.command.split())
-        return line if len(line) <= _LONGEST_COMMAND else f"{line[:_LONGEST_COMMAND]}…"
+        return line if len(line) <= _MAX_COMMAND_CHARS else f"{line[:_MAX_COMMAND_CHARS]}…"
 
     @property
     def output_tail(self) -> str:
-        """Return the end of what the command printed, without the notes that installers print below a cause."""
-        lines = self.said.strip().splitlines()
-        while len(lines) > 1 and (not lines[-1].strip() or lines[-1].lstrip().startswith(_NOTES)):
+        """Return the end of the output, without the notes that installers print below the cause."""
+        lines = self.output.strip().splitlines()
+        while len(lines) > 1 and (not lines[-1].strip() or lines[-1].lstrip().startswith(_NOTE_PREFIXES)):
             lines.pop()
-        return "\n".join(lines[-_SHOWN_LINES:])[-_SHOWN:]
+        return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARS:]
 
 
 def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge: str = "") -> str:
-    """Return why commands can't be run and what to do, where their programs are not there.
+    """Return why commands with missing programs can't be run, and what to do.
 
-    `correction` is of the commands; `merge` is what else a commit needs to have an effect.
+    `correction` says how to fix the commands; `merge` says what a commit needs to take effect.
     """
-    found = [(one, one.unrunnable) for one in failed if one.unrunnable is not None]
-    headlines = [f"`{one.short}` can't be run: it {one.ended}: {missing.why}" for one, missing in found]
-    output = tuple(dict.fromkeys(missing.search_location for _, missing in found))
-    if len(found) > 1:
+    pairs = [(command, command.unrunnable) for command in failed if command.unrunnable is not None]
+    headlines = [
+        f"`{command.short}` can't be run: it {command.how_it_ended}: {missing.why}" for command, missing in pairs
+    ]
+    output = tuple(dict.fromkeys(missing.search_location for _, missing in pairs))
+    if len(pairs) > 1:
         output = (*headlines, *output)
-        headlines = [f"{len(found)} commands can't be run: {', '.join(f'`{one.short}`' for one, _ in found)}"]
-    merge = merge if any(is_in_worktree(one.program) and not one.is_uncommitted for _, one in found) else ""
-    in_order = sorted((missing for _, missing in found), key=lambda one: one.is_uncommitted)
+        names = ", ".join(f"`{command.short}`" for command, _ in pairs)
+        headlines = [f"{len(pairs)} commands can't be run: {names}"]
+    merge = merge if any(is_in_worktree(missing.program) and not missing.is_uncommitted for _, missing in pairs) else ""
+    in_order = sorted((missing for _, missing in pairs), key=lambda missing: missing.is_uncommitted)
     remedy = ", ".join(dict.fromkeys(missing.remedy for missing in in_order)) + merge
     if not in_order[-1].is_uncommitted:
         remedy += ", then `council resume`"
@@ -124,14 +126,14 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge:
 
 @dataclass(frozen=True, slots=True)
 class CommandStopped:
-    """It was ended from outside before it had come to its own end."""
+    """The command was stopped from outside before it finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandNotRun:
-    """It could not be started, or not be watched to its end: nothing is known of what it would have done.
+    """The command could not be started or supervised, so its result is unknown.
 
-    `exhausted` means a lack of memory, disk, processes or descriptors, which may pass.
+    `exhausted` means a possibly temporary lack of memory, disk space, processes or file descriptors.
     """
 
     reason: str
@@ -143,14 +145,14 @@ ShellResult = CommandSucceeded | CommandFailed | CommandStopped | CommandNotRun
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """What commands run in: the folder `cwd`, in a fence around `ground`, with no more than `environment`.
+    """Runs commands in the folder `cwd`, in a sandbox for `scope`, with exactly `environment`.
 
-    HOME is the ground's own scratch folder. `lock` is held while anything of a command lives. `reach` is what they
-    may reach beside what all sessions may.
+    HOME is the scratch folder of the scope. `lock` is held while any process of a command is alive. `reach` is access
+    in addition to that of all sessions.
     """
 
     sandbox: RunSandbox
-    ground: SandboxScope
+    scope: SandboxScope
     cwd: Path
     lock: Path
     environment: Mapping[str, str]
@@ -159,29 +161,29 @@ class Shell:
 
     @property
     def marker(self) -> bytes:
-        """What every process of a command has in its environment, unless it cleared that."""
-        return b"HOME=" + os.fsencode(self.ground.scratch)
+        """The variable by which processes of a command are found, unless they clear their environment."""
+        return b"HOME=" + os.fsencode(self.scope.scratch)
 
     async def run(self, command: ShellCommand) -> ShellResult:
-        """Run a command to its end; nothing that it started is alive then. A cancellation ends it and goes on."""
+        """Run a command; none of its processes is alive afterwards. Cancellation stops it and is propagated."""
         try:
             await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
-            async with self.sandbox.around(self.ground, self._supervised(command), self.reach) as fenced:
-                ended = await run_supervised(fenced.command)
-            judged = await self._judge(command, ended, tuple(fenced.denied))
+            async with self.sandbox.apply(self.scope, self._supervised(command), self.reach) as sandboxed:
+                exited = await run_supervised(sandboxed.command)
+            result = await self._judge(command, exited, tuple(sandboxed.denied))
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_by_environment, self.marker)
             return CommandNotRun(str(error))
         except OSError as error:
             return CommandNotRun(f"it could not be set up: {error}", is_resource_exhaustion(error))
-        if isinstance(judged, CommandFailed) and await anyio.to_thread.run_sync(is_disk_full, self.cwd):
-            return CommandNotRun(f"the disk is full, on which it {judged.ended}", exhausted=True)
-        return judged
+        if isinstance(result, CommandFailed) and await anyio.to_thread.run_sync(is_disk_full, self.cwd):
+            return CommandNotRun(f"the disk is full; it {result.how_it_ended}", exhausted=True)
+        return result
 
     def _supervised(self, command: ShellCommand) -> SupervisedCommand:
         return SupervisedCommand(
             argv=("sh", "-c", f"exec 2>&1\n{command.text}"),
-            env={**self.environment, "HOME": str(self.ground.scratch)},
+            env={**self.environment, "HOME": str(self.scope.scratch)},
             cwd=self.cwd,
             stdin=None,
             stdout=command.log,
@@ -193,27 +195,27 @@ class Shell:
             redact=self.redactor.bytes_pattern,
         )
 
-    async def _judge(self, command: ShellCommand, ended: SupervisedExit, denied: Sequence[str]) -> ShellResult:
-        if ended.spawn_error is not None:
-            return CommandNotRun(f"it could not be started: {ended.spawn_error}", ended.exhausted)
-        if ended.ended_by in {"stop", "orphaned"}:
+    async def _judge(self, command: ShellCommand, exited: SupervisedExit, denied: Sequence[str]) -> ShellResult:
+        if exited.spawn_error is not None:
+            return CommandNotRun(f"it could not be started: {exited.spawn_error}", exited.exhausted)
+        if exited.ended_by in {"stop", "orphaned"}:
             return CommandStopped()
-        if ended.ended_by == "timeout":
-            told = f"ran for longer than {command.timeout:g} s, its limit (`{command.setting}`)"
-        elif ended.signal is not None:
-            told = f"got signal {ended.signal}"
-        elif ended.exit != 0:
-            told = f"ended with exit code {ended.exit}"
+        if exited.ended_by == "timeout":
+            how = f"exceeded its timeout of {command.timeout:g} s (`{command.setting}`)"
+        elif exited.signal is not None:
+            how = f"got signal {exited.signal}"
+        elif exited.exit != 0:
+            how = f"ended with exit code {exited.exit}"
         else:
             return CommandSucceeded()
         if denied:
-            told += f" (`network.allow` does not cover {', '.join(denied[:_MOST_DENIED])})"
-        said = await read_tail(command.log)
-        unrunnable = await self._unrunnable(command, ended.exit, said) if is_not_runnable(ended.exit) else None
-        return CommandFailed(command.text, told, said, command.log, unrunnable)
+            how += f" (`network.allow` does not cover {', '.join(denied[:_MAX_DENIED_HOSTS])})"
+        output = await read_tail(command.log)
+        unrunnable = await self._unrunnable(command, exited.exit, output) if is_not_runnable(exited.exit) else None
+        return CommandFailed(command.text, how, output, command.log, unrunnable)
 
-    async def _unrunnable(self, command: ShellCommand, exit_code: int | None, said: str) -> UnrunnableProgram:
-        program = find_missing_program(command.text, said)
+    async def _unrunnable(self, command: ShellCommand, exit_code: int | None, output: str) -> UnrunnableProgram:
+        program = find_missing_program(command.text, output)
         is_there = exit_code == NOT_EXECUTABLE
         why = f"program {program!r} {'can not be executed' if is_there else 'was not found'}"
         if is_in_worktree(program):
@@ -232,8 +234,8 @@ class Shell:
         return UnrunnableProgram(program, f"{why} on PATH{hidden}", where, remedy)
 
     async def _is_ignored(self, path: str) -> bool:
-        """Return whether git ignores a path in the worktree, as far as its commands can find out."""
+        """Return whether git ignores a path in the worktree; False if git fails."""
         text = f"git check-ignore --quiet -- {shlex.quote(path)}"
-        question = self._supervised(ShellCommand(text, Path(os.devnull), _PATIENCE, ""))
-        async with self.sandbox.around(self.ground, question, self.reach) as fenced:
-            return (await run_supervised(fenced.command)).exit == 0
+        command = self._supervised(ShellCommand(text, Path(os.devnull), _GIT_TIMEOUT, ""))
+        async with self.sandbox.apply(self.scope, command, self.reach) as sandboxed:
+            return (await run_supervised(sandboxed.command)).exit == 0

@@ -1,4 +1,4 @@
-"""What places and the sessions in them have beside the files of a commit: setup, files of the user's, ports, hooks."""
+"""Setup of worktree slots and their sessions: setup steps, user files, ports and hooks."""
 
 from __future__ import annotations
 
@@ -40,35 +40,35 @@ from orchestrator.sessions.setup.shell import (
 from orchestrator.sessions.supervision.supervisor_client import stop_supervised
 from orchestrator.system import untrusted_files
 
-#: Seconds within which the commands of a killed orchestrator have ended.
+#: Seconds to wait for the commands of a killed orchestrator to end.
 _REAP_LIMIT = 30.0
 
 
-#: How a mistake in the setup itself is fixed.
+#: How to fix an error in the setup itself.
 SETUP_REMEDY: Final = "correct `worktrees.setup` in the file, then start a new run"
 
 
 class SetupFailed(SetupError):
-    """A step of the setup did not end as it should; `ended` says how."""
+    """A setup step did not succeed; `result` has the details."""
 
-    def __init__(self, ended: ShellResult) -> None:
+    def __init__(self, result: ShellResult) -> None:
         super().__init__(
-            ended.describe(f"in the setup (log: {ended.log})") if isinstance(ended, CommandFailed) else str(ended)
+            result.describe(f"in the setup (log: {result.log})") if isinstance(result, CommandFailed) else str(result)
         )
-        self.ended = ended
+        self.result = result
 
     def outcome(self, *, at_base: bool) -> Outcome:
-        """Return what it makes of an attempt; `at_base`: one whose worktree has nothing yet of its task."""
-        if isinstance(self.ended, CommandFailed):
-            if at_base and self.ended.unrunnable is not None:
-                return Misconfigured(describe_unrunnable([self.ended], SETUP_REMEDY))
+        """Return the outcome of the attempt; `at_base` means that its worktree has no work of the task yet."""
+        if isinstance(self.result, CommandFailed):
+            if at_base and self.result.unrunnable is not None:
+                return Misconfigured(describe_unrunnable([self.result], SETUP_REMEDY))
             return Failed(FailureClass.SETUP_FAILED, str(self))
-        return hooks.hook_outcome(self.ended) or Failed(FailureClass.TRANSIENT, str(self))
+        return hooks.hook_outcome(self.result) or Failed(FailureClass.TRANSIENT, str(self))
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedWorktree:
-    """What a session gets in its place: what more it may reach, and variables that tell it what it has."""
+    """Additional access and variables of a session in its worktree slot."""
 
     reach: PathAccess
     variables: Mapping[str, str]
@@ -76,34 +76,33 @@ class PreparedWorktree:
 
 @dataclass(frozen=True, slots=True)
 class WorktreeSetup:
-    """What a run's places are equipped with; `git` runs in the trusted repository.
+    """Sets up the worktree slots of a run; `git` runs in the trusted repository.
 
-    `lease` gives a place its name and ports, as variables; `tell` records an event of the run's.
+    `lease` assigns a slot its name and ports and returns them as variables; `record_event` records an event of the run.
     """
 
     git: Git
     config: WorktreesConfig
     provisions: Provisions
     lease: Callable[[Path], Awaitable[Mapping[str, str]]]
-    tell: Callable[[str, JsonObject], Awaitable[None]]
+    record_event: Callable[[str, JsonObject], Awaitable[None]]
     sandbox: RunSandbox
     redactor: Redactor
     logs: Path
     environ: Mapping[str, str]
     _failed: dict[tuple[str, str], SetupFailed] = field(default_factory=dict, init=False)
-    """Steps that failed, by their keys: they would fail in the next place, too.
+    """Failed steps by key and commit: they would fail in the next slot, too.
 
-    For checks also by the commit, so that what has not landed does not fail the check of another commit; else that is
-    empty.
+    The commit is empty except for checks, so that work that has not landed can't fail the checks of another commit.
     """
 
     async def keys(self, commit: str) -> tuple[str, ...]:
-        """Return the keys of the steps of the setup at a commit."""
+        """Return the keys of the setup steps at a commit."""
         config = self.config
         return await read_setup_keys(self.git, commit, config.setup, sparse=config.sparse, env=config.env)
 
     async def set_up(self, checkout: HeldSlot, commit: str) -> tuple[str, ...]:
-        """Run the steps of the setup that a place has not run yet; return their keys. Raises SetupFailed."""
+        """Run the setup steps that a slot has not run yet; return the keys of all steps. Raises SetupFailed."""
         steps, done = self.config.setup, checkout.contents.record.setup
         if not steps:
             return ()
@@ -115,113 +114,113 @@ class WorktreeSetup:
         known = next((self._failed[key, at] for key in wanted if (key, at) in self._failed), None)
         if known is not None:
             raise known
-        place = checkout.slot
-        variables = await self.lease(place.root)
-        facts: JsonObject = {"place": str(place.root), "commands": [step.run for step in steps[first:]]}
-        await self.tell("slot.setup_started", facts)
+        slot = checkout.slot
+        variables = await self.lease(slot.root)
+        facts: JsonObject = {"place": str(slot.root), "commands": [step.run for step in steps[first:]]}
+        await self.record_event("slot.setup_started", facts)
         began = anyio.current_time()
-        async with _temporary_git(place, commit):
-            commands = hooks.setup_commands(steps, first, self.logs, place.number)
-            ended = await hooks.run_until_failure(self._shell_of(place, variables), commands)
-        if not isinstance(ended.last, CommandSucceeded):
-            failure = SetupFailed(self._with_network(ended.last))
-            if isinstance(ended.last, CommandFailed):
-                self._failed[wanted[first + ended.done], at] = failure
+        async with _temporary_git(slot, commit):
+            commands = hooks.setup_commands(steps, first, self.logs, slot.number)
+            result = await hooks.run_until_failure(self._shell_of(slot, variables), commands)
+        if not isinstance(result.last, CommandSucceeded):
+            failure = SetupFailed(self._with_network_hint(result.last))
+            if isinstance(result.last, CommandFailed):
+                self._failed[wanted[first + result.done], at] = failure
             raise failure
         seconds = round(anyio.current_time() - began, 3)
-        await self.tell("slot.setup_finished", {"place": str(place.root), "seconds": seconds})
+        await self.record_event("slot.setup_finished", {"place": str(slot.root), "seconds": seconds})
         return wanted
 
-    def _with_network(self, ended: ShellResult) -> ShellResult:
-        """Return how a step ended, with the network as a possible cause where it had none."""
-        reaches = self.sandbox.config.network or self.sandbox.config.hosts or self.sandbox.kind is SandboxKind.OFF
-        if reaches or not isinstance(ended, CommandFailed) or ended.unrunnable is not None:
-            return ended
-        return replace(ended, ended=f"{ended.ended} (`network: off` may be the cause)")
+    def _with_network_hint(self, result: ShellResult) -> ShellResult:
+        """Return a step's result, naming the missing network as a possible cause of a failure."""
+        has_network = self.sandbox.config.network or self.sandbox.config.hosts or self.sandbox.kind is SandboxKind.OFF
+        if has_network or not isinstance(result, CommandFailed) or result.unrunnable is not None:
+            return result
+        return replace(result, how_it_ended=f"{result.how_it_ended} (`network: off` may be the cause)")
 
-    async def strip(self, place: WorktreeSlot) -> None:
-        """Do what is to be done before a place is thrown away, also one that a killed process left."""
-        shell = self._shell_of(place, {})
+    async def tear_down(self, slot: WorktreeSlot) -> None:
+        """Run the teardown of a slot before it is deleted, including slots left by killed processes."""
+        shell = self._shell_of(slot, {})
         with suppress(LockHeld):
-            await stop_supervised(_lock_of(place), shell.marker, _REAP_LIMIT)
-        if self.config.teardown and await anyio.Path(place.tree).is_dir():
+            await stop_supervised(_lock_of(slot), shell.marker, _REAP_LIMIT)
+        if self.config.teardown and await anyio.Path(slot.tree).is_dir():
             with suppress(RefusedError):
-                shell = self._shell_of(place, await self.lease(place.root))
+                shell = self._shell_of(slot, await self.lease(slot.root))
             lines, timeout = self.config.teardown, self.config.hooks_timeout
-            failed = await hooks.run_all(shell, hooks.teardown_commands(lines, timeout, self.logs, place.number))
-            for reason in _describe_failures(failed, "before its place was deleted"):
-                await self.tell("slot.teardown_failed", {"place": str(place.root), "reason": reason})
+            failed = await hooks.run_all(shell, hooks.teardown_commands(lines, timeout, self.logs, slot.number))
+            for reason in _describe_failures(failed, "before its worktree slot was deleted"):
+                await self.record_event("slot.teardown_failed", {"place": str(slot.root), "reason": reason})
 
     async def prepare(self, checkout: HeldSlot) -> PreparedWorktree | Failed | ResourcesExhausted:
-        """Give a session's place what it is to have; or say why it can't have it."""
-        commit, place = checkout.contents.record.commit, checkout.slot
+        """Provide a session's slot with its ports and user files; return an outcome on failure."""
+        commit, slot = checkout.contents.record.commit, checkout.slot
         try:
-            variables = await self.lease(place.root)
+            variables = await self.lease(slot.root)
         except RefusedError as error:
             return ResourcesExhausted(str(error))
-        found = await self.provisions.install_into(place.tree, commit, self.git)
-        if isinstance(found, ProvisionFailure):
-            text = f"{found.what}: {found.remedy}"
-            return ResourcesExhausted(text) if found.exhausted else Failed(FailureClass.SETUP_FAILED, text)
-        return PreparedWorktree(found, variables)
+        installed = await self.provisions.install_into(slot.tree, commit, self.git)
+        if isinstance(installed, ProvisionFailure):
+            text = f"{installed.what}: {installed.remedy}"
+            return ResourcesExhausted(text) if installed.exhausted else Failed(FailureClass.SETUP_FAILED, text)
+        return PreparedWorktree(installed, variables)
 
-    async def before(self, worktree: Worktree, provided: PreparedWorktree) -> Outcome | None:
-        """Run what is to run before each session; return why it can't begin, if so."""
+    async def run_before(self, worktree: Worktree, prepared: PreparedWorktree) -> Outcome | None:
+        """Run the `before_run` commands; return an outcome if the session can't start, else None."""
         config = self.config
         commands = hooks.before_commands(config.before_run, config.hooks_timeout, self.logs, worktree)
         if not commands:
             return None
-        return hooks.hook_outcome((await hooks.run_until_failure(self._shell_in(worktree, provided), commands)).last)
+        return hooks.hook_outcome((await hooks.run_until_failure(self._shell_in(worktree, prepared), commands)).last)
 
-    async def after(self, worktree: Worktree, provided: PreparedWorktree) -> Sequence[str]:
-        """Run what is to run after each session; return what went wrong, in words."""
+    async def run_after(self, worktree: Worktree, prepared: PreparedWorktree) -> Sequence[str]:
+        """Run the `after_run` commands; return descriptions of the failures."""
         config = self.config
         commands = hooks.after_commands(config.after_run, config.hooks_timeout, self.logs, worktree)
-        failed = await hooks.run_all(self._shell_in(worktree, provided), commands) if commands else []
+        failed = await hooks.run_all(self._shell_in(worktree, prepared), commands) if commands else []
         return _describe_failures(failed, "after the session")
 
-    def _shell_in(self, worktree: Worktree, provided: PreparedWorktree) -> Shell:
-        variables = {**provided.variables, **attempt_variables(worktree)}
+    def _shell_in(self, worktree: Worktree, prepared: PreparedWorktree) -> Shell:
+        variables = {**prepared.variables, **attempt_variables(worktree)}
         environment = build_base_environment(self.config.env, self.environ, worktree.tree, variables)
-        ground = SandboxScope.of(worktree)
-        return Shell(self.sandbox, ground, worktree.tree, worktree.lock, environment, self.redactor, provided.reach)
+        scope = SandboxScope.of(worktree)
+        return Shell(self.sandbox, scope, worktree.tree, worktree.lock, environment, self.redactor, prepared.reach)
 
-    def _shell_of(self, place: WorktreeSlot, variables: Mapping[str, str]) -> Shell:
-        environment = build_base_environment(self.config.env, self.environ, place.tree, variables)
-        ground = SandboxScope((place.tree, place.scratch), (place.hub.objects,), place.scratch)
-        return Shell(self.sandbox, ground, place.tree, _lock_of(place), environment, self.redactor)
+    def _shell_of(self, slot: WorktreeSlot, variables: Mapping[str, str]) -> Shell:
+        environment = build_base_environment(self.config.env, self.environ, slot.tree, variables)
+        scope = SandboxScope((slot.tree, slot.scratch), (slot.hub.objects,), slot.scratch)
+        return Shell(self.sandbox, scope, slot.tree, _lock_of(slot), environment, self.redactor)
 
 
 def _describe_failures(failed: Sequence[CommandFailed | CommandNotRun], where: str) -> list[str]:
-    return [one.describe(where) if isinstance(one, CommandFailed) else one.reason for one in failed]
+    return [result.describe(where) if isinstance(result, CommandFailed) else result.reason for result in failed]
 
 
-def _lock_of(place: WorktreeSlot) -> Path:
-    """Return the file that is locked while a command of the setup lives."""
-    return place.root / "setup.lock"
+def _lock_of(slot: WorktreeSlot) -> Path:
+    """Return the file that is locked while a setup command is alive."""
+    return slot.root / "setup.lock"
 
 
 @asynccontextmanager
-async def _temporary_git(place: WorktreeSlot, commit: str) -> AsyncIterator[None]:
-    """Let commands ask git about a place where no session is; what they write there is gone afterwards."""
-    await anyio.to_thread.run_sync(_add_git, place, commit)
+async def _temporary_git(slot: WorktreeSlot, commit: str) -> AsyncIterator[None]:
+    """Provide a temporary git directory in a slot without a session, so that commands can use git."""
+    await anyio.to_thread.run_sync(_add_git, slot, commit)
     try:
         yield
     finally:
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(_remove_git, place)
+            await anyio.to_thread.run_sync(_remove_git, slot)
 
 
-def _add_git(place: WorktreeSlot, commit: str) -> None:
-    folder = place.scratch / "git"
+def _add_git(slot: WorktreeSlot, commit: str) -> None:
+    folder = slot.scratch / "git"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(place.hub.session_template, folder)
+    shutil.copytree(slot.hub.session_template, folder)
     (folder / "HEAD").write_text(f"{commit}\n")
-    shutil.copyfile(place.index, folder / "index")
-    untrusted_files.write_file(place.tree, ".git", os.fsencode(f"gitdir: {folder}\n"), 0o644)
+    shutil.copyfile(slot.index, folder / "index")
+    untrusted_files.write_file(slot.tree, ".git", os.fsencode(f"gitdir: {folder}\n"), 0o644)
 
 
-def _remove_git(place: WorktreeSlot) -> None:
-    (place.tree / ".git").unlink(missing_ok=True)
-    shutil.rmtree(place.scratch, ignore_errors=True)
-    place.scratch.mkdir(exist_ok=True)
+def _remove_git(slot: WorktreeSlot) -> None:
+    (slot.tree / ".git").unlink(missing_ok=True)
+    shutil.rmtree(slot.scratch, ignore_errors=True)
+    slot.scratch.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Serve something while a block runs, and accept the connections of sessions."""
+"""Background serving and accepting of connections."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Final
 import anyio
 import anyio.abc
 
-_REST: Final = 0.1  # seconds until the next try where the machine has no descriptor left
+_RETRY_INTERVAL: Final = 0.1  # seconds, when no file descriptor is free
 
 
 @asynccontextmanager
 async def run_in_background(serve: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """Run `serve` during the block, and cancel it at the end.
 
-    An exception of the block is raised as itself, and not as one of a group.
+    An exception of the block is raised as it is, not in a group.
     """
     failed: Exception | None = None
     async with anyio.create_task_group() as group:
@@ -31,9 +31,9 @@ async def run_in_background(serve: Callable[[], Coroutine[Any, Any, None]]) -> A
 
 
 async def accept_connection(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
-    """Return the next connection; waits while no descriptor is left, and passes over clients that have gone already."""
+    """Return the next connection; wait while no descriptor is free, and skip disconnected clients."""
     while True:
         try:
             return await listener.accept()
-        except (OSError, anyio.BrokenResourceError):  # anyio makes the second of EMFILE
-            await anyio.sleep(_REST)
+        except (OSError, anyio.BrokenResourceError):  # anyio raises the second for EMFILE
+            await anyio.sleep(_RETRY_INTERVAL)

@@ -1,14 +1,13 @@
-"""The socket by which a session asks its orchestrator, while it is at work.
+"""The session socket, over which an active session sends requests to its orchestrator.
 
-    <the session's folder>/mailbox/
-      socket          takes one request a connection: a line of JSON there, a line back
-      session.json    the worktree, and the token without which nothing is answered
-      bin/council     the command, knowing the session that it is of
+    <session folder>/mailbox/
+      socket          one request per connection: a line of JSON in, a line back
+      session.json    the worktree and the token that every request needs
+      bin/council     the `council` command, bound to the session
 
-The folder is the session's own: in a sandbox no other session sees it. Where a sandbox can't hide the socket itself
-(Landlock), a process of another session is refused, whatever token it has (`sessions.socket.peers`). What comes in over the
-socket harms nobody but its sender: connections of one session take no slot of another, and of those that have not sent
-a whole line the oldest gives way to a new one.
+In a sandbox no other session sees this folder. Landlock can't hide the socket itself, so processes of other sessions
+are rejected whatever their token (`sessions.socket.peers`). A session can only harm itself: each has its own connection
+limit, and a new connection replaces the oldest that has not sent a whole line.
 """
 
 from __future__ import annotations
@@ -44,33 +43,32 @@ from orchestrator.sessions.socket.requests import OWN_COMMAND_REMEDY, read_reque
 from orchestrator.system.process import internal_program, internal_program_folders, without_dotdot
 
 _PROGRAM = Path("bin", "council")
-_MAX_CONNECTIONS = 32  # connections of the session that are served
-_MAX_FOREIGN_CONNECTIONS = 4  # of processes of no session or another, which get nothing but a refusal
-_WAITING = 128
-_REQUEST_TIMEOUT = 5.0  # seconds for a request to come in, and for its answer to be taken
+_MAX_CONNECTIONS = 32  # per session
+_MAX_FOREIGN_CONNECTIONS = 4  # from outside the session; they only get a rejection
+_BACKLOG = 128
+_REQUEST_TIMEOUT = 5.0  # seconds to receive a request, and to send its answer
 _FOREIGN_TIMEOUT = 1.0
 _MAX_FAULTS = 10
-_READ_AT_ONCE = 1 << 14  # bytes of a request whose reading holds nobody up
-_FAULT = "the orchestrator could not answer, by a fault of its own"
-_FAULT_REMEDY = "go on without it: what you change is checked when it lands"
+_MAX_INLINE_BYTES = 1 << 14  # larger requests are parsed in a thread
+_FAULT = "internal error of the orchestrator"
+_FAULT_REMEDY = "continue without it: changes are checked when they land"
 
 
 class SessionApi(Protocol):
-    """Who answers what sessions ask."""
+    """Answers the requests of sessions."""
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
-        """Return the result of a command of `orchestrator.client.commands`; RefusedError is told to who asked.
+        """Return the result of a command of `orchestrator.client.commands`.
 
-        Cancelled where who asked does not wait any more.
+        RefusedError is reported to the client. Cancelled when the client disconnects.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSocket:
-    """What a session is to have so that it can ask.
+    """A session's access to the session API.
 
-    `reach` is for its fence; `command` is what starts `council` as this session. `faults` are those of the desk, as
-    they come.
+    `reach` is the access that its sandbox must allow. `faults` collects internal errors as they occur.
     """
 
     folder: Path
@@ -79,49 +77,49 @@ class SessionSocket:
 
     @property
     def command(self) -> str:
-        """The program `council`, knowing the session."""
+        """The `council` program, bound to the session."""
         return str(self.folder / _PROGRAM)
 
     def extend_environment(self, env: Mapping[str, str]) -> dict[str, str]:
-        """Return an environment in which a program finds the mailbox, and `council` before any other."""
+        """Return the environment with the session socket, and with this `council` first on PATH."""
         path = [str((self.folder / _PROGRAM).parent), *([env["PATH"]] if env.get("PATH") else [])]
         return {**env, SESSION_VARIABLE: str(self.folder), "PATH": os.pathsep.join(path)}
 
     @property
     def server(self) -> McpServer | None:
-        """Our own server of the Model Context Protocol; None where its SDK is not installed."""
+        """Our own MCP server; None if its SDK is not installed."""
         if find_spec("mcp") is None:
             return None
         return McpServer(MCP_SERVER_NAME, (self.command, "mcp"))
 
     @property
     def hook(self) -> tuple[str, ...]:
-        """The command to run before an edit."""
+        """The command of the pre-edit hook."""
         return (self.command, "hook", "pre-edit")
 
 
 @asynccontextmanager
-async def open_session_socket(worktree: Worktree, desk: SessionApi) -> AsyncIterator[SessionSocket]:
-    """Have the desk answer what the session of a worktree asks, within the block. Raises OSError."""
+async def open_session_socket(worktree: Worktree, session_service: SessionApi) -> AsyncIterator[SessionSocket]:
+    """Serve the requests of a worktree's session during the block. Raises OSError."""
     folder, token = worktree.socket_folder, token_hex(16)
-    await anyio.to_thread.run_sync(_lay_out, folder, token, worktree.tree)
-    mailbox = SessionSocket(folder, PathAccess(readable=(without_dotdot(folder), *internal_program_folders())))
+    await anyio.to_thread.run_sync(_create_folder, folder, token, worktree.tree)
+    session_socket = SessionSocket(folder, PathAccess(readable=(without_dotdot(folder), *internal_program_folders())))
     name = SessionName(worktree.run, worktree.task, worktree.attempt)
-    clerk = _RequestHandler(name, token, worktree.tree, worktree.lock, desk, mailbox.faults)
+    handler = _RequestHandler(name, token, worktree.tree, worktree.lock, session_service, session_socket.faults)
     try:
-        async with await _listen(folder) as listener, run_in_background(partial(_serve, listener, clerk)):
-            yield mailbox
+        async with await _listen(folder) as listener, run_in_background(partial(_serve, listener, handler)):
+            yield session_socket
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(remove_session_socket, worktree)
 
 
 def remove_session_socket(worktree: Worktree) -> None:
-    """Take away what a session that is over could ask by; its folder may be kept. Blocks."""
+    """Remove the session socket of a finished session, whose folder may be preserved. Blocks."""
     shutil.rmtree(worktree.socket_folder, ignore_errors=True)
 
 
-def _lay_out(folder: Path, token: str, tree: Path) -> None:
+def _create_folder(folder: Path, token: str, tree: Path) -> None:
     command = folder / _PROGRAM
     command.parent.mkdir(mode=0o700, parents=True)
     card = os.open(folder / SESSION_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -136,12 +134,12 @@ def _lay_out(folder: Path, token: str, tree: Path) -> None:
 
 async def _listen(folder: Path) -> anyio.abc.SocketListener:
     with ShortSocketPath(str(folder)) as short:
-        return await anyio.create_unix_listener(f"{short}/{SOCKET_NAME}", mode=0o600, backlog=_WAITING)
+        return await anyio.create_unix_listener(f"{short}/{SOCKET_NAME}", mode=0o600, backlog=_BACKLOG)
 
 
 @dataclass(frozen=True, slots=True)
 class _RequestHandler:
-    """Takes the requests of one session to the desk."""
+    """Passes the requests of one session to the session API."""
 
     session: SessionName
     token: str
@@ -149,16 +147,16 @@ class _RequestHandler:
     lock: Path
     session_service: SessionApi
     faults: list[str]
-    reading: dict[anyio.abc.SocketStream, anyio.CancelScope] = field(default_factory=dict)
-    """The connections of the session that have not sent a whole line, the oldest first."""
+    pending_reads: dict[anyio.abc.SocketStream, anyio.CancelScope] = field(default_factory=dict)
+    """The session's connections that have not sent a whole line, oldest first."""
     answering: set[anyio.abc.SocketStream] = field(default_factory=set)
-    strangers: set[anyio.abc.SocketStream] = field(default_factory=set)
+    foreign: set[anyio.abc.SocketStream] = field(default_factory=set)
 
     async def answer(self, line: bytes) -> JsonObject:
-        """Return the line back; raises nothing but cancellation."""
+        """Return the answer to a request; raises only cancellation."""
         try:
             read = partial(read_request, line, self.token, self.tree)
-            request = read() if len(line) <= _READ_AT_ONCE else await anyio.to_thread.run_sync(read)
+            request = read() if len(line) <= _MAX_INLINE_BYTES else await anyio.to_thread.run_sync(read)
             return {
                 "ok": True,
                 "result": await self.session_service.answer(self.session, request.command, request.arguments),
@@ -177,79 +175,79 @@ def _refusal(what: str, remedy: str) -> JsonObject:
     return {"ok": False, "error": what, "remedy": remedy}
 
 
-async def _serve(listener: anyio.abc.SocketListener, clerk: _RequestHandler) -> None:
+async def _serve(listener: anyio.abc.SocketListener, handler: _RequestHandler) -> None:
     async with anyio.create_task_group() as group:
         while True:
             stream = await accept_connection(listener)
             connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)
-            is_ours = await anyio.to_thread.run_sync(belongs_to_session, connected, clerk.lock)
-            if not is_ours and len(clerk.strangers) == _MAX_FOREIGN_CONNECTIONS:
+            is_ours = await anyio.to_thread.run_sync(belongs_to_session, connected, handler.lock)
+            if not is_ours and len(handler.foreign) == _MAX_FOREIGN_CONNECTIONS:
                 await stream.aclose()
             else:
-                group.start_soon(_serve_connection, stream, clerk, is_ours)
+                group.start_soon(_serve_connection, stream, handler, is_ours)
             await anyio.lowlevel.checkpoint()
 
 
-async def _serve_connection(stream: anyio.abc.SocketStream, clerk: _RequestHandler, is_ours: bool) -> None:
-    """Serve one connection: whoever is slow, or breaks off, is left."""
+async def _serve_connection(stream: anyio.abc.SocketStream, handler: _RequestHandler, is_ours: bool) -> None:
+    """Serve one connection; drop slow and disconnected clients."""
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError):
         async with stream:
-            await (_handle_request(stream, clerk) if is_ours else _refuse_connection(stream, clerk))
+            await (_handle_request(stream, handler) if is_ours else _refuse_connection(stream, handler))
 
 
-async def _refuse_connection(stream: anyio.abc.SocketStream, clerk: _RequestHandler) -> None:
-    """Refuse a process that does not belong to the session."""
-    clerk.strangers.add(stream)
+async def _refuse_connection(stream: anyio.abc.SocketStream, handler: _RequestHandler) -> None:
+    """Reject a process that does not belong to the session."""
+    handler.foreign.add(stream)
     try:
         with anyio.move_on_after(_FOREIGN_TIMEOUT):
-            await _line(stream)
-            what = "the request is not of this session: its process was not started by the session"
+            await _read_line(stream)
+            what = "the request is not of this session: the session did not start this process"
             await stream.send(_encoded(_refusal(what, OWN_COMMAND_REMEDY)))
     finally:
-        clerk.strangers.discard(stream)
+        handler.foreign.discard(stream)
 
 
-async def _handle_request(stream: anyio.abc.SocketStream, clerk: _RequestHandler) -> None:
-    line = await _request(stream, clerk)
+async def _handle_request(stream: anyio.abc.SocketStream, handler: _RequestHandler) -> None:
+    line = await _receive_request(stream, handler)
     if line is None:
         return
     answer: JsonObject | None = None
-    if len(clerk.answering) >= _MAX_CONNECTIONS:
+    if len(handler.answering) >= _MAX_CONNECTIONS:
         answer = _refusal(
-            f"{_MAX_CONNECTIONS} requests of this session are being answered", "ask again when one has ended"
+            f"{_MAX_CONNECTIONS} requests of this session are active, the maximum", "retry after one has finished"
         )
     else:
-        clerk.answering.add(stream)
+        handler.answering.add(stream)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(_cancel_on_disconnect, stream, group.cancel_scope)
-                answer = await _answer(line, clerk)
+                answer = await _answer(line, handler)
                 group.cancel_scope.cancel()
         finally:
-            clerk.answering.discard(stream)
+            handler.answering.discard(stream)
     if answer is not None:
         with anyio.move_on_after(_REQUEST_TIMEOUT):
             await stream.send(_encoded(answer))
 
 
-async def _request(stream: anyio.abc.SocketStream, clerk: _RequestHandler) -> bytes | None:
-    """Return a connection's line; None where it does not come in time, or newer connections take its slot."""
-    if len(clerk.reading) >= _MAX_CONNECTIONS:
-        oldest = next(iter(clerk.reading))
-        clerk.reading.pop(oldest).cancel()
+async def _receive_request(stream: anyio.abc.SocketStream, handler: _RequestHandler) -> bytes | None:
+    """Return a connection's line; None on timeout, or if a newer connection replaces it."""
+    if len(handler.pending_reads) >= _MAX_CONNECTIONS:
+        oldest = next(iter(handler.pending_reads))
+        handler.pending_reads.pop(oldest).cancel()
     with anyio.move_on_after(_REQUEST_TIMEOUT) as scope:
-        clerk.reading[stream] = scope
+        handler.pending_reads[stream] = scope
         try:
-            return await _line(stream)
+            return await _read_line(stream)
         finally:
-            clerk.reading.pop(stream, None)
+            handler.pending_reads.pop(stream, None)
     return None
 
 
-async def _answer(line: bytes, clerk: _RequestHandler) -> JsonObject:
+async def _answer(line: bytes, handler: _RequestHandler) -> JsonObject:
     if len(line) > MAX_REQUEST_BYTES:
-        return _refusal(f"the request is larger than {MAX_REQUEST_BYTES} bytes", "ask for less at once")
-    return await clerk.answer(line)
+        return _refusal(f"the request is larger than {MAX_REQUEST_BYTES} bytes", "send a smaller request")
+    return await handler.answer(line)
 
 
 def _encoded(answer: JsonObject) -> bytes:
@@ -259,8 +257,8 @@ def _encoded(answer: JsonObject) -> bytes:
         return json.dumps(_refusal(_FAULT, _FAULT_REMEDY)).encode() + b"\n"
 
 
-async def _line(stream: anyio.abc.SocketStream) -> bytes:
-    """Return what comes before the first line break, or more than is allowed; raises EndOfStream."""
+async def _read_line(stream: anyio.abc.SocketStream) -> bytes:
+    """Return the bytes before the first line break, or more than the limit. Raises EndOfStream."""
     got = bytearray()
     while len(got) <= MAX_REQUEST_BYTES:
         got += await stream.receive()
@@ -270,7 +268,7 @@ async def _line(stream: anyio.abc.SocketStream) -> bytes:
 
 
 async def _cancel_on_disconnect(stream: anyio.abc.SocketStream, waiting: anyio.CancelScope) -> None:
-    """Give the answer up once nobody waits for it; who says more than one line does not wait either."""
+    """Cancel the answer when the client disconnects, or sends more than one line."""
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError):
         await stream.receive()
     waiting.cancel()

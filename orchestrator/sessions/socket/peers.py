@@ -1,10 +1,10 @@
-"""Which process is at the other end of a session's socket, and whether it belongs to that session.
+"""Check that the client of a session socket belongs to the session.
 
-A token can be stolen; the kernel's word on who connected can't (SO_PEERCRED in unix(7)). A process belongs to a session
-if it is of our user and descends from the supervisor that holds the session's lock. The supervisor is a child
-subreaper, so that daemons stay its descendants, and so is what is in a bubblewrap, whose init is its descendant.
+A token can be stolen; the kernel's peer credentials can't be forged (SO_PEERCRED in unix(7)). A process belongs to a
+session if it has our user id and descends from the supervisor that holds the session's lock. The supervisor is a child
+subreaper, so daemons stay its descendants. So do processes in bubblewrap, whose init is a descendant.
 
-Without /proc (macOS) ancestry can't be told: there the user and the token decide.
+Without /proc (macOS) ancestry is not available: there the user id and the token decide.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from orchestrator.system.process_table import process_stat
 _PEER_PIDFD: Final = 77  # SO_PEERPIDFD, from Linux 6.5 on
 _CREDENTIALS: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _MACOS_LEVEL, _MACOS_CREDENTIALS = 0, 1  # SOL_LOCAL, LOCAL_PEERCRED
-_DEEPEST: Final = 1_000  # generations
-_TRIES: Final = 10  # walks, until two in turn found the same ancestors
+_MAX_DEPTH: Final = 1_000  # generations
+_MAX_WALKS: Final = 10  # until two consecutive walks return the same ancestors
 
 
 def belongs_to_session(connected: socket.socket, lock: Path) -> bool:
-    """Whether who connected belongs to the session whose supervisor holds `lock`. Blocks, though not for long.
+    """Return whether the client belongs to the session whose supervisor holds `lock`. Blocks briefly.
 
-    To be asked when the connection is accepted. A process that has ended by then belongs to no session.
+    Call it when the connection is accepted. A process that has ended by then belongs to no session.
     """
     with suppress(OSError, ValueError):
         if sys.platform != "linux":
@@ -43,8 +43,8 @@ def belongs_to_session(connected: socket.socket, lock: Path) -> bool:
         supervisor = _holder(lock)
         if user != os.getuid() or not pid or supervisor is None or not _descends(pid, supervisor):
             return False
-        # That the process still lives, and the lock is still held, says that no id was another's meanwhile.
-        return _lives(connected, pid) and _holder(lock) == supervisor
+        # If the process is alive and the lock is held, neither process id was reused meanwhile.
+        return _is_alive(connected, pid) and _holder(lock) == supervisor
     return False
 
 
@@ -54,7 +54,7 @@ def _user_on_macos(connected: socket.socket) -> int:
 
 
 def _holder(lock: Path) -> int | None:
-    """Return the process that holds a session's lock, by its signature; None where nobody holds it."""
+    """Return the id of the process that holds a session's lock, from its signature; None if it is free."""
     descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         try:
@@ -65,35 +65,35 @@ def _holder(lock: Path) -> int | None:
 
 
 def _descends(pid: int, ancestor: int) -> bool:
-    """Whether a process is a descendant of another.
+    """Return whether a process is a descendant of another.
 
-    A parent may end meanwhile and its id may be given to a stranger, so two walks in turn must agree.
+    A parent may end during a walk and its id be reused, so two consecutive walks must agree.
     """
-    before: list[tuple[int, int]] | None = None
-    for _ in range(_TRIES):
-        found = _ancestors(pid, ancestor)
-        if found is not None and found == before:
-            return found[-1][0] == ancestor
-        before = found
+    previous: list[tuple[int, int]] | None = None
+    for _ in range(_MAX_WALKS):
+        ancestors = _ancestors(pid, ancestor)
+        if ancestors is not None and ancestors == previous:
+            return ancestors[-1][0] == ancestor
+        previous = ancestors
     return False
 
 
 def _ancestors(pid: int, last: int) -> list[tuple[int, int]] | None:
-    """Return a process and those above it, up to `last`, with when they started; None if one ended meanwhile."""
-    found: list[tuple[int, int]] = []
-    while pid and len(found) < _DEEPEST:
+    """Return a process and its ancestors up to `last`, each with its start; None if one ended meanwhile."""
+    ancestors: list[tuple[int, int]] = []
+    while pid and len(ancestors) < _MAX_DEPTH:
         stat = process_stat(pid)
         if stat is None:
             return None
-        found.append((pid, stat.started))
+        ancestors.append((pid, stat.started))
         if pid == last:
             break
         pid = stat.parent
-    return found
+    return ancestors
 
 
-def _lives(connected: socket.socket, pid: int) -> bool:
-    """Whether the process that connected has not ended, and its id is still its own."""
+def _is_alive(connected: socket.socket, pid: int) -> bool:
+    """Return whether the client process is alive, so that its id is not reused."""
     try:
         descriptor = connected.getsockopt(socket.SOL_SOCKET, _PEER_PIDFD)
     except OSError:  # an older kernel

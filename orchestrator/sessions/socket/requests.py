@@ -1,4 +1,4 @@
-"""What a session asks, checked: an agent wrote it, or whatever it likes."""
+"""Validation of session requests, which are untrusted: an agent wrote them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
 _KNOWN = {**commands.SESSION_COMMANDS, commands.CHECK_EDIT.name: commands.CHECK_EDIT}
-OWN_COMMAND_REMEDY = "ask with the command of the session that you are in"
+OWN_COMMAND_REMEDY = "use the `council` command of your own session"
 _SEE_HELP = "`council --help` lists the commands of sessions"
 
 
 class SocketRequest(NamedTuple):
-    """A command of `orchestrator.client.commands` with its arguments; those that were not given are not there.
+    """A command of `orchestrator.client.commands` with the arguments that were given.
 
-    Except for those with a default. Paths are relative to the worktree's top.
+    Paths are relative to the worktree.
     """
 
     command: str
@@ -38,36 +38,36 @@ class SocketRequest(NamedTuple):
 
 
 def read_request(line: bytes, token: str, tree: Path) -> SocketRequest:
-    """Return what a line asks for on behalf of the session with this token and worktree; raises RefusedError."""
+    """Parse and validate a request line of the session with this token and worktree. Raises RefusedError."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("arguments"), dict):
-        raise RefusedError("the request is no line of JSON with a command and its arguments", _SEE_HELP)
-    given = value.get("token")
-    if not isinstance(given, str) or not compare_digest(given.encode(errors="replace"), token.encode()):
+        raise RefusedError("the request is not a line of JSON with a command and its arguments", _SEE_HELP)
+    request_token = value.get("token")
+    if not isinstance(request_token, str) or not compare_digest(request_token.encode(errors="replace"), token.encode()):
         raise RefusedError("the request is not of this session", OWN_COMMAND_REMEDY)
     command = _KNOWN.get(name) if isinstance(name := value.get("command"), str) else None
     if command is None:
-        raise RefusedError("there is no such command", _SEE_HELP)
+        raise RefusedError("unknown command", _SEE_HELP)
     return SocketRequest(command.name, _arguments(command, value["arguments"], tree))
 
 
 def _arguments(command: SessionCommand, given: JsonObject, tree: Path) -> JsonObject:
-    """Return the arguments of a command; null is as good as none, except where any value is one."""
-    known = {one.name: one for one in command.arguments}
-    values = {one.name for one in command.arguments if one.kind == commands.VALUE}
+    """Return the checked arguments of a command; null means absent, except for arguments that take any value."""
+    known = {argument.name: argument for argument in command.arguments}
+    values = {argument.name for argument in command.arguments if argument.kind == commands.VALUE}
     arguments: JsonObject = {key: value for key, value in given.items() if value is not None or key in values}
     for key in arguments:
         if key not in known:
             takes = ", ".join(known) or "nothing"
-            raise RefusedError(f"{command.name} does not take {key[:40]!r}", f"it takes {takes}")
-    for one in command.arguments:
-        if one.name in arguments:
-            arguments[one.name] = _checked(one, arguments[one.name], tree)
-        elif one.is_needed:
-            raise RefusedError(f"{command.name} needs {one.name}", one.help)
+            raise RefusedError(f"{command.name} has no argument {key[:40]!r}", f"its arguments: {takes}")
+    for argument in command.arguments:
+        if argument.name in arguments:
+            arguments[argument.name] = _checked(argument, arguments[argument.name], tree)
+        elif argument.is_needed:
+            raise RefusedError(f"{command.name} needs the argument {argument.name}", argument.help)
     return arguments
 
 
@@ -80,7 +80,7 @@ def _checked(argument: Argument, value: Any, tree: Path) -> Any:
         case commands.PATHS:
             if not isinstance(value, Sequence) or isinstance(value, str) or not 0 < len(value) <= MAX_PATHS:
                 raise _invalid_argument(argument, f"a list of 1 to {MAX_PATHS} paths")
-            return list(dict.fromkeys(_path(argument, one, tree) for one in value))
+            return list(dict.fromkeys(_path(argument, path, tree) for path in value))
         case commands.SECONDS | commands.VERSION:
             return _number(argument, value)
         case commands.VALUE:
@@ -88,7 +88,7 @@ def _checked(argument: Argument, value: Any, tree: Path) -> Any:
         case commands.OBJECT:
             return _object(argument, value)
         case other:
-            raise ValueError(f"no kind of argument is {other!r}")
+            raise ValueError(f"unknown kind of argument: {other!r}")
 
 
 def _text(argument: Argument, value: Any, longest: int = MAX_TEXT_CHARS) -> str:
@@ -102,7 +102,7 @@ def _text(argument: Argument, value: Any, longest: int = MAX_TEXT_CHARS) -> str:
 def _number(argument: Argument, value: Any) -> float:
     if argument.kind == commands.VERSION:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_VERSION:
-            raise _invalid_argument(argument, "a version: a number from 0 on")
+            raise _invalid_argument(argument, "a version: an integer of at least 0")
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= MAX_WAIT_SECONDS:
@@ -114,16 +114,16 @@ def _value(argument: Argument, value: Any) -> Any:
     try:
         strict_json.check_value(value)
     except ValueError as error:
-        raise RefusedError(f"{argument.name} can't be taken: {error}", "give plain JSON") from None
+        raise RefusedError(f"invalid {argument.name}: {error}", "give plain JSON") from None
     return value
 
 
 def _object(argument: Argument, value: Any) -> JsonObject:
-    if isinstance(value, str):  # models like to write their objects as text
+    if isinstance(value, str):  # models often write objects as text
         try:
             value = strict_json.parse(value.encode())
         except ValueError as error:
-            raise RefusedError(f"{argument.name} can't be taken: {error}", "give a JSON object") from None
+            raise RefusedError(f"invalid {argument.name}: {error}", "give a JSON object") from None
     if not isinstance(value, dict):
         raise _invalid_argument(argument, "a JSON object")
     checked: JsonObject = _value(argument, value)
@@ -141,10 +141,10 @@ def _path(argument: Argument, value: Any, tree: Path) -> str:
 def _is_plain(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a pair
+    except UnicodeEncodeError:  # a surrogate
         return False
     return "\0" not in text
 
 
 def _invalid_argument(argument: Argument, wanted: str) -> RefusedError:
-    return RefusedError(f"{argument.name} is not what it should be", f"give {wanted}")
+    return RefusedError(f"invalid {argument.name}", f"give {wanted}")

@@ -1,6 +1,6 @@
-"""What a CLI says goes from a pipe to a file: bounded, and without secrets.
+"""Capture of a CLI's output from a pipe to a file, with a size limit and redacted secrets.
 
-Imported in every session by the supervisor: only the standard library, and little of it.
+The supervisor imports this in every session: use little, and only of the standard library.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ TAIL_BYTES = 1 << 20
 
 
 class OutputCapture:
-    """One output of the CLI: the first `cap` bytes go to the file as they come, of the rest the tail is kept.
+    """One output stream: the first `cap` bytes are written at once; of the rest the tail is kept.
 
-    With `redact`, a pattern as for Redactor, secrets are replaced, whole lines are written, and next to the
-    bytes that are left out nothing is kept that may be half a secret.
+    With `redact`, a pattern as for StreamRedactor, secrets are replaced, whole lines are written, and nothing that may
+    be part of a secret is kept next to the omitted bytes.
     """
 
     def __init__(self, path: str, cap: int, redact: str | None) -> None:
@@ -33,7 +33,7 @@ class OutputCapture:
         os.set_blocking(self.read_end, False)
 
     def pump(self) -> int | None:
-        """Take a chunk of what is readable now: its size, 0 at the end, None if there is nothing yet."""
+        """Read a chunk; return its size, 0 at the end of the stream, None if no data is available."""
         try:
             data = os.read(self.read_end, CHUNK_BYTES)
         except BlockingIOError:
@@ -43,17 +43,17 @@ class OutputCapture:
         self._room -= len(head)
         self._write(head if self._redactor is None else self._redactor.feed(head))
         self._tail += data[len(head) :]
-        # Cut only when there is twice too much: a cut at each chunk would move the megabyte each time.
+        # Truncate at twice the limit: truncating for each chunk would move a megabyte each time.
         if len(self._tail) > 2 * TAIL_BYTES:
             self._cut_tail(len(self._tail) - TAIL_BYTES)
         return len(data)
 
     def finish(self) -> None:
-        """Drain the pipe, which no descendant writes to any more, and put the tail behind the head."""
-        # A pipe that was handed to a stranger may never run dry.
-        taken = 0
-        while taken < TAIL_BYTES and (size := self.pump()):
-            taken += size
+        """Drain the pipe, which no descendant writes to any more, and append the tail to the file."""
+        # An unrelated process that received the pipe may write forever.
+        drained = 0
+        while drained < TAIL_BYTES and (size := self.pump()):
+            drained += size
         self._cut_tail(max(0, len(self._tail) - TAIL_BYTES))
         if self._left_out:
             if self._redactor is not None:
@@ -69,7 +69,7 @@ class OutputCapture:
         del self._tail[:surplus]
 
     def _write(self, data: bytes) -> None:
-        # A full disk must not end the supervision: the CLI goes on, what it says is counted but lost.
+        # A full disk must not end the supervision: the CLI continues, its output is counted but lost.
         view = memoryview(data)
         while view and self.error is None:
             try:

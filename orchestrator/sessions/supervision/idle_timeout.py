@@ -1,6 +1,6 @@
-"""Whether a CLI is silent: it says nothing, and nothing changes in its folders.
+"""Detection of idle CLIs: no output, and no change in their folders.
 
-Imported in every session by the supervisor: only the standard library, and little of it.
+The supervisor imports this in every session: use little, and only of the standard library.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import time
 
 MAX_ENTRIES = 500_000
 _CHECK_EVERY = 256  # entries
-_LOOK_AGAIN = 0.02  # seconds; while a walk is under way
+_SCAN_POLL_INTERVAL = 0.02  # seconds, during a scan
 
 
 class FolderScan:
-    """One walk over folders, in a thread of its own: a file system that does not answer stops nobody else.
+    """One scan of folders, in its own thread, so that a hanging file system blocks nothing else.
 
-    When `done`, `signature` is what was found, None if it could not be read to its end: an entry that was not
-    there any more, a folder that may not be read, more than MAX_ENTRIES, or no end before `give_up` (of the
-    monotonic clock). Modification shows in the inode's change time, which no program can set.
+    When `done`, `signature` is the result; None if the scan failed: an entry vanished, a folder is not readable, there
+    are more than MAX_ENTRIES, or `give_up` (monotonic clock) was reached. Changes are detected by the inode's change
+    time, which programs can't set.
     """
 
     def __init__(self, folders: list[str], give_up: float) -> None:
@@ -32,14 +32,14 @@ class FolderScan:
 
     def _run(self, folders: list[str]) -> None:
         try:
-            self.signature = self._walk(folders)
+            self.signature = self._scan(folders)
         except OSError:
             pass
         finally:
             self.ended = time.monotonic()
             self.done = True
 
-    def _walk(self, folders: list[str]) -> tuple[int, int] | None:
+    def _scan(self, folders: list[str]) -> tuple[int, int] | None:
         pending = list(folders)
         count, digest = 0, 0
         for folder in folders:
@@ -61,54 +61,53 @@ def _mark(status: os.stat_result) -> int:
 
 
 class IdleWatch:
-    """Watches for `limit` seconds in which nothing is heard and no walk over `folders` finds a change.
+    """Detects `limit` seconds without output and without a change in `folders`.
 
-    The folders are looked at only when nothing has been heard for a quarter of the limit, and then every
-    quarter. It is over when the same was found by a first walk that had ended, and by another that began, at
-    least `limit` seconds apart: between 1 and 1.5 times the limit after the last sign of life. A walk that
-    fails says nothing, neither that the CLI is alive nor that it is not.
+    Scans the folders after a quarter of the limit without output, then every quarter. The watch expires when two scans
+    have the same signature and the second starts at least `limit` seconds after the end of the first: between 1 and 1.5
+    times the limit after the last activity. A failed scan is no evidence either way.
     """
 
     def __init__(self, limit: float, folders: list[str]) -> None:
         self._limit, self._folders = limit, folders
         self._quarter = limit / 4
-        self._walk: FolderScan | None = None
-        self.heard()
+        self._scan: FolderScan | None = None
+        self.note_output()
 
-    def heard(self) -> None:
-        """The CLI has said something."""
+    def note_output(self) -> None:
+        """Restart the watch because the CLI has printed output."""
         self._next = time.monotonic() + self._quarter
-        self._stale = self._walk is not None
+        self._stale = self._scan is not None
         self._signature: tuple[int, int] | None = None
         self._since = 0.0
 
     def seconds_until_check(self) -> float:
-        """Return in how many seconds `over` is to be asked."""
+        """Return the seconds until the next call of `has_expired`."""
         return max(0.0, self._next - time.monotonic())
 
-    def over(self) -> bool:
-        """Go on with the watch; True if the CLI is silent."""
+    def has_expired(self) -> bool:
+        """Continue the watch; return whether the CLI is idle."""
         now = time.monotonic()
         if now < self._next:
             return False
-        walk = self._walk
-        if walk is None:
-            self._walk = FolderScan(self._folders, now + self._quarter)
-            self._next = now + _LOOK_AGAIN
-        elif not walk.done:
-            # One that hangs is not joined by a second one.
-            self._next = now + (_LOOK_AGAIN if now < walk.give_up else self._quarter)
+        scan = self._scan
+        if scan is None:
+            self._scan = FolderScan(self._folders, now + self._quarter)
+            self._next = now + _SCAN_POLL_INTERVAL
+        elif not scan.done:
+            # Don't start a second scan while one hangs.
+            self._next = now + (_SCAN_POLL_INTERVAL if now < scan.give_up else self._quarter)
         else:
-            self._walk = None
-            self._next = walk.ended + self._quarter
+            self._scan = None
+            self._next = scan.ended + self._quarter
             stale, self._stale = self._stale, False
-            return not stale and self._judge(walk)
+            return not stale and self._judge(scan)
         return False
 
-    def _judge(self, walk: FolderScan) -> bool:
-        if walk.signature is None:
+    def _judge(self, scan: FolderScan) -> bool:
+        if scan.signature is None:
             return False
-        if walk.signature != self._signature:
-            self._signature, self._since = walk.signature, walk.ended
+        if scan.signature != self._signature:
+            self._signature, self._since = scan.signature, scan.ended
             return False
-        return walk.began - self._since >= self._limit
+        return scan.began - self._since >= self._limit

@@ -1,6 +1,6 @@
-"""The supervisor's hold on the CLI and on all that descends from it: reap, interrupt, ask to end, kill.
+"""Process tree of a CLI: reap, interrupt, terminate and kill the CLI and all of its descendants.
 
-Imported in every session by the supervisor: only the standard library, and little of it.
+The supervisor imports this in every session: use little, and only of the standard library.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class ProcessTree:
-    """The CLI and everything that descends from it.
+    """The CLI and all of its descendants.
 
-    Where it is `wrapped`, `cli` is a bubblewrap, whose child is the init of a PID namespace, whose child is the
-    CLI. Neither of the two may be asked to end: the end of either kills all that is inside at once.
+    If `wrapped`, `cli` is a bubblewrap, its child is the init of a PID namespace, and the child of that is the CLI.
+    Neither wrapper process may get SIGTERM: the end of either kills all processes inside at once.
     """
 
     def __init__(self, cli: int, wake: int, wrapped: bool) -> None:
@@ -34,17 +34,17 @@ class ProcessTree:
         self._held: int | None = None
 
     def reap(self) -> bool:
-        """Collect who has ended; False when nobody is left."""
+        """Reap ended children; return whether any process is left."""
         ended, is_alone = reap_children()
         self.status = ended.get(self.cli, self.status)
         return not is_alone
 
     def interrupt(self) -> bool:
-        """Interrupt the CLI itself; False if it has not begun inside its wrapper. `terminate` is to follow.
+        """Send SIGINT to the CLI itself; return False if it has not started in its wrapper. Call `terminate` next.
 
-        Not its process group, although a terminal would: what it has started must live for it to tidy up, a program
-        behind a wrapper that passes signals on would get two, which often means to end at once, and a bubblewrap is
-        in the group, too.
+        Unlike a terminal, this does not signal the process group: the CLI needs its children alive to clean up; a
+        program behind a wrapper that forwards signals would get two, which often means to exit at once; and bubblewrap
+        is in the group as well.
         """
         if self._wrapped:
             program = self._inside()
@@ -55,48 +55,48 @@ class ProcessTree:
         return True
 
     def is_shutting_down(self) -> bool:
-        """Return whether the CLI that was interrupted is still there."""
-        return self.status is None and (not self._wrapped or _lives(self._interrupted))
+        """Return whether the interrupted CLI is still alive."""
+        return self.status is None and (not self._wrapped or _is_alive(self._interrupted))
 
     def _inside(self) -> int | None:
-        """Stop the wrapper, so that it does not end with the CLI, and return the CLI inside; None: it has not begun."""
+        """Stop the wrapper so that it does not end with the CLI; return the CLI, or None if it has not started."""
         send_signal(self.cli, signal.SIGSTOP)
         family = {self.cli: 0}
-        for _ in "init", "CLI":  # twice, in case the init is listed behind the CLI; 0 is no signal
+        for _ in "init", "CLI":  # twice, in case the init is listed after the CLI; 0 is no signal
             signal_new_children(0, family, set(), frozenset())
-        # What the CLI's processes leave behind are children of the init, too, but begun later.
+        # Orphans of the CLI are children of the init as well, but started later.
         children = (pid for pid, parent in family.items() if family.get(parent) == self.cli)
         return min(children, key=_pid_inside, default=None)
 
     def terminate(self) -> bool:
-        """Ask all to end; False if there is nobody to be asked, because the CLI has not begun inside its wrapper."""
+        """Send SIGTERM to all; return False if no process got it because the CLI has not started in its wrapper."""
         if not HAS_PROC:
             send_signal(-self.cli, signal.SIGTERM)
             return True
-        # It would end with the CLI and cut short the grace of what the CLI has started.
+        # A running wrapper would end with the CLI, and with it the grace period of the CLI's children.
         if self._wrapped:
             send_signal(self.cli, signal.SIGSTOP)
         family = {os.getpid(): 0}
         spared = self._wrappers_parents()
-        lived: set[int] = set()
-        while found := signal_new_children(signal.SIGTERM, family, set(), spared):
-            lived |= found
+        living: set[int] = set()
+        while children := signal_new_children(signal.SIGTERM, family, set(), spared):
+            living |= children
         if not self._wrapped:
             return True
         self._held = next((pid for pid, parent in family.items() if parent == self.cli), None)
-        return any(family[pid] not in spared for pid in lived)
+        return any(family[pid] not in spared for pid in living)
 
     def release(self) -> bool:
-        """After `terminate`, let a wrapper end in which nobody lives any more; True as long as one is held."""
-        if self._held is not None and not _lives(self._held):
+        """After `terminate`, resume a wrapper once it is empty; return whether it is still stopped."""
+        if self._held is not None and not _is_alive(self._held):
             send_signal(self.cli, signal.SIGCONT)
             self._held = None
         return self._held is not None
 
     def kill(self) -> int:
-        """Kill until nobody is left; return how many beside the CLI had to be killed."""
+        """Kill until no process is left; return the number of killed processes except the CLI."""
         killed: set[int] = set()
-        pause = 0.02  # seconds; the end of a child wakes us earlier
+        pause = 0.02  # seconds; the end of a child wakes this earlier
         while self.reap():
             if HAS_PROC:
                 killed |= kill_descendants(self._wrappers_parents())
@@ -114,13 +114,13 @@ class ProcessTree:
 
 
 class ForkedSupervisors:
-    """The supervisors that a process has forked, and what those leave behind that were themselves killed."""
+    """The supervisors that a process has forked, and the orphans of killed ones."""
 
     def __init__(self) -> None:
         self.alive: set[int] = set()
 
     def clean_up(self) -> bool:
-        """Collect who has ended and kill whom they left to us as their subreaper; False when nobody is left."""
+        """Reap ended supervisors and kill the orphans inherited as subreaper; return whether any is left."""
         ended, is_alone = reap_children()
         self.alive -= ended.keys()
         family = dict.fromkeys(self.alive, os.getpid())
@@ -131,7 +131,7 @@ class ForkedSupervisors:
 
 
 def reap_children() -> tuple[dict[int, int], bool]:
-    """Wait for the children that have ended; return their wait statuses by pid, and whether there is none left."""
+    """Reap ended children; return their wait statuses by pid, and whether no child is left."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -144,7 +144,7 @@ def reap_children() -> tuple[dict[int, int], bool]:
 
 
 def send_signal(pid: int, number: int) -> None:
-    """Signal a process, or with a negative `pid` its group, that may be gone or another user's."""
+    """Signal a process, or the group of a negative `pid`; ignore missing processes and those of other users."""
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
@@ -152,14 +152,13 @@ def send_signal(pid: int, number: int) -> None:
 
 
 def signal_new_children(number: int, family: dict[int, int], seen: set[int], spared: frozenset[int]) -> set[int]:
-    """Look once through /proc and signal each child of `family` outside `seen` as soon as it is found.
+    """Scan /proc once and signal each child of `family` outside `seen` as soon as it is found.
 
-    Adds all that it looked at to `seen`, so that a second look costs only what has been forked since the
-    first, and the children with their parents to `family`; returns those that are not zombies. The children of
-    `spared` are found, but not signalled. A child that is listed before its parent, which happens when pids
-    wrap around, is found only by a look with a fresh `seen`.
+    Adds all scanned processes to `seen`, so that a second scan costs only new processes, and the children with their
+    parents to `family`. Returns the children that are not zombies. Children of `spared` are found but not signalled. A
+    child that is listed before its parent, after a wrap-around of pids, is found only by a scan with an empty `seen`.
     """
-    found: set[int] = set()
+    children: set[int] = set()
     for pid in process_ids():
         if pid in seen:
             continue
@@ -170,15 +169,15 @@ def signal_new_children(number: int, family: dict[int, int], seen: set[int], spa
                 send_signal(pid, number)
             family[pid] = stat.parent
             if not stat.has_ended:
-                found.add(pid)
-    return found
+                children.add(pid)
+    return children
 
 
 def stop_children(family: dict[int, int]) -> set[int]:
-    """Stop our own children that are not in `family` yet, until there is no new one; return those that lived.
+    """Stop our children that are not yet in `family` until there is no new one; return those that are alive.
 
-    Whoever forks and ends at once, again and again, is ours for a moment each time. The list of our children
-    (proc_pid_task_children(5), where the kernel has it) is had so fast that one of these moments is hit.
+    A process that forks and exits at once, repeatedly, is our child for a moment each time. Reading the list of our
+    children (proc_pid_task_children(5), if the kernel has it) is fast enough to hit one of these moments.
     """
     stopped: set[int] = set()
     while new := _children() - family.keys():
@@ -186,7 +185,7 @@ def stop_children(family: dict[int, int]) -> set[int]:
             send_signal(pid, signal.SIGSTOP)
         family.update(dict.fromkeys(new, os.getpid()))
         stopped |= new
-    return {pid for pid in stopped if _lives(pid)}
+    return {pid for pid in stopped if _is_alive(pid)}
 
 
 def _children() -> set[int]:
@@ -198,28 +197,28 @@ def _children() -> set[int]:
 
 
 def kill_descendants(spared: frozenset[int]) -> set[int]:
-    """Stop every descendant, so that none can fork meanwhile, then kill them; return those that lived.
+    """Stop all descendants so that none can fork, then kill them; return those that were alive.
 
-    The children of `spared` are killed like all others, but not returned.
+    Children of `spared` are killed as well, but not returned.
     """
     seen: set[int] = set()
     family = {os.getpid(): 0}
-    lived = stop_children(family)
-    while found := signal_new_children(signal.SIGSTOP, family, seen, frozenset()):
-        lived |= found | stop_children(family)
+    living = stop_children(family)
+    while children := signal_new_children(signal.SIGSTOP, family, seen, frozenset()):
+        living |= children | stop_children(family)
     for pid in family.keys() - {os.getpid()}:
         send_signal(pid, signal.SIGKILL)
-    return {pid for pid in lived if family[pid] not in spared}
+    return {pid for pid in living if family[pid] not in spared}
 
 
 def prctl(option: int, value: int) -> None:
-    """Set a process attribute where the system has it."""
+    """Set a process attribute if the system supports it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
 
 
 def _pid_inside(pid: int) -> int:
-    """Return the pid that a process has in its own namespace; one that is gone is behind all others."""
+    """Return the pid of a process in its own namespace; a missing process sorts last."""
     try:
         with open(f"/proc/{pid}/status", "rb", 0) as file:
             return int(file.read(CHUNK_BYTES).partition(b"\nNSpid:")[2].partition(b"\n")[0].split()[-1])
@@ -227,6 +226,6 @@ def _pid_inside(pid: int) -> int:
         return sys.maxsize
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     stat = process_stat(pid)
     return stat is not None and not stat.has_ended

@@ -1,30 +1,29 @@
-"""Run one CLI and make sure that nothing it started outlives it: a program of its own.
+"""Supervisor: a separate program that runs one CLI and makes sure that no process of it survives.
 
-It is started by `python -I -S` as leader of a session of its own, with a control pipe as standard input and a
-status pipe as standard output; or it is forked from one that was started so and has a socket as standard input
-(`serve`), because most of what a session costs us is the start of a Python. Only the standard library is imported,
-and little of that.
+It is started with `python -I -S` as a session leader, with a control pipe as standard input and a status pipe as
+standard output. Or it is forked from a process started that way with a socket as standard input (`serve`), because
+starting Python is most of the cost of a session. It imports little, and only of the standard library.
 
-    control  one line of JSON, the fields of `CommandSpec`; the line `start`, in answer to `locked`; later perhaps the line
-             `stop`; its end means that the orchestrator is dead
-    status   {"event": "locked"} once it holds the session's lock, {"event": "started", "pid": …} unless nothing
-             could be started, and last of all {"event": "ended", …}, the fields of
-             `orchestrator.sessions.supervision.supervisor_client.Ended`
+    control  one line of JSON, the fields of `CommandSpec`; the line `start` in reply to `locked`; optionally the line
+             `stop` later; end of file means that the orchestrator is dead
+    status   {"event": "locked"} once it holds the session's lock, {"event": "started", "pid": …} unless the start
+             failed, and finally {"event": "ended", …} with the fields of
+             `orchestrator.sessions.supervision.supervisor_client.SupervisedExit`
 
-The orchestrator looks between `locked` and `start` whether the session is still its own. Whoever takes that from it
-looks whether the lock is held, afterwards: so one of them sees the other.
+Between `locked` and `start` the orchestrator checks that it still owns the session. A process that takes over the
+session checks the lock afterwards, so one of the two always notices the other.
 
-It holds an exclusive `flock` on the session's lock file from before the CLI starts until every descendant is dead,
-and tells its end after that: as the child subreaper it inherits each orphan, whatever it forked, cleared or
-ignored. Without a subreaper (macOS) only the CLI's process group is killed, and what left it lives on. It can
-not kill what runs as another user (`sudo`): then it waits, and keeps the lock, until that has ended.
+The supervisor holds an exclusive `flock` on the session's lock file from before the CLI starts until every descendant
+is dead, and reports the exit after that. As child subreaper it inherits each orphan, whatever that forked, cleared or
+ignored. Without a subreaper (macOS) only the process group of the CLI is killed, and processes that left the group
+survive. It can't kill processes of other users (`sudo`): then it waits for their end, and keeps the lock.
 
-At a stop, whatever asks for it, every process gets SIGTERM, and SIGKILL when the grace is over. A CLI that is to be
-interrupted gets SIGINT before that, and has up to half of the grace to tidy up; then, or as soon as it has ended,
-comes SIGTERM for what is left. So a wrapper that dies and leaves its program behind, or that passes no signal on,
-costs the program at most half of the grace. Its output is read all the while.
+On every kind of stop all processes get SIGTERM, and SIGKILL after the grace period. A CLI with `interrupt` gets SIGINT
+first and up to half of the grace period to clean up; then, or as soon as it has ended, the rest gets SIGTERM. So a
+wrapper that dies before its program, or does not forward signals, costs the program at most half of the grace period.
+Output is read all the while.
 
-Its parts are `family` (the processes), `capture` and `redaction` (the output), `silence` and `landlock`.
+Its parts are `process_tree`, `capture` and `redaction` (output), `idle_timeout`, and `orchestrator.sandbox.landlock`.
 """
 
 from __future__ import annotations
@@ -53,20 +52,20 @@ from orchestrator.sessions.supervision.process_tree import (
 )
 from orchestrator.system.process_table import start_ticks
 
-# `typing` costs milliseconds that each session would pay.
+# `typing` would add milliseconds to each session.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 CONTROL, STATUS = 0, 1
-WRAPPER_STATUS = 3  # where `argv` tells a wrapper to report to
-WRAPPER_FILTER = 4  # where it tells it to read a filter of system calls from
-WRAPPER_ERROR = 5  # where what starts the CLI in a wrapper reports why it can't
-OWNER = "supervisor"  # who holds the session's lock, in the words of its file
-LOCK_TIMEOUT = 2.0  # seconds; longer than anyone who only looks whether the lock is free keeps it
-WRAPPER_POLL_SECONDS = 0.05  # seconds; between looks into a wrapper, whether anybody lives there
-INTERRUPT_GRACE_SHARE = 0.5  # the share of the grace in which a CLI that was interrupted is left alone
-SIGNAL_EXIT_BASE = 128  # plus a signal's number: a wrapper's exit code where the signal has ended what it started
+WRAPPER_STATUS = 3  # the wrapper writes its status to this descriptor
+WRAPPER_FILTER = 4  # the wrapper reads the system call filter from this descriptor
+WRAPPER_ERROR = 5  # the program that starts the CLI in a wrapper reports errors to this descriptor
+OWNER = "supervisor"  # the owner in the signature of the session's lock
+LOCK_TIMEOUT = 2.0  # seconds; a process that only checks the lock keeps it for less
+WRAPPER_POLL_SECONDS = 0.05  # seconds; between checks whether a wrapper is empty
+INTERRUPT_GRACE_SHARE = 0.5  # of the grace period, for an interrupted CLI to clean up
+SIGNAL_EXIT_BASE = 128  # plus the signal's number: a wrapper's exit code if a signal ended its program
 EMPTY_REPORT: dict[str, object] = {
     "exit": None,
     "signal": None,
@@ -77,12 +76,12 @@ EMPTY_REPORT: dict[str, object] = {
     "killed": 0,
     "output_error": None,
     "exhausted": False,
-}  # what is told of a CLI of which nothing is known
+}  # the report of a CLI that did not run
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class SpawnError(Exception):
-    """The CLI could not be started; the text says what and why, `number` is the errno if there is one."""
+    """The CLI could not be started; the text has the reason, `number` is the errno, if any."""
 
     def __init__(self, why: str, number: int | None = None) -> None:
         super().__init__(why)
@@ -90,7 +89,7 @@ class SpawnError(Exception):
 
 
 class CommandSpec:
-    """What to run: absolute paths, seconds, bytes; `env` is all that the CLI sees of an environment."""
+    """The command to run, in absolute paths, seconds and bytes; `env` is the whole environment of the CLI."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.argv: list[str] = fields["argv"]
@@ -122,7 +121,7 @@ class Control:
         self._unread = b""
 
     def read_line(self) -> bytes | None:
-        """Wait for one whole line; None if the pipe ended before."""
+        """Wait for a whole line; return None if the pipe closes first."""
         while b"\n" not in self._unread:
             data = os.read(CONTROL, CHUNK_BYTES)
             if not data:
@@ -132,7 +131,7 @@ class Control:
         return line
 
     def request(self) -> str | None:
-        """Return `stop`, `orphaned` (the pipe has ended) or None, without waiting."""
+        """Return `stop`, `orphaned` (the pipe is closed) or None, without waiting."""
         os.set_blocking(CONTROL, False)
         try:
             data = os.read(CONTROL, CHUNK_BYTES)
@@ -144,9 +143,7 @@ class Control:
         return "stop" if b"stop\n" in self._unread else None
 
     def wait_for_start(self, wake: int) -> str | None:
-        """Wait until the CLI may start; return what ends the session before that: `stop`, which is SIGTERM, too,
-        or `orphaned`.
-        """
+        """Wait until the CLI may start; return `stop` (also on SIGTERM) or `orphaned` if the session ends first."""
         poll = select.poll()
         for fd in (CONTROL, wake):
             poll.register(fd, select.POLLIN)
@@ -158,57 +155,57 @@ class Control:
 
 
 class WrapperReport:
-    """What a bubblewrap around the CLI reports: whether the CLI itself ever ran.
+    """The report of a bubblewrap around the CLI: whether the CLI itself ever ran.
 
-    From its documents (`--json-status-fd` in bwrap(1)) the one with `exit-code` is written only if the program
-    could be executed.
+    Of its status documents (`--json-status-fd` in bwrap(1)), the one with `exit-code` is written only if the program
+    was executed.
     """
 
     def __init__(self) -> None:
         self._read_end, self.write_end = os.pipe()
-        self._complaint, self.error_write_end = os.pipe()
-        for pipe in (self._read_end, self._complaint):
+        self._error_read_end, self.error_write_end = os.pipe()
+        for pipe in (self._read_end, self._error_read_end):
             os.set_blocking(pipe, False)
 
-    def ran(self) -> bool:
-        """Return whether the CLI ran, or what was to start it; asked once, when all has ended."""
+    def has_run(self) -> bool:
+        """Return whether the CLI, or its starter program, ran. Call once, after the wrapper has ended."""
         try:
             return b'"exit-code"' in os.read(self._read_end, CHUNK_BYTES)
         except BlockingIOError:
             return False
 
     def read_error(self) -> SpawnError | None:
-        """Return why what was to start the CLI could not; asked once, when all has ended."""
+        """Return the error of the CLI's starter program, if any. Call once, after the wrapper has ended."""
         try:
-            return parse_spawn_error(os.read(self._complaint, CHUNK_BYTES))
+            return parse_spawn_error(os.read(self._error_read_end, CHUNK_BYTES))
         except BlockingIOError:
             return None
 
 
-def parse_spawn_error(complaint: bytes) -> SpawnError | None:
-    """Return the error that a program wrote which could not become another: its number, and why."""
-    number, _, why = complaint.decode(errors="replace").partition(" ")
-    return SpawnError(why, int(number)) if number else None
+def parse_spawn_error(data: bytes) -> SpawnError | None:
+    """Parse the error that a process wrote before it failed to execute a program: errno and reason."""
+    number, _, reason = data.decode(errors="replace").partition(" ")
+    return SpawnError(reason, int(number)) if number else None
 
 
 def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
-    """Return what kept a wrapper from starting the CLI: the only thing that it wrote to its standard error.
+    """Return the error that kept a wrapper from starting the CLI, from its standard error.
 
-    None if a signal ended what the wrapper had started; its exit code says so.
+    None if a signal ended the program in the wrapper, according to its exit code.
     """
     with open(stderr, "rb") as file:
         lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
-    said = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "it did not say why")
-    if not said.startswith("bwrap: ") and code > SIGNAL_EXIT_BASE:
+    message = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "no error message")
+    if not message.startswith("bwrap: ") and code > SIGNAL_EXIT_BASE:
         return None
-    why = said.removeprefix("bwrap: ")
-    number = next((number for number in EXHAUSTED if why.endswith(os.strerror(number))), None)
-    program = why.removeprefix("execvp ")
-    return SpawnError(program if program != why else f"the sandbox could not be made: {why}", number)
+    reason = message.removeprefix("bwrap: ")
+    number = next((number for number in EXHAUSTED if reason.endswith(os.strerror(number))), None)
+    program = reason.removeprefix("execvp ")
+    return SpawnError(program if program != reason else f"the sandbox could not be created: {reason}", number)
 
 
 def acquire_lock(path: str) -> int:
-    """Hold the session's lock from now until the file descriptor is closed."""
+    """Acquire the session's lock; return the descriptor that holds it until it is closed."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     give_up = time.monotonic() + LOCK_TIMEOUT
     while True:
@@ -227,24 +224,24 @@ def acquire_lock(path: str) -> int:
 
 
 def start_cli(spec: CommandSpec, streams: list[OutputCapture], wrapper: WrapperReport | None) -> int:
-    """Start the CLI and return its pid once its program runs; raises SpawnError or OSError."""
+    """Start the CLI and return its pid once its program runs. Raises SpawnError or OSError."""
     stdin = os.open(spec.stdin or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    complaint, complain = os.pipe()
+    error_read, error_write = os.pipe()
     parent = os.getpid()
-    given = [stdin, *(stream.write_end for stream in streams)]
+    inherited = [stdin, *(stream.write_end for stream in streams)]
     if wrapper is not None:
-        given.append(wrapper.write_end)
+        inherited.append(wrapper.write_end)
         if spec.filter is not None or spec.uses_loopback:
-            given.append(make_readable_fd(spec.filter or b""))
+            inherited.append(make_readable_fd(spec.filter or b""))
         if spec.uses_loopback:
-            given.append(wrapper.error_write_end)
+            inherited.append(wrapper.error_write_end)
     pid = os.fork()
     if pid == 0:
-        exec_cli(spec, given, parent, complain)
-    for fd in (complain, *given):
+        exec_cli(spec, inherited, parent, error_write)
+    for fd in (error_write, *inherited):
         os.close(fd)
-    error = parse_spawn_error(os.read(complaint, CHUNK_BYTES))
-    os.close(complaint)
+    error = parse_spawn_error(os.read(error_read, CHUNK_BYTES))
+    os.close(error_read)
     if error is not None:
         os.waitpid(pid, 0)
         raise error
@@ -252,16 +249,16 @@ def start_cli(spec: CommandSpec, streams: list[OutputCapture], wrapper: WrapperR
 
 
 def make_readable_fd(data: bytes) -> int:
-    """Return a file descriptor from which a little data can be read."""
+    """Return a file descriptor that yields a small amount of data."""
     read, write = os.pipe()
     os.write(write, data)
     os.close(write)
     return read
 
 
-def exec_cli(spec: CommandSpec, given: list[int], parent: int, complain: int) -> NoReturn:
-    """Turn the forked child into the CLI; what prevents it is written to `complain`."""
-    what = spec.cwd
+def exec_cli(spec: CommandSpec, inherited: list[int], parent: int, error_fd: int) -> NoReturn:
+    """Turn the forked child into the CLI; write the error to `error_fd` on failure."""
+    step = spec.cwd
     try:
         os.setsid()
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -272,42 +269,42 @@ def exec_cli(spec: CommandSpec, given: list[int], parent: int, complain: int) ->
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.umask(0o022)
         os.chdir(spec.cwd)
-        complain = install_descriptors(given, complain)
-        what = "a limit could not be set"
-        for name, most in spec.limits.items():
-            set_resource_limit(name, most)
+        error_fd = install_descriptors(inherited, error_fd)
+        step = "a limit could not be set"
+        for name, limit in spec.limits.items():
+            set_resource_limit(name, limit)
         if spec.landlock is not None:
-            what = "the sandbox could not be made"
+            step = "the sandbox could not be created"
             restrict_thread(spec.landlock, spec.port)
             if spec.filter is not None:
                 seccomp.install_filter(spec.filter)
-        what = spec.argv[0]
-        os.execvpe(what, spec.argv, spec.env)
+        step = spec.argv[0]
+        os.execvpe(step, spec.argv, spec.env)
     except (OSError, ValueError) as exc:
-        why = f"{getattr(exc, 'errno', None) or 0} {what}: {getattr(exc, 'strerror', None) or exc}"
-        os.write(complain, why.encode("utf-8", "replace"))
+        message = f"{getattr(exc, 'errno', None) or 0} {step}: {getattr(exc, 'strerror', None) or exc}"
+        os.write(error_fd, message.encode("utf-8", "replace"))
     finally:
         os._exit(127)
 
 
-def set_resource_limit(name: str, most: int) -> None:
-    """Let this process, and each that it starts, have no more of a resource; never more than it may have already."""
+def set_resource_limit(name: str, limit: int) -> None:
+    """Limit a resource for this process and its children; never raise an existing hard limit."""
     number = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(number)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(number, (most, most))
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(number, (limit, limit))
 
 
-def install_descriptors(given: list[int], complain: int) -> int:
-    """Make `given` the file descriptors from 0 on; returns where `complain`, which may have been in the way, is."""
-    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_ERROR + 1) for fd in (*given, complain)]
+def install_descriptors(inherited: list[int], error_fd: int) -> int:
+    """Renumber `inherited` from 0; return the new number of `error_fd`, which moves out of the way."""
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_ERROR + 1) for fd in (*inherited, error_fd)]
     for target, fd in enumerate(above[:-1]):
         os.dup2(fd, target)
     return above[-1]
 
 
 def open_signal_wakeup() -> int:
-    """Have the end of a child and SIGTERM wake a `poll`; returns the file descriptor to poll."""
+    """Make SIGCHLD and SIGTERM wake a `poll`; return the file descriptor to poll."""
     wake, woken = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(woken, False)
@@ -320,7 +317,7 @@ def open_signal_wakeup() -> int:
 
 
 class SupervisionLoop:
-    """The time in which the CLI runs: pumps its output until something ends it."""
+    """Pumps the output of a running CLI until it ends or must be stopped."""
 
     def __init__(
         self, spec: CommandSpec, family: ProcessTree, control: Control, streams: list[OutputCapture], wake: int
@@ -329,45 +326,45 @@ class SupervisionLoop:
         self._streams = {stream.read_end: stream for stream in streams}
         self._grace, self._interrupt = spec.grace, spec.interrupt
         self._deadline = time.monotonic() + spec.timeout
-        self._silence = None if spec.silence is None else IdleWatch(spec.silence, spec.watched)
+        self._idle_watch = None if spec.silence is None else IdleWatch(spec.silence, spec.watched)
         self._ended_by: str | None = None
-        self._tidied_by: float | None = None  # until when a CLI that was interrupted is left alone
+        self._cleanup_deadline: float | None = None  # of an interrupted CLI
         self._poll = select.poll()
         for fd in (CONTROL, wake, *self._streams):
             self._poll.register(fd, select.POLLIN)
 
     def run(self) -> str:
-        """Return what ended it; descendants may still be alive then."""
+        """Return the reason of the end; descendants may still be alive."""
         while True:
             if not self._family.reap():
                 return self._ended_by or "exit"
-            # While it is being stopped, a wrapper's early end does not cut the others' grace short.
+            # During a stop, the early end of a wrapper does not shorten the grace period of other processes.
             if self._family.status is not None and self._ended_by is None:
                 return "exit"
-            if self._tidied_by is not None and (
-                time.monotonic() >= self._tidied_by or not self._family.is_shutting_down()
+            if self._cleanup_deadline is not None and (
+                time.monotonic() >= self._cleanup_deadline or not self._family.is_shutting_down()
             ):
-                self._tidied_by = None
+                self._cleanup_deadline = None
                 self._family.terminate()
             left = self._deadline - time.monotonic()
             if left <= 0 and self._ended_by is not None:
                 return self._ended_by
             if left <= 0:
                 self._stop("timeout")
-            elif self._silence is not None and self._ended_by is None and self._silence.over():
+            elif self._idle_watch is not None and self._ended_by is None and self._idle_watch.has_expired():
                 self._stop("silence")
             for fd, _ in self._poll.poll(self._pause() * 1000 + 1):
                 if self._handle(fd) == "orphaned":
                     return self._ended_by or "orphaned"
 
     def _pause(self) -> float:
-        """Return for how many seconds there is nothing to do but to listen."""
-        left = max(0, (self._tidied_by or self._deadline) - time.monotonic())
-        if self._tidied_by is not None:
+        """Return the seconds until the next action that no event triggers."""
+        left = max(0, (self._cleanup_deadline or self._deadline) - time.monotonic())
+        if self._cleanup_deadline is not None:
             return min(left, WRAPPER_POLL_SECONDS)
         if self._ended_by is not None:
             return min(left, WRAPPER_POLL_SECONDS) if self._family.release() else left
-        return left if self._silence is None else min(left, self._silence.seconds_until_check())
+        return left if self._idle_watch is None else min(left, self._idle_watch.seconds_until_check())
 
     def _handle(self, fd: int) -> str | None:
         request = None
@@ -377,8 +374,8 @@ class SupervisionLoop:
             request = "stop" if signal.SIGTERM in os.read(self._wake, CHUNK_BYTES) else None
         elif self._streams[fd].pump() == 0:
             self._poll.unregister(fd)
-        elif self._silence is not None:
-            self._silence.heard()
+        elif self._idle_watch is not None:
+            self._idle_watch.note_output()
         if request == "stop":
             self._stop("stop")
         return request
@@ -386,15 +383,15 @@ class SupervisionLoop:
     def _stop(self, reason: str) -> None:
         if self._ended_by is None:
             self._ended_by = reason
-            tidies = self._interrupt and self._family.interrupt()
-            asked = tidies or self._family.terminate()
+            is_interrupted = self._interrupt and self._family.interrupt()
+            is_signalled = is_interrupted or self._family.terminate()
             now = time.monotonic()
-            self._deadline = now + (self._grace if asked else 0)
-            self._tidied_by = now + INTERRUPT_GRACE_SHARE * self._grace if tidies else None
+            self._deadline = now + (self._grace if is_signalled else 0)
+            self._cleanup_deadline = now + INTERRUPT_GRACE_SHARE * self._grace if is_interrupted else None
 
 
 def write_status(**event: object) -> None:
-    """Write one line of status; its reader may be gone."""
+    """Write a status line; ignore a closed pipe."""
     try:
         os.write(STATUS, json.dumps(event).encode() + b"\n")
     except BrokenPipeError:
@@ -402,7 +399,7 @@ def write_status(**event: object) -> None:
 
 
 def supervise(spec: CommandSpec, control: Control, wake: int) -> dict[str, object]:
-    """Run the CLI to its end and return the facts; raises SpawnError or OSError if it could not start."""
+    """Run the CLI and return its report. Raises SpawnError or OSError if it could not start."""
     lock = acquire_lock(spec.lock)
     try:
         return supervise_locked(spec, control, wake)
@@ -411,8 +408,8 @@ def supervise(spec: CommandSpec, control: Control, wake: int) -> dict[str, objec
 
 
 def supervise_locked(spec: CommandSpec, control: Control, wake: int) -> dict[str, object]:
-    """Do what `supervise` does, under the lock."""
-    # Asked only now: who finds the lock free later can rely on it that nothing of this session will start.
+    """Run the CLI under the lock and return its report."""
+    # Ask for permission only now: if a process finds the lock free later, nothing of this session will start.
     write_status(event="locked")
     if (request := control.wait_for_start(wake)) is not None:
         return {"ended_by": request}
@@ -430,11 +427,11 @@ def supervise_locked(spec: CommandSpec, control: Control, wake: int) -> dict[str
     if wrapper is not None and ended_by == "exit" and code >= 0:
         if (error := wrapper.read_error()) is not None:
             raise error
-        if not wrapper.ran():
+        if not wrapper.has_run():
             if (error := read_wrapper_error(spec.stderr, code)) is not None:
                 raise error
             code = SIGNAL_EXIT_BASE - code
-    # A wrapper's own exit code for what a signal has ended; of any other program's it could be its choice.
+    # Only a wrapper's exit code identifies the signal; other programs may choose such a code themselves.
     sent = (signal.SIGINT, signal.SIGTERM) if spec.interrupt else (signal.SIGTERM,)
     if wrapper is not None and ended_by != "exit" and code - SIGNAL_EXIT_BASE in sent:
         code = SIGNAL_EXIT_BASE - code
@@ -450,8 +447,8 @@ def supervise_locked(spec: CommandSpec, control: Control, wake: int) -> dict[str
 
 
 def main() -> None:
-    """Read the spec, run it, report."""
-    os.dup2(STATUS, 2)  # a traceback of our own is the orchestrator's to read, too
+    """Read a command, run it, and report."""
+    os.dup2(STATUS, 2)  # the orchestrator also reads tracebacks of the supervisor
     control = Control()
     line = control.read_line()
     if line is None:
@@ -463,18 +460,18 @@ def main() -> None:
     except SpawnError as exc:
         facts = {"spawn_error": str(exc), "exhausted": exc.exhausted}
     except re.error as exc:
-        facts = {"spawn_error": f"the pattern of secrets is none: {exc}"}
+        facts = {"spawn_error": f"invalid pattern of secrets: {exc}"}
     except OSError as exc:
-        why = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
-        facts = {"spawn_error": why, "exhausted": exc.errno in EXHAUSTED}
+        reason = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
+        facts = {"spawn_error": reason, "exhausted": exc.errno in EXHAUSTED}
     write_status(event="ended", **(EMPTY_REPORT | facts))
 
 
 def serve() -> None:
-    """Fork a supervisor for each request that comes through the socket that is standard input, until that ends.
+    """Fork a supervisor for each request on the standard input socket, until it closes.
 
-    A request is one byte, which brings the control pipe's and the status pipe's descriptor. What a supervisor leaves
-    behind that was itself killed is inherited, and killed; so this ends after the last of them.
+    A request is one byte with the descriptors of the control and status pipes. Orphans of killed supervisors are
+    inherited and killed, so this returns after the last of them.
     """
     import gc
     import socket
@@ -483,13 +480,13 @@ def serve() -> None:
     wake = open_signal_wakeup()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    gc.freeze()  # what no collection looks at stays shared with those that are forked
+    gc.freeze()  # keep memory shared with forked supervisors: the collector would copy it
     supervisors = ForkedSupervisors()
     poll = select.poll()
     poll.register(wake, select.POLLIN)
     poll.register(requests, select.POLLIN)
-    is_asked = True
-    while supervisors.clean_up() or is_asked:
+    is_open = True
+    while supervisors.clean_up() or is_open:
         ready = {fd for fd, _ in poll.poll()}
         if wake in ready:
             os.read(wake, CHUNK_BYTES)
@@ -497,7 +494,7 @@ def serve() -> None:
             continue
         data, pipes, _, _ = socket.recv_fds(requests, 1, 2)
         if not data:
-            is_asked = False
+            is_open = False
             poll.unregister(requests)
             continue
         try:
@@ -517,7 +514,7 @@ def serve() -> None:
 
 
 def supervise_forked(control: int, status: int) -> NoReturn:
-    """Be the supervisor with these two pipes; what goes wrong in here goes to the status pipe."""
+    """Run as supervisor with these two pipes; errors go to the status pipe."""
     try:
         os.setsid()
         for target, fd in ((CONTROL, control), (STATUS, status)):

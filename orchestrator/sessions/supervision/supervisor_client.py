@@ -1,7 +1,7 @@
-"""The orchestrator's end of the supervisor: start it, tell it what to run, wait for its report.
+"""Client of the supervisor: start it, send it a command, wait for its report.
 
-No thread is kept per session and nothing here waits for the CLI's own pipes: the supervisor's status pipe is
-the only source, and it ends when the supervisor does, which is when nothing of the session lives any more.
+There is no thread per session, and nothing here waits for the pipes of the CLI. The status pipe of the supervisor is
+the only source; it closes when the supervisor exits, which is when no process of the session is alive.
 """
 
 from __future__ import annotations
@@ -27,30 +27,32 @@ from orchestrator.system.file_lock import FileLock, LockHolder
 
 _MODULE = "orchestrator.sessions.supervision.supervisor"
 _LOCKED = b'{"event": "locked"}\n'
-_FOLDER = Path("/")  # the supervisor's own, so that it keeps no worktree busy
+_FOLDER = Path("/")  # the supervisor's working folder, so that it keeps no worktree busy
 _SERVER: ContextVar[process.ForkServer | None] = ContextVar("_SERVER", default=None)
-#: Seconds that a supervisor gets to end its session by itself; far above what it takes.
+#: Seconds for a supervisor to end its session by itself; it takes far less.
 _REAP_PAUSE = 0.5
 _KILL_TIMEOUT = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisedCommand:
-    """One CLI to run: `env` is all the environment it gets, `stdin` a file to read (None: nothing to read).
+    """A CLI to run: `env` is its whole environment, `stdin` a file to read (None: empty).
 
-    Of each output the first `cap` bytes and the last MiB are kept. After `timeout` seconds, or when the
-    awaiting task is cancelled, all its processes get SIGTERM and after `grace` seconds SIGKILL. With `interrupt` the
-    CLI itself, and nothing that it started, gets SIGINT first: all get SIGTERM once it has ended, but after half of
-    the grace at the latest. `lock` is the file that is locked while anything of the session lives.
+    The first `cap` bytes and the last MiB of each output are kept. After `timeout` seconds, or when the awaiting task
+    is cancelled, all processes get SIGTERM, and SIGKILL after `grace` seconds. With `interrupt`, the CLI alone gets
+    SIGINT first; all processes get SIGTERM once it has ended, at the latest after half of the grace period. The file
+    `lock` is locked while any process of the session is alive.
 
-    After `silence` seconds without output and without a change beneath the folders `watched`, it is stopped as
-    after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
-    `stdout` and `stderr`, and neither are private keys; see `orchestrator.sessions.supervision.redaction`. `limits` are the
-    most that each process may have of a resource, by its name in setrlimit(2) (`CORE`, `NOFILE`). The last ones are
-    the sandbox's (`orchestrator.sessions.sandbox.policy`): `wrapped` if `argv` starts a bubblewrap that reports to file
-    descriptor 3 and reads a filter from 4, `passes_on` if in it `orchestrator.sandbox.loopback` starts the CLI and
-    reports to 5, `landlock` and `port` what `orchestrator.sandbox.landlock.confine` is given, `filter` what
-    `orchestrator.sandbox.seccomp.build` returned, in hexadecimal.
+    After `silence` seconds without output and without a change in the `watched` folders, the CLI is stopped as after
+    `timeout`. `redact` is the ASCII source of a bytes expression: its matches and private keys are not written to
+    `stdout` and `stderr` (see `orchestrator.sessions.supervision.redaction`). `limits` maps resource names of
+    setrlimit(2) (`CORE`, `NOFILE`) to limits per process.
+
+    The other fields belong to the sandbox (`orchestrator.sessions.sandbox.policy`). `wrapped`: `argv` starts a
+    bubblewrap that reports to file descriptor 3 and reads a filter from 4. `uses_loopback`: in it
+    `orchestrator.sandbox.loopback` starts the CLI and reports to 5. `landlock` and `port`: arguments of
+    `orchestrator.sandbox.landlock.restrict_thread`. `filter`: the result of
+    `orchestrator.sandbox.seccomp.build_filter`, in hexadecimal.
     """
 
     argv: Sequence[str]
@@ -77,14 +79,14 @@ class SupervisedCommand:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedExit:
-    """How a CLI ended, when nothing of it lives any more.
+    """The exit of a CLI, reported when none of its processes is alive.
 
-    `exit` or `signal` is the CLI's own end; both are None when it never ran, and then `parse_spawn_error` says why
-    if it was not stopped before. The byte counts are what it wrote, not what was kept. `killed` counts the
-    processes beside the CLI that had to be killed; of those in a bubblewrap some are the kernel's to kill, and
-    uncounted. `output_error` says why output could not be written. `exhausted` means that the `parse_spawn_error` is a
-    lack of memory, disk, processes or descriptors, which may pass, and not of the program. In a bubblewrap, a CLI
-    that signal N ended by itself is seen as `exit` 128 + N, as a shell sees it.
+    `exit` or `signal` is the CLI's own status. Both are None if it never ran; then `spawn_error` has the reason, unless
+    it was stopped before. The byte counts are of the written output, not of the kept one. `killed` counts killed
+    processes except the CLI; those in a bubblewrap that the kernel kills are not counted. `output_error` is the reason
+    why output could not be written. `exhausted` means that `spawn_error` is a possibly temporary lack of memory, disk
+    space, processes or file descriptors, not an error of the program. In a bubblewrap, a CLI that signal N ended
+    appears as `exit` 128 + N, as in a shell.
     """
 
     exit: int | None
@@ -104,18 +106,18 @@ async def run_supervised(
     may_start: Callable[[], Awaitable[None]] | None = None,
     on_spawned: Callable[[], None] | None = None,
 ) -> SupervisedExit:
-    """Run a CLI to its end and return the facts; nothing that it started is alive then.
+    """Run a CLI and return its exit; none of its processes is alive afterwards.
 
-    `can_start_session` is called under the session's lock, right before the CLI starts, which its error prevents.
-    `on_spawned` is called when the CLI perhaps runs. On cancellation the CLI is stopped as `SupervisedCommand` says
-    before the cancellation goes on. Raises SessionError if the supervisor ended without its report, OSError if it
-    could not be started.
+    `may_start` is called under the session's lock right before the CLI starts; its error prevents the start.
+    `on_spawned` is called when the CLI may be running. Cancellation stops the CLI as described in SupervisedCommand and
+    is then propagated. Raises SessionError if the supervisor ended without a report, OSError if it could not be
+    started.
     """
     async with _supervisor() as supervisor:
-        ordered = False
+        is_sent = False
         try:
             await supervisor.send(_spec(command))
-            ordered = True
+            is_sent = True
             if await supervisor.is_locked():
                 if may_start is not None:
                     await may_start()
@@ -124,47 +126,47 @@ async def run_supervised(
                 on_spawned()
             return await supervisor.report()
         except anyio.get_cancelled_exc_class():
-            # Half an order is never carried out: then the pipe's end is enough.
-            if ordered:
+            # A partial command never runs: closing the pipe is enough.
+            if is_sent:
                 with anyio.move_on_after(command.grace + _KILL_TIMEOUT, shield=True):
                     await supervisor.send(b"stop\n")
-                    while not await supervisor.has_ended(_REAP_PAUSE):  # by itself, unless it is stopped (SIGSTOP)
+                    while not await supervisor.has_ended(_REAP_PAUSE):  # unless it is frozen (SIGSTOP)
                         await anyio.to_thread.run_sync(_stop_supervisor, command.lock)
             raise
 
 
 async def wait_until_released(lock: Path, timeout: float) -> None:
-    """Return when nothing of the session that `lock` belongs to lives; raises LockHeld after `timeout` seconds.
+    """Wait until no process of the session with this lock is alive; raise LockHeld after `timeout` seconds.
 
-    Does not start the session's end, only waits for it. A lock that was never made belongs to no process.
+    Only waits; does not stop the session. A missing lock file means that there is no process.
     """
     if not await anyio.Path(lock).exists():
         return
-    with suppress(FileNotFoundError):  # whoever else sees to that session has just removed all that was left of it
+    with suppress(FileNotFoundError):  # another process has just removed the leftovers of the session
         async with FileLock(lock).hold(timeout):
             pass
 
 
 async def is_session_alive(lock: Path) -> bool:
-    """Whether anything of the session that `lock` belongs to lives, or its lock is looked at just now."""
+    """Return whether a process of the session with this lock is alive, or another process is checking the lock."""
     with suppress(FileNotFoundError):
         return await anyio.Path(lock).exists() and await FileLock(lock).is_held()
     return False
 
 
 async def stop_supervised(lock: Path, marker: bytes, timeout: float) -> None:
-    """Return when nothing of a session lives whose orchestrator is gone, or has it no more; LockHeld as above.
+    """Stop a session that its orchestrator has lost; return when no process is alive.
 
-    A supervisor ends a session by itself unless it is frozen, or its orchestrator is: then it is woken and stopped, and
-    all processes are killed that have `marker` in their environment.
+    A supervisor ends the session by itself unless it or its orchestrator is frozen. Then it is resumed and stopped, and
+    all processes with `marker` in their environment are killed. Raises LockHeld after `timeout` seconds.
     """
-    until = anyio.current_time() + timeout
+    deadline = anyio.current_time() + timeout
     while True:
         try:
             await wait_until_released(lock, _REAP_PAUSE)
             break
         except LockHeld:
-            if anyio.current_time() >= until:
+            if anyio.current_time() >= deadline:
                 raise
         await anyio.to_thread.run_sync(process.kill_by_environment, marker)
         await anyio.to_thread.run_sync(_stop_supervisor, lock)
@@ -172,19 +174,19 @@ async def stop_supervised(lock: Path, marker: bytes, timeout: float) -> None:
 
 
 def _stop_supervisor(lock: Path) -> None:
-    """Have the supervisor that signed a lock, if it lives, stop its session, though it is frozen. Blocks."""
-    signed = LockHolder.read(lock)
-    if signed is not None and signed.owner == OWNER and signed.started is not None and signed.is_alive:
+    """Make the supervisor that holds a lock stop its session, even if it is frozen. Blocks."""
+    holder = LockHolder.read(lock)
+    if holder is not None and holder.owner == OWNER and holder.started is not None and holder.is_alive:
         with suppress(ProcessLookupError, PermissionError):
             for number in (signal.SIGTERM, signal.SIGCONT):
-                os.kill(signed.pid, number)
+                os.kill(holder.pid, number)
 
 
 @asynccontextmanager
 async def open_fork_server() -> AsyncIterator[None]:
-    """Have what `run_supervised` starts in the body, and in tasks begun there, forked from one process that is ready.
+    """Fork the supervisors of the block, and of tasks started in it, from one prepared process.
 
-    Where that can't be started, or is gone, all is as without it.
+    If that process can't be started or is gone, supervisors start normally.
     """
     server: process.ForkServer | None = None
     with suppress(OSError):
@@ -236,18 +238,18 @@ def _spec(command: SupervisedCommand) -> bytes:
 
 
 class _Supervisor:
-    """A running supervisor's two pipes."""
+    """The control and status pipes of a running supervisor."""
 
     def __init__(
         self, control: IO[bytes] | None, status: IO[bytes] | None, child: subprocess.Popen[bytes] | None
     ) -> None:
-        """Take the pipes; what was forked is no child of ours."""
+        """Take over the pipes; `child` is None if the fork server is the parent."""
         self._child = child
         self._control, self._status = _pipe(control), _pipe(status)
-        self._said = bytearray()
+        self._received = bytearray()
 
     async def send(self, data: bytes) -> None:
-        """Write to the control pipe; that it is broken shows in the report that then is missing."""
+        """Write to the control pipe; a broken pipe shows as a missing report."""
         view = memoryview(data)
         try:
             while view:
@@ -257,50 +259,50 @@ class _Supervisor:
             return
 
     async def is_locked(self) -> bool:
-        """Wait for what it reports first; whether that is that it holds the lock, and not its end."""
-        while b"\n" not in self._said and await self._read():
+        """Wait for the first event; return whether the supervisor holds the lock."""
+        while b"\n" not in self._received and await self._read():
             pass
-        return self._said.startswith(_LOCKED)
+        return self._received.startswith(_LOCKED)
 
-    async def ended(self) -> None:
-        """Wait for the end of the status pipe, which is the supervisor's own end."""
+    async def wait_for_exit(self) -> None:
+        """Wait until the status pipe closes, which is when the supervisor exits."""
         while await self._read():
             pass
 
     async def has_ended(self, timeout: float) -> bool:
-        """Whether it ends within so many seconds."""
+        """Return whether the supervisor exits within `timeout` seconds."""
         with anyio.move_on_after(timeout) as scope:
-            await self.ended()
+            await self.wait_for_exit()
         return not scope.cancelled_caught
 
     async def _read(self) -> bool:
-        """Read more of what it reports; False at its end."""
+        """Read more of the status pipe; return False at its end."""
         await anyio.wait_readable(self._status)
         data = self._status.read(1 << 16)
-        self._said += data or b""
+        self._received += data or b""
         return data != b""
 
     async def report(self) -> SupervisedExit:
-        """Wait for the end and return the facts."""
-        await self.ended()
-        last = self._said.rstrip().rpartition(b"\n")[2]
+        """Wait for the supervisor to exit and return its report."""
+        await self.wait_for_exit()
+        last = self._received.rstrip().rpartition(b"\n")[2]
         try:
             event = json.loads(last)
         except ValueError:
             event = None
         if not isinstance(event, dict) or event.pop("event", None) != "ended":
-            lines = self._said.decode(errors="replace").splitlines()
+            lines = self._received.decode(errors="replace").splitlines()
             errors = [line for line in lines if line.strip() and not line.startswith('{"event": ')]
-            why = errors[-1] if errors else "it was killed"
-            raise SessionError(f"the supervisor of the session ended without a report: {why}")
+            reason = errors[-1] if errors else "it was killed"
+            raise SessionError(f"the supervisor of the session ended without a report: {reason}")
         return SupervisedExit(**event)
 
     async def close(self) -> None:
-        """End the control pipe, upon which all is killed at once, and reap the supervisor."""
+        """Close the control pipe, which kills all processes at once, and reap the supervisor."""
         self._control.close()
         with self._status:
             with anyio.move_on_after(_KILL_TIMEOUT, shield=True):
-                await self.ended()
+                await self.wait_for_exit()
                 if self._child is not None:
                     await anyio.to_thread.run_sync(self._child.wait)
                 return

@@ -88,6 +88,6 @@ def command_help(asked: SessionCommand) -> str:
     return f"{asked.help}\n\n{asked.more} {where}\n\n\b\nExamples:\n{examples}"
 
 
-lock, unlock, report, peers, note, notes, ask, hand_over = (
+lock, unlock, report, peers, note, notes, ask, submit_handoff = (
     _command(name) for name, one in SESSION_COMMANDS.items() if not one.is_for_all
 )
