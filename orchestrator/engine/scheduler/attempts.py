@@ -222,7 +222,7 @@ class AttemptRunner:
             base=start.base,
             start=start.commit,
             prompt=prompt.text,
-            context="\n\n".join(filter(None, (notes, prompt.context))) or None,
+            context="\n\n".join(filter(None, (notes, prompt.told))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].reach,
