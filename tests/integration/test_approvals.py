@@ -41,7 +41,7 @@ def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
         found = next((one for one in ended.result.get("tasks", ()) if one["id"] == "t"), None) if ended.stdout else None
         if found is None or found["status"] != "waiting":
             return None
-        return found if repository.council("show", "t", "--json").result["figures"]["sessions"] == session else None
+        return found if repository.council("show", "t", "--json").result["usage"]["sessions"] == session else None
 
     found = wait_for(asked)
     assert found is not None

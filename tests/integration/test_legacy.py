@@ -264,7 +264,8 @@ async def test_damaged_parts_of_a_tree_are_recovered(repository: Repository) -> 
         "tree-1": {"a": "landed", "b": "landed"}
     }
     told = {
-        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"] for one in await events(repository, "legacy.file_skipped")
+        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"]
+        for one in await events(repository, "legacy.file_skipped")
     }
     assert told.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
     assert "version 9 of its history" in told["tasks/task-b/state.json"]
@@ -338,7 +339,7 @@ async def test_damage_to_the_record_of_an_import_stops_no_command(repository: Re
     log.write_bytes(data.replace(b'"is_complete":true', b'"is_complete":trUe', 1))
     (repository.top / ".council/state/snapshot").unlink(missing_ok=True)
     verified = repository.council("state", "verify", "--json")
-    assert (verified.code, verified.result["is_sound"]) == (1, False)
+    assert (verified.code, verified.result["is_valid"]) == (1, False)
     assert str(LEGACY_RECORD) in verified.result["damaged"]
     assert repository.council("state", "verify", "--repair").code == 0
     assert repository.council("runs", "--json").code == 0

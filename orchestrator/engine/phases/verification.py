@@ -71,13 +71,13 @@ class RunVerification:
         return [violation for task in self.tasks for violation in task.violations]
 
     @property
-    def is_sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether no rule is broken."""
         return not self.violations
 
     def to_json(self) -> JsonObject:
         """Return the object that programs get."""
-        return {"run": self.run, "is_sound": self.is_sound, "tasks": [one.to_json() for one in self.tasks]}
+        return {"run": self.run, "is_valid": self.is_valid, "tasks": [one.to_json() for one in self.tasks]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class TaskReport:
     log: str | None
     """What the check that did not pass printed, or else what the last attempt wrote to standard error."""
     adapter: str
-    words: str | None
+    last_message: str | None
     """What the CLI said last, or its result."""
     input_tokens: int
     output_tokens: int
@@ -91,7 +91,7 @@ class TaskReport:
     """US dollars of all attempts, as far as their CLIs told."""
     phase: str | None = None
     """The phase of its workflow that it is at, or is to enter next; null: none is left, or it has no workflow."""
-    denied: str | None = None
+    denied_tools: str | None = None
     """The tools that its newest session with any was denied, and what allows them; null: none was."""
 
 
@@ -459,13 +459,13 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
         paths=document.paths,
         log=None if newest is None else newest.check_log or f"{logs}/{log_file_name(task, newest.number, 'stderr')}",
         adapter=adapter if newest is None else newest.adapter,
-        words=None if newest is None else newest.words,
+        last_message=None if newest is None else newest.words,
         # Lists, because generators would take longer than all the rest.
         input_tokens=sum([one.input_tokens for one in attempts]),
         output_tokens=sum([one.output_tokens for one in attempts]),
         cost=document.cost,
         phase=at,
-        denied=next((str(one.denied) for one in reversed(attempts) if one.denied.count), None),
+        denied_tools=next((str(one.denied) for one in reversed(attempts) if one.denied.count), None),
     )
 
 

@@ -67,7 +67,7 @@ class PhaseVisitDetails:
     """The numbers of its sessions."""
     adapters: Sequence[str]
     """Those that ran them."""
-    figures: UsageTotals
+    usage: UsageTotals
     given: GivenValues | None
     """What it was given of all that was known; null: nothing is filtered for it."""
     received: Sequence[str]
@@ -134,7 +134,7 @@ class AttemptDetails:
     """The commit that its worktree began at, where that is another."""
     branch: str | None
     """The branch that keeps what it left."""
-    words: str | None
+    last_message: str | None
     """What the CLI said last, or its result."""
     log: str
     """The file with what it wrote to standard output; `.stderr` is beside it."""
@@ -142,7 +142,7 @@ class AttemptDetails:
     """The file with what the check printed that did not pass."""
     discarded: Sequence[str]
     """The paths that it changed though it was to change nothing."""
-    denied: ToolDenials
+    denied_tools: ToolDenials
     """The tools that its CLI denied it: how many calls, the first of them, and what allows them."""
 
 
@@ -233,7 +233,7 @@ class TaskDetails:
     """Where it is; `blocked` means that something that it needs will not land."""
     reason: str | None
     """Why it is not landed, or what is special about it."""
-    asked: str | None
+    prompt: str | None
     """What it was asked to do; null where that is not known, as of an imported task."""
     tracker: str | None
     """The tracker that it came from."""
@@ -250,15 +250,15 @@ class TaskDetails:
     """The name of its workflow."""
     phases: Sequence[PhaseVisitDetails]
     """The phases that it was at, visit by visit."""
-    ahead: Sequence[str]
+    remaining_phases: Sequence[str]
     """The phases that are still to come, if nothing is sent back or skipped."""
     sessions: Sequence[AttemptDetails]
     handoffs: Sequence[HandoffDetails]
     landing: LandingDetails
-    figures: UsageTotals
+    usage: UsageTotals
     damage: Sequence[str]
     """Places in the state log that could not be read."""
-    latest: LatestActivity | None = None
+    latest_activity: LatestActivity | None = None
     """The latest activity of its session; null unless one runs and its output is on this machine."""
 
     def to_json(self) -> JsonObject:
@@ -304,7 +304,7 @@ def build_task_details(
         task=report.id,
         status=report.status,
         reason=report.reason,
-        asked=asked.prompt,
+        prompt=asked.prompt,
         tracker=asked.tracker,
         plan=asked.plan,
         expanded=document.expanded,
@@ -313,11 +313,11 @@ def build_task_details(
         needs=asked.needs,
         workflow=asked.workflow,
         phases=_visits(document, attempts, asked, handoffs, now),
-        ahead=_remaining_phases(document, asked),
+        remaining_phases=_remaining_phases(document, asked),
         sessions=[_session(report.id, one, logs, now) for one in attempts],
         handoffs=[_handoff(one) for one in ordered],
         landing=_landing(document, target, landed_at),
-        figures=_figures(attempts, now),
+        usage=_usage(attempts, now),
         damage=damage,
     )
 
@@ -376,7 +376,7 @@ def _visit(
         ended=record.ended,
         attempts=record.attempts,
         adapters=list(dict.fromkeys(one.adapter for one in attempts)),
-        figures=_figures(attempts, now),
+        usage=_usage(attempts, now),
         given=record.given,
         received=record.received,
         handoff=record.handoff,
@@ -428,11 +428,11 @@ def _session(task: str, one: Attempt, logs: str, now: float) -> AttemptDetails:
         base=one.base,
         start=one.start,
         branch=one.branch,
-        words=one.words,
+        last_message=one.words,
         log=f"{logs}/{log_file_name(task, one.number, 'stdout')}",
         check_log=one.check_log,
         discarded=one.discarded,
-        denied=one.denied,
+        denied_tools=one.denied,
     )
 
 
@@ -478,7 +478,7 @@ def _seconds(one: Attempt, now: float) -> float:
     return max((now if one.ended is None else one.ended) - one.started, 0.0)
 
 
-def _figures(attempts: Sequence[Attempt], now: float) -> UsageTotals:
+def _usage(attempts: Sequence[Attempt], now: float) -> UsageTotals:
     return UsageTotals(
         sessions=len(attempts),
         seconds=sum(_seconds(one, now) for one in attempts),
