@@ -198,7 +198,7 @@ class AttemptRunner:
         notes = await self._notes(task, spec)
         is_anew = document.start is not None and start.commit is None
         turn = replace(turn, base=start.base, start=start.commit, is_restart=is_anew, is_newest=start.is_newest)
-        brief = await self.phase_handlers.starter.brief(task, spec, turn, await self._diff(turn))
+        prompt = await self.phase_handlers.starter.build_prompt(task, spec, turn, await self._diff(turn))
         earlier = None
         if Capability.RESUME in self.context.adapters[adapter].capabilities():
             earlier = None if turn.is_restart else _conversation(document, turn.earlier, adapter)
@@ -207,8 +207,8 @@ class AttemptRunner:
             worktree=Worktree(self.context.hub, self.ledger.run.id, task, len(document.attempts) + 1),
             base=start.base,
             start=start.commit,
-            prompt=brief.text,
-            told="\n\n".join(filter(None, (notes, brief.told))) or None,
+            prompt=prompt.text,
+            told="\n\n".join(filter(None, (notes, prompt.suffix))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].reach,
@@ -218,13 +218,13 @@ class AttemptRunner:
             mcp_servers=self.context.mcp_servers,
             max_cost=self.budgets.cost_left(task, spec),
             earlier=earlier,
-            follow_up="\n\n".join(filter(None, (notes, brief.follow_up))) or None,
+            follow_up="\n\n".join(filter(None, (notes, prompt.follow_up))) or None,
             task_prompt=spec.prompt,
             phase=None if turn.workflow.is_default else turn.phase.name,
             writes=turn.phase.writes,
         )
         session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm, task))
-        return ActiveAttempt(task, spec, adapter, session, replace(turn, brief=brief))
+        return ActiveAttempt(task, spec, adapter, session, replace(turn, prompt=prompt))
 
     async def _diff(self, turn: NextPhase) -> str | None:
         """Return the changes that a phase starts with, if its template may show them."""
@@ -396,7 +396,7 @@ class AttemptRunner:
     ) -> PhaseCompletion | Failed:
         """Record what a session makes of its phase, and return it; nothing is recorded where the phase has failed."""
         try:
-            concluded = await self.phase_handlers.completer.conclude(work.task, work.spec, work.turn, ended)
+            concluded = await self.phase_handlers.completer.complete(work.task, work.spec, work.turn, ended)
         except (RefusedError, HandoffCorrupted) as error:  # a condition, or what was handed over before, is at fault
             return Failed(FailureClass.INVALID, str(error))
         if isinstance(concluded, PhaseCompletion):

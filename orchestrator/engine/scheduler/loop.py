@@ -237,7 +237,7 @@ class Scheduler:
             await self._refuse(task, obstacle)
             return None
         try:
-            turn = await self._phase_starter.turn(task, spec)
+            turn = await self._phase_starter.next_phase(task, spec)
             if isinstance(turn, NoPhaseLeft):
                 await self._apply_outcome(task, await self._attempts.rest(task, turn))
                 self._local.wake()  # what needs it may start

@@ -25,8 +25,8 @@ from orchestrator.engine.phases.expansion import (
     describe_expansion,
     expand_task,
     expansion_changes,
-    landed_parts,
-    superseded_parts,
+    landed_subtasks,
+    superseded_subtasks,
 )
 from orchestrator.engine.phases.prompts import render_rejection
 from orchestrator.engine.reports.report import RunRecord
@@ -242,7 +242,7 @@ async def parts_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple
     document = ledger.task(task)
     if document.status not in RETRYABLE_STATUSES:
         return ()
-    return superseded_parts(ledger, ledger.workflow((await ledger.spec(task)).workflow), document, phase)
+    return superseded_subtasks(ledger, ledger.workflow((await ledger.spec(task)).workflow), document, phase)
 
 
 async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> bool:
@@ -251,8 +251,8 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
     work = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
     while (document := ledger.task(task)).status in RETRYABLE_STATUSES:
         again = restart_task(workflow, document, phase)
-        if superseded_parts(ledger, workflow, document, phase):
-            again["expanded"] = landed_parts(ledger, document)
+        if superseded_subtasks(ledger, workflow, document, phase):
+            again["expanded"] = landed_subtasks(ledger, document)
         fresh = {"failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
         try:
             await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **fresh, **work, **again)
