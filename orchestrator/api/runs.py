@@ -154,7 +154,7 @@ class ProjectRuns:
         paths = ReportPaths(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
         has_ended = record.run.ended is not None if has_ended is None else has_ended
         return build_report(
-            record, paths=places, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
+            record, paths=paths, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
         )
 
     async def status(self, run: str, *, even_gone: bool = False) -> RunReport:
