@@ -295,11 +295,11 @@ class AttemptRunner:
                 return await work.session.run()
             takes = self.phase_handlers.completer.make_handoff_checker(work.task, work.spec, work.turn.phase)
             seat = desk.serve_session(
-                work.name, work.adapter, self._session_workspace(work), keep_ownership=True, takes=takes
+                work.name, work.adapter, self._session_workspace(work), keep_ownership=True, validate_handoff=takes
             )
             await stack.enter_async_context(seat)
             finished = await work.session.run()
-            work.handed_over = desk.handed_over(work.name)
+            work.handed_over = desk.submitted_handoff(work.name)
         return finished
 
     def _session_workspace(self, work: ActiveAttempt) -> SessionWorkspace:
