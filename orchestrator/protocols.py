@@ -279,7 +279,7 @@ class VerificationReport:
     """Documents of council's own whose value is none of their kind, and why; a store leaves this empty."""
 
     @property
-    def is_sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether there is nothing to worry about."""
         return not (self.damage or self.damaged or self.mismatched or self.unreadable)
 

@@ -559,7 +559,7 @@ class Council:
         from orchestrator.engine.reports.task_details import LatestActivity
 
         latest = await self.archive.latest(run, task, await self.adapters(run))
-        return found if latest is None else replace(found, latest=LatestActivity(*latest))
+        return found if latest is None else replace(found, latest_activity=LatestActivity(*latest))
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
         """Describe all runs of the project, or only the active ones, the oldest first.

@@ -151,10 +151,10 @@ class ProjectRuns:
 
     def describe(self, record: RunRecord, *, is_live: bool, has_ended: bool | None = None) -> RunReport:
         """Return the report of a run; `is_live`: a process is active on it; `has_ended` by default as recorded."""
-        places = ReportPaths(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
+        paths = ReportPaths(self.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
         has_ended = record.run.ended is not None if has_ended is None else has_ended
         return build_report(
-            record, places=places, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
+            record, paths=paths, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
         )
 
     async def status(self, run: str, *, even_gone: bool = False) -> RunReport:

@@ -121,8 +121,8 @@ class StoreContract(ABC):
                 assert list(await store.history(TASK)) == []
                 assert list(await store.list("task")) == []
                 assert (await store.statistics()).position == 0
-                assert (await store.verify()).is_sound
-                assert (await store.repair()).is_sound
+                assert (await store.verify()).is_valid
+                assert (await store.repair()).is_valid
                 assert (await store.compact(0.0, 0)).first == 0
                 assert await read_dump(store) == (0, 0, [])
 
@@ -350,9 +350,9 @@ class StoreContract(ABC):
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {}))
             verified = await store.verify()
-            assert verified.is_sound
+            assert verified.is_valid
             assert (verified.position, verified.bytes > 0) == (1, True)
-            assert (await store.repair()).is_sound
+            assert (await store.repair()).is_valid
             assert await store.position() == 1
 
     async def test_a_copy_tells_the_same_of_every_moment(self) -> None:
@@ -377,7 +377,7 @@ class StoreContract(ABC):
             for key in (TASK, OTHER_TASK, LEASE):
                 assert await copy.get(key) == await store.get(key)
                 assert await copy.history(key) == await store.history(key)
-            assert (await copy.verify()).is_sound
+            assert (await copy.verify()).is_valid
             await copy.commit(Commit([Write(TASK, 0, {"n": 3})], guards=[Guard(LEASE, 4)]))
             found = await copy.get(TASK)
             assert found is not None
@@ -388,7 +388,7 @@ class StoreContract(ABC):
         async with self.open_store() as store:
             await store.load(make_dump(COMPACTED_LOG, 8, 6))
             assert await read_dump(store) == (8, 6, list(COMPACTED_LOG))
-            assert (await store.verify()).is_sound
+            assert (await store.verify()).is_valid
             assert await store.position() == 8
             with pytest.raises(HistoryCompacted) as caught:
                 await store.at(5)
@@ -419,7 +419,7 @@ class StoreContract(ABC):
             assert (await store.at(6)).documents.keys() == {TASK}
             assert await store.commit(Commit(events=[Event("next")])) == 7
             assert [one.position for one in await _watch(store, 6, 1)] == [7]
-            assert (await store.verify()).is_sound
+            assert (await store.verify()).is_valid
 
     async def test_a_dump_is_of_one_moment(self) -> None:
         """What is committed while it is open is not in it, and need not wait."""

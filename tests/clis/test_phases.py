@@ -39,7 +39,7 @@ def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandRes
         "write hello.txt MARMALADE\nsay It is written.\nusage 120 34\n"
         f"told your result (plan)\n{plan}\nusage 120 34\n"
         f"told your result (review)\n{review}\nusage 120 34\n"
-        f"told is not what was asked for\n{mended}\nusage 120 34"
+        f"told that you submitted is not valid\n{mended}\nusage 120 34"
     )
     return stage.run(prompt, {"workflows": {"three": WORKFLOW}}, workflow="three", attempts=1)
 
@@ -91,7 +91,7 @@ def assert_handed_over(stage: Stage, *, by: str) -> None:
 
 
 def _is_of_build(request: RecordedRequest) -> bool:
-    return request.dialect is not None and "Do all of the task in the files here" in _prompt(request)
+    return request.dialect is not None and "Do the whole task in the files here" in _prompt(request)
 
 
 def _prompt(request: RecordedRequest) -> str:

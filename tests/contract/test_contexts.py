@@ -164,7 +164,7 @@ async def test_words_of_programs_are_made_fit(contexts: SessionContexts) -> None
     assert found.message.startswith(f"uses {REDACTED} ? xxx")
     assert (len(found.message), len(found.progress or "")) == (500, 40)
     assert (await contexts.record_activity(API, f"Bash curl {SECRET}", None)).seen == f"Bash curl {REDACTED}"
-    with pytest.raises(RefusedError, match="not at work here"):
+    with pytest.raises(RefusedError, match="not running here"):
         await contexts.update(WEB, message="x")
 
 

@@ -27,9 +27,9 @@ def memory(store: Store, clock: ManualClock) -> NoteStore:
 
 async def test_notes_are_found_by_task_topic_and_path(memory: NoteStore, store: Store, clock: ManualClock) -> None:
     """Paths are patterns that overlap, topics count in whatever case, and all that is asked must fit."""
-    first = await memory.leave(API, "the port is 8080", topic="Set-up", paths=["src/api/**"])
+    first = await memory.add(API, "the port is 8080", topic="Set-up", paths=["src/api/**"])
     clock.advance(1)
-    second = await memory.leave(WEB, "run npm ci first", topic="set-up")
+    second = await memory.add(WEB, "run npm ci first", topic="set-up")
     assert await memory.all() == [first, second]
     assert await memory.find(task="api") == [first]
     assert await memory.find(topic="SET-UP") == [first, second]
@@ -49,7 +49,7 @@ async def test_of_too_many_the_oldest_go(
     """A scope has room for so many."""
     monkeypatch.setattr("orchestrator.engine.session_api.notes.MAX_NOTES", 3)
     for number in range(5):
-        await memory.leave(API, f"note {number}")
+        await memory.add(API, f"note {number}")
         clock.advance(0.002)
     assert [one.text for one in await memory.all()] == ["note 2", "note 3", "note 4"]
 
@@ -59,10 +59,10 @@ async def test_of_too_many_of_one_task_its_own_go(
 ) -> None:
     """Whoever leaves notes without end takes no other task's away."""
     monkeypatch.setattr("orchestrator.engine.session_api.notes.MAX_TASK_NOTES", 2)
-    await memory.leave(WEB, "of another")
+    await memory.add(WEB, "of another")
     for number in range(5):
         clock.advance(0.002)
-        await memory.leave(API, f"note {number}")
+        await memory.add(API, f"note {number}")
     assert [one.text for one in await memory.all()] == ["of another", "note 3", "note 4"]
 
 
@@ -77,7 +77,7 @@ async def test_many_at_once_all_stay(memory: NoteStore) -> None:
     """Nobody's note takes another's place."""
     async with anyio.create_task_group() as group:
         for number in range(20):
-            group.start_soon(memory.leave, API, f"note {number}")
+            group.start_soon(memory.add, API, f"note {number}")
     assert {one.text for one in await memory.all()} == {f"note {number}" for number in range(20)}
 
 
@@ -85,12 +85,12 @@ async def test_many_at_once_all_stay(memory: NoteStore) -> None:
     ("text", "topic", "paths", "why"),
     [
         ("  \n", None, [], "has no text"),
-        ("ä" * 2049, None, [], "4098 bytes, 4096 fit"),
+        ("ä" * 2049, None, [], "4098 bytes .limit: 4096."),
         ("x", "t" * 101, [], "101 characters"),
         ("x", " ", [], "0 characters"),
-        ("x", None, ["a"] * 51, "51 paths, 50 fit"),
+        ("x", None, ["a"] * 51, "51 paths given .limit: 50."),
         ("x", None, ["a" * 1001], "1001 characters"),
-        ("x", None, [f"{number}{'a' * 900}" for number in range(3)], "2703 characters, 2000 fit"),
+        ("x", None, [f"{number}{'a' * 900}" for number in range(3)], "2703 characters .limit: 2000."),
         ("x", None, ["../a"], "no path to own"),
     ],
 )
@@ -99,23 +99,23 @@ async def test_what_does_not_fit_is_refused(
 ) -> None:
     """With what would fit; nothing is kept."""
     with pytest.raises(RefusedError, match=why):
-        await memory.leave(API, text, topic=topic, paths=paths)
+        await memory.add(API, text, topic=topic, paths=paths)
     assert await memory.all() == []
 
 
 async def test_secrets_stay_out_and_the_largest_note_fits(memory: NoteStore) -> None:
     """Also in topics; what is not Unicode is replaced."""
-    note = await memory.leave(API, f"key {SECRET}\ud800", topic=f"about {SECRET}")
+    note = await memory.add(API, f"key {SECRET}\ud800", topic=f"about {SECRET}")
     assert (note.text, note.topic) == (f"key {REDACTED}?", f"about {REDACTED}")
-    assert len((await memory.leave(API, "x" * bounds.MAX_TEXT_BYTES)).text) == bounds.MAX_TEXT_BYTES
+    assert len((await memory.add(API, "x" * bounds.MAX_TEXT_BYTES)).text) == bounds.MAX_TEXT_BYTES
 
 
 async def test_a_note_is_dropped_by_its_id(memory: NoteStore) -> None:
     """One that is not there is refused."""
-    note = await memory.leave(API, "wrong")
+    note = await memory.add(API, "wrong")
     await memory.drop(note.id)
     assert await memory.all() == []
-    with pytest.raises(RefusedError, match="no note"):
+    with pytest.raises(RefusedError, match="note .* not found"):
         await memory.drop(note.id)
 
 
@@ -123,6 +123,6 @@ async def test_who_was_taken_over_leaves_no_note(memory: NoteStore, store: Store
     """It is written under the claim of its task."""
     await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
     with pytest.raises(LeaseLost):
-        await memory.leave(API, "late", claim=Guard(claim_key(API), 1))
-    await memory.leave(API, "in time", claim=Guard(claim_key(API), 2))
+        await memory.add(API, "late", claim=Guard(claim_key(API), 1))
+    await memory.add(API, "in time", claim=Guard(claim_key(API), 2))
     assert [one.text for one in await memory.all()] == ["in time"]

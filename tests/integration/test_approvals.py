@@ -41,7 +41,7 @@ def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
         found = next((one for one in ended.result.get("tasks", ()) if one["id"] == "t"), None) if ended.stdout else None
         if found is None or found["status"] != "waiting":
             return None
-        return found if repository.council("show", "t", "--json").result["figures"]["sessions"] == session else None
+        return found if repository.council("show", "t", "--json").result["usage"]["sessions"] == session else None
 
     found = wait_for(asked)
     assert found is not None
@@ -62,7 +62,7 @@ async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approv
     """Status says what to type; the run says once what it waits for, and lands what follows."""
     child = repository.start("run", configured(repository), "--json")
     waits = until_asked(repository)
-    assert (waits["phase"], waits["reason"]) == ("plan", "phase 'plan' waits for a person to approve it")
+    assert (waits["phase"], waits["reason"]) == ("plan", "phase 'plan' waits for approval")
     told = repository.council("status").stdout
     assert "waiting for approval" in told
     assert "next: council show t\n    then: council approve t\n    or: council reject t --note TEXT\n" in told

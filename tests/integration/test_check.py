@@ -56,7 +56,7 @@ async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
     assert (told.code, told.stdout) == (0, f"run {run}: 1 task with a workflow, 2 handoffs: all rules hold\n")
     assert repository.council("check", run, "--json").result == {
         "run": run,
-        "is_sound": True,
+        "is_valid": True,
         "tasks": [{"id": "t", "workflow": "two", "visits": 2, "handoffs": 2, "violations": [], "unseen": []}],
         "damage": [],
         "exit": 0,
@@ -64,7 +64,7 @@ async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
     assert repository.council("check", "nobody").code == 2
     async with council_of(repository) as council:
         found = await council.check()
-    assert (found.is_sound, found.violations, [task.id for task in found.tasks]) == (True, [], ["t"])
+    assert (found.is_valid, found.violations, [task.id for task in found.tasks]) == (True, [], ["t"])
     await repository.assert_invariants()
 
 
@@ -155,7 +155,7 @@ async def test_what_breaks_a_rule_is_found_and_named(repository: Repository) -> 
             assert (rule, place.replace("RUN", run)) in {(one.rule, one.place) for one in found}, (name, found)
             assert all(one.what and one.remedy for one in found)
             await write(repository, key, partial(put_back, before.value))
-            assert (await council.check()).is_sound
+            assert (await council.check()).is_valid
 
 
 async def test_a_broken_rule_is_told_to_people_and_programs(repository: Repository) -> None:
@@ -164,7 +164,7 @@ async def test_a_broken_rule_is_told_to_people_and_programs(repository: Reposito
     await write(repository, Key("handoff", f"{run}/t/1"), no_receipts)
     told = repository.council("check", "--json")
     assert told.code == told.result["exit"] == 1
-    assert told.result["is_sound"] is False
+    assert told.result["is_valid"] is False
     [one] = told.result["tasks"][0]["violations"]
     text = repository.council("check")
     assert text.code == 1
@@ -186,7 +186,7 @@ async def test_what_can_not_be_looked_at_is_told_and_breaks_nothing(repository: 
     assert repository.council("state", "adopt").code == 0
     told = repository.council("check")
     assert told.code == 0
-    assert "not looked at: task 't', phase 'build', visit 1: files" in told.stdout
+    assert "not looked at: task 't', phase 'build', visit 1: handoff files" in told.stdout
     assert f"run {run}: 1 task with a workflow" in told.stdout
 
 

@@ -116,9 +116,9 @@ async def test_there_and_back_again(source: FileStore, tmp_path: Path, clock: Ma
         assert [one.version for one in await target.list("task")] == [2, 3, 1, 40]
     async with FileStore.open(tmp_path / "target", clock) as target:
         assert await target.position() == 83
-        assert (await target.verify()).is_sound
+        assert (await target.verify()).is_valid
         assert (await target.compact(clock.now() - 60, ALL)).first > copied.first
-        assert (await target.verify()).is_sound
+        assert (await target.verify()).is_valid
     sizes = [one.path(tmp_path / "target").stat().st_size for one in list_segments(tmp_path / "target")]
     assert len(sizes) > 1
     assert not files(tmp_path / "target") & {"loading", "loaded"}
@@ -216,7 +216,7 @@ async def test_what_is_damaged_is_not_copied(tmp_path: Path, clock: ManualClock)
             with pytest.raises(RefusedError, match=r"damaged.*verify --repair"):
                 await export_store(source, tmp_path / "file")
             assert files(tmp_path) == {"source", "target"}
-            assert (await source.repair()).is_sound
+            assert (await source.repair()).is_valid
             await copy_store(source, target)
             assert await told(target) == await told(source)
 
@@ -310,7 +310,7 @@ async def test_killed_in_a_load(
             assert await read_dump(before) == (0, 0, [])
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
         assert not target.damage
-        assert (await target.verify()).is_sound
+        assert (await target.verify()).is_valid
         assert await target.position() == 82 * is_there + (opens and is_there)
         if not (opens and is_there):
             assert (await copy_store(source, target)).was_there is is_there

@@ -100,7 +100,7 @@ async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: 
             while (await team.context(session)).status is not SessionStatus.WAITING:
                 await anyio.sleep(0.01)
             holder = f"run1/stranger.1 (process {other.held()[0].pid})"
-            assert (await team.context(session)).blocked_on == f"b.py, which {holder} has"
+            assert (await team.context(session)).blocked_on == f"b.py (held by {holder})"
             await other.release_all(stranger)
         assert (await team.context(session)).files == ("a.py", "b.py")
         assert await team.owned() == {"auth.1": ("a.py", "b.py")}
@@ -135,7 +135,7 @@ async def test_all_goes_with_the_session(repository: Repository, tmp_path: Path)
         assert team.files.held() == []
         found = await team.context(first)
         assert (found.status, found.files) == (SessionStatus.DONE, ())
-        assert "session run1/auth.1 is over" in await team.refused(first, "peers")
+        assert "session run1/auth.1 has ended" in await team.refused(first, "peers")
         assert [one["task"] for one in (await team.ask(second, "peers"))["peers"]] == ["web"]
         assert await team.ask(second, "lock", paths=["a.py", "src/api.py"], wait=0)
         await team.session_service.leave(second, keep_ownership=True)
@@ -183,8 +183,8 @@ async def test_details_are_there_while_a_session_is_at_work(repository: Reposito
         team.write(session, "src/large.py", "x\n" * 40_000)
         found = await team.ask(asker, "ask", task="auth")
         assert len(found["diff"]) <= MAX_DIFF_LENGTH + 100
-        assert found["diff"].endswith("more characters are left out\n")
-        assert "has no session at work" in await team.refused(asker, "ask", task="docs")
+        assert found["diff"].endswith("more characters omitted\n")
+        assert "has no running session" in await team.refused(asker, "ask", task="docs")
 
 
 async def test_what_a_program_prints_is_what_its_session_is_seen_at(repository: Repository, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_pat
             ("note", {"text": "x"}),
         ):
             told = await team.refused(session, command, **arguments)
-            assert told.startswith("task auth was taken over by another process: end here"), command
+            assert told.startswith("task auth was taken over by another process: stop here"), command
         assert team.files.held() == []
         assert await team.memory.all() == []
         await team.session_service.leave(session)
@@ -287,7 +287,7 @@ async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
                 ("note", {"text": "x"}),
             ):
                 told = await team.refused(session, command, **arguments)
-                assert told.startswith("task auth was taken over by another process: end here"), (command, now)
+                assert told.startswith("task auth was taken over by another process: stop here"), (command, now)
             team.claims[session] = Guard(claim_key(session), 2)
         assert await team.memory.all() == []
         assert (await team.context(session)).message is None
@@ -299,7 +299,7 @@ async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
 @pytest.mark.parametrize(
     ("command", "arguments", "why"),
     [
-        ("fly", {}, "there is no command 'fly'"),
+        ("fly", {}, "unknown command 'fly'"),
         ("lock", {}, "paths: field required"),
         ("lock", {"paths": []}, "paths"),
         ("lock", {"paths": ["a"], "wait": 1e9}, "wait"),
@@ -327,7 +327,7 @@ async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> 
     """By whoever put them; who waits is seen to, and is told where nothing comes."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
-        assert "nothing is shared as api/port" in await team.refused(second, "share_get", key="api/port")
+        assert "no shared value api/port" in await team.refused(second, "share_get", key="api/port")
         assert "within 0 s" in await team.refused(second, "share_wait", key="api/port", timeout=0)
         got: list[Any] = []
 
@@ -372,26 +372,26 @@ async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp
 
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
-        assert "nothing to hand over" in await team.refused(session, "submit_handoff", data={"summary": "x"})
-        await team.session_service.enter(session, "fixer", team.workplace(session), takes=takes)
-        assert team.session_service.handed_over(session) is None
+        assert "no result to submit" in await team.refused(session, "submit_handoff", data={"summary": "x"})
+        await team.session_service.enter(session, "fixer", team.workplace(session), validate_handoff=takes)
+        assert team.session_service.submitted_handoff(session) is None
         said = await team.refused(session, "submit_handoff", data={})
         assert said.endswith(":\n- summary: there is none\n- tasks: there are none")
-        assert "not taken: mend this" in said
-        assert team.session_service.handed_over(session) is None
+        assert "not valid: fix these errors" in said
+        assert team.session_service.submitted_handoff(session) is None
         assert (await team.ask(session, "submit_handoff", data={"summary": "a"}))["size"] == len('{"summary":"a"}')
         await team.ask(session, "submit_handoff", data={"summary": f"key {SECRET}"})
-        assert team.session_service.handed_over(session) == judged[-1] == {"summary": "key [redacted]"}
+        assert team.session_service.submitted_handoff(session) == judged[-1] == {"summary": "key [redacted]"}
         await team.refused(session, "submit_handoff", data={"worse": 1})
         large = {"summary": "x" * (MAX_HANDOFF_BYTES - len('{"summary":""}'))}
         assert f"{MAX_HANDOFF_BYTES + 1} bytes" in await team.refused(
             session, "submit_handoff", data={"summary": large["summary"] + "x"}
         )
-        assert team.session_service.handed_over(session) == {"summary": "key [redacted]"}
+        assert team.session_service.submitted_handoff(session) == {"summary": "key [redacted]"}
         await team.ask(session, "submit_handoff", data=large)
-        assert team.session_service.handed_over(session) == large
+        assert team.session_service.submitted_handoff(session) == large
         await team.session_service.leave(session)
-        assert team.session_service.handed_over(session) is None
+        assert team.session_service.submitted_handoff(session) is None
 
 
 # Secrets
@@ -407,8 +407,8 @@ async def test_no_word_of_a_session_becomes_a_record_with_a_secret_in_it(
         await team.ask(session, "report", message=SECRET, progress=SECRET, blocked_on=f"on {SECRET}")
         (team.tree(session) / "link").symlink_to(SECRET)
         for path in (f"{SECRET}.py", f"src/{SECRET}/a.py", "link"):
-            assert "holds a secret" in await team.refused(session, "lock", paths=["a.py", path])
-            assert "holds a secret" in await team.refused(session, "report", file=path)
+            assert "contains a secret" in await team.refused(session, "lock", paths=["a.py", path])
+            assert "contains a secret" in await team.refused(session, "report", file=path)
             await team.refused(session, "unlock", paths=[path])
         await team.refused(session, "share_put", key=f"api/{SECRET}", value=1)
         await team.refused(session, "share_wait", key=SECRET, timeout=0)
@@ -435,7 +435,7 @@ async def test_a_session_that_shares_without_end_is_refused(repository: Reposito
         value = "x" * 200_000
         for _ in range(20):
             await team.ask(first, "share_put", key="a", value=value)
-        assert "64 KiB a second" in await team.refused(first, "share_put", key="a", value=value)
+        assert "64 KiB of state a second" in await team.refused(first, "share_put", key="a", value=value)
         assert await team.ask(second, "share_put", key="b", value=1)
         clock.advance(10)
         assert await team.ask(first, "share_put", key="a", value=value)
@@ -452,7 +452,7 @@ async def test_many_small_requests_are_refused_too(repository: Repository, tmp_p
         team.session_service._quota = quota
         for _ in range(12):
             await team.ask(session, command, **words[command])
-        assert "1 KiB a second" in await team.refused(session, command, **words[command])
+        assert "1 KiB of state a second" in await team.refused(session, command, **words[command])
 
 
 def test_a_session_and_a_run_have_a_total() -> None:
@@ -469,10 +469,10 @@ def test_a_session_and_a_run_have_a_total() -> None:
             written += 1
             clock.advance(10)
 
-    with pytest.raises(RefusedError, match="this session has written 2 MiB"):
+    with pytest.raises(RefusedError, match="this session has reached its limit of 2 MiB"):
         write(SessionName("r", "a", 1))
     quota.close(SessionName("r", "a", 1))
-    with pytest.raises(RefusedError, match="the sessions of run r have written 3 MiB"):
+    with pytest.raises(RefusedError, match="the sessions of run r have reached their limit of 3 MiB"):
         write(SessionName("r", "b", 1))
     assert written == 3 * mib // (100_000 + OVERHEAD)
     quota.charge(SessionName("other", "b", 1), 1)

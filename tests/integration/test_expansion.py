@@ -173,7 +173,7 @@ async def test_a_plan_says_nothing_but_what_is_its_own_to_say(repository: Reposi
     assert (specs["all-x"]["workflow"], specs["all-x"]["plan"]) == (None, f"{run.result['run']}/all/1")
     logs = repository.top / ".council" / "logs" / run.result["run"]
     prompt = (logs / "all-x.1.stdout").read_text()
-    assert "planned by a session of the task 'all'" in prompt
+    assert "planned by a session of task 'all'" in prompt
     begun = next(line for line in prompt.splitlines() if line.endswith(" task begins]"))
     assert prompt.index(begun) < prompt.index("write x.txt bad") < prompt.index(begun.replace("begins", "ends"))
     await repository.assert_invariants()

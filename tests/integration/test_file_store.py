@@ -57,7 +57,7 @@ async def test_a_folder_that_was_replaced_is_written_by_those_who_open_it_alone(
                     pass
             await after.commit(Commit(events=[Event("third")]))
             found = await after.verify()
-            assert (found.is_sound, found.position) == (True, 3)
+            assert (found.is_valid, found.position) == (True, 3)
 
 
 async def test_a_follower_is_woken_by_commits_of_its_own_process(

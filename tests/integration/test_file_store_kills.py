@@ -59,10 +59,10 @@ async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
         assert reached == ((position, position) if position else (0, 0))
         assert [one.version for one in await store.history(OWN)] == list(range(position, 0, -1))[:VERSIONS_KEPT]
         found = await store.verify()
-        assert found.is_sound, found
+        assert found.is_valid, found
         assert [damage.keys for damage in store.damage if damage.keys != ()] == []
     async with FileStore.open(tmp_path, SystemClock()) as again:  # and by whoever comes next
-        assert (await again.position(), (await again.verify()).is_sound) == (position, True)
+        assert (await again.position(), (await again.verify()).is_valid) == (position, True)
         await again.compact(-inf, 1 << 30)
     assert not list(tmp_path.glob(f"{snapshot.SNAPSHOT_FILE}*.new"))
 
@@ -78,4 +78,4 @@ async def test_an_open_store_goes_on_behind_what_a_killed_one_left(tmp_path: Pat
         position = await store.commit(Commit([Write(Key("own", "other"), 0, {"n": 1})], durable=False))
         own = await store.get(OWN)
         assert (position, own and own.position) == (behind + 1, behind)
-        assert (await store.verify()).is_sound
+        assert (await store.verify()).is_valid

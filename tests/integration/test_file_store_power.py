@@ -62,7 +62,7 @@ async def test_what_was_never_durable_may_be_gone(tmp_path: Path) -> None:
             await beat(store, 1)
             assert not (await store.verify()).mismatched
         async with FileStore.open(place, ManualClock()) as store:
-            assert (await store.verify()).is_sound
+            assert (await store.verify()).is_valid
             found = await store.get(WORK)
             assert found is not None
             assert found.version == 3

@@ -47,7 +47,7 @@ async def test_a_sound_log_is_left_alone(place: Path) -> None:
     """To verify it says how much there is, and repair does nothing."""
     async with FileStore.open(place, ManualClock()) as store:
         verified = await store.verify()
-        assert verified.is_sound
+        assert verified.is_valid
         assert (verified.position, verified.bytes) == (13, sum(path.stat().st_size for path in log(place)))
         assert await store.repair() == verified
         assert await store.position() == 13
@@ -58,10 +58,10 @@ async def test_damage_that_comes_while_a_store_is_open_is_found(place: Path) -> 
     async with FileStore.open(place, ManualClock()) as store:
         spoil(place, b'"second"', b'"sec0nd"')
         verified = await store.verify()
-        assert not verified.is_sound
+        assert not verified.is_valid
         assert set(verified.damaged) == {HIT, NEVER}
         assert not verified.mismatched
-        assert (await store.repair()).is_sound
+        assert (await store.repair()).is_valid
         found = await store.get(HIT)
         assert found is not None
         assert (found.value, found.version) == ({"n": "second"}, 3)
@@ -79,7 +79,7 @@ async def test_what_is_lost_is_settled_for(place: Path, damage: Callable[[Path],
         assert before.damaged
         verified = await store.verify()
         assert HIT in verified.damaged
-        assert (await store.repair()).is_sound
+        assert (await store.repair()).is_valid
         after, whole = await store.get(HIT), await store.get(WHOLE)
         assert after is not None
         assert whole is not None
@@ -94,7 +94,7 @@ async def test_what_is_lost_is_settled_for(place: Path, damage: Callable[[Path],
     async with FileStore.open(place, ManualClock()) as store:
         assert not store.damage
         assert await store.get(HIT) == after
-        assert (await store.verify()).is_sound
+        assert (await store.verify()).is_valid
 
 
 async def test_damage_in_the_newest_segment_is_repaired(place: Path) -> None:
@@ -103,7 +103,7 @@ async def test_damage_in_the_newest_segment_is_repaired(place: Path) -> None:
     newest.write_bytes(newest.read_bytes().replace(b'{"n":11}', b'{"n":99}'))
     async with FileStore.open(place, ManualClock()) as store:
         assert WHOLE in (await store.verify()).damaged
-        assert (await store.repair()).is_sound
+        assert (await store.repair()).is_valid
         found = await store.get(WHOLE)
         assert found is not None
         assert found.value == {"n": 10}
@@ -128,10 +128,10 @@ async def test_what_was_deleted_stays_deleted(tmp_path: Path, *, follow: bool) -
         assert not (await store.verify()).damaged
         before = await store.position()
         assert await store.get(GONE) is None
-        assert (await store.repair()).is_sound
+        assert (await store.repair()).is_valid
         assert await store.get(GONE) is None
     async with FileStore.open(tmp_path, ManualClock()) as store:
-        assert (await store.verify()).is_sound
+        assert (await store.verify()).is_valid
         assert await store.get(GONE) is None
         assert GONE not in (await store.at(before)).documents
         await store.commit(Commit([Write(GONE, 0, {"n": "again"})]))
@@ -150,9 +150,9 @@ async def test_versions_of_what_was_deleted_never_go_back(tmp_path: Path, *, is_
         async with FileStore.open(tmp_path, ManualClock()) as anew:
             store = known if is_open else anew
             assert WHOLE in (await store.verify()).damaged
-            assert (await store.repair()).is_sound
+            assert (await store.repair()).is_valid
     async with FileStore.open(tmp_path, ManualClock()) as store:
-        assert (await store.verify()).is_sound
+        assert (await store.verify()).is_valid
         assert await store.get(GONE) is None
         await store.commit(Commit([Write(GONE, 0, {"n": "again"})]))
         found = await store.get(GONE)
@@ -174,7 +174,7 @@ async def test_what_expires_does_so_after_a_repair(tmp_path: Path) -> None:
     segment.write_bytes(lines[0] + b"\n")
     clock.advance(50.0)
     async with FileStore.open(tmp_path, clock) as store:
-        assert (await store.repair()).is_sound
+        assert (await store.repair()).is_valid
         assert await store.get(late) is None
         found = await store.get(HIT)
         assert found is not None
@@ -196,11 +196,11 @@ async def test_a_copy_of_a_commit_right_behind_it_hits_nothing(
         (damage,) = store.damage
         assert damage.keys == ()
         found = await store.verify()
-        assert (found.is_sound, found.position, found.damaged, found.mismatched) == (False, 3, [], [])
+        assert (found.is_valid, found.position, found.damaged, found.mismatched) == (False, 3, [], [])
         whole = await store.get(WHOLE)
         assert whole is not None
         assert (whole.version, whole.damaged) == (2, False)
-        assert (await store.repair()).is_sound
+        assert (await store.repair()).is_valid
         assert await store.get(WHOLE) == whole
         assert await store.get(GONE) is None
 
@@ -220,7 +220,7 @@ async def test_a_log_of_which_nothing_is_left_is_settled_for(tmp_path: Path) -> 
     (segment,) = await requested(tmp_path)
     segment.unlink()
     async with FileStore.open(tmp_path, ManualClock()) as store:
-        assert not (await store.verify()).is_sound
+        assert not (await store.verify()).is_valid
         await store.repair()
         assert await store.commit(Commit([Write(WHOLE, 0, {"n": 0})])) > 3
 
@@ -238,4 +238,4 @@ async def test_a_copy_that_comes_while_a_store_is_open_hits_nothing(tmp_path: Pa
         found = await store.get(WHOLE)
         assert found is not None
         assert (found.value, found.damaged) == ({"n": 3}, False)
-        assert (await store.repair()).is_sound
+        assert (await store.repair()).is_valid

@@ -170,7 +170,7 @@ async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"reads": "landed", "puts": "landed", "errs": "landed"}, ended
     assert json.loads((repository.top / "got.txt").read_text()) == {"text": "hello"}
-    assert "nothing to hand over" in (repository.top / "err.txt").read_text()
+    assert "no result to submit" in (repository.top / "err.txt").read_text()
     async with Council.open(config) as council:
         (entry,) = await (await council.shared_values()).list()
     assert (entry.key, entry.version, entry.writer) == ("greeting", 1, f"{ended.result['run']}/puts.1")

@@ -339,7 +339,7 @@ async def test_damage_to_the_record_of_an_import_stops_no_command(repository: Re
     log.write_bytes(data.replace(b'"is_complete":true', b'"is_complete":trUe', 1))
     (repository.top / ".council/state/snapshot").unlink(missing_ok=True)
     verified = repository.council("state", "verify", "--json")
-    assert (verified.code, verified.result["is_sound"]) == (1, False)
+    assert (verified.code, verified.result["is_valid"]) == (1, False)
     assert str(LEGACY_RECORD) in verified.result["damaged"]
     assert repository.council("state", "verify", "--repair").code == 0
     assert repository.council("runs", "--json").code == 0
@@ -421,7 +421,7 @@ async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
         ]  # fmt: skip
         for ask in asked:
             with pytest.raises(
-                RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, only its record is here"
+                RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, so only its record exists here"
             ):
                 await ask()
         assert await council.position() == position

@@ -95,7 +95,7 @@ def test_a_running_session_is_followed_and_its_latest_activity_shown(
     try:
         wait_for(lambda: "make test" in repository.council("show", "t").stdout, 60)
         story = json.loads(repository.council("show", "t", "--json").stdout)
-        assert story["latest"]["text"] == "> shell make test"
+        assert story["latest_activity"]["text"] == "> shell make test"
         assert re.search(r"latest +> shell make test \(\d:\d\d ago\)", repository.council("show", "t").stdout)
         running = repository.council("logs", "t").stdout.splitlines()
         assert (running[1], running[2]) == ("> shell make test", "session 1 running")
@@ -105,7 +105,7 @@ def test_a_running_session_is_followed_and_its_latest_activity_shown(
         followed = follower.communicate(timeout=60)[0].splitlines()
     assert followed[1:3] == ["> shell make test", "> shell make test: failed: exit code 2: no rule"]
     assert followed[-1].startswith("session 1 built after ")
-    assert json.loads(repository.council("show", "t", "--json").stdout)["latest"] is None
+    assert json.loads(repository.council("show", "t", "--json").stdout)["latest_activity"] is None
 
 
 def test_the_output_of_a_failed_check_is_shown_once(repository: Repository) -> None:

@@ -68,7 +68,7 @@ async def test_an_adapters_mistake_fails_its_task_alone(repository: Repository) 
     )
     assert told["raise"]["branch"], "what it built is kept"
     assert told["fail"]["reason"] == "cut in ?"
-    assert (told["go"]["words"], told["go"]["cost"]) == ("end ?", None)
+    assert (told["go"]["last_message"], told["go"]["cost"]) == ("end ?", None)
     await repository.assert_invariants()
 
 

@@ -356,11 +356,11 @@ async def test_damage_is_found_and_settled_for(project: Repository) -> None:
     before, _, after = segment.read_bytes().rpartition(b'"landed":"4f0c2d1e9b')
     segment.write_bytes(before + b'"landed":"000000000b' + after)
     found = project.council("state", "verify", "--json")
-    assert (found.code, found.result["is_sound"]) == (1, False)
+    assert (found.code, found.result["is_valid"]) == (1, False)
     assert found.result["damaged"] == [str(CLAIM), str(MODELS)]  # one commit landed the task and gave back its claim
     assert "verify --repair" in project.council("state", "verify").stdout
     repaired = project.council("state", "verify", "--repair", "--json")
-    assert (repaired.code, repaired.result["is_sound"], repaired.result["position"]) == (0, True, 12)
+    assert (repaired.code, repaired.result["is_valid"], repaired.result["position"]) == (0, True, 12)
     assert repaired.result["settled"] == [{"key": str(CLAIM), "version": 3}, {"key": str(MODELS), "version": 6}]
     assert project.council("state", "verify", "--repair", "--json").result["settled"] == []
     assert project.council("state", "verify").code == 0

@@ -92,7 +92,7 @@ async def test_details_of_a_session_are_seen_from_outside(repository: Repository
     finally:
         ended(repository, child)
     async with Council.open(repository.top, environ=repository.environ) as council:
-        with pytest.raises(RefusedError, match="has no session at work"):
+        with pytest.raises(RefusedError, match="has no running session"):
             await council.details("auth", run)
 
 
@@ -108,11 +108,11 @@ async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -
         Council.open(repository.top, environ=repository.environ) as council,
     ):
         memory = NoteStore(store, SystemClock(), ownership_scope(str(repository.top), "main"), Redactor())
-        first = await memory.leave(SessionName(runs[0], "a", 1), "of the first", topic="order", paths=["src/**"])
-        second = await memory.leave(SessionName(runs[1], "a", 1), "of the second")
+        first = await memory.add(SessionName(runs[0], "a", 1), "of the first", topic="order", paths=["src/**"])
+        second = await memory.add(SessionName(runs[1], "a", 1), "of the second")
         assert await council.notes() == await council.notes(runs[0], task="a") == [first, second]
         assert await council.notes(paths=["src/a.py"]) == await council.notes(topic="Order") == [first]
-        third = await memory.leave(SessionName(runs[1], "a", 1), "wrong")
+        third = await memory.add(SessionName(runs[1], "a", 1), "wrong")
         await council.drop_note(third.id)
         for run in runs:
             await forget(council, run)
@@ -131,7 +131,7 @@ async def test_notes_about_a_branch_of_a_runs_own_go_with_its_record(repository:
         Council.open(repository.top, environ=repository.environ) as council,
     ):
         memory = NoteStore(store, SystemClock(), ownership_scope(str(repository.top), f"council/{run}"), Redactor())
-        note = await memory.leave(SessionName(run, "a", 1), "x")
+        note = await memory.add(SessionName(run, "a", 1), "x")
         assert await council.notes() == [note]
         await forget(council, run)
         assert await memory.all() == []

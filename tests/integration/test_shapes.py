@@ -136,7 +136,7 @@ async def test_what_was_noted_comes_back_with_a_repair(council: Council) -> None
     for key in (API, Key("run", RUN)):
         await council.update(key, partial(merge, {"extra": noted}))
         await put(council._store, key, lambda value: {**value, "progress": "50%"})
-        assert (await council.repair()).is_sound
+        assert (await council.repair()).is_valid
         repaired = await council.document(key)
         assert repaired is not None
         assert repaired.value["extra"] == noted
@@ -220,7 +220,7 @@ async def test_values_that_no_command_could_use_are_refused(council: Council, na
         await council.status(RUN)
     with pytest.raises(UnreadableDocument):  # it is not known which of its fields a person may change
         await council.update(key, lambda value: {**(value or {}), "extra": {"a": 1}})
-    assert (await council.repair()).is_sound
+    assert (await council.repair()).is_valid
 
 
 CHECKPOINT: JsonObject = {
@@ -279,11 +279,11 @@ async def test_one_unreadable_document_affects_its_run_alone(council: Council, n
             refused.append(str(error))
     assert "\n" not in "".join(refused)
     found = await council.verify()
-    assert (list(found.unreadable), found.is_sound) == ([key], False)
+    assert (list(found.unreadable), found.is_valid) == ([key], False)
     assert str(key) in " ".join(f"{one.name} {one.found}" for one in await council.health())
 
     after = await council.repair()
-    assert after.is_sound
+    assert after.is_valid
     now = await council.document(key)
     assert (now is None) == (before is None)
     if now is not None and before is not None:
@@ -392,8 +392,8 @@ async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
     for look in looks(council, RUN).values():
         with suppress(RefusedError):
             await look()
-    assert (await council.repair()).is_sound
-    assert (await council.repair()).is_sound
+    assert (await council.repair()).is_valid
+    assert (await council.repair()).is_valid
     await look_at_all(council)
     await put(council._store, key, lambda _: documents[key].value)
 

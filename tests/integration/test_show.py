@@ -79,7 +79,7 @@ async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -
         plain = await council.story("plain")
     assert [(one.phase, one.status, list(one.attempts)) for one in plain.phases] == [("build", "completed", [1])]
     assert (plain.workflow, plain.handoffs) == (None, [])
-    assert (result["attempts"], story["attempts"], story["figures"]["sessions"]) == (1, 1, 7)
+    assert (result["attempts"], story["attempts"], story["usage"]["sessions"]) == (1, 1, 7)
     await repository.assert_invariants()
 
 
@@ -91,7 +91,7 @@ def test_sessions_are_shown_as_running_only_while_they_are(repository: Repositor
     has_begun(repository, "t")
     read = repository.council("show", "t").stdout
     assert ("build: in progress, 1 session, " in read, "1 build: running, fake, " in read) == (True, True), read
-    assert repository.council("show", "t", "--json").result["figures"]["seconds"] > 0
+    assert repository.council("show", "t", "--json").result["usage"]["seconds"] > 0
     child.send_signal(signal.SIGKILL)
     child.communicate()
     read = repository.council("show", "t").stdout
@@ -131,7 +131,7 @@ def test_the_newest_run_is_meant_unless_another_is_named(repository: Repository)
         for run in ([], ["--run", first.result["run"]])
     )
     assert (newest["status"], newest["sessions"][0]["outcome"]) == ("failed", "crashed")
-    assert (named["run"], named["status"], named["asked"]) == (first.result["run"], "landed", "write a.txt x")
+    assert (named["run"], named["status"], named["prompt"]) == (first.result["run"], "landed", "write a.txt x")
     refused = repository.council("show", "biuld")
     assert (refused.code, "did you mean 'build'?" in refused.stderr) == (2, True)
 

@@ -101,9 +101,9 @@ async def test_what_is_handed_over_wrong_is_mended_once(repository: Repository) 
     path = repository.configure(tasks, workflows={"one": workflow})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"mends": "done", "never": "failed", "silent": "failed"}, ended
-    assert "What is wrong with it" in repository.council("logs", "mends", "--session", "2").stdout
+    assert "The result that you submitted is not valid" in repository.council("logs", "mends", "--session", "2").stdout
     assert "tasks" in task_of(ended, "never")["reason"]
-    assert "nothing was handed over" in task_of(ended, "silent")["reason"]
+    assert "no result was submitted" in task_of(ended, "silent")["reason"]
     told = [one["task"] for one in ended.lines if one.get("event") == "handoff.invalid"]
     assert sorted(told) == ["mends", "never", "silent"]
     await repository.assert_invariants()

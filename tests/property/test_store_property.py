@@ -354,7 +354,7 @@ class StoreMachine(RuleBasedStateMachine):
     def verify(self, which: int) -> None:
         """All that is read anew is as it was told."""
         found = self.call(self.stores[which].verify)
-        assert found.is_sound, found
+        assert found.is_valid, found
         assert found.position == len(self.log)
 
 

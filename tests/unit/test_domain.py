@@ -311,8 +311,8 @@ def record(tasks: dict[str, TaskDocument], entries: dict[str, DispatchEntry], **
 
 def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
     """Report it as of the hundredth second."""
-    places, is_live = ReportPaths(Path("/logs"), Path("/trusted")), status is RunStatus.RUNNING
-    return build_report(made, places=places, has_ended=status is None, is_live=is_live, now=100.0)
+    paths, is_live = ReportPaths(Path("/logs"), Path("/trusted")), status is RunStatus.RUNNING
+    return build_report(made, paths=paths, has_ended=status is None, is_live=is_live, now=100.0)
 
 
 def test_a_report_names_what_blocks() -> None:
@@ -364,9 +364,9 @@ def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
     first, second = format_local_time(200.0), format_local_time(300.0)
     for tasks_by_id in (live, over):
         assert {task.id: task.reason for task in tasks_by_id.values() if task.id != "both"} == {
-            "parked": f"waits for the adapter 'parked' until {first}",
-            "late": f"waits for the adapter 'parked' until {first}, or for 'later' until {second}; "
-            "'shut' is stopped: log in",
+            "parked": f"waits for adapter 'parked' until {first}",
+            "late": f"waits for adapter 'parked' until {first}, or for 'later' until {second}; "
+            "'shut' is disabled: log in",
             "open": None,
             "needy": None,
             "failed": "no",

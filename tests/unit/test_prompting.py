@@ -92,7 +92,7 @@ def test_whatever_is_printed_of_others_stands_between_marks(template: str) -> No
 )
 def test_a_template_that_does_not_fit_is_refused(template: str) -> None:
     """With its phase, its line and what to do."""
-    with pytest.raises(RefusedError, match=r"template of the phase 'build' fails in its line 2, .*: correct it"):
+    with pytest.raises(RefusedError, match=r"template of phase 'build' failed at line 2: .*: guard optional values"):
         render(f"\n{template}", facts(owns=["a"]))
 
 
@@ -125,10 +125,10 @@ def test_what_a_template_leaves_out_stands_behind_it() -> None:
     """How to hand over, and what is to be mended; but only once."""
     handing = HandoffInstructions("answer", SCHEMA)
     text = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing)).text
-    assert text.startswith("Add a login.\n\nMend it.\n\nWhen you are done, hand over")
+    assert text.startswith("Add a login.\n\nMend it.\n\nWhen you are done, submit")
     own = render("{{ hand_over }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", handoff=handing)).text
     assert own.endswith("Mend it.\nEnd.\n")
-    assert own.count("hand over your result") == own.count("Mend it.") == 1
+    assert own.count("submit your result") == own.count("Mend it.") == 1
 
 
 def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
@@ -147,7 +147,7 @@ def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
     handing = HandoffInstructions("answer", SCHEMA)
     prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing))
     assert prompt.follow_up is not None
-    assert prompt.follow_up.startswith("Mend it.\n\nWhen you are done, hand over")
+    assert prompt.follow_up.startswith("Mend it.\n\nWhen you are done, submit")
     assert "Add a login." not in prompt.follow_up
     assert render("{{ task.prompt }}", facts(handoff=handing)).follow_up is None
 
@@ -158,7 +158,7 @@ def test_values_and_prompts_have_a_largest_size() -> None:
     assert "(… 5 more characters are left out.)" in text
     assert len(text) < MAX_VALUE_LENGTH + 1000
     many = {f"v{n}": "x" * MAX_VALUE_LENGTH for n in range(MAX_PROMPT_LENGTH // MAX_VALUE_LENGTH + 1)}
-    with pytest.raises(RefusedError, match="name fewer values under `needs:`"):
+    with pytest.raises(RefusedError, match="list fewer values under `needs:`"):
         render("{% for name in given %}{{ given[name] }}\n{% endfor %}", facts(given=many))
 
 
@@ -174,11 +174,11 @@ def test_the_supplied_templates_fit_all_facts(name: str, writes: bool) -> None:
         template,
         facts(feedback="Mend it.", handoff=handing, owns=["src/**"], base="c0ffee", round=2, writes=writes, phase=name),
     ).text
-    for part in ("Add a login.", "Mend it.", "hand over your result"):
+    for part in ("Add a login.", "Mend it.", "submit your result"):
         assert whole.count(part) == 1, part
     assert "everything" in whole
     assert "everything" not in outside(whole)
-    assert writes or name == "build" or name == "deploy" or "is discarded" in " ".join(whole.split())
+    assert writes or name == "build" or name == "deploy" or "are discarded" in " ".join(whole.split())
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_condition_holds_or_not(condition: str, expected: bool) -> None:
 @pytest.mark.parametrize("condition", ["risks", "not risks", "plan.risks > 1", "plan.size / 0", "plan < 3"])
 def test_a_condition_that_does_not_fit_is_refused(condition: str) -> None:
     """A value that is not there skips no phase."""
-    with pytest.raises(RefusedError, match=r"phase .review., .*can.t be judged, .*: name a value that is there"):
+    with pytest.raises(RefusedError, match=r"phase .review., .*can.t be evaluated: .*: use a value that exists"):
         is_condition_met("review", condition, {"plan": PLAN})
 
 

@@ -27,7 +27,7 @@ COMMIT = "0123456789" * 4
 def task(state: str, **facts: Any) -> TaskReport:
     made: dict[str, Any] = {
         "id": "t", "attempts": 1, "landed": None, "branch": None, "failure": None, "reason": None, "paths": (),
-        "log": None, "adapter": "fake", "words": None, "input_tokens": 0, "output_tokens": 0, "cost": None,
+        "log": None, "adapter": "fake", "last_message": None, "input_tokens": 0, "output_tokens": 0, "cost": None,
     }  # fmt: skip
     return TaskReport(status=state, **{**made, **facts})
 

@@ -35,8 +35,8 @@ def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
     [
         (figures(), LogGrowth(100, DAY, DAY), None),
         (figures(), LogGrowth(0, 0.0, 0.0), None),
-        (figures(log_bytes=1001), LogGrowth(100, DAY, DAY), "more than it may be"),
-        (figures(), LogGrowth(100, 600.0, DAY), "within an hour it is full"),
+        (figures(log_bytes=1001), LogGrowth(100, DAY, DAY), "above its limit"),
+        (figures(), LogGrowth(100, 600.0, DAY), "full within an hour"),
         (figures(first=50), LogGrowth(10, DAY, 2 * DAY), "it goes back 2d, not 30d"),
         (figures(first=50), LogGrowth(10, DAY, 31 * DAY), None),
         (figures(first=50, log_bytes=100), LogGrowth(10, DAY, 2 * DAY), None),

@@ -38,7 +38,7 @@ def told(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: Handof
     report = TaskReport(
         id="t", status=document.status.value, attempts=len(document.attempts), landed=document.landed,
         branch=document.branch, failure=None, reason=document.reason, paths=document.paths, log=None, adapter="fake",
-        words=None, input_tokens=0, output_tokens=0, cost=None,
+        last_message=None, input_tokens=0, output_tokens=0, cost=None,
     )  # fmt: skip
     more: dict[str, Any] = {"target": "main", "landed_at": None, "logs": "/logs", "now": 1_000.0, **facts}
     return build_task_details("run", report, document, asked, {one.id: one for one in handoffs}, **more)
@@ -101,13 +101,13 @@ def test_each_visit_has_what_came_of_it() -> None:
         ("build", 2, "in_progress"),
     ]
     plan, review, again = one.phases[1], one.phases[3], one.phases[4]
-    assert (plan.figures.sessions, plan.figures.seconds, plan.figures.cost) == (2, 60.0, 1.0)
+    assert (plan.usage.sessions, plan.usage.seconds, plan.usage.cost) == (2, 60.0, 1.0)
     assert plan.adapters == ["cli-2"]
     assert list(review.findings) == FINDINGS
     assert review.discarded == ["a.py", "b.py"]
-    assert (again.figures.seconds, again.figures.cost) == (400, None)
-    assert one.ahead == ["review"]
-    assert (one.figures.sessions, one.figures.input_tokens, one.figures.cost) == (6, 6000, 2.5)
+    assert (again.usage.seconds, again.usage.cost) == (400, None)
+    assert one.remaining_phases == ["review"]
+    assert (one.usage.sessions, one.usage.input_tokens, one.usage.cost) == (6, 6000, 2.5)
     assert [one.seconds for one in one.sessions] == [30.0] * 5 + [400.0]
 
 
@@ -183,22 +183,22 @@ def test_a_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: st
     [visit] = one.phases
     assert (visit.phase, visit.status, list(visit.attempts)) == ("build", expected, [1, 2])
     assert [session.phase for session in one.sessions] == ["build", "build"]
-    assert one.ahead == []
+    assert one.remaining_phases == []
 
 
 def test_what_has_not_begun_is_ahead() -> None:
     """So are the phases behind one that waits for a person, and none once the task is over."""
-    assert told(TaskDocument()).ahead == list(FOUR.phases)
-    assert told(TaskDocument(), TaskDefinition("Fix it.")).ahead == ["build"]
+    assert told(TaskDocument()).remaining_phases == list(FOUR.phases)
+    assert told(TaskDocument(), TaskDefinition("Fix it.")).remaining_phases == ["build"]
     asks = PhaseRecord(phase="plan", status=PhaseStatus.AWAITING, attempts=(1,))
     waits = TaskDocument(status=TaskStatus.WAITING, attempts=(attempt(1, "plan"),), phases=(asks,))
-    assert told(waits).ahead == ["build", "review"]
+    assert told(waits).remaining_phases == ["build", "review"]
     assert "plan: waiting for approval" in text(told(waits))
     approved = asks.model_copy(update={"status": PhaseStatus.COMPLETED})
     later = waits.model_copy(update={"status": TaskStatus.PENDING, "phases": (approved,), "phase": "build"})
-    assert told(later).ahead == ["build", "review"]
+    assert told(later).remaining_phases == ["build", "review"]
     over = waits.model_copy(update={"status": TaskStatus.CANCELLED})
-    assert told(over).ahead == []
+    assert told(over).remaining_phases == []
 
 
 def test_the_landing_says_where_the_work_is() -> None:

@@ -31,7 +31,7 @@ def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument
 def verification_json(found: VerificationReport, settled: Sequence[RepairedDocument]) -> JsonObject:
     """Return it as one object, with what was settled before."""
     return {
-        "is_sound": found.is_sound,
+        "is_valid": found.is_valid,
         "position": found.position,
         "bytes": found.bytes,
         "damage": [one.describe() for one in found.damage],
@@ -48,7 +48,7 @@ def verification_lines(found: VerificationReport, settled: Sequence[RepairedDocu
         version = document.version
         stands = "gone, none of its values is known" if version is None else f"as last known, now version {version}"
         yield printable(f"settled: {document.key}: {stands}")
-    verdict = "sound" if found.is_sound else "not all can be trusted"
+    verdict = "sound" if found.is_valid else "not all can be trusted"
     yield f"{found.position:,} commits, {format_size_short(found.bytes)}: {verdict}"
     for one in found.damage:
         yield printable(f"  {one.describe()}")
@@ -58,5 +58,5 @@ def verification_lines(found: VerificationReport, settled: Sequence[RepairedDocu
         yield printable(f"  {key}: can't be read: {flaw}")
     for key in found.mismatched:
         yield printable(f"  {key}: told otherwise than the log says: restart whatever has this state open")
-    if not found.is_sound:
+    if not found.is_valid:
         yield "`council state verify --repair` settles for what can be read"

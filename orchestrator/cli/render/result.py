@@ -91,8 +91,8 @@ def _task_details(task: TaskReport, target: str, changes: Mapping[str, Changes])
         parts.append(text)
     if task.reason is not None:
         parts.append(printable(format_reason(task)))
-    if task.denied is not None and task.denied not in (task.reason or ""):
-        parts.append(printable(one_line(task.denied)))
+    if task.denied_tools is not None and task.denied_tools not in (task.reason or ""):
+        parts.append(printable(one_line(task.denied_tools)))
     if (kept := kept_as(task)) is not None:
         parts.append(f"kept as {printable(kept)}")
     return "; ".join(parts)

@@ -37,11 +37,11 @@ def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
     """Yield the task, its phases, sessions and handoffs, its landing and figures, each under a heading."""
     yield printable(f"task {story.task} of run {story.run}: {story.status.replace('_', ' ')}")
     yield from align_columns(list(_head(story, now)), "  ")
-    if story.phases or story.ahead:
+    if story.phases or story.remaining_phases:
         yield "phases"
     for visit in story.phases:
         yield from _visit(visit, story)
-    yield from (printable(f"  {name}: to come") for name in story.ahead)
+    yield from (printable(f"  {name}: to come") for name in story.remaining_phases)
     if story.sessions:
         yield "sessions"
     for session in story.sessions:
@@ -54,13 +54,13 @@ def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
     yield printable(f"  {_landing(story)}")
     if story.sessions:
         yield "figures"
-        yield f"  {_figures(story.figures)}"
+        yield f"  {_figures(story.usage)}"
 
 
 def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
     source = "" if story.tracker is None else f" (from {story.tracker})"
     told = {
-        "asked": "" if story.asked is None else f"{one_line(' '.join(story.asked.split()), _LONGEST)}{source}",
+        "asked": "" if story.prompt is None else f"{one_line(' '.join(story.prompt.split()), _LONGEST)}{source}",
         "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
         "became": ", ".join(story.expanded),
@@ -69,8 +69,8 @@ def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
         "needs": ", ".join(story.needs),
         "reason": one_line(story.reason or ""),
         "latest": ""
-        if story.latest is None
-        else f"{one_line(story.latest.text)} ({format_age(story.latest.time, now)})",
+        if story.latest_activity is None
+        else f"{one_line(story.latest_activity.text)} ({format_age(story.latest_activity.time, now)})",
         "damage": "; ".join(story.damage),
     }
     yield from ([name, value] for name, value in told.items() if value)
@@ -83,8 +83,8 @@ def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
     did = ["pending" if is_pending else _WORDS.get(visit.status, visit.status.replace("_", " "))]
     if visit.verdict is not None:
         did.append(f"verdict: {visit.verdict}")
-    if visit.figures.sessions:
-        did += [_figures(visit.figures), " then ".join(visit.adapters)]
+    if visit.usage.sessions:
+        did += [_figures(visit.usage), " then ".join(visit.adapters)]
     yield printable(f"  {visit.phase}{again}: {', '.join(did)}")
     yield from align_columns(list(_details(visit, story)), "    ")
 
@@ -92,7 +92,7 @@ def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
 def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]]:
     times = [format_local_time(one) for one in (visit.started, visit.ended) if one is not None]
     told = {
-        "time": " to ".join(times) if visit.figures.sessions else "",
+        "time": " to ".join(times) if visit.usage.sessions else "",
         "sessions": ", ".join(map(str, visit.attempts)),
         "given": "" if visit.given is None else _given(visit.given),
         "received": ", ".join(_named(one, story) for one in visit.received),
@@ -143,12 +143,12 @@ def _session(one: AttemptDetails) -> Iterator[str]:
     yield printable(f"  {one.attempt} {one.phase}: {', '.join(parts)}")
     told = {
         "reason": one_line(one.reason or ""),
-        "says": one_line(one.words or "", _LONGEST),
+        "says": one_line(one.last_message or "", _LONGEST),
         "kept as": "" if one.branch is None else salvage_name(one.branch),
         "log": one.log or "",
         "check": one.check_log or "",
         "discarded": _format_paths(one.discarded),
-        "denied": one_line(str(one.denied)),
+        "denied": one_line(str(one.denied_tools)),
     }
     yield from align_columns([[name, value] for name, value in told.items() if value], "    ")
 

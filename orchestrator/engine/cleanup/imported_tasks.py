@@ -1,4 +1,4 @@
-"""What is left to do of a run that was imported: its unfinished tasks as a file that `council run` takes."""
+"""Write the unfinished tasks of an imported run to a file for `council run`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import Store
 from orchestrator.state.legacy.importer import IMPORTED_KIND
 
-#: Fields of a task's original that say what is to be done, the best first.
+#: Fields of an imported task that may contain its prompt, the preferred one first.
 _PROMPTS: Final = ("prompt", "instructions", "description", "title")
 _MAX_NAMED_TASKS: Final = 5
 
 
 class UnfinishedTask(NamedTuple):
-    """A task that was not finished: its id, what is known of its prompt, and the branch with earlier work."""
+    """An unfinished task: its id, its prompt if known, and the branch with earlier work."""
 
     id: str
     prompt: str | None
@@ -30,27 +30,27 @@ class UnfinishedTask(NamedTuple):
 
 
 async def read_unfinished_tasks(store: Store, run: RunDocument) -> list[UnfinishedTask]:
-    """Return the tasks of an imported run that were running or had not begun."""
+    """Return the tasks of an imported run that were running or had not started."""
     tasks = task_documents(await read_tasks(store, run.id), run.tasks)
-    found = await store.list(IMPORTED_KIND, f"{run.id}/")
-    originals = {one.key.id.partition("/")[2]: one.value.get("fields", {}) for one in found if not one.damaged}
+    documents = await store.list(IMPORTED_KIND, f"{run.id}/")
+    originals = {one.key.id.partition("/")[2]: one.value.get("fields", {}) for one in documents if not one.damaged}
     return [
-        UnfinishedTask(task, _prompt(originals.get(task, {})), one.imported.branch)
-        for task, one in tasks.items()
-        if one.imported is not None and is_unfinished(one.imported)
+        UnfinishedTask(name, _prompt(originals.get(name, {})), task.imported.branch)
+        for name, task in tasks.items()
+        if task.imported is not None and is_unfinished(task.imported)
     ]
 
 
 async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -> RefusedError:
-    """Write the unfinished tasks of an imported run to a file in a folder; return the refusal that names it.
+    """Write the unfinished tasks of an imported run to a file in a folder; return a refusal that names the file.
 
-    A file that is there already stays as it is: somebody may be at work on it.
+    An existing file is not changed: somebody may be editing it.
     """
     tasks = await read_unfinished_tasks(store, run)
     source = run.imported.source if run.imported else ""
-    what = f"run {run.id} was imported from {source}, only its record is here"
+    what = f"run {run.id} was imported from {source}, so only its record exists here"
     if not tasks:
-        return RefusedError(what, f"`council state show {run.id}` shows it; nothing of it is left to do")
+        return RefusedError(what, f"no unfinished tasks; to show the record, run `council state show {run.id}`")
     path = folder / f"{run.id}.yaml"
     await anyio.to_thread.run_sync(_write, path, render_task_file(run.id, source, tasks))
     lacking = [one.id for one in tasks if one.prompt is None]
@@ -62,7 +62,7 @@ async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -
 
 
 def render_task_file(run: str, source: str, tasks: Sequence[UnfinishedTask]) -> str:
-    """Return the file: each JSON text is YAML, so that nothing of a prompt is taken for anything else."""
+    """Return the content of the file; texts are JSON strings, which are valid YAML and need no other quoting."""
     lines = [
         f"# The unfinished tasks of run {run}, imported from {json.dumps(source)}. Name an adapter",
         "# (`council init` shows how), write the prompts that are empty, and `council run` this file.",

@@ -1,6 +1,6 @@
-"""Finds what runs left on this machine: of a project's runs, in the hubs, of runs and commands that are gone.
+"""Find leftovers on this machine: of a project's runs, in the hubs, of unknown runs and of killed commands.
 
-Finding changes nothing. What is found is true for as long as the lock of whoever could make it untrue is held.
+Read-only. A result stays valid while the caller holds the lock that a change of it would need.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from orchestrator.state.documents.validation import is_readable
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 
-_KILLED = "a command that was killed left it"
+_KILLED = "left by a killed command"
 
 
 class OrphanFinder:
-    """Looks at `home`, the folder of all hubs, and at a project with its store, which is at `url`, if one is here."""
+    """Finds leftovers in `home`, the folder of all hubs, and in a project with its store at `url`, if there is one."""
 
     def __init__(
         self,
@@ -62,17 +62,17 @@ class OrphanFinder:
         self.project, self._store, self._url = project, store, url
 
     async def runs(self) -> Mapping[str, RunDocument | None]:
-        """Return all runs that the project's state knows; None for one of which it can't be read."""
+        """Return all runs in the project's state; None for an unreadable one."""
         found: Sequence[Document] = [] if self._store is None else await self._store.list("run")
         return {one.key.id: _readable(one) for one in found}
 
     async def release_stale_ports(self) -> None:
-        """Take the leases of ports back whose places are gone."""
+        """Delete the port leases of worktree slots that no longer exist."""
         if self._store is not None:
             await delete_port_leases(self._store, await find_stale_port_leases(self._store))
 
     async def find_all(self) -> list[Leftover]:
-        """Return all but logs, of runs and hubs that nobody is at work in."""
+        """Return all leftovers except logs, of inactive runs and hubs."""
         found = [*await self.stale_excludes(), *await self._half_built()]
         for run in (await self.runs()).values():
             found += [] if run is None else await _without_active_runs(await self.worktrees(run))
@@ -81,7 +81,7 @@ class OrphanFinder:
         return found
 
     async def worktrees(self, run: RunDocument) -> list[Leftover]:
-        """Judge the worktrees of a run; the caller finds out that nobody is at work in it."""
+        """Judge the worktrees of a run; the caller makes sure that it is inactive."""
         assert self._store is not None, "a run is known by its store"
         documents = {
             task: TaskDocument.model_validate_json(one.encoded) if is_readable(one) else None
@@ -96,7 +96,7 @@ class OrphanFinder:
         return found
 
     async def logs(self, age: float) -> list[Leftover]:
-        """Return the output of runs that ended more than `age` seconds ago."""
+        """Return the logs of runs that ended more than `age` seconds ago."""
         if self.project is None:
             return []
         found = []
@@ -105,19 +105,19 @@ class OrphanFinder:
                 continue
             logs = self.project.logs(run.id)
             if await anyio.to_thread.run_sync(logs.is_dir):
-                reason = "what a run printed that has ended"
+                reason = "output of an ended run"
                 found.append(Leftover(LeftoverKind.LOGS, str(logs), LeftoverStatus.LEFT_OVER, reason, run.hub, run.id))
         return await _without_active_runs(found)
 
     async def old_runs(self, age: float, *, even_cut_off: bool) -> list[Leftover]:
-        """Judge the runs that ended, or were cut off, more than `age` seconds ago and that nobody is at work in."""
+        """Judge the inactive runs that ended, or were interrupted, more than `age` seconds ago."""
         known = [run for run in (await self.runs()).values() if run is not None]
         ends = {run.id: await self._last(run) for run in known}
         old = [run for run in known if self._clock.now() - ends[run.id] > age]
         return await _without_active_runs([await self.old_run(run, even_cut_off=even_cut_off) for run in old])
 
     async def old_run(self, run: RunDocument, *, even_cut_off: bool) -> Leftover:
-        """Judge the record of a run, whatever its age; the caller finds out that nobody is at work in it."""
+        """Judge the record of a run of any age; the caller makes sure that it is inactive."""
         assert self._store is not None, "a run is known by its store"
         hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
         branches: int | None = 0
@@ -132,17 +132,17 @@ class OrphanFinder:
         return Leftover(LeftoverKind.RUN, run.id, standing, reason, run.hub, run.id)
 
     async def _is_over(self, run: RunDocument) -> bool:
-        """Whether nothing is left that could be done in a run; RefusedError where that can't be read."""
+        """Return True if no task of a run can continue; raise RefusedError if its records are damaged."""
         assert self._store is not None, "a run is known by its store"
         documents = await read_tasks(self._store, run.id)
         if any(task not in documents or documents[task].damaged for task in run.tasks):
-            raise RefusedError(f"records of tasks of run {run.id} are damaged", "`council state verify` tells more")
+            raise RefusedError(f"task records of run {run.id} are damaged", "run `council state verify`")
         tasks = task_documents(documents, run.tasks)
         entries = with_subtasks(await read_entries(self._store, run, () if run.imported is None else run.tasks), tasks)
         return RunRecord(run, tasks, entries, {}).is_over
 
     async def _last(self, run: RunDocument) -> float:
-        """Return when a run ended, or, where it did not, when its newest document was written (wall-clock seconds)."""
+        """Return the time when a run ended, else the time of its newest document (wall-clock seconds)."""
         assert self._store is not None, "a run is known by its store"
         if run.ended is not None:
             return run.ended
@@ -165,12 +165,12 @@ class OrphanFinder:
         ]
 
     async def places(self, hub: Hub) -> list[Leftover]:
-        """Return the places of a hub that nobody has, but for those that stay with a session."""
-        found = [await judge_slot(place) for place in await anyio.to_thread.run_sync(list_slots, hub)]
-        return [one for one in found if one is not None]
+        """Return the unused worktree slots of a hub, except those preserved for a session."""
+        found = [await judge_slot(slot) for slot in await anyio.to_thread.run_sync(list_slots, hub)]
+        return [leftover for leftover in found if leftover is not None]
 
     async def orphaned_hub(self, hub: Hub) -> Leftover | None:
-        """Return a hub whose users are all gone from this machine; the caller knows that nobody is at work in it."""
+        """Return a hub whose repositories and stores no longer exist; the caller makes sure that it is inactive."""
         known = await anyio.to_thread.run_sync(origin.read_origin, hub.root)
         if known is None or not await anyio.to_thread.run_sync(known.is_gone):
             return None
@@ -185,10 +185,10 @@ class OrphanFinder:
         return Leftover(LeftoverKind.HUB, str(hub.root), standing, reason, str(hub.root))
 
     async def unknown_runs(self, hub: Hub) -> list[Leftover]:
-        """Return what a hub has of runs that no state knows any more; nothing where that can't be proven."""
+        """Return leftovers of runs that no state knows any more; nothing if that can't be proven."""
         left = await anyio.to_thread.run_sync(_folders, hub.sessions)
         refs = await anyio.to_thread.run_sync(_folders, hub.trusted / INTERNAL_REFS)
-        # Asked for after that: a run is recorded before it has a folder.
+        # Read the runs last: a run is recorded before it has a folder.
         runs = await self.runs()
         known = await anyio.to_thread.run_sync(origin.read_origin, hub.root)
         if known is None or not await anyio.to_thread.run_sync(self._is_only_store, known):
@@ -200,22 +200,22 @@ class OrphanFinder:
                 held = classify_worktree(None, worktree.attempt, is_check=worktree.is_check)
                 found.append(_leftover(worktree, *judge_orphan(held)))
         for run in sorted(refs.keys() - runs.keys()):
-            # A run that is being made has refs before it is recorded.
+            # A run that is being created has refs before it is recorded.
             if is_stale_file(refs[run], self._clock.now()):
-                reason = "no state knows their run; what they name was fetched from the repository"
+                reason = "refs of an unknown run; their commits were fetched from the repository"
                 place = f"{INTERNAL_REFS}/{run}/"
                 found.append(Leftover(LeftoverKind.REFS, place, LeftoverStatus.LEFT_OVER, reason, str(hub.root), run))
         return found
 
     def _is_only_store(self, known: HubOrigin) -> bool:
-        """Whether every store that could know of a hub's runs is ours, and whole, or gone. Blocks."""
+        """Return True if every store that could know a hub's runs is ours and undamaged, or deleted. Blocks."""
         if self._store is not None and any(one.keys is None or one.keys for one in self._store.damage):
             return False
         ours = None if self._url is None else StoreLocation.of(self._url).url
         return all(one.url == ours or one.is_gone() for one in known.stores)
 
     async def stale_files(self, hub: Hub) -> list[Leftover]:
-        """Return what killed commands left in a hub."""
+        """Return files that killed commands left in a hub."""
         found = await anyio.to_thread.run_sync(list_stale_files, hub, self._clock.now())
         return [_temporary(path, hub) for path in found]
 
@@ -224,7 +224,7 @@ class OrphanFinder:
         return [_temporary(hub.staging_root, hub) for hub in found if not await hub.creation_lock.is_held()]
 
     async def stale_excludes(self) -> list[Leftover]:
-        """Return what we were about to put into the user's `info/exclude` when we were killed."""
+        """Return temporary files of interrupted writes to the user's `info/exclude`."""
         if self.project is None:
             return []
         try:
@@ -239,12 +239,12 @@ def _readable(found: Document) -> RunDocument | None:
     return RunDocument.model_validate_json(found.encoded) if is_readable(found) else None
 
 
-async def judge_slot(place: WorktreeSlot, *, is_ours: bool = False) -> Leftover | None:
-    """Judge a place; None if it is somebody's, and unless the caller has its lock (`is_ours`) if another has that."""
-    if not is_ours and await place.lock.is_held():
+async def judge_slot(slot: WorktreeSlot, *, is_ours: bool = False) -> Leftover | None:
+    """Judge a worktree slot; None if it is in use, or locked by another process (`is_ours`: the caller locked it)."""
+    if not is_ours and await slot.lock.is_held():
         return None
-    verdict = await anyio.to_thread.run_sync(assess_slot, place)
-    return None if verdict is None else Leftover(LeftoverKind.PLACE, str(place.root), *verdict, str(place.hub.root))
+    verdict = await anyio.to_thread.run_sync(assess_slot, slot)
+    return None if verdict is None else Leftover(LeftoverKind.PLACE, str(slot.root), *verdict, str(slot.hub.root))
 
 
 def _leftover(worktree: Worktree, standing: LeftoverStatus, reason: str) -> Leftover:
@@ -259,15 +259,11 @@ def _temporary(path: Path, hub: Hub | None) -> Leftover:
 
 
 async def _empty_run_folders(hub: Hub, run: str) -> list[Leftover]:
-    """Return a run's folder of worktrees if it has none."""
+    """Return a run's folder of worktrees if it is empty."""
     folder = hub.sessions / run
     if not await anyio.to_thread.run_sync(lambda: _is_empty(folder) and is_inside_hub(hub, folder)):
         return []
-    return [
-        Leftover(
-            LeftoverKind.WORKTREE, str(folder), LeftoverStatus.LEFT_OVER, "there is nothing in it", str(hub.root), run
-        )
-    ]
+    return [Leftover(LeftoverKind.WORKTREE, str(folder), LeftoverStatus.LEFT_OVER, "it is empty", str(hub.root), run)]
 
 
 def _is_empty(folder: Path) -> bool:
@@ -275,20 +271,21 @@ def _is_empty(folder: Path) -> bool:
 
 
 async def hub_exists(hub: Hub) -> bool:
-    """Whether a hub is there."""
+    """Return True if a hub exists."""
     return await anyio.to_thread.run_sync(hub.trusted.is_dir)
 
 
 async def _without_active_runs(found: Sequence[Leftover]) -> list[Leftover]:
-    """Return what is of runs that nobody is at work in.
+    """Return the leftovers of inactive runs.
 
-    Asked only where there is something: to ask takes the run's lock, and who begins to work just then is refused.
+    Only runs with leftovers are checked: a check takes the run's lock for a moment, and a process that joins the run
+    just then is refused.
     """
-    used = set()
-    for hub, run in {(Path(str(one.hub)), str(one.run)) for one in found}:
+    active = set()
+    for hub, run in {(Path(str(leftover.hub)), str(leftover.run)) for leftover in found}:
         if await hub_exists(Hub(hub)) and await _is_active(Hub(hub), run):
-            used.add(run)
-    return [one for one in found if one.run not in used]
+            active.add(run)
+    return [leftover for leftover in found if leftover.run not in active]
 
 
 async def _is_active(hub: Hub, run: str) -> bool:
@@ -296,12 +293,12 @@ async def _is_active(hub: Hub, run: str) -> bool:
 
 
 async def run_locks(hub: Hub) -> list[FileLock]:
-    """Return the locks of all runs that were ever at work in a hub, and of their orchestrators."""
+    """Return the locks of all runs that ever used a hub, and of their orchestrators."""
     found = await anyio.to_thread.run_sync(lambda: sorted((hub.root / "locks").glob("run-*")))
     return [FileLock(path) for path in found]
 
 
-def _folders(place: Path) -> dict[str, float]:
-    """Return the folders in a folder by name, with the wall-clock second in which each was last changed."""
-    found = sorted(place.iterdir()) if place.is_dir() else []
+def _folders(parent: Path) -> dict[str, float]:
+    """Return the folders in a folder by name, with their modification times (wall-clock seconds)."""
+    found = sorted(parent.iterdir()) if parent.is_dir() else []
     return {path.name: path.stat().st_mtime for path in found if path.is_dir()}

@@ -1,9 +1,9 @@
-"""Removing the record of a run that is over: its documents go in one commit, and a checkpoint brings them back.
+"""Remove the record of an ended run: its documents are deleted in one commit, and a checkpoint can restore them.
 
-What no checkpoint brings back stays, a few bytes each: the lease and the claims, whose epochs must go on rising, and
-how far sinks and trackers have been told. So do the run's checkpoints, to be found by. Notes of its sessions stay for
-later runs, unless its target was a branch of its own. The records of its orchestrators go, whose names never come
-again: who has none has ended, so that claims which one left are anybody's.
+Documents that no checkpoint restores stay, a few bytes each: the lease and the claims, whose epochs must keep
+increasing, and the cursors of sinks and trackers. The run's checkpoints stay, too. Its sessions' notes stay for later
+runs, unless its target was a branch of its own. Its orchestrators' records are deleted; their ids are never reused, and
+an orchestrator without a record has ended, so that anyone may take its claims.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEPT_KINDS: Final = frozenset({"lease", "claim", "cursor", CHECKPOINT})
 
 
 async def remove_run(store: Store, run: str, checkpoint: str) -> None:
-    """Delete the documents of a run that nobody is at work in; `checkpoint` is of how it stands."""
+    """Delete the documents of an inactive run; `checkpoint` has its current state."""
     await retry_on_conflict(partial(_remove, store, run, checkpoint))
     failpoint("run.removed")
 
@@ -43,9 +43,9 @@ async def _remove(store: Store, run: str, checkpoint: str) -> None:
         await store.commit(Commit(writes, [removed]))
 
 
-def _notes_prefix(found: Document | None, run: str) -> str | None:
-    """Return what the names of the notes begin with that are of no other run's use; None if there are none such."""
-    value = {} if found is None or found.damaged else found.value
+def _notes_prefix(document: Document | None, run: str) -> str | None:
+    """Return the id prefix of notes that no other run uses; None if there are none."""
+    value = {} if document is None or document.damaged else document.value
     if value.get("target") != f"council/{run}":
         return None
     return f"{ownership_scope(value['repo'], value['target'])}/"

@@ -1,4 +1,4 @@
-"""Whether the sandbox shows the programs of adapters to sessions."""
+"""Check that the programs of adapters are visible in the sandbox."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.repo.git.command import printable_name
 from orchestrator.sessions.sandbox.policy import SandboxKind
 
 
-async def look_for_adapter_programs(
+async def check_adapter_programs(
     adapters: Mapping[str, Adapter],
     configs: Mapping[str, AdapterConfig],
     file: Path | None,
@@ -35,20 +35,23 @@ async def look_for_adapter_programs(
     for name, adapter in adapters.items():
         command = adapter.command(make_trial_request("task", "prompt"))
         program, env = command.argv[0], tuple(command.pass_env)
-        is_there = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
-        if is_in_worktree(program) or not is_there:  # a missing one is a finding of its own
+        is_on_path = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
+        if is_in_worktree(program) or not is_on_path:  # a missing program is a finding of its own
             continue
-        own = configs[name].reach if name in configs else PathAccess()
-        reach = own | PathAccess(readable=tuple(map(Path, command.readable)))
-        question = make_lookup_command(program)
-        if question not in await probe.find_succeeding([question], env, reach):
-            what = f"program {program!r} is on PATH, but sessions can't see it{probe.explain_missing_program(program, env, reach)}"
-            remedy = f"{_entry_of(name, file)}, or install it elsewhere"
+        configured = configs[name].reach if name in configs else PathAccess()
+        reach = configured | PathAccess(readable=tuple(map(Path, command.readable)))
+        lookup = make_lookup_command(program)
+        if lookup not in await probe.find_succeeding([lookup], env, reach):
+            why = probe.explain_missing_program(program, env, reach)
+            what = f"program {program!r} is on PATH, but sessions can't see it{why}"
+            remedy = f"{_readable_remedy(name, file)}, or install it elsewhere"
             found.append(Finding(f"adapter {name}", level, printable_name(what), remedy))
     return found
 
 
-def _entry_of(adapter: str, file: Path | None) -> str:
-    """Return how a folder is made readable for the sessions of an adapter. Blocks."""
-    add = f"add its folder to `readable` of the adapter {adapter!r}"
-    return add if file is not None and file.is_file() else f"write a council.yaml with `council init` and {add} there"
+def _readable_remedy(adapter: str, file: Path | None) -> str:
+    """Return how to make a folder readable for the sessions of an adapter. Blocks."""
+    remedy = f"add its folder to `readable` of the adapter {adapter!r}"
+    if file is not None and file.is_file():
+        return remedy
+    return f"write a council.yaml with `council init` and {remedy} there"

@@ -1,4 +1,4 @@
-"""Looks at all that a run needs, before there is one: what answers a question is started, nothing is kept."""
+"""Check everything that a run needs before there is one. Programs are started to probe them; nothing is kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.config.warnings import find_warnings
 from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, SessionDemand
 from orchestrator.domain.sessions.shell_commands import find_programs, find_script
 from orchestrator.engine.diagnostics import findings
-from orchestrator.engine.diagnostics.adapter_programs import look_for_adapter_programs
+from orchestrator.engine.diagnostics.adapter_programs import check_adapter_programs
 from orchestrator.engine.diagnostics.facts import Machine, StorageLocation, inspect_location, inspect_machine
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.preflight import find_surroundings
@@ -44,45 +44,47 @@ _DEFAULT_CAPACITY: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class DoctorInput:
-    """What is looked at: a folder, the file of a run with its config or its mistakes, and what is installed."""
+    """The subject of a check: a folder, a run's file with its config or errors, and the installed plugins."""
 
     folder: Path
     file: Path | None = None
     config: RunConfig | ConfigError | None = None
     types: Mapping[str, AdapterType] = field(default_factory=dict)
     left_out: Sequence[str] = ()
-    """Plugins that can't be used, and why."""
+    """Unusable plugins, each with the reason."""
 
     @property
     def run(self) -> RunConfig | None:
-        """The config, if there is one without mistakes."""
+        """The config, if it is valid."""
         return self.config if isinstance(self.config, RunConfig) else None
 
     @property
     def capacity(self) -> int:
-        """How many sessions there would be at once."""
+        """The number of concurrent sessions."""
         return _DEFAULT_CAPACITY if self.run is None else self.run.capacity
 
 
 async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
-    """Return all that was found, what comes first to be mended first."""
+    """Return all findings, in the order in which to fix them."""
     machine = await anyio.to_thread.run_sync(inspect_machine)
     git = findings.judge_git(await read_version(environ))
-    looked, found = RepositoryInspection([]), dict[str, list[Finding]]()
+    inspection, found = RepositoryInspection([]), dict[str, list[Finding]]()
 
-    async def look(name: str, findings_of: Awaitable[list[Finding]]) -> None:
-        found[name] = await findings_of
+    async def collect(name: str, check: Awaitable[list[Finding]]) -> None:
+        found[name] = await check
 
     async with anyio.create_task_group() as group:
-        group.start_soon(look, "adapters", _adapters(subject, environ))
-        group.start_soon(look, "sandbox", _sandbox(subject.run, environ))
+        group.start_soon(collect, "adapters", _check_adapters(subject, environ))
+        group.start_soon(collect, "sandbox", _check_sandbox(subject.run, environ))
         if git.level is not Level.PROBLEM:
-            looked = await inspect_repository(subject.run, subject.folder, environ)
-    places, troubles = await anyio.to_thread.run_sync(_inspect_locations, subject, _project(subject, looked), environ)
-    programs = await _programs(subject, looked, environ)
+            inspection = await inspect_repository(subject.run, subject.folder, environ)
+    project = _project(subject, inspection)
+    locations, unusable = await anyio.to_thread.run_sync(_inspect_locations, subject, project, environ)
+    programs = await _check_programs(subject, inspection, environ)
     hidden = {one.name for one in programs if one.level is not Level.OK}
     adapters = [one for one in found["adapters"] if one.level is not Level.OK or one.name not in hidden]
-    file = [] if subject.file is None and looked.top is None else [findings.judge_file(subject.file, subject.config)]
+    has_file = subject.file is not None or inspection.top is not None
+    file = [findings.judge_file(subject.file, subject.config)] if has_file else []
     if subject.run is not None:
         around = await find_surroundings(subject.run, environ)
         own = await anyio.to_thread.run_sync(make_adapters, subject.run.adapters, subject.types)
@@ -90,22 +92,22 @@ async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[F
     return [
         findings.judge_system(machine),
         git,
-        *looked.findings,
+        *inspection.findings,
         *file,
-        *await _files(subject, looked, environ),
+        *await _check_files(subject, inspection, environ),
         *programs,
         *adapters,
         *found["sandbox"],
-        *troubles,
-        *_judge_disks(subject.capacity, looked, places),
+        *unusable,
+        *_judge_disks(subject.capacity, inspection, locations),
         *_judge_resources(subject, machine),
-        findings.judge_clock(machine, list(places.values())),
+        findings.judge_clock(machine, list(locations.values())),
         *map(findings.judge_plugin, subject.left_out),
     ]
 
 
-async def _adapters(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
-    """Look at the adapters of the file, or else at all that can be made without options."""
+async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
+    """Check the adapters of the file, else all that need no options."""
     run = subject.run
     if run is None:
         made, _ = await anyio.to_thread.run_sync(make_default_adapters, subject.types)
@@ -120,112 +122,118 @@ async def _adapters(subject: DoctorInput, environ: Mapping[str, str]) -> list[Fi
     return found
 
 
-async def _files(subject: DoctorInput, looked: RepositoryInspection, environ: Mapping[str, str]) -> list[Finding]:
-    """Look whether what the adapters and checks of a file name is there for sessions, too."""
+async def _check_files(
+    subject: DoctorInput, inspection: RepositoryInspection, environ: Mapping[str, str]
+) -> list[Finding]:
+    """Check that sessions see the files that adapters and checks refer to."""
     run = subject.run
-    if run is None or looked.top is None:
+    if run is None or inspection.top is None:
         return []
     adapters = used_adapters(run, subject.types)
     argvs = [adapters[task.adapter].command(make_trial_request(task.id, task.prompt)).argv for task in run.tasks]
     checks = dict.fromkeys(check for task in run.tasks for check in task.checks)
-    programs = {name for check in checks for name in find_programs(check)}  # which `_programs` looks for
+    programs = {name for check in checks for name in find_programs(check)}  # see `_check_programs`
     words = [*chain.from_iterable(argvs), *chain.from_iterable(map(str.split, checks))]
     scripts = [name for argv in argvs if (name := find_script(argv)) is not None]
     return await check_referenced_files(
-        run, (one for one in words if one not in programs), scripts, looked.top, environ
+        run, (word for word in words if word not in programs), scripts, inspection.top, environ
     )
 
 
-async def _programs(subject: DoctorInput, looked: RepositoryInspection, environ: Mapping[str, str]) -> list[Finding]:
-    """Look whether the sandbox shows the programs of checks, setup and adapters."""
+async def _check_programs(
+    subject: DoctorInput, inspection: RepositoryInspection, environ: Mapping[str, str]
+) -> list[Finding]:
+    """Check that the programs of checks, setup and adapters are visible in the sandbox."""
     run = subject.run
-    if looked.site is None:
+    if inspection.site is None:
         return []
-    project = Project(looked.top or (subject.folder if run is None else run.path.parent))
+    project = Project(inspection.top or (subject.folder if run is None else run.path.parent))
     store = (None if run is None else run.state.url) or folder_url(project.state_folder)
-    fence = DEFAULT_SANDBOX if run is None else run.fence
-    probe = await SandboxProbe.open(fence, looked.site, project, store, environ)
+    sandbox = DEFAULT_SANDBOX if run is None else run.fence
+    probe = await SandboxProbe.open(sandbox, inspection.site, project, store, environ)
     try:
         if probe is None:
             return []
         if run is None:
             made, _ = await anyio.to_thread.run_sync(make_default_adapters, subject.types)
-            return await look_for_adapter_programs(made, {}, subject.file, probe, environ, Level.WARNING)
-        found = await check_command_programs(run, looked.top, probe, environ)
+            return await check_adapter_programs(made, {}, subject.file, probe, environ, Level.WARNING)
+        found = await check_command_programs(run, inspection.top, probe, environ)
         used = await anyio.to_thread.run_sync(used_adapters, run, subject.types)
-        return found + await look_for_adapter_programs(used, run.adapters, subject.file, probe, environ)
+        return found + await check_adapter_programs(used, run.adapters, subject.file, probe, environ)
     except RefusedError as error:
         return [findings.refusal_finding("programs", error)]
 
 
-async def _sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> list[Finding]:
-    fence = DEFAULT_SANDBOX if run is None else run.fence
-    kind = await _choose_sandbox(fence, environ)
+async def _check_sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> list[Finding]:
+    config = DEFAULT_SANDBOX if run is None else run.fence
+    kind = await _choose_sandbox(config, environ)
     weaker_for = None
-    if kind is SandboxKind.LANDLOCK and fence.sandbox == "auto":
-        other = await _choose_sandbox(fence.model_copy(update={"sandbox": SandboxKind.BUBBLEWRAP}), environ)
-        weaker_for = other if isinstance(other, RefusedError) else None
+    if kind is SandboxKind.LANDLOCK and config.sandbox == "auto":
+        stronger = await _choose_sandbox(config.model_copy(update={"sandbox": SandboxKind.BUBBLEWRAP}), environ)
+        weaker_for = stronger if isinstance(stronger, RefusedError) else None
     return [findings.judge_sandbox(kind, weaker_for)]
 
 
-async def _choose_sandbox(fence: SandboxConfig, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
+async def _choose_sandbox(config: SandboxConfig, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
     try:
-        return await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
+        return await choose_sandbox(config.sandbox, network=config.network, hosts=config.hosts, environ=environ)
     except RefusedError as error:
         return error
 
 
-def _project(subject: DoctorInput, looked: RepositoryInspection) -> Project | None:
-    """Return the project that a run would be of, as `council run` would have it."""
-    if looked.top is not None:
-        return Project(looked.top)
+def _project(subject: DoctorInput, inspection: RepositoryInspection) -> Project | None:
+    """Return the project of the run, as `council run` would choose it."""
+    if inspection.top is not None:
+        return Project(inspection.top)
     return None if subject.file is None else Project(subject.file.absolute().parent)
 
 
 def _inspect_locations(
     subject: DoctorInput, project: Project | None, environ: Mapping[str, str]
 ) -> tuple[dict[str, StorageLocation], list[Finding]]:
-    """Return what there is of the places that a run writes to, and what is wrong with those that there are none of."""
-    places: dict[str, StorageLocation] = {}
-    troubles: list[Finding] = []
+    """Return the folders that a run writes to, and findings for unusable ones."""
+    locations: dict[str, StorageLocation] = {}
+    unusable: list[Finding] = []
     try:
-        places["repositories"] = inspect_location(council_home(environ))
+        locations["repositories"] = inspect_location(council_home(environ))
     except RefusedError as error:
-        troubles.append(findings.refusal_finding("repositories", error))
+        unusable.append(findings.refusal_finding("repositories", error))
     try:
         state = _state_folder(subject, project, environ)
         if state is not None:
-            places["state"] = inspect_location(state)
+            locations["state"] = inspect_location(state)
             if (refused := find_trust_error(state, council_home(environ))) is not None:
-                troubles.append(findings.refusal_finding("state", refused))
+                unusable.append(findings.refusal_finding("state", refused))
     except RefusedError as error:
-        troubles.append(findings.refusal_finding("state", error))
+        unusable.append(findings.refusal_finding("state", error))
     try:
-        places["temporary"] = inspect_location(Path(tempfile.gettempdir()))
+        locations["temporary"] = inspect_location(Path(tempfile.gettempdir()))
     except OSError as error:
-        remedy = "set TMPDIR to a folder that can be written to"
-        troubles.append(Finding("temporary", Level.PROBLEM, error.strerror or str(error), remedy))
-    return places, troubles
+        remedy = "set TMPDIR to a writable folder"
+        unusable.append(Finding("temporary", Level.PROBLEM, error.strerror or str(error), remedy))
+    return locations, unusable
 
 
 def _state_folder(subject: DoctorInput, project: Project | None, environ: Mapping[str, str]) -> Path | None:
-    """Return the folder of the state; None where it is in no folder, or not known."""
+    """Return the folder of the state; None if it is not in a folder, or unknown."""
     url = to_store_url(environ.get("COUNCIL_STATE", "")) or (None if subject.run is None else subject.run.state.url)
     if url:
         return require_local_folder(url)
     return None if project is None else project.state_folder
 
 
-def _judge_disks(capacity: int, looked: RepositoryInspection, places: Mapping[str, StorageLocation]) -> list[Finding]:
+def _judge_disks(
+    capacity: int, inspection: RepositoryInspection, locations: Mapping[str, StorageLocation]
+) -> list[Finding]:
     needs = {
-        "repositories": findings.hub_need(looked.size, capacity),
+        "repositories": findings.hub_need(inspection.size, capacity),
         "state": findings.state_need(capacity),
         "temporary": findings.TEMPORARY_NEED,
     }
-    space = [findings.judge_space(name, place, needs[name]) for name, place in places.items()]
-    disks = [findings.judge_file_system(name, place) for name, place in places.items() if name != "temporary"]
-    home = places.get("repositories")
-    inside = None if home is None or looked.top is None else findings.judge_home(home.path, looked.top)
+    space = [findings.judge_space(name, location, needs[name]) for name, location in locations.items()]
+    disks = [findings.judge_file_system(name, location) for name, location in locations.items() if name != "temporary"]
+    home = locations.get("repositories")
+    inside = None if home is None or inspection.top is None else findings.judge_home(home.path, inspection.top)
     return [*space, *filter(None, (*disks, inside))]
 
 

@@ -1,4 +1,4 @@
-"""What facts of a machine and a repository mean for a run: fine, worth knowing, or in its way. Pure."""
+"""Judge facts about a machine and a repository: fine, a warning, or a problem for a run. Pure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from orchestrator.state.log.mounts import NETWORK_FILE_SYSTEMS
 
 _GIB: Final = 1 << 30
 _DAY: Final = 86400.0
-#: Where everything is gone after a restart.
+#: File systems that lose their content on restart.
 _MEMORY_FILE_SYSTEMS: Final = frozenset({"ramfs", "tmpfs"})
-#: What a session takes of processes and threads: its fence, its supervisor, a CLI with its threads, a build.
+#: Processes and threads of a session: its sandbox, its supervisor, a CLI with its threads, a build.
 _PROCESSES: Final = 64
-#: What a session may leave of its output, both streams together, see `orchestrator.sessions.supervision.capture`.
+#: Bytes of a session's output, both streams together, see `orchestrator.sessions.supervision.capture`.
 _OUTPUT: Final = 2 * 17 * MIB
-#: What is left to others at each place.
+#: Bytes and files to leave free at each location.
 _SPARE: Final = 64 * MIB
 _SPARE_FILES: Final = 1000
 _MAX_CLOCK_SKEW: Final = 5.0  # seconds
@@ -35,16 +35,16 @@ _LATEST_CREDIBLE: Final = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
 
 
 class Level(StrEnum):
-    """How much a finding matters."""
+    """The severity of a finding."""
 
     OK = "ok"
-    WARNING = "warning"  #: a run can start; it is worth knowing
-    PROBLEM = "problem"  #: a run can't start, or can't be relied on
+    WARNING = "warning"  #: a run can start
+    PROBLEM = "problem"  #: a run can't start, or is not reliable
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at: what was found, and what to do about it."""
+    """The result of one check, and what to do about it."""
 
     name: str
     level: Level
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class SpaceNeed:
-    """Bytes and files that a place must have left for one session (`least`), and for all of a run."""
+    """Free bytes that a location needs for one session (`least`) and for a whole run (`all`), and free files."""
 
     least: int
     all: int
@@ -62,7 +62,7 @@ class SpaceNeed:
 
 
 def refusal_finding(name: str, error: RefusedError) -> Finding:
-    """Return what a run would be refused for."""
+    """Return a refusal as a finding."""
     return Finding(name, Level.PROBLEM, error.what, error.remedy)
 
 
@@ -75,7 +75,7 @@ def judge_system(machine: Machine) -> Finding:
 
 
 def judge_git(version: str | None) -> Finding:
-    """Judge the version of git, None if there is none."""
+    """Judge the version of git; None: git is not installed."""
     least = ".".join(map(str, MINIMUM_VERSION))
     if version is None:
         return Finding("git", Level.PROBLEM, "git is not on PATH", f"install git {least} or newer")
@@ -90,12 +90,12 @@ def judge_git(version: str | None) -> Finding:
 
 
 def judge_file(file: Path | None, config: RunConfig | ConfigError | None) -> Finding:
-    """Judge the file that a run would be of: its config, or its mistakes; None if there is no file."""
+    """Judge the file of a run by its config or its errors; None: there is no file."""
     if isinstance(config, ConfigError):
         first, *others = config.problems
-        more = f" (`council validate` tells {len(others)} more)" if others else ""
-        place = f"{first.file}:{first.line}:{first.column}"
-        return Finding("file", Level.PROBLEM, f"{place}: {first.what}{more}", first.remedy)
+        more = f" (and {len(others)} more: run `council validate`)" if others else ""
+        location = f"{first.file}:{first.line}:{first.column}"
+        return Finding("file", Level.PROBLEM, f"{location}: {first.what}{more}", first.remedy)
     if config is None:
         return Finding("file", Level.WARNING, "there is no council.yaml here", "write one with `council init`")
     adapters = ", ".join(config.adapters)
@@ -103,12 +103,12 @@ def judge_file(file: Path | None, config: RunConfig | ConfigError | None) -> Fin
 
 
 def judge_warning(warning: ConfigWarning) -> Finding:
-    """Return what `council validate` warns of."""
+    """Return a warning of `council validate` as a finding."""
     return Finding("file", Level.WARNING, warning.what, warning.remedy)
 
 
 def judge_adapter(name: str, status: AdapterStatus, *, is_used: bool) -> list[Finding]:
-    """Judge the programs of an adapter; what is wrong with one that no task uses is no problem."""
+    """Judge the programs of an adapter; if no task uses it, problems are only warnings."""
     bad = Level.PROBLEM if is_used else Level.WARNING
     title = f"adapter {name}"
     if status.trouble is not None:
@@ -133,7 +133,7 @@ def _judge_program(title: str, program: ProgramStatus, bad: Level) -> Finding:
 
 
 def describe(program: ProgramStatus) -> str:
-    """Return what there is of a program, in a few words."""
+    """Describe a program briefly: version, readiness, path, error."""
     if program.path is None:
         return f"{program.name}: not on PATH"
     readiness = {True: "ready", False: "not ready", None: None}[program.ready]
@@ -142,14 +142,15 @@ def describe(program: ProgramStatus) -> str:
 
 
 def judge_sandbox(kind: SandboxKind | RefusedError, weaker_for: RefusedError | None = None) -> Finding:
-    """Judge the fence that would be put up; `weaker_for` says why it is not bubblewrap, if it could be."""
+    """Judge the available sandbox; `weaker_for` says why Landlock was chosen instead of bubblewrap."""
     if isinstance(kind, RefusedError):
         return refusal_finding("sandbox", kind)
     if kind is SandboxKind.OFF:
-        found = "off: sessions can reach whatever you can"
-        return Finding("sandbox", Level.WARNING, found, "remove `sandbox: off` unless something else fences them in")
+        found = "off: sessions have access to everything that you have"
+        return Finding("sandbox", Level.WARNING, found, "remove `sandbox: off` unless they are sandboxed otherwise")
     if kind is SandboxKind.LANDLOCK and weaker_for is not None:
-        return Finding("sandbox", Level.WARNING, f"landlock, the weaker fence: {weaker_for.what}", weaker_for.remedy)
+        found = f"landlock, the weaker sandbox: {weaker_for.what}"
+        return Finding("sandbox", Level.WARNING, found, weaker_for.remedy)
     return Finding("sandbox", Level.OK, f"{kind} works")
 
 
@@ -185,7 +186,7 @@ def _judge_resource(name: str, found: str, room: AvailableResources, capacity: i
 
 
 def judge_processes(left: int | None, capacity: int) -> Finding:
-    """Judge how many processes and threads may still be started."""
+    """Judge how many more processes and threads can be started."""
     if left is None:
         return Finding("processes", Level.OK, "no limit is known")
     found = f"{left} more processes and threads are allowed"
@@ -198,14 +199,14 @@ def judge_processes(left: int | None, capacity: int) -> Finding:
 
 
 def hub_need(size: RepositorySize | None, capacity: int) -> SpaceNeed:
-    """Return what our own repositories take: all objects, and two checkouts for each session, one for its checks."""
+    """Return the space for a hub: all objects, and two checkouts per session, one of them for its checks."""
     size = size or RepositorySize(0, 0, 0)
-    one, base = 2 * size.checkout, size.objects + _SPARE
-    return SpaceNeed(base + one, base + one * capacity, 2 * size.files * capacity + _SPARE_FILES)
+    per_session, base = 2 * size.checkout, size.objects + _SPARE
+    return SpaceNeed(base + per_session, base + per_session * capacity, 2 * size.files * capacity + _SPARE_FILES)
 
 
 def state_need(capacity: int) -> SpaceNeed:
-    """Return what the state and the output of sessions take, of which there may be several for each at once."""
+    """Return the space for the state and the output of sessions, several outputs per session."""
     return SpaceNeed(_SPARE, _SPARE + 4 * _OUTPUT * capacity, _SPARE_FILES)
 
 
@@ -213,7 +214,7 @@ TEMPORARY_NEED: Final = SpaceNeed(MIB, _SPARE, 100)
 
 
 def judge_space(name: str, place: StorageLocation, need: SpaceNeed) -> Finding:
-    """Judge whether a place can be written to and has room."""
+    """Judge whether a location is writable and has enough free space."""
     if place.trouble is not None:
         fix = RESOURCE_MESSAGES.get(place.trouble, "make it writable")
         remedy = f"{fix}, or choose another one ({_LOCATION_VARIABLES[name]})"
@@ -239,7 +240,7 @@ _LOCATION_VARIABLES: Final = {
 
 
 def judge_home(home: Path, top: Path) -> Finding | None:
-    """Judge whether our own repositories would lie in the one that is worked on."""
+    """Judge whether the hubs are inside the user's repository; None if not."""
     if not home.is_relative_to(top):
         return None
     return Finding(
@@ -248,7 +249,7 @@ def judge_home(home: Path, top: Path) -> Finding | None:
 
 
 def judge_file_system(name: str, place: StorageLocation) -> Finding | None:
-    """Judge what kind of file system a place is on; None where that is not known."""
+    """Judge the file system of a location; None if it is unknown."""
     if place.file_system is None:
         return None
     found, remedy = (
@@ -266,7 +267,7 @@ def judge_file_system(name: str, place: StorageLocation) -> Finding | None:
 
 
 def judge_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
-    """Judge the wall clock: against the time of our own installation, and against what file systems say."""
+    """Judge the wall clock against the time of our installation, and against the clocks of file systems."""
     remedy = "set the clock, or have it set by NTP: pauses until an instant and certificates rely on it"
     told = datetime.fromtimestamp(min(max(machine.now, 0.0), _LATEST_CREDIBLE), UTC)
     found = f"{told:%Y-%m-%d %H:%M:%S} UTC"
@@ -282,12 +283,12 @@ def judge_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
 
 
 def judge_plugin(left_out: str) -> Finding:
-    """Return what is to be told of a plugin that can't be used."""
+    """Return an unusable plugin as a finding."""
     return Finding("plugin", Level.WARNING, left_out, "update it, remove it, or leave its name out of COUNCIL_PLUGINS")
 
 
 def judge_project_folder(*, exists: bool, is_ignored: bool) -> Finding:
-    """Judge whether git leaves the `.council` of a project alone."""
+    """Judge whether git ignores the `.council` folder of a project."""
     if exists and not is_ignored:
         return Finding(
             ".council", Level.WARNING, "git does not ignore it", "add it to .git/info/exclude; a run does so"

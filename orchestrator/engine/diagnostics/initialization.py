@@ -1,4 +1,4 @@
-"""Finds what a first file for a repository should say, and writes it: whole, and over nothing of the user's."""
+"""Find the content of a repository's first council.yaml, and write it atomically, never over a user's file."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from orchestrator.repo.source.branches import find_base_branch
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
 
-#: The type that runs any program: what it needs is for the user to fill in.
+#: The type that runs any program; the user fills in its options.
 COMMAND_ADAPTER = "command"
 
 
 @dataclass(frozen=True, slots=True)
 class InitRepository:
-    """The repository that a first file is for: the top of its checkout, its git directory, where work would start."""
+    """The repository of a new file: the top of its checkout, its git directory, and its base branch."""
 
     site: RunRepository
     top: Path
@@ -42,7 +42,7 @@ class InitRepository:
 
 
 async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> InitRepository:
-    """Return what there is around a folder; RefusedError where no run could work."""
+    """Return the repository around a folder; raise RefusedError if no run could work there."""
     try:
         site = await find_run_repository(str(folder), is_url=False, environ=environ)
         repository = site.repository
@@ -62,14 +62,14 @@ async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> Init
 
 @dataclass(frozen=True, slots=True)
 class DetectedTests:
-    """How the repository's own tests are run, and the programs for that which the sandbox does not show."""
+    """The command for the repository's tests, and its programs that are not visible in the sandbox."""
 
     tests: RepositoryTests
     missing: Sequence[str] = ()
 
 
 async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) -> DetectedTests | None:
-    """Return how the tests of the base are run: the best way that works in the sandbox, else the best one."""
+    """Return the command for the tests of the base: the best one that works in the sandbox, else the best one."""
     git = Git(None, as_user=True, environ=environ)
     committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
     top = await anyio.to_thread.run_sync(read_top_level, ground.top)
@@ -90,7 +90,7 @@ async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) 
 
 
 def required_programs(tests: RepositoryTests) -> dict[str, str]:
-    """Return what running tests takes, each with the shell command that succeeds where it is there."""
+    """Return the requirements of a test command, each with a shell command that succeeds if it is met."""
     environment = tests.environment
     commands = [tests.command, *([] if environment is None else [environment.setup])]
     names = [name for command in commands for name in find_programs(command) if "/" not in name]
@@ -101,9 +101,9 @@ def required_programs(tests: RepositoryTests) -> dict[str, str]:
 async def find_adapters(
     types: Mapping[str, AdapterType], wanted: str | None, environ: Mapping[str, str]
 ) -> dict[str, AdapterStatus]:
-    """Return the types that can be used as they are, by name: the best first. Or the `wanted` one, found or not.
+    """Return the adapter types that are usable without options, the best first; or only the `wanted` one.
 
-    Those are the ones that need no options and whose programs are there. RefusedError if `wanted` is none of them.
+    Without `wanted`, only types with installed programs. Raise RefusedError if `wanted` is unknown or needs options.
     """
     made, needs = await anyio.to_thread.run_sync(make_default_adapters, types)
     if wanted is not None:
@@ -136,13 +136,13 @@ def _is_name(name: str) -> bool:
 
 
 def _rank(status: AdapterStatus) -> int:
-    """Return how near a type is to being used: ready, not known, to be logged in."""
+    """Return a sort key for the readiness of a type: ready, unknown, not logged in."""
     readiness = {program.ready for program in status.programs}
     return 2 if False in readiness else 1 if None in readiness else 0
 
 
 async def write_schema(ground: InitRepository, text: str, environ: Mapping[str, str]) -> Path | None:
-    """Write a JSON Schema of the file where git does not see it, for editors; None where that can't be."""
+    """Write a JSON Schema of the file for editors, ignored by git; return None if that fails."""
     project = Project(ground.top)
     try:
         await refuse_tracked_project_folder(project, environ)
@@ -163,7 +163,7 @@ def _write_schema(project: Project, git_dir: Path, text: str) -> Path:
 
 
 def check_can_write(path: Path, *, force: bool) -> None:
-    """Refuse a file that is there already, unless with `force`, and a folder that is not; blocks."""
+    """Raise RefusedError for an existing file, unless with `force`, or a missing folder. Blocks."""
     if not path.parent.is_dir():
         raise RefusedError(f"there is no folder {path.parent}", "make it first")
     if path.is_dir():
@@ -173,7 +173,7 @@ def check_can_write(path: Path, *, force: bool) -> None:
 
 
 def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force: bool) -> None:
-    """Write a file that `load_config` takes, all of it or nothing; RefusedError if it can't be. Blocks."""
+    """Write a file atomically if `load_config` accepts it; raise RefusedError otherwise. Blocks."""
     try:
         staged = _stage(path, text)
     except OSError as error:
@@ -193,9 +193,9 @@ def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force
 def _publish(staged: Path, path: Path, *, force: bool) -> None:
     if not force:
         try:
-            # A rename would replace what somebody else has written meanwhile.
+            # A rename would replace a file that somebody else has created meanwhile.
             path.hardlink_to(staged)
-        except OSError:  # it is there, or the file system has no hard links
+        except OSError:  # the file exists, or the file system has no hard links
             check_can_write(path, force=False)
         else:
             return
@@ -203,7 +203,7 @@ def _publish(staged: Path, path: Path, *, force: bool) -> None:
 
 
 def _stage(path: Path, text: str) -> Path:
-    """Write a file beside `path`, to be renamed."""
+    """Write a temporary file in the folder of `path`, to be renamed."""
     staged = path.with_name(f".council-{randbelow(10**12)}.new")
     with staged.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""What is looked at before anything starts: each refusal says what to do, and no run has been recorded by then."""
+"""Check that a config can run, before anything starts or is recorded; each refusal says what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.store import folder_url
 from orchestrator.config.warnings import RepositoryPaths
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.engine.diagnostics.adapter_programs import look_for_adapter_programs
+from orchestrator.engine.diagnostics.adapter_programs import check_adapter_programs
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import GitError, RefusedError, raise_combined_refusal, to_unusable_error
@@ -34,17 +34,17 @@ from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, 
 from orchestrator.repo.worktrees.origin import HubUser
 from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 
-#: Characters of all prompts of a run together: they are recorded at once.
+#: Characters of all prompts of a run together: they are recorded in one commit.
 MAX_PROMPTS_LENGTH = 12 << 20
-#: What to do with uncommitted changes before a run.
+#: The remedy for uncommitted changes before a run.
 _CLEAN_REMEDY = "commit or stash them, set another `target`, or land later with --allow-deferred"
 
 
 @dataclass(frozen=True, slots=True)
 class PreflightResult:
-    """What nothing stands in the way of: where a run lands, what fences it in, the commit that it starts from.
+    """A run that can start: its target, sandbox, and start commit.
 
-    Its commits are in the hub, kept by the run's internal refs.
+    Its commits are in the hub, kept alive by the run's internal refs.
     """
 
     target: str
@@ -64,13 +64,13 @@ async def run_preflight(
     store: str | None,
     allow_deferred: bool,
 ) -> PreflightResult:
-    """Look whether a config can run with `adapters`, those that its tasks use; nothing is started or recorded.
+    """Check that a config can run with the adapters that its tasks use; nothing is started or recorded.
 
-    `store` is the URL of the store that is going to record the run, None if none is. RefusedError says what stands in
-    the way: no such base, a target with changes of the user's own, a program that is missing.
+    `store` is the URL of the store that will record the run, None if none will. Raise RefusedError if the run can't
+    start, for example for a missing base, a target with uncommitted changes, or a missing program.
     """
     if sum(len(task.prompt) for task in config.tasks) > MAX_PROMPTS_LENGTH:
-        what = f"the prompts are larger than {MAX_PROMPTS_LENGTH >> 20} MiB together"
+        what = f"the prompts together exceed {MAX_PROMPTS_LENGTH >> 20} MiB"
         raise RefusedError(what, "split the tasks into several runs")
     check_programs(adapters, environ)
     sandbox = await choose_sandbox(
@@ -79,7 +79,7 @@ async def run_preflight(
     project = project_of_config(config, site)
     probe = await SandboxProbe.open(config.fence, site, project, store or folder_url(project.state_folder), environ)
     if probe is not None:
-        hidden = await look_for_adapter_programs(adapters, config.adapters, config.path, probe, environ)
+        hidden = await check_adapter_programs(adapters, config.adapters, config.path, probe, environ)
         raise_combined_refusal([(one.found, one.remedy or "") for one in hidden], "fix these")
     home = council_home(environ)
     if site.repository is not None:
@@ -91,7 +91,7 @@ async def run_preflight(
     if not allow_deferred:
         await check_checkout(site.repository, target, environ)
     hub = locate_hub(site.identity, home)
-    name = Redactor(secret_values(environ)).text(site.identity)  # a URL may have a password in it
+    name = Redactor(secret_values(environ)).text(site.identity)  # a URL may contain a password
     user = HubUser(name, None if site.repository is None else site.repository.git_dir, store)
     await create_hub(hub, site.object_format, environ, user)
     start = await fetch_base_and_target(
@@ -103,7 +103,7 @@ async def run_preflight(
 
 
 def project_of_config(config: RunConfig, site: RunRepository) -> Project:
-    """Return the project of a config: its repository's checkout, or the file's folder where there is none."""
+    """Return the project of a config: its repository's checkout, or without one the folder of the file."""
     if site.repository is None or site.repository.top is None:
         return Project(config.path.parent)
     return Project(site.repository.top)
@@ -112,7 +112,7 @@ def project_of_config(config: RunConfig, site: RunRepository) -> Project:
 async def fetch_base_and_target(
     site: RunRepository, hub: Hub, run: str, branches: tuple[str, str], environ: Mapping[str, str]
 ) -> str:
-    """Bring the commits of base and target into the hub and check them; return that of the target."""
+    """Fetch the commits of base and target into the hub and check them; return the target's commit."""
     git = Git(hub.trusted, environ=environ)
     source, (base, target) = site.source(git), branches
     tip = await source.fetch(base, internal_ref_name(run, "base"))
@@ -120,19 +120,19 @@ async def fetch_base_and_target(
     for commit in {tip, start}:
         await check_supported(git, commit)
     if (await git("merge-base", tip, start, ok=(0, 1))).returncode:
-        raise RefusedError(f"{base!r} and {target!r} have no history in common", "set `base` or `target` anew")
+        raise RefusedError(f"{base!r} and {target!r} have no history in common", "change `base` or `target`")
     return start
 
 
 async def delete_run_refs(hub: Hub, run: str, environ: Mapping[str, str]) -> None:
-    """Let go of the commits that `run_preflight` brought in, for a run that will not be."""
+    """Delete the refs that `run_preflight` created, for a run that does not start."""
     git = Git(hub.trusted, environ=environ)
     for name in ("base", "start"):
         await git("update-ref", "-d", internal_ref_name(run, name))
 
 
 async def check_branches(source: UpstreamRepository, base: str, target: str) -> dict[str, str]:
-    """Return the branches of the source; RefusedError if the base is not there or the target can't be."""
+    """Return the branches of the source; raise RefusedError if the base is missing or the target is impossible."""
     try:
         heads = await source.heads()
     except GitError as error:
@@ -153,7 +153,7 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
 
 
 async def find_surroundings(config: RunConfig, environ: Mapping[str, str]) -> RepositoryPaths:
-    """Return what warnings need to know of a config's repository: nothing where git will not work with it."""
+    """Return the repository paths that warnings need; empty if git can't work with the repository."""
     try:
         site = await find_run_repository(config.repo, is_url=config.is_url, environ=environ)
         if site.repository is None:
@@ -168,14 +168,14 @@ async def find_surroundings(config: RunConfig, environ: Mapping[str, str]) -> Re
 async def check_checkout(
     repository: LocalRepository | None, target: str, environ: Mapping[str, str], *, remedy: str = _CLEAN_REMEDY
 ) -> None:
-    """Refuse a target that is checked out with changes of the user's own, which no landing could get past."""
+    """Raise RefusedError if the target is checked out with uncommitted changes, which would block each landing."""
     if repository is None:
         return
     git = Git(None, as_user=True, environ=environ)
     checkout = await find_checkout(repository, target, git)
     if checkout is None:
         return
-    # First of all, because to look for changes runs it, too.
+    # Check filters first, because listing changes runs them.
     configuration = await read_git_config(git, checkout)
     if (found := await find_unsafe_filter(repository, checkout, configuration)) is not None:
         raise RefusedError(*found)
@@ -186,11 +186,11 @@ async def check_checkout(
 
 
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:
-    """Refuse adapters whose program is not on PATH, all of them at once."""
+    """Raise RefusedError for all adapters whose program is not on PATH."""
     missing = [
         (f"adapter {name!r} runs {program.name!r}, which is not on PATH", program.install)
         for name, adapter in adapters.items()
         for program in adapter.programs()
         if shutil.which(program.name, path=environ.get("PATH")) is None
     ]
-    raise_combined_refusal(missing, "mend these, or give their tasks another adapter")
+    raise_combined_refusal(missing, "fix these, or give their tasks another adapter")

@@ -1,4 +1,4 @@
-"""Whether the programs of checks and setup are there, as the sandbox shows them to sessions."""
+"""Check that the programs of checks and setup are visible in the sandbox."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TITLE: Final = "programs"
 
 
 class _Command(NamedTuple):
-    """A command of the file: what it is called, its text, and the names of variables that it sees."""
+    """A command of the file: its kind, its text, and the names of its environment variables."""
 
     kind: str
     text: str
@@ -52,7 +52,7 @@ def list_commands(run: RunConfig) -> list[_Command]:
 async def check_command_programs(
     run: RunConfig, top: Path | None, probe: SandboxProbe, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Return what is wrong with the programs that checks and setup name; one finding that all is well otherwise."""
+    """Return the problems of the programs of checks and setup, or one finding that there are none."""
     commands = list_commands(run)
     if not commands:
         return []
@@ -84,7 +84,7 @@ async def check_command_programs(
 
 
 def _in_worktree(command: _Command) -> list[str]:
-    """Return the programs that a command names by a path in the worktree."""
+    """Return the programs of a command that are paths in the worktree."""
     names = find_programs(command.text)
     return [] if "cd" in names or "pushd" in names else [name for name in names if is_in_worktree(name)]
 
@@ -92,13 +92,13 @@ def _in_worktree(command: _Command) -> list[str]:
 async def _committed(
     run: RunConfig, top: Path | None, names: Iterable[str], environ: Mapping[str, str]
 ) -> Mapping[str, str]:
-    """Return the modes of files in the base, by path; of the names that are not there, nothing."""
+    """Return the modes of files in the base, by path, without missing files."""
     if top is None:
         return {}
     git = Git(None, as_user=True, environ=environ)
     try:
         entries = await git.entries(run.base, set(map(os.path.normpath, names)), top)
-    except GitError:  # what is wrong with the base is another finding
+    except GitError:  # a problem of the base is a finding of its own
         return {}
     return {path: entry.split()[0] for path, entry in entries.items()}
 

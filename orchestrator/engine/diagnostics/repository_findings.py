@@ -1,4 +1,4 @@
-"""Whether a run could work in a repository: each look is the one that a run itself takes before it starts."""
+"""Check that a run can work in a repository, with the same checks that a run makes before it starts."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from orchestrator.repo.source.user_checkouts import LocalRepository, refuse_trac
 from orchestrator.repo.source.user_programs import SKIPPED_HOOKS_REASON, find_hooks_in_checkouts
 
 _REMOTE_TIMEOUT = 20.0  # seconds for a server to answer
-#: Stands for the branch that a run makes where the file names no target.
+#: Placeholder for the branch that a run creates if the file has no target.
 _OWN_TARGET = "council/run"
 _MOST_NAMED = 3  # files
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryInspection:
-    """What was found of a repository: the top of its checkout (None: there is none), its size where it matters.
+    """The inspection of a repository: findings, the top of its checkout (None: there is none), its size if relevant.
 
-    `site` is where it is; None where that is not known.
+    `site` is its location; None if unknown.
     """
 
     findings: list[Finding]
@@ -45,7 +45,7 @@ class RepositoryInspection:
 
 
 async def inspect_repository(run: RunConfig | None, folder: Path, environ: Mapping[str, str]) -> RepositoryInspection:
-    """Look at the repository of a run, or without one at that of a folder."""
+    """Inspect the repository of a run, or without a run that of a folder."""
     if run is not None and run.is_url:
         site = await find_run_repository(run.repo, is_url=True, environ=environ)
         return RepositoryInspection([await _inspect_remote(run, environ)], site=site)
@@ -112,15 +112,18 @@ async def _inspect_remote(run: RunConfig, environ: Mapping[str, str]) -> Finding
 async def check_referenced_files(
     run: RunConfig, words: Iterable[str], scripts: Iterable[str], top: Path, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Warn of files that no session sees, as the base has none: of `words` those in the checkout, and all `scripts`."""
+    """Warn of files that sessions can't see, because they are not in the base.
+
+    Of `words`, those that are files in the checkout; all `scripts`.
+    """
     provided = (*run.worktrees.copied, *run.worktrees.linked)
     there, absent = await anyio.to_thread.run_sync(_files_of, words, scripts, top, provided)
-    absent = [] if run.worktrees.setup else absent  # which may create them
+    absent = [] if run.worktrees.setup else absent  # setup may create them
     git = Git(None, as_user=True, environ=environ)
     try:
         committed = await git.entries(run.base, {*there, *absent}, top)
     except GitError:
-        return []  # what is wrong with the base has been told
+        return []  # a problem of the base is a finding of its own
     missing = [file for file in (*there, *absent) if file not in committed]
     ignored = await ignored_in(top, missing, environ)
     commit = "commit what adapters and checks need: sessions see nothing else"
@@ -140,18 +143,18 @@ async def check_referenced_files(
 
 
 async def ignored_in(top: Path, paths: Iterable[str], environ: Mapping[str, str]) -> set[str]:
-    """Return those of the paths in a checkout that git ignores, so that nobody commits them."""
+    """Return the paths in a checkout that git ignores."""
     inside = [path for path in map(os.path.normpath, paths) if not path.startswith("..")]
     try:
         return await Git(None, as_user=True, environ=environ).ignored(inside, top)
-    except GitError:  # what is wrong with the repository is another finding
+    except GitError:  # a problem of the repository is a finding of its own
         return set()
 
 
 def _files_of(
     words: Iterable[str], scripts: Iterable[str], top: Path, provided: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the files in a checkout that words name, and the scripts that are not there. Blocks."""
+    """Return the words that are files in a checkout, and the missing scripts. Blocks."""
 
     def relative(names: Iterable[str]) -> list[str]:
         paths = dict.fromkeys(os.path.normpath(name) for name in names if name and not name.startswith(("/", "-")))
@@ -160,19 +163,19 @@ def _files_of(
             one for one in inside if not is_generated(top, one) and not any(covers(given, one) for given in provided)
         ]
 
-    # A word may be a whole prompt: unlike Path.is_file this says no to what is too long for a name or holds a NUL.
+    # A word may be a whole prompt: unlike Path.is_file, this is False for names that are too long or contain NUL.
     there = [word for word in relative(words) if os.path.isfile(top / word)]
     return there, [path for path in relative(scripts) if not os.path.lexists(top / path)]
 
 
 def is_generated(top: Path, path: str) -> bool:
-    """Return whether a file belongs to an environment that tools create, which nobody commits. Blocks."""
+    """Return True if a file belongs to a generated environment, which is never committed. Blocks."""
     folders = [top / parent for parent in Path(path).parents][:-1]
     return is_of_environment(path) or any((folder / "pyvenv.cfg").exists() for folder in folders)
 
 
 def covers(folder: str, path: str) -> bool:
-    """Return whether a path is that of a folder, or in it."""
+    """Return True if a path is a folder or inside it."""
     return path == folder or path.startswith(f"{folder}/")
 
 
@@ -182,7 +185,7 @@ async def _finding_of(name: str, found: str, check: Awaitable[object]) -> Findin
     except RefusedError as error:
         return refusal_finding(name, error)
     except GitError as error:
-        return Finding(name, Level.PROBLEM, str(error), "see that git itself can work with the repository")
+        return Finding(name, Level.PROBLEM, str(error), "check that git itself can work with the repository")
     return Finding(name, Level.OK, found)
 
 

@@ -1,4 +1,4 @@
-"""Asks inside the sandbox of sessions and checks: which programs are there, and what they answer."""
+"""Run commands inside the sandbox of sessions and checks, to find out which programs are available there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import build_base_environment
 from orchestrator.sessions.setup.shell import CommandSucceeded, Shell, ShellCommand
 
-#: Seconds for all questions of one probe.
+#: Seconds for all commands of one probe.
 _TIMEOUT = 30.0
 _NO_REACH = PathAccess()
 DEFAULT_SANDBOX = SandboxConfig(sandbox="auto", network=True, reach=PathAccess())
@@ -34,57 +34,57 @@ DEFAULT_SANDBOX = SandboxConfig(sandbox="auto", network=True, reach=PathAccess()
 
 @dataclass(frozen=True, slots=True)
 class SandboxProbe:
-    """A sandbox like that of a run's checks, and the environment that commands get there."""
+    """A sandbox like that of a run's checks, and the environment of its commands."""
 
     sandbox: RunSandbox
     environ: Mapping[str, str]
 
     @classmethod
     async def open(
-        cls, fence: SandboxConfig, site: RunRepository, project: Project, store: str, environ: Mapping[str, str]
+        cls, config: SandboxConfig, site: RunRepository, project: Project, store: str, environ: Mapping[str, str]
     ) -> SandboxProbe | None:
-        """Return the sandbox that `fence` describes; None where this machine has no such sandbox."""
+        """Return a probe of the configured sandbox; None if this machine has no such sandbox."""
         try:
-            kind = await choose_sandbox(fence.sandbox, network=fence.network, hosts=fence.hosts, environ=environ)
+            kind = await choose_sandbox(config.sandbox, network=config.network, hosts=config.hosts, environ=environ)
             hub = locate_hub(site.identity, council_home(environ))
         except RefusedError:
             return None
         hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, store, hub)
         credentials = await anyio.to_thread.run_sync(find_credentials, environ)
-        # What is asked needs no host, and a proxy would take its time.
-        return cls(RunSandbox(kind, (*hidden, *credentials), fence.model_copy(update={"hosts": ()})), environ)
+        # Probe commands need no hosts, and a proxy would be slow.
+        return cls(RunSandbox(kind, (*hidden, *credentials), config.model_copy(update={"hosts": ()})), environ)
 
     async def find_succeeding(
-        self, questions: Sequence[str], env: Sequence[str] = (), reach: PathAccess = _NO_REACH
+        self, commands: Sequence[str], env: Sequence[str] = (), reach: PathAccess = _NO_REACH
     ) -> set[str]:
-        """Return those shell commands that end with zero in an empty folder.
+        """Return the shell commands that succeed in an empty folder.
 
-        `env` names further variables, `reach` what they may read and write in addition to what all sessions may.
+        `env` names additional variables, `reach` additional paths that the commands may read and write.
         """
-        if not questions:
+        if not commands:
             return set()
-        script = "".join(f"(eval {shlex.quote(one)}) >/dev/null 2>&1 </dev/null && echo {number}\n"
-                         for number, one in enumerate(questions))  # fmt: skip
+        script = "".join(f"(eval {shlex.quote(command)}) >/dev/null 2>&1 </dev/null && echo {number}\n"
+                         for number, command in enumerate(commands))  # fmt: skip
         folder = Path(await anyio.to_thread.run_sync(partial(tempfile.mkdtemp, prefix="council-probe-")))
         try:
             tree, scratch, log = folder / "tree", folder / "home", folder / "log"
-            for one in (tree, scratch):
-                await anyio.Path(one).mkdir()
+            for path in (tree, scratch):
+                await anyio.Path(path).mkdir()
             environment = build_base_environment(env, self.environ, tree, {})
             redactor = Redactor(secret_values(self.environ))
-            ground = SandboxScope((tree, scratch), (), scratch)
-            shell = Shell(self.sandbox, ground, tree, folder / "lock", environment, redactor, reach)
+            scope = SandboxScope((tree, scratch), (), scratch)
+            shell = Shell(self.sandbox, scope, tree, folder / "lock", environment, redactor, reach)
             ended = await shell.run(ShellCommand(f"{script}exit 0", log, _TIMEOUT, ""))
             if not isinstance(ended, CommandSucceeded):
-                raise RefusedError(f"no command can be run in the sandbox: {ended}", "see the finding `sandbox`")
-            answers = (await anyio.Path(log).read_text()).split()
+                raise RefusedError(f"can't run commands in the sandbox: {ended}", "see the finding `sandbox`")
+            numbers = (await anyio.Path(log).read_text()).split()
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
-        return {questions[int(one)] for one in answers}
+        return {commands[int(number)] for number in numbers}
 
     def explain_missing_program(self, program: str, env: Sequence[str] = (), reach: PathAccess = _NO_REACH) -> str:
-        """Return where a program was looked for, and why it may be on the user's PATH all the same."""
+        """Describe where a program was searched, and why it may be on the user's PATH nevertheless."""
         environment = build_base_environment(env, self.environ, Path("/"), {})
         hint = self.sandbox.explain_missing_program(program, environment, reach)
         return hint or f": PATH is {environment['PATH']}"

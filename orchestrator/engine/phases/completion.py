@@ -1,7 +1,7 @@
-"""What a session that ended well makes of its task: what it handed over, and what follows from that.
+"""Complete a phase after its session succeeded: check its handoff, and choose what follows.
 
-Which phase follows which is decided in `domain.workflow.routing`; here its facts are brought together, and what is to be
-written with the change of the task.
+`domain.workflow.routing` decides which phase follows; this module collects its facts, and the writes that go with the
+change of the task.
 """
 
 from __future__ import annotations
@@ -53,31 +53,31 @@ from orchestrator.sessions.setup.handoff_file import HandoffData, MalformedHando
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.clock import Clock
 
-#: How often a session is asked to mend what it handed over.
+#: How often a session is asked to fix an invalid handoff.
 MAX_HANDOFF_REPAIRS: Final = 1
-#: Findings that a reason names.
+#: Findings listed in a reason.
 _MAX_NAMED_FINDINGS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class EndedSession:
-    """What a session that ended well left for its phase."""
+    """The results of a session that succeeded."""
 
     commit: str | None
-    """What it built, where it was to change anything."""
+    """The commit that it built, if its phase writes."""
     failed: CommandFailed | None
-    """The command that its work is not done until."""
+    """The `until` command that failed."""
     file: HandoffData | MalformedHandoff | None
-    """What it wrote into the file for that."""
+    """The content of its handoff file."""
     tool: JsonObject | None
-    """What it gave to the tool for that."""
+    """The result submitted by the handoff tool."""
     answer: str
     used: Transcript
 
 
 @dataclass(frozen=True, slots=True)
 class _CheckedHandoff:
-    """What was handed over, as its kind has it."""
+    """A handoff that is valid for its kind."""
 
     kind: HandoffKind
     data: dict[str, Any]
@@ -86,7 +86,7 @@ class _CheckedHandoff:
 
 @dataclass(frozen=True, slots=True)
 class PhaseCompletion:
-    """What a session that ended well makes of its task: the trigger, and what is recorded with it."""
+    """The outcome of a phase for its task: the trigger, and the changes recorded with it."""
 
     trigger: Trigger
     outcome: str
@@ -96,12 +96,12 @@ class PhaseCompletion:
     writes: Sequence[Write] = ()
     events: Sequence[tuple[str, JsonObject]] = ()
     tasks: Mapping[str, TaskSpec] = field(default_factory=dict)
-    """What its plan became."""
+    """The tasks created from its plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseCompleter:
-    """Concludes the phases of one run's tasks; `git` runs in the trusted repository."""
+    """Completes the phases of one run's tasks; `git` runs in the trusted repository."""
 
     ledger: Ledger
     inputs: PhaseInputs
@@ -112,29 +112,29 @@ class PhaseCompleter:
     def make_handoff_checker(
         self, task: str, spec: TaskSpec, phase: Phase
     ) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
-        """Return what judges a result that a session hands over while it runs; None: it is to hand over nothing."""
+        """Return a validator for results that a running session submits; None: its phase has no result."""
         if phase.produces is None:
             return None
 
         async def check(data: JsonObject) -> Sequence[str]:
-            # What it names of its work can be judged only when that is done.
+            # Without checksums: the files that a result names are final only when the session has ended.
             kind = self.inputs.kind(phase)
             checked = kind.check(self.ledger.redact(data), HandoffFacts())
-            found = checked.violations
+            violations = checked.violations
             if checked.data is not None:
                 planned = await self._expand_plan(task, spec, phase, _CheckedHandoff(kind, checked.data, "tool"))
-                found = planned if isinstance(planned, Sequence) else ()
-            return [str(one) for one in found]
+                violations = planned if isinstance(planned, Sequence) else ()
+            return [str(violation) for violation in violations]
 
         return check
 
-    async def conclude(
-        self, task: str, spec: TaskSpec, turn: NextPhase, session: EndedSession
+    async def complete(
+        self, task: str, spec: TaskSpec, current: NextPhase, session: EndedSession
     ) -> PhaseCompletion | Failed:
-        """Return what a session that ended well makes of its task; Failed where its phase has failed by that."""
-        document, phase = self.ledger.task(task), turn.phase
+        """Return the outcome of a phase whose session succeeded; Failed if the phase failed nevertheless."""
+        document, phase = self.ledger.task(task), current.phase
         base = document.attempt.base
-        if turn.workflow.is_default:
+        if current.workflow.is_default:
             changes = {"commit": session.commit, "built": None, "start": None, "base": None, "feedback": None}
             return PhaseCompletion(Trigger.BUILD, "built", changes=changes)
         if session.failed is not None:
@@ -148,12 +148,12 @@ class PhaseCompleter:
         record: dict[str, Any] = {"ended": self.clock.now(), "reason": None}
         if session.commit is not None:
             record |= {"commit": session.commit, "base": base}
-        return await self._complete_phase(task, spec, turn, session, checked, record, tasks)
+        return await self._complete_phase(task, spec, current, session, checked, record, tasks)
 
     async def _expand_plan(
         self, task: str, spec: TaskSpec, phase: Phase, checked: _CheckedHandoff | None
     ) -> Mapping[str, TaskSpec] | Sequence[Violation]:
-        """Return the tasks that what was handed over becomes, or why it can't."""
+        """Return the tasks created from a plan, or the violations that prevent it."""
         if phase.expand is None or checked is None:
             return {}
         return await expand_task(self.ledger, task, spec, phase, checked.data, self.ledger.task(task).attempt.number)
@@ -161,42 +161,44 @@ class PhaseCompleter:
     def _repeat_after_failed_command(
         self, document: TaskDocument, phase: Phase, session: EndedSession, base: str
     ) -> PhaseCompletion | Failed:
-        """Have a phase's work mended that is not what it is to be done until."""
+        """Repeat a phase whose `until` command failed, with its output as feedback."""
         failed, visit = session.failed, document.phases[-1]
-        assert failed is not None, "there is something to mend"
+        assert failed is not None, "only called if a command failed"
         reason = failed.describe(f"on the work of phase {phase.name!r}")
         if visit.rounds >= phase.max_rounds:
-            return Failed(FailureClass.CHECKS_FAILED, f"{reason}; no round is left of `max_rounds: {phase.max_rounds}`")
-        told = render_command_failure(failed.command, failed.how_it_ended, failed.output, secrets.token_hex(8))
-        return _repeat_phase(document, session, base, FailureClass.CHECKS_FAILED, reason, told, rounds=visit.rounds + 1)
+            return Failed(FailureClass.CHECKS_FAILED, f"{reason}; no rounds left (`max_rounds: {phase.max_rounds}`)")
+        feedback = render_command_failure(failed.command, failed.how_it_ended, failed.output, secrets.token_hex(8))
+        return _repeat_phase(
+            document, session, base, FailureClass.CHECKS_FAILED, reason, feedback, rounds=visit.rounds + 1
+        )
 
     def _request_repair(
         self, task: str, phase: Phase, session: EndedSession, base: str, violations: Sequence[Violation]
     ) -> PhaseCompletion | Failed:
-        """Have mended what a phase hands over."""
+        """Repeat a phase whose handoff is invalid, with its errors as feedback."""
         document = self.ledger.task(task)
         visit = document.phases[-1]
-        reason = f"what phase {phase.name!r} handed over is not valid: {'; '.join(map(str, violations))}"
+        reason = f"invalid handoff from phase {phase.name!r}: {'; '.join(map(str, violations))}"
         if visit.repairs >= MAX_HANDOFF_REPAIRS:
             return Failed(FailureClass.INVALID_HANDOFF, reason)
-        errors = render_handoff_errors([str(one) for one in violations], secrets.token_hex(8))
+        errors = render_handoff_errors([str(violation) for violation in violations], secrets.token_hex(8))
         repeated = _repeat_phase(
             document, session, base, FailureClass.INVALID_HANDOFF, reason, errors, repairs=visit.repairs + 1
         )
-        facts = {"task": task, "phase": phase.name, "violations": [one.to_json() for one in violations]}
+        facts = {"task": task, "phase": phase.name, "violations": [violation.to_json() for violation in violations]}
         return replace(repeated, events=[("handoff.invalid", facts)])
 
     async def _complete_phase(
         self,
         task: str,
         spec: TaskSpec,
-        turn: NextPhase,
+        current: NextPhase,
         session: EndedSession,
         checked: _CheckedHandoff | None,
         record: dict[str, Any],
         tasks: Mapping[str, TaskSpec],
     ) -> PhaseCompletion | Failed:
-        document, workflow, phase = self.ledger.task(task), turn.workflow, turn.phase
+        document, workflow, phase = self.ledger.task(task), current.workflow, current.phase
         verdict = None if checked is None else read_verdict(phase, checked.data)
         if verdict is not None:
             record["verdict"] = verdict
@@ -205,41 +207,41 @@ class PhaseCompleter:
         if verdict != REJECT_VERDICT:
             following = await self._find_next_phase(task, spec, workflow, phase, checked)
         if checked is not None:
-            made = await self._build_handoff(task, phase, following, session, checked)
-            if isinstance(made, Violation):
-                return Failed(FailureClass.INVALID_HANDOFF, str(made))
-            handoff = made
+            built = await self._build_handoff(task, phase, following, session, checked)
+            if isinstance(built, Violation):
+                return Failed(FailureClass.INVALID_HANDOFF, str(built))
+            handoff = built
             record["handoff"] = handoff.id
         writes = [] if handoff is None else [self.ledger.handoff_write(handoff)]
         events = [] if handoff is None else [_delivered_event(handoff)]
-        carried = compute_next_start(workflow, document, phase)
-        fresh: dict[str, Any] = {"failures": document.bounces, "feedback": None, **carried}
+        start = compute_next_start(workflow, document, phase)
+        reset: dict[str, Any] = {"failures": document.bounces, "feedback": None, **start}
         if verdict == REJECT_VERDICT and checked is not None:
-            return self._send_back(task, turn, checked, record, writes, events)
+            return self._reject(task, current, checked, record, writes, events)
         if phase.approve:
             phases = change_last_visit(document, PhaseTrigger.ASK, **record)
-            return PhaseCompletion(Trigger.ASK, outcome, None, {}, {**fresh, "phases": phases}, writes, events)
+            return PhaseCompletion(Trigger.ASK, outcome, None, {}, {**reset, "phases": phases}, writes, events)
         after = document.model_copy(
             update={"phases": change_last_visit(document, PhaseTrigger.COMPLETE, **record), "phase": None}
         )
-        concluded = replace(self._advance(workflow, phase, after, following), outcome=outcome)
-        if tasks:  # it goes on, or lands or is done, only once they have landed
-            at = {name: concluded.changes[name] for name in ("phases", "phase")}
-            changes = {**at, **expansion_changes(self.ledger, task, tasks)}
+        completion = replace(self._advance(workflow, phase, after, following), outcome=outcome)
+        if tasks:  # the task advances, lands or finishes only once they have landed
+            position = {name: completion.changes[name] for name in ("phases", "phase")}
+            changes = {**position, **expansion_changes(self.ledger, task, tasks)}
             details = describe_expansion(phase, tasks)
-            concluded = replace(concluded, trigger=Trigger.EXPAND, details=details, changes=changes, tasks=tasks)
-        return replace(concluded, changes={**fresh, **concluded.changes}, writes=writes, events=events)
+            completion = replace(completion, trigger=Trigger.EXPAND, details=details, changes=changes, tasks=tasks)
+        return replace(completion, changes={**reset, **completion.changes}, writes=writes, events=events)
 
     def _advance(
         self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None
     ) -> PhaseCompletion:
-        """Return what a task comes to whose phase is complete: another follows, its work lands, or it is done."""
+        """Return the outcome of a completed phase: another follows, the work is queued to land, or the task is done."""
         if following is not None:
             changes = {"phases": after.phases, "phase": workflow.after(phase.name)[0].name}
             return PhaseCompletion(Trigger.ADVANCE, "", details={"next": following.name}, changes=changes)
-        # The condition of what is left does not hold, or nothing is left.
-        place = workflow.index(phase.name) + 1
-        phases, _ = find_next_phase(workflow, after.phases, place, lambda *_: False, self.clock.now())
+        # Record the phases that are left, if any, as skipped: their conditions are not met.
+        index = workflow.index(phase.name) + 1
+        phases, _ = find_next_phase(workflow, after.phases, index, lambda *_: False, self.clock.now())
         work = find_earlier_work(workflow, after)
         if work is None:
             return PhaseCompletion(Trigger.FINISH, "", changes={"phases": phases, "phase": None})
@@ -249,43 +251,43 @@ class PhaseCompleter:
     async def _find_next_phase(
         self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase, checked: _CheckedHandoff | None
     ) -> Phase | None:
-        """Return the phase that follows one which is complete; None where none is left."""
+        """Return the phase that follows a completed one; None if none is left."""
         values = await self.inputs.values(task, spec, workflow, phase)
         if checked is not None:
             values = values.with_produced(checked.kind.exports(checked.data), phase.name, checked.data)
         condition = partial(is_condition_met, values=values.known)
         try:
             return find_next_phase(workflow, (), workflow.index(phase.name) + 1, condition, self.clock.now())[1]
-        except RefusedError:  # what can't be judged is the matter of the phase that it is about
+        except RefusedError:  # reported when the phase with the failing condition starts
             return workflow.after(phase.name)[0]
 
-    def _send_back(
+    def _reject(
         self,
         task: str,
-        turn: NextPhase,
+        current: NextPhase,
         checked: _CheckedHandoff,
         record: dict[str, Any],
         writes: Sequence[Write],
         events: Sequence[tuple[str, JsonObject]],
     ) -> PhaseCompletion | Failed:
-        """Send work back to the phase that a review names, with what it found."""
-        document, phase = self.ledger.task(task), turn.phase
+        """Return rejected work to its `on_reject` phase, with the review's findings."""
+        document, phase = self.ledger.task(task), current.phase
         findings = checked.data.get("findings") or checked.data.get("summary") or ""
         phases = change_last_visit(document, PhaseTrigger.COMPLETE, **record)
         reason = f"phase {phase.name!r} rejected the work: {summarize_findings(findings)}"
         if count_rejections(document, phase.name) >= phase.max_rounds:
             changes: dict[str, Any] = {"phases": phases, "phase": None, "failures": document.failures + 1}
             return PhaseCompletion(Trigger.FAIL, FailureClass.REJECTED, reason, {}, changes, writes, events)
-        back = turn.workflow.find_rejection_target(phase.name, document)
+        target = current.workflow.find_rejection_target(phase.name, document)
         changes = {
             "phases": phases,
-            "phase": back.name,
-            "start": turn.start,
-            "base": turn.base,
+            "phase": target.name,
+            "start": current.start,
+            "base": current.base,
             "feedback": render_findings(phase.name, findings, secrets.token_hex(8)),
             "failures": document.bounces,
         }
-        details = {"next": back.name, "verdict": REJECT_VERDICT}
+        details = {"next": target.name, "verdict": REJECT_VERDICT}
         return PhaseCompletion(Trigger.REPEAT, "completed", reason, details, changes, writes, events)
 
     async def _build_handoff(
@@ -294,13 +296,12 @@ class PhaseCompleter:
         document, mediation = self.ledger.task(task), None
         if phase.handoff == "mediated" and phase.mediator is None:
             to_kind = None if following is None else following.produces or following.name
-            named = phase.transform
-            made = mediate(checked.data, checked.kind.name, to_kind, self.transformations, named)
-            if isinstance(made, Violation):
-                return made
-            mediation = made
-        attempts = [one for one in document.attempts if one.number != document.attempt.number]
-        costs = sum_known_cost(attempts)
+            mediated = mediate(checked.data, checked.kind.name, to_kind, self.transformations, phase.transform)
+            if isinstance(mediated, Violation):
+                return mediated
+            mediation = mediated
+        earlier = [attempt for attempt in document.attempts if attempt.number != document.attempt.number]
+        earlier_cost = sum_known_cost(earlier)
         used = session.used
         version = None
         if phase.handoff == "shared" and phase.key is not None:
@@ -308,7 +309,7 @@ class PhaseCompleter:
             guard = None if claims is None else claims.guard(task)
             writer = SessionName(self.ledger.run.id, task, document.attempt.number)
             version = (await self.inputs.shared_values.put(phase.key, checked.data, writer=writer, claim=guard)).version
-        tokens = sum(one.input_tokens + one.output_tokens for one in attempts) + used.input_tokens + used.output_tokens
+        tokens = sum(one.input_tokens + one.output_tokens for one in earlier) + used.input_tokens + used.output_tokens
         return make_handoff(
             self.ledger.run.id,
             task,
@@ -322,23 +323,23 @@ class PhaseCompleter:
             time=self.clock.now(),
             summary=used.last_message or "",
             tokens=tokens,
-            cost=None if costs is None and used.cost is None else (costs or 0.0) + (used.cost or 0.0),
+            cost=None if earlier_cost is None and used.cost is None else (earlier_cost or 0.0) + (used.cost or 0.0),
             by=checked.by,
             key=phase.key,
             version=version,
         )
 
     async def _read_handoff(self, phase: Phase, session: EndedSession) -> _CheckedHandoff | Sequence[Violation] | None:
-        """Return what a session handed over, or what is wrong with it; None where nothing is to be."""
+        """Return a session's handoff, or its violations; None if the phase has no result."""
         if phase.produces is None:
             return None
         kind = self.inputs.kind(phase)
-        found = select_delivery(session.file, session.tool, session.answer)
-        if isinstance(found, Violation):
-            return [found]
-        data, by = found
-        said = self.ledger.redact(data)
-        checked = kind.check(said, await self._facts(kind, said, session.commit))
+        delivery = select_delivery(session.file, session.tool, session.answer)
+        if isinstance(delivery, Violation):
+            return [delivery]
+        data, by = delivery
+        redacted = self.ledger.redact(data)
+        checked = kind.check(redacted, await self._facts(kind, redacted, session.commit))
         if checked.data is None:
             return checked.violations
         return _CheckedHandoff(kind, checked.data, by)
@@ -351,7 +352,7 @@ class PhaseCompleter:
 
 
 class PhaseHandlers(NamedTuple):
-    """How the phases of one run's tasks begin, and how they end."""
+    """Starts and completes the phases of one run's tasks."""
 
     starter: PhaseStarter
     completer: PhaseCompleter
@@ -360,7 +361,7 @@ class PhaseHandlers(NamedTuple):
 def select_delivery(
     file: HandoffData | MalformedHandoff | None, tool: JsonObject | None, answer: str
 ) -> tuple[JsonObject, Delivery] | Violation:
-    """Return what a session handed over, and how; or why that is nothing. The file counts first, then the tool."""
+    """Return a session's result and its means of delivery; or a violation. The file comes first, then the tool."""
     match file:
         case HandoffData(data):
             return data, "file"
@@ -371,20 +372,20 @@ def select_delivery(
     block = find_last_json_block(answer)
     if block.data is not None:
         return block.data, "answer"
-    why = "; ".join(("nothing was handed over", *block.skipped))
+    why = "; ".join(("no result was submitted", *block.skipped))
     return Violation("handoff.missing", "the result", why, "write it to $COUNCIL_HANDOFF, as one JSON object")
 
 
 def summarize_findings(findings: Any) -> str:
-    """Return the findings of a review on one line, or the first of them."""
+    """Return the first findings of a review on one line."""
     if not isinstance(findings, list | tuple):
         return str(findings)
-    told = []
-    for one in findings[:_MAX_NAMED_FINDINGS]:
-        place = ":".join(str(part) for part in (one.get("path"), one.get("line")) if part)
-        told.append(f"{place} {one.get('message', '')}".strip())
-    left = len(findings) - len(told)
-    return "; ".join([*told, *([f"and {left} more"] if left > 0 else [])])
+    listed = []
+    for finding in findings[:_MAX_NAMED_FINDINGS]:
+        location = ":".join(str(part) for part in (finding.get("path"), finding.get("line")) if part)
+        listed.append(f"{location} {finding.get('message', '')}".strip())
+    left = len(findings) - len(listed)
+    return "; ".join([*listed, *([f"and {left} more"] if left > 0 else [])])
 
 
 def _delivered_event(handoff: Handoff) -> tuple[str, JsonObject]:

@@ -1,4 +1,4 @@
-"""The tasks that the plan of a phase becomes: what each is told and may, and what records them."""
+"""Create tasks from the plan of a phase, and record them."""
 
 from __future__ import annotations
 
@@ -19,62 +19,63 @@ from orchestrator.protocols import JsonObject
 async def expand_task(
     ledger: Ledger, task: str, spec: TaskSpec, phase: Phase, plan: Mapping[str, Any], attempt: int
 ) -> dict[str, TaskSpec] | Sequence[Violation]:
-    """Return the tasks that a plan becomes which an attempt handed over, by their names; or what keeps it from that.
+    """Return the tasks that an attempt's plan creates, by id, or the violations that prevent it.
 
-    All that the plan does not say is as its task has it: who works on them, for how long, with what and under which
-    checks. What an earlier plan of the task became keeps its names, also where a restore has deleted it: a checkpoint
-    may bring it back.
+    What the plan leaves open is inherited from the planning task: adapters, limits, checks. Ids of tasks from an
+    earlier plan are not reused, even if a restore deleted them: a checkpoint may bring them back.
     """
     expansion = phase.expand or Expansion()
     known = await ledger.earlier_specs(task)
     own = f"{ledger.run.id}/{task}/"
-    named = partial(expand_plan, plan, most=expansion.most, owns=spec.owns, taken={*ledger.run.tasks, *known})
+    expand = partial(expand_plan, plan, most=expansion.most, owns=spec.owns, taken={*ledger.run.tasks, *known})
     has_earlier = any(str(value.get("plan") or "").startswith(own) for value in known.values())
-    found = () if has_earlier else named(f"{task}-")
-    if has_earlier or await ledger.have_any_existed([one.id for one in found if isinstance(one, ExpandedTask)]):
-        found = named(f"{task}.{attempt}-")
+    planned = () if has_earlier else expand(f"{task}-")
+    if has_earlier or await ledger.have_any_existed([new.id for new in planned if isinstance(new, ExpandedTask)]):
+        planned = expand(f"{task}.{attempt}-")
     specs = {}
-    for one in found:
-        if isinstance(one, Violation):
-            return [each for each in found if isinstance(each, Violation)]
+    for new in planned:
+        if isinstance(new, Violation):
+            return [violation for violation in planned if isinstance(violation, Violation)]
         changes = {
-            "id": one.id,
-            "prompt": one.prompt,
-            "needs": one.needs,
-            "owns": one.owns,
+            "id": new.id,
+            "prompt": new.prompt,
+            "needs": new.needs,
+            "owns": new.owns,
             "workflow": expansion.workflow,
             "context": spec.context if expansion.workflow is not None else {},
             "tracker": None,
             "plan": handoff_id(ledger.run.id, task, attempt),
         }
-        specs[one.id] = spec.model_copy(update=changes)
+        specs[new.id] = spec.model_copy(update=changes)
     return specs
 
 
 def expansion_changes(ledger: Ledger, task: str, specs: Mapping[str, TaskSpec]) -> dict[str, Any]:
-    """Return the changes to a task whose plan becomes these tasks; nothing changes without any."""
-    return {"expanded": (*landed_parts(ledger, ledger.task(task)), *specs)} if specs else {}
+    """Return the changes to a task whose plan creates these tasks; none without tasks."""
+    return {"expanded": (*landed_subtasks(ledger, ledger.task(task)), *specs)} if specs else {}
 
 
 def describe_expansion(phase: Phase, specs: Mapping[str, TaskSpec]) -> JsonObject:
-    """Return what an event says of the tasks that the plan of a phase became."""
+    """Return the event details of the tasks that the plan of a phase created."""
     return {"phase": phase.name, "count": len(specs), "tasks": list(specs)}
 
 
-def landed_parts(ledger: Ledger, document: TaskDocument) -> tuple[str, ...]:
-    """Return of what the plans of a task became that of which nothing is left to do."""
-    return tuple(one for one in document.expanded if ledger.task(one).status in SUCCESS_STATUSES)
+def landed_subtasks(ledger: Ledger, document: TaskDocument) -> tuple[str, ...]:
+    """Return the subtasks of a task that succeeded."""
+    return tuple(subtask for subtask in document.expanded if ledger.task(subtask).status in SUCCESS_STATUSES)
 
 
-def superseded_parts(ledger: Ledger, workflow: Workflow, document: TaskDocument, phase: str | None) -> tuple[str, ...]:
-    """Return what of an earlier plan is to be given up where a task is tried again from a phase on: a new one follows.
+def superseded_subtasks(
+    ledger: Ledger, workflow: Workflow, document: TaskDocument, phase: str | None
+) -> tuple[str, ...]:
+    """Return the subtasks to drop when a task restarts from a phase, because a new plan replaces them.
 
-    That is whatever has not landed, where the phase that planned it is to be done again.
+    These are all subtasks that have not landed, if the phase that planned them runs again.
     """
     if phase is None or not document.expanded:
         return ()
-    again = {one.name for one in workflow.phases[workflow.index(phase) :] if one.expand is not None}
-    if not any(one.phase in again for one in document.phases):
+    repeated = {phase.name for phase in workflow.phases[workflow.index(phase) :] if phase.expand is not None}
+    if not any(visit.phase in repeated for visit in document.phases):
         return ()
-    landed = landed_parts(ledger, document)
-    return tuple(one for one in document.expanded if one not in landed)
+    landed = landed_subtasks(ledger, document)
+    return tuple(subtask for subtask in document.expanded if subtask not in landed)

@@ -1,4 +1,4 @@
-"""What the session of a phase is told and given, and what is recorded where it begins."""
+"""Choose the phase that a task's next session runs, build its prompt, and record its start."""
 
 from __future__ import annotations
 
@@ -38,47 +38,47 @@ from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.protocols import JsonObject
 from orchestrator.system.clock import Clock
 
-#: What a phase is told that has no template.
+#: For a phase without a template.
 _DEFAULT_TEMPLATE: Final = "{{ task.prompt }}"
 
 
 @dataclass(frozen=True, slots=True)
 class SessionPrompt:
-    """What a session is told beside its notes."""
+    """The prompt of a session, without its notes."""
 
     text: str
-    told: str | None = None
-    """What stands behind that, where it begins a conversation."""
+    suffix: str | None = None
+    """Appended if the session starts a conversation."""
     follow_up: str | None = None
-    """What it is told instead, where it goes on with one."""
+    """Replaces `text` if the session continues a conversation."""
     given: GivenValues = field(default_factory=GivenValues)
     received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
-    """The handoffs that it is given, by id, with the versions of their documents."""
+    """The handoffs that the session is given, by id, with their document versions."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextPhase:
-    """The phase that a task is to have a session for now; `phases` are its visits so far, those skipped with them."""
+    """The phase that the next session of a task runs; `phases` are its visits so far, including skipped ones."""
 
     workflow: Workflow
     phase: Phase
     phases: tuple[PhaseRecord, ...] = ()
     start: str | None = None
-    """The commit that it begins at, where that is not the base."""
+    """The commit that it starts from, if other than the base."""
     base: str | None = None
-    """The commit that its work is judged against, where it begins elsewhere."""
+    """The commit that its work is compared with, if it starts from another."""
     earlier: int | None = None
-    """The attempt whose conversation it is to go on with."""
-    brief: SessionPrompt | None = None
+    """The attempt whose conversation it continues."""
+    prompt: SessionPrompt | None = None
     is_restart: bool = False
-    """Whether it begins anew, because the work that it was to mend does not fit any more."""
+    """Whether it restarts from scratch, because the work that it was to fix no longer applies."""
     is_newest: bool = True
-    """Whether it begins at the newest state of what it builds on."""
+    """Whether it starts from the newest state of its base."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoPhaseLeft:
-    """No session is left for a task; `commit` is what it has built, None: nothing."""
+    """A task has no session left to run; `commit` is what it built, None: nothing."""
 
     phases: tuple[PhaseRecord, ...]
     commit: str | None = None
@@ -87,16 +87,16 @@ class NoPhaseLeft:
 
 @dataclass(frozen=True, slots=True)
 class PhaseStarter:
-    """Says at which phase each task of a run is to have a session, and what that is told."""
+    """Chooses the next phase of each task of a run, and builds its prompt."""
 
     ledger: Ledger
     inputs: PhaseInputs
     clock: Clock
     has_tools: bool
-    """Whether sessions can hand over by a command, or a tool."""
+    """Whether sessions have the handoff command and tool."""
 
-    async def turn(self, task: str, spec: TaskSpec) -> NextPhase | NoPhaseLeft:
-        """Return what a task is to have a session for now; phases whose condition does not hold are skipped."""
+    async def next_phase(self, task: str, spec: TaskSpec) -> NextPhase | NoPhaseLeft:
+        """Return the phase that the next session of a task runs; phases with an unmet condition are skipped."""
         workflow, document = self.ledger.workflow(spec.workflow), self.ledger.task(task)
         if workflow.is_default:
             earlier = find_continued_attempt(workflow, document, workflow.phases[0])
@@ -114,31 +114,32 @@ class PhaseStarter:
             return replace(start, start=document.start, base=document.base)
         return start if work is None else replace(start, start=work.commit, base=work.base)
 
-    async def brief(self, task: str, spec: TaskSpec, turn: NextPhase, diff: str | None = None) -> SessionPrompt:
-        """Return what the session of a turn is told and given; `diff` is of the work that it starts with."""
+    async def build_prompt(
+        self, task: str, spec: TaskSpec, following: NextPhase, diff: str | None = None
+    ) -> SessionPrompt:
+        """Return the prompt and inputs of a phase's session; `diff` shows the work that it starts with."""
         document = self.ledger.task(task)
-        if turn.workflow.is_default:
-            feedback = None if turn.is_restart else document.feedback
-            return SessionPrompt(render_plain_prompt(spec), told=feedback, follow_up=feedback)
-        phase = turn.phase
-        values = await self.inputs.values(task, spec, turn.workflow, phase)
+        if following.workflow.is_default:
+            feedback = None if following.is_restart else document.feedback
+            return SessionPrompt(render_plain_prompt(spec), suffix=feedback, follow_up=feedback)
+        phase = following.phase
+        values = await self.inputs.values(task, spec, following.workflow, phase)
         kind = None if phase.produces is None else self.inputs.kind(phase)
         given, measured = select_values(values.known, values.wanted(phase, get_phase_needs(phase, kind)))
-        visits = [one for one in document.phases if one.phase == phase.name]
+        visits = [visit for visit in document.phases if visit.phase == phase.name]
         facts = PromptFacts(
             task=task,
             prompt=spec.prompt,
             mark=secrets.token_hex(8),
             phase=phase.name,
-            name=phase.name,
             tracker=spec.tracker,
             planner=planning_task(spec),
             round=max(len(visits) + (not has_open_visit(document)), 1),
             writes=phase.writes,
             given=given,
             results=values.results,
-            feedback=None if turn.is_restart else document.feedback,
-            base=turn.base,
+            feedback=None if following.is_restart else document.feedback,
+            base=following.base,
             diff=diff,
             owns=spec.owns,
             handoff=self._handoff_instructions(phase),
@@ -148,38 +149,39 @@ class PhaseStarter:
         return SessionPrompt(prompt.text, follow_up=follow_up, given=measured, received=values.received(given))
 
     def build_start_update(
-        self, task: str, turn: NextPhase, attempt: Attempt, attempts: Sequence[Attempt]
+        self, task: str, following: NextPhase, attempt: Attempt, attempts: Sequence[Attempt]
     ) -> TaskUpdate:
-        """Return what is recorded where an attempt begins at a turn."""
-        document, brief, now = self.ledger.task(task), turn.brief, self.clock.now()
+        """Return the update that records the start of an attempt at a phase."""
+        document, prompt, now = self.ledger.task(task), following.prompt, self.clock.now()
         details: JsonObject = {"base": attempt.base, "adapter": attempt.adapter}
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
-        if turn.workflow.is_default or brief is None:
+        if following.workflow.is_default or prompt is None:
             return TaskUpdate(details, changes)
-        before = document.model_copy(update={"phases": turn.phases})
+        before = document.model_copy(update={"phases": following.phases})
+        phase = following.phase.name
         is_new = not has_open_visit(before)
-        given: dict[str, Any] = {"given": brief.given, "received": tuple(brief.received)} if is_new else {}
-        changes |= enter_phase(turn.workflow, before, turn.phase, attempt.number, now, **given)
-        details["phase"] = turn.phase.name
+        given: dict[str, Any] = {"given": prompt.given, "received": tuple(prompt.received)} if is_new else {}
+        changes |= enter_phase(following.workflow, before, following.phase, attempt.number, now, **given)
+        details["phase"] = phase
         if not is_new:
             return TaskUpdate(details, changes)
-        taken = {
-            id_: (version, acknowledge(handoff, turn.phase.name, attempt.number, now))
-            for id_, (version, handoff) in brief.received.items()
+        received = {
+            id_: (version, acknowledge(handoff, phase, attempt.number, now))
+            for id_, (version, handoff) in prompt.received.items()
         }
         events = [
-            ("handoff.received", {"task": task, "handoff": id_, "phase": turn.phase.name, "digest": one.digest})
-            for id_, (_, one) in taken.items()
+            ("handoff.received", {"task": task, "handoff": id_, "phase": phase, "digest": handoff.digest})
+            for id_, (_, handoff) in received.items()
         ]
-        writes = [self.ledger.handoff_write(one, version) for version, one in taken.values()]
+        writes = [self.ledger.handoff_write(handoff, version) for version, handoff in received.values()]
         return TaskUpdate(details, changes, writes, events)
 
-    def build_finish_update(self, rest: NoPhaseLeft) -> tuple[TaskUpdate, Trigger]:
-        """Return what is recorded, and by which trigger, where no session is left for a task."""
-        changes: dict[str, Any] = {"phases": rest.phases, "phase": None, "reason": None}
-        if rest.commit is None:
+    def build_finish_update(self, finished: NoPhaseLeft) -> tuple[TaskUpdate, Trigger]:
+        """Return the update and its trigger for a task that has no session left to run."""
+        changes: dict[str, Any] = {"phases": finished.phases, "phase": None, "reason": None}
+        if finished.commit is None:
             return TaskUpdate({}, changes), Trigger.FINISH
-        return TaskUpdate({}, {**changes, "commit": rest.commit, "built": rest.built}), Trigger.QUEUE
+        return TaskUpdate({}, {**changes, "commit": finished.commit, "built": finished.built}), Trigger.QUEUE
 
     def _handoff_instructions(self, phase: Phase) -> HandoffInstructions | None:
         if phase.produces is None:
@@ -189,11 +191,11 @@ class PhaseStarter:
 
 
 def render_plain_prompt(spec: TaskSpec) -> str:
-    """Return what a task without a workflow is asked to do; what a tracker or a plan says is marked off."""
+    """Render the prompt of a task without a workflow; text from a tracker or a plan is quoted."""
     source = describe_prompt_source(spec.tracker, planning_task(spec))
     return spec.prompt if source is None else f"{render_task_prompt(spec.prompt, source, secrets.token_hex(8))}\n"
 
 
 def planning_task(spec: TaskSpec) -> str | None:
-    """Return the task whose plan a task came of; None where it came of none."""
+    """Return the task whose plan created a task; None if no plan did."""
     return None if spec.plan is None else spec.plan.split("/")[1]

@@ -1,4 +1,4 @@
-"""What a phase could be given: what its task began with, and what the phases before it handed over."""
+"""Collect the values that a phase can receive: the task's context, and the results of earlier phases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import HandoffCorrupted, RefusedError
 
-#: The value that says what is to be done with what was mediated.
+#: The value with the instructions for mediated data.
 MEDIATION_INSTRUCTIONS: Final = "handoff_instructions"
 
 
@@ -27,67 +27,67 @@ class PhaseValues:
 
     context: PhaseContext
     produced: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What each earlier phase added."""
+    """The values that each earlier phase added."""
     handoffs: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
-    """What each of them handed over, by the phase, with the version of the document."""
+    """The handoff of each earlier phase, with its document version."""
     results: Mapping[str, Any] = field(default_factory=dict)
-    """The same as the phases were given it."""
+    """The result of each earlier phase, as later phases see it."""
 
     @property
     def known(self) -> dict[str, Any]:
-        """All that it could be given."""
+        """All available values."""
         return self.context.complete()
 
     def wanted(self, phase: Phase, needs: Sequence[str] | None) -> Sequence[str] | None:
-        """Return the names of the values that a phase gets: what was mediated for it is all for it."""
+        """Return the names of the values that a phase receives: its needs, and all data mediated for it."""
         if needs is None:
             return None
-        made = [
+        mediated = [
             name
             for source, (_, handoff) in self.handoffs.items()
             if handoff.mediation is not None and handoff.to == phase.name
             for name in self.produced[source]
         ]
-        return tuple(dict.fromkeys((*needs, *made)))
+        return tuple(dict.fromkeys((*needs, *mediated)))
 
     def received(self, given: Mapping[str, Any]) -> dict[str, tuple[int, Handoff]]:
-        """Return the handoffs that given values come from, by id, with the versions of their documents."""
+        """Return the handoffs that given values come from, by id, with their document versions."""
         return {
-            found[1].id: found
-            for phase, found in self.handoffs.items()
+            versioned[1].id: versioned
+            for phase, versioned in self.handoffs.items()
             if not self.produced[phase] or any(name in given for name in self.produced[phase])
         }
 
     def with_produced(self, added: Mapping[str, Any], phase: str, result: Mapping[str, Any]) -> PhaseValues:
-        """Return the values once the phase itself has added some, for what follows."""
+        """Return the values including those that the phase itself added, for later phases."""
         context = replace(self.context, produced=added)
         return replace(self, context=context, results={**self.results, phase: result})
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseInputs:
-    """Finds what the phases of one run's tasks could be given."""
+    """Collects the values for the phases of one run's tasks."""
 
     ledger: Ledger
     kinds: Mapping[str, HandoffKind]
-    """What can be handed over, by name, beside what a workflow's own schemas say."""
+    """The handoff kinds by name, in addition to a workflow's own schemas."""
     shared_values: SharedValues
 
     async def values(self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase) -> PhaseValues:
-        """Return what a phase could be given, or its condition be about."""
+        """Return the values that a phase and its condition can use."""
         document = self.ledger.task(task)
         handoffs = await self.ledger.handoffs(task)
         done = completed_visits(workflow, document)
         return await collect_phase_values(workflow, phase, spec.context, done, handoffs, self.kind, self.shared_values)
 
     def kind(self, phase: Phase) -> HandoffKind:
-        """Return the kind of what a phase hands over; RefusedError where nothing brings it any more."""
+        """Return the kind of a phase's handoff; raise RefusedError if no plugin provides it any more."""
         name = phase.produces or phase.name
         if phase.schema_ is not None:
             return kind_from_schema(name, phase.schema_)
         if name not in self.kinds:
-            what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin brings"
-            raise RefusedError(what, "install the plugin that does, then `council retry` the task")
+            what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin provides"
+            raise RefusedError(what, "install the plugin, then `council retry` the task")
         return self.kinds[name]
 
 
@@ -98,29 +98,29 @@ async def collect_phase_values(
     done: Mapping[str, PhaseRecord],
     handoffs: Mapping[str, tuple[int, Handoff]],
     kind_of: Callable[[Phase], HandoffKind],
-    sharing: SharedValues,
+    shared_values: SharedValues,
 ) -> PhaseValues:
-    """Return the values of a phase; `done` are the visits before it that count, `handoffs` all of the task by id."""
+    """Return the values of a phase; `done` are its completed earlier visits, `handoffs` all of the task by id."""
     produced: dict[str, Mapping[str, Any]] = {}
     known = set(inherited)
     results: dict[str, Any] = {}
-    found: dict[str, tuple[int, Handoff]] = {}
-    # Nobody changes behind a person's back what that person let pass.
-    last = max((at for at, name in enumerate(done) if workflow.phase(name).approve), default=-1)
+    by_phase: dict[str, tuple[int, Handoff]] = {}
+    # Shared data must not change after a person has approved it.
+    last = max((index for index, name in enumerate(done) if workflow.phase(name).approve), default=-1)
     approved = list(done)[: last + 1]
     for name, record in done.items():
         if record.handoff is None or record.handoff not in handoffs:
             continue
         source = workflow.phase(name)
         if source.mediator not in {None, phase.name} and source.mediator in done:
-            continue  # what stands between has made of it what is to be known
-        found[name] = handoffs[record.handoff]
-        if not is_intact(found[name][1]):
-            raise HandoffCorrupted(record.handoff, "its digest does not match what it holds")
-        handoff = found[name][1]
+            continue  # the mediating phase's result replaces it
+        by_phase[name] = handoffs[record.handoff]
+        handoff = by_phase[name][1]
+        if not is_intact(handoff):
+            raise HandoffCorrupted(record.handoff, "its digest does not match its data")
         is_open = handoff.protocol == "shared" and name not in approved
         results[name] = (
-            await _latest_shared_data(handoff, kind_of(source), sharing) if is_open else get_payload(handoff)
+            await _latest_shared_data(handoff, kind_of(source), shared_values) if is_open else get_payload(handoff)
         )
         mediation = handoff.mediation
         if mediation is None:
@@ -131,19 +131,19 @@ async def collect_phase_values(
             added = dict(mediation.processed)
         if mediation is not None and handoff.to == phase.name:
             added[MEDIATION_INSTRUCTIONS] = mediation.instructions
-        # What says nothing takes the place of nothing.
+        # An empty value does not replace a known one.
         produced[name] = {key: value for key, value in added.items() if key not in known or not is_empty_value(value)}
         known |= produced[name].keys()
     context = build_phase_context(phase, workflow.before(phase.name), inherited, produced)
-    return PhaseValues(context, produced, found, results)
+    return PhaseValues(context, produced, by_phase, results)
 
 
-async def _latest_shared_data(handoff: Handoff, kind: HandoffKind, sharing: SharedValues) -> dict[str, Any]:
-    """Return what others have made since of a handoff that is shared, if that fits its kind; else what it was."""
+async def _latest_shared_data(handoff: Handoff, kind: HandoffKind, shared_values: SharedValues) -> dict[str, Any]:
+    """Return the current data of a shared handoff if it is valid for its kind, else the original data."""
     if handoff.key is not None:
-        now = await sharing.get(handoff.key)
-        if now is not None and now.version != handoff.version and isinstance(now.value, dict):
-            checked = kind.check(now.value, HandoffFacts())
+        current = await shared_values.get(handoff.key)
+        if current is not None and current.version != handoff.version and isinstance(current.value, dict):
+            checked = kind.check(current.value, HandoffFacts())
             if checked.data is not None:
                 return checked.data
     return get_payload(handoff)

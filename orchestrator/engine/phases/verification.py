@@ -1,6 +1,6 @@
-"""Holds what is recorded of a run's workflows against the rules: gathers the facts that `domain.workflow.verification` judges.
+"""Verify a run's workflow records: collect the facts that `domain.workflow.verification` checks.
 
-It only looks, also while the run is at work: what belongs together of a task is read as of one moment.
+Read-only, and safe while the run is active: the documents of a task are read as of one point in time.
 """
 
 from __future__ import annotations
@@ -29,99 +29,97 @@ from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock
 
-_REPAIR = "`council state verify --repair` settles for what can be read"
-_FOREIGN_WRITER = "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
+_REPAIR = "run `council state verify --repair` to keep what is readable"
+_FOREIGN_WRITER = "not written by `council`: run `council checkpoint restore` to go back to an earlier state"
 
 
 @dataclass(frozen=True, slots=True)
 class TaskVerification:
-    """What became of the rules for one task that has a workflow."""
+    """The verification result of one task that has a workflow."""
 
     id: str
     workflow: str
     visits: int = 0
-    """How many visits of phases are recorded."""
+    """The number of recorded phase visits."""
     handoffs: int = 0
     violations: Sequence[Violation] = ()
     unseen: Sequence[str] = ()
-    """What could not be looked at, and why."""
+    """Files that could not be checked, and why."""
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
+        """Return the object for `--json`."""
         return {
             "id": self.id,
             "workflow": self.workflow,
             "visits": self.visits,
             "handoffs": self.handoffs,
-            "violations": [one.to_json() for one in self.violations],
+            "violations": [violation.to_json() for violation in self.violations],
             "unseen": list(self.unseen),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class RunVerification:
-    """What became of the rules for a run; `tasks` are those that have a workflow."""
+    """The verification result of a run; `tasks` are those that have a workflow."""
 
     run: str
     tasks: Sequence[TaskVerification] = ()
 
     @property
     def violations(self) -> list[Violation]:
-        """All of them."""
+        """The violations of all tasks."""
         return [violation for task in self.tasks for violation in task.violations]
 
     @property
-    def is_sound(self) -> bool:
-        """Whether no rule is broken."""
+    def is_valid(self) -> bool:
+        """Whether there are no violations."""
         return not self.violations
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
-        return {"run": self.run, "is_sound": self.is_sound, "tasks": [one.to_json() for one in self.tasks]}
+        """Return the object for `--json`."""
+        return {"run": self.run, "is_valid": self.is_valid, "tasks": [task.to_json() for task in self.tasks]}
 
 
 @dataclass(frozen=True, slots=True)
 class _RunVerifier:
-    """One look at the workflows of a run."""
+    """Verifies the tasks of one run at one point in time."""
 
     store: Store
     run: RunDocument
     kinds: Mapping[str, HandoffKind]
     constraints: Mapping[str, Constraint]
     git: Git | None
-    """None: the repositories are gone."""
+    """None: the run's repositories were removed."""
     sessions: Sequence[SessionContext]
     now: float
 
-    async def task(self, task: str, name: str) -> TaskVerification:
-        """Return what becomes of the rules for a task whose workflow is called `name`."""
-        place = f"task {task!r}"
-        if name not in self.run.workflows:
-            what = f"its workflow {name!r} is not in the run's record"
-            return TaskVerification(
-                task, name, violations=[Violation("records.workflow", place, what, _FOREIGN_WRITER)]
-            )
+    async def verify_task(self, task: str, workflow: str) -> TaskVerification:
+        """Verify a task by the name of its workflow."""
+        subject = f"task {task!r}"
+        if workflow not in self.run.workflows:
+            what = f"its workflow {workflow!r} is not in the run's record"
+            violation = Violation("records.workflow", subject, what, _FOREIGN_WRITER)
+            return TaskVerification(task, workflow, violations=[violation])
         try:
-            return await self._judged(task, name)
+            return await self._check_rules(task, workflow)
         except ValidationError as error:
-            wrong = error.errors(include_url=False, include_input=False)[0]
-            what = f"what is recorded is no {error.title}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-            return TaskVerification(task, name, violations=[Violation("records.form", place, what, _FOREIGN_WRITER)])
+            first = error.errors(include_url=False, include_input=False)[0]
+            what = f"its record is not a valid {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            violation = Violation("records.form", subject, what, _FOREIGN_WRITER)
         except RefusedError as error:
-            return TaskVerification(
-                task, name, violations=[Violation("records.damaged", place, error.what, error.remedy)]
-            )
+            violation = Violation("records.damaged", subject, error.what, error.remedy)
+        return TaskVerification(task, workflow, violations=[violation])
 
-    async def _judged(self, task: str, name: str) -> TaskVerification:
+    async def _check_rules(self, task: str, name: str) -> TaskVerification:
         workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[name])))
-        document, handoffs = await self._recorded(task)
+        document, handoffs = await self._read_records(task)
         facts = WorkflowRecord(
             run=self.run.id,
             task=task,
             workflow=workflow,
             document=document,
             handoffs=handoffs,
-            sessions=[one for one in self.sessions if one.task == task],
+            sessions=[session for session in self.sessions if session.task == task],
             kinds=self.kinds,
             now=self.now,
         )
@@ -129,13 +127,13 @@ class _RunVerifier:
         violations = check_workflow(replace(facts, checksums=sums), self.constraints)
         return TaskVerification(task, name, len(document.phases), len(handoffs), violations, unseen)
 
-    async def _recorded(self, task: str) -> tuple[TaskDocument, dict[str, Handoff]]:
-        """Read what belongs together: a handoff is written with a new version of its task, and never without."""
+    async def _read_records(self, task: str) -> tuple[TaskDocument, dict[str, Handoff]]:
+        """Read a task and its handoffs consistently: each handoff is written with a new version of its task."""
         key = task_key(self.run.id, task)
         while True:
             before = await self.store.get(key)
             if before is None:
-                raise RefusedError("nothing is recorded any more of how it stands", _REPAIR)
+                raise RefusedError("its record is missing", _REPAIR)
             if before.damaged:
                 raise RefusedError("its record is damaged in the state log", _REPAIR)
             handoffs = await read_handoffs(self.store, self.run.id, task)
@@ -145,13 +143,13 @@ class _RunVerifier:
                 return document, {name: handoff for name, (_, handoff) in handoffs.items()}
 
     async def _checksums(self, facts: WorkflowRecord) -> tuple[dict[str, dict[str, str | None]], list[str]]:
-        """Return the checksums of the files that handoffs name, by handoff, and what could not be looked at.
+        """Return the checksums of the files that handoffs name, by handoff, and what could not be checked.
 
-        They are those of the commits that the visits ended with.
+        Checksums are taken at the commits that the visits ended with.
         """
-        found: dict[str, dict[str, str | None]] = {}
+        checksums: dict[str, dict[str, str | None]] = {}
         unseen: list[str] = []
-        for place, phase, record in facts.visits:
+        for visit, phase, record in facts.visits:
             handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
             kind = get_handoff_kind(phase, self.kinds)
             if handoff is None or kind is None or record.commit is None:
@@ -159,20 +157,18 @@ class _RunVerifier:
             try:
                 paths = kind.paths(handoff.data)
             except Exception as error:
-                unseen.append(
-                    f"{place}: files that were handed over: its kind can't name them: {describe_exception(error)}"
-                )
+                unseen.append(f"{visit}: handoff files can't be listed: {describe_exception(error)}")
                 continue
             if not paths:
                 continue
             if self.git is None:
-                unseen.append(f"{place}: files that were handed over: the run's repositories are gone")
+                unseen.append(f"{visit}: handoff files: the run's repositories were removed")
                 continue
             try:
-                found[handoff.id] = await compute_checksums(self.git, record.commit, paths)
+                checksums[handoff.id] = await compute_checksums(self.git, record.commit, paths)
             except GitError:
-                unseen.append(f"{place}: files that were handed over: commit {record.commit[:12]} is gone")
-        return found, unseen
+                unseen.append(f"{visit}: handoff files: commit {record.commit[:12]} not found")
+        return checksums, unseen
 
 
 async def verify_run(
@@ -183,25 +179,23 @@ async def verify_run(
     clock: Clock,
     environ: Mapping[str, str],
 ) -> RunVerification:
-    """Return what becomes of the rules for each task of a run that has a workflow; RefusedError without such a run."""
-    # First: what these know of is recorded by the time that the rest is read.
+    """Verify each task of a run that has a workflow. Raise RefusedError if there is no such run."""
+    # Sessions first: everything that they refer to is recorded before the rest is read.
     sessions, now = await read_contexts(store, run), clock.now()
     document = await read_run(store, run)
     if not document.workflows:
         return RunVerification(run)
     trusted = Hub(Path(document.hub)).trusted
-    is_there = await anyio.to_thread.run_sync(trusted.is_dir)
-    git = Git(trusted, environ=environ) if is_there else None
-    looking = _RunVerifier(store, document, kinds, constraints, git, sessions, now)
-    specs = {one.key.id.partition("/")[2]: one for one in await store.list("spec", f"{run}/")}
+    has_repository = await anyio.to_thread.run_sync(trusted.is_dir)
+    git = Git(trusted, environ=environ) if has_repository else None
+    verifier = _RunVerifier(store, document, kinds, constraints, git, sessions, now)
+    specs = {spec.key.id.partition("/")[2]: spec for spec in await store.list("spec", f"{run}/")}
     tasks = []
     for task in document.tasks:
         spec = specs.get(task)
         if spec is None or spec.damaged:
-            what = "what it was asked to do can't be read"
-            tasks.append(
-                TaskVerification(task, "", violations=[Violation("records.damaged", f"task {task!r}", what, _REPAIR)])
-            )
+            violation = Violation("records.damaged", f"task {task!r}", "its specification is unreadable", _REPAIR)
+            tasks.append(TaskVerification(task, "", violations=[violation]))
         elif (workflow := spec.value.get("workflow")) is not None:
-            tasks.append(await looking.task(task, workflow))
+            tasks.append(await verifier.verify_task(task, workflow))
     return RunVerification(run, tasks)

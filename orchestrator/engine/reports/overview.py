@@ -1,4 +1,4 @@
-"""A run at a glance: its options, its tasks with their attempts, what is live, its newest events, figures. Pure."""
+"""Summarize a run: its options, tasks with attempts, live sessions, newest events, metrics. Pure."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass
 from orchestrator.domain.runs.metrics import Metrics, compute_metrics, compute_minutes_to_land
 from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument, TaskStatus
 from orchestrator.domain.scheduling.claims import ActiveTime
-from orchestrator.engine.reports.report import RunRecord, RunReport, RunStatus, TaskReport
+from orchestrator.engine.reports.report import RunRecord, RunReport, RunStatus, TaskReport, imported_phase_statuses
 from orchestrator.protocols import Document, JsonObject, RecordedEvent
 from orchestrator.repo.worktrees.hub import work_branch_name
 
-#: Fields of a run's document that are no options.
-_NO_OPTIONS = {"id", "tasks", "started", "ended", "imported"}
+#: Fields of a run's document that are not options.
+_NOT_OPTIONS = {"id", "tasks", "started", "ended", "imported"}
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseOverview:
-    """A part of a task's work and the attempts at it; without a workflow there is one, `build`.
+    """A phase of a task and its attempts; a task without a workflow has one phase, `build`.
 
-    `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome; with a workflow that of the last
-    visit, of imported tasks what it said.
+    `status` is `pending`, `running`, `interrupted`, or the newest attempt's outcome; with a workflow, the status of the
+    last visit; for imported tasks, the imported status.
     """
 
     name: str
@@ -31,43 +31,47 @@ class PhaseOverview:
 
 @dataclass(frozen=True, slots=True)
 class TaskOverview:
-    """One task: how it stands, where its work is, and what it took."""
+    """The status of one task, the location of its work, and its usage."""
 
     report: TaskReport
     worktree: str | None
-    """The checkout that its newest attempt has; None where there is none."""
+    """The worktree of its newest attempt, if it exists."""
     phases: Sequence[PhaseOverview]
     minutes: float | None
     """From its first start to its landing."""
     branch: str | None = None
-    """Where its work is; of imported tasks where it was."""
+    """The branch with its work; for imported tasks, the former branch."""
     pull_request: int | None = None
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
-        one = self.report
+        """Return the object for `--json`."""
+        report = self.report
         phases = [
-            {"name": phase.name, "status": phase.status, "attempts": [_attempt(try_) for try_ in phase.attempts]}
+            {
+                "name": phase.name,
+                "status": phase.status,
+                "attempts": [attempt.model_dump(mode="json", exclude={"secrets"}) for attempt in phase.attempts],
+            }
             for phase in self.phases
         ]
-        tokens = {"input_tokens": one.input_tokens, "output_tokens": one.output_tokens, "cost": one.cost}
+        usage = {"input_tokens": report.input_tokens, "output_tokens": report.output_tokens, "cost": report.cost}
         return {
-            "id": one.id,
-            "status": one.status,
-            "reason": one.reason,
-            "attempts": one.attempts,
-            "landed": one.landed,
+            "id": report.id,
+            "status": report.status,
+            "reason": report.reason,
+            "attempts": report.attempts,
+            "landed": report.landed,
             "branch": self.branch,
             "worktree": self.worktree,
             "pull_request": self.pull_request,
             "phases": phases,
-            "metrics": {"time_minutes": self.minutes, **tokens},
+            "metrics": {"time_minutes": self.minutes, **usage},
         }
 
 
 @dataclass(frozen=True, slots=True)
 class LiveSession:
-    """An attempt whose session is at work."""
+    """An attempt with a running session."""
 
     task: str
     attempt: int
@@ -79,18 +83,18 @@ class LiveSession:
 
 @dataclass(frozen=True, slots=True)
 class RunOverview:
-    """A run as it stands."""
+    """The current state of a run."""
 
     record: RunRecord
     report: RunReport
     tasks: Sequence[TaskOverview]
     sessions: Sequence[LiveSession]
     events: Sequence[RecordedEvent]
-    """The newest, the oldest of them first."""
+    """The newest events, in chronological order."""
     metrics: Metrics
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
+        """Return the object for `--json`."""
         run = self.record.run
         return {
             "run": run.id,
@@ -98,12 +102,12 @@ class RunOverview:
             "started": run.started,
             "ended": run.ended,
             "imported": run.imported and run.imported.model_dump(mode="json", exclude={"options"}),
-            "options": run.imported.options if run.imported else run.model_dump(mode="json", exclude=_NO_OPTIONS),
+            "options": run.imported.options if run.imported else run.model_dump(mode="json", exclude=_NOT_OPTIONS),
             "tasks": [task.to_json() for task in self.tasks],
             "sessions": [asdict(session) for session in self.sessions],
             "events": [
-                {"event": one.event.type, "position": one.position, "time": one.time, **one.event.data}
-                for one in self.events
+                {"event": record.event.type, "position": record.position, "time": record.time, **record.event.data}
+                for record in self.events
             ],
             "metrics": asdict(self.metrics),
             "damage": list(self.report.damage),
@@ -111,16 +115,16 @@ class RunOverview:
 
 
 def landing_times(tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]) -> dict[str, float]:
-    """Return when tasks landed (wall-clock seconds): nothing changes a task's document behind that.
+    """Return the times when tasks landed (wall-clock seconds); imported tasks have the imported completion time.
 
-    Of those that were imported it is when they were said to be completed.
+    A landed task's document never changes again, so that its time is the time of the landing.
     """
-    found = {
-        task: documents[task].time if one.imported is None else one.imported.completed
-        for task, one in tasks.items()
-        if one.status is TaskStatus.LANDED and not documents[task].damaged
+    times = {
+        name: documents[name].time if task.imported is None else task.imported.completed
+        for name, task in tasks.items()
+        if task.status is TaskStatus.LANDED and not documents[name].damaged
     }
-    return {task: time for task, time in found.items() if time is not None}
+    return {task: time for task, time in times.items() if time is not None}
 
 
 def build_overview(
@@ -131,19 +135,19 @@ def build_overview(
     events: Sequence[RecordedEvent],
     active: ActiveTime,
 ) -> RunOverview:
-    """Describe a run; `worktrees` has the checkouts of newest attempts that are there, by task."""
+    """Summarize a run; `worktrees` has the existing worktrees of newest attempts, by task."""
     is_live = report.status is RunStatus.RUNNING
     tasks = []
-    for one in report.tasks:
-        document = record.tasks[one.id]
-        was = document.imported
+    for task in report.tasks:
+        document = record.tasks[task.id]
+        imported = document.imported
         tasks.append(
             TaskOverview(
-                report=one,
-                worktree=worktrees.get(one.id) if was is None else was.worktree,
-                phases=_imported(was) if was is not None else _phases(document, is_live=is_live),
-                minutes=compute_minutes_to_land(document, landed_at.get(one.id), active),
-                branch=one.branch if was is None else was.branch,
+                report=task,
+                worktree=worktrees.get(task.id) if imported is None else imported.worktree,
+                phases=_phases(document, is_live=is_live) if imported is None else _imported_phases(imported),
+                minutes=compute_minutes_to_land(document, landed_at.get(task.id), active),
+                branch=task.branch if imported is None else imported.branch,
                 pull_request=document.pull_request,
             )
         )
@@ -152,12 +156,12 @@ def build_overview(
 
 
 def _phases(task: TaskDocument, *, is_live: bool) -> list[PhaseOverview]:
-    """Return the phases that a task has been at, each once, or the one of a task without a workflow."""
+    """Return the phases that a task has visited, each once, or the single phase of a task without a workflow."""
     if task.phases:
-        last = {one.phase: one.status for one in task.phases}
+        statuses = {visit.phase: visit.status for visit in task.phases}
         return [
-            PhaseOverview(name, str(word), [one for one in task.attempts if one.phase == name])
-            for name, word in last.items()
+            PhaseOverview(phase, str(status), [attempt for attempt in task.attempts if attempt.phase == phase])
+            for phase, status in statuses.items()
         ]
     status = "pending"
     if task.attempts:
@@ -165,13 +169,12 @@ def _phases(task: TaskDocument, *, is_live: bool) -> list[PhaseOverview]:
     return [PhaseOverview("build", status, task.attempts)]
 
 
-def _imported(was: ImportedTask) -> list[PhaseOverview]:
-    words = {name: one.get("status") if isinstance(one, dict) else one for name, one in was.phases.items()}
-    return [PhaseOverview(name, word if isinstance(word, str) else "unknown", ()) for name, word in words.items()]
+def _imported_phases(imported: ImportedTask) -> list[PhaseOverview]:
+    return [PhaseOverview(phase, status, ()) for phase, status in imported_phase_statuses(imported).items()]
 
 
 def _live_sessions(record: RunRecord, worktrees: Mapping[str, str]) -> list[LiveSession]:
-    working = {task: one.attempt for task, one in record.tasks.items() if one.status is TaskStatus.RUNNING}
+    running = {name: task.attempt for name, task in record.tasks.items() if task.status is TaskStatus.RUNNING}
     return [
         LiveSession(
             task=task,
@@ -181,10 +184,6 @@ def _live_sessions(record: RunRecord, worktrees: Mapping[str, str]) -> list[Live
             branch=work_branch_name(record.run.id, task, str(attempt.number)),
             worktree=worktrees.get(task),
         )
-        for task, attempt in working.items()
+        for task, attempt in running.items()
         if attempt.ended is None
     ]
-
-
-def _attempt(attempt: Attempt) -> JsonObject:
-    return attempt.model_dump(mode="json", exclude={"secrets"})

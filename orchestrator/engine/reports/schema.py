@@ -1,4 +1,4 @@
-"""The shapes of what `--json` prints as JSON Schema (draft 2020-12): the result, and the story of a task."""
+"""Return the JSON Schemas (draft 2020-12) of `--json` output: the result of a run, and the details of a task."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from orchestrator.engine.reports.task_details import TaskDetails
 from orchestrator.protocols import JsonObject
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
-_STATES = [*map(str, TaskStatus), "blocked"]
+_STATUSES = [*map(str, TaskStatus), "blocked"]
 
 
 def result_schema() -> JsonObject:
-    """Return the schema of what `RunReport.to_json` returns; later versions may add fields."""
+    """Return the schema of `RunReport.to_json`; later versions may add fields."""
     schema = TypeAdapter(RunReport).json_schema(mode="serialization")
     task = schema["$defs"][TaskReport.__name__]["properties"]
-    task["status"]["enum"] = _STATES
+    task["status"]["enum"] = _STATUSES
     schema["properties"]["exit"] = {"description": "The exit code.", "enum": sorted(set(EXIT_CODES.values()))}
     schema["required"].append("exit")
     del schema["$defs"][ClaimCounters.__name__]["additionalProperties"]
@@ -26,11 +26,11 @@ def result_schema() -> JsonObject:
 
 
 def task_details_schema() -> JsonObject:
-    """Return the schema of what `council show --json` prints; later versions may add fields."""
+    """Return the schema of `council show --json`; later versions may add fields."""
     schema = TypeAdapter(TaskDetails).json_schema(mode="serialization")
-    schema["properties"]["status"]["enum"] = _STATES
+    schema["properties"]["status"]["enum"] = _STATUSES
     schema["properties"]["exit"] = {"description": "The exit code.", "const": 0}
     schema["required"].append("exit")
-    for one in schema["$defs"].values():
-        one.pop("additionalProperties", None)
+    for definition in schema["$defs"].values():
+        definition.pop("additionalProperties", None)
     return {"$schema": _DRAFT, **schema}

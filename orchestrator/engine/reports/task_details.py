@@ -1,4 +1,4 @@
-"""The whole story of one task: what it was asked, what it went through, what came of each step. Pure."""
+"""Describe one task in full: its prompt, phases, sessions, handoffs and landing. Pure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatu
 from orchestrator.domain.workflow.handoffs import Handoff, Receipt, is_intact
 from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
-from orchestrator.engine.reports.report import TaskReport
+from orchestrator.engine.reports.report import TaskReport, imported_phase_statuses
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.log_files import log_file_name
 
 _DESCRIBED = ConfigDict(use_attribute_docstrings=True)
 
-#: What the one phase of a task without a workflow came to, by where the task is.
+#: The status of the single phase of a task without a workflow, by the status of the task.
 _PLAIN_STATUS: Mapping[TaskStatus, PhaseStatus] = {
     TaskStatus.PENDING: PhaseStatus.IN_PROGRESS,
     TaskStatus.RUNNING: PhaseStatus.IN_PROGRESS,
@@ -32,181 +32,181 @@ _PLAIN_STATUS: Mapping[TaskStatus, PhaseStatus] = {
 
 @dataclass(frozen=True, slots=True)
 class UsageTotals:
-    """What sessions used up."""
+    """The total usage of sessions."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
 
     sessions: int
-    """How many there were."""
+    """The number of sessions."""
     seconds: float
-    """How long they ran, all together; those that run by now count so far."""
+    """Their total duration, including that of running sessions so far."""
     input_tokens: int
     output_tokens: int
     cached_tokens: int
-    """Of the input, what was read from a cache."""
+    """The part of the input that was read from a cache."""
     cost: float | None
-    """US dollars, as far as the CLIs told; null where none did."""
+    """US dollars, of the sessions whose CLIs reported it; null: none did."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseVisitDetails:
-    """One visit of a phase: it is entered anew each time that it has to be done again from its beginning."""
+    """One visit of a phase; each restart of the phase from its beginning is a new visit."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
 
     phase: str
-    """Its name; `build` of a task without a workflow."""
+    """Its name; `build` for a task without a workflow."""
     visit: int
-    """Which visit of this phase it is, from 1."""
+    """The number of the visit of this phase, from 1."""
     status: str
     """`in_progress`, `awaiting`, `completed`, `rejected` (by a person), `failed`, `skipped` or `cancelled`."""
     started: float | None
-    """When (seconds since the epoch)."""
+    """Seconds since the epoch."""
     ended: float | None
     attempts: Sequence[int]
     """The numbers of its sessions."""
     adapters: Sequence[str]
-    """Those that ran them."""
-    figures: UsageTotals
+    """The adapters of its sessions."""
+    usage: UsageTotals
     given: GivenValues | None
-    """What it was given of all that was known; null: nothing is filtered for it."""
+    """The values that it was given out of all known values; null: values are not filtered for it."""
     received: Sequence[str]
-    """The ids of the handoffs that it was given."""
+    """The ids of the handoffs that it received."""
     handoff: str | None
-    """The id of what it handed over."""
+    """The id of its own handoff."""
     verdict: str | None
-    """Of a review: `approve` or `reject`."""
+    """The verdict of a review: `approve` or `reject`."""
     findings: Sequence[JsonObject]
-    """What a review found: `path`, `line`, `severity`, `message`."""
+    """The findings of a review: `path`, `line`, `severity`, `message`."""
     note: str | None
-    """What the person said who approved or rejected it."""
+    """The note of the person who approved or rejected it."""
     reason: str | None
-    """Why it failed, was rejected or skipped."""
+    """Why it failed, or was rejected or skipped."""
     rounds: int
-    """How often its work was sent back because of what it is to be done `until`."""
+    """How often it was repeated because its `until` command failed."""
     repairs: int
-    """How often its session was asked to mend what it handed over."""
+    """How often its session was asked to fix its handoff."""
     commit: str | None
-    """The commit that holds the task's work up to its end, where it writes."""
+    """The commit with the task's work at the end of the phase, if the phase writes."""
     base: str | None
-    """The commit that this is judged against."""
+    """The commit that this work is compared with."""
     discarded: Sequence[str]
-    """The paths that it changed though it is to change nothing; that was discarded."""
+    """The paths whose changes were discarded, because the phase is read-only."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptDetails:
-    """One session: an attempt."""
+    """One attempt and its session."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
 
     attempt: int
     """Its number."""
     phase: str
-    """What it was at."""
+    """The phase that it ran."""
     adapter: str
     model: str | None
-    """By its name, if the CLI told."""
+    """The model's name, if the CLI reported it."""
     outcome: str | None
-    """`built`, `completed`, `interrupted`, `cancelled`, or the failure's class; null while it runs."""
+    """`built`, `completed`, `interrupted`, `cancelled`, or the failure class; null while it runs."""
     reason: str | None
     """Why it failed, or was followed by another."""
     started: float
-    """When (seconds since the epoch)."""
+    """Seconds since the epoch."""
     ended: float | None
     seconds: float
-    """How long it took, or has taken so far."""
+    """Its duration, so far if it is running."""
     input_tokens: int
     output_tokens: int
     cached_tokens: int
-    """Of the input, what was read from a cache."""
+    """The part of the input that was read from a cache."""
     cost: float | None
     """US dollars."""
     is_estimated: bool
-    """Whether that is by the price of its model, and not what the CLI told."""
+    """Whether the cost is computed from the price of the model, and not reported by the CLI."""
     session: str | None
-    """The CLI's own id of its conversation."""
+    """The CLI's own id of the conversation."""
     resumed: bool
-    """Whether it went on with the conversation of an earlier one."""
+    """Whether it continued the conversation of an earlier attempt."""
     base: str
-    """The commit that its work is judged against."""
+    """The commit that its work is compared with."""
     start: str | None
-    """The commit that its worktree began at, where that is another."""
+    """The commit that its worktree started from, if other than the base."""
     branch: str | None
-    """The branch that keeps what it left."""
-    words: str | None
-    """What the CLI said last, or its result."""
+    """The branch with its preserved work."""
+    last_message: str | None
+    """The last message of the CLI, or its result."""
     log: str | None
-    """The file with its standard output; `.stderr` is next to it. Null: there is none, as of one that setup ended."""
+    """The file with its standard output; `.stderr` is in the same folder. Null: setup ended the session."""
     check_log: str | None
-    """The file with what the check printed that did not pass."""
+    """The file with the output of the failed check."""
     discarded: Sequence[str]
-    """The paths that it changed though it was to change nothing."""
-    denied: ToolDenials
-    """The tools that its CLI denied it: how many calls, the first of them, and what allows them."""
+    """The paths whose changes were discarded, because the phase is read-only."""
+    denied_tools: ToolDenials
+    """The tool calls that its CLI denied: how many, the first of them, and how to allow them."""
 
 
 @dataclass(frozen=True, slots=True)
 class HandoffDetails:
-    """What a session handed over."""
+    """One handoff between phases."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
 
     id: str
     kind: str
-    """What it is, such as `plan`."""
+    """Its kind, such as `plan`."""
     phase: str
-    """The phase that it comes from."""
+    """The phase that produced it."""
     attempt: int
-    """The session that it comes from."""
+    """The attempt that produced it."""
     to: str | None
     """The phase that it is for; null: none follows."""
     protocol: str
-    """How it got there: `direct`, `mediated` or `shared`."""
+    """`direct`, `mediated` or `shared`."""
     by: str
-    """How it was delivered: by a `file`, a `tool`, or the `answer`."""
+    """Its means of delivery: `file`, `tool` or `answer`."""
     time: float
-    """When (seconds since the epoch)."""
+    """Seconds since the epoch."""
     digest: str
     is_intact: bool
-    """Whether it holds what its digest says."""
+    """Whether its data matches its digest."""
     receipts: Sequence[Receipt]
-    """Who has received it."""
+    """The phases that received it."""
     summary: str
     tokens: int
-    """Input and output, of all of the task up to then."""
+    """Input and output tokens of the whole task up to this point."""
     cost: float | None
-    """US dollars, the same."""
+    """US dollars of the whole task up to this point."""
     key: str | None
-    """The key under which it is shared."""
+    """The key of its shared value."""
     version: int | None
     data: JsonObject
     """The result itself."""
     mediation: Mediation | None
-    """What was made of it on the way."""
+    """The mediated data, if it was mediated."""
 
 
 @dataclass(frozen=True, slots=True)
 class LandingDetails:
-    """How its work came onto the target, or why it is not there."""
+    """The landing of a task's work on the target, or what prevents it."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
 
     target: str
     landed: str | None
-    """The commit that brought it in."""
+    """The commit that landed it."""
     time: float | None
-    """When it landed (seconds since the epoch)."""
+    """The time when it landed (seconds since the epoch)."""
     waiting: str | None
-    """The commit that waits to land."""
+    """The commit that is queued to land."""
     attempt: int | None
-    """The session that built it."""
+    """The attempt that built it."""
     branch: str | None
-    """What keeps work that is not on the target."""
+    """The branch with its unmerged work."""
     paths: Sequence[str]
     """The paths in conflict."""
     pull_request: int | None
-    """The number of the pull request that is about it."""
+    """The number of its pull request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,60 +216,60 @@ class LatestActivity:
     __pydantic_config__: ClassVar = _DESCRIBED
 
     text: str
-    """The last line of its words, or its last tool call."""
+    """The last line of its last message, or its last tool call."""
     time: float
-    """When it printed anything last (seconds since the epoch)."""
+    """The time of its last output (seconds since the epoch)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskDetails:
-    """What `council show` tells of a task."""
+    """A task in full, as shown by `council show`."""
 
     __pydantic_config__: ClassVar = _DESCRIBED
 
     run: str
     task: str
     status: str
-    """Where it is; `blocked` means that something that it needs will not land."""
+    """Its status; `blocked` means that a task that it needs will not land."""
     reason: str | None
-    """Why it is not landed, or what is special about it."""
-    asked: str | None
-    """What it was asked to do; null where that is not known, as of an imported task."""
+    """Why it has not landed, or what is special about it."""
+    prompt: str | None
+    """Its prompt; null if not known, as for an imported task."""
     tracker: str | None
     """The tracker that it came from."""
     plan: str | None
-    """The id of the handoff with the plan that it came of."""
+    """The id of the handoff with the plan that created it."""
     expanded: Sequence[str]
-    """The tasks that its plan became."""
+    """The tasks that its plan created."""
     adapter: str | None
-    """Null of a merge: no session makes it."""
+    """Null for a merge, which runs no session."""
     attempts: int
-    """How many were made; one that was interrupted is none."""
+    """The number of attempts, without interrupted ones."""
     needs: Sequence[str]
     workflow: str | None
     """The name of its workflow."""
     phases: Sequence[PhaseVisitDetails]
-    """The phases that it was at, visit by visit."""
-    ahead: Sequence[str]
-    """The phases that are still to come, if nothing is sent back or skipped."""
+    """The phases that it has visited, visit by visit."""
+    remaining_phases: Sequence[str]
+    """The phases that are left, if none is rejected or skipped."""
     sessions: Sequence[AttemptDetails]
     handoffs: Sequence[HandoffDetails]
     landing: LandingDetails
-    figures: UsageTotals
+    usage: UsageTotals
     damage: Sequence[str]
-    """Places in the state log that could not be read."""
-    latest: LatestActivity | None = None
-    """The latest activity of its session; null unless one runs and its output is on this machine."""
+    """Unreadable parts of the state log."""
+    latest_activity: LatestActivity | None = None
+    """The latest activity of its session; null unless one is running and its output is on this machine."""
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
-        told: JsonObject = TypeAdapter(TaskDetails).dump_python(self, mode="json")
-        return told
+        """Return the object for `--json`."""
+        value: JsonObject = TypeAdapter(TaskDetails).dump_python(self, mode="json")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
 class TaskDefinition:
-    """What a task was to do, and by which steps."""
+    """The prompt of a task, and its workflow."""
 
     prompt: str | None = None
     tracker: str | None = None
@@ -283,7 +283,7 @@ def build_task_details(
     run: str,
     report: TaskReport,
     document: TaskDocument,
-    asked: TaskDefinition,
+    definition: TaskDefinition,
     handoffs: Mapping[str, Handoff],
     *,
     target: str,
@@ -293,75 +293,76 @@ def build_task_details(
     is_merge: bool = False,
     damage: Sequence[str] = (),
 ) -> TaskDetails:
-    """Return the story of a task, of the documents that are about it; `logs` is the folder of its run's output.
+    """Describe a task from its documents; `logs` is the folder with the logs of its run.
 
-    At `now` (wall-clock seconds) sessions without an end are running. The first attempt of a merge had no session.
+    At `now` (wall-clock seconds) sessions without an end are running. The first attempt of a merge has no session.
     """
     attempts = document.attempts[1:] if is_merge else document.attempts
-    ordered = sorted(handoffs.values(), key=lambda one: one.attempt)
+    ordered = sorted(handoffs.values(), key=lambda handoff: handoff.attempt)
     return TaskDetails(
         run=run,
         task=report.id,
         status=report.status,
         reason=report.reason,
-        asked=asked.prompt,
-        tracker=asked.tracker,
-        plan=asked.plan,
+        prompt=definition.prompt,
+        tracker=definition.tracker,
+        plan=definition.plan,
         expanded=document.expanded,
         adapter=report.adapter if attempts or not is_merge else None,
         attempts=report.attempts,
-        needs=asked.needs,
-        workflow=asked.workflow,
-        phases=_visits(document, attempts, asked, handoffs, now),
-        ahead=_remaining_phases(document, asked),
-        sessions=[_session(report.id, one, logs, now) for one in attempts],
-        handoffs=[_handoff(one) for one in ordered],
+        needs=definition.needs,
+        workflow=definition.workflow,
+        phases=_visits(document, attempts, definition, handoffs, now),
+        remaining_phases=_remaining_phases(document, definition),
+        sessions=[_attempt(report.id, attempt, logs, now) for attempt in attempts],
+        handoffs=[_handoff(handoff) for handoff in ordered],
         landing=_landing(document, target, landed_at),
-        figures=_figures(attempts, now),
+        usage=_usage(attempts, now),
         damage=damage,
     )
 
 
 def _visits(
-    task: TaskDocument, sessions: Sequence[Attempt], asked: TaskDefinition, handoffs: Mapping[str, Handoff], now: float
+    task: TaskDocument,
+    attempts: Sequence[Attempt],
+    definition: TaskDefinition,
+    handoffs: Mapping[str, Handoff],
+    now: float,
 ) -> list[PhaseVisitDetails]:
     if task.imported is not None:
-        words = {
-            name: one.get("status") if isinstance(one, dict) else one for name, one in task.imported.phases.items()
-        }
-        named = [(name, word if isinstance(word, str) else "unknown") for name, word in words.items()]
-        return [_visit(_record(name), word, 1, (), None, now) for name, word in named]
-    if asked.workflow is None:
-        return [_plain_visit(task, sessions, now)] if sessions else []
+        statuses = imported_phase_statuses(task.imported)
+        return [_visit(_record(phase), status, 1, (), None, now) for phase, status in statuses.items()]
+    if definition.workflow is None:
+        return [_plain_visit(task, attempts, now)] if attempts else []
     counts: dict[str, int] = {}
-    found = []
+    visits = []
     for record in task.phases:
-        number = counts[record.phase] = counts.get(record.phase, 0) + 1
-        attempts = [sessions[one - 1] for one in record.attempts if one <= len(sessions)]
-        found.append(_visit(record, record.status, number, attempts, handoffs.get(record.handoff or ""), now))
-    return found
+        visit = counts[record.phase] = counts.get(record.phase, 0) + 1
+        own = [attempts[number - 1] for number in record.attempts if number <= len(attempts)]
+        visits.append(_visit(record, record.status, visit, own, handoffs.get(record.handoff or ""), now))
+    return visits
 
 
 def _record(phase: str, **changes: Any) -> PhaseRecord:
     return PhaseRecord(phase=phase, **{"status": PhaseStatus.COMPLETED, **changes})
 
 
-def _plain_visit(task: TaskDocument, sessions: Sequence[Attempt], now: float) -> PhaseVisitDetails:
-    """Return the one phase of a task without a workflow, of which nothing is recorded but its attempts."""
+def _plain_visit(task: TaskDocument, attempts: Sequence[Attempt], now: float) -> PhaseVisitDetails:
+    """Return the single phase of a task without a workflow; only its attempts are recorded."""
     status = _PLAIN_STATUS.get(task.status, PhaseStatus.COMPLETED)
     is_open = status is PhaseStatus.IN_PROGRESS
-    built = [one for one in sessions if one.outcome == "built"]
+    built = [attempt for attempt in attempts if attempt.outcome == "built"]
     record = _record(
         DEFAULT_PHASES[0].name,
         status=status,
-        started=sessions[0].started,
-        ended=None if is_open else sessions[-1].ended,
-        attempts=tuple(one.number for one in sessions),
+        started=attempts[0].started,
+        ended=None if is_open else attempts[-1].ended,
+        attempts=tuple(attempt.number for attempt in attempts),
         commit=task.commit,
         base=built[-1].base if built else None,
         reason=None if status in {PhaseStatus.COMPLETED, PhaseStatus.IN_PROGRESS} else task.reason,
     )
-    return _visit(record, status, 1, sessions, None, now)
+    return _visit(record, status, 1, attempts, None, now)
 
 
 def _visit(
@@ -375,29 +376,29 @@ def _visit(
         started=record.started,
         ended=record.ended,
         attempts=record.attempts,
-        adapters=list(dict.fromkeys(one.adapter for one in attempts)),
-        figures=_figures(attempts, now),
+        adapters=list(dict.fromkeys(attempt.adapter for attempt in attempts)),
+        usage=_usage(attempts, now),
         given=record.given,
         received=record.received,
         handoff=record.handoff,
         verdict=record.verdict,
-        findings=[one for one in findings if isinstance(one, dict)] if isinstance(findings, list | tuple) else [],
+        findings=[each for each in findings if isinstance(each, dict)] if isinstance(findings, list | tuple) else [],
         note=record.note,
         reason=record.reason,
         rounds=record.rounds,
         repairs=record.repairs,
         commit=record.commit,
         base=record.base,
-        discarded=list(dict.fromkeys(path for one in attempts for path in one.discarded)),
+        discarded=list(dict.fromkeys(path for attempt in attempts for path in attempt.discarded)),
     )
 
 
-def _remaining_phases(task: TaskDocument, asked: TaskDefinition) -> list[str]:
-    """Return the phases that are still to come."""
+def _remaining_phases(task: TaskDocument, definition: TaskDefinition) -> list[str]:
+    """Return the phases after the current one."""
     if task.imported is not None or task.status not in {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.WAITING}:
         return []
-    names = list(asked.phases)
-    if asked.workflow is None:
+    names = list(definition.phases)
+    if definition.workflow is None:
         return [] if task.attempts else names
     last = task.phases[-1] if task.phases else None
     if last is not None and last.status in {PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING} and last.phase in names:
@@ -407,55 +408,55 @@ def _remaining_phases(task: TaskDocument, asked: TaskDefinition) -> list[str]:
     return [] if task.phases else names
 
 
-def _session(task: str, one: Attempt, logs: str, now: float) -> AttemptDetails:
+def _attempt(task: str, attempt: Attempt, logs: str, now: float) -> AttemptDetails:
     return AttemptDetails(
-        attempt=one.number,
-        phase=one.phase or DEFAULT_PHASES[0].name,
-        adapter=one.adapter,
-        model=one.model,
-        outcome=one.outcome,
-        reason=one.reason,
-        started=one.started,
-        ended=one.ended,
-        seconds=_seconds(one, now),
-        input_tokens=one.input_tokens,
-        output_tokens=one.output_tokens,
-        cached_tokens=one.cached_tokens,
-        cost=one.cost,
-        is_estimated=one.is_estimated,
-        session=one.session,
-        resumed=one.resumed,
-        base=one.base,
-        start=one.start,
-        branch=one.branch,
-        words=one.words,
-        log=f"{logs}/{log_file_name(task, one.number, 'stdout')}",
-        check_log=one.check_log,
-        discarded=one.discarded,
-        denied=one.denied,
+        attempt=attempt.number,
+        phase=attempt.phase or DEFAULT_PHASES[0].name,
+        adapter=attempt.adapter,
+        model=attempt.model,
+        outcome=attempt.outcome,
+        reason=attempt.reason,
+        started=attempt.started,
+        ended=attempt.ended,
+        seconds=_seconds(attempt, now),
+        input_tokens=attempt.input_tokens,
+        output_tokens=attempt.output_tokens,
+        cached_tokens=attempt.cached_tokens,
+        cost=attempt.cost,
+        is_estimated=attempt.is_estimated,
+        session=attempt.session,
+        resumed=attempt.resumed,
+        base=attempt.base,
+        start=attempt.start,
+        branch=attempt.branch,
+        last_message=attempt.words,
+        log=f"{logs}/{log_file_name(task, attempt.number, 'stdout')}",
+        check_log=attempt.check_log,
+        discarded=attempt.discarded,
+        denied_tools=attempt.denied,
     )
 
 
-def _handoff(one: Handoff) -> HandoffDetails:
+def _handoff(handoff: Handoff) -> HandoffDetails:
     return HandoffDetails(
-        id=one.id,
-        kind=one.kind,
-        phase=one.phase,
-        attempt=one.attempt,
-        to=one.to,
-        protocol=one.protocol,
-        by=one.by,
-        time=one.time,
-        digest=one.digest,
-        is_intact=is_intact(one),
-        receipts=one.receipts,
-        summary=one.summary,
-        tokens=one.tokens,
-        cost=one.cost,
-        key=one.key,
-        version=one.version,
-        data=one.data,
-        mediation=one.mediation,
+        id=handoff.id,
+        kind=handoff.kind,
+        phase=handoff.phase,
+        attempt=handoff.attempt,
+        to=handoff.to,
+        protocol=handoff.protocol,
+        by=handoff.by,
+        time=handoff.time,
+        digest=handoff.digest,
+        is_intact=is_intact(handoff),
+        receipts=handoff.receipts,
+        summary=handoff.summary,
+        tokens=handoff.tokens,
+        cost=handoff.cost,
+        key=handoff.key,
+        version=handoff.version,
+        data=handoff.data,
+        mediation=handoff.mediation,
     )
 
 
@@ -473,12 +474,12 @@ def _landing(task: TaskDocument, target: str, landed_at: float | None) -> Landin
     )
 
 
-def _seconds(one: Attempt, now: float) -> float:
-    """Return how long a session took, or has taken so far; a wall clock may have been set back meanwhile."""
-    return max((now if one.ended is None else one.ended) - one.started, 0.0)
+def _seconds(attempt: Attempt, now: float) -> float:
+    """Return the duration of a session, so far if it is running; never negative, even if the clock was set back."""
+    return max((now if attempt.ended is None else attempt.ended) - attempt.started, 0.0)
 
 
-def _figures(attempts: Sequence[Attempt], now: float) -> UsageTotals:
+def _usage(attempts: Sequence[Attempt], now: float) -> UsageTotals:
     return UsageTotals(
         sessions=len(attempts),
         seconds=sum(_seconds(one, now) for one in attempts),

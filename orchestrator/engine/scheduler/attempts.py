@@ -212,7 +212,7 @@ class AttemptRunner:
         next_phase = replace(
             next_phase, base=start.base, start=start.commit, is_restart=is_restart, is_newest=start.is_newest
         )
-        prompt = await self.phase_handlers.starter.brief(task, spec, next_phase, await self._diff(next_phase))
+        prompt = await self.phase_handlers.starter.build_prompt(task, spec, next_phase, await self._diff(next_phase))
         conversation = None
         if Capability.RESUME in self.context.adapters[adapter].capabilities():
             conversation = None if next_phase.is_restart else _conversation(document, next_phase.earlier, adapter)
@@ -222,7 +222,7 @@ class AttemptRunner:
             base=start.base,
             start=start.commit,
             prompt=prompt.text,
-            context="\n\n".join(filter(None, (notes, prompt.told))) or None,
+            context="\n\n".join(filter(None, (notes, prompt.suffix))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].reach,
@@ -238,7 +238,7 @@ class AttemptRunner:
             writes=next_phase.phase.writes,
         )
         session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claim, task))
-        return ActiveAttempt(task, spec, adapter, session, replace(next_phase, brief=prompt))
+        return ActiveAttempt(task, spec, adapter, session, replace(next_phase, prompt=prompt))
 
     async def _diff(self, next_phase: NextPhase) -> str | None:
         """Return the diff that a phase starts with, if its template may show it."""
@@ -318,11 +318,11 @@ class AttemptRunner:
                 active.task, active.spec, active.next_phase.phase
             )
             service = session_service.serve_session(
-                active.name, active.adapter, self._session_workspace(active), keep_ownership=True, takes=check_handoff
+                active.name, active.adapter, self._session_workspace(active), keep_ownership=True, validate_handoff=check_handoff
             )
             await stack.enter_async_context(service)
             finished = await active.session.run()
-            active.handed_over = session_service.handed_over(active.name)
+            active.submitted_handoff = session_service.submitted_handoff(active.name)
         return finished
 
     def _session_workspace(self, active: ActiveAttempt) -> SessionWorkspace:
@@ -434,7 +434,7 @@ class AttemptRunner:
     ) -> PhaseCompletion | Failed:
         """Record and return the completion of a phase; record nothing if the phase failed."""
         try:
-            concluded = await self.phase_handlers.completer.conclude(active.task, active.spec, active.next_phase, ended)
+            concluded = await self.phase_handlers.completer.complete(active.task, active.spec, active.next_phase, ended)
         except (RefusedError, HandoffCorrupted) as error:  # an invalid condition or earlier handoff
             return Failed(FailureClass.INVALID, str(error))
         if isinstance(concluded, PhaseCompletion):

@@ -263,7 +263,7 @@ class Scheduler:
             await self._refuse(task, obstacle)
             return None
         try:
-            next_phase = await self._phase_starter.turn(task, spec)
+            next_phase = await self._phase_starter.next_phase(task, spec)
             if isinstance(next_phase, NoPhaseLeft):
                 await self._apply_outcome(task, await self._attempts.finish(task, next_phase))
                 self._local.wake()  # dependent tasks may start

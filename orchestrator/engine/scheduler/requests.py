@@ -29,8 +29,8 @@ from orchestrator.engine.phases.expansion import (
     describe_expansion,
     expand_task,
     expansion_changes,
-    landed_parts,
-    superseded_parts,
+    landed_subtasks,
+    superseded_subtasks,
 )
 from orchestrator.engine.phases.prompts import render_rejection
 from orchestrator.engine.reports.report import RunRecord
@@ -277,7 +277,7 @@ async def subtasks_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tu
     document = ledger.task(task)
     if document.status not in RETRYABLE_STATUSES:
         return ()
-    return superseded_parts(ledger, ledger.workflow((await ledger.spec(task)).workflow), document, phase)
+    return superseded_subtasks(ledger, ledger.workflow((await ledger.spec(task)).workflow), document, phase)
 
 
 async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> bool:
@@ -289,8 +289,8 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
     cleared = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
     while (document := ledger.task(task)).status in RETRYABLE_STATUSES:
         restart = restart_task(workflow, document, phase)
-        if superseded_parts(ledger, workflow, document, phase):
-            restart["expanded"] = landed_parts(ledger, document)
+        if superseded_subtasks(ledger, workflow, document, phase):
+            restart["expanded"] = landed_subtasks(ledger, document)
         reset = {"failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
         try:
             await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **reset, **cleared, **restart)

@@ -1,8 +1,8 @@
-"""What the sessions of a project are at now: a record of each in the store, which every process reads.
+"""Record the status of a project's sessions in the store, where every process can read it.
 
-Nobody's decision rests on it, so that its commits are not durable; and each lasts half an hour, so that of a process
-that was killed nothing stays. A record is written under the claim of its task where there is one: who was taken over
-writes nothing any more.
+No decision depends on these records, so their commits are not durable. They expire after half an hour, so a killed
+process leaves none behind. If its task is claimed, a record is written under the claim, so that a session whose task
+was taken over can no longer write.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from orchestrator.system.clock import Clock
 
 KIND: Final = "context"
 
-#: How often a write is tried: the one who writes a session's record beside its own process is whoever cleans up.
+#: How often a write is tried: apart from its own process, only a cleanup writes a session's record.
 _MAX_TRIES: Final = 5
 _CONTEXTS = cache(lambda: TypeAdapter(list[SessionContext]))
-#: The fields whose text is a program's, and how many characters of it are kept.
+#: The largest number of characters of fields that contain a program's text.
 _TEXT_LIMITS: Final = {
     "file": MAX_PATH_CHARS,
     "progress": MAX_PROGRESS_CHARS,
@@ -51,7 +51,7 @@ _TEXT_LIMITS: Final = {
 
 
 class SessionStatusUpdate(TypedDict, total=False):
-    """What a session tells of itself; what is not named stays as it was."""
+    """The fields that a session can report; omitted fields stay unchanged."""
 
     status: SessionStatus
     file: str | None
@@ -61,33 +61,33 @@ class SessionStatusUpdate(TypedDict, total=False):
 
 
 def context_key(session: SessionName) -> Key:
-    """Return the key of what a session is at."""
+    """Return the key of a session's record."""
     return Key(KIND, str(session))
 
 
 async def read_contexts(store: Store, run: str | None = None) -> list[SessionContext]:
-    """Return what the sessions of a run, or of all runs, are at, those that have ended within half an hour, too."""
-    found = [one.encoded for one in await store.list(KIND, f"{run}/" if run else "") if not one.damaged]
-    return validate_many(_CONTEXTS(), found)
+    """Return the session records of a run, or of all runs, including sessions that ended in the last half hour."""
+    documents = [one.encoded for one in await store.list(KIND, f"{run}/" if run else "") if not one.damaged]
+    return validate_many(_CONTEXTS(), documents)
 
 
 async def clean_contexts(store: Store, now: float, after: float = STALE_CONTEXT_SECONDS) -> list[str]:
-    """Remove what was not heard of for `after` seconds, and what has expired; return the names of those sessions."""
-    old = {context_key(one.session): 0 for one in filter_stale(await read_contexts(store), now, after)}
+    """Delete records without an update for `after` seconds, and expired ones; return the names of their sessions."""
+    old = {context_key(context.session): 0 for context in filter_stale(await read_contexts(store), now, after)}
     for key in old:
-        found = await store.get(key)
-        old[key] = found.version if found else 0
+        document = await store.get(key)
+        old[key] = document.version if document else 0
     expired = dict.fromkeys((key for key in (await store.statistics()).expired if key.kind == KIND), 0)
     removed = []
     for key, version in {**expired, **old}.items():
-        with suppress(VersionConflict):  # it has just said something
+        with suppress(VersionConflict):  # just updated
             await store.commit(Commit([Write(key, version, None)], durable=False))
             removed.append(key.id)
     return sorted(removed)
 
 
 class SessionContexts:
-    """The records of the sessions that this process runs, and a look at all others."""
+    """The records of this process's sessions, and read access to all others."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class SessionContexts:
         self._own: dict[SessionName, _OwnRecord] = {}
 
     async def begin(self, session: SessionName, adapter: str) -> SessionContext:
-        """Record that a session is at work from now on."""
+        """Record the start of a session."""
         now = self._clock.now()
         context = SessionContext(
             **session._asdict(),
@@ -119,24 +119,24 @@ class SessionContexts:
         return await self._note(session, {})
 
     async def update(self, session: SessionName, **changes: Unpack[SessionStatusUpdate]) -> SessionContext:
-        """Record what a session tells of itself, and that it lives. RefusedError where it is not at work here."""
+        """Record a session's report and heartbeat. Raise RefusedError if this process does not run it."""
         return await self._write(session, changes)
 
     async def mark_blocked(self, session: SessionName, reason: str, on: str) -> SessionContext:
-        """Record that a session can't go on before something happens."""
+        """Record that a session is blocked."""
         return await self.update(session, status=SessionStatus.BLOCKED, message=reason, blocked_on=on)
 
-    async def record_activity(self, session: SessionName, doing: str, file: str | None) -> SessionContext:
-        """Record what a session was seen to do, and the file that it is at (None: the same as before)."""
-        return await self._write(session, {"seen": doing, **({} if file is None else {"file": file})})
+    async def record_activity(self, session: SessionName, activity: str, file: str | None) -> SessionContext:
+        """Record the observed activity of a session and its file (None: unchanged)."""
+        return await self._write(session, {"seen": activity, **({} if file is None else {"file": file})})
 
     async def hold(self, session: SessionName, files: Sequence[str]) -> SessionContext:
-        """Record which files a session has locked, in all."""
+        """Record all files that a session has locked."""
         return await self._note(session, {"files": tuple(sorted(files))})
 
     @asynccontextmanager
     async def waiting(self, session: SessionName, what: str) -> AsyncIterator[None]:
-        """Have a session wait for something for the body; it then is as it was, unless it has said otherwise."""
+        """Record a session as waiting within the body, then restore its status unless it has reported another."""
         before = self._owned(session).context
         await self._note(session, {"status": SessionStatus.WAITING, "blocked_on": what})
         try:
@@ -148,44 +148,44 @@ class SessionContexts:
                     await self._note(session, {"status": before.status, "blocked_on": before.blocked_on})
 
     async def end(self, session: SessionName) -> None:
-        """Record that a session is over and holds nothing; what it said last stays to be read for half an hour.
+        """Record that a session has ended and holds no files; its last report stays readable for half an hour.
 
-        Safe to repeat, and for a session that is not at work here, which a process that was killed has left behind.
+        Safe to repeat, and for a session of another process that was killed.
         """
         if session not in self._own:
-            found = await self._store.get(context_key(session))
-            if found is None or found.damaged:
+            document = await self._store.get(context_key(session))
+            if document is None or document.damaged:
                 return
-            left = SessionContext.model_validate_json(found.encoded)
-            if left.status is SessionStatus.DONE:
+            context = SessionContext.model_validate_json(document.encoded)
+            if context.status is SessionStatus.DONE:
                 return
-            self._own[session] = _OwnRecord(left, found.version, self._claim(session))
+            self._own[session] = _OwnRecord(context, document.version, self._claim(session))
         try:
             await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
-        except LeaseLost:  # whoever has taken the task over says how it goes on
+        except LeaseLost:  # the process that took over the task records its status
             pass
         finally:
             self._own.pop(session, None)
 
     async def read(self, session: SessionName) -> SessionContext | None:
-        """Return what a session is at, whichever process runs it; None if there is none, or nothing was heard of it."""
-        found = await self._store.get(context_key(session))
-        return None if found is None or found.damaged else SessionContext.model_validate_json(found.encoded)
+        """Return the record of a session of any process; None if there is none."""
+        document = await self._store.get(context_key(session))
+        return None if document is None or document.damaged else SessionContext.model_validate_json(document.encoded)
 
     async def all(self, run: str | None = None) -> list[SessionContext]:
-        """Return what the sessions of this scope are at, in all runs or in one, whichever processes run them."""
-        return [one for one in await read_contexts(self._store, run) if one.scope == self._scope]
+        """Return the records of this scope's sessions, of all processes, in all runs or in one."""
+        return [context for context in await read_contexts(self._store, run) if context.scope == self._scope]
 
     async def sessions_on_file(self, path: str) -> list[SessionContext]:
-        """Return the sessions that are at work on a file, or have it locked."""
+        """Return the sessions that work on a file or have locked it."""
         return find_sessions_on(await self.all(), path)
 
     async def conflicts(self) -> dict[str, list[SessionContext]]:
-        """Return the files that several sessions are on."""
+        """Return the files that several sessions work on."""
         return find_file_conflicts(await self.all())
 
     async def summary(self, run: str, task: str) -> TaskSummary:
-        """Return the sessions of a task at a glance."""
+        """Summarize the sessions of a task."""
         return summarize_task(task, await self.all(run))
 
     async def clean(self, after: float = STALE_CONTEXT_SECONDS) -> list[str]:
@@ -195,21 +195,21 @@ class SessionContexts:
     def _owned(self, session: SessionName) -> _OwnRecord:
         own = self._own.get(session)
         if own is None:
-            raise RefusedError(f"session {session} is not at work here", "ask from within a session that is")
+            raise RefusedError(f"session {session} is not running here", "call this from within a running session")
         return own
 
     async def _note(self, session: SessionName, changes: dict[str, Any]) -> SessionContext:
-        """Record what nobody has asked for: where the store can't be reached, what is being done goes on without."""
+        """Record a change on a best-effort basis: ignore an unreachable store."""
         with suppress(StoreUnavailable):
             await self._write(session, changes)
         return self._owned(session).context
 
     async def _write(self, session: SessionName, changes: dict[str, Any] | SessionStatusUpdate) -> SessionContext:
         own = self._owned(session)
-        said = {name: self._fit(name, value) for name, value in changes.items()}
-        # One at a time, or each of two would find the other's version.
-        async with own.turn:
-            own.context = own.context.model_copy(update={**said, "updated": self._clock.now()})
+        values = {name: self._fit(name, value) for name, value in changes.items()}
+        # Concurrent writes of one process would conflict with each other.
+        async with own.write_lock:
+            own.context = own.context.model_copy(update={**values, "updated": self._clock.now()})
             for left in reversed(range(_MAX_TRIES)):
                 write = Write(context_key(session), own.version, own.context.to_json(), STALE_CONTEXT_SECONDS)
                 try:
@@ -217,31 +217,31 @@ class SessionContexts:
                 except VersionConflict:
                     if not left:
                         raise
-                    found = await self._store.get(context_key(session))
-                    own.version = found.version if found else 0
+                    document = await self._store.get(context_key(session))
+                    own.version = document.version if document else 0
                 else:
                     own.version = await self._version(session, own.version)
                     return own.context
         raise AssertionError("the last try returns or raises")
 
     async def _version(self, session: SessionName, written: int) -> int:
-        """Return the version that a write has made: the next one, but for a record that was gone before."""
+        """Return the version that a write created: the next one, or for a new record whatever the store assigned."""
         if written:
             return written + 1
-        found = await self._store.get(context_key(session))
-        return found.version if found else 0
+        document = await self._store.get(context_key(session))
+        return document.version if document else 0
 
     def _fit(self, name: str, value: Any) -> Any:
         if name not in _TEXT_LIMITS or value is None:
             return value
-        # Programs that cut text in two leave half a surrogate pair, which no store takes.
+        # Programs that truncate text can leave half a surrogate pair, which no store accepts.
         text = self._redactor.text(str(value).encode(errors="replace").decode()).strip()
         return text if len(text) <= _TEXT_LIMITS[name] else f"{text[: _TEXT_LIMITS[name] - 1]}…"
 
 
 class _OwnRecord:
-    """The record of a session: as it was written last, under which version, and the claim that it began under."""
+    """The record of a session as last written, its version, and the claim that the session began under."""
 
     def __init__(self, context: SessionContext, version: int = 0, claim: Guard | None = None) -> None:
         self.context, self.version, self.claim = context, version, claim
-        self.turn = anyio.Lock()
+        self.write_lock = anyio.Lock()

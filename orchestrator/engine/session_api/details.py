@@ -1,4 +1,4 @@
-"""What a session has done so far, for whoever asks while it is at work: read from files that it goes on writing."""
+"""Describe the progress of a running session, from files that it is still writing."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.sessions.output.log_files import log_path, read_tail
 from orchestrator.sessions.output.transcript import MAX_EVENTS
 
-#: Characters of a difference, of what a log said last, and of a plan that are told.
+#: Characters of a diff, of the end of a log, and of a plan that are returned.
 MAX_DIFF_LENGTH, MAX_LOG_LENGTH, MAX_PLAN_LENGTH = 64_000, 8_000, 4_000
 
-#: A line of a list of steps: numbered, or with a box or a mark for what is done.
+#: A line in a list of steps: numbered, or with a checkbox or a check mark.
 _STEP: Final = re.compile(r"\s*(?:[0-9]{1,2}[.)]|[-*] \[[ xX]\]|[☐☑✓✔•])\s+\S")
 _MIN_PLAN_STEPS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SessionWorkspace:
-    """Where a session is at work, and what is needed to read it."""
+    """The worktree of a session, and what is needed to read its work."""
 
     worktree: Worktree
     base: str
-    """The commit that its work differs from."""
+    """The commit that its work is compared with."""
     adapter: Adapter
     logs: Path
-    """The folder of its run's output."""
+    """The folder with the logs of its run."""
     admit: IntakeRules
-    """What of its files may be shown."""
+    """Which of its files may be shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeStats:
-    """How much a session has done so far: its own commits, and what its files differ from where it began."""
+    """The size of a session's work: its commits, and the changes of its files since it started."""
 
     commits: int
     files: int
@@ -62,60 +62,60 @@ class ChangeStats:
 
 @dataclass(frozen=True, slots=True)
 class SessionDetails:
-    """What a session has done so far."""
+    """The progress of a session."""
 
     task: str
     attempt: int
     plan: str | None
-    """What it said last that is a list of steps; None where it said no such thing."""
+    """Its last message that is a list of steps; None if there is none."""
     diff: str
-    """Cut to `MAX_DIFF_LENGTH` characters, which its last line then says. Secrets and huge files are left out."""
+    """At most `MAX_DIFF_LENGTH` characters; if truncated, the last line says so. Secrets and huge files are omitted."""
     log: str
-    """What it said and did last, as a person would read it; at most `MAX_LOG_LENGTH` characters."""
+    """The end of its log as text for people, at most `MAX_LOG_LENGTH` characters."""
     stats: ChangeStats
     handoffs: tuple[str, ...] = ()
-    """What it has given to later phases; there are none yet."""
+    """Its handoffs to later phases; always empty for now."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that programs get."""
+        """Return the object for `--json`."""
         return {**asdict(self), "handoffs": list(self.handoffs)}
 
 
 async def find_session_files(store: Store, session: SessionName, redactor: Redactor) -> tuple[Worktree, IntakeRules]:
-    """Return where an attempt works, by the record of its run, and what of it may be shown."""
+    """Return the worktree of an attempt, from the record of its run, and the rules for showing its files."""
     run, spec = await read_run(store, session.run), await read_spec(store, session.run, session.task)
     from orchestrator.config.model import WorktreesConfig
 
-    given = WorktreesConfig.model_validate(run.worktrees)
-    admit = IntakeRules(redactor, spec.max_file, withheld=given.copied + given.linked)
+    config = WorktreesConfig.model_validate(run.worktrees)
+    admit = IntakeRules(redactor, spec.max_file, withheld=config.copied + config.linked)
     return Worktree(Hub(Path(run.hub)), *session), admit
 
 
 async def find_workspace(
     store: Store, adapters: Mapping[str, Adapter], logs: Path, redactor: Redactor, session: SessionName
 ) -> SessionWorkspace:
-    """Return where an attempt works, whichever process of this machine runs it; `logs` has a folder for each run.
+    """Return the workspace of an attempt that any process of this machine runs; `logs` has a folder for each run.
 
-    RefusedError where there is no such attempt.
+    Raise RefusedError if there is no such attempt.
     """
     attempts = (await read_task(store, session.run, session.task)).attempts
-    found = next((one for one in attempts if one.number == session.attempt), None)
-    if found is None:
-        raise RefusedError(f"there is no attempt {session.attempt} at task {session.task!r}", "wait until it starts")
+    attempt = next((attempt for attempt in attempts if attempt.number == session.attempt), None)
+    if attempt is None:
+        raise RefusedError(f"attempt {session.attempt} of task {session.task!r} not found", "wait until it starts")
     worktree, admit = await find_session_files(store, session, redactor)
-    return SessionWorkspace(worktree, found.base, adapters[found.adapter], logs / session.run, admit)
+    return SessionWorkspace(worktree, attempt.base, adapters[attempt.adapter], logs / session.run, admit)
 
 
-async def read_session_details(git: Git, at: SessionWorkspace, redactor: Redactor) -> SessionDetails:
-    """Return what a session has done so far; `git` runs in the trusted repository.
+async def read_session_details(git: Git, workspace: SessionWorkspace, redactor: Redactor) -> SessionDetails:
+    """Describe the progress of a session; `git` runs in the trusted repository.
 
-    Nothing of the session is touched. RefusedError where it has no worktree yet, or none any more.
+    Read-only. Raise RefusedError if the session has no worktree, or no longer has one.
     """
-    worktree = at.worktree
-    changes = await count_session_changes(git, worktree, at.base, admit=at.admit)
-    diff = (await diff_session(git, worktree, at.base, admit=at.admit)).decode(errors="replace")
-    commits = await count_session_commits(git, worktree, at.base)
-    plan, log = await _read_plan_and_log(at)
+    worktree, base, admit = workspace.worktree, workspace.base, workspace.admit
+    changes = await count_session_changes(git, worktree, base, admit=admit)
+    diff = (await diff_session(git, worktree, base, admit=admit)).decode(errors="replace")
+    commits = await count_session_commits(git, worktree, base)
+    plan, log = await _read_plan_and_log(workspace)
     return SessionDetails(
         task=worktree.task,
         attempt=worktree.attempt,
@@ -127,7 +127,7 @@ async def read_session_details(git: Git, at: SessionWorkspace, redactor: Redacto
 
 
 def find_plan(events: Iterable[SessionEvent]) -> str | None:
-    """Return what was said last that is a list of steps, or was told to a tool for plans."""
+    """Return the last list of steps in a message or in a call of a planning tool."""
     plan = None
     for event in events:
         match event:
@@ -141,30 +141,30 @@ def find_plan(events: Iterable[SessionEvent]) -> str | None:
 
 
 def format_events(events: Iterable[SessionEvent]) -> str:
-    """Return what a session said and did, as a person would read it."""
+    """Format a session's events as text for people."""
     entries = OutputEntryBuilder()
     return "".join(f"{one.line}\n" for one in (*entries.add(events), *entries.end()))
 
 
-async def _read_plan_and_log(at: SessionWorkspace) -> tuple[str | None, str]:
-    """Return a session's plan and its last words; those of a program whose lines mean nothing are what it printed."""
-    worktree = at.worktree
-    file, errors = (log_path(at.logs, worktree.task, worktree.attempt, name) for name in ("stdout", "stderr"))
-    events = await anyio.to_thread.run_sync(_events, OutputFollower(at.adapter, file), abandon_on_cancel=True)
-    return find_plan(events), format_events(events) or await read_tail(file, MAX_LOG_LENGTH) or await read_tail(
-        errors, MAX_LOG_LENGTH
-    )
+async def _read_plan_and_log(workspace: SessionWorkspace) -> tuple[str | None, str]:
+    """Return a session's plan and the end of its log; raw output if its adapter finds no events in it."""
+    worktree = workspace.worktree
+    stdout, stderr = (log_path(workspace.logs, worktree.task, worktree.attempt, name) for name in ("stdout", "stderr"))
+    follower = OutputFollower(workspace.adapter, stdout)
+    events = await anyio.to_thread.run_sync(_read_events, follower, abandon_on_cancel=True)
+    log = format_events(events) or await read_tail(stdout, MAX_LOG_LENGTH) or await read_tail(stderr, MAX_LOG_LENGTH)
+    return find_plan(events), log
 
 
-def _events(follower: OutputFollower) -> Sequence[SessionEvent]:
-    found = deque[SessionEvent](maxlen=MAX_EVENTS)
+def _read_events(follower: OutputFollower) -> Sequence[SessionEvent]:
+    events = deque[SessionEvent](maxlen=MAX_EVENTS)
     while (part := follower.read()) is not None:
-        found.extend(part)
-    return found
+        events.extend(part)
+    return events
 
 
 def _truncate_diff(diff: str) -> str:
     if len(diff) <= MAX_DIFF_LENGTH:
         return diff
-    kept = diff[:MAX_DIFF_LENGTH].rpartition("\n")[0]
-    return f"{kept}\n# {len(diff) - len(kept)} more characters are left out\n"
+    head = diff[:MAX_DIFF_LENGTH].rpartition("\n")[0]
+    return f"{head}\n# {len(diff) - len(head)} more characters omitted\n"

@@ -1,4 +1,4 @@
-"""Notes that sessions leave, kept in the store with the repository and target that they are about."""
+"""Store the notes of sessions, by the repository and target that they are about."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _NOTES = cache(lambda: TypeAdapter(list[Note]))
 
 
 class NoteStore:
-    """The notes of one scope: whatever sessions left there, in any run."""
+    """The notes of one scope (repository and target), from all runs."""
 
     def __init__(self, store: Store, clock: Clock, scope: str, redactor: Redactor) -> None:
         self._store, self._clock, self._redactor = store, clock, redactor
         self._prefix = f"{scope}/"
 
-    async def leave(
+    async def add(
         self,
         session: SessionName,
         text: str,
@@ -51,23 +51,23 @@ class NoteStore:
         paths: Sequence[str] = (),
         claim: Guard | None = None,
     ) -> Note:
-        """Keep a note; where there are too many, the oldest go: of the task, else of all.
+        """Add a note; above the limits, delete the oldest: of the task, else of all.
 
-        RefusedError for one that is too large or says nothing; LeaseLost where the `claim` is not the session's.
+        Raise RefusedError if it is too large or empty, LeaseLost if the `claim` is not the session's.
         """
         text, topic = self._clean(text).strip(), None if topic is None else " ".join(self._clean(topic).split())
         _check(text, topic, paths)
         patterns = tuple(check_patterns([self._clean(path) for path in paths]))
 
         async def attempt() -> Note:
-            kept = await self._documents()
+            notes = await self._documents()
             now = self._clock.now()
-            # Sorts by time, and no two sessions that write in one moment take the same.
+            # Sorts by time; the suffix keeps names of simultaneous notes apart.
             name = f"{int(now * 1000):013d}-{secrets.token_hex(3)}"
             note = Note(id=name, **session._asdict(), topic=topic, paths=patterns, text=text, time=now)
-            # One that leaves many takes the place of its own.
-            own = [one for one in kept if not one.damaged and one.value["task"] == session.task]
-            old = own[: max(len(own) - MAX_TASK_NOTES + 1, 0)] or kept[: max(len(kept) - MAX_NOTES + 1, 0)]
+            # A task above its limit replaces its own notes first.
+            own = [one for one in notes if not one.damaged and one.value["task"] == session.task]
+            old = own[: max(len(own) - MAX_TASK_NOTES + 1, 0)] or notes[: max(len(notes) - MAX_NOTES + 1, 0)]
             writes = [Write(self._key(name), 0, note.to_json()), *(Write(one.key, one.version, None) for one in old)]
             event = Event("note.added", {**session._asdict(), "note": name, "topic": topic, "paths": list(patterns)})
             await self._store.commit(Commit(writes, [event], [claim] if claim else []))
@@ -81,30 +81,35 @@ class NoteStore:
         return validate_many(_NOTES(), readable)
 
     async def find(self, *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()) -> list[Note]:
-        """Return the notes of a task, of a topic and about paths (patterns that overlap), the oldest first.
+        """Return the notes that match a task, a topic and paths (overlapping patterns), the oldest first.
 
-        What is not asked for is not looked at. RefusedError for what is no pattern, and for more than a note can name.
+        Criteria that are not given match all notes. Raise RefusedError for invalid patterns, and for more paths than a
+        note can have.
         """
         _check_paths(paths)
-        patterns, told = check_patterns(paths), []
-        for one in filter_notes(await self.all(), task=task, topic=topic):
-            # Odd patterns take long to compare: whoever else is at work goes on meanwhile, and who asked may leave.
-            told += await anyio.to_thread.run_sync(partial(filter_notes, [one], paths=patterns)) if patterns else [one]
-        return told
+        patterns, matches = check_patterns(paths), list[Note]()
+        for note in filter_notes(await self.all(), task=task, topic=topic):
+            # One thread hop per note: unusual patterns are slow to compare, and must neither block the event loop nor
+            # delay cancellation.
+            matches += (
+                await anyio.to_thread.run_sync(partial(filter_notes, [note], paths=patterns)) if patterns else [note]
+            )
+        return matches
 
     async def find_relevant(self, task: str, owns: Sequence[str]) -> list[Note]:
-        """Return the notes that a session of a task, which owns these patterns, is to be told."""
+        """Return the notes to include in the prompt of a task that owns these patterns."""
         return await anyio.to_thread.run_sync(filter_relevant, await self.all(), task, owns)
 
     async def drop(self, note: str) -> None:
-        """Delete a note by its id; RefusedError where there is none."""
+        """Delete a note by its id; raise RefusedError if there is none."""
         key = self._key(note)
 
         async def attempt() -> None:
-            there = await self._store.get(key)
-            if there is None:
-                raise RefusedError(f"there is no note {note!r}", "`notes` names those that there are")
-            await self._store.commit(Commit([Write(key, there.version, None)], [Event("note.deleted", {"note": note})]))
+            document = await self._store.get(key)
+            if document is None:
+                raise RefusedError(f"note {note!r} not found", "`notes` lists all notes")
+            deletion = Write(key, document.version, None)
+            await self._store.commit(Commit([deletion], [Event("note.deleted", {"note": note})]))
 
         await retry_on_conflict(attempt)
 
@@ -121,19 +126,19 @@ class NoteStore:
 def _check(text: str, topic: str | None, paths: Sequence[str]) -> None:
     size = len(text.encode())
     if not text:
-        raise RefusedError("the note has no text", "say what a later session should know")
+        raise RefusedError("the note has no text", "write what a later session should know")
     if size > MAX_TEXT_BYTES:
-        remedy = "leave what a later session needs, and name files for the rest"
-        raise RefusedError(f"the note has {size} bytes, {MAX_TEXT_BYTES} fit", remedy)
+        remedy = "write what a later session needs, and refer to files for the rest"
+        raise RefusedError(f"the note has {size} bytes (limit: {MAX_TEXT_BYTES})", remedy)
     if topic is not None and not 0 < len(topic) <= MAX_TOPIC_CHARS:
-        raise RefusedError(f"the topic has {len(topic)} characters", f"name it in 1 to {MAX_TOPIC_CHARS}")
+        raise RefusedError(f"the topic has {len(topic)} characters", f"use 1 to {MAX_TOPIC_CHARS} characters")
     _check_paths(paths)
 
 
 def _check_paths(paths: Sequence[str]) -> None:
     if len(paths) > MAX_PATHS:
-        raise RefusedError(f"these are {len(paths)} paths, {MAX_PATHS} fit", "name folders by patterns")
+        raise RefusedError(f"{len(paths)} paths given (limit: {MAX_PATHS})", "use patterns for folders")
     if (longest := max(map(len, paths), default=0)) > MAX_PATH_CHARS:
-        raise RefusedError(f"one of the paths has {longest} characters", f"name one of at most {MAX_PATH_CHARS}")
+        raise RefusedError(f"a path has {longest} characters (limit: {MAX_PATH_CHARS})", "use a shorter one")
     if (length := sum(map(len, paths))) > MAX_PATHS_CHARS:
-        raise RefusedError(f"the paths have {length} characters, {MAX_PATHS_CHARS} fit", "name folders by patterns")
+        raise RefusedError(f"the paths have {length} characters (limit: {MAX_PATHS_CHARS})", "use patterns for folders")

@@ -1,4 +1,4 @@
-"""What a session is at by what its program prints, so that one that says nothing to us is seen all the same."""
+"""Observe a session's activity in its program's output, for sessions that do not report it."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.system.clock import Clock
 
-#: Seconds between two looks at what a session has printed.
+#: Seconds between two reads of a session's output.
 POLL_INTERVAL: Final = 1.0
-#: Seconds between two records of what it was seen to do, at least: each is a line of the log.
+#: The least seconds between two records of its activity: each is a line of the log.
 RECORD_INTERVAL: Final = 5.0
 
 
 def worktree_roots(worktree: Worktree) -> tuple[str, ...]:
-    """Return the names that the top of a worktree goes by. Blocks."""
+    """Return the paths by which a worktree's root is known. Blocks."""
     return tuple(dict.fromkeys((str(worktree.tree), os.path.realpath(worktree.tree))))
 
 
 @dataclass(slots=True)
 class ObservedActivity:
-    """What a session was seen to do last, and at which file."""
+    """The last observed activity of a session, and its file."""
 
     worktree: Worktree
     activity: str | None = field(default=None, init=False)
     file: str | None = field(default=None, init=False)
 
-    def look(self, follower: OutputFollower) -> None:
-        """Take what it has printed since the last look. Blocks."""
+    def update(self, follower: OutputFollower) -> None:
+        """Process the output since the last update. Blocks."""
         events = follower.read()
-        # Asked anew, because it has its place only once it has begun.
-        tops = worktree_roots(self.worktree) if events else ()
+        # Resolved each time: the worktree has its slot only once the session has started.
+        roots = worktree_roots(self.worktree) if events else ()
         for event in events or ():
-            self._take(event, tops)
+            self._process(event, roots)
 
-    def _take(self, event: SessionEvent, tops: Iterable[str]) -> None:
+    def _process(self, event: SessionEvent, roots: Iterable[str]) -> None:
         match event:
             case ToolCall(name, detail, paths):
                 self.activity = f"{name} {detail}".strip()
-                self.file = find_edited_file(name, paths, tops) or self.file
+                self.file = find_edited_file(name, paths, roots) or self.file
             case AgentMessage(text, part=False) | FinalResult(text) if text.strip():
                 self.activity = " ".join(text.split())
 
@@ -61,7 +61,7 @@ class ObservedActivity:
 async def observe_session(
     contexts: SessionContexts, session: SessionName, adapter: Adapter, log: Path, worktree: Worktree, clock: Clock
 ) -> AsyncIterator[None]:
-    """Record for the body what a session is seen to do; `log` has its output."""
+    """Record the observed activity of a session within the body; `log` has its output."""
     async with anyio.create_task_group() as group:
         group.start_soon(
             _record_activity,
@@ -76,17 +76,17 @@ async def observe_session(
 
 
 async def _record_activity(
-    contexts: SessionContexts, session: SessionName, follower: OutputFollower, sight: ObservedActivity, clock: Clock
+    contexts: SessionContexts, session: SessionName, follower: OutputFollower, observed: ObservedActivity, clock: Clock
 ) -> None:
-    told, next_record = (sight.activity, sight.file), clock.monotonic()
+    recorded, next_record = (observed.activity, observed.file), clock.monotonic()
     while True:
-        await anyio.to_thread.run_sync(sight.look, follower, abandon_on_cancel=True)
+        await anyio.to_thread.run_sync(observed.update, follower, abandon_on_cancel=True)
         now = clock.monotonic()
-        if sight.activity is not None and (sight.activity, sight.file) != told and now >= next_record:
+        if observed.activity is not None and (observed.activity, observed.file) != recorded and now >= next_record:
             try:
-                with suppress(StoreUnavailable):  # what must be recorded will say so
-                    await contexts.record_activity(session, sight.activity, sight.file)
-            except (LeaseLost, RefusedError):  # it is another's by now, or over
+                with suppress(StoreUnavailable):  # writes that must succeed report the outage
+                    await contexts.record_activity(session, observed.activity, observed.file)
+            except (LeaseLost, RefusedError):  # its task was taken over, or the session has ended
                 return
-            told, next_record = (sight.activity, sight.file), now + RECORD_INTERVAL
+            recorded, next_record = (observed.activity, observed.file), now + RECORD_INTERVAL
         await clock.wait(anyio.Event(), now + POLL_INTERVAL)

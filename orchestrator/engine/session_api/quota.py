@@ -1,4 +1,4 @@
-"""How much state sessions may write: a rate and a total for each session, and a total for the sessions of a run."""
+"""Limit how much state sessions write: a rate and a total per session, and a total per run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import RefusedError
 from orchestrator.system.clock import Clock
 
-#: Bytes that every request counts for, beside its own: a line of the log has a head, and a commit its cost.
+#: Bytes charged for every request in addition to its size: the header of a log line, and the cost of a commit.
 OVERHEAD: Final = 4096
-#: Bytes that a session can write at once, and how many a second it may write again.
+#: Bytes that a session can write at once, and bytes a second that it regains.
 BURST, RATE = 4 << 20, 64 << 10
-#: Bytes that a session can write in all, and all sessions of a run in one process.
+#: Bytes that a session can write in total, and all sessions of a run in one process.
 MAX_SESSION_BYTES, MAX_RUN_BYTES = 32 << 20, 256 << 20
 
-_REMEDY: Final = "write large results to files of the repository, and share their paths"
+_REMEDY: Final = "write large results to files in the repository, and share their paths"
 
 
 @dataclass(slots=True)
 class _Account:
-    room: float
-    at: float
-    """When there was so much room, by the monotonic clock."""
+    available: float
+    """Bytes available now, as of `updated`."""
+    updated: float
+    """By the monotonic clock."""
     total: int = 0
 
 
@@ -40,26 +41,26 @@ class WriteQuota:
     _runs: dict[str, int] = field(default_factory=dict)
 
     def charge(self, session: SessionName, size: int) -> None:
-        """Count a request that writes `size` bytes; RefusedError where a limit does not allow it, nothing counted."""
+        """Count a request that writes `size` bytes; raise RefusedError, without counting it, if it exceeds a limit."""
         limits, now, size = self.limits, self.clock.monotonic(), size + OVERHEAD
         account = self._sessions.setdefault(session, _Account(limits["burst"], now))
-        account.room = min(limits["burst"], account.room + limits["rate"] * (now - account.at))
-        account.at = now
+        account.available = min(limits["burst"], account.available + limits["rate"] * (now - account.updated))
+        account.updated = now
         if account.total + size > limits["session"]:
-            raise RefusedError(f"this session has written {_mib(limits['session'])} of state, all that it may", _REMEDY)
+            raise RefusedError(f"this session has reached its limit of {_mib(limits['session'])} of state", _REMEDY)
         if self._runs.get(session.run, 0) + size > limits["run"]:
-            what = f"the sessions of run {session.run} have written {_mib(limits['run'])} of state, all that they may"
+            what = f"the sessions of run {session.run} have reached their limit of {_mib(limits['run'])} of state"
             raise RefusedError(what, _REMEDY)
-        if size > account.room:
-            seconds = max(1, round((size - account.room) / limits["rate"]))
-            what = f"this session writes more state than {limits['rate'] >> 10} KiB a second allow"
-            raise RefusedError(what, f"ask again in {seconds} s, and write less at once")
-        account.room -= size
+        if size > account.available:
+            seconds = max(1, round((size - account.available) / limits["rate"]))
+            what = f"this session exceeds its rate limit of {limits['rate'] >> 10} KiB of state a second"
+            raise RefusedError(what, f"retry in {seconds} s, and write less at once")
+        account.available -= size
         account.total += size
         self._runs[session.run] = self._runs.get(session.run, 0) + size
 
     def close(self, session: SessionName) -> None:
-        """Forget a session that has ended; what it wrote still counts for its run."""
+        """Forget a session that has ended; its bytes still count for its run."""
         self._sessions.pop(session, None)
 
 

@@ -1,7 +1,7 @@
-"""What sessions ask while they are at work is answered here: locks, reports, peers, notes.
+"""Serve the session API: handle the requests of running sessions for locks, reports, peers, notes and shared values.
 
-A lock is two: the paths become the session's in the registry, which counts on all machines, then their files are
-locked, which counts on this one. They are given back in the opposite order. All that a session has goes with `leave`.
+Locking takes two steps: the registry, valid on all machines, assigns the paths to the session; then their files are
+locked on this machine. They are released in the opposite order. `leave` releases everything that a session holds.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from orchestrator.sessions.output.log_files import log_path
 from orchestrator.system.clock import Clock
 from orchestrator.system.instants import format_local_time
 
-#: How many paths a session can name at once.
+#: Paths in one request.
 MAX_PATHS: Final = 200
-#: How many notes are told at once, the newest.
+#: Notes in one response, the newest.
 MAX_NOTES_RETURNED: Final = 50
 
 Paths = Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=MAX_PATHS)]
@@ -119,40 +119,40 @@ class _CheckEditArguments(_Arguments):
     path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-#: Returns what is wrong with what a session hands over, a sentence each; nothing where it is taken.
+#: Returns the errors of a submitted result, one sentence each; empty if it is accepted.
 HandoffValidator = Callable[[JsonObject], Awaitable[Sequence[str]]]
 
 
 @dataclass(slots=True)
 class _ActiveSession:
-    """A session of this process, and what it has taken."""
+    """A session of this process, and the locks that it holds."""
 
-    at: SessionWorkspace
+    workspace: SessionWorkspace
     claim: Guard | None
-    """That on its task when it began; it has no other: who was taken over is refused by that, whoever has it now."""
+    """The claim on its task when it began, never renewed: after a takeover its writes are rejected."""
     taken: Counter[str] = field(default_factory=Counter)
-    """The patterns that it has for its locks, and for how many; what it owned before is not among them."""
+    """The number of locks per pattern, without patterns that the session owned before."""
     locked: set[str] = field(default_factory=set)
     named: set[str] = field(default_factory=set)
-    """All patterns that it has asked to lock: each later lock or report writes them again."""
+    """All patterns that it ever asked to lock: each later lock or report writes them again."""
     query_lock: anyio.Lock = field(default_factory=anyio.Lock)
-    """For what takes long to answer: one at a time, or who asks much at once would keep all others waiting."""
-    takes: HandoffValidator | None = None
-    handed_over: JsonObject | None = None
+    """Serializes expensive queries, so that one session's requests do not block those of other sessions."""
+    validate_handoff: HandoffValidator | None = None
+    handoff: JsonObject | None = None
 
 
 A = TypeVar("A", bound=_Arguments)
 
-#: What changes the store, each time.
+#: The commands that always write to the store.
 _WRITE_COMMANDS: Final = frozenset({"lock", "unlock", "report", "note", "share_put", "share_wait"})
 _ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None}
 
 
 class SessionService:
-    """Answers the sessions of one process, which all work for one repository and target.
+    """Handles the requests of the sessions of one process, which all have the same repository and target.
 
-    `claim` returns the guard of the claim on a session's task, None where there is none: it may then look, and lock
-    nothing. `elsewhere` finds where sessions of other processes work; `git` runs in the trusted repository.
+    `claim` returns the guard of the claim on a session's task; without one, the session can read, but not lock.
+    `elsewhere` finds the workspaces of other processes' sessions; `git` runs in the trusted repository.
     """
 
     def __init__(
@@ -171,14 +171,14 @@ class SessionService:
         elsewhere: Callable[[SessionName], Awaitable[SessionWorkspace]],
         lock_timeout: float = FILE_LOCK_TIMEOUT,
     ) -> None:
-        """Have who does not say how long to wait for a lock wait `lock_timeout` seconds."""
+        """Wait `lock_timeout` seconds for a lock if the request does not say how long."""
         self._store, self._clock, self._git = store, clock, git
         self._contexts, self.memory, self._files, self._registry = contexts, memory, files, registry
         self._redactor, self._orchestrator, self._claim, self._elsewhere = redactor, orchestrator, claim, elsewhere
         self._lock_timeout = min(lock_timeout, MAX_WAIT_SECONDS)
         self._active: dict[SessionName, _ActiveSession] = {}
         self._quota = WriteQuota(clock)
-        self._answers: Mapping[str, Callable[[SessionName, JsonObject], Awaitable[JsonObject]]] = {
+        self._handlers: Mapping[str, Callable[[SessionName, JsonObject], Awaitable[JsonObject]]] = {
             "lock": self._lock,
             "unlock": self._unlock,
             "report": self._report,
@@ -199,142 +199,150 @@ class SessionService:
         self,
         session: SessionName,
         adapter: str,
-        at: SessionWorkspace,
+        workspace: SessionWorkspace,
         *,
         keep_ownership: bool = False,
-        takes: HandoffValidator | None = None,
+        validate_handoff: HandoffValidator | None = None,
     ) -> AsyncIterator[None]:
-        """Answer a session for the body, and record what it is seen to do; it has nothing left behind that.
+        """Serve a session and record its observed activity within the body, then release everything that it holds.
 
-        `adapter` is what its adapter is called. For `keep_ownership` see `leave`, for `takes` see `enter`.
+        `adapter` is the adapter's name. For `keep_ownership` see `leave`, for `validate_handoff` see `enter`.
         """
-        await self.enter(session, adapter, at, takes=takes)
+        await self.enter(session, adapter, workspace, validate_handoff=validate_handoff)
         try:
-            log = log_path(at.logs, session.task, session.attempt, "stdout")
-            async with observe_session(self._contexts, session, at.adapter, log, at.worktree, self._clock):
+            log = log_path(workspace.logs, session.task, session.attempt, "stdout")
+            async with observe_session(
+                self._contexts, session, workspace.adapter, log, workspace.worktree, self._clock
+            ):
                 yield
         finally:
             with anyio.CancelScope(shield=True):
                 await self.leave(session, keep_ownership=keep_ownership)
 
     async def enter(
-        self, session: SessionName, adapter: str, at: SessionWorkspace, *, takes: HandoffValidator | None = None
+        self,
+        session: SessionName,
+        adapter: str,
+        workspace: SessionWorkspace,
+        *,
+        validate_handoff: HandoffValidator | None = None,
     ) -> None:
-        """Answer a session from now on.
-
-        `takes` says what is wrong with what it hands over; None: it has nothing to hand over.
-        """
-        self._active[session] = _ActiveSession(at, self._claim(session), takes=takes)
+        """Start to serve a session; without `validate_handoff` it has no result to submit."""
+        self._active[session] = _ActiveSession(workspace, self._claim(session), validate_handoff=validate_handoff)
         await self._contexts.begin(session, adapter)
 
-    def handed_over(self, session: SessionName) -> JsonObject | None:
-        """Return what a session has handed over last that was taken, without secrets; None where nothing was.
+    def submitted_handoff(self, session: SessionName) -> JsonObject | None:
+        """Return the last accepted result of a session, without secrets; None if there is none.
 
-        To be asked before the session leaves.
+        Call it before the session leaves.
         """
-        sitting = self._active.get(session)
-        return None if sitting is None else sitting.handed_over
+        active = self._active.get(session)
+        return None if active is None else active.handoff
 
     async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
-        """Give back all that a session has, however it has ended.
+        """Release everything that a session holds, however it ended.
 
-        Safe to repeat, and for a session of a process that is gone. With `keep_ownership` its paths stay its own, where
-        they are to be its task's until that has landed.
+        Safe to repeat, and for a session of a dead process. With `keep_ownership` it keeps its paths, which belong to
+        its task until that has landed.
         """
-        sitting = self._active.pop(session, None)
+        active = self._active.pop(session, None)
         self._quota.close(session)
-        claim = self._claim(session) if sitting is None else sitting.claim
+        claim = self._claim(session) if active is None else active.claim
         await self._files.release_all(session)
-        with suppress(StoreUnavailable):  # what must be recorded of its end will say so
+        with suppress(StoreUnavailable):  # writes that must succeed report the outage
             await (self._registry.stop_waiting(session) if keep_ownership else self._release(session, claim))
         await self._contexts.end(session)
 
     async def _release(self, session: SessionName, claim: Guard | None) -> None:
         while writes := await self._registry.release(session):
-            with suppress(VersionConflict):  # it has just stopped waiting
-                with suppress(LeaseLost):  # nothing of it counts any more
+            with suppress(VersionConflict):  # a concurrent end of its waiting: try again
+                with suppress(LeaseLost):  # taken over: its records no longer count
                     await self._store.commit(Commit(writes, (), [claim] if claim else []))
                 return
 
     async def follow_lock_breaks(self) -> None:
-        """Have sessions give back the file locks that a person breaks, until it is cancelled."""
+        """Release the file locks that a person breaks, until cancelled."""
         while True:
-            with suppress(HistoryCompacted):  # who was stopped for long looks anew
+            with suppress(HistoryCompacted):  # after a long pause: start again from the current position
                 async for record in self._store.watch(await self._store.position()):
                     await release_broken_locks(record, self._files, tuple(self._active))
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
-        """Do what a session asks, and return the result. RefusedError says what can't be done, and what to do.
+        """Handle the request of a session and return the result; raise RefusedError if it can't be done.
 
-        This is where the words of an agent become records: no secret of theirs gets further than this.
+        Agents' text becomes records here, so secrets in it are redacted here.
         """
-        answer = self._answers.get(command)
-        if answer is None:
-            raise RefusedError(f"there is no command {command!r}", f"name one of {', '.join(self._answers)}")
+        handler = self._handlers.get(command)
+        if handler is None:
+            raise RefusedError(f"unknown command {command!r}", f"use one of {', '.join(self._handlers)}")
         if session not in self._active:
-            raise RefusedError(f"session {session} is over", "its work goes on in a later one, if at all")
+            raise RefusedError(
+                f"session {session} has ended", "stop here: its task continues in a later session, if any"
+            )
         if command in _WRITE_COMMANDS:
             written = len(json.dumps(arguments, ensure_ascii=False)) + sum(map(len, self._active[session].named))
             self._quota.charge(session, written)
-        # The paths of files lead nowhere with a part left out: `_paths` refuses those.
-        named = {name: arguments[name] for name in ("paths", "path", "file") if name in arguments}
+        # A redacted path is no path: `_paths` rejects paths with secrets instead.
+        paths = {name: arguments[name] for name in ("paths", "path", "file") if name in arguments}
         redacted = await anyio.to_thread.run_sync(self._redactor.json, arguments)
         if command != "note":
-            redacted = {**redacted, **named}
+            redacted = {**redacted, **paths}
         try:
-            return await answer(session, redacted)
+            return await handler(session, redacted)
         except LeaseLost:
             what = f"task {session.task} was taken over by another process"
-            raise RefusedError(what, "end here: what this session still does won't land") from None
+            raise RefusedError(what, "stop here: further work of this session can't land") from None
 
     async def _lock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        asked = _parse_arguments(_LockArguments, "lock", arguments)
-        sitting = self._active[session]
-        claim = sitting.claim
+        request = _parse_arguments(_LockArguments, "lock", arguments)
+        active = self._active[session]
+        claim = active.claim
         if claim is None:
-            raise RefusedError(f"there is no claim on task {session.task}", "locks are for tasks that are at work")
-        until = self._clock.monotonic() + (self._lock_timeout if asked.wait is None else asked.wait)
-        paths = await self._paths(session, asked.paths)
-        # What it owned before it asked is not the lock's to give back.
-        mine = next((one.patterns for one in await self._registry.holdings() if one.session == session), ())
-        wanted = [pattern for pattern in map(escape_path, paths) if pattern in sitting.taken or pattern not in mine]
-        sitting.taken.update(wanted)
-        sitting.named.update(wanted)
+            raise RefusedError(f"task {session.task} is not claimed", "only sessions of running tasks can lock paths")
+        until = self._clock.monotonic() + (self._lock_timeout if request.wait is None else request.wait)
+        paths = await self._paths(session, request.paths)
+        # Unlocking must not release patterns that the session owned before it locked them.
+        owned = next((held.patterns for held in await self._registry.holdings() if held.session == session), ())
+        wanted = [pattern for pattern in map(escape_path, paths) if pattern in active.taken or pattern not in owned]
+        active.taken.update(wanted)
+        active.named.update(wanted)
         try:
             await self._own(session, list(map(escape_path, paths)), claim, until)
             await self._lock_files(session, paths, until)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await self._release_patterns(session, sitting, wanted)
+                await self._release_patterns(session, active, wanted)
             raise
-        sitting.locked.update(paths)
-        await self._contexts.hold(session, sorted(sitting.locked))
+        active.locked.update(paths)
+        await self._contexts.hold(session, sorted(active.locked))
         return {"locked": paths}
 
     async def _own(self, session: SessionName, patterns: Sequence[str], claim: Guard, until: float) -> None:
         if not patterns:
             return
-        who = self._orchestrator
-        held = await self._registry.plan(session, patterns, orchestrator=who, claim=claim, is_lock=True)
-        # Only tried first where it looks free: who is refused is on record, and who waits is so by another record.
-        still = held if isinstance(held, OwnershipConflict) else None
-        if still is None:
-            still = await self._registry.acquire(session, patterns, orchestrator=who, claim=claim, is_lock=True)
+        orchestrator = self._orchestrator
+        planned = await self._registry.plan(session, patterns, orchestrator=orchestrator, claim=claim, is_lock=True)
+        # Try without waiting only if the paths look free: a rejection and a wait each write a record.
+        conflict = planned if isinstance(planned, OwnershipConflict) else None
+        if conflict is None:
+            conflict = await self._registry.acquire(
+                session, patterns, orchestrator=orchestrator, claim=claim, is_lock=True
+            )
         left = until - self._clock.monotonic()
-        if still is not None and left > 0:
-            async with self._contexts.waiting(session, f"{still.wanted}, which {still.holder.task} has"):
-                still = await self._registry.acquire(
+        if conflict is not None and left > 0:
+            async with self._contexts.waiting(session, f"{conflict.wanted} (held by {conflict.holder.task})"):
+                conflict = await self._registry.acquire(
                     session,
                     patterns,
-                    orchestrator=who,
+                    orchestrator=orchestrator,
                     claim=claim,
                     is_lock=True,
                     wait=left,
-                    also=self._files.list_waits,
+                    also=self._files.waits,
                 )
-        if still is not None:
-            what = f"{still.describe()} since {format_local_time(still.since)}"
-            raise RefusedError(what, "work on something else meanwhile, or ask again with a longer wait")
+        if conflict is not None:
+            what = f"{conflict.describe()} since {format_local_time(conflict.since)}"
+            raise RefusedError(what, "work on something else, or ask again with a longer wait")
 
     async def _lock_files(self, session: SessionName, paths: Sequence[str], until: float) -> None:
         try:
@@ -343,153 +351,156 @@ class SessionService:
             left = until - self._clock.monotonic()
             if left <= 0:
                 raise
-            async with self._contexts.waiting(session, f"{held.path}, which {held.holder} has"):
+            async with self._contexts.waiting(session, f"{held.path} (held by {held.holder})"):
                 await self._files.acquire(session, paths, timeout=left, also=self._registry.list_waits)
 
     async def _unlock(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        sitting = self._active[session]
+        active = self._active[session]
         paths = await self._paths(session, _parse_arguments(_UnlockArguments, "unlock", arguments).paths)
-        held = [path for path in paths if path in sitting.locked]
-        sitting.locked.difference_update(held)
-        await self._files.release(session, held)
-        await self._release_patterns(session, sitting, [one for one in map(escape_path, held) if one in sitting.taken])
-        await self._contexts.hold(session, sorted(sitting.locked))
-        return {"unlocked": held}
+        locked = [path for path in paths if path in active.locked]
+        active.locked.difference_update(locked)
+        await self._files.release(session, locked)
+        patterns = [pattern for pattern in map(escape_path, locked) if pattern in active.taken]
+        await self._release_patterns(session, active, patterns)
+        await self._contexts.hold(session, sorted(active.locked))
+        return {"unlocked": locked}
 
-    async def _release_patterns(self, session: SessionName, sitting: _ActiveSession, patterns: Sequence[str]) -> None:
-        """Give back patterns that no other lock of the session needs."""
-        sitting.taken.subtract(patterns)
-        given = [pattern for pattern in patterns if sitting.taken[pattern] <= 0]
-        for pattern in given:
-            del sitting.taken[pattern]
-        if given and sitting.claim is not None:
-            with suppress(LeaseLost):  # nothing of it counts any more
-                await self._registry.release_patterns(session, given, sitting.claim)
+    async def _release_patterns(self, session: SessionName, active: _ActiveSession, patterns: Sequence[str]) -> None:
+        """Release patterns that no other lock of the session needs."""
+        active.taken.subtract(patterns)
+        unused = [pattern for pattern in patterns if active.taken[pattern] <= 0]
+        for pattern in unused:
+            del active.taken[pattern]
+        if unused and active.claim is not None:
+            with suppress(LeaseLost):  # taken over: its records no longer count
+                await self._registry.release_patterns(session, unused, active.claim)
 
     async def _report(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        asked = _parse_arguments(_ReportArguments, "report", arguments)
-        told: SessionStatusUpdate = {}
-        if asked.status is not None:
-            told["status"] = asked.status
-            told["blocked_on"] = None  # that of the status before
-        if asked.file is not None:
-            [told["file"]] = await self._paths(session, [asked.file])
-        if asked.message is not None:
-            told["message"] = asked.message
-        if asked.progress is not None:
-            told["progress"] = _format_progress(asked.progress)
-        if asked.blocked_on is not None:
-            told["blocked_on"] = asked.blocked_on
-        await self._contexts.update(session, **told)
+        report = _parse_arguments(_ReportArguments, "report", arguments)
+        update: SessionStatusUpdate = {}
+        if report.status is not None:
+            update["status"] = report.status
+            update["blocked_on"] = None  # belongs to the previous status
+        if report.file is not None:
+            [update["file"]] = await self._paths(session, [report.file])
+        if report.message is not None:
+            update["message"] = report.message
+        if report.progress is not None:
+            update["progress"] = _format_progress(report.progress)
+        if report.blocked_on is not None:
+            update["blocked_on"] = report.blocked_on
+        await self._contexts.update(session, **update)
         return {}
 
     async def _peers(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         _parse_arguments(_NoArguments, "peers", arguments)
-        found = await self._contexts.all()
-        working = {one.session for one in filter_active(found)} | {session}
-        return {"peers": [_peer_json(one, session) for one in found if one.session in working]}
+        contexts = await self._contexts.all()
+        active = {context.session for context in filter_active(contexts)} | {session}
+        return {"peers": [_peer_json(context, session) for context in contexts if context.session in active]}
 
     async def _note(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        asked = _parse_arguments(_NoteArguments, "note", arguments)
+        request = _parse_arguments(_NoteArguments, "note", arguments)
         claim = self._active[session].claim
-        note = await self.memory.leave(session, asked.text, topic=asked.topic, paths=asked.paths, claim=claim)
+        note = await self.memory.add(session, request.text, topic=request.topic, paths=request.paths, claim=claim)
         return {"id": note.id}
 
     async def _notes(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        asked = _parse_arguments(_NotesArguments, "notes", arguments)
+        request = _parse_arguments(_NotesArguments, "notes", arguments)
         async with self._active[session].query_lock:
-            found = await self.memory.find(task=asked.task, topic=asked.topic, paths=asked.paths or ())
-        told = [note.to_json() for note in found[-MAX_NOTES_RETURNED:]]
+            notes = await self.memory.find(task=request.task, topic=request.topic, paths=request.paths or ())
+        newest = [note.to_json() for note in notes[-MAX_NOTES_RETURNED:]]
         names = ("id", "task", "topic", "paths", "text", "time")
-        return {"notes": [{name: note[name] for name in names} for note in told]}
+        return {"notes": [{name: note[name] for name in names} for note in newest]}
 
     async def _ask(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         task = _parse_arguments(_AskArguments, "ask", arguments).task
-        found = [one for one in filter_active(await self._contexts.all(session.run)) if one.task == task]
-        if not found:
-            raise RefusedError(f"task {task!r} has no session at work in this run", "`peers` names those that have")
-        newest = max(found, key=lambda one: one.attempt)
-        here = self._active.get(newest.session)
-        at = await self._elsewhere(newest.session) if here is None else here.at
+        active = filter_active(await self._contexts.all(session.run))
+        contexts = [context for context in active if context.task == task]
+        if not contexts:
+            raise RefusedError(f"task {task!r} has no running session in this run", "`peers` lists running sessions")
+        newest = max(contexts, key=lambda context: context.attempt)
+        own = self._active.get(newest.session)
+        workspace = await self._elsewhere(newest.session) if own is None else own.workspace
         async with self._active[session].query_lock:
-            told = await read_session_details(self._git, at, self._redactor)
-        return {**told.to_json(), "status": newest.status.value}
+            details = await read_session_details(self._git, workspace, self._redactor)
+        return {**details.to_json(), "status": newest.status.value}
 
     def _shared(self, session: SessionName) -> SharedValues:
         return SharedValues(self._store, self._clock, self._redactor, session.run)
 
     async def _share_put(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        asked = _parse_arguments(_SharePutArguments, "share_put", arguments)
-        put = await self._shared(session).put(
-            asked.key, asked.value, writer=session, claim=self._claim(session), if_version=asked.if_version
+        request = _parse_arguments(_SharePutArguments, "share_put", arguments)
+        stored = await self._shared(session).put(
+            request.key, request.value, writer=session, claim=self._claim(session), if_version=request.if_version
         )
-        return {"key": put.key, "version": put.version}
+        return {"key": stored.key, "version": stored.version}
 
     async def _share_get(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         key = _parse_arguments(_ShareGetArguments, "share_get", arguments).key
         return require_value(key, await self._shared(session).get(key)).to_json()
 
     async def _share_wait(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        asked = _parse_arguments(_ShareWaitArguments, "share_wait", arguments)
+        request = _parse_arguments(_ShareWaitArguments, "share_wait", arguments)
         shared = self._shared(session)
-        found = await shared.wait(asked.key, after=asked.after, timeout=0)
-        if found is None and asked.timeout > 0:
-            async with self._contexts.waiting(session, f"the shared value {asked.key}"):
-                found = await shared.wait(asked.key, after=asked.after, timeout=asked.timeout)
-        return require_new_value(asked.key, found, asked.timeout).to_json()
+        value = await shared.wait(request.key, after=request.after, timeout=0)
+        if value is None and request.timeout > 0:
+            async with self._contexts.waiting(session, f"the shared value {request.key}"):
+                value = await shared.wait(request.key, after=request.after, timeout=request.timeout)
+        return require_new_value(request.key, value, request.timeout).to_json()
 
     async def _share_list(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        asked = _parse_arguments(_ShareListArguments, "share_list", arguments)
-        return {"shared": [one.to_json() for one in await self._shared(session).list(asked.prefix)]}
+        prefix = _parse_arguments(_ShareListArguments, "share_list", arguments).prefix
+        return {"shared": [entry.to_json() for entry in await self._shared(session).list(prefix)]}
 
     async def _submit_handoff(self, session: SessionName, arguments: JsonObject) -> JsonObject:
-        given = _parse_arguments(_HandoffArguments, "submit_handoff", arguments).data
-        sitting = self._active[session]
-        if sitting.takes is None:
-            raise RefusedError("this session has nothing to hand over", "what it is to do ends with its changes")
-        if (size := len(orjson.dumps(given))) > MAX_HANDOFF_BYTES:
-            remedy = "hand over what the next phase needs, and name files for the rest"
-            raise RefusedError(f"the handoff has {size} bytes, {MAX_HANDOFF_BYTES} fit", remedy)
-        wrong = await sitting.takes(given)
-        if wrong:
-            remedy = "mend this, and hand all of it over again:"
-            raise RefusedError("the handoff is not taken", remedy + "".join(f"\n- {one}" for one in wrong))
-        sitting.handed_over = given
+        data = _parse_arguments(_HandoffArguments, "submit_handoff", arguments).data
+        active = self._active[session]
+        if active.validate_handoff is None:
+            raise RefusedError("this session has no result to submit", "just make the changes of its task")
+        if (size := len(orjson.dumps(data))) > MAX_HANDOFF_BYTES:
+            remedy = "submit what the next phase needs, and refer to files for the rest"
+            raise RefusedError(f"the handoff has {size} bytes (limit: {MAX_HANDOFF_BYTES})", remedy)
+        errors = await active.validate_handoff(data)
+        if errors:
+            remedy = "fix these errors, and submit the complete result again:"
+            raise RefusedError("the handoff is not valid", remedy + "".join(f"\n- {error}" for error in errors))
+        active.handoff = data
         return {"size": size}
 
     async def _check_edit(self, session: SessionName, arguments: JsonObject) -> JsonObject:
         path = _parse_arguments(_CheckEditArguments, "check_edit", arguments).path
         try:
-            [inside] = await self._paths(session, [path])
-        except RefusedError:  # whatever that is, it is nobody's here
+            [relative] = await self._paths(session, [path])
+        except RefusedError:  # not a path in the worktree, so no session owns it
             return _ALLOWED
-        for one in await self._registry.holdings():
-            pattern = next((pattern for pattern in one.patterns if is_match(pattern, inside)), None)
-            if pattern is None or one.session[:2] == session[:2]:
+        for holding in await self._registry.holdings():
+            owner = holding.session
+            pattern = next((pattern for pattern in holding.patterns if is_match(pattern, relative)), None)
+            if pattern is None or owner[:2] == session[:2]:
                 continue
-            since = one.taken.get(pattern, one.since)
-            reason = f"task {one.session.task} of run {one.session.run} owns {pattern} since {format_local_time(since)}"
-            return {"allowed": False, "owner": str(one.session), "since": since, "reason": reason}
+            since = holding.taken.get(pattern, holding.since)
+            reason = f"task {owner.task} of run {owner.run} owns {pattern} since {format_local_time(since)}"
+            return {"allowed": False, "owner": str(owner), "since": since, "reason": reason}
         return _ALLOWED
 
     async def _paths(self, session: SessionName, paths: Sequence[str]) -> list[str]:
-        """Return the one spelling of each path, each once; RefusedError for one that lies outside of the worktree."""
-        worktree = self._active[session].at.worktree
+        """Return the canonical form of each path, without duplicates; raise RefusedError for paths outside."""
+        worktree = self._active[session].workspace.worktree
 
-        def look() -> list[str]:
+        def canonicalize() -> list[str]:
             tree = worktree.tree
             return list(dict.fromkeys(canonical_path(path, tree) for path in paths))
 
-        found = await anyio.to_thread.run_sync(look)
-        if any(self._redactor.text(path) != path for path in found):
-            raise RefusedError("the name of a file holds a secret", "rename the file: under this name it can't land")
-        return found
+        canonical = await anyio.to_thread.run_sync(canonicalize)
+        if any(self._redactor.text(path) != path for path in canonical):
+            raise RefusedError("a file name contains a secret", "rename the file: it can't land under this name")
+        return canonical
 
 
-def _peer_json(one: SessionContext, me: SessionName) -> JsonObject:
-    value = one.to_json()
+def _peer_json(context: SessionContext, me: SessionName) -> JsonObject:
+    value = context.to_json()
     names = ("run", "task", "attempt", "adapter", "status", "file", "progress", "blocked_on", "files", "updated")
-    return {**{name: value[name] for name in names}, "message": one.words, "is_me": one.session == me}
+    return {**{name: value[name] for name in names}, "message": context.words, "is_me": context.session == me}
 
 
 def _parse_arguments(model: type[A], command: str, arguments: JsonObject) -> A:
@@ -497,14 +508,14 @@ def _parse_arguments(model: type[A], command: str, arguments: JsonObject) -> A:
         return model.model_validate(arguments)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        location = ".".join(map(str, first["loc"]))
         known = ", ".join(model.model_fields) or "none"
-        what = f"`{command}` can't be asked like this: {f'{place}: ' if place else ''}{first['msg'].lower()}"
+        what = f"invalid arguments for `{command}`: {f'{location}: ' if location else ''}{first['msg'].lower()}"
         raise RefusedError(what, f"its arguments are: {known}") from None
 
 
-def _format_progress(said: str | float) -> str:
-    """Return progress in words: a number alone, as typed or as a number, is a percentage."""
-    if isinstance(said, str) and re.fullmatch(r"\d+(\.\d+)?", said.strip(), re.ASCII) is None:
-        return said
-    return f"{float(said):g}%"
+def _format_progress(progress: str | float) -> str:
+    """Format progress as text; a bare number is a percentage."""
+    if isinstance(progress, str) and re.fullmatch(r"\d+(\.\d+)?", progress.strip(), re.ASCII) is None:
+        return progress
+    return f"{float(progress):g}%"

@@ -1,7 +1,7 @@
-"""Values that the sessions of a run share by name: put there by one, read and waited for by others.
+"""Store values that the sessions of a run share by key: one session puts a value, others get it or wait for it.
 
-A value is a document; its version is the document's, which only rises, also where a value was gone in between. What
-sessions say is data: it is bounded, and no secret is kept.
+A value is a document, and its version is the document's, which only increases, even if the value was deleted in
+between. Sizes are limited, and secrets are redacted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from orchestrator.system.clock import Clock
 
 KIND: Final = "shared"
 
-#: Characters of a key; how many keys a run has. Whoever writes at the very same moment may get past that.
+#: Characters of a key; keys of a run. Simultaneous writes can exceed the number of keys.
 MAX_KEY_LENGTH: Final = 200
 MAX_KEYS: Final = 1000
-#: Bytes of all values of a run, as they are stored: one commit must be able to write them all.
+#: Stored bytes of all values of a run: one commit must be able to write them all.
 MAX_BYTES: Final = 32 << 20
-#: Seconds for which a value is waited for by whoever does not say how long.
+#: Seconds to wait for a value by default.
 DEFAULT_WAIT: Final = 30.0
 
 
@@ -47,9 +47,9 @@ class _Stored(BaseModel):
 
 
 class SharedValue(NamedTuple):
-    """A value as it was read: its version, the session that put it there, and when (wall-clock seconds).
+    """A value with its version, the session that wrote it, and the time of the write (wall-clock seconds).
 
-    Without a writer, no session did.
+    Without a writer, it was not written by a session.
     """
 
     key: str
@@ -59,12 +59,12 @@ class SharedValue(NamedTuple):
     time: float
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
+        """Return the object for `--json`."""
         return self._asdict()
 
 
 class SharedEntry(NamedTuple):
-    """What a list says of a value: as `SharedValue`, but for its size in bytes in place of the value."""
+    """An entry of a list: like `SharedValue`, but with the size in bytes instead of the value."""
 
     key: str
     version: int
@@ -73,12 +73,12 @@ class SharedEntry(NamedTuple):
     time: float
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
+        """Return the object for `--json`."""
         return self._asdict()
 
 
 class SharedValues:
-    """What the sessions of one run share."""
+    """The shared values of one run."""
 
     def __init__(self, store: Store, clock: Clock, redactor: Redactor, run: str) -> None:
         self._store, self._clock, self._redactor, self._run = store, clock, redactor, run
@@ -92,36 +92,36 @@ class SharedValues:
         claim: Guard | None = None,
         if_version: int | None = None,
     ) -> SharedValue:
-        """Put a value under a key in place of what is there, and return it as it was stored.
+        """Set the value of a key, and return it as stored.
 
-        With `if_version`, only if that is its version still (0: if there is none). RefusedError for what does not fit,
-        with nothing changed; LeaseLost where the `claim` is not the writer's.
+        With `if_version`, only if the key still has that version (0: no value). Raise RefusedError, without a change,
+        if the value is not allowed or the version differs, LeaseLost if the `claim` is not the writer's.
         """
-        name, kept = self._named(key), await anyio.to_thread.run_sync(self._check_value, value)
+        name, redacted = self._document_key(key), await anyio.to_thread.run_sync(self._check_value, value)
 
         async def attempt() -> SharedValue:
-            found = await self._store.get(name)
-            version = found.version if found else 0
+            document = await self._store.get(name)
+            version = document.version if document else 0
             if if_version is not None and if_version != version:
                 raise _version_conflict(key, if_version, version)
-            stored = _Stored(value=kept, writer=None if writer is None else str(writer), time=self._clock.now())
+            stored = _Stored(value=redacted, writer=None if writer is None else str(writer), time=self._clock.now())
             task, attempt = (None, None) if writer is None else (writer.task, writer.attempt)
             event = Event("shared.put", {"run": self._run, "task": task, "attempt": attempt, "key": key})
             write = Write(name, version, stored.model_dump())
-            await self._check_room(name, len(orjson.dumps(write.value)))
+            await self._check_capacity(name, len(orjson.dumps(write.value)))
             position = await self._store.commit(Commit([write], [event], [claim] if claim else []))
-            made = version + 1 if found else await self._version_at(name, position)
-            return SharedValue(key, made, stored.value, stored.writer, stored.time)
+            created = version + 1 if document else await self._version_at(name, position)
+            return SharedValue(key, created, stored.value, stored.writer, stored.time)
 
         try:
             return await retry_on_conflict(attempt)
         except InvalidDocument as error:
-            raise RefusedError(f"the value for {key} can't be stored: {error}", "share plain JSON") from None
+            raise RefusedError(f"can't store the value for {key}: {error}", "share plain JSON") from None
 
     async def get(self, key: str) -> SharedValue | None:
-        """Return what is under a key now; None if nothing is. RefusedError for what is no key."""
-        found = await self._store.get(self._named(key))
-        return None if found is None else _read(key, found)
+        """Return the current value of a key; None if it has none. Raise RefusedError for an invalid key."""
+        document = await self._store.get(self._document_key(key))
+        return None if document is None else _read(key, document)
 
     async def wait(
         self,
@@ -130,32 +130,32 @@ class SharedValues:
         after: int | None = None,
         timeout: float = DEFAULT_WAIT,
     ) -> SharedValue | None:
-        """Return what is under a key as soon as there is anything, or a version later than `after`.
+        """Wait until a key has a value with a version later than `after`, or any value, and return it.
 
-        None where nothing such comes within `timeout` seconds. RefusedError for what is no key.
+        Return None after `timeout` seconds. Raise RefusedError for an invalid key.
         """
-        name, least = self._named(key), after or 0
+        name, least = self._document_key(key), after or 0
         until = self._clock.monotonic() + timeout
         while True:
             position = await self._store.position()
-            found = await self._store.get(name)
-            if found is not None and found.version > least:
-                return _read(key, found)
+            document = await self._store.get(name)
+            if document is not None and document.version > least:
+                return _read(key, document)
             if not math.isinf(until) and self._clock.monotonic() >= until:
                 return None
-            await self._change(name, position, until)
+            await self._wait_for_change(name, position, until)
 
     async def list(self, prefix: str = "") -> Sequence[SharedEntry]:
-        """Return what there is under keys that begin with a prefix, by key."""
-        found = [one for one in await self._store.list(KIND, f"{self._run}/{prefix}") if not one.damaged]
-        return [_entry(one.key.id.removeprefix(f"{self._run}/"), one) for one in found]
+        """Return the entries whose keys begin with a prefix, by key."""
+        documents = [one for one in await self._store.list(KIND, f"{self._run}/{prefix}") if not one.damaged]
+        return [_entry(one.key.id.removeprefix(f"{self._run}/"), one) for one in documents]
 
-    async def _change(self, name: Key, position: int, until: float) -> None:
-        """Wait until a document may have changed since a position, or the time has come."""
+    async def _wait_for_change(self, name: Key, position: int, until: float) -> None:
+        """Wait until a document may have changed since a position, or until the deadline."""
         changed = anyio.Event()
 
-        async def look() -> None:
-            with suppress(HistoryCompacted):  # what came in between is seen by looking anew
+        async def watch() -> None:
+            with suppress(HistoryCompacted):  # the caller reads the document again
                 async with aclosing(self._store.watch(position)) as records:
                     async for record in records:
                         if name in record.documents or name in record.unreadable:
@@ -163,66 +163,66 @@ class SharedValues:
             changed.set()
 
         async with anyio.create_task_group() as group:
-            group.start_soon(look)
+            group.start_soon(watch)
             await self._clock.wait(changed, None if math.isinf(until) else until)
             group.cancel_scope.cancel()
 
-    async def _check_room(self, name: Key, size: int) -> None:
-        """Refuse a document of so many bytes where the run has no room for it beside the others."""
+    async def _check_capacity(self, name: Key, size: int) -> None:
+        """Raise RefusedError if a document of `size` bytes would exceed the limits of the run."""
         sizes = {one.key: len(one.encoded) for one in await self._store.list(KIND, f"{self._run}/")}
         sizes[name] = size
         if len(sizes) > MAX_KEYS or sum(sizes.values()) > MAX_BYTES:
             key = name.id.removeprefix(f"{self._run}/")
-            what = f"there is no room for {key}: run {self._run} has {len(sizes) - 1} other shared values"
-            remedy = f"{MAX_KEYS} fit, of {MAX_BYTES >> 20} MiB in all: use a key that is there, or less text"
-            raise RefusedError(what, remedy)
+            what = f"can't store {key}: run {self._run} already has {len(sizes) - 1} other shared values"
+            limits = f"limits: {MAX_KEYS} values, {MAX_BYTES >> 20} MiB in total"
+            raise RefusedError(f"{what} ({limits})", "reuse a key, or share less text")
 
     async def _version_at(self, name: Key, position: int) -> int:
-        """Return the version that a commit made: versions go on behind those of a document that was gone."""
-        made = [one.version for one in await self._store.history(name) if one.position == position]
-        return made[0] if made else 1
+        """Return the version that a commit created: versions continue after those of a deleted document."""
+        versions = [one.version for one in await self._store.history(name) if one.position == position]
+        return versions[0] if versions else 1
 
-    def _named(self, key: str) -> Key:
+    def _document_key(self, key: str) -> Key:
         try:
             parts = [check_name(part) for part in key.split("/")]
         except ValueError:
             parts = []
         if not parts or len(key) > MAX_KEY_LENGTH:
-            remedy = f"use up to {MAX_KEY_LENGTH} characters: names of letters, digits, '.', '_' and '-', with '/' between them"
-            raise RefusedError(f"{key[:80]!r} can't be the key of a shared value", remedy)
+            remedy = f"use names of letters, digits, '.', '_' and '-' joined by '/', up to {MAX_KEY_LENGTH} characters"
+            raise RefusedError(f"invalid key for a shared value: {key[:80]!r}", remedy)
         if self._redactor.text(key) != key:
-            raise RefusedError("the key of a shared value has a secret in it", "name it after what it is about")
+            raise RefusedError("the key of a shared value contains a secret", "use another key")
         return Key(KIND, f"{self._run}/{key}")
 
     def _check_value(self, value: Any) -> Any:
-        """Return a value as it is stored. Takes its time."""
+        """Return a value as it is stored. Blocks."""
         try:
             plain = orjson.loads(orjson.dumps(value))
-            strict_json.check_value(value)  # what orjson writes as null, it does not tell of
-            kept = self._redactor.json(plain)
-            size = len(orjson.dumps(kept))
+            strict_json.check_value(value)  # orjson silently writes NaN and the like as null
+            redacted = self._redactor.json(plain)
+            size = len(orjson.dumps(redacted))
         except (ValueError, TypeError) as error:
-            raise RefusedError(f"the value can't be shared: {error}", "share plain JSON") from None
+            raise RefusedError(f"can't share the value: {error}", "share plain JSON") from None
         if size > MAX_SHARED_BYTES:
-            remedy = "share what others need, and put the rest into a file of the repository"
-            raise RefusedError(f"the value has {size} bytes, {MAX_SHARED_BYTES} fit", remedy)
-        return kept
+            remedy = "share what other sessions need, and put the rest into a file in the repository"
+            raise RefusedError(f"the value has {size} bytes (limit: {MAX_SHARED_BYTES})", remedy)
+        return redacted
 
 
-def require_value(key: str, found: SharedValue | None) -> SharedValue:
-    """Return what was found under a key; RefusedError where nothing was."""
-    if found is None:
-        remedy = "`council share list` names what there is, `council share wait` waits for what is to come"
-        raise RefusedError(f"nothing is shared as {key}", remedy)
-    return found
+def require_value(key: str, value: SharedValue | None) -> SharedValue:
+    """Return the value of a key; raise RefusedError if there is none."""
+    if value is None:
+        remedy = "`council share list` lists all values, `council share wait` waits for one"
+        raise RefusedError(f"no shared value {key}", remedy)
+    return value
 
 
-def require_new_value(key: str, found: SharedValue | None, timeout: float) -> SharedValue:
-    """Return what was waited for so many seconds; RefusedError where it did not come."""
-    if found is None:
-        remedy = "go on with something else and ask again, or wait longer with --timeout"
-        raise RefusedError(f"nothing new was shared as {key} within {timeout:g} s", remedy)
-    return found
+def require_new_value(key: str, value: SharedValue | None, timeout: float) -> SharedValue:
+    """Return the value that was waited for; raise RefusedError after a timeout (seconds)."""
+    if value is None:
+        remedy = "continue with something else and ask again, or wait longer with --timeout"
+        raise RefusedError(f"no new shared value {key} within {timeout:g} s", remedy)
+    return value
 
 
 @cache
@@ -230,24 +230,25 @@ def _stored() -> TypeAdapter[_Stored]:
     return TypeAdapter(_Stored)
 
 
-def _read(key: str, found: Document) -> SharedValue:
+def _read(key: str, document: Document) -> SharedValue:
     stored = None
-    if not found.damaged:
+    if not document.damaged:
         try:
-            stored = _stored().validate_json(found.encoded)
-        except ValueError:  # somebody wrote it who should not have
+            stored = _stored().validate_json(document.encoded)
+        except ValueError:  # not written by `SharedValues`
             stored = None
     if stored is None:
-        raise RefusedError(f"what is shared as {key} can't be read", "put it there anew")
-    return SharedValue(key, found.version, stored.value, stored.writer, stored.time)
+        raise RefusedError(f"the shared value {key} is unreadable", "put it again")
+    return SharedValue(key, document.version, stored.value, stored.writer, stored.time)
 
 
-def _entry(key: str, found: Document) -> SharedEntry:
-    value = found.value
-    return SharedEntry(key, found.version, len(orjson.dumps(value.get("value"))), value.get("writer"), found.time)
+def _entry(key: str, document: Document) -> SharedEntry:
+    value = document.value
+    size = len(orjson.dumps(value.get("value")))
+    return SharedEntry(key, document.version, size, value.get("writer"), document.time)
 
 
-def _version_conflict(key: str, expected: int, found: int) -> RefusedError:
-    now = f"is at version {found}" if found else "is not there"
-    what = f"{key} {now}, not at version {expected}" if expected else f"{key} {now}, and was to be new"
-    return RefusedError(what, "look at what it is now, and put what follows from that")
+def _version_conflict(key: str, expected: int, actual: int) -> RefusedError:
+    state = f"is at version {actual}" if actual else "has no value"
+    what = f"{key} {state}, not at version {expected}" if expected else f"{key} {state}, but was expected to be new"
+    return RefusedError(what, "get the current value, and put one based on it")

@@ -14,7 +14,7 @@ _REPAIR = "`council state verify --repair` settles for what can be read; then tr
 
 def check_intact(found: VerificationReport) -> None:
     """Raise RefusedError if not all that a store holds can be trusted."""
-    if not found.is_sound:
+    if not found.is_valid:
         keys = ", ".join(map(str, (*found.damaged, *found.mismatched)))
         told = [one.describe() for one in found.damage] or [f"not to be trusted: {keys}"]
         raise RefusedError(f"the state to copy is damaged: {'; '.join(told)}", _REPAIR)

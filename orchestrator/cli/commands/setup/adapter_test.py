@@ -155,8 +155,8 @@ def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
     tokens = f"{live.input_tokens:,} tokens in, {live.output_tokens:,} out" if live.input_tokens else "tokens not told"
     cost = "cost not known" if live.cost is None else f"${live.cost:.4f}"
     yield f"session   landed; {tokens}; {cost}"
-    if live.words:
-        yield f"          it said: {one_line(live.words)[:200]}"
+    if live.last_message:
+        yield f"          it said: {one_line(live.last_message)[:200]}"
 
 
 async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:

@@ -262,7 +262,7 @@ def verify(repair: bool, as_json: bool) -> None:
         async with open_council(context.log) as council:
             found = await council.verify()
             settled: list[RepairedDocument] = []
-            if repair and not found.is_sound:
+            if repair and not found.is_valid:
                 begin, found = found.position, await council.repair()
                 limit = max(found.position - begin, 1)
                 settled = repaired_documents(
@@ -272,6 +272,6 @@ def verify(repair: bool, as_json: bool) -> None:
                 context.output.json(verification_json(found, settled))
             for line in () if as_json else verification_lines(found, settled):
                 context.output.text(f"{line}\n")
-            return 0 if found.is_sound else 1
+            return 0 if found.is_valid else 1
 
     run_command(command, as_json=as_json)
