@@ -322,7 +322,7 @@ class AttemptRunner:
             )
             await stack.enter_async_context(service)
             finished = await active.session.run()
-            active.submitted_handoff = session_service.submitted_handoff(active.name)
+            active.handed_over = session_service.submitted_handoff(active.name)
         return finished
 
     def _session_workspace(self, active: ActiveAttempt) -> SessionWorkspace:
