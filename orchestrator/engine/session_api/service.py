@@ -338,7 +338,7 @@ class SessionService:
                     claim=claim,
                     is_lock=True,
                     wait=left,
-                    also=self._files.waits,
+                    also=self._files.list_waits,
                 )
         if conflict is not None:
             what = f"{conflict.describe()} since {format_local_time(conflict.since)}"
