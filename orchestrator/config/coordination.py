@@ -17,21 +17,21 @@ from orchestrator.errors import raise_combined_refusal
 #: By the key of the file: the variable that stands above it.
 ENVIRONMENT_VARIABLES: Final[Mapping[str, str]] = {
     "enabled": "SHARED_STATE_ENABLED",
-    "heartbeat": "SHARED_STATE_HEARTBEAT_INTERVAL_MS",
-    "stale": "SHARED_STATE_STALE_THRESHOLD_MS",
-    "owner_stale": "TASK_CLAIM_OWNER_STALE_TTL_MS",
+    "heartbeat_interval": "SHARED_STATE_HEARTBEAT_INTERVAL_MS",
+    "stale_after": "SHARED_STATE_STALE_THRESHOLD_MS",
+    "owner_stale_after": "TASK_CLAIM_OWNER_STALE_TTL_MS",
     "max_retries": "SHARED_STATE_MAX_RETRIES",
 }
 #: By the key of the file: the option of commands that stands above both.
 COMMAND_OPTIONS: Final[Mapping[str, str]] = {
-    "heartbeat": "--heartbeat",
-    "stale": "--stale",
+    "heartbeat_interval": "--heartbeat",
+    "stale_after": "--stale",
     "max_retries": "--max-retries",
 }
 
 #: What fits how often into what: two beats may be lost before a claim is, and nobody that may well be alive loses one
 #: earlier than a stranger.
-_DURATION_RULES: Final = (("heartbeat", "stale", 3), ("stale", "owner_stale", 1))
+_DURATION_RULES: Final = (("heartbeat_interval", "stale_after", 3), ("stale_after", "owner_stale_after", 1))
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _WHOLE: Final = re.compile("[0-9]{1,15}")
 _MILLISECONDS: Final = 1000
@@ -42,9 +42,9 @@ class CoordinationOverrides:
     """What stands above the `coordination` of a run, key by key; None: nothing does. Durations are in seconds."""
 
     enabled: bool | None = None
-    heartbeat: float | None = None
-    stale: float | None = None
-    owner_stale: float | None = None
+    heartbeat_interval: float | None = None
+    stale_after: float | None = None
+    owner_stale_after: float | None = None
     max_retries: int | None = None
     when_unreachable: Literal["pause", "continue"] | None = None
 

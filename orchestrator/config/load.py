@@ -214,7 +214,7 @@ def _template(file: Config, backoff: Backoff, adapter: str) -> TaskSpec:
 def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
     defaults, workflow = file.defaults, task.workflow or file.defaults.workflow
     workflow = None if workflow == NO_WORKFLOW else workflow
-    silence = task.silence or defaults.silence or _IDLE_TIMEOUT
+    idle_timeout = task.idle_timeout or defaults.idle_timeout or _IDLE_TIMEOUT
     attempts = task.attempts or defaults.attempts
     spec = TaskSpec(
         id=task.id,
@@ -223,7 +223,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         adapter=adapter,
         fallback=_fallback(task, defaults),
         timeout=task.timeout or defaults.timeout or _TIMEOUT,
-        silence=None if silence == math.inf else silence,
+        idle_timeout=None if idle_timeout == math.inf else idle_timeout,
         backoff=_backoff(task.backoff, backoff),
         retry_on=frozenset(map(FailureClass, _first(task.retry_on, defaults.retry_on, RETRIED_BY_DEFAULT))),
         checks=_first(task.checks, defaults.checks, ()),
@@ -234,7 +234,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         max_file=task.max_file or defaults.max_file or _MAX_FILE,
         priority=_first(task.priority, defaults.priority, 0),
         owns=task.owns,
-        on_escape=task.on_escape or defaults.on_escape or "bounce",
+        on_out_of_scope=task.on_out_of_scope or defaults.on_out_of_scope or "retry",
         instructions=_first(task.instructions, defaults.instructions, None),
         budget=_budget(task.budget, defaults.budget),
         session_budget=_budget(task.session_budget, defaults.session_budget),

@@ -72,7 +72,7 @@ class TaskSpec(_Model):
     """How often it is tried at most. Not among the fields that are set where the file says nothing."""
     backoff: Backoff
     """How long to wait between attempts."""
-    silence: float | None
+    idle_timeout: float | None
     """Seconds that a session may go without output and without a change in its worktree; None: no limit."""
     retry_on: Annotated[
         frozenset[Annotated[FailureClass, Field(strict=False)]],
@@ -97,7 +97,7 @@ class TaskSpec(_Model):
     """The higher, the earlier among those that are ready."""
     owns: Annotated[tuple[str, ...], Field(strict=False)]
     """Patterns of the paths that it works on."""
-    on_escape: Literal["bounce", "extend", "allow"] = "bounce"
+    on_out_of_scope: Literal["retry", "extend", "allow"] = "retry"
     """What follows where it owns paths and has changed others."""
     instructions: str | None = None
     """What the CLI is told apart from the prompt."""
@@ -384,19 +384,19 @@ class CoordinationConfig(_Model):
 
     enabled: bool = True
     """Whether others can join; without it nothing is claimed beside the run itself."""
-    heartbeat: float = 60.0
+    heartbeat_interval: float = 60.0
     """How often an owner renews its claims."""
-    stale: float = 300.0
+    stale_after: float = 300.0
     """How long a claim holds without that."""
-    owner_stale: float = 600.0
+    owner_stale_after: float = 600.0
     """The same for an owner on this machine that is not proven dead."""
-    sweep: float = 90.0
+    sweep_interval: float = 90.0
     """How often claims that no longer hold are looked for."""
     max_retries: int = 3
     """How often a task is tried again, by whomever."""
     when_unreachable: Literal["pause", "continue"] = "pause"
     """What is done while the store can't be reached."""
-    role: Literal["auto", "coordinator", "worker"] = "auto"
+    role: Literal["auto", "leader", "worker"] = "auto"
     """Whether it may override the claims of others: `auto` as long as it coordinates the run."""
     tools: bool = True
     """Whether sessions can ask who else is at work."""
@@ -405,7 +405,9 @@ class CoordinationConfig(_Model):
 
     def timing(self) -> ClaimTiming:
         """Return what of it decisions about claims take."""
-        return ClaimTiming(self.heartbeat, self.stale, self.owner_stale, self.sweep, self.max_retries)
+        return ClaimTiming(
+            self.heartbeat_interval, self.stale_after, self.owner_stale_after, self.sweep_interval, self.max_retries
+        )
 
 
 class RunConfig(_Model):

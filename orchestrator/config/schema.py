@@ -84,7 +84,7 @@ def _seconds(value: Any, info: ValidationInfo) -> float:
     return check_seconds(value) if _is_number_of_code(value, info) else parse_duration(value)
 
 
-def _silence(value: Any, info: ValidationInfo) -> float:
+def _idle_timeout(value: Any, info: ValidationInfo) -> float:
     if value == math.inf and not _is_from_file(info):
         return math.inf
     return check_seconds(value) if _is_number_of_code(value, info) else parse_optional_duration(value)
@@ -268,7 +268,7 @@ EnvName = Annotated[str, AfterValidator(_check_env_name), _text(f"^{_ENV_NAME.pa
 Command = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
 IdleTimeout = Annotated[
     float,
-    BeforeValidator(_silence),
+    BeforeValidator(_idle_timeout),
     PlainSerializer(format_duration, when_used="json"),
     _text(OPTIONAL_DURATION_PATTERN),
 ]
@@ -466,7 +466,7 @@ class TaskDefaults(_Entry):
     """How often a task is tried at most: 3 unless given, or once more than `coordination.max_retries` if that is."""
     backoff: BackoffSettings | None = None
     """How long to wait between attempts."""
-    silence: IdleTimeout | None = None
+    idle_timeout: IdleTimeout | None = None
     """How long a session may go without output and without a change in its worktree: 10m unless given."""
     retry_on: Annotated[frozenset[RetryableName], Field(strict=False)] | None = None
     """The classes of failure that are worth another attempt."""
@@ -480,7 +480,7 @@ class TaskDefaults(_Entry):
     """Whether sessions start though the checks fail on the base: no unless given; set it to fix a broken base."""
     on_checks_failed: Literal["retry", "fail"] | None = None
     """Whether another attempt is told what the checks said, or the task is over: retry unless given."""
-    on_escape: Literal["bounce", "extend", "allow"] | None = None
+    on_out_of_scope: Literal["retry", "extend", "allow"] | None = None
     """What follows where a task with `owns` has changed other paths: another attempt, owning those too, or nothing."""
     max_file: Size | None = None
     """The largest file that may be committed: 50MB unless given."""
@@ -630,19 +630,19 @@ class CoordinationSettings(_Entry):
 
     enabled: bool = True
     """Whether others can join a run (`council work`): without it the run's own process has all to itself."""
-    heartbeat: Annotated[Duration, _unless_given("60s")] = 60.0
-    """How often the claim on a task is renewed: at most a third of `stale`."""
-    stale: Annotated[Duration, _unless_given("300s")] = 300.0
+    heartbeat_interval: Annotated[Duration, _unless_given("60s")] = 60.0
+    """How often the claim on a task is renewed: at most a third of `stale_after`."""
+    stale_after: Annotated[Duration, _unless_given("300s")] = 300.0
     """How long after that a claim counts no more, and somebody else takes the task over."""
-    owner_stale: Annotated[Duration, _unless_given("600s")] = 600.0
-    """The same for an owner on this machine, unless it is proven dead: at least `stale`."""
-    sweep: Annotated[Duration, _unless_given("90s")] = 90.0
+    owner_stale_after: Annotated[Duration, _unless_given("600s")] = 600.0
+    """The same for an owner on this machine, unless it is proven dead: at least `stale_after`."""
+    sweep_interval: Annotated[Duration, _unless_given("90s")] = 90.0
     """How often tasks whose claim counts no more are looked for."""
     max_retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 3
     """How often a task is tried again at most, whatever its `attempts`; a takeover counts as one."""
     when_unreachable: Literal["pause", "continue"] = "pause"
     """While the store can't be reached: wait for it, or go on with what this machine knows."""
-    role: Literal["auto", "coordinator", "worker"] = "auto"
+    role: Literal["auto", "leader", "worker"] = "auto"
     """Whether claims of others can be overridden: `auto` only by who coordinates the run."""
     tools: bool = True
     """Whether sessions can ask who else is at work, take files and leave notes."""

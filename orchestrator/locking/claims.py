@@ -122,7 +122,7 @@ class Claims:
         """Return what it takes to claim a task, or who has it; `took` is to follow once that is committed.
 
         From one that is gone this takes the one task, and does not say of it that it is over, as `sweep` does.
-        With `override` a coordinator takes it from one that is none, where a person wants that (`is_asked`) anybody
+        With `override` a leader takes it from one that is none, where a person wants that (`is_asked`) anybody
         from whoever has it. `retries` is the count to go on with, if not the one that follows from the claim.
         """
         key = claim_key(self._others.run, task)
@@ -159,7 +159,9 @@ class Claims:
                 return planned
             facts = {"run": self._others.run, "task": task, "owner": self._others.me.id, "epoch": planned.claim.epoch}
             try:
-                await self._store.commit(Commit([planned.write], [Event("claim.acquired", facts)], [self._others.guard]))
+                await self._store.commit(
+                    Commit([planned.write], [Event("claim.acquired", facts)], [self._others.guard])
+                )
             except VersionConflict:
                 continue
             except CouncilError as error:

@@ -120,8 +120,8 @@ class RunMembership:
         """When a process was last asked for, and was not proven to have ended (monotonic seconds)."""
 
     def promote(self) -> None:
-        """This orchestrator has become the coordinator of its run."""
-        self.me = self.me.model_copy(update={"role": Role.COORDINATOR})
+        """This orchestrator has become the leader of its run."""
+        self.me = self.me.model_copy(update={"role": Role.LEADER})
         if self._record is not None:
             self._record = self._record.model_copy(update={"owner": self.me})
 
@@ -140,7 +140,7 @@ class RunMembership:
     def join_write(self) -> Write:
         """Return the write that makes this process one of them; `joined` is to follow."""
         now = self._clock.now()
-        expires = now + self.timing.stale
+        expires = now + self.timing.stale_after
         self._record = OrchestratorLease(owner=self.me, epoch=1, since=now, heartbeat=now, expires=expires)
         return Write(self.guard.key, 0, self._record.model_dump(mode="json"))
 
@@ -162,7 +162,7 @@ class RunMembership:
         now = self._clock.now()
         self.count(renewals=1)
         try:
-            await self._write(heartbeat=now, expires=now + self.timing.stale)
+            await self._write(heartbeat=now, expires=now + self.timing.stale_after)
         except CouncilError as error:
             _log.warning("claim sync failed: run %s, %s: %s", self.run, self.me.id, error)
             raise
@@ -228,9 +228,9 @@ class RunMembership:
 
     async def is_outranked(self) -> bool:
         """Whether another process that is alive is to coordinate the run rather than this one, by their roles."""
-        if self.me.role is Role.COORDINATOR:
+        if self.me.role is Role.LEADER:
             return False
-        others = [one for one in (await self.all()).values() if one.owner.role is Role.COORDINATOR]
+        others = [one for one in (await self.all()).values() if one.owner.role is Role.LEADER]
         return any([await self.standing(one) is OwnerStatus.ALIVE for one in others])
 
     async def find(self, orchestrator: str, run: str | None = None) -> OrchestratorLease | None:
@@ -272,7 +272,7 @@ class RunMembership:
         """Return for how many seconds this has been seen to be its last sign of life, without a long look away."""
         now, seen = self._clock.monotonic(), self._seen.get((run, one.owner.id))
         # A process that was stopped, or a whole machine, has to look anew: so may have been the other.
-        away = max(self.timing.stale, 2 * self.timing.sweep)
+        away = max(self.timing.stale_after, 2 * self.timing.sweep_interval)
         is_new = seen is None or seen.heartbeat != one.heartbeat or now - seen.looked > away
         since = now if seen is None or is_new else seen.since
         self._seen[run, one.owner.id] = _Heartbeat(one.heartbeat, since, now)

@@ -1,8 +1,8 @@
 """The registry of ownership: which session may change which paths, on the store's contract alone.
 
 For order, not for safety: it keeps sessions from working at the same paths, and what lands is looked at once more
-(`on_escape`). A holding is a document; whoever takes anything also writes the turnstile of the scope, so that of two
-who take at once one sees what the other has taken. Giving back needs no turnstile. What was left behind by a claim that
+(`on_out_of_scope`). A holding is a document; whoever takes anything also writes the turnstile of the scope, so that
+of two who take at once one sees what the other has taken. Giving back needs no turnstile. What was left behind by a claim that
 is over or taken over does not count once its session has ended, and goes with the next taking.
 """
 

@@ -365,7 +365,7 @@ class Session:
             grace=STOP_GRACE,
             interrupt=command.interrupt,
             lock=place.lock,
-            silence=what.limits.silence,
+            idle_timeout=what.limits.idle_timeout,
             watched=(place.tree, place.git_dir),
             redact=self.tools.redactor.bytes_pattern,
         )

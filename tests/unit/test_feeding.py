@@ -309,7 +309,10 @@ async def test_one_that_can_t_be_opened_is_no_harm(error: BaseException) -> None
     async with bench.feeding(EventSubscriber("tracker", "list", ("*",), refused)):
         pass
     told = await bench.told("tracker.")
-    assert [(name, data["tracker"]) for name, data in told] == [("tracker.failing", "list"), ("tracker.undelivered", "list")]
+    assert [(name, data["tracker"]) for name, data in told] == [
+        ("tracker.failing", "list"),
+        ("tracker.undelivered", "list"),
+    ]
 
 
 class _Odd(BaseException):
@@ -399,7 +402,7 @@ async def test_a_store_that_fails_is_the_runs_matter() -> None:
 
 
 async def test_whoever_else_has_fed_a_sink_the_rest_is_delivered() -> None:
-    """The cursor is written by another process in between, as where one stands in for a coordinator that is gone."""
+    """The cursor is written by another process in between, as where one stands in for a leader that is gone."""
     bench, listener = Bench(), Listener()
     key = cursor_key("r", "sink", "ear")
     await bench.store.commit(Commit([Write(key, 0, {"position": 0})]))

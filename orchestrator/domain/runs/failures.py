@@ -23,11 +23,11 @@ class FailureClass(StrEnum):
     NO_CHANGE = "no_change"  #: it ended well and changed nothing
     CONFLICT = "conflict"  #: its work does not merge
     CHECKS_FAILED = "checks_failed"  #: its work merges, but the merged tree does not pass
-    ESCAPED = "escaped"  #: its work merges, but changes what the task does not own
+    OUT_OF_SCOPE = "out_of_scope"  #: its work merges, but changes what the task does not own
     INVALID_HANDOFF = "invalid_handoff"  #: what its phase is to hand over is missing or wrong, also after a repair
     REJECTED = "rejected"  #: a review, or a person, sent its work back more often than is allowed
     TIMEOUT = "timeout"  #: it ran for longer than its limit
-    SILENCE = "silence"  #: for longer than its limit it neither said nor changed anything
+    IDLE_TIMEOUT = "idle_timeout"  #: for longer than its limit it neither said nor changed anything
 
 
 class FailurePolicy(StrEnum):
@@ -46,7 +46,7 @@ RETRIED_BY_DEFAULT = frozenset(
         FailureClass.OVERLOADED,
         FailureClass.CRASHED,
         FailureClass.TIMEOUT,
-        FailureClass.SILENCE,
+        FailureClass.IDLE_TIMEOUT,
     }
 )
 
@@ -62,7 +62,7 @@ RETRYABLE = (
     - _FIXED.keys()
     - {
         FailureClass.CHECKS_FAILED,
-        FailureClass.ESCAPED,
+        FailureClass.OUT_OF_SCOPE,
         FailureClass.REJECTED,
     }
 )

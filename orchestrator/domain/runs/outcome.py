@@ -88,7 +88,7 @@ Outcome = Built | ReadOnlySuccess | Failed | Interrupted | ResourcesExhausted | 
 
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
-    """How the process ended: `ended_by` is exit, timeout, silence, stop or orphaned.
+    """How the process ended: `ended_by` is exit, timeout, idle_timeout, stop or orphaned.
 
     `parse_spawn_error` says why it never ran; `exhausted` that this was for lack of descriptors, memory or space, `missing`
     that there is no such program.
@@ -107,7 +107,7 @@ class SessionLimits:
     """What a session may take, in seconds: in all, and without a sign of life (None: no limit)."""
 
     timeout: float
-    silence: float | None = None
+    idle_timeout: float | None = None
 
 
 _NONE_DENIED = ToolDenials()
@@ -138,7 +138,7 @@ def judge_outcome(
         return _not_started(exit_)
     if exit_.ended_by in {"stop", "orphaned"}:
         return Interrupted("the run was stopped")
-    if exit_.ended_by in {"timeout", "silence"}:
+    if exit_.ended_by in {"timeout", "idle_timeout"}:
         return _limit_failure(exit_.ended_by, limits)
     if exit_.code != 0:
         how = f"got signal {exit_.signal}" if exit_.code is None else f"ended with exit code {exit_.code}"
@@ -175,5 +175,7 @@ def _limit_failure(ended_by: str, limits: SessionLimits) -> Failed:
     if ended_by == "timeout":
         reason = f"still running after {limits.timeout:g} s, its limit: raise `timeout` or split the task"
         return Failed(FailureClass.TIMEOUT, reason)
-    reason = f"neither output nor a change for {limits.silence:g} s, its limit: raise `silence`, or see its log"
-    return Failed(FailureClass.SILENCE, reason)
+    reason = (
+        f"neither output nor a change for {limits.idle_timeout:g} s, its limit: raise `idle_timeout`, or see its log"
+    )
+    return Failed(FailureClass.IDLE_TIMEOUT, reason)

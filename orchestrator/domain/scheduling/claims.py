@@ -22,7 +22,7 @@ from orchestrator.domain.documents.times import Instant
 class Role(StrEnum):
     """What an orchestrator may do about the claims of others."""
 
-    COORDINATOR = "coordinator"  #: override those of orchestrators that are none
+    LEADER = "leader"  #: override those of orchestrators that are none
     WORKER = "worker"  #: wait for them
 
 
@@ -170,12 +170,12 @@ class MergeLease(_Document):
 class ClaimTiming:
     """When signs of life are given and missed, in seconds."""
 
-    heartbeat: float = 60.0
-    stale: float = 300.0
+    heartbeat_interval: float = 60.0
+    stale_after: float = 300.0
     """Without a sign of life, an orchestrator of another machine is gone."""
-    owner_stale: float = 600.0
+    owner_stale_after: float = 600.0
     """The same for one of this machine, of which it can't be proven that it is dead."""
-    sweep: float = 90.0
+    sweep_interval: float = 90.0
     """From one look for such to the next."""
     max_retries: int = 3
     """How often a task is tried again."""
@@ -208,8 +208,10 @@ def judge_owner_status(
     if is_dead:
         return OwnerStatus.DEAD
     silence = now - one.heartbeat
-    limit = timing.owner_stale if is_here else timing.stale
-    if watched > limit or (silence > limit and watched >= min(MIN_WATCHED_HEARTBEATS * timing.heartbeat, limit)):
+    limit = timing.owner_stale_after if is_here else timing.stale_after
+    if watched > limit or (
+        silence > limit and watched >= min(MIN_WATCHED_HEARTBEATS * timing.heartbeat_interval, limit)
+    ):
         return OwnerStatus.STALE
     return OwnerStatus.ALIVE
 
@@ -224,14 +226,14 @@ def can_claim(
 ) -> bool:
     """Whether an orchestrator may take a task; `holder` is how the claim's owner stands, None where that is not known.
 
-    First come, first served among equals. With `override` a coordinator takes it from one that is none. Where a person
+    First come, first served among equals. With `override` a leader takes it from one that is none. Where a person
     wants that (`is_asked`), anybody takes it from whoever has it.
     """
     if claim is None or claim.released is not None or is_asked:
         return True
     if holder not in {OwnerStatus.ALIVE, None}:
         return True
-    return override and me.role is Role.COORDINATOR and claim.owner.role is not Role.COORDINATOR
+    return override and me.role is Role.LEADER and claim.owner.role is not Role.LEADER
 
 
 def count_earlier_tries(claim: Claim | None) -> int:

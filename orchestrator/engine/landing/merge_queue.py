@@ -412,7 +412,7 @@ class MergeQueue:
         document = self.ledger.task(task)
         branch = work_branch_name(self.ledger.run.id, task, str(document.building_attempt.number))
         facts: JsonObject = {"paths": escape.recorded}
-        rejection = Rejection(FailureClass.ESCAPED, escape.describe(), branch, facts)
+        rejection = Rejection(FailureClass.OUT_OF_SCOPE, escape.describe(), branch, facts)
         if document.failures + 1 < spec.attempts:
             start = await self._ownership.create_retry_base(task, merge, escape)
             feedback = escape.told(secrets.token_hex(8))

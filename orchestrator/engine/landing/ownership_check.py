@@ -68,13 +68,13 @@ class OwnershipCheck:
         self._ledger, self._git, self._registry = ledger, git, registry
         self._judged: set[str] = set()
         self._extended: dict[str, tuple[str, ...]] = {}
-        """What tasks came to own by `on_escape: extend`."""
+        """What tasks came to own by `on_out_of_scope: extend`."""
         self._said: set[tuple[str, str, int, tuple[str, ...]]] = set()
 
     async def judge(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> OwnershipViolation | None:
         """Return why a merge can't land because of what it changes; None if it can, be it because that is allowed.
 
-        What is allowed, and what the task comes to own by that (`on_escape`), is recorded.
+        What is allowed, and what the task comes to own by that (`on_out_of_scope`), is recorded.
         """
         if not spec.owns or merge.new in self._judged:
             return None
@@ -88,8 +88,8 @@ class OwnershipCheck:
             planner = self._ledger.planner(planner)
         if outside:
             escape = OwnershipViolation(tuple(outside), owned)
-            match spec.on_escape:
-                case "bounce":
+            match spec.on_out_of_scope:
+                case "retry":
                     return escape
                 case "extend":
                     if (why := await self._extend(task, outside)) is not None:

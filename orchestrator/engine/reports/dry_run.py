@@ -34,7 +34,7 @@ class PlannedTask:
     checks: Sequence[str]
     attempts: int
     timeout: float
-    silence: float | None
+    idle_timeout: float | None
     priority: int
 
 
@@ -134,6 +134,6 @@ def _task(
         checks=spec.checks,
         attempts=spec.attempts,
         timeout=spec.timeout,
-        silence=spec.silence,
+        idle_timeout=spec.idle_timeout,
         priority=spec.priority,
     )

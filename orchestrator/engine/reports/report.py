@@ -166,7 +166,7 @@ class OrchestratorReport:
     pid: int
     """Its process id there."""
     role: str
-    """What it may do about the claims of others: `coordinator` or `worker`."""
+    """What it may do about the claims of others: `leader` or `worker`."""
     since: float
     """When it joined (seconds since the epoch)."""
     heartbeat: float

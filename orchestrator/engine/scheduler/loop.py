@@ -436,6 +436,6 @@ class Scheduler:
         self._local.deferred.append(task)
 
     async def _run_monitor_as_leader(self) -> None:
-        """Look after the state, once this is the run's coordinator."""
+        """Look after the state, once this is the run's leader."""
         await self._ledger.became_leader.wait()
         await self._monitor.watch()

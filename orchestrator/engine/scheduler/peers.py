@@ -102,7 +102,7 @@ class PeerSync:
         """Give signs of life, whatever else is going on."""
         others = self._ledger.orchestrators
         while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + others.timing.heartbeat)
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + others.timing.heartbeat_interval)
             with suppress(StoreUnavailable):  # whatever must be recorded will say so
                 await others.renew()
 
@@ -124,7 +124,9 @@ class PeerSync:
     async def sweep(self) -> None:
         """Take over from orchestrators that are gone, lead the run if nobody does, and see what others landed."""
         while True:
-            await self._clock.wait(self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
+            await self._clock.wait(
+                self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep_interval
+            )
             self._sweep_due = anyio.Event()
             with suppress(StoreUnavailable), anyio.CancelScope(shield=True):
                 if not self._is_ending():
@@ -167,7 +169,7 @@ class PeerSync:
                 self._local.wake()
 
     async def _handle_request(self, request: RunRequest) -> None:
-        if request not in await self._ledger.requests():  # who has just become the coordinator hears some of them twice
+        if request not in await self._ledger.requests():  # who has just become the leader hears some of them twice
             return
         if any(task not in self._ledger for task in request.tasks):
             await self._ledger.learn_tasks()

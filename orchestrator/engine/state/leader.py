@@ -29,7 +29,7 @@ async def find_other_leader(store: Store, orchestrators: RunMembership) -> Orche
 
 
 async def prepare_lease(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> tuple[Write, Guard]:
-    """Return the write that makes an orchestrator a run's coordinator, and the guard under which it is one then.
+    """Return the write that makes an orchestrator a run's leader, and the guard under which it is one then.
 
     The write fails if somebody has become it since this was asked: so ask before looking whether anybody is.
     """

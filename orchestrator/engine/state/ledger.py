@@ -121,13 +121,13 @@ class Ledger:
     ) -> None:
         """Take the documents as read; `redactor` takes secrets out of all that is recorded.
 
-        Unless it `is_shared`, there are no claims: nobody but the coordinator can be at work in the run.
+        Unless it `is_shared`, there are no claims: nobody but the leader can be at work in the run.
         """
         self.run, self._redactor = run, redactor
         self.orchestrators = orchestrators
         self.claims = Claims(store, clock, orchestrators) if is_shared else None
         self.became_leader = anyio.Event()
-        """Set once this orchestrator is the coordinator."""
+        """Set once this orchestrator is the leader."""
         self._in_flight: dict[str, anyio.Event] = {}
         """Tasks that are being changed by this orchestrator, each with what is set when that is over."""
         self._unreported: dict[str, TaskDocument] = {}
@@ -155,7 +155,7 @@ class Ledger:
         *,
         is_shared: bool = True,
     ) -> Ledger:
-        """Load a run and become its coordinator under the next epoch; `facts` are recorded with that.
+        """Load a run and become its leader under the next epoch; `facts` are recorded with that.
 
         RunAtWork where somebody else who lives is.
         """
@@ -232,9 +232,9 @@ class Ledger:
         failpoint("run.leader_elected")
 
     async def try_to_lead(self) -> bool:
-        """Become the coordinator if nobody who lives is and the run goes on; whether that is so from now.
+        """Become the leader if nobody who lives is and the run goes on; whether that is so from now.
 
-        A worker leaves that to a process that was made a coordinator, if one is alive.
+        A worker leaves that to a process that was made a leader, if one is alive.
         """
         if self.became_leader.is_set():
             return False

@@ -100,7 +100,7 @@ class Hub:
         return self.lock(f"landing-{digest}")
 
     def run_lock(self, run: str) -> FileLock:
-        """Return the lock of a run's coordinator."""
+        """Return the lock of a run's leader."""
         return self.lock(f"run-{run}")
 
     @property

@@ -24,7 +24,7 @@ interrupted gets SIGINT before that, and has up to half of the grace to tidy up;
 comes SIGTERM for what is left. So a wrapper that dies and leaves its program behind, or that passes no signal on,
 costs the program at most half of the grace. Its output is read all the while.
 
-Its parts are `family` (the processes), `capture` and `redaction` (the output), `silence` and `landlock`.
+Its parts are `family` (the processes), `capture` and `redaction` (the output), `idle_timeout` and `landlock`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class CommandSpec:
         self.interrupt: bool = fields["interrupt"]
         self.lock: str = fields["lock"]
         self.redact: str | None = fields["redact"]
-        self.silence: float | None = fields["silence"]
+        self.idle_timeout: float | None = fields["idle_timeout"]
         self.watched: list[str] = fields["watched"]
         self.wrapped: bool = fields["wrapped"]
         self.uses_loopback: bool = fields["passes_on"]
@@ -329,7 +329,7 @@ class SupervisionLoop:
         self._streams = {stream.read_end: stream for stream in streams}
         self._grace, self._interrupt = spec.grace, spec.interrupt
         self._deadline = time.monotonic() + spec.timeout
-        self._silence = None if spec.silence is None else IdleWatch(spec.silence, spec.watched)
+        self._idle_timeout = None if spec.idle_timeout is None else IdleWatch(spec.idle_timeout, spec.watched)
         self._ended_by: str | None = None
         self._tidied_by: float | None = None  # until when a CLI that was interrupted is left alone
         self._poll = select.poll()
@@ -354,8 +354,8 @@ class SupervisionLoop:
                 return self._ended_by
             if left <= 0:
                 self._stop("timeout")
-            elif self._silence is not None and self._ended_by is None and self._silence.over():
-                self._stop("silence")
+            elif self._idle_timeout is not None and self._ended_by is None and self._idle_timeout.over():
+                self._stop("idle_timeout")
             for fd, _ in self._poll.poll(self._pause() * 1000 + 1):
                 if self._handle(fd) == "orphaned":
                     return self._ended_by or "orphaned"
@@ -367,7 +367,7 @@ class SupervisionLoop:
             return min(left, WRAPPER_POLL_SECONDS)
         if self._ended_by is not None:
             return min(left, WRAPPER_POLL_SECONDS) if self._family.release() else left
-        return left if self._silence is None else min(left, self._silence.seconds_until_check())
+        return left if self._idle_timeout is None else min(left, self._idle_timeout.seconds_until_check())
 
     def _handle(self, fd: int) -> str | None:
         request = None
@@ -377,8 +377,8 @@ class SupervisionLoop:
             request = "stop" if signal.SIGTERM in os.read(self._wake, CHUNK_BYTES) else None
         elif self._streams[fd].pump() == 0:
             self._poll.unregister(fd)
-        elif self._silence is not None:
-            self._silence.heard()
+        elif self._idle_timeout is not None:
+            self._idle_timeout.heard()
         if request == "stop":
             self._stop("stop")
         return request

@@ -43,7 +43,7 @@ class SupervisedCommand:
     CLI itself, and nothing that it started, gets SIGINT first: all get SIGTERM once it has ended, but after half of
     the grace at the latest. `lock` is the file that is locked while anything of the session lives.
 
-    After `silence` seconds without output and without a change beneath the folders `watched`, it is stopped as
+    After `idle_timeout` seconds without output and without a change beneath the folders `watched`, it is stopped as
     after `timeout`. `redact` is the ASCII source of an expression for bytes: what it finds is not written to
     `stdout` and `stderr`, and neither are private keys; see `orchestrator.sessions.supervision.redaction`. `limits` are the
     most that each process may have of a resource, by its name in setrlimit(2) (`CORE`, `NOFILE`). The last ones are
@@ -64,7 +64,7 @@ class SupervisedCommand:
     grace: float
     lock: Path
     interrupt: bool = False
-    silence: float | None = None
+    idle_timeout: float | None = None
     watched: tuple[Path, ...] = ()
     redact: str | None = None
     wrapped: bool = False
@@ -89,7 +89,7 @@ class SupervisedExit:
 
     exit: int | None
     signal: int | None
-    ended_by: Literal["exit", "timeout", "silence", "stop", "orphaned"]
+    ended_by: Literal["exit", "timeout", "idle_timeout", "stop", "orphaned"]
     spawn_error: str | None
     stdout_bytes: int
     stderr_bytes: int
@@ -222,7 +222,7 @@ def _spec(command: SupervisedCommand) -> bytes:
         "grace": command.grace,
         "interrupt": command.interrupt,
         "lock": os.fspath(command.lock.absolute()),
-        "silence": command.silence,
+        "idle_timeout": command.idle_timeout,
         "watched": [os.fspath(folder.absolute()) for folder in command.watched],
         "redact": command.redact,
         "wrapped": command.wrapped,
