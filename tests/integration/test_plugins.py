@@ -123,7 +123,7 @@ def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repositor
     install(site, "risks", REGISTER + dedent(code))
     asked = """
 import json
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
+from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.plugins import load_plugins
 found = load_plugins()
 kinds = found.checked_kinds()

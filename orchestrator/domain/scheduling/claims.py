@@ -8,11 +8,10 @@ When a claim may be taken over is a matter of efficiency; that only one holder's
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import reduce
-from itertools import chain
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -94,42 +93,6 @@ class OrchestratorLease(_Document):
     reason: str | None = None
     """Why it ended, where that was not of its own doing."""
     counters: ClaimCounters = Field(default_factory=ClaimCounters)
-
-
-@dataclass(frozen=True, slots=True)
-class ActiveTime:
-    """The spans of wall-clock time in which at least one orchestrator was active on a run: all but its pauses."""
-
-    spans: Sequence[tuple[float, float]] | None = None
-    """In order, without overlaps; None: not known, so that all time counts."""
-
-    @classmethod
-    def of(cls, orchestrators: Iterable[OrchestratorLease], instants: Collection[float], now: float) -> ActiveTime:
-        """Return the active time of a run up to `now`; `instants` are times at which something of it was recorded.
-
-        An orchestrator that was killed was active up to its last heartbeat, or to the last instant before the next
-        orchestrator joined.
-        """
-        found = sorted(orchestrators, key=lambda one: one.since)
-        spans = list[tuple[float, float]]()
-        for number, one in enumerate(found):
-            if one.ended is not None and one.reason is None:
-                end = one.ended
-            elif one.ended is None and now < one.expires:
-                end = now
-            else:
-                following = found[number + 1].since if number + 1 < len(found) else now
-                end = max(chain([one.heartbeat], (instant for instant in instants if instant < following)))
-            if spans and one.since <= spans[-1][1]:
-                spans[-1] = spans[-1][0], max(spans[-1][1], end)
-            else:
-                spans.append((one.since, end))
-        return cls(spans or None)
-
-    def between(self, start: float, end: float) -> float:
-        """Return the active seconds from `start` to `end`; 0 where a clock was set back meanwhile."""
-        spans = [(start, end)] if self.spans is None else self.spans
-        return sum(max(min(end, last) - max(start, first), 0.0) for first, last in spans)
 
 
 class Claim(_Document):

@@ -13,9 +13,8 @@ from hashlib import sha256
 from typing import Any, Final
 
 from orchestrator.domain.scheduling.path_patterns import check_pattern, is_covered
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
 from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check_plan, collect_needs
-from orchestrator.domain.workflow.violations import Violation
+from orchestrator.domain.workflow.violations import HandoffFacts, Violation
 
 #: Characters of a task's id.
 MAX_ID_CHARS: Final = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any, Final
 
@@ -18,19 +18,14 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.domain.documents.json_values import encode_canonical, find_json_error
-from orchestrator.domain.workflow.violations import MAX_VIOLATIONS, Violation, describe_exception, run_check
+from orchestrator.domain.workflow.violations import (
+    MAX_VIOLATIONS,
+    HandoffFacts,
+    Violation,
+    describe_exception,
+    run_check,
+)
 from orchestrator.errors import RefusedError
-
-
-@dataclass(frozen=True, slots=True)
-class HandoffFacts:
-    """What a check needs to know of the world."""
-
-    checksums: Mapping[str, str | None] = field(default_factory=dict)
-    """By path: the SHA-256 of the file in the tree that was built, in hexadecimal digits; None where there is none.
-
-    A path that is not here was not looked at, and is not judged.
-    """
 
 
 @dataclass(frozen=True, slots=True)

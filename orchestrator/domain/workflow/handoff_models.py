@@ -12,8 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
-from orchestrator.domain.workflow.violations import Violation
+from orchestrator.domain.workflow.violations import HandoffFacts, Violation
 
 #: Characters of one text, items of one list, and entries of one mapping in what is handed over.
 MAX_TEXT_CHARS: Final = 20_000

@@ -11,11 +11,11 @@ from orchestrator.domain.documents.json_values import is_empty_value
 from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument, TaskStatus
 from orchestrator.domain.runs.phases import OPEN_STATUSES, PASSED_STATUSES, PhaseRecord, PhaseStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
-from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffFacts, HandoffKind
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffKind
 from orchestrator.domain.workflow.handoffs import Handoff, handoff_id, is_intact
 from orchestrator.domain.workflow.phase_context import get_handoff_kind
 from orchestrator.domain.workflow.routing import Phase, Workflow, latest_visit, read_verdict
-from orchestrator.domain.workflow.violations import Violation, run_check
+from orchestrator.domain.workflow.violations import HandoffFacts, Violation, run_check
 
 #: Seconds that a session may still run after it has said that it is done.
 IDLE_LIMIT: Final = 300.0

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Final
 
 #: Violations that are told of one check.
 MAX_VIOLATIONS: Final = 20
 _LONGEST_FAULT: Final = 500  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffFacts:
+    """External facts that a handoff check needs."""
+
+    checksums: Mapping[str, str | None] = field(default_factory=dict)
+    """SHA-256 (hexadecimal) by path of files in the built tree; None if the file does not exist.
+
+    A path that is missing here was not read, and is not checked.
+    """
 
 
 @dataclass(frozen=True, slots=True)
