@@ -264,7 +264,8 @@ async def test_damaged_parts_of_a_tree_are_recovered(repository: Repository) -> 
         "tree-1": {"a": "landed", "b": "landed"}
     }
     told = {
-        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"] for one in await events(repository, "legacy.file_skipped")
+        one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"]
+        for one in await events(repository, "legacy.file_skipped")
     }
     assert told.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
     assert "version 9 of its history" in told["tasks/task-b/state.json"]
@@ -420,7 +421,7 @@ async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
         ]  # fmt: skip
         for ask in asked:
             with pytest.raises(
-                RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, only its record is here"
+                RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, only its record exists"
             ):
                 await ask()
         assert await council.position() == position

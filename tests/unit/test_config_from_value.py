@@ -61,7 +61,7 @@ def test_mistakes_are_told_by_path(tmp_path: Path) -> None:
     tasks = [{"id": "a", "prompt": " "}, {"id": "a", "prompt": {1}, 3: 4}, {"id": "b", "prompt": "p", "needs": ["c"]}]
     value = {**RUN, "tasks": tasks, "session_memory": float("inf"), "defaults": {"timeout": 30, "checks": ["\0"]}}
     assert mistakes(value, tmp_path) == [
-        "<run>: tasks[0].prompt: the prompt is empty: say what is to be done",
+        "<run>: tasks[0].prompt: the prompt is empty: describe the task",
         "<run>: tasks[1]: the key '3' is not text: write a word",
         "<run>: tasks[1].id: the task 'a' is there already, at tasks[0].id: give each task an id of its own",
         "<run>: tasks[1].prompt: a set is no value of a run: give text, a number, a list or a dict",

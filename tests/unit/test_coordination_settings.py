@@ -134,11 +134,11 @@ def test_a_mistake_is_told_at_its_place(tmp_path: Path, section: str, column: in
     ("variable", "text", "remedy"),
     [
         ("SHARED_STATE_ENABLED", "maybe", "write true or false"),
-        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "60s", "write milliseconds as a whole number above 0, as in 60000"),
-        ("SHARED_STATE_STALE_THRESHOLD_MS", "0", "as in 300000"),
-        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "9" * 12, "as in 600000"),
-        ("SHARED_STATE_MAX_RETRIES", "-1", "write a whole number from 0 to 99, as in 3"),
-        ("SHARED_STATE_MAX_RETRIES", "٣", "write a whole number from 0 to 99, as in 3"),
+        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "60s", "write milliseconds as a whole number above 0, such as 60000"),
+        ("SHARED_STATE_STALE_THRESHOLD_MS", "0", "such as 300000"),
+        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "9" * 12, "such as 600000"),
+        ("SHARED_STATE_MAX_RETRIES", "-1", "write a whole number from 0 to 99, such as 3"),
+        ("SHARED_STATE_MAX_RETRIES", "٣", "write a whole number from 0 to 99, such as 3"),
     ],
 )
 def test_what_can_not_be_read_of_the_environment_is_refused_by_name(variable: str, text: str, remedy: str) -> None:

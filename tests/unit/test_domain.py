@@ -220,7 +220,7 @@ CRASHED = FailureClass.CRASHED
             None,
             None,
             None,
-            Failed(FailureClass.NO_CHANGE, "the program ended well but changed nothing"),
+            Failed(FailureClass.NO_CHANGE, "the program succeeded but changed nothing"),
         ),
         (ENDED_WELL, None, None, BUSY, BUSY),
         (ENDED_WELL, "c", "too big", None, Failed(FailureClass.REFUSED, "too big")),
@@ -241,7 +241,7 @@ CRASHED = FailureClass.CRASHED
             None,
             None,
             None,
-            Failed(FailureClass.MISSING, "the program is gone: /x: No such file or directory"),
+            Failed(FailureClass.MISSING, "the program was not found: /x: No such file or directory"),
         ),
     ],
 )

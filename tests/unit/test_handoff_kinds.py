@@ -322,7 +322,7 @@ def test_a_kind_of_the_users_own() -> None:
     [
         ({"type": "objekt"}, "type"),
         ({"properties": {"a": {"minimum": "3"}}}, "properties.a.minimum"),
-        ({"properties": {"a": {"$ref": "https://example.org/schema.json"}}}, "nothing is fetched"),
+        ({"properties": {"a": {"$ref": "https://example.org/schema.json"}}}, "is not fetched"),
         ({"items": [{"$dynamicRef": "other.json#x"}], "$defs": {}}, "items"),
     ],
 )

@@ -48,7 +48,7 @@ async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -
     """
     tasks = await read_unfinished_tasks(store, run)
     source = run.imported.source if run.imported else ""
-    what = f"run {run.id} was imported from {source}, only its record is here"
+    what = f"run {run.id} was imported from {source}, only its record exists"
     if not tasks:
         return RefusedError(what, f"`council state show {run.id}` shows it; nothing of it is left to do")
     path = folder / f"{run.id}.yaml"
