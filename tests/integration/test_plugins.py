@@ -397,7 +397,7 @@ def test_the_shipped_stores_are_named_by_their_urls(repository: Repository, tmp_
     ("url", "expected"),
     [
         ("redis://host/1", "there is no store for 'redis://host/1'"),
-        ("file://host/folder", "names no folder of this machine"),
+        ("file://host/folder", "is not a folder on this machine"),
         ("memory:x", "names no store"),
         ("", None),
     ],
