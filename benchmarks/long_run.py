@@ -54,7 +54,7 @@ async def _record_run(project: Project, log: Path, tasks: int) -> None:
     async with FileStore.open(log, clock) as store:
         await record_new_run(store, _document(run, top, hub, tuple(specs)), specs)
         others = RunMembership(
-            store, clock, run, create_owner(Role.COORDINATOR), ClaimTiming(), LivenessLocks(hub / "locks").is_dead
+            store, clock, run, create_owner(Role.LEADER), ClaimTiming(), LivenessLocks(hub / "locks").is_dead
         )
         ledger = await Ledger.take(store, clock, Redactor(frozenset()), others, {})
         work = iter(specs)
@@ -72,7 +72,7 @@ def _spec(number: int) -> TaskSpec:
         timeout=1800.0,
         attempts=3,
         backoff=Backoff(),
-        silence=600.0,
+        idle_timeout=600.0,
         retry_on=frozenset(),
         checks=("python3 -m pytest -q",),
         checks_timeout=600.0,

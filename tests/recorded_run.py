@@ -38,7 +38,7 @@ OWNER = OrchestratorIdentity(
     boot="5f0a7c1e-2b7d-4f5e-9a3c-6d1b8e4f2a90",
     pid=4711,
     started=90210,
-    role=Role.COORDINATOR,
+    role=Role.LEADER,
 )
 
 
@@ -73,7 +73,7 @@ def task_spec(task: str, prompt: str) -> TaskSpec:
         timeout=1800.0,
         attempts=3,
         backoff=Backoff(initial=2.0, factor=2.0, max=300.0, jitter=False),
-        silence=None,
+        idle_timeout=None,
         retry_on=frozenset(),
         checks=(),
         checks_timeout=600.0,
@@ -93,7 +93,7 @@ def make_orchestrators(
     async def is_dead(run: str, owner: OrchestratorIdentity) -> bool:
         return alone
 
-    return RunMembership(store, clock, run, me or create_owner(Role.COORDINATOR), ClaimTiming(), is_dead)
+    return RunMembership(store, clock, run, me or create_owner(Role.LEADER), ClaimTiming(), is_dead)
 
 
 async def record_run(

@@ -56,18 +56,18 @@ class Cleaner:
         self._survey = OrphanFinder(home, environ, clock, project, store, url)
 
     async def find(
-        self, *, logs: float | None = None, runs: float | None = None, even_cut_off: bool = False
+        self, *, logs: float | None = None, runs: float | None = None, include_interrupted: bool = False
     ) -> list[Leftover]:
         """Return what is left over, and what of it must stay, with sizes.
 
         With `logs`, also the output of runs that ended more than so many seconds ago, with `runs` also the records of
-        such runs; with `even_cut_off` of those, too, that could be resumed and of which nothing is recorded since.
+        such runs; with `include_interrupted` of those, too, that could be resumed and of which nothing is recorded since.
         """
         found = await self._survey.find_all()
         if logs is not None:
             found += await self._survey.logs(logs)
         if runs is not None:
-            found += await self._survey.old_runs(runs, even_cut_off=even_cut_off)
+            found += await self._survey.old_runs(runs, include_interrupted=include_interrupted)
         return [await anyio.to_thread.run_sync(_with_size, one, self._survey.project) for one in found]
 
     async def remove(self, found: Sequence[Leftover]) -> list[RemovalResult]:
@@ -168,7 +168,7 @@ class Cleaner:
             if checkpoint is None:
                 raise StoreUnavailable(f"run {run}", "no checkpoint could be made of it", "make room, and clean again")
             # One that is not over was found because that was asked for; if it was over then, it says so.
-            if not is_unchanged(one, await self._survey.old_run(known, even_cut_off=True)):
+            if not is_unchanged(one, await self._survey.old_run(known, include_interrupted=True)):
                 return False
             # First: by a run that is recorded they are found again.
             await remove_all([project.logs(run)], self._environ, git.keep_fds)

@@ -125,7 +125,7 @@ LOCK_HANDOVER_TIMEOUT = 60.0
 
 #: Seconds between two looks whether a run's owner has done what was asked.
 _REQUEST_POLL_INTERVAL = 0.1
-#: Seconds after which whoever asked waits no longer; a coordinator takes half of that where a session must stop first.
+#: Seconds after which whoever asked waits no longer; a leader takes half of that where a session must stop first.
 _REQUEST_TIMEOUT = 120.0
 #: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
 _STOP_TIMEOUT = 15.0
@@ -505,7 +505,7 @@ class RunExecutor:
         self, runs: ProjectRuns, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, RunContext]]:
         """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
-        role = Role.WORKER if settings.role == "worker" else Role.COORDINATOR
+        role = Role.WORKER if settings.role == "worker" else Role.LEADER
         me = create_owner(role, shares=settings.enabled)
         async with hub.liveness_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
@@ -529,7 +529,7 @@ class RunExecutor:
         self, runs: ProjectRuns, run: RunDocument, hub: Hub, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, RunContext]]:
         """Be at work in a run for the body, beside others."""
-        me = create_owner(Role.COORDINATOR if settings.role == "coordinator" else Role.WORKER)
+        me = create_owner(Role.LEADER if settings.role == "leader" else Role.WORKER)
         async with hub.liveness_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
             shop = await self._open_workshop(runs, run, hub, [life.fd], me.id)
@@ -645,7 +645,7 @@ class RunExecutor:
                 for run in new:
                     await self._hold(stack, run, force=force)
                 for run in new:
-                    me = create_owner(Role.COORDINATOR)
+                    me = create_owner(Role.LEADER)
                     guards[run.id] = await take_leadership(store, self._runs.clock, run.id, me)
 
     async def _hold(self, stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
@@ -669,7 +669,7 @@ class RunExecutor:
 
 
 class _RequestWait:
-    """The wait until a run's coordinator has performed a request."""
+    """The wait until a run's leader has performed a request."""
 
     def __init__(self) -> None:
         self._began, self._is_noticed = anyio.current_time(), False

@@ -90,7 +90,7 @@ class Health:
                 logs = self.runs.project.logs(run)
                 files = [log_path(logs, task, one.attempt.number, stream) for stream in ("stdout", "stderr")]
                 heard = max(await anyio.to_thread.run_sync(_last_written, files), one.attempt.started)
-                limit = (await read_spec(self.runs.store, run, task)).silence
+                limit = (await read_spec(self.runs.store, run, task)).idle_timeout
                 found.append(SilentSession(run, task, max(self.runs.clock.now() - heard, 0.0), limit))
         return found
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Final
 import anyio.to_thread
 
 from orchestrator.api.runs import ProjectRuns
-from orchestrator.domain.runs.metrics import Metrics, active_time, compute_metrics
+from orchestrator.domain.runs.metrics import Metrics, compute_metrics
 from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.usage import RunUsage, compute_usage
+from orchestrator.domain.scheduling.active_time import compute_run_active_time
 from orchestrator.engine.reports.overview import RunOverview, build_overview, landing_times
 from orchestrator.engine.reports.report import AdapterFailure, last_failures
 from orchestrator.engine.state.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
@@ -145,7 +146,7 @@ class StateHistory:
         landed_at = await self._landed_at(known, tasks, documents)
         others = await read_orchestrators(self.runs.store, run)
         return compute_metrics(
-            tasks, landed_at, active_time(others.values(), tasks.values(), landed_at, self.runs.clock.now())
+            tasks, landed_at, compute_run_active_time(others.values(), tasks.values(), landed_at, self.runs.clock.now())
         )
 
     async def usage(self, run: str) -> RunUsage:
@@ -204,7 +205,7 @@ class StateHistory:
         is_live = record.run.ended is None and await self.runs.has_live_process(run)
         checkouts = await anyio.to_thread.run_sync(_worktrees, record.run, record.tasks)
         landed_at = await self._landed_at(record.run, record.tasks, documents)
-        active = active_time(record.orchestrators, record.tasks.values(), landed_at, self.runs.clock.now())
+        active = compute_run_active_time(record.orchestrators, record.tasks.values(), landed_at, self.runs.clock.now())
         report = self.runs.describe(record, is_live=is_live)
         return build_overview(record, report, landed_at, checkouts, await self._events(run), active)
 

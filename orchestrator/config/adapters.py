@@ -1,4 +1,4 @@
-"""The adapters of a file: options judged by their types, one for each task, each command tried without effect."""
+"""Read the adapters of a config file, assign them to tasks, and check their commands without running them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOWHERE: Final = Path("/nowhere")
 def read_adapters(
     root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], explain: ExplainMissing, problems: Problems
 ) -> dict[str, AdapterConfig]:
-    """Return the adapters whose type is known and whose options are right; the others are noted."""
+    """Return the valid adapters, and report mistakes of all other ones."""
     found: dict[str, AdapterConfig] = {}
     own = AdapterSettings.model_fields.keys()
     for name, node, use, options in read_entries(root, "adapter", adapter_types, own, folder, explain, problems):
@@ -41,7 +41,7 @@ def read_adapters(
 
 
 def _kept(node: Node) -> tuple[str, ...]:
-    """Return what is right under `keep_ignored`; the rest is told of with the file's shape."""
+    """Return the valid paths of `keep_ignored`; schema validation reports the others."""
     found = []
     listed = node.value.get("keep_ignored")
     for item in listed if isinstance(listed, list) else ():
@@ -51,7 +51,7 @@ def _kept(node: Node) -> tuple[str, ...]:
 
 
 def read_path_access(node: Node, folder: Path, problems: Problems) -> PathAccess:
-    """Return the absolute paths under `writable` and `readable` of a mapping; those that don't exist are noted."""
+    """Return the absolute paths under `writable` and `readable`, and report missing ones."""
     found: dict[str, list[Path]] = {"writable": [], "readable": []}
     for key, paths in found.items():
         listed = node.get(key)
@@ -61,16 +61,16 @@ def read_path_access(node: Node, folder: Path, problems: Problems) -> PathAccess
             path = Path(os.path.realpath(folder / Path(item.value).expanduser()))
             if not path.exists():
                 problems.add(
-                    item.at, f"{quote_text(item.value)} does not exist", "make it first, or remove it from here"
+                    item.at, f"{quote_text(item.value)} does not exist", "create it first, or remove it from here"
                 )
             paths.append(path)
     return PathAccess(writable=tuple(found["writable"]), readable=tuple(found["readable"]))
 
 
 def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
-    """Return the file with an entry for each adapter that is named, has none, and is a type that needs no options."""
+    """Add an entry for each adapter that is used without one, if its type needs no options."""
     section = root.get("adapters")
-    if section is not None and not isinstance(section.value, dict):  # which is told of with the file's shape
+    if section is not None and not isinstance(section.value, dict):  # reported by schema validation
         return root
     entries: dict[str | int, Node] = {} if section is None else dict(section.children)
     named = {one.value: one for one in _named(root) if isinstance(one.value, str)}
@@ -94,14 +94,16 @@ def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, Adapte
 
 
 def has_only_optional_options(adapter_type: AdapterType, folder: Path) -> bool:
-    """Whether an adapter type can be used without a word on it."""
+    """Whether an adapter type can be used without options."""
     nothing = Node(Position(1, 1), {})
     return validate(adapter_type.Options, nothing, Problems(""), folder=folder) is not None
 
 
 def find_only_adapter(written: Node, root: Node) -> str | None:
-    """Return the adapter of what names none: the only one that the file has an entry for, or else names; None if there
-    are several. `root` is the file with the entries that `add_named_types` adds to what is `written`."""
+    """Return the only adapter of a file, by its entries or else by its uses; None if there are several.
+
+    `root` is the file `written` plus the entries from `add_named_types`.
+    """
     for file in (written, root):
         section = file.get("adapters")
         if section is not None and isinstance(section.value, dict) and section.value:
@@ -112,10 +114,10 @@ def find_only_adapter(written: Node, root: Node) -> str | None:
 def assign_adapters(
     root: Node, only: str | None, workflows: Mapping[str, Sequence[Phase]], problems: Problems
 ) -> dict[int, str]:
-    """Return the name of each task's adapter by the task's index, for those that have one.
+    """Return the adapter of each task by index, and report unknown adapters.
 
-    That is its own, else the default one, else the only one, else that of the phase that does its work, where the
-    phases of its workflow name all of theirs. Adapters that are named and not there are noted.
+    It is the task's own adapter, else the default, else the only one, else the adapter of the phase that writes, if all
+    phases of its workflow name theirs.
     """
     adapters = root.get("adapters")
     if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
@@ -139,7 +141,7 @@ def assign_adapters(
 
 
 def _of_phases(task: Node, root: Node, workflows: Mapping[str, Sequence[Phase]]) -> str | None:
-    """Return the adapter of the phase that does a task's work, where all phases of its workflow name theirs."""
+    """Return the adapter of the phase that writes, if all phases of the workflow name theirs."""
     phases = workflows.get(workflow_of(task, root) or "", ())
     if not phases or any(phase.adapter is None for phase in phases):
         return None
@@ -147,7 +149,7 @@ def _of_phases(task: Node, root: Node, workflows: Mapping[str, Sequence[Phase]])
 
 
 def _named(root: Node) -> Iterator[Node]:
-    """Yield each name of an adapter in the file: of those that work, and of those that stand in for them."""
+    """Yield each adapter name in the file, including fallbacks."""
     section = root.get("workflows")
     workflows = section.children.values() if section is not None and isinstance(section.value, dict) else ()
     phases = (phase.node for workflow in workflows for phase in iter_phase_nodes(workflow))
@@ -158,7 +160,7 @@ def _named(root: Node) -> Iterator[Node]:
 
 
 def make_trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> SessionRequest:
-    """Return what an adapter is asked to see what it would run; its paths don't exist, but for the home perhaps."""
+    """Return a request to check the command of an adapter; its paths don't exist, except possibly the home."""
     return SessionRequest(
         run="run",
         task=task,
@@ -173,7 +175,7 @@ def make_trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -
 def default_adapter(
     root: Node, only: str | None, workflows: Mapping[str, Sequence[Phase]], problems: Problems
 ) -> str | None:
-    """Return the adapter of tasks that trackers give; noted where there is none."""
+    """Return the adapter of tasks from trackers, and report if there is none."""
     default, adapters, trackers = root.get("defaults", "adapter"), root.get("adapters"), root.get("trackers")
     names = list(adapters.value) if adapters is not None and isinstance(adapters.value, dict) else []
     if default is not None:
@@ -188,7 +190,7 @@ def default_adapter(
 def possible_adapters(
     root: Node, assigned: Mapping[int, str], workflows: Mapping[str, Sequence[Phase]]
 ) -> dict[int, list[str]]:
-    """Return the names of all adapters that may run a task or a phase of it, by the task's index."""
+    """Return all adapters that may run a task or its phases, by task index."""
     found: dict[int, list[str]] = {}
     for index, task in iter_task_nodes(root):
         told = task.get("fallback") or root.get("defaults", "fallback")
@@ -207,7 +209,7 @@ def try_commands(
     adapter_types: Mapping[str, AdapterType],
     problems: Problems,
 ) -> None:
-    """Ask each task's adapters for their command, which starts nothing, and note what they refuse."""
+    """Build the command of each task's adapters without starting it, and report errors."""
     made = {name: adapter_types[adapter.use](adapter.options) for name, adapter in adapters.items()}
     for index, task in iter_task_nodes(root):
         if index not in prompts:
@@ -224,7 +226,7 @@ def try_commands(
 
 
 def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:
-    """Raise RefusedError where there is no command that could be run."""
+    """Raise RefusedError if the adapter has no valid command."""
     try:
         argv = adapter.command(request).argv
     except RefusedError:

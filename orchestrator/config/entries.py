@@ -1,4 +1,4 @@
-"""Sections of a file whose entries name a plugin's type by `use` and give it options: adapters, sinks, trackers."""
+"""Read config entries with a plugin type under `use` and options: adapters, sinks, trackers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from orchestrator.protocols import SinkType, TrackerType
 
 
 class HasOptions(Protocol):
-    """What a plugin registers under a name, as far as options go."""
+    """A registered plugin type with options."""
 
     @property
     def Options(self) -> type[BaseModel]:
-        """The model of the entry's own keys."""
+        """The model of its options."""
 
 
 ExplainMissing = Callable[[str], str | None]
-"""Returns why a type of this name may be missing, None if there is no reason known."""
+"""Returns why a type of this name may be missing; None if unknown."""
 
 
 def _unexplained(_name: str) -> str | None:
@@ -37,19 +37,19 @@ def _unexplained(_name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Extensions:
-    """What plugins bring to a file beside adapters, and why something may be missing."""
+    """Config extensions from plugins, except adapters, and reasons for missing types."""
 
     sinks: Mapping[str, SinkType] = field(default_factory=dict)
     trackers: Mapping[str, TrackerType] = field(default_factory=dict)
     explain: ExplainMissing = _unexplained
     kinds: Collection[str] = tuple(HANDOFF_KINDS)
-    """The names of the kinds of handoffs, those that are there already among them."""
+    """The names of the kinds of handoffs, including built-in ones."""
     transformations: Collection[str] = tuple(TRANSFORMATIONS)
-    """The same of what mediates."""
+    """The names of the transformations, including built-in ones."""
 
 
 class PluginEntry(NamedTuple):
-    """An entry whose type is known and whose options are right."""
+    """An entry with a known type and valid options."""
 
     name: str
     node: Node
@@ -66,9 +66,9 @@ def read_entries(
     explain: ExplainMissing,
     problems: Problems,
 ) -> Iterator[PluginEntry]:
-    """Yield the entries of the section `<kind>s` that can be used; the mistakes of the others are noted.
+    """Yield the valid entries of the section `<kind>s`, and report mistakes of all other entries.
 
-    `own` are the keys that every entry of the section has beside its type's options.
+    `own` are the common keys of all entries of the section.
     """
     installed = KnownWords(types, "the installed ones")
     for name, node in _nodes(root, f"{kind}s"):
@@ -79,15 +79,15 @@ def read_entries(
             remedy = "; ".join(filter(None, (explain(use.value), installed.suggest(use.value))))
             problems.add(use.at, f"there is no {kind} type {quote_text(use.value)}", remedy)
             continue
-        # A type's own validators are never shown what the file's reader refused.
-        unreadable = {key for key in node.value if _holds_unreadable(node.children[key])}
+        # Validators of types never get values that the file reader rejected.
+        unreadable = {key for key in node.value if _is_unreadable(node.children[key])}
         options = validate(types[use.value].Options, node, problems, without={*own, *unreadable}, folder=folder)
         if options is not None and not unreadable:
             yield PluginEntry(name, node, use.value, options)
 
 
 def read_sinks(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, SinkConfig]:
-    """Return the sinks that can be used; the mistakes of the others are noted."""
+    """Return the valid sinks, and report mistakes of all other ones."""
     found = {}
     own = SinkSettings.model_fields.keys()
     for used in read_entries(root, "sink", extensions.sinks, own, folder, extensions.explain, problems):
@@ -98,7 +98,7 @@ def read_sinks(root: Node, folder: Path, extensions: Extensions, problems: Probl
 
 
 def read_trackers(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, TrackerConfig]:
-    """Return the trackers that can be used; the mistakes of the others are noted."""
+    """Return the valid trackers, and report mistakes of all other ones."""
     own = TrackerSettings.model_fields.keys()
     return {
         used.name: TrackerConfig(name=used.name, use=used.use, options=used.options)
@@ -113,5 +113,5 @@ def _nodes(root: Node, section: str) -> Iterator[tuple[str, Node]]:
             yield name, node
 
 
-def _holds_unreadable(node: Node) -> bool:
+def _is_unreadable(node: Node) -> bool:
     return any(part.value is UNREADABLE for part in node.walk())

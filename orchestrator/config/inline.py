@@ -1,4 +1,4 @@
-"""A run whose tasks are given in words on the command line, on top of a file's adapters and defaults or of none."""
+"""Configure a run from prompts on the command line, with the adapters and defaults of a file, or without a file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from orchestrator.config.source.values import read_value
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import AdapterType, JsonObject
 
-#: What problems are told under where there is no file.
+#: The file name in problems if there is no file.
 INLINE_NAME = "<run>"
 
 
 @dataclass(frozen=True, slots=True)
 class InlineTasks:
-    """Tasks in words, and what is chosen for them; None leaves it to the file, or to what holds without one."""
+    """Prompts and options of inline tasks; None: use the value of the file, or the default."""
 
     prompts: Sequence[str]
     adapter: str | None = None
@@ -39,9 +39,9 @@ def load_inline(
     adapter_types: Mapping[str, AdapterType],
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunConfig:
-    """Return the run of these tasks, task-1 and so on: with all but the tasks of a file, or in the repository `folder`.
+    """Return a run of these tasks, named task-1 and so on, with the settings of `file` or in the repository `folder`.
 
-    Raises ConfigError as `load_config` and `load_value` do, RefusedError if it is not clear which adapter is meant.
+    Raises ConfigError as `load_config` and `load_value` do, and RefusedError if the adapter is ambiguous.
     """
     path = folder.absolute() / INLINE_NAME if file is None else file.absolute()
     problems = Problems(INLINE_NAME if file is None else file)
@@ -73,12 +73,12 @@ def _settings(tasks: InlineTasks) -> JsonObject:
 def check_adapter_choice(
     wanted: str | None, file: Node, folder: Path, adapter_types: Mapping[str, AdapterType]
 ) -> None:
-    """Raise RefusedError if there is no such adapter, or none is wanted and it is not clear which is meant.
+    """Raise RefusedError if the adapter is unknown, or none is given and the choice is ambiguous.
 
-    An adapter is one that the file names, or an installed type that takes no options or only optional ones.
+    Valid adapters are those in the file, and installed types without required options.
     """
     named = file.value.get("adapters", {})
-    if not isinstance(named, dict):  # which is told of as any mistake of the file
+    if not isinstance(named, dict):  # reported as a mistake of the file
         return
     ready = [use for use, kind in sorted(adapter_types.items()) if has_only_optional_options(kind, folder)]
     possible = [*named, *(use for use in ready if use not in named)]
@@ -99,18 +99,18 @@ def check_adapter_choice(
 
 
 def no_program_error(adapters: Iterable[str]) -> RefusedError:
-    """Return the error where the program of none of the adapters is on PATH, and no file names another one."""
+    """Return the error if no program of any adapter is on PATH, and there is no config file."""
     remedy = "install one, or write a council.yaml with an adapter of `use: command`, which runs any program"
     return RefusedError(f"no CLI is on PATH that an adapter runs ({', '.join(adapters)})", remedy)
 
 
 def _is_installed(adapter_type: AdapterType) -> bool:
-    """Whether all programs of an adapter without options are on PATH; blocks."""
+    """Whether all programs of an adapter without options are on PATH. Blocks."""
     try:
         programs = adapter_type(adapter_type.Options.model_validate({})).programs()
         return all(shutil.which(one.name) is not None for one in programs)
     except Exception:
-        return True  # what is wrong with it is reported where it is named
+        return True  # its mistakes are reported where it is used
 
 
 def _choices(possible: Sequence[str]) -> str:
@@ -125,7 +125,7 @@ def _without(node: Node, key: str) -> Node:
 
 
 def _overlay(below: Node, above: Node) -> Node:
-    """Return one mapping of both: what is above counts."""
+    """Return the merged mapping; `above` overrides `below`."""
     children = {**below.children, **above.children}
     value = {key: child.value for key, child in children.items()}
     return Node(below.at, value, children, {**below.keys, **above.keys})

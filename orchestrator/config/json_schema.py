@@ -1,4 +1,4 @@
-"""The shape of the file as JSON Schema (draft 2020-12), for editors: all that it can tell without reading the world."""
+"""Generate the JSON Schema (draft 2020-12) of the config file, for editors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 class _Generator(GenerateJsonSchema):
-    """What pydantic makes of our models, less what the file does not take: a key is left out, never null."""
+    """Pydantic's generator without null: in a config file, keys are omitted instead."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -29,7 +29,7 @@ class _Generator(GenerateJsonSchema):
 
     def frozenset_schema(self, schema: core_schema.FrozenSetSchema) -> JsonSchemaValue:
         made = super().frozenset_schema(schema)
-        del made["uniqueItems"]  # what is there twice counts once
+        del made["uniqueItems"]  # duplicates are allowed
         return made
 
     def field_title_should_be_set(self, schema: Any) -> bool:
@@ -37,7 +37,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
-    """Return the schema of a file whose adapters are of these types."""
+    """Return the schema of a config file with these adapter types."""
     schema = _schema_of(Config, "")
     definitions = schema["$defs"]
     entry = definitions[AdapterSettings.__name__]
@@ -55,7 +55,7 @@ def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
 
 
 def _options(use: str, options: type[BaseModel], common: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:
-    """Yield the definition of a type's options beside the keys that every adapter has, and those that it refers to."""
+    """Yield the definition of a type's options plus the common adapter keys, and the definitions that it refers to."""
     schema = _schema_of(options, f"use.{use}.")
     yield from ((f"use.{use}.{name}", definition) for name, definition in schema.pop("$defs", {}).items())
     schema["properties"] = {**dict.fromkeys(common, True), **schema.get("properties", {})}

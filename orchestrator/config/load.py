@@ -1,4 +1,4 @@
-"""From a YAML file to a run that is known to fit together, or to all that is wrong with the file."""
+"""Load a config file into a resolved run, or report every mistake in it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ from orchestrator.protocols import AdapterType
 
 T = TypeVar("T")
 
-"""Bytes."""
 NO_EXTENSIONS: Final = Extensions()
 _START: Final = Position(1, 1)
 _TIMEOUT: Final = 30 * 60.0
@@ -57,10 +56,9 @@ _MAX_FILE: Final = 50_000_000
 def load_config(
     path: Path, adapter_types: Mapping[str, AdapterType], extensions: Extensions = NO_EXTENSIONS
 ) -> RunConfig:
-    """Return the run that a file describes, its prompt files read; blocks while it reads.
+    """Return the run that a file describes, with its prompt files read. Blocks.
 
-    `extensions` are what its sinks and trackers can be. Raises ConfigError with every mistake that was found, in the
-    file's order.
+    `extensions` has the types of sinks and trackers. Raises ConfigError with all mistakes, in file order.
     """
     problems = Problems(path)
     return build_run_config(lambda: read_file(path, problems), path.absolute(), adapter_types, extensions, problems)
@@ -73,10 +71,9 @@ def load_value(
     name: str = "<run>",
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunConfig:
-    """Return the run that a value describes, which has the shape of a file; relative paths start from `folder`.
+    """Return the run that a mapping with the structure of a file describes; paths are relative to `folder`.
 
-    Raises ConfigError with every mistake that was found: `name` stands for the file, and a path such as
-    `tasks[0].prompt` for the place in it.
+    Raises ConfigError with all mistakes, located by `name` instead of a file and by a path such as `tasks[0].prompt`.
     """
     problems = Problems(name)
     return build_run_config(
@@ -91,7 +88,7 @@ def build_run_config(
     extensions: Extensions,
     problems: Problems,
 ) -> RunConfig:
-    """Return the run that `read` finds at `path`; ConfigError with what that and the look at it have noted."""
+    """Return the run that `read` returns for `path`; raise ConfigError if `problems` has any entry afterwards."""
     try:
         root = read()
         config = _read_run(root, path, adapter_types, extensions, problems) if root is not None else None
@@ -103,7 +100,7 @@ def build_run_config(
 
 
 def read_file(path: Path, problems: Problems) -> Node | None:
-    """Return the top mapping of a file, its mistakes noted in `problems`; None if there is nothing to go on with."""
+    """Return the top mapping of a file; None if it can't be parsed. Mistakes are added to `problems`."""
     text = _read_text(path, problems)
     return read_document(text, problems) if text is not None else None
 
@@ -123,7 +120,7 @@ def _read_text(path: Path, problems: Problems) -> str | None:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # `start` counts in what is decoded, which is the data without its byte order mark.
+        # `start` is an offset into the data without its byte order mark.
         before = error.object[: error.start].decode("utf-8")
         at = Position(before.count("\n") + 1, len(before) - before.rfind("\n"))
         problems.add(at, f"the byte 0x{error.object[error.start]:02x} is not UTF-8", "save the file as UTF-8")
@@ -144,7 +141,7 @@ def _read_run(
     references.check_ids(root, problems)
     references.check_needs(root, problems)
     prompts = references.read_prompts(root, path.parent, problems)
-    found = adapters.read_adapters(root, path.parent, adapter_types, extensions.explain, problems)
+    configured = adapters.read_adapters(root, path.parent, adapter_types, extensions.explain, problems)
     sinks = read_sinks(root, path.parent, extensions, problems)
     trackers = read_trackers(root, path.parent, extensions, problems)
     reach = adapters.read_path_access(root, path.parent, problems)
@@ -159,7 +156,7 @@ def _read_run(
     assigned = adapters.assign_adapters(root, only, phases, problems)
     default = adapters.default_adapter(root, only, phases, problems) if trackers else None
     possible = adapters.possible_adapters(root, assigned, phases)
-    adapters.try_commands(root, prompts, possible, found, adapter_types, problems)
+    adapters.try_commands(root, prompts, possible, configured, adapter_types, problems)
     if file is None or problems:
         return None
     backoff = _backoff(file.defaults.backoff, Backoff())
@@ -182,14 +179,14 @@ def _read_run(
         ),
         worktrees=_worktrees(file),
         mcp_servers={
-            name: McpServerConfig(argv=one.command or (), env=one.env, url=one.url)
-            for name, one in file.mcp_servers.items()
+            name: McpServerConfig(argv=server.command or (), env=server.env, url=server.url)
+            for name, server in file.mcp_servers.items()
         },
         budget=_budget(file.budget),
         prices=file.prices,
         state=_state(file, path.parent),
         coordination=CoordinationConfig.model_validate(file.coordination.model_dump(exclude_unset=True)),
-        adapters=found,
+        adapters=configured,
         sinks=sinks,
         trackers=trackers,
         workflows=phases,
@@ -202,9 +199,9 @@ def _read_run(
 
 
 def _texts(root: Node, folder: Path) -> tuple[Path, ...]:
-    named = (node.children.get(key) for node in root.walk() for key in ("prompt_file", "schema"))
-    written = dict.fromkeys(one.value for one in named if one is not None and isinstance(one.value, str))
-    return tuple(Path(os.path.realpath(folder / name)) for name in written)
+    nodes = (node.children.get(key) for node in root.walk() for key in ("prompt_file", "schema"))
+    names = dict.fromkeys(node.value for node in nodes if node is not None and isinstance(node.value, str))
+    return tuple(Path(os.path.realpath(folder / name)) for name in names)
 
 
 def _template(file: Config, backoff: Backoff, adapter: str) -> TaskSpec:
@@ -214,7 +211,7 @@ def _template(file: Config, backoff: Backoff, adapter: str) -> TaskSpec:
 def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
     defaults, workflow = file.defaults, task.workflow or file.defaults.workflow
     workflow = None if workflow == NO_WORKFLOW else workflow
-    silence = task.silence or defaults.silence or _IDLE_TIMEOUT
+    idle_timeout = task.idle_timeout or defaults.idle_timeout or _IDLE_TIMEOUT
     attempts = task.attempts or defaults.attempts
     spec = TaskSpec(
         id=task.id,
@@ -223,7 +220,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         adapter=adapter,
         fallback=_fallback(task, defaults),
         timeout=task.timeout or defaults.timeout or _TIMEOUT,
-        silence=None if silence == math.inf else silence,
+        idle_timeout=None if idle_timeout == math.inf else idle_timeout,
         backoff=_backoff(task.backoff, backoff),
         retry_on=frozenset(map(FailureClass, _first(task.retry_on, defaults.retry_on, RETRIED_BY_DEFAULT))),
         checks=_first(task.checks, defaults.checks, ()),
@@ -234,7 +231,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
         max_file=task.max_file or defaults.max_file or _MAX_FILE,
         priority=_first(task.priority, defaults.priority, 0),
         owns=task.owns,
-        on_escape=task.on_escape or defaults.on_escape or "bounce",
+        on_out_of_scope=task.on_out_of_scope or defaults.on_out_of_scope or "retry",
         instructions=_first(task.instructions, defaults.instructions, None),
         budget=_budget(task.budget, defaults.budget),
         session_budget=_budget(task.session_budget, defaults.session_budget),
@@ -245,7 +242,7 @@ def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: s
 
 
 def _budget(*entries: BudgetSettings | None) -> BudgetConfig:
-    """Return what the entries say, the first of them first, limit by limit."""
+    """Return the merged limits; earlier entries override later ones."""
     limits: dict[str, float | int] = {}
     for entry in entries:
         limits = (entry.model_dump(exclude_none=True) if entry is not None else {}) | limits
@@ -253,14 +250,14 @@ def _budget(*entries: BudgetSettings | None) -> BudgetConfig:
 
 
 def _fallback(task: Task, defaults: TaskDefaults) -> tuple[str, ...]:
-    """Return who stands in, as it is written; but the default list may well name the adapter that a task chose."""
+    """Return the fallback adapters of a task; its own adapter is removed from the default list."""
     if task.fallback is not None or task.adapter is None:
         return _first(task.fallback, defaults.fallback, ())
-    return tuple(one for one in defaults.fallback or () if one != task.adapter)
+    return tuple(name for name in defaults.fallback or () if name != task.adapter)
 
 
 def _first(own: T | None, default: T | None, otherwise: T) -> T:
-    """Return the first that was written, empty or not."""
+    """Return the first value that is not None; it may be empty."""
     return own if own is not None else default if default is not None else otherwise
 
 
@@ -275,7 +272,7 @@ def _worktrees(file: Config) -> WorktreesConfig:
 
 
 def default_slot_count(capacity: int) -> int:
-    """Return how many worktree slots there are where a file does not say: one more than sessions, for checks."""
+    """Return the default number of worktree slots: at least one more than sessions, for checks."""
     return max(WorktreesConfig().max, capacity + 1)
 
 

@@ -1,4 +1,4 @@
-"""A run as it was configured, everything resolved: no default is left for anyone downstream to fill in."""
+"""The resolved config of a run, with all defaults applied."""
 
 from __future__ import annotations
 
@@ -22,106 +22,106 @@ class _Model(BaseModel):
 
 
 class Backoff(_Model):
-    """How long to wait before a failed task is tried again."""
+    """The wait before a failed task is retried."""
 
     initial: float = 2.0
     """Seconds before the second attempt."""
     factor: float = 2.0
-    """How many times longer each wait is than the one before."""
+    """The factor by which each wait is longer than the previous one."""
     max: float = 300.0
     """The longest wait in seconds."""
     jitter: bool = True
-    """Whether a wait is drawn at random between nothing and its full length."""
+    """Whether to draw each wait at random between zero and its full length."""
 
     def policy(self) -> retry.Backoff:
-        """Return the same as the value that `retry_delay` takes."""
+        """Return the argument for `retry_delay`."""
         return retry.Backoff(self.initial, self.factor, self.max, self.jitter)
 
 
 class BudgetConfig(_Model):
-    """How much may be used up; None: without a limit."""
+    """Spending limits; None: no limit."""
 
     tokens: int | None = None
-    """Tokens in and out."""
+    """Input and output tokens."""
     cost: float | None = None
     """US dollars."""
     time: float | None = None
-    """Seconds of sessions."""
+    """The sum of session durations, in seconds."""
 
     def policy(self) -> budget.Budget:
-        """Return the same as the value that decisions take."""
+        """Return the domain value of this budget."""
         return budget.Budget(self.tokens, self.cost, self.time)
 
 
 class TaskSpec(_Model):
-    """One task, complete; `model_dump(mode="json")` and `model_validate` bring it through JSON."""
+    """A resolved task; round-trips through `model_dump(mode="json")` and `model_validate`."""
 
     id: str
     """The task's name within the run."""
     prompt: str
-    """What the CLI is asked to do; the text itself, also where the file named another."""
+    """The prompt text, even if the config named a file."""
     needs: Annotated[tuple[str, ...], Field(strict=False)]
-    """The tasks that must have landed before this one starts."""
+    """The tasks that must land before this one starts."""
     adapter: str
     """The name of the adapter that runs it."""
     fallback: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """The names of adapters that stand in while that one is parked or stopped, in this order."""
+    """The names of adapters to use, in this order, while that one is in cooldown or disabled."""
     timeout: float
-    """Wall-clock seconds that one session may take."""
+    """The wall-clock limit of one session, in seconds."""
     attempts: int = 3
-    """How often it is tried at most. Not among the fields that are set where the file says nothing."""
+    """The largest number of attempts. Not in `model_fields_set` if the file does not give it."""
     backoff: Backoff
-    """How long to wait between attempts."""
-    silence: float | None
-    """Seconds that a session may go without output and without a change in its worktree; None: no limit."""
+    """The wait between attempts."""
+    idle_timeout: float | None
+    """Seconds that a session may run without output and without a change in its worktree; None: no limit."""
     retry_on: Annotated[
         frozenset[Annotated[FailureClass, Field(strict=False)]],
         Field(strict=False),
-        # A set's own order differs between processes: what is recorded of one task should not.
+        # The order of a set differs between processes; the recorded order must not.
         PlainSerializer(sorted, return_type=list[FailureClass]),
     ]
-    """The classes of failure that are worth another attempt."""
+    """The failure classes that are retried."""
     checks: Annotated[tuple[str, ...], Field(strict=False)]
     """Shell commands that must succeed on the merged tree."""
     checks_timeout: float
-    """Wall-clock seconds that one check may take."""
+    """The wall-clock limit of one check, in seconds."""
     checks_env: Annotated[tuple[str, ...], Field(strict=False)]
-    """Names of variables that checks see beside the base set."""
+    """Names of environment variables that checks get in addition to the base set."""
     allow_failing_base: bool = False
-    """Whether sessions start though the checks fail on the base."""
+    """Whether sessions start even if the checks fail on the base."""
     retry_checks: bool
-    """Whether another attempt follows where the checks failed."""
+    """Whether to retry the task after failed checks."""
     max_file: int
-    """Bytes of the largest file that may be committed."""
+    """The size of the largest file that may be committed, in bytes."""
     priority: int
-    """The higher, the earlier among those that are ready."""
+    """Ready tasks with a higher priority start first."""
     owns: Annotated[tuple[str, ...], Field(strict=False)]
-    """Patterns of the paths that it works on."""
-    on_escape: Literal["bounce", "extend", "allow"] = "bounce"
-    """What follows where it owns paths and has changed others."""
+    """Patterns of the paths that it may change."""
+    on_out_of_scope: Literal["retry", "extend", "allow"] = "retry"
+    """What to do if it owns paths and changed other paths."""
     instructions: str | None = None
-    """What the CLI is told apart from the prompt."""
+    """Instructions for the CLI in addition to the prompt."""
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
-    """What all of its sessions may use up together."""
+    """The budget of the task, for all of its sessions."""
     session_budget: BudgetConfig = Field(default_factory=BudgetConfig)
-    """What each of them may use up."""
+    """The budget of each session."""
     workflow: str | None = None
-    """The name of the phases that it goes through; None: the one phase `build`."""
+    """The name of its workflow; None: the single phase `build`."""
     context: dict[str, Any] = {}
-    """The values that its first phase inherits: its own before those of the file; none without a workflow."""
+    """The values for its first phase: its own override the file's. Empty without a workflow."""
     tracker: str | None = None
-    """The name of the tracker that it came from; None: the user's file has it."""
+    """The name of the tracker that it came from; None: it is in the config file."""
     plan: str | None = None
-    """The id of the handoff with the plan that it came of: an agent wrote its prompt; None: no plan."""
+    """The id of the plan handoff that created it, so that an agent wrote its prompt; None: no plan."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of all adapters that may run it, the best first."""
+        """The names of all adapters that may run it, in order of preference."""
         return (self.adapter, *self.fallback)
 
     @property
     def builds_on_target(self) -> bool:
-        """Whether it starts from the target: it needs what landed there, or follows what may change its paths."""
+        """Whether it starts from the target: it needs landed tasks, or follows tasks that may change its paths."""
         return bool(self.needs or self.owns)
 
 
@@ -129,164 +129,164 @@ _Paths = Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(stric
 
 
 class PathAccess(_Model):
-    """What sessions may reach of this machine beyond their worktree; paths are absolute."""
+    """Paths outside the worktree that sessions may access; absolute."""
 
     writable: _Paths = ()
-    """Files and folders to write."""
+    """Writable files and folders."""
     readable: _Paths = ()
-    """Files and folders to read inside of what is hidden."""
+    """Readable files and folders inside hidden folders."""
 
     def __or__(self, other: PathAccess) -> PathAccess:
-        """Return both together."""
+        """Return the union of both."""
         return PathAccess(writable=self.writable + other.writable, readable=self.readable + other.readable)
 
 
 class LimitsConfig(_Model):
-    """What each process of a session or check may have of a resource; None: as much as `council` itself."""
+    """Resource limits of each process of a session or check; None: the limits of `council` itself."""
 
     memory: int | None = None
-    """Bytes of its own."""
+    """Private memory in bytes."""
     file_size: int | None = None
-    """Bytes of a file that it writes."""
+    """The size of the largest file that it may write, in bytes."""
     open_files: int | None = None
-    """Files, sockets and pipes that it has open."""
+    """Open files, sockets and pipes."""
     processes: int | None = None
-    """Processes of the same user, wherever they belong."""
+    """Processes of the same user, including unrelated ones."""
 
     @property
     def by_resource(self) -> dict[str, int]:
-        """Return those that are set, and no core dumps, by their names in setrlimit(2)."""
-        found = {"DATA": self.memory, "FSIZE": self.file_size, "NOFILE": self.open_files, "NPROC": self.processes}
-        return {"CORE": 0, **{name: most for name, most in found.items() if most is not None}}
+        """Return the limits that are set, by their names in setrlimit(2); core dumps are always disabled."""
+        limits = {"DATA": self.memory, "FSIZE": self.file_size, "NOFILE": self.open_files, "NPROC": self.processes}
+        return {"CORE": 0, **{name: limit for name, limit in limits.items() if limit is not None}}
 
 
 class SandboxConfig(_Model):
-    """What fences all sessions and checks of a run in."""
+    """The sandbox of all sessions and checks of a run."""
 
     sandbox: str
     """`auto`, `bubblewrap`, `landlock` or `off`."""
     network: bool
-    """Whether they reach the network, all of it."""
+    """Whether they may use the network without limits."""
     hosts: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Without `network`: what they reach all the same, as entries of `network.allow`."""
+    """Hosts that they may reach if `network` is false, as entries of `network.allow`."""
     nesting: bool = False
-    """Whether they may make user namespaces, and so sandboxes of their own."""
+    """Whether they may create user namespaces, and so nested sandboxes."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
-    """What each of their processes may have of a resource."""
+    """Resource limits of each of their processes."""
     reach: PathAccess
-    """What all of them may reach."""
+    """Paths that all of them may access."""
 
 
 _Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class SetupStep(_Model):
-    """A command that makes a new worktree ready for work."""
+    """A command that sets up a new worktree."""
 
     run: str
     """The shell command."""
     inputs: _Strings = ()
-    """Files of the commit: it is run again only when one of them changed; without any, once for each worktree."""
+    """Tracked files: the command runs again if one of them changed. Without any, it runs once per worktree."""
     timeout: float = 600.0
-    """Wall-clock seconds that it may take."""
+    """Its wall-clock limit in seconds."""
 
 
 class WorktreesConfig(_Model):
-    """The checkouts that sessions and checks take turns in; paths are relative to their top, without `/` at the end."""
+    """The pool of worktrees for sessions and checks; paths are relative to the top, without a trailing `/`."""
 
     max: int = 16
-    """How many there are at most."""
+    """The largest number of worktrees."""
     max_size: int | None = None
-    """Bytes that all of them may take on disk together; None: no limit."""
+    """Their total size on disk in bytes; None: no limit."""
     sparse: _Strings = ()
-    """The folders that are checked out, beside the files at the top; none: all."""
+    """The folders to check out, in addition to top-level files; empty: all."""
     setup: Annotated[tuple[SetupStep, ...], Field(strict=False)] = ()
-    """What is run in turn in a new worktree before its first session."""
+    """Commands that run in order in a new worktree, before its first session."""
     before_run: _Strings = ()
-    """Shell commands before each session; one that fails fails the attempt."""
+    """Shell commands that run before each session; a failure fails the attempt."""
     after_run: _Strings = ()
-    """Shell commands after each session; one that fails is only told of."""
+    """Shell commands that run after each session; a failure is only reported."""
     teardown: _Strings = ()
-    """Shell commands before a worktree is deleted; one that fails is only told of."""
+    """Shell commands that run before a worktree is deleted; a failure is only reported."""
     hooks_timeout: float = 600.0
-    """Wall-clock seconds that each of these three kinds of commands may take."""
+    """The wall-clock limit of each of these three kinds of commands, in seconds."""
     env: _Strings = ()
-    """Names of variables that all these commands see beside the base set."""
+    """Names of environment variables that all these commands get in addition to the base set."""
     copied: _Strings = ()
-    """Untracked files and folders of the user's checkout that each worktree gets a copy of."""
+    """Untracked files and folders of the user's checkout that are copied into each worktree."""
     linked: _Strings = ()
-    """Untracked files and folders of the user's checkout that each worktree gets a link to."""
+    """Untracked files and folders of the user's checkout that each worktree links to."""
     keep_ignored: _Strings = ()
-    """Ignored files and folders that stay for the next session: names at any depth, or paths with `/` from the top."""
+    """Ignored paths to preserve for the next session: names at any depth, or paths with `/` from the top."""
     ports: int = 0
-    """How many free ports each of them gets."""
+    """The number of free ports per worktree."""
 
 
 class McpServerConfig(_Model):
-    """A server of the Model Context Protocol: a command, or a URL."""
+    """A Model Context Protocol server: a command, or a URL."""
 
     argv: _Strings = ()
     """The program and its arguments."""
     env: _Strings = ()
-    """Names of variables that it gets."""
+    """Names of environment variables that it gets."""
     url: str | None = None
-    """Where it is served."""
+    """The URL of a running server."""
 
     def named(self, name: str) -> McpServer:
-        """Return what adapters are told of it."""
+        """Return the server under this name, in the form that adapters get."""
         return McpServer(name, self.argv, self.env, self.url)
 
 
 class AdapterConfig(_Model):
-    """One adapter under its name, with validated options."""
+    """A named adapter with validated options."""
 
     name: str
-    """The name that tasks call it by."""
+    """The name that tasks refer to."""
     use: str
-    """The name that a plugin registered its type under."""
+    """The registered name of its type."""
     capacity: int | None
-    """How many of its sessions may run at once; None: as many as the run's capacity."""
+    """The largest number of its concurrent sessions; None: the capacity of the run."""
     reach: PathAccess
-    """What its sessions may reach beyond what all may."""
+    """Paths that its sessions may access in addition to `SandboxConfig.reach`."""
     keep_ignored: _Strings
-    """What stays for its next session beside `WorktreesConfig.keep_ignored`."""
+    """Paths to preserve for its next session in addition to `WorktreesConfig.keep_ignored`."""
     options: SerializeAsAny[BaseModel]
-    """An instance of that type's `Options`."""
+    """An instance of the `Options` of its type."""
 
     def to_stored(self) -> JsonObject:
-        """Return what `restore_adapter` takes, as plain JSON."""
+        """Return plain JSON for `restore_adapter`."""
         return self.model_dump(mode="json", exclude={"name"})
 
 
 class SinkConfig(_Model):
-    """One sink under its name, with validated options."""
+    """A named sink with validated options."""
 
     name: str
-    """The name that the file gives it."""
+    """Its name in the config file."""
     use: str
-    """The name that a plugin registered its type under."""
+    """The registered name of its type."""
     events: Annotated[tuple[str, ...], Field(strict=False)]
-    """Patterns of the events that it gets."""
+    """Patterns of the events that it receives."""
     options: SerializeAsAny[BaseModel]
-    """An instance of that type's `Options`."""
+    """An instance of the `Options` of its type."""
 
     def to_stored(self) -> JsonObject:
-        """Return what `restore` takes, as plain JSON."""
+        """Return plain JSON for `restore_options`."""
         return self.model_dump(mode="json", exclude={"name"})
 
 
 class TrackerConfig(_Model):
-    """One tracker under its name, with validated options."""
+    """A named tracker with validated options."""
 
     name: str
-    """The name that the file gives it."""
+    """Its name in the config file."""
     use: str
-    """The name that a plugin registered its type under."""
+    """The registered name of its type."""
     options: SerializeAsAny[BaseModel]
-    """An instance of that type's `Options`."""
+    """An instance of the `Options` of its type."""
 
     def to_stored(self) -> JsonObject:
-        """Return what `restore` takes, as plain JSON."""
+        """Return plain JSON for `restore_options`."""
         return self.model_dump(mode="json", exclude={"name"})
 
 
@@ -294,36 +294,38 @@ Type = TypeVar("Type", AdapterType, SinkType, TrackerType)
 
 
 def restore_options(
-    what: str, stored: JsonObject, types: Mapping[str, Type], why: str | None = None
+    subject: str, stored: JsonObject, types: Mapping[str, Type], why: str | None = None
 ) -> tuple[Type, BaseModel]:
-    """Return the type and the options that a config's `stored` gave, without the file that it came from.
+    """Return the type and options of a stored adapter, sink or tracker, without its config file.
 
-    `what` names it in messages. Raises RefusedError if its plugin is no longer installed, with `why` if that is known,
-    or no longer takes these options.
+    `subject` names the entry in messages. Raises RefusedError if its plugin is no longer installed, with the reason
+    `why` if known, or if the type no longer accepts these options.
     """
     use = str(stored["use"])
     if use not in types:
         reason = f": {why}" if why is not None else ""
-        raise RefusedError(f"{what} uses {use!r}, which is not installed{reason}", "install the plugin that brings it")
+        raise RefusedError(
+            f"{subject} uses {use!r}, which is not installed{reason}", "install the plugin that provides it"
+        )
     try:
         return types[use], types[use].Options.model_validate(stored["options"])
     except ValidationError as error:
-        raise _outdated(what, use, f"{error.error_count()} options differ") from error
+        raise _outdated(subject, use, f"{error.error_count()} options differ") from error
     except KeyError as error:
-        raise _outdated(what, use, f"{error} is missing") from error
+        raise _outdated(subject, use, f"{error} is missing") from error
 
 
-def _outdated(what: str, use: str, how: str) -> RefusedError:
+def _outdated(subject: str, use: str, difference: str) -> RefusedError:
     remedy = "install that version again, or start a new run"
-    return RefusedError(f"{what} was configured for another version of {use!r} ({how})", remedy)
+    return RefusedError(f"{subject} was configured for another version of {use!r} ({difference})", remedy)
 
 
 def restore_adapter(
     name: str, stored: JsonObject, adapter_types: Mapping[str, AdapterType], why: str | None = None
 ) -> AdapterConfig:
-    """Return the adapter that `AdapterConfig.to_stored` gave; see `restore`."""
-    what = f"adapter {name!r}"
-    _, options = restore_options(what, stored, adapter_types, why)
+    """Return the adapter from `AdapterConfig.to_stored`; see `restore_options` for `why` and errors."""
+    subject = f"adapter {name!r}"
+    _, options = restore_options(subject, stored, adapter_types, why)
     try:
         reach = PathAccess.model_validate(stored["reach"])
         return AdapterConfig(
@@ -335,9 +337,9 @@ def restore_adapter(
             options=options,
         )
     except ValidationError as error:
-        raise _outdated(what, stored["use"], f"{error.error_count()} options differ") from error
+        raise _outdated(subject, stored["use"], f"{error.error_count()} options differ") from error
     except KeyError as error:
-        raise _outdated(what, stored["use"], f"{error} is missing") from error
+        raise _outdated(subject, stored["use"], f"{error} is missing") from error
 
 
 def restore_adapters(
@@ -345,130 +347,135 @@ def restore_adapters(
     adapter_types: Mapping[str, AdapterType],
     explain: Callable[[str], str | None] = lambda _: None,
 ) -> dict[str, AdapterConfig]:
-    """Return the adapters of a run by name, from what is recorded of them."""
-    return {name: restore_adapter(name, one, adapter_types, explain(str(one["use"]))) for name, one in stored.items()}
+    """Return the adapters of a run by name, from their stored configs."""
+    return {
+        name: restore_adapter(name, config, adapter_types, explain(str(config["use"])))
+        for name, config in stored.items()
+    }
 
 
 def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
-    """Return the adapters that were configured, by name."""
+    """Return an adapter instance for each config, by name."""
     return {name: adapter_types[config.use](config.options) for name, config in configs.items()}
 
 
 def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
-    """Return the adapters that a config's tasks use, made as a resume would make them from what is recorded."""
+    """Return the adapters that the tasks of a config use, created from stored configs as on resume."""
     used = {name for task in config.tasks for name in config.adapters_of(task)}
     stored = {name: entry.to_stored() for name, entry in config.adapters.items() if name in used}
     return make_adapters(restore_adapters(stored, adapter_types), adapter_types)
 
 
 class Retention(_Model):
-    """How much of the past a store keeps; of what is older the last versions of each document stay."""
+    """How much history a store retains; the last version of older documents is always retained."""
 
     age: float | None = 30 * 86400.0
-    """Seconds; None: without end."""
+    """Seconds; None: unlimited."""
     size: int = 1_000_000_000
-    """Bytes that the log may take, before what is younger goes, too."""
+    """The size of the log in bytes above which newer history is pruned too."""
 
 
 class StateConfig(_Model):
-    """Where a run is recorded, and for how long."""
+    """The state store of a run, and its retention."""
 
     url: str | None = None
-    """The URL of the store; None: the project's own."""
+    """The URL of the store; None: the default store of the project."""
     retention: Retention = Field(default_factory=Retention)
-    """How much of the past it keeps."""
+    """How much history it retains."""
 
 
 class CoordinationConfig(_Model):
-    """How the processes that work in one run keep out of each other's way; durations are in seconds."""
+    """How the processes of one run coordinate; durations are in seconds."""
 
     enabled: bool = True
-    """Whether others can join; without it nothing is claimed beside the run itself."""
-    heartbeat: float = 60.0
+    """Whether other processes can join; if false, only the run itself is claimed."""
+    heartbeat_interval: float = 60.0
     """How often an owner renews its claims."""
-    stale: float = 300.0
-    """How long a claim holds without that."""
-    owner_stale: float = 600.0
+    stale_after: float = 300.0
+    """How long after its last renewal a claim expires."""
+    owner_stale_after: float = 600.0
     """The same for an owner on this machine that is not proven dead."""
-    sweep: float = 90.0
-    """How often claims that no longer hold are looked for."""
+    sweep_interval: float = 90.0
+    """How often to look for expired claims."""
     max_retries: int = 3
-    """How often a task is tried again, by whomever."""
+    """The largest number of retries of a task, across all processes."""
     when_unreachable: Literal["pause", "continue"] = "pause"
-    """What is done while the store can't be reached."""
-    role: Literal["auto", "coordinator", "worker"] = "auto"
-    """Whether it may override the claims of others: `auto` as long as it coordinates the run."""
+    """What to do while the store is unreachable."""
+    role: Literal["auto", "leader", "worker"] = "auto"
+    """Whether it may override the claims of workers; with `auto`, only while it leads the run."""
     tools: bool = True
-    """Whether sessions can ask who else is at work."""
+    """Whether sessions can use the coordination tools."""
     lock_timeout: float = 5.0
-    """How many seconds a session waits for a lock, where it does not say."""
+    """How many seconds a session waits for a lock by default."""
 
     def timing(self) -> ClaimTiming:
-        """Return what of it decisions about claims take."""
-        return ClaimTiming(self.heartbeat, self.stale, self.owner_stale, self.sweep, self.max_retries)
+        """Return the settings that decisions about claims need."""
+        return ClaimTiming(
+            self.heartbeat_interval, self.stale_after, self.owner_stale_after, self.sweep_interval, self.max_retries
+        )
 
 
 class RunConfig(_Model):
-    """What one file asks for."""
+    """The resolved config of one run."""
 
     path: Annotated[Path, Field(strict=False)]
-    """The file, absolute; where there is none, the name of the run in the folder that its paths start from."""
+    """The absolute path of the config file; without a file, the run's name in the folder that paths are relative to."""
     texts: Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(strict=False)] = ()
-    """The files that prompts and schemas were read from; absolute, with symlinks resolved."""
+    """The prompt and schema files; absolute, with symlinks resolved."""
     repo: str
-    """The repository: an absolute path, or a URL as it was written."""
+    """The repository: an absolute path, or a URL as written."""
     is_url: bool
     """Whether `repo` is a URL."""
     base: str
-    """The branch that work starts from."""
+    """The branch that tasks start from."""
     target: str | None
-    """The branch that work lands on; None leaves the choice to the run."""
+    """The branch that tasks land on; None: the run chooses it."""
     capacity: int
-    """How many sessions may run at once."""
+    """The largest number of concurrent sessions."""
     session_memory: int
-    """Bytes of memory that one session is expected to take."""
+    """The expected memory of one session, in bytes."""
     fence: SandboxConfig
-    """What sessions and checks are fenced in by."""
+    """The sandbox of sessions and checks."""
     worktrees: WorktreesConfig
-    """What they take turns in."""
+    """The pool of worktrees for sessions and checks."""
     mcp_servers: Mapping[str, McpServerConfig] = {}
-    """What sessions can use, by name."""
+    """Model Context Protocol servers for sessions, by name."""
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
-    """What all sessions may use up together."""
+    """The budget of the run, for all sessions together."""
     prices: Mapping[str, Price] = {}
-    """What the file says that models cost, by name."""
+    """The prices in the config file, by model."""
     state: StateConfig = Field(default_factory=StateConfig)
-    """Where all is recorded."""
+    """The state store."""
     coordination: CoordinationConfig = Field(default_factory=CoordinationConfig)
-    """How those that work in it keep out of each other's way."""
+    """How the processes of the run coordinate."""
     adapters: Mapping[str, AdapterConfig]
     """The adapters by name."""
     sinks: Mapping[str, SinkConfig] = {}
-    """Who gets to know what happens, by name."""
+    """Sinks that receive events, by name."""
     trackers: Mapping[str, TrackerConfig] = {}
-    """Where further tasks are taken from when the run is made, by name."""
+    """Sources of additional tasks when the run is created, by name."""
     tasks: Annotated[tuple[TaskSpec, ...], Field(strict=False)]
     """The tasks in the file's order."""
     workflows: Mapping[str, Annotated[tuple[Phase, ...], Field(strict=False)]] = {}
-    """The phases of the workflows that tasks go through, and of those that tasks of their plans will, by name."""
+    """Phases by workflow name, including the workflows of tasks that plans create."""
     context: dict[str, Any] = {}
-    """What the file gives to the phases of all tasks; the tasks' own `context` has it already."""
+    """Values for the phases of all tasks; the `context` of each task already includes them."""
     given: tuple[str, ...] = ()
-    """The fields of this that the command line gave instead of the file."""
+    """The fields that the command line overrode."""
     template: TaskSpec | None = None
-    """What a task is that says nothing but its id, its prompt and its needs; None where there is no tracker."""
+    """The defaults of a task from a tracker; None if there are no trackers."""
 
     def adapters_of(self, task: TaskSpec) -> tuple[str, ...]:
-        """Return the names of all adapters that may run a phase of a task, or of what its plan becomes."""
+        """Return the names of all adapters that may run a phase of a task, or of tasks that its plan creates."""
         workflows = [task.workflow]
-        for name in workflows:  # those of what plans become with them
-            expansions = [one.expand for one in self.phases_of(name) if one.expand is not None]
-            workflows += dict.fromkeys(one.workflow for one in expansions if one.workflow not in workflows)
+        for name in workflows:  # grows: includes the workflows of tasks that plans create
+            expansions = [phase.expand for phase in self.phases_of(name) if phase.expand is not None]
+            workflows += dict.fromkeys(each.workflow for each in expansions if each.workflow not in workflows)
         phases = [phase for name in workflows for phase in self.phases_of(name)]
         own = task.adapters if None in workflows or any(phase.adapter is None for phase in phases) else ()
         named = [name for phase in phases if phase.adapter is not None for name in (phase.adapter, *phase.fallback)]
         return tuple(dict.fromkeys((*own, *named)))
 
     def phases_of(self, workflow: str | None) -> tuple[Phase, ...]:
-        """Return the phases of a workflow; None has none."""
+        """Return the phases of a workflow; empty for None."""
         return () if workflow is None else self.workflows[workflow]

@@ -1,4 +1,4 @@
-"""What a file asks of the machine beyond the default: a person confirms it before anything of it is executed. Pure."""
+"""List the permissions that a config requests beyond the defaults, for confirmation by a person."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from orchestrator.config.model import (
 
 
 def list_permission_requests(config: RunConfig, inside: Path) -> tuple[str, ...]:
-    """Return what a file asks for beyond the default, one line each, in the order of the file's keys.
+    """Return the requested permissions, one line each, in the order of the config keys.
 
-    `inside` is the top of the checkout that the file is in. Tasks, prompts in it, commands of checks and of worktrees,
-    limits, branches and programs that are named without a path ask for nothing: what they start runs in the sandbox.
+    `inside` is the top of the checkout with the config file. Tasks, inline prompts, commands of checks and worktrees,
+    limits, branches and programs without a path request nothing, because they run in the sandbox.
     """
     return tuple(dict.fromkeys(_requests(config, inside)))
 
@@ -44,8 +44,8 @@ def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
         yield f"state: {config.state.url} (where runs are recorded)"
     for task in (*config.tasks, *([config.template] if config.template is not None else [])):
         yield from _variables("checks_env", task.checks_env)
-    yield from _outlets("sinks", config.sinks)
-    yield from _outlets("trackers", config.trackers)
+    yield from _sinks_and_trackers("sinks", config.sinks)
+    yield from _sinks_and_trackers("trackers", config.trackers)
 
 
 def _fence(fence: SandboxConfig) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _worktrees(worktrees: WorktreesConfig) -> Iterator[str]:
             yield f"worktrees.{key}: {path} (sessions can read this untracked file of your checkout)"
 
 
-def _outlets(kind: str, entries: Mapping[str, SinkConfig] | Mapping[str, TrackerConfig]) -> Iterator[str]:
+def _sinks_and_trackers(kind: str, entries: Mapping[str, SinkConfig] | Mapping[str, TrackerConfig]) -> Iterator[str]:
     for name, entry in entries.items():
         options = entry.options.model_dump(mode="json", exclude_unset=True)
         written = json.dumps(options, ensure_ascii=False, sort_keys=True)

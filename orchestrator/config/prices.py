@@ -1,4 +1,4 @@
-"""The prices of models that come with us, in `prices.json` beside this file; a run's file goes over them."""
+"""Built-in model prices, from `prices.json`; the config file overrides them."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ _FILE = Path(__file__).with_name("prices.json")
 
 @cache
 def known_prices() -> dict[str, Price]:
-    """Return what a million tokens of a model cost, by the model's name or the beginning of it. Blocks once."""
+    """Return the prices by model name or prefix. Blocks on the first call."""
     return TypeAdapter(dict[str, Price]).validate_json(_FILE.read_bytes())

@@ -1,7 +1,7 @@
-"""What the shape of a file can't show: whether its tasks fit each other, and the world outside the file.
+"""Check references between parts of a config file, and to files and folders outside.
 
-Each check takes the file's nodes as they are, so that one mistake does not hide another: what has the wrong type is
-passed over here, since its shape is told of elsewhere.
+Each check works on raw nodes, so that one mistake does not hide another: values of the wrong type are skipped here,
+because schema validation reports them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def iter_task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
 
 
 def check_size(root: Node, problems: Problems) -> bool:
-    """Note a list of more tasks than are taken; False then, since nothing else about them matters."""
+    """Report too many tasks; return False then, to skip all other checks."""
     tasks = root.get("tasks")
     if tasks is None or len(tasks.children) <= MAX_TASKS:
         return True
@@ -44,7 +44,7 @@ def check_size(root: Node, problems: Problems) -> bool:
 
 
 def check_required_sections(root: Node, problems: Problems) -> None:
-    """Note that there are no adapters, or no tasks and no tracker that could give some."""
+    """Report missing adapters, or missing tasks without a tracker."""
     if root.get("adapters") is None:
         problems.add(root.at, "the key 'adapters' is missing", "add `adapters:` here")
     tasks, trackers = root.get("tasks"), root.get("trackers")
@@ -57,7 +57,7 @@ def check_required_sections(root: Node, problems: Problems) -> None:
 
 
 def check_empty_keys(root: Node, problems: Problems) -> None:
-    """Note keys without a value, wherever a key may be left out."""
+    """Report optional keys without a value."""
     for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
         reject_empty_keys(node, problems)
     for section in ("worktrees", "state", "coordination"):
@@ -74,7 +74,7 @@ def check_empty_keys(root: Node, problems: Problems) -> None:
 
 
 def check_folder(root: Node, folder: Path, problems: Problems) -> None:
-    """Note a repository's path that is no folder."""
+    """Report a repository path that is not a folder."""
     repo = root.get("repo")
     if repo is None or not isinstance(repo.value, str):
         return
@@ -93,32 +93,32 @@ def check_folder(root: Node, folder: Path, problems: Problems) -> None:
 
 
 def check_state(root: Node, problems: Problems) -> None:
-    """Note a store that is named twice, and a folder for it that is no path."""
+    """Report a store that is given twice, and an invalid folder."""
     folder, state = root.get("state_dir"), root.get("state")
     if folder is None:
         return
     if state is not None and (isinstance(state.value, str) or state.get("url") is not None):
-        problems.add(folder.at, "the store is named by `state`, too", "remove one of them")
+        problems.add(folder.at, "`state` already names the store", "remove one of them")
     if isinstance(folder.value, str) and "\0" in folder.value:
-        problems.add(folder.at, "a path can't hold a NUL character", "write a path relative to this file")
+        problems.add(folder.at, "a path can't contain a NUL character", "write a path relative to this file")
 
 
 def check_coordination(root: Node, problems: Problems) -> None:
-    """Note durations of `coordination` that contradict each other, of which one may be what it is unless given."""
+    """Report conflicting durations of `coordination`, including defaults."""
     node = root.get("coordination")
     if node is None or not isinstance(node.value, dict):
         return
     found = validate(CoordinationSettings, node, Problems(""))
-    if found is None:  # which is told of with the file's shape
+    if found is None:  # reported by schema validation
         return
     config = CoordinationConfig.model_validate(found.model_dump())
-    for misfit in find_duration_conflicts(config):
-        at = node.get(misfit.short) or node.get(misfit.long) or node
-        problems.add(at.at, *explain_duration_conflict(misfit, config))
+    for conflict in find_duration_conflicts(config):
+        at = node.get(conflict.short) or node.get(conflict.long) or node
+        problems.add(at.at, *explain_duration_conflict(conflict, config))
 
 
 def check_network(root: Node, problems: Problems) -> None:
-    """Note a network that is to be limited where no sandbox limits it."""
+    """Report network limits without a sandbox."""
     network, sandbox = root.get("network"), root.get("sandbox")
     if network is None or sandbox is None:
         return
@@ -130,7 +130,7 @@ def check_network(root: Node, problems: Problems) -> None:
 
 
 def check_copied_files(root: Node, problems: Problems) -> None:
-    """Note what worktrees are to get from a checkout twice, or from a repository that has none on this machine."""
+    """Report duplicate files to copy or link, and such files for a remote repository."""
     repo = root.get("repo")
     is_remote = repo is not None and isinstance(repo.value, str) and is_url(repo.value)
     found: dict[str, Position] = {}
@@ -143,7 +143,7 @@ def check_copied_files(root: Node, problems: Problems) -> None:
             if is_remote:
                 what = f"`{key}` takes files from your checkout, and a repository by URL has none"
                 problems.add(
-                    item.at, what, "make them by a command under `setup:`, or set `repo` to the path of a clone"
+                    item.at, what, "create them with a command under `setup:`, or set `repo` to the path of a clone"
                 )
             elif path is not None and found.setdefault(path, item.at) != item.at:
                 problems.add(item.at, f"{quote_text(path)} is there already, {found[path]}", "name it once")
@@ -158,13 +158,13 @@ def check_copied_files(root: Node, problems: Problems) -> None:
 
 
 def iter_items(listed: Node | None) -> Iterator[Node]:
-    """Yield the items of a list; none of what is no list."""
+    """Yield the items of a list; nothing for other nodes."""
     if listed is not None and isinstance(listed.value, list):
         yield from listed.children.values()
 
 
 def check_ids(root: Node, problems: Problems) -> None:
-    """Note ids that are there twice; folder names may not tell upper from lower case."""
+    """Report duplicate ids, ignoring case: folder names may be case-insensitive."""
     first: dict[str, tuple[str, Position]] = {}
     for _, task in iter_task_nodes(root):
         found = task.get("id")
@@ -176,11 +176,11 @@ def check_ids(root: Node, problems: Problems) -> None:
         what = f"the task {quote_text(name)} is there already, {at}"
         if name != found.value:
             what = f"{quote_text(found.value)} differs only in case from the task {quote_text(name)} {at}"
-        problems.add(found.at, what, "give each task an id of its own")
+        problems.add(found.at, what, "give each task a unique id")
 
 
 def check_needs(root: Node, problems: Problems) -> None:
-    """Note needs of tasks that do not exist, of the task itself, named twice, or in a circle."""
+    """Report needs that are unknown, the task itself, duplicate, or part of a cycle."""
     edges: dict[str, dict[str, Position]] = {}
     nameless = not _all_are_mappings(root)
     for _, task in iter_task_nodes(root):
@@ -188,12 +188,12 @@ def check_needs(root: Node, problems: Problems) -> None:
             edges[task.value["id"]] = {}
         else:
             nameless = True
-    # A task whose id can't be read may be the one that is meant.
+    # A need may refer to a task whose id can't be read.
     known = KnownWords(edges, "the tasks") if not nameless else None
     for _, task in iter_task_nodes(root):
         _check_needs_of(task, edges, known, problems)
-    for circle in find_cycles(edges):
-        _note_cycle(circle, edges, problems)
+    for cycle in find_cycles(edges):
+        _note_cycle(cycle, edges, problems)
 
 
 def _check_needs_of(
@@ -223,17 +223,17 @@ def _all_are_mappings(root: Node) -> bool:
     return tasks is not None and isinstance(tasks.value, list) and all(isinstance(task, dict) for task in tasks.value)
 
 
-def _note_cycle(circle: list[str], edges: Mapping[str, Mapping[str, Position]], problems: Problems) -> None:
-    steps = zip(circle, [*circle[1:], circle[0]], strict=True)
+def _note_cycle(cycle: list[str], edges: Mapping[str, Mapping[str, Position]], problems: Problems) -> None:
+    steps = zip(cycle, [*cycle[1:], cycle[0]], strict=True)
     at, begin = min((edges[task][need], index) for index, (task, need) in enumerate(steps))
-    named = [*circle[begin:], *circle[:begin], circle[begin]]
+    named = [*cycle[begin:], *cycle[:begin], cycle[begin]]
     if len(named) > _MOST_NAMED:
-        named = [*named[: _MOST_NAMED - 2], f"… ({len(circle)} tasks)", named[-1]]
-    problems.add(at, f"tasks need each other in a circle: {' -> '.join(named)}", "remove one of these needs")
+        named = [*named[: _MOST_NAMED - 2], f"… ({len(cycle)} tasks)", named[-1]]
+    problems.add(at, f"dependency cycle: {' -> '.join(named)}", "remove one of these needs")
 
 
 def check_commands(root: Node, problems: Problems) -> None:
-    """Note keys in the commands of worktrees, which are recorded."""
+    """Report secret keys in the commands of worktrees, which are recorded."""
     steps = iter_items(root.get("worktrees", "setup"))
     commands = [step.get("run") or step for step in steps]
     for key in ("before_run", "after_run", "teardown"):
@@ -244,11 +244,11 @@ def check_commands(root: Node, problems: Problems) -> None:
 
 
 def check_mcp_servers(root: Node, problems: Problems) -> None:
-    """Note servers that are neither a command nor a URL or both, and keys in what is recorded of them."""
+    """Report servers without exactly one of command and URL, and secret keys in recorded values."""
     servers = root.get("mcp_servers")
     if servers is not None and MCP_SERVER_NAME in servers.keys:
-        what = f"{MCP_SERVER_NAME!r} is the name of the server that sessions get of us, to ask about each other"
-        problems.add(servers.keys[MCP_SERVER_NAME], what, "give yours another name")
+        what = f"{MCP_SERVER_NAME!r} is reserved for the built-in server"
+        problems.add(servers.keys[MCP_SERVER_NAME], what, "choose another name")
     for server in servers.children.values() if servers is not None else ():
         command, url = server.get("command"), server.get("url")
         if isinstance(server.value, dict) and (command is None) == (url is None):
@@ -260,10 +260,10 @@ def check_mcp_servers(root: Node, problems: Problems) -> None:
 
 
 def reject_secret(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
-    """Note what looks like a secret in a text that is recorded; `env` is where a variable can be named instead."""
+    """Report an apparent secret in a recorded text; `env` is the key for variable names instead."""
     if has_secret_key(text):
-        remedy = f"take it out, and pass a variable on by its name under {env}"
-        problems.add(node.at, f"the {what} holds what looks like a secret key, and {what}s are recorded", remedy)
+        remedy = f"remove it, and pass a variable by its name under {env}"
+        problems.add(node.at, f"the {what} contains an apparent secret key, and {what}s are recorded", remedy)
 
 
 def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
@@ -271,7 +271,7 @@ def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
 
 
 def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]:
-    """Return the prompt of each task by index, read from its file where it names one, for those that have one."""
+    """Return the prompt of each task by index, read from its file if it names one."""
     prompts: dict[int, str] = {}
     read = functools.cache(read_prompt)
     for index, task in iter_task_nodes(root):

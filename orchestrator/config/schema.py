@@ -1,4 +1,4 @@
-"""What users write: the shape of the file, before references between its parts are checked."""
+"""Pydantic models of the config file as users write it, before cross-references are checked."""
 
 from __future__ import annotations
 
@@ -60,49 +60,49 @@ MAX_TASKS = 100_000
 MAX_RETRIES = 99
 MAX_PHASES = 50
 MAX_HOSTS = 1_000
-#: What a task says that has no workflow although the defaults name one.
+#: The value of `workflow` for a task without a workflow, where the defaults name one.
 NO_WORKFLOW: Final = "none"
-#: Bytes of one `context:` as JSON.
+#: Size limit of one `context:` mapping as JSON, in bytes.
 MAX_CONTEXT_BYTES: Final = 64 << 10
 VALUE_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 def _check_version(version: int) -> int:
     if version != 1:
-        raise ValueError(f"version {version} is not known here: write 1")
+        raise ValueError(f"unsupported version {version}: write 1")
     return version
 
 
 def _check_prompt(prompt: str) -> str:
     if not prompt.strip():
-        raise ValueError("the prompt is empty: say what is to be done")
+        raise ValueError("the prompt is empty: describe the task")
     return prompt
 
 
-# A file's numbers need a unit; from code, where types and names tell it, they are seconds and bytes.
+# Numbers in a file need a unit; numbers passed from Python are seconds or bytes.
 def _seconds(value: Any, info: ValidationInfo) -> float:
-    return check_seconds(value) if _is_number_of_code(value, info) else parse_duration(value)
+    return check_seconds(value) if _is_number_from_code(value, info) else parse_duration(value)
 
 
-def _silence(value: Any, info: ValidationInfo) -> float:
+def _idle_timeout(value: Any, info: ValidationInfo) -> float:
     if value == math.inf and not _is_from_file(info):
         return math.inf
-    return check_seconds(value) if _is_number_of_code(value, info) else parse_optional_duration(value)
+    return check_seconds(value) if _is_number_from_code(value, info) else parse_optional_duration(value)
 
 
 def _retention(value: Any, info: ValidationInfo) -> float:
     if value == math.inf and not _is_from_file(info):
         return math.inf
-    if _is_number_of_code(value, info):
+    if _is_number_from_code(value, info):
         return check_seconds(value, longest=MAX_RETENTION)
     return parse_optional_duration(value, longest=MAX_RETENTION)
 
 
 def _bytes(value: Any, info: ValidationInfo) -> int:
-    return check_bytes(value) if _is_number_of_code(value, info) and type(value) is int else parse_size(value)
+    return check_bytes(value) if _is_number_from_code(value, info) and type(value) is int else parse_size(value)
 
 
-def _is_number_of_code(value: Any, info: ValidationInfo) -> bool:
+def _is_number_from_code(value: Any, info: ValidationInfo) -> bool:
     return not _is_from_file(info) and type(value) in {int, float}
 
 
@@ -111,7 +111,7 @@ def _is_from_file(info: ValidationInfo) -> bool:
 
 
 def _text(pattern: str) -> WithJsonSchema:
-    """Return what an editor knows of a text that a validator of ours judges: a pattern to search in it."""
+    """Return the JSON Schema of a string that a validator here checks: a search pattern, for editors."""
     return WithJsonSchema({"type": "string", "pattern": pattern})
 
 
@@ -131,22 +131,20 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def _check_env_name(name: str) -> str:
     if not _ENV_NAME.fullmatch(name):
         raise ValueError(
-            f"{quote_text(name)} can't name a variable: use letters, digits and '_', not beginning with a digit"
+            f"{quote_text(name)} is not a valid variable name: use letters, digits and '_', not starting with a digit"
         )
     return name
 
 
 def _check_retryable(name: str) -> str:
     if name not in RETRYABLE:
-        raise ValueError(
-            f"{quote_text(name)} is no class of failure that can be retried: use {', '.join(sorted(RETRYABLE))}"
-        )
+        raise ValueError(f"{quote_text(name)} is not a retryable failure class: use {', '.join(sorted(RETRYABLE))}")
     return name
 
 
 def _check_command(command: str) -> str:
     if not command.strip() or "\0" in command:
-        raise ValueError("a command is empty or holds a NUL character: write one for the shell, or remove it")
+        raise ValueError("a command is empty or contains a NUL character: write a shell command, or remove it")
     return command
 
 
@@ -173,7 +171,7 @@ def _network(value: Any) -> str:
 
 
 def _check_network(value: Any) -> Any:
-    if value not in ("on", "off"):  # which may be a list, that no set takes
+    if value not in ("on", "off"):  # not a set: the value may be unhashable
         raise ValueError(
             f"the network can't be {describe_value(value)}: write on, off, or {{allow: [api.example.com]}}"
         )
@@ -227,7 +225,7 @@ def _phase(value: Any) -> Any:
         case dict() if value and next(iter(value.values())) is None:
             name = next(iter(value))
             raise ValueError(
-                f"the keys of the phase {quote_text(str(name))} are beside its name: indent them more than it"
+                f"the keys of the phase {quote_text(str(name))} are at the level of its name: indent them further"
             )
     raise ValueError(
         f"a phase can't be {describe_value(value)}: write `- NAME: {{…}}`, one name with the keys of the phase"
@@ -237,7 +235,8 @@ def _phase(value: Any) -> Any:
 def _check_value_name(name: str) -> str:
     if not VALUE_NAME.fullmatch(name):
         raise ValueError(
-            f"{quote_text(name)} can't name a value: use up to 64 letters, digits and '_', not beginning with a digit"
+            f"{quote_text(name)} is not a valid value name: "
+            "use up to 64 letters, digits and '_', not starting with a digit"
         )
     return name
 
@@ -245,15 +244,13 @@ def _check_value_name(name: str) -> str:
 def _check_context(context: dict[str, Any]) -> dict[str, Any]:
     size = len(json.dumps(context, ensure_ascii=False, default=str).encode())
     if size > MAX_CONTEXT_BYTES:
-        raise ValueError(
-            f"these values take {size} bytes: keep them within {MAX_CONTEXT_BYTES}, or name a file to read"
-        )
+        raise ValueError(f"these values take {size} bytes: use at most {MAX_CONTEXT_BYTES}, or name a file to read")
     return context
 
 
 def _check_workflow_name(name: str) -> str:
     if name == NO_WORKFLOW:
-        raise ValueError(f"{NO_WORKFLOW!r} is what a task says that has no workflow: give this one another name")
+        raise ValueError(f"{NO_WORKFLOW!r} is reserved for tasks without a workflow: choose another name")
     return check_name(name)
 
 
@@ -268,7 +265,7 @@ EnvName = Annotated[str, AfterValidator(_check_env_name), _text(f"^{_ENV_NAME.pa
 Command = Annotated[str, AfterValidator(_check_command), _text(_NOT_BLANK)]
 IdleTimeout = Annotated[
     float,
-    BeforeValidator(_silence),
+    BeforeValidator(_idle_timeout),
     PlainSerializer(format_duration, when_used="json"),
     _text(OPTIONAL_DURATION_PATTERN),
 ]
@@ -314,112 +311,112 @@ class _Entry(BaseModel):
 
 
 class BackoffSettings(_Entry):
-    """How long to wait before a failed task is tried again; what is left out comes from the defaults."""
+    """The wait before a failed task is retried; missing keys come from the defaults."""
 
     initial: Duration | None = None
-    """The wait before the second attempt: 2s unless given."""
+    """The wait before the second attempt. Default: 2s."""
     factor: Annotated[float, Field(ge=1)] | None = None
-    """How many times longer each wait is than the one before: 2 unless given."""
+    """The factor by which each wait is longer than the previous one. Default: 2."""
     max: Duration | None = None
-    """The longest wait: 5m unless given."""
+    """The longest wait. Default: 5m."""
     jitter: bool | None = None
-    """Whether a wait is drawn at random between nothing and its full length: true unless given."""
+    """Whether to draw each wait at random between zero and its full length. Default: true."""
 
 
 class BudgetSettings(_Entry):
-    """How much may be used up; what is left out has no limit."""
+    """Spending limits; a missing key means no limit."""
 
     tokens: Count | None = None
-    """Tokens in and out, such as 500k or 2M."""
+    """Input and output tokens, such as 500k or 2M."""
     cost: Annotated[float, Field(gt=0, le=MAX_DOLLARS, strict=False)] | None = None
     """US dollars, as far as they are known."""
     time: Duration | None = None
-    """Wall-clock time of sessions, one after the other."""
+    """The sum of the wall-clock times of sessions."""
 
 
 class NetworkSettings(_Entry):
-    """The hosts that sessions and checks reach by HTTP and HTTPS, through a proxy; they reach no others."""
+    """The hosts that sessions and checks may reach by HTTP and HTTPS, through a proxy; all other hosts are blocked."""
 
     allow: Annotated[tuple[AllowedHost, ...], Field(strict=False, min_length=1, max_length=MAX_HOSTS)]
     """Hosts such as api.example.com (ports 80 and 443), *.example.com (its subdomains), or localhost:8080."""
 
 
 class LimitSettings(_Entry):
-    """What each process may have of a resource; what is left out has no limit of ours."""
+    """Resource limits of each process; a missing key sets no limit."""
 
     memory: Size | None = None
-    """Memory of its own."""
+    """Private memory."""
     file_size: Size | None = None
-    """The largest file that it may write."""
+    """The size of the largest file that it may write."""
     open_files: Annotated[int, Field(ge=64, le=1 << 20)] | None = None
-    """Files, sockets and pipes that it may have open."""
+    """Open files, sockets and pipes."""
     processes: Annotated[int, Field(ge=16, le=1 << 22)] | None = None
-    """Processes that the same user may have, those of others included; no limit for root."""
+    """Processes of the same user, including unrelated ones; no limit for root."""
 
 
 class McpServerSettings(_Entry):
-    """A server of the Model Context Protocol."""
+    """A Model Context Protocol server."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["command"]}, {"required": ["url"]}]})
 
     command: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)] | None = None
-    """The program and its arguments, which speaks on standard input and output; or else give `url`."""
+    """The program and its arguments, which uses standard input and output; or use `url`."""
     env: EnvNames = ()
-    """Names of variables that it gets, and the session with it."""
+    """Names of environment variables that it gets; the session gets them too."""
     url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
-    """Where it is served (streamable HTTP)."""
+    """The URL of a server (streamable HTTP)."""
 
 
 class HandoffSettings(_Entry):
-    """What a phase hands over."""
+    """The handoff that a phase produces."""
 
     kind: Name
-    """The kind: scout, plan, build, test, deploy, review, what a plugin brings, or, with `schema`, one of your own."""
+    """The kind: scout, plan, build, test, deploy, review, one from a plugin, or, with `schema`, a custom one."""
     schema_: Annotated[str, Field(min_length=1)] | dict[str, Any] | None = Field(None, alias="schema")
-    """The JSON Schema (draft 2020-12) that it has to fit: a file, relative to this one, or the schema itself."""
+    """The JSON Schema (draft 2020-12) of the handoff: a file, relative to this one, or the schema itself."""
 
 
 class ContinueSettings(_Entry):
-    """Whose conversation a phase goes on with."""
+    """The conversation that a phase continues."""
 
     continue_: Name | None = Field(None, alias="continue")
-    """An earlier phase: the one before unless given."""
+    """An earlier phase. Default: the previous phase."""
 
 
 class ExpansionSettings(_Entry):
     """How the tasks of a plan become tasks of the run."""
 
     max: Annotated[int, Field(ge=1, le=1000)] = 20
-    """How many there may be."""
+    """The largest number of tasks."""
     workflow: WorkflowName | None = None
-    """The workflow of each of them: none unless given."""
+    """The workflow of each task. Default: none."""
 
 
 class PhaseSettings(_Entry):
-    """One step of a workflow: a session with a purpose of its own."""
+    """One step of a workflow, run in its own sessions."""
 
     adapter: str | None = None
-    """The adapter that does it: the task's unless given."""
+    """The adapter that runs it. Default: the adapter of the task."""
     fallback: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Adapters that stand in while that one is parked or stopped."""
+    """Adapters to use while that one is in cooldown or disabled."""
     access: Literal["read", "write"] = "write"
-    """With `read`, whatever it changes is discarded."""
+    """With `read`, its changes are discarded."""
     produces: Annotated[HandoffSettings, BeforeValidator(_produces, json_schema_input_type=Name | HandoffSettings)] | (
         None
     ) = None
-    """What it hands to the next phase: a kind; nothing but its work unless given."""
+    """The kind of handoff for the next phase. Default: none, only its work."""
     prompt: Prompt | None = None
-    """The template of what its session is told: that of its kind, or of its name, unless given."""
+    """The prompt template. Default: the template of its kind, or of its name."""
     prompt_file: Annotated[str, Field(min_length=1)] | None = None
-    """A file that holds the template, relative to this one."""
+    """A file with the prompt template, relative to this one."""
     needs: Annotated[tuple[ValueName, ...], Field(strict=False)] | None = None
-    """The values that it is given: what its kind of phase needs, else all, unless given."""
+    """The values that it gets. Default: the values that its kind of phase needs, else all."""
     context: Context = {}
-    """Values that this phase alone has."""
+    """Values for this phase only."""
     when: Annotated[str, Field(min_length=1)] | None = None
-    """An expression over the values that are known: where it does not hold, the phase is skipped."""
+    """An expression over the known values; if it is false, the phase is skipped."""
     approve: bool = False
-    """Whether a person has to approve its result before anything follows."""
+    """Whether a person must approve its result before the next phase starts."""
     session: (
         Annotated[
             ContinueSettings,
@@ -427,73 +424,73 @@ class PhaseSettings(_Entry):
         ]
         | None
     ) = None
-    """`continue`: it goes on with the conversation of an earlier phase, where its adapter can."""
+    """`continue`: continue the conversation of an earlier phase, if the adapter supports it."""
     handoff: Literal["direct", "mediated", "shared"] = "direct"
-    """How its result gets to the next phase: as it is, prepared for it, or under a key that others read, too."""
+    """How its result reaches the next phase: unchanged, transformed, or under a key that other tasks can read."""
     transform: Name | None = None
-    """With `mediated`: the transformation that prepares it, as a plugin names it."""
+    """With `mediated`: the transformation, as named by a plugin."""
     mediator: Name | None = None
-    """With `mediated`: the phase that prepares it, which is the next one."""
+    """With `mediated`: the phase that transforms the result; it must be the next phase."""
     key: Key | None = None
     """With `shared`: the key."""
     until: Commands = ()
     """Shell commands that must succeed on its work before the phase is complete."""
     on_reject: Name | None = None
-    """Of a review: the earlier phase that a rejection goes back to, the last one that writes unless given."""
+    """For a review: the earlier phase to return to after a rejection. Default: the last phase that writes."""
     max_rounds: Annotated[int, Field(ge=1, le=20)] | None = None
-    """How often `until` or a rejection may send work back before the task fails: 3 unless given."""
+    """How often `until` or a rejection may send work back before the task fails. Default: 3."""
     expand: Annotated[
         ExpansionSettings | None, BeforeValidator(_expand, json_schema_input_type=bool | ExpansionSettings)
     ] = None
-    """Of a plan: whether its tasks become tasks of the run."""
+    """For a plan: whether its tasks become tasks of the run."""
     timeout: Duration | None = None
-    """The wall-clock time that one session of it may take: the task's unless given."""
+    """The wall-clock limit of one session. Default: the timeout of the task."""
 
 
 _OnePhase = Name | Annotated[dict[Name, PhaseSettings], Field(min_length=1, max_length=1)]
 
 
 class TaskDefaults(_Entry):
-    """What holds for each task that doesn't say otherwise."""
+    """Defaults for tasks; each task can override them."""
 
     adapter: str | None = None
-    """The adapter that runs the tasks; not needed where there is only one."""
+    """The adapter that runs the tasks; optional if there is only one."""
     fallback: Annotated[tuple[str, ...], Field(strict=False)] | None = None
-    """Adapters that stand in while that one is parked or stopped: the first of them that is not."""
+    """Adapters to use, in this order, while that one is in cooldown or disabled."""
     timeout: Duration | None = None
-    """The wall-clock time that one session may take: 30m unless given."""
+    """The wall-clock limit of one session. Default: 30m."""
     attempts: Attempts | None = None
-    """How often a task is tried at most: 3 unless given, or once more than `coordination.max_retries` if that is."""
+    """The largest number of attempts. Default: 3, or one more than `coordination.max_retries` if that is given."""
     backoff: BackoffSettings | None = None
-    """How long to wait between attempts."""
-    silence: IdleTimeout | None = None
-    """How long a session may go without output and without a change in its worktree: 10m unless given."""
+    """The wait between attempts."""
+    idle_timeout: IdleTimeout | None = None
+    """How long a session may run without output and without a change in its worktree. Default: 10m."""
     retry_on: Annotated[frozenset[RetryableName], Field(strict=False)] | None = None
-    """The classes of failure that are worth another attempt."""
+    """The failure classes that are retried."""
     checks: Commands | None = None
     """Shell commands that must succeed on the merged tree before the target moves."""
     checks_timeout: Duration | None = None
-    """The wall-clock time that one check may take: 10m unless given."""
+    """The wall-clock limit of one check. Default: 10m."""
     checks_env: EnvNames | None = None
-    """Names of variables that checks see beside the base set."""
+    """Names of environment variables that checks get in addition to the base set."""
     allow_failing_base: bool | None = None
-    """Whether sessions start though the checks fail on the base: no unless given; set it to fix a broken base."""
+    """Whether sessions start even if the checks fail on the base, to fix a broken base. Default: false."""
     on_checks_failed: Literal["retry", "fail"] | None = None
-    """Whether another attempt is told what the checks said, or the task is over: retry unless given."""
-    on_escape: Literal["bounce", "extend", "allow"] | None = None
-    """What follows where a task with `owns` has changed other paths: another attempt, owning those too, or nothing."""
+    """Whether to retry with the output of the failed check, or to fail the task. Default: retry."""
+    on_out_of_scope: Literal["retry", "extend", "allow"] | None = None
+    """If a task with `owns` changed other paths: retry it, extend its ownership, or allow the change."""
     max_file: Size | None = None
-    """The largest file that may be committed: 50MB unless given."""
+    """The size of the largest file that may be committed. Default: 50MB."""
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
-    """Which ready tasks start first: the higher, 0 unless given; ten minutes of waiting count as much as one."""
+    """Ready tasks with a higher priority start first. Default: 0; each ten minutes of waiting add one."""
     instructions: Prompt | None = None
-    """What the CLI is told apart from the prompt, as a part of its system prompt where it has one."""
+    """Instructions in addition to the prompt, as part of the system prompt if the CLI has one."""
     budget: BudgetSettings | None = None
-    """How much a task may use up, in all of its sessions."""
+    """The budget of a task, for all of its sessions."""
     session_budget: BudgetSettings | None = None
-    """How much each of its sessions may use up."""
+    """The budget of each session."""
     workflow: Name | None = None
-    """The phases that a task goes through: a name under `workflows`, `adw`, or `none`, as it is unless given."""
+    """The workflow of a task: a name under `workflows`, `adw`, or `none`. Default: none."""
 
 
 class Task(TaskDefaults):
@@ -506,59 +503,59 @@ class Task(TaskDefaults):
     id: Name
     """The task's name within the run."""
     prompt: Prompt | None = None
-    """What the CLI is asked to do; or else give `prompt_file`."""
+    """The prompt for the CLI; or use `prompt_file`."""
     prompt_file: Annotated[str, Field(min_length=1)] | None = None
-    """A file that holds the prompt, relative to this one."""
+    """A file with the prompt, relative to this one."""
     needs: Annotated[tuple[str, ...], Field(strict=False, json_schema_extra={"uniqueItems": True})] = ()
-    """The tasks that must have landed before this one starts."""
+    """The tasks that must land before this one starts."""
     owns: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
-    """Patterns of the paths that it works on: tasks whose patterns overlap are never at work at the same time."""
+    """Patterns of the paths that it may change; tasks with overlapping patterns never run at the same time."""
     context: Context = {}
-    """Values for the phases of its workflow, beside those of the file."""
+    """Values for the phases of its workflow, in addition to the file's."""
 
 
 class AdapterSettings(_Entry):
-    """An adapter; the other keys beside `use` are its own options."""
+    """An adapter; keys not listed here are options of its kind."""
 
     model_config = ConfigDict(extra="allow")
 
     use: str
-    """The kind of adapter: `command`, or what an installed plugin brings."""
+    """The kind of adapter: `command`, or one from an installed plugin."""
     capacity: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """How many of its sessions may run at once: as many as `capacity` in all unless given."""
+    """The largest number of its concurrent sessions. Default: the `capacity` of the run."""
     writable: Paths = ()
-    """Files and folders that its sessions may write, beside their worktree."""
+    """Files and folders that its sessions may write, in addition to their worktree."""
     readable: Paths = ()
-    """Files and folders inside of what is hidden that its sessions may read."""
+    """Files and folders inside hidden folders that its sessions may read."""
     keep_ignored: KeptPaths = ()
-    """Ignored files and folders of a worktree that stay for the adapter's next session, beside those of all."""
+    """Ignored files and folders to preserve for the adapter's next session, in addition to `worktrees.keep_ignored`."""
     __pydantic_extra__: dict[str, Any]
 
     @classmethod
     def of(cls, use: str, options: BaseModel, **settings: Any) -> Self:
-        """Return the adapter of kind `use` with an instance of its `Options`, and the other keys as settings."""
+        """Return the settings of an adapter of kind `use`, given an instance of its `Options`."""
         return cls.model_validate({"use": use, **options.model_dump(exclude_unset=True), **settings})
 
 
 class SinkSettings(_Entry):
-    """Somebody who gets to know what happens; the other keys beside `use` are the sink's own options."""
+    """A sink that receives events; keys not listed here are options of its kind."""
 
     model_config = ConfigDict(extra="allow")
 
     use: str
-    """The kind of sink: `jsonlines`, or what an installed plugin brings."""
+    """The kind of sink: `jsonlines`, or one from an installed plugin."""
     events: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)] = ("*",)
-    """Patterns of the events that it gets, as in `task.*`: all unless given."""
+    """Patterns of the events that it receives, such as `task.*`. Default: all."""
     __pydantic_extra__: dict[str, Any]
 
 
 class TrackerSettings(_Entry):
-    """A list of tasks that is kept elsewhere; the other keys beside `use` are the tracker's own options."""
+    """An external task list; keys not listed here are options of its kind."""
 
     model_config = ConfigDict(extra="allow")
 
     use: str
-    """The kind of tracker: `checklist`, or what an installed plugin brings."""
+    """The kind of tracker: `checklist`, or one from an installed plugin."""
     __pydantic_extra__: dict[str, Any]
 
 
@@ -566,92 +563,92 @@ _DEFAULT_LIMIT = Field(json_schema_extra={"default": "10m"})
 
 
 class SetupSettings(_Entry):
-    """A command that makes a new worktree ready for work."""
+    """A command that sets up a new worktree."""
 
     run: Command
     """The shell command."""
     inputs: RepositoryPaths = ()
-    """Files of the commit: it is run again only when one of them changed; without any, once for each worktree."""
+    """Tracked files: the command runs again if one of them changed. Without any, it runs once per worktree."""
     timeout: Annotated[Duration, _DEFAULT_LIMIT] = 600.0
-    """The wall-clock time that it may take."""
+    """Its wall-clock limit."""
 
 
 class WorktreeSettings(_Entry):
-    """The checkouts that sessions and checks take turns in."""
+    """The pool of worktrees for sessions and checks."""
 
     max: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """How many there are at most: 16 unless given, or one more than `capacity` where that is more."""
+    """The largest number of worktrees. Default: 16, or `capacity` + 1 if that is more."""
     max_size: Size | None = None
-    """What all of them may take on disk together: no limit unless given."""
+    """Their total size on disk. Default: no limit."""
     sparse: RepositoryPaths = ()
-    """The folders that are checked out, beside the files at the top: all unless given."""
+    """The folders to check out, in addition to top-level files. Default: all."""
     setup: Annotated[
         tuple[Annotated[SetupSettings, BeforeValidator(_step, json_schema_input_type=Command | SetupSettings)], ...],
         Field(strict=False),
     ] = ()
-    """Shell commands, run in turn in a new worktree before its first session or check."""
+    """Shell commands that run in order in a new worktree, before its first session or check."""
     before_run: Commands = ()
-    """Shell commands before each session; one that fails fails the attempt."""
+    """Shell commands that run before each session; a failure fails the attempt."""
     after_run: Commands = ()
-    """Shell commands after each session; one that fails is only told of."""
+    """Shell commands that run after each session; a failure is only reported."""
     teardown: Commands = ()
-    """Shell commands before a worktree is deleted; one that fails is only told of."""
+    """Shell commands that run before a worktree is deleted; a failure is only reported."""
     hooks_timeout: Annotated[Duration, _DEFAULT_LIMIT] = 600.0
-    """The wall-clock time that each command of `before_run`, `after_run` and `teardown` may take."""
+    """The wall-clock limit of each command of `before_run`, `after_run` and `teardown`."""
     env: EnvNames = ()
-    """Names of variables that these commands see beside the base set."""
+    """Names of environment variables that these commands get in addition to the base set."""
     copied: RepositoryPaths = Field((), alias="copy")
-    """Files and folders of your checkout that git doesn't track: each worktree gets a copy."""
+    """Untracked files and folders of your checkout that are copied into each worktree."""
     linked: RepositoryPaths = Field((), alias="link")
-    """Files and folders of your checkout that git doesn't track: each worktree gets a link, to read only."""
+    """Untracked files and folders of your checkout that each worktree links to, read-only."""
     keep_ignored: KeptPaths = ()
-    """Ignored files and folders that stay for the next session, not for checks: names, or paths from the top."""
+    """Ignored files and folders to preserve for the next session (not for checks): names, or paths from the top."""
     ports: Annotated[int, Field(ge=0, le=100)] = 0
-    """How many free ports each worktree gets, as COUNCIL_PORT_0 and so on."""
+    """The number of free ports per worktree, passed as COUNCIL_PORT_0 and so on."""
 
 
 class StateSettings(_Entry):
-    """Where all is recorded that happens, and how much of the past stays."""
+    """The state store, and how much history it retains."""
 
     url: StoreUrl | None = None
-    """The store: file:///a/folder, memory: (gone at the end), or what an installed plugin brings."""
+    """The store: file:///a/folder, memory: (lost at exit), or one from an installed plugin."""
     retention: Annotated[Retention, Field(json_schema_extra={"default": "30d"})] = 30 * 86400.0
-    """How far back all of it can be looked at; `off` for without end. Of what is older the last versions stay."""
+    """How long full history is retained; `off` retains all of it. Older documents keep their last version."""
     max_size: Annotated[Size, Field(json_schema_extra={"default": "1GB"})] = 1_000_000_000
-    """What the log may take on disk, before what is younger goes, too."""
+    """The size of the log on disk above which newer history is pruned too."""
 
 
-def _unless_given(default: str) -> Any:
+def _documented_default(default: str) -> Any:
     return Field(json_schema_extra={"default": default})
 
 
 class CoordinationSettings(_Entry):
-    """How the processes that work in one run, and their sessions, keep out of each other's way."""
+    """How the processes and sessions of one run coordinate."""
 
     enabled: bool = True
-    """Whether others can join a run (`council work`): without it the run's own process has all to itself."""
-    heartbeat: Annotated[Duration, _unless_given("60s")] = 60.0
-    """How often the claim on a task is renewed: at most a third of `stale`."""
-    stale: Annotated[Duration, _unless_given("300s")] = 300.0
-    """How long after that a claim counts no more, and somebody else takes the task over."""
-    owner_stale: Annotated[Duration, _unless_given("600s")] = 600.0
-    """The same for an owner on this machine, unless it is proven dead: at least `stale`."""
-    sweep: Annotated[Duration, _unless_given("90s")] = 90.0
-    """How often tasks whose claim counts no more are looked for."""
+    """Whether other processes can join a run (`council work`). If false, one process runs all tasks."""
+    heartbeat_interval: Annotated[Duration, _documented_default("60s")] = 60.0
+    """How often claims on tasks are renewed; at most a third of `stale_after`."""
+    stale_after: Annotated[Duration, _documented_default("300s")] = 300.0
+    """How long after its last heartbeat a claim expires, so that another process can take over the task."""
+    owner_stale_after: Annotated[Duration, _documented_default("600s")] = 600.0
+    """The same for an owner on this machine that is not proven dead; at least `stale_after`."""
+    sweep_interval: Annotated[Duration, _documented_default("90s")] = 90.0
+    """How often to look for expired claims."""
     max_retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 3
-    """How often a task is tried again at most, whatever its `attempts`; a takeover counts as one."""
+    """The largest number of retries of a task, regardless of `attempts`; a takeover counts as a retry."""
     when_unreachable: Literal["pause", "continue"] = "pause"
-    """While the store can't be reached: wait for it, or go on with what this machine knows."""
-    role: Literal["auto", "coordinator", "worker"] = "auto"
-    """Whether claims of others can be overridden: `auto` only by who coordinates the run."""
+    """While the store is unreachable: wait for it, or continue with local state."""
+    role: Literal["auto", "leader", "worker"] = "auto"
+    """Whether this process may override the claims of workers. With `auto`, only while it leads the run."""
     tools: bool = True
-    """Whether sessions can ask who else is at work, take files and leave notes."""
-    lock_timeout: Annotated[Duration, _unless_given("5s")] = 5.0
-    """How long a session waits for files that another one has, where it does not say."""
+    """Whether sessions can list other sessions, lock files and leave notes."""
+    lock_timeout: Annotated[Duration, _documented_default("5s")] = 5.0
+    """How long a session waits for locked files by default."""
 
 
 class Config(_Entry):
-    """The whole file."""
+    """The config file."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -667,51 +664,51 @@ class Config(_Entry):
     repo: Annotated[str, AfterValidator(check_repo), _text(_NOT_BLANK)] = "."
     """The repository: a path, relative to this file, or a URL."""
     base: Branch = "main"
-    """The branch that work starts from."""
+    """The branch that tasks start from."""
     target: Branch | None = None
-    """The branch that work lands on: council/ and the run's id unless given."""
+    """The branch that tasks land on. Default: council/ and the run id."""
     capacity: Annotated[int, Field(ge=1, le=MAX_CAPACITY)] = 4
-    """How many sessions may run at once."""
+    """The largest number of concurrent sessions."""
     session_memory: Annotated[Size, Field(json_schema_extra={"default": "256MiB"})] = 256 << 20
-    """The memory that one session is expected to take: no more are started than fit."""
+    """The expected memory of one session; only as many sessions start as fit in memory."""
     sandbox: Literal["auto", "bubblewrap", "landlock", "off"] = "auto"
-    """What fences sessions and checks in; `off` leaves them free to reach whatever you can."""
+    """The sandbox of sessions and checks; with `off` they have all of your permissions."""
     network: Annotated[
         Annotated[Literal["on", "off"], BeforeValidator(_check_network), Tag("word")]
         | Annotated[NetworkSettings, Tag("hosts")],
         Discriminator(_network),
     ] = "on"
-    """Whether sessions and checks reach the network, or which hosts of it."""
+    """Whether sessions and checks may use the network, or the hosts that they may reach."""
     nested_sandboxes: bool = False
-    """Whether programs in sessions and checks may make sandboxes of their own, by user namespaces."""
+    """Whether programs in sessions and checks may create nested sandboxes with user namespaces."""
     limits: LimitSettings = Field(default_factory=LimitSettings)
-    """What each process of a session or check may have of a resource."""
+    """Resource limits of each process of a session or check."""
     writable: Paths = ()
-    """Files and folders that sessions and checks may write, beside their worktree."""
+    """Files and folders that sessions and checks may write, in addition to their worktree."""
     readable: Paths = ()
-    """Files and folders inside of what is hidden that sessions and checks may read."""
+    """Files and folders inside hidden folders that sessions and checks may read."""
     adapters: Annotated[
         dict[Name, AdapterSettings], Field(min_length=1, json_schema_extra={"additionalProperties": False})
     ] = {}
-    """The ways to run a CLI, by a name of your own; types that need no options can be named without an entry here."""
+    """Adapters by name; kinds that need no options can be used without an entry."""
     mcp_servers: dict[Name, McpServerSettings] = {}
-    """Servers of the Model Context Protocol that sessions can use, by a name of your own."""
+    """Model Context Protocol servers for sessions, by name."""
     budget: BudgetSettings = Field(default_factory=BudgetSettings)
-    """How much all sessions of the run may use up together."""
+    """The budget of the run, for all sessions together."""
     prices: dict[Annotated[str, Field(min_length=1)], Price] = {}
-    """What a million tokens of a model cost, where its CLI does not tell and where ours are not yours."""
+    """Prices per million tokens by model, for CLIs that report no cost; they override the built-in prices."""
     worktrees: WorktreeSettings = Field(default_factory=WorktreeSettings)
-    """The checkouts that sessions and checks take turns in."""
+    """The pool of worktrees for sessions and checks."""
     state: Annotated[StateSettings, BeforeValidator(_store, json_schema_input_type=StoreUrl | StateSettings)] = Field(
         default_factory=StateSettings
     )
-    """The store that all is recorded in: .council/state of the repository unless given."""
+    """The state store. Default: .council/state of the repository."""
     state_dir: Annotated[str, Field(min_length=1)] | None = None
-    """The folder of the store, relative to this file, instead of its URL."""
+    """The folder of the store, relative to this file; an alternative to its URL."""
     coordination: CoordinationSettings = Field(default_factory=CoordinationSettings)
-    """How those that work in one run keep out of each other's way."""
+    """How the processes of one run coordinate."""
     defaults: TaskDefaults = Field(default_factory=TaskDefaults)
-    """What holds for each task that doesn't say otherwise."""
+    """Defaults for tasks; each task can override them."""
     workflows: dict[
         WorkflowName,
         Annotated[
@@ -725,12 +722,12 @@ class Config(_Entry):
             Field(strict=False, min_length=1, max_length=MAX_PHASES),
         ],
     ] = {}
-    """Phases that tasks go through one after the other, by a name of your own; `adw` is there already."""
+    """Workflows by name, each a list of phases; `adw` is built in."""
     context: Context = {}
-    """Values that the phases of all tasks are given."""
+    """Values for the phases of all tasks."""
     sinks: dict[Name, SinkSettings] = {}
-    """Who gets to know what happens, by a name of your own."""
+    """Sinks that receive events, by name."""
     trackers: dict[Name, TrackerSettings] = {}
-    """Lists of tasks that are kept elsewhere, by a name of your own."""
+    """External task lists, by name."""
     tasks: Annotated[tuple[Task, ...], Field(strict=False, max_length=MAX_TASKS)] = ()
-    """What is to be done; required unless there are trackers."""
+    """The tasks; required unless there are trackers."""

@@ -1,4 +1,4 @@
-"""What the command line chooses of a file: some of its tasks, and how many sessions there are at once. Pure."""
+"""Apply command-line options to a config: selected tasks, capacity, and failing bases."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from orchestrator.config.load import default_slot_count
 from orchestrator.config.model import RunConfig
 from orchestrator.errors import RefusedError
 
-#: Tasks that are named to somebody whose name is none.
+#: The number of task names in a remedy.
 _MOST_NAMED = 5
 
 
 def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """Return a run of these tasks and those that they need, directly or not, in the file's order.
+    """Return a run of these tasks and their direct and indirect needs, in file order.
 
-    Its trackers bring no further tasks. RefusedError for a name that no task has.
+    It has no trackers. Raises RefusedError for an unknown task.
     """
     tasks = {task.id: task for task in config.tasks}
     for name in names:
@@ -29,12 +29,12 @@ def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
     wanted = list(dict.fromkeys(names))
     for name in wanted:
         wanted += [need for need in tasks[name].needs if need not in wanted]
-    left = tuple(task for task in config.tasks if task.id in wanted)
-    return config.model_copy(update={"tasks": left, "trackers": {}, "template": None})
+    selected = tuple(task for task in config.tasks if task.id in wanted)
+    return config.model_copy(update={"tasks": selected, "trackers": {}, "template": None})
 
 
 def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
-    """Return a run with so many sessions at once, and worktree slots for as many where the file leaves that open."""
+    """Return a run with another capacity, and the default number of worktree slots adjusted to it."""
     worktrees = config.worktrees
     if worktrees.max == default_slot_count(config.capacity):
         worktrees = worktrees.model_copy(update={"max": default_slot_count(capacity)})
@@ -43,6 +43,6 @@ def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
 
 
 def with_failing_base(config: RunConfig) -> RunConfig:
-    """Return a run whose checks may all fail on the base."""
+    """Return a run whose sessions start even if checks fail on the base."""
     tasks = tuple(task.model_copy(update={"allow_failing_base": True}) for task in config.tasks)
     return config.model_copy(update={"tasks": tasks})

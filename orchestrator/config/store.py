@@ -1,4 +1,4 @@
-"""Where state is kept, as users say it: by the URL of a store, whose scheme says which kind of store it is."""
+"""URLs of state stores; the scheme is the kind of store."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from urllib.parse import quote, unquote, urlsplit
 from orchestrator.config.source.problems import quote_text
 from orchestrator.errors import RefusedError
 
-#: The URL of the store that is gone with its process.
+#: The URL of the in-memory store, which is lost at exit.
 MEMORY: Final = "memory:"
 
-# What editors know of it, too (RFC 3986, section 3.1); a single letter is a drive of Windows.
+# Also used in the JSON Schema (RFC 3986, section 3.1); a single letter is a Windows drive.
 STORE_PATTERN: Final = r"^[a-z][a-z0-9+.-]+:"
 _SCHEME = re.compile(STORE_PATTERN)
 
 
 def check_store_url(url: str) -> str:
-    """Accept the URL of a store; ValueError otherwise. Which schemes there are is for what is installed."""
+    """Validate the URL of a store; raise ValueError. Installed plugins determine the known schemes."""
     if not _SCHEME.match(url):
         raise ValueError(
-            f"{quote_text(url)} is no URL of a store: write file:///a/folder or memory:, or name a folder under `state_dir`"
+            f"{quote_text(url)} is not a store URL: write file:///a/folder or memory:, or set `state_dir` to a folder"
         )
     if scheme_of(url) == "file":
         store_folder(url)
@@ -30,34 +30,34 @@ def check_store_url(url: str) -> str:
 
 
 def to_store_url(text: str) -> str:
-    """Return the URL of a store that a person has named, by its URL or by the path of its folder."""
+    """Return the URL of a store from user input: its URL, or the path of its folder."""
     return text if _SCHEME.match(text) or not text else folder_url(Path(text).expanduser().absolute())
 
 
 def scheme_of(url: str) -> str:
-    """Return what a store's URL begins with, without the colon."""
+    """Return the scheme of a store URL, without the colon."""
     return url.partition(":")[0]
 
 
 def store_folder(url: str) -> Path | None:
-    """Return the folder that a `file:` URL names (RFC 8089), None for another scheme.
+    """Return the folder of a `file:` URL (RFC 8089); None for other schemes.
 
-    ValueError if it names none of this machine.
+    Raises ValueError if it is not a folder on this machine.
     """
     if scheme_of(url) != "file":
         return None
     try:
         parts = urlsplit(url)
-    except ValueError:  # of a host that can't be
+    except ValueError:  # an invalid host
         parts = urlsplit("file://?")
     path = unquote(parts.path)
     if parts.netloc not in {"", "localhost"} or not path.startswith("/") or "\0" in path:
-        raise ValueError(f"{quote_text(url)} names no folder of this machine: write file:///an/absolute/path")
+        raise ValueError(f"{quote_text(url)} is not a folder on this machine: write file:///an/absolute/path")
     return Path(path)
 
 
 def require_local_folder(url: str) -> Path | None:
-    """Return the same for a URL that somebody has named; RefusedError if it names none of this machine."""
+    """Return the folder of a `file:` URL as `store_folder` does, but raise RefusedError."""
     try:
         return store_folder(url)
     except ValueError as error:
@@ -66,5 +66,5 @@ def require_local_folder(url: str) -> Path | None:
 
 
 def folder_url(folder: Path) -> str:
-    """Return the URL of the store in a folder, whose path is absolute."""
+    """Return the store URL of a folder with an absolute path."""
     return f"file://{quote(bytes(folder))}"

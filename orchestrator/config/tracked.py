@@ -1,4 +1,4 @@
-"""The tasks of trackers, judged by the rules of a file's own and added to them."""
+"""Validate tasks from trackers, and add them to a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from orchestrator.protocols import AdapterType, TrackedTask
 def add_tracked_tasks(
     config: RunConfig, found: Mapping[str, Sequence[TrackedTask]], adapter_types: Mapping[str, AdapterType]
 ) -> RunConfig:
-    """Return the run with the tasks that its trackers gave, by tracker, behind its own.
+    """Return the run with the tasks of its trackers (by tracker) after its own tasks.
 
-    They are what a task of the file would be with the same id, prompt and needs. Raises ConfigError with all that is
-    wrong with them: the place is a path such as `trackers.todo[0].prompt`.
+    They are equivalent to tasks in the file with the same id, prompt and needs. Raises ConfigError with all mistakes,
+    located by paths such as `trackers.todo[0].prompt`.
     """
     problems = Problems(config.path)
     own, tracked = _nodes(config.tasks, found, problems)

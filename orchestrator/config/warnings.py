@@ -1,4 +1,4 @@
-"""What is no mistake in a file, and yet seldom meant. Pure: the few things that are sure."""
+"""Warnings about valid but probably unintended settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.source.problems import join_names
 from orchestrator.protocols import Adapter, Capability
 
-#: What package managers and compilers keep downloads and results in.
+#: The cache folders of package managers and compilers.
 _CACHES: Final = frozenset(
     {
         *(".cache", ".npm", ".yarn", ".pnpm-store", ".bun", ".cargo", ".rustup", ".m2", ".gradle", ".ivy2"),
@@ -22,7 +22,7 @@ _CACHES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RepositoryPaths:
-    """What is known of the repository on this machine; None where there is none."""
+    """Paths of the repository on this machine; None if there is none."""
 
     top: Path | None = None
     """The top of its checkout."""
@@ -33,7 +33,7 @@ class RepositoryPaths:
 
 @dataclass(frozen=True, slots=True)
 class ConfigWarning:
-    """What will happen, and what to do unless it is meant."""
+    """A warning, and its remedy."""
 
     what: str
     remedy: str
@@ -43,43 +43,46 @@ class ConfigWarning:
 
 
 def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[str, Adapter]) -> list[ConfigWarning]:
-    """Return what to tell of a file that is right; `adapters` are all of its own, by name."""
-    found = []
+    """Return the warnings about a valid config; `adapters` are all of its adapters, by name."""
+    warnings = []
     specs = [*config.tasks, *([] if config.template is None else [config.template])]
     is_checked = any(spec.checks for spec in specs)
     if config.target == config.base and around.target_checkout is not None:
         what = f"the target {config.target!r} is also the base, and checked out in {around.target_checkout}"
         remedy = "each landing changes the files there, and waits where they have changes; set another `target`"
-        found.append(ConfigWarning(what, f"{remedy} unless that is meant"))
+        warnings.append(ConfigWarning(what, f"{remedy} unless that is meant"))
     for path in _open_repository(config, around):
         what = f"`writable` lets sessions write {path}, and with it the repository itself"
-        found.append(ConfigWarning(what, "name only the folders in it that they need, if any"))
+        warnings.append(ConfigWarning(what, "name only the folders in it that they need, if any"))
     for path in _package_caches(config) if is_checked else ():
         what = f"`writable` lets sessions write {path}, from which setup and checks may take programs"
-        found.append(ConfigWarning(what, "name it under `writable` of the adapters whose sessions need it"))
+        warnings.append(ConfigWarning(what, "name it under `writable` of the adapters whose sessions need it"))
     if config.worktrees.max < config.capacity:
-        most = config.worktrees.max
-        what = f"`worktrees.max` is {most} and `capacity` {config.capacity}: at most {most} sessions can run at once"
-        found.append(ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`"))
+        limit = config.worktrees.max
+        what = f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at most {limit} sessions can run at once"
+        warnings.append(
+            ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`")
+        )
     most = config.coordination.max_retries + 1
     if above := [spec for spec in specs if spec.attempts > most and "attempts" in spec.model_fields_set]:
         name, attempts = above[0].id, above[0].attempts
         what = f"task {name!r} has {attempts} `attempts`, `coordination.max_retries` ends it after {most}"
-        found.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))
+        warnings.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))
     if not is_checked:
         what = "no task has checks: nothing proves the work"
-        found.append(ConfigWarning(what, "add the command of your tests as `checks:` under `defaults:`"))
-    found += _repeated_fallbacks(config)
+        warnings.append(ConfigWarning(what, "add the command of your tests as `checks:` under `defaults:`"))
+    warnings += _repeated_fallbacks(config)
     used = dict.fromkeys(name for spec in specs for name in config.adapters_of(spec))
     unable = [repr(name) for name in used if Capability.MCP not in adapters[name].capabilities()]
     if config.mcp_servers and unable:
-        what = f"sessions of {join_names(unable)} are not told of `mcp_servers`: {join_names([*map(repr, config.mcp_servers)])}"
-        found.append(ConfigWarning(what, "give tasks that need them an adapter that can use them"))
-    return found
+        servers = join_names([*map(repr, config.mcp_servers)])
+        what = f"adapters {join_names(unable)} do not support `mcp_servers`: {servers}"
+        warnings.append(ConfigWarning(what, "use another adapter for tasks that need them"))
+    return warnings
 
 
 def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
-    """Yield a warning for each list of adapters that names one again, which never stands in."""
+    """Yield a warning for each list of adapters that names an adapter twice."""
     specs = [(repr(spec.id), spec.adapters) for spec in config.tasks]
     specs += [] if config.template is None else [("tasks of trackers", config.template.adapters)]
     specs += [
@@ -93,19 +96,19 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
         if len(set(adapters)) < len(adapters):
             tasks.setdefault(adapters, []).append(task)
     for (first, *rest), whose in tasks.items():
-        again = dict.fromkeys(repr(name) for place, name in enumerate(rest) if name in {first, *rest[:place]})
-        what = f"`fallback` of {join_names(whose)} names {join_names([*again])} again: an adapter can't stand in for itself"
-        yield ConfigWarning(what, f"name others than `adapter: {first}` there, each once")
+        again = dict.fromkeys(repr(name) for index, name in enumerate(rest) if name in {first, *rest[:index]})
+        what = f"`fallback` of {join_names(whose)} names {join_names([*again])} again, which has no effect"
+        yield ConfigWarning(what, f"list adapters other than `adapter: {first}`, each once")
 
 
 def _package_caches(config: RunConfig) -> list[Path]:
-    """Return the folders of package managers that sessions of all adapters may write, and so setup and checks."""
+    """Return the package caches that all sessions, setup commands and checks may write."""
     return [path for path in config.fence.reach.writable if path.name in _CACHES or path.parent.name == ".cache"]
 
 
 def _open_repository(config: RunConfig, around: RepositoryPaths) -> list[Path]:
-    """Return what is writable of which the repository's checkout or git directory is a part."""
+    """Return the writable paths that contain the repository's checkout or git directory."""
     reaches = [config.fence.reach, *(adapter.reach for adapter in config.adapters.values())]
     inside = [path for path in (around.top, around.git_dir) if path is not None]
     writable = dict.fromkeys(path for reach in reaches for path in reach.writable)
-    return [path for path in writable if any(one.is_relative_to(path) for one in inside)]
+    return [path for path in writable if any(folder.is_relative_to(path) for folder in inside)]

@@ -121,7 +121,7 @@ class RunMembership:
 
     def promote(self) -> None:
         """Record that this orchestrator is now the leader of its run."""
-        self.me = self.me.model_copy(update={"role": Role.COORDINATOR})
+        self.me = self.me.model_copy(update={"role": Role.LEADER})
         if self._record is not None:
             self._record = self._record.model_copy(update={"owner": self.me})
 
@@ -140,7 +140,7 @@ class RunMembership:
     def join_write(self) -> Write:
         """Return the write that adds this process to the run. Call `mark_joined` after the commit."""
         now = self._clock.now()
-        expires = now + self.timing.stale
+        expires = now + self.timing.stale_after
         self._record = OrchestratorLease(owner=self.me, epoch=1, since=now, heartbeat=now, expires=expires)
         return Write(self.guard.key, 0, self._record.model_dump(mode="json"))
 
@@ -162,7 +162,7 @@ class RunMembership:
         now = self._clock.now()
         self.count(renewals=1)
         try:
-            await self._write(heartbeat=now, expires=now + self.timing.stale)
+            await self._write(heartbeat=now, expires=now + self.timing.stale_after)
         except CouncilError as error:
             _log.warning("claim sync failed: run %s, %s: %s", self.run, self.me.id, error)
             raise
@@ -228,9 +228,9 @@ class RunMembership:
 
     async def is_outranked(self) -> bool:
         """Return whether a live peer takes precedence as leader of the run, by its role."""
-        if self.me.role is Role.COORDINATOR:
+        if self.me.role is Role.LEADER:
             return False
-        leaders = [record for record in (await self.all()).values() if record.owner.role is Role.COORDINATOR]
+        leaders = [record for record in (await self.all()).values() if record.owner.role is Role.LEADER]
         return any([await self.assess(record) is OwnerStatus.ALIVE for record in leaders])
 
     async def find(self, orchestrator: str, run: str | None = None) -> OrchestratorLease | None:
@@ -273,7 +273,7 @@ class RunMembership:
         """Return the seconds for which we have watched the last heartbeat without a long gap."""
         now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
         # After a suspension of this process or machine, start again: the peer may have been suspended as well.
-        max_gap = max(self.timing.stale, 2 * self.timing.sweep)
+        max_gap = max(self.timing.stale_after, 2 * self.timing.sweep_interval)
         is_new = seen is None or seen.heartbeat != record.heartbeat or now - seen.checked > max_gap
         since = now if seen is None or is_new else seen.since
         self._seen[run, record.owner.id] = _Heartbeat(record.heartbeat, since, now)

@@ -368,7 +368,7 @@ class Session:
             grace=STOP_GRACE,
             interrupt=command.interrupt,
             lock=worktree.lock,
-            silence=assignment.limits.silence,
+            idle_timeout=assignment.limits.idle_timeout,
             watched=(worktree.tree, worktree.git_dir),
             redact=self.tools.redactor.bytes_pattern,
         )

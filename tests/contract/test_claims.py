@@ -161,7 +161,7 @@ class ClaimsContract(ABC):
 
     async def test_the_first_to_come_has_it_until_it_is_released(self, place: Place) -> None:
         """Among equals; who is refused learns who has it. Each change raises the epoch, and makes the last one void."""
-        a, b = await place.join("a"), await place.join("b", Role.COORDINATOR)
+        a, b = await place.join("a"), await place.join("b", Role.LEADER)
         first = await gets(a, "t")
         assert (list(a.claims), "t" in a.claims, a.claims.guard("t")) == (["t"], True, first)
         held = await b.claims.claim("t")
@@ -324,9 +324,9 @@ class ClaimsContract(ABC):
         with pytest.raises(OrchestratorFenced, match="its record is missing"):
             await b.others.renew()
 
-    async def test_a_coordinator_overrides_those_that_are_none(self, place: Place) -> None:
+    async def test_a_leader_overrides_those_that_are_none(self, place: Place) -> None:
         """If it says so; that counts as a takeover and as a try. A worker overrides nobody."""
-        a, chief, b = await place.join("a"), await place.join("chief", Role.COORDINATOR), await place.join("b")
+        a, chief, b = await place.join("a"), await place.join("chief", Role.LEADER), await place.join("b")
         old = await gets(a, "t")
         assert isinstance(await chief.claims.claim("t"), ClaimHolder)
         assert isinstance(await b.claims.claim("t", override=True), ClaimHolder)
@@ -334,7 +334,7 @@ class ClaimsContract(ABC):
         assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
         with pytest.raises(LeaseLost):
             await place.write(old)
-        other = await place.join("other chief", Role.COORDINATOR)
+        other = await place.join("other chief", Role.LEADER)
         assert isinstance(await other.claims.claim("t", override=True), ClaimHolder)
         await chief.claims.release("t", ReleaseReason.ABANDONED)
         await gets(chief, "t", override=True)

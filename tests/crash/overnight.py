@@ -104,7 +104,7 @@ def many_tasks(suite: ProjectTests, ledger: Path, outside: Path) -> tuple[dict[s
         "idle-once": NightTask("once exit 0\nwrite io.txt x", entry={"retry_on": ["no_change", "crashed"]}),
         "crashes": NightTask("write c.txt x\nexit 3", ("failed", "crashed"), {"attempts": 2}),
         "blocked": NightTask("write never.txt x", ("blocked", None), {"needs": ["crashes", "first"]}),
-        "silent": NightTask("write s.txt x\nhang", ("failed", "silence"), {"silence": "1s", **never}),
+        "silent": NightTask("write s.txt x\nhang", ("failed", "idle_timeout"), {"idle_timeout": "1s", **never}),
         "stubborn": NightTask("stubborn\nwrite s.txt x\nhang", ("failed", "timeout"), {"timeout": "1s", **never}),
         "flood": NightTask("flood 67108864\nwrite flood.txt x"),
         "daemon-fails": NightTask("write d.txt x\ndaemon d.txt\nexit 1", ("failed", "crashed"), never),
@@ -178,7 +178,7 @@ class OvernightRun:
                 "checks": [self.suite.check],
                 "backoff": {"initial": "10ms", "max": "10ms", "jitter": False},
                 "timeout": "120s",
-                "silence": "100s",
+                "idle_timeout": "100s",
             },
         )
 

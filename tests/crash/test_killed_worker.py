@@ -29,7 +29,7 @@ from tests.crash.test_crashes import (
 from tests.integration.test_working_together import QUICK, assert_each_landed_once, ended, happened, states
 from tests.waiting import wait_for
 
-#: What only the coordinator reaches.
+#: What only the leader reaches.
 LEADER_FAILPOINTS: Final = frozenset({"run.seeded", "run.leader_elected", "run.finished", "sink.sent"})
 #: What only who stands in for another reaches.
 TAKEOVER_FAILPOINTS: Final = RECOVERY_FAILPOINTS | {"claims.taken_over"}
@@ -49,11 +49,11 @@ COMMIT_FAILPOINTS: Final = frozenset({"state.appended", "state.published"})
 WORKER_FAILPOINTS: Final = (
     FAILPOINTS - UNREACHED_FAILPOINTS - LEADER_FAILPOINTS - TAKEOVER_FAILPOINTS | COMMIT_FAILPOINTS
 )
-#: The short form: the coordinator is killed, then whoever replaces it.
+#: The short form: the leader is killed, then whoever replaces it.
 QUICK_CASES: Final = {("stand-in", "claims.taken_over", 1)}
 
 #: Whoever is dead is known to be by its lock, and who is only slow is left alone.
-SLOW_EXPIRY: Final = {**QUICK, "stale": "60s", "owner_stale": "60s"}
+SLOW_EXPIRY: Final = {**QUICK, "stale_after": "60s", "owner_stale_after": "60s"}
 
 #: Tasks that wait for a word of the test's: while a process has one, it starts no other.
 GATED: Final = ("first", "second", "third")
@@ -119,7 +119,7 @@ class RunProcesses:
         return str(self.repository.council("status", "--json").result["run"])
 
     async def claimed(self) -> int:
-        """Return how often somebody has become the coordinator."""
+        """Return how often somebody has become the leader."""
         return sum(event.type == "run.leader_elected" for event in await happened(self.repository))
 
 
@@ -131,12 +131,12 @@ def is_killed(child: StartedCommand) -> bool:
 def kill_cases() -> list[object]:
     """Return who is killed where, at which time that it gets there."""
     found = [
-        ("coordinator", name, 1 + (name in EARLY_FAILPOINTS - {"slot.partly_made"}))
+        ("leader", name, 1 + (name in EARLY_FAILPOINTS - {"slot.partly_made"}))
         for name in WORKER_FAILPOINTS | LEADER_FAILPOINTS
     ]
     found += [("worker", name, 1) for name in WORKER_FAILPOINTS]
     found += [("stand-in", name, 1) for name in TAKEOVER_FAILPOINTS | LEADER_FAILPOINTS - {"run.seeded"}]
-    found += [(who, name, hit) for who in ("coordinator", "worker") for name in COMMIT_FAILPOINTS for hit in (20, 33)]
+    found += [(who, name, hit) for who in ("leader", "worker") for name in COMMIT_FAILPOINTS for hit in (20, 33)]
     return [pytest.param(*one, marks=() if one in QUICK_CASES else pytest.mark.slow) for one in sorted(found)]
 
 
@@ -160,7 +160,7 @@ async def test_the_others_finish_what_one_left(repository: Repository, who: str,
         crew.open(*GATED)
     else:
         own = GATED[who == "worker"]
-        children = [crew.run(spec if who == "coordinator" else ""), crew.work(spec if who == "worker" else "")]
+        children = [crew.run(spec if who == "leader" else ""), crew.work(spec if who == "worker" else "")]
         crew.work()
         crew.open(own)
         victim = children[who == "worker"]

@@ -79,10 +79,10 @@ def make_workload(dice: random.Random, holds: str, *, most: int = 30) -> Workloa
         "sandbox": dice.choice(["auto", "auto", "landlock", "off"]),
         "workflows": WORKFLOWS,
         "coordination": {
-            "heartbeat": "300ms",
-            "stale": "2s",
-            "owner_stale": "4s",
-            "sweep": "400ms",
+            "heartbeat_interval": "300ms",
+            "stale_after": "2s",
+            "owner_stale_after": "4s",
+            "sweep_interval": "400ms",
             "max_retries": 99,
         },
     }

@@ -40,7 +40,13 @@ class Worker:
 
     def __init__(self, store: Store, locks: LivenessLocks, patience: float, number: int, fate: str) -> None:
         self.store, self.locks, self.number, self.fate = store, locks, number, fate
-        self.timing = ClaimTiming(heartbeat=0.25, stale=patience, owner_stale=patience, sweep=0.25, max_retries=100)
+        self.timing = ClaimTiming(
+            heartbeat_interval=0.25,
+            stale_after=patience,
+            owner_stale_after=patience,
+            sweep_interval=0.25,
+            max_retries=100,
+        )
         self.clock = SystemClock()
         self.claimed = self.done = 0
 
@@ -58,8 +64,8 @@ class Worker:
             await others.join()
             try:
                 async with anyio.create_task_group() as group:
-                    group.start_soon(self._again_and_again, others.renew, self.timing.heartbeat)
-                    group.start_soon(self._again_and_again, claims.sweep, self.timing.sweep)
+                    group.start_soon(self._again_and_again, others.renew, self.timing.heartbeat_interval)
+                    group.start_soon(self._again_and_again, claims.sweep, self.timing.sweep_interval)
                     await self._empty(claims, others)
                     group.cancel_scope.cancel()
             except BaseExceptionGroup as errors:

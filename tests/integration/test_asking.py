@@ -96,5 +96,5 @@ def test_a_server_of_the_users_has_another_name(repository: Repository) -> None:
     config = repository.configure([{"id": "t", "prompt": "x"}], mcp_servers={"council": {"command": ["x"]}})
     ended = repository.council("validate", str(config))
     assert ended.code == 2
-    assert "'council' is the name of the server that sessions get of us" in ended.stderr
-    assert "give yours another name" in ended.stderr
+    assert "'council' is reserved for the built-in server" in ended.stderr
+    assert "choose another name" in ended.stderr

@@ -214,7 +214,9 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
 
 async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) -> None:
     """One every five minutes, of which the newest twelve stay; those of a person stay, too."""
-    path = repository.configure([{"id": "long", "prompt": "hang", "attempts": 1, "timeout": "10h", "silence": "10h"}])
+    path = repository.configure(
+        [{"id": "long", "prompt": "hang", "attempts": 1, "timeout": "10h", "idle_timeout": "10h"}]
+    )
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
         run = await council.create_run()
@@ -358,7 +360,7 @@ async def test_a_run_is_taken_over_though_a_process_renews_its_record_meanwhile(
         key = Key("orchestrator", "run/other")
         await store.commit(Commit([Write(key, 0, {"ended": None, "epoch": 1})]))
         renewed = cast("Store", _Renewed(store))
-        guard = await take_leadership(renewed, SystemClock(), "run", create_owner(Role.COORDINATOR))
+        guard = await take_leadership(renewed, SystemClock(), "run", create_owner(Role.LEADER))
         assert guard.epoch == 1
         found = await store.get(key)
         assert found is not None

@@ -122,7 +122,7 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
     assert one["bytes"] > 5000
     assert (one["run"], one["task"], one["removed"]) == (run, "done", False)
     told = repository.council("clean")
-    assert "its task is over, and what it held is saved" in told.stdout
+    assert "its task is finished, and its work is saved" in told.stdout
     assert "add --yes" in told.stdout
     assert "removed" not in repository.council("clean", "--dry-run", "--yes").stdout
     assert trees(repository) == ["done.1"]
@@ -203,7 +203,7 @@ async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) 
     assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("kept", "keeps.1")], 0)
     assert trees(repository) == ["keeps.1"]
     told = repository.council("clean", "--yes").stdout
-    assert "stays: it holds what is in no commit" in told
+    assert "stays: it has files that are in no commit" in told
     assert "--kept removes it" in told
     assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
@@ -254,7 +254,7 @@ async def test_the_hub_of_a_deleted_repository_goes(repository: Repository) -> N
     shutil.rmtree(repository.top)
     listed = elsewhere(repository, "clean", "--json")
     assert found(listed) == [("left_over", root.name)]
-    assert listed.result["found"][0]["reason"] == f"{repository.top / '.git'} is gone, and it holds no work"
+    assert listed.result["found"][0]["reason"] == f"{repository.top / '.git'} is gone, and it has no unmerged work"
     assert elsewhere(repository, "clean", "--yes").code == 0
     assert not root.exists()
     assert elsewhere(repository, "clean", "--json").result["found"] == []
@@ -266,7 +266,7 @@ async def test_the_hub_of_a_deleted_repository_stays_for_the_work_in_it(reposito
     shutil.rmtree(repository.top)
     listed = elsewhere(repository, "clean", "--yes", "--json")
     assert [one["standing"] for one in listed.result["found"]] == ["kept"]
-    assert listed.result["found"][0]["reason"].endswith("it holds work (refs: 1, worktrees: 1)")
+    assert listed.result["found"][0]["reason"].endswith("it has unmerged work (refs: 1, worktrees: 1)")
     assert hub_of(repository).root.exists()
     assert elsewhere(repository, "clean", "--yes", "--kept").code == 0
     assert not list(home_of(repository).glob("*/"))

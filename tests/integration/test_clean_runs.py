@@ -113,12 +113,12 @@ async def test_what_can_be_resumed_stays_unless_that_is_said(repository: Reposit
     assert repository.council("retry", "f").code == 0
     async with later(repository, 8) as council:
         assert await judged(council) == {cut_off: "needed", retried: "needed"}
-        assert await judged(council, even_cut_off=True) == {cut_off: "left_over", retried: "kept"}
-        found = await council.cleaner.find(runs=7 * DAY, even_cut_off=True)
+        assert await judged(council, include_interrupted=True) == {cut_off: "left_over", retried: "kept"}
+        found = await council.cleaner.find(runs=7 * DAY, include_interrupted=True)
         [run] = [one for one in found if (one.kind, one.run) == ("run", cut_off)]
-        assert run.reason.startswith("it was cut off on ")
+        assert run.reason.startswith("it was interrupted on ")
     async with later(repository, 6) as council:
-        assert await judged(council, even_cut_off=True) == {}
+        assert await judged(council, include_interrupted=True) == {}
 
 
 async def test_no_epoch_comes_back_with_a_run(repository: Repository) -> None:
@@ -128,7 +128,7 @@ async def test_no_epoch_comes_back_with_a_run(repository: Repository) -> None:
     async with later(repository, 8) as council:
         assert (before := await council.document(claim)) is not None
         assert (before.value["epoch"], before.value["released"]) == (old, None)
-        assert await removed(council, even_cut_off=True) == [None]
+        assert await removed(council, include_interrupted=True) == [None]
         assert await documents(council, run) == {"lease", "claim", "checkpoint"}
         [checkpoint] = await council.checkpoints(run)
         assert (await council.restore(checkpoint.id)).runs == [run]
@@ -150,7 +150,7 @@ async def test_a_run_at_work_never_goes(repository: Repository) -> None:
         # Who coordinates it, and who works in it beside that, or goes on where that was killed.
         for lock in (hub.run_lock(run), hub.liveness_locks.of(run, "box-1-ab12cd")):
             async with lock.hold(0):
-                assert await judged(council, even_cut_off=True) == {}
+                assert await judged(council, include_interrupted=True) == {}
                 [removal] = await cleaner.remove(found)
                 assert removal.error is not None
         assert await council.run_ids() == [run]
@@ -161,7 +161,7 @@ async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> 
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
         cleaner = council.cleaner
-        found = [one for one in await cleaner.find(runs=7 * DAY, even_cut_off=True) if one.kind == "run"]
+        found = [one for one in await cleaner.find(runs=7 * DAY, include_interrupted=True) if one.kind == "run"]
         await council.retry("f")
         [removal] = await cleaner.remove(found)
         assert removal.error == "it is needed now, or was changed"

@@ -23,11 +23,13 @@ async def recorded(repository: Repository) -> dict[str, Any]:
 
 async def test_a_run_records_what_held_when_it_was_made(repository: Repository) -> None:
     """The file's, the environment above it, and the options above both."""
-    file = repository.configure(TASK, coordination={"heartbeat": "1s", "stale": "9s", "owner_stale": "9s"})
+    file = repository.configure(
+        TASK, coordination={"heartbeat_interval": "1s", "stale_after": "9s", "owner_stale_after": "9s"}
+    )
     repository.environ["SHARED_STATE_STALE_THRESHOLD_MS"] = "7000"
     assert repository.council("run", str(file), "--max-retries", "5").code == 0
     found = await recorded(repository)
-    assert (found["heartbeat"], found["stale"], found["max_retries"]) == (1.0, 7.0, 5)
+    assert (found["heartbeat_interval"], found["stale_after"], found["max_retries"]) == (1.0, 7.0, 5)
 
 
 def test_an_environment_that_is_wrong_stops_a_run_before_it_starts(repository: Repository) -> None:

@@ -140,7 +140,7 @@ async def test_a_plan_that_stays_wrong_fails_its_phase(repository: Repository) -
     path = expanding(repository, [f"in plan hand-over {circle}"], own={"attempts": 1})
     run = repository.council("run", path, "--json")
     assert run.states == {"all": "failed"}, run
-    assert "they wait for each other: a → b → a" in reason_of(run, "all")
+    assert "dependency cycle: a → b → a" in reason_of(run, "all")
     await repository.assert_invariants()
 
 

@@ -212,13 +212,13 @@ async def until_claimed(council: Council, run: str, times: int) -> None:
 async def test_silence_ends_a_session_that_neither_speaks_nor_works(repository: Repository) -> None:
     """Output or changes keep it alive; without both it is ended, with its work kept."""
     tasks: list[dict[str, Any]] = [
-        {"id": "silent", "prompt": "write half.txt x\nhang", "silence": "1s", "attempts": 1},
-        {"id": "busy", "prompt": "tick 8 0.25\nwrite b.txt b", "silence": "1s"},
+        {"id": "silent", "prompt": "write half.txt x\nhang", "idle_timeout": "1s", "attempts": 1},
+        {"id": "busy", "prompt": "tick 8 0.25\nwrite b.txt b", "idle_timeout": "1s"},
     ]
     ended = repository.council("run", str(repository.configure(tasks)), "--json")
     assert ended.states == {"silent": "failed", "busy": "landed"}, ended
     silent = ended.result["tasks"][0]
-    assert silent["failure"] == "silence"
+    assert silent["failure"] == "idle_timeout"
     assert silent["branch"]
     await repository.assert_invariants()
 

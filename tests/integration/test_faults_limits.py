@@ -203,6 +203,6 @@ async def test_more_memory_than_there_is_is_refused(repository: Repository) -> N
     config = repository.configure([{"id": "one", "prompt": "write a.txt a"}], session_memory="100TiB")
     refused = repository.council("run", str(config), "--json")
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused
-    assert "MiB of memory are left" in refused.result["error"]
+    assert "MiB of memory are free" in refused.result["error"]
     assert refused.result["remedy"]
     assert not repository.spawns.exists()

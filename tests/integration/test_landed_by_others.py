@@ -20,7 +20,7 @@ async def test_work_that_a_person_has_merged_counts_as_landed(repository: Reposi
         {"id": "more", "prompt": "write more.txt x", "needs": ["built"]},
         {"id": "long", "prompt": "hang"},
     ]
-    child = repository.start("run", str(repository.configure(tasks, coordination={"sweep": "200ms"})), "--json")
+    child = repository.start("run", str(repository.configure(tasks, coordination={"sweep_interval": "200ms"})), "--json")
     wait_for(lambda: repository.council("status", "--json").result.get("tasks", [{}])[0].get("status") == "failed")
     result = repository.council("status", "--json").result
     repository.git("fetch", "--quiet", result["repository"], result["tasks"][0]["branch"])
@@ -63,7 +63,7 @@ def test_no_commit_message_says_what_has_landed(repository: Repository, label: s
         {"id": "long", "prompt": "import time; time.sleep(1000)"},
         {"id": "pending", "prompt": "open('pending.txt', 'w')", "needs": ["long"]},
     ]
-    config = repository.configure(tasks, adapters={"py": PYTHON_ADAPTER}, coordination={"sweep": "200ms"})
+    config = repository.configure(tasks, adapters={"py": PYTHON_ADAPTER}, coordination={"sweep_interval": "200ms"})
     child = repository.start("run", str(config), "--json")
 
     def states() -> dict[str, str]:

@@ -47,8 +47,8 @@ async def join(store: Store, clock: Clock, run: str) -> Ledger:
     return await Ledger.join(store, clock, Redactor([]), others, {})
 
 
-async def coordinator_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[Ledger, Ledger]:
-    """Return a new run as its coordinator has it, and as a worker has it."""
+async def leader_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[Ledger, Ledger]:
+    """Return a new run as its leader has it, and as a worker has it."""
     run = run_document(folder)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     others = make_orchestrators(store, clock, run.id, alone=False)
@@ -178,9 +178,9 @@ async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(
 
 
 async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -> None:
-    """It was pending when it was last looked at: the coordinator takes it, and the other is told when it goes on."""
+    """It was pending when it was last looked at: the leader takes it, and the other is told when it goes on."""
     clock = ManualClock()
-    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
     assert await cancel_task(ours, "models")
     assert ours.task("models").status is TaskStatus.CANCELLED
@@ -196,7 +196,7 @@ async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -
 async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Path) -> None:
     """It was at work elsewhere when it was last looked at."""
     clock = ManualClock()
-    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
     await ours.refresh("models")
     await theirs.change("models", Trigger.RETRY)
@@ -208,7 +208,7 @@ async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Pa
 async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Path, seen: TaskStatus) -> None:
     """Whoever has begun that brings it to its end, be it that the task was yet at work when it was last looked at."""
     clock = ManualClock()
-    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
     await ours.refresh("models")
     await theirs.change("models", Trigger.BUILD, commit=NEW_COMMIT)
@@ -224,7 +224,7 @@ async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Pa
 async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_path: Path) -> None:
     """It had failed when it was last looked at."""
     clock = ManualClock()
-    ours, theirs = await coordinator_and_worker(MemoryStore(clock), clock, tmp_path)
+    ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(ours, "models") is None
     await ours.change("models", Trigger.FAIL)
     await theirs.refresh("models")
@@ -233,7 +233,7 @@ async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_
     assert ours.task("models").status is TaskStatus.LANDED
 
 
-async def test_who_takes_a_run_when_another_becomes_its_coordinator_is_told_who_that_is(tmp_path: Path) -> None:
+async def test_who_takes_a_run_when_another_becomes_its_leader_is_told_who_that_is(tmp_path: Path) -> None:
     """The other was quicker by a moment."""
     clock = ManualClock()
     store = Overtaken(clock, "run.leader_elected")
@@ -277,15 +277,15 @@ async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) 
     await theirs.note("run.waiting", {})
 
 
-@pytest.mark.parametrize(("role", "is_theirs"), [(Role.COORDINATOR, False), (Role.WORKER, True)])
-async def test_a_coordinator_takes_what_a_worker_has_claimed_and_not_begun(
+@pytest.mark.parametrize(("role", "is_theirs"), [(Role.LEADER, False), (Role.WORKER, True)])
+async def test_a_leader_takes_what_a_worker_has_claimed_and_not_begun(
     tmp_path: Path, role: Role, is_theirs: bool
 ) -> None:
     """The same that a worker has to leave to it."""
     clock = ManualClock()
     store = MemoryStore(clock)
-    first, worker = await coordinator_and_worker(store, clock, tmp_path)
-    ours = first if role is Role.COORDINATOR else await join(store, clock, first.run.id)
+    first, worker = await leader_and_worker(store, clock, tmp_path)
+    ours = first if role is Role.LEADER else await join(store, clock, first.run.id)
     assert ours.orchestrators.me.role is role
     assert worker.claims is not None
     assert not isinstance(await worker.claims.claim("models"), ClaimHolder)
@@ -294,12 +294,12 @@ async def test_a_coordinator_takes_what_a_worker_has_claimed_and_not_begun(
     assert (ours.task("models").status is TaskStatus.RUNNING) == (not is_theirs)
 
 
-async def test_a_worker_leaves_it_to_a_coordinator_to_lead(tmp_path: Path) -> None:
-    """Where nobody leads the run, and one of those who could was made a coordinator."""
+async def test_a_worker_leaves_it_to_a_leader_to_lead(tmp_path: Path) -> None:
+    """Where nobody leads the run, and one of those who could was made a leader."""
     clock = ManualClock()
     store = MemoryStore(clock)
     worker, other = await two_ledgers(store, clock, tmp_path)
-    others = make_orchestrators(store, clock, worker.run.id, alone=False, me=create_owner(Role.COORDINATOR))
+    others = make_orchestrators(store, clock, worker.run.id, alone=False, me=create_owner(Role.LEADER))
     chosen = await Ledger.join(store, clock, Redactor([]), others, {})
     assert not await worker.try_to_lead()
     assert not await other.try_to_lead()

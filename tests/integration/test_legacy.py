@@ -421,7 +421,7 @@ async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
         ]  # fmt: skip
         for ask in asked:
             with pytest.raises(
-                RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, so only its record exists here"
+                RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, only its record exists"
             ):
                 await ask()
         assert await council.position() == position

@@ -213,7 +213,7 @@ def test_health_tells_a_run_that_was_cut_off_and_damage(repository: Repository) 
 def test_health_names_a_session_that_prints_nothing(repository: Repository) -> None:
     """It is at work, and has been silent for longer than it may."""
     busy = {"use": "command", "argv": ["sh", "-c", "while :; do date >now; sleep 0.1; done"]}
-    task = {"id": "mute", "prompt": "-", "silence": "500ms", "attempts": 1}
+    task = {"id": "mute", "prompt": "-", "idle_timeout": "500ms", "attempts": 1}
     with repository.start("run", str(repository.configure([task], adapters={"busy": busy}))) as child:
         wait_for(lambda: list((repository.top / ".council/logs").glob("*/mute.1.stdout")))
 

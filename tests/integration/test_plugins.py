@@ -123,7 +123,7 @@ def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repositor
     install(site, "risks", REGISTER + dedent(code))
     asked = """
 import json
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
+from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.plugins import load_plugins
 found = load_plugins()
 kinds = found.checked_kinds()
@@ -397,7 +397,7 @@ def test_the_shipped_stores_are_named_by_their_urls(repository: Repository, tmp_
     ("url", "expected"),
     [
         ("redis://host/1", "there is no store for 'redis://host/1'"),
-        ("file://host/folder", "names no folder of this machine"),
+        ("file://host/folder", "is not a folder on this machine"),
         ("memory:x", "names no store"),
         ("", None),
     ],

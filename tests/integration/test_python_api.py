@@ -83,18 +83,18 @@ def test_every_block_runs(block: str, repository: Repository) -> None:
 
 async def test_a_run_of_typed_objects_lands(repository: Repository) -> None:
     """Numbers are seconds and bytes, text is what a file would hold."""
-    text: dict[str, Any] = {"timeout": "1m", "max_file": "1KB", "silence": "off"}
+    text: dict[str, Any] = {"timeout": "1m", "max_file": "1KB", "idle_timeout": "off"}
     config = describe(
         repository,
-        Task(id="a", prompt="write a.txt a", timeout=60.0, max_file=1000, silence=math.inf),
+        Task(id="a", prompt="write a.txt a", timeout=60.0, max_file=1000, idle_timeout=math.inf),
         Task(id="b", prompt="write b.txt b", needs=("a",), **text),
         defaults=TaskDefaults(attempts=1),
     )
     async with Council.open(config, environ=repository.environ) as council:
         assert council.config is not None
         first, second = council.config.tasks
-        assert (first.timeout, first.max_file, first.silence) == (60.0, 1000, None)
-        assert (second.timeout, second.max_file, second.silence) == (60.0, 1000, None)
+        assert (first.timeout, first.max_file, first.idle_timeout) == (60.0, 1000, None)
+        assert (second.timeout, second.max_file, second.idle_timeout) == (60.0, 1000, None)
         report = await council.run()
     assert report.status is RunStatus.LANDED
     assert repository.git("show", "main:b.txt") == "b"

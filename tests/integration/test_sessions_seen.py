@@ -151,7 +151,7 @@ async def test_who_was_at_work_and_what_became_of_their_claims_is_told(repositor
     config = str(repository.configure([{"id": "a", "prompt": "attempt 1 exit 1\nwrite a.txt a"}]))
     assert repository.council("run", config, failpoints="session.spawned=kill").code == -signal.SIGKILL
     [killed] = repository.council("status", "--json").result["orchestrators"]
-    assert (killed["role"], killed["ended"], killed["reason"]) == ("coordinator", None, None)
+    assert (killed["role"], killed["ended"], killed["reason"]) == ("leader", None, None)
     assert repository.council("resume").code == 0
     told = repository.council("status", "--json").result
     before, after = told["orchestrators"]

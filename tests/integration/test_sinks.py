@@ -132,7 +132,7 @@ async def test_a_sink_whose_plugin_is_gone_does_not_keep_a_run_from_going_on(
 
 
 _NAME_REMEDY = (
-    "use up to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit, "
+    "use up to 64 letters, digits, '.', '_' and '-', starting with a letter or digit, "
     "without '..' and not ending in '.' or '.lock'"
 )
 _MISTAKES = """\
@@ -170,7 +170,7 @@ def test_mistakes_in_sinks_and_trackers_are_told_at_their_places(repository: Rep
         8: ("the key 'colour' is not known", "the keys here are file"),
         9: ("the key 'use' is missing", "add `use:` here"),
         10: ("events is an empty list", "give at least 1"),
-        11: ("events is the text 'task.landed'", "write a list, as in [one, two]"),
+        11: ("events is the text 'task.landed'", "write a list, such as [one, two]"),
         12: (
             "'g h' can't be a name",
             _NAME_REMEDY,
@@ -254,13 +254,13 @@ async def test_tasks_of_a_tracker_need_each_other_and_the_files_own(repository: 
         ),
         (
             "[Task('a', 'x', ['b']), Task('b', 'x', ['a'])]",
-            [("trackers.m[0].needs[0]", "tasks need each other in a circle: a -> b -> a")],
+            [("trackers.m[0].needs[0]", "dependency cycle: a -> b -> a")],
         ),
-        ("[Task('a', 'x\\0y')]", [("trackers.m[0].prompt", "the text holds the character '\\x00'")]),
+        ("[Task('a', 'x\\0y')]", [("trackers.m[0].prompt", "the text contains the character '\\x00'")]),
         ("[Task(3, 'x')]", [("trackers.m[0].id", "id is the number 3")]),
         (
             "[Task('a', 'use AKIA' + 'Q7RT2YBV4MZX9KLP')]",
-            [("trackers.m[0].prompt", "the prompt holds what looks like a secret key, and prompts are recorded")],
+            [("trackers.m[0].prompt", "the prompt contains an apparent secret key, and prompts are recorded")],
         ),
     ],
     ids=["the file's", "its own", "all at once", "a circle", "no text", "no id", "a key"],

@@ -150,7 +150,7 @@ async def test_a_program_that_need_not_be_interrupted_is_not(house: House, progr
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("why", ["timeout", "silence"])
+@pytest.mark.parametrize("why", ["timeout", "idle_timeout"])
 async def test_a_program_over_its_limit_is_interrupted(house: House, program: Run, why: str) -> None:
     """Whatever stops it, it can tidy up."""
     ended = await run_supervised(program(TIDIES, interrupt=True, **{why: 2.0}))

@@ -405,9 +405,9 @@ async def test_a_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
     """One that says nothing and changes nothing is stopped long before its limit, and it is said why."""
     (tmp_path / "tree").mkdir()
     began = time.monotonic()
-    command = agent("print('at work', flush=True)\n" + LAST_WORD, silence=1.0, watched=(tmp_path / "tree",))
+    command = agent("print('at work', flush=True)\n" + LAST_WORD, idle_timeout=1.0, watched=(tmp_path / "tree",))
     ended = await run_supervised(command)
-    assert (ended.exit, ended.ended_by) == (0, "silence")
+    assert (ended.exit, ended.ended_by) == (0, "idle_timeout")
     assert (tmp_path / "last-word").exists()
     assert 1.0 <= time.monotonic() - began < 20
 
@@ -419,14 +419,14 @@ async def test_a_program_that_shows_a_sign_of_life_goes_on(agent: Agent, tmp_pat
     (tmp_path / "tree" / "deep").mkdir(parents=True)
     (tmp_path / "tree" / "deep" / "file").touch()
     source = f"end = time.monotonic() + 4\nwhile time.monotonic() < end: {sign}; time.sleep(0.05)"
-    ended = await run_supervised(agent(source, silence=1.5, watched=(tmp_path / "tree",)))
+    ended = await run_supervised(agent(source, idle_timeout=1.5, watched=(tmp_path / "tree",)))
     assert (ended.exit, ended.ended_by) == (0, "exit")
 
 
 @pytest.mark.extended_but_first
 async def test_a_folder_that_can_not_be_watched_ends_nobody(agent: Agent, tmp_path: Path) -> None:
     """What can't be seen is no proof of silence; the wall-clock limit remains."""
-    command = agent("time.sleep(300)", silence=0.2, watched=(tmp_path / "gone",), timeout=1.5)
+    command = agent("time.sleep(300)", idle_timeout=0.2, watched=(tmp_path / "gone",), timeout=1.5)
     assert (await run_supervised(command)).ended_by == "timeout"
 
 

@@ -31,7 +31,12 @@ from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
 #: Whoever is silent for so long is gone; without the proof that its process has ended.
-QUICK = {"heartbeat": "200ms", "stale": "1500ms", "owner_stale": "1500ms", "sweep": "300ms"}
+QUICK = {
+    "heartbeat_interval": "200ms",
+    "stale_after": "1500ms",
+    "owner_stale_after": "1500ms",
+    "sweep_interval": "300ms",
+}
 
 
 def shared(count: int) -> list[dict[str, Any]]:
@@ -145,7 +150,7 @@ async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another
         {"id": "other", "prompt": f"await {gate}\nwrite other.txt x"},
     ]
     config = repository.configure(
-        tasks, capacity=1, coordination={**QUICK, "sweep": "60s"}, writable=[str(repository.spawns.parent)]
+        tasks, capacity=1, coordination={**QUICK, "sweep_interval": "60s"}, writable=[str(repository.spawns.parent)]
     )
     owner = repository.start("run", str(config), "--json")
     wait_for(begun.exists)
@@ -163,17 +168,17 @@ async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("role", ["auto", "coordinator", "worker"])
+@pytest.mark.parametrize("role", ["auto", "leader", "worker"])
 async def test_a_cancelled_task_of_another_process_ends_there(repository: Repository, role: str) -> None:
     """Its claim is overridden, since a person wants it; the other goes on with what else there is."""
     tasks = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("a", "b")]
     config = repository.configure(tasks, capacity=1, coordination={**QUICK, "role": role})
-    coordinator = repository.start("run", str(config), "--json")
+    leader = repository.start("run", str(config), "--json")
     wait_for(lambda: "running" in states(repository).values())
     helper = repository.start("work", "--json")
     wait_for(lambda: list(states(repository).values()) == ["running", "running"])
     assert repository.council("cancel", "a", "b").code == 0
-    ended(coordinator, helper)
+    ended(leader, helper)
     assert states(repository) == {"a": "cancelled", "b": "cancelled"}
     await repository.assert_invariants()
 
@@ -265,10 +270,10 @@ async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("sweep", ["300ms", "60s"], ids=["found", "unnoticed"])
+@pytest.mark.parametrize("sweep_interval", ["300ms", "60s"], ids=["found", "unnoticed"])
 @pytest.mark.parametrize("action", ["retry", pytest.param("cancel", marks=pytest.mark.slow)])
-async def test_what_is_asked_when_the_coordinator_is_gone_is_done(
-    repository: Repository, action: str, sweep: str
+async def test_what_is_asked_when_the_leader_is_gone_is_done(
+    repository: Repository, action: str, sweep_interval: str
 ) -> None:
     """Whoever stands in for it does it; where nobody has noticed yet, the one who asks does, beside the others."""
     gate = repository.spawns.parent / "gate"
@@ -276,14 +281,14 @@ async def test_what_is_asked_when_the_coordinator_is_gone_is_done(
         {"id": "failed", "prompt": "attempt 1 exit 1\nwrite failed.txt x", "attempts": 1},
         *({"id": name, "prompt": f"await {gate}\nwrite {name}.txt x"} for name in ("a", "b")),
     ]
-    config = repository.configure(tasks, capacity=1, coordination={**QUICK, "sweep": sweep})
-    coordinator = repository.start("run", str(config), "--json")
+    config = repository.configure(tasks, capacity=1, coordination={**QUICK, "sweep_interval": sweep_interval})
+    leader = repository.start("run", str(config), "--json")
     wait_for(lambda: states(repository) == {"failed": "failed", "a": "running", "b": "pending"})
     worker = repository.start("work", "--json")
     wait_for(lambda: states(repository)["b"] == "running")
-    coordinator.send_signal(signal.SIGKILL)
-    coordinator.communicate()
-    if sweep == "300ms":
+    leader.send_signal(signal.SIGKILL)
+    leader.communicate()
+    if sweep_interval == "300ms":
         while [event.type for event in await happened(repository)].count("run.leader_elected") < 2:
             pass
     task = {"cancel": "b", "retry": "failed"}[action]
@@ -299,19 +304,19 @@ async def test_what_is_asked_when_the_coordinator_is_gone_is_done(
 
 
 async def test_who_sees_too_late_that_the_run_is_over_does_not_end_it_again(repository: Repository) -> None:
-    """Its coordinator has recorded the end, told its sinks of it, and is gone."""
+    """Its leader has recorded the end, told its sinks of it, and is gone."""
     gate = repository.spawns.parent / "gate"
     config = repository.configure(
         [{"id": "a", "prompt": f"await {gate}\nwrite a.txt x"}],
-        coordination={**QUICK, "stale": "1m", "owner_stale": "1m"},
+        coordination={**QUICK, "stale_after": "1m", "owner_stale_after": "1m"},
     )
-    coordinator = repository.start("run", str(config), "--json")
+    leader = repository.start("run", str(config), "--json")
     wait_for(repository.spawns.exists)
     worker = repository.start("work", "--json")
     wait_for(lambda: "run.joined" in repository.council("state", "log", "--json").stdout)
     worker.send_signal(signal.SIGSTOP)
     gate.touch()
-    assert ended(coordinator) == [0]
+    assert ended(leader) == [0]
     worker.send_signal(signal.SIGCONT)
     assert ended(worker) == [0]
     names = Counter(event.type for event in await happened(repository))
@@ -372,7 +377,7 @@ def test_who_joins_can_not_choose_to_be_alone(repository: Repository) -> None:
 
 
 async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> None:
-    """Its coordinator was killed before: it coordinates then, and records the end."""
+    """Its leader was killed before: it coordinates then, and records the end."""
     config = repository.configure(shared(4), coordination=QUICK)
     killed = repository.council("run", str(config), failpoints="attempt.recorded=kill")
     assert killed.code == -signal.SIGKILL
@@ -412,7 +417,7 @@ async def test_who_lacks_a_program_leaves_the_end_of_a_run_to_others(repository:
 
 
 async def test_who_comes_last_records_the_end_of_a_run(repository: Repository) -> None:
-    """Its coordinator was killed when nothing was left to do, and nobody has looked since; sinks hear of the end."""
+    """Its leader was killed when nothing was left to do, and nobody has looked since; sinks hear of the end."""
     sink = repository.top.parent / "events.jsonl"
     config = repository.configure(shared(1), sinks={"log": {"use": "jsonlines", "file": str(sink)}})
     killed = repository.council("run", str(config), failpoints="landing.recorded=kill")

@@ -31,12 +31,14 @@ from orchestrator.testing.claim_history import ClaimHistory
 from tests.simulation.virtual_time import run_in_virtual_time
 
 RUN, REPOSITORY, TARGET = "r", "repository", "main"
-TIMING = ClaimTiming(heartbeat=6.0, stale=30.0, owner_stale=60.0, sweep=9.0, max_retries=1_000)
+TIMING = ClaimTiming(
+    heartbeat_interval=6.0, stale_after=30.0, owner_stale_after=60.0, sweep_interval=9.0, max_retries=1_000
+)
 SKEW = 3.0
 """Seconds by which a clock is wrong at most."""
 FAULT_PERIOD = 180.0
 """Seconds after which nothing goes wrong any more."""
-SETTLE_TIMEOUT = 30 * TIMING.owner_stale
+SETTLE_TIMEOUT = 30 * TIMING.owner_stale_after
 """Seconds within which all has to be done from then on."""
 
 #: Each task of the event loop throws its own dice: what one of them draws does not depend on whose turn it was.
@@ -59,7 +61,7 @@ class FaultRates:
     give_up: float = 0.1
     """A try is in vain."""
     override: float = 0.01
-    """A coordinator takes what another is at."""
+    """A leader takes what another is at."""
 
 
 class SkewedClock(SystemClock):
@@ -127,7 +129,7 @@ class SimulatedProcess:
                 self.is_over = True
             elif fate < world.weather.crash + world.weather.stop:
                 world.seen["stopped"] += 1
-                self._stopped_until = world.time() + dice.uniform(0, 3) * TIMING.owner_stale
+                self._stopped_until = world.time() + dice.uniform(0, 3) * TIMING.owner_stale_after
         while world.time() < self._stopped_until and not self.is_over:
             await asyncio.sleep(self._stopped_until - world.time())
         if self.is_over:
@@ -236,12 +238,12 @@ class SimulatedOrchestrator:
     async def _beat(self) -> None:
         while True:
             await self._until_it_works(self.others.renew)
-            await self._pause(TIMING.heartbeat)
+            await self._pause(TIMING.heartbeat_interval)
 
     async def _sweep(self) -> None:
         while True:
             await self._until_it_works(self.claims.sweep)
-            await self._pause(TIMING.sweep)
+            await self._pause(TIMING.sweep_interval)
 
     async def _work(self) -> None:
         while True:
@@ -372,7 +374,7 @@ async def _lives(world: World, number: int, processes: int) -> None:
     """Have a process that ends followed by another; only of some, but for the first."""
     dice = Random(f"{world.seed}/{number}/lives")
     _dice.set(dice)
-    role = Role.COORDINATOR if number == 0 else Role.WORKER
+    role = Role.LEADER if number == 0 else Role.WORKER
     while True:
         try:
             await SimulatedOrchestrator(SimulatedProcess(world, number, role)).live()
@@ -382,7 +384,7 @@ async def _lives(world: World, number: int, processes: int) -> None:
                 return
         else:
             return
-        await asyncio.sleep(dice.uniform(0, TIMING.owner_stale))
+        await asyncio.sleep(dice.uniform(0, TIMING.owner_stale_after))
         number += processes
 
 

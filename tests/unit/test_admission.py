@@ -51,7 +51,7 @@ def test_what_limits_says_what_to_do() -> None:
     )
     short = fit_sessions(AvailableResources(None, 10, 149 * MIB), 4, DEMAND)
     assert isinstance(short, NoSessionFits)
-    assert short.what == "not even one session fits: 149 MiB of memory are left, where a session takes 100 MiB"
+    assert short.what == "not even one session fits: 149 MiB of memory are free, and a session needs 100 MiB"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_silence_makes_stale_once_it_was_watched(
 def test_a_short_lease_is_watched_no_longer_than_it_lasts() -> None:
     """Where heartbeats are rarer than leases are long, the lease decides."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 5)
-    timing = ClaimTiming(heartbeat=60, stale=5)
+    timing = ClaimTiming(heartbeat_interval=60, stale_after=5)
     assert judge_owner_status(one, BEAT + 6, 5, timing, is_here=False, is_dead=False) is OwnerStatus.STALE
     assert judge_owner_status(one, BEAT + 6, 4, timing, is_here=False, is_dead=False) is OwnerStatus.ALIVE
 
@@ -85,7 +85,7 @@ def test_what_nobody_alive_has_is_free(me: Role, override: bool) -> None:
     assert can_claim(None, taker, None, override=override)
     for how in ReleaseReason:
         assert can_claim(claim(how), taker, None, override=override)
-        assert can_claim(claim(how, role=Role.COORDINATOR), taker, OwnerStatus.ALIVE, override=override)
+        assert can_claim(claim(how, role=Role.LEADER), taker, OwnerStatus.ALIVE, override=override)
     for gone in (OwnerStatus.ENDED, OwnerStatus.STALE, OwnerStatus.DEAD):
         assert can_claim(claim(), taker, gone, override=override)
 
@@ -95,14 +95,14 @@ def test_what_nobody_alive_has_is_free(me: Role, override: bool) -> None:
     [
         (Role.WORKER, Role.WORKER, False, False),
         (Role.WORKER, Role.WORKER, True, False),
-        (Role.WORKER, Role.COORDINATOR, True, False),
-        (Role.COORDINATOR, Role.WORKER, False, False),
-        (Role.COORDINATOR, Role.WORKER, True, True),
-        (Role.COORDINATOR, Role.COORDINATOR, True, False),
+        (Role.WORKER, Role.LEADER, True, False),
+        (Role.LEADER, Role.WORKER, False, False),
+        (Role.LEADER, Role.WORKER, True, True),
+        (Role.LEADER, Role.LEADER, True, False),
     ],
 )
 @pytest.mark.parametrize("holder", [OwnerStatus.ALIVE, None])
-def test_only_a_coordinator_takes_from_the_living(
+def test_only_a_leader_takes_from_the_living(
     me: Role, other: Role, override: bool, expected: bool, holder: OwnerStatus | None
 ) -> None:
     """And only where it says so, and only from one that is none."""

@@ -61,14 +61,14 @@ def test_mistakes_are_told_by_path(tmp_path: Path) -> None:
     tasks = [{"id": "a", "prompt": " "}, {"id": "a", "prompt": {1}, 3: 4}, {"id": "b", "prompt": "p", "needs": ["c"]}]
     value = {**RUN, "tasks": tasks, "session_memory": float("inf"), "defaults": {"timeout": 30, "checks": ["\0"]}}
     assert mistakes(value, tmp_path) == [
-        "<run>: tasks[0].prompt: the prompt is empty: say what is to be done",
+        "<run>: tasks[0].prompt: the prompt is empty: describe the task",
         "<run>: tasks[1]: the key '3' is not text: write a word",
-        "<run>: tasks[1].id: the task 'a' is there already, at tasks[0].id: give each task an id of its own",
-        "<run>: tasks[1].prompt: a set is no value of a run: give text, a number, a list or a dict",
+        "<run>: tasks[1].id: the task 'a' is there already, at tasks[0].id: give each task a unique id",
+        "<run>: tasks[1].prompt: a set is not a valid value: give text, a number, a list or a dict",
         "<run>: tasks[2].needs[0]: there is no task 'c': the tasks are a, b",
         "<run>: session_memory: this number is not finite: write a finite number, or quote it if it is text",
         "<run>: defaults.timeout: a duration can't be the bare number 30: add its unit, as in 30s or 30m",
-        "<run>: defaults.checks[0]: the text holds the character '\\x00': remove it",
+        "<run>: defaults.checks[0]: the text contains the character '\\x00': remove it",
     ]
 
 
@@ -82,7 +82,7 @@ def test_value_that_holds_itself_is_refused(tmp_path: Path) -> None:
     knot: list[Any] = []
     knot += [knot, knot]
     [told] = mistakes({**RUN, "tasks": knot}, tmp_path)
-    assert told.endswith("more than 64 collections lie in each other: nest less deeply")
+    assert told.endswith("more than 64 nested collections: nest less deeply")
 
 
 def test_every_mistake_of_a_file_is_one_of_a_value(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_smallest_file_gets_all_defaults(tmp_path: Path) -> None:
         timeout=1800.0,
         attempts=3,
         backoff=Backoff(initial=2.0, factor=2.0, max=300.0, jitter=True),
-        silence=600.0,
+        idle_timeout=600.0,
         retry_on=RETRIED_BY_DEFAULT,
         checks=(),
         checks_timeout=600.0,

@@ -105,11 +105,11 @@ def test_a_block_of_notes_is_bounded() -> None:
     told = format_notes([note("x" * MAX_TEXT_BYTES) for _ in range(20)])
     assert told is not None
     assert len(told) <= MAX_BLOCK_CHARS
-    assert told.endswith("(17 more are left out.)\n")
+    assert told.endswith("(17 more omitted)\n")
     alone = format_notes([largest])
     assert alone is not None
     assert alone.endswith("| xy\n")
     crowded = format_notes([note("small"), note("large", paths=("p" * 1000,) * MAX_PATHS)])
     assert crowded is not None
     assert "| small\n" in crowded
-    assert crowded.endswith("(1 more is left out.)\n")
+    assert crowded.endswith("(1 more omitted)\n")

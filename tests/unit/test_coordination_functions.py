@@ -41,8 +41,8 @@ TEN: Final = (
 FUNCTIONS: Final = [row for name in (CLAIMS, SESSIONS) for row in rows(sections(PAGE)[name]) if len(row) == 3]
 #: What else stands in code: keys, values and arguments, and the name of a logger.
 _WORDS: Final = {
-    *("async with", "continue", "enabled", "heartbeat", "max_retries", "orchestrator.claims", "override"),
-    *("owner_stale", "pause", "stale", "when_unreachable"),
+    *("async with", "continue", "enabled", "heartbeat_interval", "max_retries", "orchestrator.claims", "override"),
+    *("owner_stale_after", "pause", "stale_after", "when_unreachable"),
 }
 
 

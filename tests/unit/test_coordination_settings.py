@@ -55,9 +55,9 @@ def test_the_example_of_an_environment_has_each_variable_with_its_default() -> N
     [
         ("SHARED_STATE_ENABLED", "false", "enabled", False),
         ("SHARED_STATE_ENABLED", "0", "enabled", False),
-        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "1500", "heartbeat", 1.5),
-        ("SHARED_STATE_STALE_THRESHOLD_MS", "240000", "stale", 240.0),
-        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "300000", "owner_stale", 300.0),
+        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "1500", "heartbeat_interval", 1.5),
+        ("SHARED_STATE_STALE_THRESHOLD_MS", "240000", "stale_after", 240.0),
+        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "300000", "owner_stale_after", 300.0),
         ("SHARED_STATE_MAX_RETRIES", "0", "max_retries", 0),
     ],
 )
@@ -69,10 +69,12 @@ def test_each_variable_is_read(variable: str, text: str, key: str, value: float 
 
 def test_options_stand_above_the_environment_and_that_above_the_file(tmp_path: Path) -> None:
     """Key by key: what is not given in one place comes from the next."""
-    file = loaded(tmp_path, "{heartbeat: 10s, stale: 100s, max_retries: 7, when_unreachable: continue}")
+    file = loaded(tmp_path, "{heartbeat_interval: 10s, stale_after: 100s, max_retries: 7, when_unreachable: continue}")
     environ = {"SHARED_STATE_STALE_THRESHOLD_MS": "200000", "SHARED_STATE_MAX_RETRIES": "8"}
     found = resolve_coordination(file, environ, CoordinationOverrides(max_retries=9))
-    assert found.timing() == ClaimTiming(heartbeat=10.0, stale=200.0, owner_stale=600.0, sweep=90.0, max_retries=9)
+    assert found.timing() == ClaimTiming(
+        heartbeat_interval=10.0, stale_after=200.0, owner_stale_after=600.0, sweep_interval=90.0, max_retries=9
+    )
     assert found.when_unreachable == "continue"
 
 
@@ -82,10 +84,10 @@ def test_a_file_that_says_nothing_gets_the_defaults(tmp_path: Path) -> None:
     assert CoordinationSettings().model_dump() == DEFAULT.model_dump()
     assert DEFAULT.timing() == ClaimTiming()
     assert asdict(ClaimTiming()) == {
-        "heartbeat": 60.0,
-        "stale": 300.0,
-        "owner_stale": 600.0,
-        "sweep": 90.0,
+        "heartbeat_interval": 60.0,
+        "stale_after": 300.0,
+        "owner_stale_after": 600.0,
+        "sweep_interval": 90.0,
         "max_retries": 3,
     }
 
@@ -93,8 +95,8 @@ def test_a_file_that_says_nothing_gets_the_defaults(tmp_path: Path) -> None:
 def test_every_key_is_taken(tmp_path: Path) -> None:
     """None of them is dropped on the way, and what was resolved survives being recorded."""
     section = (
-        "{enabled: false, heartbeat: 1s, stale: 3s, owner_stale: 4s, sweep: 5s, max_retries: 6, "
-        "when_unreachable: continue, role: worker, tools: false, lock_timeout: 7s}"
+        "{enabled: false, heartbeat_interval: 1s, stale_after: 3s, owner_stale_after: 4s, sweep_interval: 5s, "
+        "max_retries: 6, when_unreachable: continue, role: worker, tools: false, lock_timeout: 7s}"
     )
     found = loaded(tmp_path, section)
     assert list(found.model_dump().values()) == [False, 1.0, 3.0, 4.0, 5.0, 6, "continue", "worker", False, 7.0]
@@ -104,16 +106,19 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "column", "message"),
     [
-        ("{heartbeat: 2m}", 27, "`heartbeat` (2m) is more than a third of `stale` (5m): write at most"),
-        ("{heartbeat: 2m}", 27, "`heartbeat: 1m40s`, or at least `stale: 6m`"),
-        ("{stale: 30s}", 23, "`heartbeat` (1m) is more than a third of `stale` (30s): write at most `heartbeat: 10s`"),
-        ("{stale: 15m}", 23, "`stale` (15m) is more than `owner_stale` (10m): write at most `stale: 10m`"),
-        ("{owner_stale: 1m}", 29, "`stale` (5m) is more than `owner_stale` (1m)"),
-        ("{heartbeat: 60}", 27, "a duration can't be the bare number 60: add its unit"),
+        ("{heartbeat_interval: 2m}", 36, "`heartbeat_interval` (2m) is more than a third of `stale_after` (5m): "
+         "write at most"),
+        ("{heartbeat_interval: 2m}", 36, "`heartbeat_interval: 1m40s`, or at least `stale_after: 6m`"),
+        ("{stale_after: 30s}", 29, "`heartbeat_interval` (1m) is more than a third of `stale_after` (30s): "
+         "write at most `heartbeat_interval: 10s`"),
+        ("{stale_after: 15m}", 29, "`stale_after` (15m) is more than `owner_stale_after` (10m): "
+         "write at most `stale_after: 10m`"),
+        ("{owner_stale_after: 1m}", 35, "`stale_after` (5m) is more than `owner_stale_after` (1m)"),
+        ("{heartbeat_interval: 60}", 36, "a duration can't be the bare number 60: add its unit"),
         ("{max_retries: 100}", 29, "write 99 or less"),
         ("{when_unreachable: wait}", 34, "write 'pause' or 'continue'"),
-        ("{heartbeats: 1s}", 16, "did you mean 'heartbeat'?"),
-        ("{stale: }", 23, "stale is empty"),
+        ("{heartbeat_intervals: 1s}", 16, "did you mean 'heartbeat_interval'?"),
+        ("{stale_after: }", 29, "stale_after is empty"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_at_its_place(tmp_path: Path, section: str, column: int, message: str) -> None:
@@ -129,11 +134,11 @@ def test_a_mistake_is_told_at_its_place(tmp_path: Path, section: str, column: in
     ("variable", "text", "remedy"),
     [
         ("SHARED_STATE_ENABLED", "maybe", "write true or false"),
-        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "60s", "write milliseconds as a whole number above 0, as in 60000"),
-        ("SHARED_STATE_STALE_THRESHOLD_MS", "0", "as in 300000"),
-        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "9" * 12, "as in 600000"),
-        ("SHARED_STATE_MAX_RETRIES", "-1", "write a whole number from 0 to 99, as in 3"),
-        ("SHARED_STATE_MAX_RETRIES", "٣", "write a whole number from 0 to 99, as in 3"),
+        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "60s", "write milliseconds as a whole number above 0, such as 60000"),
+        ("SHARED_STATE_STALE_THRESHOLD_MS", "0", "such as 300000"),
+        ("TASK_CLAIM_OWNER_STALE_TTL_MS", "9" * 12, "such as 600000"),
+        ("SHARED_STATE_MAX_RETRIES", "-1", "write a whole number from 0 to 99, such as 3"),
+        ("SHARED_STATE_MAX_RETRIES", "٣", "write a whole number from 0 to 99, such as 3"),
     ],
 )
 def test_what_can_not_be_read_of_the_environment_is_refused_by_name(variable: str, text: str, remedy: str) -> None:
@@ -152,12 +157,12 @@ def test_all_that_is_wrong_with_the_environment_is_told_at_once() -> None:
 def test_a_contradiction_is_told_in_the_words_of_whoever_made_it() -> None:
     """Variables by their names and in milliseconds, options as they are typed."""
     told = refused({"SHARED_STATE_STALE_THRESHOLD_MS": "30000"})
-    assert "`heartbeat` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in told
+    assert "`heartbeat_interval` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in told
     assert "write at most SHARED_STATE_HEARTBEAT_INTERVAL_MS=10000" in told
     assert "or at least SHARED_STATE_STALE_THRESHOLD_MS=180000" in told
-    told = refused({}, CoordinationOverrides(stale=10.0))
+    told = refused({}, CoordinationOverrides(stale_after=10.0))
     assert "more than a third of --stale (10s): write at most --heartbeat 3s333ms, or at least --stale 3m" in told
-    told = refused({}, CoordinationOverrides(stale=700.0))
+    told = refused({}, CoordinationOverrides(stale_after=700.0))
     assert "or at least TASK_CLAIM_OWNER_STALE_TTL_MS=700000" in told, "there is no option for it"
 
 
@@ -173,7 +178,9 @@ def test_options_reach_the_command() -> None:
 
     words = ["--heartbeat=1s", "--stale=1m", "--max-retries=2", "--when-unreachable=continue", "--no-coordination"]
     assert CliRunner().invoke(command, [*words, "--other=x"]).exit_code == 0
-    given = CoordinationOverrides(enabled=False, heartbeat=1.0, stale=60.0, max_retries=2, when_unreachable="continue")
+    given = CoordinationOverrides(
+        enabled=False, heartbeat_interval=1.0, stale_after=60.0, max_retries=2, when_unreachable="continue"
+    )
     assert CliRunner().invoke(command, []).exit_code == 0
     assert got == [("x", given), (None, CoordinationOverrides())]
     for wrong in ("--heartbeat 1", "--max-retries -1", "--when-unreachable stop"):

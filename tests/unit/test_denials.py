@@ -66,7 +66,7 @@ def test_nothing_changed_because_of_denials_is_said_to_be() -> None:
     assert isinstance(outcome, Failed)
     assert outcome.failure is FailureClass.NO_CHANGE
     told = "5 tools denied: Bash(make), Write(a), Write(b), …: allow it"
-    assert outcome.reason == f"the program ended well but changed nothing: {told}"
+    assert outcome.reason == f"the program succeeded but changed nothing: {told}"
 
 
 def test_of_very_many_denials_the_first_are_kept() -> None:

@@ -201,7 +201,7 @@ def test_every_failure_has_a_policy(failure: FailureClass) -> None:
     for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED_BY_DEFAULT):
         expected = fixed.get(failure, FailurePolicy.RETRY if failure in retried else FailurePolicy.FAIL)
         assert get_failure_policy(failure, retried) is expected
-    others = {FailureClass.CHECKS_FAILED, FailureClass.ESCAPED, FailureClass.REJECTED}
+    others = {FailureClass.CHECKS_FAILED, FailureClass.OUT_OF_SCOPE, FailureClass.REJECTED}
     assert (failure in RETRYABLE) == (failure not in {*fixed, *others})
 
 
@@ -220,7 +220,7 @@ CRASHED = FailureClass.CRASHED
             None,
             None,
             None,
-            Failed(FailureClass.NO_CHANGE, "the program ended well but changed nothing"),
+            Failed(FailureClass.NO_CHANGE, "the program succeeded but changed nothing"),
         ),
         (ENDED_WELL, None, None, BUSY, BUSY),
         (ENDED_WELL, "c", "too big", None, Failed(FailureClass.REFUSED, "too big")),
@@ -241,7 +241,7 @@ CRASHED = FailureClass.CRASHED
             None,
             None,
             None,
-            Failed(FailureClass.MISSING, "the program is gone: /x: No such file or directory"),
+            Failed(FailureClass.MISSING, "the program was not found: /x: No such file or directory"),
         ),
     ],
 )
@@ -286,7 +286,7 @@ def test_what_did_not_come_to_its_end_has_failed_whatever_it_has_changed() -> No
     ("exit_", "failure", "fragment"),
     [
         (ProcessExit("timeout", None, 15, None), FailureClass.TIMEOUT, "90 s"),
-        (ProcessExit("silence", 0, None, None), FailureClass.SILENCE, "7 s"),
+        (ProcessExit("idle_timeout", 0, None, None), FailureClass.IDLE_TIMEOUT, "7 s"),
         (ProcessExit("exit", None, None, "no such file"), FailureClass.INVALID, "no such file"),
     ],
 )

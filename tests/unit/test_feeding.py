@@ -402,7 +402,7 @@ async def test_a_store_that_fails_is_the_runs_matter() -> None:
 
 
 async def test_whoever_else_has_fed_a_sink_the_rest_is_delivered() -> None:
-    """The cursor is written by another process in between, as where one stands in for a coordinator that is gone."""
+    """The cursor is written by another process in between, as where one stands in for a leader that is gone."""
     bench, listener = Bench(), Listener()
     key = cursor_key("r", "sink", "ear")
     await bench.store.commit(Commit([Write(key, 0, {"position": 0})]))

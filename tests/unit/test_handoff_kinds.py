@@ -13,13 +13,12 @@ from orchestrator.domain.workflow import handoff_models
 from orchestrator.domain.workflow.handoff_kinds import (
     HANDOFF_KINDS,
     PHASE_NEEDS,
-    HandoffFacts,
     HandoffValidator,
     kind_from_model,
     kind_from_schema,
     with_validators,
 )
-from orchestrator.domain.workflow.violations import MAX_VIOLATIONS, Violation
+from orchestrator.domain.workflow.violations import MAX_VIOLATIONS, HandoffFacts, Violation
 from orchestrator.errors import RefusedError
 
 SUM = "0123456789abcdef" * 4
@@ -323,7 +322,7 @@ def test_a_kind_of_the_users_own() -> None:
     [
         ({"type": "objekt"}, "type"),
         ({"properties": {"a": {"minimum": "3"}}}, "properties.a.minimum"),
-        ({"properties": {"a": {"$ref": "https://example.org/schema.json"}}}, "nothing is fetched"),
+        ({"properties": {"a": {"$ref": "https://example.org/schema.json"}}}, "is not fetched"),
         ({"items": [{"$dynamicRef": "other.json#x"}], "$defs": {}}, "items"),
     ],
 )

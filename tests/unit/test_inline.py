@@ -107,8 +107,8 @@ def test_mistakes_are_told_by_line_in_the_file_and_by_path_in_words(tmp_path: Pa
         load(tmp_path, HEAD.replace("2s", "2") + ONE, " ", target="a..b")
     path = tmp_path / "council.yaml"
     assert str(caught.value).splitlines() == [
-        f"{path}: tasks[0].prompt: the prompt is empty: say what is to be done",
-        f"{path}: target: 'a..b' can't be a branch, it contains '..': write a branch's name, as in main or team/work",
+        f"{path}: tasks[0].prompt: the prompt is empty: describe the task",
+        f"{path}: target: 'a..b' can't be a branch, it contains '..': write a branch name, such as main or team/work",
         f"{path}:3:21: a duration can't be the bare number 2: add its unit, as in 2s or 2m",
     ]
 

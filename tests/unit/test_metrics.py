@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.runs.metrics import compute_metrics, compute_minutes_to_land
+from orchestrator.domain.runs.metrics import ActiveTime, compute_metrics, compute_minutes_to_land
 from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import ActiveTime, OrchestratorIdentity, OrchestratorLease
+from orchestrator.domain.scheduling.active_time import compute_active_time
+from orchestrator.domain.scheduling.claims import OrchestratorIdentity, OrchestratorLease
 from orchestrator.engine.reports.overview import landing_times
 from orchestrator.protocols import Document, Key
 
@@ -69,12 +70,12 @@ def test_pauses_are_no_active_time() -> None:
         orchestrator(3, 1_050.0, 1_050.0, ended=1_090.0),
         orchestrator(4, 5_000.0, 5_000.0),
     ]
-    killed = ActiveTime.of(processes, (), 5_010.0)
+    killed = compute_active_time(processes, (), 5_010.0)
     assert killed.spans == [(0.0, 60.0), (1_000.0, 1_100.0), (5_000.0, 5_010.0)]
     assert killed.between(30.0, 1_010.0) == 40.0
     assert killed.between(1_010.0, 30.0) == 0.0
-    assert ActiveTime.of(processes, (85.0, 1_002.0), 5_010.0).between(0.0, 999.0) == 85.0
-    assert ActiveTime.of([orchestrator(1, 0.0, 60.0)], (), 9_000.0).between(0.0, 9_000.0) == 60.0
+    assert compute_active_time(processes, (85.0, 1_002.0), 5_010.0).between(0.0, 999.0) == 85.0
+    assert compute_active_time([orchestrator(1, 0.0, 60.0)], (), 9_000.0).between(0.0, 9_000.0) == 60.0
 
 
 def test_a_landing_is_when_the_tasks_document_was_written() -> None:

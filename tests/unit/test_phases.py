@@ -42,7 +42,7 @@ def test_every_pair_of_status_and_trigger(status: PhaseStatus | None, trigger: P
     else:
         with pytest.raises(InvalidTransition) as raised:
             advance_phase("phase 'plan'", record, trigger, phase="plan")
-        assert (raised.value.state, raised.value.trigger) == (status or "not begun", trigger)
+        assert (raised.value.state, raised.value.trigger) == (status or "not started", trigger)
 
 
 def test_every_row_is_expected_and_every_status_is_reached() -> None:

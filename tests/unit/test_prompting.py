@@ -155,7 +155,7 @@ def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
 def test_values_and_prompts_have_a_largest_size() -> None:
     """A value is cut with a word on the rest; a prompt of too many of them is refused."""
     text = render("{{ given.a }}", facts(given={"a": "x" * (MAX_VALUE_LENGTH + 5)})).text
-    assert "(… 5 more characters are left out.)" in text
+    assert "(… 5 more characters omitted)" in text
     assert len(text) < MAX_VALUE_LENGTH + 1000
     many = {f"v{n}": "x" * MAX_VALUE_LENGTH for n in range(MAX_PROMPT_LENGTH // MAX_VALUE_LENGTH + 1)}
     with pytest.raises(RefusedError, match="list fewer values under `needs:`"):

@@ -44,7 +44,7 @@ def test_values_are_told_whole_where_there_is_room(value: object) -> None:
 def test_what_is_too_long_is_cut_with_a_word_on_the_rest() -> None:
     """The number of characters that are left out is told."""
     assert format_value("abcdef", 6) == "abcdef"
-    assert format_value("abcdefgh", 6) == "abcdef\n(… 2 more characters are left out.)"
+    assert format_value("abcdefgh", 6) == "abcdef\n(… 2 more characters omitted)"
 
 
 def test_a_text_stands_between_two_marks() -> None:

@@ -23,7 +23,7 @@ _NO_NAMES: Final = re.compile(
 )
 _WORDS: Final = {
     *("change", "epoch", "expected_version", "find", "landed", "max_size", "names", "recovered_at", "remove"),
-    *("retention", "run", "silence", "ttl"),
+    *("retention", "run", "idle_timeout", "ttl"),
 }
 
 

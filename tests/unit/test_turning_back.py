@@ -27,7 +27,7 @@ def test_what_has_landed_or_may_have_stays(status: TaskStatus) -> None:
     assert roll_back_task(then, landed) == "it has landed"
     assert "may have landed" in str(roll_back_task(then, landing))
     if status is not TaskStatus.LANDING:
-        assert roll_back_task(landed, then) == "the target has lost it since"
+        assert roll_back_task(landed, then) == "the target no longer has it"
 
 
 @pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.PENDING])

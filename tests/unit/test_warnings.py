@@ -119,7 +119,7 @@ def test_an_adapter_that_would_stand_in_for_itself(tmp_path: Path, fallback: lis
     ("servers", "adapter", "fallback", "told"),
     [
         (SERVERS, "able", [], None),
-        (SERVERS, "plain", [], "sessions of 'plain' are not told of `mcp_servers`: 'tickets'"),
+        (SERVERS, "plain", [], "adapters 'plain' do not support `mcp_servers`: 'tickets'"),
         (SERVERS, "able", ["other", "plain"], "sessions of 'other', 'plain' are not told of"),
         ({}, "plain", [], None),
     ],
@@ -151,7 +151,7 @@ def test_a_default_list_may_have_the_adapter_that_a_task_chose(
     tasks, adapters = [{"id": "t", "prompt": "p", **task}], dict.fromkeys("abc", COMMAND)
     found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
     assert len(found) == many
-    assert all("an adapter can't stand in for itself" in one for one in found)
+    assert all("again, which has no effect" in one for one in found)
 
 
 def test_a_phase_whose_adapter_would_stand_in_for_itself(tmp_path: Path) -> None:

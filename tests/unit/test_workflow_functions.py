@@ -15,7 +15,8 @@ from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.config.load import load_config
 from orchestrator.domain.runs.phases import PHASE_EVENTS
 from orchestrator.domain.workflow import handoff_models
-from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, PHASE_NEEDS, HandoffFacts
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, PHASE_NEEDS
+from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.engine.phases.prompts import MAX_VALUE_LENGTH
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT
 from orchestrator.plugins import load_plugins

@@ -163,7 +163,11 @@ AT = "workflows.w[0].build"
 MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "no phase": ([7], "workflows.w[0]", "a phase can't be the number 7: write `- NAME: {…}`"),
     "two phases in one": ([{"a": {}, "b": {}}], "workflows.w[0]", "a phase can't be a mapping"),
-    "keys beside the name": ([{"a": None, "access": "read"}], "workflows.w[0]", "beside its name: indent them"),
+    "keys beside the name": (
+        [{"a": None, "access": "read"}],
+        "workflows.w[0]",
+        "at the level of its name: indent them",
+    ),
     "empty phase": ([{"a": None}], "workflows.w[0]", "the phase 'a' is empty: write `- a`"),
     "bad name": (["a b"], "workflows.w[0]", "'a b' can't be a name"),
     "unknown key": ([{"build": {"acess": "read"}}], f"{AT}.acess", "'acess' is not known: did you mean 'access'?"),
@@ -192,12 +196,12 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "wrong schema": (
         [{"build": {"produces": {"kind": "k", "schema": {"required": 1}}}}],
         f"{AT}.produces",
-        "required is wrong: 1 is",
+        "required is invalid: 1 is",
     ),
     "schema from elsewhere": (
         [{"build": {"produces": {"kind": "k", "schema": {"$ref": "http://a.b"}}}}],
         f"{AT}.produces",
-        "nothing is fetched",
+        "external reference 'http://a.b' is not fetched",
     ),
     "no schema file": (
         [{"build": {"produces": {"kind": "k", "schema": "nix.json"}}}],
@@ -221,12 +225,12 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
         "names 'tsk', which there is not: did you mean 'task'?",
     ),
     "template with another": ([{"build": {"prompt": "{% include 'x' %}"}}], f"{AT}.prompt", "includes another"),
-    "secret in a template": ([{"build": {"prompt": TOKEN}}], f"{AT}.prompt", "looks like a secret key"),
-    "secret in a command": ([{"build": {"until": [f"x {TOKEN}"]}}], f"{AT}.until[0]", "looks like a secret key"),
-    "secret in a value": ([{"build": {"context": {"a": [TOKEN]}}}], f"{AT}.context.a[0]", "looks like a secret key"),
+    "secret in a template": ([{"build": {"prompt": TOKEN}}], f"{AT}.prompt", "an apparent secret key"),
+    "secret in a command": ([{"build": {"until": [f"x {TOKEN}"]}}], f"{AT}.until[0]", "an apparent secret key"),
+    "secret in a value": ([{"build": {"context": {"a": [TOKEN]}}}], f"{AT}.context.a[0]", "an apparent secret key"),
     "condition that can't be read": ([{"build": {"when": "a >"}}], f"{AT}.when", "the condition can't be read"),
-    "name of a value": ([{"build": {"needs": ["a-b"]}}], f"{AT}.needs[0]", "'a-b' can't name a value"),
-    "too large a context": ([{"build": {"context": {"a": "x" * 70_000}}}], f"{AT}.context", "keep them within 65536"),
+    "name of a value": ([{"build": {"needs": ["a-b"]}}], f"{AT}.needs[0]", "'a-b' is not a valid value name"),
+    "too large a context": ([{"build": {"context": {"a": "x" * 70_000}}}], f"{AT}.context", "use at most 65536"),
     "stand-in without an adapter": (
         [{"build": {"fallback": ["x"]}}],
         f"{AT}.fallback",
@@ -346,7 +350,7 @@ def test_mistakes_beside_phases(tmp_path: Path) -> None:
     assert "and no workflow: add `workflow:`" in found[1]
     (found,) = mistakes(tmp_path, "build", workflows={"none": ["build"]}, task={"workflow": "none"})
     assert found[0] == "workflows.none"
-    assert "give this one another name" in found[1]
+    assert "choose another name" in found[1]
     (found,) = mistakes(tmp_path, workflows={"w": []})
     assert found == ("workflows.w", "w is an empty list: give at least 1")
     (found,) = mistakes(tmp_path, "build", context={"a": {"b": TOKEN}})

@@ -47,8 +47,8 @@ def coordination_options(command: Callable[..., None], *, joins: bool = False) -
     ) -> None:
         coordination = CoordinationOverrides(
             enabled=False if no_coordination else None,
-            heartbeat=heartbeat,
-            stale=stale,
+            heartbeat_interval=heartbeat,
+            stale_after=stale,
             max_retries=max_retries,
             when_unreachable=when_unreachable,
         )

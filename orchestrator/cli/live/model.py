@@ -25,6 +25,7 @@ from orchestrator.cli.render.table_model import (
     totals_line,
 )
 from orchestrator.cli.render.text import one_line, printable
+from orchestrator.domain.runs.metrics import ActiveTime
 from orchestrator.domain.runs.model import (
     ACTIVE_STATUSES,
     FINAL_STATUSES,
@@ -36,7 +37,8 @@ from orchestrator.domain.runs.model import (
     TaskDocument,
     TaskStatus,
 )
-from orchestrator.domain.scheduling.claims import ActiveTime, OrchestratorLease
+from orchestrator.domain.scheduling.active_time import compute_active_time
+from orchestrator.domain.scheduling.claims import OrchestratorLease
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, with_subtasks
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.records import parse_entry, run_key, spec_key
@@ -283,7 +285,7 @@ class LiveRun:
         return TableFrame(rows, self._more(chosen) if has_more and room else "", totals_line(self.totals(now)))
 
     def _active(self, now: float) -> ActiveTime:
-        return ActiveTime.of(self._orchestrators.values(), self._changed.values(), now)
+        return compute_active_time(self._orchestrators.values(), self._changed.values(), now)
 
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))

@@ -73,12 +73,12 @@ def _wave(number: int, wave: PlannedWave, shared: Sequence[str]) -> Iterator[str
 
 
 def _settings(task: PlannedTask) -> tuple[str, ...]:
-    silence = "" if task.silence is None else f", silent for {format_duration(task.silence)}"
+    idle_timeout = "" if task.idle_timeout is None else f", silent for {format_duration(task.idle_timeout)}"
     return (
         f"{task.adapter} ({one_line(task.program, _LONGEST)})",
         *([f"phases {one_line(', '.join(task.phases), _LONGEST)}"] if task.phases else []),
         f"from {task.starts_from}",
-        f"{pluralize(task.attempts, 'attempt')} (each {format_duration(task.timeout)}{silence} at most)",
+        f"{pluralize(task.attempts, 'attempt')} (each {format_duration(task.timeout)}{idle_timeout} at most)",
         f"checks: {one_line('; '.join(task.checks), _LONGEST)}" if task.checks else "no checks",
         *([f"priority {task.priority}"] if task.priority else []),
     )

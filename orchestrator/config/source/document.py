@@ -1,8 +1,8 @@
-"""YAML text to plain values that know where they stand, without anything that could surprise.
+"""Parse a strict subset of YAML into plain values with positions.
 
-A strict part of YAML 1.2: one document, a mapping at the top, text keys that are unique, plain scalars by the core
-schema. Aliases, anchors, merge keys and tags are refused. Built from the parser's event stream, because only
-there each alias, tag and key has a position of its own; without recursion.
+The subset of YAML 1.2: one document, a mapping at the top, unique text keys, and plain scalars of the core schema.
+Aliases, anchors, merge keys and tags are rejected. Values are built from the parser's event stream, because only there
+each alias, tag and key has a position; without recursion.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from orchestrator.config.source.problems import Position, Problems, quote_text
 from orchestrator.config.source.scalars import resolve_plain
 
 MAX_DEPTH: Final = 64
-"""How many collections may lie within each other."""
+"""The largest nesting depth of collections."""
 
-# The YAML reader gives up at the first of these; replaced, the rest of the file can be read.
+# The YAML reader stops at the first of these; they are replaced so that the rest can be read.
 _NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# An escape in double quotes can still bring in what no program argument and no JSON reader takes.
+# Escapes in double quotes can still produce characters that are invalid in program arguments and JSON.
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 _LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 _START: Final = Position(1, 1)
 
 UNREADABLE: Final = object()
-"""The value of a node that was refused; the problem is noted already."""
+"""The value of a rejected node; its problem is already reported."""
 
 
 _NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
 
 
 class Node(NamedTuple):
-    """A value and the place where it begins.
+    """A value and its start position.
 
-    `value` is plain data: None, bool, int, float, str, list, dict, or UNREADABLE. `children` holds the nodes of its
-    items by key or index, `keys` the places of a mapping's keys.
+    `value` is plain data: None, bool, int, float, str, list, dict, or UNREADABLE. `children` has the nodes of its
+    items by key or index, `keys` the positions of a mapping's keys.
     """
 
     at: Position
@@ -64,9 +64,9 @@ class Node(NamedTuple):
 
 
 def read_document(text: str, problems: Problems) -> Node | None:
-    """Return the top mapping, its mistakes noted in `problems`; None if there is nothing to go on with.
+    """Return the top mapping; None if it can't be parsed. Mistakes are added to `problems`.
 
-    Behind a syntax error nothing is known, so that the part before it is not returned either.
+    After a syntax error the rest is unknown, so the part before it is not returned either.
     """
     text = _printable(text, problems)
     builder = _Builder(problems)
@@ -78,14 +78,14 @@ def read_document(text: str, problems: Problems) -> Node | None:
         problems.add(*_syntax_error(error, text))
         return None
     except (ValueError, OverflowError):
-        # Only the reader in pure Python: it hands an escape such as "\Uffffffff" to chr() unseen.
-        problems.add(builder.last, "behind this is an escape that is no character", "write the character itself")
+        # Only in the pure Python reader: it passes an escape such as "\Uffffffff" to chr() unchecked.
+        problems.add(builder.last, "an escape after this position is not a character", "write the character itself")
         return None
     return builder.result()
 
 
 def find_invalid_character(text: str) -> str | None:
-    """Return the first character that no program argument and no JSON reader takes, None if there is none."""
+    """Return the first character that is invalid in program arguments or JSON; None if there is none."""
     found = _NOT_TEXT.search(text)
     return None if found is None else found[0]
 
@@ -102,7 +102,7 @@ def _printable(text: str, problems: Problems) -> str:
 
 
 class _Refused:
-    """Stands for a key that was refused: the value that follows it is read and dropped."""
+    """The marker of a rejected key, whose value is read and dropped."""
 
 
 _REFUSED: Final = _Refused()
@@ -110,7 +110,7 @@ _REFUSED: Final = _Refused()
 
 @dataclass(slots=True)
 class _Open:
-    """A collection that is being read, and in a mapping the key that waits for its value."""
+    """An open collection, and for a mapping the key that waits for its value."""
 
     at: Position
     value: dict[str, Any] | list[Any]
@@ -123,7 +123,7 @@ class _Open:
 
 
 class _Builder:
-    """Puts nodes together from events; `last` is the place of the newest one."""
+    """Builds nodes from events; `last` is the position of the newest event."""
 
     def __init__(self, problems: Problems) -> None:
         self.last = _START
@@ -134,7 +134,7 @@ class _Builder:
         self._too_deep = False
 
     def result(self) -> Node | None:
-        """Return the top mapping of what was read."""
+        """Return the top mapping."""
         root = self._root
         if self._too_deep:
             return None
@@ -149,7 +149,7 @@ class _Builder:
         return root
 
     def take(self, event: yaml.Event) -> bool:
-        """Read one event; False when there is no use in reading on."""
+        """Handle one event; return False to stop reading."""
         mark = event.start_mark
         self.last = at = Position(mark.line + 1, mark.column + 1) if mark is not None else self.last
         match event:
@@ -160,7 +160,7 @@ class _Builder:
             case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
                 self._place(self._open.pop().closed())
             case yaml.AliasEvent():
-                self._problems.add(at, "aliases are not taken", f"write in full what *{event.anchor} stands for")
+                self._problems.add(at, "aliases are not supported", f"write the value of *{event.anchor} in full")
                 self._place(Node(at, UNREADABLE))
             case yaml.DocumentStartEvent():
                 return self._start_document(at)
@@ -169,13 +169,13 @@ class _Builder:
     def _start_document(self, at: Position) -> bool:
         self._documents += 1
         if self._documents > 1:
-            self._problems.add(at, "a second document begins here", "put each run into a file of its own")
+            self._problems.add(at, "a second document starts here", "use one file per run")
         return self._documents == 1
 
     def _start(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, at: Position) -> bool:
         self._refuse_properties(event, at)
         if len(self._open) == MAX_DEPTH:
-            self._problems.add(at, f"more than {MAX_DEPTH} collections lie in each other", "nest less deeply")
+            self._problems.add(at, f"more than {MAX_DEPTH} nested collections", "nest less deeply")
             self._too_deep = True
             return False
         self._open.append(_Open(at, {} if isinstance(event, yaml.MappingStartEvent) else []))
@@ -197,16 +197,16 @@ class _Builder:
         found = find_invalid_character(text)
         if found is None:
             return text
-        self._problems.add(at, f"the text holds the character {found!r}", "remove that escape")
+        self._problems.add(at, f"the text contains the character {found!r}", "remove that escape")
         return UNREADABLE
 
     def _refuse_properties(
         self, event: yaml.ScalarEvent | yaml.MappingStartEvent | yaml.SequenceStartEvent, at: Position
     ) -> bool:
         if event.anchor is not None:
-            self._problems.add(at, "anchors are not taken", f"remove &{event.anchor}")
+            self._problems.add(at, "anchors are not supported", f"remove &{event.anchor}")
         if event.tag is not None:
-            self._problems.add(at, "tags are not taken", f"remove {quote_text(event.tag)}, quote what must be text")
+            self._problems.add(at, "tags are not supported", f"remove {quote_text(event.tag)}, quote what must be text")
         return event.tag is not None
 
     def _place(self, node: Node, *, plain: bool = False) -> None:
@@ -232,7 +232,7 @@ class _Builder:
         if not isinstance(key, str):
             self._problems.add(node.at, "a key must be text", "write a word, in quotes if it looks like anything else")
         elif key == "<<" and plain:
-            self._problems.add(node.at, "merge keys are not taken", "write the keys in full")
+            self._problems.add(node.at, "merge keys are not supported", "write the keys in full")
         elif key in keys:
             first = keys[key].line
             self._problems.add(
@@ -245,18 +245,18 @@ class _Builder:
 
 
 _SYNTAX_REMEDIES: Final = (
-    ("mapping values are not allowed", "indent the keys of a mapping alike, and quote text that holds ': '"),
+    ("mapping values are not allowed", "indent the keys of a mapping alike, and quote text that contains ': '"),
     ("cannot start any token", "quote text that begins with @, ` or %"),
     ("',' or '", "close the bracket, with commas between its items"),
     ("unexpected end of stream", "close the quotes"),
     ("escape", "write a backslash twice, or use single quotes"),
-    ("<document start>", "put each run into a file of its own"),
+    ("<document start>", "use one file per run"),
 )
 
 
 def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> tuple[Position, str, str]:
     mark = error.problem_mark or error.context_mark
-    # What is never closed is only missed at the end: where it was opened says more.
+    # An unclosed construct is reported at the end; its start is more helpful.
     if mark is not None and error.context_mark is not None and mark.index >= len(text.rstrip()):
         mark = error.context_mark
     at = Position(mark.line + 1, mark.column + 1) if mark else _START
@@ -264,5 +264,5 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> tuple[Position, str
     if mark and text[mark.index : mark.index + 1] == "\t":
         return at, "a tab can't indent", "use spaces"
     found = (remedy for part, remedy in _SYNTAX_REMEDIES if part in what)
-    remedy = next(found, "look at the indentation and the punctuation here, quote text that holds any")
+    remedy = next(found, "check the indentation and punctuation here, and quote text that contains any")
     return at, f"{what} ({error.context})" if error.context else what, remedy

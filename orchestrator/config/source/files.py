@@ -1,4 +1,4 @@
-"""Opens files that a user, or a repository, names."""
+"""Open files named by a user or a repository."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, Final
 
-#: Bytes of a file of a run.
+#: The size limit of a config file in bytes.
 MAX_FILE_BYTES: Final = 8 << 20
 
 
 def open_regular_file(path: Path) -> BinaryIO:
-    """Open a file for reading; OSError for what is no regular file. Blocks.
+    """Open a regular file for reading; raise OSError for any other file. Blocks.
 
-    Opening a named pipe that nobody writes to would never return, nor reading some devices.
+    Opening a named pipe without a writer, or reading some devices, would block forever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb") if stat.S_ISREG(os.fstat(descriptor).st_mode) else None

@@ -1,4 +1,4 @@
-"""Which repository a file names, known before anything else of the file is looked at."""
+"""Read the repository from a config file before the file is validated."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from orchestrator.config.source.names import is_url
 
 
 def named_repository(path: Path) -> Path | None:
-    """Return the folder that the file at `path` names under `repo`; None if it names none, or can't be read.
+    """Return the folder under the key `repo` of a file; None if there is none, or the file can't be read.
 
-    Blocks while it reads, no further than that key.
+    Blocks. Reads no further than that key.
     """
     try:
         with open_regular_file(path) as file:
@@ -28,12 +28,12 @@ def named_repository(path: Path) -> Path | None:
 
 
 def _top_scalars(events: Iterator[yaml.Event]) -> Iterator[tuple[str, str]]:
-    """Yield the keys of the top mapping whose values are scalars, with those."""
+    """Yield the keys and values of the top mapping whose values are scalars."""
     depth, key = 0, None
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
-            if depth > MAX_DEPTH:  # refused when the file is read; what the parser takes grows with depth times length
+            if depth > MAX_DEPTH:  # rejected later; the cost of parsing grows with depth times length
                 return
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1

@@ -1,4 +1,4 @@
-"""The mistakes of one file, gathered until all are known, and the words that tell of them."""
+"""Collect the mistakes of a config file, and format values and suggestions for messages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, Final, NamedTuple
 
 from orchestrator.errors import ConfigError, Problem
 
-# A file of eight megabytes can hold millions of mistakes; nobody reads on after this many.
+# A file of 8 MB can contain millions of mistakes; stop after this many.
 _MOST_PROBLEMS: Final = 10_000
-# difflib compares with every candidate: among more than these, a systematic slip in a large file would take minutes.
+# difflib compares with every candidate: with more, a systematic mistake in a large file would take minutes.
 _MOST_CANDIDATES: Final = 200
 _LONGEST_SHOWN: Final = 60
 _MOST_LISTED: Final = 10
 
 
 class Position(NamedTuple):
-    """A place in the file; lines and columns count from 1.
+    """A position in a file; lines and columns count from 1.
 
-    In a value that comes from no file the line is 0, `path` leads to the place, and `column` orders the places.
+    For a value without a file, the line is 0, `path` is the location, and `column` is the sort order.
     """
 
     line: int
@@ -28,50 +28,50 @@ class Position(NamedTuple):
     path: str = ""
 
     def __str__(self) -> str:
-        """Return the place as a sentence names it."""
+        """Return the position as part of a sentence."""
         return f"on line {self.line}" if self.line else f"at {self.path}"
 
 
 class TooManyProblems(Exception):
-    """The search for mistakes was given up; those that were found are told."""
+    """The limit of mistakes is reached; the search stops."""
 
 
 class Problems:
-    """What is wrong with one file or value. A problem that is found twice in the same words counts once."""
+    """The problems of one file or value, without duplicates."""
 
     def __init__(self, file: Path | str) -> None:
         self._file = str(file)
-        self._found: dict[Problem, Position] = {}
+        self._problems: dict[Problem, Position] = {}
 
     def add(self, at: Position, what: str, remedy: str) -> None:
-        """Note a mistake; TooManyProblems if that makes it senseless to look for more."""
+        """Add a problem; raise TooManyProblems if the limit is reached."""
         column = at.column if at.line else 0
-        self._found.setdefault(Problem(self._file, at.line, column, what, remedy, at.path or None), at)
-        if len(self._found) >= _MOST_PROBLEMS:
+        self._problems.setdefault(Problem(self._file, at.line, column, what, remedy, at.path or None), at)
+        if len(self._problems) >= _MOST_PROBLEMS:
             raise TooManyProblems
 
     def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self._found)
+        """Return the number of problems."""
+        return len(self._problems)
 
     def error(self) -> ConfigError:
-        """Return them all as one error, in the file's order."""
-        return ConfigError(sorted(self._found, key=self._found.__getitem__))
+        """Return all problems as one error, in file order."""
+        return ConfigError(sorted(self._problems, key=self._problems.__getitem__))
 
 
 def quote_text(value: str) -> str:
-    """Return text as it is quoted in a message: escaped and cut to a readable length."""
+    """Return text quoted for a message: escaped, and truncated to a readable length."""
     return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…")
 
 
 def join_names(names: Sequence[str], most: int = 5) -> str:
-    """Return some of the names, and how many there are beside."""
+    """Return the first names, and the number of the rest."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def describe_value(value: Any) -> str:
-    """Return what a value of the file is, in words."""
+    """Return a description of a value in the file."""
     match value:
         case None:
             return "empty"
@@ -88,7 +88,7 @@ def describe_value(value: Any) -> str:
 
 
 class KnownWords:
-    """The words that are known in one place; `plural` is what they are called together."""
+    """The words that are valid in one place; `plural` describes them in messages."""
 
     def __init__(self, words: Iterable[str], plural: str) -> None:
         self._words = list(words)
@@ -96,7 +96,7 @@ class KnownWords:
         self._plural = plural
 
     def suggest(self, unknown: str) -> str:
-        """Return the remedy for a word that is not among them: the nearest one, or what there is."""
+        """Return the remedy for an unknown word: the most similar known one, or a list."""
         near = self._folded.get(unknown.casefold())
         if near is None and len(self._words) <= _MOST_CANDIDATES:
             near = next(iter(difflib.get_close_matches(unknown, self._words, n=1)), None)

@@ -1,4 +1,4 @@
-"""Prompts that lie in files of their own."""
+"""Read prompt files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_PROMPT_BYTES: Final = 1 << 20
 
 
 def read_prompt(path: Path) -> str:
-    """Return a prompt file's text; ValueError, with the remedy, for what can't be one."""
+    """Return the text of a prompt file; raise ValueError ("problem: remedy") if it is invalid."""
     try:
         data = _read_regular(path)
     except OSError as error:
@@ -24,9 +24,9 @@ def read_prompt(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     if "\0" in text:
-        raise ValueError(f"{path} holds a NUL character: remove it, no program can be given one")
+        raise ValueError(f"{path} contains a NUL character: remove it")
     if not text.strip():
-        raise ValueError(f"{path} is empty: say there what is to be done")
+        raise ValueError(f"{path} is empty: describe the task in it")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Lengths of time and sizes as people write them: `500ms`, `2s`, `1h30m`, `2d`; `500KB`, `50MB`, `2GiB`."""
+"""Parse and format durations and sizes, such as `500ms`, `1h30m`, `2d`, `500KB` and `2GiB`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Final
 from orchestrator.config.source.problems import describe_value
 
 MAX_DURATION: Final = 30 * 86400.0
-"""The longest duration that is taken, in seconds."""
+"""The longest duration in seconds."""
 MAX_RETENTION: Final = 3650 * 86400.0
-"""The same of how long something is kept."""
+"""The longest retention in seconds."""
 
 _SECONDS: Final = (86400.0, 3600.0, 60.0, 1.0, 0.001)
 _DURATION = re.compile("".join(f"(?:([0-9]{{1,12}}){unit})?" for unit in ("d", "h", "m", "s", "ms")))
@@ -22,7 +22,7 @@ MAX_COUNT: Final = 10**15
 MAX_DOLLARS: Final = 1_000_000
 _POWERS: Final = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
 MAX_SIZE_BYTES: Final = 1 << 50  # bytes
-# For JSON Schema: the same forms, as searches. What is too long or too large is for the parsers to say.
+# The same formats for JSON Schema, as searches; only the parsers check ranges.
 DURATION_PATTERN: Final = f"^(?=.*[1-9]){_DURATION.pattern}$"
 OPTIONAL_DURATION_PATTERN: Final = f"^off$|{DURATION_PATTERN}"
 SIZE_PATTERN: Final = f"^(?=.*[1-9]){_SIZE.pattern}$"
@@ -31,7 +31,7 @@ _REMEDY: Final = "write whole numbers with units, as in 500ms, 2s, 30m, 1h30m or
 
 
 def parse_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
-    """Return the seconds of a duration; ValueError, with the remedy, for any but a positive one up to `longest`."""
+    """Return the seconds of a duration; raise ValueError if it is not positive or exceeds `longest`."""
     if type(value) is int and value > 0:
         remedy = f"add its unit, as in {value}s or {value}m"
         raise ValueError(f"a duration can't be the bare number {value}: {remedy}")
@@ -47,7 +47,7 @@ def parse_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as `parse_optional_duration` reads it, to the millisecond."""
+    """Format a duration for `parse_optional_duration`, rounded to milliseconds."""
     if seconds == math.inf:
         return "off"
     left, parts = round(seconds * 1000), []
@@ -68,7 +68,7 @@ def parse_optional_duration(value: Any, *, longest: float = MAX_DURATION) -> flo
 
 
 def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:
-    """Return seconds that come from code as a number; ValueError for anything but a positive number up to `longest`."""
+    """Validate seconds passed from Python; raise ValueError if not positive or above `longest`."""
     if not 0 < seconds <= longest:
         days = f"{longest / 86400:.0f} days"
         raise ValueError(f"a duration can't be {seconds} s: give more than 0 and at most {longest:.0f} s, {days}")
@@ -76,7 +76,7 @@ def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:
 
 
 def parse_count(value: Any) -> int:
-    """Return a count (`k` is a thousand, `M` a million); ValueError for any but a positive one."""
+    """Parse a count (`k` is a thousand, `M` a million); raise ValueError if it is not positive."""
     if type(value) is int and 0 < value <= MAX_COUNT:
         return value
     match = _COUNT.fullmatch(value) if isinstance(value, str) else None
@@ -91,19 +91,19 @@ def parse_count(value: Any) -> int:
 
 
 def check_bytes(size: int) -> int:
-    """Return a size that comes from code as a number; ValueError if it is out of range."""
+    """Validate a size passed from Python; raise ValueError if it is out of range."""
     if not 0 < size <= MAX_SIZE_BYTES:
         raise ValueError(f"the size {size} is out of range: give more than 0 and at most {MAX_SIZE_BYTES} bytes")
     return size
 
 
 def format_size(size: int) -> str:
-    """Return a size as `parse_size` takes it."""
+    """Format a size for `parse_size`."""
     return f"{size}B"
 
 
 def parse_size(value: Any) -> int:
-    """Return the bytes of a size (KB, MB, GB, TB are powers of 1000, KiB and so on of 1024); ValueError otherwise."""
+    """Parse a size in bytes (KB is a power of 1000, KiB of 1024); raise ValueError if it is invalid."""
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(
@@ -116,7 +116,7 @@ def parse_size(value: Any) -> int:
 
 
 def format_size_short(size: int) -> str:
-    """Return a number of bytes as people write it, rounded to two or three digits: `0B`, `4.1KB`, `250MB`."""
+    """Format bytes for people, rounded to two or three digits: `0B`, `4.1KB`, `250MB`."""
     shown, unit = float(size), "B"
     for larger in ("KB", "MB", "GB", "TB"):
         if shown < 999.5:

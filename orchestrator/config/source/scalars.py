@@ -1,4 +1,4 @@
-"""What a plain word of the file is, by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2)."""
+"""Resolve plain scalars by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _WORDS: Final = {
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-# Beyond 64 bits, no two JSON readers agree on a number; and int() refuses some thousand digits.
+# Beyond 64 bits, JSON readers disagree about numbers; and int() rejects thousands of digits.
 _LARGEST: Final = 2**63 - 1
 _MOST_DIGITS: Final = 24
 _NUMBER_STARTS: Final = frozenset("+-.0123456789")
 
 
 def resolve_plain(text: str) -> bool | int | float | str | None:
-    """Return the value of an unquoted scalar; ValueError for a number that can't be held."""
+    """Return the value of an unquoted scalar; raise ValueError for an unsupported number."""
     if text in _WORDS:
         return _WORDS[text]
     if text[0] not in _NUMBER_STARTS:
@@ -36,7 +36,7 @@ def resolve_plain(text: str) -> bool | int | float | str | None:
 
 
 def check_number(number: float) -> float:
-    """Return a number that can be held; ValueError for any other."""
+    """Return a supported number; raise ValueError for any other."""
     if not isinstance(number, int):
         if not math.isfinite(number):
             raise ValueError("this number is not finite: write a finite number, or quote it if it is text")

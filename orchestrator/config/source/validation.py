@@ -1,4 +1,4 @@
-"""A pydantic model's judgement on a part of the file, told at the places where the mistakes are."""
+"""Validate parts of the file with pydantic models, and report mistakes with positions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from orchestrator.config.source.problems import KnownWords, Position, Problems, 
 Model = TypeVar("Model", bound=BaseModel)
 Location = tuple[int | str, ...]
 
-# By pydantic's error types (docs.pydantic.dev, "Validation Errors"): what would be right, filled from their facts.
+# Remedies by pydantic error type (docs.pydantic.dev, "Validation Errors"), formatted with the error context.
 _REMEDIES: Final = {
     "string_type": "write text, in quotes if it looks like anything else",
     "int_type": "write a whole number, without quotes",
     "float_type": "write a number, without quotes",
     "bool_type": "write true or false",
-    "list_type": "write a list, as in [one, two]",
-    "tuple_type": "write a list, as in [one, two]",
+    "list_type": "write a list, such as [one, two]",
+    "tuple_type": "write a list, such as [one, two]",
     "dict_type": "write a mapping of keys and values",
     "model_type": "write a mapping of keys and values",
     "literal_error": "write {expected}",
@@ -41,11 +41,10 @@ _REMEDIES: Final = {
 def validate(
     model: type[Model], node: Node, problems: Problems, *, without: Collection[str] = (), folder: Path | None = None
 ) -> Model | None:
-    """Return the mapping `node`, apart from the keys `without`, as `model`; None if it does not fit, which is noted.
+    """Return the mapping `node`, without the keys `without`, as `model`; None if it is invalid.
 
-    `folder` is where relative paths start; validators find it in their context.
-
-    A validator of the model tells what is wrong and what would be right by `ValueError("what: remedy")`.
+    Mistakes are added to `problems`. `folder` is the base of relative paths; validators find it in their context, and
+    report mistakes as `ValueError("problem: remedy")`.
     """
     value = {key: item for key, item in node.value.items() if key not in without}
     try:
@@ -58,7 +57,7 @@ def validate(
 
 
 def reject_empty_keys(node: Node | None, problems: Problems) -> None:
-    """Note each key of a mapping that is followed by nothing, which a model would take as left out."""
+    """Report each key of a mapping without a value, which a model would treat as missing."""
     for key, child in node.children.items() if node is not None else ():
         if child.value is None:
             problems.add(child.at, *_empty(f"{key}"))
@@ -75,7 +74,7 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
         return
     elif details["type"] == "missing":
         problems.add(found.node.at, f"the key {key!r} is missing", f"add `{key}:` here")
-    # pydantic marks a mistake in a key itself by this last part.
+    # pydantic appends this part for a mistake in the key itself.
     elif key == "[key]":
         name = str(location[-2])
         problems.add(found.key_at, *_explain(details, name, f"the key {quote_text(name)}"))
@@ -84,7 +83,7 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
 
 
 def _is_false_too_short(details: ErrorDetails, value: Any) -> bool:
-    """Tell whether a list is called too short only because pydantic does not count what is wrong in itself."""
+    """Whether a list is reported as too short only because pydantic does not count invalid items."""
     return details["type"] == "too_short" and len(value) >= details["ctx"]["min_length"]
 
 
@@ -98,7 +97,7 @@ def _find(location: Location, root: Node) -> _Found:
     found = _Found(root, "the file", root.at)
     for part in location:
         child = found.node.get(part)
-        # What is not there is a missing key, or pydantic's name for a branch of a union: both belong to the node.
+        # A part without a node is a missing key, or pydantic's name of a union branch: both belong to this node.
         if child is not None:
             label = f"{found.label}[{part}]" if isinstance(part, int) else str(part)
             found = _Found(child, label, found.node.keys.get(str(part), child.at))
@@ -110,11 +109,11 @@ def _explain(details: ErrorDetails, value: Any, label: str) -> tuple[str, str]:
         return _empty(label)
     facts = details.get("ctx", {})
     if details["type"] in {"value_error", "assertion_error"}:
-        what, _, told = str(facts["error"]).partition(": ")
-        return what, told or "correct it"
+        what, _, fix = str(facts["error"]).partition(": ")
+        return what, fix or "correct it"
     word = _unquoted_braces(value)
     if word is not None and details["type"] == "string_type":
-        return f"{label} is a mapping, which is what braces make", f'quote it: "{{{word}}}"'
+        return f"{label} is a mapping, because of its braces", f'quote it: "{{{word}}}"'
     remedy = _REMEDIES.get(details["type"])
     if remedy is None:
         return f"{label} is {describe_value(value)}", details["msg"]
@@ -134,7 +133,7 @@ def _unquoted_braces(value: Any) -> str | None:
 
 
 def _keys(model: type[BaseModel], location: Location) -> list[str]:
-    """Return the keys that are known at a location below a model."""
+    """Return the known keys at a location in a model."""
     for part in location:
         field = model.model_fields.get(str(part))
         model = (field and _model_in(field.annotation)) or model

@@ -1,4 +1,4 @@
-"""Plain Python values to nodes, by the rules that a file is read by: what comes from code is judged like a file."""
+"""Convert plain Python values to nodes, with the same rules as for a file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from orchestrator.config.source.scalars import check_number
 
 
 def read_value(value: Mapping[str, Any], problems: Problems) -> Node | None:
-    """Return a mapping as the top node of a run, its mistakes noted in `problems`; None if it lies too deep.
+    """Return a mapping as the top node of a run; None if it is nested too deeply.
 
-    Taken are None, bool, int, float, str, paths (as their text), and lists, tuples and mappings of these. Each place
-    is a path of keys and indexes, as in `tasks[0].prompt`.
+    Mistakes are added to `problems`. Supported are None, bool, int, float, str, paths (as text), and lists, tuples and
+    mappings of these. Positions are paths of keys and indexes, such as `tasks[0].prompt`.
     """
     try:
         return _Reader(problems).read(value, "", 0)
@@ -24,7 +24,7 @@ def read_value(value: Mapping[str, Any], problems: Problems) -> Node | None:
 
 
 class _TooDeep(Exception):
-    """There is no use in reading on."""
+    """The value is nested too deeply."""
 
 
 class _Reader:
@@ -46,7 +46,7 @@ class _Reader:
             case Mapping() | list() | tuple():
                 return self._collection(value, at, depth)
         self._problems.add(
-            at, f"a {type(value).__name__} is no value of a run", "give text, a number, a list or a dict"
+            at, f"a {type(value).__name__} is not a valid value", "give text, a number, a list or a dict"
         )
         return Node(at, UNREADABLE)
 
@@ -64,16 +64,16 @@ class _Reader:
         return int(number) if isinstance(number, int) else float(number)
 
     def _text(self, text: str, at: Position) -> Any:
-        text = str.__str__(text)  # of an enumeration's member the plain text
+        text = str.__str__(text)  # the plain text of an enum member
         found = find_invalid_character(text)
         if found is None:
             return text
-        self._problems.add(at, f"the text holds the character {found!r}", "remove it")
+        self._problems.add(at, f"the text contains the character {found!r}", "remove it")
         return UNREADABLE
 
     def _collection(self, value: Mapping[Any, Any] | Iterable[Any], at: Position, depth: int) -> Node:
         if depth == MAX_DEPTH:
-            self._problems.add(at, f"more than {MAX_DEPTH} collections lie in each other", "nest less deeply")
+            self._problems.add(at, f"more than {MAX_DEPTH} nested collections", "nest less deeply")
             raise _TooDeep
         if isinstance(value, Mapping):
             return self._mapping(value, at, depth)

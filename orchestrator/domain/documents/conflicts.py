@@ -1,6 +1,6 @@
-"""Several updates of one document: which compete, and what becomes of them by each strategy.
+"""Detect competing updates of a document, and resolve them by a strategy.
 
-No clock and no I/O here, and no update is changed; what is returned may share parts with their values.
+Updates are never modified; results may share parts with their values.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ Value = dict[str, Any] | None
 
 
 class ConflictStrategy(StrEnum):
-    """How updates that compete become one value."""
+    """How to resolve competing updates."""
 
     LAST_WRITE_WINS = "last_write_wins"
     FIRST_WRITE_WINS = "first_write_wins"
-    MERGE = "merge"  #: objects member by member, lists joined, of anything else the first
+    MERGE = "merge"  #: merge objects by member, concatenate lists, else keep the first value
     MANUAL = "manual"  #: a person decides
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentUpdate(Generic[KeyT]):
-    """What somebody wants a document to be."""
+    """A requested new value of a document."""
 
     key: KeyT
     time: float
-    """When it was made: wall-clock seconds."""
+    """Its time in wall-clock seconds."""
     writer: str
     value: Value
-    """The whole document; None deletes it."""
+    """The complete document; None deletes it."""
     base: int | None = None
-    """The version of the document that the writer had read, 0 if there was none; None: it read none."""
+    """The version that the writer had read, 0 if the document did not exist; None: it read none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The updates became one value."""
+    """The resolved value."""
 
     value: Value
 
 
 @dataclass(frozen=True, slots=True)
 class Unresolved(Generic[KeyT]):
-    """A person is to choose from the candidates, which are in order of time."""
+    """Candidates for a manual choice, in order of time."""
 
     candidates: Sequence[DocumentUpdate[KeyT]]
 
 
 def parse_strategy(name: str) -> ConflictStrategy:
-    """Return the strategy of that name. Raises RefusedError, which lists them, where there is none."""
+    """Return the strategy with this name; raise RefusedError if there is none."""
     try:
         return ConflictStrategy(name)
     except ValueError:
@@ -66,7 +66,7 @@ def parse_strategy(name: str) -> ConflictStrategy:
 
 
 def group_by_key(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[DocumentUpdate[KeyT]]]:
-    """Return the updates of each key, in order of time; those of the same time as they were given."""
+    """Return the updates by key, sorted by time; the sort is stable."""
     grouped: dict[KeyT, list[DocumentUpdate[KeyT]]] = {}
     for update in sorted(updates, key=attrgetter("time")):
         grouped.setdefault(update.key, []).append(update)
@@ -74,17 +74,17 @@ def group_by_key(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[Doc
 
 
 def find_competing(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[DocumentUpdate[KeyT]]]:
-    """Return the updates of each key that has more than one, in order of time."""
+    """Return the updates of each key with more than one, sorted by time."""
     return {key: competing for key, competing in group_by_key(updates).items() if len(competing) > 1}
 
 
 def resolve_updates(
     updates: Sequence[DocumentUpdate[KeyT]], strategy: str = ConflictStrategy.LAST_WRITE_WINS
 ) -> Resolved | Unresolved[KeyT]:
-    """Return what becomes of updates of one key, at least one, in any order.
+    """Resolve one or more updates of one key, passed in any order.
 
-    Which is first and which last is said by their times; of the same time the one that was given earlier is first.
-    Raises RefusedError for an unknown strategy.
+    Their times determine the order; updates with equal times keep the given order. Raises RefusedError for an unknown
+    strategy.
     """
     chosen = parse_strategy(strategy)
     ordered = sorted(updates, key=attrgetter("time"))
@@ -94,10 +94,10 @@ def resolve_updates(
 
 
 def merge_values(values: Sequence[Value]) -> Value:
-    """Return all values as one, the first of them first: every field of each is in it.
+    """Return the merge of all values, in order, with every field of each.
 
-    Objects are merged member by member and lists joined; where values are neither, or not of one kind, the first
-    stays. A deletion has no fields and adds nothing: only where all delete is there nothing.
+    Objects are merged by member and lists are concatenated; otherwise, or for different types, the first value is kept.
+    A deletion adds nothing: the result is None only if all values are deletions.
     """
     present = [value for value in values if value is not None]
     return reduce(_merge_pair, present) if present else None

@@ -1,7 +1,7 @@
-"""The difference between two versions of a document, by the path of what differs; for display and export.
+"""Compute, apply and format the difference between two versions of a document.
 
-Objects are walked. A list is walked, too, item by item from the first, if all that it holds are objects, before as
-after: such lists are records, which grow at the end and change in place. Any other list is one value.
+Objects are compared member by member. Lists are compared item by item if all items of both versions are objects: such
+lists are records that grow at the end and change in place. Any other list is compared as one value.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from orchestrator.errors import RefusedError
 
 Path = tuple[str | int, ...]
-"""The names of members and the indexes of items that lead to a value; the document itself has the empty path."""
+"""Member names and item indexes that lead to a value; the document itself has the empty path."""
 
-#: Characters of a value that are shown; of longer ones the middle is left out.
+#: The longest value shown, in characters; longer ones are shortened in the middle.
 MAX_SHOWN_CHARS: Final = 60
 
 _PLAIN_NAME: Final = re.compile(r"[\w-]+")
@@ -33,9 +34,9 @@ class Modified(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What was added, modified and removed, each by its path and in the order of the documents.
+    """Added, modified and removed values by path, in document order.
 
-    What was added or removed as a whole is there once, with all that it holds.
+    A subtree that was added or removed as a whole is one entry.
     """
 
     added: Mapping[Path, Any]
@@ -44,29 +45,29 @@ class Delta:
 
 
 class _Absent:
-    """What stands for a value where there is none."""
+    """The type of the marker for a missing value."""
 
 
 _ABSENT: Final = _Absent()
 
 
 def compute_delta(old: dict[str, Any], new: dict[str, Any]) -> Delta:
-    """Return the difference between two plain JSON objects; for a document that is not there take `{}`.
+    """Return the difference between two plain JSON objects; use `{}` for a missing document.
 
-    The order of members is no difference; that between `1`, `1.0` and `true` is one.
+    The order of members does not matter; `1`, `1.0` and `true` are different.
     """
-    found = dict(_walk((), old, new))
+    changes = dict(_walk((), old, new))
     return Delta(
-        {path: one.new for path, one in found.items() if one.old is _ABSENT},
-        {path: one for path, one in found.items() if _ABSENT not in (one.old, one.new)},
-        {path: one.old for path, one in found.items() if one.new is _ABSENT},
+        {path: change.new for path, change in changes.items() if change.old is _ABSENT},
+        {path: change for path, change in changes.items() if _ABSENT not in (change.old, change.new)},
+        {path: change.old for path, change in changes.items() if change.new is _ABSENT},
     )
 
 
 def apply_delta(old: dict[str, Any], delta: Delta) -> dict[str, Any]:
-    """Return the new version, made from the old one, which stays as it is.
+    """Return the new version of a document; `old` is not changed.
 
-    Raises RefusedError where the delta was not made from `old`.
+    Raises RefusedError if the delta was not computed from `old`.
     """
     made = deepcopy(old)
     for path, value in reversed(list(delta.removed.items())):  # the last item of a list first
@@ -79,15 +80,15 @@ def apply_delta(old: dict[str, Any], delta: Delta) -> dict[str, Any]:
 
 
 def revert_delta(new: dict[str, Any], delta: Delta) -> dict[str, Any]:
-    """Return the old version, made from the new one, which stays as it is. Raises RefusedError as `apply` does."""
-    turned = {path: Modified(after, before) for path, (before, after) in delta.modified.items()}
-    return apply_delta(new, Delta(delta.removed, turned, delta.added))
+    """Return the old version of a document; `new` is not changed. Raises RefusedError as `apply_delta` does."""
+    inverted = {path: Modified(after, before) for path, (before, after) in delta.modified.items()}
+    return apply_delta(new, Delta(delta.removed, inverted, delta.added))
 
 
 def format_delta(delta: Delta, longest: int = MAX_SHOWN_CHARS) -> list[str]:
-    """Return a line for each change, `path: old → new`, in order of the paths.
+    """Return a line per change, `path: old → new`, sorted by path.
 
-    Values are JSON, of which at most `longest` characters are shown; `absent`, without quotes, is no value.
+    Values are JSON with at most `longest` characters; `absent`, without quotes, means a missing value.
     """
     changes: dict[Path, Modified] = {
         **{path: Modified(_ABSENT, value) for path, value in delta.added.items()},
@@ -95,13 +96,13 @@ def format_delta(delta: Delta, longest: int = MAX_SHOWN_CHARS) -> list[str]:
         **{path: Modified(value, _ABSENT) for path, value in delta.removed.items()},
     }
     return [
-        f"{format_path(path)}: {_shown(changes[path].old, longest)} → {_shown(changes[path].new, longest)}"
-        for path in sorted(changes)
+        f"{format_path(path)}: {_format_value(change.old, longest)} → {_format_value(change.new, longest)}"
+        for path, change in sorted(changes.items(), key=itemgetter(0))
     ]
 
 
 def delta_to_json(delta: Delta) -> dict[str, Any]:
-    """Return the delta as a plain JSON object of lists: `added`, `modified`, `removed`; a path is a list, too."""
+    """Return the delta as a plain JSON object of lists: `added`, `modified`, `removed`; paths are lists."""
     return {
         "added": [{"path": list(path), "new": value} for path, value in delta.added.items()],
         "modified": [{"path": list(path), "old": old, "new": new} for path, (old, new) in delta.modified.items()],
@@ -110,17 +111,17 @@ def delta_to_json(delta: Delta) -> dict[str, Any]:
 
 
 def format_path(path: Path) -> str:
-    """Return a path as people read it, as in `attempts[0].reason`; names with other characters are quoted."""
-    words = [f"[{step}]" if isinstance(step, int) else f".{_shown_name(step)}" for step in path]
+    """Return a path as text, such as `attempts[0].reason`; names with special characters are quoted."""
+    words = [f"[{step}]" if isinstance(step, int) else f".{_format_name(step)}" for step in path]
     return "".join(words).removeprefix(".")
 
 
 def _walk(path: Path, old: Any, new: Any) -> Iterator[tuple[Path, Modified]]:
-    one, other = _children(old), _children(new)
-    # An empty object and an empty list have the same children, which are none.
-    if type(old) is type(new) and one is not None and other is not None:
-        for step in {**one, **other}:
-            yield from _walk((*path, step), one.get(step, _ABSENT), other.get(step, _ABSENT))
+    before, after = _children(old), _children(new)
+    # The types matter: an empty object and an empty list both have no children.
+    if type(old) is type(new) and before is not None and after is not None:
+        for step in {**before, **after}:
+            yield from _walk((*path, step), before.get(step, _ABSENT), after.get(step, _ABSENT))
     elif not _same(old, new):
         yield path, Modified(old, new)
 
@@ -134,21 +135,20 @@ def _children(value: Any) -> dict[str | int, Any] | None:
 def _same(old: Any, new: Any) -> bool:
     if _ABSENT in (old, new):
         return False
-    # To Python 1, 1.0 and True are equal; their texts are not.
+    # In Python, 1 == 1.0 == True; their JSON texts differ.
     return json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
 
 
 def _set(document: dict[str, Any], path: Path, old: Any, new: Any) -> None:
-    """Replace what is at a path by a copy of `new`; either may be absent."""
+    """Replace the value at a path with a copy of `new`; both values may be absent."""
     place: Any = document
     for step in path[:-1]:
         place = _at(place, step)
     step, found = path[-1], _at(place, path[-1])
     remedy = "apply a delta only to the version that it was made from"
     if found is not old and not _same(found, old):
-        raise RefusedError(
-            f"{format_path(path)} is {_shown(found, MAX_SHOWN_CHARS)}, not {_shown(old, MAX_SHOWN_CHARS)}", remedy
-        )
+        actual, expected = (_format_value(value, MAX_SHOWN_CHARS) for value in (found, old))
+        raise RefusedError(f"{format_path(path)} is {actual}, not {expected}", remedy)
     if not _has_room(place, step, old, new):
         where = format_path(path)
         raise RefusedError(f"there is no place for {where}" if old is _ABSENT else f"{where} is not the last", remedy)
@@ -172,7 +172,7 @@ def _at(place: Any, step: str | int) -> Any:
     return place.get(step, _ABSENT) if isinstance(place, dict) else _ABSENT
 
 
-def _shown(value: Any, longest: int) -> str:
+def _format_value(value: Any, longest: int) -> str:
     text = "absent" if value is _ABSENT else _text(value)
     if len(text) <= longest:
         return text
@@ -185,5 +185,5 @@ def _text(value: Any) -> str:
     return text if text.isprintable() else json.dumps(value)
 
 
-def _shown_name(name: str) -> str:
+def _format_name(name: str) -> str:
     return name if _PLAIN_NAME.fullmatch(name) else _text(name)

@@ -1,4 +1,4 @@
-"""Plain JSON: one way to write it down, so that a digest says whether it is the same; what is no such value. Pure."""
+"""Plain JSON values: canonical encoding, digests, and validation."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _INTEGERS: Final = range(-(2**63), 2**64)
 
 
 def encode_canonical(value: Any) -> bytes:
-    """Return plain JSON as bytes, the same for equal values; ValueError where it is none."""
+    """Return the canonical encoding of plain JSON; raise ValueError for other values."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
 
 def compute_digest(value: Any) -> str:
-    """Return the digest of plain JSON as `sha256:` and 64 digits; ValueError where it is none."""
+    """Return the digest of plain JSON, `sha256:` and 64 digits; raise ValueError for other values."""
     return f"sha256:{hashlib.sha256(encode_canonical(value)).hexdigest()}"
 
 
 def find_json_error(value: Any) -> str | None:
-    """Return why something is no plain JSON that the store takes; None if it is."""
+    """Return why a value is not plain JSON for the store; None if it is."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):  # what lies deeper, or in itself, is found below
-        flaw = next(filter(None, map(_flaw_of_one, level)), None)
+    for _ in range(MAX_DEPTH + 1):  # deeper or recursive values are detected below
+        flaw = next(filter(None, map(_find_flaw, level)), None)
         if flaw is not None:
             return flaw
         level = [
             inner
-            for one in level
-            for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+            for value_ in level
+            for inner in (value_.values() if isinstance(value_, dict) else value_ if isinstance(value_, list) else ())
         ]
     try:
         check_value(value)
@@ -41,7 +41,7 @@ def find_json_error(value: Any) -> str | None:
     return None
 
 
-def _flaw_of_one(value: Any) -> str | None:
+def _find_flaw(value: Any) -> str | None:
     match value:
         case None | bool() | str() | float() | list():
             return None
@@ -49,13 +49,13 @@ def _flaw_of_one(value: Any) -> str | None:
             return None if value in _INTEGERS else "it has an integer of more than 64 bits"
         case dict():
             strange = next((key for key in value if not isinstance(key, str)), None)
-            return None if strange is None else f"it has a key that is of type {type(strange).__name__}"
+            return None if strange is None else f"it has a key of type {type(strange).__name__}"
         case _:
             return f"it has a value of type {type(value).__name__}"
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Return the JSON object that a text is; ValueError with the reason where it is none, or not to be trusted."""
+    """Parse a JSON object; raise ValueError with the reason if it is invalid or not plain JSON."""
     value = parse(text.encode(errors="surrogatepass"))
     if not isinstance(value, dict):
         raise ValueError("it is not an object")
@@ -67,5 +67,5 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def is_empty_value(value: Any) -> bool:
-    """Whether a JSON value is there and holds nothing: null, or an empty text, list or mapping."""
+    """Whether a JSON value is empty: null, or an empty text, list or object."""
     return value is None or value in ("", [], (), {})

@@ -1,4 +1,4 @@
-"""Wall-clock times of documents: seconds since the epoch that can be shown as a date in every time zone."""
+"""Wall-clock times of documents: seconds since the epoch, limited to values that are valid dates in every time zone."""
 
 from __future__ import annotations
 

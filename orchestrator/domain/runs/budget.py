@@ -1,4 +1,4 @@
-"""How much sessions, tasks and runs may use up, and how near to that they are. Pure."""
+"""Budgets of sessions, tasks and runs, and their usage."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 from orchestrator.domain.runs.model import Attempt
 
-#: The part of a limit from which on it is warned of.
+#: The fraction of a limit above which a warning is shown.
 WARNING_RATIO = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What was used up: tokens in and out, US dollars as far as they are known, seconds of sessions."""
+    """Resources used: input and output tokens, US dollars as far as known, and seconds of sessions."""
 
     tokens: int = 0
     cost: float = 0.0
     seconds: float = 0.0
 
     def __add__(self, other: Spending) -> Spending:
-        """Return both together."""
+        """Return the sum of both."""
         return Spending(self.tokens + other.tokens, self.cost + other.cost, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may be used up; None: without a limit. The dollars are those that are known."""
+    """Spending limits; None: no limit. `cost` limits the known US dollars."""
 
     tokens: float | None = None
     cost: float | None = None
@@ -40,7 +40,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class BudgetUsage:
-    """How much of one limit is used up; `key` is what the limit is called in a file."""
+    """The usage of one limit; `key` is its name in the config file."""
 
     key: str
     used: float
@@ -48,31 +48,31 @@ class BudgetUsage:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether nothing is left."""
+        """Whether the limit is reached."""
         return self.used >= self.limit
 
     @property
     def is_low(self) -> bool:
-        """Whether it is to be warned of."""
+        """Whether to warn about it."""
         return self.used >= WARNING_RATIO * self.limit
 
     def describe(self) -> str:
-        """Return it in words."""
+        """Return the usage as text."""
         match self.key:
             case "cost":
                 return f"${self.used:.4f} of ${self.limit:.2f}"
             case "time":
-                return f"{_shown(self.used)} of {_shown(self.limit)} of sessions"
+                return f"{_format_seconds(self.used)} of {_format_seconds(self.limit)} of sessions"
             case _:
                 return f"{self.used:,.0f} of {self.limit:,.0f} tokens"
 
 
-def _shown(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def compute_budget_usage(budget: Budget, spent: Spending) -> Iterator[BudgetUsage]:
-    """Yield how much of each limit is used up."""
+    """Yield the usage of each limit."""
     if budget.tokens is not None:
         yield BudgetUsage("tokens", spent.tokens, budget.tokens)
     if budget.cost is not None:
@@ -82,15 +82,15 @@ def compute_budget_usage(budget: Budget, spent: Spending) -> Iterator[BudgetUsag
 
 
 def sum_spending(attempts: Iterable[Attempt]) -> Spending:
-    """Return what attempts that are over used up together."""
+    """Return the total spending of attempts; running ones count no seconds."""
     total = Spending()
-    for one in attempts:
-        seconds = 0.0 if one.ended is None else max(one.ended - one.started, 0.0)
-        total += Spending(one.input_tokens + one.output_tokens, one.cost or 0.0, seconds)
+    for attempt in attempts:
+        seconds = 0.0 if attempt.ended is None else max(attempt.ended - attempt.started, 0.0)
+        total += Spending(attempt.input_tokens + attempt.output_tokens, attempt.cost or 0.0, seconds)
     return total
 
 
 def compute_remaining_cost(budgets: Iterable[tuple[Budget, Spending]]) -> float | None:
-    """Return how many dollars are left of the tightest budget; None where none limits them."""
-    left = [budget.cost - spent.cost for budget, spent in budgets if budget.cost is not None]
-    return max(min(left), 0.0) if left else None
+    """Return the US dollars left in the tightest budget; None if no budget limits the cost."""
+    remaining = [budget.cost - spent.cost for budget, spent in budgets if budget.cost is not None]
+    return max(min(remaining), 0.0) if remaining else None

@@ -1,4 +1,4 @@
-"""The ways in which an attempt fails, and what each of them leads to. Policy is data: one table, no branches."""
+"""Failure classes of attempts, and the policy for each class, as tables."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ from enum import StrEnum
 
 
 class FailureClass(StrEnum):
-    """Why an attempt did not bring its work onto the target."""
+    """Why an attempt did not land."""
 
-    TRANSIENT = "transient"  #: something around the program failed that may work the next time
-    OVERLOADED = "overloaded"  #: the service behind the program is too busy
-    RATE_LIMITED = "rate_limited"  #: the account may not be used before some instant
-    AUTH = "auth"  #: the program is not logged in, or its key is not accepted
-    MISSING = "missing"  #: the program is not on the machine any more
-    INVALID = "invalid"  #: the program can't be run as it is configured
-    REFUSED = "refused"  #: the program, or what checks its work, declines it
+    TRANSIENT = "transient"  #: a temporary failure outside the program
+    OVERLOADED = "overloaded"  #: the service behind the program is overloaded
+    RATE_LIMITED = "rate_limited"  #: the account is rate-limited until some time
+    AUTH = "auth"  #: the program is not logged in, or its key was rejected
+    MISSING = "missing"  #: the program is no longer installed
+    INVALID = "invalid"  #: the program can't run with its configuration
+    REFUSED = "refused"  #: the program, or a check of its work, refused
     LIMIT = "limit"  #: the program's own limit on turns or money
-    BUDGET = "budget"  #: it used up what its session, its task or the run may
-    SETUP_FAILED = "setup_failed"  #: what was to make its worktree ready for work did not
-    CRASHED = "crashed"  #: it ended with an error
-    NO_CHANGE = "no_change"  #: it ended well and changed nothing
-    CONFLICT = "conflict"  #: its work does not merge
-    CHECKS_FAILED = "checks_failed"  #: its work merges, but the merged tree does not pass
-    ESCAPED = "escaped"  #: its work merges, but changes what the task does not own
-    INVALID_HANDOFF = "invalid_handoff"  #: what its phase is to hand over is missing or wrong, also after a repair
-    REJECTED = "rejected"  #: a review, or a person, sent its work back more often than is allowed
-    TIMEOUT = "timeout"  #: it ran for longer than its limit
-    SILENCE = "silence"  #: for longer than its limit it neither said nor changed anything
+    BUDGET = "budget"  #: the budget of the session, the task or the run is used up
+    SETUP_FAILED = "setup_failed"  #: the setup of its worktree failed
+    CRASHED = "crashed"  #: the program failed
+    NO_CHANGE = "no_change"  #: the program succeeded and changed nothing
+    CONFLICT = "conflict"  #: its work has merge conflicts
+    CHECKS_FAILED = "checks_failed"  #: its work merges, but checks fail on the merged tree
+    OUT_OF_SCOPE = "out_of_scope"  #: its work changes paths that the task does not own
+    INVALID_HANDOFF = "invalid_handoff"  #: the handoff of its phase is missing or invalid, also after a repair
+    REJECTED = "rejected"  #: a review or a person rejected its work too often
+    TIMEOUT = "timeout"  #: it exceeded its time limit
+    IDLE_TIMEOUT = "idle_timeout"  #: it had no output and no file changes for too long
 
 
 class FailurePolicy(StrEnum):
-    """What a failure leads to."""
+    """The action after a failure."""
 
-    RETRY = "retry"  #: another attempt after a backoff, as long as there are attempts left
-    PARK = "park"  #: nothing of this adapter starts for a while; the attempt is not counted
-    CLOSE = "close"  #: nothing of this adapter starts until a person has seen to it; the attempt is not counted
-    FAIL = "fail"  #: the task is over
+    RETRY = "retry"  #: another attempt after a backoff, if attempts are left
+    PARK = "park"  #: the adapter is in cooldown; the attempt does not count
+    CLOSE = "close"  #: the adapter is disabled until a person enables it; the attempt does not count
+    FAIL = "fail"  #: the task fails
 
 
-#: The classes that are retried unless a task says otherwise (`retry_on`).
+#: The default of `retry_on`.
 RETRIED_BY_DEFAULT = frozenset(
     {
         FailureClass.TRANSIENT,
         FailureClass.OVERLOADED,
         FailureClass.CRASHED,
         FailureClass.TIMEOUT,
-        FailureClass.SILENCE,
+        FailureClass.IDLE_TIMEOUT,
     }
 )
 
@@ -56,18 +56,18 @@ _FIXED: Mapping[FailureClass, FailurePolicy] = {
     FailureClass.MISSING: FailurePolicy.CLOSE,
 }
 
-#: What a task may name under `retry_on`: whatever is not decided otherwise.
+#: The classes that `retry_on` may name: those without a fixed policy or a setting of their own.
 RETRYABLE = (
     frozenset(FailureClass)
     - _FIXED.keys()
     - {
         FailureClass.CHECKS_FAILED,
-        FailureClass.ESCAPED,
+        FailureClass.OUT_OF_SCOPE,
         FailureClass.REJECTED,
     }
 )
 
 
 def get_failure_policy(failure: FailureClass, retried: Collection[FailureClass]) -> FailurePolicy:
-    """Return what a failure leads to where the classes in `retried` are worth another attempt."""
+    """Return the policy for a failure; `retried` are the classes to retry."""
     return _FIXED.get(failure) or (FailurePolicy.RETRY if failure in retried else FailurePolicy.FAIL)

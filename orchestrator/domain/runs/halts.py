@@ -1,4 +1,4 @@
-"""The reason why a run is halted, as one text: what happened, the end of the output, its log, what to do. Pure."""
+"""Parse and format the reason for a halted run: headline, last output, log file and remedy, as one text."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ _LOG = "log: "
 
 @dataclass(frozen=True, slots=True)
 class HaltReason:
-    """Why a run is halted; `headline` alone says what happened."""
+    """Why a run is halted; `headline` summarizes it."""
 
     headline: str
     output: tuple[str, ...] = ()
     log: str | None = None
-    """The file with the whole output."""
+    """The file with the full output."""
     remedy: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> HaltReason:
-        """Return the parts of `str(reason)`; of any other text, the first line is the headline."""
+        """Parse the output of `str(reason)`; for any other text, the first line is the headline."""
         first, *lines = text.splitlines() or [""]
         at = max((number for number, line in enumerate(lines) if line.startswith(_LOG)), default=None)
         if at is None:
@@ -27,6 +27,6 @@ class HaltReason:
         return cls(first, tuple(lines[:at]), lines[at].removeprefix(_LOG), tuple(lines[at + 1 :]))
 
     def __str__(self) -> str:
-        """Return the whole text."""
+        """Return the full text."""
         log = () if self.log is None else (f"{_LOG}{self.log}",)
         return "\n".join((self.headline, *self.output, *log, *self.remedy))

@@ -1,4 +1,4 @@
-"""Every change of a task's status is a row of this table; a missing row is the error."""
+"""The state machine of task status: a transition without a row in the table is an error."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from orchestrator.errors import InvalidTransition
 
 
 class Trigger(StrEnum):
-    """What can happen to a task."""
+    """Events that change the status of a task."""
 
     START = "start"  #: an attempt is recorded
     RETRY = "retry"  #: the attempt failed, another may follow
-    HOLD = "hold"  #: its adapter can't be used now; the attempt does not count
-    INTERRUPT = "interrupt"  #: the attempt was cut off by our own end
+    HOLD = "hold"  #: its adapter is unavailable; the attempt does not count
+    INTERRUPT = "interrupt"  #: the orchestrator stopped during the attempt
     FAIL = "fail"  #: the last attempt failed
-    IDLE = "idle"  #: the program ended well and changed nothing
+    IDLE = "idle"  #: the program succeeded and changed nothing
     BUILD = "build"  #: the attempt's work is a commit
     ADVANCE = "advance"  #: its phase is complete, another follows
-    EXPAND = "expand"  #: its phase is complete, and what its plan became comes first
-    REPEAT = "repeat"  #: its phase, or an earlier one, is to be done once more
-    ASK = "ask"  #: a person is to approve what its phase came to
-    APPROVE = "approve"  #: a person did
-    SEND_BACK = "send_back"  #: a person did not
-    QUEUE = "queue"  #: no phase is left, what was built waits to land
-    FINISH = "finish"  #: no phase is left, and there is nothing to land
-    CHECK = "check"  #: the merge is to be checked
-    REQUEUE = "requeue"  #: the checks were cut off
-    BOUNCE = "bounce"  #: it can't land as it is, another attempt may follow
+    EXPAND = "expand"  #: its phase is complete, and the tasks of its plan run first
+    REPEAT = "repeat"  #: its phase, or an earlier one, is repeated
+    ASK = "ask"  #: the result of its phase needs approval
+    APPROVE = "approve"  #: a person approved the result
+    SEND_BACK = "send_back"  #: a person declined the result
+    QUEUE = "queue"  #: all phases are complete, its work is queued to land
+    FINISH = "finish"  #: all phases are complete, and there is nothing to land
+    CHECK = "check"  #: the checks of the merge start
+    REQUEUE = "requeue"  #: the checks were interrupted
+    BOUNCE = "bounce"  #: it can't land, another attempt may follow
     REJECT = "reject"  #: it can't land, and no further attempt follows
-    INTEND = "intend"  #: the move of the target is about to happen
-    UNDO = "undo"  #: the move did not happen
-    DEFER = "defer"  #: the target can't be moved now
+    INTEND = "intend"  #: the intent to move the target is recorded
+    UNDO = "undo"  #: the target was not moved
+    DEFER = "defer"  #: the target can't be moved at the moment
     CONFLICT = "conflict"  #: the merge has conflicts
-    ADOPT = "adopt"  #: the target has it already
-    LAND = "land"  #: the target has moved
+    ADOPT = "adopt"  #: the target already has it
+    LAND = "land"  #: the target was moved
     LOSE = "lose"  #: the target was rewritten without it
-    DISTRUST = "distrust"  #: the task's own record is damaged
-    CANCEL = "cancel"  #: a person wants it to end
-    IGNORE = "ignore"  #: a person does not want it to be tried again
-    REVIVE = "revive"  #: a person wants it to be tried again
+    DISTRUST = "distrust"  #: the record of the task is damaged
+    CANCEL = "cancel"  #: a person cancels it
+    IGNORE = "ignore"  #: a person excludes it from retries
+    REVIVE = "revive"  #: a person retries it
 
 
 _S, _T = TaskStatus, Trigger
@@ -99,7 +99,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
 
 
 def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
-    """Return the task after `trigger`, with `changes` to its other fields; InvalidTransition without a row."""
+    """Return the task after `trigger`, with `changes` to other fields; raise InvalidTransition without a row."""
     status = TRANSITIONS.get((task.status, trigger))
     if status is None:
         raise InvalidTransition(subject, task.status, trigger)
@@ -107,9 +107,9 @@ def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes:
 
 
 def run_state(statuses: Collection[str], *, has_ended: bool, is_halted: bool, is_live: bool) -> str:
-    """Return the state of a run by the statuses of its tasks and what is recorded of it.
+    """Return the state of a run, given the statuses of its tasks.
 
-    `is_live`: a process is active on it. A run that was resumed is not halted any more.
+    `is_live` means that a process is active on it. A resumed run is no longer halted.
     """
     if has_ended:
         return "landed" if SUCCESS_STATUSES.issuperset(statuses) else "incomplete"

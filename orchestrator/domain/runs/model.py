@@ -1,4 +1,4 @@
-"""What a run and its tasks are while they are persisted: the documents behind every decision."""
+"""The stored documents of runs, tasks and adapters."""
 
 from __future__ import annotations
 
@@ -17,108 +17,108 @@ from orchestrator.errors import RefusedError
 
 
 class TaskStatus(StrEnum):
-    """Where a task is. Blocked and leased are derived from other facts, never stored."""
+    """The stored status of a task. Blocked and claimed are derived, never stored."""
 
     PENDING = "pending"
     RUNNING = "running"
     QUEUED = "queued"  #: built, in the merge queue
-    CHECKING = "checking"  #: merged, the checks run on the merged tree
+    CHECKING = "checking"  #: merged, checks run on the merged tree
     LANDING = "landing"  #: the intent to move the target is recorded
     LANDED = "landed"
-    WAITING = "waiting"  #: a person is to approve what one of its phases came to
-    DONE = "done"  #: its last phase handed over, and there is nothing to land
+    WAITING = "waiting"  #: the result of a phase needs approval
+    DONE = "done"  #: all phases are complete, and there is nothing to land
     NO_CHANGE = "no_change"
     CONFLICT = "conflict"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
-#: States in which the task is over without having landed; a person may have it tried again.
+#: Final statuses without success; a person may retry the task.
 RETRYABLE_STATUSES = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
-#: States in which the task's work is built and on its way to the target.
+#: Statuses between a built commit and its landing.
 LANDING_STATUSES = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
-#: States in which a session, a check or a landing of the task runs now.
+#: Statuses in which a session, a check or a landing runs.
 ACTIVE_STATUSES = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
-#: States in which a task is somebody's: an orchestrator holds the claim on it. Only an attempt leads to them.
+#: Statuses in which an orchestrator holds the claim on the task. Only an attempt leads to them.
 CLAIMED_STATUSES = frozenset({TaskStatus.RUNNING, *LANDING_STATUSES})
-#: States in which what needs the task may start.
+#: Statuses after which dependents may start.
 SUCCESS_STATUSES = frozenset({TaskStatus.LANDED, TaskStatus.DONE})
-#: States in which the run has nothing left to do for a task.
+#: Statuses in which the task is finished.
 FINAL_STATUSES = RETRYABLE_STATUSES | SUCCESS_STATUSES
 
-#: The most sessions that a run can have side by side.
+#: The largest number of concurrent sessions of a run.
 MAX_CAPACITY = 1000
 
-#: The outcome of an attempt that was ended from outside, and by no failure of its own.
+#: The outcome of an attempt that was stopped from outside.
 INTERRUPTED = "interrupted"
-#: Outcomes of attempts that are among the failures of their task already, or that count towards no limit.
+#: Outcomes that `failures` already counts, or that count towards no limit.
 _NOT_COUNTED = frozenset({*FailureClass, INTERRUPTED})
 
-#: Names of tasks that are told to somebody who named none of them.
+#: The number of task names in a remedy.
 _MOST_NAMED = 5
 
 
 class _Document(BaseModel):
-    # Not one program needs all of these, and each takes a millisecond to build.
+    # Building a model takes a millisecond, and no program needs all of them.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Attempt(_Document):
-    """One try of a task, recorded before anything of it exists. Times are wall-clock seconds."""
+    """One attempt at a task, recorded before it starts. Times are wall-clock seconds."""
 
     number: int
-    """The number of its session; interrupted attempts have one, too."""
+    """The number of its session, from 1; interrupted attempts are numbered too."""
     adapter: str
     base: str
     start: str | None = None
-    """The commit that its worktree began at where that is not the base: earlier work, merged onto it."""
+    """The commit that its worktree started from, if not the base: earlier work, merged with the base."""
     started: Instant
     ended: Instant | None = None
     outcome: str | None = None
-    """`built`, `interrupted`, `cancelled`, or the failure's class; None while it runs."""
+    """`built`, `interrupted`, `cancelled`, or the failure class; None while it runs."""
     reason: str | None = None
     branch: str | None = None
-    """The branch in the trusted repository that holds what the attempt left, if it left anything."""
+    """The branch in the trusted repository with its changes, if any."""
     is_kept: bool = False
-    """Whether its worktree stays, because it holds what may not or could not be committed."""
+    """Whether its worktree is preserved, because it has files that may not or could not be committed."""
     secrets: tuple[str, ...] = ()
-    """The names of the variables with secrets that its program was given."""
+    """The names of the secret environment variables that its program got."""
     check_log: str | None = None
-    """The log of the check that did not pass."""
+    """The log of the failed check."""
     session: str | None = None
-    """The CLI's own id of its conversation."""
+    """The conversation id of the CLI."""
     words: str | None = None
-    """What the CLI said last, or its result."""
+    """The last message of the CLI, or its result."""
     input_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
-    """Of the input, what was read from a cache."""
+    """The part of the input that was read from a cache."""
     model: str | None = None
-    """By its name, if the CLI told."""
+    """The name of the model, if reported."""
     cost: float | None = None
-    """US dollars: what the CLI told, or else what its tokens cost by the price of the model."""
+    """US dollars: as reported by the CLI, or computed from the price of the model."""
     is_estimated: bool = False
-    """Whether that cost is the latter."""
+    """Whether the cost was computed from the price of the model."""
     folder: str | None = None
-    """The folder that the CLI worked in, where alone it knows the conversation again."""
+    """The working directory of the CLI; the conversation can be resumed only there."""
     resumed: bool = False
-    """Whether it went on with the conversation of an earlier attempt."""
+    """Whether it continued the conversation of an earlier attempt."""
     phase: str | None = None
-    """The phase of the task's workflow that it was made at; None: the task has no workflow."""
+    """Its phase of the workflow; None: the task has no workflow."""
     discarded: tuple[str, ...] = ()
-    """The first of the paths that it changed though it was to change nothing, which was discarded."""
+    """The first paths whose changes were discarded, because it was not allowed to change files."""
     denied: ToolDenials = ToolDenials()
-    """The tools that its CLI denied it."""
+    """Tool calls that its CLI denied."""
 
 
 def sum_known_cost(attempts: Iterable[Attempt]) -> float | None:
-    """Return what attempts cost in US dollars, as far as the CLIs told; None where none did."""
-    costs = [one.cost for one in attempts if one.cost is not None]
+    """Return the known cost of attempts in US dollars; None if no cost is known."""
+    costs = [attempt.cost for attempt in attempts if attempt.cost is not None]
     return sum(costs) if costs else None
 
 
 class LandingIntent(_Document):
-    """The landing that is under way: the target is about to move from `old` (None: it does not exist) to `new`."""
+    """A landing in progress: the target moves from `old` (None: it does not exist) to `new`."""
 
     old: str | None
     new: str
@@ -126,18 +126,18 @@ class LandingIntent(_Document):
 
 
 class ImportedTask(_Document):
-    """What the record of a task said that was imported from an older layout. Times are wall-clock seconds."""
+    """Facts about a task imported from an older layout. Times are wall-clock seconds."""
 
     status: str | None = None
-    """Its own word for where the task was."""
+    """The original name of its status."""
     started: Instant | None = None
     completed: Instant | None = None
     branch: str | None = None
     worktree: str | None = None
     phases: dict[str, Any] = {}
-    """By name, as they were written; empty where they are too large."""
+    """The original phases by name; empty if too large."""
     metrics: dict[str, Any] = {}
-    """The same."""
+    """The original metrics; empty if too large."""
 
 
 class TaskDocument(_Document):
@@ -146,53 +146,53 @@ class TaskDocument(_Document):
     status: TaskStatus = TaskStatus.PENDING
     attempts: tuple[Attempt, ...] = ()
     failures: int = 0
-    """Attempts that ended in failure; those that were cut off by our own end do not count."""
+    """Failed attempts; attempts interrupted by a stop of the orchestrator do not count."""
     bounces: int = 0
-    """How often what it built could not land, which no phase that is complete begins to count anew."""
+    """How often its work could not land; not reset by a completed phase."""
     commit: str | None = None
-    """What waits to land: the commit of the attempt that was built."""
+    """The commit to land."""
     intent: LandingIntent | None = None
     intended: tuple[str, ...] = ()
-    """The merges that were recorded before the target was moved to them, the newest last: its only landings."""
+    """Merges recorded before the target was moved to them, newest last; only these can be its landing."""
     landed: str | None = None
-    """The commit on the target's first-parent line that brought the task in."""
+    """The commit on the first-parent line of the target that merged the task."""
     branch: str | None = None
     reason: str | None = None
     paths: tuple[str, ...] = ()
-    """The paths in conflict."""
+    """The conflicting paths."""
     start: str | None = None
-    """The commit that the next attempt's worktree begins at, to go on with what an earlier one built."""
+    """The commit that the next attempt starts from, to continue earlier work."""
     base: str | None = None
-    """The commit that what begins there is judged against."""
+    """The commit that this work is compared with."""
     feedback: str | None = None
-    """What the next attempt is told about the last one, beside its prompt."""
+    """Feedback about the last attempt, added to the prompt of the next one."""
     current: int | None = None
-    """The number of the attempt that all this is about, where later ones were made before a checkpoint was restored."""
+    """The number of the current attempt, if a checkpoint was restored after later attempts."""
     ignored: str | None = None
-    """Why a person does not want it to be tried, until a person does."""
+    """Why a person excluded it, until a person retries it."""
     phase: str | None = None
-    """The phase that it is at, or is to enter next; None: none is left, or it has no workflow."""
+    """Its current or next phase; None: none is left, or it has no workflow."""
     phases: tuple[PhaseRecord, ...] = ()
-    """The phases that it was at, visit by visit."""
+    """All visits of its phases, in order."""
     revived: int = 0
-    """How many of those visits were before a person last had it tried again."""
+    """How many of these visits were before the last retry by a person."""
     built: int | None = None
-    """The number of the attempt that built `commit`, where others came after it."""
+    """The number of the attempt that built `commit`, if later attempts followed."""
     expanded: tuple[str, ...] = ()
-    """The tasks that its plan became: what follows waits until they have landed."""
+    """The tasks that its plan created; it continues after they have landed."""
     pull_request: int | None = None
-    """The number of the pull request that is about it."""
+    """The number of its pull request."""
     imported: ImportedTask | None = None
-    """Where it is of a run that was imported: what else was recorded of it."""
+    """For a task of an imported run: its original record."""
     extra: dict[str, Any] = {}
-    """What people and other programs noted of it, such as `progress`, `message` and `files`; council only keeps it."""
+    """Data of people and other programs, such as `progress`, `message` and `files`; not used by council."""
 
     @property
     def inconsistency(self) -> str | None:
-        """What of it contradicts the rest, as no run writes it; None if nothing does."""
+        """An inconsistency between fields that no run writes; None if there is none."""
         count = len(self.attempts)
-        if [one.number for one in self.attempts] != list(range(1, count + 1)):
-            return "attempts: they are not numbered from 1"
+        if [attempt.number for attempt in self.attempts] != list(range(1, count + 1)):
+            return "attempts: not numbered from 1"
         for name, number in (("current", self.current), ("built", self.built)):
             if number is not None and not 1 <= number <= count:
                 return f"{name}: there is no attempt {number}"
@@ -202,140 +202,140 @@ class TaskDocument(_Document):
 
     @property
     def started(self) -> float | None:
-        """When work on it began; None where that is not known, or it has not."""
+        """When its first attempt started; None if unknown, or not started."""
         if self.attempts:
             return self.attempts[0].started
         return None if self.imported is None else self.imported.started
 
     @property
     def attempt(self) -> Attempt:
-        """The attempt that the status is about: the newest, but for what came of a checkpoint."""
+        """The current attempt: the newest one, except after a checkpoint was restored."""
         return self.attempts[-1 if self.current is None else self.current - 1]
 
     @property
     def counted_attempts(self) -> int:
-        """The attempts that count towards the task's limit: those that failed, and one that runs or succeeded.
+        """The number of attempts that count towards the limit: failed ones, and one that runs or succeeded.
 
-        The count starts again with each phase and with a retry by a person.
+        Each phase and each retry by a person reset the count.
         """
         is_tried = self.status is not TaskStatus.PENDING and bool(self.attempts)
         return self.failures + (is_tried and self.building_attempt.outcome not in _NOT_COUNTED)
 
     @property
     def building_attempt(self) -> Attempt:
-        """The attempt that built what waits to land."""
+        """The attempt that built `commit`."""
         return self.attempt if self.built is None else self.attempts[self.built - 1]
 
     @property
     def cost(self) -> float | None:
-        """What all attempts cost in US dollars, as far as the CLIs told; None where none did."""
+        """The known cost of all attempts in US dollars; None if no cost is known."""
         return sum_known_cost(self.attempts)
 
     def with_attempt(self, number: int | None = None, **changes: Any) -> tuple[Attempt, ...]:
-        """Return the attempts with one of them changed: that one, unless a number says another."""
-        one = self.attempt if number is None else self.attempts[number - 1]
-        changed = one.model_copy(update=changes)
-        return tuple(changed if one.number == changed.number else one for one in self.attempts)
+        """Return the attempts with one of them changed: attempt `number`, or the current one."""
+        attempt = self.attempt if number is None else self.attempts[number - 1]
+        changed = attempt.model_copy(update=changes)
+        return tuple(changed if each.number == changed.number else each for each in self.attempts)
 
 
 class ImportedRun(_Document):
-    """What the record of a session said that was imported from an older layout as a run."""
+    """Facts about a run imported from a session record of an older layout."""
 
     source: str
-    """The file that it stood in, from the project's folder."""
+    """The path of the source file, relative to the project folder."""
     status: str | None = None
-    """Its own word for how it stood."""
+    """The original name of its status."""
     options: dict[str, Any] = {}
-    """As they were written; empty where they are too large."""
+    """The original options; empty if too large."""
     metrics: dict[str, Any] = {}
-    """The same."""
+    """The original metrics; empty if too large."""
 
 
 class HaltCause(StrEnum):
-    """What stops a run before its end, other than a person."""
+    """Why a run was halted, other than by a person."""
 
     BUDGET = "budget"
     BASE = "base"  #: a check fails on the base
-    COMMANDS = "commands"  #: a program of checks or setup is not there
+    COMMANDS = "commands"  #: a program of checks or setup is missing
 
 
 class RunDocument(_Document):
-    """One execution of a config; enough to resume it without the file that it came from."""
+    """One execution of a config, with all data to resume it without its config file."""
 
     id: str
     config: str
-    """The path of the file that it was started from."""
+    """The path of its config file."""
     repo: str
     is_url: bool
     base: str
     target: str
     capacity: int
     session_memory: int
-    """Bytes that one session is expected to take."""
+    """The expected memory of one session, in bytes."""
     adapters: dict[str, dict[str, Any]]
-    """By name: what `config.model.restore_adapter` takes."""
+    """By name: the input of `config.model.restore_adapter`."""
     workflows: dict[str, list[dict[str, Any]]] = {}
-    """By name: the phases, each what `domain.workflow.routing.Phase` holds."""
+    """By name: the phases as `domain.workflow.routing.Phase`."""
     fence: dict[str, Any]
-    """What `config.model.SandboxConfig` holds."""
+    """The fields of `config.model.SandboxConfig`."""
     worktrees: dict[str, Any]
-    """What `config.model.WorktreesConfig` holds."""
+    """The fields of `config.model.WorktreesConfig`."""
     retention: dict[str, Any] = {}
-    """What `config.model.Retention` holds."""
+    """The fields of `config.model.Retention`."""
     mcp_servers: dict[str, dict[str, Any]] = {}
-    """By name: what `config.model.McpServerConfig` holds."""
+    """By name: the fields of `config.model.McpServerConfig`."""
     budget: dict[str, Any] = {}
-    """What `config.model.BudgetConfig` holds."""
+    """The fields of `config.model.BudgetConfig`."""
     coordination: dict[str, Any] = {}
-    """What `config.model.CoordinationConfig` holds, as it was when the run was made."""
+    """The fields of `config.model.CoordinationConfig` when the run was created."""
     prices: dict[str, dict[str, Any]] = {}
-    """By model: what `domain.runs.prices.Price` holds, where the file said it."""
+    """By model: the fields of `domain.runs.prices.Price`, as given in the config file."""
     sinks: dict[str, dict[str, Any]] = {}
-    """By name: what `config.model.restore_options` takes, and the patterns of the events."""
+    """By name: the input of `config.model.restore_options`, and the event patterns."""
     trackers: dict[str, dict[str, Any]] = {}
-    """By name: what `config.model.restore_options` takes."""
+    """By name: the input of `config.model.restore_options`."""
     given: tuple[str, ...] = ()
-    """The fields that the command line gave instead of the file."""
+    """The fields that the command line overrode."""
     tasks: tuple[str, ...]
-    """Task ids in the file's order."""
+    """Task ids in file order."""
     start: str
-    """The commit that the target (or, where it did not exist, the base) was at: landings are looked for behind it."""
+    """The commit of the target (or of the base, if there was no target); landings are searched after it."""
     has_target: bool = False
-    """Whether the target existed when the run was created: then no landing creates it."""
+    """Whether the target existed when the run was created; if so, no landing creates it."""
     hub: str
     """The folder of the hub and the trusted repository."""
     started: Instant
     ended: Instant | None = None
     halted: str | None = None
-    """Why it was stopped before its end: its budget is used up, or its commands can't work."""
+    """Why it was halted: its budget is used up, or its commands can't run."""
     halted_by: HaltCause | None = None
-    """What stopped it."""
+    """The cause of the halt."""
     allow_failing_base: bool = False
-    """Whether sessions start though checks fail on the base."""
+    """Whether sessions start even if checks fail on the base."""
     proven_bases: tuple[str, ...] = ()
-    """The bases that have passed their checks, by `engine.landing.base_checks`; the newest last."""
+    """The bases that passed their checks, by `engine.landing.base_checks`; newest last."""
     merges: str | None = None
-    """The run whose branch it merges; `latest` never means such a run."""
+    """The run whose branch it merges; `latest` never refers to such a run."""
     imported: ImportedRun | None = None
-    """Where it was not ours: there is its record and nothing else, so that nobody can work in it."""
+    """For an imported run: its original record. Such a run can't be resumed."""
     extra: dict[str, Any] = {}
-    """What people and other programs noted of it; council only keeps it."""
+    """Data of people and other programs; not used by council."""
 
     @property
     def inconsistency(self) -> str | None:
-        """What of it contradicts the rest, as no run writes it; None if nothing does."""
+        """An inconsistency between fields that no run writes; None if there is none."""
         if self.imported is None and not 1 <= self.capacity <= MAX_CAPACITY:
-            return f"capacity: it is {self.capacity}, not between 1 and {MAX_CAPACITY}"
+            return f"capacity: {self.capacity} is not between 1 and {MAX_CAPACITY}"
         return None
 
     def check_not_imported(self) -> None:
-        """Refuse a run of which there is only an imported record."""
+        """Raise RefusedError for an imported run."""
         if self.imported is not None:
-            what = f"run {self.id} was imported from {self.imported.source}, only its record is here"
-            raise RefusedError(what, f"`council state show {self.id}` shows it; start a new run for what is left")
+            what = f"run {self.id} was imported from {self.imported.source}, only its record exists"
+            raise RefusedError(what, f"show it with `council state show {self.id}`, or start a new run")
 
     def check_task(self, task: str) -> None:
-        """Refuse the name of a task that the run does not have."""
+        """Raise RefusedError if the run has no task of this name."""
         if task not in self.tasks:
             near = difflib.get_close_matches(task, self.tasks, n=3)
             rest = len(self.tasks) - _MOST_NAMED
@@ -346,47 +346,47 @@ class RunDocument(_Document):
 
 
 class AdapterDocument(_Document):
-    """What a run has learned about one of its adapters. Times are wall-clock seconds."""
+    """The state of an adapter in a run. Times are wall-clock seconds."""
 
     parked_until: Instant | None = None
-    """Nothing of it starts before."""
+    """The end of its cooldown: no session starts before."""
     parks: int = 0
-    """How often in a row it was parked; a session that ends well counts anew."""
+    """Its consecutive cooldowns; reset by a successful session."""
     closed: str | None = None
-    """Why nothing of it starts until a person has seen to it; `council adapters reopen` and a resume try again."""
+    """Why it is disabled, until `council adapters reopen` or a resume."""
     reopened: Instant | None = None
-    """When a person reopened it: failures of sessions that started before do not close it again."""
+    """When a person enabled it; failures of sessions that started before do not disable it again."""
 
 
 class RequestAction(StrEnum):
-    """What a person can ask of a run from another process."""
+    """Requests to a run from another process."""
 
     CANCEL = "cancel"
     IGNORE = "ignore"
     RETRY = "retry"
     APPROVE = "approve"
     REJECT = "reject"
-    REOPEN = "reopen"  #: of adapters, not of tasks
+    REOPEN = "reopen"  #: for adapters, not for tasks
 
 
 class CheckpointOrigin(StrEnum):
-    """Who made a checkpoint."""
+    """The origin of a checkpoint."""
 
     HAND = "hand"
-    CLOCK = "clock"  #: a run at work, by the clock; only the newest of these stay
-    COUNCIL = "council"  #: a command, before it did what may be regretted
+    CLOCK = "clock"  #: an active run, periodically; only the newest are preserved
+    COUNCIL = "council"  #: a command, before a destructive change
 
 
 class RunRequest(_Document):
-    """What was asked of a run, for whoever is or becomes its owner."""
+    """A request to a run, for its current or next leader."""
 
     id: str
     action: RequestAction
     tasks: tuple[str, ...]
     asked: Instant
     reason: str | None = None
-    """Why tasks are to be ignored; or what a person notes who approves or rejects."""
+    """Why tasks are ignored, or the comment of an approval or rejection."""
     phase: str | None = None
-    """The phase from which on they are to be tried again; None: as they stand."""
+    """The phase to retry the tasks from; None: from their current state."""
     adapters: tuple[str, ...] = ()
-    """The adapters to be reopened."""
+    """The adapters to enable."""

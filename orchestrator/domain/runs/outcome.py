@@ -1,4 +1,4 @@
-"""How a session ended, judged by facts alone: exit, limits, what it said, and what is in the worktree."""
+"""Determine the outcome of a session from its exit, its limits, its output, and its worktree."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from orchestrator.domain.runs.failures import FailureClass
 
-#: Characters of a line of standard error that are told.
+#: The longest part of a line of standard error in a reason, in characters.
 _LONGEST_LINE = 300
-#: Denied tools that are recorded of a session, and that a line names, each with so many characters.
+#: Denied tools recorded per session, named in a message, and characters of each.
 _DENIALS, _SHOWN, _LONGEST_DENIAL = 20, 3, 80
 
 
@@ -22,14 +22,14 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class ReadOnlySuccess:
-    """The session ended well, and was not to change anything."""
+    """The session succeeded, and was not allowed to change files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The attempt failed; `until` is when an account that is rate limited may be used again (wall-clock seconds).
+    """The attempt failed; `until` is when a rate-limited account may be used again (wall-clock seconds).
 
-    `unfinished`: what has been built by then is half of the work, though the program ended well.
+    `unfinished` means that the work is incomplete, although the program succeeded.
     """
 
     failure: FailureClass
@@ -40,21 +40,21 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """We ended before the session could."""
+    """The orchestrator stopped before the session ended."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ResourcesExhausted:
-    """This machine had not enough of something to start the session; another one would fare no better now."""
+    """The machine lacked a resource to start the session; another session would fail too."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolDenials:
-    """The tools that a session was denied: how many calls, the first of them in words, and what allows them."""
+    """Denied tool calls of a session: their number, the first ones as text, and how to allow them."""
 
     count: int = 0
     tools: tuple[str, ...] = ()
@@ -62,15 +62,15 @@ class ToolDenials:
 
     @classmethod
     def of(cls, calls: Sequence[tuple[str, str]]) -> ToolDenials:
-        """Return denials from what was called, in words, and the remedy of each."""
+        """Return denials from pairs of a call as text and its remedy."""
         tools = tuple(dict.fromkeys(text for text, _ in calls))[:_DENIALS]
         return cls(len(calls), tools, next((remedy for _, remedy in calls if remedy), ""))
 
     def __str__(self) -> str:
-        """Return it as a line; empty where nothing was denied."""
+        """Return one line; empty if nothing was denied."""
         if not self.count:
             return ""
-        shown = ", ".join(one[:_LONGEST_DENIAL] for one in self.tools[:_SHOWN])
+        shown = ", ".join(tool[:_LONGEST_DENIAL] for tool in self.tools[:_SHOWN])
         more = ", …" if self.count > len(self.tools[:_SHOWN]) else ""
         line = f"{self.count} {'tool' if self.count == 1 else 'tools'} denied: {shown}{more}"
         return f"{line}: {self.remedy}" if self.remedy else line
@@ -78,7 +78,7 @@ class ToolDenials:
 
 @dataclass(frozen=True, slots=True)
 class Misconfigured:
-    """A command of the user's can't be run here, whatever the task: no session was started."""
+    """A command from the config can't run on this machine for any task: no session was started."""
 
     reason: str
 
@@ -88,10 +88,10 @@ Outcome = Built | ReadOnlySuccess | Failed | Interrupted | ResourcesExhausted | 
 
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
-    """How the process ended: `ended_by` is exit, timeout, silence, stop or orphaned.
+    """How the process ended: `ended_by` is exit, timeout, idle_timeout, stop or orphaned.
 
-    `parse_spawn_error` says why it never ran; `exhausted` that this was for lack of descriptors, memory or space, `missing`
-    that there is no such program.
+    `spawn_error` is the reason if it did not start; `exhausted` means that descriptors, memory or disk space ran out,
+    `missing` that there is no such program.
     """
 
     ended_by: str
@@ -104,10 +104,10 @@ class ProcessExit:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """What a session may take, in seconds: in all, and without a sign of life (None: no limit)."""
+    """The time limits of a session, in seconds: in total, and without activity (None: no limit)."""
 
     timeout: float
-    silence: float | None = None
+    idle_timeout: float | None = None
 
 
 _NONE_DENIED = ToolDenials()
@@ -125,20 +125,20 @@ def judge_outcome(
     errors: str = "",
     denials: ToolDenials = _NONE_DENIED,
 ) -> Outcome:
-    """Return the outcome.
+    """Return the outcome of a session.
 
-    `commit` is what the worktree holds beyond its base (None: nothing), `refused` why it can't be taken (None:
-    it can), `verdict` what the adapter reads from the program's words. Those count only against it: they are
-    heard where it failed, left everything as it was, or has itself `admitted` at its end that it failed, and where
-    they lack what it always says at its end (`unfinished`). A zero exit proves nothing, and neither does half of the
-    work. Unless it `writes`, it was not to change anything. `errors` is the end of its standard error: the last line is
-    told with an exit code that nobody can explain. `denials` are part of the reason where it changed nothing.
+    `commit` has the changes of the worktree (None: no changes), `refused` is why they are rejected (None: accepted),
+    `verdict` is the failure that the adapter read from the program's output. The verdict applies only if the program
+    failed, changed nothing, itself `admitted` at its end that it failed, or did not print what it always prints at its
+    end (`unfinished`). Exit code 0 does not prove success, and neither does partial work. Without `writes`, the session
+    was not allowed to change files. `errors` is the tail of standard error: its last line is part of the reason for an
+    unexplained exit code. `denials` are part of the reason if nothing changed.
     """
     if exit_.spawn_error is not None:
         return _not_started(exit_)
     if exit_.ended_by in {"stop", "orphaned"}:
         return Interrupted("the run was stopped")
-    if exit_.ended_by in {"timeout", "silence"}:
+    if exit_.ended_by in {"timeout", "idle_timeout"}:
         return _limit_failure(exit_.ended_by, limits)
     if exit_.code != 0:
         how = f"got signal {exit_.signal}" if exit_.code is None else f"ended with exit code {exit_.code}"
@@ -153,12 +153,12 @@ def _ended_well(commit: str | None, refused: str | None, verdict: Failed | None,
         return Failed(FailureClass.REFUSED, refused)
     if commit is None:
         why = f": {denials}" if denials.count else ""
-        return verdict or Failed(FailureClass.NO_CHANGE, f"the program ended well but changed nothing{why}")
+        return verdict or Failed(FailureClass.NO_CHANGE, f"the program succeeded but changed nothing{why}")
     return Built(commit)
 
 
 def _last_line(errors: str) -> str:
-    # A rule, such as ends a traceback of several errors, says nothing.
+    # Skip lines without text, such as the rule at the end of an exception group traceback.
     lines = [line.strip() for line in errors.splitlines() if any(map(str.isalnum, line))]
     return f": {lines[-1][:_LONGEST_LINE]}" if lines else ""
 
@@ -167,13 +167,13 @@ def _not_started(exit_: ProcessExit) -> Outcome:
     if exit_.exhausted:
         return ResourcesExhausted(f"the program could not be started: {exit_.spawn_error}")
     if exit_.missing:
-        return Failed(FailureClass.MISSING, f"the program is gone: {exit_.spawn_error}")
+        return Failed(FailureClass.MISSING, f"the program was not found: {exit_.spawn_error}")
     return Failed(FailureClass.INVALID, f"the program did not start: {exit_.spawn_error}")
 
 
 def _limit_failure(ended_by: str, limits: SessionLimits) -> Failed:
     if ended_by == "timeout":
-        reason = f"still running after {limits.timeout:g} s, its limit: raise `timeout` or split the task"
+        reason = f"still running after its limit of {limits.timeout:g} s: raise `timeout`, or split the task"
         return Failed(FailureClass.TIMEOUT, reason)
-    reason = f"neither output nor a change for {limits.silence:g} s, its limit: raise `silence`, or see its log"
-    return Failed(FailureClass.SILENCE, reason)
+    reason = f"no output and no file changes for {limits.idle_timeout:g} s: raise `idle_timeout`, or see its log"
+    return Failed(FailureClass.IDLE_TIMEOUT, reason)

@@ -1,7 +1,6 @@
-"""The phases of a task as they are recorded: every change of one is a row of a table; a missing row is the error.
+"""Phase records of a task: a transition without a row in the table is an error.
 
-A task enters a phase anew each time it has to be done again from its beginning, so the records tell its whole way:
-those of a name that is there twice are two visits.
+Restarting a phase adds a record, so that the records are the full history: two records of one name are two visits.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from orchestrator.errors import InvalidTransition
 
 
 class PhaseStatus(StrEnum):
-    """Where one visit of a phase is."""
+    """The status of one visit of a phase."""
 
     IN_PROGRESS = "in_progress"
-    AWAITING = "awaiting"  #: its result waits for a person to approve it
+    AWAITING = "awaiting"  #: its result needs approval
     COMPLETED = "completed"
-    REJECTED = "rejected"  #: a person sent its result back
+    REJECTED = "rejected"  #: a person rejected its result
     FAILED = "failed"
-    SKIPPED = "skipped"  #: its condition did not hold
-    CANCELLED = "cancelled"  #: its task was, before it was over
+    SKIPPED = "skipped"  #: its condition was false
+    CANCELLED = "cancelled"  #: its task was cancelled first
 
 
 class PhaseTrigger(StrEnum):
-    """What can happen to a phase."""
+    """Events that change the status of a phase."""
 
     ENTER = "enter"
     SKIP = "skip"
-    COMPLETE = "complete"  #: its result is there, and valid
-    ASK = "ask"  #: the same, and a person is to approve it
+    COMPLETE = "complete"  #: its result is valid
+    ASK = "ask"  #: its result is valid and needs approval
     APPROVE = "approve"
     REJECT = "reject"
     FAIL = "fail"
@@ -42,7 +41,7 @@ class PhaseTrigger(StrEnum):
 
 _S, _T = PhaseStatus, PhaseTrigger
 
-#: What is not there yet has no status.
+#: A visit that does not exist yet has the status None.
 PHASE_TRANSITIONS: Final[dict[tuple[PhaseStatus | None, PhaseTrigger], PhaseStatus]] = {
     (None, _T.ENTER): _S.IN_PROGRESS,
     (None, _T.SKIP): _S.SKIPPED,
@@ -55,7 +54,7 @@ PHASE_TRANSITIONS: Final[dict[tuple[PhaseStatus | None, PhaseTrigger], PhaseStat
     (_S.AWAITING, _T.CANCEL): _S.CANCELLED,
 }
 
-#: The event that each status is recorded with.
+#: The event recorded for each status.
 PHASE_EVENTS: Final[dict[PhaseStatus, str]] = {
     _S.IN_PROGRESS: "phase.entered",
     _S.AWAITING: "phase.awaiting",
@@ -66,14 +65,14 @@ PHASE_EVENTS: Final[dict[PhaseStatus, str]] = {
     _S.CANCELLED: "phase.cancelled",
 }
 
-#: Visits that go on: by another session, or by a person's word.
+#: Unfinished visits: they continue with another session or a person's decision.
 OPEN_STATUSES: Final = frozenset({PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING})
-#: States of a visit that has its phase behind it.
+#: The statuses after which the next phase may start.
 PASSED_STATUSES: Final = frozenset({PhaseStatus.COMPLETED, PhaseStatus.SKIPPED})
 
 
 class GivenValues(BaseModel):
-    """What of all that was known a phase was given: names of values, and bytes of them as JSON."""
+    """The values that a phase got: names, and sizes as JSON in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -81,7 +80,7 @@ class GivenValues(BaseModel):
     left_out: tuple[str, ...] = ()
     size: int = 0
     whole: int = 0
-    """Bytes of all, those that were left out with them."""
+    """The total size in bytes, including omitted values."""
 
 
 class PhaseRecord(BaseModel):
@@ -94,37 +93,37 @@ class PhaseRecord(BaseModel):
     started: Instant | None = None
     ended: Instant | None = None
     attempts: tuple[int, ...] = ()
-    """The numbers of the attempts that were made at it."""
+    """The numbers of its attempts."""
     given: GivenValues | None = None
     received: tuple[str, ...] = ()
-    """The ids of the handoffs that it was given."""
+    """The ids of the handoffs that it received."""
     commit: str | None = None
-    """The commit that holds the task's work up to its end, where it writes."""
+    """The commit with the work of the task at its end, if it writes."""
     base: str | None = None
-    """The commit that this is judged against."""
+    """The commit that `commit` is compared with."""
     handoff: str | None = None
-    """The id of the handoff that came of it."""
+    """The id of its handoff."""
     verdict: str | None = None
-    """Of a review: `approve` or `reject`."""
+    """For a review: `approve` or `reject`."""
     repairs: int = 0
-    """How often its session was asked to mend what it handed over."""
+    """How often its session was asked to repair its handoff."""
     rounds: int = 0
-    """How often its work was sent back because of what it is to be done `until`."""
+    """How often its work was sent back because `until` failed."""
     note: str | None = None
-    """What the person said who approved or rejected it."""
+    """The comment of the person who approved or rejected it."""
     reason: str | None = None
     """Why it failed, was rejected or skipped."""
 
 
 def advance_phase(subject: str, record: PhaseRecord | None, trigger: PhaseTrigger, **changes: Any) -> PhaseRecord:
-    """Return a visit after `trigger`, with `changes` to its fields; InvalidTransition without a row.
+    """Return a visit after `trigger`, with `changes` to its fields; raise InvalidTransition without a row.
 
-    The first one is made of `changes` alone, `phase` among them.
+    Without a `record`, the new visit consists of `changes`, which must include `phase`.
     """
     before = None if record is None else record.status
     status = PHASE_TRANSITIONS.get((before, trigger))
     if status is None:
-        raise InvalidTransition(subject, before or "not begun", trigger)
+        raise InvalidTransition(subject, before or "not started", trigger)
     if record is None:
         return PhaseRecord(status=status, **changes)
     return record.model_copy(update={"status": status, **changes})

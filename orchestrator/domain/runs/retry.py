@@ -1,4 +1,4 @@
-"""How long to wait before a failed task is tried again."""
+"""Backoff of failed tasks, and cooldown of adapters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tenacity.wait import wait_exponential, wait_random_exponential
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Exponential backoff: `initial` seconds, times `factor` each time, at most `max` seconds.
+    """Exponential backoff: `initial` seconds, times `factor` for each retry, at most `max` seconds.
 
-    With `jitter` the wait is drawn evenly between nothing and that value ("full jitter", Brooker, AWS
-    Architecture Blog, 2015), so that tasks that failed together don't come back together.
+    With `jitter`, each wait is uniformly distributed between 0 and that value ("full jitter", Brooker, AWS
+    Architecture Blog, 2015), so that tasks that failed together are not retried together.
     """
 
     initial: float
@@ -32,19 +32,19 @@ def retry_delay(backoff: Backoff, failures: int) -> float:
     return policy(state)
 
 
-#: How long an adapter is parked that does not say until when, or says so wrongly time and again; seconds.
+#: The cooldown, in seconds, of an adapter that reports no end of its limit, or repeatedly a wrong one.
 COOLDOWN_BACKOFF = Backoff(initial=30.0, factor=2.0, max=3600.0, jitter=False)
-#: No account is believed to be limited for longer; the longest known limits are weekly.
+#: The longest accepted cooldown in seconds; the longest known limits are weekly.
 MAX_COOLDOWN = 8 * 86400.0
 
 
-def compute_cooldown_end(now: float, until: float | None, parks: int) -> float:
-    """Return when an adapter may be tried again that was parked for the `parks`-th time in a row (from 1).
+def compute_cooldown_end(now: float, until: float | None, cooldowns: int) -> float:
+    """Return the end of an adapter's cooldown, its `cooldowns`-th in a row (from 1).
 
-    `until` is what it said, if it did. An adapter whose word proves wrong is believed less each time: it is
-    never tried sooner than the backoff allows, so that no limit is run into in a loop.
+    `until` is the time that the adapter reported, if any. After repeated cooldowns it is never used before the backoff
+    ends, so that wrong times do not cause a loop of rate-limited attempts.
     """
     if until is None or not isfinite(until):
-        return now + retry_delay(COOLDOWN_BACKOFF, parks)
-    least = retry_delay(COOLDOWN_BACKOFF, parks - 1) if parks > 1 else 1.0
+        return now + retry_delay(COOLDOWN_BACKOFF, cooldowns)
+    least = retry_delay(COOLDOWN_BACKOFF, cooldowns - 1) if cooldowns > 1 else 1.0
     return now + min(max(until - now, least), MAX_COOLDOWN)

@@ -1,4 +1,4 @@
-"""What a session is called."""
+"""Names of sessions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class SessionName(NamedTuple):
-    """One attempt at a task of a run, all of whose programs are one session to the others."""
+    """The name of an attempt; all of its programs count as one session."""
 
     run: str
     task: str

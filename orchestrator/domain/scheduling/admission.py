@@ -1,4 +1,4 @@
-"""How many sessions fit into what the machine has left, and what to do if that is fewer than were wanted."""
+"""Compute how many sessions fit into the free resources of the machine, and the remedy if there are too few."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class AvailableResources:
-    """What is left, in descriptors and bytes; None where it is unknown or has no limit."""
+    """Free resources, in descriptors and bytes; None if unknown or unlimited."""
 
     descriptor_limit: int | None
-    """How many this process may have open."""
+    """The limit of open descriptors of this process."""
     descriptors_open: int
     memory: int | None
-    """What can be had without swapping."""
+    """Memory available without swapping."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionDemand:
-    """What a session is expected to take of each, and what is left to the rest of the program and of the machine."""
+    """The expected demand of a session, and the reserve for the rest of the program and the machine."""
 
     descriptors: int = 8
-    """Two pipes to its supervisor, and its part of what git commands in threads need; 6 at the peak were measured."""
+    """Two pipes to its supervisor, and its share of git commands in threads; the measured peak is 6."""
     memory: int = 256 * MIB
     spare_descriptors: int = 24
-    """The state log, its folder, locks, the wake-up pipes and what is imported late."""
+    """The state log, its folder, locks, wake-up pipes, and late imports."""
     spare_memory: int = 128 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class SessionFit:
-    """How many sessions there may be; `limited_by` says what keeps it below what was wanted, and what to do."""
+    """The number of sessions that fit; `limited_by` is the limit below the wanted number, and its remedy."""
 
     sessions: int
     limited_by: str | None = None
@@ -52,25 +52,25 @@ DEFAULT_DEMAND = SessionDemand()
 def fit_sessions(
     facts: AvailableResources, wanted: int, demand: SessionDemand = DEFAULT_DEMAND
 ) -> SessionFit | NoSessionFits:
-    """Return how many of the wanted sessions fit beside what is open and in use now, before the first of them."""
+    """Return how many of the wanted sessions fit, given the resources in use before the first one."""
     limits = [
         ("descriptors", _fitting_descriptors(facts, demand), "raise it with `ulimit -n`"),
-        ("memory", _fitting_memory(facts, demand), "end other programs, or state a smaller need of memory"),
+        ("memory", _fitting_memory(facts, demand), "stop other programs, or set a smaller `session_memory`"),
     ]
-    known = [(many, name, remedy) for name, many, remedy in limits if many is not None]
-    many, name, remedy = min(known, default=(wanted, "", ""))
-    if many >= wanted:
+    known = [(count, name, remedy) for name, count, remedy in limits if count is not None]
+    count, name, remedy = min(known, default=(wanted, "", ""))
+    if count >= wanted:
         return SessionFit(wanted)
-    what = _left(name, facts, demand)
-    if many < 1:
+    what = _describe_usage(name, facts, demand)
+    if count < 1:
         return NoSessionFits(f"not even one session fits: {what}", remedy)
-    return SessionFit(many, f"{what}, enough for {many} of {wanted} sessions: {remedy}")
+    return SessionFit(count, f"{what}, enough for {count} of {wanted} sessions: {remedy}")
 
 
 def can_start_session(facts: AvailableResources, running: int, demand: SessionDemand = DEFAULT_DEMAND) -> bool:
-    """Whether memory is left for one more session beside those that run.
+    """Whether there is memory for one more session.
 
-    With none running the answer is yes: nothing of ours could end and give memory back.
+    Always true if no session is running, because waiting would not free memory.
     """
     return not running or facts.memory is None or facts.memory >= demand.memory + demand.spare_memory
 
@@ -85,7 +85,7 @@ def _fitting_memory(facts: AvailableResources, demand: SessionDemand) -> int | N
     return None if facts.memory is None else (facts.memory - demand.spare_memory) // demand.memory
 
 
-def _left(name: str, facts: AvailableResources, demand: SessionDemand) -> str:
+def _describe_usage(name: str, facts: AvailableResources, demand: SessionDemand) -> str:
     if name == "descriptors":
         return f"{facts.descriptors_open} of at most {facts.descriptor_limit} file descriptors are open"
-    return f"{(facts.memory or 0) // MIB} MiB of memory are left, where a session takes {demand.memory // MIB} MiB"
+    return f"{(facts.memory or 0) // MIB} MiB of memory are free, and a session needs {demand.memory // MIB} MiB"

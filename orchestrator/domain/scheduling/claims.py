@@ -1,18 +1,17 @@
-"""Claims: which of several orchestrators may work on a task, and from when on another may take it over.
+"""Claims: which orchestrator may work on a task, and when another one may take it over.
 
-A claim is a lease on a task of a run. It names the orchestrator that has it and carries an epoch, which rises with each
-change of hands: whatever an earlier holder still wants to write is refused by it (a fencing token; see Kleppmann, "How
-to do distributed locking", 2016). An orchestrator gives signs of life for all of its claims at once, by its own record.
-When a claim may be taken over is a matter of efficiency; that only one holder's writes count is a matter of its epoch.
+A claim is a lease on a task of a run. It names its owner and carries an epoch, which increases with each change of
+owner, so that writes of earlier owners are rejected (a fencing token; see Kleppmann, "How to do distributed locking",
+2016). An orchestrator sends one heartbeat for all of its claims, in its own record. The time of a takeover only affects
+efficiency; the epoch guarantees that writes of only one owner count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import reduce
-from itertools import chain
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,18 +19,18 @@ from orchestrator.domain.documents.times import Instant
 
 
 class Role(StrEnum):
-    """What an orchestrator may do about the claims of others."""
+    """Whether an orchestrator may override the claims of other orchestrators."""
 
-    COORDINATOR = "coordinator"  #: override those of orchestrators that are none
-    WORKER = "worker"  #: wait for them
+    LEADER = "leader"  #: overrides claims of workers
+    WORKER = "worker"  #: waits for other claims
 
 
 class ReleaseReason(StrEnum):
-    """Why a claim was given back."""
+    """Why a claim was released."""
 
-    COMPLETE = "complete"  #: the task has landed, or nothing was to be done
-    ABANDONED = "abandoned"  #: another attempt may follow, by whoever claims the task
-    FAILED = "failed"  #: the task is over without having landed
+    COMPLETE = "complete"  #: the task has landed, or had nothing to do
+    ABANDONED = "abandoned"  #: any orchestrator may claim the task for another attempt
+    FAILED = "failed"  #: the task is finished without landing
 
 
 class _Document(BaseModel):
@@ -39,97 +38,57 @@ class _Document(BaseModel):
 
 
 class OrchestratorIdentity(_Document):
-    """An orchestrator: a process at work in a run, and by what it is told from any other."""
+    """The identity of an orchestrator: a process that works on a run."""
 
     id: str
-    """Its name among those of the run."""
+    """Its name, unique in the run."""
     host: str
     boot: str
-    """Which start of the machine it is of."""
+    """The boot id of the machine."""
     pid: int
     started: int | None
-    """When the process started, in the kernel's ticks since the machine did; None where that is not known."""
+    """The start time of the process in kernel ticks since boot; None if unknown."""
     role: Role = Role.WORKER
     shares: bool = True
-    """Whether it claims what it works at; beside one that does not, nobody else can be at work in the run."""
+    """Whether it claims its tasks; if not, no other orchestrator can work on the run."""
 
 
 class ClaimCounters(_Document):
-    """What became of an orchestrator's claims."""
+    """Counters of an orchestrator's claims."""
 
-    # Not by docstrings: to find them takes longer than all else that this module does when it is imported.
-    claims: int = Field(default=0, description="Tasks that it took.")
-    conflicts: int = Field(default=0, description="Those that another was quicker to take, or had already.")
-    renewals: int = Field(default=0, description="Signs of life.")
-    takeovers: int = Field(
-        default=0, description="Tasks that it took from an orchestrator that was gone, or that it overrode."
-    )
-    retries: int = Field(default=0, description="Of its claims, those that were not the first of their task.")
-    sweeps: int = Field(default=0, description="Looks for orchestrators that were gone.")
-    refused: int = Field(
-        default=0, description="Its own writes that were refused because somebody else had taken over."
-    )
+    # Descriptions instead of docstrings: extracting docstrings would dominate the import time of this module.
+    claims: int = Field(default=0, description="Tasks claimed.")
+    conflicts: int = Field(default=0, description="Claims lost to another owner.")
+    renewals: int = Field(default=0, description="Heartbeats.")
+    takeovers: int = Field(default=0, description="Tasks taken over from a dead orchestrator, or by override.")
+    retries: int = Field(default=0, description="Claims that were not the first of their task.")
+    sweeps: int = Field(default=0, description="Searches for dead orchestrators.")
+    refused: int = Field(default=0, description="Own writes rejected after a takeover.")
 
     def plus(self, **more: int) -> ClaimCounters:
-        """Return them with more of some."""
+        """Return the counters plus `more`, by name."""
         return self.model_copy(update={name: getattr(self, name) + count for name, count in more.items()})
 
 
 def sum_counters(counters: Iterable[ClaimCounters]) -> ClaimCounters:
-    """Return what became of the claims of several orchestrators."""
-    return reduce(lambda one, more: one.plus(**more.model_dump()), counters, ClaimCounters())
+    """Return the sum of the counters of several orchestrators."""
+    return reduce(lambda total, more: total.plus(**more.model_dump()), counters, ClaimCounters())
 
 
 class OrchestratorLease(_Document):
-    """The record of one: the lease that all of its claims hang on. Times are wall-clock seconds."""
+    """The lease of an orchestrator, on which all of its claims depend. Times are wall-clock seconds."""
 
     owner: OrchestratorIdentity
     epoch: int
     since: Instant
     heartbeat: Instant
-    """Its last sign of life."""
+    """Its last heartbeat."""
     expires: Instant
-    """From when on others may take over, unless it gives another."""
+    """When other orchestrators may take over, unless it sends another heartbeat."""
     ended: Instant | None = None
     reason: str | None = None
-    """Why it ended, where that was not of its own doing."""
+    """Why it was ended by another orchestrator, if it was."""
     counters: ClaimCounters = Field(default_factory=ClaimCounters)
-
-
-@dataclass(frozen=True, slots=True)
-class ActiveTime:
-    """The spans of wall-clock time in which at least one orchestrator was active on a run: all but its pauses."""
-
-    spans: Sequence[tuple[float, float]] | None = None
-    """In order, without overlaps; None: not known, so that all time counts."""
-
-    @classmethod
-    def of(cls, orchestrators: Iterable[OrchestratorLease], instants: Collection[float], now: float) -> ActiveTime:
-        """Return the active time of a run up to `now`; `instants` are times at which something of it was recorded.
-
-        An orchestrator that was killed was active up to its last heartbeat, or to the last instant before the next
-        orchestrator joined.
-        """
-        found = sorted(orchestrators, key=lambda one: one.since)
-        spans = list[tuple[float, float]]()
-        for number, one in enumerate(found):
-            if one.ended is not None and one.reason is None:
-                end = one.ended
-            elif one.ended is None and now < one.expires:
-                end = now
-            else:
-                following = found[number + 1].since if number + 1 < len(found) else now
-                end = max(chain([one.heartbeat], (instant for instant in instants if instant < following)))
-            if spans and one.since <= spans[-1][1]:
-                spans[-1] = spans[-1][0], max(spans[-1][1], end)
-            else:
-                spans.append((one.since, end))
-        return cls(spans or None)
-
-    def between(self, start: float, end: float) -> float:
-        """Return the active seconds from `start` to `end`; 0 where a clock was set back meanwhile."""
-        spans = [(start, end)] if self.spans is None else self.spans
-        return sum(max(min(end, last) - max(start, first), 0.0) for first, last in spans)
 
 
 class Claim(_Document):
@@ -139,14 +98,14 @@ class Claim(_Document):
     epoch: int
     since: Instant
     retries: int = 0
-    """How many tries of the task had been in vain when it was written, since a person last had it tried again."""
+    """Failed claims of the task before this one, since the last retry by a person."""
     released: ReleaseReason | None = None
     reason: str | None = None
     """Why it was released or taken over."""
 
 
 class MergeParticipant(_Document):
-    """An orchestrator that has the permit or waits for it, since when (wall-clock seconds)."""
+    """An orchestrator that holds the merge lease or waits for it, since `since` (wall-clock seconds)."""
 
     id: str
     host: str
@@ -156,60 +115,60 @@ class MergeParticipant(_Document):
 
 
 class MergeLease(_Document):
-    """Who may land, and who is next."""
+    """The lease to land on a target: its holder, and the queue of waiters."""
 
     epoch: int = 0
     holder: MergeParticipant | None = None
     waiting: tuple[MergeParticipant, ...] = ()
-    """In the order of their turns."""
+    """In queue order."""
     repository: str
     target: str
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimTiming:
-    """When signs of life are given and missed, in seconds."""
+    """Heartbeat and expiry settings of claims, in seconds."""
 
-    heartbeat: float = 60.0
-    stale: float = 300.0
-    """Without a sign of life, an orchestrator of another machine is gone."""
-    owner_stale: float = 600.0
-    """The same for one of this machine, of which it can't be proven that it is dead."""
-    sweep: float = 90.0
-    """From one look for such to the next."""
+    heartbeat_interval: float = 60.0
+    stale_after: float = 300.0
+    """The expiry without a heartbeat, for an orchestrator on another machine."""
+    owner_stale_after: float = 600.0
+    """The same for one on this machine that is not proven dead."""
+    sweep_interval: float = 90.0
+    """The time between searches for expired claims."""
     max_retries: int = 3
-    """How often a task is tried again."""
+    """The largest number of retries of a task."""
 
 
 class OwnerStatus(StrEnum):
-    """How an orchestrator stands in the eyes of another."""
+    """The status of an orchestrator, as seen by another one."""
 
-    ENDED = "ended"  #: it said so, or was told to have
+    ENDED = "ended"  #: it ended itself, or another orchestrator recorded its end
     ALIVE = "alive"
-    STALE = "stale"  #: it has given no sign of life for too long
+    STALE = "stale"  #: its heartbeat expired
     DEAD = "dead"  #: its process is known to have ended
 
 
-#: How many heartbeats long a missing sign of life must have been watched for: a machine that slept has not looked.
+#: Heartbeat intervals without a heartbeat that must be observed: a machine that slept has not observed anything.
 MIN_WATCHED_HEARTBEATS = 1.5
 
 
 def judge_owner_status(
-    one: OrchestratorLease, now: float, watched: float, timing: ClaimTiming, *, is_here: bool, is_dead: bool
+    lease: OrchestratorLease, now: float, watched: float, timing: ClaimTiming, *, is_here: bool, is_dead: bool
 ) -> OwnerStatus:
-    """Return how an orchestrator stands at `now` (wall-clock seconds).
+    """Return the status of an orchestrator at `now` (wall-clock seconds).
 
-    `watched` is for how many seconds of its own uninterrupted time whoever asks has seen no other sign of life: long
-    enough, and no clock of anybody's is asked. `is_here` says that it is of this machine, `is_dead` that its process is
-    proven to have ended.
+    `watched` is how many seconds of its own uninterrupted time the caller has observed without a new heartbeat; if it
+    is long enough, wall clocks do not matter. `is_here` means that the orchestrator is on this machine,
+    `is_dead` that its process is proven to have ended.
     """
-    if one.ended is not None:
+    if lease.ended is not None:
         return OwnerStatus.ENDED
     if is_dead:
         return OwnerStatus.DEAD
-    silence = now - one.heartbeat
-    limit = timing.owner_stale if is_here else timing.stale
-    if watched > limit or (silence > limit and watched >= min(MIN_WATCHED_HEARTBEATS * timing.heartbeat, limit)):
+    age = now - lease.heartbeat
+    limit = timing.owner_stale_after if is_here else timing.stale_after
+    if watched > limit or (age > limit and watched >= min(MIN_WATCHED_HEARTBEATS * timing.heartbeat_interval, limit)):
         return OwnerStatus.STALE
     return OwnerStatus.ALIVE
 
@@ -222,36 +181,36 @@ def can_claim(
     override: bool = False,
     is_asked: bool = False,
 ) -> bool:
-    """Whether an orchestrator may take a task; `holder` is how the claim's owner stands, None where that is not known.
+    """Whether an orchestrator may claim a task; `holder` is the status of the claim's owner, None if unknown.
 
-    First come, first served among equals. With `override` a coordinator takes it from one that is none. Where a person
-    wants that (`is_asked`), anybody takes it from whoever has it.
+    First come, first served among equals. With `override`, a leader may take a task from a worker. On request of a
+    person (`is_asked`), any orchestrator may take it from any owner.
     """
     if claim is None or claim.released is not None or is_asked:
         return True
     if holder not in {OwnerStatus.ALIVE, None}:
         return True
-    return override and me.role is Role.COORDINATOR and claim.owner.role is not Role.COORDINATOR
+    return override and me.role is Role.LEADER and claim.owner.role is not Role.LEADER
 
 
 def count_earlier_tries(claim: Claim | None) -> int:
-    """Return how many tries of a task will have been in vain for who claims it next: to be taken over is one."""
+    """Return the failed claims of a task before the next one; a takeover counts as a failed claim."""
     return 0 if claim is None else claim.retries + int(claim.released is None)
 
 
 class ClaimVerdict(StrEnum):
-    """Whether a task should be tried now."""
+    """Whether to try a task now."""
 
     TRY = "try"
-    IGNORED = "ignored"  #: a person said so
-    TRIED_OUT = "tried_out"  #: it was tried as often as it may be
-    CLAIMED = "claimed"  #: somebody who lives is at it
+    IGNORED = "ignored"  #: a person excluded it
+    TRIED_OUT = "tried_out"  #: all retries are used up
+    CLAIMED = "claimed"  #: a live orchestrator works on it
 
 
 def should_try(
     claim: Claim | None, holder: OwnerStatus | None, timing: ClaimTiming, *, ignored: str | None
 ) -> ClaimVerdict:
-    """Return whether a task should be tried, in the order in which that is asked."""
+    """Return whether to try a task now; `ignored` is why a person excluded it."""
     if ignored is not None:
         return ClaimVerdict.IGNORED
     if claim is not None and claim.released is None and holder in {OwnerStatus.ALIVE, None}:

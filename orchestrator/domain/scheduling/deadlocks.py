@@ -1,4 +1,4 @@
-"""Deadlocks: circles of owners that wait for each other, and which of them has to give up. Pure."""
+"""Detect deadlocks between lock owners, and choose the owner that gives up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LockWait:
-    """One wait of an owner: since when, for what, and the owners that are in its way."""
+    """A wait of an owner: its start, the awaited lock, and the owners that block it."""
 
     since: float
     what: str
@@ -17,48 +17,48 @@ class LockWait:
 
 
 def merge_waits(*layers: Mapping[str, LockWait]) -> dict[str, LockWait]:
-    """Return the waits of several layers of locks as one; an owner that waits in several waits since the last."""
-    found: dict[str, LockWait] = {}
+    """Merge the waits of several lock layers; an owner that waits in several gets the newest start."""
+    merged: dict[str, LockWait] = {}
     for layer in layers:
         for owner, wait in layer.items():
-            known = found.get(owner)
+            known = merged.get(owner)
             if known is not None:
-                newest = max(known, wait, key=lambda one: one.since)
+                newest = max(known, wait, key=lambda each: each.since)
                 wait = LockWait(newest.since, newest.what, known.blockers | wait.blockers)
-            found[owner] = wait
-    return found
+            merged[owner] = wait
+    return merged
 
 
 def find_cycle(owner: str, waits: Mapping[str, LockWait]) -> tuple[str, ...]:
-    """Return the circle that an owner is part of, beginning with it; empty if there is none.
+    """Return the wait cycle of an owner, starting with it; empty if there is none.
 
-    Each waits for the next one, the last for the first.
+    Each owner waits for the next one, and the last waits for the first.
     """
     came_from: dict[str, str] = {}
     pending = [owner]
     while pending:
-        one = pending.pop()
-        for blocker in sorted(waits[one].blockers) if one in waits else ():
+        waiter = pending.pop()
+        for blocker in sorted(waits[waiter].blockers) if waiter in waits else ():
             if blocker == owner:
-                path = [one]
+                path = [waiter]
                 while path[-1] != owner:
                     path.append(came_from[path[-1]])
                 return tuple(reversed(path))
             if blocker not in came_from:
-                came_from[blocker] = one
+                came_from[blocker] = waiter
                 pending.append(blocker)
     return ()
 
 
 def choose_victim(cycle: tuple[str, ...], waits: Mapping[str, LockWait]) -> str:
-    """Return who of a circle has to give up: the one that began to wait last."""
-    return max(cycle, key=lambda one: (waits[one].since, one))
+    """Return the owner of a cycle that gives up: the one that started to wait last."""
+    return max(cycle, key=lambda owner: (waits[owner].since, owner))
 
 
 def find_deadlock(owner: str, waits: Mapping[str, LockWait]) -> str | None:
-    """Return the circle because of which an owner has to give up, in words; None if it may go on waiting."""
+    """Return a description of the deadlock because of which an owner gives up; None if it may keep waiting."""
     cycle = find_cycle(owner, waits)
     if not cycle or choose_victim(cycle, waits) != owner:
         return None
-    steps = [f"{one} waits for {waits[one].what}" for one in cycle]
+    steps = [f"{waiter} waits for {waits[waiter].what}" for waiter in cycle]
     return f"{', '.join(steps)}, held by {owner}" if len(cycle) > 1 else f"{steps[0]}, which it holds"

@@ -1,11 +1,10 @@
-"""Which task starts next: dependency counters, and heaps for what is ready and what waits.
+"""Choose the next tasks to start, with dependency counters and heaps of ready and waiting tasks.
 
-No clock and no I/O here: the scheduler says what time it is, performs what `decide` returns, and feeds what
-came of it back by `built`, `landed`, `ended`, `wait` and `revive`. Times are its monotonic seconds.
+There is no clock and no I/O: the scheduler passes the time, starts the tasks that `choose_tasks` returns, and reports
+results by `built`, `landed`, `ended`, `wait` and `revive`. Times are monotonic seconds of the scheduler.
 
-Each step costs O(log n) in the number of tasks, plus the adapters and the lists of them that tasks name, plus, for
-tasks that own paths, a look at the live tasks that do. How tasks with paths wait for each other is in
-`orchestrator.domain.scheduling.ready`.
+Each step costs O(log n) in the number of tasks, plus the adapters and adapter groups, plus, for tasks that own paths,
+the live tasks that own paths. `orchestrator.domain.scheduling.ready` handles conflicts between paths.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from orchestrator.domain.runs.model import (
 )
 from orchestrator.domain.scheduling.ready import AdapterGroup, ReadyLane, ReadyQueue
 
-#: Seconds of waiting that are worth one level of priority.
+#: Seconds of waiting that equal one level of priority.
 AGING_SECONDS = 600.0
 
 _NO_LIMITS: Mapping[str, int] = {}
@@ -34,7 +33,7 @@ _NO_LIMITS: Mapping[str, int] = {}
 
 @dataclass(frozen=True, slots=True)
 class DispatchEntry:
-    """What decisions need of a task; `owns` are patterns of `orchestrator.domain.scheduling.path_patterns`."""
+    """The scheduling data of a task; `owns` are patterns of `orchestrator.domain.scheduling.path_patterns`."""
 
     needs: tuple[str, ...] = ()
     adapter: str = ""
@@ -42,23 +41,23 @@ class DispatchEntry:
     """Higher first."""
     owns: tuple[str, ...] = ()
     fallback: tuple[str, ...] = ()
-    """Adapters that stand in, in this order, where the one before is parked or closed."""
+    """Adapters to use, in this order, while the previous one is in cooldown or disabled."""
     workflow: str | None = None
-    """The workflow whose phases say which adapters these are, and `DispatchBoard.wait` which at the time."""
+    """The workflow whose phases determine the adapters; `DispatchBoard.wait` sets the current ones."""
     parts: tuple[str, ...] = ()
-    """Of the needs, the tasks that its own plan became."""
+    """The needs that its own plan created."""
     checks: tuple[str, ...] = ()
-    """Commands that its merge has to pass."""
+    """Commands that must succeed on its merge."""
     allow_failing_base: bool = False
-    """Whether it may start though these fail on the base."""
+    """Whether it may start even if these fail on the base."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """All that may run it, the best first."""
+        """All adapters that may run it, in order of preference."""
         return (self.adapter, *self.fallback)
 
     def with_subtasks(self, parts: Sequence[str]) -> DispatchEntry:
-        """Return the same with other tasks that its plan became."""
+        """Return the entry with other tasks that its plan created."""
         if tuple(parts) == self.parts:
             return self
         needs = tuple(need for need in self.needs if need not in self.parts)
@@ -68,9 +67,9 @@ class DispatchEntry:
 def with_subtasks(
     entries: Mapping[str, DispatchEntry], documents: Mapping[str, TaskDocument]
 ) -> dict[str, DispatchEntry]:
-    """Return entries by what their tasks need as these stand: also the tasks that their plans became, if known."""
+    """Return the entries with the tasks that their plans created, if known, as additional needs."""
     return {
-        task: entry.with_subtasks([one for one in documents[task].expanded if one in entries])
+        task: entry.with_subtasks([subtask for subtask in documents[task].expanded if subtask in entries])
         for task, entry in entries.items()
     }
 
@@ -86,12 +85,12 @@ class _State(Enum):
     OVER = auto()
 
 
-# Each look at a member of an enumeration would cost as much as a look into a dictionary.
+# Module-level names: each access to an enum member would cost a dictionary lookup.
 _PENDING, _FRESH, _READY, _WAITING, _RUNNING, _BUILT, _LANDED, _OVER = _State
 
 
-class _Place(NamedTuple):
-    """What of a task says when it starts once it is ready."""
+class _Placement(NamedTuple):
+    """What determines when a ready task starts."""
 
     order: float
     priority: int
@@ -99,15 +98,15 @@ class _Place(NamedTuple):
 
 
 class DispatchBoard:
-    """The tasks of a run as the scheduler's decisions see them, in the order of the file.
+    """The scheduling state of all tasks of a run, in file order.
 
-    Of two tasks that are ready the one with the higher priority starts first, unless the other has waited `AGING_SECONDS`
-    seconds longer for each level between them; of equals the first of the file. A task waits since the first decision
-    that finds it ready.
+    Of two ready tasks, the one with the higher priority starts first, unless the other one has waited `AGING_SECONDS`
+    longer for each level between them; ties go to the first in the file. A task waits from the first decision that
+    finds it ready.
     """
 
     def __init__(self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
-        """Take every task by its id, all of them pending, and how many sessions each adapter may have at once."""
+        """Create a board with all tasks pending, and the largest number of concurrent sessions by adapter."""
         self._entries = dict(entries)
         self._state = dict.fromkeys(entries, _PENDING)
         self._missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
@@ -116,19 +115,19 @@ class DispatchBoard:
             for need in dict.fromkeys(entry.needs):
                 self._dependents[need].append(task)
         self._queue = ReadyQueue(capacities)
-        self._places = {
-            task: _Place(order, entry.priority, self._queue.lane(entry.adapters, entry.owns))
+        self._placements = {
+            task: _Placement(order, entry.priority, self._queue.lane(entry.adapters, entry.owns))
             for order, (task, entry) in enumerate(entries.items())
         }
         self._fresh: list[str] = []
         self._until: dict[str, float] = {}
         self._waiting: dict[AdapterGroup, list[tuple[float, float, str]]] = {
-            place.lane.adapter_group: [] for place in self._places.values()
+            placement.lane.adapter_group: [] for placement in self._placements.values()
         }
         self.blocked: dict[str, str] = {}
-        """Tasks that can't start any more, each with a need that will not land."""
+        """Tasks that can no longer start, each with a need that will not land."""
         self.closed: dict[str, str] = {}
-        """Adapters of which nothing starts any more, each with the reason."""
+        """Disabled adapters, each with the reason."""
         for task in entries:
             self._offer(task)
 
@@ -139,7 +138,7 @@ class DispatchBoard:
         statuses: Mapping[str, TaskStatus],
         capacities: Mapping[str, int] = _NO_LIMITS,
     ) -> DispatchBoard:
-        """Return the board of a run that is under way. What is built owns its paths until it has landed."""
+        """Return the board of a run in progress. A built task owns its paths until it has landed."""
         board = cls(entries, capacities)
         for task, status in statuses.items():
             if status in SUCCESS_STATUSES:
@@ -154,12 +153,12 @@ class DispatchBoard:
         return board
 
     def add(self, entries: Mapping[str, DispatchEntry], orders: Mapping[str, float]) -> None:
-        """Take more tasks, pending, each of which stands at a place of the file; they may need each other."""
+        """Add pending tasks with their file order; they may need each other."""
         self._entries |= entries
         for task, entry in entries.items():
             self._state[task], self._dependents[task] = _PENDING, []
             lane = self._queue.lane(entry.adapters, entry.owns)
-            self._places[task] = _Place(orders[task], entry.priority, lane)
+            self._placements[task] = _Placement(orders[task], entry.priority, lane)
             self._waiting.setdefault(lane.adapter_group, [])
         for task, entry in entries.items():
             self._link(task, entry.needs)
@@ -168,9 +167,9 @@ class DispatchBoard:
                 self._offer(task)
 
     def set_subtasks(self, task: str, parts: Sequence[str]) -> None:
-        """The plan of a task became these: it goes on only once they have landed. `wait`, `rest` or `revive` follows.
+        """Set the tasks that a plan created: the task continues after they have landed.
 
-        Where they are fewer than before, the others are nothing to it any more.
+        Tasks that are no longer among them are no longer needed. The caller then calls `wait`, `rest` or `revive`.
         """
         before = self._entries[task]
         after = self._entries[task] = before.with_subtasks(parts)
@@ -181,27 +180,27 @@ class DispatchBoard:
         self._link(task, [need for need in after.needs if need not in before.needs])
 
     def order(self, task: str) -> float:
-        """Return the place of a task in the file."""
-        return self._places[task].order
+        """Return the file order of a task."""
+        return self._placements[task].order
 
     def has(self, task: str) -> bool:
-        """Whether a task is known here."""
+        """Whether the board has a task."""
         return task in self._entries
 
     def built(self, task: str) -> None:
-        """The session is over and its work waits to land: its slot is free, its paths stay its own."""
+        """Record that a session ended and its work is queued to land: free its slot, but keep its paths."""
         self._free_slot(task)
         self._state[task] = _BUILT
 
     def landed(self, task: str) -> None:
-        """The task is on the target, or done without that: what needed only this may start."""
+        """Record that a task has landed, or is done without a landing: tasks that needed only this one may start."""
         self._leave(task, _LANDED)
         for dependent in self._dependents[task]:
             self._missing[dependent] -= 1
             self._offer(dependent)
 
     def ended(self, task: str) -> None:
-        """The task failed or was cancelled: what needs it, directly or not, is blocked by the need next to it."""
+        """Record that a task failed or was cancelled: block direct and indirect dependents, each by its own need."""
         self._leave(task, _OVER)
         self.blocked.pop(task, None)
         self._block(task)
@@ -209,10 +208,10 @@ class DispatchBoard:
     def wait(
         self, task: str, until: float, adapters: tuple[str, ...] | None = None, *, keeps_paths: bool = False
     ) -> None:
-        """The task may start again at `until`, with other adapters if some are named, the best first.
+        """Let a task start again at `until`, with other adapters if given, in order of preference.
 
-        With `has_built_work` they stay its own meanwhile, since it goes on with what it has built. What waits for the
-        tasks that its plan became goes on when they have landed, and leaves its paths to them.
+        With `keeps_paths` it owns its paths meanwhile, because it continues its built work. A task that waits for the
+        tasks of its plan continues after they have landed, and leaves its paths to them.
         """
         if self._waits_for_parts(task):
             self.rest(task, keeps_paths=False, adapters=adapters)
@@ -221,11 +220,11 @@ class DispatchBoard:
         self._leave(task, _WAITING)
         self._until[task] = until
         self._replace(task, adapters, keeps_paths=keeps_paths)
-        place = self._places[task]
-        heapq.heappush(self._waiting[place.lane.adapter_group], (until, place.order, task))
+        placement = self._placements[task]
+        heapq.heappush(self._waiting[placement.lane.adapter_group], (until, placement.order, task))
 
     def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
-        """Have other adapters run a task that nothing of has begun here; for the rest see `wait`."""
+        """Change the adapters of a task that has not started here; for the other arguments see `wait`."""
         state = self._state[task]
         if state is not _PENDING:
             self._leave(task, _PENDING)
@@ -234,28 +233,28 @@ class DispatchBoard:
             self._offer(task)
 
     def rest(self, task: str, *, keeps_paths: bool, adapters: tuple[str, ...] | None = None) -> None:
-        """A person is to say how the task goes on; `wait` is to follow, for the rest see there."""
+        """Pause a task until a person decides; `wait` follows, see there for the arguments."""
         self._leave(task, _PENDING)
         self._replace(task, adapters, keeps_paths=keeps_paths)
 
     def revive(self, task: str) -> None:
-        """A task that had ended is to be tried again: it and what only it blocked are pending again."""
+        """Retry an ended task: it becomes pending, and so do the tasks that only it blocked."""
         if self._state[task] is not _OVER:
             return
         self._state[task] = _PENDING
         self.blocked[task] = task
         stack = [task]
         while stack:
-            one = stack.pop()
-            if self.blocked.get(one) is None:
+            current = stack.pop()
+            if self.blocked.get(current) is None:
                 continue
-            need = next((need for need in self._entries[one].needs if self._is_dead(need)), None)
+            need = next((need for need in self._entries[current].needs if self._is_dead(need)), None)
             if need is not None:
-                self.blocked[one] = need
+                self.blocked[current] = need
                 continue
-            del self.blocked[one]
-            self._offer(one)
-            stack.extend(self._dependents[one])
+            del self.blocked[current]
+            self._offer(current)
+            stack.extend(self._dependents[current])
 
     def sync_task(
         self,
@@ -266,9 +265,9 @@ class DispatchBoard:
         *,
         keeps_paths: bool = False,
     ) -> None:
-        """Take over where a task is that somebody else has moved; it may start again at `until` where that is here.
+        """Apply the status of a task that another process changed; it may start here again at `until`.
 
-        One that is at work elsewhere takes no slot here, and its paths are its own. For the rest see `wait`.
+        A task that is active elsewhere takes no slot here, but owns its paths. For the other arguments see `wait`.
         """
         state = self._state[task]
         if state is _OVER and status not in RETRYABLE_STATUSES:
@@ -290,93 +289,93 @@ class DispatchBoard:
             self.wait(task, until, adapters, keeps_paths=keeps_paths)
 
     def entry(self, task: str) -> DispatchEntry:
-        """Return what was told of a task."""
+        """Return the entry of a task."""
         return self._entries[task]
 
     def adapter_of(self, task: str) -> str:
-        """Return the adapter that a task runs with, if it runs, or would run with now."""
-        return self._queue.adapter_of(task, self._places[task].lane)
+        """Return the adapter that a task runs with, or would run with now."""
+        return self._queue.adapter_of(task, self._placements[task].lane)
 
     def park(self, adapter: str, until: float) -> None:
-        """Start nothing with this adapter before that time; what has another to fall back on goes there until then."""
+        """Put an adapter in cooldown until a time; tasks use their fallback adapters meanwhile."""
         self._queue.park(adapter, until)
 
     def close(self, adapter: str, reason: str) -> None:
-        """Start nothing with this adapter any more; sessions that run go on, what has a fallback goes there."""
+        """Disable an adapter; its running sessions continue, and tasks use their fallback adapters."""
         self.closed[adapter] = reason
         self._queue.close(adapter)
 
     def open(self, adapter: str) -> None:
-        """Start tasks with an adapter again that was parked or closed."""
+        """Enable an adapter that was in cooldown or disabled."""
         self.closed.pop(adapter, None)
         self._queue.open(adapter)
 
     def next_time(self) -> float | None:
-        """Return when the earliest wait or park ends that could let something start; None if none could."""
+        """Return the earliest end of a wait or cooldown that could let a task start; None if there is none."""
         times: list[float] = []
-        for roster, waiting in self._waiting.items():
+        for group, waiting in self._waiting.items():
             self._drop_stale(waiting)
             if waiting:
-                times.append(max(waiting[0][0], roster.parked))
-            if self._queue.has_startable_task(roster) or (roster.parked and self._has_fresh(roster)):
-                times.append(roster.next_opening)
+                times.append(max(waiting[0][0], group.parked))
+            if self._queue.has_startable_task(group) or (group.parked and self._has_fresh(group)):
+                times.append(group.next_opening)
         return min((time for time in times if time < math.inf), default=None)
 
     def has_work(self) -> bool:
-        """Whether something may start, now or later, without a landing: it is ready, waits, or is held by a session.
+        """Whether a task may start, now or later, without a landing: it is ready, waits, or is held by a session.
 
-        What is held by a task that waits to land is no work by itself: that landing is.
+        A task that is held by a task queued to land does not count.
         """
-        if any(roster.parked < math.inf for roster in self._rosters_with_work()):
+        if any(group.parked < math.inf for group in self._groups_with_work()):
             return True
         return any(self._state[task] is _RUNNING for task in self._queue.holders())
 
     def awaited(self) -> dict[str, float]:
-        """Return the parked adapters that all that could still start waits for, each with the time at which it is open.
+        """Return the adapters in cooldown that all startable tasks wait for, each with the end of its cooldown.
 
-        Empty if something waits for anything else.
+        Empty if any task waits for something else.
         """
-        found: dict[str, float] = {}
-        for roster in self._rosters_with_work():
-            if not roster.parked:
+        awaited: dict[str, float] = {}
+        for group in self._groups_with_work():
+            if not group.parked:
                 return {}
-            found |= {one.name: one.parked for one in roster.adapters if not one.closed}
-        return found
+            awaited |= {adapter.name: adapter.parked for adapter in group.adapters if not adapter.closed}
+        return awaited
 
-    def _rosters_with_work(self) -> Iterator[AdapterGroup]:
-        """Yield the adapters of what is ready or waits and is not held."""
-        for roster, waiting in self._waiting.items():
+    def _groups_with_work(self) -> Iterator[AdapterGroup]:
+        """Yield the adapter groups with ready or waiting tasks that are not held."""
+        for group, waiting in self._waiting.items():
             self._drop_stale(waiting)
-            if waiting or self._has_fresh(roster) or self._queue.has_startable_task(roster):
-                yield roster
+            if waiting or self._has_fresh(group) or self._queue.has_startable_task(group):
+                yield group
 
     def running(self) -> int:
-        """How many sessions there are."""
+        """Return the number of running sessions."""
         return self._queue.running()
 
     def is_running(self, task: str) -> bool:
-        """Whether the start of a task, as last decided, still holds: it has neither ended nor been revived since."""
+        """Whether the last start of a task is still valid: it has neither ended nor been revived since."""
         return self._state[task] is _RUNNING
 
     def is_over(self, statuses: Mapping[str, TaskStatus]) -> bool:
-        """Whether every task is in a final status or blocked for good."""
+        """Whether every task is finished or permanently blocked."""
         return not any(self.left(statuses))
 
     def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
-        """Yield, of each task that is neither in a final status nor blocked for good, the adapters that may run it."""
+        """Yield the adapters of each task that is neither finished nor permanently blocked."""
         for task, status in statuses.items():
             if status not in FINAL_STATUSES and task not in self.blocked:
                 yield self._entries[task].adapters
 
     def take(self, most: int, now: float) -> list[str]:
-        """Remove and return the best placed tasks that may start now, in order; they run from then on."""
+        """Mark the first tasks that may start now as running, and return them in order."""
         taken, states = self._queue.take(most, now), self._state
         for task in taken:
             states[task] = _RUNNING
         return taken
 
     def advance(self, now: float) -> None:
-        """Make ready what became so, and end the waits and parks that are over."""
+        """Add tasks that became ready, and end expired waits and cooldowns."""
         self._queue.unpark(now)
         if self._fresh:
             self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
@@ -392,12 +391,12 @@ class DispatchBoard:
                 self._drop_stale(waiting)
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
-        states, places, ranks = self._state, self._places, dict[int, float]()
+        states, places, ranks = self._state, self._placements, dict[int, float]()
         ready: list[tuple[float, float, str, ReadyLane]] = []
         for task in tasks:
             states[task] = _READY
             order, priority, lane = places[task]
-            # What is the same object need not be compared when tasks are.
+            # Sharing one float object makes tuple comparisons of ranks faster.
             rank = ranks.get(priority)
             if rank is None:
                 rank = ranks[priority] = since / AGING_SECONDS - priority
@@ -428,17 +427,17 @@ class DispatchBoard:
         self._state[task] = _RUNNING if running else _BUILT
         self._queue.keep_paths(task, self._entries[task].owns)
         if running:
-            self._queue.occupy(task, self._places[task].lane)
+            self._queue.occupy(task, self._placements[task].lane)
 
     def _replace(self, task: str, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
-        """Have a task wait where it belongs: whoever keeps its paths need not wait for them."""
-        entry, place = self._entries[task], self._places[task]
-        names = adapters or tuple(one.name for one in place.lane.adapter_group.adapters)
+        """Move a task to its lane: a task that keeps its paths need not wait for them."""
+        entry, placement = self._entries[task], self._placements[task]
+        names = adapters or tuple(adapter.name for adapter in placement.lane.adapter_group.adapters)
         if keeps_paths:
             self._queue.keep_paths(task, entry.owns)
         lane = self._queue.lane(names, () if keeps_paths else entry.owns)
-        if lane is not place.lane:
-            self._places[task] = place._replace(lane=lane)
+        if lane is not placement.lane:
+            self._placements[task] = placement._replace(lane=lane)
             self._waiting.setdefault(lane.adapter_group, [])
 
     def _block(self, task: str) -> None:
@@ -451,7 +450,7 @@ class DispatchBoard:
                     stack.append(dependent)
 
     def _link(self, task: str, needs: Iterable[str]) -> None:
-        """Have a task wait for more."""
+        """Add needs of a task."""
         for need in dict.fromkeys(needs):
             self._dependents[need].append(task)
         every = set(self._entries[task].needs)
@@ -461,7 +460,7 @@ class DispatchBoard:
         return any(self._state[part] is not _LANDED for part in self._entries[task].parts)
 
     def _is_blocked_by_a_need(self, task: str) -> bool:
-        """Block a pending task, and what needs it, where one of its own needs will not land; whether that is so."""
+        """Block a pending task and its dependents if one of its needs will not land; return whether it was blocked."""
         need = next((need for need in self._entries[task].needs if self._is_dead(need)), None)
         if need is not None:
             self.blocked[task] = need
@@ -471,9 +470,9 @@ class DispatchBoard:
     def _is_dead(self, need: str) -> bool:
         return self._state[need] is _OVER or need in self.blocked
 
-    def _has_fresh(self, roster: AdapterGroup) -> bool:
+    def _has_fresh(self, group: AdapterGroup) -> bool:
         return any(
-            self._state[task] is _FRESH and self._places[task].lane.adapter_group is roster for task in self._fresh
+            self._state[task] is _FRESH and self._placements[task].lane.adapter_group is group for task in self._fresh
         )
 
     def _drop_stale(self, waiting: list[tuple[float, float, str]]) -> None:
@@ -482,6 +481,6 @@ class DispatchBoard:
 
 
 def choose_tasks(board: DispatchBoard, free: int, now: float) -> list[str]:
-    """Return the tasks to start, in order: never more than `free`, never before all needs have landed."""
+    """Return the tasks to start, in order: at most `free`, and only after all of their needs have landed."""
     board.advance(now)
     return board.take(free, now)

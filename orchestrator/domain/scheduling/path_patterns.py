@@ -1,14 +1,13 @@
-"""Path patterns: which paths of a repository a task owns, and whether two of them may meet.
+"""Path patterns of owned paths: matching, and overlap between patterns.
 
-    src/models.py    this path, and all below it should it be a folder
-    src/             a folder: all in it, as `src/**`
-    docs/*.md        `*` is any characters and `?` one, neither crosses `/`
-    [ab] [a-z] [!a]  one character of a set, or none of it
-    **/test_*.py     `**` is any number of whole segments, none included
+    src/models.py    this path, and all paths below it if it is a folder
+    src/             a folder: all paths in it, same as `src/**`
+    docs/*.md        `*` is any number of characters, `?` is one; neither matches `/`
+    [ab] [a-z] [!a]  one character of a set, or not of a set
+    **/test_*.py     `**` is any number of whole segments, including none
 
-Paths are relative, with `/` between segments, and compared character by character. Both questions, `matches` and
-`overlap`, are one: whether two patterns have a path in common. It is decided by walking both side by side, in
-time proportional to the product of their lengths.
+Paths are relative, with `/` between segments, and compared character by character. `is_match` and `has_overlap` answer
+the same question: whether two patterns have a common path. It takes time proportional to the product of their lengths.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 
 #: A set of characters as ranges of code points, both ends included.
 _Characters = tuple[tuple[int, int], ...]
-#: A segment with wildcards: sets of characters, with None for any number of characters.
+#: A segment with wildcards: sets of characters; None is any number of characters.
 _Wild = tuple[_Characters | None, ...]
 
 _ANY: _Characters = ((1, ord("/") - 1), (ord("/") + 1, sys.maxunicode))
@@ -34,48 +33,48 @@ class _Pattern:
     segments: tuple[str | _Wild | None, ...]
     """Literal segments as text; None is any number of segments."""
     prefix: str
-    """What every path that matches begins with."""
+    """The literal prefix of every matching path."""
 
 
 def check_pattern(text: str) -> str:
-    """Return a pattern as it is; ValueError ("what: remedy") if it is none."""
+    """Return a pattern unchanged; raise ValueError ("problem: remedy") if it is invalid."""
     if "\\" in text:
-        raise ValueError("it has a backslash: separate segments by `/`, and write `[*]` for a star")
+        raise ValueError("it contains a backslash: separate segments with `/`, and write `[*]` for a star")
     for segment in split_path(text):
         if "**" in segment and segment != "**":
-            raise ValueError(f"`**` is only a part of {segment!r}: let it stand alone between `/`, or write `*`")
+            raise ValueError(f"`**` is only part of {segment!r}: make it a whole segment, or write `*`")
         _parse_segment(segment)
     return text
 
 
 def split_path(path: str) -> list[str]:
-    """Return the parts of a path below the top of a repository; ValueError ("what: remedy") if it can't be one.
+    """Return the segments of a path in a repository; raise ValueError ("problem: remedy") if it is invalid.
 
-    A slash at its end says that it is a folder, and is no part.
+    A trailing slash marks a folder, and adds no segment.
     """
-    for wrong, what, remedy in (
+    for is_invalid, what, remedy in (
         (not path, "the path is empty", "name a file or a folder"),
-        ("\0" in path, "it has a NUL character", "remove it"),
-        ("\\" in path, "it has a backslash", "separate segments by `/`"),
+        ("\0" in path, "it contains a NUL character", "remove it"),
+        ("\\" in path, "it contains a backslash", "separate segments with `/`"),
         (path.startswith("/"), "the path is absolute", "write it relative to the top of the repository"),
     ):
-        if wrong:
+        if is_invalid:
             raise ValueError(f"{what}: {remedy}")
     segments = path.removesuffix("/").split("/")
     for segment in segments:
         if segment in {"", ".", ".."}:
-            raise ValueError(f"it has the segment {segment!r}: write the path without it")
+            raise ValueError(f"it contains the segment {segment!r}: write the path without it")
     return segments
 
 
 def is_match(pattern: str, path: str) -> bool:
-    """Whether a path, as git prints it, is one that the pattern names."""
+    """Whether a path, as printed by git, matches a pattern."""
     compiled = _compile(pattern)
     return path.startswith(compiled.prefix) and _meet(compiled.segments, path.split("/"), _segments_meet)
 
 
 def has_overlap(left: str, right: str) -> bool:
-    """Whether there can be a path that both patterns match."""
+    """Whether any path can match both patterns."""
     a, b = _compile(left), _compile(right)
     if not (a.prefix.startswith(b.prefix) or b.prefix.startswith(a.prefix)):
         return False
@@ -83,28 +82,28 @@ def has_overlap(left: str, right: str) -> bool:
 
 
 def has_any_overlap(left: Sequence[str], right: Sequence[str]) -> bool:
-    """Whether a pattern of one side overlaps with one of the other."""
+    """Whether any pattern of one list overlaps with any of the other."""
     return any(has_overlap(a, b) for a in left for b in right)
 
 
 def find_out_of_scope(owned: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """Return those of the paths that no pattern of what is owned names."""
+    """Return the paths that match no owned pattern."""
     return [path for path in paths if not any(is_match(pattern, path) for pattern in owned)]
 
 
 def is_covered(pattern: str, owned: Sequence[str]) -> bool:
-    """Whether one of the patterns of what is owned names every path that a pattern names, as far as that is plain.
+    """Whether a single owned pattern matches every path that a pattern matches.
 
-    A path without wildcards counts as that of a file. What only several patterns name together is not found.
+    A path without wildcards counts as a file. Coverage by several owned patterns together is not detected.
     """
     inner = _compile(pattern).segments
     is_file = _WILDCARD.search(pattern) is None and not pattern.endswith("/")
-    ways = [inner, inner[:-1]] if is_file else [inner]
-    return any(_covers(_compile(one).segments, way, _segment_covers) for one in owned for way in ways)
+    variants = [inner, inner[:-1]] if is_file else [inner]
+    return any(_covers(_compile(outer).segments, variant, _segment_covers) for outer in owned for variant in variants)
 
 
 def literal_prefix(pattern: str) -> str:
-    """Return what every path that a pattern matches begins with; two overlap only if one's begins with the other's."""
+    """Return the literal prefix of all matches; patterns overlap only if one prefix starts with the other."""
     return _compile(pattern).prefix
 
 
@@ -123,7 +122,7 @@ def _parse_segment(text: str) -> str | _Wild | None:
         return None
     if _WILDCARD.search(text) is None:
         return text
-    # A segment has at least one character, also where only stars stand for it.
+    # A segment has at least one character, even if it consists of stars.
     tokens: list[_Characters | None] = [] if text.strip("*") else [_ANY]
     at = 0
     while at < len(text):
@@ -137,7 +136,7 @@ def _parse_segment(text: str) -> str | _Wild | None:
 
 
 def _parse_set(text: str, start: int) -> tuple[_Characters, int]:
-    """Return the set that opens at `start` and where it has ended. A `]` that comes first is one of its characters."""
+    """Return the set that opens at `start`, and its end. A leading `]` is one of its characters."""
     first = start + 1 + (text[start + 1 : start + 2] in {"!", "^"})
     end = text.find("]", first + 1)
     if end < 0:
@@ -149,7 +148,7 @@ def _parse_set(text: str, start: int) -> tuple[_Characters, int]:
         if text[at + 1] == "-" and at + 2 < end:
             high, at = text[at + 2], at + 2
         if low > high:
-            raise ValueError(f"the range {low}-{high} is empty: write it from the smaller to the greater character")
+            raise ValueError(f"the range {low}-{high} is empty: write the smaller character first")
         ranges.append((ord(low), ord(high)))
         at += 1
     within = _without(_ANY, ranges) if first > start + 1 else _without(_ANY, _without(_ANY, ranges))
@@ -208,7 +207,7 @@ def _characters_cover(outer: _Characters, inner: _Characters) -> bool:
 
 
 def _covers(outer: Sequence[object], inner: Sequence[object], covers: Callable[[Any, Any], bool]) -> bool:
-    """Whether all that one sequence can stand for, another does: only if so, and where each part is within another."""
+    """Whether one sequence covers another; False if that can't be shown part by part."""
     columns = len(inner)
     below = [False] * columns + [True]
     for a in reversed(outer):

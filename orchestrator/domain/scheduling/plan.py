@@ -1,4 +1,4 @@
-"""In which order tasks would start if each landed: waves, and which tasks of a wave keep each other waiting. Pure."""
+"""Plan the order of tasks: waves of tasks, and tasks of one wave that must wait for each other."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from itertools import groupby
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
 from orchestrator.domain.scheduling.path_patterns import has_any_overlap, literal_prefix
 
-#: How many pairs of tasks are compared in one wave: tens of thousands that own much alike would take minutes.
+#: The largest number of comparisons per wave: tens of thousands of tasks with similar paths would take minutes.
 _MOST_COMPARISONS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """Tasks whose needs are all in earlier waves, in the order in which they would start."""
+    """Tasks whose needs are all in earlier waves, in start order."""
 
     tasks: Sequence[str]
     follows: Mapping[str, str]
-    """Those that wait for another of the wave, because both own a common path, each with the first such before it."""
+    """Tasks that wait for an earlier task of the wave with a common path, each with the first such task."""
     is_compared: bool = True
-    """False if there were too many owners of paths to compare them all: `follows` may lack some."""
+    """False if there were too many tasks with paths to compare: `follows` may be incomplete."""
 
 
 def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
-    """Return the waves of tasks whose needs name each other without a circle: each task in the earliest it can be in.
+    """Return the waves of tasks without dependency cycles; each task is in the earliest possible wave.
 
-    O(n log n) in tasks and needs, but for the tasks that own paths, see `Wave.is_compared`.
+    O(n log n) in tasks and needs, except for tasks that own paths, see `Wave.is_compared`.
     """
-    order = {task: place for place, task in enumerate(entries)}
+    order = {task: index for index, task in enumerate(entries)}
     waves = []
     for tasks in _levels(entries):
         tasks.sort(key=lambda task: (-entries[task].priority, order[task]))
@@ -42,7 +42,7 @@ def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
 def count_concurrent_sessions(
     wave: Wave, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int], most: int
 ) -> int:
-    """Return how many tasks of a wave would be started together where `most` sessions fit, as `dispatch` does it."""
+    """Return how many tasks of a wave would start together with at most `most` sessions, as `dispatch` decides."""
     ready = {task: replace(entries[task], needs=()) for task in wave.tasks}
     return len(choose_tasks(DispatchBoard(ready, capacities), most, 0.0))
 
@@ -53,7 +53,7 @@ def _levels(entries: Mapping[str, DispatchEntry]) -> Iterator[list[str]]:
     for task, entry in entries.items():
         for need in set(entry.needs):
             dependents[need].append(task)
-    level = [task for task, many in missing.items() if not many]
+    level = [task for task, count in missing.items() if not count]
     while level:
         yield level
         above = []
@@ -77,12 +77,12 @@ def _wave(tasks: Sequence[str], entries: Mapping[str, DispatchEntry]) -> Wave:
     return Wave(tasks, follows, owners.comparisons < _MOST_COMPARISONS)
 
 
-#: What a task owns, behind the place of the first task that owns just this.
+#: An index, owned patterns, and the first task that owns exactly these.
 _Owner = tuple[int, tuple[str, ...], str]
 
 
 class _Owners:
-    """What tasks own, found by the literal beginnings of the patterns; each list is in the order of places."""
+    """An index of owned patterns by literal prefix; each list is ordered by index."""
 
     def __init__(self) -> None:
         self.comparisons = 0
@@ -91,18 +91,18 @@ class _Owners:
         self._below: dict[str, list[_Owner]] = defaultdict(list)
 
     def add(self, task: str, owns: tuple[str, ...]) -> None:
-        """Take one more task; of those that own the same the first counts."""
+        """Add a task, unless an earlier one owns exactly the same patterns."""
         if not owns or owns in self._known:
             return
         owner = len(self._known), owns, task
         self._known.add(owns)
         for prefix in map(literal_prefix, owns):
             self._at[prefix].append(owner)
-            for beginning in _beginnings(prefix):
-                self._below[beginning].append(owner)
+            for shorter in _prefixes(prefix):
+                self._below[shorter].append(owner)
 
     def first_that_overlaps(self, owns: tuple[str, ...]) -> str | None:
-        """Return the earliest task that owns a common path; None if there is none, or too much was compared."""
+        """Return the first task with a common path; None if there is none, or the comparison limit is reached."""
         for _, other, task in self._near(owns):
             if self.comparisons >= _MOST_COMPARISONS:
                 return None
@@ -115,9 +115,9 @@ class _Owners:
         lists = []
         for prefix in map(literal_prefix, owns):
             lists.append(self._below.get(prefix, []))
-            lists += [self._at[beginning] for beginning in _beginnings(prefix) if beginning in self._at]
+            lists += [self._at[shorter] for shorter in _prefixes(prefix) if shorter in self._at]
         return (owner for owner, _ in groupby(heapq.merge(*lists)))
 
 
-def _beginnings(text: str) -> Iterator[str]:
+def _prefixes(text: str) -> Iterator[str]:
     return (text[:end] for end in range(len(text) + 1))

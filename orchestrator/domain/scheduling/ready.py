@@ -1,14 +1,14 @@
-"""The tasks that are ready, best placed first, within the limits of adapters and of paths that only one may change.
+"""The queue of ready tasks, limited by adapter capacity and by exclusive ownership of paths.
 
-Tasks that the same adapters may run share a roster, which takes the first of them that is open. So none has to be moved
-when an adapter is parked, or is open again: what is looked at is which adapter its roster takes now.
+Tasks with the same list of adapters share an adapter group, which uses the first available one of them. So no task has
+to move when an adapter enters or leaves its cooldown: only the current adapter of its group changes.
 
-Tasks of one roster that own the same paths share a lane: where the first of them can't start because its paths are
-taken, none can, so each decision looks at lanes. A lane that can't start is held by what holds its paths and is not
-looked at again before that lets go. Lanes without paths are never held.
+Tasks of one group that own the same paths share a lane: if the first of them can't start because its paths are taken,
+none can, so each decision looks at lanes only. A lane that can't start is held by the owner of its paths, and is
+skipped until that owner releases them. Lanes without paths are never held.
 
-So that a held task does not starve, the best placed of them reserves its paths: what overlaps with it and comes behind
-it waits, too. The reservation ends when it starts, or when none of its adapters is open any more.
+To prevent starvation, the first held task reserves its paths: later tasks that overlap with it wait too. The
+reservation ends when the task starts, or when none of its adapters is available.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from heapq import heappop, heappush
 
 from orchestrator.domain.scheduling.path_patterns import has_any_overlap
 
-#: As many tasks that become ready together are sorted instead of being put on a heap one by one.
+#: From this number on, tasks that become ready together are sorted instead of pushed onto a heap.
 _MANY = 64
 
 
 class ReadyLane:
-    """Ready tasks that the same adapters may run and that own the same paths."""
+    """Ready tasks with the same adapters and the same owned paths."""
 
-    __slots__ = ("adapter_group", "held_by", "owns", "places", "run")
+    __slots__ = ("adapter_group", "held_by", "owns", "entries", "run")
 
     def __init__(self, adapter_group: AdapterGroup, owns: tuple[str, ...]) -> None:
         self.adapter_group, self.owns = adapter_group, owns
-        self.places: list[_Place] = []
+        self.entries: list[_Entry] = []
         """A heap."""
-        self.run: list[_Place] = []
-        """Places that came together, the best one last: what is sorted once is taken without a search."""
+        self.run: list[_Entry] = []
+        """A sorted batch of entries, first one last: popping from it needs no search."""
         self.held_by: str | ReadyLane | None = None
-        """A live task with the paths, or the lane that has reserved them."""
+        """The live task that owns the paths, or the lane that has reserved them."""
 
 
-#: What tasks start in the order of: a number that aging made constant, the place in the file; the task and its lane,
-#: which is the same one in all places of the task, and so never compared.
-_Place = tuple[float, float, str, ReadyLane]
+#: A queue entry: the rank (constant despite aging), the file order, the task, and its lane, which is never
+#: compared: all entries of a task have the same one.
+_Entry = tuple[float, float, str, ReadyLane]
 
 
 class _Adapter:
-    """What limits the sessions of one adapter."""
+    """The session limit and availability of one adapter."""
 
     __slots__ = ("capacity", "closed", "name", "parked", "running")
 
@@ -52,12 +52,12 @@ class _Adapter:
         self.name = name
         self.capacity = capacity
         self.running = 0
-        self.parked = 0.0  # until when; 0.0 is not at all
+        self.parked = 0.0  # the end of its cooldown; 0.0: none
         self.closed = False
 
 
 class AdapterGroup:
-    """Adapters that may run the same tasks, the best first, and those of the tasks that are ready and not held."""
+    """A list of adapters in order of preference, and its ready tasks that are not held."""
 
     __slots__ = ("adapters", "current", "free", "fronts", "has_lanes")
 
@@ -65,57 +65,57 @@ class AdapterGroup:
         self.adapters = adapters
         self.free = ReadyLane(self, ())
         """Tasks without paths."""
-        self.fronts: list[_Place] = []
-        """The first places of the lanes with paths."""
+        self.fronts: list[_Entry] = []
+        """The first entries of the lanes with paths."""
         self.has_lanes = False
         self.choose()
 
     def choose(self) -> None:
-        """Take the first that is open, else the one that will be first."""
-        self.current = min(self.adapters, key=lambda one: one.parked)  # the first of equals
+        """Choose the first available adapter, else the first one to become available."""
+        self.current = min(self.adapters, key=lambda adapter: adapter.parked)  # the first of equals
 
     @property
     def parked(self) -> float:
-        """Until when none of them is open: 0.0 if one is, infinity if all are closed."""
+        """When the first adapter becomes available: 0.0 if one is, infinity if all are disabled."""
         return self.current.parked
 
     @property
     def next_opening(self) -> float:
-        """When the end of a park lets it take a better one, or take one at all; infinity: never."""
+        """When the end of a cooldown makes a better adapter available, or any; infinity: never."""
         if self.current.parked:
             return self.current.parked
         better = self.adapters[: self.adapters.index(self.current)]
-        return min((one.parked for one in better), default=math.inf)
+        return min((adapter.parked for adapter in better), default=math.inf)
 
 
 class ReadyQueue:
-    """Ready tasks, and the live ones that limit which of them may start."""
+    """Ready tasks, and the live tasks that restrict them."""
 
     def __init__(self, capacities: Mapping[str, int]) -> None:
-        """Take how many sessions each adapter may have at once; one that is missing has no limit of its own."""
+        """Create a queue with the session limits by adapter; a missing adapter has no limit."""
         self._capacities = capacities
         self._adapters: dict[str, _Adapter] = {}
-        self._rosters: dict[tuple[str, ...], AdapterGroup] = {}
-        self._sources: list[tuple[AdapterGroup, list[_Place], int]] = []
-        """Heaps, the best place of which is the first, and runs, where it is the last (-1)."""
+        self._groups: dict[tuple[str, ...], AdapterGroup] = {}
+        self._sources: list[tuple[AdapterGroup, list[_Entry], int]] = []
+        """Heaps, whose first entry is at index 0, and sorted batches, where it is at index -1."""
         self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], ReadyLane] = {}
-        self._places: dict[str, _Place] = {}
+        self._entries: dict[str, _Entry] = {}
         self._sessions: dict[str, _Adapter] = {}
         self._owners: dict[str, tuple[str, ...]] = {}
         self._followers: dict[str | ReadyLane, list[ReadyLane]] = {}
-        self._held: list[_Place] = []
+        self._held: list[_Entry] = []
         self._reserved: ReadyLane | None = None
 
     def adapter_group(self, names: tuple[str, ...]) -> AdapterGroup:
-        """Return what takes the first of these adapters that is open."""
-        known = self._rosters.get(names)
+        """Return the group of these adapters."""
+        known = self._groups.get(names)
         if known is None:
-            known = self._rosters[names] = AdapterGroup(tuple(map(self._adapter, names)))
-            self._sources += [(known, known.free.places, 0), (known, known.free.run, -1)]
+            known = self._groups[names] = AdapterGroup(tuple(map(self._adapter, names)))
+            self._sources += [(known, known.free.entries, 0), (known, known.free.run, -1)]
         return known
 
     def lane(self, names: tuple[str, ...], owns: tuple[str, ...]) -> ReadyLane:
-        """Return where tasks wait that these adapters may run, the best first, and that own these paths."""
+        """Return the lane of tasks with these adapters and these owned paths."""
         known = self.adapter_group(names)
         if not owns:
             return known.free
@@ -133,46 +133,46 @@ class ReadyQueue:
             known = self._adapters[name] = _Adapter(name, self._capacities.get(name, math.inf))
         return known
 
-    def add(self, places: Iterable[_Place]) -> None:
-        """Tasks may start, each before those of a higher rank, and of the same rank before those later in the file."""
-        known, free = self._places, dict[ReadyLane, list[_Place]]()
-        for place in places:
-            known[place[2]] = place
-            lane = place[3]
+    def add(self, entries: Iterable[_Entry]) -> None:
+        """Add ready tasks; they start in order of rank, then file order."""
+        known, free = self._entries, dict[ReadyLane, list[_Entry]]()
+        for entry in entries:
+            known[entry[2]] = entry
+            lane = entry[3]
             if lane.owns:
-                heappush(lane.places, place)
-                if self._first(lane) is place:
+                heappush(lane.entries, entry)
+                if self._first(lane) is entry:
                     self._unblock(lane)
             elif lane in free:
-                free[lane].append(place)
+                free[lane].append(entry)
             else:
-                free[lane] = [place]
+                free[lane] = [entry]
         for lane, together in free.items():
             if len(together) < _MANY:
-                for place in together:
-                    heappush(lane.places, place)
+                for entry in together:
+                    heappush(lane.entries, entry)
             else:
                 lane.run += together
                 lane.run.sort(reverse=True)
 
     def discard(self, task: str) -> None:
-        """A ready task may not start any more."""
-        place = self._places.pop(task, None)
-        if place is not None and place[3].owns and place[3].places[0] is place:
-            self._unblock(place[3])
+        """Remove a ready task."""
+        entry = self._entries.pop(task, None)
+        if entry is not None and entry[3].owns and entry[3].entries[0] is entry:
+            self._unblock(entry[3])
 
     def keep_paths(self, task: str, owns: tuple[str, ...]) -> None:
-        """A task has paths to itself until they are freed."""
+        """Give a task exclusive ownership of paths until they are freed."""
         if owns:
             self._owners[task] = owns
 
     def occupy(self, task: str, lane: ReadyLane) -> None:
-        """A task has a session, which counts for its adapter."""
+        """Count a running session for the current adapter of a lane."""
         adapter = self._sessions[task] = lane.adapter_group.current
         adapter.running += 1
 
     def free_slot(self, task: str) -> None:
-        """The session of a task is over."""
+        """Release the session of a task."""
         self._sessions.pop(task).running -= 1
 
     def adapter_of(self, task: str, lane: ReadyLane) -> str:
@@ -180,72 +180,72 @@ class ReadyQueue:
         return (self._sessions.get(task) or lane.adapter_group.current).name
 
     def free_paths(self, task: str) -> None:
-        """A task is not live any more: what waited for its paths is looked at again."""
+        """Release the paths of a task, and recheck the lanes that waited for them."""
         if self._owners and self._owners.pop(task, None) is not None:
             self._release_followers(task)
 
     def park(self, name: str, until: float) -> None:
-        """Start no task with an adapter before a time; those that have no other reserve nothing meanwhile."""
+        """Put an adapter in cooldown until a time; tasks without another adapter reserve no paths meanwhile."""
         adapter = self._adapter(name)
         adapter.parked = max(adapter.parked, until)
         self._unblock_parked()
 
     def unpark(self, now: float) -> None:
-        """Forget the parks that are over."""
-        over = [adapter for adapter in self._adapters.values() if 0.0 < adapter.parked <= now]
-        for adapter in over:
+        """End expired cooldowns."""
+        expired = [adapter for adapter in self._adapters.values() if 0.0 < adapter.parked <= now]
+        for adapter in expired:
             adapter.parked = 0.0
-        if over:
+        if expired:
             self._choose()
 
     def close(self, name: str) -> None:
-        """Start no task with an adapter again."""
+        """Disable an adapter."""
         adapter = self._adapter(name)
         adapter.closed, adapter.parked = True, math.inf
         self._unblock_parked()
 
     def open(self, name: str) -> None:
-        """Start tasks with an adapter again, whether it was parked or closed."""
+        """Enable an adapter that was in cooldown or disabled."""
         adapter = self._adapter(name)
         adapter.closed, adapter.parked = False, 0.0
         self._choose()
 
     def running(self) -> int:
-        """How many sessions there are."""
+        """Return the number of running sessions."""
         return len(self._sessions)
 
-    def has_startable_task(self, roster: AdapterGroup) -> bool:
-        """Whether a roster has a ready task that is not known to be held."""
-        run = roster.free.run
+    def has_startable_task(self, group: AdapterGroup) -> bool:
+        """Whether a group has a ready task that is not known to be held."""
+        run = group.free.run
         while run:
             if self._lane_of(run[-1]) is not None:
                 return True
             run.pop()
-        for places in (roster.free.places, roster.fronts):
-            while places:
-                lane = self._lane_of(places[0])
+        for entries in (group.free.entries, group.fronts):
+            while entries:
+                lane = self._lane_of(entries[0])
                 if lane is not None and lane.held_by is None:
                     return True
-                heappop(places)
+                heappop(entries)
         return False
 
     def holders(self) -> Iterator[str]:
-        """Yield the live tasks that hold a lane up."""
+        """Yield the live tasks that hold a lane."""
         for task in self._owners:
             if any(lane.held_by == task for lane in self._followers.get(task, ())):
                 yield task
 
     def take(self, most: int, now: float) -> list[str]:
-        """Remove and return the best placed tasks that may start now, in order; they are live from then on."""
-        known, sessions, sources = self._places, self._sessions, self._open(now)
+        """Remove and return the first tasks that may start now, in order; they become live."""
+        known, sessions, sources = self._entries, self._sessions, self._open(now)
         taken: list[str] = []
         while len(taken) < most:
             best, source, front = None, None, 0
-            for places, end in sources:
-                if places:
-                    place = places[end]
-                    if best is None or place < best:
-                        best, source, front = place, places, end
+            for entries, end in sources:
+                if entries:
+                    entry = entries[end]
+                    if best is None or entry < best:
+                        best, source, front = entry, entries, end
             if best is None or source is None:
                 break
             task, lane = best[2], best[3]
@@ -267,12 +267,12 @@ class ReadyQueue:
                 sources = self._open(now)
         return taken
 
-    def _open(self, now: float) -> list[tuple[list[_Place], int]]:
-        """Return the sources of the rosters whose adapter may start something."""
+    def _open(self, now: float) -> list[tuple[list[_Entry], int]]:
+        """Return the sources of the groups whose adapter has free capacity."""
         return [
-            (places, end)
-            for roster, places, end in self._sources
-            if (adapter := roster.current).running < adapter.capacity and adapter.parked <= now
+            (entries, end)
+            for group, entries, end in self._sources
+            if (adapter := group.current).running < adapter.capacity and adapter.parked <= now
         ]
 
     def _holder(self, lane: ReadyLane) -> str | ReadyLane | None:
@@ -280,12 +280,12 @@ class ReadyQueue:
             if has_any_overlap(lane.owns, owns):
                 return task
         reserved = self._reservation()
-        if reserved is None or reserved is lane or lane.places[0] < reserved.places[0]:
+        if reserved is None or reserved is lane or lane.entries[0] < reserved.entries[0]:
             return None
         return reserved if has_any_overlap(lane.owns, reserved.owns) else None
 
     def _take_owner(self, lane: ReadyLane) -> str:
-        task = heappop(lane.places)[2]
+        task = heappop(lane.entries)[2]
         self._owners[task] = lane.owns
         if lane is self._reserved:
             self._reserved = None
@@ -299,12 +299,12 @@ class ReadyQueue:
     def _hold(self, lane: ReadyLane, holder: str | ReadyLane) -> None:
         lane.held_by = holder
         self._followers.setdefault(holder, []).append(lane)
-        heappush(self._held, lane.places[0])
-        if self._reserved is not None and lane.places[0] < self._reserved.places[0]:
+        heappush(self._held, lane.entries[0])
+        if self._reserved is not None and lane.entries[0] < self._reserved.entries[0]:
             self._give_up_reservation()
 
     def _unblock(self, lane: ReadyLane) -> None:
-        """Look at a lane anew: its first task has changed, or what held it let go."""
+        """Requeue a lane: its first task has changed, or its holder released it."""
         lane.held_by = None
         if self._reserved is lane:
             self._give_up_reservation()
@@ -316,14 +316,14 @@ class ReadyQueue:
         for lane in self._followers.pop(holder, ()):
             if lane.held_by is holder or lane.held_by == holder:
                 lane.held_by = None
-                heappush(lane.adapter_group.fronts, lane.places[0])
+                heappush(lane.adapter_group.fronts, lane.entries[0])
 
     def _choose(self) -> None:
-        for roster in self._rosters.values():
-            roster.choose()
+        for group in self._groups.values():
+            group.choose()
 
     def _unblock_parked(self) -> None:
-        """Let nothing hold others up, or be held, that no adapter can start now."""
+        """Release lanes and the reservation of tasks that no adapter can start now."""
         self._choose()
         for lane in self._lanes.values():
             if lane.held_by is not None and lane.adapter_group.parked:
@@ -332,12 +332,12 @@ class ReadyQueue:
             self._give_up_reservation()
 
     def _reservation(self) -> ReadyLane | None:
-        """Return the best placed lane that is held, or was when it reserved its paths."""
+        """Return the lane with the reservation: the first held one at the time."""
         while self._reserved is None and self._held:
-            place = self._held[0]
-            known = self._places.get(place[2])
-            if known is place and place[3].held_by is not None:
-                self._reserved = place[3]
+            entry = self._held[0]
+            known = self._entries.get(entry[2])
+            if known is entry and entry[3].held_by is not None:
+                self._reserved = entry[3]
             else:
                 heappop(self._held)
         return self._reserved
@@ -347,19 +347,19 @@ class ReadyQueue:
             lane, self._reserved = self._reserved, None
             self._release_followers(lane)
 
-    def _first(self, lane: ReadyLane) -> _Place | None:
-        places = lane.places
-        while places and self._lane_of(places[0]) is None:
-            heappop(places)
-        return places[0] if places else None
+    def _first(self, lane: ReadyLane) -> _Entry | None:
+        entries = lane.entries
+        while entries and self._lane_of(entries[0]) is None:
+            heappop(entries)
+        return entries[0] if entries else None
 
-    def _lane_of(self, place: _Place) -> ReadyLane | None:
-        """Return the lane that a place is in: none once it is given up, also if its task has been added anew since."""
-        return place[3] if self._places.get(place[2]) is place else None
+    def _lane_of(self, entry: _Entry) -> ReadyLane | None:
+        """Return the lane of an entry; None if it is outdated, even if its task was added again."""
+        return entry[3] if self._entries.get(entry[2]) is entry else None
 
 
-def _pop(source: list[_Place], front: int) -> None:
-    """Remove the best place of a heap or a run."""
+def _pop(source: list[_Entry], front: int) -> None:
+    """Remove the first entry of a heap or a sorted batch."""
     if front:
         source.pop()
     else:

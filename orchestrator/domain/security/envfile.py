@@ -1,4 +1,4 @@
-"""Files of lines NAME=value, as `.env` and `.envrc` are."""
+"""Parse files of NAME=value lines, such as `.env` and `.envrc`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _ESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def parse_env_values(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the names and all that the values may be taken for, since every reader has rules of its own.
+    """Yield each name with all possible readings of its value, because the rules differ between programs.
 
-    Quoted ones with their escapes and without, also over several lines; others up to a comment, and to the line's end.
+    Quoted values, which may span lines: with and without escapes resolved. Other values: up to the end of the line, and
+    up to a comment.
     """
     for match in _QUOTED.finditer(text):
         name, double, single = match.groups()

@@ -1,7 +1,7 @@
-"""What looks like a secret: names of variables, values, well-known keys in text, names of files.
+"""Detect and redact secrets: variable names, values, well-known key formats, and file names.
 
-Judged by the text alone. Every pattern begins with a literal and repeats character classes only, so that a
-search is linear in the text and quick where the literal does not occur.
+Only text is inspected. Every pattern starts with a literal and repeats only character classes, so that a search is
+linear, and fast if the literal does not occur.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SECRET_WORD: Final = re.compile(
     r"(?:API|ACCESS|SECRET|PRIVATE|AUTH)?KEYS?|[A-Z]*(?:TOKEN|SECRET|PASSWORD|CREDENTIAL)S?|[A-Z]*(?:PASSWD|PASSPHRASE)"
     r"|PASS|PWD|PAT|CREDS|AUTH|AUTHORIZATION|COOKIE"
 )
-# Last words that say it is a place, a label or a quality of the secret.
+# Last words of names that describe a location, label or property of a secret.
 _ABOUT: Final = re.compile(
     r"(?:FILE|PATH|ID|NAME|BIT|LIMIT|BINDING)S?|DIR|DIRECTORY|SOCK|SOCKET|URL|URI|ENDPOINT|HOST|PORT|TYPE|MODE|METHOD"
     r"|PROVIDER|SCHEME|REALM|HEADER|HELPER|COMMAND|CMD|PROGRAM|TTL|EXPIRY|EXPIRES|EXPIRATION|TIMEOUT|INTERVAL|COUNT"
@@ -31,7 +31,7 @@ _WORD: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|[0-9]+")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name holds a secret, such as `GITHUB_TOKEN`, but not `SSH_AUTH_SOCK`."""
+    """Whether a variable name denotes a secret, such as `GITHUB_TOKEN`, but not `SSH_AUTH_SOCK`."""
     words = [word.upper() for word in _WORD.findall(name)]
     while words and words[-1].isdigit():  # API_KEY_2
         words.pop()
@@ -54,9 +54,9 @@ _RANDOM_SEGMENT: Final = re.compile(r"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=[^0-9]*
 
 
 def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
-    """Return the values of variables with secret names, less what can't be redacted without harm to other text.
+    """Return the values of secret variables, except values whose redaction would damage other text.
 
-    Those are values shorter than `MIN_VALUE_CHARS` characters, numbers, paths and words such as `disabled`.
+    Exceptions are values shorter than `MIN_VALUE_CHARS` characters, numbers, paths and words such as `disabled`.
     """
     stripped = (value.strip() for name, value in environ.items() if is_secret_name(name))
     return frozenset(value for value in stripped if len(value) >= MIN_VALUE_CHARS and not _is_plain(value))
@@ -65,12 +65,12 @@ def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
 def _is_plain(value: str) -> bool:
     if _PLAIN_VALUE.fullmatch(value) is None:
         return False
-    # The base64 alphabet has a slash: a key may look like a path, but no folder is called wJalrXUtnFEMIK7MDENG.
+    # Base64 contains slashes, so a key may look like a path, but no folder is called wJalrXUtnFEMIK7MDENG.
     return not any(_RANDOM_SEGMENT.fullmatch(segment) for segment in re.split(r"[/\\]", value))
 
 
 def _starts(literal: str, rest: str, inside: str = "0-9A-Za-z") -> tuple[str, str]:
-    """Return a pattern and its literal, which must not continue a word; an escape in a JSON string does not count."""
+    """Return a literal and its pattern, which must not continue a word; JSON string escapes are no word."""
     start = re.escape(literal)
     boundary = rf"(?:(?<![{inside}]{start})|(?<=\\[bfnrt]{start})|(?<=\\u[0-9a-fA-F]{{4}}{start}))"
     return literal, start + boundary + rest
@@ -94,7 +94,7 @@ _KEYS: Final = (
     _starts("hf_", r"[A-Za-z0-9]{34,40}(?![0-9A-Za-z])"),  # Hugging Face
     # JSON Web Tokens (RFC 7519): two objects and a signature, in base64url.
     _starts("eyJ", r"[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}", inside=r"\w.-"),
-    # A key and not only its first line, which programs that read keys contain.
+    # A whole key, not just its first line, which programs that read keys contain.
     (
         "-----BEGIN ",
         (
@@ -104,24 +104,24 @@ _KEYS: Final = (
     ),
 )
 _URL_PART: Final = r"""[^\s/:@"'<>\\${}*%]"""
-#: What is surely secret: a password in a URL or a token in a header only if it looks made by a machine.
+#: Certain secrets: passwords in URLs and tokens in headers only if they look generated.
 _CERTAIN: Final = (
     *_KEYS,
     ("//", rf"//(?<=://){_URL_PART}{{0,64}}:(?=[^\s@0-9]{{0,64}}[0-9])(?=[^\s@A-Za-z]{{0,64}}[A-Za-z]){_URL_PART}{{8,256}}(?=@)"),
     ("earer ", r"[Bb]earer (?=[A-Za-z._~+/=-]{0,64}[0-9])[0-9A-Za-z._~+/=-]{20,}"),
 )  # fmt: skip
-#: What is hidden: also what is only likely.
+#: Likely secrets, which are redacted.
 _LIKELY: Final = (
     *_KEYS,
     ("//", r"""//(?<=://)[^\s/:@"'<>\\]{0,64}:[^\s/@"'<>\\]{1,256}(?=@)"""),
-    # A token in the place of a user's name, as git hosts take it.
+    # A token instead of a user name, as git hosts accept it.
     ("://", r"""://(?:(?<=http://)|(?<=https://))[^\s/:@"'<>\\?#]{8,256}(?=@)"""),
     ("Bearer ", r"Bearer [0-9A-Za-z._~+/=-]{16,}"),
     ("bearer ", r"bearer [0-9A-Za-z._~+/=-]{16,}"),
 )
 
 
-# Late: to compile them takes longer than most commands that never look for a secret.
+# Lazy: compiling takes longer than most commands that never search for secrets.
 @cache
 def _in_text(sources: tuple[tuple[str, str], ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
     return tuple((hint, re.compile(source, re.ASCII)) for hint, source in sources)
@@ -143,45 +143,45 @@ _USER: Final = re.compile(
 
 
 def redact_urls(text: str) -> str:
-    """Return a text in which no URL has a password or a token: of a store, a remote or a server.
+    """Redact passwords and tokens in URLs of stores, remotes and servers.
 
-    A user's name stays, but for HTTP, where it may be a token itself.
+    User names remain, except in HTTP URLs, where they may be tokens.
     """
     return _USER.sub(_without_password, text) if "://" in text else text
 
 
-def _without_password(found: re.Match[str]) -> str:
-    if (name := found["name"]) is not None:
+def _without_password(match: re.Match[str]) -> str:
+    if (name := match["name"]) is not None:
         return f"{name}={REDACTED}"
-    start = found.string[max(0, found.start() - 8) : found.start()].lower()
-    user = found["user"]
+    start = match.string[max(0, match.start() - 8) : match.start()].lower()
+    user = match["user"]
     return f"{REDACTED}@" if not user or start.endswith(("http://", "https://")) else f"{user}:{REDACTED}@"
 
 
 def has_secret_key(text: str) -> bool:
-    """Whether the text has a key of a well-known form, such as a private key or a token of GitHub's.
+    """Whether the text contains a key in a well-known format, such as a private key or a GitHub token.
 
-    A password in a URL or a bearer's token counts only if it looks made by a machine: examples are full of others.
+    Passwords in URLs and bearer tokens count only if they look generated, because examples contain many others.
     """
     return any(hint in text and pattern.search(text) for hint, pattern in _in_text(_CERTAIN))
 
 
 class Redactor:
-    """Hides given values, also where JSON or a URL spells them differently, and keys of well-known forms."""
+    """Redacts given values, also in their JSON and URL encodings, and keys in well-known formats."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
-        """Hide `values`; the caller leaves out what would mangle ordinary text (`secret_values` does)."""
+        """Redact `values`; the caller omits values that would damage ordinary text (as `secret_values` does)."""
         self._plain = sorted({spelling for value in values for spelling in _spellings(value)}, key=_longest_first)
         self._bytes = [value.encode(errors="surrogateescape") for value in self._plain]
 
     @property
     def bytes_pattern(self) -> str:
-        """The ASCII source of a regular expression for bytes that matches all that `text` hides."""
+        """The ASCII source of a bytes regular expression that matches everything that `text` redacts."""
         values = ["".join(f"\\x{byte:02x}" for byte in value) for value in self._bytes]
         return "|".join((*values, *(source for _, source in _LIKELY)))
 
     def text(self, text: str) -> str:
-        """Return the text with `[redacted]` in place of each secret."""
+        """Replace each secret in a text with `[redacted]`."""
         for value in self._plain:
             if value in text:
                 text = text.replace(value, REDACTED)
@@ -191,7 +191,7 @@ class Redactor:
         return text
 
     def json(self, value: Any) -> Any:
-        """Return plain JSON with all of its strings redacted, keys too; the same object if nothing changed."""
+        """Redact all strings of plain JSON, including keys; return the same object if nothing changed."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
@@ -207,13 +207,13 @@ class Redactor:
         for name, value in members.items():
             key, item = self.text(name), self.json(value)
             changed = changed or key is not name or item is not value
-            if key in made or (key != name and key in members):  # no member may replace another
+            if key in made or (key != name and key in members):  # keys must stay unique
                 key = f"{key} {len(made) + 1}"
             made[key] = item
         return made if changed else members
 
     def find_secrets(self, data: bytes) -> set[bytes]:
-        """Return the values and the keys that are in the data; of keys what `has_secret_key` is sure of."""
+        """Return the secret values and certain keys (see `has_secret_key`) in the data."""
         found = {value for value in self._bytes if value in data}
         for hint, pattern in _in_bytes(_CERTAIN):
             if hint in data:
@@ -222,7 +222,7 @@ class Redactor:
 
 
 def _spellings(value: str) -> set[str]:
-    """Return how a value may appear: as it is, in JSON, in a URL, and the long lines of one with several."""
+    """Return the possible encodings of a value: plain, JSON, URL, and the long lines of a multi-line value."""
     lines = [line.strip() for line in value.splitlines()]
     long_lines = [line for line in lines if len(line) >= 2 * MIN_VALUE_CHARS and not line.startswith("-----")]
     parts = [value, *(long_lines if len(lines) > 1 else ())]
@@ -250,7 +250,7 @@ _SECRET_PATHS: Final = (".aws/credentials", ".docker/config.json", ".kube/config
 
 
 def is_secret_file(path: str) -> bool:
-    """Whether a file of this name is there to hold secrets, in whatever folder, such as `.env` or `id_ed25519`."""
+    """Whether a file name denotes a secret file in any folder, such as `.env` or `id_ed25519`."""
     lower = path.lower()
     name = lower.rpartition("/")[2]
     if name.startswith(".env.") and name.endswith(_EXAMPLES):

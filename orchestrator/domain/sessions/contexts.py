@@ -1,4 +1,4 @@
-"""What sessions tell each other while they are at work: a small record each, and what follows from many. Pure."""
+"""Contexts that active sessions share with each other, and summaries of them."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
 
-#: Seconds without a word after which a record says nothing about now any more.
+#: Seconds without an update after which a context is stale.
 STALE_CONTEXT_SECONDS: Final = 1800.0
-#: Characters of a message that are kept, and of what is told of progress.
+#: The longest stored message and progress text, in characters.
 MAX_MESSAGE_CHARS, MAX_PROGRESS_CHARS = 500, 40
-#: Characters of a path.
+#: The longest path, in characters.
 MAX_PATH_CHARS: Final = 4096
 
-#: Tools that only look: a session that reads a file is not at work on it.
-_LOOKING: Final = re.compile(r"_?(read|view|open|cat|ls\b|list|glob|grep|rg\b|search|find|fetch|web)", re.IGNORECASE)
+#: Read-only tools: a session that reads a file does not work on it.
+_READ_ONLY: Final = re.compile(r"_?(read|view|open|cat|ls\b|list|glob|grep|rg\b|search|find|fetch|web)", re.IGNORECASE)
 
 
 class SessionStatus(StrEnum):
-    """How a session says that it does."""
+    """The status that a session reports."""
 
     WORKING = "working"
-    BLOCKED = "blocked"  #: it can't go on before something happens that it named
-    WAITING = "waiting"  #: for files that another session holds
-    DONE = "done"  #: it has said so, or has ended
+    BLOCKED = "blocked"  #: it can't continue until something happens, see `blocked_on`
+    WAITING = "waiting"  #: for files that another session has locked
+    DONE = "done"  #: it reported so, or has ended
 
 
 class SessionContext(BaseModel):
-    """What one session is at. Times are wall-clock seconds."""
+    """The current state of one session. Times are wall-clock seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -47,16 +47,16 @@ class SessionContext(BaseModel):
     orchestrator: str
     """The id of the process that runs it."""
     scope: str
-    """The repository and target that it works for: only sessions of one scope can be in each other's way."""
+    """Its repository and target: only sessions with the same scope can conflict."""
     status: SessionStatus = SessionStatus.WORKING
     file: str | None = None
-    """The file that it is at, from the top of the repository."""
+    """The file that it works on, relative to the top of the repository."""
     progress: str | None = None
-    """How far it is, in its own words, as `50%` or `3 of 7`."""
+    """Its self-reported progress, such as `50%` or `3 of 7`."""
     message: str | None = None
-    """What it does, in its own words."""
+    """Its self-reported activity."""
     seen: str | None = None
-    """What it was seen to do last, by what its program prints: there without its saying anything."""
+    """Its last activity, as observed in the output of its program."""
     blocked_on: str | None = None
     """What it waits for."""
     files: tuple[str, ...] = ()
@@ -66,92 +66,92 @@ class SessionContext(BaseModel):
 
     @property
     def session(self) -> SessionName:
-        """Whose it is."""
+        """The name of the session."""
         return SessionName(self.run, self.task, self.attempt)
 
     @property
     def words(self) -> str | None:
-        """What it does: as it says itself, else as it was seen."""
+        """Its activity: self-reported, else observed."""
         return self.message or self.seen
 
     def is_on(self, path: str) -> bool:
-        """Whether it is at work on a file, or has it locked."""
+        """Whether it works on a file, or has it locked."""
         return path in self.files or (path == self.file and self.status is not SessionStatus.DONE)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that programs get."""
+        """Return the context as a JSON object."""
         return self.model_dump(mode="json")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """The sessions of one task at a glance."""
+    """A summary of the sessions of one task."""
 
     task: str
     by_status: Mapping[SessionStatus, int]
-    """How many there are of each status; those of none count 0."""
+    """Session counts by status, including zeros."""
     files: Sequence[str]
-    """What they are at and have locked, each once, in order."""
+    """The files that they work on or have locked, sorted and unique."""
     sessions: Sequence[SessionContext]
 
     @property
     def total(self) -> int:
-        """How many sessions there are."""
+        """The number of sessions."""
         return len(self.sessions)
 
 
 def filter_active(contexts: Iterable[SessionContext]) -> list[SessionContext]:
-    """Return those that are not done."""
-    return [one for one in contexts if one.status is not SessionStatus.DONE]
+    """Return the contexts that are not done."""
+    return [context for context in contexts if context.status is not SessionStatus.DONE]
 
 
 def find_sessions_on(contexts: Iterable[SessionContext], path: str) -> list[SessionContext]:
-    """Return the sessions that are at work on a file, or have it locked: a conflict, where they are several."""
-    return [one for one in contexts if one.is_on(path)]
+    """Return the sessions that work on a file or have it locked; several sessions are a conflict."""
+    return [context for context in contexts if context.is_on(path)]
 
 
 def find_file_conflicts(contexts: Iterable[SessionContext]) -> dict[str, list[SessionContext]]:
-    """Return each file that several sessions are on, with these; two attempts at one task are two sessions."""
-    found: dict[str, list[SessionContext]] = {}
-    for one in contexts:
-        for path in sorted({*one.files, *([one.file] if one.file else [])}):
-            if one.is_on(path):
-                found.setdefault(path, []).append(one)
-    return {path: sessions for path, sessions in sorted(found.items()) if len(sessions) > 1}
+    """Return the sessions of each file with several of them; two attempts at one task are two sessions."""
+    by_file: dict[str, list[SessionContext]] = {}
+    for context in contexts:
+        for path in sorted({*context.files, *([context.file] if context.file else [])}):
+            if context.is_on(path):
+                by_file.setdefault(path, []).append(context)
+    return {path: sessions for path, sessions in sorted(by_file.items()) if len(sessions) > 1}
 
 
 def summarize_task(task: str, contexts: Iterable[SessionContext]) -> TaskSummary:
-    """Return what the sessions of a task come to."""
-    sessions = [one for one in contexts if one.task == task]
-    counts = Counter(one.status for one in sessions)
-    files = {path for one in sessions for path in (*one.files, *([one.file] if one.file else []))}
+    """Return a summary of the sessions of a task."""
+    sessions = [context for context in contexts if context.task == task]
+    counts = Counter(session.status for session in sessions)
+    files = {path for each in sessions for path in (*each.files, *([each.file] if each.file else []))}
     return TaskSummary(task, {status: counts[status] for status in SessionStatus}, sorted(files), sessions)
 
 
 def filter_stale(
     contexts: Iterable[SessionContext], now: float, after: float = STALE_CONTEXT_SECONDS
 ) -> list[SessionContext]:
-    """Return those that nothing was heard of for `after` seconds."""
-    return [one for one in contexts if now - one.updated >= after]
+    """Return the contexts without an update for `after` seconds."""
+    return [context for context in contexts if now - context.updated >= after]
 
 
 def normalize_path(path: str, tops: Iterable[str]) -> str | None:
-    """Return a path from the top of the repository, as `/`-separated text without `.` and `..`; None if it is outside.
+    """Return a normalized path relative to the top of the repository; None if it is outside.
 
-    A relative one starts at the top; `tops` are the names that an absolute one may give to the top.
+    Relative paths start at the top; `tops` are the possible absolute paths of the top.
     """
     if path.startswith("/"):
         inside = [path[len(top) + 1 :] for top in tops if path.startswith(f"{top}/")]
         if not inside:
             return None
         path = inside[0]
-    found = posixpath.normpath(path) if path and "\0" not in path else "."
-    return None if found in {".", ".."} or found.startswith(("../", "/")) else found
+    normalized = posixpath.normpath(path) if path and "\0" not in path else "."
+    return None if normalized in {".", ".."} or normalized.startswith(("../", "/")) else normalized
 
 
 def find_edited_file(tool: str, paths: Sequence[str], tops: Iterable[str]) -> str | None:
-    """Return the file that a session is at, by a tool that it used; None where that only looks, or names none."""
-    if _LOOKING.match(tool):
+    """Return the file that a tool call edits; None if the tool is read-only, or names no file."""
+    if _READ_ONLY.match(tool):
         return None
-    found = [inside for path in paths if (inside := normalize_path(path, tops)) is not None]
-    return found[-1] if found else None
+    edited = [inside for path in paths if (inside := normalize_path(path, tops)) is not None]
+    return edited[-1] if edited else None

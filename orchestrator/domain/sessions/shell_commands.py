@@ -1,4 +1,4 @@
-"""Shell commands as text: the programs that they name, and the program that a shell did not find. Pure."""
+"""Analyze shell commands: the programs that they name, and the program that a shell did not find."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NOT_FOUND: Final = 127
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
 _PUNCTUATION: Final = "();<>|&"
 _SEPARATING: Final = frozenset(";|&\n")
-#: Words of the shell's grammar that a command follows.
+#: Shell keywords that a command follows.
 _BEFORE_COMMANDS: Final = frozenset({"!", "if", "then", "elif", "else", "while", "until", "do", "exec", "time"})
-#: Words of the shell's grammar that are no programs.
+#: Shell keywords that are not programs.
 _GRAMMAR: Final = frozenset({"fi", "done", "esac", "for", "case", "function", "{", "}", "[["})
-#: Functions, subshells, substitutions and here documents: only the first word is looked at then.
+#: Functions, subshells, substitutions and here documents: then only the first word is inspected.
 _BEYOND_WORDS: Final = re.compile(r"[(){}`]|<<")
 #: Characters whose meaning depends on variables or files.
 _EXPANDED: Final = re.compile(r"[$*?\[\]~]")
@@ -27,12 +27,12 @@ _EXPANDED: Final = re.compile(r"[$*?\[\]~]")
 _HARMLESS: Final = frozenset(
     {":", "[", "cd", "echo", "env", "export", "nice", "nohup", "set", "test", "timeout", "true", "ulimit", "unset"}
 )
-#: Folders that tools create and nobody commits.
+#: Environment folders, which are never committed.
 _ENVIRONMENTS: Final = frozenset({".nox", ".tox", ".venv", "node_modules", "venv"})
 _INTERPRETER: Final = re.compile(r"(?:python|node|ruby|perl|php|(?:ba|da|k|z)?sh)[\d.]*")
 #: A path without spaces and variables; no option.
 _PATH: Final = re.compile(r"[\w./@+][\w./@+-]*")
-#: What shells and `env` print: the program, and why it can't be run.
+#: Messages of shells and `env` for a program that can't run.
 _MESSAGES: Final = (
     re.compile(r"^\S*sh(?:\[\d+\])?: (?:line )?\d+: (?:\S*sh: \d+: )?(?P<name>\S+): "
                r"(?:not found|command not found|No such file or directory|Permission denied)", re.MULTILINE),
@@ -44,29 +44,29 @@ _MESSAGES: Final = (
 
 
 def is_not_runnable(exit_code: int | None) -> bool:
-    """Return whether an exit code says that a program was not found or can't be executed."""
+    """Whether an exit code means that a program was not found or can't be executed."""
     return exit_code in {NOT_EXECUTABLE, NOT_FOUND}
 
 
 def find_programs(command: str) -> list[str]:
-    """Return the programs that a shell command names, as far as its text alone tells; each once."""
+    """Return the unique programs that a shell command names, as far as its text shows."""
     text = command.replace("\\\n", " ")
     named = list(dict.fromkeys(_programs(text)))
     return named if _BEYOND_WORDS.search(text) is None else named[:1]
 
 
 def is_in_worktree(program: str) -> bool:
-    """Return whether a program is named by a path in the worktree: a task may add or change it."""
+    """Whether a program is a path in the worktree, which a task may add or change."""
     return "/" in program and not program.startswith("/")
 
 
 def is_of_environment(path: str) -> bool:
-    """Return whether a path is in a virtual environment or the like, as its name shows."""
+    """Whether a path is in a virtual environment or similar, judging by its name."""
     return not _ENVIRONMENTS.isdisjoint(path.split("/")[:-1])
 
 
 def may_create(command: str, program: str) -> bool:
-    """Return whether a command may itself create a program before it runs it."""
+    """Whether a command may create a program before it runs it."""
     return not _HARMLESS.issuperset(find_programs(command.partition(program)[0]))
 
 
@@ -79,14 +79,14 @@ def find_script(argv: Sequence[str]) -> str | None:
 
 
 def make_chmod_hint(path: str) -> str:
-    """Return how a committed file is made executable."""
+    """Return the hint how to make a committed file executable."""
     return f"`chmod +x {shlex.quote(posixpath.normpath(path))}` and commit it"
 
 
 def make_lookup_command(program: str) -> str:
-    """Return a shell command that succeeds where a program, by name or absolute path, is found and may be opened.
+    """Return a shell command that succeeds if a program, by name or absolute path, is found and can be opened.
 
-    Landlock lets everybody look up what it lets nobody open.
+    Landlock allows looking up files that it does not allow to open.
     """
     opened = 'case $found in /*) test ! -r "$found" || true <"$found";; esac'
     return f"found=$(command -v {shlex.quote(program)}) && {opened}"
@@ -106,13 +106,13 @@ def _programs(text: str) -> Iterator[str]:
                 is_next = False
                 if word not in _GRAMMAR and not _EXPANDED.search(word):
                     yield word
-    except ValueError:  # a quote that is not closed
+    except ValueError:  # an unclosed quote
         return
 
 
 def find_missing_program(command: str, output: str) -> str:
-    """Return the program that a shell could not run, by its message in the output, or else the command's first one."""
-    found = [match for pattern in _MESSAGES for match in pattern.finditer(output)]
-    if found:
-        return max(found, key=lambda one: one.start())["name"]
+    """Return the program that a shell could not run, from its message, or else the first one of the command."""
+    matches = [match for pattern in _MESSAGES for match in pattern.finditer(output)]
+    if matches:
+        return max(matches, key=lambda match: match.start())["name"]
     return next(iter(find_programs(command)), command.strip())

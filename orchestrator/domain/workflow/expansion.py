@@ -1,7 +1,6 @@
-"""The tasks that a plan becomes. Pure.
+"""Expand a plan into tasks of the run.
 
-The text of a plan is data: it says what its tasks are called and asked, what they wait for and which paths they own,
-and nothing else of them.
+A plan is untrusted data: it determines only the ids, prompts, needs and owned paths of its tasks.
 """
 
 from __future__ import annotations
@@ -13,60 +12,59 @@ from hashlib import sha256
 from typing import Any, Final
 
 from orchestrator.domain.scheduling.path_patterns import check_pattern, is_covered
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
 from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check_plan, collect_needs
-from orchestrator.domain.workflow.violations import Violation
+from orchestrator.domain.workflow.violations import HandoffFacts, Violation
 
-#: Characters of a task's id.
+#: The longest id of a task, in characters.
 MAX_ID_CHARS: Final = 64
 
 _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
-_OUTSIDE: Final = "name paths that the task owns whose plan it is"
+_OUTSIDE: Final = "name paths that the planning task owns"
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandedTask:
-    """One task that a plan becomes."""
+    """A task created from a plan."""
 
     id: str
     prompt: str
     needs: tuple[str, ...]
-    """Ids of others."""
+    """Ids of other tasks."""
     owns: tuple[str, ...]
 
 
 def expand_plan(
     plan: Mapping[str, Any], prefix: str, *, most: int, owns: Sequence[str], taken: Collection[str]
 ) -> tuple[ExpandedTask, ...] | Sequence[Violation]:
-    """Return the tasks that a plan (as its kind has it) becomes, in its order; or all that keeps it from that.
+    """Return the tasks of a plan (normalized by its kind) in order, or all violations.
 
-    Their ids begin with `prefix` and are none that is `taken`. They own paths within `owns` where there are any, and
-    those where they name none.
+    Their ids start with `prefix` and must not be `taken`. They own paths within `owns` if it is not empty, and by
+    default all of these.
     """
-    read = Plan.model_validate(dict(plan))
-    names = {one.id: make_task_name(prefix, one.id) for one in read.tasks}
-    found = [
-        *check_plan(read, HandoffFacts()),
-        *_too_many(read, most),
-        *_clashes(read, names, taken),
-        *_paths(read, owns),
+    parsed = Plan.model_validate(dict(plan))
+    names = {task.id: make_task_name(prefix, task.id) for task in parsed.tasks}
+    violations = [
+        *check_plan(parsed, HandoffFacts()),
+        *_check_count(parsed, most),
+        *_check_names(parsed, names, taken),
+        *_check_paths(parsed, owns),
     ]
-    if found:
-        return found
-    needs = collect_needs(read)
+    if violations:
+        return violations
+    needs = collect_needs(parsed)
     return tuple(
         ExpandedTask(
-            names[one.id], one.prompt, tuple(names[need] for need in needs[one.id]), _owned(one) or tuple(owns)
+            names[task.id], task.prompt, tuple(names[need] for need in needs[task.id]), _owned(task) or tuple(owns)
         )
-        for one in read.tasks
+        for task in parsed.tasks
     )
 
 
 def make_task_name(prefix: str, id_: str) -> str:
-    """Return the name of the task that a plan calls `id_`: `prefix` and what of that can be in a name.
+    """Return the task id for the plan id `id_`: `prefix` and the valid characters of `id_`.
 
-    What is too long is cut, and told from others by a few digits of its SHA-256.
+    Long names are truncated, with a few digits of their SHA-256 added to keep them unique.
     """
     plain = _NOT_IN_NAMES.sub("-", id_)
     while ".." in plain:
@@ -80,45 +78,45 @@ def make_task_name(prefix: str, id_: str) -> str:
 
 
 def _owned(task: PlannedTask) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one.strip().removeprefix("./") for one in task.owns))
+    return tuple(dict.fromkeys(path.strip().removeprefix("./") for path in task.owns))
 
 
-def _too_many(plan: Plan, most: int) -> Iterator[Violation]:
+def _check_count(plan: Plan, most: int) -> Iterator[Violation]:
     if len(plan.tasks) > most:
-        what = f"there are {len(plan.tasks)} tasks, and {most} at most become tasks of the run"
-        yield Violation("expansion.most", "tasks", what, f"plan {most} at most")
+        what = f"the plan has {len(plan.tasks)} tasks, more than the limit of {most}"
+        yield Violation("expansion.most", "tasks", what, f"plan at most {most} tasks")
 
 
-def _clashes(plan: Plan, names: Mapping[str, str], taken: Collection[str]) -> Iterator[Violation]:
-    """Yield which names are another's; the names of folders may not tell upper from lower case."""
+def _check_names(plan: Plan, names: Mapping[str, str], taken: Collection[str]) -> Iterator[Violation]:
+    """Yield duplicate names, ignoring case: folder names may be case-insensitive."""
     known = {name.casefold(): "another task of the run" for name in taken}
-    for place, one in enumerate(plan.tasks):
-        name = names[one.id]
-        other = known.setdefault(name.casefold(), f"tasks[{place}]")
-        if other != f"tasks[{place}]":
-            what = f"its name in the run, {name!r}, is that of {other}"
-            yield Violation("expansion.names", f"tasks[{place}].id", what, "choose an id with other letters or digits")
+    for index, task in enumerate(plan.tasks):
+        name, at = names[task.id], f"tasks[{index}]"
+        other = known.setdefault(name.casefold(), at)
+        if other != at:
+            what = f"its name in the run, {name!r}, is the name of {other}"
+            yield Violation("expansion.names", f"{at}.id", what, "choose an id with other letters or digits")
 
 
-def _paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
-    for place, one in enumerate(plan.tasks):
-        for number, pattern in enumerate(_owned(one)):
-            at = f"tasks[{place}].owns[{number}]"
+def _check_paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
+    for index, task in enumerate(plan.tasks):
+        for number, pattern in enumerate(_owned(task)):
+            at = f"tasks[{index}].owns[{number}]"
             fault = _fault(pattern)
             if fault is not None:
                 what, _, remedy = fault.partition(": ")
                 yield Violation("expansion.paths", at, f"{pattern[:200]!r} can't be owned, {what}", remedy)
             elif owns and not is_covered(pattern, owns):
-                what = f"{pattern[:200]!r} is not within what is its to change ({', '.join(owns)})"
+                what = f"{pattern[:200]!r} is outside the paths of the planning task ({', '.join(owns)})"
                 yield Violation("expansion.paths", at, what, _OUTSIDE)
 
 
 def _fault(pattern: str) -> str | None:
-    """Return what makes a text no pattern of paths, with the remedy behind a colon."""
+    """Return why a text is not a valid path pattern, as `problem: remedy`; None if it is valid."""
     if _CONTROL.search(pattern):
-        return "it has a control character: name the path without it"
+        return "it contains a control character: remove it"
     if any(part.casefold() == ".git" for part in pattern.split("/")):
-        return "it is what git itself works with: name another path"
+        return "it is inside git's own folder: name another path"
     try:
         check_pattern(pattern)
     except ValueError as error:

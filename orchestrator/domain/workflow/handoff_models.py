@@ -1,7 +1,7 @@
-"""What the kinds of handoffs that come with it hold, and the rules for it. Pure.
+"""Models and rules of the built-in kinds of handoffs.
 
-What is asked for is written by programs that mean well: one thing is taken where a list is wanted, and other usual
-names of a field are known. What is required is required.
+Handoffs are written by models, so the models here are lenient: they accept a single item for a list, and common aliases
+of fields. Required fields stay required.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts
-from orchestrator.domain.workflow.violations import Violation
+from orchestrator.domain.workflow.violations import HandoffFacts, Violation
 
-#: Characters of one text, items of one list, and entries of one mapping in what is handed over.
+#: Limits of a handoff: characters per text, and items per list or mapping.
 MAX_TEXT_CHARS: Final = 20_000
 MAX_ITEMS: Final = 500
 MAX_PLANNED_TASKS, MAX_ARTIFACTS, MAX_FINDINGS = 200, 5_000, 200
 
 
 def _text(value: Any) -> Any:
-    """Take a number or a list of lines where a text is meant."""
+    """Accept a number or a list of lines as text."""
     if value is None:
         return ""
     if isinstance(value, bool | int | float):
@@ -33,7 +32,7 @@ def _text(value: Any) -> Any:
 
 
 def _items(value: Any) -> list[Any]:
-    """Take one thing where a list of them is meant, and nothing for an empty one."""
+    """Accept a single item as a list, and None or an empty text as an empty list."""
     if value is None or value == "":
         return []
     items = value if isinstance(value, list | tuple) else [value]
@@ -42,10 +41,10 @@ def _items(value: Any) -> list[Any]:
 
 def _capped(items: list[Any]) -> tuple[Any, ...]:
     if len(items) > MAX_ITEMS:
-        raise ValueError(f"it has {len(items)} items: keep it to {MAX_ITEMS} at most")
-    for place, one in enumerate(items):
-        if isinstance(one, str) and len(one) > MAX_TEXT_CHARS:
-            raise ValueError(f"item {place} has {len(one)} characters: keep it to {MAX_TEXT_CHARS} at most")
+        raise ValueError(f"it has {len(items)} items: use at most {MAX_ITEMS}")
+    for number, item in enumerate(items):
+        if isinstance(item, str) and len(item) > MAX_TEXT_CHARS:
+            raise ValueError(f"item {number} has {len(item)} characters: use at most {MAX_TEXT_CHARS}")
     return tuple(items)
 
 
@@ -59,21 +58,21 @@ def _mapping_or_items(value: Any) -> Any:
 def _mapping_or_text(value: Any) -> Any:
     value = value if isinstance(value, dict) else _text(value)
     if not isinstance(value, str | dict):
-        raise ValueError("it is a list of more than lines: write a text or an object")
+        raise ValueError("it is a list of other values than text: write a text or an object")
     _capped(list(value.values()) if isinstance(value, dict) else [value])
     return value
 
 
-#: What says that there are none.
+#: Texts that mean an empty list.
 _NONE: Final = frozenset({"", "-", "none", "n/a", "null"})
 _NAMING: Final = ("id", "path", "name")
 
 
 def parse_names(value: Any) -> list[Any]:
-    """Take `a, b` for two names, and an object for what it is called."""
+    """Accept `a, b` as two names, and an object as its name."""
     items = re.split(r"[,\n]", value) if isinstance(value, str) else _items(value)
-    called = [next((one[key] for key in _NAMING if key in one), one) if isinstance(one, dict) else one for one in items]
-    names = [one.strip() if isinstance(one, str) else one for one in called]
+    named = [next((one[key] for key in _NAMING if key in one), one) if isinstance(one, dict) else one for one in items]
+    names = [one.strip() if isinstance(one, str) else one for one in named]
     return [one for one in names if not (isinstance(one, str) and one.lower() in _NONE)]
 
 
@@ -100,49 +99,49 @@ def _also(name: str, *others: str) -> AliasChoices:
 
 
 class Scout(_Model):
-    """What looking around found: what is wanted, what limits it, and what there is."""
+    """The result of a scout phase: requirements, constraints, and findings."""
 
     scout_findings: Items = Field(
         validation_alias=_also("scout_findings", "findings", "observations", "results"),
-        description="What there is that matters to the task: files, functions, habits of the code.",
+        description="Relevant facts: files, functions, conventions of the code.",
     )
-    requirements: Items = Field(default=(), description="What has to be true in the end.")
-    constraints: Items = Field(default=(), description="What must not change, or limits how it can be done.")
+    requirements: Items = Field(default=(), description="What must be true when the task is done.")
+    constraints: Items = Field(default=(), description="What must not change, or limits the solution.")
     priorities: Items = Field(
-        default=(), validation_alias=_also("priorities", "priority_order"), description="What comes first."
+        default=(), validation_alias=_also("priorities", "priority_order"), description="What to do first."
     )
     risks: Items = Field(default=(), description="What may go wrong.")
-    opportunities: Items = Field(default=(), description="What makes it easier than it looks.")
+    opportunities: Items = Field(default=(), description="What makes the task easier.")
     approach: Text = Field(
         default="",
         validation_alias=_also("approach", "recommended_approach"),
-        description="How it should be done, if that is clear.",
+        description="The recommended approach, if it is clear.",
     )
-    summary: Text = Field(default="", description="In a few sentences.")
+    summary: Text = Field(default="", description="A few sentences.")
 
 
 class PlannedTask(_Model):
-    """One piece of a plan, which can become a task of its own."""
+    """One step of a plan, which can become a task of the run."""
 
-    id: Name = Field(validation_alias=_also("id", "task_id", "name"), description="Short, and no other's.")
+    id: Name = Field(validation_alias=_also("id", "task_id", "name"), description="Short and unique.")
     prompt: Annotated[Text, Field(min_length=1)] = Field(
         validation_alias=_also("prompt", "description", "details", "title", "task", "what"),
-        description="What to do, complete enough for somebody who sees nothing but this.",
+        description="What to do, complete for a reader who sees nothing else.",
     )
     dependencies: Names = Field(
         default=(),
         validation_alias=_also("dependencies", "depends_on", "needs", "requires"),
-        description="The ids of the tasks that must be done before.",
+        description="The ids of the tasks that must be done first.",
     )
     owns: Names = Field(
         default=(),
         validation_alias=_also("owns", "paths", "files", "owned_paths"),
-        description="The paths that it changes; patterns as `src/*.py` are possible.",
+        description="The paths that it changes; patterns such as `src/*.py` are allowed.",
     )
 
 
 def _tasks(value: Any) -> Any:
-    """Take `{id: what}` and `{id: {…}}` for a list of tasks, and a bare text for a task that says what."""
+    """Accept `{id: prompt}` and `{id: {…}}` as a list of tasks, and a text as a task with this prompt."""
     if isinstance(value, dict):
         return [{"id": key, **(one if isinstance(one, dict) else {"prompt": one})} for key, one in value.items()]
     if isinstance(value, list):
@@ -151,22 +150,22 @@ def _tasks(value: Any) -> Any:
 
 
 class Plan(_Model):
-    """What is to be done, in which pieces and order, by when and with what."""
+    """The result of a plan phase: tasks, their order, timeline and resources."""
 
     tasks: Annotated[tuple[PlannedTask, ...], BeforeValidator(_tasks)] = Field(
         validation_alias=_also("tasks", "steps"), min_length=1, max_length=MAX_PLANNED_TASKS
     )
     dependencies: ItemsOrMapping = Field(
-        description="What it depends on; as a mapping by task, the ids of the tasks that must be done before."
+        description="What the plan depends on; as a mapping, the ids of the tasks that must be done before each task."
     )
     timeline: ItemsOrMapping = Field(
-        validation_alias=_also("timeline", "schedule", "phases"), description="What comes when."
+        validation_alias=_also("timeline", "schedule", "phases"), description="The order and timing of the work."
     )
-    resources: ItemsOrMapping = Field(description="What it takes: tools, packages, files, people.")
+    resources: ItemsOrMapping = Field(description="Required tools, packages, files and people.")
     specifications: ItemsOrMapping = Field(
         default=(), validation_alias=_also("specifications", "specification", "specs", "spec")
     )
-    summary: Text = Field(default="", description="In a few sentences.")
+    summary: Text = Field(default="", description="A few sentences.")
 
 
 def _path(value: Any) -> Any:
@@ -174,7 +173,7 @@ def _path(value: Any) -> Any:
 
 
 def normalize_checksum(value: Any) -> Any:
-    """Take the digits in either case, with or without their name before them."""
+    """Accept hexadecimal digits in either case, with or without the prefix `sha256:`."""
     return value.strip().lower().removeprefix("sha256:") if isinstance(value, str) else value
 
 
@@ -196,7 +195,7 @@ class Artifact(_Model):
 
 
 def _artifacts(value: Any) -> Any:
-    """Take `{path: checksum}` for a list of artifacts, and one for a list of one."""
+    """Accept `{path: checksum}` as a list of artifacts, and a single artifact as a list."""
     if isinstance(value, dict):
         if {"path", "file"} & value.keys():
             return [value]
@@ -205,12 +204,12 @@ def _artifacts(value: Any) -> Any:
 
 
 class Build(_Model):
-    """What was built: the files, and what there is to know about them."""
+    """The result of a build phase: files, and facts about them."""
 
     artifacts: Annotated[tuple[Artifact, ...], BeforeValidator(_artifacts)] = Field(
         validation_alias=_also("artifacts", "files"),
         max_length=MAX_ARTIFACTS,
-        description="The files that were made or changed and are to be relied on; none where nothing is.",
+        description="The created or changed files that later phases rely on; may be empty.",
     )
     implementation: ItemsOrMapping = Field(
         default=(),
@@ -223,7 +222,7 @@ class Build(_Model):
     )
     configuration: ItemsOrMapping = Field(default=(), validation_alias=_also("configuration", "config"))
     environment: ItemsOrMapping = Field(default=(), validation_alias=_also("environment", "env"))
-    summary: Text = Field(default="", description="In a few sentences.")
+    summary: Text = Field(default="", description="A few sentences.")
 
 
 _GOOD: Final = frozenset({"pass", "passed", "ok", "success", "succeeded", "successful", "done", "green", "deployed"})
@@ -241,23 +240,23 @@ Success = Annotated[bool, BeforeValidator(_outcome)]
 
 
 class Test(_Model):
-    """What tests came to."""
+    """The result of a test phase."""
 
     passed: Success = Field(validation_alias=_also("passed", "success", "status", "verdict", "result"))
     failures: Items = Field(default=(), validation_alias=_also("failures", "failed", "errors"))
     test_cases: Items = Field(default=(), validation_alias=_also("test_cases", "tests"), description="What was tested.")
     coverage: TextOrMapping = Field(default="", validation_alias=_also("coverage", "coverage_report"))
-    summary: Text = Field(default="", description="In a few sentences.")
+    summary: Text = Field(default="", description="A few sentences.")
 
 
 class Deploy(_Model):
-    """What was deployed, and where."""
+    """The result of a deploy phase."""
 
     deployed: Success = Field(validation_alias=_also("deployed", "success", "status", "result"))
     environment: TextOrMapping = Field(default="", validation_alias=_also("environment", "env", "target"))
     configuration: TextOrMapping = Field(default="", validation_alias=_also("configuration", "config"))
     artifacts: Items = Field(default=(), description="What was deployed: paths, or objects that have one.")
-    summary: Text = Field(default="", description="In a few sentences.")
+    summary: Text = Field(default="", description="A few sentences.")
 
 
 _VERDICTS: Final[Mapping[str, str]] = {
@@ -292,7 +291,7 @@ def _severity(value: Any) -> Any:
 
 
 def _line(value: Any) -> Any:
-    """Take the first line of `12-15`, and nothing for what is no line."""
+    """Accept the first line of `12-15`; return None for anything that is not a line number."""
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, str):
@@ -302,7 +301,7 @@ def _line(value: Any) -> Any:
 
 
 class Finding(_Model):
-    """What a review found at one place."""
+    """One finding of a review."""
 
     path: Annotated[str | None, Field(max_length=4096)] = Field(
         default=None, validation_alias=_also("path", "file", "filename"), description="From the top of the repository."
@@ -311,17 +310,17 @@ class Finding(_Model):
     severity: Annotated[Literal["critical", "major", "minor", "info"], BeforeValidator(_severity)] = "major"
     message: Annotated[Text, Field(min_length=1)] = Field(
         validation_alias=_also("message", "description", "comment", "text", "issue", "title"),
-        description="What is wrong, and what would be right.",
+        description="The problem, and how to fix it.",
     )
 
 
 def _findings(value: Any) -> list[Any]:
-    """Take a bare text for a finding without a place."""
+    """Accept a text as a finding without a path."""
     return [{"message": one} if isinstance(one, str) else one for one in _items(value)]
 
 
 class Review(_Model):
-    """Whether what was built may go on, and what was found."""
+    """The result of a review phase: a verdict and findings."""
 
     verdict: Annotated[Literal["approve", "reject"], BeforeValidator(_verdict)] = Field(
         validation_alias=_also("verdict", "decision", "approved")
@@ -329,18 +328,18 @@ class Review(_Model):
     findings: Annotated[tuple[Finding, ...], BeforeValidator(_findings)] = Field(
         default=(), validation_alias=_also("findings", "issues", "comments"), max_length=MAX_FINDINGS
     )
-    summary: Text = Field(default="", description="In a few sentences.")
+    summary: Text = Field(default="", description="A few sentences.")
 
 
 def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
-    """Yield what is wrong with the ids of a plan's tasks, and with what they wait for."""
+    """Yield violations of the ids and dependencies of a plan's tasks."""
     ids = [task.id for task in plan.tasks]
     known = set(ids)
     for place, task in enumerate(plan.tasks):
         at = f"tasks[{place}]"
         if task.id in ids[:place]:
-            what = f"{task.id!r} is the id of another, too"
-            yield Violation("plan.ids", f"{at}.id", what, "give each task an id of its own")
+            what = f"another task has the id {task.id!r}"
+            yield Violation("plan.ids", f"{at}.id", what, "give each task a unique id")
         for number, name in enumerate(task.dependencies):
             if name not in known:
                 yield _unknown(f"{at}.dependencies[{number}]", name, "name tasks of the plan")
@@ -348,12 +347,12 @@ def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
         for key, value in plan.dependencies.items():
             for name in [key, *map(str, parse_names(value))]:
                 if name not in known:
-                    remedy = "name tasks of the plan here, and all else under `resources`"
+                    remedy = "name only tasks of the plan here, and everything else under `resources`"
                     yield _unknown(f"dependencies.{key[:200]}", name, remedy)
-    circle = _find_cycle(collect_needs(plan))
-    if circle:
-        what = f"they wait for each other: {' → '.join(circle)}"
-        yield Violation("plan.circle", "tasks", what, "leave out one of these dependencies")
+    cycle = _find_cycle(collect_needs(plan))
+    if cycle:
+        what = f"dependency cycle: {' → '.join(cycle)}"
+        yield Violation("plan.circle", "tasks", what, "remove one of these dependencies")
 
 
 def _unknown(place: str, name: str, remedy: str) -> Violation:
@@ -361,7 +360,7 @@ def _unknown(place: str, name: str, remedy: str) -> Violation:
 
 
 def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Return by task of a plan the ids of those that it waits for: as it says, and as the plan's `dependencies` do."""
+    """Return the dependencies of each task, from the tasks and from the `dependencies` of the plan."""
     needs = {task.id: dict.fromkeys(task.dependencies) for task in plan.tasks}
     if isinstance(plan.dependencies, dict):
         for key, value in plan.dependencies.items():
@@ -371,7 +370,7 @@ def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
 
 
 def _find_cycle(needs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return tasks that wait for each other, the first of them at either end; nothing where none do."""
+    """Return a cycle of tasks, with the first one repeated at the end; empty if there is none."""
     left = {name: {need for need in of if need in needs} for name, of in needs.items()}
     while free := [name for name, of in left.items() if not of]:
         for name in free:
@@ -380,27 +379,27 @@ def _find_cycle(needs: Mapping[str, Sequence[str]]) -> list[str]:
             of.difference_update(free)
     if not left:
         return []
-    way = [min(left)]
-    while way.count(way[-1]) == 1:
-        way.append(min(left[way[-1]]))
-    return way[way.index(way[-1]) :]
+    path = [min(left)]
+    while path.count(path[-1]) == 1:
+        path.append(min(left[path[-1]]))
+    return path[path.index(path[-1]) :]
 
 
 def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
-    """Yield which artifacts are not what is there."""
+    """Yield artifacts that do not match the files in the built tree."""
     for place, artifact in enumerate(build.artifacts):
         if not _is_inside(artifact.path):
-            what = f"{artifact.path[:200]!r} is no path in the repository"
-            yield Violation("build.path", f"artifacts[{place}].path", what, "name it from the top, with `/`")
+            what = f"{artifact.path[:200]!r} is not a path in the repository"
+            yield Violation("build.path", f"artifacts[{place}].path", what, "write it relative to the top, with `/`")
         elif artifact.path in facts.checksums:
-            found = facts.checksums[artifact.path]
-            if found is None:
-                what = f"{artifact.path!r} is no file in what was built"
-                remedy = "name files that are there, and that git does not ignore"
+            actual = facts.checksums[artifact.path]
+            if actual is None:
+                what = f"{artifact.path!r} is not a file in the built tree"
+                remedy = "name existing files that git does not ignore"
                 yield Violation("build.artifacts", f"artifacts[{place}].path", what, remedy)
-            elif normalize_checksum(found) != artifact.checksum:
-                what = f"it is not that of {artifact.path!r}, whose SHA-256 is {normalize_checksum(found)}"
-                remedy = "name the checksum of the file as it is in the end"
+            elif normalize_checksum(actual) != artifact.checksum:
+                what = f"wrong checksum of {artifact.path!r}, whose SHA-256 is {normalize_checksum(actual)}"
+                remedy = "give the checksum of the final file"
                 yield Violation("build.checksum", f"artifacts[{place}].checksum", what, remedy)
 
 
@@ -410,16 +409,16 @@ def _is_inside(path: str) -> bool:
 
 
 def find_artifact_paths(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the paths of the artifacts that what was handed over names; none where it can't be read."""
+    """Return the artifact paths of a build handoff; empty if it is invalid."""
     try:
         build = Build.model_validate(dict(data))
     except (ValidationError, RecursionError):
-        return ()  # the check says so
+        return ()  # the check reports it
     return tuple(dict.fromkeys(one.path for one in build.artifacts if _is_inside(one.path)))
 
 
 def check_review(review: Review, _facts: HandoffFacts) -> Iterable[Violation]:
-    """Yield that a rejection gives nothing to mend."""
+    """Yield a violation for a rejection without findings."""
     if review.verdict == "reject" and not review.findings:
-        what = "it rejects, and names nothing that is wrong"
-        yield Violation("review.findings", "findings", what, "say what is to be mended, with path, line and message")
+        what = "it rejects the work without findings"
+        yield Violation("review.findings", "findings", what, "list the problems, with path, line and message")

@@ -1,4 +1,4 @@
-"""What one phase hands the next: a record with a digest, and who has received it. Pure."""
+"""Handoffs between phases: records with a digest and receipts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.errors import HandoffCorrupted
 
 HandoffProtocol = Literal["direct", "mediated", "shared"]
-#: How a result was delivered: in its file, by a command or tool, or as the last block of the answer.
+#: How a result was submitted: in its file, by a command or tool, or as the last block of the answer.
 Delivery = Literal["file", "tool", "answer"]
 
-#: Characters of a handoff's summary.
+#: The longest summary of a handoff, in characters.
 MAX_SUMMARY_CHARS: Final = 2_000
 
 
@@ -27,75 +27,77 @@ class _Document(BaseModel):
 
 
 class Receipt(_Document):
-    """That a visit of a phase was given a handoff, whole. The time is wall-clock seconds."""
+    """A receipt of a complete handoff by a visit of a phase. The time is wall-clock seconds."""
 
     phase: str
     attempt: int
-    """The attempt that the visit began with."""
+    """The first attempt of the visit."""
     time: Instant
     digest: str
-    """Of what was received."""
+    """The digest of the received handoff."""
 
 
 class Handoff(_Document):
-    """What came of one phase. Made by `make_handoff`."""
+    """The result of one phase. Created by `make_handoff`."""
 
     id: str
-    """`RUN/TASK/ATTEMPT`, as the document is called."""
+    """`RUN/TASK/ATTEMPT`, the id of its document."""
     run: str
     task: str
     kind: str
     protocol: HandoffProtocol
     phase: str
-    """The phase that it comes from."""
+    """The phase that produced it."""
     attempt: int
     to: str | None = None
-    """The phase that it is for; None: none follows."""
+    """The phase that receives it; None: no phase follows."""
     time: Instant
-    """When, in wall-clock seconds."""
+    """The time in wall-clock seconds."""
     digest: str
-    """Of its data, and of what mediated them; see `compute_digest`."""
+    """The digest of its data and mediation; see `compute_digest`."""
     data: dict[str, Any]
-    """The result, as its kind has it."""
+    """The result, normalized by its kind."""
     summary: str = ""
-    """What its session was at, in a few words."""
+    """A short description of the session's work."""
     status: str = "completed"
-    """How the phase ended that it comes from."""
+    """How the phase that produced it ended."""
     tokens: int = 0
-    """Input and output, of all of the task so far."""
+    """Input and output tokens of the task so far."""
     cost: float | None = None
-    """US dollars, of all of the task so far; None where no CLI told."""
+    """The known cost of the task so far in US dollars; None if unknown."""
     by: Delivery
     mediation: Mediation | None = None
     key: str | None = None
     """The key under which it is shared."""
     version: int | None = None
-    """The version of what stood there then."""
+    """The version of the shared value at that time."""
     receipts: tuple[Receipt, ...] = ()
 
 
 def handoff_id(run: str, task: str, attempt: int) -> str:
-    """Return what the handoff of an attempt is called."""
+    """Return the id of the handoff of an attempt."""
     return f"{run}/{task}/{attempt}"
 
 
 def make_handoff(
-    run: str, task: str, attempt: int, data: dict[str, Any], *, mediation: Mediation | None = None, **told: Any
+    run: str, task: str, attempt: int, data: dict[str, Any], *, mediation: Mediation | None = None, **fields: Any
 ) -> Handoff:
-    """Return the handoff of an attempt, with its id and digest; `told` are its other fields."""
+    """Return the handoff of an attempt, with its id and digest; `fields` are its other fields."""
     digest = compute_digest(_contents(data, mediation))
     name = handoff_id(run, task, attempt)
-    told["summary"] = str(told.get("summary") or "")[:MAX_SUMMARY_CHARS]
-    return Handoff(id=name, run=run, task=task, attempt=attempt, data=data, mediation=mediation, digest=digest, **told)
+    fields["summary"] = str(fields.get("summary") or "")[:MAX_SUMMARY_CHARS]
+    return Handoff(
+        id=name, run=run, task=task, attempt=attempt, data=data, mediation=mediation, digest=digest, **fields
+    )
 
 
 def get_payload(handoff: Handoff) -> dict[str, Any]:
-    """Return what the next phase is given: the result, or what was made of it on the way."""
+    """Return the input of the next phase: the result, or its mediated form."""
     return handoff.data if handoff.mediation is None else handoff.mediation.processed
 
 
 def is_intact(handoff: Handoff) -> bool:
-    """Whether it holds what its digest says."""
+    """Whether the digest matches the contents."""
     try:
         return compute_digest(_contents(handoff.data, handoff.mediation)) == handoff.digest
     except ValueError:
@@ -103,13 +105,13 @@ def is_intact(handoff: Handoff) -> bool:
 
 
 def acknowledge(handoff: Handoff, phase: str, attempt: int, now: float) -> Handoff:
-    """Return a handoff that a visit of a phase has received, once; HandoffBroken if it is not what was handed over.
+    """Return a handoff with a receipt of a visit, added once; raise HandoffCorrupted if its digest does not match.
 
-    `attempt` is the attempt that the visit begins with.
+    `attempt` is the first attempt of the visit.
     """
     if not is_intact(handoff):
-        raise HandoffCorrupted(handoff.id, f"phase {phase!r} can't take it: its digest does not match what it holds")
-    if any((one.phase, one.attempt) == (phase, attempt) for one in handoff.receipts):
+        raise HandoffCorrupted(handoff.id, f"phase {phase!r} can't use it: its digest does not match its contents")
+    if any((receipt.phase, receipt.attempt) == (phase, attempt) for receipt in handoff.receipts):
         return handoff
     receipt = Receipt(phase=phase, attempt=attempt, time=now, digest=handoff.digest)
     return handoff.model_copy(update={"receipts": (*handoff.receipts, receipt)})
@@ -121,11 +123,11 @@ def _contents(data: dict[str, Any], mediation: Mediation | None) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class JsonBlock:
-    """What an answer ends with: the last fenced JSON object in it, or none."""
+    """The last fenced JSON object in an answer, if any."""
 
     data: dict[str, Any] | None
     skipped: tuple[str, ...] = ()
-    """Why later blocks were not taken, or none was, each with the line that it begins at."""
+    """Why later blocks were skipped, each with its first line."""
 
 
 _OPENING: Final = re.compile(r"[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)\Z")
@@ -134,8 +136,8 @@ _OPENING: Final = re.compile(r"[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)
 def find_last_json_block(text: str) -> JsonBlock:
     """Return the last fenced block of an answer that is a JSON object.
 
-    Blocks count that say `json` or nothing after the fence. One that says `json` and is none ends the search: what
-    stands before it is not what was meant to be handed over.
+    Only blocks with the info string `json` or none count. An invalid `json` block ends the search: an earlier block is
+    not the intended handoff.
     """
     skipped: list[str] = []
     for line, info, block in reversed(list(_blocks(text))):
@@ -151,7 +153,7 @@ def find_last_json_block(text: str) -> JsonBlock:
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the fenced blocks: the line of the fence, from 1, what is said behind it, and what is between."""
+    """Yield the fenced blocks: the line of the opening fence (from 1), the info string, and the content."""
     fence, info, begin, block = "", "", 0, list[str]()
     for number, line in enumerate(text.split("\n"), start=1):
         stripped = line.rstrip("\r")
@@ -162,7 +164,7 @@ def _blocks(text: str) -> Iterator[tuple[int, str, str]]:
                 fence = ""
             else:
                 block.append(stripped)
-        elif found := _OPENING.match(stripped):
-            fence, info, begin, block = found["fence"], found["info"].strip().lower(), number, []
-    if fence:  # it ends with the answer
+        elif opening := _OPENING.match(stripped):
+            fence, info, begin, block = opening["fence"], opening["info"].strip().lower(), number, []
+    if fence:  # an unclosed block ends with the answer
         yield begin, info, "\n".join(block)

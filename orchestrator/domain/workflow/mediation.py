@@ -1,7 +1,6 @@
-"""What stands between two phases of a mediated handoff: one's result, made ready for the other. Pure.
+"""Mediated handoffs: transform the result of one phase for the next phase.
 
-A transformation that is named, or registered for the two kinds, makes it ready; without one a default does, which
-needs nothing but the result.
+The transformation is named by the phase, or registered for the two kinds; otherwise a default applies.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.domain.documents.json_values import find_json_error, is_empty_value
 from orchestrator.domain.workflow.violations import Violation, describe_exception
 
-#: What a transformation is: a function of a result and its analysis that returns a JSON object, at once.
+#: A synchronous function of a result and its analysis that returns a JSON object.
 Transformation = Callable[[dict[str, Any], dict[str, Any]], Any]
 
 
 class Mediation(BaseModel):
-    """What became of a result on its way."""
+    """A transformed result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -30,13 +29,13 @@ class Mediation(BaseModel):
     """The name of the transformation; None: the default."""
     analysis: dict[str, Any]
     processed: dict[str, Any]
-    """What the next phase is given in place of the result."""
+    """The transformed result, which the next phase gets."""
     instructions: str
-    """What it is told to do with that."""
+    """Instructions for the next phase."""
 
 
 def analyze(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what can be said of a result by its form: how much of what, and what it says about how to go on."""
+    """Return an analysis of a result: sizes, missing values, risks, opportunities and approach."""
     analysis: dict[str, Any] = {
         "amounts": {key: len(value) for key, value in data.items() if isinstance(value, list | dict) and value},
         "missing": [key for key, value in data.items() if is_empty_value(value)],
@@ -46,13 +45,13 @@ def analyze(data: Mapping[str, Any]) -> dict[str, Any]:
     }
     findings = data.get("findings")
     if isinstance(findings, list):
-        severities = [str(one["severity"]) for one in findings if isinstance(one, dict) and one.get("severity")]
+        severities = [str(each["severity"]) for each in findings if isinstance(each, dict) and each.get("severity")]
         analysis["severities"] = dict(sorted(Counter(severities).items()))
     return analysis
 
 
 def scout_to_plan(data: dict[str, Any], analysis: dict[str, Any]) -> dict[str, Any]:
-    """Return what was found as a planner wants it."""
+    """Transform a scout result into the input of a planner."""
     return {
         "requirements": data.get("requirements", []),
         "constraints": data.get("constraints", []),
@@ -64,29 +63,29 @@ def scout_to_plan(data: dict[str, Any], analysis: dict[str, Any]) -> dict[str, A
     }
 
 
-#: What is there without a plugin.
+#: The built-in transformations.
 TRANSFORMATIONS: Final[Mapping[str, Transformation]] = {"scout_to_plan": scout_to_plan}
 
 
 def drop_empty_values(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result without what says nothing."""
+    """Return a result without empty values."""
     return {key: value for key, value in data.items() if not is_empty_value(value)}
 
 
 _INSTRUCTIONS: Final[Mapping[str, str]] = {
-    "scout": "Look further from here; what is known need not be found again.",
-    "plan": "Make a plan that meets the requirements within the constraints, in the order of the priorities.",
-    "build": "Do what is planned, in the order of the dependencies, and nothing beside it.",
-    "test": "Test what was built against the test cases, and say what does not hold.",
-    "deploy": "Deploy the artifacts that are named, as the configuration of the environment says.",
-    "review": "Judge what was done against what was asked for, and name each finding with its place.",
+    "scout": "Continue from these findings; do not repeat known ones.",
+    "plan": "Make a plan that meets the requirements within the constraints, ordered by the priorities.",
+    "build": "Implement the plan in the order of the dependencies, and nothing else.",
+    "test": "Test the build against the test cases, and report failures.",
+    "deploy": "Deploy the named artifacts with the configuration of the environment.",
+    "review": "Review the work against the requirements, and give the path and line of each finding.",
 }
 
 
 def get_instructions(to_kind: str | None, processed: Mapping[str, Any]) -> str:
-    """Return what a phase of a kind is told to do with what it is given."""
-    told = _INSTRUCTIONS.get(to_kind or "", "Go on from what is given.")
-    return f"{told} Given: {', '.join(processed)}." if processed else told
+    """Return the instructions for a phase of a kind, with the names of its input values."""
+    instructions = _INSTRUCTIONS.get(to_kind or "", "Continue from the input.")
+    return f"{instructions} Input: {', '.join(processed)}." if processed else instructions
 
 
 def mediate(
@@ -96,9 +95,9 @@ def mediate(
     transformations: Mapping[str, Transformation] = TRANSFORMATIONS,
     named: str | None = None,
 ) -> Mediation | Violation:
-    """Return a result made ready for the next phase, or why its transformation can't do that.
+    """Return a result transformed for the next phase, or the violation of its transformation.
 
-    `named` is the transformation that the phase names; else that of the name `FROM_to_TO`, if there is one, is taken.
+    `named` is the transformation that the phase names. Without it, `FROM_to_TO` applies if it is registered.
     """
     analysis = analyze(data)
     name = named or (f"{from_kind}_to_{to_kind}" if f"{from_kind}_to_{to_kind}" in transformations else None)
@@ -118,21 +117,21 @@ def _transform(
 ) -> dict[str, Any] | Violation:
     place = f"transformation {name!r}"
     if transformation is None:
-        return Violation("mediation.unknown", place, "nothing registers it", "install its plugin, or name another")
+        return Violation("mediation.unknown", place, "it is not registered", "install its plugin, or name another one")
     try:
-        # What it does with its arguments must not change what is on record.
+        # Copies: a transformation must not change recorded values.
         made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
     except Exception as error:
         return Violation(
-            "mediation.failed", place, f"it raised {describe_exception(error)}", "mend the plugin that brings it"
+            "mediation.failed", place, f"it raised {describe_exception(error)}", "fix the plugin that provides it"
         )
     if inspect.iscoroutine(made):
         made.close()
         return Violation("mediation.result", place, "it is asynchronous", "register a plain function")
     if not isinstance(made, dict):
-        what = f"it returned {type(made).__name__}, no JSON object"
-        return Violation("mediation.result", place, what, "let it return a dict of plain JSON values")
+        what = f"it returned {type(made).__name__}, not a JSON object"
+        return Violation("mediation.result", place, what, "return a dict of plain JSON values")
     flaw = find_json_error(made)
     if flaw is not None:
-        return Violation("mediation.result", place, f"what it returned is no plain JSON: {flaw}", "mend its plugin")
+        return Violation("mediation.result", place, f"its result is not plain JSON: {flaw}", "fix its plugin")
     return made

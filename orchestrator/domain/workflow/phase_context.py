@@ -1,4 +1,4 @@
-"""What a phase knows: values that it inherits, has of its own and produces; what of them it is given. Pure."""
+"""Context of a phase: inherited, local and produced values, and the selection that its session gets."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from orchestrator.domain.workflow.routing import Phase
 
 @dataclass(frozen=True, slots=True)
 class PhaseContext:
-    """The values of one phase, each under a name."""
+    """The named values of one phase."""
 
     phase: str
     inherited: Mapping[str, Any] = field(default_factory=dict)
-    """What was known when it began: from the file, and what earlier phases produced."""
+    """Values from the config file and from earlier phases."""
     local: Mapping[str, Any] = field(default_factory=dict)
-    """What it alone knows."""
+    """Values for this phase only."""
     produced: Mapping[str, Any] = field(default_factory=dict)
-    """What came of it."""
+    """Values that it produced."""
 
     def known(self) -> dict[str, Any]:
-        """Return what it could be given: its own before what it inherits."""
+        """Return all input values; local values override inherited ones."""
         return {**self.inherited, **self.local}
 
     def complete(self) -> dict[str, Any]:
-        """Return all of it: what came of it before its own, and that before what it inherits."""
+        """Return all values; produced values override local ones, and these override inherited ones."""
         return {**self.known(), **self.produced}
 
     def to_next_phase(self) -> dict[str, Any]:
-        """Return what the next phase inherits: all but its own."""
+        """Return the values that the next phase inherits: all except local ones."""
         return {**self.inherited, **self.produced}
 
 
 def chain_contexts(
     phases: Iterable[Phase], inherited: Mapping[str, Any], produced: Mapping[str, Mapping[str, Any]]
 ) -> list[PhaseContext]:
-    """Return the contexts of phases in their order, each inheriting from the one before.
+    """Return the contexts of phases in order, each inheriting from the previous one.
 
-    `produced` has by phase what its handoff exports; a phase that is not there adds nothing.
+    `produced` has the exported values of handoffs by phase; a missing phase adds nothing.
     """
     chain: list[PhaseContext] = []
     known = dict(inherited)
@@ -55,21 +55,21 @@ def chain_contexts(
 def build_phase_context(
     phase: Phase, before: Sequence[Phase], inherited: Mapping[str, Any], produced: Mapping[str, Mapping[str, Any]]
 ) -> PhaseContext:
-    """Return the context of a phase that begins, after the phases before it."""
-    return chain_contexts([*before, phase], inherited, {one.name: produced.get(one.name, {}) for one in before})[-1]
+    """Return the context of a starting phase, given the phases before it."""
+    return chain_contexts([*before, phase], inherited, {each.name: produced.get(each.name, {}) for each in before})[-1]
 
 
 def get_handoff_kind(phase: Phase, kinds: Mapping[str, HandoffKind]) -> HandoffKind | None:
-    """Return the kind of what a phase hands over; None where it hands nothing over, or nobody knows the kind."""
+    """Return the kind of a phase's handoff; None if it has none, or the kind is unknown."""
     if phase.produces is None:
         return None
     return kinds.get(phase.produces) if phase.schema_ is None else kind_from_schema(phase.produces, phase.schema_)
 
 
 def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] | None:
-    """Return the names of the values that a phase is given; None: all.
+    """Return the names of the values that a phase needs; None: all.
 
-    As it declares, else as its kind does, else as phases of its name do.
+    They are declared by the phase, by its kind, or by the default for its name, in this order.
     """
     if phase.needs is not None:
         return phase.needs
@@ -79,9 +79,9 @@ def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] |
 
 
 def select_values(values: Mapping[str, Any], needs: Sequence[str] | None) -> tuple[dict[str, Any], GivenValues]:
-    """Return those of the values that are needed (None: all), in the order in which they are, and what that spares."""
+    """Return the needed values (None: all), in the order of `needs`, and a record of what was given and omitted."""
     wanted = values.keys() if needs is None else dict.fromkeys(needs)
     given = {key: values[key] for key in wanted if key in values}
-    left = tuple(key for key in values if key not in given)
+    omitted = tuple(key for key in values if key not in given)
     size, whole = len(encode_canonical(given)), len(encode_canonical(dict(values)))
-    return given, GivenValues(keys=tuple(given), left_out=left, size=size, whole=whole)
+    return given, GivenValues(keys=tuple(given), left_out=omitted, size=size, whole=whole)

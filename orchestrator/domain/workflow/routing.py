@@ -1,4 +1,4 @@
-"""Which phase of its workflow a task is at, and what follows. Pure: what came of a session is told, not looked at."""
+"""Determine the current and next phase of a task in its workflow."""
 
 from __future__ import annotations
 
@@ -30,125 +30,125 @@ class Expansion(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     most: int = 20
-    """How many there may be at most."""
+    """The largest number of tasks."""
     workflow: str | None = None
-    """The workflow that each of them has; None: none."""
+    """The workflow of each task; None: none."""
 
 
 class Phase(BaseModel):
-    """One step of a workflow, everything resolved but what a task says: its adapter, where this names none."""
+    """One resolved step of a workflow; without an adapter of its own it uses the adapter of the task."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     name: str
     adapter: str | None = None
-    """Who does it; None: the task's own adapter."""
+    """The adapter that runs it; None: the adapter of the task."""
     fallback: _Strings = ()
-    """Who stands in, where it names its adapter."""
+    """Fallback adapters, if it names its adapter."""
     writes: bool = True
-    """Whether what it changes counts; else that is discarded."""
+    """Whether its changes are preserved; otherwise they are discarded."""
     produces: str | None = None
-    """The kind of its handoff; None: it hands nothing over but its work."""
+    """The kind of its handoff; None: it has no handoff except its work."""
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    """The JSON Schema of its handoff, where its kind is one of the user's own."""
+    """The JSON Schema of its handoff, if its kind is custom."""
     prompt: str | None = None
-    """The template of what its session is told; None: the task's prompt as it is."""
+    """The prompt template; None: the prompt of the task, unchanged."""
     needs: _Strings | None = None
-    """The names of the values that it is given; None: those that its kind of phase needs."""
+    """The names of the values that it gets; None: the needs of its kind."""
     context: dict[str, Any] = {}
-    """Values of its own, which later phases do not inherit."""
+    """Local values, which later phases do not inherit."""
     when: str | None = None
-    """The condition (an expression over the values that it could be given) without which it is skipped."""
+    """A condition (an expression over its input values); if it is false, the phase is skipped."""
     approve: bool = False
-    """Whether a person is to approve its result before anything follows."""
+    """Whether a person must approve its result before the next phase starts."""
     continues: str | None = None
-    """The earlier phase with whose session it goes on, where its adapter can; None: with none."""
+    """The earlier phase whose conversation it continues, if its adapter supports it; None: none."""
     handoff: Literal["direct", "mediated", "shared"] = "direct"
-    """How its result gets to the next phase."""
+    """How its result reaches the next phase."""
     transform: str | None = None
-    """The transformation that mediates; None: the one that is registered for the two kinds, or the default."""
+    """The transformation of a mediated handoff; None: the one registered for the two kinds, or the default."""
     mediator: str | None = None
-    """The phase that mediates, between this one and the next."""
+    """The phase that mediates between this one and the next one."""
     key: str | None = None
     """The key under which its result is shared."""
     until: _Strings = ()
     """Shell commands that must succeed on its work before it is complete."""
     on_reject: str | None = None
-    """The phase that a review's rejection goes back to; None: the last one before it that writes."""
+    """The phase to return to after a rejection; None: the last earlier phase that writes."""
     max_rounds: int = 3
-    """How often it may be sent back by `until`, or send back itself, before the task has failed."""
+    """How often `until` or its rejections may send work back before the task fails."""
     expand: Expansion | None = None
-    """How the tasks of its plan become tasks of the run; None: they do not."""
+    """How the tasks of its plan become tasks of the run; None: not at all."""
     timeout: float | None = None
-    """Wall-clock seconds that one session of it may take; None: the task's limit."""
+    """The wall-clock limit of one session in seconds; None: the timeout of the task."""
 
     @property
     def shows_diff(self) -> bool:
-        """Whether its template may show the changes that it starts with."""
+        """Whether its template may include the diff of earlier work."""
         return self.prompt is not None and "diff" in self.prompt
 
 
-#: Ends of sessions that another turn of the same conversation is to mend.
+#: Failures that a follow-up message in the same conversation should fix.
 _REPAIRABLE: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
 
-#: The kind that says whether work is to go on, and how it says that it is not; nothing else sends work back.
+#: The kind and the verdict that reject work; nothing else sends work back.
 REVIEW_KIND: Final = "review"
 REJECT_VERDICT: Final = "reject"
 
-#: What a task without a workflow does.
+#: The single phase of a task without a workflow.
 BUILD_PHASE: Final = Phase(name="build")
 DEFAULT_PHASES: Final = (BUILD_PHASE,)
 
 
 @dataclass(frozen=True, slots=True)
 class Workflow:
-    """The phases of a task, in their order; names are unique."""
+    """The phases of a task, in order; names are unique."""
 
     phases: Sequence[Phase] = DEFAULT_PHASES
 
     @property
     def is_default(self) -> bool:
-        """Whether it is the one phase that a task without a workflow has, of which nothing is recorded."""
+        """Whether it is the single phase of a task without a workflow; its visits are not recorded."""
         return self.phases is DEFAULT_PHASES or tuple(self.phases) == DEFAULT_PHASES
 
     @property
     def has_work(self) -> bool:
-        """Whether any phase writes: then its task is done only when it has landed."""
+        """Whether any phase writes; if so, its task is done only when it has landed."""
         return any(phase.writes for phase in self.phases)
 
     def phase(self, name: str) -> Phase:
-        """Return a phase by its name; KeyError without one."""
+        """Return a phase by name; raise KeyError if there is none."""
         for phase in self.phases:
             if phase.name == name:
                 return phase
         raise KeyError(name)
 
     def index(self, name: str) -> int:
-        """Return the place of a phase; KeyError without one."""
+        """Return the index of a phase; raise KeyError if there is none."""
         return self.phases.index(self.phase(name))
 
     def before(self, name: str) -> Sequence[Phase]:
-        """Return the phases before one."""
+        """Return the phases before a phase."""
         return self.phases[: self.index(name)]
 
     def after(self, name: str) -> Sequence[Phase]:
-        """Return the phases after one."""
+        """Return the phases after a phase."""
         return self.phases[self.index(name) + 1 :]
 
     def find_rejection_target(self, name: str, task: TaskDocument) -> Phase:
-        """Return the phase that a task's rejection by another goes back to.
+        """Return the phase to return to after a rejection by the phase `name`.
 
-        It is that which the other names, or the last one before it that writes. What was skipped can mend nothing.
+        It is the phase named by `on_reject`, or the last earlier one that writes. Skipped phases do not count.
         """
         reviewer, earlier = self.phase(name), self.before(name)
         if reviewer.on_reject is not None and not _is_skipped(task, reviewer.on_reject):
             return self.phase(reviewer.on_reject)
-        made = [one for one in earlier if not _is_skipped(task, one.name)]
-        return next((one for one in reversed(made) if one.writes), made[-1] if made else reviewer)
+        visited = [phase for phase in earlier if not _is_skipped(task, phase.name)]
+        return next((phase for phase in reversed(visited) if phase.writes), visited[-1] if visited else reviewer)
 
     def builders(self, task: TaskDocument) -> Sequence[Phase]:
-        """Return the phases that write, but for those that a task has skipped."""
-        return [one for one in self.phases if one.writes and not _is_skipped(task, one.name)]
+        """Return the phases that write, without those that the task skipped."""
+        return [phase for phase in self.phases if phase.writes and not _is_skipped(task, phase.name)]
 
 
 def _is_skipped(task: TaskDocument, phase: str) -> bool:
@@ -157,37 +157,37 @@ def _is_skipped(task: TaskDocument, phase: str) -> bool:
 
 
 def latest_visit(task: TaskDocument, phase: str) -> PhaseRecord | None:
-    """Return the last visit of a phase; None without one."""
-    return next((one for one in reversed(task.phases) if one.phase == phase), None)
+    """Return the last visit of a phase; None if there is none."""
+    return next((record for record in reversed(task.phases) if record.phase == phase), None)
 
 
 def find_next_phase(
     workflow: Workflow, phases: Sequence[PhaseRecord], start: int, holds: Callable[[str, str], bool], now: float
 ) -> tuple[tuple[PhaseRecord, ...], Phase | None]:
-    """Return the next phase from a place on whose condition holds, if any, and the visits with those skipped.
+    """Return the visits with skipped phases added, and the next phase from index `start` whose condition is true.
 
-    `holds` judges the condition of a phase, by its name and its words.
+    `holds` evaluates the condition of a phase, given its name and the expression.
     """
-    found = tuple(phases)
+    visits = tuple(phases)
     for phase in workflow.phases[start:]:
         if phase.when is None or holds(phase.name, phase.when):
-            return found, phase
-        found = skip_phase(found, phase, f"its condition does not hold: {phase.when}", now)
-    return found, None
+            return visits, phase
+        visits = skip_phase(visits, phase, f"its condition is false: {phase.when}", now)
+    return visits, None
 
 
 def has_open_visit(task: TaskDocument) -> bool:
-    """Whether the last visit is not over."""
+    """Whether the last visit is unfinished."""
     return bool(task.phases) and task.phases[-1].status in OPEN_STATUSES
 
 
 def read_verdict(phase: Phase, data: Mapping[str, Any]) -> str | None:
-    """Return what a phase says of the work by what it hands over; None where it is no review."""
+    """Return the verdict of a review handoff; None if the phase is not a review."""
     return data.get("verdict") if phase.produces == REVIEW_KIND else None
 
 
 def current_phase(workflow: Workflow, task: TaskDocument) -> Phase | None:
-    """Return the phase that a task is at, or that it is to enter next; None where none is left."""
+    """Return the current or next phase of a task; None if none is left."""
     if has_open_visit(task):
         return workflow.phase(task.phases[-1].phase)
     if task.phase is not None:
@@ -196,23 +196,23 @@ def current_phase(workflow: Workflow, task: TaskDocument) -> Phase | None:
 
 
 def completed_visits(workflow: Workflow, task: TaskDocument) -> Mapping[str, PhaseRecord]:
-    """Return the last complete visit of each phase that precedes the one that a task is at, in the workflow's order.
+    """Return the last completed visit of each phase before the current one, in workflow order.
 
-    What was complete and is to be done again does not count, nor does what followed it.
+    Completed phases that will be repeated do not count, nor do the phases after them.
     """
-    at = current_phase(workflow, task)
-    found: dict[str, PhaseRecord] = {}
-    for phase in workflow.phases if at is None else workflow.before(at.name):
+    current = current_phase(workflow, task)
+    completed: dict[str, PhaseRecord] = {}
+    for phase in workflow.phases if current is None else workflow.before(current.name):
         record = latest_visit(task, phase.name)
         if record is not None and record.status is PhaseStatus.COMPLETED:
-            found[phase.name] = record
-    return found
+            completed[phase.name] = record
+    return completed
 
 
 def enter_phase(
     workflow: Workflow, task: TaskDocument, phase: Phase, attempt: int, now: float, **given: Any
 ) -> dict[str, Any]:
-    """Return the changes to a task whose attempt begins at a phase: a visit is begun, or goes on."""
+    """Return the changes to a task whose attempt starts a phase: a new visit, or a continued one."""
     if workflow.is_default:
         return {}
     last = task.phases[-1] if has_open_visit(task) else None
@@ -226,7 +226,7 @@ def enter_phase(
 
 
 def skip_phase(phases: Sequence[PhaseRecord], phase: Phase, reason: str, now: float) -> tuple[PhaseRecord, ...]:
-    """Return the visits with one more that was none."""
+    """Return the visits with a skipped one added."""
     return (
         *phases,
         advance_phase(phase.name, None, PhaseTrigger.SKIP, phase=phase.name, started=now, ended=now, reason=reason),
@@ -234,7 +234,7 @@ def skip_phase(phases: Sequence[PhaseRecord], phase: Phase, reason: str, now: fl
 
 
 def change_last_visit(task: TaskDocument, trigger: PhaseTrigger | None, **changes: Any) -> tuple[PhaseRecord, ...]:
-    """Return the visits with the last one after `trigger` (None: where it is), and with `changes` to it."""
+    """Return the visits with the last one changed by `trigger` (None: same status) and `changes`."""
     last = task.phases[-1]
     if trigger is None:
         return (*task.phases[:-1], last.model_copy(update=changes))
@@ -242,34 +242,33 @@ def change_last_visit(task: TaskDocument, trigger: PhaseTrigger | None, **change
 
 
 def close_open_visit(task: TaskDocument, now: float) -> TaskDocument:
-    """Return a task without an open visit where the task is over."""
+    """Close the open visit of a finished task."""
     if task.status not in FINAL_STATUSES or not has_open_visit(task):
         return task
     trigger = PhaseTrigger.CANCEL if task.status is TaskStatus.CANCELLED else PhaseTrigger.FAIL
-    if (task.phases[-1].status, trigger) not in PHASE_TRANSITIONS:  # it was over, and waited for a person
+    if (task.phases[-1].status, trigger) not in PHASE_TRANSITIONS:  # it was complete, and waited for approval
         trigger = PhaseTrigger.CANCEL
     return task.model_copy(update={"phases": change_last_visit(task, trigger, ended=now, reason=task.reason)})
 
 
 def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield an event for each visit that has come to another status: its type, and what it says."""
+    """Yield an event for each visit with a new status: its type and its data."""
     for index, record in enumerate(after):
         was = before[index] if index < len(before) and before[index].phase == record.phase else None
         if was is None or was.status is not record.status:
             facts = {
                 "phase": record.phase,
-                "visit": sum(one.phase == record.phase for one in after[: index + 1]),
+                "visit": sum(visit.phase == record.phase for visit in after[: index + 1]),
                 "handoff": record.handoff,
                 "verdict": record.verdict,
                 "reason": record.reason,
             }
-            told = {name: value for name, value in facts.items() if value is not None}
-            yield PHASE_EVENTS[record.status], told
+            yield PHASE_EVENTS[record.status], {name: value for name, value in facts.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltWork:
-    """What a task has built so far: the commit, what it is judged against, and the number of the attempt."""
+    """The work of a task so far: the commit, its base for comparison, and the number of the attempt."""
 
     commit: str
     base: str
@@ -277,19 +276,19 @@ class BuiltWork:
 
 
 def find_earlier_work(workflow: Workflow, task: TaskDocument) -> BuiltWork | None:
-    """Return what was built before the phase that a task is at; None where nothing was."""
-    found = None
+    """Return the work built before the current phase; None if there is none."""
+    work = None
     for record in completed_visits(workflow, task).values():
         if record.commit is not None and record.base is not None:
-            found = BuiltWork(record.commit, record.base, record.attempts[-1])
-    return found
+            work = BuiltWork(record.commit, record.base, record.attempts[-1])
+    return work
 
 
 def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
-    """Return the number of the attempt whose conversation the next one of a phase is to go on with; None: of none."""
+    """Return the number of the attempt whose conversation the next attempt continues; None: none."""
     if workflow.is_default:
-        mends = task.start is not None and task.attempts and task.attempt.outcome == FailureClass.CHECKS_FAILED
-        return task.attempt.number if mends else None
+        fixes_checks = task.start is not None and task.attempts and task.attempt.outcome == FailureClass.CHECKS_FAILED
+        return task.attempt.number if fixes_checks else None
     if has_open_visit(task):
         last = task.phases[-1].attempts[-1]
         return last if task.attempts[last - 1].outcome in _REPAIRABLE else None
@@ -301,58 +300,58 @@ def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase)
 
 
 def restart_task(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:
-    """Return the changes to a task that is to be tried again from a phase on; KeyError if there is none of the name.
+    """Return the changes to retry a task from a phase; raise KeyError if there is no such phase.
 
-    Without a name it is the one that it was at, or, where all were complete, the last that writes. What is not complete
-    of those before it is done first.
+    The default is the current phase, or, if all were complete, the last one that writes. Incomplete earlier phases run
+    first.
     """
     if workflow.is_default:
         return {}
     if phase is not None:
         return {
-            "phase": find_first_incomplete([one.name for one in workflow.phases], workflow.phase(phase).name, task)
+            "phase": find_first_incomplete([each.name for each in workflow.phases], workflow.phase(phase).name, task)
             or phase
         }
     if task.expanded and task.phase is None and task.commit is None and not has_open_visit(task):
-        return {}  # it waits for what its plan became
+        return {}  # it waits for the tasks of its plan
     if task.phases and task.phases[-1].status in PASSED_STATUSES and task.phase is None:
         return {"phase": [*workflow.phases, *workflow.builders(task)][-1].name}
     return {"phase": task.phases[-1].phase if task.phases and task.phase is None else task.phase}
 
 
 def find_first_incomplete(phases: Sequence[str], phase: str, task: TaskDocument) -> str | None:
-    """Return the first phase before one of these that a task has not behind it; None where it has all of them."""
+    """Return the first incomplete phase before `phase`; None if all are completed or skipped."""
     records = ((name, latest_visit(task, name)) for name in phases[: phases.index(phase)])
     return next((name for name, record in records if record is None or record.status not in PASSED_STATUSES), None)
 
 
 def restart_work(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
-    """Return the changes to a task whose work is to be done anew, by all phases that made it."""
+    """Return the changes to redo the work of a task, from its first phase that writes."""
     return restart_task(workflow, task, workflow.builders(task)[0].name)
 
 
 def count_rejections(task: TaskDocument, phase: str) -> int:
-    """Return how often a phase has rejected a task's work, since a person last had that tried again."""
-    return sum(one.phase == phase and one.verdict == REJECT_VERDICT for one in task.phases[task.revived :])
+    """Return how often a phase has rejected a task's work since the last retry by a person."""
+    return sum(visit.phase == phase and visit.verdict == REJECT_VERDICT for visit in task.phases[task.revived :])
 
 
 def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:
-    """Return where the next session begins once a phase is complete, where that is not what those before it built.
+    """Return the start of the next session after a completed phase, if it is not the work built so far.
 
-    What a review has sent back to a phase that only reads is still what the next one that writes is to mend.
+    Work that a review sent back to a read-only phase stays the start for the next phase that writes.
     """
-    if phase.writes or not any(one.writes for one in workflow.after(phase.name)):
+    if phase.writes or not any(each.writes for each in workflow.after(phase.name)):
         return {"start": None, "base": None}
     return {"start": task.start, "base": task.base}
 
 
 def has_built_work(task: TaskDocument) -> bool:
-    """Whether a task that waits goes on with what it has built, so that its paths are to stay its own."""
-    return task.start is not None or any(one.commit is not None for one in task.phases)
+    """Whether a waiting task continues built work, so that it must keep its paths."""
+    return task.start is not None or any(record.commit is not None for record in task.phases)
 
 
 def current_adapters(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:
-    """Return the adapters of the phase that a task is at, the best first; `adapter` and `fallback` are the task's."""
+    """Return the adapters of the current phase, in order of preference; `adapter` and `fallback` are the task's."""
     phase = current_phase(workflow, task)
     if phase is None or phase.adapter is None:
         return (adapter, *fallback)

@@ -1,9 +1,9 @@
-"""Whether what is recorded of a task's way through its workflow agrees with itself: rules over all of it. Pure."""
+"""Verify the consistency of a task's workflow records."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -11,72 +11,70 @@ from orchestrator.domain.documents.json_values import is_empty_value
 from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument, TaskStatus
 from orchestrator.domain.runs.phases import OPEN_STATUSES, PASSED_STATUSES, PhaseRecord, PhaseStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
-from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffFacts, HandoffKind
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffKind
 from orchestrator.domain.workflow.handoffs import Handoff, handoff_id, is_intact
 from orchestrator.domain.workflow.phase_context import get_handoff_kind
 from orchestrator.domain.workflow.routing import Phase, Workflow, latest_visit, read_verdict
-from orchestrator.domain.workflow.violations import Violation, run_check
+from orchestrator.domain.workflow.violations import HandoffFacts, Violation, run_check
 
-#: Seconds that a session may still run after it has said that it is done.
+#: Seconds that a session may run after it reported that it is done.
 IDLE_LIMIT: Final = 300.0
 
-_RETRY_REMEDY: Final = "`council retry TASK --from PHASE` does it once more"
-_RESTORE_REMEDY: Final = (
-    "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
-)
+_RETRY_REMEDY: Final = "repeat it with `council retry TASK --from PHASE`"
+_RESTORE_REMEDY: Final = "another program has written it: restore a checkpoint with `council checkpoint restore`"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkflowRecord:
-    """All that is recorded of one task and its workflow."""
+    """All records of one task and its workflow."""
 
     run: str
     task: str
     workflow: Workflow
     document: TaskDocument
     handoffs: Mapping[str, Handoff] = field(default_factory=dict)
-    """All of the task, by id."""
+    """All handoffs of the task, by id."""
     sessions: Sequence[SessionContext] = ()
-    """What its sessions say of themselves."""
+    """The contexts that its sessions reported."""
     kinds: Mapping[str, HandoffKind] = field(default_factory=lambda: HANDOFF_KINDS)
     now: float = 0.0
     """Wall-clock seconds."""
     checksums: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
-    """By the id of a handoff: the checksums of files as `HandoffFacts` has them, in the tree that it is about."""
+    """By handoff id: file checksums in its tree, as in `HandoffFacts`."""
 
     @property
     def visits(self) -> Sequence[tuple[str, Phase, PhaseRecord]]:
-        """The visits of phases that the workflow has, each with how it is called, and its phase."""
+        """The visits of known phases, each with its description and its phase."""
         known = {phase.name: phase for phase in self.workflow.phases}
         counted: dict[str, int] = {}
-        found = []
+        visits = []
         for record in self.document.phases:
             counted[record.phase] = counted.get(record.phase, 0) + 1
             name = f"task {self.task!r}, phase {record.phase!r}, visit {counted[record.phase]}"
             if record.phase in known:
-                found.append((name, known[record.phase], record))
-        return found
+                visits.append((name, known[record.phase], record))
+        return visits
 
     @property
     def place(self) -> str:
-        """How the task is called."""
+        """The description of the task."""
         return f"task {self.task!r}"
 
 
-#: A rule over one task's whole way: yields what breaks it.
+#: A rule over all records of one task: yields its violations.
 Constraint = Callable[[WorkflowRecord], Iterable[Violation]]
 
 
 def check_workflow(facts: WorkflowRecord, constraints: Mapping[str, Constraint]) -> list[Violation]:
-    """Return what breaks a rule: one of ours, or one of the `constraints` that plugins bring, by name."""
-    found = [violation for rule in _RULES for violation in rule(facts)]
+    """Return the violations of the built-in rules and of the `constraints` of plugins, by name."""
+    violations = [violation for rule in _RULES for violation in rule(facts)]
     for name, constraint in constraints.items():
-        found += run_check(f"constraint.{name}", f"constraint {name!r}", partial(constraint, facts))
-    return found
+        violations += run_check(f"constraint.{name}", f"constraint {name!r}", partial(constraint, facts))
+    return violations
 
 
 def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Visits are of phases that there are, one after the other, and stand as the task does."""
+    """Visits are of known phases, in sequence, and match the status of the task."""
     known = {phase.name for phase in facts.workflow.phases}
     task = facts.document
     for number, record in enumerate(task.phases):
@@ -85,115 +83,114 @@ def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
             yield Violation("phases.unknown", place, "the workflow has no such phase", _RESTORE_REMEDY)
         is_last = number == len(task.phases) - 1
         if record.status in OPEN_STATUSES and not is_last:
-            yield Violation("phases.open", place, "it goes on, and another was begun after it", _RESTORE_REMEDY)
+            yield Violation("phases.open", place, "it is unfinished, but a later visit was started", _RESTORE_REMEDY)
         if record.status not in OPEN_STATUSES and record.ended is None:
-            yield Violation("phases.time", place, f"it is {record.status} and has no end", _RESTORE_REMEDY)
+            yield Violation("phases.time", place, f"it is {record.status} but has no end time", _RESTORE_REMEDY)
         if record.started is not None and record.ended is not None and record.ended < record.started:
-            yield Violation("phases.time", place, "it ended before it began", _RESTORE_REMEDY)
+            yield Violation("phases.time", place, "it ended before it started", _RESTORE_REMEDY)
     if task.phases:
         last = task.phases[-1]
         place = f"{facts.place}, phase {last.phase!r}"
         if last.status in OPEN_STATUSES and task.status in FINAL_STATUSES:
-            yield Violation("phases.open", place, f"it goes on, and the task is {task.status}", _RESTORE_REMEDY)
+            yield Violation("phases.open", place, f"it is unfinished, but the task is {task.status}", _RESTORE_REMEDY)
         if (last.status is PhaseStatus.AWAITING) != (task.status is TaskStatus.WAITING):
-            what = f"it is {last.status}, and the task is {task.status}"
-            yield Violation("phases.approval", place, what, "only a phase that waits for a person lets its task wait")
+            what = f"it is {last.status}, but the task is {task.status}"
+            yield Violation("phases.approval", place, what, "a task waits if and only if its phase awaits approval")
 
 
-#: Where a task has all of its phases behind it. What has landed may have been found on the target before.
+#: Statuses after the last phase. Not LANDED: the work may have been found on the target earlier.
 _AFTER_LAST_PHASE: Final = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.DONE})
 
 
 def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
-    """A task is through when its phases are; one that has work is done only when that has landed."""
+    """A task is finished when its phases are; a task with work is done only when it has landed."""
     task = facts.document
     if facts.workflow.is_default or task.status not in _AFTER_LAST_PHASE:
         return
     for phase in facts.workflow.phases:
         record = latest_visit(task, phase.name)
         if record is None or record.status not in PASSED_STATUSES:
-            what = f"it is {'not begun' if record is None else record.status}, and the task is {task.status}"
+            what = f"it is {'not started' if record is None else record.status}, but the task is {task.status}"
             yield Violation("phases.end", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
         elif phase.writes and record.status is PhaseStatus.COMPLETED and task.status is TaskStatus.DONE:
-            what = "it writes, and the task is done without having landed"
+            what = "it writes, but the task is done without a landing"
             yield Violation("phases.landing", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
 
 
 def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Each attempt is part of one visit at most, as a checkpoint takes visits back, and of the phase that it says."""
-    attempts = {one.number: one for one in facts.document.attempts}
+    """Each attempt belongs to at most one visit (checkpoints remove visits), of the phase that it names."""
+    attempts = {attempt.number: attempt for attempt in facts.document.attempts}
     seen: set[int] = set()
     for place, phase, record in facts.visits:
         for number in record.attempts:
             if number not in attempts:
                 yield Violation("attempts.missing", place, f"its attempt {number} is not recorded", _RESTORE_REMEDY)
             elif attempts[number].phase != phase.name:
-                what = f"its attempt {number} says that it was made at {attempts[number].phase!r}"
+                what = f"its attempt {number} belongs to {attempts[number].phase!r}"
                 yield Violation("attempts.phase", place, what, _RESTORE_REMEDY)
             if number in seen:
                 yield Violation(
-                    "attempts.twice", place, f"its attempt {number} is another visit's, too", _RESTORE_REMEDY
+                    "attempts.twice", place, f"its attempt {number} also belongs to another visit", _RESTORE_REMEDY
                 )
             seen.add(number)
 
 
 def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
-    """What is complete has handed over what it is to, and that is valid."""
+    """Completed visits have the required handoff, and it is valid."""
     for place, phase, record in facts.visits:
         if record.status not in {PhaseStatus.COMPLETED, PhaseStatus.AWAITING}:
             continue
         if phase.produces is None:
             if record.handoff is not None:
-                yield Violation(
-                    "outputs.extra", place, "it handed something over, and is to produce nothing", _RESTORE_REMEDY
-                )
+                yield Violation("outputs.extra", place, "it has a handoff, but should have none", _RESTORE_REMEDY)
             continue
         handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
         if handoff is None:
-            what = f"it is {record.status}, and the {phase.produces} that it is to produce is not there"
+            what = f"it is {record.status}, but its {phase.produces} handoff is missing"
             yield Violation("outputs.missing", place, what, _RETRY_REMEDY)
             continue
         if record.verdict != (verdict := read_verdict(phase, handoff.data)):
-            what = f"its verdict is {record.verdict!r}, that of what it handed over {verdict!r}"
+            what = f"its verdict is {record.verdict!r}, but its handoff has {verdict!r}"
             yield Violation("outputs.verdict", place, what, _RESTORE_REMEDY)
         yield from _check_data(facts, place, phase, handoff)
 
 
 def _check_data(facts: WorkflowRecord, place: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
     if handoff.kind != phase.produces:
-        what = f"it is to produce {phase.produces!r}, and handed over {handoff.kind!r}"
+        what = f"it should produce {phase.produces!r}, but its handoff is {handoff.kind!r}"
         yield Violation("outputs.kind", place, what, _RETRY_REMEDY)
         return
     kind = get_handoff_kind(phase, facts.kinds)
     if kind is None:
-        what = f"nothing knows the kind {phase.produces!r}"
-        yield Violation("outputs.unknown", place, what, "install the plugin that brings it")
+        what = f"unknown kind {phase.produces!r}"
+        yield Violation("outputs.unknown", place, what, "install the plugin that provides it")
         return
-    for one in kind.check(handoff.data, HandoffFacts(facts.checksums.get(handoff.id, {}))).violations:
-        yield Violation(one.rule, f"{place}, {one.place}", one.what, one.remedy)
+    checked = kind.check(handoff.data, HandoffFacts(facts.checksums.get(handoff.id, {})))
+    for violation in checked.violations:
+        yield replace(violation, place=f"{place}, {violation.place}")
 
 
 def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Each handoff is what it was, comes from where it says, and was received as both ends say."""
-    came = {record.handoff: record for _, _, record in facts.visits if record.handoff is not None}
+    """Handoffs are intact, and their sources and receipts match on both sides."""
+    sources = {record.handoff: record for _, _, record in facts.visits if record.handoff is not None}
     for name, handoff in facts.handoffs.items():
         place = f"handoff {name}"
         if not is_intact(handoff):
-            yield Violation("chain.digest", place, "its digest does not match what it holds", _RETRY_REMEDY)
+            yield Violation("chain.digest", place, "its digest does not match its contents", _RETRY_REMEDY)
         if name != handoff.id or handoff.id != handoff_id(facts.run, facts.task, handoff.attempt):
-            yield Violation("chain.name", place, f"it says that it is {handoff.id}", _RESTORE_REMEDY)
-        record = came.get(name)
+            yield Violation("chain.name", place, f"its id is {handoff.id}", _RESTORE_REMEDY)
+        record = sources.get(name)
         if record is None:
             if facts.document.current is None:
-                yield Violation("chain.source", place, "no visit of a phase names it as its own", _RESTORE_REMEDY)
+                yield Violation("chain.source", place, "no visit has it as its handoff", _RESTORE_REMEDY)
         elif handoff.phase != record.phase or handoff.attempt not in record.attempts:
-            what = f"it says that it comes from attempt {handoff.attempt} at {handoff.phase!r}"
+            what = f"its source is attempt {handoff.attempt} at {handoff.phase!r}"
             yield Violation(
-                "chain.source", place, f"{what}, and phase {record.phase!r} has it as its own", _RESTORE_REMEDY
+                "chain.source", place, f"{what}, but phase {record.phase!r} has it as its handoff", _RESTORE_REMEDY
             )
         if handoff.to is not None and handoff.to not in {phase.name for phase in facts.workflow.phases}:
             yield Violation(
-                "chain.target", place, f"it is for {handoff.to!r}, which the workflow does not have", _RESTORE_REMEDY
+                "chain.target", place, f"its receiver {handoff.to!r} is not in the workflow", _RESTORE_REMEDY
             )
         yield from _check_receipts(facts, place, handoff)
     for number, (place, _, record) in enumerate(facts.visits):
@@ -202,7 +199,7 @@ def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
 
 
 def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: PhaseRecord) -> Iterator[Violation]:
-    """A visit that was given values of what was handed over to it has received that."""
+    """A visit with values from a handoff to it has received that handoff."""
     last: dict[str, tuple[Phase, Handoff]] = {}
     for _, phase, earlier in facts.visits[:number]:
         handoff = facts.handoffs.get(earlier.handoff or "")
@@ -212,21 +209,21 @@ def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: P
         kind = get_handoff_kind(phase, facts.kinds)
         if kind is None or handoff.to != record.phase or handoff.id in record.received or handoff.mediation is not None:
             continue
-        # What a plugin's kind exports is its own code.
-        yield from run_check("chain.lost", place, partial(_given_of, place, record, handoff, kind))
+        # The exports of a plugin's kind run plugin code.
+        yield from run_check("chain.lost", place, partial(_check_given_values, place, record, handoff, kind))
 
 
-def _given_of(place: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
-    said = {name for name, value in kind.exports(handoff.data).items() if not is_empty_value(value)}
-    if record.given is not None and said & set(record.given.keys):
-        what = f"it was given values of handoff {handoff.id}, and has not received it"
+def _check_given_values(place: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
+    exported = {name for name, value in kind.exports(handoff.data).items() if not is_empty_value(value)}
+    if record.given is not None and exported & set(record.given.keys):
+        what = f"it got values of handoff {handoff.id}, but has not received it"
         yield Violation("chain.lost", place, what, _RESTORE_REMEDY)
 
 
 def _check_receipts(facts: WorkflowRecord, place: str, handoff: Handoff) -> Iterator[Violation]:
     for receipt in handoff.receipts:
         if receipt.digest != handoff.digest:
-            what = f"phase {receipt.phase!r} received something else: {receipt.digest}"
+            what = f"phase {receipt.phase!r} received other contents: {receipt.digest}"
             yield Violation("chain.received", place, what, _RETRY_REMEDY)
         is_known = any(
             record.phase == receipt.phase
@@ -235,9 +232,7 @@ def _check_receipts(facts: WorkflowRecord, place: str, handoff: Handoff) -> Iter
             for record in facts.document.phases
         )
         if not is_known and facts.document.current is None:
-            what = (
-                f"attempt {receipt.attempt} at {receipt.phase!r} is said to have received it, and knows nothing of it"
-            )
+            what = f"attempt {receipt.attempt} at {receipt.phase!r} has a receipt of it, but no record of it"
             yield Violation("chain.received", place, what, _RESTORE_REMEDY)
 
 
@@ -245,19 +240,21 @@ def _check_received(facts: WorkflowRecord, place: str, record: PhaseRecord) -> I
     for name in record.received:
         handoff = facts.handoffs.get(name)
         if handoff is None:
-            yield Violation("chain.missing", place, f"it received handoff {name}, which is not there", _RETRY_REMEDY)
+            yield Violation("chain.missing", place, f"it received handoff {name}, which does not exist", _RETRY_REMEDY)
             continue
-        if not any((one.phase, one.attempt) == (record.phase, *record.attempts[:1]) for one in handoff.receipts):
-            what = f"it received handoff {name}, which nobody has acknowledged"
+        if not any(
+            (receipt.phase, receipt.attempt) == (record.phase, *record.attempts[:1]) for receipt in handoff.receipts
+        ):
+            what = f"it received handoff {name}, which has no receipt of it"
             yield Violation("chain.received", place, what, _RESTORE_REMEDY)
         if record.attempts and handoff.attempt >= record.attempts[0]:
-            what = f"it received handoff {name}, which was made after it began"
+            what = f"it received handoff {name}, which was created after its start"
             yield Violation("chain.order", place, what, _RESTORE_REMEDY)
 
 
 def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
-    """No session is at rest whose task waits for it, or at work at what is over."""
-    attempts = {one.number: one for one in facts.document.attempts}
+    """No session is idle while its task waits for it, and each session has an attempt."""
+    attempts = {attempt.number: attempt for attempt in facts.document.attempts}
     for session in facts.sessions:
         if session.task != facts.task or session.run != facts.run:
             continue
@@ -266,12 +263,12 @@ def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
         is_done = session.status is SessionStatus.DONE
         if attempt is None:
             yield Violation(
-                "sessions.stray", place, "its task has no such attempt", "`council clean` removes what is left"
+                "sessions.stray", place, "its task has no such attempt", "remove leftovers with `council clean`"
             )
         elif attempt.ended is None and is_done and facts.now - session.updated > IDLE_LIMIT:
-            what = "it is done and has ended nothing: its task still waits for it"
+            what = "it is done but has not ended, and its task still waits for it"
             yield Violation(
-                "sessions.idle", place, what, f"`council cancel {facts.task}` ends it, `council retry` begins anew"
+                "sessions.idle", place, what, f"stop it with `council cancel {facts.task}`, then `council retry`"
             )
 
 

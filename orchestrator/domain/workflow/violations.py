@@ -1,25 +1,36 @@
-"""What is wrong with what was handed over or recorded: the rule, the place, what would be right. Values, not errors."""
+"""Violations of rules by handoffs and records, as values: the rule, the location, the problem, and the remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Final
 
-#: Violations that are told of one check.
+#: The largest number of violations reported by one check.
 MAX_VIOLATIONS: Final = 20
 _LONGEST_FAULT: Final = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
+class HandoffFacts:
+    """External facts that a handoff check needs."""
+
+    checksums: Mapping[str, str | None] = field(default_factory=dict)
+    """SHA-256 (hexadecimal) by path of files in the built tree; None if the file does not exist.
+
+    A path that is missing here was not read, and is not checked.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Violation:
-    """One rule that something breaks."""
+    """A violation of one rule."""
 
     rule: str
-    """Its name, as `plan.dependencies`."""
+    """The name of the rule, such as `plan.dependencies`."""
     place: str
-    """Where, as `tasks[2].id` in what was handed over, or as `phase 'plan'`."""
+    """The location, such as `tasks[2].id` in a handoff, or `phase 'plan'`."""
     what: str
     remedy: str
 
@@ -27,25 +38,27 @@ class Violation:
         return f"{self.place}: {self.what}: {self.remedy}"
 
     def to_json(self) -> dict[str, str]:
-        """Return the object that programs get."""
+        """Return the violation as a JSON object."""
         return asdict(self)
 
 
 def describe_exception(error: Exception) -> str:
-    """Return what a plugin's own code raised, on one line."""
+    """Return an exception raised by plugin code as one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_FAULT]
 
 
 def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
-    """Return what a plugin's check finds; what is wrong with the check is found, too, and raises nothing."""
+    """Return the violations that a plugin's check reports; a failure of the check itself is a violation too."""
     try:
-        found: list[Any] = list(islice(check(), MAX_VIOLATIONS))
+        violations: list[Any] = list(islice(check(), MAX_VIOLATIONS))
     except Exception as error:
         return [
-            Violation(rule, subject, f"its check failed: {describe_exception(error)}", "mend the plugin that brings it")
+            Violation(
+                rule, subject, f"its check failed: {describe_exception(error)}", "fix the plugin that provides it"
+            )
         ]
-    strange = next((one for one in found if not isinstance(one, Violation)), None)
-    if strange is not None:
-        what = f"its check found {type(strange).__name__}, no Violation"
-        return [Violation(rule, subject, what, "mend the plugin that brings it")]
-    return found
+    invalid = next((item for item in violations if not isinstance(item, Violation)), None)
+    if invalid is not None:
+        what = f"its check returned {type(invalid).__name__}, not a Violation"
+        return [Violation(rule, subject, what, "fix the plugin that provides it")]
+    return violations

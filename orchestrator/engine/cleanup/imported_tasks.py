@@ -48,7 +48,7 @@ async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -
     """
     tasks = await read_unfinished_tasks(store, run)
     source = run.imported.source if run.imported else ""
-    what = f"run {run.id} was imported from {source}, so only its record exists here"
+    what = f"run {run.id} was imported from {source}, only its record exists"
     if not tasks:
         return RefusedError(what, f"no unfinished tasks; to show the record, run `council state show {run.id}`")
     path = folder / f"{run.id}.yaml"

@@ -109,14 +109,16 @@ class OrphanFinder:
                 found.append(Leftover(LeftoverKind.LOGS, str(logs), LeftoverStatus.LEFT_OVER, reason, run.hub, run.id))
         return await _without_active_runs(found)
 
-    async def old_runs(self, age: float, *, even_cut_off: bool) -> list[Leftover]:
+    async def old_runs(self, age: float, *, include_interrupted: bool) -> list[Leftover]:
         """Judge the inactive runs that ended, or were interrupted, more than `age` seconds ago."""
         known = [run for run in (await self.runs()).values() if run is not None]
         ends = {run.id: await self._last(run) for run in known}
         old = [run for run in known if self._clock.now() - ends[run.id] > age]
-        return await _without_active_runs([await self.old_run(run, even_cut_off=even_cut_off) for run in old])
+        return await _without_active_runs(
+            [await self.old_run(run, include_interrupted=include_interrupted) for run in old]
+        )
 
-    async def old_run(self, run: RunDocument, *, even_cut_off: bool) -> Leftover:
+    async def old_run(self, run: RunDocument, *, include_interrupted: bool) -> Leftover:
         """Judge the record of a run of any age; the caller makes sure that it is inactive."""
         assert self._store is not None, "a run is known by its store"
         hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
@@ -128,7 +130,9 @@ class OrphanFinder:
         except (GitError, RefusedError):
             branches, is_over = None, run.ended is not None
         left = [one for one in await self.worktrees(run) if one.standing is not LeftoverStatus.LEFT_OVER]
-        standing, reason = judge_run(run.id, ended, branches, len(left), is_over=is_over, even_cut_off=even_cut_off)
+        standing, reason = judge_run(
+            run.id, ended, branches, len(left), is_over=is_over, include_interrupted=include_interrupted
+        )
         return Leftover(LeftoverKind.RUN, run.id, standing, reason, run.hub, run.id)
 
     async def _is_over(self, run: RunDocument) -> bool:

@@ -438,7 +438,7 @@ class MergeQueue:
         document = self.ledger.task(task)
         branch = work_branch_name(self.ledger.run.id, task, str(document.building_attempt.number))
         facts: JsonObject = {"paths": violation.recorded}
-        rejection = Rejection(FailureClass.ESCAPED, violation.describe(), branch, facts)
+        rejection = Rejection(FailureClass.OUT_OF_SCOPE, violation.describe(), branch, facts)
         if document.failures + 1 < spec.attempts:
             start = await self._ownership.create_retry_base(task, merge, violation)
             feedback = violation.render_feedback(secrets.token_hex(8))

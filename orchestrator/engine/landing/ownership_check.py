@@ -72,13 +72,13 @@ class OwnershipCheck:
         self._ledger, self._git, self._registry = ledger, git, registry
         self._judged: set[str] = set()
         self._extended: dict[str, tuple[str, ...]] = {}
-        """The paths that tasks came to own by `on_escape: extend`."""
+        """The paths that tasks came to own by `on_out_of_scope: extend`."""
         self._noted: set[tuple[str, str, int, tuple[str, ...]]] = set()
 
     async def judge(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> OwnershipViolation | None:
         """Return the ownership violation that keeps a merge from landing.
 
-        None if it may land. Allowed violations, and paths that the task comes to own by them (`on_escape`), are
+        None if it may land. Allowed violations, and paths that the task comes to own by them (`on_out_of_scope`), are
         recorded.
         """
         if not spec.owns or merge.new in self._judged:
@@ -93,8 +93,8 @@ class OwnershipCheck:
             planner = self._ledger.planning_task(planner)
         if outside:
             violation = OwnershipViolation(tuple(outside), owned)
-            match spec.on_escape:
-                case "bounce":
+            match spec.on_out_of_scope:
+                case "retry":
                     return violation
                 case "extend":
                     if (obstacle := await self._extend(task, outside)) is not None:

@@ -19,7 +19,7 @@ from orchestrator.domain.runs.model import TaskDocument, sum_known_cost
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.runs.phases import PhaseTrigger
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts, HandoffKind
+from orchestrator.domain.workflow.handoff_kinds import HandoffKind
 from orchestrator.domain.workflow.handoffs import Delivery, Handoff, find_last_json_block, make_handoff
 from orchestrator.domain.workflow.mediation import Transformation, mediate
 from orchestrator.domain.workflow.routing import (
@@ -33,7 +33,7 @@ from orchestrator.domain.workflow.routing import (
     find_next_phase,
     read_verdict,
 )
-from orchestrator.domain.workflow.violations import Violation
+from orchestrator.domain.workflow.violations import HandoffFacts, Violation
 from orchestrator.engine.phases.expansion import describe_expansion, expand_task, expansion_changes
 from orchestrator.engine.phases.prompts import (
     is_condition_met,

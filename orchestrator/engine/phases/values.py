@@ -9,10 +9,11 @@ from typing import Any, Final
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.documents.json_values import is_empty_value
 from orchestrator.domain.runs.phases import PhaseRecord
-from orchestrator.domain.workflow.handoff_kinds import HandoffFacts, HandoffKind, kind_from_schema
+from orchestrator.domain.workflow.handoff_kinds import HandoffKind, kind_from_schema
 from orchestrator.domain.workflow.handoffs import Handoff, get_payload, is_intact
 from orchestrator.domain.workflow.phase_context import PhaseContext, build_phase_context
 from orchestrator.domain.workflow.routing import Phase, Workflow, completed_visits
+from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import HandoffCorrupted, RefusedError

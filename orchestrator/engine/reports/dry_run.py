@@ -34,7 +34,7 @@ class PlannedTask:
     checks: Sequence[str]
     attempts: int
     timeout: float
-    silence: float | None
+    idle_timeout: float | None
     priority: int
 
 

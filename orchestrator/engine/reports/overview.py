@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from orchestrator.domain.runs.metrics import Metrics, compute_metrics, compute_minutes_to_land
+from orchestrator.domain.runs.metrics import ActiveTime, Metrics, compute_metrics, compute_minutes_to_land
 from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import ActiveTime
 from orchestrator.engine.reports.report import RunRecord, RunReport, RunStatus, TaskReport, imported_phase_statuses
 from orchestrator.protocols import Document, JsonObject, RecordedEvent
 from orchestrator.repo.worktrees.hub import work_branch_name

@@ -168,7 +168,7 @@ class OrchestratorReport:
     pid: int
     """Its process id on that machine."""
     role: str
-    """`coordinator` (may reclaim the tasks of other processes) or `worker`."""
+    """`leader` (may reclaim the tasks of other processes) or `worker`."""
     since: float
     """The time when it joined (seconds since the epoch)."""
     heartbeat: float

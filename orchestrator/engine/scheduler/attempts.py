@@ -226,7 +226,7 @@ class AttemptRunner:
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].reach,
-            limits=SessionLimits(timeout, spec.silence),
+            limits=SessionLimits(timeout, spec.idle_timeout),
             max_file=spec.max_file,
             instructions=spec.instructions,
             mcp_servers=self.context.mcp_servers,

@@ -114,7 +114,7 @@ class PeerSync:
         """Send heartbeats, independent of all other work."""
         orchestrators = self._ledger.orchestrators
         while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + orchestrators.timing.heartbeat)
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + orchestrators.timing.heartbeat_interval)
             with suppress(StoreUnavailable):  # mandatory commits report the outage
                 await orchestrators.renew()
 
@@ -142,7 +142,9 @@ class PeerSync:
         Lead the run if nobody does.
         """
         while True:
-            await self._clock.wait(self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep)
+            await self._clock.wait(
+                self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep_interval
+            )
             self._sweep_due = anyio.Event()
             with suppress(StoreUnavailable), anyio.CancelScope(shield=True):
                 if not self._is_ending():

@@ -104,7 +104,7 @@ class CommandSpec:
         self.interrupt: bool = fields["interrupt"]
         self.lock: str = fields["lock"]
         self.redact: str | None = fields["redact"]
-        self.silence: float | None = fields["silence"]
+        self.idle_timeout: float | None = fields["idle_timeout"]
         self.watched: list[str] = fields["watched"]
         self.wrapped: bool = fields["wrapped"]
         self.uses_loopback: bool = fields["passes_on"]
@@ -326,7 +326,7 @@ class SupervisionLoop:
         self._streams = {stream.read_end: stream for stream in streams}
         self._grace, self._interrupt = spec.grace, spec.interrupt
         self._deadline = time.monotonic() + spec.timeout
-        self._idle_watch = None if spec.silence is None else IdleWatch(spec.silence, spec.watched)
+        self._idle_watch = None if spec.idle_timeout is None else IdleWatch(spec.idle_timeout, spec.watched)
         self._ended_by: str | None = None
         self._cleanup_deadline: float | None = None  # of an interrupted CLI
         self._poll = select.poll()
@@ -352,7 +352,7 @@ class SupervisionLoop:
             if left <= 0:
                 self._stop("timeout")
             elif self._idle_watch is not None and self._ended_by is None and self._idle_watch.has_expired():
-                self._stop("silence")
+                self._stop("idle_timeout")
             for fd, _ in self._poll.poll(self._pause() * 1000 + 1):
                 if self._handle(fd) == "orphaned":
                     return self._ended_by or "orphaned"

@@ -43,7 +43,7 @@ class SupervisedCommand:
     SIGINT first; all processes get SIGTERM once it has ended, at the latest after half of the grace period. The file
     `lock` is locked while any process of the session is alive.
 
-    After `silence` seconds without output and without a change in the `watched` folders, the CLI is stopped as after
+    After `idle_timeout` seconds without output and without a change in the `watched` folders, the CLI is stopped as after
     `timeout`. `redact` is the ASCII source of a bytes expression: its matches and private keys are not written to
     `stdout` and `stderr` (see `orchestrator.sessions.supervision.redaction`). `limits` maps resource names of
     setrlimit(2) (`CORE`, `NOFILE`) to limits per process.
@@ -66,7 +66,7 @@ class SupervisedCommand:
     grace: float
     lock: Path
     interrupt: bool = False
-    silence: float | None = None
+    idle_timeout: float | None = None
     watched: tuple[Path, ...] = ()
     redact: str | None = None
     wrapped: bool = False
@@ -91,7 +91,7 @@ class SupervisedExit:
 
     exit: int | None
     signal: int | None
-    ended_by: Literal["exit", "timeout", "silence", "stop", "orphaned"]
+    ended_by: Literal["exit", "timeout", "idle_timeout", "stop", "orphaned"]
     spawn_error: str | None
     stdout_bytes: int
     stderr_bytes: int
@@ -224,7 +224,7 @@ def _spec(command: SupervisedCommand) -> bytes:
         "grace": command.grace,
         "interrupt": command.interrupt,
         "lock": os.fspath(command.lock.absolute()),
-        "silence": command.silence,
+        "idle_timeout": command.idle_timeout,
         "watched": [os.fspath(folder.absolute()) for folder in command.watched],
         "redact": command.redact,
         "wrapped": command.wrapped,

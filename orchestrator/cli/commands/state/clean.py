@@ -75,7 +75,7 @@ def clean(
 
     async def command(context: CommandContext) -> int:
         async with _cleaner(context.log) as cleaner:
-            found = await cleaner.find(logs=logs, runs=runs, even_cut_off=interrupted)
+            found = await cleaner.find(logs=logs, runs=runs, include_interrupted=interrupted)
             wanted = {
                 LeftoverStatus.LEFT_OVER,
                 *([LeftoverStatus.KEPT] if kept else []),

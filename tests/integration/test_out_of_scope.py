@@ -48,7 +48,7 @@ async def test_work_outside_goes_back_and_the_next_attempt_is_told(repository: R
     assert repository.git("diff", "--name-only", "HEAD^1", "HEAD") == "src/a.txt"
     assert (repository.top / "src/a.txt").read_text() == "one\ntwo\n"
     (retried,) = events(ended, "task.retrying")
-    assert retried["outcome"] == "escaped"
+    assert retried["outcome"] == "out_of_scope"
     assert sorted(retried["paths"]) == ["README.md", "deep", "deep/er.txt", "file", "file/in", "gone.txt", "new.txt"]
     told = Path(ended.result["tasks"][0]["log"]).with_name("t.2.stdout").read_text()
     forbidden, _, allowed = told.partition("do not change]")[2].partition("the task may change]")
@@ -61,7 +61,7 @@ async def test_a_task_that_keeps_going_outside_fails_and_its_work_is_kept(reposi
     """The last attempt's branch has it all; the reason names the paths."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}, attempts=2)
     (task,) = ended.result["tasks"]
-    assert (task["status"], task["failure"], task["attempts"]) == ("failed", "escaped", 2)
+    assert (task["status"], task["failure"], task["attempts"]) == ("failed", "out_of_scope", 2)
     assert "README.md" in task["reason"]
     assert (Path(ended.result["repository"]) / "refs/heads" / task["branch"]).exists()
     await repository.assert_invariants()
@@ -81,7 +81,7 @@ async def test_one_that_goes_outside_does_not_take_others_with_it(repository: Re
 
 async def test_without_owns_anything_may_change(repository: Repository) -> None:
     """Nothing is held against a task that declared nothing."""
-    ended = run(repository, {"id": "t", "prompt": "append README.md x"}, on_escape="bounce")
+    ended = run(repository, {"id": "t", "prompt": "append README.md x"}, on_out_of_scope="retry")
     assert ended.states == {"t": "landed"}, ended
 
 
@@ -89,9 +89,9 @@ async def test_allow_lands_it_and_says_so_once(repository: Repository) -> None:
     """Checks and all: the event names what was changed outside; a task may say otherwise than the defaults."""
     tasks: list[dict[str, Any]] = [
         {"id": "free", "prompt": "append README.md x\nwrite src/a.txt x", "owns": ["src/**"]},
-        {"id": "held", "prompt": "write b.txt x", "owns": ["docs/**"], "on_escape": "bounce"},
+        {"id": "held", "prompt": "write b.txt x", "owns": ["docs/**"], "on_out_of_scope": "retry"},
     ]
-    ended = run(repository, *tasks, on_escape="allow", attempts=1, checks=["true"])
+    ended = run(repository, *tasks, on_out_of_scope="allow", attempts=1, checks=["true"])
     assert ended.states == {"free": "landed", "held": "failed"}, ended
     (allowed,) = events(ended, "task.out_of_scope_allowed")
     assert (allowed["task"], allowed["paths"]) == ("free", ["README.md"])
@@ -100,7 +100,7 @@ async def test_allow_lands_it_and_says_so_once(repository: Repository) -> None:
 
 async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> None:
     """The event names what the task owns from then on."""
-    task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_escape": "extend"}
+    task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_out_of_scope": "extend"}
     ended = run(repository, task)
     assert ended.states == {"t": "landed"}, ended
     assert [line["paths"] for line in events(ended, "task.ownership_extended")] == [["README.md"]]
@@ -115,7 +115,7 @@ async def test_a_lock_of_its_own_widens_nothing(repository: Repository) -> None:
     task = {"id": "t", "prompt": "x", "owns": ["src/**"], "attempts": 1}
     ended = repository.council("run", str(repository.configure([task], adapters={"odd": adapter})), "--json")
     (failed,) = ended.result["tasks"]
-    assert (failed["status"], failed["failure"]) == ("failed", "escaped"), failed
+    assert (failed["status"], failed["failure"]) == ("failed", "out_of_scope"), failed
     assert "ci.yaml" in failed["reason"]
     assert not (repository.top / "ci.yaml").exists()
     await repository.assert_invariants()
@@ -163,7 +163,7 @@ async def test_extend_lands_whatever_a_file_is_called(repository: Repository) ->
     names = {b"back\\slash", b"na\xefve", b"[star]*?", b"two\nlines"}
     program.write_text(f"for name in {names!r}: open(name, 'w').write('x')\n")
     adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
-    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_out_of_scope": "extend", "attempts": 1}
     ended = repository.council("run", str(repository.configure([task], adapters={"odd": adapter})), "--json")
     assert ended.states == {"t": "landed"}, ended
     landed = subprocess.run(
@@ -178,7 +178,7 @@ async def test_extend_goes_back_where_there_are_too_many(repository: Repository)
     program = repository.top.parent / "many.py"
     program.write_text(f"for n in range({MAX_OWNED_PATTERNS + 1}): open(f'{{n}}.txt', 'w').write('x')\n")
     adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
-    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_out_of_scope": "extend", "attempts": 1}
     ended = repository.council("run", str(repository.configure([task], adapters={"many": adapter})), "--json")
     assert ended.states == {"t": "failed"}, ended
     assert f"{MAX_OWNED_PATTERNS} of {MAX_OWNED_CHARS} fit" in ended.result["tasks"][0]["reason"]
@@ -207,7 +207,7 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
         await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
         registry = OwnershipRegistry(store, SystemClock(), ownership_scope(site.location, "main"))
         assert await registry.acquire(session, [pattern], orchestrator="o", claim=Guard(key, 1)) is None
-    task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_escape": "extend", "attempts": 1}
+    task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_out_of_scope": "extend", "attempts": 1}
     ended = run(repository, task)
     expected = "failed" if pattern == "*.md" else "landed"
     assert ended.states == {"t": expected}, ended
@@ -227,9 +227,9 @@ async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
     outside = {"owns": ["docs/**"], "attempts": 1, "adapter": "fake"}
     tasks: list[dict[str, Any]] = [
         {"id": "holder", "prompt": "x", "owns": ["mine.txt"], "priority": 10, "adapter": "holder"},
-        {"id": "locked", "prompt": f"await {held}\nappend README.md x", "on_escape": "extend", **outside},
-        {"id": "declared", "prompt": f"await {held}\nwrite mine.txt y", "on_escape": "extend", **outside},
-        {"id": "allowed", "prompt": f"await {held}\nwrite mine.txt z", "on_escape": "allow", **outside},
+        {"id": "locked", "prompt": f"await {held}\nappend README.md x", "on_out_of_scope": "extend", **outside},
+        {"id": "declared", "prompt": f"await {held}\nwrite mine.txt y", "on_out_of_scope": "extend", **outside},
+        {"id": "allowed", "prompt": f"await {held}\nwrite mine.txt z", "on_out_of_scope": "allow", **outside},
     ]
     path = repository.configure(tasks, capacity=1 if processes == 2 else 2)
     config = json.loads(path.read_text())
@@ -252,8 +252,8 @@ async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
     assert "owns mine.txt" in tasks_now["declared"]["reason"]
     assert {task: one["failure"] for task, one in found().items()} == {
         "holder": None,
-        "locked": "escaped",
-        "declared": "escaped",
+        "locked": "out_of_scope",
+        "declared": "out_of_scope",
         "allowed": None,
     }
     assert found()["holder"]["status"] == "landed"
