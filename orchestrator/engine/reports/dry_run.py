@@ -115,7 +115,7 @@ def build_dry_run(
             checks=spec.checks,
             attempts=spec.attempts,
             timeout=spec.timeout,
-            silence=spec.silence,
+            idle_timeout=spec.idle_timeout,
             priority=spec.priority,
         )
 
