@@ -352,7 +352,7 @@ async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: py
         RefusedError, match=r"supports only ABI 3; `network.allow` requires ABI 4 .*`network: off`.*bubblewrap"
     ):
         await choose_sandbox("landlock", network=False, hosts=("a.example",), environ=os.environ)
-    with pytest.raises(RefusedError, match=r"`network\.allow` needs ABI 4"):
+    with pytest.raises(RefusedError, match=r"`network\.allow` requires ABI 4"):
         await choose_sandbox("auto", network=False, hosts=("a.example",), environ={"PATH": "/nowhere"})
     assert await choose_sandbox("landlock", network=False, environ=os.environ) is SandboxKind.LANDLOCK
 
