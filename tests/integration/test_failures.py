@@ -351,9 +351,7 @@ async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repos
                 await until_event(council, "run.waiting", count)
                 instants.append(clock.now() + seconds)
                 reasons = {task.id: task.reason for task in (await council.status(run)).tasks}
-                waits = (
-                    f"waits for adapter 'limited' until {format_local_time(instants[-1])}; 'locked' is disabled: "
-                )
+                waits = f"waits for adapter 'limited' until {format_local_time(instants[-1])}; 'locked' is disabled: "
                 assert str(reasons["t"]).startswith(waits)
                 assert (reasons["after2"], reasons["other"]) == (None, None)
                 await council.cancel(f"after{count}", run=run)  # it looks again at what is to do

@@ -1,4 +1,4 @@
-"""What there is of this machine and of a repository's size: gathered here, judged in `orchestrator.engine.diagnostics.findings`."""
+"""Collect facts about this machine and a repository's size, for `engine.diagnostics.findings` to judge."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from orchestrator.system.resources import raise_descriptor_limit, read_resources
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine, and what it has left."""
+    """The machine and its available resources."""
 
     python: str
-    """Its version."""
+    """The version of Python."""
     system: str
-    """As in Linux and Darwin."""
+    """The name of the system, such as Linux or Darwin."""
     room: AvailableResources
     processes: int | None
-    """How many more there may be; None: no limit, or not known."""
+    """The number of processes that can still be started; None: unlimited or unknown."""
     now: float
     """Wall-clock seconds."""
     installed: float | None
-    """When this package was installed, by the file's time stamp (wall-clock seconds)."""
+    """The time stamp of this package's files (wall-clock seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageLocation:
-    """A folder that is written to, or will be: then it is the nearest one above it that is told of."""
+    """A folder that a run writes to; for a missing folder, the facts of its nearest existing parent."""
 
     path: Path
     free: int | None
-    """Bytes that are left to us."""
+    """Free bytes that are available to us."""
     inodes: int | None
-    """Files that can still be made; None where the file system does not count them."""
+    """Files that can still be created; None if the file system does not count them."""
     mount: Path | None
     file_system: str | None
-    """Where it is mounted, and its type; None where the system does not say."""
+    """The mount point of the file system, and its type; None if unknown."""
     trouble: str | None = None
-    """Why nothing can be written there."""
+    """Why it is not writable."""
     ahead: float = 0.0
-    """Seconds by which its time stamps differ from our clock."""
+    """Seconds by which its time stamps are ahead of our clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepositorySize:
-    """How large a repository is, in bytes and files."""
+    """The size of a repository, in bytes and files."""
 
     objects: int
     checkout: int
@@ -63,7 +63,7 @@ class RepositorySize:
 
 
 def inspect_machine() -> Machine:
-    """Return what there is; blocks for some milliseconds. Raises our own limit of descriptors, as a run does."""
+    """Inspect this machine. Raises our descriptor limit, as a run does. Blocks for some milliseconds."""
     raise_descriptor_limit()
     installed = None
     with suppress(OSError):
@@ -79,7 +79,7 @@ def inspect_machine() -> Machine:
 
 
 def inspect_location(path: Path) -> StorageLocation:
-    """Return what can be known of a folder; blocks. Writes and syncs a file without a name, which leaves no trace."""
+    """Inspect a folder, by writing and syncing an unnamed file, which leaves no trace. Blocks."""
     folder = next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
     mount, file_system = read_mount(path) or (None, None)
     free = inodes = None
@@ -102,7 +102,7 @@ def _probe_clock(folder: Path) -> float:
 
 
 async def measure_repository(git: Git, commit: str) -> RepositorySize:
-    """Return how large a repository and the checkout of a commit are; `git` runs in it, and it must be complete."""
+    """Measure a complete repository and the checkout of a commit; `git` runs in the repository."""
     counted = (await git("count-objects", "-v")).stdout.decode()
     facts = dict(line.split(": ", 1) for line in counted.splitlines() if ": " in line)
     listed = (await git("ls-tree", "-r", "-l", "-z", "--full-tree", commit)).stdout

@@ -1,4 +1,4 @@
-"""Which programs adapters need, and what there is of them: where, of which version, ready to be used or not.
+"""Probe the programs that adapters need: path, version, readiness.
 
 A program is strange until it has answered: it has nothing to read, an empty folder, a home like a session's where it is
 to have one of its own, ten seconds, and what it prints is read to 64 KiB. What it leaves running is killed.
@@ -44,33 +44,33 @@ _HOME_PLACEHOLDER: Final = Path("/council-home-of-a-probe")
 # CSI and OSC sequences of ECMA-48, the latter ended by BEL or ST; then whatever else is not text.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
 _NUMBERS: Final = r"(\d{1,9}(?:\.\d{1,9}){1,4})([-+.]?[A-Za-z][A-Za-z0-9.+-]{0,40})?"
-#: A number that stands by itself, else one that follows anything, as in `go1.22.1` and `codex/0.46.0`.
+#: A separate number, else a number with a prefix, as in `go1.22.1` and `codex/0.46.0`.
 _VERSIONS: Final = (re.compile(rf"(?<![A-Za-z0-9./_-])v?{_NUMBERS}"), re.compile(_NUMBERS))
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramStatus:
-    """What there is of a program. None where it is not known."""
+    """The status of a program; None: unknown."""
 
     name: str
     path: str | None
-    """Where it is; None: not on PATH."""
+    """Its path; None: not on PATH."""
     version: str | None = None
     known: str = ""
-    """The versions that its adapter is made for."""
+    """The versions that its adapter supports."""
     is_known: bool | None = None
-    """Whether its version is one of them."""
+    """Whether its version is supported."""
     ready: bool | None = None
-    """Whether it can be used, as far as it says: logged in, its server there."""
+    """Whether it reports that it is ready: logged in, its server available."""
     trouble: str | None = None
-    """What it did instead of answering."""
+    """What went wrong when it was probed."""
     remedy: str | None = None
-    """What to do so that it can be used."""
+    """How to make it ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """The programs of an adapter, or what is wrong with the adapter itself."""
+    """The programs of an adapter, or the error of the adapter itself."""
 
     programs: Sequence[ProgramStatus]
     trouble: str | None = None
@@ -87,12 +87,12 @@ class AdapterStatus:
         )
 
     def to_json(self) -> JsonObject:
-        """Return it as plain JSON."""
+        """Return the object for `--json`."""
         return asdict(self)
 
 
 def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """Return an adapter of each type that can be made from its defaults alone, and what the others need."""
+    """Return an adapter of each type that needs no options, and what the other types need."""
     made: dict[str, Adapter] = {}
     needs: dict[str, str] = {}
     for name, adapter_type in sorted(types.items()):
@@ -107,7 +107,7 @@ def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, A
 
 
 async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, str]) -> dict[K, AdapterStatus]:
-    """Look for the programs of all adapters and ask each what it is, side by side; the same one is asked once."""
+    """Probe the programs of all adapters concurrently, each program once."""
     wanted, broken = await anyio.to_thread.run_sync(_programs_of, adapters, environ)
     mark = f"{_MARK}={secrets.token_hex(8)}"
     questions = {repr(one): one for found in wanted.values() for one in found}
@@ -123,7 +123,7 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
             for key, question in questions.items():
                 group.start_soon(ask, key, question)
     finally:
-        # What left its process group has still the mark.
+        # Processes that left the process group still have the mark.
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(kill_by_environment, mark.encode())
     return {
@@ -132,7 +132,7 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
 
 
 async def find_unusable_adapters(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the adapters that can't be used on this machine, each with the reason."""
+    """Return the adapters that are unusable on this machine, each with the reason."""
     found = await probe_adapters(adapters, environ)
     return {name: why for name, status in found.items() if (why := _obstacle(status)) is not None}
 
@@ -157,7 +157,7 @@ class _ProbeRequest(NamedTuple):
 def _programs_of(
     adapters: Mapping[K, Adapter], environ: Mapping[str, str]
 ) -> tuple[dict[K, list[_ProbeRequest]], dict[K, str]]:
-    """Return each adapter's programs with what it gives them, and why others have none."""
+    """Return each adapter's programs with their environment, and the errors of broken adapters."""
     found: dict[K, list[_ProbeRequest]] = {}
     broken: dict[K, str] = {}
     for name, adapter in adapters.items():
@@ -187,7 +187,7 @@ async def _probe(question: _ProbeRequest, more: Mapping[str, str], environ: Mapp
         if question.home is not None:
             await set_up(home, question.home, environ)
         version = await _run_probe([path, *program.version], env, folder) if program.version else None
-        # Who does not even answer that would only hang once more.
+        # A program that failed to report its version would only hang again.
         is_asked = bool(program.ready) and not has_key and not isinstance(version, str)
         ready = await _run_probe([path, *program.ready], env, folder) if is_asked else None
     except (OSError, RefusedError) as error:
@@ -205,7 +205,7 @@ def _find(name: str, path: str) -> str | None:
 
 
 async def _run_probe(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> CompletedCommand | str:
-    """Return how a command ended, or in words why it did not."""
+    """Run a command; return its result, or why it could not be run."""
     asked = " ".join((Path(argv[0]).name, *argv[1:]))
     own = {**env, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:
@@ -225,7 +225,7 @@ def judge_program(
     has_key: bool = False,
     hide: Iterable[str] = (),
 ) -> ProgramStatus:
-    """Return what a program's answers mean. Pure.
+    """Judge a program by the results of its probes. Pure.
 
     `path` is where it was found. An answer is how its command ended, the reason why it did not, or None where it was
     not asked. `has_key` says that one of its `keys` is set; `hide` are secrets that it may have printed.
@@ -255,7 +255,7 @@ def judge_program(
 
 
 def read_version(answer: CompletedCommand) -> Version | None:
-    """Return the first number with dots that looks like a version, on standard output or else standard error."""
+    """Return the first dotted number that looks like a version in standard output, else in standard error."""
     if answer.returncode > 0:
         return None
     for output in (answer.stdout, answer.stderr):
@@ -268,7 +268,7 @@ def read_version(answer: CompletedCommand) -> Version | None:
 
 
 def _version(release: str, suffix: str) -> Version:
-    """Return a version with what follows its numbers, if that means something (PEP 440)."""
+    """Return a version with its suffix, if the suffix is valid (PEP 440)."""
     try:
         return Version(release + suffix.rstrip(".+-"))
     except InvalidVersion:

@@ -1,6 +1,6 @@
-"""The command that runs a repository's own tests, and what it needs, by the files at its top.
+"""Detect the command for a repository's tests and its requirements from the files at its top.
 
-Pure but for `read_top_level`.
+Pure except for `read_top_level`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the user has confirmed of files in repositories: kept outside of all of them, by the file's real path.
+"""Store the user's confirmations of files in repositories, outside of all repositories, by the file's real path.
 
     $XDG_CONFIG_HOME/council/trust.json    {"version": 1, "files": {PATH: [DIGEST, …]}}
 
@@ -19,23 +19,23 @@ import anyio.to_thread
 from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.system.file_lock import FileLock
 
-#: Set to 1, every file is trusted: for continuous integration and other places with nobody to ask.
+#: If 1, every file is trusted: for continuous integration and other unattended use.
 TRUST_VARIABLE = "COUNCIL_TRUST"
 
 
 def trusts_all(environ: Mapping[str, str]) -> bool:
-    """Whether the environment says that every file is trusted."""
+    """Return True if the environment says that every file is trusted."""
     return environ.get(TRUST_VARIABLE, "") == "1"
 
 
 def enclosing_checkout(file: Path) -> Path | None:
-    """Return the top of the innermost checkout that a file is in; None where it is in none. Blocks."""
+    """Return the top of the innermost checkout that contains a file; None if there is none. Blocks."""
     folder = Path(os.path.realpath(file)).parent
     return next((one for one in (folder, *folder.parents) if os.path.lexists(one / ".git")), None)
 
 
 async def find_unconfirmed(file: Path, requests: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Return those requests of a file that were not confirmed on this machine."""
+    """Return the requests of a file that are not confirmed on this machine."""
     if not requests:
         return []
     known = await anyio.to_thread.run_sync(lambda: _read(_trust_file(environ)).get(os.path.realpath(file), []))
@@ -43,7 +43,7 @@ async def find_unconfirmed(file: Path, requests: Sequence[str], environ: Mapping
 
 
 async def confirm_requests(file: Path, requests: Iterable[str], environ: Mapping[str, str]) -> None:
-    """Record that the user has confirmed exactly these requests of a file; what it no longer asks for is forgotten.
+    """Record that the user confirmed exactly these requests of a file; other confirmations of it are deleted.
 
     RefusedError where that can't be written.
     """
@@ -69,7 +69,7 @@ def _digest(request: str) -> str:
 
 
 def _read(path: Path) -> dict[str, list[str]]:
-    """Return what is confirmed; nothing where the file is missing or is not one of ours."""
+    """Return the confirmed requests; empty if the file is missing or not valid."""
     try:
         value = json.loads(path.read_bytes())
         return {str(file): [str(one) for one in digests] for file, digests in value["files"].items()}
