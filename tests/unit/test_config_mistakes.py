@@ -176,7 +176,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "blank command": (worktrees("  before_run: [' ']\n"), 5, 16, "a command is empty or contains a NUL"),
     "command as text": (worktrees("  teardown: make x\n"), 5, 13, "teardown is the text 'make x': write a list"),
     "blank step": (worktrees("  setup: [x, ' ']\n"), 5, 14, "a command is empty or contains a NUL"),
-    "key in a step": (worktrees(f"  setup: [x, {{run: {TOKEN}}}]\n"), 5, 20, "the command contains an apparent secret key"),
+    "key in a step": (worktrees(f"  setup: [x, {{run: {TOKEN}}}]\n"), 5, 20, "the command contains an apparent secret"),
     "key in a command": (worktrees(f"  teardown: [x, {TOKEN}]\n"), 5, 17, "by its name under `env` of `worktrees`"),
     "step of a number": (worktrees("  setup: [3]\n"), 5, 11, "a step can't be the number 3: write a shell command, or"),
     "step of nothing": (worktrees("  setup: [null]\n"), 5, 11, "setup[0] is empty: give it a value"),
