@@ -181,7 +181,7 @@ async def test_extend_goes_back_where_there_are_too_many(repository: Repository)
     task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_out_of_scope": "extend", "attempts": 1}
     ended = repository.council("run", str(repository.configure([task], adapters={"many": adapter})), "--json")
     assert ended.states == {"t": "failed"}, ended
-    assert f"{MAX_OWNED_PATTERNS} of {MAX_OWNED_CHARS} fit" in ended.result["tasks"][0]["reason"]
+    assert f"the limit is {MAX_OWNED_PATTERNS} paths with {MAX_OWNED_CHARS}" in ended.result["tasks"][0]["reason"]
     (failed,) = events(ended, "task.failed")
     assert 0 < len(failed["paths"]) < MAX_OWNED_PATTERNS
     await repository.assert_invariants()

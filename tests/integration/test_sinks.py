@@ -285,7 +285,7 @@ def test_a_clash_between_trackers_names_both(repository: Repository, moody: Path
     trackers = {"m": {"use": "moody", "folder": str(moody)}, "todo": {"use": "checklist", "file": "todo.md"}}
     ended = repository.council("run", str(repository.configure([], trackers=trackers)))
     assert ended.code == 2
-    expected = "trackers.todo[1].id: the task 'same' is there already, at trackers.m[0].id: give each task an id"
+    expected = "trackers.todo[1].id: the task 'same' is there already, at trackers.m[0].id: give each task a unique id"
     assert expected in ended.stderr
 
 

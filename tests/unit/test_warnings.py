@@ -120,7 +120,7 @@ def test_an_adapter_that_would_stand_in_for_itself(tmp_path: Path, fallback: lis
     [
         (SERVERS, "able", [], None),
         (SERVERS, "plain", [], "adapters 'plain' do not support `mcp_servers`: 'tickets'"),
-        (SERVERS, "able", ["other", "plain"], "sessions of 'other', 'plain' are not told of"),
+        (SERVERS, "able", ["other", "plain"], "adapters 'other', 'plain' do not support"),
         ({}, "plain", [], None),
     ],
 )
