@@ -355,13 +355,13 @@ class Council:
         """
         return await self._answer(RequestAction.REJECT, tasks, note, run)
 
-    async def reopen(self, *adapters: str, run: str | None = None) -> RunReport:
+    async def enable_adapters(self, *adapters: str, run: str | None = None) -> RunReport:
         """Have adapters used again that were stopped or paused, all of them if none is named.
 
         An active run uses them at once, whichever processes work on it; otherwise `resume` does. RefusedError for an
         adapter that can be used anyway, or is none of the run.
         """
-        return await self._ask(await self.find_run(run), RequestAction.REOPEN, (), adapters=adapters)
+        return await self._ask(await self.find_run(run), RequestAction.ENABLE, (), adapters=adapters)
 
     async def _answer(
         self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None

@@ -67,7 +67,7 @@ from orchestrator.engine.scheduler.recovery import has_active_peers, recover
 from orchestrator.engine.scheduler.requests import (
     apply_request,
     check_phase,
-    check_reopening,
+    check_adapters_to_enable,
     check_request,
     is_answered,
     submit_request,
@@ -582,7 +582,9 @@ class RunExecutor:
         even_waiting = reload is not None and phase is None
         check_request(action, tasks, record, even_waiting=even_waiting, is_live=await runs.has_live_process(run))
         await self._check_phase(record, tasks, phase)
-        adapters = check_reopening(record, adapters, runs.clock.now()) if action is RequestAction.REOPEN else ()
+        adapters = (
+            check_adapters_to_enable(record, adapters, runs.clock.now()) if action is RequestAction.ENABLE else ()
+        )
         named = _requested_tasks(record, action, tasks)
         if action in {RequestAction.CANCEL, RequestAction.IGNORE}:
             is_live = await runs.is_live(run)
@@ -734,7 +736,7 @@ async def _leave_on_exit(others: RunMembership) -> AsyncIterator[None]:
 
 def _requested_tasks(record: RunRecord, action: RequestAction, tasks: Sequence[str]) -> Sequence[str]:
     """Return the tasks that something is asked of: those that are named, or all that are not over."""
-    if action is RequestAction.REOPEN:
+    if action is RequestAction.ENABLE:
         return ()
     return tasks or [task for task, one in record.tasks.items() if one.status not in FINAL_STATUSES]
 

@@ -19,7 +19,7 @@ from orchestrator.api.council import Council
 from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.live.progress import DisplayProgress
 from orchestrator.cli.render.output import Output, event_line
-from orchestrator.cli.render.result import adapter_line, reopen_adapter_command
+from orchestrator.cli.render.result import adapter_line, enable_adapter_command
 from orchestrator.cli.render.rich_tables import count_wrapped_rows, frame_lines
 from orchestrator.cli.render.streams import redirect_to_null
 from orchestrator.cli.render.table_model import TableFrame
@@ -85,9 +85,10 @@ class LiveTable:
 def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> Iterator[str]:
     """Say which adapters could not be used already before."""
     for name, one in learned.items():
-        if one.closed is not None or (one.parked_until or 0.0) > time.time():
+        if one.disabled_reason is not None or (one.cooldown_until or 0.0) > time.time():
             yield adapter_line(
-                AdapterReport(name, one.parked_until, one.closed), reopen_adapter_command(name, run, is_running=True)
+                AdapterReport(name, one.cooldown_until, one.disabled_reason),
+                enable_adapter_command(name, run, is_running=True),
             )
 
 

@@ -18,7 +18,7 @@ from orchestrator.cli.render.result import (
     format_session_status,
     format_state,
     next_line,
-    reopen_adapter_command,
+    enable_adapter_command,
     run_summary,
     state_counts,
 )
@@ -102,7 +102,7 @@ def _next(report: RunReport) -> Iterator[str]:
     if report.damage:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
     for adapter in report.adapters:
-        again = reopen_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
+        again = enable_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
         yield _shortened(printable(adapter_line(adapter, again)))
     yield from map(_shortened, background_error_lines(report))
     if report.halted is not None and report.halted_by is HaltCause.BUDGET:

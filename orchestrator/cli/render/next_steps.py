@@ -83,7 +83,7 @@ def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
 def run_step(report: RunReport) -> str:
     """Return the next command for a run; nothing where only its tasks, or nobody, have something to do."""
     states = {task.status for task in report.tasks}
-    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
+    is_stopped = any(adapter.disabled_reason is not None for adapter in report.adapters)
     match report.status:
         case _ if report.imported is not None:
             return ""
@@ -122,6 +122,6 @@ def waits_for_merge(report: RunReport) -> bool:
 
 def needs_retry(report: RunReport) -> bool:
     """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
-    is_stopped = any(adapter.closed is not None for adapter in report.adapters)
+    is_stopped = any(adapter.disabled_reason is not None for adapter in report.adapters)
     is_over = report.imported is None and not report.has_unfinished_tasks
     return report.status is RunStatus.INCOMPLETE and is_over and not is_stopped

@@ -147,7 +147,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
     yield from _active_processes(report)
     for adapter in report.adapters:
         yield adapter_line(
-            adapter, reopen_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
+            adapter, enable_adapter_command(adapter.name, report.run, is_running=report.status is RunStatus.RUNNING)
         )
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
@@ -193,13 +193,14 @@ def _at(report: RunReport, process: OrchestratorReport) -> str:
     return f" ({printable(', '.join(tasks))})" if tasks else ""
 
 
-def reopen_adapter_command(adapter: str, run: str, *, is_running: bool) -> str:
+def enable_adapter_command(adapter: str, run: str, *, is_running: bool) -> str:
     """Return the command to use an adapter again that a run has stopped."""
-    return f"council adapters reopen {shlex.quote(adapter)} --run {run}" if is_running else f"council resume {run}"
+    return f"council adapters enable {shlex.quote(adapter)} --run {run}" if is_running else f"council resume {run}"
 
 
 def adapter_line(adapter: AdapterReport, command: str) -> str:
     """Say why an adapter can't be used now, and by which command it is used again."""
-    if adapter.closed is not None:
-        return f"Adapter {adapter.name} is stopped: {printable(one_line(adapter.closed))}. Fix that, then `{command}`."
-    return f"Adapter {adapter.name} pauses until {format_local_time(adapter.parked_until or 0.0)}."
+    if adapter.disabled_reason is not None:
+        reason = printable(one_line(adapter.disabled_reason))
+        return f"Adapter {adapter.name} is stopped: {reason}. Fix that, then `{command}`."
+    return f"Adapter {adapter.name} pauses until {format_local_time(adapter.cooldown_until or 0.0)}."

@@ -348,14 +348,14 @@ class RunDocument(_Document):
 class AdapterDocument(_Document):
     """What a run has learned about one of its adapters. Times are wall-clock seconds."""
 
-    parked_until: Instant | None = None
-    """Nothing of it starts before."""
-    parks: int = 0
-    """How often in a row it was parked; a session that ends well counts anew."""
-    closed: str | None = None
-    """Why nothing of it starts until a person has seen to it; `council adapters reopen` and a resume try again."""
-    reopened: Instant | None = None
-    """When a person reopened it: failures of sessions that started before do not close it again."""
+    cooldown_until: Instant | None = None
+    """No session of it starts before."""
+    cooldowns: int = 0
+    """The number of cooldowns in a row; a session that succeeds resets it."""
+    disabled_reason: str | None = None
+    """Why no session of it starts until a person has fixed that; `council adapters enable` and a resume try again."""
+    enabled_at: Instant | None = None
+    """When a person enabled it: failures of sessions that started before do not disable it again."""
 
 
 class RequestAction(StrEnum):
@@ -366,7 +366,7 @@ class RequestAction(StrEnum):
     RETRY = "retry"
     APPROVE = "approve"
     REJECT = "reject"
-    REOPEN = "reopen"  #: of adapters, not of tasks
+    ENABLE = "enable"  #: of adapters, not of tasks
 
 
 class CheckpointOrigin(StrEnum):
@@ -389,4 +389,4 @@ class RunRequest(_Document):
     phase: str | None = None
     """The phase from which on they are to be tried again; None: as they stand."""
     adapters: tuple[str, ...] = ()
-    """The adapters to be reopened."""
+    """The adapters to enable."""

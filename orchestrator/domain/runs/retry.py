@@ -38,13 +38,13 @@ COOLDOWN_BACKOFF = Backoff(initial=30.0, factor=2.0, max=3600.0, jitter=False)
 MAX_COOLDOWN = 8 * 86400.0
 
 
-def compute_cooldown_end(now: float, until: float | None, parks: int) -> float:
-    """Return when an adapter may be tried again that was parked for the `parks`-th time in a row (from 1).
+def compute_cooldown_end(now: float, until: float | None, cooldowns: int) -> float:
+    """Return when an adapter may be tried again that was parked for the `cooldowns`-th time in a row (from 1).
 
     `until` is what it said, if it did. An adapter whose word proves wrong is believed less each time: it is
     never tried sooner than the backoff allows, so that no limit is run into in a loop.
     """
     if until is None or not isfinite(until):
-        return now + retry_delay(COOLDOWN_BACKOFF, parks)
-    least = retry_delay(COOLDOWN_BACKOFF, parks - 1) if parks > 1 else 1.0
+        return now + retry_delay(COOLDOWN_BACKOFF, cooldowns)
+    least = retry_delay(COOLDOWN_BACKOFF, cooldowns - 1) if cooldowns > 1 else 1.0
     return now + min(max(until - now, least), MAX_COOLDOWN)

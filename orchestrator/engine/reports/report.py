@@ -103,10 +103,10 @@ class AdapterReport:
 
     name: str
     """What tasks call it by."""
-    parked_until: float | None
-    """Until when (seconds since the epoch)."""
-    closed: str | None
-    """Why not until a person has seen to it."""
+    cooldown_until: float | None
+    """When its cooldown ends (seconds since the epoch)."""
+    disabled_reason: str | None
+    """Why it is disabled until a person fixes that and enables it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,11 +336,11 @@ def build_report(
     status = RunStatus(state)
     blocked = record.blocked()
     adapters = [
-        AdapterReport(name, learned.parked_until, learned.closed)
+        AdapterReport(name, learned.cooldown_until, learned.disabled_reason)
         for name, learned in record.adapters.items()
-        if learned.closed is not None or (learned.parked_until or 0.0) > now
+        if learned.disabled_reason is not None or (learned.cooldown_until or 0.0) > now
     ]
-    closed = {one.name: one.closed for one in adapters if one.closed is not None}
+    closed = {one.name: one.disabled_reason for one in adapters if one.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, closed)
     waiting = _tasks_in_cooldown(record, adapters)
     reports, logs = [], str(places.logs)
@@ -411,7 +411,7 @@ def _describe_disabled(closed: Mapping[str, str]) -> str:
 
 def _tasks_in_cooldown(record: RunRecord, out: Sequence[AdapterReport]) -> dict[str, str]:
     """Return the tasks that only the park of an adapter keeps from starting, and until when."""
-    if all(one.parked_until is None for one in out):
+    if all(one.cooldown_until is None for one in out):
         return {}
     known, told = {one.name: one for one in out}, dict[tuple[str, ...], str]()
     waiting = {}
@@ -430,8 +430,12 @@ def _tasks_in_cooldown(record: RunRecord, out: Sequence[AdapterReport]) -> dict[
 
 def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
     """Say which of a task's adapters it waits for, the first to open first, and which won't open; else nothing."""
-    ends = sorted((one.parked_until, one.name) for one in adapters if one.closed is None and one.parked_until)
-    stopped = "".join(f"; {one.name!r} is stopped: {one.closed}" for one in adapters if one.closed is not None)
+    ends = sorted(
+        (one.cooldown_until, one.name) for one in adapters if one.disabled_reason is None and one.cooldown_until
+    )
+    stopped = "".join(
+        f"; {one.name!r} is stopped: {one.disabled_reason}" for one in adapters if one.disabled_reason is not None
+    )
     each = ", or for ".join(f"{name!r} until {format_local_time(until)}" for until, name in ends)
     return f"waits for the adapter {each}{stopped}" if ends else ""
 

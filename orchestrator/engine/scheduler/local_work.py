@@ -119,10 +119,10 @@ class LocalWork:
 
     def update_adapter(self, adapter: str, learned: AdapterDocument) -> None:
         """Do with an adapter what the run has learned about it."""
-        if learned.closed is not None:
-            self.board.close(adapter, learned.closed)
-        elif learned.parked_until is not None:
-            self.park(adapter, learned.parked_until)
+        if learned.disabled_reason is not None:
+            self.board.close(adapter, learned.disabled_reason)
+        elif learned.cooldown_until is not None:
+            self.park(adapter, learned.cooldown_until)
         elif adapter not in self._unavailable_adapters:
             self.board.open(adapter)
 

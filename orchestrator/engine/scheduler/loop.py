@@ -129,10 +129,12 @@ class Scheduler:
         """Keep the adapters parked that an earlier owner parked; those that it closed are tried again."""
         opened = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
         for adapter, one in learned.items():
-            if one.closed is not None:
-                await self._ledger.update_adapter(adapter, lambda known: None if known.closed is None else opened)
-            elif one.parked_until is not None:
-                self._local.park(adapter, one.parked_until)
+            if one.disabled_reason is not None:
+                await self._ledger.update_adapter(
+                    adapter, lambda known: None if known.disabled_reason is None else opened
+                )
+            elif one.cooldown_until is not None:
+                self._local.park(adapter, one.cooldown_until)
 
     def stop(self) -> None:
         """Start nothing more and stop sessions and checks; a move of the target is brought to its end."""
@@ -276,7 +278,7 @@ class Scheduler:
         ):
             return
         self._last_noted_wait = awaited, asked
-        ends = [(await self._ledger.adapter(name)).parked_until for name in awaited]
+        ends = [(await self._ledger.adapter(name)).cooldown_until for name in awaited]
         facts = {"until": min(filter(None, ends), default=None), "adapters": sorted(awaited, key=awaited.__getitem__)}
         await self._ledger.note("run.waiting", {**facts, "approvals": list(asked)})
 

@@ -177,7 +177,7 @@ class PeerSync:
         if request.action is RequestAction.IGNORE:
             await self._until_over(request.tasks)
         for adapter in request.adapters:
-            self._local.update_adapter(adapter, await self._ledger.reopen(adapter))
+            self._local.update_adapter(adapter, await self._ledger.enable_adapter(adapter))
         await record_ignored(self._ledger, request)
         failpoint("request.applied")
         await self._ledger.answer(request)

@@ -99,20 +99,24 @@ def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, i
     return RefusedError(f"task {task!r} has not ended (state: {status})", remedy)
 
 
-def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
-    """Return those of a run's adapters that are to be reopened: the named ones, or all that can't be used now.
+def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
+    """Return the adapters of a run to enable: the named ones, or all that can't be used now.
 
-    RefusedError for one that the run does not have, and where there is nothing to reopen.
+    RefusedError for one that the run does not have, and where there is nothing to enable.
     """
-    shut = {name for name, one in record.adapters.items() if one.closed is not None or (one.parked_until or 0.0) > now}
+    shut = {
+        name
+        for name, one in record.adapters.items()
+        if one.disabled_reason is not None or (one.cooldown_until or 0.0) > now
+    }
     known = ", ".join(record.run.adapters)
     for name in adapters:
         if name not in record.run.adapters:
             raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"name one of: {known}")
         if name not in shut:
-            raise RefusedError(f"adapter {name!r} of run {record.run.id} is in use", "there is nothing to reopen")
+            raise RefusedError(f"adapter {name!r} of run {record.run.id} is in use", "there is nothing to enable")
     if not shut:
-        raise RefusedError(f"no adapter of run {record.run.id} is stopped or paused", "there is nothing to reopen")
+        raise RefusedError(f"no adapter of run {record.run.id} is stopped or paused", "there is nothing to enable")
     return list(adapters) or sorted(shut)
 
 
@@ -194,7 +198,7 @@ async def apply_request(ledger: Ledger, request: RunRequest) -> None:
                 await cancel_task(ledger, task)
     await record_ignored(ledger, request)
     for adapter in request.adapters:
-        await ledger.reopen(adapter)
+        await ledger.enable_adapter(adapter)
     failpoint("request.applied")
     await ledger.answer(request)
 

@@ -617,11 +617,11 @@ class Ledger:
                 await self._commit(Commit([Write(key, found.version if found else 0, value)], [event], self._guards))
                 return learned.document, True
 
-    async def reopen(self, adapter: str) -> AdapterDocument:
-        """Record that an adapter that was parked or closed may be used again; return what the run knows then."""
-        opened = AdapterUpdate(AdapterDocument(reopened=self._clock.now()), "adapter.enabled", {})
+    async def enable_adapter(self, adapter: str) -> AdapterDocument:
+        """Enable an adapter that was disabled or in cooldown; return its new document."""
+        enabled = AdapterUpdate(AdapterDocument(enabled_at=self._clock.now()), "adapter.enabled", {})
         known, _ = await self.update_adapter(
-            adapter, lambda known: opened if known.closed or known.parked_until else None
+            adapter, lambda known: enabled if known.disabled_reason or known.cooldown_until else None
         )
         return known
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 #: The fields of documents and events whose text is not our own.
 _FOREIGN_TEXT_FIELDS = frozenset(
-    {"reason", "feedback", "paths", "discarded", "closed", "changes", "worktree", "words", "note"}
+    {"reason", "feedback", "paths", "discarded", "disabled_reason", "changes", "worktree", "words", "note"}
 )
 
 
