@@ -66,8 +66,8 @@ from orchestrator.engine.scheduler.monitor import Monitor
 from orchestrator.engine.scheduler.recovery import has_active_peers, recover
 from orchestrator.engine.scheduler.requests import (
     apply_request,
-    check_phase,
     check_adapters_to_enable,
+    check_phase,
     check_request,
     is_answered,
     submit_request,
@@ -115,7 +115,8 @@ from orchestrator.repo.worktrees.hub import Hub, internal_ref_name, work_branch_
 from orchestrator.sessions.supervision.supervisor_client import open_fork_server
 from orchestrator.state.documents.checkpoints import create_checkpoint, plan_restore
 from orchestrator.state.log.identity import record_store_use
-from orchestrator.state.offline.outage import is_full, is_outage, survive_outages
+from orchestrator.state.offline.outage import survive_outages
+from orchestrator.state.offline.retry import is_full, is_outage
 from orchestrator.system import slow_waits
 from orchestrator.system.file_lock import HeldLock, LockHolder
 from orchestrator.system.process_table import process_stat
@@ -404,9 +405,9 @@ class RunExecutor:
 
         folder = self._runs.project.folder / "outage"
         mode = "pause" if is_local else settings.when_unreachable
-        passes = is_full if is_local else is_outage
+        is_temporary = is_full if is_local else is_outage
         async with survive_outages(
-            store, mode, clock, folder, tell, passes=passes, gives_up=lambda: self._stopping
+            store, mode, clock, folder, tell, is_temporary=is_temporary, gives_up=lambda: self._stopping
         ) as survived:
             yield replace(self._runs, store=survived)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Council, Key, RefusedError, DocumentUpdate
+from orchestrator import Council, DocumentUpdate, Key, RefusedError
 from orchestrator.protocols import Commit, Write
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents.conflicts import apply_updates

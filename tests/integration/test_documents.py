@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 import anyio
 import pytest
 
-from orchestrator import DocumentChange, Council, Document, Key, RefusedError, RunStatus, VersionConflict
+from orchestrator import Council, Document, DocumentChange, Key, RefusedError, RunStatus, VersionConflict
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents.update import update_document

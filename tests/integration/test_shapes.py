@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from orchestrator import Council, Key, RefusedError, DocumentUpdate
+from orchestrator import Council, DocumentUpdate, Key, RefusedError
 from orchestrator.errors import CouncilError, UnreadableDocument
 from orchestrator.protocols import Commit, Document, JsonObject, Store, Write
 from orchestrator.repo.worktrees.hub import Hub

@@ -14,11 +14,11 @@ from orchestrator.cli.render.output import one_line, printable
 from orchestrator.cli.render.result import (
     adapter_line,
     background_error_lines,
+    enable_adapter_command,
     format_reason,
     format_session_status,
     format_state,
     next_line,
-    enable_adapter_command,
     run_summary,
     state_counts,
 )
