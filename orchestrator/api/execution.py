@@ -780,7 +780,7 @@ def _run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> Refused
     remedy = ", or ".join(filter(None, ("wait for it", "stop it with SIGINT", or_else)))
     if not held.owner_lives:
         remedy = f"end what it left running: `fuser {held.path}` names it"
-    return RefusedError(f"run {run} is at work under {held.holder}", remedy)
+    return RefusedError(f"run {run} is active in {held.holder}", remedy)
 
 
 def _use_store(runs: ProjectRuns, url: str | None) -> None:

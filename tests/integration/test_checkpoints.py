@@ -189,7 +189,7 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
     wait_for(lambda: "half.txt" in repository.council("diff", "long").stdout)
     refused = repository.council("checkpoint", "restore", "1")
     assert refused.code == 2
-    assert "is at work under process" in refused.stderr
+    assert "is active in process" in refused.stderr
     assert "--force" in refused.stderr
     position = repository.council("checkpoint", "create", "--json").result["position"]
     forced = repository.council("checkpoint", "restore", "1", "--force", "--json")
@@ -200,7 +200,7 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
     # The request wakes the old owner, which would write what it does about it. Nobody answers while it lives.
     asking = repository.start("cancel", "first")
     assert owner.wait(timeout=60) == 1
-    assert "has lost its part in run" in (said := owner.communicate()[0])
+    assert "was removed from run" in (said := owner.communicate()[0])
     assert "a checkpoint of the run was restored" in said
     assert asking.wait(timeout=60) == 0
     asking.communicate()

@@ -16,7 +16,7 @@ SLOW_COMMIT: Final = 0.5
 #: How long a log lasts at least before it is as large as it may be, in seconds.
 _MIN_LOG_LIFETIME: Final = 3600.0
 _MOST_NAMED: Final = 5
-_REPAIR: Final = "`council state verify --repair` settles for what can be read"
+_REPAIR: Final = "`council state verify --repair` restores the readable state"
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock
 
-_REPAIR = "`council state verify --repair` settles for what can be read"
+_REPAIR = "`council state verify --repair` restores the readable state"
 _FOREIGN_WRITER = "something else than `council` has written it: `council checkpoint restore` goes back to how it was"
 
 

@@ -246,7 +246,7 @@ def _damaged_error(store: Store, found: Document) -> RefusedError:
     places = ", ".join(dict.fromkeys(f"{one.path} at byte {one.offset}" for one in store.damage))
     return RefusedError(
         f"the record of {found.key} is damaged in the state log ({places})",
-        "`council state verify --repair` settles for what can be read, and `council resume` goes on from there; or "
+        "`council state verify --repair` restores the readable state, then `council resume` continues from it; or "
         "start a new run: what has landed stays landed, and the branches of this run are kept",
     )
 

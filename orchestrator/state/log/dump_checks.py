@@ -9,7 +9,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import Dump, VerificationReport
 from orchestrator.state.log.codec import LogLine, from_dumped
 
-_REPAIR = "`council state verify --repair` settles for what can be read; then try again"
+_REPAIR = "`council state verify --repair` restores the readable state, then try again"
 
 
 def check_intact(found: VerificationReport) -> None:
