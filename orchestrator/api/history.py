@@ -160,7 +160,7 @@ class StateHistory:
         """Return of each adapter of a run the last session that failed, by the adapter's name."""
         return last_failures(await self.runs.record(run))
 
-    async def story(self, run: str, task: str) -> TaskDetails:
+    async def task_details(self, run: str, task: str) -> TaskDetails:
         """Return the whole story of a task. RefusedError where the run has none of that name."""
         from orchestrator.engine.reports.task_details import TaskDefinition, build_task_details
 

@@ -59,8 +59,8 @@ class Views:
         """Where they are."""
         return self._folder.path
 
-    async def refresh(self, *, anew: bool = False) -> ViewPosition:
-        """Bring them up to date, or make them anew; where another process writes them, wait until it has done so.
+    async def refresh(self, *, rebuild: bool = False) -> ViewPosition:
+        """Update the views, or rebuild them from scratch; wait for another process that is updating them.
 
         Raises LockHeld if that takes too long.
         """
@@ -70,11 +70,11 @@ class Views:
             try:
                 async with self.lock.hold(0):
                     try:
-                        return await self.update(anew=anew)
+                        return await self.update(rebuild=rebuild)
                     finally:
                         await self.close()
             except LockHeld:
-                if anew and not has_asked:  # whoever writes them begins anew where this is missing
+                if rebuild and not has_asked:  # the writing process starts from scratch if this file is missing
                     await _in_thread(self._folder.remove_index)
                     has_asked = True
                 stand = await _in_thread(self._folder.read_position)
@@ -84,7 +84,7 @@ class Views:
                     raise
             await anyio.sleep(_LOCK_INTERVAL)
 
-    async def update(self, *, anew: bool = False) -> ViewPosition:
+    async def update(self, *, rebuild: bool = False) -> ViewPosition:
         """Bring them up to date; the caller holds the lock, and calls `close` in the end.
 
         Raises OSError where they can't be written, and what the store raises.
@@ -92,31 +92,31 @@ class Views:
         try:
             for _ in range(_TRIES):
                 with suppress(HistoryCompacted):
-                    return await self._update(anew=anew)
+                    return await self._update(rebuild=rebuild)
                 await self.close()
-            return await self._update(anew=True)
+            return await self._update(rebuild=True)
         except BaseException:  # what was read and not written must be read again
             with anyio.CancelScope(shield=True):
                 await self.close()
             raise
 
     async def close(self) -> None:
-        """Let go of the log; the next update looks anew how far they are."""
+        """Stop following the log; the next update reads the position of the views again."""
         tail, self._tail = self._tail, None
         if tail is not None:
             await tail.close()
 
-    async def _update(self, *, anew: bool) -> ViewPosition:
+    async def _update(self, *, rebuild: bool) -> ViewPosition:
         is_ours = self._stamp is not None and self._stamp == await _in_thread(self._folder.index_stamp)
-        if anew or self._tail is None or not is_ours or self._stand.damage != self._damage():
+        if rebuild or self._tail is None or not is_ours or self._stand.damage != self._damage():
             await self.close()
-            self._tail = await self._begin(anew=anew)
+            self._tail = await self._begin(rebuild=rebuild)
         return await self._follow(self._tail)
 
-    async def _begin(self, *, anew: bool) -> LogTail:
+    async def _begin(self, *, rebuild: bool) -> LogTail:
         """Return the log from where the views stand, which is the beginning if they can't be gone on with."""
         await _in_thread(self._folder.begin)
-        stand = None if anew else await _in_thread(self._folder.read_position)
+        stand = None if rebuild else await _in_thread(self._folder.read_position)
         tail = None if stand is None else await self._tail_behind(stand)
         if stand is None or tail is None:
             tail = await self._rebuild()
@@ -151,7 +151,7 @@ class Views:
         return None
 
     async def _rebuild(self) -> LogTail:
-        """Make the folder anew, and return the log behind what is in it then."""
+        """Rebuild the folder, and return the log after its position."""
         self._stand = ViewPosition()
         folder = await _in_thread(self._folder.create_replacement)
         try:

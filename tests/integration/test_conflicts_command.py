@@ -149,9 +149,9 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
         with pytest.raises(
             RefusedError, match=f"2 conflicts about {API} wait: name one by its id: {first.id}, {second.id}"
         ):
-            await council.settle("task/api", 1)
+            await council.resolve_conflict("task/api", 1)
         again = await pending(project)
-        settled = await council.settle(second.id, again)
+        settled = await council.resolve_conflict(second.id, again)
         assert settled.document is not None
         assert (settled.conflict, settled.document.value) == (second, again)
 
@@ -177,8 +177,8 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
         again = await pending(project)
         mine = DocumentUpdate(API, 1.0, "me", again)
         async with hub.run_lock(RUN).hold(0):
-            with pytest.raises(RefusedError, match=f"task/{RUN}/api is of run {RUN}, which is at work"):
-                await council.settle(NAME, 1, force=True)
+            with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
+                await council.resolve_conflict(NAME, 1, force=True)
             with pytest.raises(RefusedError, match="which is at work"):
                 await council.apply_updates([note, mine])
             assert (await council.apply_updates([note])).written == [note.key]

@@ -68,7 +68,7 @@ def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[obj
         "metrics": lambda: past.metrics(run),
         "usage": lambda: past.usage(run),
         "overview": lambda: past.overview(run),
-        "story": lambda: past.story(run, "api"),
+        "story": lambda: past.task_details(run, "api"),
         "failures": lambda: past.last_failures(run),
         "checkpoint": lambda: council.checkpoint(run),
         "restoration": lambda: restoration(council, run),
@@ -82,7 +82,7 @@ def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[obj
 
 async def restoration(council: Council, run: str) -> object:
     """Return what going back to the first checkpoint of a run would do."""
-    return [await council.restoration(one.id) for one in await council.checkpoints(run)]
+    return [await council.plan_restore(one.id) for one in await council.checkpoints(run)]
 
 
 async def look_at_all(council: Council) -> None:
@@ -95,14 +95,14 @@ async def look_at_all(council: Council) -> None:
     await council.verify()
     await council.conflicts()
     await council.locks()
-    await council.places()
+    await council.paths()
     await council.named_locks.held()
     await council.named_locks.cleanup_expired()
     await council.cleaner.find()
     assert [run async for run in council.active_runs()] == []
     whole = await council.checkpoint(whole=True)
     await council.checkpoints()
-    await council.restoration(whole.id)
+    await council.plan_restore(whole.id)
     await council.history.at(await council.position())
 
 

@@ -262,7 +262,7 @@ async def test_step_by_step_or_at_once_is_the_same(store: Store, views: Views, p
     finally:
         await views.close()
     before = content(project.views)
-    await views.refresh(anew=True)
+    await views.refresh(rebuild=True)
     assert {**content(project.views), "index.json": b""} == {**before, "index.json": b""}
 
 
