@@ -179,7 +179,7 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
         async with hub.run_lock(RUN).hold(0):
             with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
                 await council.resolve_conflict(NAME, 1, force=True)
-            with pytest.raises(RefusedError, match="which is at work"):
+            with pytest.raises(RefusedError, match="which is active"):
                 await council.apply_updates([note, mine])
             assert (await council.apply_updates([note])).written == [note.key]
         applied = await council.apply_updates(

@@ -514,7 +514,7 @@ async def test_a_file_is_replaced_only_by_force(exported: Path, source: FileStor
     assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "link").symlink_to(exported)
     for force in (True, False):
-        with pytest.raises(RefusedError, match="is a link"):
+        with pytest.raises(RefusedError, match="is a symbolic link"):
             await export_store(source, tmp_path / "link", force=force)
     assert (tmp_path / "link").is_symlink()
     assert files(tmp_path) == {"source", "pipe", "link", exported.name}
@@ -557,10 +557,10 @@ async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     async with open_store("made") as store:
         await store.commit(Commit(events=[Event("e")]))
-    async with open_store(f"file://{tmp_path}/made", is_there=True) as store:
+    async with open_store(f"file://{tmp_path}/made", must_exist=True) as store:
         assert await store.position() == 1
     with pytest.raises(RefusedError, match=r"there is no state in .*/none"):
-        async with open_store("none", is_there=True):
+        async with open_store("none", must_exist=True):
             pass
     assert files(tmp_path) == {"made"}
     with pytest.raises(RefusedError, match="no store for 'nothing:'"):

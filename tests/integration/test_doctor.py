@@ -83,7 +83,7 @@ def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None
         ended = replace(repository, top=tmp_path / "elsewhere").council(*arguments)
         assert ended.code == 2
         assert f"{tmp_path / 'elsewhere'}" in ended.stderr
-        assert "is in no git repository" in ended.stderr
+        assert "is not in a git repository" in ended.stderr
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 

@@ -92,7 +92,7 @@ async def test_details_of_a_session_are_seen_from_outside(repository: Repository
     finally:
         ended(repository, child)
     async with Council.open(repository.top, environ=repository.environ) as council:
-        with pytest.raises(RefusedError, match="has no session at work"):
+        with pytest.raises(RefusedError, match="has no running session"):
             await council.details("auth", run)
 
 
