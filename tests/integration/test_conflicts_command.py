@@ -109,12 +109,12 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nothing", "--take", "1"], f"no conflict 'nothing' waits to be settled: those that wait are {NAME}"),
+        (["nothing", "--take", "1"], f"there is no pending conflict 'nothing': pending conflicts: {NAME}"),
         ([NAME, "--take", "3"], f"conflict '{NAME}' has no candidate 3: choose one of 1 to 2"),
         ([NAME], "choose by one of --take and --value"),
         ([NAME, "--take", "1", "--value", "-"], "choose by one of --take and --value"),
         ([NAME, "--value", "-"], "standard input holds is no JSON"),
-        ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` forgets runs, as a whole"),
+        ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` removes whole runs"),
         ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put fields of your own under `extra`"),
         ([NAME, "--value", "list.json"], "what list.json holds is no JSON object"),
         ([NAME, "--value", "missing.json"], "missing.json"),
@@ -147,7 +147,7 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
     async with Council.open(project.top, environ=project.environ) as council:
         first, second = await council.conflicts()
         with pytest.raises(
-            RefusedError, match=f"2 conflicts about {API} wait: name one by its id: {first.id}, {second.id}"
+            RefusedError, match=f"{API} has 2 pending conflicts: name one by its id: {first.id}, {second.id}"
         ):
             await council.resolve_conflict("task/api", 1)
         again = await pending(project)

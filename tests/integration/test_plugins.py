@@ -38,7 +38,7 @@ _BROKEN = {
     ),
     "optionless": (
         ADAPTER + "\nEcho.Options = dict\n" + REGISTERS.format(kind="adapters", name="loose", type="Echo"),
-        "the Options of 'loose' are no pydantic model",
+        "the Options of 'loose' are not a pydantic model",
     ),
     "kindless": (
         REGISTER + REGISTERS.format(kind="handoff_kinds", name="k", type="dict"),
@@ -76,7 +76,7 @@ def _plugins(repository: Repository, *untrusted: Path, **environ: str) -> dict[s
 import json, sys
 from pathlib import Path
 from orchestrator.plugins import load_plugins
-found = load_plugins(worked_on=[Path(one) for one in sys.argv[1:]])
+found = load_plugins(untrusted_paths=[Path(one) for one in sys.argv[1:]])
 print(json.dumps({
     "left_out": {one.plugin.name: str(one) for one in found.left_out},
     "loaded": [one.name for one in found.loaded],
