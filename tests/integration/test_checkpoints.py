@@ -287,7 +287,7 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     shown = repository.council("checkpoint", "show", "all/1")
     old, new = [one["run"] for one in repository.council("runs", "--json").result["runs"]]
     assert f"would be as it was: task/{old}/one" in shown.stdout
-    assert f"would stay as it is: run/{new}: it began since" in shown.stdout
+    assert f"would stay as it is: run/{new}: it started after the checkpoint" in shown.stdout
     done = repository.council("checkpoint", "restore", "all/1")
     assert done.code == 0, done
     assert "how things stood before is all/2" in done.stdout
