@@ -87,7 +87,7 @@ _REMEDIES: Final = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "mount the file system writable",
     errno.EACCES: "give this user access to it",
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "name a folder that is there or can be made"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "name a folder that exists or can be created"),
     errno.ESTALE: "give the command again",
 }
 _AT_ONCE_BYTES: Final = 16 << 10
