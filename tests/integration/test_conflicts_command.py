@@ -115,7 +115,7 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
         ([NAME, "--take", "1", "--value", "-"], "choose by one of --take and --value"),
         ([NAME, "--value", "-"], "standard input holds is no JSON"),
         ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` removes whole runs"),
-        ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put fields of your own under `extra`"),
+        ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put your own fields under `extra`"),
         ([NAME, "--value", "list.json"], "what list.json holds is no JSON object"),
         ([NAME, "--value", "missing.json"], "missing.json"),
     ],

@@ -129,7 +129,7 @@ async def test_where_no_store_of_its_own_can_be_nothing_is_copied(project: Repos
         (outside / ("x" * 300), "can't be used"),
         (outside, "has other files, and no store"),
         (project.top, "has other files, and no store"),
-        ("memory:", "gone at once"),
+        ("memory:", "lost at once"),
     ):
         for words in (
             ["copy", ".council/state", str(target)],
