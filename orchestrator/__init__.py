@@ -1,23 +1,23 @@
-"""CLI Council: run many AI coding CLIs at once on one git repository, and land only proven work.
+"""CLI Council: run many AI coding CLIs concurrently on one git repository, and land only tested commits.
 
     async with Council.open("council.yaml") as council:
         report = await council.run()
 
-Everything public from Python is here; what plugins are written against is `orchestrator.protocols`. A council is used
-on an asyncio event loop; from code that has none, `asyncio.run(main())` makes one for the time of a run.
+This module has the public Python API; `orchestrator.protocols` has the contracts for plugins. A council needs an
+asyncio event loop; from synchronous code, start one with `asyncio.run(main())`.
 
-Times are seconds (wall-clock instants: since the epoch), sizes bytes, money US dollars. Errors are CouncilErrors:
-ConfigError has all that is wrong with a file or `Config`, RefusedError says what stands in the way and what to do.
-How tasks end is no error but a `RunReport`.
+Times are in seconds (timestamps: since the epoch), sizes in bytes, costs in US dollars. All errors are CouncilErrors:
+ConfigError has all problems of a file or `Config`, RefusedError has the reason and the remedy. Failed tasks are no
+errors; they are part of the `RunReport`.
 
-Each name is imported when it is first used.
+Each name is imported on first use.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-# Not that of `typing`: each session's supervisor imports this, and its start would take half as long again.
+# Not that of `typing`: each session's supervisor imports this module, and `typing` would slow its start by half.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any

@@ -1,29 +1,34 @@
-"""What can go wrong, each error made of facts and ending with what to do.
+"""All errors of this package. Each takes facts and builds its own message, which ends with the remedy.
 
     CouncilError
-      ConfigError          the YAML file is wrong, all problems at once        exit 2
-      RefusedError         the request can't be served as things stand         exit 2
-        FileHeld           another session has locked the file
-        LockRefused        a lock was not free in time, or its owners wait in a circle
-        UnreadableDocument a document of ours has a shape that is none of its kind
-      PluginError          a plugin broke its contract: it is named and left out
+      ConfigError            the YAML file is invalid; has all of its problems     exit 2
+      RefusedError           the request can't be served in the current state      exit 2
+        NothingToMerge       a run has no work that is not merged
+        RunActive            another process leads the run
+        FileLocked           another session has locked the file
+        LockUnavailable      a lock was not free in time, or waiting would deadlock
+        UnreadableDocument   a document of council's own has the wrong shape
+      PluginError            a plugin broke its contract: it is reported and skipped
       StateError
-        InvalidDocument    a value that the store can't hold
-        InvalidTransition  a row that the lifecycle tables do not have
-        VersionConflict    somebody else wrote the document first
-        LeaseLost          the guard's epoch is no longer the current one
-        HandoffBroken      what a phase is to be given is not what was handed over
-      StoreUnavailable     the store can't be read or written now               exit 1
-        StoreFull          its disk is full
-        StateLost          what was recorded is not there any more              exit 3
-      LockHeld             a file lock was not free in time
-      RequestUnanswered    a run's process did not perform a request in time       exit 1
-      GitError             a git command failed that should not
-        GitKilled          it was killed from outside, time and again         exit 1
-        TargetGone         the target branch was deleted or renamed
-      SessionError         a supervisor ended without its report
+        InvalidDocument      a value that the store can't store
+        InvalidTransition    the lifecycle tables have no such transition
+        VersionConflict      another process wrote the document first
+        HistoryCompacted     the log no longer has the requested position
+        LeaseLost            the guard's epoch is not the current one
+          ClaimLost          another orchestrator has the claim on the task
+          OrchestratorFenced another orchestrator took over all tasks of this one
+        HandoffCorrupted     a phase's input differs from the submitted handoff
+      StoreUnavailable       the store can't be read or written now                exit 1
+        StoreFull            its disk is full
+        StateLost            acknowledged commits are missing from the store       exit 3
+      LockHeld               a file lock was not free in time
+      RequestTimeout         a run's process did not perform a request in time     exit 1
+      GitError               a git command failed unexpectedly
+        GitKilled            it was killed from outside in every attempt           exit 1
+        TargetMissing        the target branch was deleted or renamed
+      SessionError           a supervisor ended without its report
 
-Expected endings (a task that fails, a merge that conflicts) are values, not errors.
+Expected outcomes (a failed task, a merge conflict) are values, not errors.
 """
 
 from __future__ import annotations
@@ -41,14 +46,15 @@ if TYPE_CHECKING:
 
 
 class CouncilError(Exception):
-    """The root of all errors that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake in a file: where (lines and columns count from 1), what is wrong, what would be right.
+    """One problem in a file: its location (lines and columns count from 1), the mistake and the remedy.
 
-    In a run that comes from no file, line and column are 0, and `path` leads to the place, as in `tasks[0].prompt`.
+    For a configuration that comes from no file, line and column are 0, and `path` is the location, as in
+    `tasks[0].prompt`.
     """
 
     file: str
@@ -59,12 +65,12 @@ class Problem:
     path: str | None = None
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return ": ".join(filter(None, (place, self.path, self.what, self.remedy)))
+        location = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return ": ".join(filter(None, (location, self.path, self.what, self.remedy)))
 
 
 class ConfigError(CouncilError):
-    """The file can't be run; `problems` has every mistake that was found, in the file's order."""
+    """The configuration is invalid; `problems` has every problem, in the file's order."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -72,7 +78,7 @@ class ConfigError(CouncilError):
 
 
 class RefusedError(CouncilError):
-    """What was asked for can't be done as things stand; nothing was started."""
+    """The request can't be served in the current state; nothing was started."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
@@ -80,30 +86,30 @@ class RefusedError(CouncilError):
 
 
 class NothingToMerge(RefusedError):
-    """All work of a run is where it is to land."""
+    """A run has no work that is not merged."""
 
 
 class RunActive(RefusedError):
-    """Another process coordinates a run."""
+    """Another process leads the run."""
 
     def __init__(self, run: str, pid: int, host: str) -> None:
         self.pid, self.host = pid, host
-        what = f"run {run} is at work under process {pid} on {host}"
-        super().__init__(what, "wait for it, stop it with SIGINT, or join it by `council work`")
+        what = f"run {run} is active in process {pid} on {host}"
+        super().__init__(what, "wait for it to end, stop it with SIGINT, or join it with `council work`")
 
 
 class FileLocked(RefusedError):
-    """A file that a session wants to lock was not free in time."""
+    """Another session has locked the file, and did not release it in time."""
 
     def __init__(self, path: str, holder: str, since: float | None) -> None:
-        """`holder` is who has locked the file, in words, and `since` when it did (wall-clock seconds), if known."""
+        """`holder` describes the owner of the lock; `since` is when it was acquired (wall-clock seconds), if known."""
         self.path, self.holder, self.since = path, holder, since
         when = "" if since is None else f" (since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC)"
-        super().__init__(f"{path} is locked by {holder}{when}", "wait for it, or work at something else")
+        super().__init__(f"{path} is locked by {holder}{when}", "wait for it, or work on other files")
 
 
 class LockUnavailable(RefusedError):
-    """A lock was not free in time, or waiting for it would never end."""
+    """A lock was not free in time, or waiting for it would deadlock."""
 
     def __init__(self, name: str, why: str, remedy: str) -> None:
         self.name = name
@@ -111,27 +117,27 @@ class LockUnavailable(RefusedError):
 
 
 class UnreadableDocument(RefusedError):
-    """A document of ours has a shape that is none of its kind."""
+    """A document of council's own has the wrong shape for its kind."""
 
-    def __init__(self, key: str, flaw: str) -> None:
-        self.key, self.reason = key, flaw
+    def __init__(self, key: str, reason: str) -> None:
+        self.key, self.reason = key, reason
         remedy = "`council state verify --repair` restores its last readable version"
-        super().__init__(f"{key} can't be read: {flaw}", remedy)
+        super().__init__(f"{key} can't be read: {reason}", remedy)
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """Return the first mistake that a model has found, in one line."""
-    wrong = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, wrong["loc"]))
-    return ": ".join(filter(None, (place, f"{wrong['msg'][:1].lower()}{wrong['msg'][1:]}")))
+    """Return the first error of a model's validation, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    location = ".".join(map(str, first["loc"]))
+    return ": ".join(filter(None, (location, f"{first['msg'][:1].lower()}{first['msg'][1:]}")))
 
 
-def raise_combined_refusal(found: Sequence[tuple[str, str]], remedy: str) -> None:
-    """Raise RefusedError if anything was found, each a fact and its own remedy; `remedy` is for several at once."""
-    if len(found) == 1:
-        raise RefusedError(*found[0])
-    if found:
-        raise RefusedError("; ".join(f"{what} ({own})" for what, own in found), remedy)
+def raise_combined_refusal(refusals: Sequence[tuple[str, str]], remedy: str) -> None:
+    """Raise RefusedError if there are refusals, each a fact and its remedy; `remedy` is for several at once."""
+    if len(refusals) == 1:
+        raise RefusedError(*refusals[0])
+    if refusals:
+        raise RefusedError("; ".join(f"{fact} ({own})" for fact, own in refusals), remedy)
 
 
 class PluginError(CouncilError):
@@ -154,95 +160,95 @@ class InvalidDocument(StateError):
 
 
 def format_author(by: str, time: float) -> str:
-    """Return a process and an instant (wall-clock seconds) as the sentences of errors name them."""
+    """Return a process and a time (wall-clock seconds) in the form of error messages."""
     return f"{by}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 class InvalidTransition(StateError):
-    """The lifecycle has no such row."""
+    """The lifecycle has no such transition."""
 
     def __init__(self, subject: str, state: str, trigger: str) -> None:
         self.state, self.trigger = state, trigger
-        super().__init__(f"{subject} is {state!r}, {trigger!r} leads nowhere from it: reload and decide anew")
+        super().__init__(f"{subject} is {state!r}, which has no transition {trigger!r}: reload it and decide again")
 
 
 class VersionConflict(StateError):
     """The document is not at the version that the writer had read."""
 
     def __init__(self, subject: str, expected: int, found: int, *, by: str = "", time: float = 0.0) -> None:
-        """`by` wrote the version that was `found`, at `time` (wall-clock seconds)."""
+        """`by` wrote the version `found` at `time` (wall-clock seconds)."""
         self.expected, self.found, self.by, self.time = expected, found, by, time
         written = f" (written by {format_author(by, time)})" if by else ""
         super().__init__(f"{subject} is at version {found}{written}, not {expected}: read it and try again")
 
 
 class HistoryCompacted(StateError):
-    """What was asked for is older than what the store keeps."""
+    """The requested position is older than the log."""
 
     def __init__(self, position: int, first: int) -> None:
-        """Nothing is known of the time before `first`, the position of the oldest state that can still be told."""
+        """`first` is the position of the oldest state that the log can reproduce."""
         self.position, self.first = position, first
         super().__init__(
-            f"the state log does not go back to position {position}, only to {first}: ask for a later one; "
-            "`state: {retention: …}` says how long it is kept"
+            f"the state log does not go back to position {position}, only to {first}: name a later position; "
+            "`state: {retention: …}` sets how long the log is kept"
         )
 
 
 class LeaseLost(StateError):
-    """Somebody else holds the lease now; whatever this process still wants to write is refused."""
+    """Another process holds the lease now; further writes of this process are refused."""
 
     def __init__(self, subject: str, held: int, current: int | None) -> None:
         self.subject, self.held, self.current = subject, held, current
-        remedy = "what this one had goes on there, and `council work` joins the run again"
+        remedy = "it continues the tasks of this one, and `council work` joins the run again"
         super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over: {remedy}")
 
 
 class ClaimLost(LeaseLost):
-    """Another orchestrator has the claim on a task now; this one's work on it does not count any more."""
+    """Another orchestrator has the claim on a task now; work of this one on it is discarded."""
 
     def __init__(self, task: str, held: int, current: int, by: str) -> None:
-        """`by` is the name of the orchestrator that has it."""
+        """`by` is the name of the orchestrator with the claim."""
         self.task, self.by = task, by
-        super().__init__(f"the claim on task {task!r}, which {by} has taken over,", held, current)
+        super().__init__(f"the claim on task {task!r}, which {by} took over,", held, current)
 
 
 class HandoffCorrupted(StateError):
-    """What a phase is to be given is not what was handed over."""
+    """The input of a phase differs from the submitted handoff."""
 
     def __init__(self, handoff: str, why: str) -> None:
         self.handoff, self.why = handoff, why
-        remedy = "`council check` says what else is wrong, `council retry TASK --from PHASE` makes it anew"
+        remedy = "`council check` lists all errors; `council retry TASK --from PHASE` produces the handoff again"
         super().__init__(f"handoff {handoff}: {why}: {remedy}")
 
 
 class OrchestratorFenced(LeaseLost):
-    """This process was taken for gone, and another has taken over all that it was at."""
+    """Another orchestrator considered this process dead, and took over all of its tasks."""
 
     def __init__(self, run: str, orchestrator: str, why: str) -> None:
-        what = f"this process ({orchestrator}) has lost its part in run {run}: {why}"
-        remedy = "what it had goes on elsewhere, and `council work` joins the run again"
+        what = f"this process ({orchestrator}) was removed from run {run}: {why}"
+        remedy = "other processes continue its tasks, and `council work` joins the run again"
         super().__init__(f"orchestrator {orchestrator}", 1, None)
         self.args = (f"{what}: {remedy}",)
 
 
 class StoreUnavailable(CouncilError):
-    """The store can't be read or written now; nothing that was acknowledged is lost."""
+    """The store can't be read or written now; no acknowledged commit is lost."""
 
-    def __init__(self, place: Path | str, why: str, remedy: str) -> None:
-        self.what, self.remedy = f"{place}: {why}", remedy
+    def __init__(self, location: Path | str, why: str, remedy: str) -> None:
+        self.what, self.remedy = f"{location}: {why}", remedy
         super().__init__(f"{self.what}: {remedy}")
 
 
 class StoreFull(StoreUnavailable):
-    """The store's disk is full, which passes when there is room."""
+    """The store's disk is full; commits work again once there is space."""
 
 
 class StateLost(StoreUnavailable):
-    """Something that was acknowledged, and read by this process, is not in the store any more."""
+    """A commit that was acknowledged, or read by this process, is missing from the store."""
 
-    def __init__(self, place: Path | str, why: str) -> None:
-        remedy = "`council state verify --repair` settles for what can be read, and `council resume` goes on from there"
-        super().__init__(place, why, remedy)
+    def __init__(self, location: Path | str, why: str) -> None:
+        remedy = "`council state verify --repair` restores the readable state, then `council resume` continues from it"
+        super().__init__(location, why, remedy)
 
 
 class LockHeld(CouncilError):
@@ -255,7 +261,7 @@ class LockHeld(CouncilError):
 
 
 class RequestTimeout(CouncilError):
-    """A request is recorded, and the process that is to perform it has not done so in time."""
+    """A request is recorded, but the process that should perform it has not done so in time."""
 
     def __init__(self, holder: str, timeout: float) -> None:
         self.what = f"no answer within {timeout:g} s from {holder}"
@@ -263,33 +269,33 @@ class RequestTimeout(CouncilError):
         super().__init__(f"{self.what}: {self.remedy}")
 
 
-#: What becomes of a request that is not answered.
-REQUEST_RECORDED: Final = "the request is recorded, and is done when that process or `council resume` continues"
+#: The remedy of a request without an answer.
+REQUEST_RECORDED: Final = "the request is recorded: that process or `council resume` performs it when it continues"
 
 
 class GitError(CouncilError):
-    """A git command failed that should not have; carries its argv, exit code and messages."""
+    """A git command failed unexpectedly; carries its argv, exit code and messages."""
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
         self.argv, self.returncode, self.stderr = tuple(argv), returncode, " ".join(stderr.split())
-        super().__init__(f"`{' '.join(argv)}` ended with {returncode}: {self.stderr or 'no message'}")
+        super().__init__(f"`{' '.join(argv)}` exited with {returncode}: {self.stderr or 'no message'}")
 
 
 class GitKilled(GitError):
-    """A git command, or one at its other end, was killed from outside, each time that it was tried."""
+    """A git command, or its remote counterpart, was killed from outside in every attempt."""
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
         super().__init__(argv, returncode, stderr)
         self.what = f"`{' '.join(argv)}` was killed ({self.stderr or f'exit code {returncode}'})"
-        self.remedy = "end what kills it, such as a lack of memory, then run the command again, or `council resume`"
+        self.remedy = "fix the cause, such as too little memory, then run the command again, or `council resume`"
         self.args = (f"{self.what}: {self.remedy}",)
 
 
 class TargetMissing(GitError):
-    """The target branch existed and was deleted or renamed since: nothing lands until it exists again."""
+    """The target branch was deleted or renamed: nothing lands until it exists again."""
 
     def __init__(self, branch: str, commit: str | None) -> None:
-        """Take the branch and the commit that it was last seen at."""
+        """`commit` is the last known commit of the branch."""
         self.what = f"the target branch {branch!r} was deleted or renamed"
         at = "" if commit is None else f" (`{shlex.join(['git', 'branch', branch, commit])}`)"
         self.remedy = f"create it again{at}, then `council resume`"
@@ -298,13 +304,13 @@ class TargetMissing(GitError):
 
 
 class SessionError(CouncilError):
-    """A session's supervisor ended without saying how the session ended."""
+    """A session's supervisor ended without reporting the session's outcome."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"{why}: its worktree is kept, `council resume` goes on")
+        super().__init__(f"{why}: its worktree is preserved, and `council resume` continues")
 
 
-#: The system's codes for a shortage that may pass, each with its message in the C locale and the fix.
+#: By errno, the temporary shortages of a machine: the system's message in the C locale, and the fix.
 _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
     errno.ENOSPC: ("No space left on device", "free some space"),
     errno.EDQUOT: ("Disk quota exceeded", "raise the disk quota or free some space"),
@@ -317,50 +323,43 @@ _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
 #: The fixes, by errno and by message.
 RESOURCE_REMEDIES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
 RESOURCE_MESSAGES: Final = dict(_SHORTAGES.values())
-#: The errors of ours that are due to something that may pass.
+#: Errors of this package with a temporary cause.
 _UNAVAILABLE: Final = GitKilled | LockHeld | RequestTimeout | StoreUnavailable
-#: Those of a full disk.
+#: The errnos of a full disk.
 DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 def find_exhausted_resource(error: OSError | GitError) -> int | None:
-    """Return the errno of the resource that this machine lacks now, if an error is due to that."""
-    if isinstance(error, GitError):  # it prints the system's messages, in the C locale
+    """Return the errno of the exhausted resource that caused an error, or None."""
+    if isinstance(error, GitError):  # git prints the system's messages, in the C locale
         return next((number for number, (text, _) in _SHORTAGES.items() if text in error.stderr), None)
     return error.errno if error.errno in RESOURCE_REMEDIES else None
 
 
 def is_resource_exhaustion(error: OSError | GitError) -> bool:
-    """Whether something failed because this machine has not enough of something now, which may pass."""
+    """Return True if an error is due to a temporary shortage of this machine."""
     return find_exhausted_resource(error) is not None
 
 
 def describe_shortage(error: BaseException) -> tuple[str, str] | None:
-    """Return what is unavailable now and the fix, where an error is due to that and to nothing else."""
+    """Return the temporary shortage that caused an error and the fix, or None if it has another cause."""
     if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
         return error.what, error.remedy
     if not isinstance(error, OSError | GitError) or (number := find_exhausted_resource(error)) is None:
         return None
-    place = error.filename if isinstance(error, OSError) else " ".join(error.argv[:2])
-    return ": ".join(filter(None, (place and str(place), _SHORTAGES[number][0].lower()))), RESOURCE_REMEDIES[number]
+    subject = error.filename if isinstance(error, OSError) else " ".join(error.argv[:2])
+    return ": ".join(filter(None, (subject and str(subject), _SHORTAGES[number][0].lower()))), RESOURCE_REMEDIES[number]
 
 
 def to_unusable_error(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
-    """Return the refusal of what can't be used ("PATH can't be written"), or a shortage as it is."""
+    """Return a refusal that says `what` ("PATH can't be written"), or the error itself if it is a shortage."""
     why = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
     return RefusedError(f"{what}: {why}", remedy) if describe_shortage(error) is None else error
 
 
-_REFUSALS = {
-    errno.EACCES: "give yourself access to it",
-    errno.EPERM: "give yourself access to it",
-}
-
-
 def to_permission_refusal(error: OSError) -> RefusedError | None:
-    """Return what the machine refuses, with the remedy; None if it may be an internal error."""
-    remedy = _REFUSALS.get(error.errno or 0)
-    if remedy is None:
+    """Return the refusal of a denied access; None for other errors, which may be internal."""
+    if error.errno not in {errno.EACCES, errno.EPERM}:
         return None
-    place = "" if error.filename is None else f"{error.filename}: "
-    return RefusedError(f"{place}{(error.strerror or str(error)).lower()}", remedy)
+    subject = "" if error.filename is None else f"{error.filename}: "
+    return RefusedError(f"{subject}{(error.strerror or str(error)).lower()}", "give yourself access to it")

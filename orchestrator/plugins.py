@@ -1,6 +1,6 @@
-"""Finds plugins through the entry-point group `cli_council`; what we ship comes in by the same door.
+"""Load plugins through the entry-point group `cli_council`, including the built-in ones.
 
-A plugin that can't be used is named and left out; everything else goes on without it.
+A plugin that can't be used is skipped and reported; everything else works without it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from orchestrator.hookspecs import ENTRY_POINT_GROUP
 from orchestrator.protocols import AdapterType, JsonObject, SinkType, Store, StoreType, TrackerType
 from orchestrator.system.clock import Clock
 
-if TYPE_CHECKING:  # it brings what most programs do without
+if TYPE_CHECKING:  # most programs do without its imports
     from orchestrator.domain.workflow.verification import Constraint
 
-#: The distribution whose plugins are always there.
+#: The distribution whose plugins are always enabled.
 OWN_DISTRIBUTION = "cli-council"
-#: Names the plugins of others that may be loaded, with commas between them; unset: all. Empty: none.
+#: A comma-separated list of the third-party plugins to load; unset: all, empty: none.
 PLUGINS_VARIABLE = "COUNCIL_PLUGINS"
 
-#: What an adapter must have; one that was written for another version of the contract lacks some of it.
+#: The required attributes of an adapter; one for another version of the contract lacks some of them.
 _ADAPTER = ("Options", "programs", "command", "parse", "verdict")
 _SINK = ("Options",)
-#: By the kind of what is registered: what it must have.
+#: The required attributes of each registered kind.
 _REQUIRED_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "adapters": _ADAPTER,
     "stores": (),
@@ -53,7 +53,7 @@ _REQUIRED_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "constraints": (),
 }
 
-#: Where the package that is running lies.
+#: The folder of the running package.
 _PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
 _LONGEST_REASON = 500  # characters
@@ -61,7 +61,7 @@ _LONGEST_REASON = 500  # characters
 
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
-    """A plugin: the name of its entry point, and the distribution that brings it."""
+    """A plugin: the name of its entry point, and its distribution."""
 
     name: str
     distribution: str
@@ -70,12 +70,12 @@ class PluginInfo:
 
 @dataclass(frozen=True, slots=True)
 class SkippedPlugin:
-    """A plugin that is not used, and why."""
+    """A plugin that was skipped, and the reason."""
 
     plugin: PluginInfo
     reason: str
     names: frozenset[str] = frozenset()
-    """What it would have registered, as far as it came to that."""
+    """The names that it registered before it failed."""
 
     def __str__(self) -> str:
         return f"the plugin {self.plugin.name!r} of {self.plugin.distribution} {self.plugin.version}: {self.reason}"
@@ -83,7 +83,7 @@ class SkippedPlugin:
 
 @dataclass(frozen=True, slots=True)
 class Plugins:
-    """What is installed: everything that plugins registered, by kind and name."""
+    """All that installed plugins registered, by kind and name."""
 
     adapters: dict[str, AdapterType] = field(default_factory=dict)
     stores: dict[str, StoreType] = field(default_factory=dict)
@@ -96,91 +96,88 @@ class Plugins:
     loaded: list[PluginInfo] = field(default_factory=list)
     left_out: list[SkippedPlugin] = field(default_factory=list)
     disabled: list[PluginInfo] = field(default_factory=list)
-    """Those of others that `COUNCIL_PLUGINS` does not name; nothing of them was imported."""
+    """Third-party plugins that `COUNCIL_PLUGINS` does not list; they were not imported."""
     providers: dict[tuple[str, str], PluginInfo] = field(default_factory=dict)
-    """The plugin that registered what stands under a kind (`adapters`, …) and a name."""
+    """The plugin that registered each kind (`adapters`, …) and name."""
 
     def kinds(self) -> Mapping[str, dict[str, Any]]:
-        """Return the registries by the kind's name in the plural, as the hooks have it."""
+        """Return the registries by kind, named in the plural as in the hooks."""
         return {kind: getattr(self, kind) for kind in _REQUIRED_ATTRIBUTES}
 
     def checked_kinds(self) -> dict[str, HandoffKind]:
-        """Return the kinds of handoffs by name, each with the checks that plugins add to it."""
+        """Return the kinds of handoffs by name, each with the validators of plugins."""
         return {name: with_validators(kind, self.validators) for name, kind in self.handoff_kinds.items()}
 
     def extensions(self) -> Extensions:
-        """Return what a file can use beside adapters."""
+        """Return the extensions for a YAML file, in addition to adapters."""
         return Extensions(
             self.sinks, self.trackers, self.explain, tuple(self.handoff_kinds), tuple(self.transformations)
         )
 
     def open(self, kind: str, name: str, stored: JsonObject) -> AbstractAsyncContextManager[Any]:
-        """Open a `sink` or `tracker` from what its run has stored of it, for the body of an `async with`."""
-        opens, options = restore_options(
+        """Open a `sink` or `tracker` from its stored configuration, for the body of an `async with`."""
+        open_stream, options = restore_options(
             f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(str(stored["use"]))
         )
-        opened: AbstractAsyncContextManager[Any] = opens(options)
+        opened: AbstractAsyncContextManager[Any] = open_stream(options)
         return opened
 
     def open_store(self, url: str, clock: Clock) -> AbstractAsyncContextManager[Store]:
-        """Open the store at a URL, for the body of an `async with`; RefusedError where nothing knows its scheme."""
+        """Open the store at a URL, for the body of an `async with`; RefusedError for an unknown scheme."""
         scheme = scheme_of(url)
         if scheme not in self.stores:
             known = ", ".join(f"{name}:" for name in sorted(self.stores))
-            raise RefusedError(f"there is no store for {url!r}", f"write a URL that begins with one of {known}")
+            raise RefusedError(f"there is no store for {url!r}", f"use a URL that begins with one of {known}")
         return self.stores[scheme](url, clock)
 
     def explain(self, name: str) -> str | None:
-        """Return why a name may be missing that a file calls for: its plugin was left out; None if nothing was."""
-        unwanted = {
-            one.name: f"the plugin {one.name!r} of {one.distribution} {one.version}: {PLUGINS_VARIABLE} does not name it"
-            for one in self.disabled
-        }
-        surely = [str(one) for one in self.left_out if name in {one.plugin.name, *one.names}]
-        surely += [unwanted[name]] if name in unwanted else []
-        # What was not imported has not said what it brings.
-        perhaps = [*(str(one) for one in self.left_out if not one.names), *unwanted.values()]
-        found = surely or perhaps
-        return f"left out was {'; and '.join(found)}" if found else None
+        """Return the skipped plugins that may have registered a missing name; None if none was skipped."""
+        disabled = {one.name: str(SkippedPlugin(one, f"{PLUGINS_VARIABLE} does not name it")) for one in self.disabled}
+        certain = [str(one) for one in self.left_out if name in {one.plugin.name, *one.names}]
+        certain += [disabled[name]] if name in disabled else []
+        # Plugins that failed before registering, or were not imported, may provide any name.
+        possible = [*(str(one) for one in self.left_out if not one.names), *disabled.values()]
+        skipped = certain or possible
+        return f"left out was {'; and '.join(skipped)}" if skipped else None
 
 
-def load_plugins(environ: Mapping[str, str] = os.environ, worked_on: Sequence[Path] = ()) -> Plugins:
-    """Load what is installed and allowed; nothing that lies in the repositories of `find_source_paths` or the current folder.
+def load_plugins(environ: Mapping[str, str] = os.environ, untrusted_paths: Sequence[Path] = ()) -> Plugins:
+    """Load the installed and enabled plugins. Blocks.
 
-    What agents write there must not run as us. Blocks.
+    Skips plugins in the repositories of `untrusted_paths` and of the current folder: agents write files there, which
+    must not run with the user's rights.
     """
     plugins = Plugins()
-    untrusted = [folder for path in (*worked_on, Path()) for folder in _enclosing_repositories(path.absolute())]
-    for entry, found in _installed():
-        if not _is_wanted(found, environ):
-            plugins.disabled.append(found)
+    untrusted = [folder for path in (*untrusted_paths, Path()) for folder in _enclosing_repositories(path.absolute())]
+    for entry, plugin in _installed():
+        if not _is_enabled(plugin, environ):
+            plugins.disabled.append(plugin)
             continue
         registered: dict[str, dict[str, Any]] = {kind: {} for kind in plugins.kinds()}
         try:
-            _check_location(entry, found, untrusted)
-            _call_hooks(entry, found, registered)
-            _add_registered(plugins, found, registered)
+            _check_location(entry, plugin, untrusted)
+            _call_hooks(entry, plugin, registered)
+            _add_registered(plugins, plugin, registered)
         except PluginError as error:
             names = frozenset(name for registry in registered.values() for name in registry)
-            plugins.left_out.append(SkippedPlugin(found, error.why, names))
+            plugins.left_out.append(SkippedPlugin(plugin, error.why, names))
         else:
-            plugins.loaded.append(found)
+            plugins.loaded.append(plugin)
     return plugins
 
 
 def _enclosing_repositories(path: Path) -> list[Path]:
-    """Return the repositories that a file or folder is in."""
+    """Return the repositories that contain a file or folder."""
     return [folder for folder in (path, *path.parents) if (folder / ".git").exists()]
 
 
 def _installed() -> list[tuple[EntryPoint, PluginInfo]]:
-    """Return the plugins that there are. Ours come first: what they register stays theirs."""
+    """Return the installed plugins, built-in ones first, so that no other plugin can take their names."""
     entries = entry_points(group=ENTRY_POINT_GROUP)
-    told = {
-        one: _read_name_and_version(one) for one in {entry.dist for entry in entries}
-    }  # once: each time it is all read anew
-    found = [(entry, PluginInfo(entry.name, *told[entry.dist])) for entry in entries]
-    return sorted(found, key=lambda one: (not _is_ours(one[1]), one[0].name, one[0].value))
+    # Once per distribution: each access parses its metadata.
+    distributions = {one: _read_name_and_version(one) for one in {entry.dist for entry in entries}}
+    plugins = [(entry, PluginInfo(entry.name, *distributions[entry.dist])) for entry in entries]
+    return sorted(plugins, key=lambda plugin: (not _is_builtin(plugin[1]), plugin[0].name, plugin[0].value))
 
 
 def _read_name_and_version(distribution: Distribution | None) -> tuple[str, str]:
@@ -190,59 +187,59 @@ def _read_name_and_version(distribution: Distribution | None) -> tuple[str, str]
     return name, version
 
 
-def _is_ours(found: PluginInfo) -> bool:
-    return found.distribution == OWN_DISTRIBUTION
+def _is_builtin(plugin: PluginInfo) -> bool:
+    return plugin.distribution == OWN_DISTRIBUTION
 
 
-def _is_wanted(found: PluginInfo, environ: Mapping[str, str]) -> bool:
+def _is_enabled(plugin: PluginInfo, environ: Mapping[str, str]) -> bool:
     limit = environ.get(PLUGINS_VARIABLE)
-    return limit is None or _is_ours(found) or found.name in {name.strip() for name in limit.split(",")}
+    return limit is None or _is_builtin(plugin) or plugin.name in {name.strip() for name in limit.split(",")}
 
 
-def _check_location(entry: EntryPoint, found: PluginInfo, untrusted: Sequence[Path]) -> None:
-    """Refuse what lies in an untrusted folder, before any of it is imported."""
-    places = [] if entry.dist is None else [Path(str(entry.dist.locate_file("")))]
+def _check_location(entry: EntryPoint, plugin: PluginInfo, untrusted: Sequence[Path]) -> None:
+    """Raise PluginError for a plugin in an untrusted folder, before it is imported."""
+    locations = [] if entry.dist is None else [Path(str(entry.dist.locate_file("")))]
     try:
-        # Of the top package alone: to find what is in it would import it.
+        # Only of the top-level package: finding a submodule would import it.
         spec = find_spec(entry.module.partition(".")[0])
-    except (ImportError, ValueError, AttributeError):  # the last where the entry point names no module
-        spec = None  # loading it says what is wrong
+    except (ImportError, ValueError, AttributeError):  # AttributeError: the entry point names no module
+        spec = None  # loading it reports the error
     if spec is not None:
-        found_in = [Path(place) for place in (spec.origin, *(spec.submodule_search_locations or ())) if place]
-        # Whoever works on this package itself has it in the repository, and runs it from there already.
-        places += [
-            place for place in found_in if not (_is_ours(found) and place.resolve().is_relative_to(_PACKAGE_ROOT))
+        origins = [Path(origin) for origin in (spec.origin, *(spec.submodule_search_locations or ())) if origin]
+        # A developer of this package has it in the repository, and already runs it from there.
+        locations += [
+            origin for origin in origins if not (_is_builtin(plugin) and origin.resolve().is_relative_to(_PACKAGE_ROOT))
         ]
-    installed = [Path(place).resolve() for place in (*site.getsitepackages(), site.getusersitepackages(), sys.prefix)]
-    for place in map(Path.resolve, places):
-        is_installed = any(place.is_relative_to(one) for one in installed)
-        if not is_installed and any(place.is_relative_to(one.resolve()) for one in untrusted):
-            raise PluginError(found.name, f"it lies in the repository that is worked on, {place}: install it elsewhere")
+    installed = [Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages(), sys.prefix)]
+    for location in map(Path.resolve, locations):
+        is_installed = any(location.is_relative_to(folder) for folder in installed)
+        if not is_installed and any(location.is_relative_to(folder.resolve()) for folder in untrusted):
+            raise PluginError(plugin.name, f"it is inside the repository of the run, {location}: install it elsewhere")
 
 
-def _call_hooks(entry: EntryPoint, found: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
-    """Import one plugin and call its hooks, which add to `registered` by kind and name."""
+def _call_hooks(entry: EntryPoint, plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
+    """Import a plugin and call its hooks, which add to `registered` by kind and name."""
     try:
         manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
         manager.add_hookspecs(hookspecs)
         manager.register(entry.load(), name=entry.name)
         manager.check_pending()
         for kind, registry in registered.items():
-            getattr(manager.hook, f"council_register_{kind}")(register=_register(found, kind, registry))
+            getattr(manager.hook, f"council_register_{kind}")(register=_register(plugin, kind, registry))
     except PluginError:
         raise
     except (Exception, SystemExit) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PluginError(found.name, told[:_LONGEST_REASON]) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(plugin.name, reason[:_LONGEST_REASON]) from error
     if not any(registered.values()):
-        raise PluginError(found.name, "it registers nothing: it has none of the hooks that this version calls")
+        raise PluginError(plugin.name, "it registers nothing: it has no hook that this version calls")
 
 
-#: What is wanted of those kinds that are no types.
+#: The expected objects for kinds that are no types.
 _EXPECTED_TYPES: Mapping[str, str] = {
-    "handoff_kinds": "a pydantic model or a Kind of that name",
+    "handoff_kinds": "a pydantic model or a HandoffKind of that name",
     "transformations": "a function",
-    "validators": "a Validator",
+    "validators": "a HandoffValidator",
     "constraints": "a function",
 }
 
@@ -259,39 +256,41 @@ def _is_valid(kind: str, name: str, registered: Any) -> bool:
             return callable(registered)
 
 
-def _register(found: PluginInfo, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:
+def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:
     wanted = _REQUIRED_ATTRIBUTES[kind]
 
     def register(name: Any, registered: Any) -> None:
         if not isinstance(name, str) or not name or not _is_valid(kind, name, registered):
             what = _EXPECTED_TYPES.get(kind, "a type")
-            raise PluginError(found.name, f"it registers {registered!r} as {name!r}: a name and {what} are wanted")
+            raise PluginError(plugin.name, f"it registers {registered!r} as {name!r}: expected a name and {what}")
         if name in registry:
-            raise PluginError(found.name, f"it registers {name!r} twice")
+            raise PluginError(plugin.name, f"it registers {name!r} twice")
         if kind == "handoff_kinds" and not isinstance(registered, HandoffKind):
             registered = kind_from_model(name, registered)
         registry[name] = registered
-        # A type that is made by a function shows what it lacks only when it is used.
+        # The type that a factory function makes can only be checked when it is used.
         names = wanted if isinstance(registered, type) else [one for one in wanted if one == "Options"]
         missing = [one for one in names if not hasattr(registered, one)]
         if missing:
-            lacks = ", ".join(missing)
-            raise PluginError(found.name, f"{name!r} has no {lacks}: it is made for another version of the contract")
+            names = ", ".join(missing)
+            raise PluginError(plugin.name, f"{name!r} has no {names}: it was made for another version of the contract")
         options = getattr(registered, "Options", None)
         if "Options" in names and not (isinstance(options, type) and issubclass(options, BaseModel)):
-            raise PluginError(found.name, f"the Options of {name!r} are no pydantic model")
+            raise PluginError(plugin.name, f"the Options of {name!r} are not a pydantic model")
 
     return register
 
 
-def _add_registered(plugins: Plugins, found: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
-    """Add all that a plugin registers, or nothing of it."""
+def _add_registered(plugins: Plugins, plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
+    """Add everything that a plugin registers, or nothing; PluginError for a name that is taken."""
     for kind, registry in registered.items():
         for name in registry:
             owner = plugins.providers.get((kind, name))
             if owner is not None:
-                what = f"{name!r} among the {kind} is already the plugin {owner.name!r} of {owner.distribution}"
-                raise PluginError(found.name, what)
+                what = (
+                    f"the name {name!r} among the {kind} belongs to the plugin {owner.name!r} of {owner.distribution}"
+                )
+                raise PluginError(plugin.name, what)
     for kind, registry in registered.items():
         plugins.kinds()[kind].update(registry)
-        plugins.providers.update({(kind, name): found for name in registry})
+        plugins.providers.update({(kind, name): plugin for name in registry})

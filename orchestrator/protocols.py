@@ -1,14 +1,14 @@
-"""The contracts of what a plugin can add, complete enough to implement from this file alone.
+"""The contracts of plugins, complete enough to implement one from this file alone.
 
-A plugin registers (`orchestrator.hookspecs`) types under names; a YAML file calls for them by `use: NAME` and gives
-their options, which a pydantic model of theirs checks.
+A plugin registers types under names (`orchestrator.hookspecs`). A YAML file selects a type with `use: NAME` and sets
+its options, which a pydantic model of the type validates.
 
-adapter   one way to run a CLI. It never starts a process: it answers with data.   AdapterType, Adapter
-sink      gets to know what happens, to tell somebody else.                        SinkType, Sink
-tracker   a list of tasks kept elsewhere: gives them, and is told what became.     TrackerType, Tracker
-store     where all state lives; it knows one way to change anything: `commit`.    StoreType, Store
+adapter   describes how to run a CLI, as data; it never starts a process.     AdapterType, Adapter
+sink      takes the events of a run, to notify another system.                SinkType, Sink
+tracker   provides tasks of an external list, and takes the run's events.     TrackerType, Tracker
+store     stores all state; its only operation that changes it is `commit`.   StoreType, Store
 
-`orchestrator.testing` has a suite of tests for each, which an implementation passes to be one.
+`orchestrator.testing` has a test suite for each contract, which every implementation must pass.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ __all__ = [
 
 JsonObject = dict[str, Any]
 
-#: How many versions of a document a store keeps at hand, whatever becomes of its log.
+#: The number of versions of a document that a store keeps, even if it compacts its log.
 VERSIONS_KEPT: Final = 10
 
 
-#: Bytes of a document that are worth a warning: each of its versions takes as much in the log.
+#: The size of a document, in bytes, from which a warning is due: each version takes as much space in the log.
 LARGE_DOCUMENT_BYTES: Final = 1_000_000
 
 
@@ -95,8 +95,8 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
     return (folder / path.expanduser()).absolute()
 
 
-#: A path among a plugin's options: relative ones start from the YAML file's folder, `~` is the home; it gets there
-#: absolute.
+#: A path in a plugin's options. The plugin gets an absolute path: relative ones start from the YAML file's folder, `~`
+#: is the home.
 PathOption = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]
 
 
@@ -113,31 +113,31 @@ class Key(NamedTuple):
 class Document(NamedTuple):
     """A document as read: `encoded` is its value as JSON in UTF-8; `version` counts from 1.
 
-    `damaged` is true when a later version existed but its bytes on disk are unreadable: `value` is then an
-    older one, and whoever reads it must not act on it as if it were current.
+    `damaged` is true if a later version existed but its bytes on disk are unreadable: `value` is then that of an older
+    version, and readers must not treat it as current.
     """
 
     key: Key
     version: int
     encoded: bytes
     position: int
-    """Of the commit that wrote this version."""
+    """The position of the commit that wrote this version."""
     damaged: bool = False
     time: float = 0.0
     """When it was written: wall-clock seconds of the store's clock."""
     by: str = ""
     """The process that wrote it, as `user@host:pid`."""
     expires: float | None = None
-    """From when on it is as if it were not there; None: never."""
+    """When it expires (wall-clock seconds): from then on it counts as missing; None: never."""
 
     @property
     def value(self) -> JsonObject:
-        """The value, decoded anew at each look: the reader's own copy."""
+        """The value; each access decodes a new copy, which the reader owns."""
         value: JsonObject = json.loads(self.encoded)
         return value
 
     def to_json(self) -> JsonObject:
-        """Return the object that programs get."""
+        """Return the document as it appears in JSON output."""
         return {
             "key": str(self.key),
             "version": self.version,
@@ -152,9 +152,9 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One document's change. `expected` is the version that was read (0: there is none); `None` deletes.
+    """The change of one document. `expected` is the version that was read (0: none); the value None deletes.
 
-    With `ttl`, the document is after so many seconds as if it were not there, unless it is written again before.
+    With `ttl`, the document expires after so many seconds, unless it is written again before.
     """
 
     key: Key
@@ -165,7 +165,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A condition of a commit: the lease document at `key` still carries `epoch` (its field of that name)."""
+    """A condition of a commit: the field `epoch` of the lease document at `key` still has this value."""
 
     key: Key
     epoch: int
@@ -173,7 +173,7 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened, recorded with the change that it belongs to."""
+    """An event, recorded in the same commit as the change that it describes."""
 
     type: str
     data: JsonObject = field(default_factory=dict)
@@ -181,10 +181,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One atomic change: every write and event happens if all versions and guards hold, else none does.
+    """One atomic change: all writes and events apply if all versions and guards match, else none does.
 
-    One that is not `durable` survives the end of every process, but perhaps not the end of the machine's power: for
-    what is soon written again, such as heartbeats.
+    A commit that is not `durable` survives the death of every process, but perhaps not a power failure. It is for
+    documents that are soon written again, such as heartbeats.
     """
 
     writes: Sequence[Write] = ()
@@ -195,10 +195,10 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """A commit as the log holds it: its position (from 1, without gaps), wall time in seconds, and content.
+    """A commit as read from the log: its position (from 1, without gaps), wall-clock time in seconds, and content.
 
-    `unreadable` names the documents whose new values are lost to damage; they are missing in `documents`.
-    A deleted document has the value `None`.
+    `unreadable` names the documents whose new values were lost to damage; they are missing in `documents`.
+    A deleted document has the value None.
     """
 
     position: int
@@ -212,10 +212,10 @@ class CommitRecord:
 
 @dataclass(frozen=True, slots=True)
 class DocumentVersion:
-    """One version of a document as its history has it.
+    """One version in the history of a document.
 
-    `value` is None where this version is the document's deletion, and where it is `damaged`. `events` are those of the
-    commit that wrote it: what kind of change it was.
+    `value` is None if this version is the document's deletion, or `damaged`. `events` are those of the commit that
+    wrote it, and show the kind of change.
     """
 
     version: int
@@ -229,17 +229,17 @@ class DocumentVersion:
 
 @dataclass(frozen=True, slots=True)
 class StateSnapshot:
-    """All documents as of a commit; one that had expired by then is not among them."""
+    """All documents as of a commit, without those that had expired by then."""
 
     position: int
     time: float
-    """Of that commit, in wall-clock seconds; 0 at position 0."""
+    """The time of that commit, in wall-clock seconds; 0 at position 0."""
     documents: Mapping[Key, Document]
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A place in the log that can't be trusted: where, the documents hit (None: unknown), what was done."""
+    """A damaged part of the log: its location, the affected documents (None: unknown), and the handling."""
 
     path: Path
     offset: int
@@ -247,16 +247,16 @@ class Damage:
     what: str
 
     def describe(self) -> str:
-        """Return all that in words."""
-        hit = "anything older may be hit" if self.keys is None else ", ".join(map(str, self.keys)) or "nothing lost"
-        return f"{self.path}, byte {self.offset}: {self.what} ({hit})"
+        """Return a description in one line."""
+        affected = ", ".join(map(str, self.keys)) or "nothing lost" if self.keys is not None else "unknown documents"
+        return f"{self.path}, byte {self.offset}: {self.what} ({affected})"
 
 
 @dataclass(frozen=True, slots=True)
 class CompactionResult:
-    """What came of a compaction: how many bytes the log took before and takes after it.
+    """The outcome of a compaction: the size of the log in bytes before and after it.
 
-    `first` is the position of the oldest state that can be told after it.
+    `first` is the position of the oldest state that the log can still reproduce.
     """
 
     before: int
@@ -266,62 +266,62 @@ class CompactionResult:
 
 @dataclass(frozen=True, slots=True)
 class VerificationReport:
-    """What a look at all that a store holds has found: up to which position, how many bytes, and what is wrong."""
+    """The outcome of a verification: the verified position, the size in bytes, and all errors."""
 
     position: int
     bytes: int
     damage: Sequence[Damage] = ()
     damaged: Sequence[Key] = ()
-    """Documents of which a newer version was there than can be read."""
+    """Documents whose newest version can't be read."""
     mismatched: Sequence[Key] = ()
-    """Documents that are told otherwise than the log says: a fault of this program or of the machine's memory."""
+    """Documents that the store returns with another value than the log has: a bug, or faulty memory."""
     unreadable: Mapping[Key, str] = field(default_factory=dict)
-    """Documents of council's own whose value is none of their kind, and why; a store leaves this empty."""
+    """Documents of council's own with the wrong shape for their kind, and the reason; a store leaves this empty."""
 
     @property
     def is_valid(self) -> bool:
-        """Whether there is nothing to worry about."""
+        """Whether no error was found."""
         return not (self.damage or self.damaged or self.mismatched or self.unreadable)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """How much a store holds as of `position`; sizes are in bytes."""
+    """The size of a store as of `position`; sizes are in bytes."""
 
     position: int
     first: int
-    """The position of the oldest state that can be told."""
+    """The position of the oldest state that the log can reproduce."""
     documents: int
     bytes: int
-    """Of all documents."""
+    """The size of all documents."""
     log_bytes: int
-    """Of the log, as it takes them on disk."""
+    """The size of the log on disk."""
     expired: Sequence[Key] = ()
-    """Documents whose time is over, and that nobody has deleted or written since."""
+    """Documents that have expired and that were not deleted or written since."""
     large: Sequence[tuple[Key, int]] = ()
-    """Documents of more than LARGE_DOCUMENT bytes with their sizes, the largest first."""
+    """Documents of more than LARGE_DOCUMENT_BYTES with their sizes, the largest first."""
 
 
 class DumpedDocument(NamedTuple):
-    """A document's new version in a commit that is copied."""
+    """The new version of a document in a dumped commit."""
 
     key: Key
     version: int
     encoded: bytes | None
-    """Its value as JSON in UTF-8, on one line; None: it was deleted. What was loaded is dumped as the same bytes."""
+    """The value as JSON in UTF-8, on one line; None: deleted. Loading and dumping preserve the bytes."""
     expires: float | None = None
-    """From when on it is as if it were not there; None: never."""
+    """When it expires (wall-clock seconds); None: never."""
     previous: int = 0
-    """The position of the version before, by which its history goes back; 0: there is none, or it is not known."""
+    """The position of the version before, which links the document's history; 0: none, or unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class DumpedCommit:
-    """A commit as it is copied from store to store: all that is told of it anywhere follows from this."""
+    """A commit as it is copied between stores; all views of it can be derived from this."""
 
     position: int
     time: float
-    """Wall-clock seconds of the clock of the store where it was made."""
+    """Wall-clock seconds of the clock of the original store."""
     by: str
     """The process that committed, as `user@host:pid`."""
     documents: Sequence[DumpedDocument] = ()
@@ -330,147 +330,146 @@ class DumpedCommit:
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """A whole log as of a position: what another store needs to be the same as this one."""
+    """A whole log as of a position: all that another store needs to become an identical copy."""
 
     position: int
-    """Of the newest commit; 0: there is none."""
+    """The position of the newest commit; 0: there is none."""
     first: int
-    """Of the oldest state that can be told: of the commits up to there, only what `compact` left of them is here."""
+    """The position of the oldest state that can be reproduced: earlier commits are here only as `compact` left them."""
     commits: AsyncGenerator[DumpedCommit]
-    """In the order of their positions; they can be gone through once, while the dump is open."""
+    """The commits in the order of their positions; can be iterated once, while the dump is open."""
 
 
 class Store(Protocol):
-    """Where all state lives. Every implementation passes `orchestrator.testing.store_contract`."""
+    """The storage of all state. Every implementation must pass `orchestrator.testing.store_contract`."""
 
     async def commit(self, commit: Commit) -> int:
-        """Apply `commit` as a whole, durably, and return its position in the log.
+        """Apply `commit` atomically and durably, and return its position in the log.
 
-        Raises VersionConflict, LeaseLost or InvalidDocument with nothing changed; StoreUnavailable when it
-        can't be made durable, with nothing changed. A deleted document's next version goes on counting, so
-        that a stale reader's expected version can't fit by accident; its `expected` is 0 again. The same holds for one
-        that has expired, and a lease that has expired guards nothing.
-        Cancelling the caller does not cut a commit in half: it is awaited to its end.
+        Raises VersionConflict, LeaseLost or InvalidDocument, or StoreUnavailable if it can't be made durable; nothing
+        is changed then. The version numbers of a deleted document continue, so that the expected version of a stale
+        reader can't match by accident; its `expected` is 0 again. The same applies to an expired document, and the
+        guards of an expired lease fail. If the caller is cancelled, the commit still completes before this returns.
         """
 
     async def get(self, key: Key) -> Document | None:
-        """Return the newest version of a document, or None; commits of other processes are seen."""
+        """Return the newest version of a document, of any process, or None."""
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
-        """Return the documents of a kind whose id begins with `prefix`, by id."""
+        """Return the documents of a kind whose id begins with `prefix`, sorted by id."""
 
     async def position(self) -> int:
         """Return the position of the newest commit, 0 for an empty store."""
 
     def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """Yield every record behind position `after`, then each new one as any process commits it.
+        """Yield every record after position `after`, then each new one of any process.
 
-        Raises HistoryGone where the log does not go back so far.
+        Raises HistoryCompacted if the log does not go back that far.
         """
 
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
-        """Return the newest versions of a document, that of its deletion too, the newest first: at most `limit`.
+        """Return the newest versions of a document, deletions included, the newest first: at most `limit`.
 
-        The last `VERSIONS_KEPT` versions are always there, older ones as long as the log goes back to them.
+        The last `VERSIONS_KEPT` versions are always available, older ones as long as the log goes back to them.
         """
 
     async def at(self, position: int) -> StateSnapshot:
         """Return the state right after the commit at a position.
 
-        Raises HistoryGone where the log does not go back so far, RefusedError for a position that is yet to come.
+        Raises HistoryCompacted if the log does not go back that far, RefusedError for a position in the future.
         """
 
     async def compact(self, older_than: float, largest: int) -> CompactionResult:
-        """Let go of the past: of old commits only the last `VERSIONS_KEPT` versions of each document are left.
+        """Prune old commits: keep only the last `VERSIONS_KEPT` versions of each document from them.
 
-        That is of those from before `older_than` (wall-clock seconds), and of as many more as it takes to have no more
-        than `largest` bytes of log; the newest may stay whole. The documents are what they were. Safe beside others
-        that read and commit; who watches and has yet to see what is gone gets HistoryGone.
+        Old commits are those from before `older_than` (wall-clock seconds), and as many more as it takes to reduce the
+        log to `largest` bytes; the newest may stay complete. Documents do not change. Safe while other processes read
+        and commit; a watcher that has not yet read the pruned commits gets HistoryCompacted.
         """
 
     async def statistics(self) -> StoreStatistics:
-        """Return how much the store holds, what of it has expired, and what is large."""
+        """Return the size of the store, and its expired and large documents."""
 
     async def verify(self) -> VerificationReport:
-        """Read all that the store holds anew, and compare it with what it tells."""
+        """Read the whole log again, and compare it with the documents that the store returns."""
 
     async def repair(self) -> VerificationReport:
-        """Settle for what can be read, and return what `verify` finds then.
+        """Restore the readable state, and return the report of `verify` after that.
 
-        Each damaged document's newest value that is known becomes its next version, for as long as it had; one of
-        which none is known is deleted. That is one commit, with an event `state.repaired` for each that names it and
-        the version that was `lost`. What was deleted stays so, and its versions never go back. Without damage nothing
-        happens.
+        The newest readable value of each damaged document becomes its next version, with the same remaining time until
+        it expires; a document without a readable value is deleted. That is one commit, with an event `state.repaired`
+        for each document, which has its key and the version that was `lost`. Deleted documents stay deleted, and
+        versions never decrease. Without damage nothing happens.
         """
 
     def dump(self) -> AbstractAsyncContextManager[Dump]:
-        """Take the whole log as it is now, for the body of an `async with`; others read and commit meanwhile.
+        """Dump the whole log as of now, for the body of an `async with`; other processes read and commit meanwhile.
 
-        It takes the memory of a few commits, however long the log is. RefusedError where `verify` finds anything, or
-        damage comes up on the way: what is copied is never older than it should be.
+        It needs the memory of a few commits, however long the log is. RefusedError if `verify` finds an error, or if
+        damage is found while the commits are read: a copy is never older than it should be.
         """
 
     async def load(self, dump: Dump) -> None:
-        """Become what was dumped: positions, times, versions and all.
+        """Become an identical copy of the dumped store, with the same positions, times and versions.
 
-        All or nothing: whatever happens on the way, be it an error that `dump.commits` raises or the end of the
-        process, the store is empty then, and can be loaded again. RefusedError where it is not empty, because somebody
-        has committed or loaded, and where the commits are not those that the dump promises.
+        Atomic: after an error of `dump.commits`, or if the process is killed, the store is empty and can be loaded
+        again. RefusedError if the store is not empty, because of an earlier commit or load, or if the commits don't
+        match the dump's positions.
         """
 
     @property
     def damage(self) -> Sequence[Damage]:
-        """What was found unreadable since the store was opened."""
+        """The damage found since the store was opened."""
 
 
 class StoreType(Protocol):
-    """What a plugin registers under the scheme of a URL: how to open a store there."""
+    """The type that a plugin registers under a URL scheme: opens stores with that scheme."""
 
     def __call__(self, url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
-        """Open the store at `url` for the body of an `async with`; `clock` tells the time of its records."""
+        """Open the store at `url` for the body of an `async with`; `clock` is the source of its timestamps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program that an adapter runs, and how to find out what there is of it. All commands are arguments only."""
+    """A program that an adapter runs, and how to check its installation. Commands are arguments only."""
 
     name: str
-    """What is looked for on PATH, or an absolute path."""
+    """Its name on PATH, or an absolute path."""
     install: str = "install it, or correct the adapter"
-    """What to do where it is missing."""
+    """The remedy if it is missing."""
     version: Sequence[str] = ()
-    """Arguments that have it print its version; none: it can't be asked."""
+    """Arguments that make it print its version; empty: it has no such option."""
     known: str = ""
-    """The versions that the adapter is made for, as in `>=2.0,<3` (PEP 440, version specifiers); of others it warns."""
+    """The supported versions, as in `>=2.0,<3` (PEP 440, version specifiers); other versions cause a warning."""
     ready: Sequence[str] = ()
-    """Arguments of a quick command that ends with 0 if it can be used: logged in, its server there; none: unknown.
+    """Arguments of a quick command that exits with 0 if it can be used: logged in, server reachable; empty: unknown.
 
-    Where it does not, the last line that it prints may say why.
+    If it fails, the last line of its output may be the reason.
     """
     keys: Sequence[str] = ()
-    """Names of variables with a key; one that is set stands for a login, and `ready` is not asked."""
+    """Environment variables with an API key; if one is set, it replaces a login, and `ready` is not run."""
     log_in: str = ""
-    """What to do where it is not ready."""
+    """The remedy if it is not ready."""
 
 
 class Capability(StrEnum):
-    """What of a request an adapter can pass on to its program; it is asked for nothing else."""
+    """A part of a request that an adapter supports; requests never use unsupported parts."""
 
-    RESUME = "resume"  #: it goes on with an earlier conversation (`SessionRequest.resume`)
-    #: It answers in words instead of changing files (`SessionRequest.read_only`). Not for a CLI that loses its shell by
-    #: that: a reviewer runs tests, and its changes are discarded.
+    RESUME = "resume"  #: it continues an earlier conversation (`SessionRequest.resume`)
+    #: It answers without changing files (`SessionRequest.read_only`). Not for a CLI whose shell is disabled by that: a
+    #: reviewer runs tests, and its changes are discarded anyway.
     READ_ONLY = "read_only"
-    INSTRUCTIONS = "instructions"  #: it takes them apart from the prompt; else they are put before it
+    INSTRUCTIONS = "instructions"  #: it takes them separately from the prompt; else they are prepended to it
     MCP = "mcp"  #: it uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
-    COST_LIMIT = "cost_limit"  #: it ends by itself when it has cost so much (`SessionRequest.max_cost`)
-    PRE_EDIT = "pre_edit"  #: it runs a command before it edits a file, which may deny that (`SessionRequest.pre_edit`)
+    COST_LIMIT = "cost_limit"  #: it stops when it reaches a cost limit (`SessionRequest.max_cost`)
+    PRE_EDIT = "pre_edit"  #: it runs a command before each edit, which may deny it (`SessionRequest.pre_edit`)
 
 
 @dataclass(frozen=True, slots=True)
 class McpServer:
-    """A server of the Model Context Protocol: either a command that speaks on standard input and output, or a URL.
+    """A server of the Model Context Protocol: either a command that uses standard input and output, or a URL.
 
-    `env` names variables that are handed on to the command, and that the program is given for that.
+    `env` names environment variables to pass to the command; the program gets them, too, to pass them on.
     """
 
     name: str
@@ -481,11 +480,11 @@ class McpServer:
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """What an adapter is asked to run: ids, the prompt both as text and as a 0600 file, and the worktree.
+    """The session that an adapter shall run: ids, the prompt both as text and as a 0600 file, and the worktree.
 
-    `home` is a folder that the task's sessions with this adapter have to themselves, one after the other; it is there
-    where the command says so (`SessionCommand.home`). `resume` is the program's own id of the conversation to go on with: one
-    that it had in this worktree and this home. What follows is asked for only of adapters that can (`Capability`).
+    `home` is a private folder for the sessions of this task with this adapter, one after the other; it exists if the
+    command uses it (`SessionCommand.home`). `resume` is the program's own id of the conversation to continue, which it
+    had in this worktree and this home. The fields from `resume` on are set only for adapters with the `Capability`.
     """
 
     run: str
@@ -498,23 +497,23 @@ class SessionRequest:
     resume: str | None = None
     read_only: bool = False
     instructions: str | None = None
-    """What it is told apart from the prompt, as a part of what it is told first."""
+    """Instructions in addition to the prompt, for the program's system prompt."""
     mcp_servers: Sequence[McpServer] = ()
     max_cost: float | None = None
     """US dollars."""
     pre_edit: Sequence[str] = ()
-    """A command to run before each edit of a file: it reads a JSON object from standard input with `hook_event_name`,
+    """A command to run before each edit of a file. It reads a JSON object from standard input with `hook_event_name`,
     `cwd` and `tool_input`, which names the file (`file_path`, `path` and the like, or an `apply_patch`). It prints
-    nothing where that may be done; else a JSON object with the decision and the reason, in the form of Claude Code's
-    hook `PreToolUse`, or, where the event is `BeforeTool`, in that of Gemini CLI. It always ends with 0."""
+    nothing if the edit is allowed; else a JSON object with the decision and the reason, in the format of Claude Code's
+    hook `PreToolUse`, or, if the event is `BeforeTool`, in that of Gemini CLI. It always exits with 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class SettingsOverlay:
-    """A JSON object of the user's, in the file `of` (absolute or from `~`, which may be missing), with `over` over it.
+    """The user's JSON settings in the file `of` (absolute or from `~`; may be missing), overridden by `over`.
 
-    Objects in both are merged, key by key; of all else what is in `over` counts. So is `added` then, but its lists go
-    after those that are there.
+    Objects in both are merged key by key; of other values that in `over` wins. `added` is merged in the same way, but
+    its lists are appended to existing ones.
     """
 
     of: str
@@ -524,11 +523,11 @@ class SettingsOverlay:
 
 @dataclass(frozen=True, slots=True)
 class SessionHome:
-    """What a session finds in the home of the request, and may change there.
+    """The content of a session's home (`SessionRequest.home`), which the session may change.
 
-    `files` are texts by their names in the home, and `settings` JSON; both are written anew for each session. `links`
-    lead from names in the home to the user's own files and folders, absolute or from `~`, as far as those exist; they
-    can be read, and those that `renewed` names can be written, such as a login that is renewed in use.
+    `files` maps names in the home to texts, and `settings` to JSON; both are written again for each session. `links`
+    maps names in the home to existing files and folders of the user, absolute or from `~`. They can be read, and those
+    in `renewed` can be written, such as a login that is refreshed in use.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
@@ -541,14 +540,13 @@ class SessionHome:
 class SessionCommand:
     """A program to run in the worktree.
 
-    `stdin` is a file to read from (None: /dev/null). `env` is set as given, `pass_env` names variables that
-    are handed on where they are set; beside a small base set the program sees nothing else. `readable` are files
-    and folders (absolute) that it must be able to read even if they lie in what the fence hides. `leavings` are
-    patterns (gitignore(5)) of what the program leaves in the worktree for its own use, such as a cache: new files
-    that match are no part of its work. `home` is what it finds in the home of the request (None: it uses none).
-    `interrupt` is whether it is to be interrupted (SIGINT) before it is
-    terminated, because it then tidies up: its child processes, its last words. Only the process that `argv` starts is
-    interrupted; where that is a wrapper, it has to pass the signal on.
+    `stdin` is a file to read from (None: /dev/null). `env` is set as given, `pass_env` names variables that are passed
+    on if set; besides a small base set the program gets no other variables. `readable` are files and folders (absolute)
+    that it must be able to read even if the sandbox hides their location. `scratch_patterns` (gitignore(5)) match the
+    program's own files in the worktree, such as a cache: new files that match are not part of its work. `home` is the
+    content of its home (None: it uses none). With `interrupt`, it gets SIGINT before it is terminated, to clean up its
+    child processes and finish its output. Only the process that `argv` starts is interrupted; a wrapper has to forward
+    the signal.
     """
 
     argv: Sequence[str]
@@ -563,9 +561,9 @@ class SessionCommand:
 
 @dataclass(frozen=True, slots=True)
 class AgentMessage:
-    """The agent's words, as a person would read them.
+    """Text of the agent, for people to read.
 
-    `part`: they come as they are made, and go on with the part before without anything in between.
+    `part`: the text is streamed, and continues the part before it without a separator.
     """
 
     text: str
@@ -574,9 +572,9 @@ class AgentMessage:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """The agent used a tool: `detail` is one line for people, `paths` are the files it named, as it named them.
+    """A tool call of the agent: `detail` is one line for people, `paths` are the files in the agent's own spelling.
 
-    `call` is the program's own id of this call, by which `ToolResult` names it; None where the program gives none.
+    `call` is the program's own id of this call, which `ToolResult` refers to; None if it has no ids.
     """
 
     name: str
@@ -587,7 +585,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """A tool call ended: `failed` is None if it succeeded, else one line that says why (it may be empty)."""
+    """The end of a tool call: `failed` is None if it succeeded, else the reason in one line (may be empty)."""
 
     call: str
     failed: str | None = None
@@ -595,11 +593,11 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class UsageReport:
-    """What was used up since the last `UsageReport`, or with `in_all` since the program started.
+    """Usage since the last `UsageReport`, or with `is_cumulative` since the program started.
 
-    Tokens, and US dollars (None: not known). Of the input's tokens `cached_tokens` were read from a cache. What is told
-    of one `call` of the model again and again, more each time, counts once. With `of_conversation` what earlier
-    sessions of the same conversation used up is among it.
+    Tokens, and US dollars (None: unknown). `cached_tokens` of the input tokens were read from a cache. Repeated reports
+    of one model `call`, with growing numbers, count once. With `includes_resumed` the numbers include the usage of
+    earlier sessions of the same conversation.
     """
 
     input_tokens: int = 0
@@ -608,34 +606,34 @@ class UsageReport:
     is_cumulative: bool = False
     cached_tokens: int = 0
     model: str | None = None
-    """By its name, for its price where the cost is not known."""
+    """The name of the model, to look up its price if the cost is unknown."""
     call: str | None = None
     includes_resumed: bool = False
     priced_tokens: int = 0
-    """How many tokens `cost` covers, for a CLI whose versions differ in whether it includes that of earlier sessions of
-    the conversation: it does where it covers their tokens, too. 0: the cost covers what `of_conversation` says.
+    """The number of tokens that `cost` covers, for a CLI of which only some versions include the cost of earlier
+    sessions of the conversation: it is included if their tokens are. 0: the cost covers what `includes_resumed` says.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationStarted:
-    """The CLI's own id of the conversation, by which it can go on with it."""
+    """The CLI's own id of the conversation, to resume it."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True)
 class CliWarning:
-    """Something that a person may want to know, and that is no failure."""
+    """A message of the CLI that matters to the user but is no failure."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolDenied:
-    """The CLI denied its model a tool, or its own sandbox made that fail.
+    """The CLI denied its model a tool, or its own sandbox made the tool fail.
 
-    `detail` is one line for people, and `remedy` what allows the tool. Several reports of one `call` are one denial.
+    `detail` is one line for people; `remedy` is how to allow the tool. Several reports of one `call` are one denial.
     """
 
     tool: str
@@ -645,15 +643,15 @@ class ToolDenied:
 
     @property
     def text(self) -> str:
-        """The tool and what it was to do, as in `Bash(git diff)`."""
+        """The tool and its arguments, as in `Bash(git diff)`."""
         return f"{self.tool}({self.detail})" if self.detail else self.tool
 
 
 @dataclass(frozen=True, slots=True)
 class FinalResult:
-    """The CLI's own word about its end: the result's text, and what failed (None: nothing, it says).
+    """The CLI's own result: its text, and the failure (None: it reports success).
 
-    The last one counts: a program that fails, tries again and succeeds concludes twice.
+    The last one counts: a program that fails, tries again and succeeds reports two.
     """
 
     text: str = ""
@@ -667,10 +665,10 @@ SessionEvent = (
 
 @dataclass(frozen=True, slots=True)
 class SessionEnd:
-    """How a program ended: its exit code or signal, when (wall-clock seconds), and the end of what it printed.
+    """The end of a program: its exit code or signal, the time (wall-clock seconds), and the tail of its output.
 
-    The texts hold at most the last 64 KiB of each stream; bytes that are not UTF-8 are replaced. `events` are the
-    last thousand that the adapter's `parse` returned for what it printed to standard output.
+    The texts are at most the last 64 KiB of each stream; bytes that are not UTF-8 are replaced. `events` are the last
+    thousand that the adapter's `parse` returned for standard output.
     """
 
     exit: int | None
@@ -682,46 +680,47 @@ class SessionEnd:
 
 
 class Adapter(Protocol):
-    """One way to run a CLI, made from the options of one entry under `adapters:` in the YAML file.
+    """Describes how to run a CLI; made from the options of one entry under `adapters:` in the YAML file.
 
-    It keeps no state: one instance serves many sessions at once, and the same question has the same answer.
+    It is stateless: one instance serves many concurrent sessions, and equal arguments give equal results.
     """
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can be asked for beside the prompt."""
+        """Return the parts of a request that it supports in addition to the prompt."""
 
     def programs(self) -> Sequence[Program]:
-        """Return the programs that must be there before a run starts."""
+        """Return the programs that must be installed before a run starts."""
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return what to run for this request; never starts anything itself.
+        """Return the command for a request; never starts a process itself.
 
-        Also called once for each task while a file is loaded, with paths that don't exist: a RefusedError then
-        becomes a problem at the task's line.
+        Also called once for each task while a file is loaded, with paths that don't exist: a RefusedError is then
+        reported as a problem at the task's line.
         """
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a line that the program printed to standard output means; nothing where it means nothing.
+        """Return the events in a line of the program's standard output; empty if it has none.
 
-        The line has no line break and at most 1 MiB (longer ones are left out). Anything may stand in it, also half
-        of what it should be: never raises.
+        The line has no line break and at most 1 MiB (longer lines are skipped). It may have any content, such as
+        truncated JSON: never raises.
         """
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what a session's words say about why it failed, or None if they say nothing.
+        """Return why a session failed according to its output, or None if the output has no reason.
 
-        Heard only where the program ended with an error, or well but with everything as it was, or, whatever it has
-        changed by then, well but with `failed` in its last `FinalResult` or with a verdict of `unfinished`: without what
-        it prints whenever it comes to its end. Its word counts against it, never for it.
-        Where the last `FinalResult` failed, the verdict is never None. The failure's class
-        (`orchestrator.domain.runs.failures`) decides what follows: RATE_LIMITED parks the adapter (`until`: wall-clock
-        seconds, if known) and AUTH stops it, both without counting the attempt; the `reason` of AUTH says how to
-        log in.
+        Used only if the program exited with an error; or successfully but without changes; or successfully, with or
+        without changes, but with `failed` in its last `FinalResult` or with a verdict of `unfinished`, because the
+        output that every complete session ends with is missing. A verdict can fail a session, never pass it. If the
+        last `FinalResult` failed, the verdict is never None.
+
+        The failure's class (`orchestrator.domain.runs.failures`) decides the consequence: RATE_LIMITED starts a
+        cooldown of the adapter (`until`: wall-clock seconds, if known) and AUTH disables it, both without counting the
+        attempt; the `reason` of AUTH says how to log in.
         """
 
 
 class AdapterType(Protocol):
-    """What a plugin registers under a name: the options it takes, and how to make an adapter from them."""
+    """The type that a plugin registers under a name: validates options and makes adapters from them."""
 
     @property
     def Options(self) -> type[BaseModel]:
@@ -733,7 +732,7 @@ class AdapterType(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
-    """An event as the log has it: the position of its commit, and when that was (wall-clock seconds)."""
+    """An event of the log, with the position and time (wall-clock seconds) of its commit."""
 
     position: int
     time: float
@@ -741,31 +740,31 @@ class RecordedEvent:
 
 
 class Sink(Protocol):
-    """Gets to know what happens in a run, to tell somebody else."""
+    """Takes the events of a run, to notify another system."""
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
         """Take the next events, at least one, in order.
 
-        What raises, or takes longer than thirty seconds, is cancelled and tried again with a sink that is opened anew,
-        later and later: each event comes at least once, perhaps again after a restart. The run does not wait for it;
-        but it is awaited on the run's own event loop, which nothing here may block.
+        If this raises, or takes longer than 30 seconds (it is cancelled then), a new sink is opened and gets the same
+        events, after growing pauses. Delivery is at least once; events may be repeated after a restart. The run does
+        not wait for it, but it is awaited on the run's own event loop, which it must not block.
         """
 
 
 class SinkType(Protocol):
-    """What a plugin registers under a name: the options it takes, and how to open a sink with them."""
+    """The type that a plugin registers under a name: validates options and opens sinks with them."""
 
     @property
     def Options(self) -> type[BaseModel]:
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Sink]:
-        """Open a sink from a validated instance of `Options`, once there is something to send, until the run's end."""
+        """Open a sink from a validated instance of `Options`, from the first event until the run's end."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedTask:
-    """A task of a tracker: an id that is valid in a YAML file and stays the same, what to do, what it needs."""
+    """A task of a tracker: a stable id that is valid in a YAML file, the prompt, and the ids of required tasks."""
 
     id: str
     prompt: str
@@ -773,14 +772,14 @@ class TrackedTask:
 
 
 class Tracker(Sink, Protocol):
-    """A list of tasks that is kept elsewhere: a run takes them from there, and its events tell what became of them."""
+    """An external list of tasks: a run takes its tasks from it, and sends it the events about them."""
 
     async def tasks(self) -> Sequence[TrackedTask]:
-        """Return the tasks that are open."""
+        """Return the open tasks."""
 
 
 class TrackerType(Protocol):
-    """What a plugin registers under a name: the options it takes, and how to open a tracker with them."""
+    """The type that a plugin registers under a name: validates options and opens trackers with them."""
 
     @property
     def Options(self) -> type[BaseModel]:

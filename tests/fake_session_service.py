@@ -79,7 +79,7 @@ class FakeSessionService:
         for path in paths:
             owner = self.foreign_owners.get(path) or str(self.owners.get(path, session))
             if owner != str(session):
-                raise RefusedError(f"{path} is locked by {owner}", "wait for it, or work at other files")
+                raise RefusedError(f"{path} is locked by {owner}", "wait for it, or work on other files")
         self.owners.update(dict.fromkeys(paths, session))
         return {"locked": paths}
 

@@ -1,6 +1,6 @@
-"""What the sessions of a run are doing: what they say, and how much they have changed. For views in any process.
+"""Observe the sessions of a run from any process: their transcripts, and the size of their changes.
 
-All of it comes from files; nothing is asked of the run's owner.
+All data comes from files, without a request to the run's leader.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
-#: Seconds between two looks at what is said, and at what is changed, at least.
+#: The minimum seconds between two reads of transcripts, and of changes.
 TRANSCRIPT_INTERVAL, CHANGES_INTERVAL = 0.5, 1.0
-#: How many times as long as a look took is waited before the next: looking must cost next to nothing.
+#: The pause after a read, as a multiple of its duration, which keeps the load negligible.
 IDLE_FACTOR = 20
-#: How many commits are counted in one look.
+#: The number of commits that are counted at once.
 _BATCH = 50
 
 
 class ObservedSession(NamedTuple):
-    """An attempt whose session is at work."""
+    """An attempt with a running session."""
 
     task: str
     attempt: int
@@ -41,100 +41,100 @@ class ObservedSession(NamedTuple):
 
 
 class ActivityObserver(Protocol):
-    """Whoever looks: says what at, and takes what is seen."""
+    """Selects what to observe, and takes the observations."""
 
     def working(self) -> Sequence[ObservedSession]:
-        """Return the attempts whose sessions are at work."""
+        """Return the attempts with a running session."""
 
     def built(self) -> Sequence[ObservedSession]:
-        """Return the attempts that are over, whose work was not seen since and has not landed."""
+        """Return ended attempts that have not landed and whose final changes were not observed yet."""
 
     def uncounted_commits(self, most: int) -> Mapping[str, str]:
-        """Return the commits of landed tasks, by task, of which it is not known what they change; at most so many."""
+        """Return up to `most` commits of landed tasks, by task, whose changes were not counted yet."""
 
-    def on_transcript(self, session: ObservedSession, said: Transcript) -> None:
-        """Take what a session has said and done; where much came between two looks, of its last 64 KiB."""
+    def on_transcript(self, session: ObservedSession, transcript: Transcript) -> None:
+        """Take the transcript of a session; after much output between two reads, of its last 64 KiB."""
 
     def on_changes(self, session: ObservedSession, changes: Changes) -> None:
-        """Take how much a session has changed, so far or in all."""
+        """Take the size of a session's changes, so far or in total."""
 
     def count(self, task: str, changes: Changes) -> None:
-        """Take how much a task has changed by landing."""
+        """Take the size of the changes that a task landed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunActivity:
-    """A run as it stood at the log's position `position`, and from then on what its sessions do."""
+    """A run as of the log position `position`, and the live activity of its sessions from then on."""
 
     record: RunRecord
     position: int
     attempts: Mapping[str, int]
-    """How many attempts each task has."""
+    """The number of attempts that each task may have."""
     runs: ProjectRuns
     archive: Archive
     adapters: Mapping[str, Adapter]
     logs: Path
 
-    async def show(self, viewer: ActivityObserver) -> None:
-        """Tell a viewer what there is, as it comes, until cancelled. Costs a few percent of one core at most."""
+    async def show(self, observer: ActivityObserver) -> None:
+        """Send all activity to an observer until cancelled. Uses a few percent of one core at most."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self._listen, viewer)
-            group.start_soon(self._watch, viewer)
+            group.start_soon(self._listen, observer)
+            group.start_soon(self._watch, observer)
 
-    async def _listen(self, viewer: ActivityObserver) -> None:
-        heard: dict[ObservedSession, _TranscriptReader] = {}
+    async def _listen(self, observer: ActivityObserver) -> None:
+        readers: dict[ObservedSession, _TranscriptReader] = {}
         while True:
             began = anyio.current_time()
-            working = viewer.working()
-            heard = {
-                one: heard.get(one)
+            working = observer.working()
+            readers = {
+                one: readers.get(one)
                 or _TranscriptReader(self.adapters[one.adapter], log_path(self.logs, *one[:2], "stdout"))
                 for one in working
             }
-            for one in await anyio.to_thread.run_sync(_listen, heard, abandon_on_cancel=True):
-                viewer.on_transcript(one, heard[one].transcript)
+            for one in await anyio.to_thread.run_sync(_listen, readers, abandon_on_cancel=True):
+                observer.on_transcript(one, readers[one].transcript)
             await anyio.sleep(max(TRANSCRIPT_INTERVAL, IDLE_FACTOR * (anyio.current_time() - began)))
 
-    async def _watch(self, viewer: ActivityObserver) -> None:
-        """Look at one task at a time, whose turn it is, and at what has landed since."""
-        turns: deque[ObservedSession] = deque()
+    async def _watch(self, observer: ActivityObserver) -> None:
+        """Observe the changes of one session at a time, in rotation, and of landed tasks."""
+        rotation: deque[ObservedSession] = deque()
         while True:
             began = anyio.current_time()
-            working = [*viewer.working(), *viewer.built()]
-            turns = deque(one for one in turns if one in working)
-            turns.extend(one for one in working if one not in turns)
-            if commits := viewer.uncounted_commits(_BATCH):
-                await self._count(commits, viewer)
-            elif turns:
-                turns.rotate(-1)
-                await self._look(turns[-1], viewer)
+            working = [*observer.working(), *observer.built()]
+            rotation = deque(one for one in rotation if one in working)
+            rotation.extend(one for one in working if one not in rotation)
+            if commits := observer.uncounted_commits(_BATCH):
+                await self._count(commits, observer)
+            elif rotation:
+                rotation.rotate(-1)
+                await self._look(rotation[-1], observer)
             await anyio.sleep(max(CHANGES_INTERVAL, IDLE_FACTOR * (anyio.current_time() - began)))
 
-    async def _count(self, commits: Mapping[str, str], viewer: ActivityObserver) -> None:
+    async def _count(self, commits: Mapping[str, str], observer: ActivityObserver) -> None:
         try:
             counted = await self.runs.landed(self.record.run.id, commits)
-        except (CouncilError, OSError):  # gone from our repository: nobody can say any more
+        except (CouncilError, OSError):  # missing in council's repository: they can't be counted any more
             counted = {}
         for task in commits:
-            viewer.count(task, counted.get(task, Changes()))
+            observer.count(task, counted.get(task, Changes()))
 
-    async def _look(self, session: ObservedSession, viewer: ActivityObserver) -> None:
+    async def _look(self, session: ObservedSession, observer: ActivityObserver) -> None:
         try:
             changes = await self.archive.changes(self.record.run.id, session.task)
-        except (CouncilError, OSError):  # its worktree is being made, or is gone by now
+        except (CouncilError, OSError):  # its worktree is being created, or was removed
             return
-        viewer.on_changes(session, changes)
+        observer.on_changes(session, changes)
 
 
 class _TranscriptReader:
-    """What a session has said and done, up to a line of it."""
+    """Reads the transcript of a session incrementally."""
 
     def __init__(self, adapter: Adapter, file: Path) -> None:
         self.transcript = EMPTY_TRANSCRIPT
         self._follower = OutputFollower(adapter, file, newest_only=True)
 
     def listen(self) -> bool:
-        """Take what came since the last look; whether any did. Blocks."""
+        """Read new output; return True if there was any. Blocks."""
         events = self._follower.read()
         for event in events or ():
             self._take(event)
@@ -148,5 +148,5 @@ class _TranscriptReader:
                 self.transcript = self.transcript.after(event)
 
 
-def _listen(heard: Mapping[ObservedSession, _TranscriptReader]) -> list[ObservedSession]:
-    return [session for session, one in heard.items() if one.listen()]
+def _listen(readers: Mapping[ObservedSession, _TranscriptReader]) -> list[ObservedSession]:
+    return [session for session, reader in readers.items() if reader.listen()]

@@ -1,4 +1,4 @@
-"""What the tasks of a project's runs left: what they printed, what they changed, what is kept of it, and getting it."""
+"""Logs, changes and preserved work of a project's tasks, with commands to apply or drop that work."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ from orchestrator.sessions.output.entries import OutputEntry, OutputEntryBuilder
 from orchestrator.sessions.output.log_files import list_attempt_streams, log_path, read_tail
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
-#: Seconds between two looks at files that are followed.
+#: Seconds between two reads of a followed file.
 _FOLLOW_PAUSE = 0.2
 _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class LogChunk:
-    """Something that an attempt printed.
+    """A part of an attempt's output.
 
     `stream` is `stdout`, `stderr`, or `before`, `after` or `check` with the number of the user's command.
     """
@@ -64,7 +64,7 @@ class LogChunk:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry(OutputEntry):
-    """An entry of an attempt's log; what is not the program's standard output comes as lines."""
+    """An entry of an attempt's log; other streams than standard output consist of lines."""
 
     attempt: int = 0
     stream: str = "stdout"
@@ -80,12 +80,12 @@ class AttemptMarker:
     event: Literal["began", "ended", "running", "interrupted"]
     attempt: Attempt
     used: Transcript = EMPTY_TRANSCRIPT
-    """What it said that it used up, so far."""
+    """The transcript so far, with the reported usage."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreservedWork:
-    """Work that is on no target: a ref of `repository`, or a worktree that could not be collected wholly."""
+    """Unmerged work: a ref of council's repository, or a worktree that could not be collected completely."""
 
     name: str
     run: str
@@ -96,11 +96,11 @@ class PreservedWork:
     committed: int | None
     """Seconds since the epoch."""
     worktree: str | None
-    """Its folder, once no git configuration of an agent is in there; what is preserved has no commit."""
+    """The folder of a worktree, once it has no git configuration of an agent; a worktree has no commit."""
 
 
 class Archive:
-    """The records of tasks; `is_live` tells whether a process is at work in a run."""
+    """The archive of a project's tasks; `is_live` returns True if a process is active in a run."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Archive:
         phase: str | None = None,
         follow: bool = False,
     ) -> AsyncGenerator[LogEntry | AttemptMarker]:
-        """Yield the same as `log`, read by the adapters: each attempt's beginning, its entries, and its end."""
+        """Yield the output of `log` as parsed by the adapters: each attempt's begin marker, entries and end marker."""
         logs: dict[int, _SessionLog] = {}
         document = await self._task(run, task)
         async with aclosing(self._poll(run, task, attempt, phase, follow=follow)) as looks:
@@ -155,9 +155,9 @@ class Archive:
             yield entry
 
     async def latest(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> tuple[str, float] | None:
-        """Return the last line that the running session of a task is known by, and when it printed anything last.
+        """Return the last line of a task's running session, and the time of its last output.
 
-        None where no session runs, it has printed nothing yet, or its output is on another machine.
+        None if no session is running, it has no output yet, or its output is on another machine.
         """
         document = await self._task(run, task)
         if document.status is not TaskStatus.RUNNING:
@@ -176,13 +176,13 @@ class Archive:
     async def _poll(
         self, run: str, task: str, attempt: int | None, phase: str | None, *, follow: bool
     ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogChunk]]]]:
-        """Yield the new output of each attempt since the last look, with the task's record from before that look."""
+        """Yield the new output of each attempt since the last read, with the task's record from before that."""
         document = await self._task(run, task)
         attempt = (await self._attempt_at(run, task, document, phase)).number if phase is not None else attempt
         number = (await self._attempt(run, task, document, attempt)).number if document.attempts or not follow else 1
         tails = _LogTails(self._project.logs(run), task)
         while True:
-            # Asked first: what is printed before that is read after it.
+            # Read the record first: output from before that time is then complete.
             document = await read_task(self._store, run, task)
             continues = follow and document.status not in FINAL_STATUSES and await self._is_live(run)
             numbers = range(number, len(document.attempts) + 1) if attempt is None else [number]
@@ -190,7 +190,7 @@ class Archive:
             if not continues:
                 break
             await anyio.sleep(_FOLLOW_PAUSE)
-        if not document.attempts:  # it was followed, and ended or stopped without a session
+        if not document.attempts:  # the followed task ended or stopped without a session
             raise await self._no_attempt_error(run, task)
 
     async def diff(self, run: str, task: str, *, stat: bool = False) -> bytes:
@@ -201,7 +201,7 @@ class Archive:
         return await diffs.diff_commits(git, *await self._diff_range(git, run, task, document), stat=stat)
 
     async def changes(self, run: str, task: str) -> Changes:
-        """Return how much a task has changed: so far, where its session is at work. RefusedError where nothing is."""
+        """Return the size of a task's changes; of a running session so far. RefusedError if there are none."""
         document, git = await self._task(run, task), await self._git(run)
         if document.status is TaskStatus.RUNNING:
             worktree, admit = await self._session(run, task, document.attempt)
@@ -209,23 +209,23 @@ class Archive:
         return await count(git, *await self._diff_range(git, run, task, document))
 
     async def details(self, run: str, task: str, adapters: Mapping[str, Adapter]) -> SessionDetails:
-        """Return what the session of a task has done so far; RefusedError where none is at work."""
+        """Return what the running session of a task has done so far; RefusedError if none is running."""
         document = await self._task(run, task)
         if document.status is not TaskStatus.RUNNING or not await self._is_live(run):
-            raise RefusedError(f"task {task!r} has no session at work", f"`council diff {task}` shows what it left")
+            raise RefusedError(f"task {task!r} has no running session", f"`council diff {task}` shows its last changes")
         session, redactor = SessionName(run, task, document.attempt.number), self._redactor()
         at = await find_workspace(self._store, adapters, self._project.logs_folder, redactor, session)
         return await read_session_details(await self._git(run), at, redactor)
 
     async def kept(self, run: str) -> list[PreservedWork]:
-        """Return all work of a run that is kept beside the target."""
+        """Return all preserved work of a run that is not on the target."""
         found = [await self._describe(one) for one in await salvage.list_unmerged_work(await self._git(run), run)]
         if await self._is_live(run):
             return found
         return [*found, *[await self._worktree(one) for one in await self._leftover_worktrees(run)]]
 
     async def show(self, run: str, name: str, *, stat: bool = False) -> bytes:
-        """Return what kept work changes, as git shows it."""
+        """Return the changes of preserved work as a git diff."""
         git = await self._git(run)
         if (worktree := await self._kept_worktree(run, name)) is not None:
             document = await self._task(run, worktree.task)
@@ -235,26 +235,26 @@ class Archive:
         return await diffs.diff_commits(git, await self._base(git, found), found.commit, stat=stat)
 
     async def apply(self, run: str, name: str, branch: str | None = None) -> Sequence[str]:
-        """Bring kept work into the user's files as changes that are not committed, or as a new branch.
+        """Apply preserved work to the user's checkout as uncommitted changes, or as a new branch.
 
-        All of it or nothing. Returns the paths that changed, or the branch.
+        Applies all of it or nothing. Returns the changed paths, or the branch.
         """
         git, document = await self._git(run), await read_run(self._store, run)
         if await self._kept_worktree(run, name) is not None:
-            raise RefusedError(f"{name!r} is a folder of files that no commit holds", "copy from it by hand")
+            raise RefusedError(f"{name!r} is a worktree without a commit", "copy files from it manually")
         found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
         site = await find_run_repository(document.repo, is_url=document.is_url, environ=self._environ)
         if branch is not None:
             await salvage.create_branch(site.source(git), found.commit, branch)
             return (branch,)
         if site.repository is None or site.repository.top is None:
-            raise RefusedError(f"{document.repo} has no checkout", "name a branch to make of it (--branch)")
+            raise RefusedError(f"{document.repo} has no checkout", "create a branch instead (--branch)")
         users = Git(None, as_user=True, environ=self._environ)
         base = await self._base(git, found)
         return await salvage.apply_to_checkout(git, users, site.repository.top, base, found.commit)
 
     async def drop(self, run: str, names: Sequence[str]) -> None:
-        """Delete kept work for good; RefusedError, with nothing deleted, for what the run still needs."""
+        """Delete preserved work; RefusedError, with nothing deleted, if the run still needs any of it."""
         git = await self._git(run)
         refs, folders = [], []
         listed = await salvage.list_unmerged_work(git, run)
@@ -264,7 +264,7 @@ class Archive:
             task = worktree.task if worktree else found.task if found else ""
             document = await read_task(self._store, run, task)
             if document.status not in FINAL_STATUSES:
-                raise RefusedError(f"{name!r} belongs to a task that is not over", "cancel the task first, or wait")
+                raise RefusedError(f"{name!r} belongs to an unfinished task", "cancel the task first, or wait for it")
             folders += [worktree] if worktree else []
             refs += [found] if found else []
         await salvage.delete_refs(git, refs)
@@ -273,12 +273,12 @@ class Archive:
             await empty_trash(worktree.hub, git.environ)
 
     async def _diff_range(self, git: Git, run: str, task: str, document: TaskDocument) -> tuple[str, str]:
-        """Return what a task's newest kept work differs from, and that work."""
+        """Return the base and the commit of a task's newest preserved work."""
         kept = [one for one in document.attempts if one.branch is not None]
         if not document.attempts:
             raise await self._no_attempt_error(run, task)
         if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
-            raise RefusedError(f"task {task!r} has changed nothing that is kept", f"see `council logs {task}`")
+            raise RefusedError(f"task {task!r} has no preserved changes", f"see `council logs {task}`")
         return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
 
     async def _live_diff(self, run: str, task: str, attempt: Attempt, *, stat: bool) -> bytes:
@@ -287,7 +287,7 @@ class Archive:
         return await diffs.diff_session(git, worktree, attempt.base, admit=admit, stat=stat)
 
     async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, IntakeRules]:
-        """Return where an attempt works, and what of it may be shown."""
+        """Return the worktree of an attempt, and the rules for showing its files."""
         return await find_session_files(self._store, SessionName(run, task, attempt.number), self._redactor())
 
     def _redactor(self) -> Redactor:
@@ -299,9 +299,9 @@ class Archive:
 
     async def _worktree(self, one: Worktree) -> PreservedWork:
         document = await read_task(self._store, one.run, one.task)
-        # Before that the user's own git would run in there what the agent has configured.
+        # Before that the user's own git would run programs that the agent has configured in there.
         is_safe = await anyio.to_thread.run_sync(is_preserved, one)
-        subject = "a worktree that could not be collected wholly"
+        subject = "a worktree that could not be collected completely"
         if not is_safe:
             subject = f"a worktree of an interrupted session: `council resume {one.run}` saves it"
         folder = str(one.tree) if is_safe else None
@@ -326,7 +326,7 @@ class Archive:
     async def _base(self, git: Git, found: UnmergedWork) -> str:
         document = await read_task(self._store, found.run, found.task)
         number = found.part.partition("/")[0]
-        if not number.isdecimal():  # both sides of a conflict: the first parent is what the target was
+        if not number.isdecimal():  # a merge of both sides of a conflict: its first parent is the target
             return await git.line("rev-parse", f"{found.commit}^1")
         return document.attempts[int(number) - 1].base
 
@@ -380,7 +380,7 @@ class Archive:
 
 
 class _SessionLog:
-    """Reads the output of one attempt, piece by piece; paths in its worktree become relative."""
+    """Reads the output of one attempt in parts; paths in its worktree become relative."""
 
     def __init__(self, adapter: Adapter, attempt: Attempt, folder: str, redactor: Redactor) -> None:
         self._adapter, self._attempt, self._folder, self._redactor = adapter, attempt, folder, redactor
@@ -388,20 +388,20 @@ class _SessionLog:
         self._has_ended = False
 
     def read(self, part: LogChunk, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
-        """Yield the entries of the whole lines up to the end of a piece of output."""
+        """Yield the entries of all complete lines up to the end of a part of the output."""
         if part.stream.startswith(("after", "check")):
             yield from self._ended(document)
         *lines, self._rest[part.stream] = (self._rest.get(part.stream, "") + part.text).split("\n")
         yield from self._read(part.stream, lines)
 
     def pause(self, document: TaskDocument) -> Iterator[LogEntry | AttemptMarker]:
-        """Yield what was held back: there is no new output for now."""
+        """Yield buffered entries: there is no new output for now."""
         yield from self._made(self._entries.flush())
         if document.attempts[self._attempt.number - 1].ended is not None:
             yield from self._ended(document)
 
     def end(self, document: TaskDocument, *, is_interrupted: bool = False) -> Iterator[LogEntry | AttemptMarker]:
-        """Yield what was held back: there is no more output.
+        """Yield buffered entries: there is no more output.
 
         `is_interrupted`: an attempt without a recorded end does not run any more.
         """
@@ -433,7 +433,7 @@ class _SessionLog:
             yield LogEntry(one.kind, text, one.tool, outcome, self._attempt.number)
 
     def _shown(self, text: str) -> str:
-        """Return a text of JSON, where a secret may have been spelled otherwise, without secrets and long paths."""
+        """Return text that was decoded from JSON without secrets and without the worktree's path."""
         return self._redactor.text(text).replace(self._folder, "")
 
 
@@ -443,20 +443,20 @@ def _name(worktree: Worktree) -> str:
 
 @dataclass(slots=True)
 class _LogTails:
-    """The files that hold what a task's attempts printed, each read up to some place."""
+    """Reads the log files of a task's attempts incrementally."""
 
     logs: Path
     task: str
     _read: dict[Path, tuple[int, codecs.IncrementalDecoder]] = field(default_factory=dict)
 
     def read(self, attempt: int) -> list[LogChunk]:
-        """Return what has come since the last look."""
+        """Return the output since the last read."""
         parts = []
         for stream in self._streams(attempt):
             path = log_path(self.logs, self.task, attempt, stream)
             at, decoder = self._read.get(path, (0, codecs.getincrementaldecoder("utf-8")("replace")))
             with path.open("rb") as file:
-                if path.stat().st_size < at:  # checks of a merge that was made anew
+                if path.stat().st_size < at:  # the checks of a repeated merge
                     at = 0
                 file.seek(at)
                 while data := file.read(_CHUNK):

@@ -1,7 +1,7 @@
-"""Removes what runs left on this machine and nothing needs any more.
+"""Remove leftovers of runs from this machine.
 
-Each thing is looked at once more before it goes, under the lock of whoever could begin to use it. What holds work
-that may be nowhere else goes only where that is asked for; branches that keep work are for `council salvage`.
+Each one is checked again before its removal, under the lock of its possible users. Leftovers with work that may exist
+nowhere else are removed only on request; preserved branches are handled by `council salvage`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from orchestrator.system.clock import Clock
 
 @dataclass(frozen=True, slots=True)
 class RemovalResult:
-    """What came of removing something; `error` says why it is still there."""
+    """The outcome of a removal; `error` is the reason for a failed one."""
 
     leftover: Leftover
     error: str | None
 
 
 class Cleaner:
-    """Finds and removes what is left over: in `home`, and of the runs of a project, if there is one here."""
+    """Finds and removes leftovers in `home` and of the runs of a project, if there is one."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Cleaner:
         store: Store | None = None,
         url: str | None = None,
     ) -> None:
-        """Take the folder of all hubs, and a project together with its store and the store's URL."""
+        """`home` is the folder of all hubs; a project needs its store and the store's URL."""
         self._environ, self._store = environ, store
         self._checkpoints: dict[str, str] = {}
         self._survey = OrphanFinder(home, environ, clock, project, store, url)
@@ -58,10 +58,10 @@ class Cleaner:
     async def find(
         self, *, logs: float | None = None, runs: float | None = None, include_interrupted: bool = False
     ) -> list[Leftover]:
-        """Return what is left over, and what of it must stay, with sizes.
+        """Return all leftovers, including those that must stay, with their sizes.
 
-        With `logs`, also the output of runs that ended more than so many seconds ago, with `runs` also the records of
-        such runs; with `include_interrupted` of those, too, that could be resumed and of which nothing is recorded since.
+        With `logs`, also the output of runs that ended more than so many seconds ago; with `runs`, also the records of
+        such runs, and with `include_interrupted` of interrupted runs without a commit in that time.
         """
         found = await self._survey.find_all()
         if logs is not None:
@@ -71,10 +71,9 @@ class Cleaner:
         return [await anyio.to_thread.run_sync(_with_size, one, self._survey.project) for one in found]
 
     async def remove(self, found: Sequence[Leftover]) -> list[RemovalResult]:
-        """Remove what `find` returned, whether left over or kept, but nothing that came to be needed since.
+        """Remove leftovers from `find`, removable or preserved, except those that are needed again since.
 
-        Of each run that it is of, a checkpoint is made first. Restoring it brings a record back that was removed, but
-        not what the run printed.
+        A checkpoint of each affected run is made first. It can restore a removed record, but not the run's output.
         """
         self._checkpoints |= await self._make_checkpoints({one.run for one in found if one.run is not None})
         return [RemovalResult(one, await self._problem(replace(one, bytes=0))) for one in found]
@@ -82,7 +81,7 @@ class Cleaner:
     async def _make_checkpoints(self, runs: Collection[str]) -> dict[str, str]:
         known, made = await self._survey.runs(), {}
         for run in sorted(known.keys() & runs):
-            with suppress(StoreUnavailable):  # on a disk that is full, to clean is the remedy
+            with suppress(StoreUnavailable):  # cleaning is the remedy for a full disk
                 if self._store is not None:
                     one = await create_checkpoint(
                         self._store, run, "before clean", maker=CheckpointOrigin.COUNCIL, is_live=False
@@ -108,7 +107,7 @@ class Cleaner:
             return str(error)
         except OSError as error:
             return error.strerror or str(error)
-        return None if is_done else "it is needed now, or was changed"
+        return None if is_done else "it is in use again, or was changed"
 
     async def _remove_worktree(self, one: Leftover) -> bool:
         async with self._hold_run(one) as (git, run):
@@ -138,7 +137,7 @@ class Cleaner:
 
     async def _delete(self, hub: Hub, thrown: Sequence[Path], keep_fds: Sequence[int]) -> None:
         await remove_all(thrown, self._environ, keep_fds)
-        with suppress(GitError):  # what else waits there is no matter of this one
+        with suppress(GitError):  # other content of the trash does not matter here
             await empty_trash(hub, self._environ, keep_fds)
 
     async def _remove_refs(self, one: Leftover) -> bool:
@@ -166,27 +165,31 @@ class Cleaner:
             if project is None or store is None:
                 return False
             if checkpoint is None:
-                raise StoreUnavailable(f"run {run}", "no checkpoint could be made of it", "make room, and clean again")
-            # One that is not over was found because that was asked for; if it was over then, it says so.
+                raise StoreUnavailable(
+                    f"run {run}", "no checkpoint could be made of it", "free some disk space, and clean again"
+                )
+            # An unfinished run was included on request; an ended one is recorded as such.
             if not is_unchanged(one, await self._survey.old_run(known, include_interrupted=True)):
                 return False
-            # First: by a run that is recorded they are found again.
+            # Logs first: while the run is recorded, a later clean finds them again.
             await remove_all([project.logs(run)], self._environ, git.keep_fds)
             await remove_run(store, run, checkpoint)
         return True
 
     @asynccontextmanager
     async def _hold_run(self, one: Leftover) -> AsyncIterator[tuple[Git, str]]:
-        """Keep everybody from beginning to work in a run; LockHeld if somebody does.
+        """Keep processes from becoming active in a run; LockHeld if one is active.
 
-        Yields git in the trusted repository, whose commands hold the run too, and the run's id.
+        Yields git in the trusted repository, whose commands inherit the lock, and the run's id.
         """
         assert one.run is not None, "it is of a run"
         async with AsyncExitStack() as stack:
             fds: tuple[int, ...] = ()
-            if await hub_exists(_hub(one)):  # without it nobody can work in the run
+            if await hub_exists(_hub(one)):  # without a hub no process can be active
                 fds = ((await stack.enter_async_context(_hub(one).run_lock(one.run).hold(0))).fd,)
-                if living := await _hub(one).liveness_locks.held(one.run):  # beside whoever coordinates, or after it
+                if living := await _hub(one).liveness_locks.held(
+                    one.run
+                ):  # workers besides the leader, or after its end
                     raise await living[0].held_error()
             yield Git(_hub(one).trusted, keep_fds=fds, environ=self._environ), one.run
 

@@ -1,4 +1,4 @@
-"""The composition root: opens a project's state and what is installed, and hands out all that can be done there."""
+"""The public entry point: opens a project's state and plugins, and offers all operations on its runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from orchestrator.state.log.identity import check_trusted
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import Clock, SystemClock
 
-# Looking at a run must be quick: what it takes to run one, or to read a file, is imported where that is asked for.
+# Showing a run must be quick: imports that only executing a run or loading a file needs are made on first use.
 if TYPE_CHECKING:
     from orchestrator.api.activity import RunActivity
     from orchestrator.api.archive import Archive
@@ -77,37 +77,37 @@ if TYPE_CHECKING:
     from orchestrator.state.transfer.copying import CopyResult
     from orchestrator.views.content import ViewPosition
 
-#: The events behind which nothing more comes of a run, for now.
+#: The events that end a run's event stream, until the run is resumed.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
-#: How runs stand that are not over.
+#: The statuses of unfinished runs.
 _ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.HALTED})
-#: The events that may come behind those without anybody being at work again.
+#: The events that may follow those while no process is active in the run.
 _LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.taken_over"})
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectPaths:
-    """Where a project keeps things; the repositories are None before its first run."""
+    """The paths of a project's files; the repositories are None before its first run."""
 
     repository: str | None
     state: str
-    """The folder of the store; its URL if it is in none."""
+    """The folder of the store, or its URL if it has no folder."""
     log: Path
     logs: Path
-    """The output of sessions: a folder for each run."""
+    """The output of sessions, in one folder per run."""
     hub: Path | None
     trusted: Path | None
 
 
 class Council:
-    """One project's runs: start them, resume them, look at them, steer them. Opened by `Council.open`.
+    """The runs of one project: start, resume, inspect and control them. Opened by `Council.open`.
 
-    Its methods can be called side by side, by tasks of one event loop; a run can be executed once at a time, by
-    whichever process. `run` names a run as `find_run` takes it; where it is left out, the newest run is meant.
+    Tasks of one event loop can call its methods concurrently; only one process at a time can execute a run (`work`
+    joins it). `run` is a name that `find_run` accepts; without it, methods use the newest run.
     """
 
     notices: Sequence[str]
-    """What a person is to be told of how the state was opened."""
+    """Messages for the user about how the state was opened."""
 
     def __init__(
         self,
@@ -136,19 +136,20 @@ class Council:
     ) -> AsyncIterator[Self]:
         """Open a project's state for the body of the `async with`.
 
-        `source` is a YAML file, or the same as a `Config`, which `run` then runs (relative paths of a `Config` start
-        from the current folder); or a folder, for the runs that were started in its repository; None is the
-        current folder. `state` is the URL of the store (`file:///a/folder`, `memory:`, or what a plugin registers), or
-        its folder; else `COUNCIL_STATE` of `environ` names it, else the file, or the file of the newest run; else it
-        is `.council/state` of the project. What `state` or `COUNCIL_STATE` names can be looked at from any folder.
-        `plugins` stand for what is installed; `environ` for the process's environment: sessions get what they may of
-        it.
+        `source` is a YAML file or a `Config` for `run` (relative paths of a `Config` start from the current folder); or
+        a folder, for the runs that were started in its repository; None is the current folder.
 
-        Where the state is empty and `.worktrees` has that of an older layout, it is imported, and `notices` says so;
-        not into a store that `state` names.
+        `state` is the URL of the store (`file:///a/folder`, `memory:`, or a scheme that a plugin registers), or its
+        folder. The default is, in this order: `COUNCIL_STATE` of `environ`, the store in the YAML file, the store of
+        the newest run, and `.council/state` of the project. A store from `state` or `COUNCIL_STATE` can be read from
+        any folder. `plugins` replaces the installed plugins, and `environ` the process's environment, of which
+        sessions get the allowed variables.
 
-        Raises ConfigError with all that is wrong with the file, RefusedError where there is nothing to open, and for a
-        store that was not made on this machine unless `adopt_state` has accepted it.
+        If the state is empty and `.worktrees` has the state of an older layout, it is imported, and `notices` reports
+        that; but not into a store from `state`.
+
+        Raises ConfigError with all problems of the file; RefusedError if there is nothing to open, or for a store that
+        was not made on this machine unless `adopt_state` has accepted it.
         """
         clock = clock or SystemClock()
         source = "." if source is None else source
@@ -161,11 +162,11 @@ class Council:
 
             plugins, config, project = await load_run(source, plugins, environ)
         await refuse_tracked_project_folder(project, environ)
-        if is_known:  # from elsewhere a store is only looked at
+        if is_known:  # from another folder a store is only read
             await anyio.to_thread.run_sync(project.create)
         url = await anyio.to_thread.run_sync(_resolve_store_url, project, config) if chosen is None else chosen
         is_named = chosen is not None or config is not None or url == folder_url(project.state_folder)
-        if scheme_of(url) == "file" or not is_named:  # else a person has named it
+        if scheme_of(url) == "file" or not is_named:  # else the user has named it
             await anyio.to_thread.run_sync(partial(check_trusted, url, council_home(environ), is_named=is_named))
         async with _open_store(url, project, plugins, clock, environ) as store:
             notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
@@ -174,7 +175,7 @@ class Council:
 
     @property
     def plugins(self) -> Plugins:
-        """What is installed, loaded at the first look unless a file was."""
+        """The installed plugins, loaded on first use unless a file was opened."""
         if self._plugins is None:
             from orchestrator.plugins import load_plugins
 
@@ -190,7 +191,7 @@ class Council:
         return self._runs.url
 
     def _check_project(self) -> None:
-        """Refuse what writes beside the store where that is looked at from elsewhere. Blocks."""
+        """Refuse to write to a project folder if the store is only read from another folder. Blocks."""
         if not self.project.folder.is_dir():
             find_project(self.project.top)
 
@@ -208,11 +209,11 @@ class Council:
     async def run(
         self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
     ) -> RunReport:
-        """Run the tasks of the file that this was opened with, to their end.
+        """Run all tasks of the file that the council was opened with, and return the report.
 
-        With `allow_deferred` it starts although the target's checkout has changes of the user's own; what can't land
-        then lands on `resume`. What of `coordination` is given stands above the file's and above the environment.
-        Raises RefusedError, with nothing started, if something stands in the way.
+        With `allow_deferred` the run starts even if the target's checkout has uncommitted changes of the user; tasks
+        that can't land because of them land on `resume`. Settings in `coordination` override the file and the
+        environment. Raises RefusedError, with nothing started, if a check fails.
         """
         run = await self.create_run(allow_deferred=allow_deferred, coordination=coordination)
         return await self.resume(run, coordination=coordination)
@@ -224,11 +225,10 @@ class Council:
         allow_failing_base: bool = False,
         coordination: CoordinationOverrides | None = None,
     ) -> str:
-        """Check that the file can run, record it, and return the run's id; nothing is started yet.
+        """Check that the file can run, record a run without starting it, and return its id.
 
-        With `allow_failing_base` sessions start though checks fail on the base.
-
-        RefusedError says what stands in the way, as `engine.diagnostics.preflight.run_preflight` does.
+        With `allow_failing_base` sessions start even if checks fail on the base. Raises RefusedError if a check of
+        `engine.diagnostics.preflight.run_preflight` fails.
         """
         if self.config is None:
             raise RefusedError("no file was opened", "open the council with a YAML file")
@@ -249,45 +249,45 @@ class Council:
         allow_failing_base: bool = False,
         coordination: CoordinationOverrides | None = None,
     ) -> RunReport:
-        """Take a run to its end, from wherever it stands: new, or cut off.
+        """Run a new or interrupted run to its end, and return the report.
 
-        What of `budget` is given replaces that limit of the run's; what of `coordination` is, stands above the run's
-        and the environment for as long as this goes on, and `capacity` above the run's number of sessions. With
-        `allow_failing_base` sessions start from now on though checks fail on the base. Only one process can do that at
-        a time: RefusedError while another one does.
+        Limits in `budget` replace those of the run. For this call, settings in `coordination` override those of the run
+        and the environment, and `capacity` overrides the run's number of concurrent sessions. With `allow_failing_base`
+        sessions start from now on even if checks fail on the base. RefusedError while another process leads the run.
         """
         execution = await self._get_execution()
         name = await self.find_run(run)
         return await execution.resume(name, budget, coordination, capacity, allow_failing_base=allow_failing_base)
 
     async def land(self, run: str | None = None) -> RunReport:
-        """Land what is built of a run, and start no session; return how the run then stands. Else as `resume`."""
+        """Land the tasks of a run that are queued to land, without starting sessions; otherwise like `resume`."""
         return await (await self._get_execution()).resume(await self.find_run(run), only_lands=True)
 
     async def create_merge(self, run: str | None = None) -> str:
-        """Record a run whose one task is built already, and is all that landed on another run's branch.
+        """Record a run that merges the target branch of another run into that run's base.
 
-        `resume` lands it on that run's base, with the checks of all of its tasks. Return its id, or that of an earlier
-        one whose task still waits to land; NothingToMerge where there is nothing.
+        It has one task, which is already built: all that landed on the branch. `resume` lands it, with the checks of
+        all tasks of the other run. Return its id, or that of an earlier merge that is still queued to land.
+        NothingToMerge if the base has all commits.
         """
         return await (await self._get_execution()).create_merge(await self.find_run(run))
 
     async def work(
         self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
     ) -> RunReport:
-        """Be at work in a run beside others, until nothing is left there to do; return how the run then stands.
+        """Join a run as an additional worker until no task is left; return the report.
 
-        Tasks are claimed that are free and whose adapter works here, at most `capacity` at once (None: as many as the
-        run has). Where nobody coordinates the run any more, this process does.
+        Claims free tasks whose adapter works on this machine, at most `capacity` at once (None: the run's capacity).
+        If the run has no leader any more, this process becomes the leader.
         """
         return await (await self._get_execution()).work(run, capacity, coordination)
 
     async def active_runs(self, *, follow: bool = False) -> AsyncGenerator[str]:
-        """Yield the runs that somebody is at work in, the oldest first; with `follow` those that begin later, too."""
+        """Yield the ids of active runs, the oldest first; with `follow` also those that start later."""
         position = await self._store.position()
         known = set()
         for run in await self._runs.ids():
-            with suppress(UnreadableDocument):  # whoever asks for it is told
+            with suppress(UnreadableDocument):  # commands that name it report that
                 if (await read_run(self._store, run)).ended is not None:
                     continue
             if await self._runs.has_live_process(run):
@@ -302,24 +302,24 @@ class Council:
                         yield run
 
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
-        """End tasks for good, all that are not over if none is named; return how the run then stands.
+        """Cancel tasks, by default all unfinished ones, and return the report.
 
-        Sessions are stopped, what they did is kept on branches. Whichever process is at work in the run does it. A task
-        that has ended stays as it is.
+        Their sessions are stopped, and their work is preserved on branches. The active process of the run does that, if
+        there is one. Ended tasks do not change.
         """
         return await self._ask(await self.find_run(run), RequestAction.CANCEL, tasks)
 
     async def ignore(self, *tasks: str, reason: str, run: str | None = None) -> RunReport:
-        """End tasks as `cancel` does, and have nobody try them before `retry`; return how the run then stands."""
+        """Cancel tasks like `cancel`, and exclude them until `retry`; return the report."""
         from orchestrator.engine.scheduler.requests import check_reason
 
         check_reason(reason)
         return await self._ask(await self.find_run(run), RequestAction.IGNORE, tasks, reason)
 
     async def file_changes(self, run: str | None = None) -> FileChanges:
-        """Return what the file of a run says now otherwise than the run's record, for the tasks that are not done.
+        """Return the differences between a run's file and its record, for tasks that have not succeeded.
 
-        A run keeps what it recorded when it was made; `retry` with `reload` takes over what the file says of tasks.
+        A run uses the settings recorded at its creation; `retry` with `reload` applies those of the file to tasks.
         """
         return await (await self._get_execution()).file_changes(await self.find_run(run))
 
@@ -330,38 +330,38 @@ class Council:
         from_phase: str | None = None,
         reload: FileChanges | None = None,
     ) -> RunReport:
-        """Have tasks tried again that are over without having landed; return how the run then stands.
+        """Retry tasks that ended without landing, and return the report.
 
-        Those with a workflow go on at the phase that they were at, or at `from_phase`: what came of the phases before
-        that stays. A process that is at work in the run does so at once; otherwise the next `resume` does.
+        Tasks with a workflow continue at their last phase, or at `from_phase`; results of earlier phases are kept. The
+        active process of the run starts them at once; otherwise the next `resume` does.
 
-        With `reload`, from `file_changes`, the tasks first take over the prompts, limits and adapters of the file;
+        With `reload`, from `file_changes`, the prompts, limits and adapters of the file are applied to the tasks first;
         RefusedError with the reason for each key that can't change.
         """
         return await self._ask(await self.find_run(run), RequestAction.RETRY, tasks, phase=from_phase, reload=reload)
 
     async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
-        """Approve what a phase of each task came to, so that it goes on; return how the run then stands.
+        """Approve the phase result of each task, so that the task continues; return the report.
 
-        RefusedError where one waits for no approval. Whichever process is at work in the run goes on at once; otherwise
-        the next `resume` does.
+        RefusedError if a task is not waiting for approval. The active process of the run continues the tasks at once;
+        otherwise the next `resume` does.
         """
         return await self._answer(RequestAction.APPROVE, tasks, note, run)
 
     async def reject(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
-        """Have the phases done again whose result waits to be approved; for the rest see `approve`.
+        """Repeat the phases whose result waits for approval; otherwise like `approve`.
 
-        The note is what their sessions are told.
+        The note is passed to the sessions of the repeated phases.
         """
         return await self._answer(RequestAction.REJECT, tasks, note, run)
 
-    async def reopen(self, *adapters: str, run: str | None = None) -> RunReport:
-        """Have adapters used again that were stopped or paused, all of them if none is named.
+    async def enable_adapters(self, *adapters: str, run: str | None = None) -> RunReport:
+        """Enable adapters that are disabled or in cooldown, by default all of them; return the report.
 
-        An active run uses them at once, whichever processes work on it; otherwise `resume` does. RefusedError for an
-        adapter that can be used anyway, or is none of the run.
+        All processes of an active run use them at once; otherwise the next `resume` does. RefusedError for an adapter
+        that is in use, or that the run does not have.
         """
-        return await self._ask(await self.find_run(run), RequestAction.REOPEN, (), adapters=adapters)
+        return await self._ask(await self.find_run(run), RequestAction.ENABLE, (), adapters=adapters)
 
     async def _answer(
         self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
@@ -369,8 +369,8 @@ class Council:
         from orchestrator.engine.scheduler.requests import check_note
 
         check_note(note)
-        if not tasks:  # the engine would take all that are not over
-            raise RefusedError("no task is named", "`council status` names those that wait for approval")
+        if not tasks:  # the engine would select all unfinished tasks
+            raise RefusedError("no task is named", "`council status` lists the tasks that wait for approval")
         return await self._ask(await self.find_run(run), action, tasks, note)
 
     async def _ask(
@@ -386,8 +386,8 @@ class Council:
         await (await self._get_execution()).ask(run, action, tasks, reason, phase, reload, adapters)
         return await self.status(run)
 
-    async def checkpoint(self, run: str | None = None, *, reason: str = "by hand", whole: bool = False) -> Checkpoint:
-        """Make a checkpoint of a run as it stands now, or with `whole` of all the project's runs."""
+    async def checkpoint(self, run: str | None = None, *, reason: str = "manual", whole: bool = False) -> Checkpoint:
+        """Create a checkpoint of a run, or with `whole` of all runs of the project."""
         from orchestrator.state.documents import checkpoints
 
         if whole:
@@ -398,27 +398,27 @@ class Council:
         )
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
-        """Return the checkpoints of a run (`all`: those of all runs together), or all there are, the oldest first."""
+        """Return the checkpoints of a run (`all`: those of all runs together) or every one, the oldest first."""
         from orchestrator.state.documents import checkpoints
 
         return await checkpoints.list_checkpoints(self._store, run)
 
-    async def restoration(self, checkpoint: str) -> RestorePlan:
-        """Return what `restore` would change now. RefusedError where the log does not go back so far any more."""
+    async def plan_restore(self, checkpoint: str) -> RestorePlan:
+        """Return the changes that `restore` would make now; RefusedError if the log does not go back that far."""
         from orchestrator.state.documents import checkpoints
 
         return await checkpoints.plan_restore(self._store, checkpoint)
 
     async def restore(self, checkpoint: str, *, force: bool = False) -> RestoreResult:
-        """Go back to a checkpoint, by its id; a new one is made of how things stand, and `resume` goes on from the old.
+        """Restore a checkpoint by its id, after a new checkpoint of the current state; `resume` continues from it.
 
-        What has landed stays landed. RefusedError while a process is at work in a run that this would change; with
-        `force` it is taken over instead, and that process ends at its next step.
+        Landed commits stay on their targets. RefusedError if a process is active in a run that this would change; with
+        `force` the run is taken over instead, and that process ends at its next step.
         """
         return await (await self._get_execution()).restore(checkpoint, force=force)
 
     async def document(self, key: Key) -> Document | None:
-        """Return a document as it is now, whichever process wrote it; None if there is none."""
+        """Return the newest version of a document, or None."""
         return await self._store.get(key)
 
     async def update(
@@ -429,15 +429,15 @@ class Council:
         expected_version: int | None = None,
         ttl: float | None = None,
     ) -> Document | None:
-        """Replace a document's value by what `change` makes of it; return the document after that, None if it is gone.
+        """Replace a document's value by the result of `change`; return the new document, None if it was deleted.
 
-        `change` gets a copy of its own, None where there is no document, and returns None to delete it. Where somebody
-        else commits first it is called anew with the newer value, at most five times in all, after pauses that grow
-        exponentially. VersionConflict says who wrote and when: behind the last time, or at once where the version is
-        not the `expected_version` (0: there is none). After `ttl` seconds it is as if the document were not there.
+        `change` gets a copy of the value (None: no document), and returns None to delete it. If another process commits
+        first, it is called again with the newer value, at most five times in all, after pauses that grow exponentially.
+        VersionConflict, with the other writer and its time, after the last attempt, or at once if the version is not
+        `expected_version` (0: no document). The document expires after `ttl` seconds.
 
-        RefusedError for a document of a run that a process is at work in, for a value that would keep a document of
-        council's own from being read, and for those that council alone writes (`state.documents.validation`).
+        RefusedError for a document of a run with an active process, for a value that would make a document of council's
+        own unreadable, and for documents that only council writes (`state.documents.validation`).
         """
         from orchestrator.state.documents.update import update_document
         from orchestrator.state.documents.validation import check_manual_change
@@ -448,10 +448,10 @@ class Council:
         )
 
     def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
-        """Yield each new version of the documents whose name, `kind/id`, matches a pattern, as any process writes it.
+        """Yield each new version, by any process, of the documents whose name (`kind/id`) matches a pattern.
 
-        In a pattern `*` stands for any characters, `/` too. It begins behind the position `after`: 0 is from the first
-        that the log has, None from now on, which is when the first is asked for. It never ends by itself.
+        In a pattern `*` matches any characters, including `/`. It starts after the position `after`: 0 is the beginning
+        of the log, None is the time of the first iteration. The stream never ends on its own.
         """
         from orchestrator.state.documents.subscription import subscribe
 
@@ -460,61 +460,58 @@ class Council:
     async def apply_updates(
         self, updates: Sequence[DocumentUpdate[Key]], strategy: str = "last_write_wins"
     ) -> UpdateResult:
-        """Write what updates of documents amount to; those that compete are resolved by a strategy.
+        """Apply updates of documents; resolve competing ones by a strategy.
 
-        That is `last_write_wins`, `first_write_wins`, `merge`, or `manual`, which keeps them for `settle`. RefusedError
-        for documents of a run that a process is at work in, and for what would keep a run from being read.
+        Strategies are `last_write_wins`, `first_write_wins`, `merge`, and `manual`, which records the conflict for
+        `resolve_conflict`. RefusedError for documents of a run with an active process, and for values that would make a
+        run unreadable.
         """
-        from orchestrator.state.documents import (
-            conflicts,
-            validation,
-        )
+        from orchestrator.state.documents import conflicts, validation
 
         for key in dict.fromkeys(update.key for update in updates):
             await self._check_idle(key)
         return await conflicts.apply_updates(self._store, updates, strategy, check=validation.check_manual_change)
 
     async def conflicts(self) -> list[Conflict]:
-        """Return the conflicts of updates that wait for a person, the oldest first."""
+        """Return the update conflicts that a person has to resolve, the oldest first."""
         from orchestrator.state.documents import conflicts
 
         return await conflicts.list_pending(self._store)
 
-    async def settle(self, conflict: str, choice: int | JsonObject, *, force: bool = False) -> ConflictResolution:
-        """Settle a conflict, named by its id or its document: by the number of a candidate, from 1, or by a value.
+    async def resolve_conflict(
+        self, conflict: str, choice: int | JsonObject, *, force: bool = False
+    ) -> ConflictResolution:
+        """Resolve a conflict, named by its id or its document, with a candidate's number (from 1) or with a value.
 
-        RefusedError where the document was changed since, unless that is forced, while a process is at work in the run
-        that it is of, and for what would keep that run from being read.
+        RefusedError if the document was changed since (unless `force`), if a process is active in its run, and for a
+        value that would make the run unreadable.
         """
-        from orchestrator.state.documents import (
-            conflicts,
-            validation,
-        )
+        from orchestrator.state.documents import conflicts, validation
 
         newest = None
         with suppress(RefusedError):
             newest = await self.newest_run()
-        found = await conflicts.find_conflict(self._store, conflict, newest)
-        await self._check_idle(found.key)
+        pending = await conflicts.find_conflict(self._store, conflict, newest)
+        await self._check_idle(pending.key)
         check = validation.check_manual_change
-        return conflicts.ConflictResolution(
-            found, await conflicts.resolve_conflict(self._store, found.id, choice, force=force, check=check)
-        )
+        document = await conflicts.resolve_conflict(self._store, pending.id, choice, force=force, check=check)
+        return conflicts.ConflictResolution(pending, document)
 
     async def _check_idle(self, key: Key) -> None:
-        """Refuse to write a document of a run beside the process that is at work in it, which would not know."""
+        """Refuse to write a document of a run with an active process, which would not notice the change."""
         run = next((run for run in await self.run_ids() if is_run_document(key, run)), None)
         if run is not None and await self._runs.has_live_process(run):
-            raise RefusedError(f"{key} is of run {run}, which is at work", "stop it with SIGINT, or wait for its end")
+            what = f"{key} belongs to run {run}, which is active"
+            raise RefusedError(what, "stop it with SIGINT, or wait for its end")
 
     async def locks(self) -> list[LockStatus]:
-        """Return what is locked in all three layers, with who holds it and who waits for it."""
+        """Return the locks of all three layers, with their holders and waiters."""
         return await (await self._lock_overview()).locks()
 
     async def break_lock(self, name: str, reason: str) -> LockStatus:
-        """Take a lock away from whoever holds it, by its name (`locks`); the reason is recorded. Returns it as it was.
+        """Revoke a lock by its name (`locks`) and record the reason; return its previous status.
 
-        RefusedError where nobody holds it, and where only the process that does can give it back.
+        RefusedError if the lock is free, or if only the process that holds it can release it.
         """
         return await (await self._lock_overview()).break_lock(name, reason)
 
@@ -525,77 +522,73 @@ class Council:
 
     @property
     def named_locks(self) -> NamedLocks:
-        """Locks for programs: shared by readers or exclusive for a writer, with an owner, an expiry and a time-out."""
+        """Named locks for programs: shared by readers or exclusive to a writer, with owner, expiry and timeout."""
         from orchestrator.locking.named_locks import NamedLocks
 
         return NamedLocks(self._store, self._runs.clock)
 
     def stop(self) -> None:
-        """End what is under way here cleanly: sessions are stopped, what they did is kept.
+        """Stop this council's active runs cleanly: stop sessions, and preserve their work.
 
-        `run` and `resume` then return soon; another council's `resume` goes on from there.
+        `run` and `resume` return soon after; a later `resume` continues the runs.
         """
         self._stopping = True
         if self._execution is not None:
             self._execution.stop()
 
     async def status(self, run: str | None = None) -> RunReport:
-        """Describe a run as it stands now."""
+        """Return the current report of a run."""
         return await self._runs.status(await self.find_run(run))
 
     async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
-        """Return by task how much each has changed; `commits` are those by which they landed."""
+        """Return the size of each task's changes; `commits` maps tasks to the commits by which they landed."""
         return await self._runs.landed(run, commits)
 
-    async def story(self, task: str, run: str | None = None) -> TaskDetails:
-        """Return all that is known of a task: phases, sessions, handoffs, landing. RefusedError where there is none.
-
-        Without `run` it is the task of the newest run.
-        """
+    async def task_details(self, task: str, run: str | None = None) -> TaskDetails:
+        """Return a task in full: phases, sessions, handoffs, landing. RefusedError if there is no such task."""
         run = await self.find_run(run)
-        found = await self.history.story(run, task)
-        if found.status != TaskStatus.RUNNING:
-            return found
+        details = await self.history.task_details(run, task)
+        if details.status != TaskStatus.RUNNING:
+            return details
         from orchestrator.engine.reports.task_details import LatestActivity
 
         latest = await self.archive.latest(run, task, await self.adapters(run))
-        return found if latest is None else replace(found, latest_activity=LatestActivity(*latest))
+        return details if latest is None else replace(details, latest_activity=LatestActivity(*latest))
 
     async def runs(self, *, active: bool = False) -> list[RunReport]:
-        """Describe all runs of the project, or only the active ones, the oldest first.
+        """Return the reports of all runs of the project, or only of active ones, the oldest first.
 
-        These are running or interrupted, or have ended with tasks that wait, such as after a retry.
-
-        Runs that can't be read are left out: `damage` names the document.
+        Active runs are running or interrupted, or have ended with waiting tasks, such as after a retry. Unreadable runs
+        are skipped: `damage` names the document.
         """
-        found = await self._runs.all()
-        return [report for report in found if not active or report.status in _ACTIVE or report.has_unfinished_tasks]
+        reports = await self._runs.all()
+        return [report for report in reports if not active or report.status in _ACTIVE or report.has_unfinished_tasks]
 
     async def run_ids(self) -> list[str]:
-        """Return the ids of all runs of the project that can be read, the oldest first."""
+        """Return the ids of all readable runs of the project, the oldest first."""
         return await self._runs.ids()
 
     async def newest_run(self) -> str:
-        """Return the id of the run that was started last, without those that merge another run's branch."""
+        """Return the id of the newest run, ignoring runs that merge another run's branch."""
         return await self._runs.newest()
 
     async def find_run(self, name: str | None = None) -> str:
-        """Return the id of the run that a name means: an id, its beginning if no other begins so, or `latest`.
+        """Return the id of the run with a name: an id, a unique prefix of one, or `latest`; None is the newest run.
 
-        Without a name it is the newest. RefusedError, with the nearest ids, where no run or several are meant.
+        RefusedError, with the closest ids, if no run or several match.
         """
         return await self._runs.find(name)
 
     async def interrupted_runs(self) -> list[str]:
-        """Return the ids of the runs that have not ended and that no process is running, the oldest first."""
+        """Return the ids of unfinished runs without an active process, the oldest first."""
         return await self._runs.interrupted()
 
     async def is_live(self, run: str) -> bool:
-        """Whether a process is at work in a run."""
+        """Return True if a process is active in a run."""
         return await self._runs.is_live(run)
 
-    async def places(self) -> ProjectPaths:
-        """Say where everything is kept."""
+    async def paths(self) -> ProjectPaths:
+        """Return the paths of the project's files."""
         folder = store_folder(self._runs.url)
         state = redact_urls(self._runs.url) if folder is None else str(folder)
         log, logs = self.project.log_file, self.project.logs_folder
@@ -606,10 +599,10 @@ class Council:
         return ProjectPaths(redact_urls(run.repo), state, log, logs, hub.objects.parent, hub.trusted)
 
     async def events(self, run: str | None = None, *, after: int | None = None) -> AsyncGenerator[RecordedEvent]:
-        """Yield what happens in a run, as it happens, until it is finished or interrupted.
+        """Yield the events of a run, live, until it is finished or interrupted.
 
-        Without `run` it is the first that anything happens in since the council was opened. They come from the run's
-        beginning, or from behind `after`, a position of the log; those that it has let go of are missing.
+        Without `run` it is the first run with an event since the council was opened. Events start at the run's
+        beginning, or after the log position `after`; pruned ones are missing.
         """
         if after is None:
             after = 0 if run is not None else self._opened_at
@@ -621,46 +614,46 @@ class Council:
                     if run is not None and event.data.get("run") == run:
                         yield RecordedEvent(record.position, record.time, event)
                         is_over = event.type in _LAST_EVENTS or (is_over and event.type in _LATER_EVENTS)
-                # What was resumed has more behind its end.
+                # A resumed run has more events after that.
                 if is_over and record.position >= await self.position():
                     return
 
     def records(self, after: int) -> AsyncGenerator[CommitRecord]:
-        """Yield what is recorded behind a position of the log, of every run, as it happens; never ends by itself.
+        """Yield the commits after a log position, of all runs, live; never ends on its own.
 
-        What the log has let go of is missing.
+        Pruned commits are missing.
         """
         return follow_log(self._store, after)
 
     async def position(self) -> int:
-        """Return the newest position of the log."""
+        """Return the position of the newest commit."""
         return await self._store.position()
 
     async def verify(self) -> VerificationReport:
-        """Read all that is recorded anew, and tell whether it is sound."""
+        """Verify the whole log and all documents."""
         from orchestrator.state.documents.validation import verify_store
 
         return await verify_store(self._store)
 
     async def repair(self) -> VerificationReport:
-        """Settle for what can be read of what is recorded; return what `verify` finds then (see `Store.repair`).
+        """Restore the readable state, and return the report of `verify` after that (see `Store.repair`).
 
-        A document that is none of its kind gets its newest readable value again, but not while a process is at work in
-        its run.
+        A document with the wrong shape for its kind gets its newest readable value, but not while a process is active
+        in its run.
         """
         from orchestrator.state.documents.validation import repair_documents, verify_store
 
         await self._store.repair()
-        found = await verify_store(self._store)
+        report = await verify_store(self._store)
         live = [run for run in await self.run_ids() if await self._runs.has_live_process(run)]
-        idle = [key for key in found.unreadable if not any(is_run_document(key, run) for run in live)]
+        idle = [key for key in report.unreadable if not any(is_run_document(key, run) for run in live)]
         await repair_documents(self._store, idle)
-        return await verify_store(self._store) if idle else found
+        return await verify_store(self._store) if idle else report
 
     async def check(self, run: str | None = None) -> RunVerification:
-        """Hold all that is recorded of a run's workflows against the rules, those of plugins with them.
+        """Verify a run's workflow records against all rules, including those of plugins.
 
-        Nothing is changed, and a run may be at work meanwhile.
+        Changes nothing, and works on active runs.
         """
         from orchestrator.engine.phases.verification import verify_run
 
@@ -669,86 +662,86 @@ class Council:
         return await verify_run(self._store, name, kinds, plugins.constraints, runs.clock, runs.environ)
 
     async def health(self) -> list[Finding]:
-        """Look at the health of the state: soundness, size, latency, what is cut off, silent or waits for a person.
+        """Check the state: integrity, size, latency, interrupted runs, silent sessions and open conflicts.
 
-        One durable commit is made, to see how long that takes.
+        Makes one durable commit, to measure the latency.
         """
         from orchestrator.api.health import Health
 
         return await Health(self._runs).examine()
 
     async def compact(self, age: float | None = None, size: int | None = None) -> CompactionResult:
-        """Delete what has expired, and let go of the past as the newest run's file says, or as is said here.
+        """Delete expired documents, and prune the log by the newest run's retention, or by the arguments.
 
-        Of what is older than `age` seconds, or more than `size` bytes of log, the last versions of each document stay.
+        Of commits older than `age` seconds, or beyond `size` bytes of log, only the last versions of each document
+        remain.
         """
         from orchestrator.state.documents.maintenance import compact_log, delete_expired
 
-        kept = await self._runs.retention()
-        age, size = kept.age if age is None else age, kept.size if size is None else size
+        retention = await self._runs.retention()
+        age, size = retention.age if age is None else age, retention.size if size is None else size
         await delete_expired(self._store, {})
         return await compact_log(self._store, self._runs.clock, age, size, {})
 
     async def export_state(self, file: str | Path | IO[bytes], *, force: bool = False) -> CopyResult:
-        """Write all that is recorded, as it is now, to one file, which `import_state` and other stores take.
+        """Write the whole state to one file, for `import_state`.
 
-        RefusedError where not all can be trusted, and where the file is there already, unless `force` says to replace
-        it. A stream is written to as it is.
+        RefusedError if the state is damaged, and if the file exists, unless `force`. A stream is written directly.
         """
         from orchestrator.api.transfer import export_store
 
         return await export_store(self._store, file, force=force, clock=self._runs.clock)
 
     async def import_state(self, file: str | Path | IO[bytes]) -> CopyResult:
-        """Load what `export_state` wrote, positions, versions and all, into a store that has nothing yet.
+        """Load a file of `export_state` into an empty store, with all positions and versions.
 
-        RefusedError, with nothing changed, where it is not empty, and where the file is not whole.
+        RefusedError, with nothing changed, if the store is not empty or the file is incomplete.
         """
         from orchestrator.api.transfer import import_store
 
         return await import_store(file, self._store)
 
-    async def refresh_views(self, *, anew: bool = False) -> ViewPosition:
-        """Bring the readable copies of the state up to date, with `anew` from nothing; return how far they are.
+    async def refresh_views(self, *, rebuild: bool = False) -> ViewPosition:
+        """Update the readable copies of the state, or with `rebuild` make them from scratch; return their position.
 
-        LockHeld where another process that writes them does not come to it.
+        LockHeld if another process updates them and does not finish in time.
         """
         from orchestrator.views.update import Views
 
         await anyio.to_thread.run_sync(self._check_project)
-        return await Views(self._store, self._runs.clock, self.project).refresh(anew=anew)
+        return await Views(self._store, self._runs.clock, self.project).refresh(rebuild=rebuild)
 
     @property
     def damage(self) -> tuple[str, ...]:
-        """What of the state could not be read since it was opened, in words."""
+        """Descriptions of the damage found since the state was opened."""
         return self._runs.damage
 
     @property
     def archive(self) -> Archive:
-        """What the tasks of the project's runs left."""
+        """The logs, changes and preserved work of tasks."""
         from orchestrator.api.archive import Archive
 
         return Archive(self.project, self._store, self._runs.environ, self.is_live)
 
     @property
     def history(self) -> StateHistory:
-        """What is recorded, now and at any earlier moment."""
+        """The recorded state, now and at earlier positions."""
         from orchestrator.api.history import StateHistory
 
         return StateHistory(self._runs)
 
     async def activity(self, run: str) -> RunActivity:
-        """Return how a run stands, and a way to see what its sessions do from then on."""
+        """Return a snapshot of a run, which can be followed by the live activity of its sessions."""
         from orchestrator.api.activity import RunActivity
 
         position, record = await self.position(), await self._runs.record(run)
         specs = await self._store.list("spec", f"{run}/")
-        attempts = {found.key.id.partition("/")[2]: int(found.value["attempts"]) for found in specs}
+        attempts = {spec.key.id.partition("/")[2]: int(spec.value["attempts"]) for spec in specs}
         adapters = await self._adapters(record.run)
         return RunActivity(record, position, attempts, self._runs, self.archive, adapters, self.project.logs(run))
 
     async def adapters(self, run: str) -> Mapping[str, Adapter]:
-        """Return the adapters of a run, by their names."""
+        """Return the adapters of a run by name."""
         return await self._adapters(await read_run(self._store, run))
 
     async def _adapters(self, run: RunDocument) -> Mapping[str, Adapter]:
@@ -758,19 +751,19 @@ class Council:
         return make_adapters(restore_adapters(run.adapters, plugins.adapters, plugins.explain), plugins.adapters)
 
     async def contexts(self, run: str | None = None) -> list[SessionContext]:
-        """Return what the sessions of a run are at, whichever processes run them; the last half hour of each."""
+        """Return the contexts of a run's sessions, in all processes; each covers the last half hour."""
         from orchestrator.engine.session_api.contexts import read_contexts
 
         return await read_contexts(self._store, await self.find_run(run))
 
     async def file_conflicts(self, run: str | None = None) -> dict[str, list[SessionContext]]:
-        """Return the files that several sessions of a run are at work on or have locked, with these."""
+        """Return the files that several sessions of a run edit or have locked, with these sessions."""
         from orchestrator.domain.sessions.contexts import find_file_conflicts
 
         return find_file_conflicts(await self.contexts(run))
 
     async def task_summary(self, task: str, run: str | None = None) -> TaskSummary:
-        """Return the sessions of a task at a glance. RefusedError where the run has no such task."""
+        """Return a summary of a task's sessions. RefusedError if the run has no such task."""
         from orchestrator.domain.sessions.contexts import summarize_task
 
         run = await self.find_run(run)
@@ -778,13 +771,13 @@ class Council:
         return summarize_task(task, await self.contexts(run))
 
     async def clean_contexts(self, after: float = 1800.0) -> list[str]:
-        """Remove what sessions said that were not heard of for `after` seconds; return their names."""
+        """Remove the contexts of sessions without an update for `after` seconds; return their names."""
         from orchestrator.engine.session_api.contexts import clean_contexts
 
         return await clean_contexts(self._store, self._runs.clock.now(), after)
 
     async def details(self, task: str, run: str | None = None) -> SessionDetails:
-        """Return what the session of a task has done so far. RefusedError where it has none at work."""
+        """Return what the running session of a task has done so far. RefusedError if none is running."""
         run = await self.find_run(run)
         return await self.archive.details(run, task, await self.adapters(run))
 
@@ -796,14 +789,14 @@ class Council:
         topic: str | None = None,
         paths: Sequence[str] = (),
     ) -> list[Note]:
-        """Return the notes that sessions left for the target of a run, in whatever run, the oldest first.
+        """Return the notes of sessions, of all runs with the same target, the oldest first.
 
-        Only those of a task, of a topic and about paths (patterns that overlap), as far as these are given.
+        Filtered by task, topic and paths (overlapping patterns), as far as these are given.
         """
         return await (await self._notes_service(run)).find(task=task, topic=topic, paths=paths)
 
     async def drop_note(self, note: str, run: str | None = None) -> None:
-        """Delete a note by its id. RefusedError where there is none."""
+        """Delete a note by its id. RefusedError if there is none."""
         await (await self._notes_service(run)).drop(note)
 
     async def _notes_service(self, run: str | None) -> NoteStore:
@@ -816,10 +809,7 @@ class Council:
         return NoteStore(self._store, self._runs.clock, ownership_scope(document.repo, document.target), redactor)
 
     async def shared_values(self, run: str | None = None) -> SharedValues:
-        """Return what the sessions of a run share: values by keys, to put, to get, to wait for and to list.
-
-        RefusedError where there is no such run.
-        """
+        """Return the key-value store that the sessions of a run share. RefusedError if there is no such run."""
         from orchestrator.domain.security.secrets import Redactor, secret_values
         from orchestrator.engine.session_api.shared_values import SharedValues
 
@@ -829,7 +819,7 @@ class Council:
 
     @property
     def cleaner(self) -> Cleaner:
-        """What finds and removes what is left over, of the project and on the machine."""
+        """Finds and removes leftovers of the project's runs and of this machine."""
         from orchestrator.api.cleanup import Cleaner
 
         environ = self._runs.environ
@@ -837,9 +827,9 @@ class Council:
 
 
 def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:
-    """Return the project that a folder is in, and True; the folder, and False, in none if a store is chosen. Blocks.
+    """Return the project that contains a folder, and True; or the folder itself, and False. Blocks.
 
-    RefusedError where there is nothing to look at.
+    The latter needs a `chosen` store: RefusedError if there is neither a project nor a chosen store.
     """
     try:
         return find_project(folder), True
@@ -850,7 +840,7 @@ def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, boo
 
 
 def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
-    """Return the URL of the store that a file names; without a file, what that of the newest run named. Blocks."""
+    """Return the URL of the store in a file; without a file, that of the newest run. Blocks."""
     if config is None:
         return project.store()
     return config.state.url or folder_url(project.state_folder)
@@ -859,7 +849,7 @@ def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
 async def _import_legacy_state(
     store: Store, project: Project, clock: Clock, environ: Mapping[str, str]
 ) -> Sequence[str]:
-    """Import the state of an older layout into a store that is empty or not done with it; return what is to be told."""
+    """Import the state of an older layout into an empty store, or complete an import; return notices."""
     record = await store.get(LEGACY_RECORD)
     if await store.position() if record is None else is_import_complete(record):
         return ()
@@ -869,7 +859,7 @@ async def _import_legacy_state(
     from orchestrator.repo.source.user_checkouts import find_repository
     from orchestrator.state.legacy.importer import import_legacy_state
 
-    with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
+    with suppress(CouncilError, OSError):  # a folder without a repository needs no exclusion
         repository = await find_repository(project.top, Git(None, as_user=True, environ=environ))
         await anyio.to_thread.run_sync(exclude_from_git, repository.git_dir)
     return await import_legacy_state(store, project, clock.now())
@@ -881,7 +871,7 @@ async def _open_store(
 ) -> AsyncIterator[Store]:
     """Open the store at a URL."""
     scheme = scheme_of(url)
-    if scheme == "file":  # no plugin can bring another
+    if scheme == "file":  # plugins can't replace it
         opened = open_file_store(url, clock)
     else:
         from orchestrator.plugins import load_plugins

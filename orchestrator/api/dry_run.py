@@ -1,4 +1,4 @@
-"""What a run would do: checked as a run is checked, with nothing started or recorded."""
+"""Check a run completely without starting or recording it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ async def perform_dry_run(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> DryRun:
-    """Check all that `Council.create_run` and `council doctor` check, and say what the run would do.
+    """Run the checks of `Council.create_run` and `council doctor`, and return what the run would do.
 
-    Nothing is started or recorded but the programs of adapters, to ask for their versions.
-
-    Only our own repositories change: the commits are fetched into them, as for a run.
+    Nothing is recorded, and only the programs of adapters are started, to ask for their versions. Only council's own
+    repositories change: the commits are fetched into them, as for a run.
     """
     config = apply_max_retries(config, resolve_coordination(config.coordination, environ, coordination))
     config = await add_open_tracked_tasks(config, plugins)
@@ -66,9 +65,10 @@ async def perform_dry_run(
         sandbox=cleared.sandbox,
     )
     file = config.path if await anyio.Path(config.path).is_file() else None
-    left_out = [str(one) for one in plugins.left_out]
-    findings = await run_doctor(DoctorInput(config.path.parent, file, config, plugins.adapters, left_out), environ)
+    skipped = [str(plugin) for plugin in plugins.left_out]
+    findings = await run_doctor(DoctorInput(config.path.parent, file, config, plugins.adapters, skipped), environ)
     deferred = {"target"} if allow_deferred else set()
     return replace(
-        planned, findings=[one for one in findings if one.level is not Level.OK and one.name not in deferred]
+        planned,
+        findings=[finding for finding in findings if finding.level is not Level.OK and finding.name not in deferred],
     )

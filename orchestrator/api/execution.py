@@ -1,4 +1,4 @@
-"""Starts runs, takes them to their end, and does what is asked of them: the parts of a run are put together here."""
+"""Create and execute runs, and perform requests on them: assembles the parts of a run."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ from orchestrator.engine.scheduler.monitor import Monitor
 from orchestrator.engine.scheduler.recovery import has_active_peers, recover
 from orchestrator.engine.scheduler.requests import (
     apply_request,
+    check_adapters_to_enable,
     check_phase,
-    check_reopening,
     check_request,
     is_handled,
     submit_request,
@@ -113,37 +113,38 @@ from orchestrator.repo.worktrees.hub import Hub, internal_ref_name, work_branch_
 from orchestrator.sessions.supervision.supervisor_client import open_fork_server
 from orchestrator.state.documents.checkpoints import create_checkpoint, plan_restore
 from orchestrator.state.log.identity import record_store_use
-from orchestrator.state.offline.outage import is_full, is_outage, survive_outages
+from orchestrator.state.offline.outage import survive_outages
+from orchestrator.state.offline.retry import is_full, is_outage
 from orchestrator.system import slow_waits
 from orchestrator.system.file_lock import HeldLock, LockHolder
 from orchestrator.system.process_table import process_stat
 from orchestrator.views.background import update_in_background
 from orchestrator.views.update import Views
 
-#: Seconds that a killed owner's last git commands get to end before a resume gives up waiting for them.
+#: Seconds to wait for the last git commands of a killed leader before a resume fails.
 LOCK_HANDOVER_TIMEOUT = 60.0
 
-#: Seconds between two looks whether a run's owner has done what was asked.
+#: Seconds between two checks whether a request was performed.
 _REQUEST_POLL_INTERVAL = 0.1
-#: Seconds after which whoever asked waits no longer; a leader takes half of that where a session must stop first.
+#: Seconds to wait for a request; the leader needs half of that if a session has to stop first.
 _REQUEST_TIMEOUT = 120.0
-#: Seconds that a cancelled session gets to be over before whoever asked is told how it stands.
+#: Seconds to wait for the end of cancelled sessions before the command reports the status.
 _STOP_TIMEOUT = 15.0
 
 _NONE: Mapping[str, str] = {}
 
 _log = logging.getLogger("orchestrator.outage")
-#: What is printed at once; the events themselves are recorded when the store is back.
+#: Messages that are printed at once; the events are recorded when the store is back.
 _OUTAGE_MESSAGES: Mapping[str, str] = {
     "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
     "outage.ended": "the state can be read and written again",
     "outage.commit_rejected": "not recorded after the outage: {keys}: {reason}",
-    "outage.preserved": "the state could not be reached: what was recorded meanwhile is kept in {folder}",
+    "outage.preserved": "the state can't be reached: local commits are preserved in {folder}",
 }
 
 
 class RunExecutor:
-    """What this process has under way in a project's runs."""
+    """Executes runs of a project in this process."""
 
     def __init__(self, runs: ProjectRuns, plugins: Plugins) -> None:
         self._runs, self._plugins = runs, plugins
@@ -246,7 +247,7 @@ class RunExecutor:
         return name
 
     def _outlets(self, run: RunDocument) -> list[EventSubscriber]:
-        """Return the sinks and trackers of a run; one whose plugin is gone is told of when it is opened."""
+        """Return the subscribers for a run's sinks and trackers; opening one reports a missing plugin."""
         return [
             EventSubscriber(kind, name, one.get("events", ("*",)), partial(self._plugins.open, kind, name, one))
             for kind, stored in (("sink", run.sinks), ("tracker", run.trackers))
@@ -276,15 +277,15 @@ class RunExecutor:
                     return await self._runs.status(run)
                 async with (
                     self._with_outage_handling(run, settings) as runs,
-                    self._taken(runs, document, hub, lock, settings) as (ledger, shop),
+                    self._lead(runs, document, hub, lock, settings) as (ledger, context),
                 ):
                     if budget is not None:
                         await ledger.set_budget(budget.model_dump(mode="json", exclude_none=True))
                     if allow_failing_base and not ledger.run.allow_failing_base:
                         await ledger.allow_failing_base()
-                    if before.orchestrators:  # an earlier process than this one
+                    if before.orchestrators:  # an earlier process executed the run
                         await self._note_file_changes(ledger)
-                    return await self._work(runs, before, ledger, shop, capacity=capacity, only_lands=only_lands)
+                    return await self._work(runs, before, ledger, context, capacity=capacity, only_lands=only_lands)
         except LockHeld as held:
             raise _run_active_error(run, held) from None
 
@@ -300,7 +301,7 @@ class RunExecutor:
             await ledger.note("run.file_changed", changes.to_json())
 
     async def _compare_file(self, run: RunDocument, statuses: Mapping[str, TaskStatus]) -> FileChanges:
-        """Compare a run with its file, where that is still there, without the tasks that are over for good."""
+        """Compare a run with its file, if that exists, without the tasks that have succeeded."""
         path = anyio.Path(run.config)
         if run.imported is not None or not await path.is_file():
             return FileChanges(run.config, unreadable="there is no such file")
@@ -318,14 +319,14 @@ class RunExecutor:
             return FileChanges(run.config, unreadable=str(error))
         settings = resolve_coordination(config.coordination, self._runs.environ, None)
         recorded = run.coordination.get("max_retries", settings.max_retries)
-        if recorded != settings.max_retries:  # it was chosen on the command line
+        if recorded != settings.max_retries:  # it was set on the command line
             settings = settings.model_copy(update={"max_retries": recorded})
         left = [task for task, status in statuses.items() if status not in SUCCESS_STATUSES]
         specs = await read_specs(self._runs.store, run.id, left)
         return compare_with_file(run, specs, apply_max_retries(config, settings))
 
     async def _inline(self, run: RunDocument) -> InlineTasks | None:
-        """Return the tasks that the command line gave, with what it chose for them; None if they are the file's."""
+        """Return the tasks of the command line with their settings; None if the tasks are from the file."""
         if TASKS_KEY not in run.given:
             return None
         specs = (await read_specs(self._runs.store, run.id, run.tasks)).values()
@@ -334,7 +335,7 @@ class RunExecutor:
         return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.given else ())
 
     async def _reload(self, run: str, tasks: Sequence[str], changes: FileChanges) -> None:
-        """Have tasks take over what the file says of them."""
+        """Apply the settings of the file to tasks."""
         store, is_live = self._runs.store, await self._runs.is_live(run)
         found, specs = await store.get(run_key(run)), {}
         for task in tasks:
@@ -362,36 +363,38 @@ class RunExecutor:
         async with (
             anyio.create_task_group() as group,
             self._with_outage_handling(run, settings) as runs,
-            self._join_run(runs, document, hub, settings) as (ledger, shop),
+            self._join_run(runs, document, hub, settings) as (ledger, context),
         ):
-            over = anyio.Event()
-            group.start_soon(self._serve_once_coordinating, document, ledger, over)
-            closed = await find_unusable_adapters(shop.adapters, self._runs.environ)
-            report = await self._work(runs, await runs.record(run), ledger, shop, capacity=capacity, closed=closed)
-            over.set()
+            ended = anyio.Event()
+            group.start_soon(self._run_services_as_leader, document, ledger, ended)
+            disabled = await find_unusable_adapters(context.adapters, self._runs.environ)
+            report = await self._work(
+                runs, await runs.record(run), ledger, context, capacity=capacity, disabled=disabled
+            )
+            ended.set()
             if not ledger.became_leader.is_set():
                 group.cancel_scope.cancel()
         return report
 
-    async def _serve_once_coordinating(self, run: RunDocument, ledger: Ledger, over: anyio.Event) -> None:
+    async def _run_services_as_leader(self, run: RunDocument, ledger: Ledger, ended: anyio.Event) -> None:
         await ledger.became_leader.wait()
-        async with self._background_services(run):  # which is to hear of the run's end
-            await over.wait()
+        async with self._background_services(run):  # the services need the event of the run's end
+            await ended.wait()
 
     @asynccontextmanager
     async def _background_services(self, run: RunDocument) -> AsyncIterator[None]:
-        """Feed a run's sinks and trackers, and keep the views, beside the body."""
+        """Forward events to a run's sinks and trackers, and update the views, during the body."""
         redactor = Redactor(secret_values(self._runs.environ))
-        fed = forward_events(self._runs.store, self._runs.clock, redactor, run.id, self._outlets(run))
+        forwarding = forward_events(self._runs.store, self._runs.clock, redactor, run.id, self._outlets(run))
         views = Views(self._runs.store, self._runs.clock, self._runs.project)
-        async with update_in_background(views, self._runs.store, self._runs.clock, run.id), fed:
+        async with update_in_background(views, self._runs.store, self._runs.clock, run.id), forwarding:
             yield
 
     @asynccontextmanager
     async def _with_outage_handling(self, run: str, settings: CoordinationConfig) -> AsyncIterator[ProjectRuns]:
-        """Yield the runs in a store that is waited for, or gone on without, while it can't be reached.
+        """Yield the runs with a store that waits, or continues offline, while the store can't be reached.
 
-        One of this machine always can be, but its disk may be full: that is waited for, and nothing else.
+        A store on this machine only waits while its disk is full.
         """
         if self._runs.url == MEMORY:
             yield self._runs
@@ -399,15 +402,15 @@ class RunExecutor:
         store, clock = self._runs.store, self._runs.clock
         is_local = store_folder(self._runs.url) is not None
 
-        async def tell(event: Event) -> None:
+        async def record_event(event: Event) -> None:
             _log.warning(_OUTAGE_MESSAGES[event.type].format(**event.data))
             await survived.commit(Commit([], [Event(event.type, {"run": run, **event.data})]))
 
         folder = self._runs.project.folder / "outage"
         mode = "pause" if is_local else settings.when_unreachable
-        passes = is_full if is_local else is_outage
+        is_temporary = is_full if is_local else is_outage
         async with survive_outages(
-            store, mode, clock, folder, tell, passes=passes, gives_up=lambda: self._stopping
+            store, mode, clock, folder, record_event, is_temporary=is_temporary, gives_up=lambda: self._stopping
         ) as survived:
             yield replace(self._runs, store=survived)
 
@@ -418,7 +421,7 @@ class RunExecutor:
 
     @asynccontextmanager
     async def _ownership(self, hub: Hub, run: str) -> AsyncIterator[HeldLock]:
-        """Hold the run's lock; wait for it only where its owner is dead and its last git commands end."""
+        """Hold the run's lock; wait for it only while git commands of a dead leader still run."""
         lock = hub.run_lock(run)
         async with AsyncExitStack() as stack:
             try:
@@ -434,39 +437,39 @@ class RunExecutor:
         runs: ProjectRuns,
         before: RunRecord,
         ledger: Ledger,
-        shop: RunContext,
+        context: RunContext,
         *,
         capacity: int | None = None,
-        closed: Mapping[str, str] = _NONE,
+        disabled: Mapping[str, str] = _NONE,
         only_lands: bool = False,
     ) -> RunReport:
-        """Be at work in a run until nothing is left to do for this process, with the adapters that are not `closed`."""
+        """Execute tasks of a run until none is left for this process, with all adapters that are not `disabled`."""
         run = before.run.id
-        capacities = {name: one.capacity for name, one in shop.configs.items() if one.capacity is not None}
+        capacities = {name: one.capacity for name, one in context.configs.items() if one.capacity is not None}
         statuses = ledger.statuses()
         entries = await _entries(runs, before, ledger)
         board = DispatchBoard.of(entries, statuses, capacities)
         for task, status in statuses.items():
             if ledger.is_claimed_elsewhere(task):
                 board.sync_task(task, status, runs.clock.monotonic())
-        for name, reason in closed.items():
+        for name, reason in disabled.items():
             board.close(name, reason)
         wanted = capacity or before.run.capacity
         room = await Capacity.measure(wanted, ledger, runs.clock)
-        async with shop.pool(sessions=_max_sessions(wanted, before.run)) as pool:
+        async with context.pool(sessions=_max_sessions(wanted, before.run)) as pool:
             monitor = Monitor(ledger, runs.store, runs.clock)
             permits = MergePermitQueue(
-                runs.store, runs.clock, ledger.orchestrators, shop.source.location, before.run.target
+                runs.store, runs.clock, ledger.orchestrators, context.source.location, before.run.target
             )
-            sharing = SharedValues(runs.store, runs.clock, shop.tools.redactor, run)
+            sharing = SharedValues(runs.store, runs.clock, context.tools.redactor, run)
             inputs = PhaseInputs(ledger, self._plugins.checked_kinds(), sharing)
             phasing = PhaseHandlers(
-                PhaseStarter(ledger, inputs, runs.clock, has_tools=shop.session_service is not None),
-                PhaseCompleter(ledger, inputs, shop.git, runs.clock, self._plugins.transformations),
+                PhaseStarter(ledger, inputs, runs.clock, has_tools=context.session_service is not None),
+                PhaseCompleter(ledger, inputs, context.git, runs.clock, self._plugins.transformations),
             )
             scheduler = Scheduler(
                 ledger,
-                shop,
+                context,
                 pool,
                 board,
                 room,
@@ -474,7 +477,7 @@ class RunExecutor:
                 permits,
                 phasing,
                 entries=entries,
-                unavailable_adapters=closed,
+                unavailable_adapters=disabled,
                 only_lands=only_lands,
             )
             await scheduler.remember(before.adapters)
@@ -501,47 +504,47 @@ class RunExecutor:
         return await runs.with_merge_state(result, ledger.run) if finished else result
 
     @asynccontextmanager
-    async def _taken(
+    async def _lead(
         self, runs: ProjectRuns, run: RunDocument, hub: Hub, lock: HeldLock, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, RunContext]]:
-        """Coordinate a run for the body: bring back what an earlier owner left, and do what was asked of it."""
+        """Lead a run during the body: recover the tasks of an earlier leader, and apply pending requests."""
         role = Role.WORKER if settings.role == "worker" else Role.LEADER
         me = create_owner(role, shares=settings.enabled)
         async with hub.liveness_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
-            shop = await self._open_workshop(runs, run, hub, [lock.fd, life.fd], None)
-            facts = {"sandbox": str(shop.tools.sandbox.kind)}
-            store, clock, redactor = runs.store, runs.clock, shop.tools.redactor
+            context = await self._open_run_context(runs, run, hub, [lock.fd, life.fd], None)
+            facts = {"sandbox": str(context.tools.sandbox.kind)}
+            store, clock, redactor = runs.store, runs.clock, context.tools.redactor
             ledger = await Ledger.take(store, clock, redactor, others, facts, is_shared=settings.enabled)
             async with _leave_on_exit(others):
                 await _check_sharing(others)
                 for left_out in self._plugins.left_out:
                     facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
                     await ledger.note("plugin.skipped", facts)
-                shop = _with_session_service(runs, shop, ledger, settings)
-                await recover(ledger, shop, clock)
+                context = _with_session_service(runs, context, ledger, settings)
+                await recover(ledger, context, clock)
                 for request in await ledger.requests():
                     await apply_request(ledger, request)
-                yield ledger, shop
+                yield ledger, context
 
     @asynccontextmanager
     async def _join_run(
         self, runs: ProjectRuns, run: RunDocument, hub: Hub, settings: CoordinationConfig
     ) -> AsyncIterator[tuple[Ledger, RunContext]]:
-        """Be at work in a run for the body, beside others."""
+        """Join a run as an additional worker during the body."""
         me = create_owner(Role.LEADER if settings.role == "leader" else Role.WORKER)
         async with hub.liveness_locks.of(run.id, me.id).hold(0) as life:
             others = _orchestrators(runs, run, hub, me, settings)
-            shop = await self._open_workshop(runs, run, hub, [life.fd], me.id)
-            facts = {"sandbox": str(shop.tools.sandbox.kind)}
+            context = await self._open_run_context(runs, run, hub, [life.fd], me.id)
+            facts = {"sandbox": str(context.tools.sandbox.kind)}
             store, clock = runs.store, runs.clock
-            await _check_sharing(others)  # before anybody is told that it has come, and after, for who came meanwhile
-            ledger = await Ledger.join(store, clock, shop.tools.redactor, others, facts)
+            await _check_sharing(others)  # before and after joining, because another process may join in between
+            ledger = await Ledger.join(store, clock, context.tools.redactor, others, facts)
             async with _leave_on_exit(others):
                 await _check_sharing(others)
-                yield ledger, _with_session_service(runs, shop, ledger, settings)
+                yield ledger, _with_session_service(runs, context, ledger, settings)
 
-    async def _open_workshop(
+    async def _open_run_context(
         self, runs: ProjectRuns, run: RunDocument, hub: Hub, lock_fds: Sequence[int], worker: str | None
     ) -> RunContext:
         types = self._plugins.adapters
@@ -570,10 +573,10 @@ class RunExecutor:
         reload: FileChanges | None = None,
         adapters: Sequence[str] = (),
     ) -> None:
-        """Have a live owner do it; where there is none, do it here, and `resume` goes on from there.
+        """Submit a request to the run's leader, or apply it here if there is none; `resume` continues from there.
 
-        With no task named, all that are not over are meant; of adapters, all that can't be used now. With `reload`
-        these tasks take over first what their file says.
+        Without `tasks` it applies to all unfinished ones; without `adapters`, to all that can't be used now. With
+        `reload`, the settings of the file are applied to the tasks first.
         """
         runs = self._runs
         record = await runs.record(run)
@@ -583,40 +586,42 @@ class RunExecutor:
         even_waiting = reload is not None and phase is None
         check_request(action, tasks, record, even_waiting=even_waiting, is_live=await runs.has_live_process(run))
         await self._check_phase(record, tasks, phase)
-        adapters = check_reopening(record, adapters, runs.clock.now()) if action is RequestAction.REOPEN else ()
-        named = _requested_tasks(record, action, tasks)
+        adapters = (
+            check_adapters_to_enable(record, adapters, runs.clock.now()) if action is RequestAction.ENABLE else ()
+        )
+        requested = _requested_tasks(record, action, tasks)
         if action in {RequestAction.CANCEL, RequestAction.IGNORE}:
             is_live = await runs.is_live(run)
             await create_checkpoint(
                 runs.store, run, f"before {action}", maker=CheckpointOrigin.COUNCIL, is_live=is_live
             )
         if reload is not None:
-            await self._reload(run, named, reload)
-        asked = await submit_request(runs.store, runs.clock, run, action, named, reason, phase, adapters)
+            await self._reload(run, requested, reload)
+        request = await submit_request(runs.store, runs.clock, run, action, requested, reason, phase, adapters)
         hub = await runs.hub(record.run)
         waiting = _RequestWait()
-        while not await is_handled(runs.store, run, asked):
+        while not await is_handled(runs.store, run, request):
             try:
                 settings = self._settings(record.run, None)
                 async with (
                     self._ownership(hub, run) as lock,
-                    self._taken(runs, record.run, hub, lock, settings) as (ledger, shop),
+                    self._lead(runs, record.run, hub, lock, settings) as (ledger, context),
                 ):
                     now, statuses = await runs.record(run), ledger.statuses()
                     is_over = record.run.ended is not None or DispatchBoard.of(now.entries, statuses).is_over(statuses)
                     if is_over and not await has_active_peers(ledger):
                         await ledger.finish(runs.describe(now, is_live=False, has_ended=True).status)
-                    async with shop.pool(sessions=0):
-                        pass  # nobody may ever resume it
+                    async with context.pool(sessions=0):
+                        pass  # cleans up: the run may never be resumed
             except RunActive as other:
                 await waiting.pause(other.pid, other.host)
             except LockHeld as held:
                 if not held.owner_lives:
                     raise _run_active_error(run, held) from None
-                signed = await anyio.to_thread.run_sync(LockHolder.read, held.path)
-                await waiting.pause(None if signed is None else signed.pid, socket.gethostname())
+                holder = await anyio.to_thread.run_sync(LockHolder.read, held.path)
+                await waiting.pause(None if holder is None else holder.pid, socket.gethostname())
         if action in {RequestAction.CANCEL, RequestAction.IGNORE} and await runs.is_live(run):
-            await self._until_over(run, named)
+            await self._wait_until_ended(run, requested)
 
     async def _check_phase(self, record: RunRecord, tasks: Sequence[str], phase: str | None) -> None:
         for task in tasks if phase is not None else ():
@@ -624,8 +629,8 @@ class RunExecutor:
             phases = [] if workflow is None else record.run.workflows[workflow]
             check_phase(task, phase or "", [one["name"] for one in phases], record.tasks[task])
 
-    async def _until_over(self, run: str, tasks: Sequence[str]) -> None:
-        """Wait, for as long as a session may take to stop, until tasks that were cancelled are over."""
+    async def _wait_until_ended(self, run: str, tasks: Sequence[str]) -> None:
+        """Wait until cancelled tasks have ended, at most as long as a session may take to stop."""
         store = self._runs.store
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
@@ -636,12 +641,12 @@ class RunExecutor:
         """See `Council.restore`."""
         store, guards = self._runs.store, dict[str, Guard]()
         async with AsyncExitStack() as stack:
-            # Until it is ours, a run may go on, and so may others be changed meanwhile that were as they had been.
+            # Until this process leads a run, the run may continue, and others may change that needed no restore.
             while True:
-                found = await plan_restore(store, checkpoint)
-                new = [run for run in found.runs.values() if run.id not in guards]
+                plan = await plan_restore(store, checkpoint)
+                new = [run for run in plan.runs.values() if run.id not in guards]
                 if not new:
-                    return await restore_checkpoint(store, found, list(guards.values()), self._runs.environ)
+                    return await restore_checkpoint(store, plan, list(guards.values()), self._runs.environ)
                 for run in new:
                     await self._hold(stack, run, force=force)
                 for run in new:
@@ -649,9 +654,9 @@ class RunExecutor:
                     guards[run.id] = await take_leadership(store, self._runs.clock, run.id, me)
 
     async def _hold(self, stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
-        """Keep everybody else from beginning to work in a run; with `force`, somebody may be at work in it."""
+        """Keep processes from becoming active in a run; with `force`, one may already be active."""
         hub = Hub(Path(run.hub))
-        if not await anyio.to_thread.run_sync(hub.trusted.is_dir):  # nobody can work without it
+        if not await anyio.to_thread.run_sync(hub.trusted.is_dir):  # no process can be active without it
             return
         try:
             await stack.enter_async_context(self._ownership(hub, run.id))
@@ -659,7 +664,7 @@ class RunExecutor:
                 raise await living[0].held_error()
         except LockHeld as held:
             if not force:
-                raise _run_active_error(run.id, held, or_else="take it over by --force") from None
+                raise _run_active_error(run.id, held, or_else="take it over with --force") from None
 
     def stop(self) -> None:
         """See `Council.stop`."""
@@ -675,7 +680,7 @@ class _RequestWait:
         self._began, self._is_noticed = anyio.current_time(), False
 
     async def pause(self, pid: int | None, host: str) -> None:
-        """Sleep until the next look; RequestUnanswered after the limit, and a notice some seconds after the start."""
+        """Sleep until the next check; RequestTimeout after the limit, and a notice after some seconds."""
         waited = anyio.current_time() - self._began
         if waited >= _REQUEST_TIMEOUT:
             raise RequestTimeout(_describe_process(pid, host), _REQUEST_TIMEOUT)
@@ -686,7 +691,7 @@ class _RequestWait:
 
 
 def _describe_process(pid: int | None, host: str) -> str:
-    """Return the words for a process that does not answer. Blocks."""
+    """Return a description of a process that does not answer. Blocks."""
     if pid is None:
         return "the run's process, which has not answered yet"
     if host != socket.gethostname():
@@ -712,7 +717,7 @@ async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> Re
 
 
 async def _entries(runs: ProjectRuns, before: RunRecord, ledger: Ledger) -> dict[str, DispatchEntry]:
-    """Return what decisions need of the tasks that the ledger knows, as they stand there; some may be of plans."""
+    """Return the dispatch entries of all tasks in the ledger, including those that plans have added."""
     known = before.entries
     if ledger.run.tasks != before.run.tasks:
         known = await read_entries(runs.store, ledger.run)
@@ -720,7 +725,7 @@ async def _entries(runs: ProjectRuns, before: RunRecord, ledger: Ledger) -> dict
 
 
 def _max_sessions(wanted: int, run: RunDocument) -> int:
-    """Return how many sessions there can be at once where so many are wanted: plans may become further tasks."""
+    """Return the maximum number of concurrent sessions: at most one per task, unless plans may add tasks."""
     can_grow = any(phase.get("expand") is not None for phases in run.workflows.values() for phase in phases)
     return wanted if can_grow else min(wanted, len(run.tasks))
 
@@ -732,16 +737,16 @@ def _orchestrators(
 
 
 def _with_session_service(
-    runs: ProjectRuns, shop: RunContext, ledger: Ledger, settings: CoordinationConfig
+    runs: ProjectRuns, context: RunContext, ledger: Ledger, settings: CoordinationConfig
 ) -> RunContext:
     if not (settings.enabled and settings.tools):
-        return shop
-    return with_session_service(shop, ledger, runs.store, runs.clock, runs.project, settings.lock_timeout)
+        return context
+    return with_session_service(context, ledger, runs.store, runs.clock, runs.project, settings.lock_timeout)
 
 
 @asynccontextmanager
 async def _leave_on_exit(others: RunMembership) -> AsyncIterator[None]:
-    """Say at the body's end, however it ends, that this orchestrator is at work no more."""
+    """Record at the end of the body, even after errors, that this orchestrator has left."""
     try:
         yield
     finally:
@@ -750,15 +755,15 @@ async def _leave_on_exit(others: RunMembership) -> AsyncIterator[None]:
 
 
 def _requested_tasks(record: RunRecord, action: RequestAction, tasks: Sequence[str]) -> Sequence[str]:
-    """Return the tasks that something is asked of: those that are named, or all that are not over."""
-    if action is RequestAction.REOPEN:
+    """Return the tasks of a request: the named ones, or all unfinished ones."""
+    if action is RequestAction.ENABLE:
         return ()
     return tasks or [task for task, one in record.tasks.items() if one.status not in FINAL_STATUSES]
 
 
 @asynccontextmanager
 async def _raise_if_fenced(ledger: Ledger) -> AsyncIterator[None]:
-    """Raise Fenced instead of any error of the body if this process has lost its part in the run."""
+    """Raise OrchestratorFenced instead of an error of the body if this process was removed from the run."""
     try:
         yield
     except Exception as error:
@@ -768,33 +773,33 @@ async def _raise_if_fenced(ledger: Ledger) -> AsyncIterator[None]:
 
 
 async def _check_sharing(others: RunMembership) -> None:
-    """Refuse (RefusedError) to be beside others where one of them, or this process, shares the run with nobody."""
-    beside = await others.find_exclusive_peer()
-    if beside is None:
+    """Raise RefusedError if another process is active, and it or this process does not share the run."""
+    peer = await others.find_exclusive_peer()
+    if peer is None:
         return
-    what = f"process {beside.owner.pid} on {beside.owner.host} is at work in run {others.run}"
-    if beside.owner.shares:
-        raise RefusedError(f"{what}, too", "wait for it, stop it with SIGINT, or share the run with it")
-    again = f"`{ENVIRONMENT_VARIABLES['enabled']}=true council resume {others.run}`"
-    raise RefusedError(f"{what} and shares it with nobody", f"wait for it, or stop it with SIGINT and go on by {again}")
+    what = f"process {peer.owner.pid} on {peer.owner.host} is active in run {others.run}"
+    if peer.owner.shares:
+        raise RefusedError(what, "wait for it to end, stop it with SIGINT, or enable sharing for this process")
+    command = f"`{ENVIRONMENT_VARIABLES['enabled']}=true council resume {others.run}`"
+    raise RefusedError(f"{what} and does not share it", f"wait for it to end, or stop it with SIGINT, then {command}")
 
 
 def _how_to_share(run: str, environ: Mapping[str, str], options: CoordinationOverrides | None) -> str:
-    """Return what to change where the settings of whoever wants to join a run share it with nobody."""
+    """Return the remedy for joining a run whose settings disable sharing."""
     if options is not None and options.enabled is False:
-        return "leave out what switches that off for this process"
+        return "remove the option that disables sharing for this process"
     name = ENVIRONMENT_VARIABLES["enabled"]
     if read_environment(environ).enabled is False:
         return f"unset {name}, or set it to true"
-    again = f"stop it, and go on by `{name}=true council resume {run}`"
-    return f"{again}; `coordination: {{enabled: true}}` in the file holds for new runs"
+    command = f"stop it, then `{name}=true council resume {run}`"
+    return f"{command}; `coordination: {{enabled: true}}` in the file applies to new runs"
 
 
 def _run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
-    remedy = ", or ".join(filter(None, ("wait for it", "stop it with SIGINT", or_else)))
+    remedy = ", or ".join(filter(None, ("wait for it to end", "stop it with SIGINT", or_else)))
     if not held.owner_lives:
-        remedy = f"end what it left running: `fuser {held.path}` names it"
-    return RefusedError(f"run {run} is at work under {held.holder}", remedy)
+        remedy = f"end the processes that it left: `fuser {held.path}` lists them"
+    return RefusedError(f"run {run} is active in {held.holder}", remedy)
 
 
 def _use_store(runs: ProjectRuns, url: str | None) -> None:

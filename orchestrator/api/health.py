@@ -1,4 +1,4 @@
-"""A look at the health of a project's state: what is recorded, how it grows, and who is at work on it."""
+"""Check the health of a project's state: integrity, growth, interrupted runs and silent sessions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from orchestrator.state.documents.conflicts import list_pending
 from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.documents.validation import verify_store
 
-#: How many of the newest commits tell how fast the log grows.
+#: The number of newest commits from which the growth of the log is estimated.
 _RECENT_COMMITS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Looks at the store of a project's runs."""
+    """Checks the store of a project's runs."""
 
     runs: ProjectRuns
 
     async def examine(self) -> list[Finding]:
-        """Return all that was found; one durable commit is made, to see how long that takes."""
+        """Return all findings; makes one durable commit, to measure the latency."""
         store = self.runs.store
         runs = [run for name in await self.runs.ids() if (run := await self._run(name)) is not None]
         open_runs = {run.id: await self.runs.has_live_process(run.id) for run in runs if run.ended is None}
@@ -54,7 +54,7 @@ class Health:
         ]
 
     async def _run(self, run: str) -> RunDocument | None:
-        with suppress(RefusedError):  # what can't be read is a finding of its own
+        with suppress(RefusedError):  # an unreadable run has a finding of its own
             return await read_run(self.runs.store, run)
         return None
 
@@ -81,22 +81,22 @@ class Health:
         return []
 
     async def _sessions(self, run: str) -> list[SilentSession]:
-        """Return the sessions of a run at work."""
+        """Return the running sessions of a run."""
         document = await read_run(self.runs.store, run)
         tasks = task_documents(await read_tasks(self.runs.store, run), document.tasks)
-        found = []
+        sessions = []
         for task, one in tasks.items():
             if one.status is TaskStatus.RUNNING:
                 logs = self.runs.project.logs(run)
                 files = [log_path(logs, task, one.attempt.number, stream) for stream in ("stdout", "stderr")]
-                heard = max(await anyio.to_thread.run_sync(_last_written, files), one.attempt.started)
+                last_output = max(await anyio.to_thread.run_sync(_last_written, files), one.attempt.started)
                 limit = (await read_spec(self.runs.store, run, task)).idle_timeout
-                found.append(SilentSession(run, task, max(self.runs.clock.now() - heard, 0.0), limit))
-        return found
+                sessions.append(SilentSession(run, task, max(self.runs.clock.now() - last_output, 0.0), limit))
+        return sessions
 
 
 def _last_written(files: Sequence[Path]) -> float:
-    """Return when one of some files was last written, 0 where none is there. Blocks."""
+    """Return the time of the last write to any of some files, 0 if none exists. Blocks."""
     times = [0.0]
     for file in files:
         with suppress(FileNotFoundError):
@@ -104,16 +104,16 @@ def _last_written(files: Sequence[Path]) -> float:
     return max(times)
 
 
-async def _growth(store: Store, found: StoreStatistics, now: float) -> LogGrowth:
-    """Return how the log has grown by its newest commits, and how far back it goes."""
-    begin = max(found.position - _RECENT_COMMITS, found.first)
-    oldest, early = await _first_record_after(store, found.first), await _first_record_after(store, begin)
+async def _growth(store: Store, statistics: StoreStatistics, now: float) -> LogGrowth:
+    """Return the growth of the log by its newest commits, and the age of its oldest record."""
+    begin = max(statistics.position - _RECENT_COMMITS, statistics.first)
+    oldest, early = await _first_record_after(store, statistics.first), await _first_record_after(store, begin)
     seconds = 0.0 if early is None else max(now - early.time, 0.0)
-    return LogGrowth(found.position - begin, seconds, 0.0 if oldest is None else max(now - oldest.time, 0.0))
+    return LogGrowth(statistics.position - begin, seconds, 0.0 if oldest is None else max(now - oldest.time, 0.0))
 
 
 async def _first_record_after(store: Store, position: int) -> CommitRecord | None:
-    """Return the first commit behind a position, None where there is none or it is gone by now."""
+    """Return the first commit after a position, None if there is none or it was pruned."""
     with suppress(HistoryCompacted):
         async with aclosing(read_range(store, position, position + 1)) as records:
             return await anext(records, None)

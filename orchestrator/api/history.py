@@ -1,4 +1,4 @@
-"""What is recorded of a project, now and at any earlier moment. It only looks."""
+"""Read the recorded state of a project, now and at earlier positions."""
 
 from __future__ import annotations
 
@@ -41,43 +41,43 @@ from orchestrator.state.documents.log_reader import find_position, is_run_docume
 if TYPE_CHECKING:
     from orchestrator.engine.reports.task_details import TaskDetails
 
-#: How many events of a run are shown with it.
+#: The number of events in the overview of a run.
 MAX_EVENTS: Final = 100
 
 
 def is_about_run(record: CommitRecord, run: str) -> bool:
-    """Whether a commit changed a document of a run, or recorded an event of it."""
+    """Return True if a commit changed a document of a run, or recorded an event of it."""
     keys = (*record.documents, *record.unreadable)
     return any(is_run_document(key, run) for key in keys) or any(one.data.get("run") == run for one in record.events)
 
 
 @dataclass(frozen=True, slots=True)
 class StateHistory:
-    """The log of a project's store, and what it says; `run` is a run's id."""
+    """The recorded state of a project, as its log has it; `run` is a run's id."""
 
     runs: ProjectRuns
 
     async def position(self) -> int:
-        """Return the newest position."""
+        """Return the position of the newest commit."""
         return await self.runs.store.position()
 
     async def position_at(self, instant: float) -> int:
-        """Return the position of the newest commit that was not written later than an instant; 0 if all were.
+        """Return the position of the newest commit up to a time; 0 if all commits are later.
 
-        RefusedError where the log does not go back so far.
+        RefusedError if the log does not go back that far.
         """
         return await find_position(self.runs.store, instant)
 
     async def position_of(self, checkpoint: str) -> int | None:
-        """Return the position that a checkpoint names; None if there is none of this id."""
+        """Return the position of a checkpoint; None if there is none with this id."""
         found = await self.runs.store.get(Key(CHECKPOINT_KIND, checkpoint))
         return None if found is None else int(found.value["position"])
 
     async def at(self, position: int, *, run: str | None = None, names: Sequence[str] = ()) -> StateSnapshot:
-        """Return the documents right after the commit at a position: all, those of a run, or those that are named.
+        """Return the documents right after the commit at a position: all, those of a run, or those in `names`.
 
-        A name is `kind/id`, `kind/rest` for `kind/<run>/rest` (the newest run's if none is given), or either with a
-        `*` for any characters. RefusedError for a name that fits nothing, and where the log does not go back so far.
+        A name is `kind/id`, `kind/rest` for `kind/<run>/rest` (by default of the newest run), or either with `*` for
+        any characters. RefusedError for a name without a match, and if the log does not go back that far.
         """
         with _refuse_compacted():
             state = await self.runs.store.at(position)
@@ -89,7 +89,7 @@ class StateHistory:
         return StateSnapshot(state.position, state.time, documents)
 
     async def key(self, name: str) -> Key:
-        """Return the document that is meant by a name as in `at`, also one that is deleted by now; RefusedError."""
+        """Return the key of a name as in `at`, also of a deleted document. RefusedError if there is none."""
         kind, _, rest = name.partition("/")
         exact, newest = Key(kind, rest), await self._newest()
         for key in (exact, *([Key(kind, f"{newest}/{rest}")] if newest else [])):
@@ -100,13 +100,13 @@ class StateHistory:
         raise _unknown(name, state.documents, newest, "in the state")
 
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
-        """Return the newest versions of a document, the newest first: at most `limit`, as far as the log goes back."""
+        """Return the newest versions of a document in the log, the newest first: at most `limit`."""
         return await self.runs.store.history(key, limit)
 
     async def commits(self, *, run: str | None = None, after: int = 0, until: int) -> AsyncGenerator[CommitRecord]:
-        """Yield the commits behind a position up to another, of a run or all; from the oldest there is for 0.
+        """Yield the commits after position `after` up to `until`, of a run or all; 0 starts at the oldest one.
 
-        RefusedError where the log does not go back to `after`.
+        RefusedError if the log does not go back to `after`.
         """
         try:
             async with aclosing(read_range(self.runs.store, after, until)) as records:
@@ -126,7 +126,7 @@ class StateHistory:
     async def newest_commits(
         self, limit: int, *, run: str | None = None, after: int = 0, until: int
     ) -> Sequence[CommitRecord]:
-        """Return the newest of the commits behind a position up to another, at most `limit`, in the log's order."""
+        """Return the newest commits after `after` up to `until`, at most `limit`, in the log's order."""
         found: deque[CommitRecord] = deque()
         with suppress(HistoryCompacted):
             async with aclosing(read_backwards(self.runs.store, until, after)) as parts:
@@ -139,8 +139,8 @@ class StateHistory:
         return found
 
     async def metrics(self, run: str) -> Metrics:
-        """Return the figures of a run."""
-        known = await read_run(self.runs.store, run)  # first: it may grow by tasks meanwhile
+        """Return the metrics of a run."""
+        known = await read_run(self.runs.store, run)  # first: tasks may be added meanwhile
         documents = await read_tasks(self.runs.store, run)
         tasks = task_documents(documents, known.tasks)
         landed_at = await self._landed_at(known, tasks, documents)
@@ -150,7 +150,7 @@ class StateHistory:
         )
 
     async def usage(self, run: str) -> RunUsage:
-        """Return what the sessions of a run used up."""
+        """Return the usage of a run's sessions."""
         record, now = await self.runs.record(run), self.runs.clock.now()
         tasks: Mapping[str, TaskDocument] = record.tasks
         if not await self.runs.has_live_process(run):
@@ -158,11 +158,11 @@ class StateHistory:
         return compute_usage(record.run, tasks, now, sorted(record.damaged))
 
     async def last_failures(self, run: str) -> dict[str, AdapterFailure]:
-        """Return of each adapter of a run the last session that failed, by the adapter's name."""
+        """Return the last failed session of each adapter of a run, by the adapter's name."""
         return last_failures(await self.runs.record(run))
 
-    async def story(self, run: str, task: str) -> TaskDetails:
-        """Return the whole story of a task. RefusedError where the run has none of that name."""
+    async def task_details(self, run: str, task: str) -> TaskDetails:
+        """Return a task in full. RefusedError if the run has no such task."""
         from orchestrator.engine.reports.task_details import TaskDefinition, build_task_details
 
         document = await read_run(self.runs.store, run)
@@ -173,21 +173,21 @@ class StateHistory:
         if not is_live:
             shown = (await anyio.to_thread.run_sync(_mark_interrupted, {task: shown}, logs, now))[task]
         report = next(one for one in self.runs.describe(record, is_live=is_live).tasks if one.id == task)
-        asked = TaskDefinition()
+        definition = TaskDefinition()
         if record.run.imported is None:
             spec = await read_spec(self.runs.store, run, task)
-            asked = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
+            definition = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
             if spec.workflow is not None:
                 names = [phase["name"] for phase in record.run.workflows[spec.workflow]]
-                asked = replace(asked, workflow=spec.workflow, phases=names)
+                definition = replace(definition, workflow=spec.workflow, phases=names)
         handoffs = await read_handoffs(self.runs.store, run, task)
-        found = await read_tasks(self.runs.store, run)
-        landed_at = await self._landed_at(record.run, {task: record.tasks[task]}, found)
+        documents = await read_tasks(self.runs.store, run)
+        landed_at = await self._landed_at(record.run, {task: record.tasks[task]}, documents)
         details = build_task_details(
             run,
             report,
             shown,
-            asked,
+            definition,
             {name: one for name, (_, one) in handoffs.items()},
             target=record.run.target,
             landed_at=landed_at.get(task),
@@ -199,7 +199,7 @@ class StateHistory:
         return await anyio.to_thread.run_sync(_without_missing_logs, details)
 
     async def overview(self, run: str) -> RunOverview:
-        """Return all that is known of a run, also of one whose repositories are gone."""
+        """Return the overview of a run, even if its repositories are missing."""
         record = await self.runs.record(run)
         documents = await read_tasks(self.runs.store, run)
         is_live = record.run.ended is None and await self.runs.has_live_process(run)
@@ -212,7 +212,7 @@ class StateHistory:
     async def _landed_at(
         self, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]
     ) -> dict[str, float]:
-        """Return when tasks landed, by task, also of a run whose record was removed and brought back since."""
+        """Return when tasks landed, by task, even if the run's record was removed and restored since."""
         found = landing_times(tasks, documents)
         for task, time in found.items():
             if run.imported is None and run.ended is not None and time > run.ended:
@@ -247,10 +247,10 @@ def _events_of(part: Sequence[CommitRecord], run: str) -> Iterator[RecordedEvent
 
 
 def _worktrees(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> dict[str, str]:
-    """Return the checkouts that the newest attempts of tasks have, by task. Blocks."""
+    """Return the worktrees of the newest attempts, by task. Blocks."""
     hub = Hub(Path(run.hub))
     newest = {task: Worktree(hub, run.id, task, one.attempt.number) for task, one in tasks.items() if one.attempts}
-    return {task: str(place.tree) for task, worktree in newest.items() if (place := worktree.slot) is not None}
+    return {task: str(slot.tree) for task, worktree in newest.items() if (slot := worktree.slot) is not None}
 
 
 def _named(name: str, documents: Mapping[Key, Document], run: str | None, where: str) -> Sequence[Key]:
@@ -265,10 +265,10 @@ def _named(name: str, documents: Mapping[Key, Document], run: str | None, where:
 
 
 def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> RefusedError:
-    """Return how to refuse a name that fits no document."""
+    """Return the error for a name that matches no document."""
     short = {str(key).replace(f"/{run}/", "/", 1): str(key) for key in keys} if run else {}
     names = [*short, *(full for full in map(str, keys) if full not in short)]
-    folded = name.casefold()  # in capitals, or without its kind, it is what was meant
+    folded = name.casefold()  # the name in other case, or without its kind, is a match
     near = [one for one in names if folded in {one.casefold(), one.casefold().partition("/")[2]}]
     near = near or difflib.get_close_matches(name, names, n=3)
     remedy = f"did you mean {' or '.join(near)}?" if near else "`council state at now` lists the documents"
@@ -279,7 +279,7 @@ def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> R
 
 @contextmanager
 def _refuse_compacted() -> Iterator[None]:
-    """Have a person told how far the log goes back."""
+    """Turn HistoryCompacted into a RefusedError with the oldest position."""
     try:
         yield
     except HistoryCompacted as gone:
@@ -300,7 +300,7 @@ def _without_missing_logs(details: TaskDetails) -> TaskDetails:
 
 
 def _mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
-    """Return the tasks of a run that nobody is at work in: sessions without an end were interrupted. Blocks."""
+    """Return the tasks of an inactive run, with sessions without an end marked as interrupted. Blocks."""
 
     def end(task: str, one: Attempt) -> Attempt:
         if one.ended is not None:

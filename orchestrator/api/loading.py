@@ -1,4 +1,4 @@
-"""From what a council is opened with to a run that is known to fit together, and the project that it belongs to."""
+"""Load and validate the run that a council is opened with, and find its project."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from orchestrator.repo.source.run_repository import find_run_repository
 async def load_run(
     source: str | Path | Config | RunConfig, plugins: Plugins | None, environ: Mapping[str, str]
 ) -> tuple[Plugins, RunConfig, Project]:
-    """Return what is installed (unless `plugins` stand for it), the run that `source` describes, and its project."""
+    """Return the plugins (installed ones by default), the validated run of `source`, and its project."""
     if plugins is None:
-        places = await anyio.to_thread.run_sync(find_source_paths, source)
-        plugins = await anyio.to_thread.run_sync(load_plugins, environ, places)
+        paths = await anyio.to_thread.run_sync(find_source_paths, source)
+        plugins = await anyio.to_thread.run_sync(load_plugins, environ, paths)
     config = await anyio.to_thread.run_sync(_load, source, plugins)
     return (
         plugins,
@@ -34,7 +34,7 @@ async def load_run(
 
 
 def find_source_paths(source: str | Path | Config | RunConfig) -> list[Path]:
-    """Return the file that is worked with, if there is one, and the repository that is. Blocks."""
+    """Return the file, if any, and the local repository of a run: plugins in there are untrusted. Blocks."""
     match source:
         case RunConfig():
             return [source.path, *([] if source.is_url else [Path(source.repo)])]

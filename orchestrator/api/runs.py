@@ -1,4 +1,4 @@
-"""What is recorded of a project's runs, and how they stand. Whatever it takes to run one is not imported here."""
+"""Read the runs of a project and report their status, without importing the code that executes runs."""
 
 from __future__ import annotations
 
@@ -36,50 +36,50 @@ if TYPE_CHECKING:
     from orchestrator.config.model import Retention
     from orchestrator.repo.git.change_counts import Changes
 
-#: Bytes at the end of a log that are looked at for an error, and how its line begins.
+#: Bytes at the end of a background log that are searched for an error, and the prefix of its line.
 _TAIL, _OF_COUNCIL = 8192, "council: "
-#: What names the newest run.
+#: The name of the newest run.
 LATEST: Final = "latest"
-#: Runs that are named to somebody whose name is of several.
+#: The number of runs listed for an ambiguous name.
 _MOST_NAMED: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectRuns:
-    """The runs of a project; `environ` is what stands for the process's environment."""
+    """The runs of a project; `environ` replaces the process's environment."""
 
     project: Project
     store: Store
     url: str
-    """Of the store."""
+    """The URL of the store."""
     clock: Clock
     environ: Mapping[str, str]
     follows_file: bool = False
-    """Whether the store is the one that a run's file names, or else the project's own: nobody has chosen another."""
+    """Whether the store is that of the run's file, or the project's own; False if the user has chosen another."""
     unreadable: list[str] = field(default_factory=list)
-    """Of the last look at all runs: the documents that kept one from being described, in words."""
+    """Errors of the runs that the last call of `all` had to skip."""
 
     async def ids(self) -> list[str]:
-        """Return the ids of all runs that can be read, the oldest first."""
+        """Return the ids of all readable runs, the oldest first."""
         found = await self.store.list("run")
         return [one.key.id for one in sorted(found, key=_start_key) if not one.damaged]
 
     async def newest(self) -> str:
-        """Return the id of the run that was started last, without those that merge another run's branch."""
+        """Return the id of the newest run, ignoring runs that merge another run's branch."""
         runs = await self.store.list("run")
         if not runs and self.damage:
             what = f"no run can be read, the state log is damaged: {'; '.join(self.damage)}"
-            raise RefusedError(what, "start a new run; what has landed stays landed")
+            raise RefusedError(what, "start a new run; landed commits stay on their targets")
         if not runs:
             raise RefusedError("there is no run in this project", "start one with `council run FILE`")
-        if len(runs) == 1:  # a run of thousands of tasks is long to read
+        if len(runs) == 1:  # reading a run of thousands of tasks takes long
             return runs[0].key.id
         return max([one for one in runs if one.value.get("merges") is None] or runs, key=_start_key).key.id
 
     async def find(self, name: str | None) -> str:
-        """Return the id of the run that a name means: an id, its beginning if no other begins so, or `latest`.
+        """Return the id of the run with a name: an id, a unique prefix of one, or `latest`; None is the newest run.
 
-        None means the newest, too. RefusedError, with the nearest ids, where no run or several are meant.
+        RefusedError, with the closest ids, if no run or several match.
         """
         if name is None:
             return await self.newest()
@@ -88,44 +88,44 @@ class ProjectRuns:
             return name
         if name == LATEST:
             return await self.newest()
-        found = [run for run in known if name and run.startswith(name)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            meant = f"{len(found)} runs begin with {name!r}"
-            raise RefusedError(meant, f"name one of: {', '.join(found[: -_MOST_NAMED - 1 : -1])}")
+        matching = [run for run in known if name and run.startswith(name)]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            what = f"{len(matching)} runs begin with {name!r}"
+            raise RefusedError(what, f"name one of: {', '.join(matching[: -_MOST_NAMED - 1 : -1])}")
         near = difflib.get_close_matches(name, known, n=1)
         raise RefusedError(
             f"there is no run {name!r}", f"did you mean {near[0]!r}?" if near else "`council runs` lists them"
         )
 
     async def retention(self) -> Retention:
-        """Return how much of the past is kept, as the file of the newest run says."""
-        # Late: whoever only looks at a run needs none of it.
+        """Return the log retention of the newest run."""
+        # Late: commands that only show a run don't need it.
         from orchestrator.config.model import Retention
 
         for run in reversed(await self.ids()):
-            with suppress(RefusedError, ValidationError):  # what can't be read says nothing
+            with suppress(RefusedError, ValidationError):  # skip unreadable runs
                 return Retention.model_validate((await read_run(self.store, run)).retention)
         return Retention()
 
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
-        """Return all that is recorded of a run; unless `whole`, what to do only of tasks that wait or never began."""
+        """Return the record of a run; unless `whole`, with the specs of tasks that wait or never started only."""
         document = await read_run(self.store, run)
         found = await read_tasks(self.store, run)
-        is_ours = document.imported is None
+        is_imported = document.imported is not None
         tasks = task_documents(found, document.tasks)
         begun = {task for task, one in tasks.items() if one.status is not TaskStatus.PENDING and one.attempts}
-        blank = document.tasks if not is_ours else () if whole else begun
+        blank = document.tasks if is_imported else () if whole else begun
         entries = with_subtasks(await read_entries(self.store, document, blank), tasks)
         damaged = [task for task, one in found.items() if one.damaged]
         adapters, others = await read_adapters(self.store, document), await read_orchestrators(self.store, run)
         return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
 
     async def without_dropped(self, record: RunRecord, *also: str) -> RunRecord:
-        """Return a record in which finished tasks name only preserved branches that were not dropped since.
+        """Return a record without the branches of finished tasks that were dropped since.
 
-        Tasks that landed keep the branches of their attempts on record, unless they are named (`also`).
+        Landed tasks keep the branches of their attempts on record, unless they are in `also`.
         """
         keeping = {
             task: one
@@ -157,15 +157,15 @@ class ProjectRuns:
             record, paths=paths, has_ended=has_ended, is_live=is_live, now=self.clock.now(), damage=self.damage
         )
 
-    async def status(self, run: str, *, even_gone: bool = False) -> RunReport:
-        """Describe a run as it stands now; with `even_gone` one whose repositories are gone, too."""
+    async def status(self, run: str, *, allow_missing: bool = False) -> RunReport:
+        """Return the current report of a run; with `allow_missing` even if its repositories are missing."""
         record = await self.without_dropped(await self.record(run, whole=False))
         is_live = False
         if record.run.ended is None:
             try:
                 is_live = await self._is_live(record.run)
             except RefusedError:
-                if not even_gone:
+                if not allow_missing:
                     raise
         described = self.describe(record, is_live=is_live)
         if described.status is RunStatus.INTERRUPTED:
@@ -198,11 +198,11 @@ class ProjectRuns:
             return True
 
     async def landed(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
-        """Return by task how much each has changed; `commits` are those by which they landed.
+        """Return the size of each task's changes; `commits` maps tasks to the commits by which they landed.
 
-        A landing may also bring commits of the user's onto the target, from the base: they do not count.
+        A landing may also bring commits of the user from the base onto the target: they do not count.
         """
-        # Late: only people are shown how much.
+        # Late: only output for people has these numbers.
         from orchestrator.repo.git.change_counts import count_many
         from orchestrator.repo.git.command import Git
 
@@ -221,18 +221,18 @@ class ProjectRuns:
         return landed, None
 
     async def _merged_by(self, run: RunDocument) -> str | None:
-        """Return the run that merged the branch of a run since that ended."""
+        """Return the run that merged the branch of a run after its end."""
         since = run.ended or 0.0
         found = [one for one in await self._merges(run.id, {TaskStatus.LANDED}) if one.value["started"] >= since]
         return found[0].key.id if found else None
 
     async def queued_merge(self, run: str) -> str | None:
-        """Return the newest run that `council merge` made of a run and that could not land yet."""
+        """Return the newest run of `council merge` for a run that is still queued to land."""
         found = await self._merges(run, LANDING_STATUSES)
         return found[-1].key.id if found else None
 
     async def _merges(self, run: str, statuses: Collection[str]) -> list[Document]:
-        """Return the runs that merge a run's branch and whose task has one of some statuses, the oldest first."""
+        """Return the runs that merge a run's branch and whose task has one of the statuses, the oldest first."""
         found = []
         for one in sorted(await self.store.list("run"), key=_start_key):
             if not one.damaged and one.value.get("merges") == run:
@@ -242,7 +242,7 @@ class ProjectRuns:
         return found
 
     def _background_error(self, run: str) -> str | None:
-        """Return the error that the run's last process in the background ended by. Blocks."""
+        """Return the error that ended the run's last background process. Blocks."""
         try:
             with self.project.background_log(run).open("rb") as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
@@ -253,20 +253,20 @@ class ProjectRuns:
         return errors[-1] if errors else None
 
     async def all(self) -> list[RunReport]:
-        """Describe all runs, the oldest first; those that can't be read are told of by `damage` instead."""
+        """Return the reports of all runs, the oldest first; `damage` lists the unreadable ones."""
         found = []
         self.unreadable.clear()
         for run in await self.ids():
             try:
-                found.append(await self.status(run, even_gone=True))
+                found.append(await self.status(run, allow_missing=True))
             except UnreadableDocument as error:
                 self.unreadable.append(str(error))
-            except RefusedError as error:  # such as one that has lost a task
+            except RefusedError as error:  # such as a run with a missing task
                 self.unreadable.append(f"run {run}: {error}")
         return found
 
     async def _sessions(self, run: str) -> list[SessionReport]:
-        """Return what the sessions of a run are at, in the order of their names."""
+        """Return the activity of a run's sessions, sorted by name."""
         from orchestrator.domain.sessions.contexts import filter_active
         from orchestrator.engine.session_api.contexts import read_contexts
 
@@ -288,16 +288,16 @@ class ProjectRuns:
         ]
 
     async def hub(self, run: RunDocument) -> Hub:
-        """Return the repositories of a run; RefusedError if they are gone, or it never had any here."""
+        """Return the repositories of a run; RefusedError if they are missing, or the run was imported."""
         run.check_not_imported()
         hub = Hub(Path(run.hub))
-        # An attempt that was under way may have made its own folder anew, but nothing else.
+        # An attempt that was still active may have created its own folder again, but nothing else.
         if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
             raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
         return hub
 
     async def is_live(self, run: str) -> bool:
-        """Whether a process is at work in a run."""
+        """Return True if a process is active in a run."""
         document = await read_run(self.store, run)
         return document.imported is None and await self._is_live(document)
 
@@ -310,9 +310,9 @@ class ProjectRuns:
         return any(one.ended is None and one.owner.host != here and now < one.expires for one in others)
 
     async def interrupted(self) -> list[str]:
-        """Return the ids of the runs that have not ended and that no process is running, the oldest first.
+        """Return the ids of unfinished runs without an active process, the oldest first.
 
-        Those whose repositories are gone, which nobody can resume, are left out.
+        Runs whose repositories are missing can't be resumed, and are skipped.
         """
         found = []
         for run in sorted(await self.store.list("run"), key=_start_key):
@@ -324,18 +324,18 @@ class ProjectRuns:
         return found
 
     async def has_live_process(self, run: str) -> bool:
-        """Whether a process is at work in a run as far as can be seen: not where its repositories are gone."""
+        """Return True if a process is visibly active in a run; False if its repositories are missing."""
         with suppress(RefusedError):
             return await self.is_live(run)
         return False
 
     @property
     def damage(self) -> tuple[str, ...]:
-        """What of the state could not be read since it was opened, in words."""
+        """Descriptions of the damage found since the state was opened, and errors of unreadable runs."""
         return (*(one.describe() for one in self.store.damage), *self.unreadable)
 
 
 def _start_key(run: Document) -> tuple[float, str]:
-    """Return what runs are sorted by, also where nobody knows when one was started."""
+    """Return the sort key of a run, which may have no readable start time."""
     started = run.value.get("started")
     return float(started) if isinstance(started, int | float) else 0.0, run.key.id

@@ -1,4 +1,4 @@
-"""The tasks that a run takes from its trackers."""
+"""Add the open tasks of trackers to a run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from orchestrator.plugins import Plugins
 
 
 async def add_open_tracked_tasks(config: RunConfig, plugins: Plugins) -> RunConfig:
-    """Return the config with the tasks that its trackers have open beside its own.
+    """Return the config with the open tasks of its trackers in addition to its own.
 
-    Raises ConfigError if what they give does not fit, RefusedError if one does not answer or nothing is left to do.
+    Raises ConfigError if their tasks are invalid, RefusedError if a tracker does not answer or there is no task at all.
     """
     if not config.trackers:
         return config
     stored = {name: tracker.to_stored() for name, tracker in config.trackers.items()}
-    found = await fetch_tracked_tasks(
-        {name: partial(plugins.open, "tracker", name, one) for name, one in stored.items()}
+    tracked = await fetch_tracked_tasks(
+        {name: partial(plugins.open, "tracker", name, tracker) for name, tracker in stored.items()}
     )
-    config = add_tracked_tasks(config, found, plugins.adapters)
+    config = add_tracked_tasks(config, tracked, plugins.adapters)
     if not config.tasks:
-        named = ", ".join(map(repr, found))
-        raise RefusedError(f"there is nothing to do: no task is open in {named}", "add one, or look again later")
+        names = ", ".join(map(repr, tracked))
+        raise RefusedError(f"nothing to do: no open task in {names}", "add a task, or try again later")
     return config

@@ -1,4 +1,4 @@
-"""Whole stores from one place to another: what is at a URL or in a folder, and files that hold one."""
+"""Copy, adopt, export and import whole stores, named by a URL, a folder or a file."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from orchestrator.system.clock import Clock, SystemClock
 
 @asynccontextmanager
 async def open_store(
-    place: str | Path,
+    location: str | Path,
     *,
-    is_there: bool = False,
+    must_exist: bool = False,
     plugins: Plugins | None = None,
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> AsyncIterator[Store]:
     """Open the store at a URL or in a folder, for the body of the `async with`.
 
-    With `is_there`, a folder that holds none is refused (RefusedError), where else one would be made.
+    With `must_exist`, RefusedError for a folder without a store; by default one is created.
     """
-    url = to_store_url(str(place))
-    if is_there:
+    url = to_store_url(str(location))
+    if must_exist:
         await to_thread.run_sync(require_store, url)
     if scheme_of(url) == "file":
         await to_thread.run_sync(check_trusted, url, council_home(environ))
@@ -51,22 +51,21 @@ async def open_store(
 
 @asynccontextmanager
 async def open_target(
-    place: str | Path,
+    location: str | Path,
     source: str | Path | None = None,
     *,
     plugins: Plugins | None = None,
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> AsyncIterator[Store]:
-    """Open the store at a URL or in a folder to load a whole one into it, for the body of the `async with`.
+    """Open the store at a URL or in a folder as the target of a copy, for the body of the `async with`.
 
-    Where that fails and nothing was committed to it, nothing of a folder stays that was made for it. RefusedError for
-    the store that is gone with the process, and for a folder that can't be one of a store of its own; `source` is where
-    that to copy is.
+    If the body fails and nothing was committed, the folders created for the store are removed. RefusedError for the
+    memory store, and for a folder that can't become a separate store; `source` is the location of the original.
     """
-    url = to_store_url(str(place))
+    url = to_store_url(str(location))
     if url == MEMORY:
-        raise RefusedError("what is copied to memory: is gone at once", "name a folder, or the URL of another store")
+        raise RefusedError("a copy in memory: is lost at once", "name a folder, or the URL of another store")
     folder, within = (
         require_local_folder(url),
         require_local_folder(to_store_url(str(source))) if source is not None else None,
@@ -93,17 +92,16 @@ async def copy_state(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> CopyResult:
-    """Copy a whole store into an empty one, each named by its URL or folder, also while a run is at work in it.
+    """Copy a whole store into an empty one, each named by its URL or folder; runs may be active meanwhile.
 
-    Positions, times, versions, events: the past of the copy is that of the original. RefusedError, with nothing
-    changed, where not all of the original can be trusted, where something is in the target already that is not the
-    same, and where no store of its own can be there.
+    The copy has the same positions, times, versions and events. RefusedError, with nothing changed, if the original is
+    damaged, if the target has other content, or if it can't become a separate store.
     """
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with AsyncExitStack() as stores:
         original = await stores.enter_async_context(
-            open_store(source, is_there=True, plugins=plugins, clock=clock, environ=environ)
+            open_store(source, must_exist=True, plugins=plugins, clock=clock, environ=environ)
         )
         copied = await stores.enter_async_context(
             open_target(target, source, plugins=plugins, clock=clock, environ=environ)
@@ -111,15 +109,14 @@ async def copy_state(
         return await copy_store(original, copied)
 
 
-async def adopt_state(place: str | Path, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Have a store used on this machine that was made elsewhere, by its URL or folder; return its URL.
+async def adopt_state(location: str | Path, *, environ: Mapping[str, str] = os.environ) -> str:
+    """Trust a store that was made on another machine, by its URL or folder; return its URL.
 
-    What is in it is obeyed from then on: the commands of its runs are executed by `resume`. RefusedError where there is
-    none.
+    From then on `resume` executes the commands of its runs. RefusedError if there is no such store.
     """
-    url = to_store_url(str(place))
+    url = to_store_url(str(location))
     if url == MEMORY or not (scheme_of(url) == "file" or await to_thread.run_sync(_is_installed, url, environ)):
-        raise RefusedError(f"{scheme_of(url)}: is no kind of store that can be adopted", "name the folder of a store")
+        raise RefusedError(f"{scheme_of(url)}: stores can't be adopted", "name the folder of a store")
     await to_thread.run_sync(adopt_store, url, council_home(environ))
     return url
 
@@ -131,7 +128,7 @@ def _is_installed(url: str, environ: Mapping[str, str]) -> bool:
 async def export_store(
     store: Store, file: str | Path | IO[bytes], *, force: bool = False, clock: Clock | None = None
 ) -> CopyResult:
-    """Write a whole store as it is now to one file; see `Council.export_state`. A stream is written to as it is."""
+    """Write a whole store to one file; see `Council.export_state`. A stream is written directly."""
     now = (clock or SystemClock()).now()
     if not isinstance(file, str | Path):
         return await export_to_stream(store, file, now)
@@ -148,7 +145,7 @@ async def export_store(
 async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult:
     """Load a file that `export_store` wrote into an empty store; see `Council.import_state`. A stream is closed."""
     if not isinstance(file, str | Path):
-        return await import_from_stream("what comes in", lambda: file, store)
+        return await import_from_stream("the input", lambda: file, store)
     if not await to_thread.run_sync(os.path.isfile, file):
         raise RefusedError(f"there is no file {file}", "name one that `council state export` wrote")
     return await import_from_stream(str(file), lambda: Path(file).open("rb"), store)

@@ -1,9 +1,9 @@
-"""A Markdown file whose open items are tasks: they are ticked once they have landed.
+"""Tracker for a Markdown checklist: open items are tasks, and are ticked once they have landed.
 
     - [ ] Add a User model. {#models}
     - [ ] Fix the typo in the README
           More words for the same task, indented.
-    - [x] Whatever is ticked is no task.
+    - [x] A ticked item is not a task.
 
 trackers:
   todo:
@@ -40,13 +40,13 @@ _ID: Final = re.compile(r"\{#([^{}\s]+)\}\s*$")
 _FENCE: Final = re.compile(rb"[ ]{0,3}(`{3,}|~{3,})")
 _NOT_IN_SLUG: Final = re.compile(r"[^a-z0-9]+")
 _LONGEST_SLUG: Final = 48
-#: Events of tasks that came to what was asked.
+#: The events of successful tasks.
 _SUCCESSFUL: Final = frozenset({"task.landed", "task.done"})
 
 
 @dataclass(frozen=True, slots=True)
 class ChecklistItem:
-    """One item: its line (from 1), the offset of its mark, whether it is ticked, its id, and all that it says."""
+    """An item: its line (from 1), the byte offset of its mark, whether it is ticked, its id and full text."""
 
     line: int
     offset: int
@@ -56,27 +56,27 @@ class ChecklistItem:
 
 
 def read_items(data: bytes) -> list[ChecklistItem]:
-    """Return the items of a checklist, those in code blocks left out."""
+    """Return the items of a checklist, except those in code blocks."""
     lines = data.splitlines(keepends=True)
-    found, offset, fence = [], 0, b""
+    items, offset, code_fence = [], 0, b""
     for index, line in enumerate(lines):
         begin, offset = offset, offset + len(line)
-        if (ticks := _FENCE.match(line)) is not None and (not fence or line.strip().startswith(fence)):
-            fence = b"" if fence else ticks[1]
-        item = None if fence else _ITEM.fullmatch(line)
+        if (ticks := _FENCE.match(line)) is not None and (not code_fence or line.strip().startswith(code_fence)):
+            code_fence = b"" if code_fence else ticks[1]
+        item = None if code_fence else _ITEM.fullmatch(line)
         if item is None:
             continue
         rest = b"".join(_continuation_lines(lines, index + 1, len(item["indent"])))
-        text, told = item["text"].decode(errors="replace"), _ID.search(item["text"].decode(errors="replace"))
-        text = _ID.sub("", text).strip()
-        said = "\n".join(filter(None, (text, dedent(rest.decode(errors="replace")).strip())))
-        name = told[1] if told else _NOT_IN_SLUG.sub("-", text.lower())[:_LONGEST_SLUG].strip("-")
-        found.append(ChecklistItem(index + 1, begin + item.end("before"), item["mark"] != b" ", name, said))
-    return found
+        text = item["text"].decode(errors="replace")
+        explicit_id, text = _ID.search(text), _ID.sub("", text).strip()
+        full_text = "\n".join(filter(None, (text, dedent(rest.decode(errors="replace")).strip())))
+        name = explicit_id[1] if explicit_id else _NOT_IN_SLUG.sub("-", text.lower())[:_LONGEST_SLUG].strip("-")
+        items.append(ChecklistItem(index + 1, begin + item.end("before"), item["mark"] != b" ", name, full_text))
+    return items
 
 
 def _continuation_lines(lines: Sequence[bytes], begin: int, indent: int) -> Iterator[bytes]:
-    """Yield the lines from `begin` on that belong to an item: indented below it, and no item of their own."""
+    """Yield the lines from `begin` on that belong to an item: indented below it, and not items themselves."""
     for index in range(begin, len(lines)):
         line = lines[index]
         deeper = len(line) - len(line.lstrip(b" \t")) > indent
@@ -86,7 +86,7 @@ def _continuation_lines(lines: Sequence[bytes], begin: int, indent: int) -> Iter
 
 
 class ChecklistOptions(BaseModel):
-    """What stands under a tracker that says `use: checklist`."""
+    """The options of a tracker with `use: checklist`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
@@ -95,7 +95,7 @@ class ChecklistOptions(BaseModel):
 
 
 class ChecklistTracker:
-    """The open items of a file."""
+    """Provides the open items of a file as tasks."""
 
     Options: ClassVar[type[BaseModel]] = ChecklistOptions
 
@@ -103,7 +103,7 @@ class ChecklistTracker:
         self._path = options.file
 
     async def __aenter__(self) -> Self:
-        """Open nothing: the file is read anew each time."""
+        """Open nothing: each call reads the file again."""
         return self
 
     async def __aexit__(self, *raised: object) -> None:
@@ -112,31 +112,31 @@ class ChecklistTracker:
     async def tasks(self) -> Sequence[TrackedTask]:
         """Return the items that are not ticked.
 
-        Raises RefusedError where the file can't be read, where git tracks it, or where an item has no id.
+        Raises RefusedError if the file can't be read, if git tracks it, or if an item has no id.
         """
         await self._check_untracked()
         items = read_items(await anyio.to_thread.run_sync(self._read))
         for item in items:
             if not item.done and not item.id:
-                what = f"{self._path}, line {item.line}: no id can be made of {item.text[:60]!r}"
-                raise RefusedError(what, "write one at its end, as in {#fix-login}")
+                what = f"{self._path}, line {item.line}: no id can be derived from {item.text[:60]!r}"
+                raise RefusedError(what, "add an id at its end, as in {#fix-login}")
         return [TrackedTask(item.id, item.text) for item in items if not item.done]
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Tick what has landed, or is done without that."""
-        over = {str(one.event.data.get("task")) for one in events if one.event.type in _SUCCESSFUL}
-        if over:
-            await anyio.to_thread.run_sync(self._tick, over, abandon_on_cancel=True)
+        """Tick the items of successful tasks."""
+        done = {str(one.event.data.get("task")) for one in events if one.event.type in _SUCCESSFUL}
+        if done:
+            await anyio.to_thread.run_sync(self._tick, done, abandon_on_cancel=True)
 
     async def _check_untracked(self) -> None:
-        """Refuse a file whose ticks would be changes in somebody's checkout: they would keep work from landing."""
+        """Refuse a file that git tracks: its ticks would be uncommitted changes, which keep tasks from landing."""
         path = await anyio.to_thread.run_sync(self._path.resolve)
         if not await anyio.to_thread.run_sync(path.parent.is_dir):
             return
-        found = await Git(None, as_user=True)("ls-files", "-z", "--", path.name, cwd=path.parent, ok=(0, 128))
-        if found.stdout:
-            remedy = "keep it elsewhere, or `git rm --cached` it and name it in .gitignore"
-            raise RefusedError(f"git tracks {self._path}, and ticks in it would keep work from landing", remedy)
+        listed = await Git(None, as_user=True)("ls-files", "-z", "--", path.name, cwd=path.parent, ok=(0, 128))
+        if listed.stdout:
+            remedy = "move it elsewhere, or `git rm --cached` it and add it to .gitignore"
+            raise RefusedError(f"git tracks {self._path}, and ticks in it would keep tasks from landing", remedy)
 
     def _read(self) -> bytes:
         try:
@@ -144,13 +144,13 @@ class ChecklistTracker:
                 return file.read()
         except OSError as error:
             what = f"{self._path} can't be read, {(error.strerror or str(error)).lower()}"
-            raise RefusedError(what, "name a checklist that is there") from error
+            raise RefusedError(what, "name an existing checklist") from error
 
-    def _tick(self, over: set[str]) -> None:
+    def _tick(self, done: set[str]) -> None:
         path = self._path.resolve()
         data = before = path.read_bytes()
         for item in read_items(data):
-            if item.id in over and not item.done:
+            if item.id in done and not item.done:
                 data = data[: item.offset] + b"x" + data[item.offset + 1 :]
         if data != before:
             _replace(path, data)

@@ -1,4 +1,4 @@
-"""The kinds of handoffs and the transformations that come with the package, registered as a plugin's would be."""
+"""Built-in kinds of handoffs and transformations, registered like those of a plugin."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 @hookimpl
 def council_register_handoff_kinds(register: RegisterHandoffKind) -> None:
-    """Register what phases hand over: scout, plan, build, test, deploy and review."""
+    """Register the handoffs of phases: scout, plan, build, test, deploy and review."""
     for name, kind in HANDOFF_KINDS.items():
         register(name, kind)
 
 
 @hookimpl
 def council_register_transformations(register: RegisterTransformation) -> None:
-    """Register what makes of a scout's result what a planner wants."""
+    """Register the transformation of a scout's result into a planner's input."""
     for name, transformation in TRANSFORMATIONS.items():
         register(name, transformation)

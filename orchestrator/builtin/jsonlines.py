@@ -1,4 +1,4 @@
-"""A file with one JSON object a line for each event: `position`, `time`, `event`, and the event's own fields.
+"""Sink that appends each event to a file as a line of JSON: `position`, `time`, `event` and the event's fields.
 
 sinks:
   log:
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterSink
 from orchestrator.protocols import PathOption, RecordedEvent
 
-#: Seconds to wait for the file's lock, and between two looks.
+#: Seconds to wait for the file's lock, and between two attempts.
 LOCK_TIMEOUT = 10.0
 _LOCK_PAUSE = 0.01
 
@@ -34,39 +34,39 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 
 class JsonLinesOptions(BaseModel):
-    """What stands under a sink that says `use: jsonlines`."""
+    """The options of a sink with `use: jsonlines`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     file: PathOption
-    """The file that the lines are added to, relative to this one; made if it does not exist, for its owner alone."""
+    """The file to append to, relative to this one; created if missing, accessible by its owner alone."""
 
 
 class JsonLinesSink:
-    """Adds lines to a file, durably, each once: what is in the file already is not written again.
+    """Appends each event to a file durably and exactly once: events that are already in the file are skipped.
 
-    Several runs may share a file: each looks under a lock what was added meanwhile.
+    Several runs may share a file: each reads the new lines of the others under a lock first.
     """
 
     Options: ClassVar[type[BaseModel]] = JsonLinesOptions
 
     def __init__(self, options: JsonLinesOptions, /) -> None:
-        """Take the file's path; its folder must exist once there is something to write."""
+        """The folder of the file must exist when the first event is written."""
         self._path = options.file
         self._seen = 0
-        """Bytes of the file that were read."""
+        """The number of bytes that were read."""
         self._last: dict[str, tuple[int, int]] = {}
-        """By run: the newest position in the file, and how many of its events are there."""
+        """By run: the newest position in the file, and the number of its events there."""
 
     async def __aenter__(self) -> Self:
-        """Open nothing: the file is opened for each batch, wherever it then is."""
+        """Open nothing: each batch opens the file by its path, so that it can be rotated."""
         return self
 
     async def __aexit__(self, *raised: object) -> None:
         """Close nothing."""
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Add the events that are not there yet; raises OSError with none of them added."""
+        """Append the events that are missing in the file; after an OSError none was added."""
         await anyio.to_thread.run_sync(self._append, events, abandon_on_cancel=True)
 
     def _append(self, events: Sequence[RecordedEvent]) -> None:
@@ -84,7 +84,7 @@ class JsonLinesSink:
                 raise
 
     def _lock(self, file: BufferedRandom) -> None:
-        """Lock the file; TimeoutError if somebody else holds it for too long: a thread that waits can't be ended."""
+        """Lock the file; TimeoutError after LOCK_TIMEOUT, because a waiting thread can't be cancelled."""
         deadline = time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
@@ -95,8 +95,8 @@ class JsonLinesSink:
                 time.sleep(_LOCK_PAUSE)
 
     def _read_news(self, file: BufferedRandom) -> None:
-        """Read what was added since the last look, and mend a line of ours that was cut off."""
-        if os.fstat(file.fileno()).st_size < self._seen:  # somebody emptied it
+        """Read the lines added since the last call, and remove an incomplete line of an interrupted write."""
+        if os.fstat(file.fileno()).st_size < self._seen:  # the file was truncated
             self._seen, self._last = 0, {}
         file.seek(self._seen)
         for line in file:
@@ -114,7 +114,7 @@ class JsonLinesSink:
         try:
             value = json.loads(line)
             run, position = str(value["run"]), int(value["position"])
-        except (ValueError, TypeError, KeyError):  # somebody else's
+        except (ValueError, TypeError, KeyError):  # a line of another program
             return
         newest, times = self._last.get(run, (0, 0))
         if position >= newest:
@@ -124,10 +124,10 @@ class JsonLinesSink:
         """Yield the lines that are not in the file; events of one position come together."""
         times: Counter[tuple[str, int]] = Counter()
         for one in events:
-            place = str(one.event.data.get("run")), one.position
-            if (one.position, times[place]) >= self._last.get(place[0], (0, 0)):
+            run = str(one.event.data.get("run"))
+            if (one.position, times[run, one.position]) >= self._last.get(run, (0, 0)):
                 yield _line(one)
-            times[place] += 1
+            times[run, one.position] += 1
 
 
 def _line(one: RecordedEvent) -> bytes:

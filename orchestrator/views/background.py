@@ -1,4 +1,4 @@
-"""Keeps the views up to date beside a run: never holding it up, and never failing it."""
+"""Update the views concurrently with a run, without delaying or failing it."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from orchestrator.protocols import Commit, Event, Store
 from orchestrator.system.clock import Clock
 from orchestrator.views.update import Views
 
-#: Seconds between two updates, at least and at most; in between it is so many times as long as the last one took.
+#: The minimum and maximum seconds between two updates, and the pause as a multiple of the last duration.
 MIN_INTERVAL: Final = 1.0
 MAX_INTERVAL: Final = 10.0
 INTERVAL_FACTOR: Final = 20
-#: How long to wait before what failed is tried again.
+#: The pauses after failed updates.
 RETRY_BACKOFF: Final = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
-#: Seconds that there are at the run's end for what is left.
+#: Seconds for the last update at the run's end.
 FINAL_UPDATE_TIMEOUT: Final = 10.0
 
 
 @asynccontextmanager
 async def update_in_background(views: Views, store: Store, clock: Clock, run: str) -> AsyncIterator[None]:
-    """Keep the views up to date during the body, and bring them to its end, within a limit.
+    """Update the views during the body, and a last time after it, within a time limit.
 
-    Where another process does it, it is left to that one until it ends. That they can't be written is recorded once,
-    as `views.failing` of the run. If the body raises, it ends at once.
+    If another process updates them, this one waits for its end. A failure is recorded once, as `views.failing` of the
+    run. If the body raises, updates stop at once.
     """
-    keeper = BackgroundUpdater(views, store, clock, run)
+    updater = BackgroundUpdater(views, store, clock, run)
     raised: Exception | None = None
     async with anyio.create_task_group() as group:
-        group.start_soon(keeper.keep)
+        group.start_soon(updater.run)
         try:
             yield
         except Exception as error:
             raised = error
             group.cancel_scope.cancel()
-        keeper.end()
+        updater.end()
         group.cancel_scope.deadline = anyio.current_time() + FINAL_UPDATE_TIMEOUT
     if raised is not None:
         raise raised
 
 
 class BackgroundUpdater:
-    """Updates the views about once a second, whenever it is this process's turn."""
+    """Updates the views about once a second, while this process holds their lock."""
 
     def __init__(self, views: Views, store: Store, clock: Clock, run: str) -> None:
         self._views, self._store, self._clock, self._run = views, store, clock, run
-        self._is_over = self._is_told = False
-        self._turn = anyio.CancelScope()
-        self._hurry = anyio.Event()
+        self._is_ending = self._is_failure_recorded = False
+        self._lock_scope = anyio.CancelScope()
+        self._wakeup = anyio.Event()
 
-    async def keep(self) -> None:
-        """Update the views until `end`; whatever fails is tried again."""
+    async def run(self) -> None:
+        """Update the views until `end`; retry after errors."""
         failures = 0
         while True:
-            is_last = self._is_over
+            is_last = self._is_ending
             try:
                 await self._write_until_end()
             except Exception as error:
                 failures += 1
-                await self._tell(error)
+                await self._record_failure(error)
             else:
                 return
             if is_last:
@@ -72,16 +72,16 @@ class BackgroundUpdater:
             await self._pause(retry_delay(RETRY_BACKOFF, failures))
 
     def end(self) -> None:
-        """Nothing more comes: bring the views up to date, and be over."""
-        self._is_over = True
-        self._hurry.set()
-        self._turn.cancel()
+        """Make the last update, and stop."""
+        self._is_ending = True
+        self._wakeup.set()
+        self._lock_scope.cancel()
 
     async def _write_until_end(self) -> None:
         async with AsyncExitStack() as stack:
             is_ours = False
-            if not self._is_over:
-                with anyio.CancelScope() as self._turn:
+            if not self._is_ending:
+                with anyio.CancelScope() as self._lock_scope:
                     await stack.enter_async_context(self._views.lock.hold())
                     is_ours = True
             if is_ours:
@@ -92,7 +92,7 @@ class BackgroundUpdater:
 
     async def _update_until_end(self) -> None:
         while True:
-            is_last, began = self._is_over, anyio.current_time()
+            is_last, began = self._is_ending, anyio.current_time()
             await self._views.update()
             if is_last:
                 return
@@ -100,13 +100,13 @@ class BackgroundUpdater:
             await self._pause(min(max(MIN_INTERVAL, INTERVAL_FACTOR * took), MAX_INTERVAL))
 
     async def _pause(self, seconds: float) -> None:
-        self._hurry = anyio.Event()
-        if not self._is_over:
-            await self._clock.wait(self._hurry, self._clock.monotonic() + seconds)
+        self._wakeup = anyio.Event()
+        if not self._is_ending:
+            await self._clock.wait(self._wakeup, self._clock.monotonic() + seconds)
 
-    async def _tell(self, error: Exception) -> None:
-        if not self._is_told:
-            self._is_told = True
+    async def _record_failure(self, error: Exception) -> None:
+        if not self._is_failure_recorded:
+            self._is_failure_recorded = True
             reason = str(error) if isinstance(error, (CouncilError, OSError)) else f"{type(error).__name__}: {error}"
             with suppress(CouncilError, OSError):
                 await self._store.commit(Commit([], [Event("views.failing", {"run": self._run, "reason": reason})]))

@@ -1,4 +1,4 @@
-"""What stands in the views' files, decided from records and documents. Pure."""
+"""Compute the content of the views' files from records and documents. Pure."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, Docume
 from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.views.names import document_path, version_path
 
-#: Told in `index.json`; what was written in another form is made anew.
+#: The format version in `index.json`; views of other versions are rebuilt.
 _FORMAT: Final = 1
 _ABOUT: Final = (
-    "Copies for reading, written from the state log and never read back: to change or delete them changes nothing. "
-    "`council state views` brings them up to date, with --rebuild it makes them anew."
+    "Readable copies of the state log, which are never read back: changing or deleting them has no effect. "
+    "`council state views` updates them, and rebuilds them with --rebuild."
 )
-#: The states in which a task's paths are its own: what is built keeps them until it has landed.
-_AT_WORK: Final = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
+#: The statuses in which a task owns its paths: a built task keeps them until it has landed.
+_OWNING_STATUSES: Final = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 
 
 @dataclass(frozen=True, slots=True)
 class ViewPosition:
-    """How far views have come: the commit at `position`, and all before it.
+    """The position of the views: they include the commit at `position`, and all before it.
 
-    Its time and who made it tell whether a log is the one that they were made from; `events` is how many bytes
-    `events.jsonl` had then, `damage` what of the store was known to be damaged, in words.
+    Its time and writer identify the log that they were made from. `events` is the size of `events.jsonl` in bytes at
+    that position; `damage` describes the known damage of the store.
     """
 
     position: int = 0
@@ -42,31 +42,31 @@ class ViewPosition:
     damage: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
-        """Return what stands in `index.json`."""
+        """Return the content of `index.json`."""
         return encode_pretty_json({"about": _ABOUT, "format": _FORMAT, **asdict(self)})
 
     @classmethod
     def decode(cls, data: bytes) -> ViewPosition | None:
-        """Return what `index.json` says; None where somebody else wrote it, or a program that made other views."""
+        """Parse `index.json`; return None if it is invalid or has another format version."""
         with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            told = json.loads(data)
-            if told["format"] == _FORMAT:
-                damage = tuple(str(one) for one in told["damage"])
-                found = cls(
-                    position=int(told["position"]),
-                    time=float(told["time"]),
-                    by=str(told["by"]),
-                    updated=float(told["updated"]),
-                    events=int(told["events"]),
+            value = json.loads(data)
+            if value["format"] == _FORMAT:
+                damage = tuple(str(one) for one in value["damage"])
+                position = cls(
+                    position=int(value["position"]),
+                    time=float(value["time"]),
+                    by=str(value["by"]),
+                    updated=float(value["updated"]),
+                    events=int(value["events"]),
                     damage=damage,
                 )
-                return found if found.position >= 0 and found.events >= 0 else None
+                return position if position.position >= 0 and position.events >= 0 else None
         return None
 
 
 @dataclass(slots=True)
 class ViewChanges:
-    """What is to be done: files with their new content (None: removed), and lines for `events.jsonl`."""
+    """Pending changes: files with their new content (None: remove), and lines for `events.jsonl`."""
 
     files: dict[str, bytes | None] = field(default_factory=dict)
     events: list[bytes] = field(default_factory=list)
@@ -74,7 +74,7 @@ class ViewChanges:
 
 @dataclass(frozen=True, slots=True)
 class ActiveTask:
-    """A task that is between its start and its end, with the patterns of the paths that it owns."""
+    """A task between its start and its landing, with the patterns of the paths that it owns."""
 
     run: str
     task: str
@@ -84,12 +84,12 @@ class ActiveTask:
 
     @property
     def has_session(self) -> bool:
-        """Whether its session is at work."""
+        """Whether its session is running."""
         return self.status == TaskStatus.RUNNING and self.attempt.ended is None
 
 
 def encode_pretty_json(value: Any) -> bytes:
-    """Return JSON as a person reads it, with a newline at its end."""
+    """Return indented JSON with a newline at its end."""
     try:
         return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # integers of more than 64 bits
@@ -97,12 +97,12 @@ def encode_pretty_json(value: Any) -> bytes:
 
 
 def document_view(document: Document) -> bytes:
-    """Return what the file of a document says."""
+    """Return the content of a document's file."""
     return encode_pretty_json(document.to_json())
 
 
 def version_view(key: Key, version: DocumentVersion) -> bytes:
-    """Return what the file of one version of a document says."""
+    """Return the content of the file of a document's version."""
     return encode_pretty_json(
         {
             "key": str(key),
@@ -119,21 +119,21 @@ def version_view(key: Key, version: DocumentVersion) -> bytes:
 
 
 def document_changes(documents: Mapping[Key, Document | None]) -> ViewChanges:
-    """Return the files of documents; None stands for one that is not there any more."""
+    """Return the files of documents; None is a deleted one."""
     files = {document_path(key): None if one is None else document_view(one) for key, one in documents.items()}
     return ViewChanges(files)
 
 
 def history_changes(key: Key, versions: Iterable[DocumentVersion]) -> ViewChanges:
-    """Return the files of versions of a document."""
+    """Return the files of a document's versions."""
     return ViewChanges({version_path(key, one.version): version_view(key, one) for one in versions})
 
 
 def log_changes(records: Sequence[CommitRecord], newest: Mapping[Key, int]) -> ViewChanges:
-    """Return what a part of the log means for histories and events.
+    """Return the changes of histories and events for a part of the log.
 
-    `newest` is the newest version of each task as far as it is known: what is too old for it is left out, and removed
-    where it was the newest before this part.
+    `newest` is the newest known version of each task: versions that are too old are skipped, and removed if an earlier
+    part wrote them.
     """
     changes = ViewChanges()
     oldest: dict[Key, int] = {}
@@ -166,7 +166,7 @@ def _event_line(record: CommitRecord, event: Event) -> bytes:
 
 
 def active_task(document: Document, spec: Document | None) -> ActiveTask | None:
-    """Return what a task is at; None where it is not at work, or that can't be told."""
+    """Return the active task of a document; None if it is not active or unreadable."""
     if document.damaged:
         return None
     run, _, task = document.key.id.partition("/")
@@ -174,14 +174,14 @@ def active_task(document: Document, spec: Document | None) -> ActiveTask | None:
         read = TaskDocument.model_validate_json(document.encoded)
     except ValidationError:
         return None
-    if read.status not in _AT_WORK or not read.attempts:
+    if read.status not in _OWNING_STATUSES or not read.attempts:
         return None
     owns = [] if spec is None else spec.value.get("owns", [])
     return ActiveTask(run, task, read.status, read.attempt, owns)
 
 
 def ownership_view(working: Iterable[ActiveTask]) -> bytes:
-    """Return what `ownership.json` says; who names no paths may change any."""
+    """Return the content of `ownership.json`; a task without patterns may change any path."""
     ordered = sorted(working, key=lambda one: (one.attempt.started, one.run, one.task))
     owners = [
         {
@@ -198,7 +198,7 @@ def ownership_view(working: Iterable[ActiveTask]) -> bytes:
 
 
 def context_view(one: ActiveTask, worktree: str | None) -> bytes:
-    """Return what the file of a session says, as far as it is recorded."""
+    """Return the content of a session's file."""
     attempt = one.attempt
     return encode_pretty_json(
         {

@@ -1,4 +1,4 @@
-"""The folder of the views. Everything here blocks."""
+"""Write the folder of the views. Everything here blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.system.failpoints import failpoint
 from orchestrator.views.content import ViewChanges, ViewPosition
 from orchestrator.views.names import CONTEXT, EVENTS, INDEX
 
-#: How large `events.jsonl` becomes before its older half goes.
+#: The size of `events.jsonl` in bytes at which its older half is removed.
 EVENTS_BYTES: Final = 16 << 20
 
 _STAGED: Final = ".staged"
@@ -24,9 +24,9 @@ _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFO
 
 
 class ViewFolder:
-    """Files for reading, each written aside and put in its place as a whole; only `events.jsonl` grows in place.
+    """The folder of the views: each file is replaced atomically, only `events.jsonl` is appended to.
 
-    Whoever writes holds a lock that keeps others from it.
+    The caller holds the lock of the views.
     """
 
     def __init__(self, path: Path, events_bytes: int = EVENTS_BYTES) -> None:
@@ -35,37 +35,37 @@ class ViewFolder:
         self._prefix = secrets.token_hex(4)
         self._count = 0
         self._made: set[str] = set()
-        """Folders that are known to be there."""
+        """Folders that are known to exist."""
 
     def begin(self) -> None:
-        """Make the folder where it is missing, and remove what was begun and never came to its place."""
-        for left in (self.path / _STAGED, *self.path.parent.glob(f"{self.path.name}.*.new")):
-            shutil.rmtree(left, ignore_errors=True)
+        """Create the folder if missing, and remove unfinished files and replacements."""
+        for leftover in (self.path / _STAGED, *self.path.parent.glob(f"{self.path.name}.*.new")):
+            shutil.rmtree(leftover, ignore_errors=True)
         self._made.clear()
         self._make("")
         self._make(_STAGED)
 
     def read_position(self) -> ViewPosition | None:
-        """Return how far the views say that they are; None where that can't be read."""
+        """Return the position in `index.json`; None if it can't be read."""
         try:
             return ViewPosition.decode((self.path / INDEX).read_bytes())
         except OSError:
             return None
 
     def remove_index(self) -> None:
-        """Have nobody go on from here."""
+        """Remove `index.json`, so that the next update rebuilds the views."""
         (self.path / INDEX).unlink(missing_ok=True)
 
     def index_stamp(self) -> tuple[int, int, int] | None:
-        """Return what tells whether another `index.json` is there than before; None where there is none."""
+        """Return a stamp that changes with each new `index.json`; None if there is none."""
         try:
-            found = (self.path / INDEX).lstat()
+            status = (self.path / INDEX).lstat()
         except OSError:
             return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def is_whole(self, names: Iterable[str], stand: ViewPosition) -> bool:
-        """Whether these files are there and nothing has been written since `index.json`, the last that is."""
+    def is_whole(self, names: Iterable[str], position: ViewPosition) -> bool:
+        """Return True if these files exist and none is newer than `index.json`, which is written last."""
         newest = self.index_stamp()
         if newest is None:
             return False
@@ -74,21 +74,21 @@ class ViewFolder:
                 return False
             base = f"{self.path}/"
             for name in (EVENTS, *names):
-                found = os.lstat(base + name)
-                is_ours = stat.S_ISREG(found.st_mode) and found.st_mtime_ns <= newest[2]
-                if not is_ours or (found.st_size == 0 and name != EVENTS):
+                status = os.lstat(base + name)
+                is_ours = stat.S_ISREG(status.st_mode) and status.st_mtime_ns <= newest[2]
+                if not is_ours or (status.st_size == 0 and name != EVENTS):
                     return False
-            return (self.path / EVENTS).stat().st_size >= stand.events
+            return (self.path / EVENTS).stat().st_size >= position.events
         except OSError:
             return False
 
-    def resume(self, stand: ViewPosition) -> None:
-        """Go on from there: what came behind it is written anew, sessions too."""
-        os.truncate(self.path / EVENTS, stand.events)
+    def resume(self, position: ViewPosition) -> None:
+        """Continue from a position: remove newer events, and all files of sessions."""
+        os.truncate(self.path / EVENTS, position.events)
         shutil.rmtree(self.path / CONTEXT, ignore_errors=True)
 
     def apply(self, changes: ViewChanges) -> None:
-        """Write what is to be written, and remove what is to go."""
+        """Write and remove files, and append events."""
         for name, data in changes.files.items():
             if data is not None:
                 self.write(name, data)
@@ -99,7 +99,7 @@ class ViewFolder:
             self._append(b"".join(changes.events))
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file in its place."""
+        """Write a file atomically."""
         self._count += 1
         staged = f"{self.path}/{_STAGED}/{self._prefix}-{self._count}"
         fd = os.open(staged, _CREATE, 0o600)
@@ -110,29 +110,31 @@ class ViewFolder:
         self._make(name.rpartition("/")[0])
         try:
             os.rename(staged, f"{self.path}/{name}")
-        except FileNotFoundError:  # somebody has removed the folder
+        except FileNotFoundError:  # another program has removed the folder
             self._made.clear()
             self._make(name.rpartition("/")[0])
             os.rename(staged, f"{self.path}/{name}")
 
-    def conclude(self, stand: ViewPosition) -> None:
-        """Say how far the views are, once all else is written."""
+    def conclude(self, position: ViewPosition) -> None:
+        """Write the position, after all other files."""
         failpoint("views.written")
-        self.write(INDEX, stand.encode())
+        self.write(INDEX, position.encode())
 
     def events_size(self) -> int:
-        """Return how many bytes of events there are."""
+        """Return the size of `events.jsonl` in bytes."""
         return (self.path / EVENTS).stat().st_size
 
     def create_replacement(self) -> ViewFolder:
-        """Return an empty folder beside this one that may take its place."""
-        made = ViewFolder(self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new"), self._events_bytes)
-        made.begin()
-        made._append(b"")
-        return made
+        """Return a new, empty folder next to this one that can replace it."""
+        replacement = ViewFolder(
+            self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new"), self._events_bytes
+        )
+        replacement.begin()
+        replacement._append(b"")
+        return replacement
 
     def replace_with(self, successor: ViewFolder) -> None:
-        """Have what is in another folder instead of what is in this one."""
+        """Replace the content of this folder by that of another."""
         old = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.new")
         with suppress(FileNotFoundError):
             self.path.rename(old)
@@ -142,7 +144,7 @@ class ViewFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove all of it."""
+        """Remove the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _append(self, data: bytes) -> None:
@@ -170,8 +172,10 @@ class ViewFolder:
             if path.is_dir() and not path.is_symlink():
                 path.chmod(0o700)
             elif not folder:
-                raise RefusedError(f"{path} is no folder", "remove it, so that the views can be made there") from None
-            else:  # nothing of ours: what it leads to is not written
+                raise RefusedError(
+                    f"{path} is not a folder", "remove it, so that the views can be written there"
+                ) from None
+            else:  # a link or file of another program: never write to its target
                 path.unlink()
                 path.mkdir(mode=0o700)
         self._made.add(folder)

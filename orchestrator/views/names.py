@@ -1,4 +1,4 @@
-"""The names of the views' files: readable where an id allows it, never the same for two ids, on any file system."""
+"""The names of the views' files: readable if the id allows it, and unique on any file system."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ EVENTS: Final = "events.jsonl"
 OWNERSHIP: Final = "ownership.json"
 CONTEXT: Final = "context"
 
-#: What stands for itself: also where names that differ by case only are the same, and it is no name of a file of ours.
+#: Ids that are used unchanged: valid on case-insensitive file systems, and different from council's own file names.
 _PLAIN: Final = re.compile(r"(?!.*\.json$)[a-z0-9][a-z0-9._-]{0,79}")
 _ODD: Final = re.compile(r"[^A-Za-z0-9_-]")
-_SHOWN: Final = 40  # characters of a name that does not stand for itself
+_SHOWN: Final = 40  # characters of an encoded name
 _DIGITS: Final = 16
-#: How deep ids lead; what is behind that is one name, so that no path becomes too long.
+#: The maximum depth of folders for an id; the rest is one name, which limits the length of paths.
 _DEEPEST: Final = 4
 
 
 def document_path(key: Key) -> str:
-    """Return the file that shows a document, below the folder of the views."""
+    """Return the file of a document, relative to the folder of the views."""
     match key.kind:
         case "run":
             return f"runs/{_path(key.id)}.json"
@@ -38,12 +38,12 @@ def document_path(key: Key) -> str:
 
 
 def version_path(key: Key, version: int) -> str:
-    """Return the file that shows a version of a task."""
+    """Return the file of a task's version."""
     return f"tasks/{_path(key.id)}/history/v{version}.json"
 
 
 def context_path(key: Key) -> str:
-    """Return the file that shows what a task's session is at."""
+    """Return the file of a task's session."""
     return f"{CONTEXT}/{_path(key.id)}.json"
 
 

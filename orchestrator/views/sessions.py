@@ -1,4 +1,4 @@
-"""Which tasks are at work, and the files that say so. What looks at the disk blocks."""
+"""Track active tasks, and compute their files. Methods that read the disk block."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from orchestrator.views.names import OWNERSHIP, context_path
 
 
 class ActiveSessions:
-    """The tasks at work in all runs, and what their files say so far."""
+    """The active tasks of all runs, and the last written content of their files."""
 
     def __init__(self) -> None:
         self.hubs: dict[str, Path | None] = {}
-        """Where the repositories of a run are, as far as it was asked for."""
+        """The hub of each known run; None if it has none."""
         self.has_missing_worktree = False
-        """Whether a session was about to get its worktree when it was last looked at."""
-        self._working: dict[Key, ActiveTask] = {}
+        """Whether a session had no worktree yet at the last call of `changes`."""
+        self._active: dict[Key, ActiveTask] = {}
         self._written: dict[str, bytes] = {}
 
     def take(self, documents: Mapping[Key, Document | None], specs: Mapping[Key, Document | None]) -> None:
-        """Take the newest documents of tasks, with what each was asked to do."""
+        """Update the active tasks from their newest documents and specs."""
         for key, document in documents.items():
-            found = None if document is None else active_task(document, specs.get(key))
-            if found is not None:
-                self._working[key] = found
+            task = None if document is None else active_task(document, specs.get(key))
+            if task is not None:
+                self._active[key] = task
             else:
-                self._working.pop(key, None)
+                self._active.pop(key, None)
 
     def set_run(self, run: str, document: Document | None) -> None:
-        """Take what is recorded of a run."""
+        """Record the hub of a run."""
         hub = None if document is None or document.damaged else document.value.get("hub")
         self.hubs[run] = Path(hub) if isinstance(hub, str) else None
 
     def changes(self) -> ViewChanges:
-        """Return what is to be written since this was asked last."""
-        files = {OWNERSHIP: ownership_view(self._working.values())}
+        """Return the files that have changed since the last call."""
+        files = {OWNERSHIP: ownership_view(self._active.values())}
         self.has_missing_worktree = False
-        for key, one in self._working.items():
+        for key, one in self._active.items():
             if one.has_session:
                 worktree = self._worktree(one)
                 self.has_missing_worktree |= worktree is None and self.hubs.get(one.run) is not None
@@ -53,5 +53,5 @@ class ActiveSessions:
 
     def _worktree(self, one: ActiveTask) -> str | None:
         hub = self.hubs.get(one.run)
-        place = None if hub is None else Worktree(Hub(hub), one.run, one.task, one.attempt.number).slot
-        return None if place is None else str(place.tree)
+        slot = None if hub is None else Worktree(Hub(hub), one.run, one.task, one.attempt.number).slot
+        return None if slot is None else str(slot.tree)

@@ -115,7 +115,7 @@ async def test_without_a_login_the_adapter_is_closed_with_the_remedy(logged_out:
     """The attempt is not spent, and whoever reads the result knows what to do."""
     ended = logged_out.run("write hello.txt hi" if program.keys else "fail 401\nwrite hello.txt hi", attempts=1)
     (adapter,) = ended.result["adapters"]
-    assert program.remedy in adapter["closed"], logged_out.tell(ended)
+    assert program.remedy in adapter["disabled_reason"], logged_out.tell(ended)
     assert ended.states == {"task": "blocked"}
     task = await logged_out.task()
     assert (task.status, task.failures) == (TaskStatus.PENDING, 0)

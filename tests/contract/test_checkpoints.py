@@ -223,7 +223,7 @@ async def test_of_the_whole_store_what_began_since_stays_and_what_is_gone_comes_
     await seed(store, "new", a=task())
     found = await plan_restore(store, made.id)
     assert set(found.written) == {Key("run", RUN), key("a")}
-    assert (found.left, list(found.runs)) == ({Key("run", "new"): "it began since"}, [RUN])
+    assert (found.left, list(found.runs)) == ({Key("run", "new"): "it started after the checkpoint"}, [RUN])
     await store.commit(Commit(found.writes))
     assert (await plan_restore(store, made.id)).writes == []
 
@@ -248,7 +248,7 @@ async def test_a_task_that_was_not_there_then_is_deleted_unless_a_session_was_at
     assert written[key("e")] == {
         **since["e"],
         "status": "cancelled",
-        "reason": "the plan that it was of is undone",
+        "reason": "the plan that added it was undone",
     }
 
 

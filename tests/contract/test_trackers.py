@@ -78,7 +78,7 @@ class TestChecklist(TrackerContract):
 
     @pytest.mark.parametrize(
         ("text", "what"),
-        [("- [ ] 漢字\n", "line 1: no id can be made of '漢字'"), (None, "no such file or directory")],
+        [("- [ ] 漢字\n", "line 1: no id can be derived from '漢字'"), (None, "no such file or directory")],
     )
     async def test_what_can_t_be_a_list_is_refused(self, tmp_path: Path, text: str | None, what: str) -> None:
         """A file that is missing, and an item that has no id, are told with what to do."""

@@ -139,7 +139,7 @@ async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> N
             await until_event(council, "adapter.cooling_down", 2)
             await anyio.wait_all_tasks_blocked()
             parked = (await council.status(run)).adapters
-            clock.advance(max(one.parked_until or 0.0 for one in parked) - clock.now())
+            clock.advance(max(one.cooldown_until or 0.0 for one in parked) - clock.now())
         report = await council.status(run)
     assert [(task.status, task.attempts) for task in report.tasks] == [("landed", 1), ("landed", 1)]
 

@@ -204,7 +204,7 @@ async def test_approvals_are_answered_from_python(repository: Repository) -> Non
             await council.reject("t", note="no", run=run)
             waited = await until_waiting(council, run, 2)
             await council.approve("t", run=run)
-        story = await council.story("t", run)
+        story = await council.task_details("t", run)
     assert ["no task is named" in one for one in refusals] == [True]
     assert event_text(waited) == "nothing is left to do but to wait for somebody to approve t"
     assert [(one.phase, one.visit, one.status, one.note) for one in story.phases] == [

@@ -182,7 +182,7 @@ async def test_what_can_not_be_looked_at_is_told_and_breaks_nothing(repository: 
     run = landed(repository)
     shutil.rmtree(Path(repository.environ["COUNCIL_HOME"]))
     refused = repository.council("check")
-    assert (refused.code, "made on another machine" in refused.stderr) == (2, True)
+    assert (refused.code, "created on another machine" in refused.stderr) == (2, True)
     assert repository.council("state", "adopt").code == 0
     told = repository.council("check")
     assert told.code == 0

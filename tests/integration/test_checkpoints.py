@@ -189,7 +189,7 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
     wait_for(lambda: "half.txt" in repository.council("diff", "long").stdout)
     refused = repository.council("checkpoint", "restore", "1")
     assert refused.code == 2
-    assert "is at work under process" in refused.stderr
+    assert "is active in process" in refused.stderr
     assert "--force" in refused.stderr
     position = repository.council("checkpoint", "create", "--json").result["position"]
     forced = repository.council("checkpoint", "restore", "1", "--force", "--json")
@@ -200,7 +200,7 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
     # The request wakes the old owner, which would write what it does about it. Nobody answers while it lives.
     asking = repository.start("cancel", "first")
     assert owner.wait(timeout=60) == 1
-    assert "has lost its part in run" in (said := owner.communicate()[0])
+    assert "was removed from run" in (said := owner.communicate()[0])
     assert "a checkpoint of the run was restored" in said
     assert asking.wait(timeout=60) == 0
     asking.communicate()
@@ -289,7 +289,7 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     shown = repository.council("checkpoint", "show", "all/1")
     old, new = [one["run"] for one in repository.council("runs", "--json").result["runs"]]
     assert f"would be as it was: task/{old}/one" in shown.stdout
-    assert f"would stay as it is: run/{new}: it began since" in shown.stdout
+    assert f"would stay as it is: run/{new}: it started after the checkpoint" in shown.stdout
     done = repository.council("checkpoint", "restore", "all/1")
     assert done.code == 0, done
     assert "how things stood before is all/2" in done.stdout

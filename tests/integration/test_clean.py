@@ -437,7 +437,7 @@ async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repo
             assert "is locked by process" in str(removal.error)
         assert repository.council("retry", "keeps").code == 0
         [removal] = await cleaner.remove(listed)
-        assert removal.error == "it is needed now, or was changed"
+        assert removal.error == "it is in use again, or was changed"
         assert trees(repository) == ["keeps.1"]
 
 
@@ -450,7 +450,7 @@ async def test_a_hub_that_came_to_be_used_after_it_was_listed_stays(repository: 
     listed = await cleaner.find()
     assert [one.place for one in listed] == [str(hub_of(repository).root)]
     aside.rename(repository.top)
-    assert [one.error for one in await cleaner.remove(listed)] == ["it is needed now, or was changed"]
+    assert [one.error for one in await cleaner.remove(listed)] == ["it is in use again, or was changed"]
     assert hub_of(repository).root.exists()
 
 

@@ -164,7 +164,7 @@ async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> 
         found = [one for one in await cleaner.find(runs=7 * DAY, include_interrupted=True) if one.kind == "run"]
         await council.retry("f")
         [removal] = await cleaner.remove(found)
-        assert removal.error == "it is needed now, or was changed"
+        assert removal.error == "it is in use again, or was changed"
         assert await council.run_ids() == [run]
 
 

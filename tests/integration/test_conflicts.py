@@ -287,16 +287,16 @@ async def test_what_does_not_wait_cannot_be_settled(store: Store) -> None:
     """An unknown id is told with those that wait, an unknown candidate with how many there are; nothing is written."""
     with pytest.raises(RefusedError) as caught:
         await resolve_conflict(store, "nope", 1)
-    assert str(caught.value) == "no conflict 'nope' waits to be settled: none waits"
+    assert str(caught.value) == "there is no pending conflict 'nope': there are none"
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
-    with pytest.raises(RefusedError, match=f"those that wait are {conflict.id}$"):
+    with pytest.raises(RefusedError, match=f"pending conflicts: {conflict.id}$"):
         await resolve_conflict(store, "nope", 1)
     for number in (0, 3, -1):
         with pytest.raises(RefusedError, match="choose one of 1 to 2, or give a value"):
             await resolve_conflict(store, conflict.id, number)
     assert await store.position() == 1
     await resolve_conflict(store, conflict.id, 2)
-    with pytest.raises(RefusedError, match="none waits"):
+    with pytest.raises(RefusedError, match="there are none$"):
         await resolve_conflict(store, conflict.id, 1)
     assert await value_of(store, A) == {"n": 2}
 
@@ -346,7 +346,7 @@ async def test_a_change_at_the_last_moment_is_seen(store: Store) -> None:
 async def test_a_conflict_is_settled_once(store: Store) -> None:
     """Of two persons one decides, and the other is told that it is over."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
-    with pytest.raises(RefusedError, match="none waits"):
+    with pytest.raises(RefusedError, match="there are none$"):
         await resolve_conflict(
             overtaken(store, lambda: resolve_conflict(store, conflict.id, 2)), conflict.id, 1, force=True
         )

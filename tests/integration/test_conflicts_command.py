@@ -109,13 +109,13 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nothing", "--take", "1"], f"no conflict 'nothing' waits to be settled: those that wait are {NAME}"),
+        (["nothing", "--take", "1"], f"there is no pending conflict 'nothing': pending conflicts: {NAME}"),
         ([NAME, "--take", "3"], f"conflict '{NAME}' has no candidate 3: choose one of 1 to 2"),
         ([NAME], "choose by one of --take and --value"),
         ([NAME, "--take", "1", "--value", "-"], "choose by one of --take and --value"),
         ([NAME, "--value", "-"], "standard input holds is no JSON"),
-        ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` forgets runs, as a whole"),
-        ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put fields of your own under `extra`"),
+        ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` removes whole runs"),
+        ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put your own fields under `extra`"),
         ([NAME, "--value", "list.json"], "what list.json holds is no JSON object"),
         ([NAME, "--value", "missing.json"], "missing.json"),
     ],
@@ -147,11 +147,11 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
     async with Council.open(project.top, environ=project.environ) as council:
         first, second = await council.conflicts()
         with pytest.raises(
-            RefusedError, match=f"2 conflicts about {API} wait: name one by its id: {first.id}, {second.id}"
+            RefusedError, match=f"{API} has 2 pending conflicts: name one by its id: {first.id}, {second.id}"
         ):
-            await council.settle("task/api", 1)
+            await council.resolve_conflict("task/api", 1)
         again = await pending(project)
-        settled = await council.settle(second.id, again)
+        settled = await council.resolve_conflict(second.id, again)
         assert settled.document is not None
         assert (settled.conflict, settled.document.value) == (second, again)
 
@@ -177,9 +177,9 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
         again = await pending(project)
         mine = DocumentUpdate(API, 1.0, "me", again)
         async with hub.run_lock(RUN).hold(0):
-            with pytest.raises(RefusedError, match=f"task/{RUN}/api is of run {RUN}, which is at work"):
-                await council.settle(NAME, 1, force=True)
-            with pytest.raises(RefusedError, match="which is at work"):
+            with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
+                await council.resolve_conflict(NAME, 1, force=True)
+            with pytest.raises(RefusedError, match="which is active"):
                 await council.apply_updates([note, mine])
             assert (await council.apply_updates([note])).written == [note.key]
         applied = await council.apply_updates(

@@ -73,7 +73,7 @@ def test_a_request_to_a_stopped_process_says_what_it_waits_for(
         assert asking.poll() is None
     finally:
         child.send_signal(signal.SIGCONT)
-    what = "the request is recorded, and is done when that process or `council resume` continues"
+    what = "the request is recorded: that process or `council resume` performs it when it continues"
     assert line == f"waiting for process {child.pid}, which is stopped: {what}\n"
     assert (asking.communicate(timeout=60)[1], asking.returncode) == ("", 0)
     repository.council("cancel", "--yes")

@@ -557,10 +557,10 @@ async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     async with open_store("made") as store:
         await store.commit(Commit(events=[Event("e")]))
-    async with open_store(f"file://{tmp_path}/made", is_there=True) as store:
+    async with open_store(f"file://{tmp_path}/made", must_exist=True) as store:
         assert await store.position() == 1
     with pytest.raises(RefusedError, match=r"there is no state in .*/none"):
-        async with open_store("none", is_there=True):
+        async with open_store("none", must_exist=True):
             pass
     assert files(tmp_path) == {"made"}
     with pytest.raises(RefusedError, match="no store for 'nothing:'"):

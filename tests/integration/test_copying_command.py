@@ -122,14 +122,14 @@ async def test_where_no_store_of_its_own_can_be_nothing_is_copied(project: Repos
     assert project.council("state", "export", str(tmp_path / "whole")).code == 0
     before = [sorted(folder.rglob("*")) for folder in (outside, project.top / ".council/state")]
     for target, error in (
-        (outside / "file", "is no folder"),
-        (outside / "file" / "under", "is no folder"),
-        (outside / "pipe", "is no folder"),
-        (outside / "loop", "is no folder"),
+        (outside / "file", "is not a folder"),
+        (outside / "file" / "under", "is not a folder"),
+        (outside / "pipe", "is not a folder"),
+        (outside / "loop", "is not a folder"),
         (outside / ("x" * 300), "can't be used"),
-        (outside, "holds other files, and no store"),
-        (project.top, "holds other files, and no store"),
-        ("memory:", "gone at once"),
+        (outside, "has other files, and no store"),
+        (project.top, "has other files, and no store"),
+        ("memory:", "lost at once"),
     ):
         for words in (
             ["copy", ".council/state", str(target)],

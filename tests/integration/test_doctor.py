@@ -83,7 +83,7 @@ def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None
         ended = replace(repository, top=tmp_path / "elsewhere").council(*arguments)
         assert ended.code == 2
         assert f"{tmp_path / 'elsewhere'}" in ended.stderr
-        assert "is in no git repository" in ended.stderr
+        assert "is not in a git repository" in ended.stderr
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -355,11 +355,11 @@ def test_the_adapters_of_the_file_as_the_newest_run_has_them(repository: Reposit
     file = repository.top / "council.yaml"
     file.write_text(json.dumps(value))
     (before,) = repository.council("adapters", "--json").result["adapters"]
-    assert (before["name"], before["use"], before["closed"]) == ("cli", "command", None)
+    assert (before["name"], before["use"], before["disabled_reason"]) == ("cli", "command", None)
     assert before["programs"][0]["path"]
     repository.council("run", str(file), "--json")
     (after,) = repository.council("adapters", "--json").result["adapters"]
-    assert "not logged in" in after["closed"]
+    assert "not logged in" in after["disabled_reason"]
     assert "  stopped: not logged in" in repository.council("adapters").stdout
 
 
@@ -375,7 +375,7 @@ def test_an_adapter_that_pauses_says_until_when(repository: Repository) -> None:
     try:
         assert run.stdout is not None
         assert any('"adapter.cooling_down"' in line for line in run.stdout)
-        assert repository.council("adapters", "--json").result["adapters"][0]["parked_until"] > time.time()
+        assert repository.council("adapters", "--json").result["adapters"][0]["cooldown_until"] > time.time()
         assert "\n  pauses until 2" in repository.council("adapters").stdout
     finally:
         run.send_signal(signal.SIGINT)

@@ -140,7 +140,7 @@ async def test_who_waits_for_a_document_is_told_when_it_comes(project: Repositor
 async def test_nothing_is_changed_beside_a_run_at_work(project: Repository) -> None:
     """Which would not know of it; what is of no run is."""
     async with opened(project) as council, Hub(project.top / "hub").run_lock(RUN).hold(0):
-        with pytest.raises(RefusedError, match=f"task/{RUN}/api is of run {RUN}, which is at work"):
+        with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
             await council.update(API, lambda _: pytest.fail("called"))
         assert await council.update(NOTE, lambda _: {}) is not None
 

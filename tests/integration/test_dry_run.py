@@ -288,7 +288,7 @@ async def test_what_trackers_have_open_is_shown_and_not_told(repository: Reposit
     assert todo.read_text().startswith("- [ ]")
     todo.write_text("nothing\n")
     refused = repository.council("run", str(config), "--dry-run", "--json")
-    assert (refused.code, refused.result["error"]) == (2, "there is nothing to do: no task is open in 'todo'")
+    assert (refused.code, refused.result["error"]) == (2, "nothing to do: no open task in 'todo'")
 
 
 async def test_without_a_file_it_is_said_what_would_be_possible(repository: Repository) -> None:

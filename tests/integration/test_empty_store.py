@@ -61,7 +61,7 @@ async def test_each_look_from_python_at_an_empty_store_ends(repository: Reposito
             council.checkpoints,
             council.conflicts,
             council.locks,
-            council.places,
+            council.paths,
             lambda: council.history.at(0),
             lambda: council.history.position_at(0.0),
             lambda: council.history.newest_commits(10, until=1),

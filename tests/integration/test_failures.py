@@ -127,7 +127,7 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
             assert [(task.status, task.attempts) for task in parked.tasks] == [
                 ("pending", 0), ("pending", 0), ("landed", 1),
             ]  # fmt: skip
-            assert [one.parked_until for one in parked.adapters] == [clock.now() + 1]
+            assert [one.cooldown_until for one in parked.adapters] == [clock.now() + 1]
             clock.advance(1)
     assert reports[0].status is RunStatus.LANDED, reports
     assert [task.attempts for task in reports[0].tasks] == [1, 1, 1]

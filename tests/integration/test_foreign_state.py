@@ -15,7 +15,7 @@ from orchestrator.state.log.identity import IDENTITY_FILE, check_trusted, ensure
 from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
 
-NOT_OURS = "made on another machine"
+NOT_OURS = "created on another machine"
 
 
 def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
@@ -124,7 +124,7 @@ def test_a_lost_identity_is_found_again_and_a_lost_log_is_named(repository: Repo
     shutil.rmtree(repository.log)
     for command in (["status"], ["runs"], ["state", "verify"], ["resume"]):
         refused = repository.council(*command)
-        assert (refused.code, "is gone" in refused.stderr) == (2, True), (command, refused)
+        assert (refused.code, "is missing" in refused.stderr) == (2, True), (command, refused)
 
 
 def test_a_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
     shutil.rmtree(log)
     log.symlink_to(next(path.parent for path in (made / "state").glob("*/*.jsonl")))
     refused = repository.council("resume")
-    assert (refused.code, "is gone" in refused.stderr) == (2, True), refused
+    assert (refused.code, "is missing" in refused.stderr) == (2, True), refused
     assert not trace.exists()
 
 

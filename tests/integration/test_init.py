@@ -160,7 +160,7 @@ def test_the_base_without_a_branch(repository: Repository, stand_ins: FakeProgra
 
 def test_where_no_run_could_work(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """Outside of a repository, without a commit, in a bare one: each says so, and nothing is written."""
-    for name, words in (("plain", "is in no git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
+    for name, words in (("plain", "is not in a git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
         top = tmp_path / name
         top.mkdir()
         if name != "plain":

@@ -168,13 +168,13 @@ async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(
     def judge(known: AdapterDocument) -> AdapterUpdate | None:
         return (
             None
-            if known.parks
-            else AdapterUpdate(AdapterDocument(parked_until=60.0, parks=1), "adapter.cooling_down", {})
+            if known.cooldowns
+            else AdapterUpdate(AdapterDocument(cooldown_until=60.0, cooldowns=1), "adapter.cooling_down", {})
         )
 
     store.quicker = lambda: theirs.update_adapter("fixer", judge)
-    assert await ours.update_adapter("fixer", judge) == (AdapterDocument(parked_until=60.0, parks=1), False)
-    assert (await ours.adapter("fixer")).parks == 1
+    assert await ours.update_adapter("fixer", judge) == (AdapterDocument(cooldown_until=60.0, cooldowns=1), False)
+    assert (await ours.adapter("fixer")).cooldowns == 1
 
 
 async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Scene:
     async def opened(self, mode: Literal["pause", "continue"]) -> AsyncIterator[Store]:
         with anyio.fail_after(PATIENCE):
             async with survive_outages(
-                self.line, mode, SystemClock(), self.folder, self.tell, pauses=QUICK_PAUSES
+                self.line, mode, SystemClock(), self.folder, self.tell, intervals=QUICK_PAUSES
             ) as store:
                 yield store
 
@@ -163,7 +163,7 @@ async def test_an_outage_while_the_last_is_told_at_the_end_breaks_nothing(scene:
 
     with anyio.fail_after(PATIENCE):
         async with survive_outages(
-            scene.line, "pause", SystemClock(), scene.folder, tell, pauses=QUICK_PAUSES
+            scene.line, "pause", SystemClock(), scene.folder, tell, intervals=QUICK_PAUSES
         ) as store:
             scene.line.cut()
             async with anyio.create_task_group() as group:
@@ -235,7 +235,7 @@ async def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, mode: Literal["
         with anyio.fail_after(PATIENCE):
             async with (
                 FileStore.open(disk / "state", clock) as inner,
-                survive_outages(inner, mode, clock, disk / "outage", tell, pauses=QUICK_PAUSES) as store,
+                survive_outages(inner, mode, clock, disk / "outage", tell, intervals=QUICK_PAUSES) as store,
             ):
                 await store.commit(writing(A, 0))
                 with suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -438,7 +438,7 @@ async def main() -> None:
         pass
     async with FileStore.open(place / "state", SystemClock()) as real:
         line = DisconnectableStore(real)
-        async with survive_outages(line, "continue", SystemClock(), place / "outage", tell, pauses=QUICK_PAUSES) as store:
+        async with survive_outages(line, "continue", SystemClock(), place / "outage", tell, intervals=QUICK_PAUSES) as store:
             await store.list("task")
             line.cut()
             for number in range(5):

@@ -29,29 +29,29 @@ _BROKEN = {
         ADAPTER
         + REGISTERS.format(kind="sinks", name="stolen", type="Echo")
         + REGISTERS.format(kind="adapters", name="command", type="Echo"),
-        "'command' among the adapters is already the plugin 'command' of cli-council",
+        "the name 'command' among the adapters belongs to the plugin 'command' of cli-council",
     ),
     "twice": (ADAPTER + REGISTERS.format(kind="adapters", name="a", type="Echo") + '    register("a", Echo)', "twice"),
     "outdated": (
         ADAPTER + "\ndel Echo.parse\n" + REGISTERS.format(kind="adapters", name="old", type="Echo"),
-        "'old' has no parse: it is made for another version of the contract",
+        "'old' has no parse: it was made for another version of the contract",
     ),
     "optionless": (
         ADAPTER + "\nEcho.Options = dict\n" + REGISTERS.format(kind="adapters", name="loose", type="Echo"),
-        "the Options of 'loose' are no pydantic model",
+        "the Options of 'loose' are not a pydantic model",
     ),
     "kindless": (
         REGISTER + REGISTERS.format(kind="handoff_kinds", name="k", type="dict"),
-        "a name and a pydantic model or a Kind of that name are wanted",
+        "expected a name and a pydantic model or a HandoffKind of that name",
     ),
     "plan-thief": (
         REGISTER
         + "from pydantic import BaseModel\n"
         + REGISTERS.format(kind="handoff_kinds", name="plan", type="BaseModel"),
-        "'plan' among the handoff_kinds is already the plugin 'handoffs' of cli-council",
+        "the name 'plan' among the handoff_kinds belongs to the plugin 'handoffs' of cli-council",
     ),
-    "lax": (REGISTER + REGISTERS.format(kind="validators", name="v", type="dict"), "a name and a Validator are wanted"),
-    "typeless": (REGISTER + REGISTERS.format(kind="stores", name="s", type="None"), "a name and a type are wanted"),
+    "lax": (REGISTER + REGISTERS.format(kind="validators", name="v", type="dict"), "expected a name and a HandoffValidator"),
+    "typeless": (REGISTER + REGISTERS.format(kind="stores", name="s", type="None"), "expected a name and a type"),
 }  # fmt: skip
 
 _ECHO = ADAPTER + REGISTERS.format(kind="adapters", name="echo", type="Echo")
@@ -76,7 +76,7 @@ def _plugins(repository: Repository, *untrusted: Path, **environ: str) -> dict[s
 import json, sys
 from pathlib import Path
 from orchestrator.plugins import load_plugins
-found = load_plugins(worked_on=[Path(one) for one in sys.argv[1:]])
+found = load_plugins(untrusted_paths=[Path(one) for one in sys.argv[1:]])
 print(json.dumps({
     "left_out": {one.plugin.name: str(one) for one in found.left_out},
     "loaded": [one.name for one in found.loaded],
@@ -202,7 +202,7 @@ def test_of_two_plugins_with_one_name_the_first_by_name_stays(repository: Reposi
     install(site, "ant", _ECHO)
     found = _plugins(repository)
     assert "ant" in found["loaded"]
-    assert "'echo' among the adapters is already the plugin 'ant' of ant" in found["left_out"]["zebra"]
+    assert "the name 'echo' among the adapters belongs to the plugin 'ant' of ant" in found["left_out"]["zebra"]
 
 
 @pytest.mark.extended_but_first
@@ -259,7 +259,7 @@ def test_nothing_in_the_repository_is_imported(repository: Repository, site: Pat
             (top / "evil").mkdir()
             (top / "evil/part.py").write_text(evil)
     found = _plugins(repository, top)
-    assert "it lies in the repository that is worked on" in found["left_out"]["evil"]
+    assert "it is inside the repository of the run" in found["left_out"]["evil"]
     assert not trace.exists()
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
     assert ended.states == {"one": "landed"}, ended
@@ -296,7 +296,7 @@ def test_a_repository_can_t_pass_for_us(repository: Repository, site: Path, wher
         (repository.top / "adapters/__init__.py").write_text(evil)
     repository.environ["PYTHONPATH"] = str(repository.top)
     found = _plugins(repository, repository.top)
-    assert "it lies in the repository that is worked on" in found["left_out"]["command"]
+    assert "it is inside the repository of the run" in found["left_out"]["command"]
     assert found["adapters"] == []
     assert not trace.exists()
 

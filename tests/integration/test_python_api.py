@@ -159,7 +159,7 @@ async def test_two_runs_side_by_side(repository: Repository) -> None:
 
 async def test_a_folder_where_nothing_has_run_is_refused(tmp_path: Path, environ: dict[str, str]) -> None:
     """The error says what to do."""
-    with pytest.raises(RefusedError, match="cd to the repository that it ran in"):
+    with pytest.raises(RefusedError, match="cd to the repository of a run"):
         async with Council.open(tmp_path, environ=environ):
             pass
 

@@ -68,7 +68,7 @@ def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[obj
         "metrics": lambda: past.metrics(run),
         "usage": lambda: past.usage(run),
         "overview": lambda: past.overview(run),
-        "story": lambda: past.story(run, "api"),
+        "story": lambda: past.task_details(run, "api"),
         "failures": lambda: past.last_failures(run),
         "checkpoint": lambda: council.checkpoint(run),
         "restoration": lambda: restoration(council, run),
@@ -82,7 +82,7 @@ def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[obj
 
 async def restoration(council: Council, run: str) -> object:
     """Return what going back to the first checkpoint of a run would do."""
-    return [await council.restoration(one.id) for one in await council.checkpoints(run)]
+    return [await council.plan_restore(one.id) for one in await council.checkpoints(run)]
 
 
 async def look_at_all(council: Council) -> None:
@@ -95,14 +95,14 @@ async def look_at_all(council: Council) -> None:
     await council.verify()
     await council.conflicts()
     await council.locks()
-    await council.places()
+    await council.paths()
     await council.named_locks.held()
     await council.named_locks.cleanup_expired()
     await council.cleaner.find()
     assert [run async for run in council.active_runs()] == []
     whole = await council.checkpoint(whole=True)
     await council.checkpoints()
-    await council.restoration(whole.id)
+    await council.plan_restore(whole.id)
     await council.history.at(await council.position())
 
 
@@ -146,12 +146,12 @@ async def test_only_a_run_records_work(council: Council) -> None:
     """Nothing counts as landed because somebody says so; attempts, commits and claims are not for others to write."""
     words: list[JsonObject] = [{"status": "landed"}, {"status": "queued"}, {"attempts": []}, {"commit": "0" * 40}]
     for changes in words:
-        with pytest.raises(RefusedError, match=r"written by the run alone|by hand|become"):
+        with pytest.raises(RefusedError, match=r"written by the run alone|manually|become"):
             await council.update(API, partial(merge, changes))
     for key in (Key("claim", f"{RUN}/api"), Key("lease", f"run/{RUN}"), Key("spec", f"{RUN}/api"), Key("note", "x")):
         with pytest.raises(RefusedError, match="written by council alone"):
             await council.update(key, lambda _: {"epoch": 99})
-    with pytest.raises(RefusedError, match="is not there"):
+    with pytest.raises(RefusedError, match="does not exist"):
         await council.update(Key("run", "made-up"), lambda _: {})
     assert await council.update(Key("memo", "x"), lambda _: {"any": ["thing"]}) is not None
 
@@ -244,7 +244,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "an order without its fields": (Key("spec", f"{RUN}/api"), lambda _: {"id": "api"}),
     "a claim of nobody": (Key("claim", f"{RUN}/api"), lambda _: {"epoch": 1}),
     "an orchestrator that is none": (Key("orchestrator", f"{RUN}/box-4711-9b3e50"), lambda _: {"ended": None}),
-    "an adapter that is none": (Key("adapter", f"{RUN}/fixer"), lambda _: {"parks": "x"}),
+    "an adapter that is none": (Key("adapter", f"{RUN}/fixer"), lambda _: {"cooldowns": "x"}),
     "a request that is none": (Key("request", f"{RUN}/x"), lambda _: {"action": "sing"}),
     "a checkpoint that is none": (Key("checkpoint", f"{RUN}/9"), lambda _: {"position": "x"}),
     "a checkpoint without a number": (Key("checkpoint", f"{RUN}/models"), lambda _: {}),

@@ -203,7 +203,7 @@ async def test_the_open_items_of_a_list_are_done_and_ticked(repository: Reposito
     del value["tasks"]
     config.write_text(json.dumps(value))
     refused = repository.council("run", str(config), "--json")
-    assert (refused.code, refused.result["error"]) == (2, "there is nothing to do: no task is open in 'todo'")
+    assert (refused.code, refused.result["error"]) == (2, "nothing to do: no open task in 'todo'")
     await repository.assert_invariants()
 
 

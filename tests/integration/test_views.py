@@ -198,7 +198,7 @@ async def test_what_stands_in_the_place_of_a_folder_makes_way(
     """A link, say: what that leads to is neither written nor closed to others. But in the place of all is a refusal."""
     elsewhere = tmp_path / "elsewhere"
     project.views.write_text("mine")
-    with pytest.raises(RefusedError, match="is no folder"):
+    with pytest.raises(RefusedError, match="is not a folder"):
         await views.refresh()
     project.views.unlink()
     await rewrite(store, Key("task", "r/a"), 3)
@@ -262,7 +262,7 @@ async def test_step_by_step_or_at_once_is_the_same(store: Store, views: Views, p
     finally:
         await views.close()
     before = content(project.views)
-    await views.refresh(anew=True)
+    await views.refresh(rebuild=True)
     assert {**content(project.views), "index.json": b""} == {**before, "index.json": b""}
 
 

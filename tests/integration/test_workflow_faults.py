@@ -144,7 +144,7 @@ async def test_a_program_that_is_gone_is_waited_for(repository: Repository) -> N
         ended = repository.council(*command, "--json")
         assert (ended.code, ended.states) == (1, {"t": "blocked"}), ended
         (builder,) = ended.result["adapters"]
-        assert builder["closed"] == f"the program was not found: {tool}: No such file or directory"
+        assert builder["disabled_reason"] == f"the program was not found: {tool}: No such file or directory"
         assert visits(repository)[0] == once()[0]
     install()
     done = repository.council("resume", "--json")

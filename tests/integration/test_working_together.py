@@ -132,7 +132,7 @@ async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository
     out = owner.communicate(timeout=60)[0]
     assert owner.wait() == 1
     assert json.loads(out.splitlines()[-1])["status"] == "taken over"
-    assert "has lost its part in run" in out
+    assert "was removed from run" in out
     assert "council.log" not in out
     assert "no heartbeat for" in out
     assert states(repository) == {"slow": "landed", "next": "landed"}

@@ -89,7 +89,7 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
 
     line = DisconnectableStore(real)
     with anyio.fail_after(30):
-        async with survive_outages(line, "continue", SystemClock(), folder, tell, pauses=QUICK_PAUSES) as store:
+        async with survive_outages(line, "continue", SystemClock(), folder, tell, intervals=QUICK_PAUSES) as store:
             for kind in ("claim", "task"):
                 await store.list(kind)
             parties = {"here": Party("here", store), "there": Party("there", real)}

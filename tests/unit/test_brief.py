@@ -108,7 +108,7 @@ def test_the_last_line_leads_on(report: Any, expected: str) -> None:
 
 def test_commands_are_never_cut() -> None:
     """Neither the next one, nor one in a reason, nor that of the run."""
-    name, remedy = "a-name-that-is-long-" * 3, "`council adapters reopen claude --run 20260102-030405-ab12`"
+    name, remedy = "a-name-that-is-long-" * 3, "`council adapters enable claude --run 20260102-030405-ab12`"
     adapter = AdapterReport("claude", None, "not logged in, " * 20)
     report = run(
         task("conflict", id=name, reason="conflicts", branch=f"council/run/{name}/conflict"),
@@ -119,7 +119,7 @@ def test_commands_are_never_cut() -> None:
     assert f"    next: council salvage apply {name}/conflict --branch {name}-conflict --run run" in shown
     [cut] = [line for line in shown if line.startswith("  api failed:")]
     assert cut.endswith(f"… {remedy}")
-    assert any(line.endswith("… `council adapters reopen claude --run run`") for line in shown), shown
+    assert any(line.endswith("… `council adapters enable claude --run run`") for line in shown), shown
     landed = replace(run(task("landed", landed=COMMIT)), run="r" * 70, target=f"council/{'r' * 70}", awaits_merge=True)
     assert brief_lines(landed, is_newest=False)[-1] == f"Next: council merge {'r' * 70}"
 

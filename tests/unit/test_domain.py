@@ -171,7 +171,7 @@ def test_jitter_spreads_between_nothing_and_the_full_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("until", "parks", "waits"),
+    ("until", "cooldowns", "waits"),
     [
         (None, 1, 30.0),
         (None, 3, 120.0),
@@ -183,10 +183,12 @@ def test_jitter_spreads_between_nothing_and_the_full_wait() -> None:
         (1e12, 1, MAX_COOLDOWN),
     ],
 )
-def test_a_park_lasts_until_the_word_of_the_adapter_or_longer(until: float | None, parks: int, waits: float) -> None:
+def test_a_park_lasts_until_the_word_of_the_adapter_or_longer(
+    until: float | None, cooldowns: int, waits: float
+) -> None:
     """An instant that is given counts, but what proves wrong again and again is believed less each time."""
     now = 1_000_000.0
-    assert compute_cooldown_end(now, None if until is None else now + until, parks) == now + waits
+    assert compute_cooldown_end(now, None if until is None else now + until, cooldowns) == now + waits
     assert COOLDOWN_BACKOFF.initial == 30.0
 
 
@@ -335,8 +337,8 @@ def test_a_report_names_adapters_that_can_not_be_used() -> None:
     """A parked adapter says until when; one that is stopped blocks its tasks once nothing is at work."""
     entries = {"a": DispatchEntry(adapter="shut"), "b": DispatchEntry(adapter="parked")}
     tasks = {"a": TaskDocument(), "b": TaskDocument()}
-    parked, past = AdapterDocument(parked_until=200.0, parks=1), AdapterDocument(parked_until=99.0, parks=1)
-    made = record(tasks, entries, shut=AdapterDocument(closed="log in"), parked=parked, past=past)
+    parked, past = AdapterDocument(cooldown_until=200.0, cooldowns=1), AdapterDocument(cooldown_until=99.0, cooldowns=1)
+    made = record(tasks, entries, shut=AdapterDocument(disabled_reason="log in"), parked=parked, past=past)
     live, over = reported(made, RunStatus.RUNNING), reported(made, None)
     assert live.adapters == [AdapterReport("shut", None, "log in"), AdapterReport("parked", 200.0, None)]
     assert [task.status for task in live.tasks] == ["pending", "pending"]
@@ -355,9 +357,9 @@ def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
         "failed": DispatchEntry(adapter="parked"),
     }
     tasks = {task: TaskDocument() for task in entries} | {"failed": TaskDocument(status=TaskStatus.FAILED, reason="no")}
-    learned = {name: AdapterDocument(parked_until=until) for name, until in (("parked", 200.0), ("later", 300.0))}
-    stopped = {name: AdapterDocument(closed=why) for name, why in (("shut", "log in"), ("barred", "no key"))}
-    made = record(tasks, entries, **learned, **stopped, past=AdapterDocument(parked_until=99.0))
+    learned = {name: AdapterDocument(cooldown_until=until) for name, until in (("parked", 200.0), ("later", 300.0))}
+    stopped = {name: AdapterDocument(disabled_reason=why) for name, why in (("shut", "log in"), ("barred", "no key"))}
+    made = record(tasks, entries, **learned, **stopped, past=AdapterDocument(cooldown_until=99.0))
     live, over = ({task.id: task for task in reported(made, one).tasks} for one in (RunStatus.RUNNING, None))
     assert over["both"].status == "blocked"
     assert all(part in str(over["both"].reason) for part in ("'shut': log in", "'barred': no key", "fix one of them"))

@@ -285,7 +285,7 @@ def test_the_time_left_is_told_only_where_it_can_be_known() -> None:
     assert shown.totals(30.0).left == 60  # three tasks of 20 s
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT), 40.0))
     assert shown.totals(40.0).left == 60 + 0  # the chain of two takes as long: 2 * (20 + 10)
-    for learned in (AdapterDocument(parked_until=100.0), AdapterDocument(closed="log in")):
+    for learned in (AdapterDocument(cooldown_until=100.0), AdapterDocument(disabled_reason="log in")):
         shown.apply(CommitRecord(1, 1.0, {Key("adapter", "run/fake"): (1, learned.model_dump(mode="json"))}, []))
         assert shown.totals(50.0).left is None
     assert "left" not in shown.frame(50.0, 5).totals

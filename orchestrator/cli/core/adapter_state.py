@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.cli.core.command import CommandContext, open_council
-from orchestrator.cli.render.result import reopen_adapter_command
 from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.result import enable_adapter_command
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.reports.report import AdapterFailure, AdapterReport
@@ -58,7 +58,7 @@ async def read_adapter_state(context: CommandContext) -> AdapterState:
         async with open_council(context.log) as council:
             report = await council.status()
             failed = await council.history.last_failures(report.run)
-            remedies = {one.name: reopen_adapter_command(one.name, report) for one in report.adapters}
+            remedies = {one.name: enable_adapter_command(one.name, report) for one in report.adapters}
             return AdapterState({one.name: one for one in report.adapters}, failed, remedies)
     except RefusedError:
         return AdapterState()
@@ -68,6 +68,6 @@ async def read_adapter_state(context: CommandContext) -> AdapterState:
 
 
 def _availability(one: AdapterReport) -> str:
-    if one.closed is not None:
-        return f"stopped: {one_line(one.closed)}"
-    return f"pauses until {format_local_time(one.parked_until or 0.0)}"
+    if one.disabled_reason is not None:
+        return f"stopped: {one_line(one.disabled_reason)}"
+    return f"pauses until {format_local_time(one.cooldown_until or 0.0)}"

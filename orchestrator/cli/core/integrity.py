@@ -59,4 +59,4 @@ def verification_lines(found: VerificationReport, settled: Sequence[RepairedDocu
     for key in found.mismatched:
         yield printable(f"  {key}: told otherwise than the log says: restart whatever has this state open")
     if not found.is_valid:
-        yield "`council state verify --repair` settles for what can be read"
+        yield "`council state verify --repair` restores the readable state"

@@ -29,7 +29,7 @@ async def resolve_position(past: StateHistory, text: str) -> int:
         return await past.position_at(instant)
     found = await past.position_of(text)
     if found is None and _CHECKPOINT.fullmatch(text):
-        raise RefusedError(f"there is no checkpoint {text!r}", "`council checkpoint list` names them")
+        raise RefusedError(f"there is no checkpoint {text!r}", "`council checkpoint list` lists them")
     if found is None:
         raise RefusedError(f"{text!r} is no moment of the state log", _REMEDY)
     return found

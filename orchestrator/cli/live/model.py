@@ -374,7 +374,7 @@ class LiveRun:
     def _left(self, now: float) -> float | None:
         """Return the seconds that are left; None where nobody can know."""
         build, learned = self._pace.build(), self._adapters.values()
-        is_held = any(one.closed is not None or (one.parked_until or 0.0) > now for one in learned)
+        is_held = any(one.disabled_reason is not None or (one.cooldown_until or 0.0) > now for one in learned)
         if build is None or self.is_over or is_held or self._groups[ACTIVITY_LABELS[TaskStatus.WAITING]]:
             return None
         pending = [self._chains[task] for name in ("waiting", RETRY_LABEL) for task in self._groups[name]

@@ -20,7 +20,8 @@ from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.live.progress import DisplayProgress
 from orchestrator.cli.render.events import event_line
 from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.result import adapter_line, live_reopen_command
+from orchestrator.cli.render.result import adapter_line, live_enable_command
+from orchestrator.cli.render.result import adapter_line, enable_adapter_command
 from orchestrator.cli.render.rich_tables import count_wrapped_rows, frame_lines
 from orchestrator.cli.render.table_model import TableFrame
 from orchestrator.cli.streams import redirect_to_null
@@ -86,8 +87,8 @@ class LiveTable:
 def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> Iterator[str]:
     """Say which adapters could not be used already before."""
     for name, one in learned.items():
-        if one.closed is not None or (one.parked_until or 0.0) > time.time():
-            yield adapter_line(AdapterReport(name, one.parked_until, one.closed), live_reopen_command(name, run))
+        if one.disabled_reason is not None or (one.cooldown_until or 0.0) > time.time():
+            yield adapter_line(AdapterReport(name, one.cooldown_until, one.disabled_reason), live_enable_command(name, run))
 
 
 def _is_shown(event: Event) -> bool:

@@ -13,11 +13,11 @@ from orchestrator.cli.render.next_steps import task_steps
 from orchestrator.cli.render.result import (
     adapter_line,
     background_error_lines,
+    enable_adapter_command,
     format_reason,
     format_session_status,
     format_state,
     next_line,
-    reopen_adapter_command,
     run_summary,
     state_counts,
 )
@@ -102,7 +102,7 @@ def _next(report: RunReport) -> Iterator[str]:
     if report.damage:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
     for adapter in report.adapters:
-        again = reopen_adapter_command(adapter.name, report)
+        again = enable_adapter_command(adapter.name, report)
         yield _shortened(printable(adapter_line(adapter, again)))
     yield from map(_shortened, background_error_lines(report))
     if report.halted is not None and report.halted_by is HaltCause.BUDGET:

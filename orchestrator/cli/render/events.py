@@ -30,7 +30,7 @@ EVENT_MESSAGES: Mapping[str, str] = {
     "views.failing": "the readable copies of the state can't be written: {reason}",
     "adapter.cooling_down": "adapter {adapter} pauses until {until}: {reason}",
     "adapter.disabled": (
-        "adapter {adapter} is stopped: {reason}: fix that, then `council adapters reopen {adapter} --run {run}`"
+        "adapter {adapter} is stopped: {reason}: fix that, then `council adapters enable {adapter} --run {run}`"
     ),
     "adapter.enabled": "adapter {adapter} is used again",
     "budget.low": "the budget of {of} is nearly used up: {reason}",

@@ -146,7 +146,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
     """Say who is at work, where that are several, and what to type next."""
     yield from _active_processes(report)
     for adapter in report.adapters:
-        yield adapter_line(adapter, reopen_adapter_command(adapter.name, report))
+        yield adapter_line(adapter, enable_adapter_command(adapter.name, report))
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
     asked = [task.id for task in report.tasks if task.status == TaskStatus.WAITING]
@@ -191,20 +191,21 @@ def _at(report: RunReport, process: OrchestratorReport) -> str:
     return f" ({printable(', '.join(tasks))})" if tasks else ""
 
 
-def live_reopen_command(adapter: str, run: str) -> str:
+def live_enable_command(adapter: str, run: str) -> str:
     """Return the command by which an active run uses an adapter again."""
-    return f"council adapters reopen {shlex.quote(adapter)} --run {run}"
+    return f"council adapters enable {shlex.quote(adapter)} --run {run}"
 
 
-def reopen_adapter_command(adapter: str, report: RunReport) -> str:
+def enable_adapter_command(adapter: str, report: RunReport) -> str:
     """Return the command to use an adapter again that a run has stopped."""
     if report.status is RunStatus.RUNNING:
-        return live_reopen_command(adapter, report.run)
+        return live_enable_command(adapter, report.run)
     return f"council retry TASK --run {report.run}" if needs_retry(report) else f"council resume {report.run}"
 
 
 def adapter_line(adapter: AdapterReport, command: str) -> str:
     """Say why an adapter can't be used now, and by which command it is used again."""
-    if adapter.closed is not None:
-        return f"Adapter {adapter.name} is stopped: {printable(one_line(adapter.closed))}. Fix that, then `{command}`."
-    return f"Adapter {adapter.name} pauses until {format_local_time(adapter.parked_until or 0.0)}."
+    if adapter.disabled_reason is not None:
+        reason = printable(one_line(adapter.disabled_reason))
+        return f"Adapter {adapter.name} is stopped: {reason}. Fix that, then `{command}`."
+    return f"Adapter {adapter.name} pauses until {format_local_time(adapter.cooldown_until or 0.0)}."

@@ -348,13 +348,13 @@ class RunDocument(_Document):
 class AdapterDocument(_Document):
     """The state of an adapter in a run. Times are wall-clock seconds."""
 
-    parked_until: Instant | None = None
+    cooldown_until: Instant | None = None
     """The end of its cooldown: no session starts before."""
-    parks: int = 0
+    cooldowns: int = 0
     """Its consecutive cooldowns; reset by a successful session."""
-    closed: str | None = None
-    """Why it is disabled, until `council adapters reopen` or a resume."""
-    reopened: Instant | None = None
+    disabled_reason: str | None = None
+    """Why it is disabled, until `council adapters enable` or a resume."""
+    enabled_at: Instant | None = None
     """When a person enabled it; failures of sessions that started before do not disable it again."""
 
 
@@ -366,7 +366,7 @@ class RequestAction(StrEnum):
     RETRY = "retry"
     APPROVE = "approve"
     REJECT = "reject"
-    REOPEN = "reopen"  #: for adapters, not for tasks
+    ENABLE = "enable"  #: for adapters, not for tasks
 
 
 class CheckpointOrigin(StrEnum):

@@ -106,9 +106,9 @@ class AdapterReport:
 
     name: str
     """Its name in the configuration."""
-    parked_until: float | None
+    cooldown_until: float | None
     """The end of its cooldown (seconds since the epoch)."""
-    closed: str | None
+    disabled_reason: str | None
     """Why it is disabled until a person enables it."""
 
 
@@ -345,11 +345,11 @@ def build_report(
     status = RunStatus(state)
     blocked = record.blocked()
     adapters = [
-        AdapterReport(name, adapter.parked_until, adapter.closed)
+        AdapterReport(name, adapter.cooldown_until, adapter.disabled_reason)
         for name, adapter in record.adapters.items()
-        if adapter.closed is not None or (adapter.parked_until or 0.0) > now
+        if adapter.disabled_reason is not None or (adapter.cooldown_until or 0.0) > now
     ]
-    disabled = {adapter.name: adapter.closed for adapter in adapters if adapter.closed is not None}
+    disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
     waiting = _tasks_in_cooldown(record, adapters)
     reports, logs, roots = [], str(paths.logs), dict[str, str]()
@@ -427,7 +427,7 @@ def _describe_disabled(disabled: Mapping[str, str]) -> str:
 
 def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) -> dict[str, str]:
     """Return the tasks that could start but for the cooldown of their adapters, each with a reason."""
-    if all(adapter.parked_until is None for adapter in unavailable):
+    if all(adapter.cooldown_until is None for adapter in unavailable):
         return {}
     by_name, reasons = {adapter.name: adapter for adapter in unavailable}, dict[tuple[str, ...], str]()
     waiting = {}
@@ -446,8 +446,8 @@ def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) 
 
 def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
     """Name the adapters that a task waits for, the soonest first, and the disabled ones; empty if all are disabled."""
-    ends = sorted((one.parked_until, one.name) for one in adapters if one.closed is None and one.parked_until)
-    disabled = "".join(f"; {one.name!r} is disabled: {one.closed}" for one in adapters if one.closed is not None)
+    ends = sorted((one.cooldown_until, one.name) for one in adapters if one.disabled_reason is None and one.cooldown_until)
+    disabled = "".join(f"; {one.name!r} is disabled: {one.disabled_reason}" for one in adapters if one.disabled_reason is not None)
     each = ", or for ".join(f"{name!r} until {format_local_time(until)}" for until, name in ends)
     return f"waits for adapter {each}{disabled}" if ends else ""
 

@@ -525,35 +525,35 @@ class AttemptRunner:
 
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
             # Concurrent sessions that reach the same limit count as one cooldown.
-            parked_until = known.parked_until if _is_cooling_down(known, now) else None
-            parks = known.parks + (parked_until is None)
-            until = compute_cooldown_end(now, outcome.until, parks)
-            if parked_until is not None and (outcome.until is None or until - parked_until < _MIN_EXTENSION):
+            cooldown_until = known.cooldown_until if _is_cooling_down(known, now) else None
+            cooldowns = known.cooldowns + (cooldown_until is None)
+            until = compute_cooldown_end(now, outcome.until, cooldowns)
+            if cooldown_until is not None and (outcome.until is None or until - cooldown_until < _MIN_EXTENSION):
                 return None
-            learned = AdapterDocument(parked_until=until, parks=parks)
+            learned = AdapterDocument(cooldown_until=until, cooldowns=cooldowns)
             return AdapterUpdate(learned, "adapter.cooling_down", {"until": until, "reason": outcome.reason})
 
         known, is_new = await self.ledger.update_adapter(adapter, judge)
         if is_new:
             failpoint("adapter.cooling_down")
-        assert known.parked_until is not None, "else the cooldown would have been recorded"
-        return AdapterCoolingDown(adapter, known.parked_until)
+        assert known.cooldown_until is not None, "else the cooldown would have been recorded"
+        return AdapterCoolingDown(adapter, known.cooldown_until)
 
     async def _disable_adapter(self, active: ActiveAttempt, reason: str) -> AdapterDisabled | RetryAfter:
-        closed = AdapterUpdate(AdapterDocument(closed=reason), "adapter.disabled", {"reason": reason})
+        closed = AdapterUpdate(AdapterDocument(disabled_reason=reason), "adapter.disabled", {"reason": reason})
         started = self.ledger.task(active.task).attempts[active.session.assignment.worktree.attempt - 1].started
 
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
-            return closed if known.closed is None and started >= (known.reopened or 0.0) else None
+            return closed if known.disabled_reason is None and started >= (known.enabled_at or 0.0) else None
 
         known, _ = await self.ledger.update_adapter(active.adapter, judge)
-        return RetryAfter(0.0) if known.closed is None else AdapterDisabled(active.adapter, known.closed)
+        return RetryAfter(0.0) if known.disabled_reason is None else AdapterDisabled(active.adapter, known.disabled_reason)
 
     async def _clear_cooldown(self, adapter: str) -> None:
         """Forget the cooldowns of an adapter: a session that started after them succeeded."""
         opened, now = AdapterUpdate(AdapterDocument(), "adapter.enabled", {}), self.clock.now()
         await self.ledger.update_adapter(
-            adapter, lambda known: opened if known.parks and not _is_cooling_down(known, now) else None
+            adapter, lambda known: opened if known.cooldowns and not _is_cooling_down(known, now) else None
         )
 
     async def _end(
@@ -624,4 +624,4 @@ def _conversation(document: TaskDocument, number: int | None, adapter: str) -> C
 
 
 def _is_cooling_down(adapter: AdapterDocument, now: float) -> bool:
-    return adapter.parked_until is not None and adapter.parked_until > now
+    return adapter.cooldown_until is not None and adapter.cooldown_until > now

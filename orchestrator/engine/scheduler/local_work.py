@@ -126,10 +126,10 @@ class LocalWork:
 
     def update_adapter(self, adapter: str, document: AdapterDocument) -> None:
         """Apply the recorded state of an adapter."""
-        if document.closed is not None:
-            self.board.close(adapter, document.closed)
-        elif document.parked_until is not None:
-            self.cool_down(adapter, document.parked_until)
+        if document.disabled_reason is not None:
+            self.board.close(adapter, document.disabled_reason)
+        elif document.cooldown_until is not None:
+            self.cool_down(adapter, document.cooldown_until)
         elif adapter not in self._unavailable_adapters:
             self.board.open(adapter)
 

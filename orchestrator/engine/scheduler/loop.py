@@ -132,10 +132,10 @@ class Scheduler:
         """
         enabled = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
         for adapter, document in documents.items():
-            if document.closed is not None:
-                await self._ledger.update_adapter(adapter, lambda current: None if current.closed is None else enabled)
-            elif document.parked_until is not None:
-                self._local.cool_down(adapter, document.parked_until)
+            if document.disabled_reason is not None:
+                await self._ledger.update_adapter(adapter, lambda current: None if current.disabled_reason is None else enabled)
+            elif document.cooldown_until is not None:
+                self._local.cool_down(adapter, document.cooldown_until)
 
     def stop(self) -> None:
         """Start nothing more and stop sessions and checks.
@@ -302,7 +302,7 @@ class Scheduler:
         ):
             return
         self._last_noted_wait = awaited, approvals
-        ends = [(await self._ledger.adapter(name)).parked_until for name in awaited]
+        ends = [(await self._ledger.adapter(name)).cooldown_until for name in awaited]
         facts = {"until": min(filter(None, ends), default=None), "adapters": sorted(awaited, key=awaited.__getitem__)}
         await self._ledger.note("run.waiting", {**facts, "approvals": list(approvals)})
 

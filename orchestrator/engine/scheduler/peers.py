@@ -202,7 +202,7 @@ class PeerSync:
         if request.action is RequestAction.IGNORE:
             await self._wait_until_ended(request.tasks)
         for adapter in request.adapters:
-            self._local.update_adapter(adapter, await self._ledger.reopen(adapter))
+            self._local.update_adapter(adapter, await self._ledger.enable_adapter(adapter))
         await record_ignored(self._ledger, request)
         failpoint("request.applied")
         await self._ledger.complete_request(request)

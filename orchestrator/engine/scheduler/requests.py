@@ -118,7 +118,7 @@ def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, i
     return RefusedError(f"task {task!r} has not ended (state: {status})", remedy)
 
 
-def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
+def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
     """Return the adapters to enable.
 
     These are the named ones, or all that are disabled or cooling down. RefusedError for an adapter that the run does
@@ -127,7 +127,7 @@ def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> S
     unavailable = {
         name
         for name, document in record.adapters.items()
-        if document.closed is not None or (document.parked_until or 0.0) > now
+        if document.disabled_reason is not None or (document.cooldown_until or 0.0) > now
     }
     known = ", ".join(record.run.adapters)
     for name in adapters:
@@ -136,11 +136,11 @@ def check_reopening(record: RunRecord, adapters: Sequence[str], now: float) -> S
         if name not in unavailable:
             raise RefusedError(
                 f"adapter {name!r} of run {record.run.id} is neither disabled nor cooling down",
-                "there is nothing to reopen",
+                "there is nothing to enable",
             )
     if not unavailable:
         raise RefusedError(
-            f"no adapter of run {record.run.id} is disabled or cooling down", "there is nothing to reopen"
+            f"no adapter of run {record.run.id} is disabled or cooling down", "there is nothing to enable"
         )
     return list(adapters) or sorted(unavailable)
 
@@ -223,7 +223,7 @@ async def apply_request(ledger: Ledger, request: RunRequest) -> None:
                 await cancel_task(ledger, task)
     await record_ignored(ledger, request)
     for adapter in request.adapters:
-        await ledger.reopen(adapter)
+        await ledger.enable_adapter(adapter)
     failpoint("request.applied")
     await ledger.complete_request(request)
 

@@ -652,11 +652,11 @@ class Ledger:
                 await self._commit(Commit([Write(key, stored.version if stored else 0, value)], [event], self._guards))
                 return update.document, True
 
-    async def reopen(self, adapter: str) -> AdapterDocument:
+    async def enable_adapter(self, adapter: str) -> AdapterDocument:
         """Enable an adapter that is cooling down or disabled; return its state."""
-        enabled = AdapterUpdate(AdapterDocument(reopened=self._clock.now()), "adapter.enabled", {})
+        enabled = AdapterUpdate(AdapterDocument(enabled_at=self._clock.now()), "adapter.enabled", {})
         known, _ = await self.update_adapter(
-            adapter, lambda known: enabled if known.closed or known.parked_until else None
+            adapter, lambda known: enabled if known.disabled_reason or known.cooldown_until else None
         )
         return known
 

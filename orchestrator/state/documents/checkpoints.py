@@ -1,30 +1,28 @@
-"""Checkpoints: named positions of the log, what the state was there, and what going back to one would change.
+"""Checkpoints: named positions of the log. Create, list and prune them, and plan their restore.
 
-A checkpoint is a small document of kind `checkpoint`; what it stands for is in the log, for as long as that goes back
-so far. Going back is a commit like any other, which writes old values anew: no history is rewritten, versions go on.
-What is written back of a run, kind by kind:
+A checkpoint is a small document of kind `checkpoint`; the state itself is in the log, as long as that goes back that
+far. A restore is a normal commit that writes old values again: no history is rewritten, and version numbers continue.
+It restores the documents of a run by kind:
 
-run, spec   as they were, and so are `imported` and `handoff`; of a task that stays as it is now, its specification and
-            its handoffs stay, too. But a run has no end as long as something of it is cut off, which `council resume`
-            settles, and tasks that plans became since are of it where sessions were at them.
-task        as `domain.runs.rollback` says: what has landed stays landed, and attempts stay on record.
-shared      as it was: what sessions have shared since, those that are had again share anew. Versions go on.
-lease       never: epochs only rise, so that whoever lost the run stays without it.
-note        what a session of the run left and is gone since is there again; what was left since stays, because what
-            was learned is no less true for going back.
-request     never: what a person has asked for since, and nobody has done yet, is still asked for.
-cursor      never: what sinks and trackers have been told can't be taken back.
-adapter     never: a usage limit that was hit since, or a login that ran out, is a fact of the world outside.
-checkpoint  never: to be able to go forward again.
-ports       never: they are of places on this machine, and of no run.
-rwlock      never: who held a lock then does not hold it now.
-import      never: what was imported of older layouts stays imported.
-claim, orchestrator, ownership, context  never: they are of processes and sessions that are at work now.
+run, spec   The old value; also for `imported` and `handoff`. If a task keeps its current state, so do its spec and
+            handoffs. A run has no end while any of its tasks is interrupted (`council resume` finishes them), and
+            keeps tasks that plans have added since if they had sessions.
+task        As in `domain.runs.rollback`: landed tasks stay landed, and attempts stay on record.
+shared      The old value: repeated sessions share newer values again. Version numbers continue.
+note        Deleted notes of the run are restored; newer notes stay, because they are still true.
+lease       Never: epochs only increase, so that a process that lost the run stays fenced.
+request     Never: open requests of people remain open.
+cursor      Never: events that were sent to sinks and trackers can't be recalled.
+adapter     Never: usage limits and expired logins exist outside of the state.
+checkpoint  Never: later checkpoints allow to undo the restore.
+ports       Never: they belong to worktree slots of this machine, not to a run.
+rwlock      Never: the holders of that time do not hold the locks now.
+import      Never: the state of older layouts stays imported.
+claim, orchestrator, ownership, context  Never: they belong to processes and sessions that are active now.
 
-A run that began after a checkpoint of the whole store stays, and one that is gone since comes back. Documents of other
-kinds, which are not ours, are part of checkpoints of the whole store: they become as they were, those that were made
-since are deleted, and those that expire by themselves stay as they are. What is damaged or can't be read, then or now,
-is not guessed: such a task stays as it is.
+A run that started after a checkpoint of the whole store stays, and a run that was removed since is restored. Documents
+of other programs' kinds are part of checkpoints of the whole store: they get their old values, newer ones are deleted,
+and those with an expiry do not change. If a record is damaged or invalid, then or now, its task is not changed.
 """
 
 from __future__ import annotations
@@ -52,23 +50,23 @@ from orchestrator.state.documents.validation import (
 from orchestrator.system.failpoints import failpoint
 
 CHECKPOINT_KIND: Final = "checkpoint"
-#: What stands for a run's id in the names of checkpoints of the whole store.
+#: Replaces the run's id in the names of checkpoints of the whole store.
 WHOLE_STORE: Final = "all"
 
-#: The kinds that are turned back.
+#: The kinds that a restore changes.
 _RESTORED_KINDS: Final = ("run", "spec", "task", "imported", "handoff", "shared")
-#: Notes of sessions, which only come back. Their names begin with what they are about, and not with their run.
+#: Notes of sessions, which are only restored, never deleted. Their ids begin with their scope, not with their run.
 _NOTE: Final = "note"
-#: The kinds that are looked at.
+#: The kinds that are read.
 _COVERED_KINDS: Final = (*_RESTORED_KINDS, _NOTE)
 _ACTIVE_STATUSES: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
-#: How often all is read between two commits of others before it is taken from the log, which takes longer.
+#: How often all documents are read while other processes commit, before the slower read from the log.
 _MAX_READS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSession:
-    """A task that was being worked at: `status` is running, checking or landing."""
+    """An active task: `status` is running, checking or landing."""
 
     run: str
     task: str
@@ -78,49 +76,49 @@ class CheckpointSession:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A named position in the log, of one run (None: of the whole store), and how things stood there."""
+    """A named position of the log, of one run (None: of the whole store), with a summary of the state there."""
 
     id: str
-    """`<run>/<number>`, or `all/<number>`; numbers rise."""
+    """`<run>/<number>`, or `all/<number>`; numbers increase."""
     run: str | None
     position: int
-    """The last commit that is part of it."""
+    """The position of the last commit that is part of it."""
     time: float
-    """When it was made, in wall-clock seconds."""
+    """When it was created, in wall-clock seconds."""
     reason: str
     maker: CheckpointOrigin
     status: str | None
-    """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store, or where the run is damaged."""
+    """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store, or if the run is damaged."""
     phase: Mapping[str, int]
-    """How many tasks there were of each status; `damaged` are those that could not be read."""
+    """The number of tasks by status; `damaged` counts unreadable ones."""
     sessions: Sequence[CheckpointSession]
 
     @property
     def number(self) -> int:
-        """Its place among those of the same run."""
+        """Its number among the checkpoints of the same run."""
         return int(self.id.rpartition("/")[2])
 
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """What going back to a checkpoint would change as things stand."""
+    """The changes that restoring a checkpoint would make now."""
 
     checkpoint: Checkpoint
     writes: Sequence[Write]
-    """Old values, over the versions that are there now; None deletes."""
+    """Old values over the current versions; None deletes."""
     left: Mapping[Key, str]
-    """What has changed since and stays all the same, with the reason."""
+    """Documents that have changed since but stay as they are, with the reason."""
     runs: Mapping[str, RunDocument]
-    """The runs that something is written of, as they would be."""
+    """The affected runs, as they would be after the restore."""
 
     @property
     def written(self) -> list[Key]:
-        """The documents that would have an old value again."""
+        """The documents that would get an old value."""
         return [write.key for write in self.writes if write.value is not None]
 
     @property
     def deleted(self) -> list[Key]:
-        """The documents that would be gone again."""
+        """The documents that would be deleted."""
         return [write.key for write in self.writes if write.value is None]
 
 
@@ -135,64 +133,64 @@ async def create_checkpoint(
 ) -> Checkpoint:
     """Make a checkpoint of a run, or of the whole store, as it is now.
 
-    `is_live` says whether a process is at work in the run. RefusedError where there is no such run, LeaseLost where
-    one of the `guards` does not hold.
+    `is_live` is True if a process is active in the run. RefusedError if there is no such run, LeaseLost if one of the
+    `guards` fails.
     """
-    said = reason.encode(errors="replace").decode()  # arguments of a command may be any bytes
+    clean_reason = reason.encode(errors="replace").decode()  # command line arguments may be any bytes
     while True:
         position, documents = await _now(store, run)
         if run is not None and Key("run", run) not in documents:
             raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
         key = await _free_key(store, run or WHOLE_STORE)
-        # In threads, here and below: thousands of tasks take long to decode.
-        told = await anyio.to_thread.run_sync(_summarize, documents.values(), run, is_live)
-        facts = {"position": position, "reason": said, "maker": maker, **told}
-        named = {"checkpoint": key.id, "reason": said}
+        # In threads, here and below: decoding thousands of tasks takes long.
+        summary = await anyio.to_thread.run_sync(_summarize, documents.values(), run, is_live)
+        facts = {"position": position, "reason": clean_reason, "maker": maker, **summary}
+        named = {"checkpoint": key.id, "reason": clean_reason}
         event = Event("checkpoint.created", named if run is None else {"run": run, **named})
-        with suppress(VersionConflict):  # somebody else took the number
+        with suppress(VersionConflict):  # another process took the number
             await store.commit(Commit([Write(key, 0, facts)], [event], guards))
             failpoint("checkpoint.created")
             return await read_checkpoint(store, key.id)
 
 
 async def list_checkpoints(store: Store, run: str | None = None) -> list[Checkpoint]:
-    """Return the checkpoints of a run (`WHOLE_STORE`: of the whole store), or all there are; the oldest first."""
+    """Return the checkpoints of a run (`WHOLE_STORE`: of the whole store), or all of them; the oldest first."""
     found = await store.list(CHECKPOINT_KIND, f"{run}/" if run else "")
     return [_checkpoint(one) for one in sorted(filter_readable(found), key=lambda one: one.position)]
 
 
 async def read_checkpoint(store: Store, checkpoint: str) -> Checkpoint:
-    """Return a checkpoint by its id; RefusedError if there is none, or it can't be read."""
+    """Return a checkpoint by its id; RefusedError if there is none, or it is unreadable."""
     found = await store.get(Key(CHECKPOINT_KIND, checkpoint))
     if found is not None and (flaw := find_document_error(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
     if found is None or found.damaged:
-        what = "there is no" if found is None else "damage to the state log has hit"
-        raise RefusedError(f"{what} checkpoint {checkpoint!r}", "`council checkpoint list` names them")
+        what = "there is no" if found is None else "the state log is damaged: it has lost"
+        raise RefusedError(f"{what} checkpoint {checkpoint!r}", "`council checkpoint list` lists them")
     return _checkpoint(found)
 
 
 async def read_contents(store: Store, checkpoint: str) -> Mapping[Key, Document]:
-    """Return the documents of a checkpoint's run, or of the whole store, as they were.
+    """Return the documents of a checkpoint's run, or of the whole store, at its position.
 
-    RefusedError where the log does not go back so far any more.
+    RefusedError if the log does not go back that far.
     """
     return await _read_at_checkpoint(store, await read_checkpoint(store, checkpoint))
 
 
 async def plan_restore(store: Store, checkpoint: str) -> RestorePlan:
-    """Return what going back to a checkpoint would change now; nothing is changed. Raises as `contents` does."""
+    """Return the changes that restoring a checkpoint would make now. Raises like `read_contents`."""
     found = await read_checkpoint(store, checkpoint)
     then, now = await _read_at_checkpoint(store, found), await _read_current(store, found.run)
     return await anyio.to_thread.run_sync(_plan, found, then, now)
 
 
 async def prune_checkpoints(store: Store, run: str, keep: int, guards: Sequence[Guard] = ()) -> list[str]:
-    """Delete the checkpoints of a run that were made by the clock, but for the newest `keep`; return their ids."""
+    """Delete the periodic checkpoints of a run, except the newest `keep`; return their ids."""
     by_clock = [one.id for one in await list_checkpoints(store, run) if one.maker is CheckpointOrigin.CLOCK]
     old = by_clock[: max(len(by_clock) - keep, 0)]
     found = [one for name in old if (one := await store.get(Key(CHECKPOINT_KIND, name))) is not None]
-    with suppress(VersionConflict):  # somebody else is at the same
+    with suppress(VersionConflict):  # another process prunes as well
         if found:
             await store.commit(Commit([Write(one.key, one.version, None) for one in found], (), guards))
     return old
@@ -214,7 +212,7 @@ def _checkpoint(found: Document) -> Checkpoint:
 
 
 async def _free_key(store: Store, owner: str) -> Key:
-    """Return the key behind the newest; one that was deleted is never used again."""
+    """Return the next free key; keys of deleted checkpoints are never reused."""
     taken = [checkpoint_number(one.key) or 0 for one in await store.list(CHECKPOINT_KIND, f"{owner}/")]
     number = max(taken, default=0) + 1
     while await store.history(Key(CHECKPOINT_KIND, f"{owner}/{number}"), 1):
@@ -223,7 +221,7 @@ async def _free_key(store: Store, owner: str) -> Key:
 
 
 async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Document]]:
-    """Return the newest position, and what can be turned back as it is there."""
+    """Return the newest position, and all restorable documents at it."""
     position = await store.position()
     for _ in range(_MAX_READS):
         documents = [one for kind in _COVERED_KINDS for one in await _listed(store, kind, run)]
@@ -235,10 +233,10 @@ async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Documen
 
 
 async def _read_current(store: Store, run: str | None) -> Mapping[Key, Document]:
-    """Return what can be turned back as it is now."""
+    """Return all restorable documents as they are now."""
     if run is not None:
         return (await _now(store, run))[1]
-    return (await store.at(await store.position())).documents  # only so the kinds are known that are not ours
+    return (await store.at(await store.position())).documents  # only a snapshot has the kinds of other programs
 
 
 async def _listed(store: Store, kind: str, run: str | None) -> Iterable[Document]:
@@ -300,12 +298,12 @@ def _summarize(documents: Iterable[Document], run: str | None, is_live: bool) ->
 
 
 def _mark_unreadable(found: Document) -> Document:
-    """Return a document, as damaged where it can't be read."""
+    """Return a document, marked as damaged if it is unreadable."""
     return found if find_document_error(found) is None else found._replace(damaged=True)
 
 
 def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key, Document]) -> RestorePlan:
-    """Tell what is to be written for all to be as it was `then`, where it can be."""
+    """Return the writes that restore the documents to `then`, as far as possible."""
     then, now = ({key: _mark_unreadable(one) for key, one in found.items()} for found in (then, now))
     writes: list[Write] = []
     left: dict[Key, str] = {}
@@ -313,13 +311,13 @@ def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key
     for name, keys in _by_run([*then, *(key for key in now if key not in then)]).items():
         key = Key("run", name)
         if key not in then:
-            left[key] = "it began since"
+            left[key] = "it started after the checkpoint"
         elif then[key].damaged:
             left[key] = _DAMAGED_THEN
         else:
             judged = {one: _plan_write(then.get(one), now.get(one)) for one in keys if one != key}
             tasks = {one: what for one, what in judged.items() if one.kind == "task"}
-            # Tasks of plans since the checkpoint that had sessions stay in the run.
+            # Tasks that plans have added since the checkpoint stay in the run if they had sessions.
             staying = [one for one, what in tasks.items() if one not in then and _is_preserved(what)]
             as_now = {one.id for one, what in tasks.items() if isinstance(what, str)} | {one.id for one in staying}
             judged |= {one: _BEGUN for one, what in judged.items() if what is not None and _task_of(one) in as_now}
@@ -340,9 +338,9 @@ def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key
     return RestorePlan(checkpoint, writes, left, runs)
 
 
-_DAMAGED_THEN: Final = "its record of that time is damaged"
-_BEGUN: Final = "what its sessions did stays on record"
-_DAMAGED_NOW: Final = "its record is damaged, what it did since is not known"
+_DAMAGED_THEN: Final = "its old record is damaged"
+_BEGUN: Final = "the work of its sessions stays on record"
+_DAMAGED_NOW: Final = "its current record is damaged, so its newer work is unknown"
 
 
 def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
@@ -354,7 +352,7 @@ def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
 
 
 def _plan_write(then: Document | None, now: Document | None) -> Write | str | None:
-    """Return what is to be written of a task or its spec, or why it stays, or None where nothing has changed."""
+    """Return the write of a run's document, or why it stays, or None if it has not changed."""
     if then is None:
         assert now is not None, "a key is of either"
         return _plan_delete(now)
@@ -370,9 +368,9 @@ def _plan_write(then: Document | None, now: Document | None) -> Write | str | No
 
 
 def _plan_foreign_write(then: Document | None, now: Document | None) -> Write | str | None:
-    """Return what is to be written of a document that is no kind of ours, or why it stays, or None if it is as then."""
+    """Return the write of another program's document, or why it stays, or None if it has not changed."""
     if any(one is not None and one.expires is not None for one in (then, now)):
-        return None  # its time goes on: what it said then is over
+        return None  # the old value has expired
     if then is None:
         return None if now is None else Write(now.key, now.version, None)
     if then.damaged:
@@ -399,28 +397,28 @@ def _is_preserved(judged: Write | str | None) -> bool:
 
 
 def _plan_delete(now: Document) -> Write | str:
-    """Return what becomes of what was not there: a task that sessions were at stays on record, and is cancelled."""
+    """Return the write for a newer document: deletes it, but cancels a task that had sessions."""
     if now.key.kind == "task" and not now.damaged:
         task = TaskDocument.model_validate_json(now.encoded)
         if task.status in {TaskStatus.LANDED, TaskStatus.LANDING}:
-            return "it has landed, or may have"
+            return "it has landed, or may have landed"
         if task.status in FINAL_STATUSES:
             return _BEGUN
         if task.attempts:
-            over = {"status": TaskStatus.CANCELLED, "reason": "the plan that it was of is undone"}
-            return _write(task.model_copy(update=over).model_dump(mode="json"), now.key, now)
+            ended = {"status": TaskStatus.CANCELLED, "reason": "the plan that added it was undone"}
+            return _write(task.model_copy(update=ended).model_dump(mode="json"), now.key, now)
     return Write(now.key, now.version, None)
 
 
 def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> RunDocument:
-    """Return a run as it was, without an end if anything of it is at work, and perhaps cut off, now.
+    """Return the old run, without an end if any of its tasks is active or interrupted now.
 
-    Tasks that are `staying` came since, and can't go.
+    Tasks in `staying` are newer, and remain in the run.
     """
     document = RunDocument.model_validate_json(then.encoded)
     tasks = dict.fromkeys((*document.tasks, *(one.id.partition("/")[2] for one in staying)))
     document = document.model_copy(update={"tasks": tuple(tasks)})
-    # Of a task that can't be read the status may be anything.
+    # The status of an unreadable task may be any value.
     at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(_ACTIVE_STATUSES) for one in now)
     return document.model_copy(update={"ended": None}) if at_work else document
 

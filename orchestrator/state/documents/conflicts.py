@@ -1,6 +1,6 @@
-"""Updates that compete for a document: resolved in the commit that writes them, or kept until a person decides.
+"""Resolve competing updates of a document in the commit that writes them, or record a conflict for a person.
 
-A conflict that is kept is a document of the kind `conflict`; the document that it is about stays as it was.
+A recorded conflict is a document of the kind `conflict`; the document that it is about does not change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orchestrator.protocols import Commit, Document, DocumentVersion, Event, Gua
 from orchestrator.state.documents.update import MAX_ATTEMPTS, ChangeCheck, retry_on_conflict
 from orchestrator.state.documents.validation import filter_readable, find_document_error
 
-#: The kind of the documents that hold the conflicts that wait for a person.
+#: The kind of the documents with pending conflicts.
 CONFLICT_KIND: Final = "conflict"
 
 _MOST_NAMED: Final = 5
@@ -33,31 +33,31 @@ _OF_CANDIDATE: Final = ("time", "writer", "value", "base")
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Updates of a document of which a person is to choose one; the candidates are in order of time."""
+    """Updates of a document from which a person has to choose; the candidates are in order of time."""
 
     id: str
     key: Key
     version: int
-    """Of the document when the conflict was found; 0: there was none."""
+    """The version of the document when the conflict was found; 0: there was none."""
     candidates: Sequence[DocumentUpdate[Key]]
 
 
 class ConflictResolution(NamedTuple):
-    """A conflict that is no more, and the document that it was about: None if it is gone."""
+    """A resolved conflict, and the document that it was about: None if it was deleted."""
 
     conflict: Conflict
     document: Document | None
 
 
 class UpdateResult(NamedTuple):
-    """What became of a batch of updates, by the keys of the documents."""
+    """The outcome of a batch of updates, by the keys of the documents."""
 
     written: Sequence[Key]
-    """Has one value now, that of its only update or what its updates were resolved to."""
+    """Documents with a new value, that of the only update or of the resolved ones."""
     resolved: Sequence[Key]
-    """Those of the written that had more than one."""
+    """Written documents that had competing updates."""
     waiting: Sequence[Conflict]
-    """Was left as it is: a person is to choose (`settle`)."""
+    """Conflicts that a person has to resolve (`resolve_conflict`); their documents did not change."""
 
 
 async def apply_updates(
@@ -69,33 +69,30 @@ async def apply_updates(
     check: ChangeCheck | None = None,
     attempts: int = MAX_ATTEMPTS,
 ) -> UpdateResult:
-    """Write what updates of any documents amount to, in one commit, and return what became of each document.
+    """Apply updates of any documents in one commit, and return the outcome for each document.
 
-    More than one update of a document are resolved by the strategy, with an event `state.conflict_resolved` (key,
-    strategy, writers); with `manual` nothing of that document is written, its candidates are kept, with an event
-    `state.conflict_kept` (key, conflict, writers). Where an update has a `base` and the document was changed since,
-    what it is now competes, too, as of when and by whom it was committed; without one the update replaces whatever
-    there is. Where somebody else commits first, all is done anew, as by `update`. Raises RefusedError for an unknown
-    strategy, what `check` raises for what documents would become, and what `Store.commit` raises, with nothing changed:
-    also for candidates that are too large together for one document.
+    Several updates of a document are resolved by the strategy, with an event `state.conflict_resolved` (key, strategy,
+    writers). With `manual` the document is not written; its candidates are recorded, with an event
+    `state.conflict_kept` (key, conflict, writers). If an update has a `base` and the document was changed since, the
+    current value competes, too, with the time and writer of its commit; an update without a base replaces any value. If
+    another process commits first, everything is repeated, as by `update_document`. Raises RefusedError for an unknown
+    strategy, errors of `check` for the new values, and errors of `Store.commit`, with nothing changed: also if all
+    candidates together are too large for one document.
     """
     chosen = parse_strategy(strategy)
     return await retry_on_conflict(partial(_apply, store, group_by_key(updates), chosen, guards, check), attempts)
 
 
 async def list_pending(store: Store) -> list[Conflict]:
-    """Return the conflicts that wait for a person, the oldest first.
-
-    One whose record can't be read is not among them.
-    """
+    """Return the pending conflicts, the oldest first, without unreadable ones."""
     documents = filter_readable(await store.list(CONFLICT_KIND))
     return [_read(one) for one in sorted(documents, key=lambda one: (one.position, one.key))]
 
 
 async def find_conflict(store: Store, name: str, run: str | None = None) -> Conflict:
-    """Return the conflict that is meant by its id, or by the document, `kind/id` or `kind/rest` of a run's.
+    """Return the conflict with an id, or about a document: `kind/id`, or `kind/rest` for one of the run.
 
-    RefusedError where none is meant, or more than one.
+    RefusedError if none or several match.
     """
     found = await list_pending(store)
     kind, _, rest = name.partition("/")
@@ -106,10 +103,10 @@ async def find_conflict(store: Store, name: str, run: str | None = None) -> Conf
     ):
         if len(meant) > 1:
             several = ", ".join(one.id for one in meant)
-            raise RefusedError(f"{len(meant)} conflicts about {meant[0].key} wait", f"name one by its id: {several}")
+            raise RefusedError(f"{meant[0].key} has {len(meant)} pending conflicts", f"name one by its id: {several}")
         if meant:
             return meant[0]
-    # One that is damaged is not among them, and has its own reason.
+    # A damaged conflict is not listed, and has an error of its own.
     if await store.get(Key(CONFLICT_KIND, name)) is not None:
         raise _damaged(name)
     raise _unknown(name, found)
@@ -125,18 +122,18 @@ async def resolve_conflict(
     check: ChangeCheck | None = None,
     attempts: int = MAX_ATTEMPTS,
 ) -> Document | None:
-    """Write what a person chose and remove the conflict, in one commit; return the document, None if it is gone.
+    """Write the chosen value and delete the conflict, in one commit; return the document, None if it was deleted.
 
-    `conflict` is its id, `choice` the number of a candidate (from 1, in order of time) or a value of its own. The event
-    is `state.conflict_settled` (key, conflict, and the writer of the candidate, null for a value). Raises RefusedError
-    for an unknown id or number, what `check` raises, and, unless it is forced, where the document was changed since the
-    conflict was found.
+    `conflict` is its id, `choice` the number of a candidate (from 1, in order of time) or another value. The event is
+    `state.conflict_settled` (key, conflict, and the writer of the candidate, null for a value). Raises RefusedError for
+    an unknown id or number, errors of `check`, and RefusedError if the document was changed since the conflict was
+    found, unless `force`.
     """
-    return await retry_on_conflict(partial(_settle, store, conflict, choice, force, guards, check), attempts)
+    return await retry_on_conflict(partial(_resolve, store, conflict, choice, force, guards, check), attempts)
 
 
 class _Step(NamedTuple):
-    """What a commit has to do about one document."""
+    """The part of a commit for one document."""
 
     found: Document | None
     writes: Sequence[Write]
@@ -185,19 +182,19 @@ async def _step(store: Store, key: Key, updates: Sequence[DocumentUpdate[Key]], 
 async def _unseen(
     store: Store, key: Key, found: Document | None, updates: Sequence[DocumentUpdate[Key]]
 ) -> list[DocumentUpdate[Key]]:
-    """Return what the document is now as an update, where one of the updates was made without knowing it."""
+    """Return the current value as an update, if one of the updates was made without knowing it."""
     bases = [update.base for update in updates if update.base is not None]
     if all(base == (found.version if found else 0) for base in bases):
         return []
     if found is None:
         gone = await _deletion(store, key)
         return [DocumentUpdate(key, gone.time, gone.by, None)] if gone else []
-    # A value that is not the newest is none that anybody could choose.
+    # The readable value of a damaged document is outdated, and no valid candidate.
     return [] if found.damaged else [DocumentUpdate(key, found.time, found.by, found.value)]
 
 
 async def _deletion(store: Store, key: Key) -> DocumentVersion | None:
-    """Return the version that deleted a document which is not there; None if it expired, or that is not known."""
+    """Return the version that deleted a missing document; None if it expired, or that is unknown."""
     newest = next(iter(await store.history(key, limit=1)), None)
     return newest if newest and newest.value is None and not newest.damaged else None
 
@@ -207,7 +204,7 @@ def _replace(key: Key, version: int, value: JsonObject | None) -> list[Write]:
 
 
 def _record(conflict: Conflict) -> Write:
-    # That it expects no document makes the id nobody else's: else the commit fails, and the next attempt has another.
+    # Version 0 makes the id unique: if it is taken, the commit fails, and the next attempt uses another.
     candidates = [{name: getattr(one, name) for name in _OF_CANDIDATE} for one in conflict.candidates]
     value = {"key": list(conflict.key), "version": conflict.version, "candidates": candidates}
     return Write(Key(CONFLICT_KIND, conflict.id), 0, value)
@@ -220,7 +217,7 @@ def _read(document: Document) -> Conflict:
     return Conflict(document.key.id, key, value["version"], candidates)
 
 
-async def _settle(
+async def _resolve(
     store: Store, name: str, choice: int | JsonObject, force: bool, guards: Sequence[Guard], check: ChangeCheck | None
 ) -> Document | None:
     record = await store.get(Key(CONFLICT_KIND, name))
@@ -253,14 +250,14 @@ def _candidate(conflict: Conflict, number: int) -> tuple[JsonObject | None, str]
 
 
 def _damaged(name: str) -> RefusedError:
-    return RefusedError(f"what conflict {name!r} was about is damaged", "`council state verify` tells more")
+    return RefusedError(f"the record of conflict {name!r} is damaged", "`council state verify` shows details")
 
 
 def _unknown(name: str, waiting: Sequence[Conflict]) -> RefusedError:
     names = [one.id for one in waiting]
     more = ", …" if len(names) > _MOST_NAMED else ""
-    remedy = f"those that wait are {', '.join(names[:_MOST_NAMED])}{more}" if names else "none waits"
-    return RefusedError(f"no conflict {name!r} waits to be settled", remedy)
+    remedy = f"pending conflicts: {', '.join(names[:_MOST_NAMED])}{more}" if names else "there are none"
+    return RefusedError(f"there is no pending conflict {name!r}", remedy)
 
 
 async def _changed(store: Store, conflict: Conflict, found: Document | None) -> RefusedError:
@@ -272,5 +269,5 @@ async def _changed(store: Store, conflict: Conflict, found: Document | None) -> 
     else:
         what = f"{key} is gone"
     return RefusedError(
-        f"{what}, after conflict {conflict.id!r} was found", "look at it first, then force what you choose over it"
+        f"{what}, after conflict {conflict.id!r} was found", "inspect it first, then use --force to overwrite it"
     )

@@ -1,4 +1,4 @@
-"""Parts of the log that end, on any store, and the place of a time in it."""
+"""Read finite ranges of a store's log, follow it, and find the position of a time."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: How many commits `backwards` reads at once: at first, because most look for what is new, and at most.
+#: How many commits `read_backwards` reads at once: at first (most searches end soon), and at most.
 _FIRST_PART: Final = 256
 _LARGEST_PART: Final = 4096
-#: Seconds after which nothing more of a damaged log comes: its newest commits may be those that can't be read.
+#: Seconds to wait for a record of a damaged log, of which the newest commits may be unreadable.
 _PATIENCE: Final = 2.0
 
 
 async def read_range(store: Store, after: int, until: int) -> AsyncGenerator[CommitRecord]:
-    """Yield the records behind position `after` up to position `until`, or up to the newest where that comes first.
+    """Yield the records after position `after` up to `until`, or up to the newest if that is lower.
 
-    Records that can't be read are missing. Raises HistoryGone where the log does not go back so far.
+    Unreadable records are missing. Raises HistoryCompacted if the log does not go back that far.
     """
-    until = min(until, await store.position())  # a commit that is not there yet may never come
+    until = min(until, await store.position())  # a future commit may never come
     if after >= until:
         return
     async with aclosing(store.watch(after)) as records:
@@ -43,16 +43,16 @@ async def read_range(store: Store, after: int, until: int) -> AsyncGenerator[Com
 
 
 async def _next(store: Store, records: AsyncGenerator[CommitRecord]) -> CommitRecord | None:
-    """Return the next record of one that is not yet to come; None where it can't be read."""
+    """Return the next existing record; None if it can't be read."""
     with anyio.move_on_after(_PATIENCE if store.damage else math.inf):
         return await anext(records, None)
     return None
 
 
 async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
-    """Yield the records behind position `after` as they come; those that the log lets go of meanwhile are missing.
+    """Yield the records after position `after`, live, without those that are pruned before they are read.
 
-    So who was stopped for long, or reads too slowly, goes on. Never ends by itself.
+    A reader that was stopped for long, or is too slow, therefore continues. Never ends on its own.
     """
     while True:
         try:
@@ -65,19 +65,19 @@ async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
 
 
 class LogTail:
-    """The log from a position on, read in parts by whoever wants no more than what is there."""
+    """Reads the log from a position on, in parts, up to the newest commit."""
 
     def __init__(self, store: Store, after: int) -> None:
-        """Begin behind position `after`."""
+        """Start after position `after`."""
         self.position = after
-        """The last that was read, or is known to be unreadable."""
+        """The last position that was read, or is known to be unreadable."""
         self._store = store
         self._records: AsyncGenerator[CommitRecord] | None = None
 
     async def part(self, until: int, size: int) -> list[CommitRecord]:
-        """Return the next records, at most `size`; none once position `until` or the newest is reached.
+        """Return the next records, at most `size`; empty once position `until` or the newest is reached.
 
-        Raises HistoryGone where the log does not go back so far.
+        Raises HistoryCompacted if the log does not go back that far.
         """
         part: list[CommitRecord] = []
         until = min(until, await self._store.position())
@@ -94,17 +94,17 @@ class LogTail:
         return part
 
     async def close(self) -> None:
-        """Let go of the log."""
+        """Stop watching the log."""
         records, self._records = self._records, None
         if records is not None:
             await records.aclose()
 
 
 async def read_backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[CommitRecord]]:
-    """Yield the records behind position `after` up to `until` in parts, the newest part first, each in the log's order.
+    """Yield the records after `after` up to `until` in parts, the newest part first, each in the log's order.
 
-    What is looked for among the newest is found without reading the rest. Raises HistoryGone behind the last part
-    where the log does not go back to `after`.
+    A search among the newest records does not read the others. Raises HistoryCompacted after the last part if the log
+    does not go back to `after`.
     """
     size, gone = _FIRST_PART, None
     while after < until:
@@ -121,24 +121,24 @@ async def read_backwards(store: Store, until: int, after: int = 0) -> AsyncGener
 
 
 def is_run_document(key: Key, run: str) -> bool:
-    """Whether a document is one of a run's."""
-    if key.kind == "ownership":  # of what, and then whose
+    """Return True if a document belongs to a run."""
+    if key.kind == "ownership":  # SCOPE/RUN/TASK
         return key.id.partition("/")[2].startswith(f"{run}/")
     return key.id == run or key.id.startswith(f"{run}/") or key == Key("lease", f"run/{run}")
 
 
 def find_newest_until(times: Iterable[tuple[int, float]], instant: float) -> int | None:
-    """Return the highest of the positions whose time is not later than an instant; None if all are.
+    """Return the highest position whose time is not later than an instant; None if all are later.
 
-    Clocks are set back and forth: what counts is the newest commit that says so, whatever those before it say.
+    Clocks may be set back, so that times are not monotonic: the newest matching commit counts.
     """
     return max((position for position, time in times if time <= instant), default=None)
 
 
 async def find_position(store: Store, instant: float) -> int:
-    """Return the position of the newest commit that was not written later than an instant (wall-clock seconds).
+    """Return the position of the newest commit up to an instant (wall-clock seconds); 0 if all are later.
 
-    0 if all were. RefusedError where that is not known because the log does not go back so far.
+    RefusedError if the log does not go back that far.
     """
     try:
         async with aclosing(read_backwards(store, await store.position())) as parts:
@@ -154,7 +154,7 @@ async def find_position(store: Store, instant: float) -> int:
 
 
 def validate_many(model: TypeAdapter[list[T]], encoded: Sequence[bytes]) -> list[T]:
-    """Return many documents by one call, which is quick; those that somebody wrote who should not have are left out."""
+    """Parse many documents in one fast call, without those that another program has overwritten."""
     try:
         return model.validate_json(b"[" + b",".join(encoded) + b"]")
     except ValidationError as error:

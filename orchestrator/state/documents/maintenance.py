@@ -1,4 +1,4 @@
-"""What a store needs from time to time: what has expired is deleted, and of the past no more stays than is to stay."""
+"""Periodic maintenance of a store: delete expired documents and prune the log."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ _MOST_NAMED = 100
 
 
 async def delete_expired(store: Store, facts: JsonObject) -> Sequence[Key]:
-    """Delete what has expired, and return its keys.
+    """Delete expired documents, and return their keys.
 
-    It was as if it were not there before; from then on it is not even on record as a value. The event `state.expired_deleted`
-    has their count, the names of the first hundred, and `facts`.
+    Readers already treat them as missing; this records the deletion. The event `state.expired_deleted` has their count,
+    the names of the first hundred, and `facts`.
     """
     expired = (await store.statistics()).expired
     if not expired:
         return ()
     named = {"count": len(expired), "documents": [str(key) for key in expired[:_MOST_NAMED]]}
-    with suppress(VersionConflict):  # somebody has written one of them anew: the others go the next time
-        await store.commit(
-            Commit([Write(key, 0, None) for key in expired], [Event("state.expired_deleted", facts | named)])
-        )
+    event = Event("state.expired_deleted", facts | named)
+    with suppress(VersionConflict):  # one of them was written again: the next call deletes the rest
+        await store.commit(Commit([Write(key, 0, None) for key in expired], [event]))
         return expired
     return ()
 
 
 async def compact_log(store: Store, clock: Clock, age: float | None, size: int, facts: JsonObject) -> CompactionResult:
-    """Let go of the past that is older than `age` seconds (None: of nothing), or more than `size` bytes of log.
+    """Prune commits older than `age` seconds (None: none by age), or beyond `size` bytes of log.
 
-    Where anything went, the event `state.compacted` says so, with `facts`.
+    If any was pruned, records an event `state.compacted` with `facts`.
     """
     first = (await store.statistics()).first
-    done = await store.compact(-math.inf if age is None else clock.now() - age, size)
-    if done.first > first:
-        told = {"before": done.before, "after": done.after, "first": done.first}
-        await store.commit(Commit([], [Event("state.compacted", facts | told)]))
-    return done
+    result = await store.compact(-math.inf if age is None else clock.now() - age, size)
+    if result.first > first:
+        sizes = {"before": result.before, "after": result.after, "first": result.first}
+        await store.commit(Commit([], [Event("state.compacted", facts | sizes)]))
+    return result

@@ -1,4 +1,4 @@
-"""Watching some documents only."""
+"""Watch documents by a pattern."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class DocumentChange(NamedTuple):
 
 
 async def subscribe(store: Store, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
-    """Yield each new version of the documents whose name, `kind/id`, matches a pattern of fnmatch(3), as it comes.
+    """Yield each new version of the documents whose name (`kind/id`) matches a pattern of fnmatch(3).
 
-    `*` stands for any characters, `/` too. It begins behind the position `after`: 0 is from the first that the log
-    has, None from now on. That a document has expired is seen when it is removed from the store.
+    `*` matches any characters, including `/`. It starts after the position `after`: 0 is the beginning of the log, None
+    is now. An expired document is reported when it is deleted from the store.
     """
     begin = await store.position() if after is None else after
     async with aclosing(store.watch(begin)) as records:

@@ -1,4 +1,4 @@
-"""Changing a document by what it is now: read, apply, commit, and once more if somebody else was faster."""
+"""Optimistic updates of a document: read, change, commit, and retry after a conflict."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 
-#: How often an update is tried at all.
+#: The maximum number of attempts of an update.
 MAX_ATTEMPTS: Final = 5
-#: Seconds: the longest pause behind the first attempt; it doubles with each, up to the second number.
+#: Seconds: the longest pause after the first attempt, which doubles with each further one, and its upper limit.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 
-#: Refuses (RefusedError) what a document must not become; None deletes.
+#: Raises RefusedError for a forbidden new value of a document; None deletes.
 ChangeCheck = Callable[[Key, Document | None, JsonObject | None], None]
 
 T = TypeVar("T")
@@ -33,22 +33,21 @@ async def update_document(
     attempts: int = MAX_ATTEMPTS,
     check: ChangeCheck | None = None,
 ) -> Document | None:
-    """Replace a document's value by what `change` makes of it; return the document after that, None if it is gone.
+    """Replace a document's value by the result of `change`; return the new document, None if it was deleted.
 
-    `change` gets a copy of its own, None where there is no document, and returns None to delete it. It may be called
-    several times: where somebody else commits first, all is done anew with the newer value, after a random pause that
-    grows exponentially. A VersionConflict is raised after so many attempts, or at once where the version is not the
-    `expected_version` (0: there is none) to begin with. `ttl`, `events` and `guards` are those of the commit. What
-    `check` raises for the change is raised, with nothing written.
+    `change` gets a copy of the value (None: no document), and returns None to delete it. If another process commits
+    first, it is called again with the newer value, after a random pause that grows exponentially. VersionConflict after
+    `attempts`, or at once if the version is not `expected_version` (0: no document). `ttl`, `events` and `guards` are
+    those of the commit. An error of `check` is raised with nothing written.
     """
-    tries = 1 if expected_version is not None else attempts
+    attempts = 1 if expected_version is not None else attempts
     return await retry_on_conflict(
-        lambda: _try(store, key, change, expected_version, ttl, events, guards, check), tries
+        lambda: _try(store, key, change, expected_version, ttl, events, guards, check), attempts
     )
 
 
 async def retry_on_conflict(attempt: Callable[[], Awaitable[T]], attempts: int = MAX_ATTEMPTS) -> T:
-    """Return what `attempt` returns, which reads and commits, and does both anew where somebody else was faster.
+    """Return the result of `attempt`, which reads and commits; repeat it after a VersionConflict.
 
     Before each new attempt is a random pause that grows exponentially; the VersionConflict of the last one is raised.
     """
@@ -60,7 +59,7 @@ async def retry_on_conflict(attempt: Callable[[], Awaitable[T]], attempts: int =
     ):
         with trial:
             return await attempt()
-    raise AssertionError("a trial returns or raises")
+    raise AssertionError("an attempt returns or raises")
 
 
 async def _try(

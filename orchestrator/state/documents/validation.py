@@ -1,6 +1,6 @@
-"""The shapes of our own documents, kind by kind: which stored ones can't be read, and what people may write.
+"""Validate council's own documents by kind: find unreadable ones, and check manual changes.
 
-Documents of all other kinds belong to whoever writes them, and have any shape.
+Documents of other kinds belong to other programs, and have any shape.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Sto
 from orchestrator.state.documents.log_reader import is_run_document
 from orchestrator.state.log.codec import encode_object
 
-#: The kind of the documents that hold named locks.
+#: The kind of the documents of named locks.
 LOCK_KIND: Final = "rwlock"
 
-#: What may be changed by hand of a run; everything else stays as the run was made.
+#: The fields of a run that people may change; the others are fixed at its creation.
 EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
-#: What may be changed by hand of a task; everything else is written by the run alone.
+#: The fields of a task that people may change; only the run writes the others.
 EDITABLE_TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
-#: The states that a task can be given by hand: all others need work that only a run can record.
+#: The statuses that people may set; the others need work that only a run can record.
 MANUAL_STATUSES: Final = (
     TaskStatus.PENDING,
     TaskStatus.FAILED,
@@ -48,10 +48,10 @@ MANUAL_STATUSES: Final = (
     TaskStatus.NO_CHANGE,
     TaskStatus.CANCELLED,
 )
-#: How many versions of a document are searched for one that can be read.
+#: How many versions of a document are searched for a readable one.
 _DEEP: Final = 1000
 
-_NOT_BY_HAND: Final = "use the command or function that writes it; documents of your own have a kind of your own"
+_NOT_EDITABLE: Final = "use the command or function that writes it; use another kind for your own documents"
 
 
 _HOLDING = cache(lambda: TypeAdapter(PathOwnership))
@@ -134,7 +134,7 @@ class _Import(_Stored):
 
 
 def _run(encoded: bytes) -> RunDocument:
-    # Late: the models of a file take as long to make as all else that shows a run.
+    # Late: building the config models takes as long as all other imports that show a run.
     from orchestrator.config import model
     from orchestrator.domain.runs.prices import Price
     from orchestrator.domain.workflow.routing import Phase
@@ -184,12 +184,12 @@ def _lease(key: Key, encoded: bytes) -> object:
 
 
 def _ownership(key: Key, encoded: bytes) -> object:
-    # Else it is the turnstile of a scope.
+    # An id without `/` is the turnstile of a scope.
     return _HOLDING().validate_python(PathOwnership.from_json(json.loads(encoded))) if "/" in key.id else None
 
 
 def checkpoint_number(key: Key) -> int | None:
-    """Return the number at the end of a checkpoint's name; None where there is none."""
+    """Return the number at the end of a checkpoint's name; None if it has none."""
     owner, _, number = key.id.rpartition("/")
     return int(number) if owner and re.fullmatch(r"[1-9][0-9]{0,14}", number) else None
 
@@ -204,7 +204,7 @@ def _model(model: type[BaseModel]) -> Callable[[Key, bytes], object]:
     return lambda _, encoded: model.model_validate_json(encoded)
 
 
-#: How each of our kinds is read.
+#: The validator of each of council's kinds.
 _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "run": lambda _, encoded: _run(encoded),
     "spec": lambda _, encoded: _spec(encoded),
@@ -231,7 +231,7 @@ DOCUMENT_KINDS: Final = frozenset(_KINDS)
 
 
 class DocumentError(NamedTuple):
-    """A document of ours that can't be read, and why."""
+    """An unreadable document of council's own, and the reason."""
 
     key: Key
     reason: str
@@ -242,7 +242,7 @@ class DocumentError(NamedTuple):
 
 
 def find_document_error(found: Document) -> str | None:
-    """Return why a document of ours can't be read; None if it can, or is of another kind, or damaged in the log."""
+    """Return why a document of council's own is invalid; None if valid, of another kind, or damaged in the log."""
     return None if found.damaged else _flaw(found.key, found.encoded)
 
 
@@ -262,33 +262,33 @@ def _flaw(key: Key, encoded: bytes) -> str | None:
 
 
 def is_readable(found: Document) -> bool:
-    """Whether a document's newest value can be read."""
+    """Return True if a document's newest value is readable and valid."""
     return not found.damaged and find_document_error(found) is None
 
 
 def filter_readable(found: Sequence[Document]) -> Iterator[Document]:
-    """Yield the documents that can be read."""
+    """Yield the readable documents."""
     return filter(is_readable, found)
 
 
 async def find_unreadable(store: Store, run: str | None = None) -> list[DocumentError]:
-    """Return the documents of ours that can't be read, those of one run or all, by key."""
+    """Return the unreadable documents of council's own, of one run or all, sorted by key."""
     listed = [one for kind in sorted(DOCUMENT_KINDS) for one in await store.list(kind)]
     own = [one for one in listed if run is None or is_run_document(one.key, run)]
     return [DocumentError(one.key, flaw) for one in own if (flaw := find_document_error(one)) is not None]
 
 
 async def verify_store(store: Store) -> VerificationReport:
-    """Verify a store's log, and that each of our documents can be read."""
-    found = await store.verify()
+    """Verify a store's log, and the shape of all of council's own documents."""
+    report = await store.verify()
     unreadable = {one.key: one.reason for one in await find_unreadable(store)}
-    return replace(found, unreadable=unreadable)
+    return replace(report, unreadable=unreadable)
 
 
 async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
-    """Give documents their newest value that can be read; delete those that never had one.
+    """Restore the newest readable value of documents; delete those without one.
 
-    What can't be read stays as an earlier version (`council state history`). Each is an event `state.repaired`.
+    Unreadable values remain earlier versions (`council state history`). Each repair is an event `state.repaired`.
     """
     for key in keys:
         found = await store.get(key)
@@ -297,22 +297,20 @@ async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
         known = (one.value for one in await store.history(key, _DEEP) if not one.damaged)
         value = next((one for one in known if one is not None and _flaw(key, encode_object(key, one)) is None), None)
         if value is not None and key.kind in {"lease", "claim", "orchestrator"}:
-            value = {**value, "epoch": found.version + 1}  # no epoch was ever higher: nobody has this one
+            value = {**value, "epoch": found.version + 1}  # higher than all earlier epochs: no process has it
         facts = {"key": str(key), "lost": found.version, "is_known": value is not None}
         ttl = None if found.expires is None else max(found.expires - found.time, 1.0)
         try:
             await store.commit(Commit([Write(key, found.version, value, ttl)], [Event("state.repaired", facts)]))
-        except VersionConflict:  # somebody has just written it
+        except VersionConflict:  # another process has just written it
             continue
 
 
 def check_manual_change(key: Key, found: Document | None, value: JsonObject | None) -> None:
-    """Refuse (RefusedError) a change by hand that would keep a document of ours from being read; None deletes.
+    """Raise RefusedError for a manual change of council's own documents that is not allowed; None deletes.
 
-    InvalidDocument for a value that no store takes.
-
-    Documents of kinds that are not ours can become anything. Of ours, those of runs and tasks can be changed, in the
-    fields that are for people; all others are written by commands and functions alone.
+    InvalidDocument for a value that no store accepts. Documents of other kinds can have any value. Of council's own,
+    only runs and tasks can be changed, in the editable fields; all others are written by commands and functions alone.
     """
     if key.kind not in DOCUMENT_KINDS:
         return
@@ -322,20 +320,20 @@ def check_manual_change(key: Key, found: Document | None, value: JsonObject | No
         return
     fields = {"run": EDITABLE_RUN_FIELDS, "task": EDITABLE_TASK_FIELDS}.get(key.kind)
     if fields is None:
-        raise RefusedError(f"{key} is written by council alone", _NOT_BY_HAND)
+        raise RefusedError(f"{key} is written by council alone", _NOT_EDITABLE)
     if value is None or encoded is None:
         raise RefusedError(
-            f"{key} is part of run {key.id.partition('/')[0]}", "`council clean --runs` forgets runs, as a whole"
+            f"{key} is part of run {key.id.partition('/')[0]}", "`council clean --runs` removes whole runs"
         )
     if found is None or found.damaged:
-        remedy = "`council run` makes runs and their tasks; documents of your own have a kind of your own"
-        what = "is damaged in the log" if found else "is not there"
+        remedy = "`council run` creates runs and their tasks; use another kind for your own documents"
+        what = "is damaged in the log" if found else "does not exist"
         raise RefusedError(f"{key} {what}", "`council state verify --repair` first" if found else remedy)
-    if (flaw := find_document_error(found)) is not None:  # nobody can say which of its fields would change
+    if (flaw := find_document_error(found)) is not None:  # the changed fields are unknown
         raise UnreadableDocument(str(key), flaw)
     _check_known(key, value)
     if (flaw := _flaw(key, encoded)) is not None:
-        begin = f"begin with what `council state at now {key}` shows"
+        begin = f"start from the output of `council state at now {key}`"
         raise RefusedError(f"{key} can't become this: {flaw}", begin)
     _check_fields(key, found.value, value, fields)
 
@@ -346,7 +344,7 @@ def _check_known(key: Key, value: JsonObject) -> None:
     unknown = sorted(value.keys() - known.keys())
     if unknown:
         what = f"{key} has no field {', '.join(map(repr, unknown[:3]))}"
-        raise RefusedError(what, "put fields of your own under `extra`, which holds any")
+        raise RefusedError(what, "put your own fields under `extra`")
 
 
 def _check_fields(key: Key, before: JsonObject, value: JsonObject, fields: frozenset[str]) -> None:
@@ -355,10 +353,10 @@ def _check_fields(key: Key, before: JsonObject, value: JsonObject, fields: froze
     fixed = sorted(set(changed) - fields)
     if fixed:
         what = f"{fixed[0]!r} of {key} is written by the run alone"
-        raise RefusedError(what, f"{', '.join(sorted(fields))} can be changed by hand, and `extra` holds any value")
+        raise RefusedError(what, f"{', '.join(sorted(fields))} can be changed manually, and `extra` takes any value")
     if key.kind == "task" and "status" in changed and value["status"] not in MANUAL_STATUSES:
-        what = f"{key} can't be {value['status']} by hand: the run records that with the work"
-        raise RefusedError(what, f"write one of {', '.join(MANUAL_STATUSES)}; or note what you know under `extra`")
+        what = f"{key} can't be set to {value['status']} manually: only the run records that, with the work"
+        raise RefusedError(what, f"set one of {', '.join(MANUAL_STATUSES)}; or add a note under `extra`")
 
 
 def _defaults(key: Key) -> Mapping[str, Any]:

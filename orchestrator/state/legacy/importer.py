@@ -1,7 +1,7 @@
-"""Imports the state of older layouts, once: the files are read and left as they are, their sessions become runs.
+"""Import the state of older layouts once: read the files without changing them, and convert sessions to runs.
 
-`import/worktrees` records what was imported, with digests and counts. Where it says that the import is not complete, as
-after a kill, the next one goes on: it writes what is missing, and a run appears with the last of its documents.
+`import/worktrees` records the import, with digests and counts. If it is incomplete, as after a kill, the next import
+continues: it writes the missing documents. A run becomes visible with its last document.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.state.legacy.files import LegacyFiles, LegacyProblem, LegacySource, read_legacy_files
 from orchestrator.system.failpoints import failpoint
 
-#: The kind of the documents that hold the originals of runs and tasks that were imported.
+#: The kind of the documents with the originals of imported runs and tasks.
 IMPORTED_KIND: Final = "imported"
 
 _WRITES: Final = 1000  # of one commit
 _BYTES: Final = 8 << 20  # the same, roughly
-#: Problems that are recorded, and those that a person is told.
+#: The maximum number of recorded problems, and of reported ones.
 _MOST_RECORDED: Final = 1000
-_MOST_TOLD: Final = 20
+_MOST_REPORTED: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
 class ImportResult:
-    """What was imported, and what could not be."""
+    """The outcome of an import, with its problems."""
 
     sources: Sequence[LegacySource]
     runs: Sequence[str]
@@ -43,23 +43,23 @@ class ImportResult:
     problems: Sequence[LegacyProblem]
 
     def notices(self) -> Iterator[str]:
-        """Yield what a person is told of it."""
+        """Yield the messages for the user."""
         if self.sources:
             names = " and ".join(one.path for one in self.sources)
             runs = f"{len(self.runs)} {'run' if len(self.runs) == 1 else 'runs'}"
             tasks = f"{self.tasks} {'task' if self.tasks == 1 else 'tasks'}"
             yield f"Imported {runs} with {tasks} from {names}, left as found: `council runs` lists what is new."
-        for one in self.problems[:_MOST_TOLD]:
+        for one in self.problems[:_MOST_REPORTED]:
             kept = "the file stays as it is" if one.copy is None else f"a copy is kept as {one.copy}"
             yield f"Not imported as it is: {one.path}: {one.reason}; {kept}."
-        if len(self.problems) > _MOST_TOLD:
-            yield f"Nor are {len(self.problems) - _MOST_TOLD} more: `council state log` has them."
+        if len(self.problems) > _MOST_REPORTED:
+            yield f"Nor are {len(self.problems) - _MOST_REPORTED} more: `council state log` has them."
 
 
 async def import_legacy_state(store: Store, project: Project, now: float) -> list[str]:
-    """Import what there is, at `now` (wall-clock seconds), and return what a person is to be told. Raises nothing.
+    """Import the state of older layouts at `now` (wall-clock seconds), and return messages. Raises nothing.
 
-    What stands in the way of an import is told, too, and then it is due again.
+    An error is one of the messages; the next command then tries again.
     """
     try:
         found = await anyio.to_thread.run_sync(read_legacy_files, project)
@@ -74,7 +74,7 @@ async def import_legacy_state(store: Store, project: Project, now: float) -> lis
 
 
 async def _record_pending_import(store: Store) -> None:
-    """Record that an import is due, for stores in which something else comes first."""
+    """Record that an import is due, because other commits may be made before it."""
     if await store.get(LEGACY_RECORD) is None:
         await store.commit(Commit([Write(LEGACY_RECORD, 0, {"is_complete": False})]))
 
@@ -87,7 +87,7 @@ def _convert(found: LegacyFiles, project: Project, now: float) -> list[Converted
 
 
 async def _commit(store: Store, runs: Sequence[ConvertedSession], found: LegacyFiles) -> ImportResult | None:
-    """Write what is not there yet; None where somebody else has done that already."""
+    """Write the missing documents; return None if another process has completed the import."""
     record = await store.get(LEGACY_RECORD)
     if record is not None and is_import_complete(record):
         return None
@@ -130,7 +130,7 @@ async def _needed(store: Store, key: Key, value: dict[str, Any]) -> Write | None
 
 
 def _parts(runs: Iterable[ConvertedSession]) -> Iterator[list[tuple[Key, dict[str, Any]]]]:
-    """Yield all documents in parts that fit a commit each, a run behind all that is of it."""
+    """Yield all documents in parts of the size of a commit, each run after its other documents."""
     part: list[tuple[Key, dict[str, Any]]] = []
     size = 0
     for one in runs:

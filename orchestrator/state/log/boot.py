@@ -1,4 +1,4 @@
-"""Which start of the machine this is: what only stood in its memory is gone with the one before."""
+"""Identify the current boot of the machine: data that was only in memory is lost at a reboot."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-#: Stands for a machine that does not say; all of its starts count as one.
+#: The id on systems without a boot id; all of their boots count as one.
 UNKNOWN: Final = "0" * 32
 
 
 @cache
 def boot_id() -> str:
-    """Return the 32 hexadecimal digits that Linux made up when it started; `UNKNOWN` elsewhere."""
+    """Return the boot id of Linux, 32 hexadecimal digits; `UNKNOWN` on other systems."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
     except FileNotFoundError:

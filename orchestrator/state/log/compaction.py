@@ -1,7 +1,7 @@
-"""Keeps the log small: closed segments are packed, and of old ones only the last versions of each document are left.
+"""Compact the log: pack closed segments, and prune old ones to the last versions of each document.
 
-Nothing of this changes what the newest documents are, nor their last versions. Each step replaces files by one that was
-made durable before, so that a crash leaves the old ones, the new one, or both, which `segments` tells apart.
+Compaction never changes the newest documents or their last versions. Each step replaces files by a file that was made
+durable before; after a crash the old files, the new one, or both exist, which `segments` distinguishes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NEW: Final = ".new"
 def pack_closed_segments(directory: Path) -> None:
     """Pack each closed segment that is not packed yet. Blocks.
 
-    One process at a time. What can't be unpacked to what it was stays as it is.
+    Only one process at a time. A segment is not replaced unless unpacking reproduces its bytes.
     """
     for segment in list_segments(directory)[:-1]:
         if segment.is_packed:
@@ -54,16 +54,16 @@ def pack_closed_segments(directory: Path) -> None:
 def prune_segments(
     directory: Path, last: Segment, held: AbstractContextManager[None], damaged: Path | None = None
 ) -> None:
-    """Leave of all commits in the segments up to `last`, a closed one, the last versions of each document. Blocks.
+    """Prune the segments up to `last`, a closed one, to the last versions of each document. Blocks.
 
-    One process at a time. The store's lock is `held` for the moment from which on it is so: whoever goes from one
-    segment to the next under it would miss those between. `remove_replaced_segments` is to follow. A ValueError says that
-    something in them can't be read: it is not to be lost for good. With a folder for what is `damaged` it is passed
-    over, and the segments go there.
+    Only one process at a time. The store's lock is `held` during the replacement, because a reader that moves from one
+    segment to the next would miss those in between. Call `remove_replaced_segments` afterwards. ValueError if a line is
+    unreadable, to preserve it. With a folder for `damaged` segments, unreadable lines are skipped, and the original
+    segments are copied there.
     """
-    found = list_segments(directory)
-    old = found[: found.index(last) + 1]
-    end = found[found.index(last) + 1].first - 1
+    segments = list_segments(directory)
+    old = segments[: segments.index(last) + 1]
+    end = segments[segments.index(last) + 1].first - 1
     data = b"".join(map(encode_line, _retained_lines(directory, old, is_strict=damaged is None)))
     if damaged is not None:
         damaged.mkdir(mode=0o700, exist_ok=True)
@@ -75,36 +75,36 @@ def prune_segments(
 
 
 def find_prunable_segment(directory: Path, older_than: float, largest: int) -> Segment | None:
-    """Return the last segment that is to be thinned out: one of which all is older than that, or needs must go. Blocks.
+    """Return the last segment to prune: all its commits are older than that, or the log is too large. Blocks.
 
-    None where nothing is, because what is older is thinned out already. The newest segment is never.
+    None if there is none, because all older segments are pruned already. The newest segment is never pruned.
     """
-    found, size, last = list_segments(directory), log_size(directory), None
-    for segment, following in pairwise(found):
+    segments, size, last = list_segments(directory), log_size(directory), None
+    for segment, following in pairwise(segments):
         begin = find_line(directory, following.first)
         if size <= largest and (begin is None or begin.time > older_than):
             break
-        if not segment.is_pruned:  # of which all is left
+        if not segment.is_pruned:
             size, last = size - segment.path(directory).stat().st_size, segment
     return last
 
 
 def log_size(directory: Path) -> int:
-    """Return the bytes of all files that make up the log. Blocks."""
+    """Return the size of all files of the log in bytes. Blocks."""
     while True:
-        with suppress(FileNotFoundError):  # another process is replacing some: listed anew
+        with suppress(FileNotFoundError):  # another process replaces segments: list them again
             return sum(one.path(directory).stat().st_size for one in list_segments(directory))
 
 
 def _retained_lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[LogLine]:
-    """Yield what is to be kept of the commits in some segments, in order."""
+    """Yield the lines of some segments that pruning keeps, in order."""
     wanted: dict[Key, deque[int]] = defaultdict(lambda: deque(maxlen=VERSIONS_KEPT))
-    gone = set[Key]()
+    deleted = set[Key]()
     for line in _lines(directory, old, is_strict=is_strict):
         for change in line.changes:
             wanted[change.key].append(line.position)
-            (gone.discard if change.length else gone.add)(change.key)
-    for key in gone:  # all that counts is its version, which goes on counting
+            (deleted.discard if change.length else deleted.add)(change.key)
+    for key in deleted:  # only its last version number is needed, to continue from
         wanted[key] = deque([wanted[key][-1]])
     for line in _lines(directory, old, is_strict=is_strict):
         keys = {change.key for change in line.changes if line.position in wanted[change.key]}
@@ -113,7 +113,7 @@ def _retained_lines(directory: Path, old: Sequence[Segment], *, is_strict: bool)
 
 
 def build_repaired_table(directory: Path) -> DocumentTable:
-    """Return what the log tells once all that is damaged in it is passed over. Blocks."""
+    """Return the table of the log without its damaged lines. Blocks."""
     table = DocumentTable()
     for line in _lines(directory, list_segments(directory), is_strict=False):
         table.apply(line)
@@ -121,7 +121,7 @@ def build_repaired_table(directory: Path) -> DocumentTable:
 
 
 def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[LogLine]:
-    """Yield what some segments tell, in order: of a line with a bad payload, which documents it deleted."""
+    """Yield the lines of some segments in order; one with a damaged payload has its deletions only."""
     position = old[0].first - 1 if old else 0
     for segment in old:
         with closing(open_segment(directory, segment)) as source:
@@ -132,7 +132,7 @@ def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Itera
             line = item.line if isinstance(item, DecodedLine) else None
             follows = line is not None and (segment.is_pruned or line.position == position + 1)
             if is_strict and (line is None or line.is_damaged or not (follows and is_whole)):
-                raise ValueError(f"{segment.path(directory)} can't be read wholly")
+                raise ValueError(f"{segment.path(directory)} can't be read completely")
             offset = item.end
             if line is not None and line.position > position:
                 position = line.position
@@ -141,7 +141,7 @@ def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Itera
 
 
 def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = None) -> None:
-    """Write a file as a whole, durably, under a name that no log has until it is."""
+    """Write a file atomically and durably."""
     staged = path.with_name(f"{path.name}.{token_hex(6)}{_NEW}")
     try:
         with open(staged, "xb", opener=open_private) as file:
@@ -155,11 +155,11 @@ def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = No
 
 
 def remove_replaced_segments(directory: Path) -> None:
-    """Remove what is in the place of something newer, or was never finished. Blocks; the store's lock must be held."""
+    """Remove replaced segments and unfinished files. Blocks; the caller holds the store's lock."""
     log = {one.path(directory).name for one in list_segments(directory)}
     names = os.listdir(directory)
     replaced = [name for name in names if name.endswith((".jsonl", ".jsonl.zst")) and name not in log]
     if replaced:
-        sync_folder(directory)  # whoever put the newer ones there may have died before
+        sync_folder(directory)  # the process that added the newer ones may have died before its sync
     for name in (*replaced, *(name for name in names if name.endswith(_NEW))):
         (directory / name).unlink(missing_ok=True)

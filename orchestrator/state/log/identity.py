@@ -1,11 +1,11 @@
-"""Which log a folder holds, and whether it is known on this machine: one that came with a repository is not obeyed.
+"""Find the log of a folder, and check that it is trusted on this machine: a repository may bring a malicious one.
 
     <folder>/identity          the log's identity: 32 random hexadecimal digits
     <folder>/<identity>/       the log itself (`state.log.segments`)
-    <home>/known_stores        a line for each log that was made on this machine, or accepted by a person
+    <home>/known_stores        a line for each log that was created on this machine, or adopted by the user
 
-The home is outside of all repositories. A file that a checkout or an archive puts into the folder belongs to no log,
-whatever its name is: who can't read the folder does not know the identity. All of this blocks.
+The home is outside of all repositories. A file from a checkout or an archive can't become part of a log, because its
+author does not know the identity. All functions block.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from orchestrator.state.log.segments import make_folder, sync_folder
 IDENTITY_FILE: Final = "identity"
 _IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
 _KNOWN: Final = "known_stores"
-#: Lines of that file, of which every second is empty: each folder that is hidden costs each session's start.
+#: The maximum lines of that file (every second is empty) for sandboxes: each hidden folder slows a session's start.
 _MOST_HIDDEN: Final = 200
 
 
 def find_log(folder: Path) -> Path | None:
-    """Return the folder of the log that a store's folder holds; None where none was made. RefusedError if damaged."""
+    """Return the log's folder inside a store's folder; None if there is none. RefusedError if damaged."""
     path = folder / IDENTITY_FILE
     try:
         found = _IDENTITY.fullmatch(path.read_bytes()[:64])
     except OSError as error:
         if not os.path.lexists(path):
             return None
-        raise RefusedError(f"{path} can't be read: {error.strerror}", "make it a file that you can read") from None
+        raise RefusedError(f"{path} can't be read: {error.strerror}", "make it a readable file") from None
     if found is None:
-        remedy = f"write the name of the log's folder into it, which is next to it: `ls {folder}`"
+        remedy = f"write the name of the log's folder, next to it, into it: `ls {folder}`"
         raise RefusedError(f"{path} names no log", remedy)
     return folder / found[1].decode()
 
 
 def require_log(folder: Path) -> Path:
-    """Return the same; RefusedError where none was made, too."""
+    """Return the log's folder as `find_log`; RefusedError if there is none."""
     if (log := find_log(folder)) is None:
         raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
     return log
 
 
 def ensure_log(folder: Path, home: Path | None = None) -> Path:
-    """Return the folder of the log, as `find_log`; a new store gets an identity, which is recorded in the home.
+    """Return the log's folder as `find_log`; create a new store's identity and record it in the home.
 
-    RefusedError where the log is gone that the folder had.
+    RefusedError if the log of an existing identity is missing.
     """
     if (log := find_log(folder) or _recover_identity(folder, home)) is None:
         name = token_hex(16)
@@ -69,13 +69,13 @@ def ensure_log(folder: Path, home: Path | None = None) -> Path:
         if log.name != name:  # another process was faster
             (folder / name).rmdir()
     if log.is_symlink() or not log.is_dir():
-        remedy = f"restore it from a copy of yours, or remove {folder / IDENTITY_FILE} to begin with an empty state"
-        raise RefusedError(f"the log of the state in {folder} is gone: there is no {log.name}", remedy)
+        remedy = f"restore it from a backup, or remove {folder / IDENTITY_FILE} to start with an empty state"
+        raise RefusedError(f"the log of the state in {folder} is missing: there is no {log.name}", remedy)
     return log
 
 
 def _recover_identity(folder: Path, home: Path | None) -> Path | None:
-    """Return the log of a folder whose identity is gone, if the home knows it; the identity is written again."""
+    """Return the log of a folder without identity file, if the home knows it; write the file again."""
     known = set() if home is None else _known(home)
     try:
         found = [path for path in folder.iterdir() if path.name.encode() in known and path.is_dir()]
@@ -88,7 +88,7 @@ def _recover_identity(folder: Path, home: Path | None) -> Path | None:
 
 
 def _write_identity(folder: Path, name: str) -> None:
-    """Have a folder hold the log of that name, unless it holds another by now."""
+    """Set the identity of a folder, unless another process has set one."""
     staged = folder / f"{IDENTITY_FILE}.{token_hex(8)}"
     _write(staged, name, os.O_EXCL)
     with suppress(FileExistsError):
@@ -98,10 +98,10 @@ def _write_identity(folder: Path, name: str) -> None:
 
 
 def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
-    """Refuse (RefusedError) a store that was neither made on this machine nor accepted by a person.
+    """Raise RefusedError for a store that was neither created on this machine nor adopted by the user.
 
-    A folder that has none gets an identity. Of other stores, and where only a file names it instead of a person or a
-    run, the URL is what has to be known.
+    A folder without a store gets an identity. For other kinds of stores, and for one that is named only by a file
+    instead of the user or a run, the URL has to be known.
     """
     folder = require_local_folder(url)
     try:
@@ -111,44 +111,44 @@ def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
         if folder is not None and ensure_log(folder, home).name.encode() not in _known(home):
             raise _unknown(f"the state in {folder}", home)
     except OSError as error:
-        remedy = "set COUNCIL_HOME to a folder of yours on this machine"
+        remedy = "set COUNCIL_HOME to a folder that you own on this machine"
         raise to_unusable_error(error, f"{error.filename or home} can't be used", remedy) from None
 
 
 def find_trust_error(folder: Path, home: Path) -> RefusedError | None:
-    """Return why the log in a folder would be refused; None if it would not be. Changes nothing."""
+    """Return why the log in a folder is not trusted; None if it is. Changes nothing."""
     try:
         log = find_log(folder)
         is_known = log is None or log.name.encode() in _known(home)
     except RefusedError as error:
         return error
-    except OSError:  # the home can't be read: that is looked at on its own
+    except OSError:  # an unreadable home is reported elsewhere
         return None
     return None if is_known else _unknown(f"the state in {folder}", home)
 
 
 def _unknown(what: str, home: Path) -> RefusedError:
     return RefusedError(
-        f"{what} is not known in {home}: it was made on another machine, or with another COUNCIL_HOME, and the commands"
-        " of its runs would be executed",
-        "`council state adopt` if you know where it comes from; else move it away",
+        f"{what} is not known in {home}: it was created on another machine, or with another COUNCIL_HOME, and"
+        " the commands of its runs would be executed",
+        "`council state adopt` if you trust its origin; else move it away",
     )
 
 
 def adopt_store(url: str, home: Path) -> None:
-    """Record that a person wants a store to be used that was made elsewhere. RefusedError where there is none."""
+    """Record that the user trusts a store that was made elsewhere. RefusedError if there is none."""
     if (folder := require_local_folder(url)) is not None:
         _record(home, require_log(folder).name, str(folder))
     record_store_use(url, home)
 
 
 def record_store_use(url: str, home: Path) -> None:
-    """Record that a run is in the store at a URL, so that a file may name it from then on."""
+    """Record that a run uses the store at a URL, so that a file may name it from then on."""
     _record(home, _url_name(url), "")
 
 
 def known_store_folders(home: Path) -> list[Path]:
-    """Return the folders of the stores that were made or accepted on this machine last. Blocks."""
+    """Return the folders of the stores that were created or adopted on this machine last. Blocks."""
     try:
         lines = (home / _KNOWN).read_text(errors="replace").splitlines()[-_MOST_HIDDEN:]
     except OSError:
@@ -161,7 +161,7 @@ def known_store_folders(home: Path) -> list[Path]:
 
 
 def _url_name(url: str) -> str:
-    # A URL may have a password in it.
+    # A URL may contain a password.
     return f"url-{hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:32]}"
 
 
@@ -174,11 +174,11 @@ def _known(home: Path) -> set[bytes]:
 
 
 def _record(home: Path, name: str, folder: str) -> None:
-    """Add a line; the folder is there for people."""
+    """Add a line; its folder is for people and sandboxes."""
     if name.encode() in _known(home):
         return
     make_folder(home)
-    # A line that a crash left unfinished ends here.
+    # The leading newline ends a line that a crash left unfinished.
     _write(home / _KNOWN, f"\n{name} {json.dumps(folder)}", os.O_APPEND)
     sync_folder(home)
 

@@ -87,18 +87,18 @@ _REMEDIES: Final = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "mount the file system writable",
     errno.EACCES: "give this user access to it",
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "name a folder that is there or can be made"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "name a folder that exists or can be created"),
     errno.ESTALE: "give the command again",
 }
 _AT_ONCE_BYTES: Final = 16 << 10
-"""So much is read or written on the event loop: some ten commits, which were written just now, or take no sync."""
+"""The bytes to read or write on the event loop at most: some ten recent commits, or commits without sync."""
 PART_BYTES: Final = 1 << 20
-"""So much is read or written per trip to a thread."""
+"""The bytes to read or write per call in a thread."""
 
 
 @dataclass(slots=True)
 class PendingCommit:
-    """A caller's place in the next group of commits: its commit, then what came of it."""
+    """A commit in the queue for the next group, and later its outcome."""
 
     commit: EncodedCommit
     position: int = 0
@@ -106,7 +106,7 @@ class PendingCommit:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is known what came of it."""
+        """Whether the outcome is known."""
         return bool(self.position or self.failure)
 
 
@@ -115,16 +115,16 @@ class InlineResult(Enum):
 
     DONE = auto()
     BUSY = auto()
-    """Another process is at it, which takes it about as long as that would take."""
+    """Another process is committing, which takes about as long as a call in a thread."""
     TOO_MUCH = auto()
-    """There is a sync to wait for, or much to read or write."""
+    """It needs a sync, or much to read or write."""
 
 
 class Journal:
     """The log in a directory; nothing but `open` may be called before that."""
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
-        """Take the log in `directory`; a segment is closed once it holds `segment_bytes`."""
+        """Use the log in `directory`; a segment is closed at `segment_bytes`."""
         self._directory = directory
         self._clock, self._by = clock, get_writer_name()
         self._segment_bytes = segment_bytes
@@ -143,20 +143,20 @@ class Journal:
 
     @property
     def table(self) -> DocumentTable:
-        """What the log amounts to, as far as it is known."""
+        """The newest documents of the known part of the log."""
         return self._replay.table
 
     @property
     def damage(self) -> list[Damage]:
-        """What of it could not be read."""
+        """The damage found so far."""
         return self._replay.damage
 
     def mark(self) -> HighWaterMark | None:
-        """Return how far the log goes; so cheap that it may be done on the event loop."""
+        """Return the high-water mark; cheap enough for the event loop."""
         return self._lock.read()
 
     def check_not_replaced(self) -> None:
-        """Raise OSError (ESTALE) unless the log is still where it was opened."""
+        """Raise OSError (ESTALE) if the log was moved or replaced."""
         self._lock.check_not_replaced()
 
     def try_refresh_inline(self) -> bool:
@@ -178,23 +178,23 @@ class Journal:
         return mark.segment == self._cursor.segment and mark.end - self._cursor.offset <= _AT_ONCE_BYTES
 
     def begin_segment(self) -> None:
-        """Have the next commit begin a new segment."""
+        """Start a new segment with the next commit."""
         self._rolls = True
 
     def end(self) -> HighWaterMark:
-        """Return where the log ends now."""
+        """Return the current end of the log."""
         with self._io, self._lock.held():
             self._recover()
             return HighWaterMark(self._cursor.segment, self._cursor.offset, self._replay.table.position)
 
     def check_empty(self) -> None:
-        """Refuse (RefusedError) a log that holds anything."""
+        """Raise RefusedError unless the log is empty."""
         end = self.end()
         if end.segment:  # an empty segment is what a commit left that could not be made durable
             raise not_empty_error(str(self._directory), end.position)
 
     def put(self, staging: Staging) -> None:
-        """Make what is staged the log, which must be empty."""
+        """Commit a staged load; the log must be empty."""
         with self._io, self._lock.held():
             self._recover()
             if self._cursor.segment:
@@ -203,7 +203,7 @@ class Journal:
             self._recover()
 
     def verify(self) -> VerificationReport:
-        """Compare what the log tells, read from its beginning, with what is known of it."""
+        """Replay the whole log, and compare the result with the table."""
         replay = LogReplay()
         with closing(LogCursor(self._directory)) as cursor:
             _read_on(replay, cursor, self._lock.read())  # most of it while others may commit
@@ -241,7 +241,7 @@ class Journal:
             self._replay.damage.clear()
 
     def compact(self, older_than: float, largest: int) -> CompactionResult:
-        """See `Store.compact`; one process at a time."""
+        """See `Store.compact`; only one process at a time."""
         before = log_size(self._directory)
         with self._lock.held():
             remove_replaced_segments(self._directory)
@@ -299,12 +299,12 @@ class Journal:
             self._saved = _size(found.sums)
 
     def close(self) -> None:
-        """Leave a snapshot if that is worth it, and give all files back."""
+        """Write a snapshot if useful, and close all files."""
         with self._io:
             self._opened.close()
 
     def _save(self) -> None:
-        """Leave a snapshot for the next opener, if that spares it something."""
+        """Write a snapshot for the next opener, if it saves replaying enough of the log."""
         sums = self._cursor.sums
         if _size(sums) - self._saved < snapshot.MIN_NEW_BYTES or self._broken or self._replay.damage:
             return
@@ -316,12 +316,12 @@ class Journal:
                 snapshot.write_snapshot(self._directory, snapshot.Snapshot(self._replay.table, sums))
 
     def catch_up(self) -> None:
-        """Take in what others have committed."""
+        """Read the commits of other processes."""
         with self._io:
             self._follow(self._lock.read())
 
     def _follow(self, mark: HighWaterMark | None) -> None:
-        """Take in what others have committed up to a mark; `_io` must be held."""
+        """Read the commits of other processes up to a mark; the caller holds `_io`."""
         # Nobody thins the log out while we go from one segment to the next.
         if mark is None or mark.segment != self._cursor.segment:
             with self._lock.held():
@@ -362,7 +362,7 @@ class Journal:
 
     @contextmanager
     def _fail_group_on_error(self, group: list[PendingCommit]) -> Iterator[list[PendingCommit]]:
-        """Settle the commits of a group in which the system fails."""
+        """Set the outcome of a group's commits after a system error."""
         try:
             yield group
         except OSError as error:
@@ -513,7 +513,7 @@ class Journal:
 
 
 def to_store_error(directory: Path, error: OSError) -> StoreUnavailable:
-    """Return what an error of the system means to who uses the store."""
+    """Return the store error for a system error."""
     if isinstance(error, LogLostError):
         return StateLost(directory, str(error.strerror))
     remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
@@ -547,7 +547,7 @@ def _read_on(replay: LogReplay, cursor: LogCursor, mark: HighWaterMark | None) -
 
 
 def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCommit]:
-    """Return the next commits up to the end; RefusedError where one of them can't be read."""
+    """Return the next commits up to the end; RefusedError if one of them is unreadable."""
     commits, size = list[DumpedCommit](), 0
     for found in cursor.read(end):
         if isinstance(found.item, PrunedEnd):
@@ -562,7 +562,7 @@ def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCom
 
 
 def check_retained(directory: Path, after: int) -> None:
-    """Raise HistoryGone where commits behind position `after` are missing on purpose."""
+    """Raise HistoryCompacted if commits after position `after` are pruned."""
     first = pruned_through(directory)
     if after < first:
         raise HistoryCompacted(after, first)
@@ -571,7 +571,7 @@ def check_retained(directory: Path, after: int) -> None:
 def read_records(
     directory: Path, cursor: LogCursor, until: HighWaterMark, after: int
 ) -> tuple[list[CommitRecord], bool]:
-    """Return the next records behind position `after`, and whether `until` is reached."""
+    """Return the next records after position `after`, and True if `until` is reached."""
     records, start = [], (cursor.segment, cursor.offset)
     try:
         for found in cursor.read(until):

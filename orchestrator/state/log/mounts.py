@@ -1,4 +1,4 @@
-"""Which file system a path is on: on a network one a flock may exclude nobody, and the log would be torn."""
+"""Refuse state on network file systems, where flock may not exclude other processes and the log would be torn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from orchestrator.errors import RefusedError
 
-# Not 9p and virtiofs: containers and virtual machines have the disk of their own host behind them.
+# Without 9p and virtiofs: containers and virtual machines use them for a local disk of their host.
 NETWORK_FILE_SYSTEMS: Final = frozenset(
     {
         "afs",
@@ -42,7 +42,7 @@ NETWORK_FILE_SYSTEMS: Final = frozenset(
 def refuse_network_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
     """Raise RefusedError if `path` (it need not exist) is on a network file system.
 
-    Where there is no mount table nothing is refused.
+    Without a mount table nothing is refused.
     """
     found = read_mount(path, mountinfo)
     if found is not None and found[1] in NETWORK_FILE_SYSTEMS:
@@ -56,7 +56,7 @@ def refuse_network_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinf
 def read_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Path, str] | None:
     """Return the mount point that holds `path` (it need not exist), and its file system's type.
 
-    Reads Linux's mount table, see proc_pid_mountinfo(5); None where there is none.
+    Reads Linux's mount table, see proc_pid_mountinfo(5); None if there is none.
     """
     try:
         table = mountinfo.read_text(encoding="utf-8", errors="surrogateescape")
@@ -71,7 +71,7 @@ def mount_of(path: Path, table: str) -> tuple[Path, str]:
     for line in table.splitlines():
         fields = line.split(" ")
         mount = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]))
-        # Of several on the same point the last one is on top.
+        # Of several mounts on one point, the last one is visible.
         if path.is_relative_to(mount) and len(mount.parts) >= len(found[0].parts):
             found = (mount, fields[fields.index("-") + 1])
     return found

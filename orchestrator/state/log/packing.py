@@ -1,9 +1,8 @@
-"""Closed segments in a fraction of their size: Zstandard frames (RFC 8878), which `zstdcat` reads.
+"""Compress closed segments as Zstandard frames (RFC 8878), which `zstdcat` reads.
 
-Before all stands a skippable frame with what the content was and the CRC-32 of all that follows, so that it can be told
-without unpacking whether a segment still holds what it held. The content is packed in parts of whole lines, each behind
-a skippable frame with its lengths, its CRC-32 and its first position: damage takes one part along, not the rest, and to
-look one commit up one part is unpacked.
+The file starts with a skippable frame that has the checksum of the content and the CRC-32 of the rest, to verify a
+segment without unpacking it. The content is packed in parts of whole lines, each after a skippable frame with its
+lengths, its CRC-32 and its first position: damage affects one part only, and reading one commit unpacks one part.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ _PART: Final = struct.Struct("<IIIIIQ")
 _MARK: Final = struct.pack("<II", _MAGIC, _PART.size - 8)
 _PART_BYTES: Final = 1 << 20
 _LEVEL: Final = 9
-_NEAR_BYTES: Final = 256 << 10  # read at once around a line that is looked for
+_NEAR_BYTES: Final = 256 << 10  # bytes to read around a searched line
 
 
 class Checksum(NamedTuple):
-    """What some bytes were when they were read or written: how many, and their CRC-32."""
+    """The size and CRC-32 of some bytes."""
 
     size: int
     crc: int
 
 
 class _Part(NamedTuple):
-    """A good part: its first position, where its content begins, how much that is, and its frame."""
+    """An undamaged part: its first position, the offset and length of its content, and its frame."""
 
     first: int
     start: int
@@ -43,10 +42,10 @@ class _Part(NamedTuple):
 
 
 class Packer:
-    """Packs lines of the log that come bit by bit."""
+    """Packs lines of the log incrementally."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start without content."""
         import zstandard
 
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
@@ -54,7 +53,7 @@ class Packer:
         self._content, self._packed_crc = Checksum(0, 0), 0
 
     def add(self, lines: bytes) -> bytes:
-        """Return what stands for some more whole lines; it follows on what was returned before."""
+        """Return the packed form of more whole lines, which continues the data returned before."""
         parts = []
         for part in _split(lines):
             item = scan(part, 0)
@@ -68,7 +67,7 @@ class Packer:
         return packed
 
     def head(self) -> bytes:
-        """Return what stands before all that was returned so far; it always has the same length."""
+        """Return the head for all data returned so far; its length is constant."""
         return _WHOLE.pack(_MAGIC, _WHOLE.size - 8, *self._content, self._packed_crc)
 
 
@@ -80,12 +79,12 @@ def pack(data: bytes) -> bytes:
 
 
 def unpack(packed: bytes) -> bytes:
-    """Return what was packed, without the parts that are damaged."""
+    """Return the unpacked content without damaged parts."""
     return b"".join(_unpack(part) for part in _parts(packed))
 
 
 def read_content_checksum(packed: bytes) -> Checksum | None:
-    """Return the sum of what was packed; None if these are not the bytes that it was packed to."""
+    """Return the checksum of the unpacked content; None if the packed bytes are damaged."""
     if len(packed) < _WHOLE.size:
         return None
     magic, length, size, crc, packed_crc = _WHOLE.unpack_from(packed)
@@ -127,10 +126,10 @@ class SegmentReader:
     """The content of a segment, packed or not."""
 
     def __init__(self, path: Path) -> None:
-        """Open it; OSError if it is not there."""
+        """Open the segment; OSError if it does not exist."""
         self._file = path.open("rb", buffering=0)
         self.is_damaged = False
-        """Whether some of what was packed can't be read any more, and is missing."""
+        """Whether damaged parts are missing from the content."""
         self._parts: list[_Part] | None = None
         self._unpacked: tuple[_Part, bytes] | None = None
         if path.suffix == ".zst":
@@ -139,13 +138,13 @@ class SegmentReader:
             self._parts, self.is_damaged = list(_parts(packed)), read_content_checksum(packed) is None
 
     def size(self) -> int:
-        """Return how many bytes there are by now."""
+        """Return the current size of the content in bytes."""
         if self._parts is None:
             return os.fstat(self._file.fileno()).st_size
         return self._parts[-1].start + self._parts[-1].length if self._parts else 0
 
     def read(self, size: int, offset: int) -> bytes:
-        """Return so many bytes from an offset on, or all that there are."""
+        """Return up to `size` bytes from an offset."""
         if self._parts is None:
             return os.pread(self._file.fileno(), size, offset)
         found = [part for part in self._parts if part.start < offset + size and offset < part.start + part.length]
@@ -154,20 +153,20 @@ class SegmentReader:
         return content[begin : begin + size]
 
     def around(self, position: int) -> bytes:
-        """Return some lines, with that of a commit among them if there is one."""
+        """Return some lines, which include that of a commit if it exists."""
         if self._parts is not None:
             parts = [part for part in self._parts if part.first <= position]
             return self._content(parts[-1]) if parts else b""
         low, high = 0, self.size()
         while high - low > _NEAR_BYTES:
             found = self._line_behind((low + high) // 2, high)
-            if found is None:  # what begins before may reach to the end
+            if found is None:  # the line before may extend to the end
                 break
             low, high = (found[0], high) if found[1] <= position else (low, found[0])
         return self.read(high - low, low)
 
     def _line_behind(self, offset: int, end: int) -> tuple[int, int] | None:
-        """Return where the first good line between two offsets begins, and its position; None if there is none."""
+        """Return the offset and position of the first valid line between two offsets; None if there is none."""
         size = _NEAR_BYTES // 4
         while True:
             data = self.read(min(size, end - offset), offset)
@@ -182,11 +181,11 @@ class SegmentReader:
             size *= 2
 
     def close(self) -> None:
-        """Give it back."""
+        """Close the file."""
         self._file.close()
 
     def _content(self, part: _Part) -> bytes:
-        """Return a part's content; the last one is kept, because who reads on will want it again."""
+        """Return a part's content; caches the last one for sequential reads."""
         if self._unpacked is None or self._unpacked[0] is not part:
             self._unpacked = part, _unpack(part)
         return self._unpacked[1]

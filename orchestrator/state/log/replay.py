@@ -1,4 +1,4 @@
-"""From what is found in the log to the state, and to an account of what could not be read."""
+"""Replay scanned lines of the log into a table, and report damage."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from orchestrator.state.log.table import DocumentTable
 
 
 class LogReplay:
-    """Feeds a table in the log's order, and decides what each damage means for it.
+    """Applies lines to a table in the log's order, and decides the effect of each damage.
 
-    Bytes that are no line mean nothing by themselves: only the positions around them tell whether commits are
-    missing. So they are kept as suspects until the next good line, or until the known end.
+    Bytes that are no valid line have no meaning by themselves: only the positions around them show whether commits are
+    missing. They are kept as suspects until the next valid line, or until the known end.
     """
 
     def __init__(self, table: DocumentTable | None = None) -> None:
-        """Begin with the table of a log of which some is known, or with none."""
+        """Start with the table of an already replayed part of the log, or with an empty one."""
         self.table = DocumentTable() if table is None else table
         self.damage: list[Damage] = []
         self._suspects: list[ScannedItem] = []
 
     def take(self, found: ScannedItem) -> None:
-        """Take what stands next in the log."""
+        """Take the next scanned item of the log."""
         if isinstance(found.item, PrunedEnd):
-            self._end_thinned(found.path, found.item.last)
+            self._end_pruned(found.path, found.item.last)
             return
         if isinstance(found.item, DecodedLine) and found.is_copy:
-            what = f"commit {found.item.line.position} stands there twice: its copy is skipped"
+            what = f"commit {found.item.line.position} is there twice: its copy is skipped"
             self.report(found.path, found.offset, (), what)
             return
         if not isinstance(found.item, DecodedLine) or found.item.line.position <= self.table.position:
             self._suspects.append(found)
             return
         line = found.item.line
-        if not found.is_pruned:  # there it is told at the end
+        if not found.is_pruned:  # pruned segments are checked at their end
             self._settle(line.position - 1 - self.table.position, found.path, found.offset)
         if line.is_damaged:
             keys = tuple(change.key for change in line.changes if change.length)
@@ -46,21 +46,21 @@ class LogReplay:
             self.report(found.path, found.offset, (), f"commit {line.position} lacks its line's end: nothing lost")
         self.table.apply(line)
 
-    def _end_thinned(self, path: Path, last: int) -> None:
+    def _end_pruned(self, path: Path, last: int) -> None:
         if self._suspects:
-            what = f"some of what is left of the commits up to {last} is unreadable: every document may be out of date"
+            what = f"some lines of the pruned commits up to {last} are unreadable: every document may be out of date"
             self.report(path, self._suspects[0].offset, None, what)
             self.table.lose(last)
             self._suspects.clear()
         self.table.position = last
 
     def finish(self, position: int, path: Path, offset: int) -> None:
-        """Account for the end of the log, in which the newest commit is known to be at `position` or later."""
+        """Check the end of the log, whose newest commit is known to be at `position` or later."""
         missing = position - self.table.position
         self._settle(max(missing, 1) if self._suspects else missing, path, offset)
 
     def report(self, path: Path, offset: int, keys: Sequence[Key] | None, what: str) -> None:
-        """Add a damage to the account."""
+        """Add a damage report."""
         self.damage.append(Damage(path, offset, keys, what))
 
     def _settle(self, missing: int, path: Path, offset: int) -> None:

@@ -1,10 +1,10 @@
-"""The files of the commit log: segments, a lock, and the mark in it that says how far the log goes.
+"""The files of the commit log: segments, and a lock file with the high-water mark.
 
-Segments are named by the first position that they hold; what is left of older ones that were thinned out is one that is
-named by its last position, too. Closed ones may be packed (`orchestrator.state.log.packing`). Only the holder of the flock
-appends; readers take no lock: they read up to the mark, which moves after the data is safe, so they never see what a
-failed disk takes back. The mark itself is never made durable: after a start of the machine it may be of any time
-before, and name commits that were to outlive their processes only. All of this blocks: it runs in worker threads.
+Segments are named by their first position; a segment with the rest of pruned ones is named by its last position, too.
+Closed segments may be packed (`orchestrator.state.log.packing`). Only the holder of the flock appends. Readers take no
+lock: they read up to the mark, which advances after the data is safe, so that they never see data that a failing disk
+loses. The mark itself is never made durable: after a reboot it may be outdated, and may include commits that were not
+durable. All functions block, and run in worker threads.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from orchestrator.state.log.packing import Checksum, SegmentReader
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 148
 _LOCK: Final = "lock"
-_TICK: Final = 3_000_000_000  # nanoseconds that the clock of any file system takes at most to go on
+_TICK: Final = 3_000_000_000  # nanoseconds: the coarsest timestamp resolution of any file system
 _NAME: Final = re.compile(r"(\d{20})(?:-(\d{20}))?\.jsonl(\.zst)?")
 
 
 class HighWaterMark(NamedTuple):
-    """How far the log goes: up to offset `end` of the segment that begins with position `segment`."""
+    """The end of the log: offset `end` of the segment with first position `segment`."""
 
     segment: int
     end: int
     position: int
     durable_end: int = 0
-    """Up to where in that segment it is known to be durable; all before the segment is."""
+    """The offset up to which that segment is known to be durable; all earlier segments are."""
     durable: int = 0
-    """The position up to which it is."""
+    """The position up to which the log is durable."""
     boot: str = UNKNOWN
-    """The start of the machine that this is of."""
+    """The boot of the machine in which it was written."""
     is_uncertain: bool = False
-    """Whether a write failed: what is behind `end` was refused, what is not durable yet may never get to the disk."""
+    """Whether a write failed: data after `end` was rejected, data that is not durable may never reach the disk."""
 
     def encode(self) -> bytes:
-        """Return text of fixed length with a checksum: a reader may meet a mark that is half written."""
+        """Return text of fixed length with a checksum: a reader may read a partly written mark."""
         text = b"%020d %020d %020d %020d %020d %b %d" % (*self[:5], self.boot.encode(), self.is_uncertain)
         return b"%b %08x" % (text, zlib.crc32(text))
 
@@ -64,7 +64,7 @@ class HighWaterMark(NamedTuple):
 
 
 class LogLostError(OSError):
-    """The log does not hold any more what was read from it."""
+    """The log no longer has the data that was read from it."""
 
     def __init__(self, why: str) -> None:
         super().__init__(errno.EIO, why)
@@ -75,27 +75,27 @@ class Segment(NamedTuple):
 
     first: int
     last: int = 0
-    """With one, it holds what is left of the commits up to that one; else all of them."""
+    """If set, the segment has the rest of pruned commits up to that position; else all commits."""
     is_packed: bool = False
 
     @property
     def is_pruned(self) -> bool:
-        """Whether commits are missing on purpose."""
+        """Whether it is pruned."""
         return self.last > 0
 
     def packed(self) -> Segment:
-        """Return its packed form."""
+        """Return the segment in its packed form."""
         return self._replace(is_packed=True)
 
     def path(self, directory: Path) -> Path:
-        """Return where it is."""
+        """Return its path."""
         last = f"-{self.last:020d}" if self.last else ""
         return directory / f"{self.first:020d}{last}.jsonl{'.zst' if self.is_packed else ''}"
 
 
 @dataclass(frozen=True, slots=True)
 class PrunedEnd:
-    """The end of what is left of the commits up to position `last`."""
+    """The end of the pruned commits up to position `last`."""
 
     last: int
 
@@ -114,7 +114,7 @@ class ScannedItem(NamedTuple):
 
 
 class LogLock:
-    """The permanent lock file, kept open; it carries the mark."""
+    """The permanent lock file, kept open; it contains the mark."""
 
     def __init__(self, directory: Path) -> None:
         self._path = str(directory / _LOCK)
@@ -123,7 +123,7 @@ class LogLock:
         self._read: tuple[bytes, HighWaterMark | None] = b"", None
 
     def read(self) -> HighWaterMark | None:
-        """Return the mark, None if there is none that is whole; so cheap that it may be done on the event loop."""
+        """Return the mark, None if it is missing or torn; cheap enough for the event loop."""
         data = os.pread(self._file.fileno(), _MARK_BYTES, 0)
         known, mark = self._read
         if data != known:
@@ -132,7 +132,7 @@ class LogLock:
         return mark
 
     def publish(self, mark: HighWaterMark) -> None:
-        """Let all readers see the log up to `mark`."""
+        """Publish the log up to `mark` to all readers."""
         data = mark.encode()
         os.pwrite(self._file.fileno(), data, 0)
         self._read = data, mark
@@ -174,7 +174,7 @@ class LogLock:
             fcntl.flock(fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Give the file back; every later use raises ValueError."""
+        """Close the file; every later use raises ValueError."""
         self._file.close()
 
 
@@ -191,7 +191,7 @@ def list_segments(directory: Path) -> list[Segment]:
 
 
 class SegmentListing:
-    """The segments of a folder, which seldom change while they are asked for again and again."""
+    """A cache of a folder's segments, which are listed often and change rarely."""
 
     def __init__(self, directory: Path) -> None:
         """Look at a folder later on."""
@@ -221,12 +221,12 @@ def _segments_of(names: list[str]) -> list[Segment]:
 
 
 def pruned_through(directory: Path) -> int:
-    """Return the position up to which commits are missing on purpose; 0 if none are."""
+    """Return the position up to which commits are pruned; 0 if none are."""
     return next((one.last for one in list_segments(directory)), 0)
 
 
 def open_segment(directory: Path, segment: Segment) -> SegmentReader:
-    """Open a segment, in its packed form if it has been packed meanwhile; FileNotFoundError if it is gone."""
+    """Open a segment, in its packed form if it was packed meanwhile; FileNotFoundError if it is missing."""
     try:
         return SegmentReader(segment.path(directory))
     except FileNotFoundError:
@@ -234,7 +234,7 @@ def open_segment(directory: Path, segment: Segment) -> SegmentReader:
 
 
 def segment_size(directory: Path, segment: Segment) -> int:
-    """Return how many bytes of lines a segment holds."""
+    """Return the size of a segment's lines in bytes."""
     if not segment.is_packed:
         with suppress(FileNotFoundError):  # it has been packed meanwhile
             return segment.path(directory).stat().st_size
@@ -243,7 +243,7 @@ def segment_size(directory: Path, segment: Segment) -> int:
 
 
 class LogCursor:
-    """A place in the log, and what is read from there on."""
+    """A cursor in the log, to read from there on."""
 
     def __init__(self, directory: Path, after: int = 0) -> None:
         """Stand at the beginning of the segment that holds the position behind `after`."""
@@ -299,7 +299,7 @@ class LogCursor:
         self.offset = sums[self.segment].size
 
     def close(self) -> None:
-        """Give the open segment back."""
+        """Close the open segment."""
         if self._source is not None:
             self._source.close()
             self._source = None
@@ -371,7 +371,7 @@ def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, ScanResult]]:
 
 
 def find_line(directory: Path, position: int) -> LogLine | None:
-    """Return the line of a commit; None where it is not there, or can't be read."""
+    """Return the line of a commit; None if it is missing or unreadable."""
     found = [one for one in list_segments(directory) if one.first <= position]
     if not found:
         return None
@@ -415,13 +415,13 @@ def make_folder(directory: Path) -> None:
 
 
 def sync_folder(directory: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the entries of a folder durable."""
     with _opened(directory, os.O_RDONLY) as fd:
         os.fsync(fd)
 
 
 def append(path: Path, offset: int, data: bytes, *, durable: bool = True) -> int:
-    """Write `data` at `offset`, and return where it ends. On an OSError it may stand there in part."""
+    """Write `data` at `offset`, and return its end. After an OSError it may be written in part."""
     with _opened(path, os.O_WRONLY) as fd:
         _write_at(fd, data, offset)
         if durable:
@@ -436,14 +436,14 @@ def _write_at(fd: int, data: bytes, offset: int) -> None:
 
 
 def truncate(path: Path, offset: int) -> None:
-    """Drop what stands behind `offset`, durably."""
+    """Truncate a file at `offset`, durably."""
     with _opened(path, os.O_WRONLY) as fd:
         os.ftruncate(fd, offset)
         _make_durable(fd)
 
 
 def make_durable(path: Path) -> None:
-    """Make durable what was written to a file. After an OSError nothing is known of what was not durable before."""
+    """Make a file durable. After an OSError the state of data that was not durable before is unknown."""
     with _opened(path, os.O_WRONLY) as fd:
         _make_durable(fd)
 

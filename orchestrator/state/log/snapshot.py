@@ -1,10 +1,10 @@
-"""The newest documents in one file, so that opening a long log does not replay it. Never the truth, the log is.
+"""A file with the newest documents, so that opening does not replay a long log. The log stays authoritative.
 
     <crc of the rest> <length of the index> <index> <values>
 
-Written when a store is closed, read when one is opened, and only believed if every byte of the log that it stands for
-has still the checksum that the log had when it was replayed: what is damaged is found as without it. One that is
-torn, old or missing costs time and nothing else, so it is not made durable.
+It is written when a store is closed, read when one is opened, and used only if all bytes of its part of the log still
+have the checksum from the time of the replay: damage is detected as without a snapshot. A torn, outdated or missing
+snapshot only costs time, so it is not made durable.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from orchestrator.state.log.table import DocumentTable, TableEntry
 from orchestrator.system.failpoints import failpoint
 
 SNAPSHOT_FILE: Final = "snapshot"
-#: How many bytes of the log must have come since the last one to make it worth writing.
+#: The number of new bytes of the log from which a new snapshot is written.
 MIN_NEW_BYTES: Final = 1 << 20
 
-# Fresh memory for more bytes, or more documents, at once takes longer than their checksum.
+# Allocating memory for more bytes, or more documents, at once takes longer than their checksum.
 _READ_BYTES: Final = 1 << 16
 _AT_ONCE: Final = 64
 _HEAD_BYTES: Final = 18  # two numbers of eight hexadecimal digits, each with a space
 
 
 class Snapshot(NamedTuple):
-    """The state behind some bytes of the log: segments by their first position, in order."""
+    """The state after a part of the log; `sums` has its segments by first position, in order."""
 
     table: DocumentTable
     sums: Mapping[int, Checksum]
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
-    """Put a snapshot in place of the one before. Blocks; an OSError leaves that one as it is."""
+    """Replace the snapshot atomically. Blocks; after an OSError the old one is unchanged."""
     values: list[bytes] = []
     kinds = {}
     writers: dict[str, int] = {}
@@ -77,14 +77,14 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(directory: Path) -> Snapshot | None:
-    """Return the snapshot if there is one and the log is still what it was made from. Blocks."""
+    """Return the snapshot if it exists and its part of the log is unchanged. Blocks."""
     try:
         with (directory / SNAPSHOT_FILE).open("rb") as file, ThreadPoolExecutor(1) as pool:
             head = file.read(_HEAD_BYTES)
             encoded = file.read(int(head[9:17], 16))
             index = from_json(encoded)
             sums = {first: Checksum(size, crc) for first, size, crc in index["sums"]}
-            is_log = pool.submit(_is_log, directory, sums)  # neither reading files nor checksums hold the interpreter
+            is_log = pool.submit(_is_log, directory, sums)  # reading and checksums release the GIL
             kinds, crc = {}, zlib.crc32(encoded, zlib.crc32(head[9:]))
             for kind, columns in index["kinds"].items():
                 values, crc = _values(file, columns["lengths"], crc)

@@ -1,8 +1,8 @@
-"""A log that comes from elsewhere, written aside until all of it is there, and then put into its place at once.
+"""Load a copied log atomically: write it to a staging folder, then rename that.
 
-Its segments are written in the folder `loading`. That this is renamed to `loaded` is the moment from which on they
-count: whoever opens the store, or commits, moves them to where they belong before all else. What is killed before
-leaves an empty store and a folder that the next load removes. All of this blocks.
+The segments are written to the folder `loading`. Its renaming to `loaded` commits the load: every process that opens
+the store, or commits, first moves the segments to their final location. A kill before that leaves an empty store, and a
+folder that the next load removes. All functions block.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _LOADED: Final = "loaded"
 
 
 class Staging:
-    """Segments that are no log yet. One process at a time has one in a store's folder."""
+    """Staged segments of a load. Only one process at a time may stage in a store's folder."""
 
     def __init__(self, directory: Path, first: int, segment_bytes: int) -> None:
-        """Stage a log of which, up to position `first`, there is only what is left; a segment has so many bytes."""
+        """Stage a log that is pruned up to position `first`, in segments of `segment_bytes`."""
         self._directory, self._folder = directory, directory / _LOADING
         self._first, self._segment_bytes = first, segment_bytes
         self._path = self._folder
         self._file: IO[bytes] | None = None
         self._packer: Packer | None = None
-        """While what is left of thinned out commits is written."""
+        """Set while pruned commits are written."""
         self._size = 0
         self._has_live = False
 
     def begin(self) -> None:
-        """Begin with nothing, whatever an earlier load has left."""
+        """Create an empty staging folder; remove that of an earlier load."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
         if self._first:
@@ -45,10 +45,10 @@ class Staging:
             self._write(self._packer.head())
 
     def add(self, lines: Sequence[LogLine]) -> None:
-        """Add some lines, in the log's order."""
-        left = b"".join(encode_line(line) for line in lines if line.position <= self._first)
-        if self._packer is not None and left:
-            self._write(self._packer.add(left))
+        """Add lines in the log's order."""
+        pruned = b"".join(encode_line(line) for line in lines if line.position <= self._first)
+        if self._packer is not None and pruned:
+            self._write(self._packer.add(pruned))
         for line in lines:
             if line.position > self._first:
                 self._add_live(line)
@@ -65,22 +65,22 @@ class Staging:
         self._size += len(data)
 
     def finish(self) -> None:
-        """Make all of it durable; it does not count yet."""
+        """Make the segments durable; the load is not committed yet."""
         self._close()
         if not self._has_live:
-            create_segment(self._folder, self._first + 1)  # to what was thinned out nothing is ever appended
+            create_segment(self._folder, self._first + 1)  # pruned segments are never appended to
         sync_folder(self._folder)
         failpoint("state.load_finished")
 
     def put(self) -> None:
-        """Have it count; the store's lock must be held, and the store be empty."""
+        """Commit the load; the caller holds the store's lock, and the store is empty."""
         self._folder.rename(self._directory / _LOADED)
         sync_folder(self._directory)
         failpoint("state.loaded")
         install_loaded(self._directory)
 
     def discard(self) -> None:
-        """Leave nothing of it, unless it counts."""
+        """Remove the staged segments, unless the load is committed."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -92,7 +92,7 @@ class Staging:
         self._file = open(self._path, "xb", opener=open_private)
 
     def _close(self) -> None:
-        """Make what was written last durable."""
+        """Close the current segment and make it durable."""
         if self._file is None:
             return
         with self._file as file:
@@ -105,7 +105,7 @@ class Staging:
 
 
 def install_loaded(directory: Path) -> None:
-    """Bring a load to its end that counts, if there is one; the store's lock must be held."""
+    """Complete a committed load, if there is one; the caller holds the store's lock."""
     loaded = directory / _LOADED
     if not loaded.is_dir():
         return

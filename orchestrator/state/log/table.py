@@ -1,6 +1,6 @@
-"""What the log amounts to: the newest version of each document, by kind and id.
+"""The newest version of each document in the log, by kind and id.
 
-Values stay encoded until somebody reads them: opening costs no parsing, and each reader decodes a copy of its own.
+Values stay encoded until they are read: opening a store needs no parsing, and each reader decodes a copy of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchestrator.state.log.codec import EncodedCommit, EncodedWrite, LineChange
 class TableEntry(NamedTuple):
     """A document's newest version. `value` is encoded; None if it was deleted, or lost before it was ever read.
 
-    `damaged`: this version's value is not known, `value` is an older one.
+    `damaged`: this version's value is unknown, and `value` is an older one.
     """
 
     version: int
@@ -31,27 +31,27 @@ class TableEntry(NamedTuple):
     expires: float | None = None
 
     def exists(self, now: float) -> bool:
-        """Whether there is a document, be its value known or not; one that is gone only keeps its version."""
+        """Return True if the document exists, even with an unknown value; a deleted one only keeps its version."""
         return (self.value is not None or self.damaged) and (self.expires is None or now < self.expires)
 
 
 class DocumentTable:
-    """The state as of `position`. One thread at a time may apply; any thread may read meanwhile."""
+    """The state as of `position`. Only one thread at a time may apply; all threads may read."""
 
     def __init__(self, position: int = 0, kinds: Mapping[str, dict[str, TableEntry]] | None = None) -> None:
-        """Begin empty, or with the entries that `kinds` gave."""
+        """Start empty, or with the entries of `kinds`."""
         self.position = position
         self._kinds: dict[str, dict[str, TableEntry]] = dict(kinds or {})
         self._sorted_ids: dict[str, list[str]] = {}
-        # Held for one line at a time: no reader sees half of a commit.
+        # Held for one whole line, so that no reader sees half of a commit.
         self._lock = threading.Lock()
 
     def entry(self, key: Key) -> TableEntry | None:
-        """Return the entry of a key, that of a deleted document too."""
+        """Return the entry of a key, also of a deleted document."""
         return self._kinds.get(key.kind, {}).get(key.id)
 
     def compare(self, other: DocumentTable) -> tuple[list[Key], list[Key]]:
-        """Return the documents that are damaged in one of them, and those others of which the two differ."""
+        """Return the documents that are damaged in either table, and the other ones that differ."""
         pairs = {
             Key(kind, name): (self.entry(Key(kind, name)), other.entry(Key(kind, name)))
             for table in (self, other)
@@ -63,7 +63,7 @@ class DocumentTable:
         return sorted(damaged), sorted(set(differs) - set(damaged))
 
     def kinds(self) -> Mapping[str, Mapping[str, TableEntry]]:
-        """Return all entries by kind and id, those of deleted documents too; only for who applies."""
+        """Return all entries by kind and id, also of deleted documents; only for the applying thread."""
         return self._kinds
 
     def get(self, key: Key, now: float) -> Document | None:
@@ -83,12 +83,12 @@ class DocumentTable:
         with self._lock:
             entries = self._kinds.get(kind, {})
             found = [(name, entries[name]) for name in self._ids(kind, prefix)]
-        # As `TableEntry.exists`, which would take as long again: of thousands of documents most are not looked at.
+        # Inlined `TableEntry.exists`, which would double the time for thousands of documents.
         there = [one for one in found if one[1].value is not None or one[1].damaged]
         return _Documents(kind, [one for one in there if one[1].expires is None or now < one[1].expires])
 
     def statistics(self, first: int, log_bytes: int, now: float) -> StoreStatistics:
-        """Return how much there is; `first` and `log_bytes` are the log's."""
+        """Return the sizes; `first` and `log_bytes` are those of the log."""
         with self._lock:
             found = [(Key(kind, name), one) for kind, entries in self._kinds.items() for name, one in entries.items()]
             position = self.position
@@ -98,7 +98,7 @@ class DocumentTable:
         return StoreStatistics(position, first, len(there), sum(size for _, size in there), log_bytes, expired, large)
 
     def apply(self, line: LogLine) -> None:
-        """Take over a line; it must be the one at the next position."""
+        """Apply a line, which must be at the next position."""
         if line.is_damaged:
             new = [(change, self._damaged(change, line)) for change in line.changes]
         else:
@@ -109,16 +109,16 @@ class DocumentTable:
             self.position = line.position
 
     def take(self, stage: CommitStage) -> None:
-        """Take over what was staged against this table."""
+        """Apply the commits that were staged against this table."""
         with self._lock:
             for key, entry in stage.changed.items():
                 self._put(key, entry)
             self.position = stage.position
 
     def lose(self, commits: int) -> None:
-        """Step over commits that nothing is known of: whatever exists may have been changed by each of them.
+        """Skip commits that are lost: each of them may have changed any document.
 
-        Versions advance as far as those commits can have raised them, so that no version is ever used twice.
+        Versions advance by the maximum that those commits can have added, so that no version is ever used twice.
         """
         with self._lock:
             for entries in self._kinds.values():
@@ -223,7 +223,7 @@ class CommitStage:
 
     def _check_guard(self, guard: Guard, now: float) -> None:
         entry = self._entry(guard.key)
-        # An older value proves nothing: its holder may have been succeeded in the version that is lost.
+        # An older value proves nothing: the lost version may have a new holder.
         known = entry is not None and entry.exists(now) and not entry.damaged
         epoch = json.loads(entry.value).get("epoch") if known and entry and entry.value else None
         if epoch != guard.epoch:

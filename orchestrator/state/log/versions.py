@@ -1,4 +1,4 @@
-"""What the log knows of the past: the versions of a document, and all documents as of a commit."""
+"""Read the past from the log: the versions of a document, and all documents as of a commit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from orchestrator.state.log.table import DocumentTable, TableEntry
 def read_versions(
     entry: TableEntry | None, key: Key, limit: int, line_at: Callable[[int], LogLine | None]
 ) -> list[DocumentVersion]:
-    """Return the newest versions of a document, the newest first; `line_at` gives the line of a commit, if it is there.
+    """Return the newest versions of a document, the newest first; `line_at` returns the line of a commit, or None.
 
-    Each line says where the version before was written.
+    Each line has the position of the version before.
     """
-    found: list[DocumentVersion] = []
+    versions: list[DocumentVersion] = []
     position = entry.position if entry else 0
-    while position and len(found) < limit:
+    while position and len(versions) < limit:
         line = line_at(position)
         change = next((change for change in line.changes if change.key == key), None) if line else None
-        if line is None or change is None:  # no longer kept, or lost
+        if line is None or change is None:  # pruned or lost
             break
-        found.append(to_version(line, key))
+        versions.append(to_version(line, key))
         position = change.previous
-    return found
+    return versions
 
 
 def rebuild_state(position: int, lines: Iterable[LogLine], first: int = 0) -> StateSnapshot:

@@ -1,4 +1,4 @@
-"""By which name a process signs what it commits."""
+"""The name with which a process signs its commits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ def get_writer_name() -> str:
     """Return `user@host:pid` of this process."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a user id that has no name here
+    except (KeyError, OSError):  # a user id without a name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}:{os.getpid()}"

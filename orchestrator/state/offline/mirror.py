@@ -1,4 +1,4 @@
-"""What a process has seen of a store: the documents, and of which it is known that there are no others."""
+"""The documents of a store that this process has seen, and the prefixes of which it has seen all."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class _Seen(NamedTuple):
     time: float
     by: str
     ttl: float | None
-    """How many seconds it had when it was written; what is only followed is taken to get as many again."""
+    """Seconds from its writing; a version known from the log alone is assumed to have the TTL of the one before."""
 
     @property
     def expires(self) -> float | None:
-        """From when on it is as if it were not there."""
+        """When it expires."""
         return None if self.ttl is None else self.time + self.ttl
 
 
@@ -33,37 +33,38 @@ _NEVER: Final = _Seen(0, None, 0, 0.0, "", None)
 
 
 class Mirror:
-    """The newest versions of documents that were read, written, or changed since.
+    """The newest versions of the documents that were read, written, or changed since.
 
-    What was never seen is not known: neither what it says nor whether it is there.
+    Of a document that was never seen, neither the value nor the existence is known.
     """
 
     def __init__(self, position: int) -> None:
-        """Begin with nothing; all that is committed behind `position` will be followed."""
+        """Start empty; all commits after `position` will be followed."""
         self.position = position
-        """Of the newest commit that is known."""
+        """The position of the newest known commit."""
         self.followed = position
-        """Of the newest up to which all are."""
+        """The position up to which all commits are known."""
         self._by = get_writer_name()
         self._seen: dict[Key, _Seen] = {}
         self._listed: dict[str, set[str]] = {}
 
-    def read(self, key: Key, found: Document | None) -> None:
-        """Take what was found at a key, None if nothing is there."""
-        if found is None:  # what was there, and is known, was deleted, which is followed, or has expired
+    def record_read(self, key: Key, document: Document | None) -> None:
+        """Record the document that was read at a key, None if there is none."""
+        if document is None:  # a known document has expired, or was deleted, which is followed
             self._seen.setdefault(key, _NEVER)
-        elif not found.damaged:
-            ttl = None if found.expires is None else found.expires - found.time
-            self._put(key, _Seen(found.version, found.encoded, found.position, found.time, found.by, ttl))
+        elif not document.damaged:
+            ttl = None if document.expires is None else document.expires - document.time
+            seen = _Seen(document.version, document.encoded, document.position, document.time, document.by, ttl)
+            self._put(key, seen)
 
-    def listed(self, kind: str, prefix: str, found: Sequence[Document]) -> None:
-        """Take what a list found, and that there was nothing else."""
-        for document in found:
-            self.read(document.key, document)
+    def record_list(self, kind: str, prefix: str, documents: Sequence[Document]) -> None:
+        """Record the documents of a list, and that there are no other ones."""
+        for document in documents:
+            self.record_read(document.key, document)
         self._listed.setdefault(kind, set()).add(prefix)
 
-    def wrote(self, commit: Commit, position: int, now: float) -> None:
-        """Take what was committed by this process."""
+    def record_commit(self, commit: Commit, position: int, now: float) -> None:
+        """Record a commit of this process."""
         for write in commit.writes:
             version = self._seen.get(write.key, _NEVER).version if write.expected == 0 else write.expected
             encoded = None if write.value is None else encode_object(write.key, write.value)
@@ -71,7 +72,7 @@ class Mirror:
         self.position = max(self.position, position)
 
     def follow(self, record: CommitRecord) -> None:
-        """Take what anybody committed."""
+        """Record a commit of any process, as read from the log."""
         for key, (version, value) in record.documents.items():
             ttl = self._seen.get(key, _NEVER).ttl
             encoded = None if value is None else encode_object(key, value)
@@ -81,32 +82,32 @@ class Mirror:
         self.position, self.followed = max(self.position, record.position), record.position
 
     def _put(self, key: Key, seen: _Seen) -> None:
-        # What is read, written and followed side by side comes in any order.
+        # Concurrent reads, writes and log records arrive in any order.
         if seen.version > self._seen.get(key, _NEVER).version:
             self._seen[key] = seen
         self.position = max(self.position, seen.position)
 
     def newest(self, key: Key) -> tuple[int, JsonObject | None]:
-        """Return the newest known version of a document and its value, None where there is none any more."""
+        """Return the newest known version of a document and its value, None if it was deleted."""
         seen = self._seen.get(key, _NEVER)
         return seen.version, None if seen.encoded is None else json.loads(seen.encoded)
 
     def knows(self, key: Key) -> bool:
-        """Whether it is known what is there, be it nothing."""
+        """Return True if it is known whether this document exists."""
         return key in self._seen or any(key.id.startswith(prefix) for prefix in self._listed.get(key.kind, ()))
 
     def knows_all(self, kind: str, prefix: str) -> bool:
-        """Whether it is known which documents of a kind there are whose id begins with a prefix."""
-        return any(prefix.startswith(one) for one in self._listed.get(kind, ()))
+        """Return True if all documents of a kind whose id begins with a prefix are known."""
+        return any(prefix.startswith(listed) for listed in self._listed.get(kind, ()))
 
     def dump(self) -> Dump:
-        """Return all documents as a log that has only their newest versions."""
-        return Dump(self.position, self.position, self._dumped())
+        """Return all documents as a log of their newest versions alone."""
+        return Dump(self.position, self.position, self._dump_commits())
 
-    async def _dumped(self) -> AsyncGenerator[DumpedCommit]:
-        there = [(seen.position or 1, key, seen) for key, seen in self._seen.items() if seen.version]
-        there.sort(key=lambda one: one[:2])
-        for position, group in groupby(there, key=lambda one: one[0]):
-            found = [(key, seen) for _, key, seen in group]
-            documents = [DumpedDocument(key, seen.version, seen.encoded, seen.expires) for key, seen in found]
-            yield DumpedCommit(position, found[0][1].time, found[0][1].by, documents)
+    async def _dump_commits(self) -> AsyncGenerator[DumpedCommit]:
+        entries = [(seen.position or 1, key, seen) for key, seen in self._seen.items() if seen.version]
+        entries.sort(key=lambda entry: entry[:2])
+        for position, group in groupby(entries, key=lambda entry: entry[0]):
+            commit = [(key, seen) for _, key, seen in group]
+            documents = [DumpedDocument(key, seen.version, seen.encoded, seen.expires) for key, seen in commit]
+            yield DumpedCommit(position, commit[0][1].time, commit[0][1].by, documents)

@@ -1,4 +1,4 @@
-"""What a store that stands before another passes on: reads; upkeep and copying, for which nobody is kept waiting."""
+"""Base of stores that wrap another: passes on reads, maintenance and copying."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ T = TypeVar("T")
 
 
 class StoreWrapper:
-    """The part of a `Store` that is the inner store's; commits, and reads that fail, are the subclass's."""
+    """A `Store` that delegates to an inner one; subclasses add `commit` and handle failing reads."""
 
     def __init__(self, inner: Store) -> None:
         self._inner = inner
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
-        """Return what is read of the inner store; a subclass says what becomes of it where that can't be reached."""
+        """Return the result of a read of the inner store; a subclass handles outages here."""
         return await read()
 
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
-        """Return once the inner store can be watched again, or raise the error with which it could be no more."""
+        """Return once the inner store can be watched again, or raise the error that ended the watch."""
         raise error
 
     async def get(self, key: Key) -> Document | None:
@@ -53,7 +53,7 @@ class StoreWrapper:
         return await self._read(self._inner.position)
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """See `Store.watch`; it goes on behind the last record once the inner store is back."""
+        """See `Store.watch`; it continues after the last record once the inner store is back."""
         while True:
             try:
                 async with aclosing(self._inner.watch(after)) as records:

@@ -1,8 +1,8 @@
 """The file store: all state of one machine in one directory, for any number of processes.
 
-A commit is checked and appended under a flock by one thread for all that wait in this process: one write and one
-`fdatasync` for the whole group. What is small and needs no sync is not worth the trip to that thread. Reads are
-answered from memory after a look at the mark (one system call).
+One thread checks and appends all waiting commits of this process under a flock: one write and one `fdatasync` for the
+whole group. Small commits that need no sync are appended without that thread. Reads are answered from memory after
+reading the high-water mark (one system call).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
 _PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
-"""Seconds between one try and the next to commit while other processes are at it, before a thread waits for them."""
+"""Seconds between inline attempts to commit while other processes commit, before a thread waits for them."""
 
 
 class FileStore:
@@ -82,12 +82,12 @@ class FileStore:
         self._directory, self._clock, self._segment_bytes = directory, clock, segment_bytes
         self._journal = Journal(directory, clock, segment_bytes)
         self._compacting = FileLock(directory / "compaction.lock")
-        self._turns: deque[PendingCommit] = deque()
+        self._pending: deque[PendingCommit] = deque()
         self._group: anyio.Event | None = None
-        """Set when the group is over that is being committed."""
+        """Set when the current group is committed."""
         self._news: anyio.Event | None = None
-        """Set when something was committed here; there is one where somebody waits for that."""
-        # Our own threads: those of others may all be taken by slow work.
+        """Set after a commit of this process; None if nothing waits for it."""
+        # A limiter of its own: slow work may occupy all threads of the default one.
         self._threads = anyio.CapacityLimiter(8)
 
     @classmethod
@@ -95,9 +95,9 @@ class FileStore:
     async def open(
         cls, directory: Path, clock: Clock, *, segment_bytes: int = SEGMENT_BYTES
     ) -> AsyncIterator[FileStore]:
-        """Open the store in `directory`, which is made if need be; damage never prevents it.
+        """Open the store in `directory`, which is created if missing; damage never prevents that.
 
-        A segment is closed once it holds `segment_bytes`. Raises RefusedError on a network file system,
+        A segment is closed at `segment_bytes`. Raises RefusedError on a network file system,
         StoreUnavailable if the directory can't be read and written.
         """
         store = cls(directory, clock, segment_bytes)
@@ -110,40 +110,40 @@ class FileStore:
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
-        turn = PendingCommit(encode_commit(commit))
-        self._turns.append(turn)
+        pending = PendingCommit(encode_commit(commit))
+        self._pending.append(pending)
         with anyio.CancelScope(shield=True):
-            if not turn.commit.durable:
+            if not pending.commit.durable:
                 await self._commit_at_once()
-            while not turn.is_settled:
+            while not pending.is_settled:
                 if self._group is None:
                     await self._lead_group()
                 else:
                     await self._group.wait()
-        if turn.failure:
-            raise turn.failure
-        return turn.position
+        if pending.failure:
+            raise pending.failure
+        return pending.position
 
     async def _commit_at_once(self) -> None:
-        """Commit what waits without a thread, where that is quicker."""
+        """Append the pending commits without a thread, if that is possible without waiting."""
         for pause in _PAUSES:
-            await anyio.sleep(pause)  # at first, who else is about to commit comes along
-            if not self._turns or self._group is not None:
+            await anyio.sleep(pause)  # first, let other tasks add their commits to this one
+            if not self._pending or self._group is not None:
                 return
-            done = self._journal.try_commit_inline(self._turns)
+            done = self._journal.try_commit_inline(self._pending)
             if done is InlineResult.DONE:
                 self._announce()
             if done is not InlineResult.BUSY:
                 return
 
     async def _lead_group(self) -> None:
-        """Commit what waits by now; what comes meanwhile is the next group's."""
-        self._group = over = anyio.Event()
+        """Commit all pending commits; later ones are part of the next group."""
+        self._group = done = anyio.Event()
         try:
-            await self._in_thread(partial(self._journal.commit, self._turns))
+            await self._in_thread(partial(self._journal.commit, self._pending))
         finally:
             self._group = None
-            over.set()
+            done.set()
             self._announce()
 
     async def get(self, key: Key) -> Document | None:
@@ -198,9 +198,9 @@ class FileStore:
         return await self._in_thread(partial(self._journal.state_at, position))
 
     async def compact(self, older_than: float, largest: int) -> CompactionResult:
-        """See `Store.compact`: closed segments are packed, and the oldest thinned out.
+        """See `Store.compact`: packs closed segments, and prunes the oldest.
 
-        What can't be read wholly stays as it is. Where another process is at it, nothing is done.
+        Damaged segments are not changed. If another process is compacting, this does nothing.
         """
         with suppress(LockHeld):
             async with self._exclusive(0):
@@ -217,33 +217,33 @@ class FileStore:
         )
 
     async def verify(self) -> VerificationReport:
-        """See `Store.verify`: all is read, whatever a snapshot says."""
+        """See `Store.verify`: reads the whole log, without a snapshot."""
         async with self._exclusive():
             await self._refresh()
             return await self._in_thread(self._journal.verify)
 
     async def repair(self) -> VerificationReport:
-        """See `Store.repair`: segments with damage are replaced by what can be read of them, and kept in `damaged/`.
+        """See `Store.repair`: replaces damaged segments by their readable lines, and moves the originals to `damaged/`.
 
-        The log does not go back behind them any more.
+        After that the log does not go back beyond them.
         """
-        found = await self.verify()
-        if found.damage or found.damaged:
+        report = await self.verify()
+        if report.damage or report.damaged:
             async with self._exclusive():
-                keys = {*found.damaged, *await self._in_thread(self._journal.documents_to_repair)}
+                keys = {*report.damaged, *await self._in_thread(self._journal.documents_to_repair)}
                 self._journal.begin_segment()
-                await self.commit(self._repair_commit(sorted(keys), len(found.damage)))
-                await self._in_thread(partial(self._journal.replace_damaged, found.damage))
+                await self.commit(self._repair_commit(sorted(keys), len(report.damage)))
+                await self._in_thread(partial(self._journal.replace_damaged, report.damage))
         return await self.verify()
 
     def _repair_commit(self, keys: Sequence[Key], damage: int) -> Commit:
-        """Return the commit by which what is known of some documents counts, be it that they are gone."""
+        """Return the commit that makes the known values of documents current, or deletes documents without one."""
         now, writes, events = self._clock.now(), list[Write](), list[Event]()
         for key in keys:
             entry = self._journal.table.entry(key)
             if entry is None:
                 continue
-            if not entry.exists(now):  # nobody had lost it: only its version is to go on counting
+            if not entry.exists(now):  # nothing was lost: only its version number continues
                 writes.append(Write(key, 0, None))
                 continue
             known = None if entry.value is None else json.loads(entry.value)
@@ -256,7 +256,7 @@ class FileStore:
 
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:
-        """See `Store.dump`; nothing is thinned out meanwhile."""
+        """See `Store.dump`; nothing is pruned meanwhile."""
         async with self._exclusive():
             await self._refresh()
             check_intact(await self._in_thread(self._journal.verify))
@@ -271,13 +271,11 @@ class FileStore:
                 yield commit
 
     async def load(self, dump: Dump) -> None:
-        """See `Store.load`; what it was killed in is brought to its end by whoever opens the store, or is as if it
-        had never begun.
-        """
+        """See `Store.load`; after a kill, the next process that opens the store completes the load or discards it."""
         await self._in_thread(self._journal.check_empty)
         if dump.position == 0:
             async with aclosing(read_dump_lines(dump)) as lines:
-                async for _ in lines:  # there is none, or it is refused
+                async for _ in lines:  # there is none, or this raises RefusedError
                     pass
             return
         async with self._exclusive():
@@ -315,7 +313,7 @@ class FileStore:
 
     @asynccontextmanager
     async def _exclusive(self, limit: float | None = None) -> AsyncIterator[None]:
-        """Keep other processes from compacting; LockHeld after so many seconds."""
+        """Keep other processes from compacting; LockHeld after `limit` seconds."""
         async with AsyncExitStack() as stack:
             with self._translate_errors():
                 await stack.enter_async_context(self._compacting.hold(limit))
@@ -341,7 +339,7 @@ class FileStore:
 
 
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
-    """Open the store in the folder that a `file:` URL names; RefusedError if it names none of this machine."""
+    """Open the store in the folder of a `file:` URL; RefusedError if that is not on this machine."""
     folder = require_local_folder(url)
     assert folder is not None, "it is registered for this scheme"
     return _opened(folder, clock)
@@ -358,6 +356,6 @@ async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
 
 
 def require_store(url: str) -> None:
-    """Refuse (RefusedError) the URL of a folder that holds no store, where else an empty one would be made. Blocks."""
+    """Raise RefusedError for the URL of a folder without a store, instead of creating one. Blocks."""
     if (folder := require_local_folder(url)) is not None:
         require_log(folder)

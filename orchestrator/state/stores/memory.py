@@ -1,4 +1,4 @@
-"""The memory store: the file store's rules without its promises, for tests and simulation."""
+"""The memory store: the rules of the file store without durability, for tests and simulation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from orchestrator.system.clock import Clock
 
 
 class MemoryStore:
-    """A `Store` for one process and its lifetime."""
+    """A `Store` in the memory of one process."""
 
     damage: Sequence[Damage] = ()
 
@@ -41,7 +41,7 @@ class MemoryStore:
         self._by = get_writer_name()
         self._table = DocumentTable()
         self._lines: dict[int, LogLine] = {}
-        self._kept_from = 0  # the position of the oldest state that can be told
+        self._kept_from = 0  # the position of the oldest state that can be reproduced
         self._news = anyio.Event()
 
     async def commit(self, commit: Commit) -> int:
@@ -85,7 +85,7 @@ class MemoryStore:
         return read_versions(self._table.entry(key), key, limit, self._lines.get)
 
     async def compact(self, older_than: float, largest: int) -> CompactionResult:
-        """See `Store.compact`: nothing is ever let go of."""
+        """See `Store.compact`: nothing is ever pruned."""
         size = self._size()
         return CompactionResult(size, size, self._kept_from)
 

@@ -1,4 +1,4 @@
-"""The stores that come with the package, registered as a plugin's would be."""
+"""Built-in stores, registered like those of a plugin."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 @asynccontextmanager
 async def open_memory_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:
-    """Make an empty store that is gone at the end of the `async with`."""
+    """Open an empty store, whose content is lost at the end of the `async with`."""
     if url != MEMORY:
-        raise RefusedError(f"{url!r} names no store", "write memory: and nothing behind it")
+        raise RefusedError(f"{url!r} names no store", "use `memory:` without a path")
     yield MemoryStore(clock)
 
 

@@ -1,4 +1,4 @@
-"""Copies a whole store into another one, or to and from a file, and does not say so before the two were compared."""
+"""Copy a whole store into another one, or to and from a file, and compare both before reporting success."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from orchestrator.state.transfer.export_file import REMEDY, ExportHeader, commit
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """What was copied: up to which position, and from where on states can be told, as in `Dump`."""
+    """The outcome of a copy; `position` and `first` are those of the `Dump`."""
 
     position: int
     first: int
     commits: int
     documents: int
-    """How many there are as of that position."""
+    """The number of documents at that position."""
     bytes: int
-    """Of all commits as JSON lines."""
+    """The size of all commits as JSON lines."""
     was_there: bool = False
-    """Whether the same was in the target already, so that nothing was done."""
+    """Whether the target already had the same content, so that nothing was copied."""
     packed: int | None = None
-    """How many bytes the file has; None where there is none."""
+    """The size of the file in bytes; None if there is none."""
     unreadable: Mapping[Key, str] = field(default_factory=dict)
-    """Why documents of ours can't be read, by key: copied as they are, and `Council.repair` restores older versions."""
+    """Unreadable documents of council's own, with the reason: copied unchanged; `Council.repair` fixes them."""
 
     @property
     def ratio(self) -> float | None:
-        """How many times smaller the file is than its lines."""
+        """The compression ratio of the file."""
         return self.bytes / self.packed if self.packed else None
 
 
 class CommitTally:
-    """Counts the commits that go by, and takes a checksum of all that is told of them."""
+    """Counts commits, and computes a checksum of their complete content."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start with no commit."""
         self._commits = self._bytes = 0
         self._time = 0.0
         self._sum = hashlib.sha256()
         self._expires: dict[Key, float | None] = {}
 
     async def lines(self, commits: AsyncGenerator[DumpedCommit]) -> AsyncGenerator[bytes]:
-        """Count commits, and yield their lines (see `portable`)."""
+        """Count commits, and yield their lines (see `export_file`)."""
         async with aclosing(commits) as found:
             async for commit in found:
                 yield self._count(commit)
@@ -85,20 +85,20 @@ class CommitTally:
         return line
 
     def copied(self, dump: Dump, *, was_there: bool = False) -> CopyResult:
-        """Return what was counted of a dump."""
+        """Return the result for a counted dump."""
         living = [one for one in self._expires.values() if one is None or self._time < one]
         return CopyResult(dump.position, dump.first, self._commits, len(living), self._bytes, was_there)
 
     def is_same(self, other: CommitTally) -> bool:
-        """Whether the same commits went by."""
+        """Return True if both have counted the same commits."""
         return (self._commits, self._sum.digest()) == (other._commits, other._sum.digest())
 
 
 async def copy_store(source: Store, target: Store) -> CopyResult:
-    """Copy a whole store as it is now into an empty one, and compare them.
+    """Copy a whole store into an empty one, and compare them.
 
-    Raises as `Store.dump` and `Store.load` do, and StoreUnavailable if they differ. Where the target holds exactly the
-    same already, as behind a copy that was cut off at its very end, nothing is done.
+    Raises like `Store.dump` and `Store.load`, and StoreUnavailable if they differ. If the target already has the same
+    content, as after a copy that was interrupted at its very end, nothing is copied.
     """
     async with source.dump() as dump:
         tally, was_there = await _fill(target, dump)
@@ -106,7 +106,7 @@ async def copy_store(source: Store, target: Store) -> CopyResult:
 
 
 async def export_to_stream(store: Store, stream: IO[bytes], time: float) -> CopyResult:
-    """Write a whole store as it is now to a stream, as a file of `portable`; `time` is the wall-clock seconds now."""
+    """Write a whole store to a stream in the format of `export_file`; `time` is the current wall-clock time."""
     tally = CommitTally()
     async with store.dump() as dump:
         header = ExportHeader(position=dump.position, first=dump.first, time=time, by=get_writer_name())
@@ -115,9 +115,9 @@ async def export_to_stream(store: Store, stream: IO[bytes], time: float) -> Copy
 
 
 async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: Store) -> CopyResult:
-    """Load what `export` wrote into an empty store, and compare them; `name` is what errors call the file.
+    """Load an export into an empty store, and compare them; `name` is the file's name in errors.
 
-    RefusedError, and the target stays empty, where not every byte of the file is as it was written. Else as `copy`.
+    RefusedError, with an empty target, if any byte of the file was changed. Otherwise like `copy_store`.
     """
     async with open_export(name, opens) as (reader, dump):
         try:
@@ -128,7 +128,7 @@ async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: 
 
 
 async def _fill(target: Store, dump: Dump) -> tuple[CommitTally, bool]:
-    """Load a dump, or go through it where the target may hold it already; return its tally, and which it was."""
+    """Load a dump, or only count it if the target may have it already; return its tally, and True if so."""
     tally, position = CommitTally(), await target.position()
     if position not in {0, dump.position}:
         raise not_empty_error("the target", position)
@@ -140,7 +140,7 @@ async def _fill(target: Store, dump: Dump) -> tuple[CommitTally, bool]:
 
 
 async def _compared(target: Store, dump: Dump, tally: CommitTally, *, was_there: bool) -> CopyResult:
-    """Return what was copied if the target, as it is read now, holds exactly that."""
+    """Return the result if the target, read again, has exactly the copied content."""
     held = CommitTally()
     async with target.dump() as found:
         first = found.first
@@ -149,4 +149,4 @@ async def _compared(target: Store, dump: Dump, tally: CommitTally, *, was_there:
         return replace(tally.copied(dump, was_there=was_there), unreadable=dict(await find_unreadable(target)))
     if was_there:
         raise not_empty_error("the target", dump.position)
-    raise StoreUnavailable("the target", "what it holds differs from what was copied", "remove it, and copy anew")
+    raise StoreUnavailable("the target", "its content differs from the original", "remove it, and copy again")

@@ -1,4 +1,4 @@
-"""The folder in which a store is about to be filled: what it may not be, and what stays of it where that fails."""
+"""Check the target folder of a copy, and clean it up after a failure."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Final
 from orchestrator.errors import RefusedError
 from orchestrator.state.log.identity import IDENTITY_FILE, find_log
 
-#: What stands in the folder of a store that nothing was ever committed to.
+#: The files of a store without any commit.
 _EMPTY_STORE: Final = ("lock", "compaction.lock")
-_REMEDY: Final = "name a folder that is there or can be made"
+_REMEDY: Final = "name a folder that exists or can be created"
 
 
 class TargetFolder:
-    """A folder for a whole store that comes from elsewhere. Its methods block."""
+    """The target folder of a copied store. Its methods block."""
 
     def __init__(self, folder: Path, source: Path | None) -> None:
-        """Take a folder, which need not be there yet; `source` is that of the store to copy, if it has one.
+        """Check a folder, which need not exist; `source` is the folder of the original, if it has one.
 
-        RefusedError where it is inside the source, where no folder can be, and where there are files that are of no
-        store: nobody would find them among those of one, nor dare to remove it.
+        RefusedError if it is inside the source, can't be a folder, or has files other than those of a store: they would
+        be mixed up with the store's files.
         """
         self._folder = folder
         try:
@@ -37,14 +37,14 @@ class TargetFolder:
         folder = self._folder
         there = (one for one in (folder, *folder.parents) if os.path.lexists(one))
         if not (nearest := next(there)).is_dir():
-            raise RefusedError(f"{nearest} is no folder", _REMEDY)
+            raise RefusedError(f"{nearest} is not a folder", _REMEDY)
         if source is not None and folder != source and folder.resolve().is_relative_to(source.resolve()):
             raise RefusedError(f"{folder} is inside of the store to copy", "name a folder outside of it")
         if not self._is_store and folder.is_dir() and any(folder.iterdir()):
-            raise RefusedError(f"{folder} holds other files, and no store", "name a folder that is new or empty")
+            raise RefusedError(f"{folder} has other files, and no store", "name a folder that is new or empty")
 
     def undo(self) -> None:
-        """Leave nothing that was made here, unless something was committed to it."""
+        """Remove all created files and folders, unless something was committed."""
         if self._is_store or not self._folder.is_dir():
             return
         log = find_log(self._folder)
@@ -53,6 +53,6 @@ class TargetFolder:
                 return
             (self._folder / IDENTITY_FILE).unlink()
             shutil.rmtree(log, ignore_errors=True)
-        with suppress(OSError):  # something else has come to it
+        with suppress(OSError):  # it is not empty: another program added files
             for folder in self._made:
                 folder.rmdir()

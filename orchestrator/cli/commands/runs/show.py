@@ -43,7 +43,7 @@ def show(task: str, run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            story = await council.story(task, run)
+            story = await council.task_details(task, run)
             if as_json:
                 context.output.json({**story.to_json(), "exit": 0})
                 return 0

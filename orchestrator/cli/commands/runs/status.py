@@ -108,7 +108,7 @@ def where(as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            places = await council.places()
+            places = await council.paths()
             context.output.facts(
                 {name: None if value is None else str(value) for name, value in asdict(places).items()}
             )

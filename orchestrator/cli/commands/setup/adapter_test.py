@@ -223,7 +223,7 @@ async def _run_scratch_task(
             return str(error), ""
         (task,) = report.tasks
         said = "" if task.status == "landed" or task.log is None else await _session_output(Path(task.log))
-        closed = next((one.closed for one in report.adapters if one.closed is not None), None)
+        closed = next((one.disabled_reason for one in report.adapters if one.disabled_reason is not None), None)
         return (task if closed is None else f"stopped: {closed}"), said
 
 

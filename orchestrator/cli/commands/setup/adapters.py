@@ -10,7 +10,7 @@ import anyio.to_thread
 import click
 
 from orchestrator.cli.commands.setup.adapter_test import test
-from orchestrator.cli.commands.setup.reopen import reopen
+from orchestrator.cli.commands.setup.enable import enable
 from orchestrator.cli.core.adapter_state import AdapterState, read_adapter_state
 from orchestrator.cli.core.command import CommandContext, json_option, run_command, store_option
 from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
@@ -41,7 +41,7 @@ def adapters(context: click.Context, as_json: bool) -> None:
       council adapters
       council adapters --json
       council adapters test claude
-      council adapters reopen claude
+      council adapters enable claude
     """
     if context.invoked_subcommand is not None:
         return
@@ -61,7 +61,7 @@ def adapters(context: click.Context, as_json: bool) -> None:
 
 
 adapters.add_command(test)
-adapters.add_command(reopen)
+adapters.add_command(enable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,8 @@ def _json(
                 "name": one.name,
                 "use": one.use,
                 **one.status.to_json(),
-                "parked_until": state[one.name].parked_until,
-                "closed": state[one.name].closed,
+                "cooldown_until": state[one.name].cooldown_until,
+                "disabled_reason": state[one.name].disabled_reason,
                 "capabilities": list(one.can),
                 "last_failure": asdict(known.failed[one.name]) if one.name in known.failed else None,
             }

@@ -45,7 +45,7 @@ def checkpoint() -> None:
 
 
 @checkpoint.command()
-@click.option("--reason", metavar="TEXT", default="by hand", help="Why it is made, to know it by.")
+@click.option("--reason", metavar="TEXT", default="manual", help="The reason for the checkpoint.")
 @run_option
 @_all_option
 @store_option
@@ -124,7 +124,7 @@ def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.restoration(await _full_id(council, checkpoint_id, run))
+            found = await council.plan_restore(await _full_id(council, checkpoint_id, run))
             if as_json:
                 context.output.json({**_facts(found.checkpoint), **_changes(found)})
             for line in () if as_json else _lines(found):

@@ -89,7 +89,7 @@ def settle(name: str, take: int | None, file: str | None, force: bool, as_json: 
         choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
         assert choice is not None, "one of them is given"
         async with open_council(context.log) as council:
-            done = await council.settle(name, choice, force=force)
+            done = await council.resolve_conflict(name, choice, force=force)
             key, version = str(done.conflict.key), None if done.document is None else done.document.version
             if as_json:
                 value = None if done.document is None else done.document.value

@@ -34,7 +34,7 @@ def views(rebuild: bool, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            stand = await council.refresh_views(anew=rebuild)
+            stand = await council.refresh_views(rebuild=rebuild)
             path = council.project.views
             moment = f", {format_local_time(stand.time)}" if stand.position else ""
             if as_json:

@@ -32,14 +32,14 @@ def configured(repository: Repository, tmp_path: Path, *tasks: dict[str, Any], *
 
 def command_in(text: str) -> list[str]:
     """Return the command that a text tells a person to run."""
-    found = re.findall(r"`council (adapters reopen [^`]+)`", text)
+    found = re.findall(r"`council (adapters enable [^`]+)`", text)
     assert found, text
     return shlex.split(found[-1])
 
 
-def is_closed(repository: Repository) -> bool:
+def is_disabled(repository: Repository) -> bool:
     ended = repository.council("status", "--json")
-    return ended.code in {0, 1} and any(one["closed"] for one in ended.result["adapters"])
+    return ended.code in {0, 1} and any(one["disabled_reason"] for one in ended.result["adapters"])
 
 
 def has_landed(repository: Repository, task: str) -> bool:
@@ -51,19 +51,19 @@ def finish(child: StartedCommand, tmp_path: Path) -> str:
     return child.communicate(timeout=60)[0]
 
 
-async def test_the_printed_command_reopens_an_adapter_of_an_active_run(repository: Repository, tmp_path: Path) -> None:
+async def test_the_printed_command_enables_an_adapter_of_an_active_run(repository: Repository, tmp_path: Path) -> None:
     """The key is fixed, the command is run as it is printed, and the same process starts the task again."""
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two"))
     child = repository.start("run", configured(repository, tmp_path, *tasks))
     try:
-        wait_for(lambda: is_closed(repository), 60)
+        wait_for(lambda: is_disabled(repository), 60)
         printed = repository.council("status").stdout
         (tmp_path / "login").touch()
-        reopened = repository.council(*command_in(printed))
-        assert reopened.code == 0, reopened
+        enabled = repository.council(*command_in(printed))
+        assert enabled.code == 0, enabled
         wait_for(lambda: has_landed(repository, "one") and has_landed(repository, "two"), 60)
         again = repository.council(*command_in(printed))
-        assert (again.code, "there is nothing to reopen" in again.stderr) == (2, True)
+        assert (again.code, "there is nothing to enable" in again.stderr) == (2, True)
     finally:
         said = finish(child, tmp_path)
     assert child.returncode == 0, said
@@ -73,7 +73,7 @@ async def test_the_printed_command_reopens_an_adapter_of_an_active_run(repositor
 
 
 @pytest.mark.extended
-async def test_a_worker_hears_of_what_was_reopened(repository: Repository, tmp_path: Path) -> None:
+async def test_a_worker_starts_tasks_of_an_enabled_adapter(repository: Repository, tmp_path: Path) -> None:
     """Of two processes of a run, either may run its tasks then."""
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two", "three"))
     path = configured(repository, tmp_path, *tasks, capacity=1)
@@ -81,9 +81,9 @@ async def test_a_worker_hears_of_what_was_reopened(repository: Repository, tmp_p
     wait_for(lambda: any(repository.top.glob(".council/logs/*/busy.1.*")), 60)
     worker = repository.start("work", "--capacity", "1")
     try:
-        wait_for(lambda: is_closed(repository), 60)
+        wait_for(lambda: is_disabled(repository), 60)
         (tmp_path / "login").touch()
-        assert repository.council("adapters", "reopen", "locked").code == 0
+        assert repository.council("adapters", "enable", "locked").code == 0
         # The other one is busy.
         wait_for(lambda: all(has_landed(repository, name) for name in ("one", "two", "three")), 60)
     finally:
@@ -94,7 +94,9 @@ async def test_a_worker_hears_of_what_was_reopened(repository: Repository, tmp_p
 
 
 @pytest.mark.extended
-async def test_a_run_that_has_ended_is_reopened_for_its_resume(repository: Repository, tmp_path: Path) -> None:
+async def test_enabling_an_adapter_of_an_ended_run_applies_to_its_resume(
+    repository: Repository, tmp_path: Path
+) -> None:
     """The command that was printed while it was active is no error then, and says how to continue."""
     (tmp_path / "gate").touch()
     ended = repository.council(
@@ -103,10 +105,10 @@ async def test_a_run_that_has_ended_is_reopened_for_its_resume(repository: Repos
     assert ended.code == 1, ended
     assert "is stopped" in ended.stdout
     (tmp_path / "login").touch()
-    reopened = repository.council(*command_in(ended.stdout))
-    assert reopened.code == 0, reopened
-    assert "is stopped" not in reopened.stdout
-    resume = re.findall(r"council (resume \S+)", reopened.stdout)
+    enabled = repository.council(*command_in(ended.stdout))
+    assert enabled.code == 0, enabled
+    assert "is stopped" not in enabled.stdout
+    resume = re.findall(r"council (resume \S+)", enabled.stdout)
     assert repository.council(*shlex.split(resume[-1])).code == 0
     assert has_landed(repository, "one")
     await repository.assert_invariants()
@@ -114,11 +116,11 @@ async def test_a_run_that_has_ended_is_reopened_for_its_resume(repository: Repos
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("names", [["locke"], ["fake"], []])
-def test_what_can_be_used_is_not_reopened(repository: Repository, tmp_path: Path, names: list[str]) -> None:
+def test_enabling_a_usable_adapter_is_refused(repository: Repository, tmp_path: Path, names: list[str]) -> None:
     """Nor what the run does not have; the names of its adapters are given."""
     (tmp_path / "gate").touch()
     assert repository.council("run", configured(repository, tmp_path)).code == 0
-    refused = repository.council("adapters", "reopen", *names)
+    refused = repository.council("adapters", "enable", *names)
     assert refused.code == 2
     assert ("fake, locked" in refused.stderr) == (names == ["locke"])
 

@@ -1,4 +1,4 @@
-"""The command that has stopped adapters used again."""
+"""Enable adapters that a run has disabled or put into cooldown."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from orchestrator.cli.core.command import (
 )
 
 
-@click.command("reopen")
+@click.command("enable")
 @click.argument("names", metavar="[ADAPTER]...", nargs=-1)
 @run_option
 @store_option
 @json_option
-def reopen(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
+def enable(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
     """Use adapters again that a run has stopped or paused.
 
     For example after you logged in, or bought credit. Without ADAPTER, all that the run can't use now. An active run
@@ -29,13 +29,13 @@ def reopen(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
 
     \b
     Examples:
-      council adapters reopen claude
-      council adapters reopen --run 20260102-030405-ab12
+      council adapters enable claude
+      council adapters enable --run 20260102-030405-ab12
     """
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            await show_result(context, council, await council.reopen(*names, run=run), code=0)
+            await show_result(context, council, await council.enable_adapters(*names, run=run), code=0)
             return 0
 
     run_command(command, as_json=as_json)
