@@ -54,6 +54,9 @@ def task_steps(
             commands = [("next", f"{apply[0][1]} --branch {branch}"), ("or", retry)]
         case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
             commands = [("next", retry)]
+        case TaskStatus.FAILED if task.failure == FailureClass.BUDGET and report.file is not None:
+            raised = f"raise the budget of {task.id} in {report.file}"
+            return [Step("next", raised), Step("then", f"{retry} --reload{run}"), *(Step("or", f"{one}{run}") for _, one in apply)]
         case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
             commands = [("next", logs), ("then", retry), *apply]
         case TaskStatus.CONFLICT | TaskStatus.CANCELLED:

@@ -211,6 +211,8 @@ class RunReport:
     """Why it was stopped before its end, and what to do."""
     halted_by: HaltCause | None = None
     """What stopped it: its `budget`, a check that fails on the `base`, or `commands` that can't be run."""
+    file: str | None = None
+    """The file that its tasks are from, which `council retry TASK --reload` reads; null: they are from none."""
     merges: str | None = None
     """The run whose own branch it merges into the base, for `council merge`."""
     merged_by: str | None = None
@@ -355,8 +357,8 @@ def build_report(
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, closed)
     waiting = _tasks_in_cooldown(record, adapters)
     reports, logs, roots = [], str(places.logs), dict[str, str]()
-    for task, need in blocked.items():  # what a task needs comes before it
-        roots[task] = roots.get(need, need)
+    for name, by in blocked.items():  # a task that blocks others comes before them
+        roots[name] = roots.get(by, by)
     for task in record.run.tasks:
         need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
@@ -383,6 +385,7 @@ def build_report(
         imported=source,
         halted=halted,
         halted_by=None if halted is None else run.halted_by or HaltCause.BUDGET,
+        file=None if run.imported is not None or "tasks" in run.given else run.config,
         merges=run.merges,
         awaits_merge=run.target == f"council/{run.id}" and any(one.landed is not None for one in reports),
         orchestrators=[OrchestratorReport.of(one) for one in others],

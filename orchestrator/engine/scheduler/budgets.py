@@ -37,8 +37,8 @@ POLL_INTERVAL = 1.0
 _NOTHING = Spending()
 #: What to do where each is used up; a run keeps its file as it was.
 _REMEDIES = {
-    "session": "for a new run raise its `session_budget`, or split the task",
-    "task": "for a new run raise its `budget`, or split the task",
+    "session": "raise its `session_budget` in the file, then `council retry TASK --reload`, or split the task",
+    "task": "raise its `budget` in the file, then `council retry TASK --reload`, or split the task",
     "run": "`council resume --budget` goes on with more",
 }
 

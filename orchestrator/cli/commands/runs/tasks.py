@@ -232,7 +232,7 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
 @run_option
 @store_option
 def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
-    """Show what a task has changed, so far if it is running.
+    """Show what a task has changed, so far if it is at work.
 
     After a run was killed, the worktree that an interrupted session left is compared.
 
