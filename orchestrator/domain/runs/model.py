@@ -168,6 +168,8 @@ class TaskDocument(_Document):
     """What the next attempt is told about the last one, beside its prompt."""
     current: int | None = None
     """The number of the attempt that all this is about, where later ones were made before a checkpoint was restored."""
+    refused: FailureClass | None = None
+    """Why it may have no further session, where that is not the failure of its last attempt."""
     ignored: str | None = None
     """Why a person does not want it to be tried, until a person does."""
     phase: str | None = None

@@ -465,7 +465,7 @@ def _task(task: str, document: TaskDocument, adapter: str, why_blocked: str | No
         reason = f"phase {at!r} waits for a person to approve it"
     attempts = document.attempts
     newest = document.attempt if attempts else None
-    outcome = None if newest is None else newest.outcome
+    outcome = document.refused or (None if newest is None else newest.outcome)
     return TaskReport(
         id=task,
         status=state,

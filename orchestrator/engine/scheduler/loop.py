@@ -289,7 +289,7 @@ class Scheduler:
         """End a task that may have no further session."""
         facts = {"outcome": why.failure, "reason": why.reason}
         try:
-            await self._ledger.change(task, Trigger.FAIL, facts, reason=why.reason)
+            await self._ledger.change(task, Trigger.FAIL, facts, reason=why.reason, refused=why.failure)
         except (ClaimLost, VersionConflict):  # another orchestrator was quicker
             await self._ledger.refresh(task)
             self._local.sync_task(task)

@@ -268,7 +268,7 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
         again = restart_task(workflow, document, phase)
         if superseded_parts(ledger, workflow, document, phase):
             again["expanded"] = landed_parts(ledger, document)
-        fresh = {"failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
+        fresh = {"refused": None, "failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
         try:
             await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **fresh, **work, **again)
         except _OVERTAKEN:
