@@ -52,6 +52,9 @@ def task_steps(
         case TaskStatus.CONFLICT if kept is not None:
             branch = shlex.quote(f"{task.id}-conflict")
             commands = [("next", f"{apply[0][1]} --branch {branch}"), ("or", retry)]
+        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED and report.file is not None:
+            again = f"correct the setup in {report.file}, then `council run {shlex.quote(report.file)}`"
+            return [Step("next", again), Step("or", f"{retry}{run} (if the cause is not in the file)")]
         case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
             commands = [("next", retry)]
         case TaskStatus.FAILED if task.failure == FailureClass.BUDGET and report.file is not None:
