@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from orchestrator.cli.render.output import salvage_name
 from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import LANDING_STATUSES, RETRYABLE_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
@@ -59,7 +60,11 @@ def task_steps(
             commands = [("next", retry)]
         case TaskStatus.FAILED if task.failure == FailureClass.BUDGET and report.file is not None:
             raised = f"raise the budget of {task.id} in {report.file}"
-            return [Step("next", raised), Step("then", f"{retry} --reload{run}"), *(Step("or", f"{one}{run}") for _, one in apply)]
+            return [
+                Step("next", raised),
+                Step("then", f"{retry} --reload{run}"),
+                *(Step("or", f"{one}{run}") for _, one in apply),
+            ]
         case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
             commands = [("next", logs), ("then", retry), *apply]
         case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
@@ -109,6 +114,14 @@ def run_step(report: RunReport) -> str:
             return f"council merge {report.run}"
         case _:
             return f"council merge {report.run}" if waits_for_merge(report) else ""
+
+
+def halt_steps(report: RunReport) -> Sequence[Step]:
+    """Return how a halted run continues: its remedy, which names the command. A used-up budget has `run_step`."""
+    if report.halted is None or report.halted_by is HaltCause.BUDGET:
+        return ()
+    remedy = HaltReason.parse(report.halted).remedy
+    return [Step("next" if number == 0 else "then", line) for number, line in enumerate(remedy)]
 
 
 #: States of tasks that a resume continues.
