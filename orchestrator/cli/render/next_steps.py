@@ -48,8 +48,9 @@ def task_steps(
         case TaskStatus.WAITING:
             reject = f"council reject {name} --note TEXT"
             commands = [("next", show), ("then", f"council approve {name}"), ("or", reject)]
+            commands = [("next", commands[1][1]), commands[2]] if is_shown else commands
         case TaskStatus.DONE:
-            commands = [("next", show)]
+            commands = [] if is_shown else [("next", show)]
         case TaskStatus.CONFLICT if kept is not None:
             branch = shlex.quote(f"{task.id}-conflict")
             commands = [("next", f"{apply[0][1]} --branch {branch}"), ("or", retry)]
