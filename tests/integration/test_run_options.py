@@ -221,7 +221,8 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     for command in ("logs", "show", "diff"):
         refused = repository.council(command, "merge")
         assert (refused.code, f"add --run {merge}" in refused.stderr) == (2, True), refused
-        assert repository.council(command, "merge", "--run", merge).code == 0
+        shown = repository.council(command, "merge", "--run", merge)
+        assert (shown.code, "session" in shown.stdout) == (0, False), shown
     assert repository.git("log", "-1", "--format=%s", "main") == f"Land run {name}"
     story = repository.council("show", "merge", "--run", merge, "--json").result
     assert (story["adapter"], story["phases"], story["sessions"], story["figures"]["sessions"]) == (None, [], [], 0)
