@@ -53,7 +53,12 @@ def task_steps(
             commands = [] if is_shown else [("next", show)]
         case TaskStatus.CONFLICT if kept is not None:
             branch = shlex.quote(f"{task.id}-conflict")
-            commands = [("next", f"{apply[0][1]} --branch {branch}"), ("or", retry)]
+            merged = f"fix, commit and merge it into {report.target}, then `council resume {report.run}`"
+            return [
+                Step("next", f"{apply[0][1]} --branch {branch}{run}"),
+                Step("then", merged),
+                Step("or", f"{retry}{run}"),
+            ]
         case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED and report.file is not None:
             again = f"correct the setup in {report.file}, then `council run {shlex.quote(report.file)}`"
             return [Step("next", again), Step("or", f"{retry}{run} (if the cause is not in the file)")]
