@@ -438,3 +438,12 @@ async def test_a_merge_that_a_dirty_checkout_blocks_names_the_obstacle(repositor
     assert (merged.code, merged.result["status"]) == ((1, "incomplete") if has_more else (0, "landed"))
     if has_more:
         assert repository.council("status").stdout.splitlines()[-1] == f"Next: council resume {name}"
+
+
+@pytest.mark.parametrize("option", ["--base", "--target"])
+def test_a_wrong_branch_is_a_mistake_of_the_option(repository: Repository, option: str) -> None:
+    """Not of the file, which names none."""
+    settle(repository, CHAIN)
+    wrong = repository.council("run", "echo x", option, "nope..x")
+    assert (wrong.code, f"'{option}': 'nope..x' can't be a branch" in wrong.stderr) == (2, True), wrong
+    assert "council.yaml" not in wrong.stderr
