@@ -447,3 +447,18 @@ def test_a_wrong_branch_is_a_mistake_of_the_option(repository: Repository, optio
     wrong = repository.council("run", "echo x", option, "nope..x")
     assert (wrong.code, f"'{option}': 'nope..x' can't be a branch" in wrong.stderr) == (2, True), wrong
     assert "council.yaml" not in wrong.stderr
+
+
+def test_a_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
+    """There the printed commands find the run; within the repository nothing more is printed."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    command = ["council", "run", str(repository.top / "council.yaml")]
+    ran = subprocess.run(command, check=False, cwd=folder, env=repository.environ, capture_output=True, text=True)
+    last = ran.stdout.splitlines()[-1]
+    assert last == f"These commands work in the folder of the run: cd {repository.top.resolve()}", ran
+    status = repository.council("status").stdout
+    assert "Next: council merge" in status
+    assert "These commands" not in status
