@@ -134,7 +134,26 @@ class Archive:
         phase: str | None = None,
         follow: bool = False,
     ) -> AsyncGenerator[LogEntry | AttemptMarker]:
-        """Yield the output of `log` as parsed by the adapters: each attempt's begin marker, entries and end marker."""
+        """Yield the output of `log` as parsed by the adapters: for each attempt a begin marker, entries and an end marker.
+
+        The task of a merge run has no session: only the output of its checks follows.
+        """
+        is_merge = (await read_run(self._store, run)).merges is not None
+        async with aclosing(self._all_entries(run, task, adapters, attempt, phase, follow=follow)) as entries:
+            async for entry in entries:
+                if not (is_merge and isinstance(entry, AttemptMarker)):
+                    yield entry
+
+    async def _all_entries(
+        self,
+        run: str,
+        task: str,
+        adapters: Mapping[str, Adapter],
+        attempt: int | None,
+        phase: str | None,
+        *,
+        follow: bool,
+    ) -> AsyncGenerator[LogEntry | AttemptMarker]:
         logs: dict[int, _SessionLog] = {}
         document = await self._task(run, task)
         async with aclosing(self._poll(run, task, attempt, phase, follow=follow)) as looks:

@@ -63,6 +63,7 @@ from orchestrator.engine.run_context import RunContext, open_run_context, with_s
 from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.loop import Scheduler
 from orchestrator.engine.scheduler.monitor import Monitor
+from orchestrator.engine.scheduler.reconciliation import Reconciler, has_unlanded_work
 from orchestrator.engine.scheduler.recovery import has_active_peers, recover
 from orchestrator.engine.scheduler.requests import (
     apply_request,
@@ -273,12 +274,18 @@ class RunExecutor:
         try:
             async with self._ownership(hub, run) as lock, self._background_services(document):
                 before = await self._runs.record(run)
-                if before.is_over and not await read_requests(self._runs.store, run):
+                is_over = before.is_over and not await read_requests(self._runs.store, run)
+                if is_over and not has_unlanded_work(before.tasks.values()):
                     return await self._runs.status(run)
                 async with (
                     self._with_outage_handling(run, settings) as runs,
                     self._lead(runs, document, hub, lock, settings) as (ledger, context),
                 ):
+                    if is_over:  # only the user may have landed something since
+                        if not await Reconciler(ledger, shop).look(frozenset()):
+                            await ledger.finish(runs.describe(before, is_live=False, has_ended=True).status)
+                            return await runs.status(run)
+                        before = await runs.record(run)
                     if budget is not None:
                         await ledger.set_budget(budget.model_dump(mode="json", exclude_none=True))
                     if allow_failing_base and not ledger.run.allow_failing_base:

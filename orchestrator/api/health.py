@@ -63,7 +63,7 @@ class Health:
         if run.ended is None:
             return not open_runs[run.id]
         with suppress(RefusedError, UnreadableDocument):
-            return (await self.runs.status(run.id, even_gone=True)).has_unfinished_tasks
+            return (await self.runs.status(run.id, allow_missing=True)).has_unfinished_tasks
         return False
 
     async def _latency(self) -> Finding:

@@ -123,6 +123,11 @@ async def test_an_approval_outlives_the_process_that_asked_for_it(repository: Re
     assert finished(child).code == 130
     cut_off = repository.council("status")
     assert "next: council show t\n" in cut_off.stdout
+    shown = repository.council("show", "t").stdout
+    assert (
+        shown.endswith("next: council approve t\nor: council reject t --note TEXT\n"),
+        "next: council show" in shown,
+    ) == (True, False)
     assert repository.council("approve", "t").code == 0
     ended = repository.council("resume", "--json")
     assert ended.states == {"t": "landed", "after": "landed"}, ended

@@ -462,3 +462,15 @@ async def test_a_check_may_create_the_program_that_it_runs(repository: Repositor
     assert ended.states == {"t1": "landed"}, ended
     assert ended.result["tasks"][0]["attempts"] == 2
     await repository.assert_invariants()
+
+
+def test_show_and_runs_have_the_remedy_of_a_halted_run(repository: Repository) -> None:
+    """The same lines as `status`: a resume alone would be halted again."""
+    file = str(repository.configure([{"id": "a", "prompt": "write a a", "checks": ["test -f z"]}]))
+    halted = repository.council("run", file, "--json").result["halted"]
+    remedy = halted.splitlines()[-1]
+    assert "council resume" in halted
+    for command in (("show", "a"), ("runs",)):
+        shown = repository.council(*command).stdout
+        assert remedy in shown, shown
+        assert "next: council resume" not in shown

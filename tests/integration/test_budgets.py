@@ -170,3 +170,18 @@ async def test_limits_that_are_none_are_refused(claude: Repository, limits: str,
     ended = claude.council("resume", "--budget", limits)
     assert ended.code == 2
     assert told in ended.stderr
+
+
+async def test_a_task_with_a_used_up_budget_is_retried_with_a_raised_one(claude: Repository) -> None:
+    """The run keeps the recorded budget: a retry without `--reload` fails again, and the printed steps work."""
+    prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nwrite a.txt a"
+    config = configured(claude, prompt, task={"budget": {"tokens": 600}})
+    claude.council("run", str(config))
+    steps = [f"next: raise the budget of t0 in {config}", "then: council retry t0 --reload"]
+    for command in (("status",), ("show", "t0")):
+        shown = [line.strip() for line in claude.council(*command).stdout.splitlines()]
+        assert [line for line in shown if line in steps] == steps, shown
+        assert "then: council retry t0" not in shown
+    configured(claude, prompt, task={"budget": {"tokens": 6000}})
+    assert claude.council("retry", "t0", "--reload").code == 0
+    assert claude.council("resume", "--json").states == {"t0": "landed"}

@@ -642,7 +642,7 @@ async def test_a_changed_file_is_reported_and_taken_over_by_reload(repository: R
     [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
     assert (told["tasks"], told["keys"]) == ({"t": ["prompt", "timeout"], "u": ["attempts"]}, ["capacity"])
     reloaded = repository.council("retry", "t", "--reload")
-    assert (reloaded.code, "has changed" in reloaded.stderr) == (0, False), reloaded
+    assert (reloaded.code, "recorded: capacity; start a new run" in reloaded.stderr) == (0, True), reloaded
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"t": "landed", "u": "failed"}
     assert (repository.top / "t.txt").read_text().strip() == "repaired"
@@ -861,3 +861,18 @@ def test_show_of_a_blocked_task_leads_to_the_task_that_failed(repository: Reposi
     assert [one["blocked_by"] for one in repository.council("status", "--json").result["tasks"]] == [None, "need", "need"]
     assert repository.council("retry", "need").code == 0
     assert set(repository.council("resume", "--json").states.values()) == {"landed"}
+
+
+def test_a_failed_setup_leads_to_a_new_run(repository: Repository) -> None:
+    """The run keeps the recorded setup, which a retry names, also with `--reload`; the printed command works."""
+    tasks: list[dict[str, Any]] = [{"id": "t", "prompt": "write t.txt x", "attempts": 1}]
+    config = _file(repository, tasks, worktrees={"setup": ["exit 3"]})
+    repository.council("run", config)
+    shown = [line.strip() for line in repository.council("status").stdout.splitlines()]
+    assert f"next: correct the setup in {config}, then `council run {config}`" in shown, shown
+    _file(repository, tasks, worktrees={"setup": ["true"]})
+    for more in ([], ["--reload"]):
+        retried = repository.council("retry", "t", *more)
+        assert (retried.code, "worktrees; start a new run for that" in retried.stderr) == (0, True), retried
+        assert repository.council("resume", "--json").states == {"t": "failed"}
+    assert repository.council("run", config, "--json").states == {"t": "landed"}

@@ -79,3 +79,33 @@ def test_no_commit_message_says_what_has_landed(repository: Repository, label: s
     assert states() == {"forger": "landed", "failed": "failed", "long": "running", "pending": "pending"}
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("is_merged", [True, False])
+async def test_a_conflict_that_a_person_merged_counts_as_landed(repository: Repository, is_merged: bool) -> None:
+    """By the printed commands, after the run has ended: `resume` records it, and starts the tasks that need it."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": "write README.md one"},
+        {"id": "two", "prompt": "write README.md two", "attempts": 1},
+        {"id": "more", "prompt": "write more.txt x", "needs": ["one", "two"]},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    [task] = [one["id"] for one in ended.result["tasks"] if one["status"] == "conflict"]
+    run = ended.result["run"]
+    steps = [line.strip() for line in repository.council("status").stdout.splitlines()]
+    first = next(line for line in steps if line.startswith("next: council salvage apply"))
+    assert f"then: fix, commit and merge it into main, then `council resume {run}`" in steps
+    assert repository.council(*first.removeprefix("next: council ").split()).code == 0
+    if is_merged:
+        repository.git("checkout", "--quiet", f"{task}-conflict")
+        repository.commit({"README.md": "both"}, "fixed")
+        repository.git("checkout", "--quiet", "main")
+        repository.git("merge", "--quiet", "--no-ff", "--no-edit", f"{task}-conflict")
+    repository.remember()
+    resumed = repository.council("resume", "--json")
+    if not is_merged:
+        assert (resumed.code, resumed.states[task]) == (1, "conflict"), resumed
+        return
+    assert (resumed.code, set(resumed.states.values())) == (0, {"landed"}), resumed
+    assert (repository.top / "README.md").read_text() == "both"
+    await repository.assert_invariants()

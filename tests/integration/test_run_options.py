@@ -221,7 +221,8 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     for command in ("logs", "show", "diff"):
         refused = repository.council(command, "merge")
         assert (refused.code, f"add --run {merge}" in refused.stderr) == (2, True), refused
-        assert repository.council(command, "merge", "--run", merge).code == 0
+        shown = repository.council(command, "merge", "--run", merge)
+        assert (shown.code, "session" in shown.stdout) == (0, False), shown
     assert repository.git("log", "-1", "--format=%s", "main") == f"Land run {name}"
     story = repository.council("show", "merge", "--run", merge, "--json").result
     assert (story["adapter"], story["phases"], story["sessions"], story["usage"]["sessions"]) == (None, [], [], 0)
@@ -437,3 +438,27 @@ async def test_a_merge_that_a_dirty_checkout_blocks_names_the_obstacle(repositor
     assert (merged.code, merged.result["status"]) == ((1, "incomplete") if has_more else (0, "landed"))
     if has_more:
         assert repository.council("status").stdout.splitlines()[-1] == f"Next: council resume {name}"
+
+
+@pytest.mark.parametrize("option", ["--base", "--target"])
+def test_a_wrong_branch_is_a_mistake_of_the_option(repository: Repository, option: str) -> None:
+    """Not of the file, which names none."""
+    settle(repository, CHAIN)
+    wrong = repository.council("run", "echo x", option, "nope..x")
+    assert (wrong.code, f"'{option}': 'nope..x' can't be a branch" in wrong.stderr) == (2, True), wrong
+    assert "council.yaml" not in wrong.stderr
+
+
+def test_a_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
+    """There the printed commands find the run; within the repository nothing more is printed."""
+    settle(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    command = ["council", "run", str(repository.top / "council.yaml")]
+    ran = subprocess.run(command, check=False, cwd=folder, env=repository.environ, capture_output=True, text=True)
+    last = ran.stdout.splitlines()[-1]
+    assert last == f"These commands work in the folder of the run: cd {repository.top.resolve()}", ran
+    status = repository.council("status").stdout
+    assert "Next: council merge" in status
+    assert "These commands" not in status

@@ -54,7 +54,10 @@ def steps(one: TaskReport, report: RunReport, *, is_newest: bool = True) -> str:
         (
             task("conflict", branch="council/run/t/conflict"),
             RunStatus.INCOMPLETE,
-            "next: council salvage apply t/conflict --branch t-conflict; or: council retry t",
+            (
+                "next: council salvage apply t/conflict --branch t-conflict; "
+                "then: fix, commit and merge it into main, then `council resume run`; or: council retry t"
+            ),
         ),
         (task("no_change"), RunStatus.INCOMPLETE, "next: council logs t; then: council retry t"),
         (task("cancelled"), RunStatus.INCOMPLETE, "next: council retry t"),

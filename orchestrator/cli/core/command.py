@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -171,6 +172,11 @@ async def show_result(context: CommandContext, council: Council, report: RunRepo
             changes = await council.landed(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
     is_newest = context.output.as_json or await council.newest_run() == report.run
     context.output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
+    top = council.project.top.resolve()
+    if not context.output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):
+        context.output.text(
+            printable(f"These commands work in the folder of the run: cd {shlex.quote(str(top))}\n", keep="\n")
+        )
 
 
 def run_command(command: Callable[[CommandContext], Awaitable[int]], *, as_json: bool, brief: bool = False) -> None:

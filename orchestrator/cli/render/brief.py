@@ -78,7 +78,9 @@ def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[s
     sessions = {one.task: one for one in report.sessions}
     what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
     words = ": ".join(filter(None, [f"  {short_name(task.id)} {format_state(task.status)}", what]))
-    if task.failure == FailureClass.SETUP_FAILED or task.status == TaskStatus.QUEUED:  # the cause and its fix
+    if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
+        yield from islice(wrapped(printable(words)), MAX_LINES // 2)
+    elif task.status == TaskStatus.QUEUED:  # with the fix
         yield from islice(map(_shortened, wrapped(printable(words))), MAX_LINES // 2)
     else:
         yield _shortened(printable(words))

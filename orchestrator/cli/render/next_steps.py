@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from orchestrator.cli.render.text import salvage_name
 from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import LANDING_STATUSES, RETRYABLE_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
@@ -47,13 +48,29 @@ def task_steps(
         case TaskStatus.WAITING:
             reject = f"council reject {name} --note TEXT"
             commands = [("next", show), ("then", f"council approve {name}"), ("or", reject)]
+            commands = [("next", commands[1][1]), commands[2]] if is_shown else commands
         case TaskStatus.DONE:
-            commands = [("next", show)]
+            commands = [] if is_shown else [("next", show)]
         case TaskStatus.CONFLICT if kept is not None:
             branch = shlex.quote(f"{task.id}-conflict")
-            commands = [("next", f"{apply[0][1]} --branch {branch}"), ("or", retry)]
+            merged = f"fix, commit and merge it into {report.target}, then `council resume {report.run}`"
+            return [
+                Step("next", f"{apply[0][1]} --branch {branch}{run}"),
+                Step("then", merged),
+                Step("or", f"{retry}{run}"),
+            ]
+        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED and report.file is not None:
+            again = f"correct the setup in {report.file}, then `council run {shlex.quote(report.file)}`"
+            return [Step("next", again), Step("or", f"{retry}{run} (if the cause is not in the file)")]
         case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
             commands = [("next", retry)]
+        case TaskStatus.FAILED if task.failure == FailureClass.BUDGET and report.file is not None:
+            raised = f"raise the budget of {task.id} in {report.file}"
+            return [
+                Step("next", raised),
+                Step("then", f"{retry} --reload{run}"),
+                *(Step("or", f"{one}{run}") for _, one in apply),
+            ]
         case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
             commands = [("next", logs), ("then", retry), *apply]
         case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
@@ -103,6 +120,14 @@ def run_step(report: RunReport) -> str:
             return f"council merge {report.run}"
         case _:
             return f"council merge {report.run}" if waits_for_merge(report) else ""
+
+
+def halt_steps(report: RunReport) -> Sequence[Step]:
+    """Return how a halted run continues: its remedy, which names the command. A used-up budget has `run_step`."""
+    if report.halted is None or report.halted_by is HaltCause.BUDGET:
+        return ()
+    remedy = HaltReason.parse(report.halted).remedy
+    return [Step("next" if number == 0 else "then", line) for number, line in enumerate(remedy)]
 
 
 #: States of tasks that a resume continues.

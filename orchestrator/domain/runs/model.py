@@ -168,6 +168,8 @@ class TaskDocument(_Document):
     """Feedback about the last attempt, added to the prompt of the next one."""
     current: int | None = None
     """The number of the current attempt, if a checkpoint was restored after later attempts."""
+    refused: FailureClass | None = None
+    """Why it may have no further session, if that is not the failure of its last attempt."""
     ignored: str | None = None
     """Why a person excluded it, until a person retries it."""
     phase: str | None = None

@@ -211,6 +211,8 @@ class RunReport:
     """Why it was stopped before its end, and what to do."""
     halted_by: HaltCause | None = None
     """What stopped it: its `budget`, a check that fails on the `base`, or `commands` that can't be run."""
+    file: str | None = None
+    """The file that its tasks are from, which `council retry TASK --reload` reads; null: they are from none."""
     merges: str | None = None
     """The run whose branch it merges into the base, for `council merge`."""
     merged_by: str | None = None
@@ -382,6 +384,7 @@ def build_report(
         imported=source,
         halted=halted,
         halted_by=None if halted is None else run.halted_by or HaltCause.BUDGET,
+        file=None if run.imported is not None or "tasks" in run.given else run.config,
         merges=run.merges,
         awaits_merge=run.target == f"council/{run.id}" and any(report.landed is not None for report in reports),
         orchestrators=[OrchestratorReport.from_lease(lease) for lease in leases],
@@ -463,7 +466,7 @@ def _describe_task(task: str, document: TaskDocument, adapter: str, why_blocked:
         reason = f"phase {phase!r} waits for approval"
     attempts = document.attempts
     newest = document.attempt if attempts else None
-    outcome = None if newest is None else newest.outcome
+    outcome = document.refused or (None if newest is None else newest.outcome)
     return TaskReport(
         id=task,
         status=status,

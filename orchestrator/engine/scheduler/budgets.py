@@ -40,8 +40,8 @@ POLL_INTERVAL = 1.0
 _NOTHING = Spending()
 #: Remedies by scope; a run keeps its file as recorded.
 _REMEDIES = {
-    "session": "raise its `session_budget` and start a new run, or split the task",
-    "task": "raise its `budget` and start a new run, or split the task",
+    "session": "raise its `session_budget` in the file, then `council retry TASK --reload`, or split the task",
+    "task": "raise its `budget` in the file, then `council retry TASK --reload`, or split the task",
     "run": "`council resume --budget` continues with a higher limit",
 }
 

@@ -310,7 +310,7 @@ class Scheduler:
         """Fail a task that may have no further session."""
         facts = {"outcome": failure.failure, "reason": failure.reason}
         try:
-            await self._ledger.change(task, Trigger.FAIL, facts, reason=failure.reason)
+            await self._ledger.change(task, Trigger.FAIL, facts, reason=failure.reason, refused=failure.failure)
         except (ClaimLost, VersionConflict):  # another orchestrator was first
             await self._ledger.refresh(task)
             self._local.sync_task(task)

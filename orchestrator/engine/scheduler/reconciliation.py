@@ -5,6 +5,8 @@ A person may have landed it manually, or merged a pull request of its branch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import CLAIMED_STATUSES, TaskDocument, TaskStatus
 from orchestrator.engine.run_context import RunContext
@@ -17,6 +19,11 @@ _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CONFLICT, TaskStatus.FAILED})
 _OPEN = _BUILT | {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING}
 
 _LANDED_EXTERNALLY = "landed externally"
+
+
+def has_unlanded_work(tasks: Iterable[TaskDocument]) -> bool:
+    """Whether a task has built something that is not recorded as landed, but may be on the target."""
+    return any(one.status in _BUILT and one.commit is not None for one in tasks)
 
 
 class Reconciler:
@@ -73,8 +80,10 @@ class Reconciler:
             return None
         git = self._context.git
         if await self._context.target.contains(built):
-            since = await git.line("rev-list", "--first-parent", "--ancestry-path", f"{built}..{tip}")
-            return since.split("\n")[-1] or built
+            # Not in one call: with --first-parent, --ancestry-path misses what came in by a second parent.
+            after = set((await git.line("rev-list", "--ancestry-path", f"{built}..{tip}")).split("\n"))
+            line = (await git.line("rev-list", "--first-parent", f"{built}..{tip}")).split("\n")
+            return next((commit for commit in reversed(line) if commit and commit in after), built)
         tree, conflicts = await git.merge_tree(tip, built)
         if not conflicts and tree == await git.line("rev-parse", f"{tip}^{{tree}}"):
             return tip  # squashed or recreated

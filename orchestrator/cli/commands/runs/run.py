@@ -39,6 +39,7 @@ from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
 from orchestrator.config.model import BudgetConfig
 from orchestrator.config.selection import select_tasks, with_capacity, with_failing_base
+from orchestrator.config.source.names import check_branch
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.runs.model import LANDING_STATUSES, MAX_CAPACITY
 from orchestrator.engine.reports.dry_run import DryRun
@@ -67,6 +68,14 @@ capacity_option = click.option(
 detach_option = click.option("--detach", is_flag=True, help="Continue in the background, and end at once.")
 
 
+def _check_branch_option(_: click.Context, __: click.Parameter, branch: str | None) -> str | None:
+    """Reject a name that no branch can have: in a run's config it would look like a mistake of the file."""
+    try:
+        return branch if branch is None else check_branch(branch)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @click.command("run")
 @click.argument("source", metavar="[FILE|PROMPT]", required=False, type=click.Path())
 @click.option("--task", "prompts", metavar="PROMPT", multiple=True, help="Do this instead of the file's tasks.")
@@ -75,8 +84,8 @@ detach_option = click.option("--detach", is_flag=True, help="Continue in the bac
 )
 @capacity_option
 @click.option("--adapter", metavar="ADAPTER", help="What runs each --task: of the file, or an installed type.")
-@click.option("--base", metavar="BRANCH", help="Where each --task starts.")
-@click.option("--target", metavar="BRANCH", help="Where each --task lands.")
+@click.option("--base", metavar="BRANCH", callback=_check_branch_option, help="Where each --task starts.")
+@click.option("--target", metavar="BRANCH", callback=_check_branch_option, help="Where each --task lands.")
 @click.option("--check", "checks", metavar="COMMAND", multiple=True, help="Must succeed on what each --task built.")
 @click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
 @allow_failing_base_option

@@ -17,7 +17,7 @@ from orchestrator.cli.core.command import (
     store_option,
 )
 from orchestrator.cli.core.completion import complete_tasks
-from orchestrator.cli.render.next_steps import run_step, task_steps
+from orchestrator.cli.render.next_steps import Step, halt_steps, run_step, task_steps
 from orchestrator.cli.render.story import story_lines
 from orchestrator.cli.render.text import printable
 from orchestrator.domain.runs.model import TaskStatus
@@ -63,5 +63,6 @@ async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
         return ()
     shown = next(one for one in report.tasks if one.id == task)
     steps = task_steps(shown, report, is_newest=await council.newest_run() == run, is_shown=True)
-    own = run_step(report) if not steps and shown.status != TaskStatus.LANDED else ""
-    return [printable(str(step)) for step in steps] or ([f"next: {own}"] if own else [])
+    if not steps and shown.status != TaskStatus.LANDED:
+        steps = halt_steps(report) or [Step("next", own)] if (own := run_step(report)) else ()
+    return [printable(str(step)) for step in steps]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,8 @@ from orchestrator.cli.core.command import (
     show_result,
     store_option,
 )
-from orchestrator.cli.render.next_steps import run_step
 from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.next_steps import halt_steps, run_step
 from orchestrator.engine.reports.report import RunReport
 
 if TYPE_CHECKING:
@@ -76,11 +76,18 @@ def runs(active: bool, as_json: bool) -> None:
             for report, metrics in [] if as_json else told:
                 for line in _run_lines(report, metrics):
                     context.output.text(f"{line}\n")
-                if step := run_step(report):
-                    context.output.text(f"    next: {step}\n")
+                for line in _step_lines(report):
+                    context.output.text(f"    {line}\n")
             return 0
 
     run_command(command, as_json=as_json, brief=True)
+
+
+def _step_lines(report: RunReport) -> Sequence[str]:
+    """Return the next commands for a run, a line each."""
+    if steps := halt_steps(report):
+        return [printable(str(step)) for step in steps]
+    return [f"next: {step}"] if (step := run_step(report)) else []
 
 
 def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:

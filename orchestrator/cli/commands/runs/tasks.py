@@ -175,8 +175,8 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
         async with open_council(context.log) as council:
             changes = await council.file_changes(run)
             kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
-            if kept:
-                words = describe_file_changes(kept, ())
+            if kept or changes.keys:
+                words = describe_file_changes(kept, changes.keys)
                 context.output.notice(printable(f"{changes.file} has changed, the run keeps what it recorded: {words}"))
             if reloads and changes.has_tasks and changes.config is not None:
                 await require_trust(changes.config, is_named=False)
@@ -235,7 +235,7 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
 @run_option
 @store_option
 def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
-    """Show what a task has changed, so far if it is running.
+    """Show what a task has changed, so far if it is at work.
 
     After a run was killed, the worktree that an interrupted session left is compared.
 
