@@ -282,7 +282,7 @@ class RunExecutor:
                     self._lead(runs, document, hub, lock, settings) as (ledger, context),
                 ):
                     if is_over:  # only the user may have landed something since
-                        if not await Reconciler(ledger, shop).look(frozenset()):
+                        if not await Reconciler(ledger, context).adopt_landings(frozenset()):
                             await ledger.finish(runs.describe(before, is_live=False, has_ended=True).status)
                             return await runs.status(run)
                         before = await runs.record(run)

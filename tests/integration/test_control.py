@@ -858,7 +858,11 @@ def test_show_of_a_blocked_task_leads_to_the_task_that_failed(repository: Reposi
     repository.council("run", _file(repository, tasks))
     for task in ("after", "last"):
         assert repository.council("show", task).stdout.splitlines()[-1] == "next: council retry need"
-    assert [one["blocked_by"] for one in repository.council("status", "--json").result["tasks"]] == [None, "need", "need"]
+    assert [one["blocked_by"] for one in repository.council("status", "--json").result["tasks"]] == [
+        None,
+        "need",
+        "need",
+    ]
     assert repository.council("retry", "need").code == 0
     assert set(repository.council("resume", "--json").states.values()) == {"landed"}
 

@@ -20,7 +20,9 @@ async def test_work_that_a_person_has_merged_counts_as_landed(repository: Reposi
         {"id": "more", "prompt": "write more.txt x", "needs": ["built"]},
         {"id": "long", "prompt": "hang"},
     ]
-    child = repository.start("run", str(repository.configure(tasks, coordination={"sweep_interval": "200ms"})), "--json")
+    child = repository.start(
+        "run", str(repository.configure(tasks, coordination={"sweep_interval": "200ms"})), "--json"
+    )
     wait_for(lambda: repository.council("status", "--json").result.get("tasks", [{}])[0].get("status") == "failed")
     result = repository.council("status", "--json").result
     repository.git("fetch", "--quiet", result["repository"], result["tasks"][0]["branch"])

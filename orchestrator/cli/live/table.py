@@ -88,7 +88,9 @@ def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> I
     """Say which adapters could not be used already before."""
     for name, one in learned.items():
         if one.disabled_reason is not None or (one.cooldown_until or 0.0) > time.time():
-            yield adapter_line(AdapterReport(name, one.cooldown_until, one.disabled_reason), live_enable_command(name, run))
+            yield adapter_line(
+                AdapterReport(name, one.cooldown_until, one.disabled_reason), live_enable_command(name, run)
+            )
 
 
 def _is_shown(event: Event) -> bool:

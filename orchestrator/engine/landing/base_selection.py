@@ -58,7 +58,9 @@ class BaseSelector:
             return StartPoint(tip)
         with suppress(GitError):  # its parents are not here, or the target was rewritten
             if (
-                merged := await self._context.target.renew_retry_base(next_phase.start, tip, self._context.refs(f"renew_retry_base/{task}"))
+                merged := await self._context.target.renew_retry_base(
+                    next_phase.start, tip, self._context.refs(f"renew_retry_base/{task}")
+                )
             ) is not None:
                 return StartPoint(tip, merged)
         if document.start is None and next_phase.base is not None:

@@ -449,8 +449,12 @@ def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) 
 
 def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
     """Name the adapters that a task waits for, the soonest first, and the disabled ones; empty if all are disabled."""
-    ends = sorted((one.cooldown_until, one.name) for one in adapters if one.disabled_reason is None and one.cooldown_until)
-    disabled = "".join(f"; {one.name!r} is disabled: {one.disabled_reason}" for one in adapters if one.disabled_reason is not None)
+    ends = sorted(
+        (one.cooldown_until, one.name) for one in adapters if one.disabled_reason is None and one.cooldown_until
+    )
+    disabled = "".join(
+        f"; {one.name!r} is disabled: {one.disabled_reason}" for one in adapters if one.disabled_reason is not None
+    )
     each = ", or for ".join(f"{name!r} until {format_local_time(until)}" for until, name in ends)
     return f"waits for adapter {each}{disabled}" if ends else ""
 

@@ -318,7 +318,11 @@ class AttemptRunner:
                 active.task, active.spec, active.next_phase.phase
             )
             service = session_service.serve_session(
-                active.name, active.adapter, self._session_workspace(active), keep_ownership=True, validate_handoff=check_handoff
+                active.name,
+                active.adapter,
+                self._session_workspace(active),
+                keep_ownership=True,
+                validate_handoff=check_handoff,
             )
             await stack.enter_async_context(service)
             finished = await active.session.run()
@@ -547,7 +551,9 @@ class AttemptRunner:
             return closed if known.disabled_reason is None and started >= (known.enabled_at or 0.0) else None
 
         known, _ = await self.ledger.update_adapter(active.adapter, judge)
-        return RetryAfter(0.0) if known.disabled_reason is None else AdapterDisabled(active.adapter, known.disabled_reason)
+        return (
+            RetryAfter(0.0) if known.disabled_reason is None else AdapterDisabled(active.adapter, known.disabled_reason)
+        )
 
     async def _clear_cooldown(self, adapter: str) -> None:
         """Forget the cooldowns of an adapter: a session that started after them succeeded."""

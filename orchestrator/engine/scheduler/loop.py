@@ -133,7 +133,9 @@ class Scheduler:
         enabled = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
         for adapter, document in documents.items():
             if document.disabled_reason is not None:
-                await self._ledger.update_adapter(adapter, lambda current: None if current.disabled_reason is None else enabled)
+                await self._ledger.update_adapter(
+                    adapter, lambda current: None if current.disabled_reason is None else enabled
+                )
             elif document.cooldown_until is not None:
                 self._local.cool_down(adapter, document.cooldown_until)
 

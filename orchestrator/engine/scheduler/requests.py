@@ -291,7 +291,14 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
         restart = restart_task(workflow, document, phase)
         if superseded_subtasks(ledger, workflow, document, phase):
             restart["expanded"] = landed_subtasks(ledger, document)
-        reset = {"refused": None, "failures": 0, "bounces": 0, "revived": len(document.phases), "reason": None, "paths": ()}
+        reset = {
+            "refused": None,
+            "failures": 0,
+            "bounces": 0,
+            "revived": len(document.phases),
+            "reason": None,
+            "paths": (),
+        }
         try:
             await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **reset, **cleared, **restart)
         except _OVERTAKEN:
