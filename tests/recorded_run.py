@@ -144,7 +144,7 @@ async def recorded_project(
 
     The run's repositories are in `folder`, which is written down: sizes depend on its length.
     """
-    monkeypatch.setattr(journal, "name_of_writer", lambda: "ada@box:4711")
+    monkeypatch.setattr(journal, "get_writer_name", lambda: "ada@box:4711")
     clock = ManualClock(RUN_STARTED)
     (top / ".council").mkdir(mode=0o700)
     async with FileStore.open(ensure_log(Project(top).state_folder, council_home(os.environ)), clock) as store:
