@@ -37,7 +37,7 @@ def _check_url(url: str) -> str:
 
 
 class WebhookOptions(BaseModel):
-    """What stands under a sink that says `use: webhook`."""
+    """Options of a sink with `use: webhook`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
