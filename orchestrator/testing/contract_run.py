@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.testing.adapter_contract import AdapterContract
 
 _SPEC = "COUNCIL_TESTED_ADAPTER"
-_MODULE = "from orchestrator.testing.contract_run import contract\n\nTestAdapter = contract()\n"
+_MODULE = "from orchestrator.testing.contract_run import contract_suite\n\nTestAdapter = contract_suite()\n"
 _LONGEST = 2_000  # characters of what a failed test says
 INSTALL_COMMAND = "pip install 'cli-council[testing]'"
 
