@@ -1,63 +1,63 @@
-# Everything a developer needs, on a machine that has python3, git and make.
+# Development tasks. Requires python3, git and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# More than the cores of a small machine: half of a test's time is spent waiting for processes to start and end.
+# More than the cores of a small machine: tests spend half of their time waiting for processes.
 WORKERS ?= 6
-# Neighbouring tests stay together, so that what a module prepares is prepared once.
+# Keep the tests of a module together, so that its fixtures are created once.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-# Each worker would compile all tests anew where byte code is not kept.
+# Keep byte code: otherwise each worker compiles all tests.
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help install demo test test-extended test-sandboxes test-clis crash chaos bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
-help:  ## say what there is
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(STAMP)  ## make .venv with the package and all that developing needs
+install: $(STAMP)  ## create .venv with the package and the development tools
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
-	@echo 'installing council and its dependencies into $(VENV); this happens once and can take a minute' >&2
+	@echo 'installing council and its dependencies into $(VENV); once only, can take a minute' >&2
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv: install your system's python3-venv package" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
 	@touch $@
 
-demo: install  ## run configs/quickstart.yaml on a clone of this repository and check what came of it
+demo: install  ## run configs/quickstart.yaml on a clone of this repository and verify the results
 	@$(BIN)/python examples/demo.py
 
-test: install  ## each feature in a few minutes
+test: install  ## run the tests of every feature, in a few minutes
 	@$(PYTEST) -m 'not extended and not slow and not clis'
 
-test-extended: install  ## what `make test` leaves out: variants and faults, some minutes more
+test-extended: install  ## run the remaining tests: variants and injected faults, some minutes more
 	@$(PYTEST) -m 'extended and not slow and not clis'
 
-test-sandboxes: install  ## the tests of sandboxes as on a machine without bubblewrap, without Landlock, without both
+test-sandboxes: install  ## run the sandbox tests without bubblewrap, without Landlock, and without both
 	@for missing in bubblewrap landlock 'bubblewrap landlock'; do \
 		echo "without $$missing:"; \
 		$(BIN)/python -m tests.without_sandbox $$missing -- \
 			$(PYTEST) -m 'sandbox and not slow' || exit 1; \
 	done
 
-test-clis: install  ## runs through real programs, which it installs in .clis; CLIS="claude-code codex" names some
+test-clis: install  ## run the tests with real CLIs, which it installs in .clis; CLIS="claude-code codex" selects some
 	@CLIS='$(CLIS)' $(BIN)/python -m tests.clis.install
 	@CLIS='$(CLIS)' $(PYTEST) -m clis --durations=20 tests/clis
 
-crash: install  ## the long crash runs: every failpoint, random moments, kills inside recovery
+crash: install  ## run the long crash tests: every failpoint, random times, kills during recovery
 	@$(PYTEST) -m slow
 	@COUNCIL_ALL_EXAMPLES=1 $(PYTEST) -m 'hypothesis and not slow'
 
 chaos: export CHAOS_TRIALS ?= 3
-chaos: install  ## random work under random kills, stops, full disks and commits of the user; CHAOS_TRIALS=300 CHAOS_SEED=1
+chaos: install  ## run random work under random kills, pauses, full disks and user commits; CHAOS_TRIALS=300 CHAOS_SEED=1
 	@$(PYTEST) -m slow tests/crash/test_chaos.py
 
-schema: install  ## bring configs/council.schema.json up to date with the file's models and the adapters
+schema: install  ## regenerate configs/council.schema.json from the models of the file and the adapters
 	@$(BIN)/council schema > configs/council.schema.json
 
-bench: install  ## measure start-up, the scheduler, locks, worktrees and the whole cycle beside baselines; the table goes to build/bench.md, too
+bench: install  ## benchmark start-up, scheduler, locks, worktrees and the whole cycle against baselines; also writes build/bench.md
 	@$(BIN)/python -m benchmarks
 
 lint: install
@@ -70,7 +70,7 @@ types: install
 imports: install
 	@$(BIN)/lint-imports
 
-check: lint types imports test  ## what to run before a commit; CI runs `.ci/run`
+check: lint types imports test  ## run lint, types, import rules and tests before a commit; CI runs `.ci/run`
 
-clean:  ## remove what `make` made
+clean:  ## remove generated files
 	rm -rf $(VENV) .clis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,8 +1,8 @@
-"""Draw `docs/council.svg`: the table of a real run, caught at a telling moment.
+"""Draw `docs/council.svg`: the table of a real run at a point with varied task states.
 
     python docs/picture.py [FILE]
 
-The run is one of the fake CLI in a temporary folder, which is removed.
+The run uses the fake CLI in a temporary folder, which is removed afterwards.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TASKS = [
     },
     {"id": "release", "needs": ["api", "search"], "prompt": "write CHANGES.md 1.0"},
 ]
-#: What the picture waits for: the phase of each task, those whose words are to be seen, and whose lines.
+#: The state to wait for: the phase of each task, and the tasks with visible messages and changes.
 PHASES = {
     "models": "landed",
     "readme": "landed",
@@ -65,7 +65,7 @@ PHASES = {
 TALKING = {"api", "search"}
 CHANGED = set(PHASES) - {"release"}
 TITLE = "council run council.yaml"
-#: As rich's own, but with fonts that a machine has, and none that is fetched.
+#: Like rich's own template, but with local fonts only.
 TEMPLATE = """\
 <svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
@@ -92,7 +92,7 @@ TEMPLATE = """\
 
 
 def main() -> None:
-    """Make the run, and the picture of it."""
+    """Run the tasks, and write the picture."""
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("council.svg")
     with tempfile.TemporaryDirectory(prefix="council-picture-") as scratch:
         environ = {
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def prepare(scratch: Path, environ: dict[str, str]) -> Path:
-    """Make a repository and the file of a run; return that file."""
+    """Create a repository and the file of a run; return the path of the file."""
     repository = scratch / "shop"
     (repository / "src").mkdir(parents=True)
     (repository / "README.md").write_text("# Project\n")
@@ -130,7 +130,7 @@ def prepare(scratch: Path, environ: dict[str, str]) -> Path:
 
 
 async def catch(config: Path, environ: dict[str, str]) -> TableFrame:
-    """Run the file until the moment has come; return what a terminal shows then."""
+    """Run the file until the table is suitable; return its frame."""
     async with Council.open(config, environ=environ) as council:
         run = await council.create_run()
         activity = await council.activity(run)
@@ -156,7 +156,7 @@ async def catch(config: Path, environ: dict[str, str]) -> TableFrame:
 
 
 def is_telling(frame: TableFrame) -> bool:
-    """Whether the moment has come."""
+    """Return True if the frame shows the expected phases, messages and changes."""
     rows = {row.task: row for row in frame.rows}
     talk = all(rows[task].words for task in TALKING)
     return (

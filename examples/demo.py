@@ -1,4 +1,4 @@
-"""Run `configs/quickstart.yaml` on a clone of this repository, and check what came of it.
+"""Run `configs/quickstart.yaml` on a clone of this repository, and verify the results.
 
     python examples/demo.py
 
@@ -33,12 +33,12 @@ STATES = {
     "index": "landed",
     "hangs": "failed",
 }
-# Whichever of these is first lands, the other does not merge.
+# The first of these lands, the other one conflicts.
 MOTTOS = {"motto": "One merge at a time.\n", "other-motto": "Nothing is lost.\n"}
 
 
 def main() -> int:
-    """Run the demonstration; 0 if all is as expected."""
+    """Run the demo; return 0 if all results are as expected."""
     with tempfile.TemporaryDirectory(prefix="council-demo-") as scratch:
         clone = Path(scratch, "clone")
         print(f"demo: cloning {HERE}, then running configs/quickstart.yaml in the clone (10 tasks, no AI)", flush=True)
@@ -50,20 +50,20 @@ def main() -> int:
         asked = subprocess.run([*council, "status", "--json"], cwd=clone, env=environ, capture_output=True, check=False)
         result = json.loads(asked.stdout)
         wrong = check(clone, shown.returncode, result)
-    ended = f"demo: all {len(result['tasks'])} tasks ended as they should on {result['target']}"
-    print("\n".join(wrong) or f"{ended}; the clone is removed, what to type `next` is for a run of your own")
+    ended = f"demo: all {len(result['tasks'])} tasks ended as expected on {result['target']}"
+    print("\n".join(wrong) or f"{ended}; the clone was removed, so the `next` commands above do not apply")
     return bool(wrong)
 
 
 def check(clone: Path, code: int, result: dict[str, Any]) -> list[str]:
-    """Return a sentence for everything that is not as it should be."""
+    """Return a message for each unexpected result."""
     if (code, result["exit"], result["status"]) != (1, 1, "incomplete"):
         return [f"exit {code}, {result}"]
     tasks = {task["id"]: task for task in result["tasks"]}
     states = {name: task["status"] for name, task in tasks.items()}
     wrong = [f"{name} is {states[name]}, not {state}" for name, state in STATES.items() if states[name] != state]
     if tasks["hangs"]["failure"] != "timeout" or tasks["hangs"]["branch"] is None:
-        wrong.append(f"hangs was not timed out, or what it did is not kept: {tasks['hangs']}")
+        wrong.append(f"hangs did not time out, or its work was not preserved: {tasks['hangs']}")
     if sorted(states[name] for name in MOTTOS) != ["conflict", "landed"]:
         wrong.append(f"the mottos did not conflict: {states}")
     landed = [text for name, text in MOTTOS.items() if states[name] == "landed"]
@@ -72,7 +72,7 @@ def check(clone: Path, code: int, result: dict[str, Any]) -> list[str]:
             ["git", "show", f"{result['target']}:{name}"], cwd=clone, capture_output=True, text=True, check=False
         )
         if shown.stdout != content:
-            wrong.append(f"{name} on the target holds {shown.stdout!r}")
+            wrong.append(f"{name} on the target is {shown.stdout!r}")
     clean = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
     if clean.stdout:
         wrong.append(f"the clone's checkout has changed: {clean.stdout}")

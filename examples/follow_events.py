@@ -1,4 +1,4 @@
-"""Follow what happens while a run is at work, and cancel what takes too many attempts.
+"""Follow the events of a run, and cancel tasks that need too many attempts.
 
 python examples/follow_events.py council.yaml
 """
@@ -13,7 +13,7 @@ from orchestrator import Council
 
 
 async def follow(council: Council, run: str) -> None:
-    """Print each event, until the run is over; the same works from another process."""
+    """Print each event until the run ends; this also works from another process."""
     async for recorded in council.events(run):
         event = recorded.event
         print(recorded.position, event.type, event.data.get("task", ""))
@@ -22,7 +22,7 @@ async def follow(council: Council, run: str) -> None:
 
 
 async def main(file: str) -> int:
-    """Run the file with its events shown."""
+    """Run the file and print its events."""
     async with Council.open(file) as council:
         run = await council.create_run()
         async with anyio.create_task_group() as group:

@@ -1,8 +1,8 @@
-"""Call a council from code that is not asynchronous: `asyncio.run` makes an event loop for the time of a run.
+"""Use a council from synchronous code: `asyncio.run` creates an event loop for the duration of a run.
 
     python examples/from_sync_code.py council.yaml
 
-In a notebook, which has a loop already, write `await run(file)` instead; in a thread beside a loop of yours,
+In a notebook, which already has a loop, write `await run(file)` instead; in a thread next to your own loop,
 `anyio.from_thread.run(run, file)`.
 """
 
@@ -21,7 +21,7 @@ async def run(file: str) -> RunReport:
 
 
 def main(file: str) -> int:
-    """Run the file from here, where nothing can be awaited."""
+    """Run the file from synchronous code."""
     report = asyncio.run(run(file))
     print(report.status)
     return report.exit_code

@@ -1,4 +1,4 @@
-"""Look at the newest run, see what is left of it, have it tried again, and go on.
+"""Inspect the newest run, list its unmerged work, retry its failed tasks, and resume it.
 
 python examples/retry_failed_tasks.py       (in the repository that the run was in)
 """
@@ -13,14 +13,14 @@ from orchestrator import Council, RunStatus, TaskStatus
 
 
 async def main() -> int:
-    """Try again whatever failed or did not merge."""
+    """Retry tasks that failed or did not merge."""
     async with Council.open() as council:
         report = await council.status()
         if report.status is RunStatus.RUNNING:
-            print(f"{report.run} is at work")
+            print(f"{report.run} is running")
             return report.exit_code
-        for kept in await council.archive.kept(report.run):
-            print(f"kept: {kept.name}")
+        for work in await council.archive.kept(report.run):
+            print(f"preserved: {work.name}")
         failed = [task.id for task in report.tasks if task.status in {TaskStatus.FAILED, TaskStatus.CONFLICT}]
         for task in failed:
             async for part in council.archive.log(report.run, task):

@@ -1,4 +1,4 @@
-"""Run a YAML file from Python, and look at what came of each task.
+"""Run a YAML file from Python, and print the result of each task.
 
 python examples/run_file.py council.yaml
 """
@@ -13,11 +13,11 @@ from orchestrator import ConfigError, Council, RefusedError
 
 
 async def main(file: str) -> int:
-    """Run the file; return the exit code that `council run` would end with."""
+    """Run the file; return the exit code of `council run`."""
     try:
         async with Council.open(file) as council:
             report = await council.run()
-    except ConfigError as error:  # every mistake of the file, as file:line:column: what: remedy
+    except ConfigError as error:  # every mistake of the file, as file:line:column: problem: fix
         print(error)
         return 2
     except RefusedError as error:  # nothing was started

@@ -1,8 +1,8 @@
-"""Describe a run by typed objects instead of a file: here one task for each module that has no test.
+"""Describe a run with typed objects instead of a file: here one task for each module without a test.
 
     python examples/typed_run.py        (in a git repository with a branch `main`)
 
-Numbers are seconds and bytes; text such as "30m" and "50MB" is taken as in a file. Mistakes are told by their place,
+Numbers are seconds and bytes; text such as "30m" and "50MB" is allowed as in a file. Errors name the place,
 as in `tasks[0].needs[0]`.
 """
 
@@ -23,8 +23,8 @@ printf 'import %s\\n\\n\\ndef test_import() -> None:\\n    assert %s\\n' {name} 
 
 
 def describe(modules: list[str]) -> Config:
-    """Return a run with a task for each module, and one that follows them all."""
-    shell = CommandOptions(argv=("sh", "{prompt_file}"))  # any program: its words are its options
+    """Return a run with a task for each module, and a last one that needs all of them."""
+    shell = CommandOptions(argv=("sh", "{prompt_file}"))  # any program; these are its options
     tasks = [
         Task(id=f"test-{name}", prompt=WRITE_TEST.format(name=name), owns=(f"tests/test_{name}.py",))
         for name in modules
@@ -46,7 +46,7 @@ def describe(modules: list[str]) -> Config:
 
 
 async def main(modules: list[str]) -> int:
-    """Run it in the repository of the current folder."""
+    """Run in the repository of the current folder."""
     async with Council.open(describe(modules)) as council:
         report = await council.run()
     print(f"{report.status}: {sum(task.landed is not None for task in report.tasks)} landed on {report.target}")

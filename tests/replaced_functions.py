@@ -79,7 +79,9 @@ def sections(page: str) -> dict[str, str]:
 def rows(section: str) -> list[list[str]]:
     """Return the cells of the tables of a section, without their heads."""
     lines = [line for line in section.splitlines() if line.startswith("| ")]
-    return [cells for line in lines if (cells := line.strip("| ").split(" | "))[0] not in {"there", "variable"}]
+    return [
+        cells for line in lines if (cells := line.strip("| ").split(" | "))[0] not in {"earlier design", "variable"}
+    ]
 
 
 def code_spans(table: Sequence[Sequence[str]], column: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""An adapter for patch(1): a task's prompt is a patch, and what lands is that patch, merged and checked."""
+"""An adapter for patch(1): the prompt of a task is a patch, which is merged, checked and landed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 
 class PatchOptions(BaseModel):
-    """What stands under an adapter that says `use: patch`."""
+    """Options of an adapter with `use: patch`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     strip: Annotated[int, Field(ge=0, le=9)] = 1
-    """How many leading folders of the paths in the patch are left out."""
+    """The number of leading path components to strip, as for `patch -p`."""
 
 
 class PatchAdapter:
@@ -44,20 +44,20 @@ class PatchAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can be asked for beside the prompt."""
+        """Return the optional features."""
         return frozenset()
 
     def programs(self) -> Sequence[Program]:
-        """Return what must be on PATH before a run starts."""
+        """Return the programs that must be on PATH before a run starts."""
         return [Program("patch", install="install GNU patch", version=["--version"], known=">=2.7,<3")]
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return what to run; the prompt lies in a file."""
+        """Return the command; the prompt is in a file."""
         options = ["--batch", "--forward", "--no-backup-if-mismatch", "--reject-file=-"]
         return SessionCommand(["patch", *options, f"--strip={self._options.strip}", f"--input={request.prompt_file}"])
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a line of standard output means."""
+        """Return the events of a line of standard output."""
         if found := re.fullmatch(r"patching file '?(.+?)'?", line):
             return [ToolCall("patch", found[1], [found[1]])]
         if re.match(r"Hunk #\d+ (FAILED|succeeded)", line):
@@ -65,7 +65,7 @@ class PatchAdapter:
         return []
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Say that a patch which does not apply is not worth another attempt; 1 is patch's word for that."""
+        """Refuse a patch that does not apply, for which patch exits with 1: another attempt would not help."""
         if end.exit == 1:
             warned = [event.text for event in end.events if isinstance(event, CliWarning)]
             return Failed(FailureClass.REFUSED, f"the patch does not apply: {'; '.join(warned)}")

@@ -1,7 +1,7 @@
 """A sink that posts events to a URL, as JSON.
 
-A body is `{"events": [{"position", "time", "event", "run", …}, …]}`. Whoever receives it may get an event twice, and
-tells that by `run` and `position`.
+A body is `{"events": [{"position", "time", "event", "run", …}, …]}`. A receiver may get an event twice;
+`run` and `position` identify it.
 """
 
 from __future__ import annotations
@@ -30,34 +30,36 @@ def _check_url(url: str) -> str:
         return url
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError("this is no address of a web server: begin with https://")
+        raise ValueError("not an http(s) URL: begin with https://")
     if parts.password:
-        raise ValueError("the URL holds a password: name a variable under `token`, it is sent as a bearer token")
+        raise ValueError(
+            "the URL has a password: put the name of a variable in `token`, which is sent as a bearer token"
+        )
     return url
 
 
 class WebhookOptions(BaseModel):
-    """What stands under a sink that says `use: webhook`."""
+    """Options of a sink with `use: webhook`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     url: Annotated[str, AfterValidator(_check_url)]
-    """Where events are posted; `$NAME` for the value of a variable, where the URL itself is a secret."""
+    """The URL to post to; `$NAME` is the value of a variable, for a secret URL."""
     token: str | None = None
-    """The name of a variable; its value is sent as `Authorization: Bearer …`. The file holds no secret."""
+    """The name of a variable; its value is sent as `Authorization: Bearer …`, so the file has no secret."""
     timeout: Annotated[int, Field(ge=1, le=25)] = 10
-    """Seconds that the server may take for each step of an answer."""
+    """The timeout for each step of an answer, in seconds."""
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """A redirected POST would arrive as a GET without its body: an error is the better answer."""
+    """Reject redirects: a redirected POST would arrive as a GET without its body."""
 
     def redirect_request(self, *asked: object) -> None:
-        """Follow nothing."""
+        """Do not follow the redirect."""
 
 
 class Webhook:
-    """Posts each batch; an answer other than 2xx raises, and the batch comes again, later and later."""
+    """Post each batch; an answer other than 2xx raises, and the batch is retried with growing delays."""
 
     Options: ClassVar[type[BaseModel]] = WebhookOptions
 
@@ -72,12 +74,12 @@ class Webhook:
         pass
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Post the events; raises HTTPError or URLError where they are not taken."""
+        """Post the events. Raises HTTPError or URLError if the server does not accept them."""
         body = {"events": [_as_json(one) for one in events]}
         headers = {"Content-Type": "application/json", **self._authorization()}
         data = json.dumps(body).encode()
         request = Request(self._url(), data, headers, method="POST")
-        # In a thread, since it blocks; one that hangs is left behind when the run's patience ends.
+        # In a thread, because it blocks; a hanging one is abandoned when the run's deadline for sinks expires.
         await anyio.to_thread.run_sync(self._post, request, abandon_on_cancel=True)
 
     def _post(self, request: Request) -> None:
@@ -96,7 +98,7 @@ class Webhook:
 def _variable(name: str) -> str:
     value = os.environ.get(name)
     if not value:
-        raise RefusedError(f"the variable {name} is not set", "set it, or take it out of the sink's options")
+        raise RefusedError(f"the variable {name} is not set", "set it, or remove it from the sink's options")
     return value
 
 

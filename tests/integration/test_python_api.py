@@ -32,7 +32,7 @@ from tests.sandboxes import default_sandbox
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/python.md").read_text()
-README = (ROOT / "README.md").read_text()
+QUICK_START = (ROOT / "docs/quick-start.md").read_text()
 
 
 def describe(repository: Repository, *tasks: Task, **settings: Any) -> Config:
@@ -63,7 +63,7 @@ def test_every_public_method_is_documented() -> None:
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE + README, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE + QUICK_START, re.DOTALL))
 def test_every_block_runs(block: str, repository: Repository) -> None:
     """What stands in the documents is a script that runs a file of the current folder."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])

@@ -1,4 +1,4 @@
-"""docs/coordination.md names commands, Python names, variables and tests that there are."""
+"""docs/coordination.md and its part of docs/function-mapping.md agree with the code."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.replaced_functions import ReplacedFunctionsContract, check_test, rows
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/coordination.md").read_text()
+MAPPING: Final = (ROOT / "docs/function-mapping.md").read_text()
 CLAIMS, SESSIONS = "Distributed claims", "Parallel sessions"
 TEN: Final = (
     "test_create_session_worktree",
@@ -38,7 +39,7 @@ TEN: Final = (
 )
 
 #: The tables of functions; behind each is one of something else, of two columns.
-FUNCTIONS: Final = [row for name in (CLAIMS, SESSIONS) for row in rows(sections(PAGE)[name]) if len(row) == 3]
+FUNCTIONS: Final = [row for name in (CLAIMS, SESSIONS) for row in rows(sections(MAPPING)[name]) if len(row) == 3]
 #: What else stands in code: keys, values and arguments, and the name of a logger.
 _WORDS: Final = {
     *("async with", "continue", "enabled", "heartbeat_interval", "max_retries", "orchestrator.claims", "override"),
@@ -62,18 +63,18 @@ def test_the_ten_tests_of_parallel_sessions_are_there_and_named() -> None:
     for name in TEN:
         whole = f"tests/integration/test_coordination.py::{name}"
         check_test(whole)
-        assert f"`{whole}`" in PAGE
+        assert f"`{whole}`" in MAPPING
 
 
 def test_each_variable_is_one_of_the_example() -> None:
     """And none of the example's is missing."""
-    named = {row[0].strip("`") for row in rows(sections(PAGE)[CLAIMS]) if row[0].startswith(("`SHARED", "`TASK"))}
+    named = {row[0].strip("`") for row in rows(sections(MAPPING)[CLAIMS]) if row[0].startswith(("`SHARED", "`TASK"))}
     assert named == set(re.findall(r"^([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
 
 
 def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
     """None is left out, and none is told that is not there."""
-    told = {name for row in rows(sections(PAGE)["What a session is at"]) for name in re.findall(r"`(\w+)`", row[0])}
+    told = {name for row in rows(sections(PAGE)["Session context"]) for name in re.findall(r"`(\w+)`", row[0])}
     assert told == set(SessionContext.model_fields)
     text = " ".join(PAGE.split())
     assert (STALE_CONTEXT_SECONDS, MAX_MESSAGE_CHARS) == (1800, 500)

@@ -47,14 +47,17 @@ from orchestrator.sessions.setup.environment import BASE_VARIABLES
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
+QUICK_START = (ROOT / "docs/quick-start.md").read_text()
+COMMANDS_PAGE = (ROOT / "docs/commands.md").read_text()
+TASK_STATES = (ROOT / "docs/task-states.md").read_text()
 OUTPUT = (ROOT / "docs/output.md").read_text()
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 
 
-def test_the_readme_names_every_command() -> None:
-    """Each command stands in the README's table, and no other."""
-    assert set(re.findall(r"^\| `council ([\w-]+)", README, re.MULTILINE)) == set(_commands())
+def test_the_page_of_commands_names_every_command() -> None:
+    """The table in docs/commands.md has each command, and no other."""
+    assert set(re.findall(r"^\| `council ([\w-]+)", COMMANDS_PAGE, re.MULTILINE)) == set(_commands())
 
 
 def test_the_list_of_commands_agrees_with_the_commands() -> None:
@@ -80,9 +83,10 @@ def _load(path: Path) -> RunConfig:
     return load_config(path, plugins.adapters, plugins.extensions())
 
 
-def test_the_readmes_file_loads(tmp_path: Path) -> None:
-    """The example of the README is a file that runs."""
-    match = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("page", [README, QUICK_START], ids=["README", "quick-start"])
+def test_the_first_file_of_a_page_loads(page: str, tmp_path: Path) -> None:
+    """The example is a file that runs."""
+    match = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert match
     (tmp_path / "council.yaml").write_text(match[1])
     (tmp_path / "prompts").mkdir()
@@ -163,11 +167,11 @@ def test_the_example_of_a_checklist_gives_the_tasks_that_the_text_says() -> None
     assert "below an item" in items[1].text
 
 
-def test_the_readme_explains_every_final_state() -> None:
-    """A state that a result can show at the end stands in the README's table."""
+def test_every_final_state_is_explained() -> None:
+    """The table in docs/task-states.md has each state that a result can show at the end."""
     transient = {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING}
     for state in [*(set(TaskStatus) - transient), "blocked"]:
-        assert f"| `{state}` |" in README
+        assert f"| `{state}` |" in TASK_STATES
 
 
 def test_every_event_and_status_is_documented() -> None:
@@ -184,3 +188,31 @@ def test_links_and_make_targets_exist(path: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (path.parent / link).exists()] == []
     assert set(re.findall(r"\bmake ([a-z]+)\b(?=`|\n)", text)) <= targets
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_anchors_of_links_exist(path: Path) -> None:
+    """Every `#anchor` of a link is a heading of the page that it leads to."""
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text())
+    assert [
+        (page, anchor) for page, anchor in links if anchor not in _anchors(path.parent / page if page else path)
+    ] == []
+
+
+@cache
+def _anchors(path: Path) -> frozenset[str]:
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return frozenset(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings)
+
+
+def test_the_readme_is_short() -> None:
+    """It introduces; the pages in docs/ explain."""
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_glossary_is_short_and_sorted() -> None:
+    """At most thirty terms, each once."""
+    terms = re.findall(r"^\| ([a-z][a-z ]+) \|", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)[1:]
+    assert 20 < len(set(terms)) == len(terms) <= 30

@@ -107,9 +107,9 @@ def test_examples_of_the_documentation_are_right() -> None:
         assert faults({**MINIMAL, **parsed(text)}, file_schema(load_plugins().adapters)) == [], text
 
 
-def test_readmes_file_is_right_and_names_its_schema() -> None:
-    """The first example of the README is a whole file."""
-    match = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_quick_start_file_is_right_and_names_its_schema() -> None:
+    """The first example of the quick start is a whole file."""
+    match = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/quick-start.md").read_text(), re.DOTALL)
     assert match
     assert match[1].startswith(EDITOR_LINE)
     assert faults(parsed(match[1]), file_schema(load_plugins().adapters)) == []

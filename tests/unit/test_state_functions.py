@@ -1,4 +1,4 @@
-"""docs/state-functions.md names commands, Python names, words, events and tests that there are."""
+"""docs/function-mapping.md names commands, Python names, words, events and tests that there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import replaced_functions
 from tests.replaced_functions import ReplacedFunctionsContract
 
 ROOT: Final = Path(__file__).parents[2]
-PAGE: Final = (ROOT / "docs/state-functions.md").read_text()
+PAGE: Final = (ROOT / "docs/function-mapping.md").read_text()
 OUTPUT: Final = (ROOT / "docs/output.md").read_text()
 SECTIONS: Final = replaced_functions.sections(PAGE)
 

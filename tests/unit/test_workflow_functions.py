@@ -1,4 +1,4 @@
-"""docs/workflows.md says what the code does: its examples, its tables, and the functions that it names."""
+"""docs/workflows.md agrees with the code: its examples and tables, and the function mapping of workflows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from tests.unit.test_consistency import BROKEN
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = (ROOT / "docs/workflows.md").read_text()
-README: Final = sections((ROOT / "README.md").read_text())["Phases that hand over"]
+QUICK_START: Final = sections((ROOT / "docs/quick-start.md").read_text())["Workflows"]
 SECTIONS: Final = sections(PAGE)
-FUNCTIONS: Final = rows(SECTIONS["Functions of the framework"])
+MAPPING: Final = sections((ROOT / "docs/function-mapping.md").read_text())["Workflows and handoffs"]
+FUNCTIONS: Final = rows(MAPPING)
 
 #: What else stands in code: keys of the file, arguments, and how values are called.
 _WORDS: Final = {"KIND_to_KIND", "if_version", "key", "results.PHASE"}
@@ -65,7 +66,7 @@ def test_no_function_is_forgotten(function: str) -> None:
 
 def test_each_command_of_the_page_is_there() -> None:
     """Those in sentences, too, with their options."""
-    lines = set(re.findall(r"`(council \w[^`]*)`", " ".join(PAGE.split())))
+    lines = set(re.findall(r"`(council \w[^`]*)`", " ".join((PAGE + MAPPING).split())))
     assert {"council approve TASK", "council retry TASK --from plan"} <= lines
     for line in lines:
         TestFunctions().test_each_command_is_there(line)
@@ -73,7 +74,7 @@ def test_each_command_of_the_page_is_there() -> None:
 
 def test_each_rule_that_is_named_is_one() -> None:
     """There is a record that breaks it."""
-    named = set(re.findall(r"`((?:chain|sessions)\.\w+)`", SECTIONS["Functions of the framework"]))
+    named = set(re.findall(r"`((?:chain|sessions)\.\w+)`", MAPPING))
     broken = {rule for rule, _ in BROKEN}
     assert {name for name in named if name.startswith("chain.")} == {
         rule for rule in broken if rule.startswith("chain.")
@@ -82,7 +83,7 @@ def test_each_rule_that_is_named_is_one() -> None:
 
 def test_what_phases_need_is_what_the_page_says() -> None:
     """The defaults of the filter."""
-    table = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows(SECTIONS["What a phase is given"])[1:]}
+    table = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows(SECTIONS["Phase inputs"])[1:]}
     assert table == {name: list(needs) for name, needs in PHASE_NEEDS.items()}
 
 
@@ -107,7 +108,7 @@ def _field(name: str, model: type[BaseModel]) -> str:
     return (f"**`{name}`**" if field.is_required() else f"`{name}`") + also
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE + README, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE + QUICK_START, re.DOTALL))
 def test_each_file_loads(block: str, tmp_path: Path) -> None:
     """Each example of a file is one, put into an otherwise smallest file."""
     smallest = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}, "defaults": {"adapter": "x"}}
@@ -133,4 +134,4 @@ def test_bounds_are_those_of_the_code() -> None:
     """As sentences have them."""
     text = " ".join(PAGE.split())
     assert f"cut at {MAX_VALUE_LENGTH:,} characters, a handoff has at most {MAX_HANDOFF_BYTES >> 20} MiB" in text
-    assert f"({DEFAULT_WAIT:g} seconds unless told otherwise)" in text
+    assert f"({DEFAULT_WAIT:g} seconds by default)" in text

@@ -1,4 +1,4 @@
-"""The adapter keeps the contract, and does what it is for."""
+"""The adapter fulfils the contract and applies patches."""
 
 from council_patch import PatchAdapter
 
@@ -9,7 +9,7 @@ FAILED = "patching file app.py\nHunk #1 FAILED at 1.\n1 out of 1 hunk FAILED\n"
 
 
 class TestPatch(AdapterContract):
-    """What every adapter promises, with lines and ends that were seen."""
+    """The adapter contract, with real lines and exit codes."""
 
     adapter_type = PatchAdapter
     options = {"strip": 0}

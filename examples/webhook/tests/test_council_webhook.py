@@ -1,4 +1,4 @@
-"""The sink keeps the contract with a real server that is down at first, as servers are."""
+"""The sink fulfils the contract with a real server that is down at first."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ from orchestrator.testing.sink_contract import SinkContract, sample_events
 
 
 class Server(ThreadingHTTPServer):
-    """Takes events on loopback; `failures` is what it answers before that."""
+    """Accept events on loopback, after answering with `failures`."""
 
     daemon_threads = True
 
@@ -29,12 +29,12 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request."""
+    """Answer one request."""
 
     server: Server
 
     def do_POST(self) -> None:
-        """Fail as long as it should, then take what is posted."""
+        """Answer with the next failure, or accept the events."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         code = self.server.failures.pop(0) if self.server.failures else 204
         if code == 204:
