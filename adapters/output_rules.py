@@ -52,7 +52,7 @@ def _check_groups(pattern: str) -> str:
 
 def _check_wanted(value: Any) -> Any:
     if not isinstance(value, str | int | float):
-        raise ValueError("only a text, a number, true or false can be waited for: write one, or a path further in")
+        raise ValueError("only a text, a number, true or false can be waited for: write one, or a path further in")  # noqa: TRY004  told by pydantic
     return value
 
 

@@ -31,7 +31,7 @@ def main() -> None:
         *worktrees.measure(quick=options.quick, folder=options.folder),
         *cycle.measure(quick=options.quick, folder=options.folder),
     ]
-    git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S607
     where = f"Python {platform.python_version()}, {git}, {platform.system()} {platform.machine()}"
     text = f"{format_table(rows)}\n{where}; medians of paired runs.\n"
     sys.stdout.write(text)

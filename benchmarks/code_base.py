@@ -35,7 +35,7 @@ _FORMS: Final = (
 
 def write_files(top: Path, files: int) -> None:
     """Write so many files below `top`. Blocks."""
-    chance = random.Random(_SEED)
+    chance = random.Random(_SEED)  # noqa: S311  nothing secret
     lines = _stock(chance)
     folders = _folders(chance, top, max(1, files // _FILES_A_FOLDER))
     middle = math.log(_MEAN_BYTES) - _SPREAD**2 / 2

@@ -52,7 +52,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     times, rounds = (QUICK_TIMES, QUICK_ROUNDS) if quick else (TIMES, ROUNDS)
     # Not in shared memory: locks are where the project is.
-    with scratch_folder(folder or Path("/var/tmp")) as place:
+    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
         beside: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
             "filelock": (partial(_by_entering, filelock.FileLock), 1.0),
             "portalocker": (partial(_by_entering, portalocker.Lock), None),
@@ -114,7 +114,7 @@ async def _together(place: Path, times: int) -> Cost:
         await store.commit(Commit([Write(claim.key, 0, {"epoch": 1, "released": None})]))
         with measure_cost() as cost:
             for _ in range(times):
-                assert await registry.acquire(_ME, [_PATH], orchestrator="o", claim=claim) is None
+                assert await registry.acquire(_ME, [_PATH], orchestrator="o", claim=claim) is None  # noqa: S101
                 await files.acquire(_ME, [_PATH])
                 await files.release(_ME, [_PATH])
                 await registry.release_patterns(_ME, [_PATH], claim)

@@ -22,7 +22,7 @@ QUICK_ROUNDS: Final = 1
 #: The exit code of `council status` for a run that was interrupted.
 INTERRUPTED: Final = 130
 
-_SHARED_MEMORY: Final = Path("/dev/shm")
+_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  a folder is made in it, readable by its owner alone
 
 
 class Cost(NamedTuple):

@@ -55,8 +55,8 @@ def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     changes, idle = (3, 0.2) if quick else (40, 5.0)
     argv = [sys.executable, "-m", "benchmarks.shared_store", "watch", str(place), str(changes)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
-        assert watcher.stdin
-        assert watcher.stdout
+        assert watcher.stdin  # noqa: S101  as asked for
+        assert watcher.stdout  # noqa: S101  as asked for
         watcher.stdout.readline()
         anyio.run(_change, place, changes, idle)
         told = json.loads(watcher.stdout.readline())
@@ -94,10 +94,10 @@ def _start(job: str, place: Path, processes: int, number: int) -> subprocess.Pop
 def _begin(*jobs: subprocess.Popen[str]) -> float:
     """Let all begin once all are ready; return when."""
     for job in jobs:
-        assert job.stdout
+        assert job.stdout  # noqa: S101  as asked for
         job.stdout.readline()
     for job in jobs:
-        assert job.stdin
+        assert job.stdin  # noqa: S101  as asked for
         job.stdin.close()
         job.stdin = None
     return time.perf_counter()
@@ -138,7 +138,7 @@ async def _change(place: Path, changes: int, idle: float) -> None:
         await anyio.sleep(idle)
         for _ in range(changes):
             # Long enough for whoever watches to look as seldom as it does.
-            await anyio.sleep(random.uniform(0.0, 0.5))
+            await anyio.sleep(random.uniform(0.0, 0.5))  # noqa: S311  no secret
             await store.commit(Commit(events=[Event("sent", {"at": time.monotonic()})]))
 
 
@@ -164,7 +164,7 @@ async def _watch(place: Path, changes: int) -> None:
 
 async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
     """Claim any of the tasks of the highest priority, which is a commit that takes it out of the queue."""
-    dice, claimed, took = random.Random(me), list[int](), list[float]()
+    dice, claimed, took = random.Random(me), list[int](), list[float]()  # noqa: S311  no secret
     async with FileStore.open(place, SystemClock()) as store:
         begin()
         for priority in range(PRIORITIES):

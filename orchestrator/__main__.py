@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
     # `python -m` puts the current folder there: a repository may have a `json.py` or an `adapters` of its own.
     del sys.path[0]
 
@@ -20,16 +20,16 @@ def main() -> None:
 
 
 def _run() -> None:
-    from orchestrator.client.main import run
+    from orchestrator.client.main import run  # noqa: PLC0415  an interrupt may come meanwhile
 
     code = run(sys.argv[1:])
     if code is not None:
         sys.exit(code)
     if sys.flags.no_site:  # as the command in a session is started, which is quicker
-        import site
+        import site  # noqa: PLC0415
 
         site.main()
-    from orchestrator.cli.main import main as whole
+    from orchestrator.cli.main import main as whole  # noqa: PLC0415  the long way
 
     whole(prog_name="council")
 

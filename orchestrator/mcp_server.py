@@ -48,8 +48,8 @@ async def serve() -> None:
     Raises RefusedError if this process is not part of a session or the SDK is not installed.
     """
     try:
-        from mcp.server.lowlevel import Server
-        from mcp.server.stdio import stdio_server
+        from mcp.server.lowlevel import Server  # noqa: PLC0415  an extra
+        from mcp.server.stdio import stdio_server  # noqa: PLC0415
     except ImportError:
         raise RefusedError("the MCP SDK is not installed", _INSTALL) from None
     try:
@@ -66,7 +66,7 @@ async def serve() -> None:
 
 
 async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
-    from mcp_types import ListToolsResult, Tool, ToolAnnotations
+    from mcp_types import ListToolsResult, Tool, ToolAnnotations  # noqa: PLC0415
 
     # No tool changes files or user data. With this hint, CLIs in read-only mode allow the tools without asking.
     annotations = ToolAnnotations(
@@ -86,7 +86,7 @@ async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToo
 
 
 def _call_tool(session: SessionConnection, name: str, arguments: JsonObject) -> CallToolResult:
-    from mcp_types import CallToolResult, TextContent
+    from mcp_types import CallToolResult, TextContent  # noqa: PLC0415
 
     def result_of(text: str, *, is_error: bool = False, result: JsonObject | None = None) -> CallToolResult:
         return CallToolResult(content=[TextContent(text=text)], structured_content=result, is_error=is_error)

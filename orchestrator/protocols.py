@@ -723,7 +723,7 @@ class AdapterType(Protocol):
     """The type that a plugin registers under a name: validates options and makes adapters from them."""
 
     @property
-    def Options(self) -> type[BaseModel]:
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> Adapter:
@@ -755,7 +755,7 @@ class SinkType(Protocol):
     """The type that a plugin registers under a name: validates options and opens sinks with them."""
 
     @property
-    def Options(self) -> type[BaseModel]:
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Sink]:
@@ -782,7 +782,7 @@ class TrackerType(Protocol):
     """The type that a plugin registers under a name: validates options and opens trackers with them."""
 
     @property
-    def Options(self) -> type[BaseModel]:
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Tracker]:

@@ -270,7 +270,7 @@ def _end(run: Callable[..., Any], arguments: Sequence[str]) -> NoReturn:
         run(arguments, prog_name="council")
     except SystemExit as ended:
         code = ended.code
-    except BaseException:
+    except BaseException:  # noqa: BLE001  as the interpreter does
         traceback.print_exc()
     if isinstance(code, str):
         sys.stderr.write(f"{code}\n")

@@ -81,7 +81,7 @@ _STOP_REASONS: Final[Mapping[str, tuple[str, str]]] = {
 class _OneLineFormatter(logging.Formatter):
     """What the SDK could not make sense of, without the way there through its code."""
 
-    def formatException(self, ei: Any) -> str:
+    def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's)
         return " ".join(str(ei[1]).split())
 
 
@@ -118,7 +118,7 @@ class _Client:
         """From now on what it tells is printed and counted: it is an answer to what it is asked."""
         self._is_asked = True
 
-    async def session_update(self, session_id: str, update: Any, **_: Any) -> None:
+    async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
         """Print what the agent says and does."""
         if not self._is_asked:
             self._told_earlier(update)
@@ -144,7 +144,7 @@ class _Client:
 
     async def request_permission(
         self,
-        session_id: str,
+        session_id: str,  # noqa: ARG002  (the protocol's)
         tool_call: schema.ToolCallUpdate,
         options: Sequence[schema.PermissionOption],
         **_: Any,
@@ -172,7 +172,7 @@ class _Client:
 
     async def read_text_file(
         self,
-        session_id: str,
+        session_id: str,  # noqa: ARG002  (the protocol's)
         path: str,
         line: int | None = None,
         limit: int | None = None,
@@ -194,7 +194,7 @@ class _Client:
 
     async def write_text_file(
         self,
-        session_id: str,
+        session_id: str,  # noqa: ARG002  (the protocol's)
         path: str,
         content: str,
         **_: Any,

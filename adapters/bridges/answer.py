@@ -134,7 +134,7 @@ def _paths_of(patch: str, strip: str, worktree: ConfinedWorktree) -> list[str]:
 
 def _git_apply(patch: str, *options: str, worktree: ConfinedWorktree) -> str:
     done = subprocess.run(
-        ["git", "apply", "--recount", "--whitespace=nowarn", *options, "-"],
+        ["git", "apply", "--recount", "--whitespace=nowarn", *options, "-"],  # noqa: S607
         cwd=worktree.top,
         input=patch.encode(),
         capture_output=True,

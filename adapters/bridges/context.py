@@ -44,7 +44,7 @@ def code_block(info: str, content: str) -> str:
 
 def _names(worktree: ConfinedWorktree) -> list[str]:
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],  # noqa: S607
         cwd=worktree.top,
         stdin=subprocess.DEVNULL,
         capture_output=True,

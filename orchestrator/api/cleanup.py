@@ -182,7 +182,7 @@ class Cleaner:
 
         Yields git in the trusted repository, whose commands inherit the lock, and the run's id.
         """
-        assert one.run is not None, "it is of a run"
+        assert one.run is not None, "it is of a run"  # noqa: S101
         async with AsyncExitStack() as stack:
             fds: tuple[int, ...] = ()
             if await hub_exists(_hub(one)):  # without a hub no process can be active
@@ -228,7 +228,7 @@ class Cleaner:
 
 
 def _hub(one: Leftover) -> Hub:
-    assert one.hub is not None, "it is in a hub"
+    assert one.hub is not None, "it is in a hub"  # noqa: S101
     return Hub(Path(one.hub))
 
 

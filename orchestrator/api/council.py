@@ -158,7 +158,7 @@ class Council:
         if isinstance(source, str | Path) and await anyio.to_thread.run_sync(os.path.isdir, source):
             project, is_known = await anyio.to_thread.run_sync(_find_source_project, Path(source), chosen)
         else:
-            from orchestrator.api.loading import load_run
+            from orchestrator.api.loading import load_run  # noqa: PLC0415
 
             plugins, config, project = await load_run(source, plugins, environ)
         await refuse_tracked_project_folder(project, environ)
@@ -177,7 +177,7 @@ class Council:
     def plugins(self) -> Plugins:
         """The installed plugins, loaded on first use unless a file was opened."""
         if self._plugins is None:
-            from orchestrator.plugins import load_plugins
+            from orchestrator.plugins import load_plugins  # noqa: PLC0415
 
             self._plugins = load_plugins(self._runs.environ, [self.project.top])
         return self._plugins
@@ -196,7 +196,7 @@ class Council:
             find_project(self.project.top)
 
     async def _get_execution(self) -> RunExecutor:
-        from orchestrator.api.execution import RunExecutor
+        from orchestrator.api.execution import RunExecutor  # noqa: PLC0415
 
         await anyio.to_thread.run_sync(self._check_project)
         plugins = await self._load_plugins()
@@ -311,7 +311,7 @@ class Council:
 
     async def ignore(self, *tasks: str, reason: str, run: str | None = None) -> RunReport:
         """Cancel tasks like `cancel`, and exclude them until `retry`; return the report."""
-        from orchestrator.engine.scheduler.requests import check_reason
+        from orchestrator.engine.scheduler.requests import check_reason  # noqa: PLC0415  seldom needed
 
         check_reason(reason)
         return await self._ask(await self.find_run(run), RequestAction.IGNORE, tasks, reason)
@@ -366,7 +366,7 @@ class Council:
     async def _answer(
         self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
     ) -> RunReport:
-        from orchestrator.engine.scheduler.requests import check_note
+        from orchestrator.engine.scheduler.requests import check_note  # noqa: PLC0415  seldom needed
 
         check_note(note)
         if not tasks:  # the engine would select all unfinished tasks
@@ -388,7 +388,7 @@ class Council:
 
     async def checkpoint(self, run: str | None = None, *, reason: str = "manual", whole: bool = False) -> Checkpoint:
         """Create a checkpoint of a run, or with `whole` of all runs of the project."""
-        from orchestrator.state.documents import checkpoints
+        from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
 
         if whole:
             return await checkpoints.create_checkpoint(self._store, None, reason)
@@ -399,13 +399,13 @@ class Council:
 
     async def checkpoints(self, run: str | None = None) -> list[Checkpoint]:
         """Return the checkpoints of a run (`all`: those of all runs together) or every one, the oldest first."""
-        from orchestrator.state.documents import checkpoints
+        from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
 
         return await checkpoints.list_checkpoints(self._store, run)
 
     async def plan_restore(self, checkpoint: str) -> RestorePlan:
         """Return the changes that `restore` would make now; RefusedError if the log does not go back that far."""
-        from orchestrator.state.documents import checkpoints
+        from orchestrator.state.documents import checkpoints  # noqa: PLC0415  seldom needed
 
         return await checkpoints.plan_restore(self._store, checkpoint)
 
@@ -439,8 +439,8 @@ class Council:
         RefusedError for a document of a run with an active process, for a value that would make a document of council's
         own unreadable, and for documents that only council writes (`state.documents.validation`).
         """
-        from orchestrator.state.documents.update import update_document
-        from orchestrator.state.documents.validation import check_manual_change
+        from orchestrator.state.documents.update import update_document  # noqa: PLC0415  the same
+        from orchestrator.state.documents.validation import check_manual_change  # noqa: PLC0415  seldom needed
 
         await self._check_idle(key)
         return await update_document(
@@ -453,7 +453,7 @@ class Council:
         In a pattern `*` matches any characters, including `/`. It starts after the position `after`: 0 is the beginning
         of the log, None is the time of the first iteration. The stream never ends on its own.
         """
-        from orchestrator.state.documents.subscription import subscribe
+        from orchestrator.state.documents.subscription import subscribe  # noqa: PLC0415  the same
 
         return subscribe(self._store, pattern, after)
 
@@ -466,7 +466,7 @@ class Council:
         `resolve_conflict`. RefusedError for documents of a run with an active process, and for values that would make a
         run unreadable.
         """
-        from orchestrator.state.documents import conflicts, validation
+        from orchestrator.state.documents import conflicts, validation  # noqa: PLC0415  the same
 
         for key in dict.fromkeys(update.key for update in updates):
             await self._check_idle(key)
@@ -474,7 +474,7 @@ class Council:
 
     async def conflicts(self) -> list[Conflict]:
         """Return the update conflicts that a person has to resolve, the oldest first."""
-        from orchestrator.state.documents import conflicts
+        from orchestrator.state.documents import conflicts  # noqa: PLC0415  the same
 
         return await conflicts.list_pending(self._store)
 
@@ -486,7 +486,7 @@ class Council:
         RefusedError if the document was changed since (unless `force`), if a process is active in its run, and for a
         value that would make the run unreadable.
         """
-        from orchestrator.state.documents import conflicts, validation
+        from orchestrator.state.documents import conflicts, validation  # noqa: PLC0415  the same
 
         newest = None
         with suppress(RefusedError):
@@ -516,14 +516,14 @@ class Council:
         return await (await self._lock_overview()).break_lock(name, reason)
 
     async def _lock_overview(self) -> LockOverview:
-        from orchestrator.locking.lock_overview import LockOverview
+        from orchestrator.locking.lock_overview import LockOverview  # noqa: PLC0415  seldom needed
 
         return LockOverview(self._store, self._runs.clock, self.project.file_locks)
 
     @property
     def named_locks(self) -> NamedLocks:
         """Named locks for programs: shared by readers or exclusive to a writer, with owner, expiry and timeout."""
-        from orchestrator.locking.named_locks import NamedLocks
+        from orchestrator.locking.named_locks import NamedLocks  # noqa: PLC0415  the same
 
         return NamedLocks(self._store, self._runs.clock)
 
@@ -550,7 +550,7 @@ class Council:
         details = await self.history.task_details(run, task)
         if details.status != TaskStatus.RUNNING:
             return details
-        from orchestrator.engine.reports.task_details import LatestActivity
+        from orchestrator.engine.reports.task_details import LatestActivity  # noqa: PLC0415  seldom needed
 
         latest = await self.archive.latest(run, task, await self.adapters(run))
         return details if latest is None else replace(details, latest_activity=LatestActivity(*latest))
@@ -631,7 +631,7 @@ class Council:
 
     async def verify(self) -> VerificationReport:
         """Verify the whole log and all documents."""
-        from orchestrator.state.documents.validation import verify_store
+        from orchestrator.state.documents.validation import verify_store  # noqa: PLC0415  seldom needed
 
         return await verify_store(self._store)
 
@@ -641,7 +641,7 @@ class Council:
         A document with the wrong shape for its kind gets its newest readable value, but not while a process is active
         in its run.
         """
-        from orchestrator.state.documents.validation import repair_documents, verify_store
+        from orchestrator.state.documents.validation import repair_documents, verify_store  # noqa: PLC0415  seldom needed
 
         await self._store.repair()
         report = await verify_store(self._store)
@@ -655,7 +655,7 @@ class Council:
 
         Changes nothing, and works on active runs.
         """
-        from orchestrator.engine.phases.verification import verify_run
+        from orchestrator.engine.phases.verification import verify_run  # noqa: PLC0415  seldom needed
 
         plugins, runs = await self._load_plugins(), self._runs
         kinds, name = plugins.checked_kinds(), await self.find_run(run)
@@ -666,7 +666,7 @@ class Council:
 
         Makes one durable commit, to measure the latency.
         """
-        from orchestrator.api.health import Health
+        from orchestrator.api.health import Health  # noqa: PLC0415
 
         return await Health(self._runs).examine()
 
@@ -676,7 +676,7 @@ class Council:
         Of commits older than `age` seconds, or beyond `size` bytes of log, only the last versions of each document
         remain.
         """
-        from orchestrator.state.documents.maintenance import compact_log, delete_expired
+        from orchestrator.state.documents.maintenance import compact_log, delete_expired  # noqa: PLC0415
 
         retention = await self._runs.retention()
         age, size = retention.age if age is None else age, retention.size if size is None else size
@@ -688,7 +688,7 @@ class Council:
 
         RefusedError if the state is damaged, and if the file exists, unless `force`. A stream is written directly.
         """
-        from orchestrator.api.transfer import export_store
+        from orchestrator.api.transfer import export_store  # noqa: PLC0415
 
         return await export_store(self._store, file, force=force, clock=self._runs.clock)
 
@@ -697,7 +697,7 @@ class Council:
 
         RefusedError, with nothing changed, if the store is not empty or the file is incomplete.
         """
-        from orchestrator.api.transfer import import_store
+        from orchestrator.api.transfer import import_store  # noqa: PLC0415
 
         return await import_store(file, self._store)
 
@@ -706,7 +706,7 @@ class Council:
 
         LockHeld if another process updates them and does not finish in time.
         """
-        from orchestrator.views.update import Views
+        from orchestrator.views.update import Views  # noqa: PLC0415
 
         await anyio.to_thread.run_sync(self._check_project)
         return await Views(self._store, self._runs.clock, self.project).refresh(rebuild=rebuild)
@@ -719,20 +719,20 @@ class Council:
     @property
     def archive(self) -> Archive:
         """The logs, changes and preserved work of tasks."""
-        from orchestrator.api.archive import Archive
+        from orchestrator.api.archive import Archive  # noqa: PLC0415
 
         return Archive(self.project, self._store, self._runs.environ, self.is_live)
 
     @property
     def history(self) -> StateHistory:
         """The recorded state, now and at earlier positions."""
-        from orchestrator.api.history import StateHistory
+        from orchestrator.api.history import StateHistory  # noqa: PLC0415
 
         return StateHistory(self._runs)
 
     async def activity(self, run: str) -> RunActivity:
         """Return a snapshot of a run, which can be followed by the live activity of its sessions."""
-        from orchestrator.api.activity import RunActivity
+        from orchestrator.api.activity import RunActivity  # noqa: PLC0415
 
         position, record = await self.position(), await self._runs.record(run)
         specs = await self._store.list("spec", f"{run}/")
@@ -745,26 +745,26 @@ class Council:
         return await self._adapters(await read_run(self._store, run))
 
     async def _adapters(self, run: RunDocument) -> Mapping[str, Adapter]:
-        from orchestrator.config.model import make_adapters, restore_adapters
+        from orchestrator.config.model import make_adapters, restore_adapters  # noqa: PLC0415
 
         plugins = await self._load_plugins()
         return make_adapters(restore_adapters(run.adapters, plugins.adapters, plugins.explain), plugins.adapters)
 
     async def contexts(self, run: str | None = None) -> list[SessionContext]:
         """Return the contexts of a run's sessions, in all processes; each covers the last half hour."""
-        from orchestrator.engine.session_api.contexts import read_contexts
+        from orchestrator.engine.session_api.contexts import read_contexts  # noqa: PLC0415  seldom needed
 
         return await read_contexts(self._store, await self.find_run(run))
 
     async def file_conflicts(self, run: str | None = None) -> dict[str, list[SessionContext]]:
         """Return the files that several sessions of a run edit or have locked, with these sessions."""
-        from orchestrator.domain.sessions.contexts import find_file_conflicts
+        from orchestrator.domain.sessions.contexts import find_file_conflicts  # noqa: PLC0415  the same
 
         return find_file_conflicts(await self.contexts(run))
 
     async def task_summary(self, task: str, run: str | None = None) -> TaskSummary:
         """Return a summary of a task's sessions. RefusedError if the run has no such task."""
-        from orchestrator.domain.sessions.contexts import summarize_task
+        from orchestrator.domain.sessions.contexts import summarize_task  # noqa: PLC0415  the same
 
         run = await self.find_run(run)
         await check_task(self._store, await read_run(self._store, run), task)
@@ -772,7 +772,7 @@ class Council:
 
     async def clean_contexts(self, after: float = 1800.0) -> list[str]:
         """Remove the contexts of sessions without an update for `after` seconds; return their names."""
-        from orchestrator.engine.session_api.contexts import clean_contexts
+        from orchestrator.engine.session_api.contexts import clean_contexts  # noqa: PLC0415  the same
 
         return await clean_contexts(self._store, self._runs.clock.now(), after)
 
@@ -800,9 +800,9 @@ class Council:
         await (await self._notes_service(run)).drop(note)
 
     async def _notes_service(self, run: str | None) -> NoteStore:
-        from orchestrator.domain.security.secrets import Redactor, secret_values
-        from orchestrator.engine.session_api.notes import NoteStore
-        from orchestrator.locking.ownership import ownership_scope
+        from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415  the same
+        from orchestrator.engine.session_api.notes import NoteStore  # noqa: PLC0415  the same
+        from orchestrator.locking.ownership import ownership_scope  # noqa: PLC0415  the same
 
         document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
@@ -810,8 +810,8 @@ class Council:
 
     async def shared_values(self, run: str | None = None) -> SharedValues:
         """Return the key-value store that the sessions of a run share. RefusedError if there is no such run."""
-        from orchestrator.domain.security.secrets import Redactor, secret_values
-        from orchestrator.engine.session_api.shared_values import SharedValues
+        from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415  the same
+        from orchestrator.engine.session_api.shared_values import SharedValues  # noqa: PLC0415  the same
 
         document = await read_run(self._store, await self.find_run(run))
         redactor = Redactor(secret_values(self._runs.environ))
@@ -820,7 +820,7 @@ class Council:
     @property
     def cleaner(self) -> Cleaner:
         """Finds and removes leftovers of the project's runs and of this machine."""
-        from orchestrator.api.cleanup import Cleaner
+        from orchestrator.api.cleanup import Cleaner  # noqa: PLC0415
 
         environ = self._runs.environ
         return Cleaner(council_home(environ), environ, self._runs.clock, self.project, self._store, self._runs.url)
@@ -855,9 +855,9 @@ async def _import_legacy_state(
         return ()
     if not await anyio.to_thread.run_sync(project.has_legacy):
         return ()
-    from orchestrator.repo.git.command import Git
-    from orchestrator.repo.source.user_checkouts import find_repository
-    from orchestrator.state.legacy.importer import import_legacy_state
+    from orchestrator.repo.git.command import Git  # noqa: PLC0415  the same
+    from orchestrator.repo.source.user_checkouts import find_repository  # noqa: PLC0415  seldom needed
+    from orchestrator.state.legacy.importer import import_legacy_state  # noqa: PLC0415  the same
 
     with suppress(CouncilError, OSError):  # a folder without a repository needs no exclusion
         repository = await find_repository(project.top, Git(None, as_user=True, environ=environ))
@@ -874,7 +874,7 @@ async def _open_store(
     if scheme == "file":  # plugins can't replace it
         opened = open_file_store(url, clock)
     else:
-        from orchestrator.plugins import load_plugins
+        from orchestrator.plugins import load_plugins  # noqa: PLC0415
 
         if plugins is None:
             plugins = await anyio.to_thread.run_sync(load_plugins, environ, [project.top])

@@ -641,7 +641,7 @@ class RunExecutor:
         store = self._runs.store
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
-                while (await read_task(store, run, task)).status not in FINAL_STATUSES:
+                while (await read_task(store, run, task)).status not in FINAL_STATUSES:  # noqa: ASYNC110  another process
                     await anyio.sleep(_REQUEST_POLL_INTERVAL)
 
     async def restore(self, checkpoint: str, *, force: bool) -> RestoreResult:

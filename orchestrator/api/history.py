@@ -163,7 +163,7 @@ class StateHistory:
 
     async def task_details(self, run: str, task: str) -> TaskDetails:
         """Return a task in full. RefusedError if the run has no such task."""
-        from orchestrator.engine.reports.task_details import TaskDefinition, build_task_details
+        from orchestrator.engine.reports.task_details import TaskDefinition, build_task_details  # noqa: PLC0415  seldom needed
 
         document = await read_run(self.runs.store, run)
         await check_task(self.runs.store, document, task)

@@ -102,7 +102,7 @@ class ProjectRuns:
     async def retention(self) -> Retention:
         """Return the log retention of the newest run."""
         # Late: commands that only show a run don't need it.
-        from orchestrator.config.model import Retention
+        from orchestrator.config.model import Retention  # noqa: PLC0415
 
         for run in reversed(await self.ids()):
             with suppress(RefusedError, ValidationError):  # skip unreadable runs
@@ -136,8 +136,8 @@ class ProjectRuns:
         if not keeping or record.run.imported is not None or not await anyio.Path(trusted, "HEAD").is_file():
             return record
         # Late: most runs have no such task.
-        from orchestrator.repo.git.command import Git
-        from orchestrator.repo.landing import salvage
+        from orchestrator.repo.git.command import Git  # noqa: PLC0415
+        from orchestrator.repo.landing import salvage  # noqa: PLC0415
 
         kept = await salvage.list_unmerged_work(Git(trusted, environ=self.environ), record.run.id)
         branches = {one.ref.removeprefix("refs/heads/") for one in kept}
@@ -188,8 +188,8 @@ class ProjectRuns:
     async def _is_unmerged(self, run: RunDocument) -> bool:
         """Whether the own branch of a run is not merged into its base, also where that can't be read."""
         # Late: most runs land on a branch of the user's.
-        from orchestrator.repo.git.command import Git
-        from orchestrator.repo.source.branches import has_unmerged_commits
+        from orchestrator.repo.git.command import Git  # noqa: PLC0415
+        from orchestrator.repo.source.branches import has_unmerged_commits  # noqa: PLC0415
 
         git = Git(None, as_user=True, environ=self.environ)
         try:
@@ -203,8 +203,8 @@ class ProjectRuns:
         A landing may also bring commits of the user from the base onto the target: they do not count.
         """
         # Late: only output for people has these numbers.
-        from orchestrator.repo.git.change_counts import count_many
-        from orchestrator.repo.git.command import Git
+        from orchestrator.repo.git.change_counts import count_many  # noqa: PLC0415
+        from orchestrator.repo.git.command import Git  # noqa: PLC0415
 
         document = await read_run(self.store, run)
         document.check_not_imported()
@@ -267,8 +267,8 @@ class ProjectRuns:
 
     async def _sessions(self, run: str) -> list[SessionReport]:
         """Return the activity of a run's sessions, sorted by name."""
-        from orchestrator.domain.sessions.contexts import filter_active
-        from orchestrator.engine.session_api.contexts import read_contexts
+        from orchestrator.domain.sessions.contexts import filter_active  # noqa: PLC0415  only of a run at work
+        from orchestrator.engine.session_api.contexts import read_contexts  # noqa: PLC0415  the same
 
         return [
             SessionReport(

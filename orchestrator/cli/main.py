@@ -155,16 +155,16 @@ class LazyCommandGroup(SuggestingGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would exit with 1
-            from orchestrator.cli.core.error_boundary import EXIT_INTERRUPTED
+            from orchestrator.cli.core.error_boundary import EXIT_INTERRUPTED  # noqa: PLC0415  `--help` must be quick
 
             click.echo("council: interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """Return all names in the order that they are shown."""
         return [name for entries in COMMANDS_BY_SECTION.values() for name in entries]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
         """Import a command; None if there is none of this name."""
         entry = next((entries[cmd_name] for entries in COMMANDS_BY_SECTION.values() if cmd_name in entries), None)
         if entry is None:
@@ -177,7 +177,7 @@ class LazyCommandGroup(SuggestingGroup):
             gc.enable()
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  the same
         """Write the commands under their headings."""
         for heading, entries in COMMANDS_BY_SECTION.items():
             with formatter.section(heading):

@@ -42,7 +42,7 @@ class Argument:
         self,
         name: str,
         kind: str,
-        help: str,
+        help: str,  # noqa: A002  as click names it
         *,
         is_word: bool = False,
         is_needed: bool = False,
@@ -67,7 +67,7 @@ class SessionCommand:
     def __init__(
         self,
         name: str,
-        help: str,
+        help: str,  # noqa: A002  as click names it
         more: str,
         *arguments: Argument,
         examples: Sequence[str] = (),

@@ -26,7 +26,7 @@ EXIT_BAD_INPUT = 2
 def run(words: Sequence[str]) -> int | None:
     """Run the session command in the words after `council`; return its exit code, or None for other commands."""
     if words[:2] == ["hook", "pre-edit"] and len(words) == 2:
-        from orchestrator.client import hook
+        from orchestrator.client import hook  # noqa: PLC0415  only where it is wanted
 
         return hook.run(sys.stdin.buffer, sys.stdout)
     typed = parse_words(words)
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> int | None:
 def is_in_session() -> bool:
     """Return whether this process is part of an active session."""
     try:
-        find_session(os.environ, os.getcwd())
+        find_session(os.environ, os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
     except (SessionRequestError, FileNotFoundError):
         return False
     return True
@@ -64,12 +64,12 @@ def run_session_command(typed: ParsedCommand) -> int:
 def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
     """Send a command on behalf of the session of this process. Raises SessionRequestError."""
     try:
-        cwd = os.getcwd()
+        cwd = os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
     except FileNotFoundError:
         raise SessionRequestError("the current folder no longer exists", "cd to an existing folder") from None
     session = find_session(os.environ, cwd)
     if any(argument.kind in {VALUE, OBJECT} for argument in typed.command.arguments):
-        from orchestrator.client.values import resolve_arguments
+        from orchestrator.client.values import resolve_arguments  # noqa: PLC0415  only where it is wanted
 
         typed = ParsedCommand(typed.command, resolve_arguments(typed.command, typed.arguments), as_json=typed.as_json)
     return ask_session(session, typed, cwd)

@@ -11,7 +11,7 @@ import os
 
 # `socket` takes longer to import than everything else here.
 from _socket import AF_UNIX, SOCK_STREAM
-from _socket import socket as Socket
+from _socket import socket as Socket  # noqa: N812  a class, whatever it is called
 from time import monotonic, sleep
 
 from orchestrator.client.commands import MAX_REQUEST_BYTES
@@ -62,7 +62,7 @@ class SessionConnection:
     def relative_path(self, path: str, cwd: str) -> str | None:
         """Return a path in `cwd` relative to the worktree, links resolved; None if it is outside."""
         top = os.path.realpath(self.tree)
-        relative = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)
+        relative = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)  # noqa: PTH118  pathlib takes 10 ms
         return None if relative == os.pardir or relative.startswith(os.pardir + os.sep) else relative
 
     def ask(self, command: str, arguments: Mapping[str, Any], timeout: float = ANSWER_TIMEOUT) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:
     for folder in (environ.get(SESSION_VARIABLE), _find_socket_folder(cwd)):
         if folder:
             try:
-                with open(f"{folder}/{SESSION_FILE}", encoding="utf-8") as file:
+                with open(f"{folder}/{SESSION_FILE}", encoding="utf-8") as file:  # noqa: PTH123  pathlib takes 10 ms
                     card = json.load(file)
                 return SessionConnection(folder, card["token"], card["tree"])
             except (OSError, ValueError, KeyError, TypeError):
@@ -110,16 +110,16 @@ def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:
 def _find_socket_folder(folder: str) -> str | None:
     while True:
         try:
-            with open(f"{folder}/.git", encoding="utf-8") as file:
+            with open(f"{folder}/.git", encoding="utf-8") as file:  # noqa: PTH123
                 first = file.readline(8192)
         except (OSError, ValueError):
-            above = os.path.dirname(folder)
+            above = os.path.dirname(folder)  # noqa: PTH120
             if above == folder:
                 return None
             folder = above
             continue
         git_dir = first.removeprefix("gitdir: ").rstrip("\n")
-        return f"{os.path.dirname(os.path.join(folder, git_dir))}/{SOCKET_FOLDER}"
+        return f"{os.path.dirname(os.path.join(folder, git_dir))}/{SOCKET_FOLDER}"  # noqa: PTH118, PTH120
 
 
 def _connect(connected: Socket, address: str, deadline: float) -> None:
@@ -167,13 +167,13 @@ class ShortSocketPath:
         """Return the path."""
         if len(os.fsencode(self._folder)) + len(os.fsencode(self._name)) < _MAX_ADDRESS_BYTES:
             return self._folder
-        if os.path.isdir("/proc/self/fd"):
+        if os.path.isdir("/proc/self/fd"):  # noqa: PTH112
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
             return f"/proc/self/fd/{self._descriptor}"
-        import tempfile
+        import tempfile  # noqa: PLC0415  seldom needed, and slow
 
         self._made = tempfile.mkdtemp(prefix="council-", dir="/tmp")
-        os.symlink(self._folder, f"{self._made}/s")
+        os.symlink(self._folder, f"{self._made}/s")  # noqa: PTH211
         return f"{self._made}/s"
 
     def __exit__(
@@ -183,5 +183,5 @@ class ShortSocketPath:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         if self._made:
-            os.unlink(f"{self._made}/s")
-            os.rmdir(self._made)
+            os.unlink(f"{self._made}/s")  # noqa: PTH108
+            os.rmdir(self._made)  # noqa: PTH106

@@ -23,7 +23,7 @@ class HasOptions(Protocol):
     """A registered plugin type with options."""
 
     @property
-    def Options(self) -> type[BaseModel]:
+    def Options(self) -> type[BaseModel]:  # noqa: N802  the contract's name
         """The model of its options."""
 
 

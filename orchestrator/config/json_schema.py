@@ -32,7 +32,7 @@ class _Generator(GenerateJsonSchema):
         del made["uniqueItems"]  # duplicates are allowed
         return made
 
-    def field_title_should_be_set(self, schema: Any) -> bool:
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  pydantic's signature
         return False
 
 

@@ -90,7 +90,7 @@ async def forward_events(
         try:
             yield
             goal = await store.position()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
             raised = error
             group.cancel_scope.cancel()
         for forwarder in forwarders:
@@ -183,7 +183,7 @@ class EventForwarder:
             return None
         except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
             return _describe_error(error)
         if self._call_scope.cancelled_caught:
             return f"timed out after {self._timeouts.per_call:g} s"
@@ -317,7 +317,7 @@ async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
             raised = None
         except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
             raised = error
 
     async with anyio.create_task_group() as group:

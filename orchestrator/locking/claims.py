@@ -129,7 +129,7 @@ class Claims:
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
         if not can_claim(before, self._others.me, holder, override=override, is_asked=is_asked):
-            assert before is not None, "a task without a claim is free"
+            assert before is not None, "a task without a claim is free"  # noqa: S101
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
             return ClaimHolder(before, holder)

@@ -133,7 +133,7 @@ def _in_thread(call: Callable[[], T]) -> T:
     def run() -> None:
         try:
             returned.append(call())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  it is raised where the call was asked for
             raised.append(error)
 
     thread = threading.Thread(target=run, name="confined start")

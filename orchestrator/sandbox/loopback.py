@@ -35,7 +35,7 @@ def main() -> None:
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         step = command[0]
-        os.execvp(step, command)
+        os.execvp(step, command)  # noqa: S606  (an argv, never a shell)
     except (OSError, ValueError) as error:
         message = f"{getattr(error, 'errno', None) or 0} {step}: {getattr(error, 'strerror', None) or error}"
         os.write(error_fd, message.encode("utf-8", "replace"))

@@ -427,7 +427,7 @@ class Session:
             transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
             end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
             return transcript, adapter.verdict(end), has_reported_failure(events), extract_answer(events)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a mistake of a plugin's is the matter of its tasks alone
             reason = f"the adapter could not parse the output: {type(error).__name__}: {error}"
             return (
                 EMPTY_TRANSCRIPT,

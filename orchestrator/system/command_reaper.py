@@ -38,7 +38,7 @@ def kill_tree(leader: int) -> None:
     killed: set[int] = set()
     while new := read_process_tree(leader).keys() - killed:
         for pid in new:
-            try:
+            try:  # noqa: SIM105  (contextlib is a slow import)
                 os.kill(pid, signal.SIGKILL)
             except OSError:  # it has just ended, or belongs to another user
                 pass

@@ -151,13 +151,13 @@ class FileLock:
             fd = await queue.lock(shared=shared)
         finally:
             queue.mutex.release()
-        assert fd is not None, "None is returned only with only_try"
+        assert fd is not None, "None is returned only with only_try"  # noqa: S101  by the contract of `lock`
         return HeldLock(self.path, fd)
 
     @asynccontextmanager
     async def hold(
         self,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109  (raises LockHeld)
         *,
         awaited: str | None = None,
     ) -> AsyncIterator[HeldLock]:
@@ -318,8 +318,8 @@ class _Locker:
 
     def __init__(self) -> None:
         # Imported late: portalocker takes up to half a second to import if redis is installed.
-        from portalocker import AlreadyLocked, LockException, LockFlags
-        from portalocker.portalocker import FlockLocker
+        from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415
+        from portalocker.portalocker import FlockLocker  # noqa: PLC0415
 
         self.locker = FlockLocker()
         self.held, self.failed = AlreadyLocked, LockException

@@ -50,9 +50,9 @@ async def run(
     *,
     env: Mapping[str, str],
     cwd: Path | None = None,
-    input: bytes | None = None,
+    input: bytes | None = None,  # noqa: A002  (the name that subprocess gives it)
     keep_fds: Sequence[int] = (),
-    timeout: float | None = None,
+    timeout: float | None = None,  # noqa: ASYNC109  (it kills the command, a cancel scope must not)
     memory: int | None = None,
     confinement: Confinement | None = None,
 ) -> CompletedCommand:
@@ -114,7 +114,7 @@ def _run(
 
 def _file_of(data: bytes) -> IO[bytes]:
     """Return an in-memory file with this data: a pipe would need a writer while the command runs."""
-    file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()
+    file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115
     file.write(data)
     file.seek(0)
     return file
@@ -162,16 +162,16 @@ def _notify_reaper(line: bytes) -> None:
 
 
 def _write_to_reaper(line: bytes) -> None:
-    assert _reaper is not None, "the reaper was started"
+    assert _reaper is not None, "the reaper was started"  # noqa: S101
     _reaper[1].write(line)
 
 
 def _start_reaper() -> None:
-    global _reaper
+    global _reaper  # noqa: PLW0603  one a process
     argv, env = internal_program("orchestrator.system.command_reaper", "main")
     reads, writes = os.pipe()
-    with open(reads, "rb", buffering=0) as theirs:
-        pipe = open(writes, "wb", buffering=0)
+    with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123
+        pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  closed with this process
         devnull = subprocess.DEVNULL
         reaper = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
                                start_new_session=True)  # fmt: skip
@@ -202,7 +202,7 @@ async def run_untrusted(
     *,
     env: Mapping[str, str],
     cwd: Path,
-    timeout: float,
+    timeout: float,  # noqa: ASYNC109  (it kills the program, a cancel scope must not)
     most: int,
 ) -> CompletedCommand:
     """Run an untrusted program, such as a CLI to read its version.
@@ -371,10 +371,10 @@ class ForkServer:
         with ExitStack() as ours, ExitStack() as theirs:
             reads, written = os.pipe()
             theirs.callback(os.close, reads)
-            child_input = ours.enter_context(open(written, "wb", buffering=0))
+            child_input = ours.enter_context(open(written, "wb", buffering=0))  # noqa: PTH123
             read, writes = os.pipe()
             theirs.callback(os.close, writes)
-            child_output = ours.enter_context(open(read, "rb", buffering=0))
+            child_output = ours.enter_context(open(read, "rb", buffering=0))  # noqa: PTH123
             socket.send_fds(self._requests, [b"\n"], [reads, writes])
             ours.pop_all()
             return child_input, child_output

@@ -27,7 +27,7 @@ class ProcessStat:
 def process_stat(pid: int) -> ProcessStat | None:
     """Return a process's snapshot; None if it does not exist, is not visible, or without /proc. Blocks."""
     try:
-        with open(f"/proc/{pid}/stat", "rb", 0) as file:
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
             # After the name, which may contain spaces and parentheses.
             return ProcessStat(file.read(1024).rpartition(b")")[2].split())
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -43,6 +43,6 @@ def start_ticks(pid: int) -> int | None:
 def process_ids() -> list[int]:
     """Return the ids of all processes; empty without /proc. Blocks."""
     try:
-        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208  (the same)
     except FileNotFoundError:
         return []

@@ -1,5 +1,7 @@
 """What the options of every plugin promise; the contracts of adapters, sinks and trackers build on it."""
 
+# ruff: noqa: S101  assert is what a test suite is made of, also one that is shipped
+
 from __future__ import annotations
 
 import json
@@ -24,7 +26,7 @@ class OptionsContract(ABC):
     def options_type(self) -> type[BaseModel]:
         """Return the `Options` of what is tested."""
 
-    def given(self, folder: Path) -> Mapping[str, Any]:
+    def given(self, folder: Path) -> Mapping[str, Any]:  # noqa: ARG002  for those who need files
         """Return a valid mapping of options as in the YAML file, `options` unless overridden; may write in `folder`."""
         return self.options
 

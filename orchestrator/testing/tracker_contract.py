@@ -9,6 +9,8 @@ class TestMyTracker(TrackerContract):
 Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
 """
 
+# ruff: noqa: S101  assert is what a test suite is made of, also one that is shipped
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ async def update_in_background(views: Views, store: Store, clock: Clock, run: st
         group.start_soon(updater.run)
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
             raised = error
             group.cancel_scope.cancel()
         updater.end()
@@ -62,7 +62,7 @@ class BackgroundUpdater:
             is_last = self._is_ending
             try:
                 await self._write_until_end()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
                 failures += 1
                 await self._record_failure(error)
             else:

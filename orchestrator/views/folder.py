@@ -94,7 +94,7 @@ class ViewFolder:
                 self.write(name, data)
                 continue
             with suppress(FileNotFoundError):
-                os.unlink(f"{self.path}/{name}")
+                os.unlink(f"{self.path}/{name}")  # noqa: PTH108  as above
         if changes.events:
             self._append(b"".join(changes.events))
 
@@ -109,11 +109,11 @@ class ViewFolder:
             os.close(fd)
         self._make(name.rpartition("/")[0])
         try:
-            os.rename(staged, f"{self.path}/{name}")
+            os.rename(staged, f"{self.path}/{name}")  # noqa: PTH104  as above
         except FileNotFoundError:  # another program has removed the folder
             self._made.clear()
             self._make(name.rpartition("/")[0])
-            os.rename(staged, f"{self.path}/{name}")
+            os.rename(staged, f"{self.path}/{name}")  # noqa: PTH104  as above
 
     def conclude(self, position: ViewPosition) -> None:
         """Write the position, after all other files."""

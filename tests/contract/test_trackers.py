@@ -32,7 +32,7 @@ TEXT = """\
 - [ ] In a block of code
 ````
 + [ ] Ünïcode ends well {#ends}   
-\t- [ ] The last one, without a line break"""
+\t- [ ] The last one, without a line break"""  # noqa: W291
 
 
 class TestChecklist(TrackerContract):

@@ -5,6 +5,8 @@ trial's kind and not each of its steps. Everything is in one folder, whose file 
 can be had (`unshare`), so that it can be full.
 """
 
+# ruff: noqa: T201 - a program that prints what it found
+
 from __future__ import annotations
 
 import argparse

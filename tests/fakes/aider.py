@@ -3,6 +3,8 @@
 Steps: `write PATH TEXT`, `fail auth|limit|context`, `stumble` (an error that passes by itself).
 """
 
+# ruff: noqa: T201  a program that prints
+
 from __future__ import annotations
 
 import sys

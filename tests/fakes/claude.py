@@ -6,6 +6,8 @@ prompt), `run COMMAND`. Before it writes it asks the hook of its settings. It ke
 knows it again by its id only in the worktree where it was.
 """
 
+# ruff: noqa: T201  a program that prints
+
 from __future__ import annotations
 
 import json

@@ -411,4 +411,4 @@ def attempt(attack: Callable[[], object]) -> bool:
 
 
 if __name__ == "__main__":
-    print(json.dumps([name for name in sys.argv[2:] if attempt(globals()[name])]))
+    print(json.dumps([name for name in sys.argv[2:] if attempt(globals()[name])]))  # noqa: T201

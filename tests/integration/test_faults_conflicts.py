@@ -112,7 +112,7 @@ async def test_hostile_file_names_through_run_conflict_diff_and_salvage(reposito
     assert {"-rf", "new\nline", "latin\\xe9", "bytes\\xff\\xfe"} <= set(conflict["paths"])
     top = bytes(repository.top)
     for name in NAMES:
-        with open(top + b"/" + name, "rb") as file:
+        with open(top + b"/" + name, "rb") as file:  # noqa: PTH123  (a name that is no text)
             assert file.read() == landed.encode() + b"\n"
     for task in (landed, conflict["id"], "fails"):
         shown = repository.council("diff", task)
@@ -123,5 +123,5 @@ async def test_hostile_file_names_through_run_conflict_diff_and_salvage(reposito
     assert applied.code == 0, applied
     assert len(applied.result["paths"]) == len(NAMES)
     for name in NAMES:
-        with open(top + b"/f" + name, "rb") as file:
+        with open(top + b"/f" + name, "rb") as file:  # noqa: PTH123
             assert file.read() == b"f\n"

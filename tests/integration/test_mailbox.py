@@ -632,7 +632,7 @@ async def test_without_descriptors_who_asks_waits(site: Site) -> None:
             said = BufferedByteReceiveStream(asking.stdout)
             full = list[int]()
             try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))  # noqa: PTH208  names
                 with suppress(OSError):
                     while True:
                         full.append(os.open(os.devnull, os.O_RDONLY))
@@ -657,7 +657,7 @@ def test_no_lock_takes_the_last_descriptors(tmp_path: Path) -> None:
         )
 
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64, hard))  # noqa: PTH208  names
         with pytest.raises(RefusedError, match="can't take 40 more locks"):
             anyio.run(lock)
     finally:

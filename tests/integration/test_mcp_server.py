@@ -33,7 +33,7 @@ async def client(site: Site) -> AsyncIterator[ClientSession]:
 
     This process holds the session's lock, as the supervisor that the server descends from does.
     """
-    from mcp import ClientSession, StdioServerParameters, stdio_client
+    from mcp import ClientSession, StdioServerParameters, stdio_client  # noqa: PLC0415  it takes a second
 
     async with site.session() as (worktree, mailbox):
         caller = Caller(worktree)

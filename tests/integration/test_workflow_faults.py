@@ -159,7 +159,7 @@ async def test_a_program_that_is_killed_in_each_phase_is_tried_again_there(repos
     started = repository.start("run", str(path), "--json")
     try:
         for number in range(1, len(PHASES) + 1):
-            wait_for(lambda: len(list(repository.spawns.parent.glob("spawns.t.*"))) == number)
+            wait_for(lambda: len(list(repository.spawns.parent.glob("spawns.t.*"))) == number)  # noqa: B023
             program(repository).kill()
         stdout, stderr = started.communicate(timeout=60)
     finally:

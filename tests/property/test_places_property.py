@@ -340,7 +340,7 @@ def _facts(tree: Path, without: tuple[str, ...] = ()) -> dict[str, Facts]:
     found, waiting = {"": _facts_of(tree)}, [""]
     while waiting:
         folder = waiting.pop()
-        for path in (f"{folder}{name}" for name in os.listdir(tree / folder)):
+        for path in (f"{folder}{name}" for name in os.listdir(tree / folder)):  # noqa: PTH208  names
             if path != ".git" and path not in without:
                 found[path] = _facts_of(tree / path)
                 if stat.S_ISDIR(found[path][0]):

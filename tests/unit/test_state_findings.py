@@ -14,10 +14,10 @@ from orchestrator.engine.diagnostics.state_findings import (
     SilentSession,
     judge_documents,
     judge_integrity,
-    judge_unfinished_runs,
     judge_latency,
     judge_log,
     judge_silent_sessions,
+    judge_unfinished_runs,
 )
 from orchestrator.protocols import Damage, Key, StoreStatistics, VerificationReport
 

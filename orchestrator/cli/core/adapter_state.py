@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.cli.core.command import CommandContext, open_council
-from orchestrator.cli.render.text import one_line, printable
 from orchestrator.cli.render.result import enable_adapter_command
+from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.reports.report import AdapterFailure, AdapterReport

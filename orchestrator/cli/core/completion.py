@@ -27,7 +27,7 @@ def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]])
 
         try:
             found = anyio.run(ask)
-        except Exception:
+        except Exception:  # noqa: BLE001  a shell that completes has no place for a message
             return []
         given = ctx.params.get(param.name or "")
         there = given if isinstance(given, tuple) else ()

@@ -46,7 +46,7 @@ class _RedactingFormatter(logging.Formatter):
 
 def _redactor() -> Redactor:
     # Late: compiling its expressions takes long, and most commands end well.
-    from orchestrator.domain.security.secrets import Redactor, secret_values
+    from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415
 
     return Redactor(secret_values(os.environ))
 
@@ -87,7 +87,7 @@ def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         _fail_and_exit(output, EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted")
-    except BaseException as raised:
+    except BaseException as raised:  # noqa: BLE001  the one boundary: nothing may leave as a traceback
         error = _root_cause(raised)
         if isinstance(error, OSError):
             error = to_permission_refusal(error) or error

@@ -10,7 +10,6 @@ import anyio
 import anyio.to_thread
 import click
 
-from orchestrator.cli.render.text import printable
 from orchestrator.cli.core.confirm import ask_yes_no
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable

@@ -19,7 +19,7 @@ async def show_progress(council: Council, run: str, output: Output, after: int) 
     progress = DisplayProgress()
     async with anyio.create_task_group() as group:
         if output.can_draw_tables:
-            from orchestrator.cli.live.table import LiveTable
+            from orchestrator.cli.live.table import LiveTable  # noqa: PLC0415  rich takes its time
 
             group.start_soon(LiveTable(council, run, output).show, progress, after)
         else:

@@ -89,19 +89,19 @@ class Output:
             self._line(report.to_json() | ({} if code is None else {"exit": code}))
             return
         if not whole:
-            from orchestrator.cli.render.brief import brief_lines
+            from orchestrator.cli.render.brief import brief_lines  # noqa: PLC0415  rich takes its time
 
             for line in brief_lines(report, is_newest=is_newest):
                 self._say(line)
             return
-        from orchestrator.cli.render import result
-        from orchestrator.cli.render.columns import wrapped
+        from orchestrator.cli.render import result  # noqa: PLC0415  what people get is of no use to programs
+        from orchestrator.cli.render.columns import wrapped  # noqa: PLC0415  the same
 
         rows = list(result.result_rows(report, changes or {}, is_newest=is_newest, now=time.time()))
         for line in wrapped(result.run_summary(report)):
             self._say(line)
         if self.can_draw_tables:
-            from orchestrator.cli.render.rich_tables import render_result_table
+            from orchestrator.cli.render.rich_tables import render_result_table  # noqa: PLC0415  rich takes its time
 
             self._say(render_result_table(rows), newline=False)
         else:

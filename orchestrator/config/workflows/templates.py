@@ -58,7 +58,7 @@ def template_for(phase: str, kind: str | None) -> str:
 @functools.cache
 def environment() -> BoundedEnvironment:
     """Return what compiles templates and conditions: a name that is not there is an error, not an empty text."""
-    from orchestrator.config.workflows.template_sandbox import BoundedEnvironment
+    from orchestrator.config.workflows.template_sandbox import BoundedEnvironment  # noqa: PLC0415  only workflows need Jinja2
 
     return BoundedEnvironment()
 
@@ -66,7 +66,7 @@ def environment() -> BoundedEnvironment:
 @functools.lru_cache(maxsize=256)
 def compile_template(text: str) -> Template:
     """Return a template; ValueError, with the remedy, for what is none."""
-    from jinja2 import TemplateError, meta
+    from jinja2 import TemplateError, meta  # noqa: PLC0415  the same
 
     try:
         tree = environment().parse(text)
@@ -86,7 +86,7 @@ def compile_template(text: str) -> Template:
 @functools.lru_cache(maxsize=256)
 def compile_condition(text: str) -> TemplateExpression:
     """Return a condition; ValueError, with the remedy, for what is none."""
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError  # noqa: PLC0415  the same
 
     try:
         # A name that is not there is to be an error when it is asked for the truth, too.

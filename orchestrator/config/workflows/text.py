@@ -71,11 +71,11 @@ def build_workflow_files(name: str, phases: Sequence[Phase], folder: PurePath) -
 
 
 class _Dumper(yaml.SafeDumper):
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002, FBT  the same
         """Put the items of a list behind its key."""
         super().increase_indent(flow, False)
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  the library's signature
         """Write everything in full: a file has no aliases."""
         return True
 

@@ -167,7 +167,7 @@ def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator
 
 def check_schema(schema: Mapping[str, Any]) -> None:
     """Raise RefusedError for an invalid JSON Schema (draft 2020-12), or one with external references."""
-    from jsonschema import Draft202012Validator, SchemaError
+    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415  only for schemas of the user's own
 
     try:
         Draft202012Validator.check_schema(schema)
@@ -208,7 +208,7 @@ def _check_safely(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckR
         return CheckResult(None, (Violation(f"{kind}.json", "the handoff", flaw, "submit a small, plain JSON object"),))
     try:
         return check(data)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  what a plugin's model or a schema of the user's does wrong is told
         fault = describe_exception(error)
         remedy = "fix the plugin or the schema that defines this kind"
         return CheckResult(None, (Violation(f"{kind}.check", f"kind {kind!r}", f"its check failed: {fault}", remedy),))
@@ -277,8 +277,8 @@ def _limit(kind: str, violations: Sequence[Violation]) -> Sequence[Violation]:
 
 
 def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) -> CheckResult:
-    from jsonschema import Draft202012Validator
-    from referencing import Registry
+    from jsonschema import Draft202012Validator  # noqa: PLC0415  only for schemas of the user's own
+    from referencing import Registry  # noqa: PLC0415  the same
 
     # An empty registry: external references are not resolved.
     validator = Draft202012Validator(schema, registry=Registry())
@@ -331,7 +331,7 @@ def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
     """Return a kind whose model is loaded on first use: most processes use none."""
 
     def load() -> tuple[type[BaseModel], Rule]:
-        from orchestrator.domain.workflow import handoff_models as models
+        from orchestrator.domain.workflow import handoff_models as models  # noqa: PLC0415  what the docstring says
 
         rules: Mapping[str, Rule] = {
             "plan": models.check_plan,
@@ -341,7 +341,7 @@ def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
         return getattr(models, name.capitalize()), rules.get(name, _no_rule)
 
     def paths(data: Mapping[str, Any]) -> tuple[str, ...]:
-        from orchestrator.domain.workflow.handoff_models import find_artifact_paths
+        from orchestrator.domain.workflow.handoff_models import find_artifact_paths  # noqa: PLC0415  the same
 
         return find_artifact_paths(data)
 

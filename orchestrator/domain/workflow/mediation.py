@@ -121,7 +121,7 @@ def _transform(
     try:
         # Copies: a transformation must not change recorded values.
         made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  what a plugin does wrong is told, and ends the phase alone
         return Violation(
             "mediation.failed", place, f"it raised {describe_exception(error)}", "fix the plugin that provides it"
         )

@@ -51,7 +51,7 @@ def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]])
     """Return the violations that a plugin's check reports; a failure of the check itself is a violation too."""
     try:
         violations: list[Any] = list(islice(check(), MAX_VIOLATIONS))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a plugin's own code
         return [
             Violation(
                 rule, subject, f"its check failed: {describe_exception(error)}", "fix the plugin that provides it"

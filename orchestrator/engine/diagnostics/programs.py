@@ -101,7 +101,7 @@ def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, A
         except ValidationError as error:
             missing = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "missing"]
             needs[name] = f"needs {', '.join(missing)}" if missing else "has no valid options of its own"
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a plugin's own code
             needs[name] = f"can't be made: {type(error).__name__}: {error}"
     return made, needs
 
@@ -166,7 +166,7 @@ def _programs_of(
             names = {*BASE_VARIABLES, "HOME", *command.pass_env}
             env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
             found[name] = [_ProbeRequest(one, tuple(sorted(env.items())), command.home) for one in adapter.programs()]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a plugin's own code
             broken[name] = f"{type(error).__name__}: {error}"
     return found, broken
 

@@ -502,7 +502,7 @@ class MergeQueue:
         for task in tasks:
             document = self.ledger.task(task)
             intent = document.intent
-            assert intent is not None, "a task is landing only by an intent"
+            assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
             merge = PreparedMerge(intent.old, intent.new)
             settled = await self.target.settle(permit, merge, document.intended, intent.recorded)
             match settled:

@@ -163,7 +163,7 @@ class PhaseCompleter:
     ) -> PhaseCompletion | Failed:
         """Repeat a phase whose `until` command failed, with its output as feedback."""
         failed, visit = session.failed, document.phases[-1]
-        assert failed is not None, "only called if a command failed"
+        assert failed is not None, "only called if a command failed"  # noqa: S101  the caller has seen it
         reason = failed.describe(f"on the work of phase {phase.name!r}")
         if visit.rounds >= phase.max_rounds:
             return Failed(FailureClass.CHECKS_FAILED, f"{reason}; no rounds left (`max_rounds: {phase.max_rounds}`)")

@@ -93,9 +93,9 @@ def render(template: str, facts: PromptFacts) -> Prompt:
     Feedback and handoff instructions that the template does not print are appended. Raise RefusedError if the template
     fails with these facts.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError  # noqa: PLC0415  the same
 
-    from orchestrator.config.workflows.template_sandbox import limit_rendering
+    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  the same
 
     hand_over = None if facts.handoff is None else render_handoff_instructions(facts.handoff)
     # In reading order: what is wrong, then what to submit.
@@ -122,9 +122,9 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
     The condition sees each value by its name, and all of them as `values`. `phase` is for errors. Raise RefusedError if
     the condition fails with these values.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError  # noqa: PLC0415  the same
 
-    from orchestrator.config.workflows.template_sandbox import limit_rendering
+    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  the same
 
     try:
         wrapped = _Quoter("data").value({**values})

@@ -271,7 +271,7 @@ class RunRecord:
         entry = self.entries[task]
         if entry.workflow is None:
             return entry.adapters
-        from orchestrator.domain.workflow.routing import Phase, Workflow, current_adapters
+        from orchestrator.domain.workflow.routing import Phase, Workflow, current_adapters  # noqa: PLC0415  seldom needed
 
         workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[entry.workflow])))
         return current_adapters(workflow, self.tasks[task], entry.adapter, entry.fallback)

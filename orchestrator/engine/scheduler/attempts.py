@@ -540,7 +540,7 @@ class AttemptRunner:
         known, is_new = await self.ledger.update_adapter(adapter, judge)
         if is_new:
             failpoint("adapter.cooling_down")
-        assert known.cooldown_until is not None, "else the cooldown would have been recorded"
+        assert known.cooldown_until is not None, "else the cooldown would have been recorded"  # noqa: S101
         return AdapterCoolingDown(adapter, known.cooldown_until)
 
     async def _disable_adapter(self, active: ActiveAttempt, reason: str) -> AdapterDisabled | RetryAfter:

@@ -227,7 +227,7 @@ class PeerSync:
         """
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
-                while self._is_ending_here(task):
+                while self._is_ending_here(task):  # noqa: ASYNC110  another task of ours
                     await anyio.sleep(_POLL_INTERVAL)
 
     def _is_ending_here(self, task: str) -> bool:

@@ -300,7 +300,7 @@ async def _read_transcript(context: RunContext, attempt: Attempt, task: str) -> 
     log = log_path(context.tools.logs, task, attempt.number, "stdout")
     try:
         transcript, _ = await anyio.to_thread.run_sync(read_transcript, context.adapters[attempt.adapter], log)
-    except Exception:
+    except Exception:  # noqa: BLE001  a mistake of a plugin's, or a disk that can't be read: it is not known then
         return EMPTY_TRANSCRIPT
     return transcript
 

@@ -128,7 +128,7 @@ class SharedValues:
         key: str,
         *,
         after: int | None = None,
-        timeout: float = DEFAULT_WAIT,
+        timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  (by the clock, and nothing is not an error)
     ) -> SharedValue | None:
         """Wait until a key has a value with a version later than `after`, or any value, and return it.
 

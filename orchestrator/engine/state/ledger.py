@@ -663,7 +663,7 @@ class Ledger:
     async def checkpoint(self) -> None:
         """Create the periodic checkpoint that is due, and prune older ones."""
         # Imported late: read-only commands create no checkpoint.
-        from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints
+        from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints  # noqa: PLC0415
 
         await create_checkpoint(
             self._store, self.run.id, "active run", maker=CheckpointOrigin.CLOCK, guards=self._guards

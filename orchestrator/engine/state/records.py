@@ -113,7 +113,7 @@ async def read_run(store: Store, run: str, *, validate: bool = False) -> RunDocu
 
 def _require_valid(document: Document) -> None:
     # Imported late: most read-only commands need no validation.
-    from orchestrator.state.documents.validation import find_document_error
+    from orchestrator.state.documents.validation import find_document_error  # noqa: PLC0415
 
     if (problem := find_document_error(document)) is not None:
         raise UnreadableDocument(str(document.key), problem)
@@ -148,7 +148,7 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
 async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
     """Return the specification of a task; RefusedError if it is missing or damaged."""
     # Imported late: building its models takes as long as all other reads of a status command.
-    from orchestrator.config.model import TaskSpec
+    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
 
     stored = await store.get(spec_key(run, task))
     return _parsed(
@@ -158,7 +158,7 @@ async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
 
 async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, TaskSpec]:
     """Return the specifications of tasks as `read_spec` does, with one store query."""
-    from orchestrator.config.model import TaskSpec
+    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
 
     documents = await _list_by_name(store, "spec", run)
     return {task: _parsed(TaskSpec, _require_undamaged(store, _require_present(documents, task))) for task in tasks}

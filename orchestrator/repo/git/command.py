@@ -404,8 +404,8 @@ def _read_ref(repository: Path, ref: str) -> str | None:
 
 def _read_any_ref(repository: Path, ref: str) -> str | None:
     # Importing GitPython takes as long as all our other imports together.
-    import git
-    from git.exc import GitError as GitPythonError
+    import git  # noqa: PLC0415
+    from git.exc import GitError as GitPythonError  # noqa: PLC0415
 
     try:
         with git.Repo(repository) as opened:

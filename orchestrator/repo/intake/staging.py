@@ -106,7 +106,7 @@ async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRu
     if (await git("diff-index", "--cached", "--quiet", base, env=staging.env, ok=(0, 1, 128))).returncode:
         await git("read-tree", "--reset", base, env=staging.env)
     staged = await _stage(git, staging, base, admit, None)
-    assert staged is not None, "without `among` a result is certain"
+    assert staged is not None, "without `among` a result is certain"  # noqa: S101
     return staged
 
 

@@ -339,7 +339,7 @@ class Target:
         checkout = await self._checkout()
         if checkout is None:
             return None
-        assert self._repository is not None, "a checkout implies a local repository"
+        assert self._repository is not None, "a checkout implies a local repository"  # noqa: S101
         obstacle = await anyio.to_thread.run_sync(describe_interrupted_landing, self._repository, self.branch)
         if obstacle is not None:
             return obstacle  # another run's
@@ -360,7 +360,7 @@ class Target:
 
     async def _settle_again(self, merge: PreparedMerge, since: float) -> str | None:
         """Remove leftovers of a push, for example after a full disk; return why that is impossible now."""
-        assert self._repository is not None, "only local pushes are unsettled"
+        assert self._repository is not None, "only local pushes are unsettled"  # noqa: S101
         try:
             async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
                 await self._settle_checkouts(self._repository, merge, since, may_finish=False)
@@ -380,7 +380,7 @@ class Target:
         return files
 
     async def _locked(self, checkout: Path) -> str | None:
-        assert self._repository is not None, "a checkout implies a local repository"
+        assert self._repository is not None, "a checkout implies a local repository"  # noqa: S101
         locks = await find_blocking_locks(self._repository, checkout, self.branch, self._users_git())
         if not locks:
             return None

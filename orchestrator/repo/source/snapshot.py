@@ -248,7 +248,7 @@ def _linked_tops(folder: Path) -> list[Path]:
 def _is_git_in(pid: int, folders: list[Path]) -> bool:
     try:
         # Reads every process of the machine before and after each session: pathlib would be slower.
-        with open(f"/proc/{pid}/comm", "rb", 0) as file:
+        with open(f"/proc/{pid}/comm", "rb", 0) as file:  # noqa: PTH123
             if file.read(3) != b"git":
                 return False
         where = Path("/proc", str(pid), "cwd").readlink()

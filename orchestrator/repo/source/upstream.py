@@ -128,5 +128,5 @@ class UpstreamRepository:
 
     def _hooks(self, branch: str) -> Path:
         """Return the hooks folder for pushes to a branch; only one landing uses it at a time."""
-        assert self.git.git_dir is not None, "it runs in the trusted repository"
+        assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101
         return self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]

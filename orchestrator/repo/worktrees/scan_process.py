@@ -57,7 +57,7 @@ class FileScanner:
             async with self._lock:
                 try:
                     return cast("T", await self._ask(function))
-                except Exception:
+                except Exception:  # noqa: BLE001  what is no answer may fail in any way
                     await self._end()
         return await anyio.to_thread.run_sync(function)
 
@@ -87,7 +87,7 @@ class _Process:
         request = memoryview(pickle.dumps(function))
         while request:
             request = request[input_.write(request) or 0 :]
-        return pickle.load(self._output)
+        return pickle.load(self._output)  # noqa: S301  of our own process
 
     def end(self) -> None:
         """End the process by closing its input, or kill it. Blocks."""

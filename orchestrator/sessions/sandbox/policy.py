@@ -34,7 +34,7 @@ from orchestrator.system import process
 _PROBE_TIMEOUT = 20.0  # seconds; a start takes milliseconds
 _MAX_PROBE_OUTPUT = 1 << 16  # bytes
 #: Folders of the machine that bubblewrap replaces with private ones.
-REPLACED_FOLDERS = ("/tmp", "/var/tmp", "/run")
+REPLACED_FOLDERS = ("/tmp", "/var/tmp", "/run")  # noqa: S108  (not to write there)
 _RESOLVER = Path("/etc/resolv.conf")
 #: Without /dev/pts and /dev/shm: their entries belong to other processes, and a right to one is a right to all.
 _NODES = ("null", "zero", "full", "random", "urandom")
@@ -147,7 +147,7 @@ def sandbox_command(kind: SandboxKind, command: SupervisedCommand, policy: Sandb
     if bwrap is None:
         raise FileNotFoundError(2, os.strerror(2), "bwrap")
     reports = ("--json-status-fd", str(WRAPPER_STATUS), *(("--seccomp", str(WRAPPER_FILTER)) if _CAN_FILTER else ()))
-    tmpdir = "/tmp" if _exists(Path("/tmp")) else str(policy.scratch.resolve())
+    tmpdir = "/tmp" if _exists(Path("/tmp")) else str(policy.scratch.resolve())  # noqa: S108  (its own)
     inside, env = list(command.argv), {**command.env, "TMPDIR": tmpdir}
     if policy.proxy_endpoint is not None and policy.proxy_endpoint.socket_path is not None:
         inside, env = _wrap_with_loopback(policy.proxy_endpoint, policy.proxy_endpoint.socket_path, inside, env)
@@ -235,7 +235,7 @@ def _mounts(policy: SandboxPolicy) -> list[str]:
     )
     accesses = _accesses(replace(policy, readable=readable))
     scratch = str(policy.scratch.resolve())
-    private = {path.resolve() for path in map(Path, ("/tmp", "/var/tmp")) if _exists(path)}
+    private = {path.resolve() for path in map(Path, ("/tmp", "/var/tmp")) if _exists(path)}  # noqa: S108  (hidden)
     covers = dict.fromkeys(private, _Access.HIDDEN) | _run_folder_access() | accesses
     options: list[str] = []
     sealed: list[str] = []
@@ -261,7 +261,7 @@ _NAMESPACES = (
 )
 _SYSTEM = (
     *("--ro-bind", "/", "/", "--proc", "/proc"),
-    *("--dev", "/dev", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
+    *("--dev", "/dev", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),  # noqa: S108  (its own)
 )
 
 

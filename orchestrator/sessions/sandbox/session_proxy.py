@@ -95,8 +95,8 @@ async def _receive_listener(receiver: anyio.abc.SocketListener, lock: Path) -> s
     while True:
         with suppress(OSError, anyio.EndOfStream, anyio.BrokenResourceError):
             async with await receiver.accept() as stream:
-                connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)
-                assert isinstance(stream, anyio.abc.UNIXSocketStream)
+                connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
+                assert isinstance(stream, anyio.abc.UNIXSocketStream)  # noqa: S101  (what such a listener accepts)
                 if await anyio.to_thread.run_sync(belongs_to_session, connected, lock):
                     _, descriptors = await stream.receive_fds(1, 1)
                     listening = socket.socket(fileno=descriptors[0])

@@ -23,7 +23,7 @@ async def run_in_background(serve: Callable[[], Coroutine[Any, Any, None]]) -> A
         group.start_soon(serve)
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  raised again below
             failed = error
         group.cancel_scope.cancel()
     if failed is not None:

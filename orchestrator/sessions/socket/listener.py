@@ -165,7 +165,7 @@ class _RequestHandler:
             return _refusal(refused.what, refused.remedy)
         except CouncilError as error:
             return _refusal(str(error), _FAULT_REMEDY)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a fault of the desk's must not end the session
             if len(self.faults) < _MAX_FAULTS:
                 self.faults.append(f"{type(error).__name__}: {error}")
             return _refusal(_FAULT, _FAULT_REMEDY)
@@ -179,7 +179,7 @@ async def _serve(listener: anyio.abc.SocketListener, handler: _RequestHandler) -
     async with anyio.create_task_group() as group:
         while True:
             stream = await accept_connection(listener)
-            connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+            connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
             is_ours = await anyio.to_thread.run_sync(belongs_to_session, connected, handler.lock)
             if not is_ours and len(handler.foreign) == _MAX_FOREIGN_CONNECTIONS:
                 await stream.aclose()

@@ -145,7 +145,7 @@ def reap_children() -> tuple[dict[int, int], bool]:
 
 def send_signal(pid: int, number: int) -> None:
     """Signal a process, or the group of a negative `pid`; ignore missing processes and those of other users."""
-    try:
+    try:  # noqa: SIM105  (contextlib is a slow import)
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
         pass
@@ -190,7 +190,7 @@ def stop_children(family: dict[int, int]) -> set[int]:
 
 def _children() -> set[int]:
     try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb", 0) as file:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
             return set(map(int, file.read().split()))
     except FileNotFoundError:
         return set()
@@ -220,7 +220,7 @@ def prctl(option: int, value: int) -> None:
 def _pid_inside(pid: int) -> int:
     """Return the pid of a process in its own namespace; a missing process sorts last."""
     try:
-        with open(f"/proc/{pid}/status", "rb", 0) as file:
+        with open(f"/proc/{pid}/status", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
             return int(file.read(CHUNK_BYTES).partition(b"\nNSpid:")[2].partition(b"\n")[0].split()[-1])
     except (FileNotFoundError, ProcessLookupError):
         return sys.maxsize

@@ -193,7 +193,7 @@ def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
 
     None if a signal ended the program in the wrapper, according to its exit code.
     """
-    with open(stderr, "rb") as file:
+    with open(stderr, "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
         lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
     message = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "no error message")
     if not message.startswith("bwrap: ") and code > SIGNAL_EXIT_BASE:
@@ -279,7 +279,7 @@ def exec_cli(spec: CommandSpec, inherited: list[int], parent: int, error_fd: int
             if spec.filter is not None:
                 seccomp.install_filter(spec.filter)
         step = spec.argv[0]
-        os.execvpe(step, spec.argv, spec.env)
+        os.execvpe(step, spec.argv, spec.env)  # noqa: S606  (an argv, never a shell)
     except (OSError, ValueError) as exc:
         message = f"{getattr(exc, 'errno', None) or 0} {step}: {getattr(exc, 'strerror', None) or exc}"
         os.write(error_fd, message.encode("utf-8", "replace"))
@@ -392,7 +392,7 @@ class SupervisionLoop:
 
 def write_status(**event: object) -> None:
     """Write a status line; ignore a closed pipe."""
-    try:
+    try:  # noqa: SIM105  (contextlib is a slow import)
         os.write(STATUS, json.dumps(event).encode() + b"\n")
     except BrokenPipeError:
         pass
@@ -473,8 +473,8 @@ def serve() -> None:
     A request is one byte with the descriptors of the control and status pipes. Orphans of killed supervisors are
     inherited and killed, so this returns after the last of them.
     """
-    import gc
-    import socket
+    import gc  # noqa: PLC0415
+    import socket  # noqa: PLC0415  (only needed here)
 
     requests = socket.socket(fileno=os.dup(CONTROL))
     wake = open_signal_wakeup()
@@ -521,7 +521,7 @@ def supervise_forked(control: int, status: int) -> NoReturn:
             os.dup2(fd, target)
             os.close(fd)
         main()
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)

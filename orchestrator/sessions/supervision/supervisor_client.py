@@ -135,7 +135,7 @@ async def run_supervised(
             raise
 
 
-async def wait_until_released(lock: Path, timeout: float) -> None:
+async def wait_until_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  (LockHeld names the holder)
     """Wait until no process of the session with this lock is alive; raise LockHeld after `timeout` seconds.
 
     Only waits; does not stop the session. A missing lock file means that there is no process.
@@ -154,7 +154,7 @@ async def is_session_alive(lock: Path) -> bool:
     return False
 
 
-async def stop_supervised(lock: Path, marker: bytes, timeout: float) -> None:
+async def stop_supervised(lock: Path, marker: bytes, timeout: float) -> None:  # noqa: ASYNC109  (as `wait_until_released`)
     """Stop a session that its orchestrator has lost; return when no process is alive.
 
     A supervisor ends the session by itself unless it or its orchestrator is frozen. Then it is resumed and stopped, and
@@ -269,7 +269,7 @@ class _Supervisor:
         while await self._read():
             pass
 
-    async def has_ended(self, timeout: float) -> bool:
+    async def has_ended(self, timeout: float) -> bool:  # noqa: ASYNC109  (to be asked again)
         """Return whether the supervisor exits within `timeout` seconds."""
         with anyio.move_on_after(timeout) as scope:
             await self.wait_for_exit()
@@ -310,7 +310,7 @@ class _Supervisor:
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
+    assert pipe is not None  # noqa: S101  (spawn makes both)
     os.set_blocking(pipe.fileno(), False)
     return pipe
 

@@ -135,9 +135,9 @@ class _Import(_Stored):
 
 def _run(encoded: bytes) -> RunDocument:
     # Late: building the config models takes as long as all other imports that show a run.
-    from orchestrator.config import model
-    from orchestrator.domain.runs.prices import Price
-    from orchestrator.domain.workflow.routing import Phase
+    from orchestrator.config import model  # noqa: PLC0415
+    from orchestrator.domain.runs.prices import Price  # noqa: PLC0415
+    from orchestrator.domain.workflow.routing import Phase  # noqa: PLC0415
 
     run = RunDocument.model_validate_json(encoded)
     if run.inconsistency is not None:
@@ -160,7 +160,7 @@ def _run(encoded: bytes) -> RunDocument:
             Phase.model_validate(phase)
     for entry in (*run.adapters.values(), *run.sinks.values(), *run.trackers.values()):
         if not isinstance(entry.get("use"), str) or not isinstance(entry.get("options"), dict):
-            raise ValueError("an adapter, sink or tracker lacks `use` or `options`")
+            raise ValueError("an adapter, sink or tracker lacks `use` or `options`")  # noqa: TRY004  what is read is wrong
     return run
 
 
@@ -172,7 +172,7 @@ def _task(encoded: bytes) -> TaskDocument:
 
 
 def _spec(encoded: bytes) -> BaseModel:
-    from orchestrator.config.model import TaskSpec
+    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
 
     return TaskSpec.model_validate_json(encoded)
 

@@ -252,7 +252,7 @@ class _Reader:
         """Return the names in a folder that end so, by their place in the project, in order."""
         try:
             with untrusted_files.open_folder(self._top, self._real(folder)) as descriptor:
-                found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))
+                found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208
         except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, RuntimeError, UnknownLayout) as error:

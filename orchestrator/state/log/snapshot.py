@@ -91,7 +91,7 @@ def read_snapshot(directory: Path) -> Snapshot | None:
                 kinds[kind] = _entries(columns, index["writers"], values)
             is_whole = head[:9] == b"%08x " % crc and not file.read(1)
             return Snapshot(DocumentTable(index["position"], kinds), sums) if is_whole and is_log.result() else None
-    except Exception:
+    except Exception:  # noqa: BLE001  its checksum is taken while it is read: a damaged one may lead to any
         return None
 
 

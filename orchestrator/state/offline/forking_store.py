@@ -242,7 +242,7 @@ class ForkingStore(StoreWrapper):
     async def _end_fork(self) -> None:
         await self._inner.position()
         async with self._fork_lock:
-            assert self._fork is not None, "only this method ends a fork"
+            assert self._fork is not None, "only this method ends a fork"  # noqa: S101
             await self._fork.replay(self._inner, self._replayed)
             await self._apply_replay(self._fork, self._replayed)
             with anyio.CancelScope(shield=True):

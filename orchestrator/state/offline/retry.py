@@ -146,7 +146,7 @@ async def run_alongside(*tasks: Callable[[], Coroutine[Any, Any, None]], grace_p
             group.start_soon(task)
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  which one is told below
             raised = error
         group.cancel_scope.deadline = anyio.current_time() + grace_period
     if raised is not None:

@@ -341,7 +341,7 @@ class FileStore:
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
     """Open the store in the folder of a `file:` URL; RefusedError if that is not on this machine."""
     folder = require_local_folder(url)
-    assert folder is not None, "it is registered for this scheme"
+    assert folder is not None, "it is registered for this scheme"  # noqa: S101
     return _opened(folder, clock)
 
 

@@ -129,7 +129,7 @@ class ExportWriter:
 
     def __init__(self, stream: IO[bytes], header: ExportHeader) -> None:
         """Begin with the header."""
-        import zstandard
+        import zstandard  # noqa: PLC0415  most processes never pack or unpack
 
         self._stream = stream
         self._packer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
@@ -183,7 +183,7 @@ class StagedFile:
         self._check()
         self._aside = path.with_name(f"{path.name}.{token_hex(6)}.new")
         try:
-            self.stream = open(self._aside, "xb", opener=open_private)
+            self.stream = open(self._aside, "xb", opener=open_private)  # noqa: SIM115  it is closed by `put` or `discard`
         except OSError as error:
             if error.errno in _NO_PLACE:
                 what = f"{path} can't be made: {(error.strerror or str(error)).lower()}"
@@ -215,7 +215,7 @@ class StagedFile:
         self._aside.unlink(missing_ok=True)
 
     def _check(self) -> None:
-        if os.path.isdir(self._path):
+        if os.path.isdir(self._path):  # noqa: PTH112  a name that is too long is told of later
             raise RefusedError(f"{self._path} is a folder", "name a file")
         if not os.path.lexists(self._path):
             return
@@ -232,7 +232,7 @@ class ExportReader:
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
         """Read the header; `name` is what the file is called in errors."""
-        import zstandard
+        import zstandard  # noqa: PLC0415  most processes never pack or unpack
 
         self._name, self._stream = name, stream
         self._unpacker, self._error = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError

@@ -97,7 +97,7 @@ def _check_branch_option(_: click.Context, __: click.Parameter, branch: str | No
 @verbose_option
 @store_option
 @json_option
-def run_file(
+def run_file(  # noqa: PLR0917  as many as there are options
     source: str | None,
     prompts: tuple[str, ...],
     only: tuple[str, ...],
@@ -357,7 +357,7 @@ async def _detach(council: Council, run: str, context: CommandContext, options: 
     await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
     start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
     child = await anyio.to_thread.run_sync(start)
-    while child.poll() is None and not await council.is_live(run):
+    while child.poll() is None and not await council.is_live(run):  # noqa: ASYNC110  another process
         await anyio.sleep(_POLL_INTERVAL)
     if context.output.as_json:
         context.output.json({"run": run, "pid": child.pid, "log": str(log), "exit": 0})

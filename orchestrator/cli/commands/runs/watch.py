@@ -47,7 +47,7 @@ def watch(run: str | None, as_json: bool) -> None:
                 if not (as_json or context.output.can_draw_tables):  # the table has it
                     context.output.text("".join(f"{line}\n" for line in running_task_lines(await council.status(name))))
                 async with show_progress(council, name, context.output, after) as progress:
-                    while await council.is_live(name):
+                    while await council.is_live(name):  # noqa: ASYNC110  another process, which may also be killed
                         await anyio.sleep(_LIVENESS_INTERVAL)
                     await progress.reach(await council.position())
             report = await council.status(name)

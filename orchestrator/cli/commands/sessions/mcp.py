@@ -20,7 +20,7 @@ def mcp() -> None:
     Examples:
       council mcp
     """
-    from orchestrator import mcp_server
+    from orchestrator import mcp_server  # noqa: PLC0415  as late as its SDK
 
     with error_boundary(Output(as_json=False), ErrorLog()):
         anyio.run(mcp_server.serve)

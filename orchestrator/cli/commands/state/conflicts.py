@@ -87,7 +87,7 @@ def settle(name: str, take: int | None, file: str | None, force: bool, as_json: 
 
     async def command(context: CommandContext) -> int:
         choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
-        assert choice is not None, "one of them is given"
+        assert choice is not None, "one of them is given"  # noqa: S101
         async with open_council(context.log) as council:
             done = await council.resolve_conflict(name, choice, force=force)
             key, version = str(done.conflict.key), None if done.document is None else done.document.version

@@ -58,7 +58,7 @@ def copy(source: str, target: str, as_json: bool) -> None:
     """
 
     async def command(context: CommandContext) -> int:
-        from orchestrator.api.transfer import copy_state
+        from orchestrator.api.transfer import copy_state  # noqa: PLC0415
 
         copied = await copy_state(source, target)
         _tell(context, copied, "was there already" if copied.was_there else "copied")
@@ -138,7 +138,7 @@ async def _export(context: CommandContext, file: Path | IO[bytes], *, force: boo
 
 
 async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult:
-    from orchestrator.api.transfer import import_store, open_target
+    from orchestrator.api.transfer import import_store, open_target  # noqa: PLC0415
 
     if place := explicit_store_url():
         async with open_target(place) as found:
@@ -156,8 +156,8 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
 
 async def _exclude(place: str) -> None:
     """Keep a project's own store out of its commits, as the first run there would."""
-    from orchestrator.repo.git.command import Git
-    from orchestrator.repo.source.user_checkouts import find_repository
+    from orchestrator.repo.git.command import Git  # noqa: PLC0415
+    from orchestrator.repo.source.user_checkouts import find_repository  # noqa: PLC0415
 
     folder = store_folder(place)
     if folder is None or folder != Project(folder.parent.parent).state_folder:

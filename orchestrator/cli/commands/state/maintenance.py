@@ -66,7 +66,7 @@ def adopt(as_json: bool) -> None:
     """
 
     async def command(context: CommandContext) -> int:
-        from orchestrator.api.transfer import adopt_state
+        from orchestrator.api.transfer import adopt_state  # noqa: PLC0415  seldom needed
 
         url = explicit_store_url()
         if not url:
