@@ -9,8 +9,8 @@ adapters:
       auth: not logged in|invalid api key
       rate_limited: 'try again in (?P<seconds>[0-9]+) s'
 
-What its output means beside that stands under `read` (`adapters.output_rules`); what it can be asked for beside the prompt,
-under the names of the capabilities.
+`read` (`adapters.output_rules`) says what other output means; further keys are named after the capabilities that the
+program has.
 """
 
 from __future__ import annotations

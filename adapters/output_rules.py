@@ -145,9 +145,9 @@ _Facts = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class OutputReader:
-    """Reads lines by rules; all that are for a line count.
+    """Read lines by rules; all rules that match a line apply.
 
-    `model` is the name of the model where no line tells it; `match_failure_class` returns the class of failure that words mean.
+    `model` is the name of the model if no line has it; `match_failure_class` returns the failure class of a text.
     """
 
     rules: Sequence[OutputRule]

@@ -31,9 +31,9 @@ from typing import Any, Final, NoReturn, Self
 
 import anyio
 import anyio.abc
-import portalocker
+import portalocker  # noqa: F401  imported before the fork
 import pydantic.dataclasses
-import zstandard
+import zstandard  # noqa: F401  imported before the fork
 
 import adapters
 import orchestrator

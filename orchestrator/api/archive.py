@@ -134,7 +134,9 @@ class Archive:
         phase: str | None = None,
         follow: bool = False,
     ) -> AsyncGenerator[LogEntry | AttemptMarker]:
-        """Yield the output of `log` as parsed by the adapters: for each attempt a begin marker, entries and an end marker.
+        """Yield the output of `log` as parsed by the adapters.
+
+        Each attempt has a begin marker, entries and an end marker.
 
         The task of a merge run has no session: only the output of its checks follows.
         """

@@ -12,7 +12,7 @@ import click
 
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.streams import usable_streams
-from orchestrator.client.commands import SESSION_COMMANDS as SESSION_COMMANDS
+from orchestrator.client.commands import SESSION_COMMANDS
 
 
 class CommandEntry(NamedTuple):

@@ -1,8 +1,8 @@
 """Ownership registry: which session may change which paths, based only on the store's contract.
 
 It provides order, not safety: it keeps sessions from changing the same paths; landing checks changes again
-(`on_out_of_scope`). The ownership of a session is a document. Each acquisition also writes the scope's version guard, so
-that of two concurrent acquisitions one sees the other. A release does not need the guard. Ownership under a released
+(`on_out_of_scope`). The ownership of a session is a document. Each acquisition also writes the scope's version guard:
+of two concurrent acquisitions one sees the other. A release does not need the guard. Ownership under a released
 or lost claim becomes invalid once its session has ended, and is removed by the next acquisition.
 """
 

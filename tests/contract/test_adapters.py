@@ -92,7 +92,10 @@ class TestClaudeCode(AdapterContract):
                                                  "content": [{"type": "text", "text": "Exit code 1\nno"}, 7]}]}),
             (ToolResult("t", "Exit code 1 no"),),
         ),
-        (claude_result(result="Done."), (UsageReport(321, 4, 0.25, is_cumulative=True, cached_tokens=300), FinalResult("Done."))),
+        (
+            claude_result(result="Done."),
+            (UsageReport(321, 4, 0.25, is_cumulative=True, cached_tokens=300), FinalResult("Done.")),
+        ),
         (
             claude_result(result="Done.", modelUsage={"a": {"inputTokens": 21, "outputTokens": 4,
                                                             "cacheReadInputTokens": 700}, "b": {}, "c": None}),
@@ -101,7 +104,11 @@ class TestClaudeCode(AdapterContract):
         (
             claude_result(result="Done.", modelUsage={"a": {"inputTokens": 900}},
                           model_usage_since_last_result={"a": {"costUSD": 0.0625}, "b": {"costUSD": 0.125}}),
-            (UsageReport(321, 4, is_cumulative=True, cached_tokens=300), UsageReport(cost=0.1875), FinalResult("Done.")),
+            (
+                UsageReport(321, 4, is_cumulative=True, cached_tokens=300),
+                UsageReport(cost=0.1875),
+                FinalResult("Done."),
+            ),
         ),
         (claude("rate_limit_event", rate_limit_info={"status": "allowed_warning", "resetsAt": 1}), ()),
         ('{"type": "assistant", "message": {"content": [{"type": "text"', ()),

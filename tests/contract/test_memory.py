@@ -115,7 +115,7 @@ async def test_a_note_is_dropped_by_its_id(memory: NoteStore) -> None:
     note = await memory.add(API, "wrong")
     await memory.drop(note.id)
     assert await memory.all() == []
-    with pytest.raises(RefusedError, match="note .* not found"):
+    with pytest.raises(RefusedError, match=r"note .* not found"):
         await memory.drop(note.id)
 
 

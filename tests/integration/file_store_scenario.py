@@ -16,8 +16,8 @@ from typing import Any
 
 import anyio
 import anyio._backends._asyncio  # imported late, too
-import portalocker
-import zstandard
+import portalocker  # noqa: F401  imported before the fork
+import zstandard  # noqa: F401  imported before the fork
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, Event, Key, Write

@@ -296,7 +296,7 @@ async def test_what_does_not_wait_cannot_be_settled(store: Store) -> None:
             await resolve_conflict(store, conflict.id, number)
     assert await store.position() == 1
     await resolve_conflict(store, conflict.id, 2)
-    with pytest.raises(RefusedError, match="there are none$"):
+    with pytest.raises(RefusedError, match=r"there are none$"):
         await resolve_conflict(store, conflict.id, 1)
     assert await value_of(store, A) == {"n": 2}
 
@@ -346,7 +346,7 @@ async def test_a_change_at_the_last_moment_is_seen(store: Store) -> None:
 async def test_a_conflict_is_settled_once(store: Store) -> None:
     """Of two persons one decides, and the other is told that it is over."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
-    with pytest.raises(RefusedError, match="there are none$"):
+    with pytest.raises(RefusedError, match=r"there are none$"):
         await resolve_conflict(
             overtaken(store, lambda: resolve_conflict(store, conflict.id, 2)), conflict.id, 1, force=True
         )

@@ -40,7 +40,8 @@ class Odd:
             raise OverflowError("int too large to convert to float")
         failed = Failed(FailureClass.INVALID, "cut in \\ud83d", float("nan")) if line == "fail" else None
         spent = UsageReport(1, 1, float("inf"))
-        return (ConversationStarted("\\udc80\\0"), spent, AgentMessage("half \\ud83d"), FinalResult("end \\ud83d", failed))
+        said = AgentMessage("half \\ud83d")
+        return (ConversationStarted("\\udc80\\0"), spent, said, FinalResult("end \\ud83d", failed))
 
     def verdict(self, end):
         return next((one.failed for one in end.events if isinstance(one, FinalResult) and one.failed), None)

@@ -438,7 +438,8 @@ async def main() -> None:
         pass
     async with FileStore.open(place / "state", SystemClock()) as real:
         line = DisconnectableStore(real)
-        async with survive_outages(line, "continue", SystemClock(), place / "outage", tell, intervals=QUICK_PAUSES) as store:
+        clock, folder = SystemClock(), place / "outage"
+        async with survive_outages(line, "continue", clock, folder, tell, intervals=QUICK_PAUSES) as store:
             await store.list("task")
             line.cut()
             for number in range(5):

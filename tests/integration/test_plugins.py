@@ -50,7 +50,10 @@ _BROKEN = {
         + REGISTERS.format(kind="handoff_kinds", name="plan", type="BaseModel"),
         "the name 'plan' among the handoff_kinds belongs to the plugin 'handoffs' of cli-council",
     ),
-    "lax": (REGISTER + REGISTERS.format(kind="validators", name="v", type="dict"), "expected a name and a HandoffValidator"),
+    "lax": (
+        REGISTER + REGISTERS.format(kind="validators", name="v", type="dict"),
+        "expected a name and a HandoffValidator",
+    ),
     "typeless": (REGISTER + REGISTERS.format(kind="stores", name="s", type="None"), "expected a name and a type"),
 }  # fmt: skip
 

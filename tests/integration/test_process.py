@@ -105,7 +105,8 @@ async def test_a_command_that_does_nothing_is_killed(monkeypatch: pytest.MonkeyP
 
 #: Runs a command that holds a lock.
 HOLDER = (
-    "import anyio, os, sys\nfrom orchestrator.system.file_lock import FileLock\nfrom orchestrator.system.process import run\n"
+    "import anyio, os, sys\nfrom orchestrator.system.file_lock import FileLock\n"
+    "from orchestrator.system.process import run\n"
     "async def main():\n async with FileLock(__import__('pathlib').Path('lock')).hold() as held:\n"
     "  await run(['sh', '-c', sys.argv[1]], env={'PATH': os.defpath}, keep_fds=[held.fd])\n"
     "anyio.run(main)"

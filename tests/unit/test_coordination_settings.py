@@ -106,13 +106,13 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "column", "message"),
     [
-        ("{heartbeat_interval: 2m}", 36, "`heartbeat_interval` (2m) is more than a third of `stale_after` (5m): "
-         "write at most"),
+        ("{heartbeat_interval: 2m}", 36, ("`heartbeat_interval` (2m) is more than a third of `stale_after` (5m): "
+         "write at most")),
         ("{heartbeat_interval: 2m}", 36, "`heartbeat_interval: 1m40s`, or at least `stale_after: 6m`"),
-        ("{stale_after: 30s}", 29, "`heartbeat_interval` (1m) is more than a third of `stale_after` (30s): "
-         "write at most `heartbeat_interval: 10s`"),
-        ("{stale_after: 15m}", 29, "`stale_after` (15m) is more than `owner_stale_after` (10m): "
-         "write at most `stale_after: 10m`"),
+        ("{stale_after: 30s}", 29, ("`heartbeat_interval` (1m) is more than a third of `stale_after` (30s): "
+         "write at most `heartbeat_interval: 10s`")),
+        ("{stale_after: 15m}", 29, ("`stale_after` (15m) is more than `owner_stale_after` (10m): "
+         "write at most `stale_after: 10m`")),
         ("{owner_stale_after: 1m}", 35, "`stale_after` (5m) is more than `owner_stale_after` (1m)"),
         ("{heartbeat_interval: 60}", 36, "a duration can't be the bare number 60: add its unit"),
         ("{max_retries: 100}", 29, "write 99 or less"),

@@ -236,7 +236,8 @@ async def test_a_refusal_names_the_holder(path: Path) -> None:
 async def test_without_a_descriptor_to_spare_the_lock_is_held_unsigned(path: Path) -> None:
     """A lock whose signature fails is held all the same, and given back."""
     code = (
-        "import os, sys, resource, anyio\nfrom pathlib import Path\nfrom orchestrator.system.file_lock import FileLock\n"
+        "import os, sys, resource, anyio\nfrom pathlib import Path\n"
+        "from orchestrator.system.file_lock import FileLock\n"
         "async def main():\n"
         "    lock = FileLock(Path(sys.argv[1]))\n"
         "    async with lock.hold():\n"

@@ -20,7 +20,7 @@ from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.live.progress import DisplayProgress
 from orchestrator.cli.render.events import event_line
 from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.result import adapter_line, enable_adapter_command, live_enable_command
+from orchestrator.cli.render.result import adapter_line, live_enable_command
 from orchestrator.cli.render.rich_tables import count_wrapped_rows, frame_lines
 from orchestrator.cli.render.table_model import TableFrame
 from orchestrator.cli.streams import redirect_to_null

@@ -27,7 +27,7 @@ from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import SUCCESS_STATUSES, HaltCause, TaskStatus
-from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
+from orchestrator.engine.reports.report import RunReport, TaskReport
 
 MAX_LINES = 10
 """The most that are printed."""
@@ -96,7 +96,9 @@ def _shortened(text: str) -> str:
     commands = " ".join(one.group() for one in lost)
     prose = text[: lost[0].start()] if lost else text
     room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2) if lost else COLUMNS
-    return f"{truncate_end(f'{prose.rstrip()} …' if lost and cell_len(prose) < room - 1 else prose, room)} {commands}".rstrip()
+    if lost and cell_len(prose) < room - 1:
+        prose = f"{prose.rstrip()} …"
+    return f"{truncate_end(prose, room)} {commands}".rstrip()
 
 
 def _next(report: RunReport) -> Iterator[str]:

@@ -27,7 +27,7 @@ class Step(NamedTuple):
         return f"{self.label}: {self.command}"
 
 
-def task_steps(
+def task_steps(  # noqa: C901, PLR0912  one case for each status
     task: TaskReport, report: RunReport, *, is_newest: bool = True, is_shown: bool = False
 ) -> Sequence[Step]:
     """Return the next command for a task and the ones that follow it; none where nothing is to be done for it.

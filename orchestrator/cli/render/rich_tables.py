@@ -1,4 +1,4 @@
-"""Draws tables with rich. All text comes as what a terminal only shows (`output.printable`), and none of it is markup."""
+"""Draw tables with rich. All text is printable (`text.printable`), and none of it is markup."""
 
 from __future__ import annotations
 

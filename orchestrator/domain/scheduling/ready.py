@@ -26,7 +26,7 @@ _MANY = 64
 class ReadyLane:
     """Ready tasks with the same adapters and the same owned paths."""
 
-    __slots__ = ("adapter_group", "held_by", "owns", "entries", "run")
+    __slots__ = ("adapter_group", "entries", "held_by", "owns", "run")
 
     def __init__(self, adapter_group: AdapterGroup, owns: tuple[str, ...]) -> None:
         self.adapter_group, self.owns = adapter_group, owns

@@ -43,8 +43,8 @@ class SupervisedCommand:
     SIGINT first; all processes get SIGTERM once it has ended, at the latest after half of the grace period. The file
     `lock` is locked while any process of the session is alive.
 
-    After `idle_timeout` seconds without output and without a change in the `watched` folders, the CLI is stopped as after
-    `timeout`. `redact` is the ASCII source of a bytes expression: its matches and private keys are not written to
+    After `idle_timeout` seconds without output and without a change in the `watched` folders, the CLI is stopped, as
+    after `timeout`. `redact` is the ASCII source of a bytes expression: its matches and private keys are not written to
     `stdout` and `stderr` (see `orchestrator.sessions.supervision.redaction`). `limits` maps resource names of
     setrlimit(2) (`CORE`, `NOFILE`) to limits per process.
 

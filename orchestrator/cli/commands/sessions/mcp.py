@@ -1,4 +1,7 @@
-"""`council mcp`. Not by `orchestrator.cli.core.command`, whose imports take a second: CLIs do not wait long for a server."""
+"""`council mcp`.
+
+It does not use `cli.core.command`, whose imports take a second: CLIs do not wait long for a server.
+"""
 
 from __future__ import annotations
 

@@ -207,7 +207,10 @@ async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> 
 
 
 async def _run_scratch_task(
-    scene: CommandEnvironment, adapter: AdapterConfig, prompt: str, timeout: float
+    scene: CommandEnvironment,
+    adapter: AdapterConfig,
+    prompt: str,
+    timeout: float,  # noqa: ASYNC109  (it ends the run)
 ) -> tuple[TaskReport | str, str]:
     """Return what became of a small task, and the end of what its session printed unless it landed."""
     async with AsyncExitStack() as stack:
