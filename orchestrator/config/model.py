@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SerializeAsAny, TypeAdapter, ValidationError
 
 from orchestrator.domain.runs import budget, retry
 from orchestrator.domain.runs.failures import FailureClass
@@ -479,3 +480,12 @@ class RunConfig(_Model):
     def phases_of(self, workflow: str | None) -> tuple[Phase, ...]:
         """Return the phases of a workflow; empty for None."""
         return () if workflow is None else self.workflows[workflow]
+
+
+_PRICES_FILE = Path(__file__).with_name("prices.json")
+
+
+@cache
+def known_prices() -> dict[str, Price]:
+    """Return the prices by model name or prefix. Blocks on the first call."""
+    return TypeAdapter(dict[str, Price]).validate_json(_PRICES_FILE.read_bytes())

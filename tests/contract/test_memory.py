@@ -38,7 +38,7 @@ async def test_notes_are_found_by_task_topic_and_path(memory: NoteStore, store: 
     assert await memory.find_relevant("web", ["src/**"]) == [first, second]
     assert await memory.find_relevant("docs", ["docs/**"]) == []
     assert await NoteStore(store, clock, "another", Redactor()).all() == []
-    with pytest.raises(RefusedError, match="no path"):
+    with pytest.raises(RefusedError, match="invalid path pattern"):
         await memory.find(paths=["/etc"])
     assert (first.text, first.task, first.attempt, first.run) == ("the port is 8080", "api", 1, "r")
 
@@ -91,7 +91,7 @@ async def test_many_at_once_all_stay(memory: NoteStore) -> None:
         ("x", None, ["a"] * 51, "51 paths given .limit: 50."),
         ("x", None, ["a" * 1001], "1001 characters"),
         ("x", None, [f"{number}{'a' * 900}" for number in range(3)], "2703 characters .limit: 2000."),
-        ("x", None, ["../a"], "no path to own"),
+        ("x", None, ["../a"], "invalid path pattern"),
     ],
 )
 async def test_what_does_not_fit_is_refused(

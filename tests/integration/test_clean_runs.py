@@ -209,5 +209,5 @@ async def test_without_a_checkpoint_no_record_goes(repository: Repository, monke
     ended = subprocess.run(
         ["sh", "-c", limited], cwd=repository.top, env=environ, capture_output=True, text=True, check=False
     )
-    assert "no checkpoint could be made of it: make room" in ended.stdout + ended.stderr
+    assert "no checkpoint could be made of it: free some disk space" in ended.stdout + ended.stderr
     assert log.read_bytes() == before

@@ -101,7 +101,7 @@ async def test_lock_conflict_detection(repository: Repository, tmp_path: Path) -
                 await anyio.sleep(0.01)
             assert [one.session for one in waiting] == [second]
             context = await team.context(second)
-            assert (context.status, context.blocked_on) == (SessionStatus.WAITING, "src/api.py, which auth has")
+            assert (context.status, context.blocked_on) == (SessionStatus.WAITING, "src/api.py (held by auth)")
             await team.ask(first, "unlock", paths=["src/api.py"])
         assert got == [{"locked": ["src/api.py"]}]
         assert (await team.context(second)).status is SessionStatus.WORKING

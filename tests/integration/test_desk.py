@@ -76,7 +76,9 @@ async def test_a_session_can_not_take_without_end(repository: Repository, tmp_pa
         for number in range(0, MAX_OWNED_PATTERNS, 200):
             paths = [f"{number + one}" for one in range(200)]
             await team.ask(first, "lock", paths=paths)
-        assert f"{MAX_OWNED_PATTERNS} of {MAX_OWNED_CHARS} fit" in await team.refused(first, "lock", paths=["more"])
+        assert f"the limit is {MAX_OWNED_PATTERNS} paths with {MAX_OWNED_CHARS}" in await team.refused(
+            first, "lock", paths=["more"]
+        )
         assert len(team.files.held(first)) == MAX_OWNED_PATTERNS
         assert await team.ask(first, "unlock", paths=["2"])
         assert await team.ask(first, "lock", paths=["3000"])

@@ -273,7 +273,7 @@ async def test_a_program_inside_of_what_is_hidden_is_told_apart_from_a_missing_o
     tasks = [{"id": "t", "prompt": "x"}]
     refused = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json")
     assert refused.code == 2, refused
-    assert "under `readable`" in refused.result["error"]
+    assert "add it to `readable`" in refused.result["error"]
     shell["readable"] = [str(tool)]
     ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json")
     assert ended.states == {"t": "landed"}, ended

@@ -240,7 +240,7 @@ async def test_who_takes_a_run_when_another_becomes_its_leader_is_told_who_that_
     theirs, _ = await two_ledgers(store, clock, tmp_path)
     store.quicker = theirs.try_to_lead
     run = theirs.run.id
-    with pytest.raises(RunActive, match=f"under process {theirs.orchestrators.me.pid}"):
+    with pytest.raises(RunActive, match=f"is active in process {theirs.orchestrators.me.pid}"):
         await Ledger.take(store, clock, Redactor([]), make_orchestrators(store, clock, run, alone=False), {})
 
 

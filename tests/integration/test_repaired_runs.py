@@ -38,7 +38,7 @@ def test_a_run_whose_attempt_was_lost_goes_on_after_a_repair(
     lose_from(repository, b'"task.started"')
     refused = repository.council("resume", "--json")
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused
-    assert refused.result["remedy"].startswith("`council state verify --repair`")
+    assert refused.result["remedy"].startswith("recover the readable part with `council state verify --repair`")
     assert refused.result["error"].count(".jsonl at byte") == 1
     assert repository.council("state", "verify", "--repair").code == 0
     resumed = repository.council("resume", "--json")

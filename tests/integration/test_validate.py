@@ -54,7 +54,7 @@ async def test_what_is_seldom_meant_is_a_warning_with_a_remedy(repository: Repos
     told = repository.council("validate", str(config), "--json")
     assert (told.code, told.result["exit"]) == (0, 0)
     assert [warning["what"].split(" ", 2)[0:2] for warning in told.result["warnings"]] == [
-        ["the", "target"], ["`writable`", "lets"], ["no", "task"], ["sessions", "of"],
+        ["the", "target"], ["`writable`", "lets"], ["no", "task"], ["adapters", "'fake'"],
     ]  # fmt: skip
     assert all(warning["remedy"] for warning in told.result["warnings"])
     text = repository.council("validate", str(config))

@@ -120,7 +120,7 @@ def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"a": 1,}', "no JSON: .* in line 1"),
+        ('{"a": 1,}', "not valid JSON: .* at line 1"),
         ("[1]", "not an object"),
         ('"x"', "not an object"),
         ("null", "not an object"),
@@ -129,7 +129,7 @@ def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
         (f'{{"a": {"9" * 30}}}', "64 bits"),
         (f'{{"a": {"9" * 9_000}}}', "digits"),
-        ("", "no JSON"),
+        ("", "not valid JSON"),
     ],
 )
 def test_an_object_is_read_strictly(text: str, why: str) -> None:
