@@ -10,8 +10,14 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import AdapterConfig, McpServerConfig, SandboxConfig, TaskSpec, WorktreesConfig
-from orchestrator.config.model import known_prices
+from orchestrator.config.model import (
+    AdapterConfig,
+    McpServerConfig,
+    SandboxConfig,
+    TaskSpec,
+    WorktreesConfig,
+    known_prices,
+)
 from orchestrator.config.store import store_folder
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.prices import Price
