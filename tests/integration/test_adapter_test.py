@@ -78,8 +78,8 @@ async def test_without_a_session_nothing_is_asked_of_the_program(claude: Reposit
 @pytest.mark.extended
 async def test_a_promise_that_is_broken_is_named(claude: Repository, tmp_path: Path) -> None:
     """An adapter of a plugin that remembers what it was asked."""
-    honest = "        return Command(["
-    counts = "        self.asked = getattr(self, 'asked', 0) + 1\n        return Command([str(self.asked), "
+    honest = "        return SessionCommand(["
+    counts = "        self.asked = getattr(self, 'asked', 0) + 1\n        return SessionCommand([str(self.asked), "
     assert honest in ADAPTER
     registered = REGISTERS.format(kind="adapters", name="echo", type="Echo")
     distributions.install(tmp_path / "site", "echo", ADAPTER.replace(honest, counts) + registered)

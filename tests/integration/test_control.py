@@ -600,7 +600,7 @@ async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(reposi
     ("arguments", "fragment"),
     [
         (("done", "--reason", "x"), "task 'done' has already ended (state: landed): there is nothing to ignore"),
-        (("a", "--reason", " "), "the reason is empty: say why"),
+        (("a", "--reason", " "), "the reason is empty: give the reason to ignore the task"),
         (("a", "--reason", f"sk-ant-api03-{'aB3' * 30}"), "looks like a secret key"),
         (("a",), "Missing option '--reason'"),
         (("nonsense", "--reason", "x"), "no task 'nonsense'"),
@@ -708,8 +708,8 @@ def test_reload_takes_over_the_checks_of_a_task_that_waits_to_land(repository: R
     [
         ({"owns": ["src/**"]}, "`owns` of task 't' can't change"),
         ({"needs": ["other"]}, "`needs` of task 't' can't change"),
-        ({"id": "renamed"}, "has no task 't' any more"),
-        ({"nonsense": 1}, "can't be read"),
+        ({"id": "renamed"}, "no longer has a task 't'"),
+        ({"nonsense": 1}, "cannot read "),
     ],
     ids=str,
 )

@@ -70,6 +70,6 @@ true
     else:
         said = "; ".join(sentence for line in changed for sentence in line["changes"])
         assert "refs/heads/planted was created" in said
-        assert "refs/heads/side is gone" in said
+        assert "refs/heads/side was deleted" in said
         assert ".git/config was changed" in said
         assert changed[0]["sessions"] == ["reaches"]

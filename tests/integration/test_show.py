@@ -107,7 +107,7 @@ def test_sessions_are_shown_as_running_only_while_they_are(repository: Repositor
     logs = repository.council("logs", "t", "--session", "2").stdout
     assert logs.startswith("session 2, fake, started ")
     assert "t: started (session 2, fake)" in repository.council("state", "show").stdout
-    assert ("ended before" in story["sessions"][0]["reason"], story["reason"]) == (True, None)
+    assert ("exited before" in story["sessions"][0]["reason"], story["reason"]) == (True, None)
 
 
 @pytest.mark.extended

@@ -94,11 +94,13 @@ async def test_what_did_not_land_says_what_to_type(repository: Repository, start
     for text in (terminal.text, status.text, plain):
         assert "1 of 4 landed on main" in text
         assert "merge conflict in README.md; kept as right/conflict" in text
-        assert "council salvage apply right/conflict --branch right-conflict, or council retry right" in text
+        assert "next: council salvage apply right/conflict --branch right-conflict\n" in text
+        assert "or: council retry right\n" in text
         assert "the program ended with exit code 7; kept as broken/1" in text
-        assert "council logs broken, then council salvage apply broken/1, or council retry broken" in text
+        for step in ("next: council logs broken", "then: council retry broken", "or: council salvage apply broken/1"):
+            assert f"{step}\n" in text
         assert "needs 'broken', which did not land" in text
-    assert re.search(r"^  left    landed    \w{10} on main, 1 file \+1 -1$", plain, re.MULTILINE)
+    assert re.search(r"^ *left +landed +\w{10} on main, 1 file \+1 -1$", plain, re.MULTILINE)
     assert "\x1b" not in plain
     await repository.assert_invariants()
     assert repository.council("salvage", "apply", "right/conflict", "--branch", "right-conflict").code == 0
@@ -230,7 +232,7 @@ async def test_watch_shows_a_run_of_another_process(repository: Repository, star
     gate.touch()
     assert second.wait() == 1
     assert "1 of 2 landed on main" in second.text
-    assert re.search(r"^one +landed +1 +\w{10} on main, 1 file \+1 -0$", second.text, re.MULTILINE)
+    assert re.search(r"^ *one +landed +\w{10} on main, 1 file \+1 -0$", second.text, re.MULTILINE)
     child.communicate(timeout=30)
     assert child.returncode == 1
     assert repository.council("watch", "--json").result["status"] == "incomplete"
