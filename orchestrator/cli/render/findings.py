@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import one_line, pluralize, printable
 from orchestrator.engine.diagnostics.findings import Finding, Level
 
 
@@ -19,7 +19,7 @@ def show_findings(findings: Sequence[Finding], code: int, output: Output) -> Non
     for line in finding_lines(findings):
         output.text(f"{line}\n")
     counts = Counter(finding.level for finding in findings)
-    output.text(f"{_counted(counts[Level.PROBLEM], 'problem')}, {_counted(counts[Level.WARNING], 'warning')}\n")
+    output.text(f"{pluralize(counts[Level.PROBLEM], 'problem')}, {pluralize(counts[Level.WARNING], 'warning')}\n")
 
 
 def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
@@ -34,7 +34,3 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
 def findings_exit_code(findings: Iterable[Finding]) -> int:
     """Return the exit code: 1 if there is a problem, warnings aside."""
     return int(any(finding.level is Level.PROBLEM for finding in findings))
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
