@@ -24,6 +24,7 @@ PHASE` only in that phase of the task's workflow.
     hand-over JSON       write it where the session hands over     answer JSON    end the answer with it
     tell JSON            give it to the command for that, and print what is wrong with it
     built PATH…          hand over a build of these files      share KEY JSON    share it with the others
+    pause SECONDS        do nothing for so long
     plant PATH           leave hooks and configuration in the session's git directory that would write PATH
 
 With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
@@ -144,6 +145,8 @@ def _step(words: list[str], rest: str) -> None:
             for _ in range(int(times)):
                 print("tick", flush=True)
                 time.sleep(float(seconds))
+        case ["pause", seconds]:
+            time.sleep(float(seconds))
         case ["await", path]:
             while not Path(path).exists():
                 time.sleep(0.02)
