@@ -294,7 +294,8 @@ def _compacted_refusal(gone: HistoryCompacted) -> RefusedError:
 def _without_missing_logs(details: TaskDetails) -> TaskDetails:
     """Return details that name only logs that exist: a session that ended in setup has none. Blocks."""
     sessions = [
-        one if one.log is None or Path(one.log).exists() else replace(one, log=None) for one in details.sessions
+        one if one.log is None or Path(one.log).exists() else one.model_copy(update={"log": None})
+        for one in details.sessions
     ]
     return replace(details, sessions=sessions)
 

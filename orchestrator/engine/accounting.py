@@ -45,7 +45,7 @@ class Accounting:
         """
         net = self.net_usage(transcript, attempts)
         return {
-            "words": net.last_message,
+            "last_message": net.last_message,
             "session": net.session,
             "input_tokens": net.input_tokens,
             "output_tokens": net.output_tokens,

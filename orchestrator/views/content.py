@@ -209,7 +209,7 @@ def context_view(one: ActiveTask, worktree: str | None) -> bytes:
             "since": attempt.started,
             "branch": work_branch_name(one.run, one.task, str(attempt.number)),
             "worktree": worktree,
-            "words": attempt.words,
+            "last_message": attempt.last_message,
             "input_tokens": attempt.input_tokens,
             "output_tokens": attempt.output_tokens,
             "cost": attempt.cost,

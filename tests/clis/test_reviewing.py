@@ -46,7 +46,7 @@ async def test_a_reviewer_reads_the_changes_and_runs_the_tests(stage: Stage, pro
     task = await stage.task()
     assert [one.phase for one in task.attempts] == ["scout", "plan", "build", "review"]
     assert task.attempts[-1].discarded == ("cache/seen",)
-    assert [one.denied.count for one in task.attempts] == [0, 0, 0, 0]
+    assert [one.denied_tools.count for one in task.attempts] == [0, 0, 0, 0]
     await stage.assert_clean()
 
 

@@ -102,9 +102,9 @@ def test_each_visit_has_what_came_of_it() -> None:
     ]
     plan, review, again = one.phases[1], one.phases[3], one.phases[4]
     assert (plan.usage.sessions, plan.usage.seconds, plan.usage.cost) == (2, 60.0, 1.0)
-    assert plan.adapters == ["cli-2"]
+    assert plan.adapters == ("cli-2",)
     assert list(review.findings) == FINDINGS
-    assert review.discarded == ["a.py", "b.py"]
+    assert review.discarded == ("a.py", "b.py")
     assert (again.usage.seconds, again.usage.cost) == (400, None)
     assert one.remaining_phases == ["review"]
     assert (one.usage.sessions, one.usage.input_tokens, one.usage.cost) == (6, 6000, 2.5)

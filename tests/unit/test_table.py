@@ -165,7 +165,7 @@ def test_what_waits_for_a_person_has_a_row_that_says_what_to_type() -> None:
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
     assert shown.totals(40.0).left is not None
     asks = PLANNED.model_copy(update={"status": PhaseStatus.AWAITING})
-    said = attempt(ended=30.0, outcome="completed", words="Here it is.")
+    said = attempt(ended=30.0, outcome="completed", last_message="Here it is.")
     shown.apply(record("asks", TaskDocument(status=TaskStatus.WAITING, attempts=(said,), phases=(asks,))))
     one = row(shown.frame(40.0, 3), "asks")
     assert (one.phase, one.words) == (

@@ -44,9 +44,9 @@ def test_sessions_count_for_their_adapter_and_their_task() -> None:
         "idle": TaskDocument(),
     }
     found = compute_usage(RUN, tasks, now=107.0)
-    assert found.adapters == {"x": Usage(2, 67.0, 11, 0, 0.75, 2, 0), "y": Usage(1, 30.0, 5, 0, None, 0, 0)}
-    assert found.tasks == {"b": Usage(2, 90.0, 15, 0, 0.25, 1, 0), "a": Usage(1, 7.0, 1, 0, 0.5, 1, 0)}
-    assert found.total == Usage(3, 97.0, 16, 0, 0.75, 2, 0)
+    assert found.adapters == {"x": Usage(2, 67.0, 11, 0, 0, 0.75, 2, 0), "y": Usage(1, 30.0, 5, 0, 0, None, 0, 0)}
+    assert found.tasks == {"b": Usage(2, 90.0, 15, 0, 0, 0.25, 1, 0), "a": Usage(1, 7.0, 1, 0, 0, 0.5, 1, 0)}
+    assert found.total == Usage(3, 97.0, 16, 0, 0, 0.75, 2, 0)
 
 
 def test_a_clock_that_was_set_back_takes_nothing_off() -> None:
@@ -57,4 +57,4 @@ def test_a_clock_that_was_set_back_takes_nothing_off() -> None:
 
 def test_a_run_without_sessions_used_up_nothing() -> None:
     """There is a total all the same."""
-    assert compute_usage(RUN, {"a": TaskDocument()}, now=1.0).total == Usage(0, 0, 0, 0, None, 0, 0)
+    assert compute_usage(RUN, {"a": TaskDocument()}, now=1.0).total == Usage(0, 0, 0, 0, 0, None, 0, 0)

@@ -340,9 +340,10 @@ class LiveRun:
         if document.status is TaskStatus.RUNNING:
             return self._said.get(task, EMPTY_TRANSCRIPT).last_message or ""
         if document.status is TaskStatus.WAITING:
-            return f"`council approve {task}`, or `council reject {task} --note TEXT`: {document.attempt.words or ''}"
+            said = document.attempt.last_message or ""
+            return f"`council approve {task}`, or `council reject {task} --note TEXT`: {said}"
         if document.attempts:
-            return document.reason or document.attempt.words or ""
+            return document.reason or document.attempt.last_message or ""
         missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESS_STATUSES]
         return f"needs {', '.join(missing)}" if missing else ""
 

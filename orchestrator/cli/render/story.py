@@ -10,12 +10,12 @@ from orchestrator.cli.render.table_model import format_age, format_count, format
 from orchestrator.cli.render.text import one_line, printable, salvage_name
 from orchestrator.domain.runs.model import LANDING_STATUSES
 from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
+from orchestrator.domain.runs.usage import Usage
 from orchestrator.engine.reports.task_details import (
     AttemptDetails,
     HandoffDetails,
     PhaseVisitDetails,
     TaskDetails,
-    UsageTotals,
 )
 from orchestrator.system.instants import format_local_time
 
@@ -78,7 +78,7 @@ def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
 
 def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
     again = f" (visit {visit.visit})" if visit.visit > 1 else ""
-    ended = {one.attempt for one in story.sessions if one.ended is not None}
+    ended = {one.number for one in story.sessions if one.ended is not None}
     is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
     did = ["pending" if is_pending else _WORDS.get(visit.status, visit.status.replace("_", " "))]
     if visit.verdict is not None:
@@ -140,7 +140,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         parts.append("by price")
     if one.resumed:
         parts.append("went on with an earlier conversation")
-    yield printable(f"  {one.attempt} {one.phase}: {', '.join(parts)}")
+    yield printable(f"  {one.number} {one.phase}: {', '.join(parts)}")
     told = {
         "reason": one_line(one.reason or ""),
         "says": one_line(one.last_message or "", _LONGEST),
@@ -189,7 +189,7 @@ def _landing(story: TaskDetails) -> str:
     return f"nothing has landed{request}"
 
 
-def _figures(one: UsageTotals) -> str:
+def _figures(one: Usage) -> str:
     sessions = f"{one.sessions} {'session' if one.sessions == 1 else 'sessions'}"
     return ", ".join([sessions, format_elapsed(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)])
 

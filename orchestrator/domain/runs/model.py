@@ -75,7 +75,7 @@ class Attempt(_Document):
     started: Instant
     ended: Instant | None = None
     outcome: str | None = None
-    """`built`, `interrupted`, `cancelled`, or the failure class; None while it runs."""
+    """`built`, `completed`, `interrupted`, `cancelled`, or the failure class; None while it runs."""
     reason: str | None = None
     branch: str | None = None
     """The branch in the trusted repository with its changes, if any."""
@@ -87,7 +87,7 @@ class Attempt(_Document):
     """The log of the failed check."""
     session: str | None = None
     """The conversation id of the CLI."""
-    words: str | None = None
+    last_message: str | None = None
     """The last message of the CLI, or its result."""
     input_tokens: int = 0
     output_tokens: int = 0
@@ -107,7 +107,7 @@ class Attempt(_Document):
     """Its phase of the workflow; None: the task has no workflow."""
     discarded: tuple[str, ...] = ()
     """The first paths whose changes were discarded, because it was not allowed to change files."""
-    denied: ToolDenials = ToolDenials()
+    denied_tools: ToolDenials = ToolDenials()
     """Tool calls that its CLI denied."""
 
 

@@ -95,6 +95,7 @@ class PhaseRecord(BaseModel):
     attempts: tuple[int, ...] = ()
     """The numbers of its attempts."""
     given: GivenValues | None = None
+    """The values that it was given; None: values are not filtered for it."""
     received: tuple[str, ...] = ()
     """The ids of the handoffs that it received."""
     commit: str | None = None

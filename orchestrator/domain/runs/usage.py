@@ -17,6 +17,8 @@ class Usage:
     """The sum of wall-clock durations; running sessions count up to now, interrupted ones to their last heartbeat."""
     input_tokens: int
     output_tokens: int
+    cached_tokens: int
+    """The part of the input that was read from a cache."""
     cost: float | None
     """US dollars, as far as known; None if no cost is known."""
     priced: int
@@ -49,22 +51,28 @@ def compute_usage(
             by_adapter.setdefault(attempt.adapter, []).append(attempt)
     return RunUsage(
         run.id,
-        _sum((attempt for attempts in by_adapter.values() for attempt in attempts), now),
-        {name: _sum(by_adapter[name], now) for name in sorted(by_adapter)},
-        {name: _sum(task.attempts, now) for name, task in tasks.items() if task.attempts},
+        sum_usage((attempt for attempts in by_adapter.values() for attempt in attempts), now),
+        {name: sum_usage(by_adapter[name], now) for name in sorted(by_adapter)},
+        {name: sum_usage(task.attempts, now) for name, task in tasks.items() if task.attempts},
         {key: limit for key, limit in run.budget.items() if limit is not None},
         damaged,
     )
 
 
-def _sum(attempts: Iterable[Attempt], now: float) -> Usage:
+def measure_seconds(attempt: Attempt, now: float) -> float:
+    """Return the duration of a session, up to `now` if it is running; not negative if the clock was set back."""
+    return max((now if attempt.ended is None else attempt.ended) - attempt.started, 0.0)
+
+
+def sum_usage(attempts: Iterable[Attempt], now: float) -> Usage:
+    """Return the total usage of the sessions of some attempts up to `now`."""
     attempts = list(attempts)
     return Usage(
         sessions=len(attempts),
-        # The wall clock may have been set back in between.
-        seconds=sum(max((now if each.ended is None else each.ended) - each.started, 0.0) for each in attempts),
+        seconds=sum(measure_seconds(attempt, now) for attempt in attempts),
         input_tokens=sum(attempt.input_tokens for attempt in attempts),
         output_tokens=sum(attempt.output_tokens for attempt in attempts),
+        cached_tokens=sum(attempt.cached_tokens for attempt in attempts),
         cost=sum_known_cost(attempts),
         priced=sum(attempt.cost is not None for attempt in attempts),
         estimated=sum(attempt.is_estimated for attempt in attempts),

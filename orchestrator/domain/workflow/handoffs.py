@@ -66,7 +66,9 @@ class Handoff(_Document):
     cost: float | None = None
     """The known cost of the task so far in US dollars; None if unknown."""
     by: Delivery
+    """Its means of delivery."""
     mediation: Mediation | None = None
+    """The mediated data, if it was mediated."""
     key: str | None = None
     """The key under which it is shared."""
     version: int | None = None

@@ -7,9 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
-
-from pydantic import ConfigDict
 
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.lifecycle import run_state
@@ -30,9 +27,6 @@ from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.log_files import log_file_name
 from orchestrator.system.instants import format_local_time
-
-#: `result_schema` uses the docstrings of fields as their descriptions.
-_DESCRIBED = ConfigDict(use_attribute_docstrings=True)
 
 
 class RunStatus(StrEnum):
@@ -62,8 +56,6 @@ _DAMAGED = "its record in the state log is damaged, this is an earlier state: ru
 @dataclass(slots=True)  # not frozen, which would take three times as long, and there are thousands
 class TaskReport:
     """The state of one task."""
-
-    __pydantic_config__: ClassVar = _DESCRIBED
 
     id: str
     """The task's id within the run."""
@@ -102,8 +94,6 @@ class TaskReport:
 class AdapterReport:
     """An adapter that is unavailable."""
 
-    __pydantic_config__: ClassVar = _DESCRIBED
-
     name: str
     """Its name in the configuration."""
     cooldown_until: float | None
@@ -128,8 +118,6 @@ class AdapterFailure:
 @dataclass(frozen=True, slots=True)
 class SessionReport:
     """The status of a running session."""
-
-    __pydantic_config__: ClassVar = _DESCRIBED
 
     task: str
     """The task's id."""
@@ -159,8 +147,6 @@ class SessionReport:
 class OrchestratorReport:
     """A process that runs tasks of a run, or did."""
 
-    __pydantic_config__: ClassVar = _DESCRIBED
-
     id: str
     """Its id in the run."""
     host: str
@@ -188,8 +174,6 @@ class OrchestratorReport:
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """The state of a run: the last object that commands with `--json` print."""
-
-    __pydantic_config__: ClassVar = _DESCRIBED
 
     run: str
     """The run's id."""
@@ -482,13 +466,13 @@ def _describe_task(task: str, document: TaskDocument, adapter: str, why_blocked:
         paths=document.paths,
         log=None if newest is None else newest.check_log or f"{logs}/{log_file_name(task, newest.number, 'stderr')}",
         adapter=adapter if newest is None else newest.adapter,
-        last_message=None if newest is None else newest.words,
+        last_message=None if newest is None else newest.last_message,
         # Lists, because generators would dominate the time.
         input_tokens=sum([one.input_tokens for one in attempts]),
         output_tokens=sum([one.output_tokens for one in attempts]),
         cost=document.cost,
         phase=phase,
-        denied_tools=next((str(one.denied) for one in reversed(attempts) if one.denied.count), None),
+        denied_tools=next((str(one.denied_tools) for one in reversed(attempts) if one.denied_tools.count), None),
     )
 
 

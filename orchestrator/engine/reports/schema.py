@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from itertools import pairwise
+
 from pydantic import TypeAdapter
 
 from orchestrator.domain.runs.model import TaskStatus
-from orchestrator.domain.scheduling.claims import ClaimCounters
+from orchestrator.engine.reports import report, task_details
 from orchestrator.engine.reports.report import EXIT_CODES, RunReport, TaskReport
 from orchestrator.engine.reports.task_details import TaskDetails
 from orchestrator.protocols import JsonObject
@@ -16,21 +20,42 @@ _STATUSES = [*map(str, TaskStatus), "blocked"]
 
 def result_schema() -> JsonObject:
     """Return the schema of `RunReport.to_json`; later versions may add fields."""
-    schema = TypeAdapter(RunReport).json_schema(mode="serialization")
-    task = schema["$defs"][TaskReport.__name__]["properties"]
-    task["status"]["enum"] = _STATUSES
-    schema["properties"]["exit"] = {"description": "The exit code.", "enum": sorted(set(EXIT_CODES.values()))}
-    schema["required"].append("exit")
-    del schema["$defs"][ClaimCounters.__name__]["additionalProperties"]
-    return {"$schema": _DRAFT, **schema}
+    schema = _build_schema(RunReport)
+    schema["$defs"][TaskReport.__name__]["properties"]["status"]["enum"] = _STATUSES
+    schema["properties"]["exit"]["enum"] = sorted(set(EXIT_CODES.values()))
+    return schema
 
 
 def task_details_schema() -> JsonObject:
     """Return the schema of `council show --json`; later versions may add fields."""
-    schema = TypeAdapter(TaskDetails).json_schema(mode="serialization")
+    schema = _build_schema(TaskDetails)
     schema["properties"]["status"]["enum"] = _STATUSES
-    schema["properties"]["exit"] = {"description": "The exit code.", "const": 0}
-    schema["required"].append("exit")
-    for definition in schema["$defs"].values():
+    schema["properties"]["exit"]["const"] = 0
+    return schema
+
+
+def _build_schema(model: type) -> JsonObject:
+    schema = TypeAdapter(model).json_schema(mode="serialization")
+    models = {**vars(report), **vars(task_details)}
+    for name, definition in {**schema["$defs"], model.__name__: schema}.items():
         definition.pop("additionalProperties", None)
+        if name in models:
+            texts = _field_docstrings(models[name])
+            for field in texts.keys() & definition.get("properties", {}).keys():
+                definition["properties"][field]["description"] = texts[field]
+    schema["properties"]["exit"] = {"description": "The exit code."}
+    schema["required"].append("exit")
     return {"$schema": _DRAFT, **schema}
+
+
+def _field_docstrings(model: type) -> dict[str, str]:
+    """Return the docstrings of the fields of a class, inherited ones included."""
+    texts: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if base.__module__.startswith("orchestrator."):
+            definition = ast.parse(inspect.getsource(base)).body[0]
+            for field, following in pairwise(getattr(definition, "body", ())):
+                match field, following:
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                        texts[name] = inspect.cleandoc(text)
+    return texts

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
-from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus, sum_known_cost
-from orchestrator.domain.runs.outcome import ToolDenials
-from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
-from orchestrator.domain.workflow.handoffs import Handoff, Receipt, is_intact
-from orchestrator.domain.workflow.mediation import Mediation
+from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.usage import Usage, measure_seconds, sum_usage
+from orchestrator.domain.workflow.handoffs import Handoff, is_intact
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
 from orchestrator.engine.reports.report import TaskReport, imported_phase_statuses
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.log_files import log_file_name
 
-_DESCRIBED = ConfigDict(use_attribute_docstrings=True)
+#: The fields with defaults are always in the JSON.
+_WITH_DEFAULTS = ConfigDict(json_schema_serialization_defaults_required=True)
 
 #: The status of the single phase of a task without a workflow, by the status of the task.
 _PLAIN_STATUS: Mapping[TaskStatus, PhaseStatus] = {
@@ -30,167 +30,50 @@ _PLAIN_STATUS: Mapping[TaskStatus, PhaseStatus] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class UsageTotals:
-    """The total usage of sessions."""
-
-    __pydantic_config__: ClassVar = _DESCRIBED
-
-    sessions: int
-    """The number of sessions."""
-    seconds: float
-    """Their total duration, including that of running sessions so far."""
-    input_tokens: int
-    output_tokens: int
-    cached_tokens: int
-    """The part of the input that was read from a cache."""
-    cost: float | None
-    """US dollars, of the sessions whose CLIs reported it; null: none did."""
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseVisitDetails:
+class PhaseVisitDetails(PhaseRecord):
     """One visit of a phase; each restart of the phase from its beginning is a new visit."""
 
-    __pydantic_config__: ClassVar = _DESCRIBED
+    model_config = _WITH_DEFAULTS
 
-    phase: str
-    """Its name; `build` for a task without a workflow."""
+    status: str  # type: ignore[assignment]  # an imported phase has a status of its own
+    """`in_progress`, `awaiting`, `completed`, `rejected` (by a person), `failed`, `skipped` or `cancelled`."""
     visit: int
     """The number of the visit of this phase, from 1."""
-    status: str
-    """`in_progress`, `awaiting`, `completed`, `rejected` (by a person), `failed`, `skipped` or `cancelled`."""
-    started: float | None
-    """Seconds since the epoch."""
-    ended: float | None
-    attempts: Sequence[int]
-    """The numbers of its sessions."""
-    adapters: Sequence[str]
+    adapters: tuple[str, ...]
     """The adapters of its sessions."""
-    usage: UsageTotals
-    given: GivenValues | None
-    """The values that it was given out of all known values; null: values are not filtered for it."""
-    received: Sequence[str]
-    """The ids of the handoffs that it received."""
-    handoff: str | None
-    """The id of its own handoff."""
-    verdict: str | None
-    """The verdict of a review: `approve` or `reject`."""
-    findings: Sequence[JsonObject]
+    usage: Usage
+    findings: tuple[dict[str, Any], ...]
     """The findings of a review: `path`, `line`, `severity`, `message`."""
-    note: str | None
-    """The note of the person who approved or rejected it."""
-    reason: str | None
-    """Why it failed, or was rejected or skipped."""
-    rounds: int
-    """How often it was repeated because its `until` command failed."""
-    repairs: int
-    """How often its session was asked to fix its handoff."""
-    commit: str | None
-    """The commit with the task's work at the end of the phase, if the phase writes."""
-    base: str | None
-    """The commit that this work is compared with."""
-    discarded: Sequence[str]
+    discarded: tuple[str, ...]
     """The paths whose changes were discarded, because the phase is read-only."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptDetails:
+class AttemptDetails(Attempt):
     """One attempt and its session."""
 
-    __pydantic_config__: ClassVar = _DESCRIBED
+    model_config = _WITH_DEFAULTS
 
-    attempt: int
-    """Its number."""
     phase: str
     """The phase that it ran."""
-    adapter: str
-    model: str | None
-    """The model's name, if the CLI reported it."""
-    outcome: str | None
-    """`built`, `completed`, `interrupted`, `cancelled`, or the failure class; null while it runs."""
-    reason: str | None
-    """Why it failed, or was followed by another."""
-    started: float
-    """Seconds since the epoch."""
-    ended: float | None
     seconds: float
     """Its duration, so far if it is running."""
-    input_tokens: int
-    output_tokens: int
-    cached_tokens: int
-    """The part of the input that was read from a cache."""
-    cost: float | None
-    """US dollars."""
-    is_estimated: bool
-    """Whether the cost is computed from the price of the model, and not reported by the CLI."""
-    session: str | None
-    """The CLI's own id of the conversation."""
-    resumed: bool
-    """Whether it continued the conversation of an earlier attempt."""
-    base: str
-    """The commit that its work is compared with."""
-    start: str | None
-    """The commit that its worktree started from, if other than the base."""
-    branch: str | None
-    """The branch with its preserved work."""
-    last_message: str | None
-    """The last message of the CLI, or its result."""
     log: str | None
     """The file with its standard output; `.stderr` is in the same folder. Null: setup ended the session."""
-    check_log: str | None
-    """The file with the output of the failed check."""
-    discarded: Sequence[str]
-    """The paths whose changes were discarded, because the phase is read-only."""
-    denied_tools: ToolDenials
-    """The tool calls that its CLI denied: how many, the first of them, and how to allow them."""
+    secrets: tuple[str, ...] = Field(default=(), exclude=True)
 
 
-@dataclass(frozen=True, slots=True)
-class HandoffDetails:
+class HandoffDetails(Handoff):
     """One handoff between phases."""
 
-    __pydantic_config__: ClassVar = _DESCRIBED
+    model_config = _WITH_DEFAULTS
 
-    id: str
-    kind: str
-    """Its kind, such as `plan`."""
-    phase: str
-    """The phase that produced it."""
-    attempt: int
-    """The attempt that produced it."""
-    to: str | None
-    """The phase that it is for; null: none follows."""
-    protocol: str
-    """`direct`, `mediated` or `shared`."""
-    by: str
-    """Its means of delivery: `file`, `tool` or `answer`."""
-    time: float
-    """Seconds since the epoch."""
-    digest: str
     is_intact: bool
     """Whether its data matches its digest."""
-    receipts: Sequence[Receipt]
-    """The phases that received it."""
-    summary: str
-    tokens: int
-    """Input and output tokens of the whole task up to this point."""
-    cost: float | None
-    """US dollars of the whole task up to this point."""
-    key: str | None
-    """The key of its shared value."""
-    version: int | None
-    data: JsonObject
-    """The result itself."""
-    mediation: Mediation | None
-    """The mediated data, if it was mediated."""
 
 
 @dataclass(frozen=True, slots=True)
 class LandingDetails:
     """The landing of a task's work on the target, or what prevents it."""
-
-    __pydantic_config__: ClassVar = _DESCRIBED
 
     target: str
     landed: str | None
@@ -213,8 +96,6 @@ class LandingDetails:
 class LatestActivity:
     """The latest activity of a running session."""
 
-    __pydantic_config__: ClassVar = _DESCRIBED
-
     text: str
     """The last line of its last message, or its last tool call."""
     time: float
@@ -224,8 +105,6 @@ class LatestActivity:
 @dataclass(frozen=True, slots=True)
 class TaskDetails:
     """A task in full, as shown by `council show`."""
-
-    __pydantic_config__: ClassVar = _DESCRIBED
 
     run: str
     task: str
@@ -255,7 +134,7 @@ class TaskDetails:
     sessions: Sequence[AttemptDetails]
     handoffs: Sequence[HandoffDetails]
     landing: LandingDetails
-    usage: UsageTotals
+    usage: Usage
     damage: Sequence[str]
     """Unreadable parts of the state log."""
     latest_activity: LatestActivity | None = None
@@ -315,9 +194,9 @@ def build_task_details(
         phases=_visits(document, attempts, definition, handoffs, now),
         remaining_phases=_remaining_phases(document, definition),
         sessions=[_attempt(report.id, attempt, logs, now) for attempt in attempts],
-        handoffs=[_handoff(handoff) for handoff in ordered],
+        handoffs=[HandoffDetails(**dict(handoff), is_intact=is_intact(handoff)) for handoff in ordered],
         landing=_landing(document, target, landed_at),
-        usage=_usage(attempts, now),
+        usage=sum_usage(attempts, now),
         damage=damage,
     )
 
@@ -369,28 +248,17 @@ def _visit(
     record: PhaseRecord, status: str, number: int, attempts: Sequence[Attempt], handoff: Handoff | None, now: float
 ) -> PhaseVisitDetails:
     findings = () if handoff is None else handoff.data.get("findings", ())
-    return PhaseVisitDetails(
-        phase=record.phase,
-        visit=number,
-        status=str(status),
-        started=record.started,
-        ended=record.ended,
-        attempts=record.attempts,
-        adapters=list(dict.fromkeys(attempt.adapter for attempt in attempts)),
-        usage=_usage(attempts, now),
-        given=record.given,
-        received=record.received,
-        handoff=record.handoff,
-        verdict=record.verdict,
-        findings=[each for each in findings if isinstance(each, dict)] if isinstance(findings, list | tuple) else [],
-        note=record.note,
-        reason=record.reason,
-        rounds=record.rounds,
-        repairs=record.repairs,
-        commit=record.commit,
-        base=record.base,
-        discarded=list(dict.fromkeys(path for attempt in attempts for path in attempt.discarded)),
-    )
+    added = {
+        "status": str(status),
+        "visit": number,
+        "adapters": tuple(dict.fromkeys(attempt.adapter for attempt in attempts)),
+        "usage": sum_usage(attempts, now),
+        "findings": tuple(each for each in findings if isinstance(each, dict))
+        if isinstance(findings, list | tuple)
+        else (),
+        "discarded": tuple(dict.fromkeys(path for attempt in attempts for path in attempt.discarded)),
+    }
+    return PhaseVisitDetails.model_validate({**dict(record), **added})
 
 
 def _remaining_phases(task: TaskDocument, definition: TaskDefinition) -> list[str]:
@@ -409,55 +277,12 @@ def _remaining_phases(task: TaskDocument, definition: TaskDefinition) -> list[st
 
 
 def _attempt(task: str, attempt: Attempt, logs: str, now: float) -> AttemptDetails:
-    return AttemptDetails(
-        attempt=attempt.number,
-        phase=attempt.phase or DEFAULT_PHASES[0].name,
-        adapter=attempt.adapter,
-        model=attempt.model,
-        outcome=attempt.outcome,
-        reason=attempt.reason,
-        started=attempt.started,
-        ended=attempt.ended,
-        seconds=_seconds(attempt, now),
-        input_tokens=attempt.input_tokens,
-        output_tokens=attempt.output_tokens,
-        cached_tokens=attempt.cached_tokens,
-        cost=attempt.cost,
-        is_estimated=attempt.is_estimated,
-        session=attempt.session,
-        resumed=attempt.resumed,
-        base=attempt.base,
-        start=attempt.start,
-        branch=attempt.branch,
-        last_message=attempt.words,
-        log=f"{logs}/{log_file_name(task, attempt.number, 'stdout')}",
-        check_log=attempt.check_log,
-        discarded=attempt.discarded,
-        denied_tools=attempt.denied,
-    )
-
-
-def _handoff(handoff: Handoff) -> HandoffDetails:
-    return HandoffDetails(
-        id=handoff.id,
-        kind=handoff.kind,
-        phase=handoff.phase,
-        attempt=handoff.attempt,
-        to=handoff.to,
-        protocol=handoff.protocol,
-        by=handoff.by,
-        time=handoff.time,
-        digest=handoff.digest,
-        is_intact=is_intact(handoff),
-        receipts=handoff.receipts,
-        summary=handoff.summary,
-        tokens=handoff.tokens,
-        cost=handoff.cost,
-        key=handoff.key,
-        version=handoff.version,
-        data=handoff.data,
-        mediation=handoff.mediation,
-    )
+    added = {
+        "phase": attempt.phase or DEFAULT_PHASES[0].name,
+        "seconds": measure_seconds(attempt, now),
+        "log": f"{logs}/{log_file_name(task, attempt.number, 'stdout')}",
+    }
+    return AttemptDetails.model_validate({**dict(attempt), **added})
 
 
 def _landing(task: TaskDocument, target: str, landed_at: float | None) -> LandingDetails:
@@ -471,20 +296,4 @@ def _landing(task: TaskDocument, target: str, landed_at: float | None) -> Landin
         branch=task.branch,
         paths=task.paths,
         pull_request=task.pull_request,
-    )
-
-
-def _seconds(attempt: Attempt, now: float) -> float:
-    """Return the duration of a session, so far if it is running; never negative, even if the clock was set back."""
-    return max((now if attempt.ended is None else attempt.ended) - attempt.started, 0.0)
-
-
-def _usage(attempts: Sequence[Attempt], now: float) -> UsageTotals:
-    return UsageTotals(
-        sessions=len(attempts),
-        seconds=sum(_seconds(one, now) for one in attempts),
-        input_tokens=sum(one.input_tokens for one in attempts),
-        output_tokens=sum(one.output_tokens for one in attempts),
-        cached_tokens=sum(one.cached_tokens for one in attempts),
-        cost=sum_known_cost(attempts),
     )

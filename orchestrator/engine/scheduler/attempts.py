@@ -586,7 +586,7 @@ class AttemptRunner:
             folder=None if finished.folder is None else str(finished.folder),
             resumed=active.session.assignment.earlier_conversation is not None,
             discarded=finished.discarded[:_MAX_DISCARDED_PATHS],
-            denied=finished.transcript.denials,
+            denied_tools=finished.transcript.denials,
             **self.context.accounting.recorded(finished.transcript, document.attempts),
         )
         branch = finished.branch if active.next_phase.phase.writes else document.branch

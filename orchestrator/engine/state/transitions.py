@@ -65,7 +65,7 @@ CLAIM_RELEASES: Mapping[TaskStatus, ReleaseReason] = {
 
 #: Fields of documents and events with foreign text.
 _FOREIGN_TEXT_FIELDS = frozenset(
-    {"reason", "feedback", "paths", "discarded", "disabled_reason", "changes", "worktree", "words", "note"}
+    {"reason", "feedback", "paths", "discarded", "disabled_reason", "changes", "worktree", "last_message", "note"}
 )
 
 
