@@ -343,6 +343,13 @@ class Dump:
 class Store(Protocol):
     """The storage of all state. Every implementation must pass `orchestrator.testing.store_contract`."""
 
+    def local_paths(self) -> Sequence[Path]:
+        """Return the files and folders on this machine that contain the data; empty if it is elsewhere or in memory.
+
+        They are absolute and exist. They are hidden from sessions; and a store without any counts as remote, which may
+        be unreachable for a while.
+        """
+
     async def commit(self, commit: Commit) -> int:
         """Apply `commit` atomically and durably, and return its position in the log.
 

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Self
 import anyio.to_thread
 
 from orchestrator.api.runs import ProjectRuns
-from orchestrator.config.store import folder_url, scheme_of, store_folder, to_store_url
+from orchestrator.config.store import folder_url, to_store_url
 from orchestrator.domain.runs.model import RequestAction, TaskStatus
 from orchestrator.domain.security.secrets import redact_urls
 from orchestrator.engine.reports.report import RunReport, RunStatus
@@ -42,7 +42,7 @@ from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folde
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents.log_reader import follow_log, is_run_document
 from orchestrator.state.log.identity import check_trusted
-from orchestrator.state.stores.file import open_file_store
+from orchestrator.state.stores.file import open_without_plugins
 from orchestrator.system.clock import Clock, SystemClock
 
 # Showing a run must be quick: imports that only executing a run or loading a file needs are made on first use.
@@ -166,8 +166,7 @@ class Council:
             await anyio.to_thread.run_sync(project.create)
         url = await anyio.to_thread.run_sync(_resolve_store_url, project, config) if chosen is None else chosen
         is_named = chosen is not None or config is not None or url == folder_url(project.state_folder)
-        if scheme_of(url) == "file" or not is_named:  # else the user has named it
-            await anyio.to_thread.run_sync(partial(check_trusted, url, council_home(environ), is_named=is_named))
+        await anyio.to_thread.run_sync(partial(check_trusted, url, council_home(environ), is_named=is_named))
         async with _open_store(url, project, plugins, clock, environ) as store:
             notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
             runs = ProjectRuns(project, store, url, clock, environ, follows_file=chosen is None)
@@ -589,8 +588,8 @@ class Council:
 
     async def paths(self) -> ProjectPaths:
         """Return the paths of the project's files."""
-        folder = store_folder(self._runs.url)
-        state = redact_urls(self._runs.url) if folder is None else str(folder)
+        local = self._store.local_paths()
+        state = str(local[0]) if local else redact_urls(self._runs.url)
         log, logs = self.project.log_file, self.project.logs_folder
         if not await self._store.list("run"):
             return ProjectPaths(None, state, log, logs, None, None)
@@ -870,10 +869,8 @@ async def _open_store(
     url: str, project: Project, plugins: Plugins | None, clock: Clock, environ: Mapping[str, str]
 ) -> AsyncIterator[Store]:
     """Open the store at a URL."""
-    scheme = scheme_of(url)
-    if scheme == "file":  # plugins can't replace it
-        opened = open_file_store(url, clock)
-    else:
+    opened = open_without_plugins(url, clock)
+    if opened is None:
         from orchestrator.plugins import load_plugins  # noqa: PLC0415
 
         if plugins is None:

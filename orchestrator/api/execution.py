@@ -32,7 +32,7 @@ from orchestrator.config.model import (
     restore_adapters,
     used_adapters,
 )
-from orchestrator.config.store import MEMORY, store_folder
+from orchestrator.config.store import MEMORY
 from orchestrator.domain.runs.model import (
     FINAL_STATUSES,
     SUCCESS_STATUSES,
@@ -111,6 +111,7 @@ from orchestrator.protocols import Commit, Event, Guard
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import Hub, internal_ref_name, work_branch_name
+from orchestrator.repo.worktrees.origin import StoreLocation
 from orchestrator.sessions.supervision.supervisor_client import open_fork_server
 from orchestrator.state.documents.checkpoints import create_checkpoint, plan_restore
 from orchestrator.state.log.identity import record_store_use
@@ -168,13 +169,16 @@ class RunExecutor:
         site = await find_run_repository(config.repo, is_url=config.is_url, environ=runs.environ)
         if site.repository is not None and site.repository.top is not None:
             await anyio.to_thread.run_sync(exclude_from_git, site.repository.git_dir)
+        location = None
+        if runs.url != MEMORY:
+            location = await anyio.to_thread.run_sync(StoreLocation.of, runs.url, runs.store.local_paths())
         cleared = await run_preflight(
             config,
             site,
             run,
             used_adapters(config, self._plugins.adapters),
             runs.environ,
-            store=None if runs.url == MEMORY else runs.url,
+            store=location,
             allow_deferred=allow_deferred,
         )
         document = RunDocument(
@@ -407,7 +411,7 @@ class RunExecutor:
             yield self._runs
             return
         store, clock = self._runs.store, self._runs.clock
-        is_local = store_folder(self._runs.url) is not None
+        is_local = bool(store.local_paths())
 
         async def record_event(event: Event) -> None:
             _log.warning(_OUTAGE_MESSAGES[event.type].format(**event.data))
@@ -563,7 +567,6 @@ class RunExecutor:
             configs,
             make_adapters(configs, types),
             store=runs.store,
-            store_url=runs.url,
             lock_fds=lock_fds,
             worker=worker,
             environ=runs.environ,

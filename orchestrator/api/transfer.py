@@ -41,8 +41,7 @@ async def open_store(
     url = to_store_url(str(location))
     if must_exist:
         await to_thread.run_sync(require_store, url)
-    if scheme_of(url) == "file":
-        await to_thread.run_sync(check_trusted, url, council_home(environ))
+    await to_thread.run_sync(check_trusted, url, council_home(environ))
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
     async with plugins.open_store(url, clock or SystemClock()) as store:
@@ -115,7 +114,7 @@ async def adopt_state(location: str | Path, *, environ: Mapping[str, str] = os.e
     From then on `resume` executes the commands of its runs. RefusedError if there is no such store.
     """
     url = to_store_url(str(location))
-    if url == MEMORY or not (scheme_of(url) == "file" or await to_thread.run_sync(_is_installed, url, environ)):
+    if url == MEMORY or not await to_thread.run_sync(_is_installed, url, environ):
         raise RefusedError(f"{scheme_of(url)}: stores can't be adopted", "name the folder of a store")
     await to_thread.run_sync(adopt_store, url, council_home(environ))
     return url

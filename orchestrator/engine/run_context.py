@@ -18,7 +18,6 @@ from orchestrator.config.model import (
     WorktreesConfig,
     known_prices,
 )
-from orchestrator.config.store import store_folder
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.prices import Price
 from orchestrator.domain.runs.session_names import SessionName
@@ -145,16 +144,15 @@ class RunContext:
         )
 
 
-def hidden_folders(site: RunRepository, project: Project, store: str, hub: Hub) -> tuple[Path, ...]:
+def hidden_folders(site: RunRepository, project: Project, stores: Sequence[Path], hub: Hub) -> tuple[Path, ...]:
     """Return the folders hidden from sessions. Blocks.
 
-    They are the user's repository, all stores and our repositories.
+    They are the user's repository, all stores (`stores` are the paths of the run's own) and our repositories.
     """
-    state_folder = store_folder(store)
     hidden = {
         project.folder,
         hub.root.parent,
-        *([] if state_folder is None else [state_folder]),
+        *stores,
         *known_store_folders(hub.root.parent),
     }
     if site.repository is not None:
@@ -174,7 +172,6 @@ async def open_run_context(
     adapters: Mapping[str, Adapter],
     *,
     store: Store,
-    store_url: str,
     lock_fds: Sequence[int],
     worker: str | None,
     environ: Mapping[str, str],
@@ -206,7 +203,7 @@ async def open_run_context(
     sandbox = await choose_sandbox(
         sandbox_config.sandbox, network=sandbox_config.network, hosts=sandbox_config.hosts, environ=environ
     )
-    hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, store_url, hub)
+    hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, store.local_paths(), hub)
     credentials = await anyio.to_thread.run_sync(find_credentials, environ)
     run_sandbox = RunSandbox(sandbox, (*hidden, *credentials), sandbox_config)
     logs = project.logs(run.id)

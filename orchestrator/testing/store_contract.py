@@ -107,6 +107,13 @@ class StoreContract(ABC):
     def open_store(self) -> AbstractAsyncContextManager[Store]:
         """Return a context manager that opens a store of its own, empty, for one test."""
 
+    async def test_local_paths_are_absolute_and_exist(self) -> None:
+        """Sessions can't be kept from paths that are not declared, or that can't be found."""
+        async with self.open_store() as store:
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            paths = store.local_paths()
+            assert all(path.is_absolute() and path.exists() for path in paths)
+
     async def test_an_empty_store_has_nothing(self) -> None:
         """A new store is at position 0 and knows no document and no damage."""
         async with self.open_store() as store:

@@ -348,11 +348,16 @@ async def test_a_run_whose_plugin_is_gone_says_so_on_resume(repository: Reposito
 
 
 _STORE = REGISTER + """
+import os
 from contextlib import asynccontextmanager
+from pathlib import Path
 from orchestrator.state.stores.memory import MemoryStore
 
 
 class Loud(MemoryStore):
+    def local_paths(self):
+        return [Path(os.environ["LOUD_FILE"])] if "LOUD_FILE" in os.environ else []
+
     async def commit(self, commit):
         print("committed", *[event.type for event in commit.events], flush=True)
         return await super().commit(commit)
@@ -382,6 +387,19 @@ def test_a_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, si
     assert {"committed run.created", "committed task.landed", "committed run.finished"} <= set(said)
     assert (repository.top / "one.txt").exists()
     assert list((repository.top / ".council").glob("state/*")) == []
+
+
+def test_plugin_store_local_paths_are_recorded_with_the_hub(repository: Repository, site: Path, tmp_path: Path) -> None:
+    """`council clean` then knows when the store is gone, as for a folder of state."""
+    install(site, "council-loud", _STORE)
+    file = tmp_path / "loud.db"
+    file.touch()
+    repository.environ.update({"COUNCIL_STATE": "loud:somewhere", "LOUD_FILE": str(file)})
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(config)).code == 0
+    [origin] = Path(repository.environ["COUNCIL_HOME"]).glob("*/origin.json")
+    [[_, [path, _]]] = json.loads(origin.read_text())["stores"]
+    assert path == str(file.resolve())
 
 
 @pytest.mark.extended_but_first

@@ -215,7 +215,8 @@ class OrphanFinder:
         """Return True if every store that could know a hub's runs is ours and undamaged, or deleted. Blocks."""
         if self._store is not None and any(one.keys is None or one.keys for one in self._store.damage):
             return False
-        ours = None if self._url is None else StoreLocation.of(self._url).url
+        paths = () if self._store is None else self._store.local_paths()
+        ours = None if self._url is None else StoreLocation.of(self._url, paths).url
         return all(one.url == ours or one.is_gone() for one in known.stores)
 
     async def stale_files(self, hub: Hub) -> list[Leftover]:

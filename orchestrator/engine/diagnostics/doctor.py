@@ -15,7 +15,7 @@ import anyio.to_thread
 from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.inline import no_program_error
 from orchestrator.config.model import RunConfig, SandboxConfig, make_adapters, used_adapters
-from orchestrator.config.store import folder_url, require_local_folder, to_store_url
+from orchestrator.config.store import require_local_folder, store_folder, to_store_url
 from orchestrator.config.warnings import find_warnings
 from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, SessionDemand
 from orchestrator.domain.sessions.shell_commands import find_programs, find_script
@@ -148,9 +148,9 @@ async def _check_programs(
     if inspection.site is None:
         return []
     project = Project(inspection.top or (subject.folder if run is None else run.path.parent))
-    store = (None if run is None else run.state.url) or folder_url(project.state_folder)
+    folder = project.state_folder if run is None or run.state.url is None else store_folder(run.state.url)
     sandbox = DEFAULT_SANDBOX if run is None else run.fence
-    probe = await SandboxProbe.open(sandbox, inspection.site, project, store, environ)
+    probe = await SandboxProbe.open(sandbox, inspection.site, project, [folder] if folder else [], environ)
     try:
         if probe is None:
             return []

@@ -14,7 +14,6 @@ import anyio.to_thread
 
 from orchestrator.config.load import load_config
 from orchestrator.config.source.names import check_name
-from orchestrator.config.store import folder_url
 from orchestrator.domain.sessions.shell_commands import find_programs, make_lookup_command
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_SANDBOX, SandboxProbe
@@ -77,8 +76,7 @@ async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) 
     if best is None:
         return None
     project = Project(ground.top)
-    store = folder_url(project.state_folder)
-    probe = await SandboxProbe.open(DEFAULT_SANDBOX, ground.site, project, store, environ)
+    probe = await SandboxProbe.open(DEFAULT_SANDBOX, ground.site, project, [project.state_folder], environ)
     if probe is None:  # without a sandbox no run can start, as `council doctor` says
         return DetectedTests(best)
     needs = {number: required_programs(way) for number, way in enumerate(best.alternatives)}

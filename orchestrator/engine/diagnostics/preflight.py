@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import anyio.to_thread
 
 from orchestrator.config.model import RunConfig
-from orchestrator.config.store import folder_url
 from orchestrator.config.warnings import RepositoryPaths
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.diagnostics.adapter_programs import check_adapter_programs
@@ -31,7 +30,7 @@ from orchestrator.repo.source.user_checkouts import (
 )
 from orchestrator.repo.source.user_programs import find_unsafe_filter, read_git_config
 from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
-from orchestrator.repo.worktrees.origin import HubUser
+from orchestrator.repo.worktrees.origin import HubUser, StoreLocation
 from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 
 #: Characters of all prompts of a run together: they are recorded in one commit.
@@ -61,13 +60,13 @@ async def run_preflight(
     adapters: Mapping[str, Adapter],
     environ: Mapping[str, str],
     *,
-    store: str | None,
+    store: StoreLocation | None,
     allow_deferred: bool,
 ) -> PreflightResult:
     """Check that a config can run with the adapters that its tasks use; nothing is started or recorded.
 
-    `store` is the URL of the store that will record the run, None if none will. Raise RefusedError if the run can't
-    start, for example for a missing base, a target with uncommitted changes, or a missing program.
+    `store` is the location of the store that will record the run, None if none will. Raise RefusedError if the run
+    can't start, for example for a missing base, a target with uncommitted changes, or a missing program.
     """
     if sum(len(task.prompt) for task in config.tasks) > MAX_PROMPTS_LENGTH:
         what = f"the prompts together exceed {MAX_PROMPTS_LENGTH >> 20} MiB"
@@ -77,7 +76,8 @@ async def run_preflight(
         config.fence.sandbox, network=config.fence.network, hosts=config.fence.hosts, environ=environ
     )
     project = project_of_config(config, site)
-    probe = await SandboxProbe.open(config.fence, site, project, store or folder_url(project.state_folder), environ)
+    stores = [project.state_folder] if store is None else [one.path for one in store.paths]
+    probe = await SandboxProbe.open(config.fence, site, project, stores, environ)
     if probe is not None:
         hidden = await check_adapter_programs(adapters, config.adapters, config.path, probe, environ)
         raise_combined_refusal([(one.found, one.remedy or "") for one in hidden], "fix these")

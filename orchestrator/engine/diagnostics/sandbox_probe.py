@@ -41,15 +41,23 @@ class SandboxProbe:
 
     @classmethod
     async def open(
-        cls, config: SandboxConfig, site: RunRepository, project: Project, store: str, environ: Mapping[str, str]
+        cls,
+        config: SandboxConfig,
+        site: RunRepository,
+        project: Project,
+        stores: Sequence[Path],
+        environ: Mapping[str, str],
     ) -> SandboxProbe | None:
-        """Return a probe of the configured sandbox; None if this machine has no such sandbox."""
+        """Return a probe of the configured sandbox; None if this machine has no such sandbox.
+
+        `stores` are the local paths of the store.
+        """
         try:
             kind = await choose_sandbox(config.sandbox, network=config.network, hosts=config.hosts, environ=environ)
             hub = locate_hub(site.identity, council_home(environ))
         except RefusedError:
             return None
-        hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, store, hub)
+        hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, stores, hub)
         credentials = await anyio.to_thread.run_sync(find_credentials, environ)
         # Probe commands need no hosts, and a proxy would be slow.
         return cls(RunSandbox(kind, (*hidden, *credentials), config.model_copy(update={"hosts": ()})), environ)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from orchestrator.config.store import folder_url, store_folder
+from orchestrator.config.store import folder_url
 
 _FILE = "origin.json"
 _PASSWORD = re.compile(r"//[^/@]*@")
@@ -44,26 +46,23 @@ class MountedPath:
 
 @dataclass(frozen=True, slots=True)
 class StoreLocation:
-    """The location of a store: its identifying URL, and its folder if it has one."""
+    """The location of a store: its identifying URL, and its paths on this machine (`Store.local_paths`)."""
 
     url: str
-    folder: MountedPath | None
+    paths: tuple[MountedPath, ...]
 
     @classmethod
-    def of(cls, url: str) -> StoreLocation:
-        """Return the location of an existing store, independent of the path by which its folder was reached. Blocks.
+    def of(cls, url: str, paths: Sequence[Path]) -> StoreLocation:
+        """Return the location of an existing store, independent of the spelling of its paths. Blocks.
 
-        Of a URL without a folder, possible passwords are removed.
+        Of a store without local paths the URL identifies it, without a password.
         """
-        folder = store_folder(url)
-        if folder is None:
-            return cls(_PASSWORD.sub("//", url), None)
-        mounted = MountedPath.of(folder)
-        return cls(folder_url(mounted.path), mounted)
+        mounted = tuple(map(MountedPath.of, paths))
+        return cls(folder_url(mounted[0].path) if mounted else _PASSWORD.sub("//", url), mounted)
 
     def is_gone(self) -> bool:
         """Whether the store was removed; False if unknown."""
-        return self.folder is not None and self.folder.is_gone()
+        return bool(self.paths) and all(path.is_gone() for path in self.paths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +80,21 @@ class HubOrigin:
 
 @dataclass(frozen=True, slots=True)
 class HubUser:
-    """A user of a hub: the repository's identity, its git directory if local, and the URL of the store.
+    """A user of a hub: the repository's identity, its git directory if local, and the store.
 
     `store` is None for a check that starts no run.
     """
 
     name: str
     git_dir: Path | None
-    store: str | None
+    store: StoreLocation | None
 
 
 def record_user(root: Path, user: HubUser) -> None:
     """Add a user to a hub's origin; the caller holds the hub's lock. Blocks."""
     before = read_origin(root)
     known = () if before is None else before.stores
-    new = () if user.store is None else (StoreLocation.of(user.store),)
+    new = () if user.store is None else (user.store,)
     after = HubOrigin(
         user.name,
         None if user.git_dir is None else MountedPath.of(user.git_dir),
@@ -123,7 +122,7 @@ def _encoded(origin: HubOrigin) -> dict[str, object]:
         return [str(mounted.path), str(mounted.mount)]
 
     source = None if origin.source is None else pair(origin.source)
-    stores = [[store.url, *(pair(store.folder) if store.folder is not None else [])] for store in origin.stores]
+    stores = [[store.url, *map(pair, store.paths)] for store in origin.stores]
     return {"name": origin.name, "source": source, "stores": stores}
 
 
@@ -132,6 +131,6 @@ def _mounted_path(pair: list[str]) -> MountedPath:
     return MountedPath(Path(path), Path(mount))
 
 
-def _store(columns: list[str]) -> StoreLocation:
-    url, *pair = columns
-    return StoreLocation(url, _mounted_path(pair) if pair else None)
+def _store(columns: list[Any]) -> StoreLocation:
+    url, *pairs = columns
+    return StoreLocation(url, tuple(map(_mounted_path, pairs)))

@@ -100,13 +100,15 @@ def _write_identity(folder: Path, name: str) -> None:
 def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
     """Raise RefusedError for a store that was neither created on this machine nor adopted by the user.
 
-    A folder without a store gets an identity. For other kinds of stores, and for one that is named only by a file
-    instead of the user or a run, the URL has to be known.
+    A folder without a store gets an identity. For a store that is named only by a file instead of the user or a run,
+    the URL has to be known.
     """
     folder = require_local_folder(url)
+    if folder is None and is_named:
+        return
     try:
         known = _known(home)
-        if not (folder is not None and is_named) and _url_name(url).encode() not in known:
+        if not is_named and _url_name(url).encode() not in known:
             raise _unknown(f"the store that {url.partition(':')[0]}: names", home)
         if folder is not None and ensure_log(folder, home).name.encode() not in _known(home):
             raise _unknown(f"the state in {folder}", home)

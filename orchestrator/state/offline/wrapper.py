@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.errors import StoreUnavailable
@@ -39,6 +40,10 @@ class StoreWrapper:
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
         """Return once the inner store can be watched again, or raise the error that ended the watch."""
         raise error
+
+    def local_paths(self) -> Sequence[Path]:
+        """See `Store.local_paths`."""
+        return self._inner.local_paths()
 
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""

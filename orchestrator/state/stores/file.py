@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 import anyio
 from anyio import to_thread
 
-from orchestrator.config.store import require_local_folder
+from orchestrator.config.store import require_local_folder, store_folder
 from orchestrator.errors import LockHeld
 from orchestrator.protocols import (
     VERSIONS_KEPT,
@@ -78,8 +78,8 @@ _PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
 class FileStore:
     """A `Store` in a local directory; made by `open`."""
 
-    def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
-        self._directory, self._clock, self._segment_bytes = directory, clock, segment_bytes
+    def __init__(self, directory: Path, clock: Clock, segment_bytes: int, folder: Path) -> None:
+        self._directory, self._clock, self._segment_bytes, self._folder = directory, clock, segment_bytes, folder
         self._journal = Journal(directory, clock, segment_bytes)
         self._compacting = FileLock(directory / "compaction.lock")
         self._pending: deque[PendingCommit] = deque()
@@ -93,20 +93,24 @@ class FileStore:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, directory: Path, clock: Clock, *, segment_bytes: int = SEGMENT_BYTES
+        cls, directory: Path, clock: Clock, *, segment_bytes: int = SEGMENT_BYTES, folder: Path | None = None
     ) -> AsyncIterator[FileStore]:
         """Open the store in `directory`, which is created if missing; damage never prevents that.
 
-        A segment is closed at `segment_bytes`. Raises RefusedError on a network file system,
-        StoreUnavailable if the directory can't be read and written.
+        A segment is closed at `segment_bytes`. `folder` is the enclosing folder that belongs to the store. Raises
+        RefusedError on a network file system, StoreUnavailable if the directory can't be read and written.
         """
-        store = cls(directory, clock, segment_bytes)
+        store = cls(directory, clock, segment_bytes, folder or directory)
         try:
             await store._in_thread(store._journal.open)
             yield store
         finally:
             with anyio.CancelScope(shield=True):
                 await store._in_thread(store._journal.close)
+
+    def local_paths(self) -> Sequence[Path]:
+        """See `Store.local_paths`."""
+        return (self._folder,)
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
@@ -338,6 +342,11 @@ class FileStore:
         await self._in_thread(self._journal.catch_up)
 
 
+def open_without_plugins(url: str, clock: Clock) -> AbstractAsyncContextManager[Store] | None:
+    """Open the store at a URL if no plugin is needed for it, which saves loading them; else return None."""
+    return None if store_folder(url) is None else open_file_store(url, clock)
+
+
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
     """Open the store in the folder of a `file:` URL; RefusedError if that is not on this machine."""
     folder = require_local_folder(url)
@@ -351,7 +360,7 @@ async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
         log = await to_thread.run_sync(ensure_log, folder)
     except OSError as error:
         raise to_store_error(folder, error) from error
-    async with FileStore.open(log, clock) as store:
+    async with FileStore.open(log, clock, folder=folder) as store:
         yield store
 
 

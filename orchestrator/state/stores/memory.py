@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 
@@ -43,6 +44,10 @@ class MemoryStore:
         self._lines: dict[int, LogLine] = {}
         self._kept_from = 0  # the position of the oldest state that can be reproduced
         self._news = anyio.Event()
+
+    def local_paths(self) -> Sequence[Path]:
+        """See `Store.local_paths`."""
+        return ()
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -24,7 +24,6 @@ from orchestrator.cli.core.command import (
 from orchestrator.cli.render.text import printable
 from orchestrator.cli.streams import redirect_to_null
 from orchestrator.config.source.quantities import format_size_short
-from orchestrator.config.store import store_folder
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import Project, exclude_from_git, find_project
 
@@ -143,7 +142,7 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
     if place := explicit_store_url():
         async with open_target(place) as found:
             copied = await import_store(file, found)
-        await _exclude(place)
+        await _exclude(found.local_paths())
         return copied
     try:
         find_project(Path())
@@ -154,12 +153,12 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
         return await council.import_state(file)
 
 
-async def _exclude(place: str) -> None:
+async def _exclude(paths: Sequence[Path]) -> None:
     """Keep a project's own store out of its commits, as the first run there would."""
     from orchestrator.repo.git.command import Git  # noqa: PLC0415
     from orchestrator.repo.source.user_checkouts import find_repository  # noqa: PLC0415
 
-    folder = store_folder(place)
+    folder = next(iter(paths), None)
     if folder is None or folder != Project(folder.parent.parent).state_folder:
         return
     with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
