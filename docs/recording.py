@@ -41,7 +41,10 @@ TASKS = [
         "append src/models.py     name: str\nprint User has a name, now the tests\npause 0.8",
     },
     {"id": "readme", "prompt": "write README.md # Shop\nprint The title is the shop's name\npause 0.6"},
-    {"id": "badge", "prompt": "print Which build service is it?\npause 1.2\nwrite README.md # Project, tested\npause 1"},
+    {
+        "id": "badge",
+        "prompt": "print Which build service?\npause 1.2\nwrite README.md # Project, tested\npause 1",
+    },
     {
         "id": "api",
         "needs": ["models"],
@@ -62,7 +65,11 @@ TASKS = [
         "checks": ["sleep 1.5"],
         "prompt": "write src/forms.py class SignUp:\nprint Sign-up checks the e-mail address\npause 1.8",
     },
-    {"id": "release", "needs": ["api", "search"], "prompt": "print Six changes since 0.9\npause 1\nwrite CHANGES.md 1.0"},
+    {
+        "id": "release",
+        "needs": ["api", "search"],
+        "prompt": "print Six changes\npause 1\nwrite CHANGES.md 1.0",
+    },
 ]
 TITLE = "council run council.yaml"
 #: Like rich's own template, with local fonts only. Each frame is visible for its share of the loop; a viewer without

@@ -15,7 +15,7 @@ from orchestrator.domain.runs.model import RunDocument, TaskStatus
 from orchestrator.engine.diagnostics import state_findings as findings
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.state_findings import LogGrowth, SilentSession
-from orchestrator.engine.state.records import read_run, read_spec, read_tasks, task_documents
+from orchestrator.engine.state.records import read_run, read_run_with_tasks, read_spec, task_documents
 from orchestrator.errors import HistoryCompacted, RefusedError, StoreUnavailable, UnreadableDocument
 from orchestrator.protocols import Commit, CommitRecord, Event, Store, StoreStatistics
 from orchestrator.sessions.output.log_files import log_path
@@ -82,8 +82,8 @@ class Health:
 
     async def _sessions(self, run: str) -> list[SilentSession]:
         """Return the running sessions of a run."""
-        document = await read_run(self.runs.store, run)
-        tasks = task_documents(await read_tasks(self.runs.store, run), document.tasks)
+        document, documents = await read_run_with_tasks(self.runs.store, run)
+        tasks = task_documents(documents, document.tasks)
         sessions = []
         for task, one in tasks.items():
             if one.status is TaskStatus.RUNNING:

@@ -20,7 +20,15 @@ from orchestrator.domain.runs.usage import RunUsage, compute_usage
 from orchestrator.domain.scheduling.active_time import compute_run_active_time
 from orchestrator.engine.reports.overview import RunOverview, build_overview, landing_times
 from orchestrator.engine.reports.report import AdapterFailure, last_failures
-from orchestrator.engine.state.records import check_task, read_handoffs, read_run, read_spec, read_tasks, task_documents
+from orchestrator.engine.state.records import (
+    check_task,
+    read_handoffs,
+    read_run,
+    read_run_with_tasks,
+    read_spec,
+    read_tasks,
+    task_documents,
+)
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import (
@@ -140,8 +148,7 @@ class StateHistory:
 
     async def metrics(self, run: str) -> Metrics:
         """Return the metrics of a run."""
-        known = await read_run(self.runs.store, run)  # first: tasks may be added meanwhile
-        documents = await read_tasks(self.runs.store, run)
+        known, documents = await read_run_with_tasks(self.runs.store, run)
         tasks = task_documents(documents, known.tasks)
         landed_at = await self._landed_at(known, tasks, documents)
         others = await read_orchestrators(self.runs.store, run)

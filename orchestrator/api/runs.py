@@ -8,6 +8,7 @@ import socket
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +24,7 @@ from orchestrator.engine.state.records import (
     read_run,
     read_task,
     read_tasks,
+    read_whole,
     task_documents,
 )
 from orchestrator.errors import GitError, RefusedError, UnreadableDocument
@@ -111,6 +113,9 @@ class ProjectRuns:
 
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
         """Return the record of a run; unless `whole`, with the specs of tasks that wait or never started only."""
+        return await read_whole(self.store, run, partial(self._read_record, run, whole=whole))
+
+    async def _read_record(self, run: str, *, whole: bool) -> RunRecord:
         document = await read_run(self.store, run)
         found = await read_tasks(self.store, run)
         is_imported = document.imported is not None

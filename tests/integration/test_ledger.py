@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from orchestrator.api.runs import ProjectRuns
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, TaskStatus
 from orchestrator.domain.scheduling.claims import Role
@@ -16,11 +17,12 @@ from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as O
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.scheduler.requests import cancel_task, retry_task
 from orchestrator.engine.state.ledger import AdapterUpdate, Ledger, OutdatedBase, TaskMoved
-from orchestrator.engine.state.records import record_new_run
+from orchestrator.engine.state.records import record_new_run, run_key, spec_key, task_key
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import RunActive
+from orchestrator.errors import RefusedError, RunActive
 from orchestrator.locking.claims import ClaimHolder
 from orchestrator.locking.orchestrators import create_owner
+from orchestrator.project import Project
 from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import Clock
@@ -70,6 +72,11 @@ class Overtaken(MemoryStore):
         if key.kind == self._what:
             await self._overtake()
         return await super().get(key)
+
+    async def list(self, kind: str, prefix: str = "") -> list[Document]:
+        if kind == self._what:
+            await self._overtake()
+        return await super().list(kind, prefix)
 
     async def commit(self, commit: Commit) -> int:
         if any(event.type == self._what for event in commit.events):
@@ -264,6 +271,29 @@ async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, ev
     assert ledger.task("models").status is TaskStatus.CANCELLED
     assert ledger.became_leader.is_set() == (event == "run.leader_elected")
     await ledger.note("run.waiting", {})
+
+
+@pytest.mark.parametrize("kind", ["task", "spec"])
+async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Path, kind: str) -> None:
+    """The run document was read with the task, and the task is gone when it is read."""
+    clock = ManualClock()
+    store, run = Overtaken(clock, kind), run_document(tmp_path)
+    await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
+    *kept, removed = run.tasks
+
+    async def restore() -> None:
+        found = await store.get(run_key(run.id))
+        assert found is not None
+        write = Write(found.key, found.version, {**found.value, "tasks": kept})
+        await store.commit(Commit([write, *(Write(key(run.id, removed), 1, None) for key in (task_key, spec_key))]))
+
+    store.quicker = restore
+    runs = ProjectRuns(Project(tmp_path), store, "memory:", clock, {})
+    assert [*(await runs.record(run.id)).tasks] == kept
+    store.quicker = None
+    await store.commit(Commit([Write(task_key(run.id, kept[0]), 1, None)]))
+    with pytest.raises(RefusedError, match=f"the state of task {kept[0]} is missing"):
+        await runs.record(run.id)
 
 
 async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from orchestrator.engine.state.records import (
     read_handoffs,
     read_requests,
     read_run,
+    read_run_with_tasks,
     read_spec,
     read_tasks,
     request_key,
@@ -182,8 +183,7 @@ class Ledger:
         is_shared: bool,
     ) -> Ledger:
         run = orchestrators.run
-        document = await read_run(store, run)  # read before the tasks, because tasks may be added meanwhile
-        tasks = await read_tasks(store, run)
+        document, tasks = await read_run_with_tasks(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock, is_shared=is_shared)
         lease = await prepare_lease(store, clock, run, orchestrators.me)
         if (holder := await find_other_leader(store, orchestrators)) is not None:
@@ -204,8 +204,7 @@ class Ledger:
     ) -> Ledger:
         """Load a run and join it as a worker; `facts` go into the event."""
         run = orchestrators.run
-        document = await read_run(store, run)
-        tasks = await read_tasks(store, run)
+        document, tasks = await read_run_with_tasks(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock)
         me = orchestrators.me
         joined = Event("run.joined", {"run": run, "orchestrator": me.id, "host": me.host, "pid": me.pid, **facts})
@@ -218,7 +217,7 @@ class Ledger:
 
         A checkpoint may be restored while this one joins.
         """
-        document, tasks = await read_run(self._store, self.run.id), await read_tasks(self._store, self.run.id)
+        document, tasks = await read_run_with_tasks(self._store, self.run.id)
         if document == self.run and all(tasks[name].version == version for name, version in self._versions.items()):
             return self
         is_shared = self.claims is not None

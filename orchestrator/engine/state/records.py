@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -109,6 +109,33 @@ async def read_run(store: Store, run: str, *, validate: bool = False) -> RunDocu
     if validate or document.workflows:  # other invalid fields only matter to processes that run it
         _require_valid(stored)
     return document
+
+
+async def read_whole(store: Store, run: str, read: Callable[[], Awaitable[T]]) -> T:
+    """Return the result of `read`, whose queries all see the same tasks of a run.
+
+    Plans add tasks and restores remove them, in one commit with the run document: reads again if that has changed
+    meanwhile, also after an error.
+    """
+    while True:
+        before = await store.get(run_key(run))
+        try:
+            result = await read()
+        except RefusedError:
+            if await store.get(run_key(run)) == before:
+                raise
+            continue
+        if await store.get(run_key(run)) == before:
+            return result
+
+
+async def read_run_with_tasks(store: Store, run: str) -> tuple[RunDocument, dict[str, Document]]:
+    """Return a run document and the stored documents of its tasks, by task id, as of one commit."""
+
+    async def read() -> tuple[RunDocument, dict[str, Document]]:
+        return await read_run(store, run), await read_tasks(store, run)
+
+    return await read_whole(store, run, read)
 
 
 def _require_valid(document: Document) -> None:
