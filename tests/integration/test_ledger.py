@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class Overtaken(MemoryStore):
             await self._overtake()
         return await super().get(key)
 
-    async def list(self, kind: str, prefix: str = "") -> list[Document]:
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         if kind == self._what:
             await self._overtake()
         return await super().list(kind, prefix)
