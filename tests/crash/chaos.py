@@ -259,7 +259,12 @@ class ChaosTrial:
             self._begin(*(("resume",) if self._has_run() else ("run", str(self._config))))
 
     def _has_run(self) -> bool:
-        return any((self.repository.top / ".council").glob("logs/*/")) and self._ask("status").code != 2
+        if not any((self.repository.top / ".council").glob("logs/*/")):
+            return False
+        ended = self._ask("status")
+        if ended.code == 2 and "there is no run" not in ended.stderr:
+            self.findings.append(f"`council status` printed {ended.stdout} {ended.stderr}")
+        return ended.code != 2
 
     def _ask(self, *arguments: str) -> CommandResult:
         """Run a command that a frozen process may hold up; that goes on after a while."""
@@ -371,7 +376,11 @@ class ChaosTrial:
 
     def _given_up(self) -> list[str]:
         """Return what must land and was cancelled, or is blocked by what was."""
-        states = self.repository.council("status", "--json").states
+        ended = self.repository.council("status", "--json")
+        if "tasks" not in ended.result:
+            self.findings.append(f"`council status` printed {ended.result}")
+            return []
+        states = ended.states
         jobs = self.workload.jobs.items()
         statuses = _RESTORED if self._has_restored else _GIVEN_UP
         found = [[task for task, job in jobs if job.must_land and states.get(task) == one] for one in statuses]
