@@ -106,7 +106,7 @@ class Project:
 
     @property
     def views_lock(self) -> Path:
-        """The lock of the process that updates the views."""
+        """The lock of the process that writes the views."""
         return self.folder / "views.lock"
 
     def has_legacy(self) -> bool:

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
     from orchestrator.state.documents.subscription import DocumentChange
     from orchestrator.state.transfer.copying import CopyResult
-    from orchestrator.views.content import ViewPosition
+    from orchestrator.views.export import ViewPosition
 
 #: The events that end a run's event stream, until the run is resumed.
 _LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
@@ -700,15 +700,16 @@ class Council:
 
         return await import_store(file, self._store)
 
-    async def refresh_views(self, *, rebuild: bool = False) -> ViewPosition:
-        """Update the readable copies of the state, or with `rebuild` make them from scratch; return their position.
+    async def export_views(self) -> ViewPosition:
+        """Write readable copies of the state to `project.views`, replacing earlier ones; return their position.
 
-        LockHeld if another process updates them and does not finish in time.
+        From then on each run updates them when it ends. LockHeld if another process writes them and does not finish in
+        time.
         """
-        from orchestrator.views.update import Views  # noqa: PLC0415
+        from orchestrator.views.export import export_views  # noqa: PLC0415
 
         await anyio.to_thread.run_sync(self._check_project)
-        return await Views(self._store, self._runs.clock, self.project).refresh(rebuild=rebuild)
+        return await export_views(self._store, self.project, self._runs.clock.now())
 
     @property
     def damage(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -96,6 +97,7 @@ from orchestrator.engine.state.reload import TASKS_KEY, FileChanges, build_reloa
 from orchestrator.errors import (
     REQUEST_RECORDED,
     ConfigError,
+    CouncilError,
     LockHeld,
     NothingToMerge,
     RefusedError,
@@ -120,8 +122,7 @@ from orchestrator.state.offline.retry import is_full, is_outage
 from orchestrator.system import slow_waits
 from orchestrator.system.file_lock import HeldLock, LockHolder
 from orchestrator.system.process_table import process_stat
-from orchestrator.views.background import update_in_background
-from orchestrator.views.update import Views
+from orchestrator.views.export import export_views
 
 #: Seconds to wait for the last git commands of a killed leader before a resume fails.
 LOCK_HANDOVER_TIMEOUT = 60.0
@@ -133,6 +134,8 @@ _REQUEST_TIMEOUT = 120.0
 #: Seconds to wait for the end of cancelled sessions before the command reports the status.
 _STOP_TIMEOUT = 15.0
 
+#: Seconds to update the views at the end of a run.
+_VIEWS_TIMEOUT = 10.0
 _NONE: Mapping[str, str] = {}
 
 _log = logging.getLogger("orchestrator.outage")
@@ -394,12 +397,25 @@ class RunExecutor:
 
     @asynccontextmanager
     async def _background_services(self, run: RunDocument) -> AsyncIterator[None]:
-        """Forward events to a run's sinks and trackers, and update the views, during the body."""
+        """Forward events to a run's sinks and trackers during the body, and update existing views after it."""
         redactor = Redactor(secret_values(self._runs.environ))
         forwarding = forward_events(self._runs.store, self._runs.clock, redactor, run.id, self._outlets(run))
-        views = Views(self._runs.store, self._runs.clock, self._runs.project)
-        async with update_in_background(views, self._runs.store, self._runs.clock, run.id), forwarding:
+        async with forwarding:
             yield
+        await self._update_views(run.id)
+
+    async def _update_views(self, run: str) -> None:
+        """Export the state again if it was exported before; a failure is an event."""
+        store, project, now = self._runs.store, self._runs.project, self._runs.clock.now()
+        if not await anyio.to_thread.run_sync(os.path.lexists, project.views):
+            return
+        try:
+            with anyio.fail_after(_VIEWS_TIMEOUT):
+                await export_views(store, project, now)
+        except (CouncilError, OSError, TimeoutError) as error:
+            reason = str(error) or f"not finished within {_VIEWS_TIMEOUT:g} s"
+            with suppress(CouncilError, OSError):
+                await store.commit(Commit([], [Event("views.failing", {"run": run, "reason": reason})]))
 
     @asynccontextmanager
     async def _with_outage_handling(self, run: str, settings: CoordinationConfig) -> AsyncIterator[ProjectRuns]:

@@ -70,8 +70,8 @@ FAILPOINTS: Final = frozenset(
         "state.loaded",  # the loaded segments are the log, in a folder of their own
         "state.load_put",  # a loaded segment is in its final folder
         "state.pruned",  # the rest of old segments exists next to these
-        "views.written",  # views are up to date, but not marked so
-        "views.replaced",  # rebuilt views are in use, the old ones still exist
+        "views.written",  # new views are complete, but not in their place
+        "views.replaced",  # new views are in use, the old ones still exist
         "recovery.session_reaped",  # the processes of an interrupted attempt are gone
         "recovery.attempt_returned",  # the task of an interrupted attempt is pending again
         "recovery.landing_settled",  # an interrupted landing was finished or undone

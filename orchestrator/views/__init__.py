@@ -1,1 +1,1 @@
-"""Readable copies of the state as files."""
+"""Export the state as files for people: `export.export_views`. May import `repo`, `state` and below."""

@@ -1,91 +1,70 @@
-"""Compute the content of the views' files from records and documents. Pure."""
+"""Names and content of the exported files. Pure.
+
+Names are readable if the id allows it, and unique on any file system.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import orjson
 from pydantic import ValidationError
 
 from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
-from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, DocumentVersion, Event, JsonObject, Key
+from orchestrator.protocols import CommitRecord, Document, DocumentVersion, Event, JsonObject, Key
 from orchestrator.repo.worktrees.hub import work_branch_name
-from orchestrator.views.names import document_path, version_path
 
-#: The format version in `index.json`; views of other versions are rebuilt.
-_FORMAT: Final = 1
-_ABOUT: Final = (
-    "Readable copies of the state log, which are never read back: changing or deleting them has no effect. "
-    "`council state views` updates them, and rebuilds them with --rebuild."
-)
+#: Ids that are used unchanged: valid on case-insensitive file systems, and different from council's own file names.
+_PLAIN: Final = re.compile(r"(?!.*\.json$)[a-z0-9][a-z0-9._-]{0,79}")
+_ODD: Final = re.compile(r"[^A-Za-z0-9_-]")
+_SHOWN: Final = 40  # characters of an encoded name
+_DIGITS: Final = 16
+#: The maximum depth of folders for an id; the rest is one name, which limits the length of paths.
+_DEEPEST: Final = 4
 #: The statuses in which a task owns its paths: a built task keeps them until it has landed.
 _OWNING_STATUSES: Final = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 
 
-@dataclass(frozen=True, slots=True)
-class ViewPosition:
-    """The position of the views: they include the commit at `position`, and all before it.
-
-    Its time and writer identify the log that they were made from. `events` is the size of `events.jsonl` in bytes at
-    that position; `damage` describes the known damage of the store.
-    """
-
-    position: int = 0
-    time: float = 0.0
-    by: str = ""
-    updated: float = 0.0
-    events: int = 0
-    damage: tuple[str, ...] = ()
-
-    def encode(self) -> bytes:
-        """Return the content of `index.json`."""
-        return encode_pretty_json({"about": _ABOUT, "format": _FORMAT, **asdict(self)})
-
-    @classmethod
-    def decode(cls, data: bytes) -> ViewPosition | None:
-        """Parse `index.json`; return None if it is invalid or has another format version."""
-        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            value = json.loads(data)
-            if value["format"] == _FORMAT:
-                damage = tuple(str(one) for one in value["damage"])
-                position = cls(
-                    position=int(value["position"]),
-                    time=float(value["time"]),
-                    by=str(value["by"]),
-                    updated=float(value["updated"]),
-                    events=int(value["events"]),
-                    damage=damage,
-                )
-                return position if position.position >= 0 and position.events >= 0 else None
-        return None
+def document_path(key: Key) -> str:
+    """Return the file of a document, relative to the folder of the views."""
+    match key.kind:
+        case "run":
+            return f"runs/{_path(key.id)}.json"
+        case "task":
+            return f"tasks/{_path(key.id)}/state.json"
+        case "spec":
+            return f"tasks/{_path(key.id)}/spec.json"
+        case "checkpoint":
+            return f"checkpoints/{_path(key.id)}.json"
+        case kind:
+            return f"documents/{_name(kind)}/{_path(key.id)}.json"
 
 
-@dataclass(slots=True)
-class ViewChanges:
-    """Pending changes: files with their new content (None: remove), and lines for `events.jsonl`."""
-
-    files: dict[str, bytes | None] = field(default_factory=dict)
-    events: list[bytes] = field(default_factory=list)
+def version_path(key: Key, version: int) -> str:
+    """Return the file of a task's version."""
+    return f"tasks/{_path(key.id)}/history/v{version}.json"
 
 
-@dataclass(frozen=True, slots=True)
-class ActiveTask:
-    """A task between its start and its landing, with the patterns of the paths that it owns."""
+def context_path(key: Key) -> str:
+    """Return the file of a task's session."""
+    return f"context/{_path(key.id)}.json"
 
-    run: str
-    task: str
-    status: str
-    attempt: Attempt
-    owns: Sequence[str]
 
-    @property
-    def has_session(self) -> bool:
-        """Whether its session is running."""
-        return self.status == TaskStatus.RUNNING and self.attempt.ended is None
+def _path(name: str) -> str:
+    return "/".join(map(_name, name.split("/", _DEEPEST - 1)))
+
+
+def _name(text: str) -> str:
+    if _PLAIN.fullmatch(text):
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"{_ODD.sub('_', text[:_SHOWN])}~{digest[:_DIGITS]}"
 
 
 def encode_pretty_json(value: Any) -> bytes:
@@ -118,46 +97,8 @@ def version_view(key: Key, version: DocumentVersion) -> bytes:
     )
 
 
-def document_changes(documents: Mapping[Key, Document | None]) -> ViewChanges:
-    """Return the files of documents; None is a deleted one."""
-    files = {document_path(key): None if one is None else document_view(one) for key, one in documents.items()}
-    return ViewChanges(files)
-
-
-def history_changes(key: Key, versions: Iterable[DocumentVersion]) -> ViewChanges:
-    """Return the files of a document's versions."""
-    return ViewChanges({version_path(key, one.version): version_view(key, one) for one in versions})
-
-
-def log_changes(records: Sequence[CommitRecord], newest: Mapping[Key, int]) -> ViewChanges:
-    """Return the changes of histories and events for a part of the log.
-
-    `newest` is the newest known version of each task: versions that are too old are skipped, and removed if an earlier
-    part wrote them.
-    """
-    changes = ViewChanges()
-    oldest: dict[Key, int] = {}
-    last: dict[Key, int] = {}
-    for record in records:
-        changes.events += [_event_line(record, event) for event in record.events]
-        for key, (version, value) in record.documents.items():
-            if key.kind == "task":
-                oldest.setdefault(key, version)
-                last[key] = max(version, newest.get(key, 0))
-                if version > last[key] - VERSIONS_KEPT:
-                    found = DocumentVersion(version, record.position, record.time, record.by, value, record.events)
-                    changes.files[version_path(key, version)] = version_view(key, found)
-    for key, version in last.items():
-        for gone in range(max(1, oldest[key] - VERSIONS_KEPT), version - VERSIONS_KEPT + 1):
-            changes.files[version_path(key, gone)] = None
-    return changes
-
-
-def _event(event: Event) -> JsonObject:
-    return {"type": event.type, "data": event.data}
-
-
-def _event_line(record: CommitRecord, event: Event) -> bytes:
+def event_line(record: CommitRecord, event: Event) -> bytes:
+    """Return the line of an event in `events.jsonl`."""
     line = {"position": record.position, "time": record.time, "by": record.by, **_event(event)}
     try:
         return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
@@ -165,24 +106,58 @@ def _event_line(record: CommitRecord, event: Event) -> bytes:
         return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
-def active_task(document: Document, spec: Document | None) -> ActiveTask | None:
-    """Return the active task of a document; None if it is not active or unreadable."""
-    if document.damaged:
-        return None
-    run, _, task = document.key.id.partition("/")
-    try:
-        read = TaskDocument.model_validate_json(document.encoded)
-    except ValidationError:
-        return None
-    if read.status not in _OWNING_STATUSES or not read.attempts:
-        return None
-    owns = [] if spec is None else spec.value.get("owns", [])
-    return ActiveTask(run, task, read.status, read.attempt, owns)
+def _event(event: Event) -> JsonObject:
+    return {"type": event.type, "data": event.data}
 
 
-def ownership_view(working: Iterable[ActiveTask]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class ActiveTask:
+    """A task between its start and its landing, with the hub of its run and the patterns of the paths that it owns."""
+
+    key: Key
+    status: TaskStatus
+    attempt: Attempt
+    hub: Path | None
+    owns: Sequence[str]
+
+    @property
+    def run(self) -> str:
+        """The id of its run."""
+        return self.key.id.partition("/")[0]
+
+    @property
+    def task(self) -> str:
+        """The id of the task."""
+        return self.key.id.partition("/")[2]
+
+    @property
+    def has_session(self) -> bool:
+        """Whether its session is running."""
+        return self.status == TaskStatus.RUNNING and self.attempt.ended is None
+
+
+def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
+    """Return the active tasks of unfinished runs, sorted by start; unreadable ones are skipped."""
+    active = []
+    for document in documents.values():
+        if document.key.kind != "task" or document.damaged:
+            continue
+        try:
+            task = TaskDocument.model_validate_json(document.encoded)
+        except ValidationError:
+            continue
+        run = documents.get(Key("run", document.key.id.partition("/")[0]))
+        facts: JsonObject = {} if run is None else run.value
+        if task.status in _OWNING_STATUSES and task.attempts and facts.get("ended") is None:
+            spec = documents.get(Key("spec", document.key.id))
+            hub, owns = facts.get("hub"), [] if spec is None else spec.value.get("owns", [])
+            hub = Path(hub) if isinstance(hub, str) else None
+            active.append(ActiveTask(document.key, task.status, task.attempt, hub, owns))
+    return sorted(active, key=lambda one: (one.attempt.started, one.key))
+
+
+def ownership_view(active: Iterable[ActiveTask]) -> bytes:
     """Return the content of `ownership.json`; a task without patterns may change any path."""
-    ordered = sorted(working, key=lambda one: (one.attempt.started, one.run, one.task))
     owners = [
         {
             "run": one.run,
@@ -192,7 +167,7 @@ def ownership_view(working: Iterable[ActiveTask]) -> bytes:
             "since": one.attempt.started,
             "owns": one.owns,
         }
-        for one in ordered
+        for one in active
     ]
     return encode_pretty_json({"owners": owners})
 

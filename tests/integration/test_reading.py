@@ -19,7 +19,7 @@ from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.protocols import Commit, CommitRecord, Event, Key, Store
 from orchestrator.state.documents import log_reader
-from orchestrator.state.documents.log_reader import LogTail, find_position, follow_log, read_backwards, read_range
+from orchestrator.state.documents.log_reader import find_position, follow_log, read_backwards, read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
@@ -207,8 +207,6 @@ async def test_what_is_yet_to_come_is_not_waited_for(store: Store) -> None:
     with anyio.fail_after(5):
         assert [one async for one in read_range(store, 0, 1)] == []
         assert [part async for part in read_backwards(store, 5) if part] == []
-        assert await LogTail(store, 0).part(3, 10) == []
         await store.commit(Commit([], [Event("a")]))
         assert [one.position async for one in read_range(store, 0, 9)] == [1]
         assert [one.position for part in [part async for part in read_backwards(store, 9)] for one in part] == [1]
-        assert [one.position for one in await LogTail(store, 0).part(9, 10)] == [1]

@@ -17,15 +17,14 @@ import pytest
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import VERSIONS_KEPT, Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.state.documents.validation import DOCUMENT_KINDS
 from orchestrator.state.log.identity import ensure_log
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from orchestrator.views.background import update_in_background
-from orchestrator.views.content import document_view, version_view
-from orchestrator.views.names import document_path, version_path
-from orchestrator.views.update import DOCUMENT_KINDS, Views
+from orchestrator.views.content import document_path, document_view, version_path, version_view
+from orchestrator.views.export import export_views
 from tests.conftest import Repository
 from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 from tests.waiting import wait_for
@@ -95,29 +94,30 @@ async def store(request: pytest.FixtureRequest, project: Project) -> AsyncIterat
             yield opened
 
 
-@pytest.fixture
-def views(store: Store, project: Project) -> Views:
-    """Its views."""
-    return Views(store, SystemClock(), project)
-
-
 async def rewrite(store: Store, key: Key, times: int) -> None:
     """Write a document anew, so many times."""
     for number in range(times):
         found = await store.get(key)
         value: JsonObject = {**(found.value if found else {}), "reason": f"number {number}"}
-        await store.commit(Commit([Write(key, found.version if found else 0, value)], [Event("wrote", {"n": number})]))
+        await store.commit(
+            Commit([Write(key, found.version if found else 0, value)], [Event("wrote", {"n": 2**70 + number})])
+        )
 
 
 async def test_after_a_run_the_views_equal_the_store(repository: Repository) -> None:
-    """Every document, version and event; nobody is at work any more; resuming and asking by hand change nothing."""
+    """Every document, version and event; a run writes them only if they were requested before."""
     tasks = [
         {"id": "models", "prompt": "write a.txt a", "owns": ["a.txt"]},
         {"id": "API", "prompt": "attempt 1 exit 1\nwrite b.txt b", "needs": ["models"]},
     ]
-    assert repository.council("run", str(repository.configure(tasks)), "--json").code == 0
-    await assert_equal_in(repository)
+    config = str(repository.configure(tasks))
+    assert repository.council("run", config, "--json").code == 0
     top = repository.top / ".council/views"
+    assert not top.exists()
+    assert repository.council("state", "views").code == 0
+    await assert_equal_in(repository)
+    assert repository.council("run", config, "--json").code in {0, 1}
+    await assert_equal_in(repository)
     assert json.loads((top / "ownership.json").read_text()) == {"owners": []}
     assert not list(top.glob("context/*/*"))
     before = content(top)
@@ -128,24 +128,26 @@ async def test_after_a_run_the_views_equal_the_store(repository: Repository) -> 
 
 
 async def test_while_a_session_is_at_work_it_is_shown(repository: Repository) -> None:
-    """With what it may change and where it works, and a rebuild by hand has the run make them anew."""
+    """With what it may change and where it works."""
     tasks = [{"id": "slow", "prompt": "hang", "owns": ["src/", "a.txt"]}]
     child = repository.start("run", str(repository.configure(tasks)))
     top = repository.top / ".council/views"
     try:
-        wait_for(lambda: list(top.glob("context/*/slow.json")))
-        [file] = top.glob("context/*/slow.json")
-        context = wait_for(lambda: (told := json.loads(file.read_text()))["worktree"] and told)
+
+        def find_context() -> list[JsonObject]:
+            repository.council("state", "views")
+            contexts = [json.loads(file.read_text()) for file in top.glob("context/*/slow.json")]
+            return [found for found in contexts if found["worktree"]]
+
+        [context] = wait_for(find_context)
         assert Path(context["worktree"], "README.md").is_file()
         assert (context["task"], context["attempt"], context["adapter"]) == ("slow", 1, "fake")
         assert context["branch"] == f"council/{context['run']}/slow/1"
         [owner] = json.loads((top / "ownership.json").read_text())["owners"]
         assert (owner["run"], owner["task"], owner["owns"]) == (context["run"], "slow", ["src/", "a.txt"])
         assert owner["since"] == context["since"]
-        spoiled = top / "tasks" / context["run"] / "slow/state.json"
-        spoiled.write_text("lies")
-        assert repository.council("state", "views", "--rebuild").code == 0
-        assert json.loads(spoiled.read_text())["value"]["status"] == "running"
+        state = json.loads((top / "tasks" / context["run"] / "slow/state.json").read_text())
+        assert state["value"]["status"] == "running"
     finally:
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=30)
@@ -157,6 +159,7 @@ async def test_deleted_and_falsified_views_change_nothing_and_come_back(reposito
     """By the command, and by the next run; what the state says is the same meanwhile."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(config)).code == 0
+    assert repository.council("state", "views").code == 0
     top = repository.top / ".council/views"
     status = repository.council("status", "--json").result
 
@@ -180,7 +183,7 @@ async def test_deleted_and_falsified_views_change_nothing_and_come_back(reposito
     ):
         spoil(name, text)
         async with FileStore.open(repository.log, SystemClock()) as store:
-            await Views(store, SystemClock(), Project(repository.top)).refresh()
+            await export_views(store, Project(repository.top), 0.0)
             await assert_equal(top, store)
     spoil("tasks/*/a/state.json", '{"value": {"status": "failed"}}')
     spoil("runs", None)
@@ -188,21 +191,19 @@ async def test_deleted_and_falsified_views_change_nothing_and_come_back(reposito
     assert repository.council("state", "views").code == 0
     await assert_equal_in(repository)
     shutil.rmtree(top)
-    assert repository.council("run", str(config)).code in {0, 1}
+    assert repository.council("state", "views").code == 0
     await assert_equal_in(repository)
 
 
-async def test_what_stands_in_the_place_of_a_folder_makes_way(
-    store: Store, views: Views, project: Project, tmp_path: Path
-) -> None:
-    """A link, say: what that leads to is neither written nor closed to others. But in the place of all is a refusal."""
+async def test_export_replaces_links_without_following_them(store: Store, project: Project, tmp_path: Path) -> None:
+    """The target of a link is neither changed nor closed to others; a file in place of the folder is an error."""
     elsewhere = tmp_path / "elsewhere"
     project.views.write_text("mine")
     with pytest.raises(RefusedError, match="is not a folder"):
-        await views.refresh()
+        await export_views(store, project, 0.0)
     project.views.unlink()
     await rewrite(store, Key("task", "r/a"), 3)
-    await views.refresh()
+    await export_views(store, project, 0.0)
     await assert_equal(project.views, store)
     run = project.views / "tasks/r"
     shutil.copytree(run, elsewhere)
@@ -211,8 +212,7 @@ async def test_what_stands_in_the_place_of_a_folder_makes_way(
     shutil.rmtree(run)
     run.symlink_to(elsewhere)
     await rewrite(store, Key("task", "r/b"), 3)
-    for _ in range(2):  # the first finds out what is missing
-        await views.refresh()
+    await export_views(store, project, 0.0)
     await assert_equal(project.views, store)
     assert content(elsewhere) == before
     assert elsewhere.stat().st_mode & 0o777 == 0o755
@@ -223,10 +223,11 @@ async def test_what_stands_in_the_place_of_a_folder_makes_way(
 async def test_killed_between_the_views_come_back_whole(repository: Repository, name: str) -> None:
     """Nothing is twice, nothing is missing, and nothing of what was begun is left."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
+    (repository.top / ".council/views").mkdir(parents=True)
     assert repository.council("run", str(config), failpoints=f"{name}=kill").code == -signal.SIGKILL
-    assert repository.council("resume").code == 0
+    assert repository.council("state", "views").code == 0
     await assert_equal_in(repository)
-    killed = repository.council("state", "views", "--rebuild", failpoints=f"{name}=kill")
+    killed = repository.council("state", "views", failpoints=f"{name}=kill")
     assert killed.code == -signal.SIGKILL
     assert repository.council("state", "views").code == 0
     await assert_equal_in(repository)
@@ -247,66 +248,36 @@ async def test_a_run_is_not_failed_by_views_that_cannot_be_written(repository: R
     assert refused.code != 0
 
 
-async def test_step_by_step_or_at_once_is_the_same(store: Store, views: Views, project: Project) -> None:
-    """Versions beyond the last ten go; what is deleted goes; odd ids have their files."""
-    try:
-        for times in (1, 4, 25):
-            await rewrite(store, MODELS, times)
-            await store.commit(Commit([Write(Key("other", f"{times}/A/../é"), 0, {"n": 2**70})]))
-            await views.update()
-            await assert_equal(project.views, store)
-        await store.commit(Commit([Write(Key("other", "25/A/../é"), 1, None), Write(Key("task", "r/A/b"), 0, {})]))
-        await views.update()
+async def test_repeated_export_shows_the_newest_state(store: Store, project: Project) -> None:
+    """Versions beyond the last ten go; deleted documents go; unusual ids have their files."""
+    for times in (1, 4, 25):
+        await rewrite(store, MODELS, times)
+        await store.commit(Commit([Write(Key("other", f"{times}/A/../é"), 0, {"n": 2**70})]))
+        await export_views(store, project, 0.0)
         await assert_equal(project.views, store)
-        assert len(list(project.views.glob(f"tasks/{RUN}/models/history/*"))) == VERSIONS_KEPT
-    finally:
-        await views.close()
-    before = content(project.views)
-    await views.refresh(rebuild=True)
-    assert {**content(project.views), "index.json": b""} == {**before, "index.json": b""}
+    await store.commit(Commit([Write(Key("other", "25/A/../é"), 1, None), Write(Key("task", "r/A/b"), 0, {})]))
+    await export_views(store, project, 0.0)
+    await assert_equal(project.views, store)
+    assert len(list(project.views.glob(f"tasks/{RUN}/models/history/*"))) == VERSIONS_KEPT
 
 
-async def test_views_of_another_store_are_made_anew(store: Store, views: Views, project: Project) -> None:
-    """That a position is there in both proves nothing."""
-    await views.refresh()
+async def test_export_of_another_store_replaces_all_files(store: Store, project: Project) -> None:
+    """Equal positions prove nothing."""
+    await export_views(store, project, 0.0)
     clock = ManualClock(RUN_STARTED + 1000)
     other = MemoryStore(clock)
     await record_run(other, clock, run_document(project.top, "20270102-030405-ab12"))
     await rewrite(other, Key("other", "x"), 5)
-    await Views(other, clock, project).refresh()
+    await export_views(other, project, 0.0)
     await assert_equal(project.views, other)
 
 
-async def test_one_writes_at_a_time_and_the_other_takes_over(store: Store, views: Views, project: Project) -> None:
-    """Two runs on one store: what is committed after the first has ended is written by the second."""
-    clock, go = SystemClock(), anyio.Event()
-
-    async def second() -> None:
-        async with update_in_background(Views(store, clock, project), store, clock, "second"):
-            await go.wait()
-
+async def test_concurrent_exports_leave_complete_views(store: Store, project: Project) -> None:
+    """One waits for the other."""
     async with anyio.create_task_group() as group:
-        async with update_in_background(views, store, clock, "first"):
-            while not (project.views / "index.json").exists():
-                await anyio.sleep(0.01)
-            group.start_soon(second)
-            await anyio.wait_all_tasks_blocked()
-            await rewrite(store, MODELS, 2)
-        await rewrite(store, MODELS, 2)
-        go.set()
+        for _ in range(3):
+            group.start_soon(export_views, store, project, 0.0)
     await assert_equal(project.views, store)
-
-
-@pytest.mark.extended_but_first
-async def test_who_ends_while_another_writes_leaves_them_whole(store: Store, views: Views, project: Project) -> None:
-    """The other one brings them to where the log was then."""
-    clock = SystemClock()
-    async with update_in_background(views, store, clock, "first"):
-        while not (project.views / "index.json").exists():
-            await anyio.sleep(0.01)
-        async with update_in_background(Views(store, clock, project), store, clock, "second"):
-            await rewrite(store, MODELS, 3)
-        assert json.loads((project.views / "index.json").read_text())["position"] == await store.position()
 
 
 async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: Project) -> None:
@@ -317,7 +288,7 @@ async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: P
         await rewrite(store, MODELS, 15)
         first = (await store.compact(clock.now() + 1, 0)).first
         assert first > 0
-        await Views(store, clock, project).refresh()
+        await export_views(store, project, 0.0)
         found = content(project.views)
         for document in await store.list("task"):
             assert found[document_path(document.key)] == document_view(document)
@@ -334,11 +305,11 @@ async def test_damage_is_shown(project: Project) -> None:
         await store.commit(Commit([Write(key, 0, {"n": "first"})]))
         await store.commit(Commit([Write(key, 1, {"n": "second"})]))
         await store.commit(Commit())
-        await Views(store, clock, project).refresh()
+        await export_views(store, project, 0.0)
     [log] = project.state_folder.glob("*/*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"second"', b'"sec0nd"'))
     async with FileStore.open(ensure_log(project.state_folder), clock) as store:
-        await Views(store, clock, project).refresh()
+        await export_views(store, project, 0.0)
         told = json.loads((project.views / "tasks/r/a/state.json").read_text())
         assert (told["damaged"], told["value"], told["version"]) == (True, {"n": "first"}, 2)
         assert json.loads((project.views / "index.json").read_text())["damage"]

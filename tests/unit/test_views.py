@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from itertools import product
 from typing import Any
 
-import pytest
-
-from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Event, Key
-from orchestrator.views.content import ViewPosition, log_changes
-from orchestrator.views.folder import ViewFolder
-from orchestrator.views.names import context_path, document_path, version_path
+from orchestrator.protocols import CommitRecord, Event, Key
+from orchestrator.views.content import context_path, document_path, version_path
+from orchestrator.views.export import ViewFolder
 
 TASK = Key("task", "run/a")
 LONG = "a" * 300
@@ -54,49 +50,12 @@ def _records(first: int, last: int) -> list[CommitRecord]:
     ]
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 40])
-@pytest.mark.parametrize("ahead", [0, 40])
-def test_only_the_newest_versions_stay(size: int, ahead: int) -> None:
-    """However the log is cut into parts, and whether or not it is known what comes."""
-    files: dict[str, bytes] = {}
-    for start in range(1, 41, size):
-        records = _records(start, min(start + size - 1, 40))
-        for name, data in log_changes(records, {TASK: ahead} if ahead else {}).files.items():
-            files.pop(name, None)
-            if data is not None:
-                files[name] = data
-    assert set(files) == {version_path(TASK, version) for version in range(40 - VERSIONS_KEPT + 1, 41)}
-    told = json.loads(files[version_path(TASK, 35)])
-    assert (told["version"], told["position"], told["value"]) == (35, 135, {"n": 35})
-    assert told["events"] == [{"type": "counted", "data": {"big": 2**70}}]
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        None, [], 3, {"format": 1}, {"format": 1, "position": -1}, {"format": 1, "position": "x"},
-        {"format": 99}, {"position": None}, {"position": -1}, {"position": [3]}, {"time": "x"},
-        {"position": math.inf}, {"events": -1}, {"damage": 3},
-    ],
-)  # fmt: skip
-def test_what_is_no_index_is_not_gone_on_with(told: Any) -> None:
-    """Neither another form of it nor what somebody made of it."""
-    good = ViewPosition(3, 5.0, "ada@box:1", 6.0, 10, ("a place",))
-    assert ViewPosition.decode(good.encode()) == good
-    data = told
-    if isinstance(told, dict) and told.get("format") != 1:
-        data = {**json.loads(good.encode()), **told}
-    assert ViewPosition.decode(json.dumps(data).encode()) is None
-    assert ViewPosition.decode(b"\xff") is None
-
-
 def test_events_never_grow_without_end(tmp_path: Any) -> None:
     """The newest stay, whole lines of them."""
     folder = ViewFolder(tmp_path / "views", 10_000)
-    folder.begin()
     positions: list[int] = []
     for start in range(1, 400, 10):
-        folder.apply(log_changes(_records(start, start + 9), {}))
+        folder.write_records(_records(start, start + 9), ())
         data = (tmp_path / "views/events.jsonl").read_bytes()
         assert len(data) <= 10_000
         positions = [json.loads(line)["position"] for line in data.splitlines()]

@@ -64,42 +64,6 @@ async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
             after = gone.first
 
 
-class LogTail:
-    """Reads the log from a position on, in parts, up to the newest commit."""
-
-    def __init__(self, store: Store, after: int) -> None:
-        """Start after position `after`."""
-        self.position = after
-        """The last position that was read, or is known to be unreadable."""
-        self._store = store
-        self._records: AsyncGenerator[CommitRecord] | None = None
-
-    async def part(self, until: int, size: int) -> list[CommitRecord]:
-        """Return the next records, at most `size`; empty once position `until` or the newest is reached.
-
-        Raises HistoryCompacted if the log does not go back that far.
-        """
-        part: list[CommitRecord] = []
-        until = min(until, await self._store.position())
-        while self.position < until and len(part) < size:
-            if self._records is None:
-                self._records = self._store.watch(self.position)
-            record = await _next(self._store, self._records)
-            if record is None:
-                await self.close()
-                self.position = until
-            else:
-                self.position = record.position
-                part.append(record)
-        return part
-
-    async def close(self) -> None:
-        """Stop watching the log."""
-        records, self._records = self._records, None
-        if records is not None:
-            await records.aclose()
-
-
 async def read_backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[CommitRecord]]:
     """Yield the records after `after` up to `until` in parts, the newest part first, each in the log's order.
 

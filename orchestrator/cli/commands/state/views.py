@@ -17,31 +17,30 @@ def _shown(path: Path) -> str:
 
 
 @click.command()
-@click.option("--rebuild", is_flag=True, help="Make them anew from nothing.")
 @store_option
 @json_option
-def views(rebuild: bool, as_json: bool) -> None:
-    """Bring the readable copies of the state up to date, and say where they are.
+def views(as_json: bool) -> None:
+    """Write readable copies of the state, for `cat` and `jq`.
 
-    They are files for `cat` and `jq` in .council/views. A run that is at work keeps them up to date; nothing reads them
-    back, so that to change or delete them changes nothing.
+    They are in .council/views. From then on each run updates them when it ends. They are never read back: changing or
+    deleting them has no effect.
 
     \b
     Examples:
       council state views
-      council state views --rebuild --json
+      council state views --json
     """
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            stand = await council.refresh_views(rebuild=rebuild)
+            views = await council.export_views()
             path = council.project.views
-            moment = f", {format_local_time(stand.time)}" if stand.position else ""
+            time = f", {format_local_time(views.time)}" if views.position else ""
             if as_json:
-                facts = {"path": str(path), "position": stand.position, "time": stand.time if stand.position else None}
+                facts = {"path": str(path), "position": views.position, "time": views.time if views.position else None}
                 context.output.json({**facts, "damage": list(council.damage)})
             else:
-                context.output.text(f"{_shown(path)}: position {stand.position}{moment}\n")
+                context.output.text(f"{_shown(path)}: position {views.position}{time}\n")
             return 0
 
     run_command(command, as_json=as_json)

@@ -1,0 +1,218 @@
+"""Export the whole state as readable files, which are never read back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+from typing import Final
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.errors import HistoryCompacted, RefusedError
+from orchestrator.project import Project
+from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, DocumentVersion, Key, Store
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.state.documents.log_reader import read_range
+from orchestrator.state.documents.validation import DOCUMENT_KINDS
+from orchestrator.system.failpoints import failpoint
+from orchestrator.system.file_lock import FileLock
+from orchestrator.views.content import (
+    active_tasks,
+    context_path,
+    context_view,
+    document_path,
+    document_view,
+    encode_pretty_json,
+    event_line,
+    ownership_view,
+    version_path,
+    version_view,
+)
+
+#: The size of `events.jsonl` in bytes at which its older half is removed.
+EVENTS_BYTES: Final = 16 << 20
+
+_ABOUT: Final = (
+    "Readable copies of the state log, which are never read back: changing or deleting them has no effect. "
+    "`council state views` writes them again."
+)
+#: The number of records or documents that are processed at once, which limits the memory.
+_PART: Final = 256
+#: Seconds to wait for another process that exports the state.
+_LOCK_TIMEOUT: Final = 30.0
+#: Seconds to write versions of tasks that are older than the log: each is looked up individually.
+_HISTORY_LIMIT: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class ViewPosition:
+    """The last commit that the views include: its position (0: none), wall-clock time and writer."""
+
+    position: int = 0
+    time: float = 0.0
+    by: str = ""
+
+
+async def export_views(store: Store, project: Project, now: float) -> ViewPosition:
+    """Replace the views of a project by new ones, as of `now` (wall-clock seconds); return their position.
+
+    Raises LockHeld if another process exports them and does not finish in time, RefusedError if something else has the
+    name of their folder, OSError if they can't be written.
+    """
+    async with FileLock(project.views_lock).hold(_LOCK_TIMEOUT):
+        await anyio.to_thread.run_sync(_remove_leftovers, project.views)
+        folder = ViewFolder(project.views.with_name(f"{project.views.name}.{token_hex(4)}.new"))
+        try:
+            position = await _write_views(store, folder, now)
+            await anyio.to_thread.run_sync(folder.install, project.views)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(partial(shutil.rmtree, folder.path, ignore_errors=True))
+    return position
+
+
+async def _write_views(store: Store, folder: ViewFolder, now: float) -> ViewPosition:
+    until, damage = await store.position(), [one.describe() for one in store.damage]
+    position, kinds = ViewPosition(), set(DOCUMENT_KINDS)
+    newest = {one.key: one.version for one in await store.list("task")}
+    written = Counter[Key]()
+    async for records in _read_log(store, until):
+        kinds.update(key.kind for record in records for key in record.documents)
+        versions = list(_versions(records, newest))
+        written.update(key for key, _ in versions)
+        await anyio.to_thread.run_sync(folder.write_records, records, versions)
+        position = ViewPosition(records[-1].position, records[-1].time, records[-1].by)
+    with anyio.move_on_after(_HISTORY_LIMIT):
+        for key in [key for key, version in newest.items() if written[key] < min(version, VERSIONS_KEPT)]:
+            history = [(key, one) for one in await store.history(key)]
+            await anyio.to_thread.run_sync(folder.write_records, (), history)
+    documents = await _read_documents(store, until, kinds)
+    for start in range(0, len(documents), _PART):
+        await anyio.to_thread.run_sync(folder.write_documents, list(documents.values())[start : start + _PART])
+    await anyio.to_thread.run_sync(folder.write_sessions, documents)
+    index = {"about": _ABOUT, **asdict(position), "updated": now, "damage": damage}
+    await anyio.to_thread.run_sync(folder.write, "index.json", encode_pretty_json(index))
+    failpoint("views.written")
+    return position
+
+
+async def _read_log(store: Store, until: int) -> AsyncGenerator[list[CommitRecord]]:
+    """Yield the readable records up to a position, in parts; pruned ones are missing."""
+    after: int | None = 0
+    while after is not None:
+        part = list[CommitRecord]()
+        try:
+            async with aclosing(read_range(store, after, until)) as records:
+                async for record in records:
+                    part.append(record)
+                    if len(part) == _PART:
+                        yield part
+                        part = []
+            after = None
+        except HistoryCompacted as gone:
+            after = gone.first
+        if part:
+            yield part
+
+
+async def _read_documents(store: Store, until: int, kinds: set[str]) -> Mapping[Key, Document]:
+    """Return the documents at a position; in a damaged log, where that may be unknown, the current ones."""
+    with suppress(HistoryCompacted):
+        if not store.damage:
+            return (await store.at(until)).documents
+    return {one.key: one for kind in sorted(kinds) for one in await store.list(kind)}
+
+
+def _versions(records: Sequence[CommitRecord], newest: Mapping[Key, int]) -> list[tuple[Key, DocumentVersion]]:
+    """Return the last versions of tasks that some records wrote; `newest` is the current version of each task."""
+    return [
+        (key, DocumentVersion(version, record.position, record.time, record.by, value, record.events))
+        for record in records
+        for key, (version, value) in record.documents.items()
+        if key in newest and version > newest[key] - VERSIONS_KEPT
+    ]
+
+
+class ViewFolder:
+    """A new folder of views. All methods block."""
+
+    def __init__(self, path: Path, events_bytes: int = EVENTS_BYTES) -> None:
+        """Create the folder."""
+        path.mkdir(mode=0o700)
+        self.path, self._events_bytes = path, events_bytes
+        self._made = {""}
+        self._append(b"")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file."""
+        self._make(name.rpartition("/")[0])
+        with open(self.path / name, "wb", opener=_open_private) as file:
+            file.write(data)
+
+    def write_documents(self, documents: Sequence[Document]) -> None:
+        """Write the files of documents."""
+        for one in documents:
+            self.write(document_path(one.key), document_view(one))
+
+    def write_records(self, records: Sequence[CommitRecord], versions: Sequence[tuple[Key, DocumentVersion]]) -> None:
+        """Append the events of records, and write versions of tasks."""
+        self._append(b"".join(event_line(record, event) for record in records for event in record.events))
+        for key, version in versions:
+            self.write(version_path(key, version.version), version_view(key, version))
+
+    def write_sessions(self, documents: Mapping[Key, Document]) -> None:
+        """Write the owners of paths and the active sessions."""
+        active = active_tasks(documents)
+        self.write("ownership.json", ownership_view(active))
+        for one in active:
+            if one.has_session:
+                hub = one.hub
+                slot = None if hub is None else Worktree(Hub(hub), one.run, one.task, one.attempt.number).slot
+                self.write(context_path(one.key), context_view(one, None if slot is None else str(slot.tree)))
+
+    def install(self, path: Path) -> None:
+        """Replace the folder at `path` by this one."""
+        old = path.with_name(f"{path.name}.{token_hex(4)}.new")
+        with suppress(FileNotFoundError):
+            path.rename(old)
+        self.path.rename(path)
+        failpoint("views.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _append(self, data: bytes) -> None:
+        with open(self.path / "events.jsonl", "a+b", opener=_open_private) as file:
+            file.write(data)
+            size = file.tell()
+            if size > self._events_bytes:
+                file.seek(size - self._events_bytes // 2)
+                file.readline()
+                rest = file.read()
+                file.truncate(0)
+                file.write(rest)
+
+    def _make(self, folder: str) -> None:
+        if folder not in self._made:
+            self._make(folder.rpartition("/")[0])
+            (self.path / folder).mkdir(mode=0o700)
+            self._made.add(folder)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove unfinished exports; refuse to replace anything but a folder."""
+    for leftover in path.parent.glob(f"{path.name}.*.new"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        raise RefusedError(f"{path} is not a folder", "remove it, so that the views can be written there")
