@@ -136,7 +136,7 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
 async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None:
     before = ledger.task(task).attempts
     attempt = Attempt(number=len(before) + 1, adapter="x", base=_commit(0), started=1767225600.5)
-    await ledger.start(task, TaskUpdate({"adapter": "agent"}, {"attempts": (*before, attempt)}))
+    await ledger.start(task, TaskUpdate(Trigger.START, {"adapter": "agent"}, {"attempts": (*before, attempt)}))
     outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.IDLE else "crashed"
     branch = f"council/{ledger.run.id}/{task}/{attempt.number}"
     reason = None if end is Trigger.BUILD else "it ended with exit code 1: the options can't be read"

@@ -109,7 +109,9 @@ async def record_run(
         clock.advance(5)
         attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=clock.now())
         assert (
-            await ledger.start(task, TaskUpdate({"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)}))
+            await ledger.start(
+                task, TaskUpdate(Trigger.START, {"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)})
+            )
             is None
         )
     clock.advance(30)
@@ -129,7 +131,10 @@ async def record_run(
     again = Attempt(number=2, adapter="fixer", base=NEW_COMMIT, started=clock.now())
     attempts = (*ledger.task("api").attempts, again)
     assert (
-        await ledger.start("api", TaskUpdate({"base": NEW_COMMIT, "adapter": "fixer"}, {"attempts": attempts})) is None
+        await ledger.start(
+            "api", TaskUpdate(Trigger.START, {"base": NEW_COMMIT, "adapter": "fixer"}, {"attempts": attempts})
+        )
+        is None
     )
     clock.advance(9)
     await ledger.note("run.paused", {"reason": "memory is short", "retry_in": 5.0})

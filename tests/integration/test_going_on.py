@@ -8,7 +8,6 @@ import pytest
 
 from orchestrator.api.council import Council
 from orchestrator.config.model import TaskSpec
-from orchestrator.engine.landing.base_selection import StartPoint
 from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.scheduler.attempts import ActiveAttempt, AttemptRunner
 from tests.conftest import Repository
@@ -61,12 +60,12 @@ async def test_what_is_owned_may_have_changed_since_it_was_looked_where_to_start
     prepare, looks = AttemptRunner.prepare, [1, 2]
 
     async def land_meanwhile(
-        attempts: AttemptRunner, task: str, spec: TaskSpec, turn: NextPhase, adapter: str, start: StartPoint
+        attempts: AttemptRunner, task: str, spec: TaskSpec, turn: NextPhase, adapter: str
     ) -> ActiveAttempt:
         if looks.pop() == 2:
             repository.commit({"s.txt": "another\n"}, "another")
             repository.remember()
-        return await prepare(attempts, task, spec, turn, adapter, start)
+        return await prepare(attempts, task, spec, turn, adapter)
 
     monkeypatch.setattr(AttemptRunner, "prepare", land_meanwhile)
     path = repository.configure([{"id": "t", "prompt": "append s.txt mine", "owns": ["s.txt"]}])

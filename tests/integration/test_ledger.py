@@ -33,7 +33,9 @@ from tests.recorded_run import NEW_COMMIT, OLD_COMMIT, make_orchestrators, run_d
 async def start(ledger: Ledger, task: str) -> ClaimHolder | OwnedBy | OutdatedBase | TaskMoved | None:
     """Record the first attempt of a task."""
     attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=0.0)
-    return await ledger.start(task, TaskUpdate({"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)}))
+    return await ledger.start(
+        task, TaskUpdate(Trigger.START, {"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)})
+    )
 
 
 async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final, NamedTuple
+from dataclasses import replace
+from typing import Final
 
 import anyio
 
@@ -23,17 +24,6 @@ from orchestrator.errors import GitError
 _STALE: Final = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
 
-class StartPoint(NamedTuple):
-    """Where an attempt starts."""
-
-    base: str
-    """The commit that its work is diffed against."""
-    commit: str | None = None
-    """The commit that its worktree starts at if not the base: earlier work, merged onto the base."""
-    is_newest: bool = True
-    """Whether the base is the newest commit of the branch that the attempt builds on."""
-
-
 class BaseSelector:
     """Selects the start points of the attempts of one run."""
 
@@ -42,8 +32,8 @@ class BaseSelector:
         self._base: str | None = None
         self._fetch_lock = anyio.Lock()
 
-    async def of(self, task: str, spec: TaskSpec, next_phase: NextPhase, tips: dict[bool, str]) -> StartPoint:
-        """Return where the next attempt of a task starts.
+    async def select(self, task: str, spec: TaskSpec, next_phase: NextPhase, tips: dict[bool, str]) -> NextPhase:
+        """Return the next phase of a task with the commits that its session starts from.
 
         `tips` caches commits for tasks that start together. Earlier work continues if it merges cleanly onto the
         current target. If not, work to be fixed starts from scratch, and a later phase takes the work unmerged: its
@@ -55,17 +45,17 @@ class BaseSelector:
             tips[builds_on_target] = await self.newest(builds_on_target=builds_on_target)
         tip = tips[builds_on_target]
         if next_phase.start is None:
-            return StartPoint(tip)
+            return replace(next_phase, base=tip, is_restart=document.start is not None)
         with suppress(GitError):  # its parents are not here, or the target was rewritten
             if (
                 merged := await self._context.target.renew_retry_base(
                     next_phase.start, tip, self._context.refs(f"renew_retry_base/{task}")
                 )
             ) is not None:
-                return StartPoint(tip, merged)
+                return replace(next_phase, base=tip, start=merged)
         if document.start is None and next_phase.base is not None:
-            return StartPoint(next_phase.base, next_phase.start, is_newest=False)
-        return StartPoint(tip)
+            return replace(next_phase, is_newest=False)
+        return replace(next_phase, base=tip, start=None, is_restart=document.start is not None)
 
     def builds_on_target(self, task: str, spec: TaskSpec) -> bool:
         """Return True if a task without earlier work starts from the target, not the base."""

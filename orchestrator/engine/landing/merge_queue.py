@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -47,7 +47,6 @@ from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup.checks import CheckRunner, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system import slow_waits
-from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
 #: How often a landing is merged again because others move the target, before it goes back to the queue.
@@ -90,26 +89,27 @@ class MergeQueue:
         ledger: Ledger,
         context: RunContext,
         pool: SlotPool,
-        clock: Clock,
         permits: MergePermitQueue,
-        cancelled: Collection[str],
         base_checks: BaseChecks,
         give_up: Callable[[str], None],
     ) -> None:
         """Create the queue of a run.
 
-        `cancelled` holds the tasks that a person has cancelled. `give_up` ends the run with the reason why its checks
-        cannot run.
+        `give_up` ends the run with the reason why its checks cannot run.
         """
         self._base_checks, self._give_up = base_checks, give_up
         self._permits = permits
-        self.ledger, self.clock, self._context, self._pool = ledger, clock, context, pool
+        self.ledger, self.clock, self._context, self._pool = ledger, context.tools.clock, context, pool
         self.target, self.git = context.target, context.git
         self._ownership = OwnershipCheck(ledger, context.git, context.registry)
         self.is_moving = False
         """Whether the target is being moved; during the move its refs and checkouts may disagree."""
         self.waiting: deque[str] = deque()
         """Built tasks in landing order."""
+        self.deferred: list[str] = []
+        """Built tasks that cannot land now."""
+        self.cancelled: set[str] = set()
+        """Tasks that a person has cancelled: those that are not landing yet do not land."""
         self.landing: tuple[str, ...] = ()
         """Tasks that `land` is processing."""
         self._checks: CheckRunner | None = None
@@ -117,7 +117,6 @@ class MergeQueue:
         self._stopping = False
         self._noted_reasons: dict[str, str] = {}
         """By task, the last recorded reason why an interrupted landing could not be settled."""
-        self._cancelled = cancelled
         self._passed: set[tuple[str, str]] = set()
         """Tasks with the trees that passed their checks: a new merge with the same tree is not checked again."""
 
@@ -143,6 +142,12 @@ class MergeQueue:
             self.waiting.remove(task)
             if not self.waiting:
                 self._permit_wait.cancel()
+
+    def remove(self, task: str) -> None:
+        """Stop landing a task that ends, or that this orchestrator does not own any more."""
+        self.cancel(task)
+        if task in self.deferred:
+            self.deferred.remove(task)
 
     def _stop_checks(self) -> None:
         if self._checks is not None:
@@ -191,7 +196,7 @@ class MergeQueue:
             remaining = []
             for task in tasks:
                 await self._record_unreachable(task, str(error))
-        later = [task for task in remaining if task not in self._cancelled]
+        later = [task for task in remaining if task not in self.cancelled]
         self.waiting.extendleft(reversed(later))
         await self._drop_branches(tasks)
         return [task for task in tasks if task not in later]
@@ -327,11 +332,13 @@ class MergeQueue:
         intent = LandingIntent(old=whole.old, new=whole.new, recorded=self.clock.now())
         updates = {
             task: TaskUpdate(
-                {"old": merge.old, "new": merge.new}, {"intent": intent, "intended": self._intended_merges(task, merge)}
+                Trigger.INTEND,
+                {"old": merge.old, "new": merge.new},
+                {"intent": intent, "intended": self._intended_merges(task, merge)},
             )
             for task, merge in merges.items()
         }
-        await self.ledger.change_all(Trigger.INTEND, updates, [permit.guard])
+        await self.ledger.change_all(updates, [permit.guard])
         failpoint("landing.intended")
         self.is_moving = True
         try:
@@ -354,7 +361,7 @@ class MergeQueue:
 
         Otherwise the reason is recorded.
         """
-        if self._stopping or task in self._cancelled:
+        if self._stopping or task in self.cancelled:
             return False
         spec = await self.ledger.spec(task)
         if (violation := await self._ownership.judge(task, spec, merge)) is not None:
@@ -416,7 +423,7 @@ class MergeQueue:
         if (obstacle := await self.target.find_obstacle(merge)) is not None:
             await self.ledger.change(task, Trigger.REQUEUE, {"reason": obstacle}, reason=obstacle)
             return False
-        return task not in self._cancelled
+        return task not in self.cancelled
 
     async def _bounce(self, task: str, spec: TaskSpec, merge: PreparedMerge, failed: CommandFailed) -> None:
         """Retry a task whose merge fails its checks, or end the task."""
@@ -521,16 +528,17 @@ class MergeQueue:
     async def _record_landed(self, trigger: Trigger, commits: Mapping[str, str], reason: str | None = None) -> None:
         landed = {
             task: TaskUpdate(
+                trigger,
                 {"landed": commit, "reason": reason},
                 {"landed": commit, "intent": None, "reason": reason, "branch": None},
             )
             for task, commit in commits.items()
         }
-        await self.ledger.change_all(trigger, landed)
+        await self.ledger.change_all(landed)
         failpoint("landing.recorded")
 
     async def _abort(self, tasks: Iterable[str]) -> None:
-        await self.ledger.change_all(Trigger.UNDO, {task: TaskUpdate({}, {"intent": None}) for task in tasks})
+        await self.ledger.change_all({task: TaskUpdate(Trigger.UNDO, changes={"intent": None}) for task in tasks})
 
     async def _defer(self, task: str, reason: str) -> None:
         document = self.ledger.task(task)

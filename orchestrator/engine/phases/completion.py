@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -44,6 +44,7 @@ from orchestrator.engine.phases.prompts import (
 from orchestrator.engine.phases.start import NextPhase, PhaseStarter
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.git.checksums import compute_checksums
@@ -85,21 +86,6 @@ class _CheckedHandoff:
 
 
 @dataclass(frozen=True, slots=True)
-class PhaseCompletion:
-    """The outcome of a phase for its task: the trigger, and the changes recorded with it."""
-
-    trigger: Trigger
-    outcome: str
-    reason: str | None = None
-    details: JsonObject = field(default_factory=dict)
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    writes: Sequence[Write] = ()
-    events: Sequence[tuple[str, JsonObject]] = ()
-    tasks: Mapping[str, TaskSpec] = field(default_factory=dict)
-    """The tasks created from its plan."""
-
-
-@dataclass(frozen=True, slots=True)
 class PhaseCompleter:
     """Completes the phases of one run's tasks; `git` runs in the trusted repository."""
 
@@ -130,13 +116,13 @@ class PhaseCompleter:
 
     async def complete(
         self, task: str, spec: TaskSpec, current: NextPhase, session: EndedSession
-    ) -> PhaseCompletion | Failed:
+    ) -> TaskUpdate | Failed:
         """Return the outcome of a phase whose session succeeded; Failed if the phase failed nevertheless."""
         document, phase = self.ledger.task(task), current.phase
         base = document.attempt.base
         if current.workflow.is_default:
             changes = {"commit": session.commit, "built": None, "start": None, "base": None, "feedback": None}
-            return PhaseCompletion(Trigger.BUILD, "built", changes=changes)
+            return TaskUpdate(Trigger.BUILD, {"outcome": "built"}, changes)
         if session.failed is not None:
             return self._repeat_after_failed_command(document, phase, session, base)
         checked = await self._read_handoff(phase, session)
@@ -160,7 +146,7 @@ class PhaseCompleter:
 
     def _repeat_after_failed_command(
         self, document: TaskDocument, phase: Phase, session: EndedSession, base: str
-    ) -> PhaseCompletion | Failed:
+    ) -> TaskUpdate | Failed:
         """Repeat a phase whose `until` command failed, with its output as feedback."""
         failed, visit = session.failed, document.phases[-1]
         assert failed is not None, "only called if a command failed"  # noqa: S101  the caller has seen it
@@ -174,7 +160,7 @@ class PhaseCompleter:
 
     def _request_repair(
         self, task: str, phase: Phase, session: EndedSession, base: str, violations: Sequence[Violation]
-    ) -> PhaseCompletion | Failed:
+    ) -> TaskUpdate | Failed:
         """Repeat a phase whose handoff is invalid, with its errors as feedback."""
         document = self.ledger.task(task)
         visit = document.phases[-1]
@@ -186,7 +172,7 @@ class PhaseCompleter:
             document, session, base, FailureClass.INVALID_HANDOFF, reason, errors, repairs=visit.repairs + 1
         )
         facts = {"task": task, "phase": phase.name, "violations": [violation.to_json() for violation in violations]}
-        return replace(repeated, events=[("handoff.invalid", facts)])
+        return repeated._replace(events=[("handoff.invalid", facts)])
 
     async def _complete_phase(
         self,
@@ -197,7 +183,7 @@ class PhaseCompleter:
         checked: _CheckedHandoff | None,
         record: dict[str, Any],
         tasks: Mapping[str, TaskSpec],
-    ) -> PhaseCompletion | Failed:
+    ) -> TaskUpdate | Failed:
         document, workflow, phase = self.ledger.task(task), current.workflow, current.phase
         verdict = None if checked is None else read_verdict(phase, checked.data)
         if verdict is not None:
@@ -220,33 +206,31 @@ class PhaseCompleter:
             return self._reject(task, current, checked, record, writes, events)
         if phase.approve:
             phases = change_last_visit(document, PhaseTrigger.ASK, **record)
-            return PhaseCompletion(Trigger.ASK, outcome, None, {}, {**reset, "phases": phases}, writes, events)
+            return TaskUpdate(Trigger.ASK, {"outcome": outcome}, {**reset, "phases": phases}, writes, events)
         after = document.model_copy(
             update={"phases": change_last_visit(document, PhaseTrigger.COMPLETE, **record), "phase": None}
         )
-        completion = replace(self._advance(workflow, phase, after, following), outcome=outcome)
+        update = self._advance(workflow, phase, after, following)
+        trigger, details, changes = update.trigger, update.details, update.changes
         if tasks:  # the task advances, lands or finishes only once they have landed
-            position = {name: completion.changes[name] for name in ("phases", "phase")}
+            position = {name: changes[name] for name in ("phases", "phase")}
+            trigger, details = Trigger.EXPAND, describe_expansion(phase, tasks)
             changes = {**position, **expansion_changes(self.ledger, task, tasks)}
-            details = describe_expansion(phase, tasks)
-            completion = replace(completion, trigger=Trigger.EXPAND, details=details, changes=changes, tasks=tasks)
-        return replace(completion, changes={**reset, **completion.changes}, writes=writes, events=events)
+        return TaskUpdate(trigger, {"outcome": outcome, **details}, {**reset, **changes}, writes, events, tasks)
 
-    def _advance(
-        self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None
-    ) -> PhaseCompletion:
+    def _advance(self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None) -> TaskUpdate:
         """Return the outcome of a completed phase: another follows, the work is queued to land, or the task is done."""
         if following is not None:
             changes = {"phases": after.phases, "phase": workflow.after(phase.name)[0].name}
-            return PhaseCompletion(Trigger.ADVANCE, "", details={"next": following.name}, changes=changes)
+            return TaskUpdate(Trigger.ADVANCE, {"next": following.name}, changes)
         # Record the phases that are left, if any, as skipped: their conditions are not met.
         index = workflow.index(phase.name) + 1
         phases, _ = find_next_phase(workflow, after.phases, index, lambda *_: False, self.clock.now())
         work = find_earlier_work(workflow, after)
         if work is None:
-            return PhaseCompletion(Trigger.FINISH, "", changes={"phases": phases, "phase": None})
+            return TaskUpdate(Trigger.FINISH, {}, {"phases": phases, "phase": None})
         built = {"phases": phases, "phase": None, "commit": work.commit, "built": work.attempt}
-        return PhaseCompletion(Trigger.BUILD, "", changes=built)
+        return TaskUpdate(Trigger.BUILD, {}, built)
 
     async def _find_next_phase(
         self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase, checked: _CheckedHandoff | None
@@ -269,7 +253,7 @@ class PhaseCompleter:
         record: dict[str, Any],
         writes: Sequence[Write],
         events: Sequence[tuple[str, JsonObject]],
-    ) -> PhaseCompletion | Failed:
+    ) -> TaskUpdate | Failed:
         """Return rejected work to its `on_reject` phase, with the review's findings."""
         document, phase = self.ledger.task(task), current.phase
         findings = checked.data.get("findings") or checked.data.get("summary") or ""
@@ -277,7 +261,8 @@ class PhaseCompleter:
         reason = f"phase {phase.name!r} rejected the work: {summarize_findings(findings)}"
         if count_rejections(document, phase.name) >= phase.max_rounds:
             changes: dict[str, Any] = {"phases": phases, "phase": None, "failures": document.failures + 1}
-            return PhaseCompletion(Trigger.FAIL, FailureClass.REJECTED, reason, {}, changes, writes, events)
+            failed = {"outcome": FailureClass.REJECTED, "reason": reason}
+            return TaskUpdate(Trigger.FAIL, failed, changes, writes, events)
         target = current.workflow.find_rejection_target(phase.name, document)
         changes = {
             "phases": phases,
@@ -287,8 +272,8 @@ class PhaseCompleter:
             "feedback": render_findings(phase.name, findings, secrets.token_hex(8)),
             "failures": document.bounces,
         }
-        details = {"next": target.name, "verdict": REJECT_VERDICT}
-        return PhaseCompletion(Trigger.REPEAT, "completed", reason, details, changes, writes, events)
+        details = {"outcome": "completed", "reason": reason, "next": target.name, "verdict": REJECT_VERDICT}
+        return TaskUpdate(Trigger.REPEAT, details, changes, writes, events)
 
     async def _build_handoff(
         self, task: str, phase: Phase, following: Phase | None, session: EndedSession, checked: _CheckedHandoff
@@ -401,8 +386,8 @@ def _repeat_phase(
     reason: str,
     feedback: str,
     **visit: int,
-) -> PhaseCompletion:
+) -> TaskUpdate:
     changes: dict[str, Any] = {"phases": change_last_visit(document, None, **visit), "feedback": feedback}
     if session.commit is not None:
         changes |= {"start": session.commit, "base": base}
-    return PhaseCompletion(Trigger.REPEAT, outcome, reason, {}, changes)
+    return TaskUpdate(Trigger.REPEAT, {"outcome": outcome, "reason": reason}, changes)

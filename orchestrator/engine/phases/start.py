@@ -77,15 +77,6 @@ class NextPhase:
 
 
 @dataclass(frozen=True, slots=True)
-class NoPhaseLeft:
-    """A task has no session left to run; `commit` is what it built, None: nothing."""
-
-    phases: tuple[PhaseRecord, ...]
-    commit: str | None = None
-    built: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class PhaseStarter:
     """Chooses the next phase of each task of a run, and builds its prompt."""
 
@@ -95,8 +86,11 @@ class PhaseStarter:
     has_tools: bool
     """Whether sessions have the handoff command and tool."""
 
-    async def next_phase(self, task: str, spec: TaskSpec) -> NextPhase | NoPhaseLeft:
-        """Return the phase that the next session of a task runs; phases with an unmet condition are skipped."""
+    async def next_phase(self, task: str, spec: TaskSpec) -> NextPhase | TaskUpdate:
+        """Return the phase that the next session of a task runs; phases with an unmet condition are skipped.
+
+        If no phase is left, return the update that queues its work to land, or marks it done.
+        """
         workflow, document = self.ledger.workflow(spec.workflow), self.ledger.task(task)
         if workflow.is_default:
             earlier = find_continued_attempt(workflow, document, workflow.phases[0])
@@ -108,7 +102,10 @@ class PhaseStarter:
             phases, phase = find_next_phase(workflow, phases, workflow.index(phase.name), condition, self.clock.now())
         work = find_earlier_work(workflow, document)
         if phase is None:
-            return NoPhaseLeft(phases, None if work is None else work.commit, None if work is None else work.attempt)
+            changes: dict[str, Any] = {"phases": phases, "phase": None, "reason": None}
+            if work is None:
+                return TaskUpdate(Trigger.FINISH, {}, changes)
+            return TaskUpdate(Trigger.QUEUE, {}, {**changes, "commit": work.commit, "built": work.attempt})
         start = NextPhase(workflow, phase, phases, earlier=find_continued_attempt(workflow, document, phase))
         if document.start is not None:
             return replace(start, start=document.start, base=document.base)
@@ -156,7 +153,7 @@ class PhaseStarter:
         details: JsonObject = {"base": attempt.base, "adapter": attempt.adapter}
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
         if following.workflow.is_default or prompt is None:
-            return TaskUpdate(details, changes)
+            return TaskUpdate(Trigger.START, details, changes)
         before = document.model_copy(update={"phases": following.phases})
         phase = following.phase.name
         is_new = not has_open_visit(before)
@@ -164,7 +161,7 @@ class PhaseStarter:
         changes |= enter_phase(following.workflow, before, following.phase, attempt.number, now, **given)
         details["phase"] = phase
         if not is_new:
-            return TaskUpdate(details, changes)
+            return TaskUpdate(Trigger.START, details, changes)
         received = {
             id_: (version, acknowledge(handoff, phase, attempt.number, now))
             for id_, (version, handoff) in prompt.received.items()
@@ -174,14 +171,7 @@ class PhaseStarter:
             for id_, (_, handoff) in received.items()
         ]
         writes = [self.ledger.handoff_write(handoff, version) for version, handoff in received.values()]
-        return TaskUpdate(details, changes, writes, events)
-
-    def build_finish_update(self, finished: NoPhaseLeft) -> tuple[TaskUpdate, Trigger]:
-        """Return the update and its trigger for a task that has no session left to run."""
-        changes: dict[str, Any] = {"phases": finished.phases, "phase": None, "reason": None}
-        if finished.commit is None:
-            return TaskUpdate({}, changes), Trigger.FINISH
-        return TaskUpdate({}, {**changes, "commit": finished.commit, "built": finished.built}), Trigger.QUEUE
+        return TaskUpdate(Trigger.START, details, changes, writes, events)
 
     def _handoff_instructions(self, phase: Phase) -> HandoffInstructions | None:
         if phase.produces is None:

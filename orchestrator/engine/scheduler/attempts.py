@@ -5,12 +5,12 @@ An attempt is recorded before it starts, its session runs, and its outcome is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, assert_never
+from typing import NamedTuple, assert_never
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.runs.failures import FailureClass, FailurePolicy, get_failure_policy
@@ -31,9 +31,9 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.engine.landing.base_checks import BaseChecks
-from orchestrator.engine.landing.base_selection import BaseSelector, StartPoint
-from orchestrator.engine.phases.completion import EndedSession, PhaseCompletion, PhaseHandlers
-from orchestrator.engine.phases.start import NextPhase, NoPhaseLeft
+from orchestrator.engine.landing.base_selection import BaseSelector
+from orchestrator.engine.phases.completion import EndedSession, PhaseHandlers
+from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.budgets import BudgetReached, Budgets
 from orchestrator.engine.session_api.details import SessionWorkspace
@@ -57,7 +57,6 @@ from orchestrator.system.failpoints import failpoint
 _MIN_EXTENSION = 1.0
 #: Number of discarded paths that are recorded.
 _MAX_DISCARDED_PATHS = 100
-_NO_TASKS: Final[Mapping[str, TaskSpec]] = {}
 #: Number of paths that an event names.
 MAX_EVENT_PATHS = 200
 
@@ -65,85 +64,17 @@ MAX_EVENT_PATHS = 200
 _RESTART_REASON = "the earlier work conflicts with the target: starting from scratch"
 
 
-@dataclass(frozen=True, slots=True)
-class ReadyToLand:
-    """The work is queued to land."""
+class AttemptEnd(NamedTuple):
+    """The effects of an ended attempt on later ones; the ledger has the status of its task."""
 
-
-@dataclass(frozen=True, slots=True)
-class TaskEnded:
-    """The task ended; no attempt follows."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskDone:
-    """The task is done, and there is nothing to land."""
-
-
-@dataclass(frozen=True, slots=True)
-class AwaitingApproval:
-    """A person must approve the result of the phase."""
-
-
-@dataclass(frozen=True, slots=True)
-class RetryAfter:
-    """Another attempt may follow after `delay` seconds; None: not in this process."""
-
-    delay: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterCoolingDown:
-    """The adapter may start nothing before `until` (wall-clock seconds).
-
-    The task starts again then.
-    """
-
-    adapter: str
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterDisabled:
-    """The adapter may start nothing until a person enables it again."""
-
-    adapter: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ResourceShortage:
-    """The machine is short of a resource: nothing should start for a while."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunHalted:
-    """No attempt can work: a check or setup command cannot run here."""
-
-    reason: str
-
-
-AttemptOutcome = (
-    ReadyToLand
-    | TaskEnded
-    | TaskDone
-    | AwaitingApproval
-    | RetryAfter
-    | AdapterCoolingDown
-    | AdapterDisabled
-    | ResourceShortage
-    | RunHalted
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimedElsewhere:
-    """Another orchestrator owns the task or its paths.
-
-    The ledger has the current state of the task.
-    """
+    retry_in: float = 0.0
+    """Seconds until the task may start again, if it is pending."""
+    adapter: AdapterDocument | None = None
+    """The state of its adapter, if the attempt changed it or found it changed."""
+    shortage: str | None = None
+    """The resource that the machine is short of: nothing should start for a while."""
+    unrunnable: str | None = None
+    """Why no attempt can work: a check or setup command cannot run here."""
 
 
 @dataclass(slots=True)
@@ -199,19 +130,14 @@ class AttemptRunner:
     phase_handlers: PhaseHandlers
     clock: Clock
 
-    async def prepare(
-        self, task: str, spec: TaskSpec, next_phase: NextPhase, adapter: str, start: StartPoint
-    ) -> ActiveAttempt:
+    async def prepare(self, task: str, spec: TaskSpec, next_phase: NextPhase, adapter: str) -> ActiveAttempt:
         """Return the next attempt of a task, with one of its adapters.
 
         Nothing is created yet.
         """
+        assert next_phase.base is not None, "its start is selected"  # noqa: S101  the caller has selected it
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
-        is_restart = document.start is not None and start.commit is None
-        next_phase = replace(
-            next_phase, base=start.base, start=start.commit, is_restart=is_restart, is_newest=start.is_newest
-        )
         prompt = await self.phase_handlers.starter.build_prompt(task, spec, next_phase, await self._diff(next_phase))
         conversation = None
         if Capability.RESUME in self.context.adapters[adapter].capabilities():
@@ -219,8 +145,8 @@ class AttemptRunner:
         timeout = next_phase.phase.timeout or spec.timeout
         assignment = Assignment(
             worktree=Worktree(self.context.hub, self.ledger.run.id, task, len(document.attempts) + 1),
-            base=start.base,
-            start=start.commit,
+            base=next_phase.base,
+            start=next_phase.start,
             prompt=prompt.text,
             context="\n\n".join(filter(None, (notes, prompt.suffix))) or None,
             adapter=self.context.adapters[adapter],
@@ -248,10 +174,13 @@ class AttemptRunner:
             await diff_commits_bounded(self.context.git, next_phase.base, next_phase.start)
         )
 
-    async def perform(self, active: ActiveAttempt) -> AttemptOutcome | ClaimedElsewhere:
-        """Record the attempt, run it, record its end, and clean up."""
+    async def perform(self, active: ActiveAttempt) -> AttemptEnd | None:
+        """Record the attempt, run it, record its end, and clean up.
+
+        Return None if another orchestrator owns the task or its paths; the ledger then has its current state.
+        """
         if not await self._begin(active):
-            return ClaimedElsewhere()
+            return None
         failpoint("attempt.recorded")
         number = active.session.assignment.worktree.attempt
         if active.spec.checks or active.next_phase.phase.until:
@@ -262,18 +191,18 @@ class AttemptRunner:
             notes = await try_to_preserve(self.context.git, assignment.worktree, assignment.start or assignment.base)
             finished = replace(finished, notes=(*finished.notes, *notes))
         try:
-            outcome = await self._record(active, finished)
+            end = await self._record(active, finished)
         except ClaimLost as error:
             facts = {"task": active.task, "attempt": number, "by": error.by, "branch": finished.branch}
             await self.ledger.note("task.claim_lost", facts)
             await active.session.release(saved=finished.collected)
-            return ClaimedElsewhere()
+            return None
         failpoint("attempt.ended")
         await self.budgets.count(active.task, active.spec, self.ledger.task(active.task).attempts[number - 1])
         for event, facts in _end_events(active, finished):
             await self.ledger.note(event, {"task": active.task, **facts})
         await active.session.release(saved=finished.collected)
-        return outcome
+        return end
 
     async def _begin(self, active: ActiveAttempt) -> bool:
         """Record an attempt with its claims.
@@ -374,89 +303,64 @@ class AttemptRunner:
         active.is_budget_exhausted = reached.scope == "task"
         return replace(finished, outcome=reached.outcome)
 
-    async def _record(self, active: ActiveAttempt, finished: SessionResult) -> AttemptOutcome:
+    async def _record(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
         await self.ledger.require_claim(active.task)
         if active.cancelled:
-            await self._end(active, Trigger.CANCEL, finished, "cancelled", "on request, while running")
-            return TaskEnded()
+            return await self._record_cancelled(active, finished)
         outcome = finished.outcome
         match outcome:
             case Built() | ReadOnlySuccess():
                 return await self._record_success(active, finished)
             case Interrupted(reason):
-                await self._end(active, Trigger.INTERRUPT, finished, INTERRUPTED, reason)
-                return RetryAfter(None)
+                await self._end(active, finished, _end_update(Trigger.INTERRUPT, INTERRUPTED, reason))
+                return AttemptEnd()
             case ResourcesExhausted(reason):
-                await self._end(active, Trigger.HOLD, finished, INTERRUPTED, reason)
-                return ResourceShortage(reason)
+                await self._end(active, finished, _end_update(Trigger.HOLD, INTERRUPTED, reason))
+                return AttemptEnd(shortage=reason)
             case Misconfigured(reason):
-                await self._end(active, Trigger.HOLD, finished, INTERRUPTED, HaltReason.parse(reason).headline)
-                return RunHalted(reason)
+                headline = HaltReason.parse(reason).headline
+                await self._end(active, finished, _end_update(Trigger.HOLD, INTERRUPTED, headline))
+                return AttemptEnd(unrunnable=reason)
             case Failed():
                 return await self._record_failure(active, finished, outcome)
             case _:
                 assert_never(outcome)
 
-    async def _record_success(self, active: ActiveAttempt, finished: SessionResult) -> AttemptOutcome:
+    async def _record_cancelled(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
+        await self._end(active, finished, _end_update(Trigger.CANCEL, "cancelled", "on request, while running"))
+        return AttemptEnd()
+
+    async def _record_success(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
         """Record the phase result of a session that succeeded."""
+        phase = active.next_phase.phase
         commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
-        failed = (
-            await self._run_phase_checks(active, commit)
-            if commit is not None and active.next_phase.phase.until
-            else None
-        )
+        failed = await self._run_phase_checks(active, commit) if commit is not None and phase.until else None
         if isinstance(failed, ChecksNotRun | Misconfigured):
-            reason = failed.reason if isinstance(failed, ChecksNotRun) else HaltReason.parse(failed.reason).headline
-            await self._end(active, Trigger.INTERRUPT, finished, INTERRUPTED, reason)
-            return RetryAfter(None) if isinstance(failed, ChecksNotRun) else RunHalted(failed.reason)
+            unrunnable = failed.reason if isinstance(failed, Misconfigured) else None
+            reason = failed.reason if unrunnable is None else HaltReason.parse(unrunnable).headline
+            await self._end(active, finished, _end_update(Trigger.INTERRUPT, INTERRUPTED, reason))
+            return AttemptEnd(unrunnable=unrunnable)
         if active.cancelled:
-            await self._end(active, Trigger.CANCEL, finished, "cancelled", "on request, while running")
-            return TaskEnded()
-        worktree = active.session.assignment.worktree
-        file_handoff = await read_handoff(worktree) if active.next_phase.phase.produces is not None else None
+            return await self._record_cancelled(active, finished)
+        file_handoff = await read_handoff(active.session.assignment.worktree) if phase.produces is not None else None
         usage = self.context.accounting.net_usage(finished.transcript, self.ledger.task(active.task).attempts)
         ended = EndedSession(commit, failed, file_handoff, active.handed_over, finished.answer, usage)
-        completion = await self._complete_phase(active, finished, ended)
-        if isinstance(completion, Failed):
-            return await self._record_failure(active, finished, completion)
+        update = await self._complete_phase(active, ended)
+        if isinstance(update, Failed):
+            return await self._record_failure(active, finished, update)
+        if not active.next_phase.workflow.is_default:
+            failpoint("handoff.taken")
+        await self._end(active, finished, update)
         failpoint("work.recorded")
         await self._clear_cooldown(active.adapter)
-        match completion.trigger:
-            case Trigger.BUILD:
-                return ReadyToLand()
-            case Trigger.FINISH:
-                return TaskDone()
-            case Trigger.ASK:
-                return AwaitingApproval()
-            case Trigger.FAIL:
-                return TaskEnded()
-            case _:
-                return RetryAfter(0.0)
+        return AttemptEnd()
 
-    async def _complete_phase(
-        self, active: ActiveAttempt, finished: SessionResult, ended: EndedSession
-    ) -> PhaseCompletion | Failed:
-        """Record and return the completion of a phase; record nothing if the phase failed."""
+    async def _complete_phase(self, active: ActiveAttempt, ended: EndedSession) -> TaskUpdate | Failed:
+        """Return the update that completes the phase of a session, or why the phase failed."""
         try:
-            concluded = await self.phase_handlers.completer.complete(active.task, active.spec, active.next_phase, ended)
+            return await self.phase_handlers.completer.complete(active.task, active.spec, active.next_phase, ended)
         except (RefusedError, HandoffCorrupted) as error:  # an invalid condition or earlier handoff
             return Failed(FailureClass.INVALID, str(error))
-        if isinstance(concluded, PhaseCompletion):
-            if not active.next_phase.workflow.is_default:
-                failpoint("handoff.taken")
-            await self._end(
-                active,
-                concluded.trigger,
-                finished,
-                concluded.outcome,
-                concluded.reason,
-                concluded.details,
-                writes=concluded.writes,
-                events=concluded.events,
-                tasks=concluded.tasks,
-                **concluded.changes,
-            )
-        return concluded
 
     async def _run_phase_checks(
         self, active: ActiveAttempt, commit: str
@@ -491,40 +395,38 @@ class AttemptRunner:
             return Misconfigured(unrunnable)
         return None if isinstance(result, ChecksPassed) else result
 
-    async def finish(self, task: str, finish: NoPhaseLeft) -> AttemptOutcome | ClaimedElsewhere:
-        """Finish a task that needs no further session.
+    async def finish(self, task: str, update: TaskUpdate) -> bool:
+        """Finish a task that needs no further session: queue its work to land, or mark it done.
 
-        Queue its work to land, or mark it done.
+        Return False if another orchestrator owns the task.
         """
-        update, trigger = self.phase_handlers.starter.build_finish_update(finish)
-        if await self.ledger.start(task, update, trigger=trigger) is not None:
-            return ClaimedElsewhere()
+        if await self.ledger.start(task, update) is not None:
+            return False
         failpoint("phase.finished")
-        return ReadyToLand() if trigger is Trigger.QUEUE else TaskDone()
+        return True
 
-    async def _record_failure(self, active: ActiveAttempt, finished: SessionResult, outcome: Failed) -> AttemptOutcome:
+    async def _record_failure(self, active: ActiveAttempt, finished: SessionResult, outcome: Failed) -> AttemptEnd:
         failure, reason = outcome.failure, outcome.reason
         if failure is FailureClass.NO_CHANGE and active.next_phase.phase.produces is not None:
             reason += ": set `access: read` for a phase that should change nothing"
-        match get_failure_policy(failure, active.spec.retry_on):
-            case FailurePolicy.PARK:
-                await self._end(active, Trigger.HOLD, finished, failure, reason)
-                return await self._start_cooldown(active.adapter, outcome)
-            case FailurePolicy.CLOSE:
-                await self._end(active, Trigger.HOLD, finished, failure, reason)
-                return await self._disable_adapter(active, reason)
-            case policy:
-                failures = self.ledger.task(active.task).failures + 1
-                if policy is FailurePolicy.RETRY and failures < active.spec.attempts and not active.is_budget_exhausted:
-                    delay = round(retry_delay(active.spec.backoff.policy(), failures), 3)
-                    facts = {"retry_in": delay}
-                    await self._end(active, Trigger.RETRY, finished, failure, reason, facts, failures=failures)
-                    return RetryAfter(delay)
-                trigger = Trigger.IDLE if failure is FailureClass.NO_CHANGE else Trigger.FAIL
-                await self._end(active, trigger, finished, failure, reason, failures=failures)
-                return TaskEnded()
+        policy = get_failure_policy(failure, active.spec.retry_on)
+        if policy in {FailurePolicy.PARK, FailurePolicy.CLOSE}:
+            await self._end(active, finished, _end_update(Trigger.HOLD, failure, reason))
+            if policy is FailurePolicy.PARK:
+                return AttemptEnd(adapter=await self._start_cooldown(active.adapter, outcome))
+            return AttemptEnd(adapter=await self._disable_adapter(active, reason))
+        failures = self.ledger.task(active.task).failures + 1
+        changes = {"failures": failures}
+        if policy is FailurePolicy.RETRY and failures < active.spec.attempts and not active.is_budget_exhausted:
+            delay = round(retry_delay(active.spec.backoff.policy(), failures), 3)
+            facts = {"outcome": failure, "reason": reason, "retry_in": delay}
+            await self._end(active, finished, TaskUpdate(Trigger.RETRY, facts, changes))
+            return AttemptEnd(retry_in=delay)
+        trigger = Trigger.IDLE if failure is FailureClass.NO_CHANGE else Trigger.FAIL
+        await self._end(active, finished, TaskUpdate(trigger, {"outcome": failure, "reason": reason}, changes))
+        return AttemptEnd()
 
-    async def _start_cooldown(self, adapter: str, outcome: Failed) -> AdapterCoolingDown:
+    async def _start_cooldown(self, adapter: str, outcome: Failed) -> AdapterDocument:
         now = self.clock.now()
 
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
@@ -540,10 +442,9 @@ class AttemptRunner:
         known, is_new = await self.ledger.update_adapter(adapter, judge)
         if is_new:
             failpoint("adapter.cooling_down")
-        assert known.cooldown_until is not None, "else the cooldown would have been recorded"  # noqa: S101
-        return AdapterCoolingDown(adapter, known.cooldown_until)
+        return known
 
-    async def _disable_adapter(self, active: ActiveAttempt, reason: str) -> AdapterDisabled | RetryAfter:
+    async def _disable_adapter(self, active: ActiveAttempt, reason: str) -> AdapterDocument:
         closed = AdapterUpdate(AdapterDocument(disabled_reason=reason), "adapter.disabled", {"reason": reason})
         started = self.ledger.task(active.task).attempts[active.session.assignment.worktree.attempt - 1].started
 
@@ -551,9 +452,7 @@ class AttemptRunner:
             return closed if known.disabled_reason is None and started >= (known.enabled_at or 0.0) else None
 
         known, _ = await self.ledger.update_adapter(active.adapter, judge)
-        return (
-            RetryAfter(0.0) if known.disabled_reason is None else AdapterDisabled(active.adapter, known.disabled_reason)
-        )
+        return known
 
     async def _clear_cooldown(self, adapter: str) -> None:
         """Forget the cooldowns of an adapter: a session that started after them succeeded."""
@@ -562,25 +461,13 @@ class AttemptRunner:
             adapter, lambda known: opened if known.cooldowns and not _is_cooling_down(known, now) else None
         )
 
-    async def _end(
-        self,
-        active: ActiveAttempt,
-        trigger: Trigger,
-        finished: SessionResult,
-        outcome: str,
-        reason: str | None,
-        details: JsonObject | None = None,
-        *,
-        writes: Sequence[Write] = (),
-        events: Sequence[tuple[str, JsonObject]] = (),
-        tasks: Mapping[str, TaskSpec] = _NO_TASKS,
-        **changes: Any,
-    ) -> None:
-        document = self.ledger.task(active.task)
+    async def _end(self, active: ActiveAttempt, finished: SessionResult, update: TaskUpdate) -> None:
+        """Record the end of an attempt together with the update of its task."""
+        document, reason = self.ledger.task(active.task), update.details.get("reason")
         attempts = document.with_attempt(
             ended=self.clock.now(),
             branch=finished.branch,
-            outcome=outcome,
+            outcome=update.details["outcome"],
             reason=reason,
             is_kept=not finished.collected,
             folder=None if finished.folder is None else str(finished.folder),
@@ -590,9 +477,13 @@ class AttemptRunner:
             **self.context.accounting.recorded(finished.transcript, document.attempts),
         )
         branch = finished.branch if active.next_phase.phase.writes else document.branch
-        facts = {"outcome": outcome, "reason": reason, "branch": finished.branch, **(details or {})}
-        changes = {"attempts": attempts, "branch": branch, "reason": reason, **changes}
-        await self.ledger.change_all(trigger, {active.task: TaskUpdate(facts, changes, writes, events, tasks)})
+        details = {"reason": reason, "branch": finished.branch, **update.details}
+        changes = {"attempts": attempts, "branch": branch, "reason": reason, **update.changes}
+        await self.ledger.change_all({active.task: update._replace(details=details, changes=changes)})
+
+
+def _end_update(trigger: Trigger, outcome: str, reason: str) -> TaskUpdate:
+    return TaskUpdate(trigger, {"outcome": outcome, "reason": reason})
 
 
 def _end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[tuple[str, JsonObject]]:

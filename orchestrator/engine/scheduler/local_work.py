@@ -33,24 +33,16 @@ class LocalWork:
         board: DispatchBoard,
         merge_queue: MergeQueue,
         clock: Clock,
-        cancelled: set[str],
         unavailable_adapters: Collection[str],
     ) -> None:
         """Create from a board that reflects the documents.
 
-        `merge_queue` reads the same `cancelled` set. `unavailable_adapters` are those that this process cannot run,
-        whatever their recorded state.
+        `unavailable_adapters` are those that this process cannot run, whatever their recorded state.
         """
         self._unavailable_adapters = unavailable_adapters
         self._ledger, self.board, self.merge_queue, self._clock = ledger, board, merge_queue, clock
-        self.cancelled = cancelled
-        """Tasks that a person has cancelled."""
         self.active_attempts: dict[str, ActiveAttempt] = {}
         """The attempts that run in this process, by task."""
-        self.elsewhere = {task for task in ledger.run.tasks if ledger.is_claimed_elsewhere(task)}
-        """Tasks claimed by other orchestrators."""
-        self.deferred: list[str] = []
-        """Tasks that could not land now."""
         self._woken = anyio.Event()
         for task in ledger.run.tasks:
             if ledger.task(task).status in {TaskStatus.PENDING, TaskStatus.WAITING}:
@@ -92,6 +84,10 @@ class LocalWork:
             order |= {member: before + share * number for number, member in enumerate(group, 1)}
             group, before = [], here
         return order
+
+    def tasks_elsewhere(self) -> list[str]:
+        """Return the tasks that other orchestrators have claimed."""
+        return [task for task in self._ledger.run.tasks if self._ledger.is_claimed_elsewhere(task)]
 
     def has_open_subtasks(self, task: str) -> bool:
         """Return True if a recorded subtask has neither landed nor is done."""
@@ -136,9 +132,12 @@ class LocalWork:
     def show(self, task: str, retry_in: float) -> None:
         """Update a task on the board; a retry starts after `retry_in` seconds."""
         self._wait_for_subtasks(task)
-        until = self._clock.monotonic() + retry_in
+        status, until = self._ledger.task(task).status, self._clock.monotonic() + retry_in
+        if status is TaskStatus.QUEUED and self.board.is_running(task):
+            self.board.built(task)
+            return
         adapters, keeps = self._phase_adapters(task)
-        self.board.sync_task(task, self._ledger.task(task).status, until, adapters, keeps_paths=keeps)
+        self.board.sync_task(task, status, until, adapters, keeps_paths=keeps)
 
     def wait(self, task: str, delay: float = 0.0) -> None:
         """Let a task continue at its phase after `delay` seconds."""
@@ -178,10 +177,8 @@ class LocalWork:
         if task in self.active_attempts:
             self.active_attempts[task].stop()  # the board is updated when the attempt ends
             return
-        self._drop_landing(task)
-        is_elsewhere = self._ledger.is_claimed_elsewhere(task)
-        (self.elsewhere.add if is_elsewhere else self.elsewhere.discard)(task)
-        if is_elsewhere or self._ledger.task(task).status not in CLAIMED_STATUSES:
+        self.merge_queue.remove(task)
+        if self._ledger.is_claimed_elsewhere(task) or self._ledger.task(task).status not in CLAIMED_STATUSES:
             self.show(task, _PEER_RETRY_DELAY if retry_in is None else retry_in)
 
     def take_over(self, task: str) -> None:
@@ -189,7 +186,6 @@ class LocalWork:
 
         If its session already runs here, because the scheduler was faster, the task continues after that.
         """
-        self.elsewhere.discard(task)
         if task in self.active_attempts:
             return
         self.show(task, 0.0)
@@ -198,12 +194,5 @@ class LocalWork:
 
     def drop(self, task: str) -> None:
         """Stop tracking a task that has ended, or will."""
-        self._drop_landing(task)
-        self.elsewhere.discard(task)
+        self.merge_queue.remove(task)
         self.board.ended(task)
-
-    def _drop_landing(self, task: str) -> None:
-        """Stop landing a task that this orchestrator no longer owns."""
-        self.merge_queue.cancel(task)
-        if task in self.deferred:
-            self.deferred.remove(task)

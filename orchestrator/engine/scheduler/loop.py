@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import assert_never
 
 import anyio
 from anyio.abc import TaskGroup
@@ -28,23 +27,8 @@ from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.landing.repository_guard import RepositoryGuard
 from orchestrator.engine.phases.completion import PhaseHandlers
-from orchestrator.engine.phases.start import NoPhaseLeft
 from orchestrator.engine.run_context import RunContext
-from orchestrator.engine.scheduler.attempts import (
-    ActiveAttempt,
-    AdapterCoolingDown,
-    AdapterDisabled,
-    AttemptOutcome,
-    AttemptRunner,
-    AwaitingApproval,
-    ClaimedElsewhere,
-    ReadyToLand,
-    ResourceShortage,
-    RetryAfter,
-    RunHalted,
-    TaskDone,
-    TaskEnded,
-)
+from orchestrator.engine.scheduler.attempts import ActiveAttempt, AttemptEnd, AttemptRunner
 from orchestrator.engine.scheduler.budgets import Budgets
 from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.local_work import LocalWork
@@ -52,6 +36,7 @@ from orchestrator.engine.scheduler.monitor import Monitor
 from orchestrator.engine.scheduler.peers import PeerSync
 from orchestrator.engine.scheduler.requests import cancel_task
 from orchestrator.engine.state.ledger import AdapterUpdate, Ledger
+from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, GitError, HandoffCorrupted, RefusedError, VersionConflict
 from orchestrator.locking.merge_permit import MergePermitQueue
 from orchestrator.repo.worktrees.pool import SlotPool
@@ -106,12 +91,9 @@ class Scheduler:
         self._attempts = AttemptRunner(
             ledger, context, pool, self._budgets, self._base_selector, self._base_checks, phase_handlers, clock
         )
-        cancelled: set[str] = set()
-        self._merge_queue = MergeQueue(
-            ledger, context, pool, clock, permits, cancelled, self._base_checks, self._give_up
-        )
+        self._merge_queue = MergeQueue(ledger, context, pool, permits, self._base_checks, self._give_up)
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
-        self._local = LocalWork(ledger, board, self._merge_queue, clock, cancelled, unavailable_adapters)
+        self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)
         self._peers = PeerSync(
             ledger, context, pool, self._local, self._budgets, clock, self._halt, lambda: self._is_start_blocked
         )
@@ -173,7 +155,7 @@ class Scheduler:
             own_tasks = (
                 task
                 for task, status in statuses.items()
-                if status is queued_status and task not in self._local.elsewhere
+                if status is queued_status and not self._ledger.is_claimed_elsewhere(task)
             )
             self._merge_queue.waiting.extend(own_tasks)
         async with anyio.create_task_group() as services:
@@ -227,11 +209,11 @@ class Scheduler:
         if self._stopping:
             return
         now = self._clock.monotonic()
-        if self._local.deferred and now >= self._deferred_until:
+        if self._merge_queue.deferred and now >= self._deferred_until:
             if not self._local.active_attempts:
                 self._final_tries_left -= 1
-            self._merge_queue.waiting.extendleft(reversed(self._local.deferred))
-            self._local.deferred.clear()
+            self._merge_queue.waiting.extendleft(reversed(self._merge_queue.deferred))
+            self._merge_queue.deferred.clear()
         if not self._landing and self._may_land(now):
             self._landing = True
             group.start_soon(self._land, group)
@@ -266,14 +248,14 @@ class Scheduler:
             return None
         try:
             next_phase = await self._phase_starter.next_phase(task, spec)
-            if isinstance(next_phase, NoPhaseLeft):
-                await self._apply_outcome(task, await self._attempts.finish(task, next_phase))
+            if isinstance(next_phase, TaskUpdate):
+                await self._apply_end(task, AttemptEnd() if await self._attempts.finish(task, next_phase) else None)
                 self._local.wake()  # dependent tasks may start
                 return None
-            start = await self._base_selector.of(task, spec, next_phase, tips)
+            next_phase = await self._base_selector.select(task, spec, next_phase, tips)
             if not self._board.is_running(task):  # cancelled in the meantime
                 return None
-            return await self._attempts.prepare(task, spec, next_phase, self._board.adapter_of(task), start)
+            return await self._attempts.prepare(task, spec, next_phase, self._board.adapter_of(task))
         except (
             RefusedError,
             HandoffCorrupted,
@@ -294,7 +276,7 @@ class Scheduler:
 
     async def _note_waiting(self) -> None:
         """Record once that the run only waits for adapters that cool down, or for people."""
-        if self._is_active() or self._has_pending_landings() or self._local.elsewhere or self._is_start_blocked:
+        if self._is_active() or self._has_pending_landings() or self._is_start_blocked or self._local.tasks_elsewhere():
             return
         awaited, approvals = self._board.awaited(), self._awaiting_approval()
         if (
@@ -347,7 +329,7 @@ class Scheduler:
         return bool(self._local.active_attempts or self._landing or self._peers.is_busy)
 
     def _has_pending_landings(self) -> bool:
-        return bool(self._merge_queue.waiting or (self._local.deferred and self._final_tries_left > 0))
+        return bool(self._merge_queue.waiting or (self._merge_queue.deferred and self._final_tries_left > 0))
 
     def _awaiting_approval(self) -> dict[str, int]:
         """Map each task that waits for approval to the number of its phase visits."""
@@ -371,8 +353,9 @@ class Scheduler:
         False if theirs and ours all wait for the target.
         """
         statuses = self._ledger.statuses()
-        are_built = all(statuses[task] in LANDING_STATUSES for task in self._local.elsewhere)
-        return bool(self._local.elsewhere) and not (self._local.deferred and are_built)
+        elsewhere = self._local.tasks_elsewhere()
+        are_built = all(statuses[task] in LANDING_STATUSES for task in elsewhere)
+        return bool(elsewhere) and not (self._merge_queue.deferred and are_built)
 
     async def _pause(self) -> None:
         times: list[float | None] = []
@@ -380,55 +363,45 @@ class Scheduler:
             is_paused = self._paused_until > self._clock.monotonic()
             starts = None if self._is_start_blocked else self._board.next_time()
             times.append(self._paused_until if is_paused else starts)
-            times.append(self._deferred_until if self._local.deferred else None)
+            times.append(self._deferred_until if self._merge_queue.deferred else None)
             times.append(self._batch_until if self._merge_queue.waiting and not self._landing else None)
             times.append(self._capacity.recheck_at)
         await self._local.pause(min((time for time in times if time is not None), default=None))
 
     async def _attempt(self, attempt: ActiveAttempt) -> None:
         await self._repository_guard.begin(attempt.task)
-        outcome = await self._attempts.perform(attempt)
+        end = await self._attempts.perform(attempt)
         await self._repository_guard.end(attempt.task)
-        if attempt.task in self._local.cancelled:  # perhaps after the end of the attempt was recorded
+        if attempt.task in self._merge_queue.cancelled:  # perhaps after the end of the attempt was recorded
             await cancel_task(self._ledger, attempt.task)
         # The board is updated last: from then on the task may start its next session.
         del self._local.active_attempts[attempt.task]
         if not self._local.active_attempts:  # no session is left to hide the wait for the user behind
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + FINAL_LANDING_DELAY)
-        await self._apply_outcome(attempt.task, outcome)
+        if end is not None and end.adapter is not None:
+            self._local.update_adapter(attempt.adapter, end.adapter)
+        await self._apply_end(attempt.task, end)
         self._local.wake()
 
-    async def _apply_outcome(self, task: str, outcome: AttemptOutcome | ClaimedElsewhere) -> None:
-        if isinstance(outcome, ClaimedElsewhere):
+    async def _apply_end(self, task: str, end: AttemptEnd | None) -> None:
+        """Apply the end of an attempt, and the state that its task has now: a request may have changed it since.
+
+        Without an end, another orchestrator owns the task.
+        """
+        if end is None:
             (self._local.sync_task if self._ledger.is_claimed_elsewhere(task) else self._local.take_over)(task)
             return
-        self._shortages = self._shortages if isinstance(outcome, ResourceShortage) else 0
-        match outcome:
-            case ReadyToLand():
-                self._board.built(task)
+        self._shortages = self._shortages if end.shortage is not None else 0
+        self._local.show(task, end.retry_in)
+        match self._ledger.task(task).status:
+            case TaskStatus.QUEUED:
                 self._merge_queue.waiting.append(task)
-            case TaskDone():
-                self._local.show(task, 0.0)
+            case TaskStatus.DONE:
                 await self._remove_homes([task])
-            case TaskEnded() | AwaitingApproval():
-                self._local.show(task, 0.0)
-            case RetryAfter(delay):
-                self._local.wait(task, delay or 0.0)
-            case AdapterCoolingDown(adapter, until):
-                self._local.cool_down(adapter, until)
-                self._local.wait(task)
-            case AdapterDisabled(adapter, reason):
-                self._board.close(adapter, reason)
-                self._local.wait(task)
-            case ResourceShortage(reason):
-                self._local.wait(task)
-                await self._pause_starts(reason)
-            case RunHalted(reason):
-                self._local.wait(task)
-                self._give_up(reason)
-            case _:
-                assert_never(outcome)
-        self._apply_late_request(task)
+        if end.shortage is not None:
+            await self._pause_starts(end.shortage)
+        if end.unrunnable is not None:
+            self._give_up(end.unrunnable)
 
     async def _pause_starts(self, reason: str) -> None:
         """Start nothing for a while, because the machine is short of a resource."""
@@ -438,13 +411,6 @@ class Scheduler:
         pause = retry_delay(SHORTAGE_BACKOFF, self._shortages)
         self._paused_until = self._clock.monotonic() + pause
         await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
-
-    def _apply_late_request(self, task: str) -> None:
-        match self._ledger.task(task).status:  # a request may have arrived since the end was recorded
-            case TaskStatus.CANCELLED:
-                self._local.drop(task)
-            case TaskStatus.PENDING:
-                self._board.revive(task)
 
     async def _land(self, group: TaskGroup) -> None:
         for task in await self._merge_queue.land():
@@ -461,16 +427,16 @@ class Scheduler:
 
     async def _apply_landing(self, task: str) -> None:
         status = self._ledger.task(task).status
-        if task in self._local.cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
+        if task in self._merge_queue.cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
             await cancel_task(self._ledger, task)
             status = TaskStatus.CANCELLED
         if status not in CLAIMED_STATUSES:
             self._local.show(task, 0.0)
             return
         pause = DEFERRED_RETRY_DELAY if self._local.active_attempts else FINAL_LANDING_DELAY
-        if not self._local.deferred or not self._local.active_attempts:
+        if not self._merge_queue.deferred or not self._local.active_attempts:
             self._deferred_until = self._clock.monotonic() + pause
-        self._local.deferred.append(task)
+        self._merge_queue.deferred.append(task)
 
     async def _run_monitor_as_leader(self) -> None:
         """Watch the state store once this orchestrator leads the run."""

@@ -237,7 +237,7 @@ class PeerSync:
         if self._ledger.task(task).status in RETRYABLE_STATUSES:
             for subtask in await subtasks_to_cancel(self._ledger, task, phase):
                 await self._cancel(subtask)
-            self._local.cancelled.discard(task)
+            self._local.merge_queue.cancelled.discard(task)
             if await retry_task(self._ledger, task, phase):
                 self._local.revive(task)
 
@@ -259,7 +259,7 @@ class PeerSync:
             return True
         if is_elsewhere and is_landing:
             return False
-        local.cancelled.add(task)
+        local.merge_queue.cancelled.add(task)
         if task in local.active_attempts and not is_elsewhere:
             local.active_attempts[task].cancel()
         elif (task in local.merge_queue.landing or is_landing) and not is_elsewhere:
@@ -280,6 +280,6 @@ class PeerSync:
         if not self._ledger.is_claimed_elsewhere(task) and self._ledger.task(task).status is TaskStatus.LANDING:
             local.take_over(task)  # the previous owner began it just before it lost the claim
             return True
-        local.cancelled.discard(task)
+        local.merge_queue.cancelled.discard(task)
         local.sync_task(task)
         return self._ledger.task(task).status in FINAL_STATUSES

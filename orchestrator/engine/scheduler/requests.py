@@ -327,8 +327,8 @@ async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
     changes |= expansion_changes(ledger, task, expansion)
     facts = {"phase": phase.name, "note": note}
     events = [("task.expanded", {"task": task, **describe_expansion(phase, expansion)})] if expansion else []
-    update = TaskUpdate(facts, changes, events=events, tasks=expansion)
-    await ledger.change_all(Trigger.APPROVE, {task: update})
+    update = TaskUpdate(Trigger.APPROVE, facts, changes, events=events, tasks=expansion)
+    await ledger.change_all({task: update})
     return True
 
 

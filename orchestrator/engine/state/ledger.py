@@ -45,7 +45,7 @@ from orchestrator.engine.state.records import (
     task_documents,
     task_key,
 )
-from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, Transition, build_transition, sanitize
+from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, build_transition, sanitize
 from orchestrator.errors import ClaimLost, HistoryCompacted, LeaseLost, RefusedError, RunActive, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.orchestrators import RunMembership
@@ -335,37 +335,26 @@ class Ledger:
 
     async def change(self, task: str, trigger: Trigger, details: JsonObject | None = None, **changes: Any) -> None:
         """Apply a trigger to a task and record it, with an event that carries `details`."""
-        await self.change_all(trigger, {task: TaskUpdate(details or {}, changes)})
+        await self.change_all({task: TaskUpdate(trigger, details or {}, changes)})
 
-    async def change_all(
-        self, trigger: Trigger, updates: Mapping[str, TaskUpdate], permits: Sequence[Guard] = ()
-    ) -> None:
-        """Apply a trigger to tasks in one commit, as `change` does.
+    async def change_all(self, updates: Mapping[str, TaskUpdate], permits: Sequence[Guard] = ()) -> None:
+        """Change tasks in one commit, as `change` does.
 
         `permits` are additional guards. ClaimLost if another orchestrator has taken over one of the tasks.
         """
-        writes, guards, transitions = list[Write](), list(permits), dict[str, Transition]()
+        writes, events, guards, changed = list[Write](), list[Event](), list(permits), dict[str, TaskDocument]()
         for task, update in updates.items():
-            if self.is_claimed_elsewhere(task) or (self._tasks[task].status, trigger) not in TRANSITIONS:
+            if self.is_claimed_elsewhere(task) or (self._tasks[task].status, update.trigger) not in TRANSITIONS:
                 await self.require_claim(task)
-            transitions[task] = transition = self._build_transition(task, trigger, update)
-            writes += transition.writes
+            changed[task], step = self._build_transition(task, update)
+            writes += step.writes
+            events += step.events
             if self.claims is not None and (guard := self.claims.guard(task)) is not None:
                 guards.append(guard)
-                if (status := transition.after.status) not in CLAIMED_STATUSES:
-                    counts = trigger in {Trigger.RETRY, Trigger.BOUNCE}
-                    release = self.claims.release_write(
-                        task,
-                        CLAIM_RELEASES[status],
-                        transition.after.reason,
-                        counts=counts,
-                        reset_retries=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
-                    )
-                    writes.append(release)
-        if trigger is Trigger.REVIVE and self.claims is not None:
-            for task in updates:
+                if changed[task].status not in CLAIMED_STATUSES:
+                    writes.append(_release_write(self.claims, task, changed[task], update.trigger))
+            if update.trigger is Trigger.REVIVE and self.claims is not None:
                 writes += await self.claims.reset_retries(task)
-        events = [event for transition in transitions.values() for event in transition.events]
         with self._delay_reports(updates):
             try:
                 if any(update.tasks for update in updates.values()):
@@ -375,8 +364,8 @@ class Ledger:
             except (LeaseLost, VersionConflict):
                 await self._raise_if_claim_lost(updates)
                 raise
-            for task, transition in transitions.items():
-                self._apply_own_change(task, transition.after)
+            for task, after in changed.items():
+                self._apply_own_change(task, after)
 
     async def _commit_with_new_tasks(self, updates: Mapping[str, TaskUpdate], commit: Commit) -> None:
         """Commit changes together with new subtasks.
@@ -452,25 +441,22 @@ class Ledger:
         task: str,
         update: TaskUpdate,
         also: Callable[[Guard], ClaimPlan] | None = None,
-        *,
-        trigger: Trigger = Trigger.START,
     ) -> ClaimHolder | OwnershipConflict | OutdatedBase | TaskMoved | None:
         """Claim a task and record its next attempt in one commit.
 
         Return the obstacle if that is impossible. `also` plans, given the guard of the claim, further writes or returns
-        what prevents them. Another `trigger` starts another kind of step.
+        what prevents them.
         """
         if self.claims is None:
-            await self.change_all(trigger, {task: update})
+            await self.change_all({task: update})
             return None
         with self._delay_reports([task]):
-            return await self._start(self.claims, task, trigger, update, also)
+            return await self._start(self.claims, task, update, also)
 
     async def _start(
         self,
         claims: Claims,
         task: str,
-        trigger: Trigger,
         update: TaskUpdate,
         also: Callable[[Guard], ClaimPlan] | None,
     ) -> ClaimHolder | OwnershipConflict | OutdatedBase | TaskMoved | None:
@@ -486,11 +472,9 @@ class Ledger:
             status = self._tasks[task].status
             if self._versions[task] != version or status is not TaskStatus.PENDING:
                 return TaskMoved(status)  # the update was made from an older document
-            transition = self._build_transition(task, trigger, update)
+            after, step = self._build_transition(task, update)
             try:
-                await self._commit(
-                    Commit([*transition.writes, *extra_writes, plan.write], transition.events, self._guards)
-                )
+                await self._commit(Commit([*step.writes, *extra_writes, plan.write], step.events, self._guards))
             except VersionConflict:
                 self.orchestrators.count(conflicts=1)
                 if await self._store.get(key) is None:
@@ -498,7 +482,7 @@ class Ledger:
                 await self.refresh(task)
                 continue
             claims.mark_claimed(task, plan)
-            self._apply_own_change(task, transition.after)
+            self._apply_own_change(task, after)
             return None
 
     async def claim(self, task: str, *, is_asked: bool = False) -> bool:
@@ -600,11 +584,9 @@ class Ledger:
         if self.claims is not None and after.status not in CLAIMED_STATUSES:
             self.claims.mark_released(task)
 
-    def _build_transition(self, task: str, trigger: Trigger, update: TaskUpdate) -> Transition:
+    def _build_transition(self, task: str, update: TaskUpdate) -> tuple[TaskDocument, Commit]:
         key = task_key(self.run.id, task)
-        return build_transition(
-            key, self._tasks[task], self._versions[task], trigger, update, self._clock.now(), self._redactor
-        )
+        return build_transition(key, self._tasks[task], self._versions[task], update, self._clock.now(), self._redactor)
 
     async def _raise_if_claim_lost(self, tasks: Iterable[str]) -> None:
         """Raise ClaimLost with the new owner if one of the tasks was taken over."""
@@ -814,3 +796,14 @@ class Ledger:
                 continue
             break
         self._set_run(amended)
+
+
+def _release_write(claims: Claims, task: str, after: TaskDocument, trigger: Trigger) -> Write:
+    """Return the write that releases the claim on a task that is no longer claimed."""
+    return claims.release_write(
+        task,
+        CLAIM_RELEASES[after.status],
+        after.reason,
+        counts=trigger in {Trigger.RETRY, Trigger.BOUNCE},
+        reset_retries=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
+    )

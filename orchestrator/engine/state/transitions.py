@@ -10,7 +10,7 @@ from orchestrator.domain.runs.lifecycle import Trigger, apply_trigger
 from orchestrator.domain.runs.model import TaskDocument, TaskStatus
 from orchestrator.domain.scheduling.claims import ReleaseReason
 from orchestrator.domain.workflow.routing import close_open_visit, phase_events
-from orchestrator.protocols import Event, JsonObject, Key, Write
+from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
@@ -70,10 +70,14 @@ _FOREIGN_TEXT_FIELDS = frozenset(
 
 
 class TaskUpdate(NamedTuple):
-    """Event details and document changes of one task, and what else the commit writes."""
+    """A lifecycle step of one task: its trigger, event details and document changes, and what else the commit writes.
 
-    details: JsonObject
-    changes: Mapping[str, Any]
+    For the end of an attempt, `details` has its `outcome` and `reason`.
+    """
+
+    trigger: Trigger
+    details: Mapping[str, Any] = {}
+    changes: Mapping[str, Any] = {}
     writes: Sequence[Write] = ()
     events: Sequence[tuple[str, JsonObject]] = ()
     """Further event types with their details; the run is added."""
@@ -81,27 +85,19 @@ class TaskUpdate(NamedTuple):
     """The subtasks that its plan was expanded to, inserted after this task."""
 
 
-class Transition(NamedTuple):
-    """One lifecycle step of a task, with the writes and events that record it."""
-
-    after: TaskDocument
-    writes: Sequence[Write]
-    events: Sequence[Event]
-
-
 def build_transition(
     key: Key,
     before: TaskDocument,
     version: int,
-    trigger: Trigger,
     update: TaskUpdate,
     now: float,
     redactor: Redactor,
-) -> Transition:
-    """Return the record of a lifecycle step.
+) -> tuple[TaskDocument, Commit]:
+    """Return the document of a task after a lifecycle step, and the commit that records the step.
 
     `key` and `version` are those of the task's document.
     """
+    trigger = update.trigger
     run, _, task = key.id.partition("/")
     changed = close_open_visit(apply_trigger(f"task {task!r}", before, trigger, **update.changes), now)
     after = TaskDocument.model_validate(sanitize(changed.model_dump(mode="json"), redactor))
@@ -114,7 +110,7 @@ def build_transition(
     )
     write = Write(key, version, after.model_dump(mode="json"))
     events = [Event(event, sanitize({"run": run, **facts}, redactor)) for event, facts in event_facts]
-    return Transition(after, [write, *update.writes], events)
+    return after, Commit([write, *update.writes], events)
 
 
 def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
