@@ -67,7 +67,7 @@ from orchestrator.engine.scheduler.monitor import Monitor
 from orchestrator.engine.scheduler.reconciliation import Reconciler, has_unlanded_work
 from orchestrator.engine.scheduler.recovery import has_active_peers, recover
 from orchestrator.engine.scheduler.requests import (
-    apply_request,
+    RequestHandler,
     check_adapters_to_enable,
     check_phase,
     check_request,
@@ -551,7 +551,7 @@ class RunExecutor:
                 context = _with_session_service(runs, context, ledger, settings)
                 await recover(ledger, context, clock)
                 for request in await ledger.requests():
-                    await apply_request(ledger, request)
+                    await RequestHandler(ledger).apply(request)
                 yield ledger, context
 
     @asynccontextmanager

@@ -205,14 +205,18 @@ async def test_cancel_of_what_has_ended_is_no_error(repository: Repository) -> N
         assert (again.code, again.result["exit"], again.states) == (0, 0, {"done": "landed", "long": "cancelled"})
 
 
-async def test_retry_on_a_live_run_has_a_failed_task_tried_again(repository: Repository) -> None:
+@pytest.mark.parametrize("keys", [{}, {"workflow": "one"}], ids=["plain", "workflow"])
+async def test_retry_of_a_failed_task_on_a_live_run_unblocks_its_dependents(
+    repository: Repository, keys: dict[str, Any]
+) -> None:
     """It gets all of its attempts again, and what it blocked goes on."""
     tasks: list[dict[str, Any]] = [
-        {"id": "flaky", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1},
+        {"id": "flaky", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1, **keys},
         {"id": "after", "prompt": "write after.txt x", "needs": ["flaky"]},
         {"id": "long", "prompt": "hang"},
     ]
-    child = repository.start("run", str(repository.configure(tasks)), "--json")
+    workflows: dict[str, Any] = {"workflows": {"one": [{"build": {}}]}} if keys else {}
+    child = repository.start("run", str(repository.configure(tasks, **workflows)), "--json")
     has_begun(repository, "long")
     wait_for(lambda: repository.council("status", "--json").states["flaky"] == "failed")
     assert repository.council("retry", "flaky", "--json").code == 0

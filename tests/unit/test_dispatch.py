@@ -310,3 +310,16 @@ def test_what_all_the_rest_waits_for_is_told() -> None:
     assert board.awaited() == {}
     board.wait("a", 31.0)
     assert board.awaited() == {}
+
+
+@pytest.mark.parametrize("adapters", [None, ("y",)])
+def test_sync_task_of_a_retried_task_waits_for_its_needs(adapters: tuple[str, ...] | None) -> None:
+    """Another process retries a dependent before its need: it starts only after that has landed."""
+    statuses = {"a": TaskStatus.FAILED, "b": TaskStatus.CANCELLED}
+    board = DispatchBoard.of({"a": DispatchEntry(), "b": DispatchEntry(("a",))}, statuses)
+    board.sync_task("b", TaskStatus.PENDING, 0.0, adapters)
+    assert started(board) == []
+    board.sync_task("a", TaskStatus.PENDING, 0.0, adapters)
+    assert started(board) == ["a"]
+    board.landed("a")
+    assert started(board) == ["b"]

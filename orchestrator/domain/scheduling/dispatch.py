@@ -285,7 +285,15 @@ class DispatchBoard:
             if state is not _BUILT:
                 self._leave(task, _BUILT)
                 self._queue.keep_paths(task, self._entries[task].owns)
-        elif state is _RUNNING or state is _BUILT or adapters is not None:
+        else:
+            self._sync_pending(task, until, adapters, keeps_paths=keeps_paths)
+
+    def _sync_pending(self, task: str, until: float, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
+        has_started = self._state[task] is _RUNNING or self._state[task] is _BUILT
+        if not has_started and (self._missing[task] or task in self.blocked):
+            if adapters is not None:
+                self.place(task, adapters, keeps_paths=keeps_paths)
+        elif has_started or adapters is not None:
             self.wait(task, until, adapters, keeps_paths=keeps_paths)
 
     def entry(self, task: str) -> DispatchEntry:

@@ -129,7 +129,7 @@ class LocalWork:
         elif adapter not in self._unavailable_adapters:
             self.board.open(adapter)
 
-    def show(self, task: str, retry_in: float) -> None:
+    def show(self, task: str, retry_in: float = 0.0) -> None:
         """Update a task on the board; a retry starts after `retry_in` seconds."""
         self._wait_for_subtasks(task)
         status, until = self._ledger.task(task).status, self._clock.monotonic() + retry_in
@@ -139,27 +139,13 @@ class LocalWork:
         adapters, keeps = self._phase_adapters(task)
         self.board.sync_task(task, status, until, adapters, keeps_paths=keeps)
 
-    def wait(self, task: str, delay: float = 0.0) -> None:
-        """Let a task continue at its phase after `delay` seconds."""
-        self._wait_for_subtasks(task)
-        adapters, keeps = self._phase_adapters(task)
-        self.board.wait(task, self._clock.monotonic() + delay, adapters, keeps_paths=keeps)
-
-    def continue_task(self, task: str) -> None:
-        """Continue a task after an approval or rejection.
+    def resume(self, task: str) -> None:
+        """Continue a task that a person has retried, approved or rejected.
 
         One whose session is still ending continues by itself.
         """
         if task not in self.active_attempts:
-            self.wait(task)
-
-    def revive(self, task: str) -> None:
-        """Retry an ended task; one whose session is still ending is retried after that."""
-        if task in self.active_attempts:
-            return
-        self._wait_for_subtasks(task)
-        self._place(task)
-        self.board.revive(task)
+            self.show(task)
 
     def _phase_adapters(self, task: str) -> tuple[tuple[str, ...] | None, bool]:
         """Return the adapters of a task's phase, and whether it keeps its paths.
@@ -188,7 +174,7 @@ class LocalWork:
         """
         if task in self.active_attempts:
             return
-        self.show(task, 0.0)
+        self.show(task)
         if self._ledger.task(task).status in {TaskStatus.QUEUED, TaskStatus.LANDING}:
             self.merge_queue.waiting.append(task)
 

@@ -95,7 +95,7 @@ class Scheduler:
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)
         self._peers = PeerSync(
-            ledger, context, pool, self._local, self._budgets, clock, self._halt, lambda: self._is_start_blocked
+            ledger, context, pool, self._local, self._budgets, self._halt, lambda: self._is_start_blocked
         )
         self._deferred_until = 0.0
         self._final_tries_left = MAX_FINAL_LANDINGS
@@ -160,7 +160,7 @@ class Scheduler:
             self._merge_queue.waiting.extend(own_tasks)
         async with anyio.create_task_group() as services:
             services.start_soon(self._peers.follow)
-            services.start_soon(self._peers.handle_requests)
+            services.start_soon(self._peers.requests.run)
             services.start_soon(self._run_monitor_as_leader)
             if self._context.session_service is not None:
                 services.start_soon(self._context.session_service.follow_lock_breaks)
@@ -239,7 +239,7 @@ class Scheduler:
             return None
         if self._local.has_open_subtasks(task):  # subtasks that another process created
             await self._ledger.load_new_tasks()
-            self._local.wait(task)
+            self._local.show(task)
             self._local.wake()
             return None
         obstacle = self._budgets.find_obstacle(task, spec) or await self._check_retry_limit(task)
@@ -431,7 +431,7 @@ class Scheduler:
             await cancel_task(self._ledger, task)
             status = TaskStatus.CANCELLED
         if status not in CLAIMED_STATUSES:
-            self._local.show(task, 0.0)
+            self._local.show(task)
             return
         pause = DEFERRED_RETRY_DELAY if self._local.active_attempts else FINAL_LANDING_DELAY
         if not self._merge_queue.deferred or not self._local.active_attempts:

@@ -15,6 +15,7 @@ from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.runs.model import (
     FINAL_STATUSES,
     RETRYABLE_STATUSES,
+    AdapterDocument,
     RequestAction,
     RunDocument,
     RunRequest,
@@ -207,25 +208,57 @@ async def is_handled(store: Store, run: str, request: RunRequest) -> bool:
     return await store.get(request_key(run, request.id)) is None
 
 
-async def apply_request(ledger: Ledger, request: RunRequest) -> None:
-    """Apply a request to a run in which this process has no work; others may have."""
-    for task in request.tasks:
+class RequestHandler:
+    """Applies requests to a run in which this process has no work; others may have."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    async def apply(self, request: RunRequest) -> None:
+        """Apply a request, and record that it was completed."""
+        for task in request.tasks:
+            await self._apply(request, task)
+        if request.action is RequestAction.IGNORE:
+            await self._record_ignored(request)
+        for adapter in request.adapters:
+            self._show_adapter(adapter, await self._ledger.enable_adapter(adapter))
+        failpoint("request.applied")
+        await self._ledger.complete_request(request)
+
+    async def _apply(self, request: RunRequest, task: str) -> None:
         match request.action:
             case RequestAction.RETRY:
-                for subtask in await subtasks_to_cancel(ledger, task, request.phase):
-                    await cancel_task(ledger, subtask)
-                await retry_task(ledger, task, request.phase)
+                for subtask in await subtasks_to_cancel(self._ledger, task, request.phase):
+                    await self._cancel(subtask)
+                is_changed = await retry_task(self._ledger, task, request.phase)
             case RequestAction.APPROVE:
-                await approve_phase(ledger, task, request.reason)
+                is_changed = await approve_phase(self._ledger, task, request.reason)
             case RequestAction.REJECT:
-                await reject_phase(ledger, task, request.reason)
+                is_changed = await reject_phase(self._ledger, task, request.reason)
             case _:
-                await cancel_task(ledger, task)
-    await record_ignored(ledger, request)
-    for adapter in request.adapters:
-        await ledger.enable_adapter(adapter)
-    failpoint("request.applied")
-    await ledger.complete_request(request)
+                await self._cancel(task)
+                return
+        if is_changed:
+            self._show_task(task)
+
+    async def _record_ignored(self, request: RunRequest) -> None:
+        """Record on cancelled tasks why they are ignored.
+
+        Tasks that landed in the meantime stay landed.
+        """
+        for task in request.tasks:
+            if self._ledger.task(task).status is TaskStatus.CANCELLED:
+                changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
+                await self._ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
+
+    async def _cancel(self, task: str) -> None:
+        await cancel_task(self._ledger, task)
+
+    def _show_task(self, task: str) -> None:
+        """Let this process see a task that continues."""
+
+    def _show_adapter(self, adapter: str, document: AdapterDocument) -> None:
+        """Let this process see the new state of an adapter."""
 
 
 async def cancel_task(ledger: Ledger, task: str) -> bool:
@@ -259,17 +292,6 @@ async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
         if not await ledger.claim(task, is_asked=True) and ledger.is_claimed_elsewhere(task):
             return False
     return False
-
-
-async def record_ignored(ledger: Ledger, request: RunRequest) -> None:
-    """Record on cancelled tasks why they are ignored.
-
-    Tasks that landed in the meantime stay landed.
-    """
-    for task in request.tasks if request.action is RequestAction.IGNORE else ():
-        if ledger.task(task).status is TaskStatus.CANCELLED:
-            changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
-            await ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
 
 
 async def subtasks_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tuple[str, ...]:
