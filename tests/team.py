@@ -16,6 +16,7 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.contexts import SessionContext
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import SessionWorkspace
+from orchestrator.engine.session_api.locks import SessionLocks
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.service import SessionService
 from orchestrator.errors import RefusedError
@@ -66,20 +67,8 @@ class SessionTeam:
         self.contexts = SessionContexts(
             self.store, self.clock, scope, redactor, orchestrator=self.name, claim=self.claims.get
         )
-        self.session_service = SessionService(
-            store=self.store,
-            clock=self.clock,
-            git=self.yard.git,
-            contexts=self.contexts,
-            memory=self.memory,
-            files=self.files,
-            registry=self.registry,
-            redactor=redactor,
-            orchestrator=self.name,
-            claim=self.claims.get,
-            elsewhere=self._elsewhere,
-            lock_timeout=self.lock_timeout,
-        )
+        locks = SessionLocks(self.contexts, self.files, self.registry, self.lock_timeout)
+        self.session_service = SessionService(self.contexts, self.memory, locks, self.yard.git, self._elsewhere)
 
     async def join(self, task: str, attempt: int = 1, *, owns: Sequence[str] = ()) -> SessionName:
         """Begin a session in a worktree of its own, under a claim, with what its task owns."""

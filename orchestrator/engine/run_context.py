@@ -25,6 +25,7 @@ from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import find_workspace
+from orchestrator.engine.session_api.locks import SessionLocks
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.service import SessionService
 from orchestrator.engine.state.ledger import Ledger
@@ -273,18 +274,12 @@ def with_session_service(
     def claim(session: SessionName) -> Guard | None:
         return None if claims is None else claims.guard(session.task)
 
+    contexts = SessionContexts(store, clock, scope, redactor, orchestrator=me, claim=claim)
     service = SessionService(
-        store=store,
-        clock=clock,
-        git=context.git,
-        contexts=SessionContexts(store, clock, scope, redactor, orchestrator=me, claim=claim),
-        memory=NoteStore(store, clock, scope, redactor),
-        files=FileLocks(project.file_locks, clock),
-        registry=context.registry,
-        redactor=redactor,
-        orchestrator=me,
-        claim=claim,
-        elsewhere=partial(find_workspace, store, context.adapters, project.logs_folder, redactor),
-        lock_timeout=lock_timeout,
+        contexts,
+        NoteStore(store, clock, scope, redactor),
+        SessionLocks(contexts, FileLocks(project.file_locks, clock), context.registry, lock_timeout),
+        context.git,
+        partial(find_workspace, store, context.adapters, project.logs_folder, redactor),
     )
     return replace(context, session_service=service, tools=replace(context.tools, session_service=service))

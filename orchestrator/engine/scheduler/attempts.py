@@ -271,7 +271,7 @@ class AttemptRunner:
         """
         if self.context.session_service is None:
             return None
-        return format_notes(await self.context.session_service.memory.find_relevant(task, spec.owns))
+        return format_notes(await self.context.session_service.notes.find_relevant(task, spec.owns))
 
     async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | OwnershipConflict | OutdatedBase:
         """Return the writes that claim the paths of a task.

@@ -100,22 +100,22 @@ class SessionContexts:
         claim: Callable[[SessionName], Guard | None] = lambda _: None,
     ) -> None:
         """Write as the process `orchestrator`, each record under the guard that `claim` returns for it."""
-        self._store, self._clock, self._scope, self._redactor = store, clock, scope, redactor
-        self._orchestrator, self._claim = orchestrator, claim
+        self.store, self.clock, self._scope, self.redactor = store, clock, scope, redactor
+        self.orchestrator, self.claim = orchestrator, claim
         self._own: dict[SessionName, _OwnRecord] = {}
 
     async def begin(self, session: SessionName, adapter: str) -> SessionContext:
         """Record the start of a session."""
-        now = self._clock.now()
+        now = self.clock.now()
         context = SessionContext(
             **session._asdict(),
             adapter=adapter,
-            orchestrator=self._orchestrator,
+            orchestrator=self.orchestrator,
             scope=self._scope,
             started=now,
             updated=now,
         )
-        self._own[session] = _OwnRecord(context, claim=self._claim(session))
+        self._own[session] = _OwnRecord(context, claim=self.claim(session))
         return await self._note(session, {})
 
     async def update(self, session: SessionName, **changes: Unpack[SessionStatusUpdate]) -> SessionContext:
@@ -153,13 +153,13 @@ class SessionContexts:
         Safe to repeat, and for a session of another process that was killed.
         """
         if session not in self._own:
-            document = await self._store.get(context_key(session))
+            document = await self.store.get(context_key(session))
             if document is None or document.damaged:
                 return
             context = SessionContext.model_validate_json(document.encoded)
             if context.status is SessionStatus.DONE:
                 return
-            self._own[session] = _OwnRecord(context, document.version, self._claim(session))
+            self._own[session] = _OwnRecord(context, document.version, self.claim(session))
         try:
             await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
         except LeaseLost:  # the process that took over the task records its status
@@ -169,12 +169,12 @@ class SessionContexts:
 
     async def read(self, session: SessionName) -> SessionContext | None:
         """Return the record of a session of any process; None if there is none."""
-        document = await self._store.get(context_key(session))
+        document = await self.store.get(context_key(session))
         return None if document is None or document.damaged else SessionContext.model_validate_json(document.encoded)
 
     async def all(self, run: str | None = None) -> list[SessionContext]:
         """Return the records of this scope's sessions, of all processes, in all runs or in one."""
-        return [context for context in await read_contexts(self._store, run) if context.scope == self._scope]
+        return [context for context in await read_contexts(self.store, run) if context.scope == self._scope]
 
     async def sessions_on_file(self, path: str) -> list[SessionContext]:
         """Return the sessions that work on a file or have locked it."""
@@ -190,7 +190,7 @@ class SessionContexts:
 
     async def clean(self, after: float = STALE_CONTEXT_SECONDS) -> list[str]:
         """See `clean_contexts`."""
-        return await clean_contexts(self._store, self._clock.now(), after)
+        return await clean_contexts(self.store, self.clock.now(), after)
 
     def _owned(self, session: SessionName) -> _OwnRecord:
         own = self._own.get(session)
@@ -209,15 +209,15 @@ class SessionContexts:
         values = {name: self._fit(name, value) for name, value in changes.items()}
         # Concurrent writes of one process would conflict with each other.
         async with own.write_lock:
-            own.context = own.context.model_copy(update={**values, "updated": self._clock.now()})
+            own.context = own.context.model_copy(update={**values, "updated": self.clock.now()})
             for left in reversed(range(_MAX_TRIES)):
                 write = Write(context_key(session), own.version, own.context.to_json(), STALE_CONTEXT_SECONDS)
                 try:
-                    await self._store.commit(Commit([write], (), [own.claim] if own.claim else [], durable=False))
+                    await self.store.commit(Commit([write], (), [own.claim] if own.claim else [], durable=False))
                 except VersionConflict:
                     if not left:
                         raise
-                    document = await self._store.get(context_key(session))
+                    document = await self.store.get(context_key(session))
                     own.version = document.version if document else 0
                 else:
                     own.version = await self._version(session, own.version)
@@ -228,14 +228,14 @@ class SessionContexts:
         """Return the version that a write created: the next one, or for a new record whatever the store assigned."""
         if written:
             return written + 1
-        document = await self._store.get(context_key(session))
+        document = await self.store.get(context_key(session))
         return document.version if document else 0
 
     def _fit(self, name: str, value: Any) -> Any:
         if name not in _TEXT_LIMITS or value is None:
             return value
         # Programs that truncate text can leave half a surrogate pair, which no store accepts.
-        text = self._redactor.text(str(value).encode(errors="replace").decode()).strip()
+        text = self.redactor.text(str(value).encode(errors="replace").decode()).strip()
         return text if len(text) <= _TEXT_LIMITS[name] else f"{text[: _TEXT_LIMITS[name] - 1]}…"
 
 
