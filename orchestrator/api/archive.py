@@ -31,6 +31,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Store
 from orchestrator.repo.git.change_counts import Changes, count
 from orchestrator.repo.git.command import Git
+from orchestrator.repo.git.reading import CommitSummary, read_commits
 from orchestrator.repo.intake import diffs
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.landing import salvage
@@ -240,7 +241,10 @@ class Archive:
 
     async def kept(self, run: str) -> list[PreservedWork]:
         """Return all preserved work of a run that is not on the target."""
-        found = [await self._describe(one) for one in await salvage.list_unmerged_work(await self._git(run), run)]
+        git = await self._git(run)
+        listed = await salvage.list_unmerged_work(git, run)
+        commits = await read_commits(git, [one.commit for one in listed])
+        found = [await self._describe(one, commits[one.commit]) for one in listed]
         if await self._is_live(run):
             return found
         return [*found, *[await self._worktree(one) for one in await self._leftover_worktrees(run)]]
@@ -314,9 +318,9 @@ class Archive:
     def _redactor(self) -> Redactor:
         return Redactor(secret_values(self._environ))
 
-    async def _describe(self, one: UnmergedWork) -> PreservedWork:
-        document = await read_task(self._store, one.run, one.task)
-        return PreservedWork(one.name, one.run, one.task, document.status, one.subject, one.commit, one.committed, None)
+    async def _describe(self, one: UnmergedWork, made: CommitSummary) -> PreservedWork:
+        status = (await read_task(self._store, one.run, one.task)).status
+        return PreservedWork(one.name, one.run, one.task, status, made.subject, one.commit, made.committed, None)
 
     async def _worktree(self, one: Worktree) -> PreservedWork:
         document = await read_task(self._store, one.run, one.task)

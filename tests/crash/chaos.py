@@ -262,7 +262,7 @@ class ChaosTrial:
         if not any((self.repository.top / ".council").glob("logs/*/")):
             return False
         ended = self._ask("status")
-        if ended.code == 2 and "there is no run" not in ended.stderr:
+        if ended.code == 2 and not any(what in ended.stderr for what in ("there is no run", "council has not run")):
             self.findings.append(f"`council status` printed {ended.stdout} {ended.stderr}")
         return ended.code != 2
 
@@ -321,6 +321,8 @@ class ChaosTrial:
             self._begin("run", str(self._config))
         for one in self.commands:
             one.join(max(began + END_TIMEOUT - time.monotonic(), 0))
+        if not self._has_run():  # it was killed before it recorded anything
+            self._wait(began, "run", str(self._config))
         self._resume(began)
         while (again := self._given_up()) and time.monotonic() < began + END_TIMEOUT:
             self._wait(began, "retry", *again)

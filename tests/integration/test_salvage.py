@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git
+from orchestrator.repo.git.reading import read_commits
 from orchestrator.repo.intake.diffs import diff_commits, diff_session
 from orchestrator.repo.landing import salvage
 from orchestrator.repo.source.upstream import UpstreamRepository
@@ -70,8 +71,9 @@ async def test_kept_work_is_listed_and_found(place: Place, work: str) -> None:
     run1 = await salvage.list_unmerged_work(place.git, "run1")
     assert len(run1) == 5
     found = salvage.find_unmerged_work(run1, "task/1/stash")
-    assert (found.ref, found.commit, found.subject) == ("refs/salvage/run1/task.1/stash", work, "work")
-    assert found.committed > 1_600_000_000
+    assert (found.ref, found.commit) == ("refs/salvage/run1/task.1/stash", work)
+    (made,) = (await read_commits(place.git, [work])).values()
+    assert (made.subject, made.committed > 1_600_000_000) == ("work", True)
     assert salvage.find_unmerged_work(all_runs, "run2/task/1").run == "run2"
     with pytest.raises(RefusedError, match="exists in several runs"):
         salvage.find_unmerged_work(all_runs, "task/1")
@@ -89,6 +91,26 @@ async def test_differences_are_shown(place: Place, work: str) -> None:
     assert b"\x1b[" not in shown
     assert b"README.md" in await diff_commits(place.git, place.base, work, stat=True)
     assert b"+changed" not in await diff_commits(place.git, place.base, work, stat=True)
+
+
+async def test_reading_ignores_git_variables_of_the_environment(
+    place: Place, work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could relocate the repository, or start a program for a diff."""
+    expected = await diff_commits(place.git, place.base, work), await salvage.list_unmerged_work(place.git)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    variables = {
+        "GIT_DIR": str(tmp_path), "GIT_WORK_TREE": str(tmp_path), "GIT_OBJECT_DIRECTORY": str(tmp_path),
+        "GIT_EXTERNAL_DIFF": str(program), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "diff.external",
+        "GIT_CONFIG_VALUE_0": str(program), "GIT_PAGER": str(program), "GIT_TRACE": str(tmp_path / "started"),
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (await diff_commits(place.git, place.base, work), await salvage.list_unmerged_work(place.git)) == expected
+    assert (await read_commits(place.git, [work]))[work].subject == "work"
+    assert not (tmp_path / "started").exists()
 
 
 async def test_a_live_session_is_looked_at_without_a_trace(place: Place) -> None:

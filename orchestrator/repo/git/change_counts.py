@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from orchestrator.repo.git.command import Git, is_object_id
+from orchestrator.repo.git.reading import diff_trees
 
 # Runs no configured program, and makes the output independent of settings.
 PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")
@@ -31,7 +32,7 @@ class Changes:
 
 async def count(git: Git, base: str, commit: str) -> Changes:
     """Count the changes between two commits."""
-    return parse_numstat((await git("diff-tree", "-r", *COUNTS, base, commit)).stdout.splitlines())
+    return parse_numstat((await diff_trees(git, base, commit, COUNTS)).splitlines())
 
 
 async def count_many(git: Git, commits: Mapping[str, str | None]) -> dict[str, Changes]:

@@ -71,7 +71,7 @@ _SILENT_SERVER: Final = re.compile(
     r" and the repository exists\."
 )
 _LOCKED: Final = re.compile(r"(?:Unable to create '|could not lock config file )(.+?)(?:'|): File exists")
-_CONFIG_FLAGS: Final = tuple(flag for item in _HARMLESS_CONFIG for flag in ("-c", item))
+CONFIG_FLAGS: Final = tuple(flag for item in _HARMLESS_CONFIG for flag in ("-c", item))
 
 _COMMON_ENV: Final = {
     "LC_ALL": "C",
@@ -219,7 +219,7 @@ class Git:
         failpoint("git.starting")
         base = user_environment(self.environ) if self.as_user else sealed_environment(self.environ)
         command = run(
-            ["git", *_CONFIG_FLAGS, *self.flags, *args],
+            ["git", *CONFIG_FLAGS, *self.flags, *args],
             env={**base, **({"GIT_DIR": str(self.git_dir)} if self.git_dir else {}), **(env or {})},
             cwd=cwd or self.git_dir,
             input=input_,

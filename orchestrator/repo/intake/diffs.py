@@ -14,6 +14,7 @@ import anyio.to_thread
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, parse_numstat
 from orchestrator.repo.git.command import Git, printable_name
+from orchestrator.repo.git.reading import diff_trees
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.session_commits import link_session_objects
@@ -32,7 +33,7 @@ _COUNT_TIMEOUT = 30.0
 
 async def diff_commits(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
     """Return the diff of two commits as git prints it: quoted file names, unchanged contents."""
-    return (await git("diff-tree", "-r", *_options(stat=stat), base, commit)).stdout
+    return await diff_trees(git, base, commit, _options(stat=stat))
 
 
 async def diff_commits_bounded(git: Git, base: str, commit: str) -> str:

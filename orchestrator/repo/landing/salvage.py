@@ -14,6 +14,7 @@ import anyio.to_thread
 from orchestrator.errors import GitError, RefusedError, to_unusable_error
 from orchestrator.repo.git.command import GITLINK_MODE, Git, parse_raw_diff, printable_name
 from orchestrator.repo.git.embedded_repositories import find_embedded_repository
+from orchestrator.repo.git.reading import list_refs
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
@@ -27,7 +28,6 @@ class UnmergedWork:
     """A ref that preserves work of a task.
 
     `part` is the attempt's number or `conflict` for a branch, `<attempt>/<name>` for other salvaged commits.
-    `committed` is the committer's time in seconds since 1970.
     """
 
     ref: str
@@ -35,8 +35,6 @@ class UnmergedWork:
     task: str
     part: str
     commit: str
-    committed: int
-    subject: str
 
     @property
     def name(self) -> str:
@@ -50,16 +48,12 @@ class UnmergedWork:
 async def list_unmerged_work(git: Git, run: str | None = None) -> list[UnmergedWork]:
     """Return all preserved work of a run, or of all runs, sorted by run and name."""
     inside = f"{run}/" if run else ""
-    listed = await git(
-        "for-each-ref", "--format=%(refname)%00%(objectname)%00%(committerdate:unix)%00%(subject)",
-        f"{_WORK}{inside}", f"{_SALVAGE}{inside}",
-    )  # fmt: skip
-    rows = [row.split("\0", 3) for row in listed.stdout.decode(errors="replace").split("\n")[:-1]]
-    parsed = (_parse_ref(*row) for row in rows)
+    refs = await list_refs(git, f"{_WORK}{inside}", f"{_SALVAGE}{inside}")
+    parsed = (_parse_ref(ref, commit) for ref, commit in refs.items())
     return sorted((work for work in parsed if work is not None), key=lambda work: (work.run, work.task, work.part))
 
 
-def _parse_ref(ref: str, commit: str, committed: str, subject: str) -> UnmergedWork | None:
+def _parse_ref(ref: str, commit: str) -> UnmergedWork | None:
     is_salvaged = ref.startswith(_SALVAGE)
     parts = ref.removeprefix(_SALVAGE if is_salvaged else _WORK).split("/")
     if len(parts) != 3:
@@ -68,7 +62,7 @@ def _parse_ref(ref: str, commit: str, committed: str, subject: str) -> UnmergedW
     if is_salvaged:
         task, _, attempt = task.rpartition(".")
         part = f"{attempt}/{part}"
-    return UnmergedWork(ref, run, task, part, commit, int(committed or 0), subject)
+    return UnmergedWork(ref, run, task, part, commit)
 
 
 def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> UnmergedWork:

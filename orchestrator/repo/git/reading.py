@@ -1,0 +1,96 @@
+"""Read refs, commits and diffs of our own repositories with GitPython."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio.to_thread
+
+from orchestrator.errors import GitError
+from orchestrator.repo.git.command import CONFIG_FLAGS, Git, sealed_environment
+
+if TYPE_CHECKING:
+    import git
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CommitSummary:
+    """A commit's subject line, and its committer's time in seconds since 1970."""
+
+    subject: str
+    committed: int
+
+
+@cache
+def _sealed_repo() -> type[git.Repo]:
+    # Late: importing GitPython takes as long as all our other imports together.
+    import git  # noqa: PLC0415
+
+    class SealedGit(git.Git):
+        """GitPython's processes without the caller's environment: it could relocate the repository or run programs."""
+
+        def execute(self, command: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+            variables = (f"{name}={value}" for name, value in sealed_environment(self.environment()).items())
+            return super().execute(["env", "-i", *variables, "git", *CONFIG_FLAGS, *command[1:]], *args, **kwargs)
+
+    class SealedRepo(git.Repo):
+        GitCommandWrapperType = SealedGit
+
+    return SealedRepo
+
+
+async def _read(repository: Git, read: Callable[[git.Repo], T]) -> T:
+    """Run `read` on a repository of ours, in a thread; GitError if it can't be read."""
+    return await anyio.to_thread.run_sync(partial(_open_and_read, repository, read))
+
+
+def _open_and_read(repository: Git, read: Callable[[git.Repo], T]) -> T:
+    repo = _sealed_repo()
+    from git.exc import GitError as GitPythonError  # noqa: PLC0415  as above
+
+    try:
+        with repo(repository.git_dir, expand_vars=False) as opened:
+            opened.git.update_environment(PATH=repository.environ.get("PATH", ""))
+            return read(opened)
+    except (GitPythonError, ValueError, OSError) as error:  # ValueError: a missing or unreadable object
+        raise GitError(["cat-file"], 128, f"{repository.git_dir}: {error}") from error
+
+
+async def list_refs(repository: Git, *prefixes: str) -> dict[str, str]:
+    """Return the object ids of the refs below prefixes such as `refs/heads/`, by full name."""
+
+    def read(opened: git.Repo) -> dict[str, str]:
+        from git import Reference  # noqa: PLC0415  as above
+
+        refs = (ref for prefix in prefixes for ref in Reference.iter_items(opened, prefix))
+        return {str(ref.path): Reference.dereference_recursive(opened, ref.path) for ref in refs}
+
+    return await _read(repository, read)
+
+
+async def read_commits(repository: Git, commits: Collection[str]) -> dict[str, CommitSummary]:
+    """Return the summaries of commits, by id."""
+
+    def read(opened: git.Repo) -> dict[str, CommitSummary]:
+        found = {commit: opened.commit(commit) for commit in commits}
+        return {
+            commit: CommitSummary(str(one.summary), int(one.committed_datetime.timestamp()))
+            for commit, one in found.items()
+        }
+
+    return await _read(repository, read)
+
+
+async def diff_trees(repository: Git, base: str, commit: str, options: Sequence[str]) -> bytes:
+    """Return the output of `git diff-tree -r` with options of ours."""
+
+    def read(opened: git.Repo) -> bytes:
+        exact = {"stdout_as_string": False, "strip_newline_in_stdout": False}
+        return bytes(opened.git.diff_tree("-r", *options, base, commit, **exact))
+
+    return await _read(repository, read)
