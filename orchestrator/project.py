@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import randbelow
 
 from orchestrator.config.store import MEMORY, check_store_url, folder_url
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Document, Key
+from orchestrator.system.files import atomic_write
 
 COUNCIL_FOLDER = ".council"
 _LONGEST_URL = 1 << 16
@@ -65,11 +66,7 @@ class Project:
         if url is None or url == MEMORY:  # a memory store is lost with its process
             self.store_file.unlink(missing_ok=True)
             return
-        staged = self.store_file.with_name(f"{self.store_file.name}.{randbelow(10**12)}.new")
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:  # private: it may contain a password
-            file.write(f"{url}\n")
-        staged.replace(self.store_file)
+        atomic_write(self.store_file, f"{url}\n", mode=0o600)  # private: it may contain a password
 
     @property
     def log_file(self) -> Path:
@@ -189,13 +186,8 @@ def exclude_from_git(git_dir: Path) -> None:
         return
     exclude.parent.mkdir(exist_ok=True)
     separator = b"" if not before or before.endswith(b"\n") else b"\n"
-    staged = exclude.with_name(
-        f"{exclude.name}.{randbelow(10**12)}.new"
-    )  # concurrent runs of one process need separate files
-    staged.write_bytes(before + separator + line + b"\n")
-    if exclude.exists():
-        staged.chmod(exclude.stat().st_mode)
-    staged.replace(exclude)
+    mode = stat.S_IMODE(exclude.stat().st_mode) if exclude.exists() else 0o644
+    atomic_write(exclude, before + separator + line + b"\n", mode=mode)
 
 
 def find_stale_exclude_files(git_dir: Path) -> dict[Path, float]:

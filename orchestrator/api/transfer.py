@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 import anyio
 from anyio import to_thread
@@ -17,12 +18,16 @@ from orchestrator.errors import RefusedError
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.project import council_home
 from orchestrator.protocols import Store
-from orchestrator.state.log.identity import adopt_store, check_trusted
+from orchestrator.state.log.identity import IDENTITY_FILE, adopt_store, check_trusted, find_log
 from orchestrator.state.stores.file import require_store
 from orchestrator.state.transfer.copying import CopyResult, copy_store, export_to_stream, import_from_stream
-from orchestrator.state.transfer.export_file import StagedFile
-from orchestrator.state.transfer.target import TargetFolder
 from orchestrator.system.clock import Clock, SystemClock
+from orchestrator.system.files import StagedFile
+
+#: The files of a store without any commit.
+_EMPTY_STORE: Final = ("lock", "compaction.lock")
+#: Errors of a path at which no file can be created.
+_IMPOSSIBLE_PATH: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 
 @asynccontextmanager
@@ -73,7 +78,7 @@ async def open_target(
         async with open_store(url, plugins=plugins, clock=clock, environ=environ) as store:
             yield store
         return
-    target = await to_thread.run_sync(TargetFolder, folder, within)
+    target = await to_thread.run_sync(_TargetFolder, folder, within)
     try:
         async with open_store(url, plugins=plugins, clock=clock, environ=environ) as store:
             yield store
@@ -131,14 +136,47 @@ async def export_store(
     now = (clock or SystemClock()).now()
     if not isinstance(file, str | Path):
         return await export_to_stream(store, file, now)
-    staged = await to_thread.run_sync(partial(StagedFile, Path(file), force=force))
+    staged = await to_thread.run_sync(_stage_export, Path(file), force)
     try:
-        copied = await export_to_stream(store, staged.stream, now)
-        await to_thread.run_sync(staged.put)
+        copied = await export_to_stream(store, staged.file, now)
+        await to_thread.run_sync(_publish_export, staged, Path(file), force)
     finally:
         with anyio.CancelScope(shield=True):
             await to_thread.run_sync(staged.discard)
     return copied
+
+
+def _stage_export(path: Path, force: bool) -> StagedFile:
+    _check_export_path(path, force)
+    try:
+        return StagedFile(path)
+    except OSError as error:
+        if error.errno in _IMPOSSIBLE_PATH:
+            what = f"{path} can't be created: {(error.strerror or str(error)).lower()}"
+            raise RefusedError(what, "name a file in an existing folder") from None
+        raise
+
+
+def _publish_export(staged: StagedFile, path: Path, force: bool) -> None:
+    try:
+        _check_export_path(path, force)
+        staged.publish(durable=True, replace=force)
+    except FileExistsError:
+        _check_export_path(path, force)
+        raise
+
+
+def _check_export_path(path: Path, force: bool) -> None:
+    if os.path.isdir(path):  # noqa: PTH112  a name that is too long is reported later
+        raise RefusedError(f"{path} is a folder", "name a file")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink():  # replacing it would leave its target unchanged, and outdated
+        raise RefusedError(f"{path} is a link", "name its target")
+    if not path.is_file():  # never replace a device or a pipe
+        raise RefusedError(f"{path} is not a regular file", "name one, or write to it with `- > FILE`")
+    if not force:
+        raise RefusedError(f"{path} exists already", "name another file, or replace it with --force")
 
 
 async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult:
@@ -148,3 +186,48 @@ async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult
     if not await to_thread.run_sync(os.path.isfile, file):
         raise RefusedError(f"there is no file {file}", "name one that `council state export` wrote")
     return await import_from_stream(str(file), lambda: Path(file).open("rb"), store)
+
+
+class _TargetFolder:
+    """The target folder of a copied store. Blocks."""
+
+    _REMEDY: Final = "name a folder that exists or can be created"
+
+    def __init__(self, folder: Path, source: Path | None) -> None:
+        """Check a folder, which need not exist; `source` is the folder of the original, if it has one.
+
+        RefusedError if it is inside the source, can't be a folder, or has files other than those of a store: they would
+        be mixed up with the store's files.
+        """
+        self._folder = folder
+        try:
+            self._is_store = find_log(folder) is not None
+            self._check(source)
+            self._created = [one for one in (folder, *folder.parents) if not one.exists()]
+        except OSError as error:
+            what = f"{folder} can't be used: {(error.strerror or str(error)).lower()}"
+            raise RefusedError(what, self._REMEDY) from None
+
+    def _check(self, source: Path | None) -> None:
+        folder = self._folder
+        nearest = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+        if not nearest.is_dir():
+            raise RefusedError(f"{nearest} is not a folder", self._REMEDY)
+        if source is not None and folder != source and folder.resolve().is_relative_to(source.resolve()):
+            raise RefusedError(f"{folder} is inside of the store to copy", "name a folder outside of it")
+        if not self._is_store and folder.is_dir() and any(folder.iterdir()):
+            raise RefusedError(f"{folder} has other files, and no store", "name a folder that is new or empty")
+
+    def undo(self) -> None:
+        """Remove all created files and folders, unless something was committed."""
+        if self._is_store or not self._folder.is_dir():
+            return
+        log = find_log(self._folder)
+        if log is not None:
+            if log.is_dir() and any(one.name not in _EMPTY_STORE for one in log.iterdir()):
+                return
+            (self._folder / IDENTITY_FILE).unlink()
+            shutil.rmtree(log, ignore_errors=True)
+        with suppress(OSError):  # it is not empty: another program added files
+            for folder in self._created:
+                folder.rmdir()

@@ -13,13 +13,10 @@ trackers:
 
 from __future__ import annotations
 
-import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import mkstemp
 from textwrap import dedent
 from typing import ClassVar, Final, Self
 
@@ -32,6 +29,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
 from orchestrator.protocols import PathOption, RecordedEvent, TrackedTask
 from orchestrator.repo.git.command import Git
+from orchestrator.system.files import atomic_write
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -153,22 +151,7 @@ class ChecklistTracker:
             if item.id in done and not item.done:
                 data = data[: item.offset] + b"x" + data[item.offset + 1 :]
         if data != before:
-            _replace(path, data)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    descriptor, name = mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
+            atomic_write(path, data, mode=stat.S_IMODE(path.stat().st_mode), durable=True)
 
 
 @hookimpl

@@ -23,10 +23,9 @@ from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Wri
 from orchestrator.state.documents.log_reader import follow_log
 from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.state.documents.validation import LOCK_KIND, filter_readable, find_document_error
-from orchestrator.state.log.boot import boot_id
 from orchestrator.state.log.codec import MAX_TTL
 from orchestrator.system.clock import Clock
-from orchestrator.system.process_table import start_ticks
+from orchestrator.system.process_table import boot_id, start_ticks
 
 LockMode = Literal["read", "write"]
 

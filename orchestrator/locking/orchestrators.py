@@ -34,9 +34,8 @@ from orchestrator.errors import (
     describe_validation_error,
 )
 from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
-from orchestrator.state.log.boot import boot_id
 from orchestrator.system.clock import Clock
-from orchestrator.system.process_table import start_ticks
+from orchestrator.system.process_table import boot_id, start_ticks
 
 _KIND = "orchestrator"
 

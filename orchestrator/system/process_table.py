@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+
+#: The boot id on systems without one: all of their boots count as one.
+UNKNOWN_BOOT = "0" * 32
 
 
 class ProcessStat:
@@ -46,3 +50,16 @@ def process_ids() -> list[int]:
         return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208  (the same)
     except FileNotFoundError:
         return []
+
+
+@cache
+def boot_id() -> str:
+    """Return the id of the current boot: data in memory is lost at the next one.
+
+    On Linux it has 32 hexadecimal digits; elsewhere it is `UNKNOWN_BOOT`.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:  # noqa: PTH123  (pathlib is a slow import)
+            return file.read().strip().replace("-", "")
+    except FileNotFoundError:
+        return UNKNOWN_BOOT

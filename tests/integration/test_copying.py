@@ -25,9 +25,9 @@ import zstandard
 from orchestrator.api.transfer import copy_state, export_store, import_store, open_store
 from orchestrator.errors import HistoryCompacted, RefusedError, StoreUnavailable
 from orchestrator.protocols import Commit, CommitRecord, Document, DocumentVersion, Event, Key, Store, Write
-from orchestrator.state.log import journal
+from orchestrator.state.log import reading
+from orchestrator.state.log.loading import Staging
 from orchestrator.state.log.segments import list_segments
-from orchestrator.state.log.staging import Staging
 from orchestrator.state.stores import file as file_store
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
@@ -370,11 +370,11 @@ async def test_a_file_that_is_cut_off_is_refused(exported: Path, tmp_path: Path,
     whole, store = exported.read_bytes(), MemoryStore(clock)
     for end in {*range(0, len(whole), 17), *range(len(whole) - 20, len(whole))}:
         told_why = await refused(whole[:end], store)
-        assert "it is cut off" in told_why or "it is empty" in told_why
-    assert "behind its end" in await refused(whole + b"\n", store)
-    assert "behind its end" in await refused(whole + whole, store)
+        assert "it is truncated" in told_why or "it is empty" in told_why
+    assert "data after its end" in await refused(whole + b"\n", store)
+    assert "data after its end" in await refused(whole + whole, store)
     async with FileStore.open(tmp_path / "target", clock) as target:
-        assert "it is cut off" in await refused(whole[: len(whole) // 2], target)
+        assert "it is truncated" in await refused(whole[: len(whole) // 2], target)
         assert not files(tmp_path / "target") & {"loading", "loaded"}
         with pytest.raises(RefusedError, match="there is no file"):
             await import_store(tmp_path / "none", target)
@@ -410,15 +410,15 @@ async def test_what_is_no_export_is_refused(exported: Path, clock: ManualClock) 
     newer = json.dumps({**header, "version": 2, "more": True}).encode() + b"\n"
     assert "version 2" in await refused(packed([newer, *lines[1:]]), store)
     assert "newer" in await refused(packed([newer, *lines[1:]]), store)
-    assert "no export of the state" in await refused(b"# a text\n", store)
-    assert "no export of the state" in await refused(packed([b"{}\n"]), store)
-    assert "no JSON object" in await refused(packed([b"text\n"]), store)
+    assert "not an export of the state" in await refused(b"# a text\n", store)
+    assert "not an export of the state" in await refused(packed([b"{}\n"]), store)
+    assert "not a JSON object" in await refused(packed([b"text\n"]), store)
     assert "checksum" in await refused(packed([*lines[:5], *lines[6:]]), store)
     fewer = json.dumps({**footer, "commits": 1}).encode() + b"\n"
     assert "checksum" in await refused(packed([*lines[:-1], fewer]), store)
-    assert "behind its end" in await refused(packed([*lines, b"{}\n"]), store)
-    assert "cut off" in await refused(packed(lines[:-1]), store)
-    assert "cut off" in await refused(packed([*lines[:-1], lines[-1].rstrip()]), store)
+    assert "data after its end" in await refused(packed([*lines, b"{}\n"]), store)
+    assert "truncated" in await refused(packed(lines[:-1]), store)
+    assert "truncated" in await refused(packed([*lines[:-1], lines[-1].rstrip()]), store)
     assert "position" in await refused(packed([lines[0], b'{"position": 0}\n']), store)
     bad = lines[1].replace(b'"n":0', b'"n":NaN', 1)
     assert bad != lines[1]
@@ -442,7 +442,7 @@ async def test_what_is_no_export_is_refused(exported: Path, clock: ManualClock) 
         ({"documents": [{"version": 1 << 64}]}, "documents.0.version"),
         ({"documents": [{"version": (1 << 64) - 1}]}, "documents.0.version"),
         ({"documents": [{"previous": 1 << 64}]}, "documents.0.previous"),
-        ({"documents": [{"previous": 1}]}, "was written before by 1"),
+        ({"documents": [{"previous": 1}]}, "names commit 1 as the previous one"),
         ({"documents": [{}, {}]}, "one commit writes it twice"),
     ],
 )
@@ -509,7 +509,7 @@ async def test_a_file_is_replaced_only_by_force(exported: Path, source: FileStor
     with pytest.raises(RefusedError, match="is a folder"):
         await export_store(source, tmp_path / "source", force=True)
     os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
-    with pytest.raises(RefusedError, match="is no file"):
+    with pytest.raises(RefusedError, match="is not a regular file"):
         await export_store(source, tmp_path / "pipe", force=True)
     assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "link").symlink_to(exported)
@@ -530,7 +530,7 @@ async def test_an_export_that_can_not_be_written_leaves_nothing(source: FileStor
     with pytest.raises(OSError, match="No space"):
         await export_to_stream(source, Full(), 0.0)
     for place in (tmp_path / "none/file", tmp_path / "source/lock/file", tmp_path / ("long" * 100)):
-        with pytest.raises(RefusedError, match="name a file in a folder that is there"):
+        with pytest.raises(RefusedError, match="name a file in an existing folder"):
             await export_store(source, place)
     assert files(tmp_path) == {"source"}
 
@@ -546,7 +546,7 @@ async def test_a_place_that_was_taken_meanwhile_is_left_alone(
         return await export_to_stream(store, stream, time)
 
     monkeypatch.setattr("orchestrator.api.transfer.export_to_stream", export_and_lose)
-    with pytest.raises(RefusedError, match="there already"):
+    with pytest.raises(RefusedError, match="exists already"):
         await export_store(source, place)
     assert place.read_text() == "first"
     assert files(tmp_path) == {"source", "file"}
@@ -570,7 +570,7 @@ async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.Mon
 
 async def test_large_logs_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commits are read and written in parts, whatever the length of the log."""
-    for module in (file_store, journal):
+    for module in (file_store, reading):
         monkeypatch.setattr(module, "PART_BYTES", 4_000)
     clock, most = ManualClock(), 0
     async with (

@@ -67,7 +67,7 @@ async def test_through_a_pipe(project: Repository, tmp_path: Path) -> None:
     half = subprocess.run(
         [*council, *where], cwd=tmp_path, env=project.environ, input=sent.stdout[:900], capture_output=True, check=False
     )
-    assert (half.returncode, b"cut off" in half.stderr) == (2, True), half
+    assert (half.returncode, b"truncated" in half.stderr) == (2, True), half
     whole = subprocess.run(
         [*council, *where], cwd=tmp_path, env=project.environ, input=sent.stdout, capture_output=True, check=True
     )
@@ -91,10 +91,10 @@ async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Pa
     for words, error, remedy in (
         (["copy", str(tmp_path / "other"), str(tmp_path / "copy")], "there is no state in", "the folder of a store"),
         (["copy", ".council/state", str(tmp_path / "taken")], "not empty", "such as a new folder"),
-        (["export", "file"], "there already", "--force"),
-        (["export", "nowhere/file"], "can't be made", "in a folder that is there"),
+        (["export", "file"], "exists already", "--force"),
+        (["export", "nowhere/file"], "can't be created", "in an existing folder"),
         (["export", "out", "--state", "none"], "there is no state in /", "the folder of a store"),
-        (["import", "text", "--state", str(tmp_path / "copy")], "no export of the state", "export the state anew"),
+        (["import", "text", "--state", str(tmp_path / "copy")], "not an export of the state", "export the state again"),
     ):
         refused = project.council("state", *words, "--json")
         assert (refused.code, refused.result["status"]) == (2, "refused"), (words, refused)

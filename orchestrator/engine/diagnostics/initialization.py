@@ -25,6 +25,7 @@ from orchestrator.repo.git.command import Git, check_version, split_nul
 from orchestrator.repo.source.branches import find_base_branch
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
+from orchestrator.system.files import atomic_write
 
 #: The type that runs any program; the user fills in its options.
 COMMAND_ADAPTER = "command"
@@ -154,9 +155,7 @@ def _write_schema(project: Project, git_dir: Path, text: str) -> Path:
     exclude_from_git(git_dir)
     project.create()
     path = project.folder / "schema.json"
-    staged = _stage(path, text)
-    staged.chmod(0o600)
-    staged.replace(path)
+    atomic_write(path, text)
     return path
 
 

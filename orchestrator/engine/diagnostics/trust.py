@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from secrets import token_hex
 
 import anyio.to_thread
 
 from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.system.file_lock import FileLock
+from orchestrator.system.files import atomic_write
 
 #: If 1, every file is trusted: for continuous integration and other unattended use.
 TRUST_VARIABLE = "COUNCIL_TRUST"
@@ -78,13 +78,4 @@ def _read(path: Path) -> dict[str, list[str]]:
 
 
 def _write(path: Path, files: Mapping[str, Sequence[str]]) -> None:
-    staged = path.with_name(f"{path.name}.{token_hex(8)}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"version": 1, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    atomic_write(path, json.dumps({"version": 1, "files": files}, indent=1), durable=True)

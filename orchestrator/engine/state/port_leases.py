@@ -15,7 +15,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Document, Key, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
+from orchestrator.system.files import atomic_write
 
 #: Range of blocks: below the ephemeral ports of outgoing connections (ip(7), RFC 6335).
 DEFAULT_PORTS: Final = range(20000, 30000)
@@ -228,12 +228,7 @@ def _read(slot: Path) -> tuple[int, ...]:
 
 
 def _write(slot: Path, lease: PortLease) -> None:
-    staged = slot / f"{_FILE}.{secrets.token_hex(4)}.new"
-    try:
-        staged.write_text(json.dumps(_content(slot, lease)))
-        staged.replace(slot / _FILE)
-    finally:
-        staged.unlink(missing_ok=True)
+    atomic_write(slot / _FILE, json.dumps(_content(slot, lease)))
 
 
 def _content(slot: Path, lease: PortLease) -> dict[str, object]:

@@ -20,6 +20,7 @@ import anyio.to_thread
 
 from orchestrator.repo.git.command import Git, printable_name, split_nul
 from orchestrator.repo.source.user_checkouts import LocalRepository, list_checkouts
+from orchestrator.system.files import atomic_write
 
 #: The hook that updates a checkout for a push (githooks(5)).
 UPDATE_HOOK: Final = "push-to-checkout"
@@ -203,10 +204,7 @@ def _write_hooks(folder: Path, scripts: Mapping[str, str]) -> None:
         if path.name not in scripts:
             path.unlink()
     for name, script in scripts.items():
-        staged = folder / f"{name}.new"
-        staged.write_text(script)
-        staged.chmod(0o700)
-        staged.replace(folder / name)
+        atomic_write(folder / name, script, mode=0o700)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.store import folder_url
+from orchestrator.system.files import atomic_write
 
 _FILE = "origin.json"
 _PASSWORD = re.compile(r"//[^/@]*@")
@@ -102,9 +103,7 @@ def record_user(root: Path, user: HubUser) -> None:
     )
     if after == before:
         return
-    staged = root / f"{_FILE}.new"
-    staged.write_text(json.dumps(_encoded(after)))
-    staged.replace(root / _FILE)
+    atomic_write(root / _FILE, json.dumps(_encoded(after)), is_locked=True)
 
 
 def read_origin(root: Path) -> HubOrigin | None:

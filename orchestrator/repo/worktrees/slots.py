@@ -31,6 +31,7 @@ from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.repo.worktrees.hub import Hub, is_inside_hub
 from orchestrator.system.file_lock import FileLock
+from orchestrator.system.files import atomic_write
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -139,9 +140,7 @@ def write_record(slot: WorktreeSlot, record: SlotRecord, snapshot: TreeSnapshot)
 
 def assign_slot(slot: WorktreeSlot, session: Path, record: SlotRecord) -> None:
     """Assign a slot to a session; the caller holds its lock, and may continue only if this returns. Blocks."""
-    staged = slot.root / "user.new"
-    staged.write_bytes(os.fsencode(session))
-    staged.rename(slot.root / "user")
+    atomic_write(slot.root / "user", os.fsencode(session), is_locked=True)
     (slot.root / "record.json").unlink(missing_ok=True)
     _write_json(slot.root / "made.json", {"unignored": record.unignored})
 
@@ -203,6 +202,4 @@ def _within(hub: Hub, folder: Path) -> list[Path]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    staged = path.with_name(f"{path.name}.new")
-    staged.write_text(json.dumps(value, separators=(",", ":")))
-    staged.rename(path)
+    atomic_write(path, json.dumps(value, separators=(",", ":")), is_locked=True)

@@ -11,8 +11,11 @@ A value is cut out of the payload by its length, without parsing.
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import re
+import socket
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -390,3 +393,12 @@ def _encode(subject: str, value: Any) -> bytes:
 
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
+def get_writer_name() -> str:
+    """Return `user@host:pid` of this process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}:{os.getpid()}"

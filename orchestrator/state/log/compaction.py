@@ -10,11 +10,10 @@ import os
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
-from typing import Final
 
 from orchestrator.protocols import VERSIONS_KEPT, Key
 from orchestrator.state.log.codec import DecodedLine, LogLine, encode_line, prune_line, scan, without_damaged_payload
@@ -23,15 +22,11 @@ from orchestrator.state.log.segments import (
     Segment,
     find_line,
     list_segments,
-    make_durable,
-    open_private,
     open_segment,
-    sync_folder,
 )
 from orchestrator.state.log.table import DocumentTable
 from orchestrator.system.failpoints import failpoint
-
-_NEW: Final = ".new"
+from orchestrator.system.files import StagedFile, sync_folder
 
 
 def pack_closed_segments(directory: Path) -> None:
@@ -141,17 +136,13 @@ def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Itera
 
 
 def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = None) -> None:
-    """Write a file atomically and durably."""
-    staged = path.with_name(f"{path.name}.{token_hex(6)}{_NEW}")
+    """Write a file atomically and durably; `held` is entered for the replacement."""
+    staged = StagedFile(path)
     try:
-        with open(staged, "xb", opener=open_private) as file:
-            file.write(data)
-        make_durable(staged)
-        with held or nullcontext():
-            staged.rename(path)
+        staged.file.write(data)
+        staged.publish(durable=True, held=held)
     finally:
-        staged.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        staged.discard()
 
 
 def remove_replaced_segments(directory: Path) -> None:
@@ -161,5 +152,5 @@ def remove_replaced_segments(directory: Path) -> None:
     replaced = [name for name in names if name.endswith((".jsonl", ".jsonl.zst")) and name not in log]
     if replaced:
         sync_folder(directory)  # the process that added the newer ones may have died before its sync
-    for name in (*replaced, *(name for name in names if name.endswith(_NEW))):
+    for name in (*replaced, *(name for name in names if name.endswith(".new"))):
         (directory / name).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from typing import Final
 
 from orchestrator.config.store import require_local_folder
 from orchestrator.errors import RefusedError, to_unusable_error
-from orchestrator.state.log.segments import make_folder, sync_folder
+from orchestrator.system.files import atomic_write, make_folder, open_private, sync_folder
 
 IDENTITY_FILE: Final = "identity"
 _IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
@@ -89,12 +89,8 @@ def _recover_identity(folder: Path, home: Path | None) -> Path | None:
 
 def _write_identity(folder: Path, name: str) -> None:
     """Set the identity of a folder, unless another process has set one."""
-    staged = folder / f"{IDENTITY_FILE}.{token_hex(8)}"
-    _write(staged, name, os.O_EXCL)
     with suppress(FileExistsError):
-        os.link(staged, folder / IDENTITY_FILE)
-    staged.unlink()
-    sync_folder(folder)
+        atomic_write(folder / IDENTITY_FILE, f"{name}\n", durable=True, replace=False)
 
 
 def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
@@ -180,14 +176,9 @@ def _record(home: Path, name: str, folder: str) -> None:
     if name.encode() in _known(home):
         return
     make_folder(home)
-    # The leading newline ends a line that a crash left unfinished.
-    _write(home / _KNOWN, f"\n{name} {json.dumps(folder)}", os.O_APPEND)
-    sync_folder(home)
-
-
-def _write(path: Path, text: str, flag: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flag, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(f"{text}\n".encode())
+    with open(home / _KNOWN, "ab", opener=open_private) as file:
+        # The leading newline ends a line that a crash left unfinished.
+        file.write(f"\n{name} {json.dumps(folder)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(home)

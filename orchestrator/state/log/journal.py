@@ -18,31 +18,26 @@ from typing import Final, TypeGuard
 from orchestrator.errors import (
     DISK_FULL_ERRNOS,
     RESOURCE_REMEDIES,
-    HistoryCompacted,
     StateError,
     StateLost,
     StoreFull,
     StoreUnavailable,
 )
 from orchestrator.protocols import (
-    CommitRecord,
     CompactionResult,
     Damage,
-    DumpedCommit,
     Key,
     StateSnapshot,
     VerificationReport,
 )
 from orchestrator.state.log import snapshot
-from orchestrator.state.log.boot import boot_id
 from orchestrator.state.log.codec import (
     DecodedLine,
     EncodedCommit,
     IncompleteLine,
     encode_line,
     find_never_durable,
-    to_dumped,
-    to_record,
+    get_writer_name,
 )
 from orchestrator.state.log.compaction import (
     build_repaired_table,
@@ -52,35 +47,30 @@ from orchestrator.state.log.compaction import (
     prune_segments,
     remove_replaced_segments,
 )
-from orchestrator.state.log.dump_checks import damaged_log_error, not_empty_error
+from orchestrator.state.log.loading import Staging, install_loaded, not_empty_error
 from orchestrator.state.log.mounts import refuse_network_mount
 from orchestrator.state.log.packing import Checksum, read_content_checksum
-from orchestrator.state.log.replay import LogReplay
+from orchestrator.state.log.reading import LogReplay, check_retained, replay_until
 from orchestrator.state.log.segments import (
     HighWaterMark,
     LogCursor,
     LogLock,
     LogLostError,
-    PrunedEnd,
     Segment,
     SegmentListing,
     append,
     create_segment,
     list_segments,
-    make_durable,
-    make_folder,
     pruned_through,
     rewrite,
     segment_size,
-    sync_folder,
     truncate,
 )
-from orchestrator.state.log.staging import Staging, install_loaded
-from orchestrator.state.log.table import CommitStage, DocumentTable
-from orchestrator.state.log.versions import rebuild_state
-from orchestrator.state.log.writer_name import get_writer_name
+from orchestrator.state.log.table import CommitStage, DocumentTable, rebuild_state
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
+from orchestrator.system.files import make_durable, make_folder, sync_folder
+from orchestrator.system.process_table import boot_id
 
 _REMEDIES: Final = {
     **RESOURCE_REMEDIES,
@@ -92,8 +82,6 @@ _REMEDIES: Final = {
 }
 _AT_ONCE_BYTES: Final = 16 << 10
 """The bytes to read or write on the event loop at most: some ten recent commits, or commits without sync."""
-PART_BYTES: Final = 1 << 20
-"""The bytes to read or write per call in a thread."""
 
 
 @dataclass(slots=True)
@@ -206,11 +194,11 @@ class Journal:
         """Replay the whole log, and compare the result with the table."""
         replay = LogReplay()
         with closing(LogCursor(self._directory)) as cursor:
-            _read_on(replay, cursor, self._lock.read())  # most of it while others may commit
+            replay_until(replay, cursor, self._lock.read())  # most of it while others may commit
             with self._io:
                 self._follow(self._lock.read())
                 mark = self._seen
-                _read_on(replay, cursor, mark)
+                replay_until(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
                 damaged, differs = replay.table.compare(self._replay.table)
         if replay.damage:  # what we know and the log does not tell any more is what the damage has hit
@@ -327,7 +315,7 @@ class Journal:
             with self._lock.held():
                 self._recover()
         elif mark != self._seen:
-            _read_on(self._replay, self._cursor, mark)
+            replay_until(self._replay, self._cursor, mark)
             self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
             self._seen = mark
 
@@ -539,50 +527,3 @@ def _known_position(mark: HighWaterMark | None) -> int:
     if mark is None:
         return 0
     return mark.position if mark.boot == boot_id() else mark.durable
-
-
-def _read_on(replay: LogReplay, cursor: LogCursor, mark: HighWaterMark | None) -> None:
-    for found in cursor.read(mark) if mark else ():
-        replay.take(found)
-
-
-def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCommit]:
-    """Return the next commits up to the end; RefusedError if one of them is unreadable."""
-    commits, size = list[DumpedCommit](), 0
-    for found in cursor.read(end):
-        if isinstance(found.item, PrunedEnd):
-            continue
-        if not isinstance(found.item, DecodedLine) or found.item.line.is_damaged:
-            raise damaged_log_error(commits[-1].position if commits else 0)
-        commits.append(to_dumped(found.item.line))
-        size += len(found.item.line.payload)
-        if size >= PART_BYTES:
-            break
-    return commits
-
-
-def check_retained(directory: Path, after: int) -> None:
-    """Raise HistoryCompacted if commits after position `after` are pruned."""
-    first = pruned_through(directory)
-    if after < first:
-        raise HistoryCompacted(after, first)
-
-
-def read_records(
-    directory: Path, cursor: LogCursor, until: HighWaterMark, after: int
-) -> tuple[list[CommitRecord], bool]:
-    """Return the next records after position `after`, and True if `until` is reached."""
-    records, start = [], (cursor.segment, cursor.offset)
-    try:
-        for found in cursor.read(until):
-            if cursor.segment != start[0]:
-                check_retained(directory, after)
-            if isinstance(found.item, DecodedLine) and found.item.line.position > after:
-                records.append(to_record(found.item.line))
-                after = found.item.line.position
-            if cursor.segment != start[0] or cursor.offset - start[1] >= PART_BYTES:
-                return records, False
-    except FileNotFoundError:
-        check_retained(directory, after)
-        raise
-    return records, True

@@ -9,34 +9,11 @@ from typing import Final
 from orchestrator.errors import RefusedError
 
 # Without 9p and virtiofs: containers and virtual machines use them for a local disk of their host.
-NETWORK_FILE_SYSTEMS: Final = frozenset(
-    {
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "coda",
-        "fuse.ceph",
-        "fuse.ceph-fuse",
-        "fuse.gcsfuse",
-        "fuse.glusterfs",
-        "fuse.juicefs",
-        "fuse.rclone",
-        "fuse.s3fs",
-        "fuse.sshfs",
-        "gfs2",
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "ncpfs",
-        "nfs",
-        "nfs4",
-        "ocfs2",
-        "orangefs",
-        "smb3",
-        "smbfs",
-    }
-)
+NETWORK_FILE_SYSTEMS: Final = frozenset({
+    "afs", "beegfs", "ceph", "cifs", "coda", "fuse.ceph", "fuse.ceph-fuse", "fuse.gcsfuse", "fuse.glusterfs",
+    "fuse.juicefs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs",
+    "nfs4", "ocfs2", "orangefs", "smb3", "smbfs",
+})  # fmt: skip
 
 
 def refuse_network_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> None:

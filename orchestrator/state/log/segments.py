@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import re
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from orchestrator.state.log.boot import UNKNOWN
 from orchestrator.state.log.codec import DecodedLine, IncompleteLine, LogLine, ScanResult, UnreadableBytes, scan
 from orchestrator.state.log.packing import Checksum, SegmentReader
+from orchestrator.system.files import open_private, opened, sync_file, sync_folder
+from orchestrator.system.process_table import UNKNOWN_BOOT
 
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 148
@@ -43,7 +43,7 @@ class HighWaterMark(NamedTuple):
     """The offset up to which that segment is known to be durable; all earlier segments are."""
     durable: int = 0
     """The position up to which the log is durable."""
-    boot: str = UNKNOWN
+    boot: str = UNKNOWN_BOOT
     """The boot of the machine in which it was written."""
     is_uncertain: bool = False
     """Whether a write failed: data after `end` was rejected, data that is not durable may never reach the disk."""
@@ -405,27 +405,12 @@ def create_segment(directory: Path, first: int) -> None:
     sync_folder(directory)
 
 
-def make_folder(directory: Path) -> None:
-    """Make a private folder where none is, and those that it is in, and make their names durable."""
-    missing = [one for one in (directory, *directory.parents) if not one.exists()]
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for one in missing:
-        with suppress(PermissionError):  # one that may be written to, but not be read
-            sync_folder(one.parent)
-
-
-def sync_folder(directory: Path) -> None:
-    """Make the entries of a folder durable."""
-    with _opened(directory, os.O_RDONLY) as fd:
-        os.fsync(fd)
-
-
 def append(path: Path, offset: int, data: bytes, *, durable: bool = True) -> int:
     """Write `data` at `offset`, and return its end. After an OSError it may be written in part."""
-    with _opened(path, os.O_WRONLY) as fd:
+    with opened(path, os.O_WRONLY) as fd:
         _write_at(fd, data, offset)
         if durable:
-            _make_durable(fd)
+            sync_file(fd)
     return offset + len(data)
 
 
@@ -437,20 +422,9 @@ def _write_at(fd: int, data: bytes, offset: int) -> None:
 
 def truncate(path: Path, offset: int) -> None:
     """Truncate a file at `offset`, durably."""
-    with _opened(path, os.O_WRONLY) as fd:
+    with opened(path, os.O_WRONLY) as fd:
         os.ftruncate(fd, offset)
-        _make_durable(fd)
-
-
-def make_durable(path: Path) -> None:
-    """Make a file durable. After an OSError the state of data that was not durable before is unknown."""
-    with _opened(path, os.O_WRONLY) as fd:
-        _make_durable(fd)
-
-
-def open_private(path: str, flags: int) -> int:
-    """Open a file that only its owner may read, once it is made: an `opener` for `open`."""
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+        sync_file(fd)
 
 
 def rewrite(path: Path, start: int, known: Checksum) -> None:
@@ -459,25 +433,9 @@ def rewrite(path: Path, start: int, known: Checksum) -> None:
     After one, the next says that all is well, though what was to be written may never get to the disk. An OSError says
     that this failed, too, or that the file's content is not what is known of it.
     """
-    with _opened(path, os.O_RDWR) as fd:
+    with opened(path, os.O_RDWR) as fd:
         data = os.pread(fd, known.size, 0)
         if Checksum(len(data), zlib.crc32(data)) != known:
             raise LogLostError("the log is not what was read from it")
         _write_at(fd, data[start:], start)
-        _make_durable(fd)
-
-
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _make_durable(fd: int) -> None:
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync there stops at the drive's own cache
-    else:
-        os.fdatasync(fd)
+        sync_file(fd)

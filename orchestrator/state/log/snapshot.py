@@ -16,15 +16,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise, repeat
 from pathlib import Path
-from secrets import randbelow
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from pydantic_core import from_json
 
 from orchestrator.state.log.packing import Checksum, read_content_checksum
-from orchestrator.state.log.segments import Segment, list_segments, open_private
+from orchestrator.state.log.segments import Segment, list_segments
 from orchestrator.state.log.table import DocumentTable, TableEntry
 from orchestrator.system.failpoints import failpoint
+from orchestrator.system.files import StagedFile
 
 SNAPSHOT_FILE: Final = "snapshot"
 #: The number of new bytes of the log from which a new snapshot is written.
@@ -64,16 +64,14 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
     state = {"position": snapshot.table.position, "sums": sums, "kinds": kinds, "writers": list(writers)}
     index = json.dumps(state).encode()
     rest = b"%08x " % len(index) + index + b"".join(values)
-    staged = directory / f"{SNAPSHOT_FILE}.{randbelow(10**12)}.new"
+    staged = StagedFile(directory / SNAPSHOT_FILE)
     try:
-        with open(staged, "wb", opener=open_private) as file:
-            file.write(b"%08x " % zlib.crc32(rest))
-            file.write(rest)
+        staged.file.writelines((b"%08x " % zlib.crc32(rest), rest))
         failpoint("state.snapshot_staged")
-        staged.rename(directory / SNAPSHOT_FILE)
+        staged.publish()
         failpoint("state.snapshot_written")
     finally:
-        staged.unlink(missing_ok=True)
+        staged.discard()
 
 
 def read_snapshot(directory: Path) -> Snapshot | None:

@@ -8,8 +8,7 @@ from itertools import groupby
 from typing import Final, NamedTuple
 
 from orchestrator.protocols import Commit, CommitRecord, Document, Dump, DumpedCommit, DumpedDocument, JsonObject, Key
-from orchestrator.state.log.codec import encode_object
-from orchestrator.state.log.writer_name import get_writer_name
+from orchestrator.state.log.codec import encode_object, get_writer_name
 
 
 class _Seen(NamedTuple):

@@ -48,21 +48,17 @@ from orchestrator.protocols import (
 )
 from orchestrator.state.log.codec import MAX_TTL, LogLine, encode_commit
 from orchestrator.state.log.compaction import log_size
-from orchestrator.state.log.dump_checks import check_intact, read_dump_lines
 from orchestrator.state.log.identity import ensure_log, require_log
 from orchestrator.state.log.journal import (
-    PART_BYTES,
     InlineResult,
     Journal,
     PendingCommit,
-    check_retained,
-    read_dumped_commits,
-    read_records,
     to_store_error,
 )
+from orchestrator.state.log.loading import Staging, check_intact, read_dump_lines
+from orchestrator.state.log.reading import PART_BYTES, check_retained, read_dumped_commits, read_records
 from orchestrator.state.log.segments import HighWaterMark, LogCursor, find_line, pruned_through
-from orchestrator.state.log.staging import Staging
-from orchestrator.state.log.versions import read_versions
+from orchestrator.state.log.table import read_versions
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 

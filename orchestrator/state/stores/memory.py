@@ -24,11 +24,9 @@ from orchestrator.protocols import (
     StoreStatistics,
     VerificationReport,
 )
-from orchestrator.state.log.codec import LogLine, encode_commit, to_dumped, to_record
-from orchestrator.state.log.dump_checks import check_intact, not_empty_error, read_dump_lines
-from orchestrator.state.log.table import CommitStage, DocumentTable
-from orchestrator.state.log.versions import read_versions, rebuild_state
-from orchestrator.state.log.writer_name import get_writer_name
+from orchestrator.state.log.codec import LogLine, encode_commit, get_writer_name, to_dumped, to_record
+from orchestrator.state.log.loading import check_intact, not_empty_error, read_dump_lines
+from orchestrator.state.log.table import CommitStage, DocumentTable, read_versions, rebuild_state
 from orchestrator.system.clock import Clock
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import IO
 
 from orchestrator.errors import InvalidDocument, RefusedError, StoreUnavailable
-from orchestrator.protocols import Dump, DumpedCommit, Key, Store
+from orchestrator.protocols import Dump, Key, Store
 from orchestrator.state.documents.validation import find_unreadable
-from orchestrator.state.log.dump_checks import not_empty_error
-from orchestrator.state.log.writer_name import get_writer_name
-from orchestrator.state.transfer.export_file import REMEDY, ExportHeader, commit_line, open_export, write_export
+from orchestrator.state.log.loading import not_empty_error
+from orchestrator.state.transfer.export_file import REMEDY, CommitDigest, open_export, write_export
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +22,7 @@ class CopyResult:
     first: int
     commits: int
     documents: int
-    """The number of documents at that position."""
+    """The number of documents in the copied store."""
     bytes: int
     """The size of all commits as JSON lines."""
     was_there: bool = False
@@ -40,60 +38,6 @@ class CopyResult:
         return self.bytes / self.packed if self.packed else None
 
 
-class CommitTally:
-    """Counts commits, and computes a checksum of their complete content."""
-
-    def __init__(self) -> None:
-        """Start with no commit."""
-        self._commits = self._bytes = 0
-        self._time = 0.0
-        self._sum = hashlib.sha256()
-        self._expires: dict[Key, float | None] = {}
-
-    async def lines(self, commits: AsyncGenerator[DumpedCommit]) -> AsyncGenerator[bytes]:
-        """Count commits, and yield their lines (see `export_file`)."""
-        async with aclosing(commits) as found:
-            async for commit in found:
-                yield self._count(commit)
-
-    async def passing(self, commits: AsyncGenerator[DumpedCommit]) -> AsyncGenerator[DumpedCommit]:
-        """Count commits, and yield them."""
-        async with aclosing(commits) as found:
-            async for commit in found:
-                self._count(commit)
-                yield commit
-
-    async def finish(self, dump: Dump, until: int) -> None:
-        """Count the commits of a dump up to a position."""
-        async with aclosing(dump.commits) as found:
-            async for commit in found:
-                if commit.position > until:
-                    return
-                self._count(commit)
-
-    def _count(self, commit: DumpedCommit) -> bytes:
-        line = commit_line(commit)
-        self._commits += 1
-        self._bytes += len(line)
-        self._sum.update(line)
-        self._time = commit.time
-        for one in commit.documents:
-            if one.encoded is None:
-                self._expires.pop(one.key, None)
-            else:
-                self._expires[one.key] = one.expires
-        return line
-
-    def copied(self, dump: Dump, *, was_there: bool = False) -> CopyResult:
-        """Return the result for a counted dump."""
-        living = [one for one in self._expires.values() if one is None or self._time < one]
-        return CopyResult(dump.position, dump.first, self._commits, len(living), self._bytes, was_there)
-
-    def is_same(self, other: CommitTally) -> bool:
-        """Return True if both have counted the same commits."""
-        return (self._commits, self._sum.digest()) == (other._commits, other._sum.digest())
-
-
 async def copy_store(source: Store, target: Store) -> CopyResult:
     """Copy a whole store into an empty one, and compare them.
 
@@ -101,17 +45,15 @@ async def copy_store(source: Store, target: Store) -> CopyResult:
     content, as after a copy that was interrupted at its very end, nothing is copied.
     """
     async with source.dump() as dump:
-        tally, was_there = await _fill(target, dump)
-    return await _compared(target, dump, tally, was_there=was_there)
+        digest, was_there = await _load(target, dump)
+    return await _compare(target, dump, digest, was_there=was_there)
 
 
 async def export_to_stream(store: Store, stream: IO[bytes], time: float) -> CopyResult:
     """Write a whole store to a stream in the format of `export_file`; `time` is the current wall-clock time."""
-    tally = CommitTally()
     async with store.dump() as dump:
-        header = ExportHeader(position=dump.position, first=dump.first, time=time, by=get_writer_name())
-        packed = await write_export(stream, header, tally.lines(dump.commits))
-    return replace(tally.copied(dump), packed=packed, unreadable=dict(await find_unreadable(store)))
+        digest, packed = await write_export(stream, dump, time)
+    return replace(await _result(store, dump, digest), packed=packed)
 
 
 async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: Store) -> CopyResult:
@@ -121,32 +63,41 @@ async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: 
     """
     async with open_export(name, opens) as (reader, dump):
         try:
-            tally, was_there = await _fill(target, dump)
+            digest, was_there = await _load(target, dump)
         except InvalidDocument as error:
             raise RefusedError(f"{name}: {error}", REMEDY) from None
-    return replace(await _compared(target, dump, tally, was_there=was_there), packed=reader.bytes)
+    return replace(await _compare(target, dump, digest, was_there=was_there), packed=reader.bytes)
 
 
-async def _fill(target: Store, dump: Dump) -> tuple[CommitTally, bool]:
-    """Load a dump, or only count it if the target may have it already; return its tally, and True if so."""
-    tally, position = CommitTally(), await target.position()
+async def _load(target: Store, dump: Dump) -> tuple[CommitDigest, bool]:
+    """Load a dump, or only read it if the target may have it already; return its digest, and True if so."""
+    digest, position = CommitDigest(), await target.position()
     if position not in {0, dump.position}:
         raise not_empty_error("the target", position)
+    commits = digest.through(dump.commits)
     if position:
-        await tally.finish(dump, dump.position)
+        async for _ in commits:
+            pass
     else:
-        await target.load(replace(dump, commits=tally.passing(dump.commits)))
-    return tally, position > 0
+        await target.load(replace(dump, commits=commits))
+    return digest, position > 0
 
 
-async def _compared(target: Store, dump: Dump, tally: CommitTally, *, was_there: bool) -> CopyResult:
+async def _compare(target: Store, dump: Dump, digest: CommitDigest, *, was_there: bool) -> CopyResult:
     """Return the result if the target, read again, has exactly the copied content."""
-    held = CommitTally()
-    async with target.dump() as found:
-        first = found.first
-        await held.finish(found, dump.position)
-    if first == dump.first and held.is_same(tally):
-        return replace(tally.copied(dump, was_there=was_there), unreadable=dict(await find_unreadable(target)))
+    copied = CommitDigest()
+    async with target.dump() as found, aclosing(found.commits) as commits:
+        async for commit in commits:
+            if commit.position > dump.position:
+                break
+            copied.add(commit)
+    if found.first == dump.first and copied.result() == digest.result():
+        return replace(await _result(target, dump, digest), was_there=was_there)
     if was_there:
         raise not_empty_error("the target", dump.position)
     raise StoreUnavailable("the target", "its content differs from the original", "remove it, and copy again")
+
+
+async def _result(store: Store, dump: Dump, digest: CommitDigest) -> CopyResult:
+    documents, unreadable = (await store.statistics()).documents, dict(await find_unreadable(store))
+    return CopyResult(dump.position, dump.first, digest.commits, documents, digest.bytes, unreadable=unreadable)

@@ -1,4 +1,4 @@
-"""A whole log in one file: JSON lines, packed as one Zstandard frame (RFC 8878), which `zstdcat` reads.
+"""A whole log in one file: JSON lines, compressed as one Zstandard frame (RFC 8878), which `zstdcat` reads.
 
     {"format": "council-state", "version": 1, "position": …, "first": …, "time": …, "by": …}
     {"position": …, "time": …, "by": …, "documents": [{"kind", "id", "version", "value", "expires", "previous"}, …],
@@ -6,21 +6,17 @@
     …
     {"commits": …, "sha256": …}
 
-The last line has the number of commits and the SHA-256 of all lines before it, so that what is cut off or changed is
-known before anything is done with it. The lines of commits are also what two stores are compared by.
+The last line has the number of commits and the SHA-256 of all lines before it, so that a truncated or changed file is
+detected before its content is used.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, suppress
-from pathlib import Path
-from secrets import token_hex
-from typing import IO, Annotated, Any, Final, Literal, NoReturn, TypeVar
+from contextlib import aclosing, asynccontextmanager
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 import orjson
 from anyio import to_thread
@@ -29,22 +25,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from orchestrator.domain.documents.times import Instant
 from orchestrator.errors import InvalidDocument, RefusedError
 from orchestrator.protocols import Dump, DumpedCommit, DumpedDocument, Event, Key
-from orchestrator.state.log.codec import MAX_COMMIT_BYTES, encode_object
-from orchestrator.state.log.segments import make_durable, open_private, sync_folder
+from orchestrator.state.log.codec import MAX_COMMIT_BYTES, encode_object, get_writer_name
+
+if TYPE_CHECKING:
+    from zstandard import ZstdCompressionObj
 
 FORMAT: Final = "council-state"
 VERSION: Final = 1
+#: The remedy for an incomplete file.
+REMEDY: Final = "export the state again, or use another copy of the file"
 
 _LEVEL: Final = 9
 _BATCH_BYTES: Final = 1 << 20
-_READ_BYTES: Final = 256  # packed: at the very worst they unpack to some 8 MB, of as many lines
+_READ_BYTES: Final = 256  # compressed: in the worst case 8 MB of lines
 _LONGEST_LINE: Final = 2 * MAX_COMMIT_BYTES
-#: What helps where a file is not whole.
-REMEDY: Final = "export the state anew, or take another copy of the file"
-
-#: Where no file can be, whoever asks.
-_NO_PLACE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
-#: The highest of what is counted: all readers of JSON tell numbers up to there apart, and there is room behind it.
+#: The highest position and version: all JSON readers distinguish numbers up to it, and higher ones remain possible.
 _HIGHEST: Final = 1 << 53
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -52,32 +47,26 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def _check_text(text: str) -> str:
     if any("\ud800" <= one <= "\udfff" for one in text):
-        raise ValueError("it holds half a surrogate pair, which is not text")
+        raise ValueError("it has half a surrogate pair, which is not text")
     return text
 
 
 _Text = Annotated[str, AfterValidator(_check_text)]
 _Position = Annotated[int, Field(ge=1, le=_HIGHEST)]
-_Before = Annotated[int, Field(ge=0, le=_HIGHEST)]
+_PositionOrNone = Annotated[int, Field(ge=0, le=_HIGHEST)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class ExportHeader(_Strict):
-    """The first line."""
-
+class _Header(_Strict):
     format: Literal["council-state"] = FORMAT
     version: Literal[1] = VERSION
-    position: _Before
-    """Of the newest commit."""
-    first: _Before
-    """Of the oldest state that can be told; of the commits up to there some are missing, in whole or in part."""
+    position: _PositionOrNone
+    first: _PositionOrNone
     time: Instant
-    """When it was exported (wall-clock seconds)."""
     by: _Text
-    """The process that did, as `user@host:pid`."""
 
 
 class _Document(_Strict):
@@ -86,7 +75,7 @@ class _Document(_Strict):
     version: _Position
     value: dict[str, Any] | None
     expires: float | None
-    previous: _Before
+    previous: _PositionOrNone
 
 
 class _Event(_Strict):
@@ -108,14 +97,14 @@ class _Footer(_Strict):
 
 
 def commit_line(commit: DumpedCommit) -> bytes:
-    """Return a commit as a line; commits of which the same is told have the same."""
+    """Return a commit as a line; equal commits have equal lines."""
     documents = b",".join(map(_document, commit.documents))
     events = b",".join(
         b'{"type":%b,"data":%b}' % (orjson.dumps(event.type), encode_object(event.type, event.data))
         for event in commit.events
     )
-    place = orjson.dumps({"position": commit.position, "time": commit.time, "by": commit.by})
-    return b'%b,"documents":[%b],"events":[%b]}\n' % (place[:-1], documents, events)
+    head = orjson.dumps({"position": commit.position, "time": commit.time, "by": commit.by})
+    return b'%b,"documents":[%b],"events":[%b]}\n' % (head[:-1], documents, events)
 
 
 def _document(one: DumpedDocument) -> bytes:
@@ -124,137 +113,100 @@ def _document(one: DumpedDocument) -> bytes:
     return b'%b,"value":%b,%b' % (name[:-1], one.encoded or b"null", rest[1:])
 
 
-class ExportWriter:
-    """Writes the lines of a dump, packed, to a stream. Its methods block."""
+class CommitDigest:
+    """The number, size and checksum of commits, to compare two stores."""
 
-    def __init__(self, stream: IO[bytes], header: ExportHeader) -> None:
-        """Begin with the header."""
-        import zstandard  # noqa: PLC0415  most processes never pack or unpack
-
-        self._stream = stream
-        self._packer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+    def __init__(self) -> None:
+        self.commits = self.bytes = 0
         self._sum = hashlib.sha256()
-        self._commits = 0
-        self.bytes = 0
-        """How many were written, packed."""
-        self._write(header.model_dump_json().encode() + b"\n")
 
-    def add(self, lines: list[bytes]) -> None:
-        """Write some commits."""
-        self._commits += len(lines)
-        self._write(b"".join(lines))
+    def add(self, commit: DumpedCommit) -> bytes:
+        """Add a commit; return its line."""
+        line = commit_line(commit)
+        self.commits, self.bytes = self.commits + 1, self.bytes + len(line)
+        self._sum.update(line)
+        return line
 
-    def finish(self) -> None:
-        """Write the last line."""
-        footer = _Footer(commits=self._commits, sha256=self._sum.hexdigest())
-        self._put(self._packer.compress(footer.model_dump_json().encode() + b"\n") + self._packer.flush())
-        self._stream.flush()
+    async def through(self, commits: AsyncGenerator[DumpedCommit]) -> AsyncGenerator[DumpedCommit]:
+        """Add commits, and yield them."""
+        async with aclosing(commits) as found:
+            async for commit in found:
+                self.add(commit)
+                yield commit
 
-    def _write(self, lines: bytes) -> None:
-        self._sum.update(lines)
+    def result(self) -> tuple[int, bytes]:
+        """Return the number of commits and their checksum, which are equal if all commits are."""
+        return self.commits, self._sum.digest()
+
+
+class _Writer:
+    """Compresses lines to a stream. Blocks."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        import zstandard  # noqa: PLC0415  most processes never compress
+
+        self._stream, self.sum, self.bytes = stream, hashlib.sha256(), 0
+        self._packer: ZstdCompressionObj = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+
+    def write(self, lines: bytes) -> None:
+        self.sum.update(lines)
         self._put(self._packer.compress(lines))
+
+    def finish(self, commits: int) -> None:
+        self.write(_Footer(commits=commits, sha256=self.sum.hexdigest()).model_dump_json().encode() + b"\n")
+        self._put(self._packer.flush())
+        self._stream.flush()
 
     def _put(self, packed: bytes) -> None:
         self._stream.write(packed)
         self.bytes += len(packed)
 
 
-async def write_export(stream: IO[bytes], header: ExportHeader, lines: AsyncGenerator[bytes]) -> int:
-    """Write the lines of commits to a stream as such a file; return how many bytes it has."""
-    writer = await to_thread.run_sync(ExportWriter, stream, header)
-    batch, size = list[bytes](), 0
-    async for line in lines:
-        batch.append(line)
-        size += len(line)
-        if size >= _BATCH_BYTES:
-            await to_thread.run_sync(writer.add, batch)
-            batch, size = [], 0
-    await to_thread.run_sync(writer.add, batch)
-    await to_thread.run_sync(writer.finish)
-    return writer.bytes
-
-
-class StagedFile:
-    """A file that is written beside its place, and put there when it is whole. Its methods block."""
-
-    def __init__(self, path: Path, *, force: bool) -> None:
-        """Begin one for `path`; RefusedError where something is there already, unless `force` says to replace it."""
-        self._path, self._force = path, force
-        self._check()
-        self._aside = path.with_name(f"{path.name}.{token_hex(6)}.new")
-        try:
-            self.stream = open(self._aside, "xb", opener=open_private)  # noqa: SIM115  it is closed by `put` or `discard`
-        except OSError as error:
-            if error.errno in _NO_PLACE:
-                what = f"{path} can't be made: {(error.strerror or str(error)).lower()}"
-                raise RefusedError(what, "name a file in a folder that is there") from None
-            raise
-
-    def put(self) -> None:
-        """Put it into its place, durably."""
-        self.stream.close()
-        make_durable(self._aside)
-        if self._force:
-            self._aside.rename(self._path)
-        else:
-            self._check()
-            try:
-                self._path.hardlink_to(self._aside)  # which, unlike a renaming, never replaces anything
-            except FileExistsError:
-                self._check()
-                raise
-            except OSError:  # a file system without links
-                self._aside.rename(self._path)
-        self._aside.unlink(missing_ok=True)
-        sync_folder(self._path.parent)
-
-    def discard(self) -> None:
-        """Leave nothing of it, unless it was put."""
-        with suppress(OSError):  # what is written last at the end of a full disk
-            self.stream.close()
-        self._aside.unlink(missing_ok=True)
-
-    def _check(self) -> None:
-        if os.path.isdir(self._path):  # noqa: PTH112  a name that is too long is told of later
-            raise RefusedError(f"{self._path} is a folder", "name a file")
-        if not os.path.lexists(self._path):
-            return
-        if self._path.is_symlink():  # to replace it would leave what it leads to as it is, and as old
-            raise RefusedError(f"{self._path} is a link", "name the file that it leads to")
-        if not self._path.is_file():  # nobody wants a device or a pipe to become one
-            raise RefusedError(f"{self._path} is no file", "name one, or write to it by `- > FILE`")
-        if not self._force:
-            raise RefusedError(f"{self._path} is there already", "name another file, or replace it with --force")
+async def write_export(stream: IO[bytes], dump: Dump, time: float) -> tuple[CommitDigest, int]:
+    """Write a dump to a stream at `time` (wall-clock seconds); return the commits' digest and the compressed size."""
+    header = _Header(position=dump.position, first=dump.first, time=time, by=get_writer_name())
+    writer, digest = await to_thread.run_sync(_Writer, stream), CommitDigest()
+    batch, size = [header.model_dump_json().encode() + b"\n"], 0
+    async with aclosing(dump.commits) as commits:
+        async for commit in commits:
+            batch.append(digest.add(commit))
+            size += len(batch[-1])
+            if size >= _BATCH_BYTES:
+                await to_thread.run_sync(writer.write, b"".join(batch))
+                batch, size = [], 0
+    await to_thread.run_sync(writer.write, b"".join(batch))
+    await to_thread.run_sync(writer.finish, digest.commits)
+    return digest, writer.bytes
 
 
 class ExportReader:
-    """Reads such a file from a stream, line by line. Its methods block; RefusedError tells what is not whole."""
+    """Reads an export from a stream, line by line. Blocks; raises RefusedError for an incomplete or invalid file."""
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
-        """Read the header; `name` is what the file is called in errors."""
-        import zstandard  # noqa: PLC0415  most processes never pack or unpack
+        """Read the header; `name` is the file's name in errors."""
+        import zstandard  # noqa: PLC0415  most processes never decompress
 
         self._name, self._stream = name, stream
         self._unpacker, self._error = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
         self._sum = hashlib.sha256()
         self._lines = self._read_lines()
         self._commits = 0
-        self._is_over = False
+        self._has_ended = False
         self.bytes = 0
-        """How many were read, packed."""
+        """The number of compressed bytes that were read."""
         self.header = self._read_header()
 
     def commits(self) -> list[DumpedCommit]:
-        """Return the next commits; none behind the last, of which it is known then that all were as they should be."""
+        """Return the next commits; none after the last, when all have been verified."""
         commits, size = list[DumpedCommit](), 0
-        while not self._is_over and size < _BATCH_BYTES:
+        while not self._has_ended and size < _BATCH_BYTES:
             line = next(self._lines, b"")
             if not line:
-                self._refuse("it is cut off")
+                self._refuse("it is truncated")
             value = self._parse(line)
             if "sha256" in value:
                 self._check_end(self._model(_Footer, value))
-                self._is_over = True
+                self._has_ended = True
             else:
                 self._sum.update(line)
                 commits.append(self._commit(value))
@@ -264,22 +216,22 @@ class ExportReader:
 
     def _check_end(self, footer: _Footer) -> None:
         if (footer.commits, footer.sha256) != (self._commits, self._sum.hexdigest()):
-            self._refuse("its content is not what its checksum says")
+            self._refuse("its content does not match its checksum")
         if next(self._lines, None) is not None:
-            self._refuse("something stands behind its end")
+            self._refuse("it has data after its end")
 
-    def _read_header(self) -> ExportHeader:
+    def _read_header(self) -> _Header:
         line = next(self._lines, b"")
         value = self._parse(line)
         if value.get("format") != FORMAT:
-            self._refuse("it is no export of the state", "name a file that `council state export` wrote")
+            self._refuse("it is not an export of the state", "name a file that `council state export` wrote")
         if value.get("version") != VERSION:
-            what = f"it has version {value.get('version')} of its format, this council reads version {VERSION}"
+            what = f"it has version {value.get('version')} of the format, this council reads version {VERSION}"
             self._refuse(what, "use the version of council that wrote it, or a newer one")
         self._sum.update(line)
-        header = self._model(ExportHeader, value)
+        header = self._model(_Header, value)
         if header.first > header.position:
-            self._refuse(f"its first position, {header.first}, is behind its newest, {header.position}")
+            self._refuse(f"its first position, {header.first}, is after its newest, {header.position}")
         return header
 
     def _read_lines(self) -> Iterator[bytes]:
@@ -291,23 +243,23 @@ class ExportReader:
             if len(rest) > _LONGEST_LINE:
                 self._refuse(f"one of its lines is longer than {_LONGEST_LINE} bytes")
         if rest:
-            self._refuse("it is cut off")
+            self._refuse("it is truncated")
 
     def _unpacked(self) -> Iterator[bytes]:
         while packed := self._stream.read(_READ_BYTES):
             self.bytes += len(packed)
             if self._unpacker.eof:
-                self._refuse("something stands behind its end")
+                self._refuse("it has data after its end")
             try:
                 data = self._unpacker.decompress(packed)
             except self._error as error:
-                self._refuse(f"it is damaged, or no export of the state ({error})")
+                self._refuse(f"it is damaged, or not an export of the state ({error})")
             if data:
                 yield data
             if self._unpacker.unused_data:
-                self._refuse("something stands behind its end")
+                self._refuse("it has data after its end")
         if not self._unpacker.eof:
-            self._refuse("it is cut off" if self.bytes else "it is empty")
+            self._refuse("it is truncated" if self.bytes else "it is empty")
 
     def _parse(self, line: bytes) -> dict[str, Any]:
         try:
@@ -315,7 +267,7 @@ class ExportReader:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            self._refuse("one of its lines is no JSON object")
+            self._refuse("one of its lines is not a JSON object")
         return value
 
     def _model(self, model: type[Model], value: dict[str, Any]) -> Model:
@@ -323,8 +275,8 @@ class ExportReader:
             return model.model_validate(value)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            self._refuse(f"behind commit {self._commits}, {place}: {first['msg']}")
+            field = ".".join(map(str, first["loc"]))
+            self._refuse(f"after commit {self._commits}, {field}: {first['msg']}")
 
     def _commit(self, value: dict[str, Any]) -> DumpedCommit:
         found = self._model(_Commit, value)
@@ -333,7 +285,7 @@ class ExportReader:
             for one in found.documents:
                 key = Key(one.kind, one.id)
                 if one.previous >= found.position:
-                    self._refuse(f"commit {found.position} says that {key} was written before by {one.previous}")
+                    self._refuse(f"commit {found.position} names commit {one.previous} as the previous one of {key}")
                 encoded = None if one.value is None else encode_object(key, one.value)
                 documents.append(DumpedDocument(key, one.version, encoded, one.expires, one.previous))
         except InvalidDocument as error:
@@ -347,9 +299,8 @@ class ExportReader:
 
 @asynccontextmanager
 async def open_export(name: str, opens: Callable[[], IO[bytes]]) -> AsyncIterator[tuple[ExportReader, Dump]]:
-    """Open such a file as a dump; what is wrong with it is raised before the last commits are given."""
-    with ExitStack() as files:
-        stream = files.enter_context(await to_thread.run_sync(opens))
+    """Open an export as a dump; errors are raised before the last commits are yielded."""
+    with await to_thread.run_sync(opens) as stream:
         reader = await to_thread.run_sync(ExportReader, name, stream)
         yield reader, Dump(reader.header.position, reader.header.first, _commits(reader))
 

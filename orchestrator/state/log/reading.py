@@ -1,14 +1,20 @@
-"""Replay scanned lines of the log into a table, and report damage."""
+"""Read the log: replay it into a table, with reports of damage, or return its records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
-from orchestrator.protocols import Damage, Key
-from orchestrator.state.log.codec import DecodedLine
-from orchestrator.state.log.segments import PrunedEnd, ScannedItem
+from orchestrator.errors import HistoryCompacted
+from orchestrator.protocols import CommitRecord, Damage, DumpedCommit, Key
+from orchestrator.state.log.codec import DecodedLine, to_dumped, to_record
+from orchestrator.state.log.loading import damaged_log_error
+from orchestrator.state.log.segments import HighWaterMark, LogCursor, PrunedEnd, ScannedItem, pruned_through
 from orchestrator.state.log.table import DocumentTable
+
+PART_BYTES: Final = 1 << 20
+"""The bytes to read or write per call in a thread."""
 
 
 class LogReplay:
@@ -76,3 +82,51 @@ class LogReplay:
         elif self._suspects:
             self.report(path, offset, (), "bytes that are no commit: skipped, no commit is missing")
         self._suspects.clear()
+
+
+def replay_until(replay: LogReplay, cursor: LogCursor, mark: HighWaterMark | None) -> None:
+    """Replay the log from a cursor up to a mark."""
+    for found in cursor.read(mark) if mark else ():
+        replay.take(found)
+
+
+def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCommit]:
+    """Return the next commits up to the end; RefusedError if one of them is unreadable."""
+    commits, size = list[DumpedCommit](), 0
+    for found in cursor.read(end):
+        if isinstance(found.item, PrunedEnd):
+            continue
+        if not isinstance(found.item, DecodedLine) or found.item.line.is_damaged:
+            raise damaged_log_error(commits[-1].position if commits else 0)
+        commits.append(to_dumped(found.item.line))
+        size += len(found.item.line.payload)
+        if size >= PART_BYTES:
+            break
+    return commits
+
+
+def check_retained(directory: Path, after: int) -> None:
+    """Raise HistoryCompacted if commits after position `after` are pruned."""
+    first = pruned_through(directory)
+    if after < first:
+        raise HistoryCompacted(after, first)
+
+
+def read_records(
+    directory: Path, cursor: LogCursor, until: HighWaterMark, after: int
+) -> tuple[list[CommitRecord], bool]:
+    """Return the next records after position `after`, and True if `until` is reached."""
+    records, start = [], (cursor.segment, cursor.offset)
+    try:
+        for found in cursor.read(until):
+            if cursor.segment != start[0]:
+                check_retained(directory, after)
+            if isinstance(found.item, DecodedLine) and found.item.line.position > after:
+                records.append(to_record(found.item.line))
+                after = found.item.line.position
+            if cursor.segment != start[0] or cursor.offset - start[1] >= PART_BYTES:
+                return records, False
+    except FileNotFoundError:
+        check_retained(directory, after)
+        raise
+    return records, True

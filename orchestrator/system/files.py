@@ -1,0 +1,123 @@
+"""Write files atomically, and make files and folders durable. Everything here blocks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from secrets import randbelow
+
+
+def atomic_write(
+    path: Path,
+    data: bytes | str,
+    *,
+    mode: int = 0o600,
+    durable: bool = False,
+    replace: bool = True,
+    is_locked: bool = False,
+) -> None:
+    """Write a file so that readers and crashes see the old content or the new one, never a part.
+
+    With `durable` it survives a power failure. Without `replace`, FileExistsError if the file exists. With `is_locked`
+    the caller holds a lock for the file: the temporary file then has a fixed name, and is reused after a kill.
+    """
+    staged = StagedFile(path, mode=mode, is_locked=is_locked)
+    try:
+        staged.file.write(data.encode() if isinstance(data, str) else data)
+        staged.publish(durable=durable, replace=replace)
+    finally:
+        staged.discard()
+
+
+class StagedFile:
+    """A temporary file next to its final path: `<name>.<digits>.new`. Call `discard` at the end in any case."""
+
+    def __init__(self, path: Path, *, mode: int = 0o600, is_locked: bool = False) -> None:
+        """Create the temporary file."""
+        self._path = path
+        flag = os.O_TRUNC if is_locked else os.O_EXCL
+        self.path = path.with_name(f"{path.name}.new" if is_locked else f"{path.name}.{randbelow(10**12)}.new")
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flag, 0o600)
+        self.file = os.fdopen(descriptor, "wb")
+        if mode != 0o600:
+            os.fchmod(descriptor, mode)
+
+    def publish(
+        self, *, durable: bool = False, replace: bool = True, held: AbstractContextManager[None] | None = None
+    ) -> None:
+        """Give the file its final path; see `atomic_write`. `held` is entered for the replacement."""
+        with self.file as file:
+            file.flush()
+            if durable:
+                sync_file(file.fileno())
+        with held or nullcontext():
+            if replace or not self._link():
+                self.path.replace(self._path)
+        if durable:
+            sync_folder(self._path.parent)
+
+    def _link(self) -> bool:
+        """Give the file its final path, unlike a rename only if that is free; return False if links don't exist."""
+        try:
+            self._path.hardlink_to(self.path)
+        except FileExistsError:
+            raise
+        except OSError:
+            if os.path.lexists(self._path):
+                raise FileExistsError(self._path) from None
+            return False
+        return True
+
+    def discard(self) -> None:
+        """Remove the temporary file, unless it was published."""
+        with suppress(OSError):  # on a full disk the remaining data can't be written
+            self.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def make_folder(directory: Path) -> None:
+    """Create a private folder and its parents if missing, and make their names durable."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in missing:
+        with suppress(PermissionError):  # a folder that can be written to but not read
+            sync_folder(one.parent)
+
+
+def sync_folder(directory: Path) -> None:
+    """Make the entries of a folder durable."""
+    with opened(directory, os.O_RDONLY) as fd:
+        os.fsync(fd)
+
+
+def make_durable(path: Path) -> None:
+    """Make a file durable. After an OSError the state of data that was not durable before is unknown."""
+    with opened(path, os.O_WRONLY) as fd:
+        sync_file(fd)
+
+
+def sync_file(fd: int) -> None:
+    """Make the content of an open file durable."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync there stops at the drive's own cache
+    else:
+        os.fdatasync(fd)
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that only its owner can read if it is created: an `opener` for `open`."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """Open an existing file or folder, and yield the descriptor."""
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
