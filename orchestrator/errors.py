@@ -363,3 +363,9 @@ def to_permission_refusal(error: OSError) -> RefusedError | None:
         return None
     subject = "" if error.filename is None else f"{error.filename}: "
     return RefusedError(f"{subject}{(error.strerror or str(error)).lower()}", "give yourself access to it")
+
+
+def join_names(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Return the first names as text, and the number of the rest: `a, b and 3 more`."""
+    rest = len(names) - most
+    return separator.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

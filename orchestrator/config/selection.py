@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from orchestrator.config.load import default_slot_count
 from orchestrator.config.model import RunConfig
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, join_names
 
 #: The number of task names in a remedy.
 _MOST_NAMED = 5
@@ -22,8 +22,7 @@ def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
     for name in names:
         if name not in tasks:
             near = difflib.get_close_matches(name, tasks, n=1)
-            more = f" and {len(tasks) - _MOST_NAMED} more" if len(tasks) > _MOST_NAMED else ""
-            named = f"name one of: {', '.join([*tasks][:_MOST_NAMED])}{more}"
+            named = f"name one of: {join_names([*tasks], _MOST_NAMED)}"
             remedy = f"did you mean {near[0]!r}?" if near else named
             raise RefusedError(f"the file has no task {name!r}", remedy)
     wanted = list(dict.fromkeys(names))

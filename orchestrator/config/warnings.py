@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.config.model import RunConfig
-from orchestrator.config.source.problems import join_names
+from orchestrator.errors import join_names
 from orchestrator.protocols import Adapter, Capability
 
 #: The cache folders of package managers and compilers.

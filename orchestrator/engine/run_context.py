@@ -200,50 +200,17 @@ async def open_run_context(
         must_exist=run.has_target,
         title=None if run.merges is None else f"Land run {run.merges}",
     )
-    sandbox_config = SandboxConfig.model_validate(run.fence)
-    sandbox = await choose_sandbox(
-        sandbox_config.sandbox, network=sandbox_config.network, hosts=sandbox_config.hosts, environ=environ
-    )
-    hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, store.local_paths(), hub)
-    credentials = await anyio.to_thread.run_sync(find_credentials, environ)
-    run_sandbox = RunSandbox(sandbox, (*hidden, *credentials), sandbox_config)
-    logs = project.logs(run.id)
-    await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
+    stores = store.local_paths()
+    sandbox = await open_sandbox(SandboxConfig.model_validate(run.fence), site, project, stores, hub, environ)
     worktrees = WorktreesConfig.model_validate(run.worktrees)
     provisions = Provisions(Path())
     if site.repository is not None and site.repository.top is not None:
         provisions = make_provisions(worktrees, site.repository.top, (hub.root.parent, site.repository.git_dir))
-    leases = PortLeases(store, clock, worktrees.ports)
-
-    async def record_event(event_type: str, facts: JsonObject) -> None:
-        await store.commit(Commit([], [Event(event_type, {"run": run.id, **facts})]))
-
-    user_git = Git(None, as_user=True, environ=environ)
-    hooks = [] if site.repository is None else await find_hooks_in_checkouts(site.repository, user_git)
-    if hooks:
-        await record_event(
-            "run.hooks_skipped", {"hooks": [str(hook) for hook in hooks], "reason": SKIPPED_HOOKS_REASON}
-        )
-
-    async def lease(slot: Path) -> Mapping[str, str]:
-        port_lease = await leases.lease(slot)
-        if port_lease.lost:
-            facts = {"place": str(slot), "lost": list(port_lease.lost), "ports": list(port_lease.ports)}
-            await record_event("slot.ports_changed", facts)
-        return port_lease.environment()
-
-    redactor = Redactor(secret_values(environ) | await provisions.secrets())
-    worktree_setup = WorktreeSetup(
-        git, worktrees, provisions, lease, record_event, run_sandbox, redactor, logs, environ
-    )
-    tools = SessionResources(git, run_sandbox, redactor, logs, environ, clock, worktree_setup)
-    accounting = Accounting(known_prices() | {name: Price.model_validate(price) for name, price in run.prices.items()})
-    servers = tuple(McpServerConfig.model_validate(price).named(name) for name, price in run.mcp_servers.items())
 
     async def is_alive(session: SessionName) -> bool:
         return await is_session_alive(Worktree(hub, *session).lock)
 
-    registry = OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), is_alive)
+    await _report_skipped_hooks(run.id, site, store, environ)
     return RunContext(
         hub,
         git,
@@ -252,13 +219,65 @@ async def open_run_context(
         target,
         configs,
         adapters,
-        tools,
+        await _open_session_resources(run.id, git, worktrees, provisions, sandbox, project.logs(run.id), store, clock),
         worktrees,
-        accounting,
+        Accounting(known_prices() | {name: Price.model_validate(price) for name, price in run.prices.items()}),
         refs,
-        registry,
-        servers,
+        OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), is_alive),
+        tuple(McpServerConfig.model_validate(server).named(name) for name, server in run.mcp_servers.items()),
     )
+
+
+async def open_sandbox(
+    config: SandboxConfig,
+    site: RunRepository,
+    project: Project,
+    stores: Sequence[Path],
+    hub: Hub,
+    environ: Mapping[str, str],
+) -> RunSandbox:
+    """Return the configured sandbox; RefusedError if this machine lacks it. `stores` are local paths of the store."""
+    kind = await choose_sandbox(config.sandbox, network=config.network, hosts=config.hosts, environ=environ)
+    hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, stores, hub)
+    credentials = await anyio.to_thread.run_sync(find_credentials, environ)
+    return RunSandbox(kind, (*hidden, *credentials), config)
+
+
+async def _report_skipped_hooks(run: str, site: RunRepository, store: Store, environ: Mapping[str, str]) -> None:
+    if site.repository is None:
+        return
+    if hooks := await find_hooks_in_checkouts(site.repository, Git(None, as_user=True, environ=environ)):
+        facts = {"run": run, "hooks": [str(hook) for hook in hooks], "reason": SKIPPED_HOOKS_REASON}
+        await store.commit(Commit([], [Event("run.hooks_skipped", facts)]))
+
+
+async def _open_session_resources(
+    run: str,
+    git: Git,
+    worktrees: WorktreesConfig,
+    provisions: Provisions,
+    sandbox: RunSandbox,
+    logs: Path,
+    store: Store,
+    clock: Clock,
+) -> SessionResources:
+    await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
+    leases = PortLeases(store, clock, worktrees.ports)
+
+    async def record_event(event_type: str, facts: JsonObject) -> None:
+        await store.commit(Commit([], [Event(event_type, {"run": run, **facts})]))
+
+    async def lease(slot: Path) -> Mapping[str, str]:
+        port_lease = await leases.lease(slot)
+        if port_lease.lost:
+            facts = {"place": str(slot), "lost": list(port_lease.lost), "ports": list(port_lease.ports)}
+            await record_event("slot.ports_changed", facts)
+        return port_lease.environment()
+
+    environ = git.environ
+    redactor = Redactor(secret_values(environ) | await provisions.secrets())
+    setup = WorktreeSetup(git, worktrees, provisions, lease, record_event, sandbox, redactor, logs, environ)
+    return SessionResources(git, sandbox, redactor, logs, environ, clock, setup)
 
 
 def with_session_service(

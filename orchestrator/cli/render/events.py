@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from orchestrator.cli.render.text import one_line, pluralize, printable, salvage_name
 from orchestrator.domain.runs.halts import HaltReason
+from orchestrator.errors import join_names
 from orchestrator.protocols import Event, JsonObject
 from orchestrator.system.instants import format_local_time
 
@@ -152,6 +153,5 @@ def _message_fields(data: JsonObject) -> JsonObject:
 def describe_file_changes(tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> str:
     """Return what a run's file says otherwise than the run, which keeps what it recorded, and how to change that."""
     each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
-    more = f" and {len(each) - _MAX_CHANGES_SHOWN} more" if len(each) > _MAX_CHANGES_SHOWN else ""
     remedy = "`council retry TASK --reload` takes it over for a task" if tasks else "start a new run for that"
-    return f"{', '.join(each[:_MAX_CHANGES_SHOWN])}{more}; {remedy}"
+    return f"{join_names(each, _MAX_CHANGES_SHOWN)}; {remedy}"

@@ -17,6 +17,7 @@ from orchestrator.engine.reports.task_details import (
     PhaseVisitDetails,
     TaskDetails,
 )
+from orchestrator.errors import join_names
 from orchestrator.system.instants import format_local_time
 
 #: Characters of a digest, and of a commit, that tell it from others.
@@ -200,6 +201,4 @@ def _used(tokens_in: int, tokens_out: int, cost: float | None) -> list[str]:
 
 
 def _format_paths(paths: Sequence[str]) -> str:
-    """Return paths in a line, of many the first."""
-    more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
-    return f"{', '.join(paths[:_MAX_NAMED])}{more}"
+    return join_names(paths, _MAX_NAMED)

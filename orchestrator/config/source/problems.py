@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from orchestrator.errors import ConfigError, Problem
+from orchestrator.errors import ConfigError, Problem, join_names
 
 # A file of 8 MB can contain millions of mistakes; stop after this many.
 _MOST_PROBLEMS: Final = 10_000
@@ -64,12 +64,6 @@ def quote_text(value: str) -> str:
     return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…")
 
 
-def join_names(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names, and the number of the rest."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def describe_value(value: Any) -> str:
     """Return a description of a value in the file."""
     match value:
@@ -104,5 +98,4 @@ class KnownWords:
             return f"did you mean {near!r}?"
         if not self._words:
             return f"there are no {self._plural}"
-        rest = len(self._words) - _MOST_LISTED
-        return f"{self._plural} are {', '.join(self._words[:_MOST_LISTED])}" + (f" and {rest} more" if rest > 0 else "")
+        return f"{self._plural} are {join_names(self._words, _MOST_LISTED)}"

@@ -13,7 +13,7 @@ from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import ToolDenials
 from orchestrator.domain.runs.phases import PhaseRecord
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, join_names
 
 
 class TaskStatus(StrEnum):
@@ -340,9 +340,8 @@ class RunDocument(_Document):
         """Raise RefusedError if the run has no task of this name."""
         if task not in self.tasks:
             near = difflib.get_close_matches(task, self.tasks, n=3)
-            rest = len(self.tasks) - _MOST_NAMED
-            more = f" and {rest} more, see `council status`" if rest > 0 else ""
-            named = f"name one of: {', '.join(self.tasks[:_MOST_NAMED])}{more}"
+            more = ", see `council status`" if len(self.tasks) > _MOST_NAMED else ""
+            named = f"name one of: {join_names(self.tasks, _MOST_NAMED)}{more}"
             remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else named
             raise RefusedError(f"run {self.id} has no task {task!r}", remedy)
 

@@ -12,7 +12,7 @@ import anyio.to_thread
 from orchestrator.domain.runs.legacy import is_unfinished
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.state.records import read_tasks, task_documents
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, join_names
 from orchestrator.protocols import Store
 from orchestrator.state.legacy.importer import IMPORTED_KIND
 
@@ -54,8 +54,7 @@ async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -
     path = folder / f"{run.id}.yaml"
     await anyio.to_thread.run_sync(_write, path, render_task_file(run.id, source, tasks))
     lacking = [one.id for one in tasks if one.prompt is None]
-    more = f" and {len(lacking) - _MAX_NAMED_TASKS} more" if len(lacking) > _MAX_NAMED_TASKS else ""
-    prompts = f", write the missing prompts of {', '.join(lacking[:_MAX_NAMED_TASKS])}{more}" if lacking else ""
+    prompts = f", write the missing prompts of {join_names(lacking, _MAX_NAMED_TASKS)}" if lacking else ""
     left = f"{len(tasks)} unfinished {'task' if len(tasks) == 1 else 'tasks'}"
     remedy = f"{path} has its {left}: name an adapter there{prompts}, and `council run` it"
     return RefusedError(what, f"{remedy}; `council state show {run.id}` shows the record")

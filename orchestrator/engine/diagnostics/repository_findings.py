@@ -16,7 +16,7 @@ from orchestrator.engine.diagnostics.facts import RepositorySize, measure_reposi
 from orchestrator.engine.diagnostics.findings import Finding, Level, judge_project_folder, refusal_finding
 from orchestrator.engine.diagnostics.preflight import check_branches, check_checkout
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, RefusedError, join_names
 from orchestrator.project import Project, council_home, not_in_repository_error
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.source.branches import find_base_branch, list_branches
@@ -135,9 +135,7 @@ async def check_referenced_files(
         (ignored, "ignored by git, and not in", provide),
     ):
         if named := [printable_name(file) for file in missing if file in files]:
-            rest = len(named) - _MOST_NAMED
-            more = f" and {rest} more" if rest > 0 else ""
-            what = f"{', '.join(named[:_MOST_NAMED])}{more}: {where} {run.base}, where sessions start"
+            what = f"{join_names(named, _MOST_NAMED)}: {where} {run.base}, where sessions start"
             found.append(Finding("files", Level.WARNING, what, remedy))
     return found
 

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +15,11 @@ import anyio.to_thread
 
 from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.engine.run_context import hidden_folders
+from orchestrator.engine.run_context import open_sandbox
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project, council_home
 from orchestrator.repo.source.run_repository import RunRepository
 from orchestrator.repo.worktrees.hub import locate_hub
-from orchestrator.sandbox.credentials import find_credentials
-from orchestrator.sessions.sandbox.policy import choose_sandbox
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import build_base_environment
 from orchestrator.sessions.setup.shell import CommandSucceeded, Shell, ShellCommand
@@ -53,14 +51,12 @@ class SandboxProbe:
         `stores` are the local paths of the store.
         """
         try:
-            kind = await choose_sandbox(config.sandbox, network=config.network, hosts=config.hosts, environ=environ)
             hub = locate_hub(site.identity, council_home(environ))
+            sandbox = await open_sandbox(config, site, project, stores, hub, environ)
         except RefusedError:
             return None
-        hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, stores, hub)
-        credentials = await anyio.to_thread.run_sync(find_credentials, environ)
         # Probe commands need no hosts, and a proxy would be slow.
-        return cls(RunSandbox(kind, (*hidden, *credentials), config.model_copy(update={"hosts": ()})), environ)
+        return cls(replace(sandbox, config=config.model_copy(update={"hosts": ()})), environ)
 
     async def find_succeeding(
         self, commands: Sequence[str], env: Sequence[str] = (), reach: PathAccess = _NO_REACH

@@ -9,6 +9,7 @@ from typing import Final
 from orchestrator.config.model import Retention
 from orchestrator.config.source.quantities import format_duration, format_size_short
 from orchestrator.engine.diagnostics.findings import Finding, Level
+from orchestrator.errors import join_names
 from orchestrator.protocols import Key, StoreStatistics, VerificationReport
 
 #: Seconds from which a commit is slow: each status change of a task takes three or four commits.
@@ -132,5 +133,4 @@ def judge_conflicts(waiting: int) -> Finding:
 
 
 def _list_keys(keys: Sequence[Key]) -> str:
-    more = f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else ""
-    return ", ".join(map(str, keys[:_MOST_NAMED])) + more
+    return join_names(list(map(str, keys)), _MOST_NAMED)

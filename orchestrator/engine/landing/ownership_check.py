@@ -16,7 +16,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import escape_path
 from orchestrator.domain.scheduling.path_patterns import find_out_of_scope
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, join_names
 from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.revert import revert_paths
@@ -44,10 +44,9 @@ class OwnershipViolation:
 
     def describe(self) -> str:
         """Return a description for people."""
-        named = ", ".join(map(printable_name, self.paths[:_MAX_NAMED_PATHS]))
-        more = f" and {len(self.paths) - _MAX_NAMED_PATHS} more" if len(self.paths) > _MAX_NAMED_PATHS else ""
+        named = join_names(list(map(printable_name, self.paths)), _MAX_NAMED_PATHS)
         held = f"; {self.holder}" if self.holder else ""
-        return f"changes paths that the task does not own: {named}{more}{held}"
+        return f"changes paths that the task does not own: {named}{held}"
 
     def render_feedback(self, mark: str) -> str:
         """Return the prompt section for the next attempt.

@@ -45,7 +45,7 @@ from orchestrator.engine.phases.start import NextPhase, PhaseStarter
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, join_names
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.git.checksums import compute_checksums
 from orchestrator.repo.git.command import Git
@@ -365,12 +365,14 @@ def summarize_findings(findings: Any) -> str:
     """Return the first findings of a review on one line."""
     if not isinstance(findings, list | tuple):
         return str(findings)
-    listed = []
-    for finding in findings[:_MAX_NAMED_FINDINGS]:
-        location = ":".join(str(part) for part in (finding.get("path"), finding.get("line")) if part)
-        listed.append(f"{location} {finding.get('message', '')}".strip())
-    left = len(findings) - len(listed)
-    return "; ".join([*listed, *([f"and {left} more"] if left > 0 else [])])
+    return join_names([_summarize_finding(finding) for finding in findings], _MAX_NAMED_FINDINGS, "; ")
+
+
+def _summarize_finding(finding: Any) -> str:
+    if not isinstance(finding, dict):
+        return str(finding)
+    location = ":".join(str(part) for part in (finding.get("path"), finding.get("line")) if part)
+    return f"{location} {finding.get('message', '')}".strip()
 
 
 def _delivered_event(handoff: Handoff) -> tuple[str, JsonObject]:

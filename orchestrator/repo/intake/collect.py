@@ -18,7 +18,7 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from orchestrator.errors import GitError, is_resource_exhaustion
+from orchestrator.errors import GitError, is_resource_exhaustion, join_names
 from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, is_object_id, printable_name
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
@@ -156,8 +156,7 @@ async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
     reasons = []
     if staged.refused:
         named = [f"{printable_name(path)!r}: {why}" for path, why in sorted(staged.refused.items())]
-        more = f", and {len(named) - 10} more" if len(named) > 10 else ""
-        reasons.append(f"left out of its commit: {'; '.join(named[:10])}{more}")
+        reasons.append(f"left out of its commit: {join_names(named, 10, '; ')}")
     problem = staged.problem or (f"{printable_name(unread[0])[-100:]!r} can't be opened" if unread else None)
     if problem is not None:
         reasons.append(f"some of its files can't be staged ({problem}): find them in {worktree.tree}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, join_names
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.source.user_checkouts import LocalRepository
 
@@ -127,5 +127,4 @@ def _with_parents(folded: str, path: bytes) -> list[tuple[str, bytes]]:
 
 
 def _listed(paths: Sequence[bytes], most: int = 3) -> str:
-    names = ", ".join(printable_name(os.fsdecode(path)) for path in paths[:most])
-    return f"{names} and {len(paths) - most} more" if len(paths) > most else names
+    return join_names([printable_name(os.fsdecode(path)) for path in paths], most)

@@ -22,7 +22,7 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, RefusedError, to_unusable_error
+from orchestrator.errors import GitError, RefusedError, join_names, to_unusable_error
 from orchestrator.project import Project
 from orchestrator.repo.git.command import (
     FileChange,
@@ -610,10 +610,7 @@ async def refuse_tracked_project_folder(project: Project, environ: Mapping[str, 
     # On some file systems a different case is the same folder.
     listed = await git("ls-files", "-z", "--", f":(icase){name}", cwd=project.top, ok=(0, 128))
     if tracked := split_nul(listed.stdout):
-        named = ", ".join(map(printable_name, tracked[:3])) + (
-            f" and {len(tracked) - 3} more" if len(tracked) > 3 else ""
-        )
         raise RefusedError(
-            f"git tracks files in {name}: {named}",
+            f"git tracks files in {name}: {join_names(list(map(printable_name, tracked)), 3)}",
             f"untrack them with `git rm -r --cached {name}` and commit; no file is deleted",
         )

@@ -16,7 +16,7 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, join_names
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.worktrees.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout
@@ -182,6 +182,5 @@ def _describe_renames(changed: list[str]) -> str | None:
     own = [path for path in changed if path not in {f".git{_SUFFIX}", f".git/HEAD{_SUFFIX}"}]
     if not own:
         return None
-    named = ", ".join(printable_name(path)[-100:] for path in own[:_MAX_NAMED])
-    more = f" and {len(own) - _MAX_NAMED} more" if len(own) > _MAX_NAMED else ""
-    return f"git repositories inside it were disabled by renaming them to {named}{more}"
+    named = join_names([printable_name(path)[-100:] for path in own], _MAX_NAMED)
+    return f"git repositories inside it were disabled by renaming them to {named}"

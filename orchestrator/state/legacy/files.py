@@ -25,6 +25,7 @@ from orchestrator.domain.runs.legacy import (
     read_version,
     task_name,
 )
+from orchestrator.errors import join_names
 from orchestrator.project import LEGACY_FILE, LEGACY_TREE, Project
 from orchestrator.system import untrusted_files
 
@@ -203,8 +204,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _together(faults: Sequence[str]) -> str:
-    more = f"; and {len(faults) - _MOST_TOLD} more" if len(faults) > _MOST_TOLD else ""
-    return "; ".join(faults[:_MOST_TOLD]) + more
+    return join_names(faults, _MOST_TOLD, "; ")
 
 
 class _Reader:

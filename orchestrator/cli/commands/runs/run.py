@@ -44,7 +44,7 @@ from orchestrator.config.store import MEMORY
 from orchestrator.domain.runs.model import LANDING_STATUSES, MAX_CAPACITY
 from orchestrator.engine.reports.dry_run import DryRun
 from orchestrator.engine.reports.report import RunReport, RunStatus
-from orchestrator.errors import NothingToMerge, RefusedError
+from orchestrator.errors import NothingToMerge, RefusedError, join_names
 from orchestrator.system.process import start_detached
 
 allow_failing_base_option = click.option(
@@ -294,9 +294,8 @@ async def _show_nothing(context: CommandContext, council: Council, report: RunRe
 
 def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
     """Say which runs `resume` without a name does not mean."""
-    named = ", ".join(others[: -_MOST_NAMED - 1 : -1])
-    more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
-    return f"the newest run is {run}; also interrupted or halted: {named}{more}; `council resume RUN` resumes one"
+    named = join_names(others[::-1], _MOST_NAMED)
+    return f"the newest run is {run}; also interrupted or halted: {named}; `council resume RUN` resumes one"
 
 
 @click.command()

@@ -32,6 +32,7 @@ from orchestrator.cli.render.events import describe_file_changes
 from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.runs.model import FINAL_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus
+from orchestrator.errors import join_names
 
 _color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
 #: Unfinished tasks that are named where all are to be cancelled.
@@ -92,8 +93,7 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
             if ended.keys() >= set(tasks or left):
                 await show_result(context, council, report, code=0)
                 return 0
-            more = "" if len(left) <= _MOST_NAMED else f" and {len(left) - _MOST_NAMED} more"
-            named = f"{', '.join(left[:_MOST_NAMED])}{more}"
+            named = join_names(left, _MOST_NAMED)
             question = f"Cancel {pluralize(len(left), 'unfinished task')} of run {report.run} ({named})?"
             if not tasks and not await confirm_action(context.output, question, yes=yes):
                 return 1
