@@ -8,10 +8,8 @@ sinks:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BufferedRandom
@@ -20,9 +18,11 @@ from typing import ClassVar, Self
 import anyio.to_thread
 import pluggy
 from pydantic import BaseModel, ConfigDict
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterSink
 from orchestrator.protocols import PathOption, RecordedEvent
+from orchestrator.system.file_lock import lock_descriptor
 
 #: Seconds to wait for the file's lock, and between two attempts.
 LOCK_TIMEOUT = 10.0
@@ -85,14 +85,15 @@ class JsonLinesSink:
 
     def _lock(self, file: BufferedRandom) -> None:
         """Lock the file; TimeoutError after LOCK_TIMEOUT, because a waiting thread can't be cancelled."""
-        deadline = time.monotonic() + LOCK_TIMEOUT
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process keeps {self._path} locked") from None
-                time.sleep(_LOCK_PAUSE)
+        attempts = Retrying(
+            retry=retry_if_result(lambda is_taken: not is_taken),
+            wait=wait_fixed(_LOCK_PAUSE),
+            stop=stop_after_delay(LOCK_TIMEOUT),
+        )
+        try:
+            attempts(lock_descriptor, file.fileno(), block=False)
+        except RetryError:
+            raise TimeoutError(f"another process keeps {self._path} locked") from None
 
     def _read_news(self, file: BufferedRandom) -> None:
         """Read the lines added since the last call, and remove an incomplete line of an interrupted write."""

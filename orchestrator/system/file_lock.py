@@ -12,6 +12,7 @@ A lock is exclusive or shared. An exclusive holder signs the file (`LockHolder`)
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import secrets
@@ -336,20 +337,33 @@ def _locker() -> _Locker:
     return _Locker()
 
 
-def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:
+def lock_descriptor(fd: int, *, block: bool = True, shared: bool = False) -> bool:
+    """Lock an open file; return False if it is locked elsewhere and this must not block. Raises OSError."""
     flock = _locker()
     try:
         flock.locker.lock(fd, flock.flags[block, shared])
     except flock.held:
         return False
     except flock.failed as exc:
-        raise StoreUnavailable(path, str(exc), "move it to a local file system") from exc
+        raise OSError(getattr(exc.__cause__, "errno", None) or errno.ENOLCK, str(exc)) from exc
     return True
+
+
+def unlock_descriptor(fd: int) -> None:
+    """Release the lock on an open file. Raises OSError."""
+    _locker().locker.unlock(fd)
+
+
+def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:
+    try:
+        return lock_descriptor(fd, block=block, shared=shared)
+    except OSError as exc:
+        raise StoreUnavailable(path, exc.strerror or str(exc), "move it to a local file system") from exc
 
 
 def _unlock(fd: int) -> None:
     try:
-        _locker().locker.unlock(fd)
+        unlock_descriptor(fd)
     finally:
         os.close(fd)
 

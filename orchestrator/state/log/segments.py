@@ -10,7 +10,6 @@ durable. All functions block, and run in worker threads.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import time
@@ -23,6 +22,7 @@ from typing import Final, NamedTuple
 
 from orchestrator.state.log.codec import DecodedLine, IncompleteLine, LogLine, ScanResult, UnreadableBytes, scan
 from orchestrator.state.log.packing import Checksum, SegmentReader
+from orchestrator.system.file_lock import lock_descriptor, unlock_descriptor
 from orchestrator.system.files import open_private, opened, sync_file, sync_folder
 from orchestrator.system.process_table import UNKNOWN_BOOT
 
@@ -150,28 +150,26 @@ class LogLock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Exclude all other appenders, of this process too; blocks without a limit. Raises as `check_place`."""
-        with self._taken(fcntl.LOCK_EX):
+        with self._taken(block=True):
             yield
 
     @contextmanager
     def try_held(self) -> Iterator[bool]:
         """As `held`, if nobody holds it by now; tell whether that is so. Raises as `check_place`."""
-        with self._taken(fcntl.LOCK_EX | fcntl.LOCK_NB) as is_taken:
+        with self._taken(block=False) as is_taken:
             yield is_taken
 
     @contextmanager
-    def _taken(self, flags: int) -> Iterator[bool]:
+    def _taken(self, *, block: bool) -> Iterator[bool]:
         fd = self._file.fileno()
-        try:
-            fcntl.flock(fd, flags)
-        except BlockingIOError:
+        if not lock_descriptor(fd, block=block):
             yield False
             return
         try:
             self.check_not_replaced()
             yield True
         finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
+            unlock_descriptor(fd)
 
     def close(self) -> None:
         """Close the file; every later use raises ValueError."""
