@@ -139,8 +139,8 @@ async def record(config: Path, environ: dict[str, str]) -> list[tuple[float, Tab
     """Run the file; return its distinct frames, each with its second of the run."""
     frames: list[tuple[float, TableFrame]] = []
     async with Council.open(config, environ=environ) as council:
-        run = await council.create_run()
-        activity = await council.activity(run)
+        run = await council.runs.create()
+        activity = await council.sessions.activity(run)
         view = LiveRun(activity.record, activity.attempts)
         start = time.time()
 
@@ -150,7 +150,7 @@ async def record(config: Path, environ: dict[str, str]) -> list[tuple[float, Tab
                 frames.append((time.time() - start, frame))
 
         async def follow() -> None:
-            async for commit in council.records(activity.position):
+            async for commit in council.history.follow(activity.position):
                 view.apply(commit)
 
         async def sample() -> None:
@@ -162,7 +162,7 @@ async def record(config: Path, environ: dict[str, str]) -> list[tuple[float, Tab
             for show in (lambda: activity.show(view), follow, sample):
                 showing.start_soon(show)
             with anyio.fail_after(90):
-                await council.resume(run)
+                await council.runs.resume(run)
             await anyio.sleep(INTERVAL)
             take()
             showing.cancel_scope.cancel()

@@ -14,20 +14,20 @@ from orchestrator import Council
 
 async def follow(council: Council, run: str) -> None:
     """Print each event until the run ends; this also works from another process."""
-    async for recorded in council.events(run):
+    async for recorded in council.runs.events(run):
         event = recorded.event
         print(recorded.position, event.type, event.data.get("task", ""))
         if event.type == "task.retrying" and event.data["attempt"] >= 2:
-            await council.cancel(event.data["task"], run=run)
+            await council.tasks.cancel(event.data["task"], run=run)
 
 
 async def main(file: str) -> int:
     """Run the file and print its events."""
     async with Council.open(file) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         async with anyio.create_task_group() as group:
             group.start_soon(follow, council, run)
-            report = await council.resume(run)
+            report = await council.runs.resume(run)
     return report.exit_code
 
 

@@ -17,7 +17,7 @@ from orchestrator import Council, RunReport
 async def run(file: str) -> RunReport:
     """Run the file."""
     async with Council.open(file) as council:
-        return await council.run()
+        return await council.runs.run()
 
 
 def main(file: str) -> int:

@@ -15,19 +15,19 @@ from orchestrator import Council, RunStatus, TaskStatus
 async def main() -> int:
     """Retry tasks that failed or did not merge."""
     async with Council.open() as council:
-        report = await council.status()
+        report = await council.runs.status()
         if report.status is RunStatus.RUNNING:
             print(f"{report.run} is running")
             return report.exit_code
-        for work in await council.archive.kept(report.run):
+        for work in await council.changes.preserved(report.run):
             print(f"preserved: {work.name}")
         failed = [task.id for task in report.tasks if task.status in {TaskStatus.FAILED, TaskStatus.CONFLICT}]
         for task in failed:
-            async for part in council.archive.log(report.run, task):
+            async for part in council.logs.chunks(task, report.run):
                 print(f"{task} {part.stream}: {part.text.strip()}")
         if failed:
-            await council.retry(*failed)
-        report = await council.resume()
+            await council.tasks.retry(*failed)
+        report = await council.runs.resume()
     print(report.status)
     return report.exit_code
 

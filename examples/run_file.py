@@ -16,7 +16,7 @@ async def main(file: str) -> int:
     """Run the file; return the exit code of `council run`."""
     try:
         async with Council.open(file) as council:
-            report = await council.run()
+            report = await council.runs.run()
     except ConfigError as error:  # every mistake of the file, as file:line:column: problem: fix
         print(error)
         return 2

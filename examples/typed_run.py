@@ -48,7 +48,7 @@ def describe(modules: list[str]) -> Config:
 async def main(modules: list[str]) -> int:
     """Run in the repository of the current folder."""
     async with Council.open(describe(modules)) as council:
-        report = await council.run()
+        report = await council.runs.run()
     print(f"{report.status}: {sum(task.landed is not None for task in report.tasks)} landed on {report.target}")
     return report.exit_code
 

@@ -1,7 +1,7 @@
 """CLI Council: run many AI coding CLIs concurrently on one git repository, and land only tested commits.
 
     async with Council.open("council.yaml") as council:
-        report = await council.run()
+        report = await council.runs.run()
 
 This module has the public Python API; `orchestrator.protocols` has the contracts for plugins. A council needs an
 asyncio event loop; from synchronous code, start one with `asyncio.run(main())`.
@@ -22,9 +22,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from orchestrator.api.archive import Archive, LogChunk, PreservedWork
     from orchestrator.api.council import Council, ProjectPaths
-    from orchestrator.api.history import StateHistory
+    from orchestrator.api.topics.changes import PreservedWork
+    from orchestrator.api.topics.logs import LogChunk
     from orchestrator.api.transfer import adopt_state, copy_state
     from orchestrator.config.schema import (
         AdapterSettings,
@@ -78,7 +78,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterReport",
     "AdapterSettings",
-    "Archive",
     "BackoffSettings",
     "Checkpoint",
     "Config",
@@ -121,7 +120,6 @@ __all__ = [
     "SessionReport",
     "SessionStatus",
     "SetupSettings",
-    "StateHistory",
     "StateLost",
     "StoreUnavailable",
     "Task",
@@ -142,7 +140,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api.archive": ("Archive", "PreservedWork", "LogChunk"),
+    "api.council": ("Council", "ProjectPaths"),
+    "api.topics.changes": ("PreservedWork",),
+    "api.topics.logs": ("LogChunk",),
     "config.schema": (
         "AdapterSettings",
         "BackoffSettings",
@@ -152,7 +152,6 @@ _MODULES = {
         "TaskDefaults",
         "WorktreeSettings",
     ),
-    "api.council": ("Council", "ProjectPaths"),
     "domain.documents.conflicts": ("ConflictStrategy", "DocumentUpdate"),
     "domain.sessions.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
     "domain.runs.failures": ("FailureClass",),
@@ -186,7 +185,6 @@ _MODULES = {
     ),
     "locking.named_locks": ("LockInfo",),
     "locking.lock_overview": ("LockLayer", "LockStatus", "LockParty"),
-    "api.history": ("StateHistory",),
     "plugins": ("Plugins",),
     "protocols": ("Document", "Event", "Key", "RecordedEvent", "VerificationReport"),
     "state.documents.checkpoints": ("Checkpoint", "RestorePlan"),

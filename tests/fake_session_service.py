@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.api import execution
+from orchestrator.api.execution import leadership
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.engine.run_context import RunContext
 from orchestrator.errors import RefusedError
@@ -106,4 +106,4 @@ def use_in_runs(desk: FakeSessionService, monkeypatch: pytest.MonkeyPatch) -> No
     def seat(shop: RunContext, *_: object) -> RunContext:
         return replace(shop, tools=replace(shop.tools, session_service=desk))
 
-    monkeypatch.setattr(execution, "with_session_service", seat)
+    monkeypatch.setattr(leadership, "with_session_service", seat)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import click
 import pytest
@@ -114,4 +114,5 @@ def _attribute(owner: Any, name: str) -> Any:
         return None
     if isinstance(owner, type) and issubclass(owner, BaseModel) and name in owner.model_fields:
         return None
-    return getattr(owner, name)
+    found = getattr(owner, name)
+    return get_type_hints(found.func)["return"] if isinstance(found, cached_property) else found

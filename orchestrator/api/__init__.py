@@ -1,5 +1,6 @@
 """The Python API: `Council` in `council` is the entry point, for scripts and for the command line.
 
-The other modules are what `Council` hands out: runs, history, logs and leftovers of tasks, cleanup. May import every
-package below; only `cli` and `mcp_server` may import it.
+`topics` has the operations of a council by subject, `execution` creates and executes runs. Inside the package imports
+point from `council` to `topics`, `execution`, `run_reader`, `run_index` and `context`. May import every package below;
+only `cli` and `mcp_server` may import it.
 """

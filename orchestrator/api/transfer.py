@@ -132,7 +132,7 @@ def _is_installed(url: str, environ: Mapping[str, str]) -> bool:
 async def export_store(
     store: Store, file: str | Path | IO[bytes], *, force: bool = False, clock: Clock | None = None
 ) -> CopyResult:
-    """Write a whole store to one file; see `Council.export_state`. A stream is written directly."""
+    """Write a whole store to one file; see `State.export_to`. A stream is written directly."""
     now = (clock or SystemClock()).now()
     if not isinstance(file, str | Path):
         return await export_to_stream(store, file, now)
@@ -180,7 +180,7 @@ def _check_export_path(path: Path, force: bool) -> None:
 
 
 async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult:
-    """Load a file that `export_store` wrote into an empty store; see `Council.import_state`. A stream is closed."""
+    """Load a file that `export_store` wrote into an empty store; see `State.import_from`. A stream is closed."""
     if not isinstance(file, str | Path):
         return await import_from_stream("the input", lambda: file, store)
     if not await to_thread.run_sync(os.path.isfile, file):

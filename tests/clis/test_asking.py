@@ -25,7 +25,7 @@ async def test_a_session_asks_and_leaves_alone_what_is_anothers(
     prompt = "write theirs.txt hi\nrun council lock ours.txt\nwrite ours.txt hi"
     path = stage.configure([{"id": "task", "adapter": next(iter(stage.programs)), "timeout": "3m", "prompt": prompt}])
     async with Council.open(path) as council:
-        report = await council.run()
+        report = await council.runs.run()
     assert [task.status for task in report.tasks] == ["landed"], report
     names = stage.repository.git("ls-tree", "--name-only", "main").splitlines()
     assert ("ours.txt" in names, "theirs.txt" in names) == (True, not program.asks_before_edits)

@@ -258,7 +258,7 @@ async def read_task_states(repository: Repository) -> dict[str, str]:
     """Return the states of the newest run's tasks; none where there is no run yet."""
     try:
         async with Council.open(repository.top, environ=repository.environ) as council:
-            found = await council.status()
+            found = await council.runs.status()
     except RefusedError:
         return {}
     return {task.id: task.status for task in found.tasks}

@@ -11,8 +11,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.api.activity import ObservedSession
 from orchestrator.api.council import Council
+from orchestrator.api.topics.activity import ObservedSession
 from orchestrator.protocols import Adapter, AgentMessage, SessionEvent, ToolCall, UsageReport
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.sessions.output.transcript import Transcript
@@ -89,13 +89,13 @@ async def run_of_two(repository: Repository) -> Path:
 async def test_what_landed_is_counted_at_once(repository: Repository, run_of_two: Path) -> None:
     """Files and lines of each commit, one git command for all; a commit that is gone changes nothing."""
     async with Council.open(repository.top, environ=repository.environ) as council:
-        report = await council.status()
+        report = await council.runs.status()
         commit = report.tasks[0].landed
         assert commit is not None
-        assert await council.landed(report.run, {"landed": commit}) == {"landed": Changes(2, 3, 1)}
-        assert await council.landed(report.run, {}) == {}
-        assert await council.archive.changes(report.run, "failed") == Changes(1, 1, 0)
-        activity = await council.activity(report.run)
+        assert await council.reports.landed_changes(report.run, {"landed": commit}) == {"landed": Changes(2, 3, 1)}
+        assert await council.reports.landed_changes(report.run, {}) == {}
+        assert await council.changes.size("failed", report.run) == Changes(1, 1, 0)
+        activity = await council.sessions.activity(report.run)
         watcher = Watcher(commits={"landed": commit, "gone": "f" * 40})
         async with anyio.create_task_group() as group:
             group.start_soon(activity.show, watcher)
@@ -126,8 +126,8 @@ async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository
     try:
         wait_for(repository.spawns.exists)
         async with Council.open(repository.top, environ=repository.environ) as council:
-            run = await council.newest_run()
-            activity = await council.activity(run)
+            run = await council.runs.newest()
+            activity = await council.sessions.activity(run)
             watcher = Watcher(sessions=[ObservedSession("t", 1, "fake"), ObservedSession("never", 1, "fake")])
             async with anyio.create_task_group() as group:
                 group.start_soon(activity.show, watcher)
@@ -147,9 +147,9 @@ async def test_lines_are_heard_once_and_whole(
     repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a line waits for its end, of much only the end is read, and an adapter's mistake ends nothing."""
-    monkeypatch.setattr("orchestrator.api.activity.TRANSCRIPT_INTERVAL", 0.01)
+    monkeypatch.setattr("orchestrator.api.topics.activity.TRANSCRIPT_INTERVAL", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
-        activity = await council.activity(await council.newest_run())
+        activity = await council.sessions.activity(await council.runs.newest())
         talker: Adapter = Talker()  # type: ignore[assignment]
         activity = dataclasses.replace(activity, position=0, attempts={}, adapters={"talker": talker})
         file = activity.logs / "x.1.stdout"
@@ -178,12 +178,12 @@ async def test_lines_are_heard_once_and_whole(
 
 
 @dataclass
-class SlowArchive:
+class SlowChanges:
     """Takes its time to look, and counts how often it did."""
 
     looks: int = 0
 
-    async def changes(self, run: str, task: str) -> Changes:
+    async def size(self, task: str, run: str) -> Changes:
         self.looks += 1
         await anyio.sleep(0.1)
         return Changes(1, 1, 1)
@@ -192,16 +192,16 @@ class SlowArchive:
 @pytest.mark.extended
 async def test_looking_costs_little(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a look takes long, the next comes much later; each session has its turn."""
-    monkeypatch.setattr("orchestrator.api.activity.CHANGES_INTERVAL", 0.01)
+    monkeypatch.setattr("orchestrator.api.topics.activity.CHANGES_INTERVAL", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
-        found = await council.activity(await council.newest_run())
-    archive = SlowArchive()
-    activity = dataclasses.replace(found, archive=archive)  # type: ignore[arg-type]
+        found = await council.sessions.activity(await council.runs.newest())
+    changes = SlowChanges()
+    activity = dataclasses.replace(found, changes=changes)  # type: ignore[arg-type]
     watcher = Watcher(sessions=[ObservedSession("a", 1, "fake"), ObservedSession("b", 1, "fake")])
     async with anyio.create_task_group() as group:
         group.start_soon(activity.show, watcher)
         began = anyio.current_time()
         await until(lambda: len(watcher.seen) == 2)
         group.cancel_scope.cancel()
-    assert archive.looks == 2
+    assert changes.looks == 2
     assert anyio.current_time() - began > 2.0

@@ -133,14 +133,14 @@ async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> N
     )
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=bench.repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         async with anyio.create_task_group() as group:
-            group.start_soon(council.resume, run)
+            group.start_soon(council.runs.resume, run)
             await until_event(council, "adapter.cooling_down", 2)
             await anyio.wait_all_tasks_blocked()
-            parked = (await council.status(run)).adapters
+            parked = (await council.runs.status(run)).adapters
             clock.advance(max(one.cooldown_until or 0.0 for one in parked) - clock.now())
-        report = await council.status(run)
+        report = await council.runs.status(run)
     assert [(task.status, task.attempts) for task in report.tasks] == [("landed", 1), ("landed", 1)]
 
 

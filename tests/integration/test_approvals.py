@@ -101,15 +101,15 @@ async def test_an_answer_may_come_before_the_session_is_quite_over(
     path = configured(repository)
     release, answers = Session.release, ["reject", "approve"]
     async with Council.open(path, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
 
         async def answered_first(session: Session, *, saved: bool) -> None:
             if session.assignment.phase == "plan":
-                await getattr(council, answers.pop(0))("t", run=run)
+                await getattr(council.tasks, answers.pop(0))("t", run=run)
             await release(session, saved=saved)
 
         monkeypatch.setattr(Session, "release", answered_first)
-        report = await council.resume(run)
+        report = await council.runs.resume(run)
     assert {one.id: one.status for one in report.tasks} == {"t": "landed", "after": "landed"}, report
     await repository.assert_invariants()
 
@@ -198,18 +198,18 @@ async def test_approvals_are_answered_from_python(repository: Repository) -> Non
     """The same as the commands do; and nobody is to be named by leaving the names out."""
     refusals = []
     async with Council.open(configured(repository), environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         async with anyio.create_task_group() as group:
-            group.start_soon(council.resume, run)
+            group.start_soon(council.runs.resume, run)
             await until_waiting(council, run, 1)
             try:
-                await council.approve(run=run)
+                await council.tasks.approve(run=run)
             except Exception as error:  # noqa: BLE001  which one is told below
                 refusals.append(str(error))
-            await council.reject("t", note="no", run=run)
+            await council.tasks.reject("t", note="no", run=run)
             waited = await until_waiting(council, run, 2)
-            await council.approve("t", run=run)
-        story = await council.task_details("t", run)
+            await council.tasks.approve("t", run=run)
+        story = await council.tasks.details("t", run)
     assert ["no task is named" in one for one in refusals] == [True]
     assert event_text(waited) == "nothing is left to do but to wait for somebody to approve t"
     assert [(one.phase, one.visit, one.status, one.note) for one in story.phases] == [
@@ -224,7 +224,7 @@ async def test_approvals_are_answered_from_python(repository: Repository) -> Non
 async def until_waiting(council: Council, run: str, count: int) -> Event:
     """Return the event that a run only waits, once it was told so often."""
     with anyio.fail_after(60):
-        async for record in council.records(0):
+        async for record in council.history.follow(0):
             for event in record.events:
                 count -= event.type == "run.waiting" and event.data["run"] == run
                 if not count:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Council
-from orchestrator.api import execution
+from orchestrator.api.execution import leadership
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.run_context import RunContext
 from tests.conftest import Repository
@@ -37,7 +37,7 @@ async def run(
         **settings,
     )
     async with Council.open(config) as council:
-        return await council.run()
+        return await council.runs.run()
 
 
 async def test_a_session_asks_by_its_shell_and_its_hook(
@@ -74,7 +74,7 @@ async def test_the_file_says_how_long_a_lock_is_waited_for(
         told.append(rest[-1])
         return shop
 
-    monkeypatch.setattr(execution, "with_session_service", seat)
+    monkeypatch.setattr(leadership, "with_session_service", seat)
     await run(repository, tmp_path / "bin", monkeypatch, "write a.txt x", coordination={"lock_timeout": "2s"})
     assert told == [2.0]
 

@@ -63,7 +63,7 @@ async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
     }
     assert repository.council("check", "nobody").code == 2
     async with council_of(repository) as council:
-        found = await council.check()
+        found = await council.state.verify_run()
     assert (found.is_valid, found.violations, [task.id for task in found.tasks]) == (True, [], ["t"])
     await repository.assert_invariants()
 
@@ -148,14 +148,14 @@ async def test_what_breaks_a_rule_is_found_and_named(repository: Repository) -> 
         for name, change, rule, place in BROKEN:
             kind, _, attempt = name.partition("/")
             key = Key(kind, "/".join(part for part in (run, "t", attempt) if part))
-            before = await council.document(key)
+            before = await council.state.get(key)
             assert before is not None
             await write(repository, key, change)
-            found = (await council.check()).violations
+            found = (await council.state.verify_run()).violations
             assert (rule, place.replace("RUN", run)) in {(one.rule, one.place) for one in found}, (name, found)
             assert all(one.what and one.remedy for one in found)
             await write(repository, key, partial(put_back, before.value))
-            assert (await council.check()).is_valid
+            assert (await council.state.verify_run()).is_valid
 
 
 async def test_a_broken_rule_is_told_to_people_and_programs(repository: Repository) -> None:
@@ -234,7 +234,7 @@ async def test_rules_of_plugins_run_too_and_their_faults_are_told(repository: Re
     plugins = load_plugins(repository.environ)
     plugins.constraints.update(names=names, broken=broken)
     async with council_of(repository, plugins=plugins) as council:
-        found = (await council.check()).violations
+        found = (await council.state.verify_run()).violations
     assert [(one.rule, one.place) for one in found] == [
         ("names.short", "task 't'"),
         ("constraint.broken", "constraint 'broken'"),
@@ -295,8 +295,8 @@ async def test_a_run_at_work_gives_no_false_alarm(repository: Repository) -> Non
         async with Council.open(path, environ=repository.environ) as council:
             with anyio.fail_after(60):
                 while running.poll() is None:
-                    if await council.run_ids():
-                        found = await council.check()
+                    if await council.runs.ids():
+                        found = await council.state.verify_run()
                         assert found.violations == []
                         seen.add(sum(task.visits for task in found.tasks))
                     await anyio.lowlevel.checkpoint()

@@ -54,7 +54,7 @@ def restored(repository: Repository, checkpoint: dict[str, Any]) -> dict[str, An
 async def document(repository: Repository, task: str) -> TaskDocument:
     """Return a task's document."""
     async with Council.open(repository.top, environ=repository.environ) as council:
-        return await read_task(council._store, await council.newest_run(), task)
+        return await read_task(council._context.store, await council.runs.newest(), task)
 
 
 async def test_a_task_that_was_running_is_dealt_with_as_after_a_kill(repository: Repository) -> None:
@@ -219,10 +219,10 @@ async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) 
     )
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
-        by_hand = await council.checkpoint(run)
+        run = await council.runs.create()
+        by_hand = await council.checkpoints.create(run)
         async with anyio.create_task_group() as group:
-            group.start_soon(council.resume, run)
+            group.start_soon(council.runs.resume, run)
             await until(council, "task.started")
             await anyio.wait_all_tasks_blocked()
             for count in range(1, 15):
@@ -230,10 +230,10 @@ async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) 
                 await anyio.wait_all_tasks_blocked()
                 clock.advance(1)
                 await until(council, "checkpoint.created", count + 1)
-                while len(await council.checkpoints(run)) > 13:
+                while len(await council.checkpoints.list(run)) > 13:
                     await anyio.sleep(0.01)
                 await anyio.wait_all_tasks_blocked()
-            found = await council.checkpoints(run)
+            found = await council.checkpoints.list(run)
             council.stop()
     assert by_hand.id == found[0].id
     assert [one.number for one in found[1:]] == list(range(4, 16))
@@ -244,7 +244,7 @@ async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) 
 
 async def until(council: Council, name: str, count: int = 1) -> None:
     """Return when an event has happened that many times."""
-    async for record in council.records(0):
+    async for record in council.history.follow(0):
         count -= sum(event.type == name for event in record.events)
         if count <= 0:
             return
@@ -254,14 +254,14 @@ async def test_the_events_of_a_run_end_also_behind_a_checkpoint(repository: Repo
     """What is made of a run that is over, or restored of it, does not have a listener wait for more."""
     path = repository.configure([{"id": "one", "prompt": "exit 1", "attempts": 1}])
     async with Council.open(path, environ=repository.environ) as council:
-        run = await council.create_run()
-        before = await council.checkpoint(run, reason="at first")
-        assert (await council.resume(run)).status is RunStatus.INCOMPLETE
-        assert (await council.restore(before.id)).runs == [run]
+        run = await council.runs.create()
+        before = await council.checkpoints.create(run, reason="at first")
+        assert (await council.runs.resume(run)).status is RunStatus.INCOMPLETE
+        assert (await council.checkpoints.restore(before.id)).runs == [run]
         with anyio.fail_after(20):
-            types = [one.event.type async for one in council.events(run)]
+            types = [one.event.type async for one in council.runs.events(run)]
         assert types[-3:] == ["run.taken_over", "checkpoint.created", "checkpoint.restored"]
-        assert [one.reason for one in await council.checkpoints(run)] == ["at first", "before restore"]
+        assert [one.reason for one in await council.checkpoints.list(run)] == ["at first", "before restore"]
 
 
 async def test_cleaning_makes_one_of_each_run_first(repository: Repository) -> None:
@@ -273,7 +273,7 @@ async def test_cleaning_makes_one_of_each_run_first(repository: Repository) -> N
     async with Council.open(repository.top, environ=repository.environ) as council:
         found = [one for one in await council.cleaner.find(logs=0.0) if one.run == run]
         assert [one.error for one in await council.cleaner.remove(found)] == [None]
-        assert [(one.run, one.reason) for one in await council.checkpoints()] == [(run, "before clean")]
+        assert [(one.run, one.reason) for one in await council.checkpoints.list()] == [(run, "before clean")]
 
 
 async def test_all_runs_together_and_what_people_are_told(repository: Repository) -> None:

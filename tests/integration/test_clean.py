@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.api.cleanup import Cleaner
+from orchestrator.api.topics.cleanup import Cleaner
 from orchestrator.domain.runs.leftovers import STALE_FILE_SECONDS, Leftover, LeftoverKind
 from orchestrator.project import Project
 from orchestrator.repo.worktrees.hub import Hub

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from orchestrator.api.council import Council
+from orchestrator.api.run_index import RunIndex
+from orchestrator.engine.state.records import read_run
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.protocols import Commit, Guard, Key
 from orchestrator.system.clock import SystemClock
@@ -54,7 +56,7 @@ async def removed(council: Council, **wanted: Any) -> list[str | None]:
 
 async def documents(council: Council, run: str) -> set[str]:
     """Return the kinds of the documents that there are of a run."""
-    return {key.kind for key in (await council.history.at(await council.position(), run=run)).documents}
+    return {key.kind for key in (await council.history.at(await council.history.position(), run=run)).documents}
 
 
 async def test_old_runs_go_and_come_back(repository: Repository) -> None:
@@ -65,26 +67,28 @@ async def test_old_runs_go_and_come_back(repository: Repository) -> None:
     async with later(repository, 6.9) as council:
         assert await judged(council) == {}
     async with later(repository, 7.1) as council:
-        before = (await council.history.overview(run)).to_json()
+        before = (await council.reports.overview(run)).to_json()
         assert await judged(council) == {run: "left_over"}
-        position = await council.position()
+        position = await council.history.position()
         assert await removed(council) == [None]
         # A checkpoint, and all documents in one commit.
-        created, gone = [one async for one in council.history.commits(after=position, until=await council.position())]
+        created, gone = [
+            one async for one in council.history.commits(after=position, until=await council.history.position())
+        ]
         checkpoint = created.events[0].data["checkpoint"]
         assert [(event.type, event.data) for event in gone.events] == [
             ("run.removed", {"run": run, "checkpoint": checkpoint})
         ]
         assert all(value is None for _, value in gone.documents.values())
         assert await documents(council, run) == {"lease", "claim", "checkpoint"}
-        assert (await council.run_ids(), logs.exists()) == ([], False)
-        assert [one.id for one in await council.checkpoints(run)] == [checkpoint]
+        assert (await council.runs.ids(), logs.exists()) == ([], False)
+        assert [one.id for one in await council.checkpoints.list(run)] == [checkpoint]
         with pytest.raises(RefusedError, match="there is no run"):
-            await council.status(run)
-        assert [one.event.type async for one in council.events(run, after=position)][-1] == "run.removed"
-        restored = await council.restore(checkpoint)
+            await council.runs.status(run)
+        assert [one.event.type async for one in council.runs.events(run, after=position)][-1] == "run.removed"
+        restored = await council.checkpoints.restore(checkpoint)
         assert (restored.runs, f"run/{run}" in restored.written) == ([], True)
-        after = (await council.history.overview(run)).to_json()
+        after = (await council.reports.overview(run)).to_json()
         assert {**after, "events": []} == {**before, "events": []}
     await repository.assert_invariants()
 
@@ -94,16 +98,16 @@ async def test_work_that_did_not_land_stays_unless_forced(repository: Repository
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
         assert await judged(council) == {run: "kept"}
-        [kept] = await council.archive.kept(run)
+        [kept] = await council.changes.preserved(run)
         assert await removed(council) == [None]  # as with --kept
-        [checkpoint] = await council.checkpoints(run)
-        await council.restore(checkpoint.id)
-        assert await council.archive.kept(run) == [kept]
-        await council.archive.drop(run, [kept.name])
+        [checkpoint] = await council.checkpoints.list(run)
+        await council.checkpoints.restore(checkpoint.id)
+        assert await council.changes.preserved(run) == [kept]
+        await council.changes.drop([kept.name], run)
         assert await judged(council) == {run: "left_over"}
         # What was brought back can be gone on with.
-        assert [task.status for task in (await council.retry("f")).tasks] == ["pending"]
-        assert [(task.status, task.attempts) for task in (await council.resume()).tasks] == [("failed", 1)]
+        assert [task.status for task in (await council.tasks.retry("f")).tasks] == ["pending"]
+        assert [(task.status, task.attempts) for task in (await council.runs.resume()).tasks] == [("failed", 1)]
 
 
 async def test_what_can_be_resumed_stays_unless_that_is_said(repository: Repository) -> None:
@@ -126,17 +130,17 @@ async def test_no_epoch_comes_back_with_a_run(repository: Repository) -> None:
     run = run_once(repository, LANDS, failpoints="session.spawned=kill")
     claim, old = Key("claim", f"{run}/a"), 1
     async with later(repository, 8) as council:
-        assert (before := await council.document(claim)) is not None
+        assert (before := await council.state.get(claim)) is not None
         assert (before.value["epoch"], before.value["released"]) == (old, None)
         assert await removed(council, include_interrupted=True) == [None]
         assert await documents(council, run) == {"lease", "claim", "checkpoint"}
-        [checkpoint] = await council.checkpoints(run)
-        assert (await council.restore(checkpoint.id)).runs == [run]
-        assert [task.status for task in (await council.resume(run)).tasks] == ["landed"]
-        assert (after := await council.document(claim)) is not None
+        [checkpoint] = await council.checkpoints.list(run)
+        assert (await council.checkpoints.restore(checkpoint.id)).runs == [run]
+        assert [task.status for task in (await council.runs.resume(run)).tasks] == ["landed"]
+        assert (after := await council.state.get(claim)) is not None
         assert (after.value["epoch"], after.value["released"]) == (after.version, "complete")
         with pytest.raises(LeaseLost):
-            await council._store.commit(Commit([], [], [Guard(claim, old)]))
+            await council._context.store.commit(Commit([], [], [Guard(claim, old)]))
     await repository.assert_invariants()
 
 
@@ -144,7 +148,7 @@ async def test_a_run_at_work_never_goes(repository: Repository) -> None:
     """It is not even listed; one that somebody begins to work in after the list was made stays, too."""
     run = run_once(repository, LANDS)
     async with later(repository, 8) as council:
-        hub = await council._runs.hub((await council._runs.record(run)).run)
+        hub = await RunIndex(council._context).hub(await read_run(council._context.store, run))
         cleaner = council.cleaner
         found = [one for one in await cleaner.find(runs=7 * DAY) if one.kind == "run"]
         # Who coordinates it, and who works in it beside that, or goes on where that was killed.
@@ -153,7 +157,7 @@ async def test_a_run_at_work_never_goes(repository: Repository) -> None:
                 assert await judged(council, include_interrupted=True) == {}
                 [removal] = await cleaner.remove(found)
                 assert removal.error is not None
-        assert await council.run_ids() == [run]
+        assert await council.runs.ids() == [run]
 
 
 async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> None:
@@ -162,10 +166,10 @@ async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> 
     async with later(repository, 8) as council:
         cleaner = council.cleaner
         found = [one for one in await cleaner.find(runs=7 * DAY, include_interrupted=True) if one.kind == "run"]
-        await council.retry("f")
+        await council.tasks.retry("f")
         [removal] = await cleaner.remove(found)
         assert removal.error == "it is in use again, or was changed"
-        assert await council.run_ids() == [run]
+        assert await council.runs.ids() == [run]
 
 
 async def test_a_kill_in_between_leaves_what_can_be_cleaned_again(repository: Repository) -> None:
@@ -176,7 +180,7 @@ async def test_a_kill_in_between_leaves_what_can_be_cleaned_again(repository: Re
     assert repository.council(*words, "--json").result["found"][0]["kind"] != "run"
     async with later(repository, 0) as council:
         assert await documents(council, run) == {"lease", "claim", "checkpoint"}
-        assert await council._store.get(Key("lease", f"run/{run}")) is not None
+        assert await council._context.store.get(Key("lease", f"run/{run}")) is not None
 
 
 async def test_the_command_shows_first(repository: Repository) -> None:

@@ -36,7 +36,7 @@ async def test_a_run_while_the_clock_jumps_back_and_forth(repository: Repository
     path = repository.configure(tasks)
     with anyio.fail_after(60):
         async with Council.open(path, environ=repository.environ, clock=JumpingClock(0, HOUR, -HOUR)) as council:
-            report = await council.run()
+            report = await council.runs.run()
     ended = [(task.id, task.status, task.attempts) for task in report.tasks]
     assert ended == [("one", "landed", 1), ("two", "landed", 2), ("three", "landed", 1)]
     await repository.assert_invariants()

@@ -128,7 +128,7 @@ async def test_what_can_not_be_chosen_is_refused(project: Repository, words: lis
     assert (ended.code, ended.stdout) == (2, "")
     assert says in ended.stderr
     async with Council.open(project.top, environ=project.environ) as council:
-        assert [one.id for one in await council.conflicts()] == [NAME]
+        assert [one.id for one in await council.state.conflicts()] == [NAME]
 
 
 async def test_a_document_that_was_changed_since_needs_force(project: Repository) -> None:
@@ -145,13 +145,13 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
     async with FileStore.open(project.log, ManualClock(RUN_STARTED + 200)) as store:
         await apply_updates(store, await updates(store), "manual")
     async with Council.open(project.top, environ=project.environ) as council:
-        first, second = await council.conflicts()
+        first, second = await council.state.conflicts()
         with pytest.raises(
             RefusedError, match=f"{API} has 2 pending conflicts: name one by its id: {first.id}, {second.id}"
         ):
-            await council.resolve_conflict("task/api", 1)
+            await council.state.resolve_conflict("task/api", 1)
         again = await pending(project)
-        settled = await council.resolve_conflict(second.id, again)
+        settled = await council.state.resolve_conflict(second.id, again)
         assert settled.document is not None
         assert (settled.conflict, settled.document.value) == (second, again)
 
@@ -159,12 +159,12 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
 async def test_no_update_keeps_a_run_from_being_read(project: Repository) -> None:
     """Whatever a program writes: what is none of a document's kind, and a task without which there is no run."""
     async with Council.open(project.top, environ=project.environ) as council:
-        position = await council.position()
+        position = await council.history.position()
         for value, told in (({"status": "odd"}, "can't become this: status: "), (None, f"is part of run {RUN}")):
             with pytest.raises(RefusedError, match=told):
-                await council.apply_updates([DocumentUpdate(API, 1.0, "me", value)])
-        assert await council.position() == position
-        assert [one.run for one in await council.runs()] == [RUN]
+                await council.state.apply_updates([DocumentUpdate(API, 1.0, "me", value)])
+        assert await council.history.position() == position
+        assert [one.run for one in await council.runs.list()] == [RUN]
 
 
 async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> None:
@@ -178,12 +178,12 @@ async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> N
         mine = DocumentUpdate(API, 1.0, "me", again)
         async with hub.run_lock(RUN).hold(0):
             with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
-                await council.resolve_conflict(NAME, 1, force=True)
+                await council.state.resolve_conflict(NAME, 1, force=True)
             with pytest.raises(RefusedError, match="which is active"):
-                await council.apply_updates([note, mine])
-            assert (await council.apply_updates([note])).written == [note.key]
-        applied = await council.apply_updates(
+                await council.state.apply_updates([note, mine])
+            assert (await council.state.apply_updates([note])).written == [note.key]
+        applied = await council.state.apply_updates(
             [mine, DocumentUpdate(API, 2.0, "you", {**again, "reason": "b"})], "first_write_wins"
         )
         assert (applied.resolved, applied.waiting) == ([API], [])
-        assert (await council.history.at(await council.position())).documents[API].value == again
+        assert (await council.history.at(await council.history.position())).documents[API].value == again

@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from orchestrator import Council, RequestTimeout
-from orchestrator.api import execution
+from orchestrator.api.execution import control
 from orchestrator.errors import describe_shortage
 from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
@@ -82,14 +82,14 @@ def test_a_request_to_a_stopped_process_says_what_it_waits_for(
 
 def test_a_request_that_nobody_performs_stays_recorded(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends with exit code 1; the process performs the request when it continues."""
-    monkeypatch.setattr(execution, "_REQUEST_TIMEOUT", 0.3)
+    monkeypatch.setattr(control, "_REQUEST_TIMEOUT", 0.3)
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "hang"}])))
     has_begun(repository, "a")
     child.send_signal(signal.SIGSTOP)
 
     async def cancel() -> None:
         async with Council.open(repository.top, environ=repository.environ) as council:
-            await council.cancel("a")
+            await council.tasks.cancel("a")
 
     try:
         with pytest.raises(RequestTimeout) as unanswered:

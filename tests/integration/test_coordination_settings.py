@@ -15,7 +15,7 @@ TASK = [{"id": "a", "prompt": "write a.txt a"}]
 
 async def recorded(repository: Repository) -> dict[str, Any]:
     async with Council.open(repository.top, environ=repository.environ) as council:
-        document = await council.document(Key("run", await council.newest_run()))
+        document = await council.state.get(Key("run", await council.runs.newest()))
     assert document is not None
     found: dict[str, Any] = document.value["coordination"]
     return found

@@ -193,14 +193,14 @@ async def test_beside_a_run_that_is_at_work(repository: Repository, tmp_path: Pa
 async def test_from_python(project: Repository, tmp_path: Path) -> None:
     """The same by methods."""
     async with Council.open(project.top, environ=project.environ) as council:
-        exported = await council.export_state(str(tmp_path / "file"))
+        exported = await council.state.export_to(str(tmp_path / "file"))
         with pytest.raises(RefusedError, match="not empty"):
-            await Council.import_state(council, await _another(tmp_path, council))
+            await council.state.import_from(await _another(tmp_path, council))
     copied = await copy_state(project.top / ".council/state", tmp_path / "copy")
     assert (copied.commits, copied.bytes) == (exported.commits, exported.bytes)
     async with Council.open(project.top, state=str(tmp_path / "new"), environ=project.environ) as council:
-        assert (await council.import_state(str(tmp_path / "file"))).documents == 9
-        assert await council.run_ids() == [RUN]
+        assert (await council.state.import_from(str(tmp_path / "file"))).documents == 9
+        assert await council.runs.ids() == [RUN]
 
 
 async def _another(folder: Path, council: Council) -> Path:
@@ -208,7 +208,7 @@ async def _another(folder: Path, council: Council) -> Path:
     async with FileStore.open(ensure_log(folder / "else", council_home(os.environ)), SystemClock()) as store:
         await store.commit(Commit(events=[Event("else")]))
     async with Council.open(council.project.top, state=(folder / "else").as_uri()) as other:
-        await other.export_state(folder / "other-file")
+        await other.state.export_to(folder / "other-file")
     return folder / "other-file"
 
 
@@ -231,7 +231,7 @@ async def test_documents_that_cant_be_read_are_reported(project: Repository, tmp
     key, flaw = f"task/{RUN}/api", "progress: extra inputs are not permitted"
     async with Council.open(project.top, environ=project.environ) as council:
         await update_document(
-            council._store, Key("task", f"{RUN}/api"), lambda value: {**(value or {}), "progress": "50%"}
+            council._context.store, Key("task", f"{RUN}/api"), lambda value: {**(value or {}), "progress": "50%"}
         )
     again = str(tmp_path / "again")
     for words in (["export", "file"], ["import", "file", "--state", again], ["copy", again, str(tmp_path / "copy")]):

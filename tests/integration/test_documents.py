@@ -42,53 +42,53 @@ async def opened(project: Repository, clock: ManualClock | None = None) -> Async
 async def test_what_somebody_writes_everybody_reads(project: Repository) -> None:
     """Made, changed and deleted; versions rise by one, and `change` gets what is there."""
     async with opened(project) as ours, opened(project) as theirs:
-        assert await ours.document(NOTE) is None
+        assert await ours.state.get(NOTE) is None
         seen: list[JsonObject | None] = []
 
         def count(value: JsonObject | None) -> JsonObject:
             seen.append(value)
             return {"n": len(seen)}
 
-        assert await ours.update(NOTE, count) == await theirs.document(NOTE)
-        made = await theirs.update(NOTE, count)
+        assert await ours.state.update(NOTE, count) == await theirs.state.get(NOTE)
+        made = await theirs.state.update(NOTE, count)
         assert made is not None
         assert (made.version, made.value, seen) == (2, {"n": 2}, [None, {"n": 1}])
-        assert (await ours.update(NOTE, lambda _: None), await theirs.document(NOTE)) == (None, None)
-        assert [one.value for one in await ours.history.history(NOTE)] == [None, {"n": 2}, {"n": 1}]
+        assert (await ours.state.update(NOTE, lambda _: None), await theirs.state.get(NOTE)) == (None, None)
+        assert [one.value for one in await ours.history.versions(NOTE)] == [None, {"n": 2}, {"n": 1}]
 
 
 async def test_progress_of_a_task_is_merged_and_counted(project: Repository) -> None:
     """Fields that are not named stay, also if both write at once; the run's figures follow."""
     async with opened(project) as ours, opened(project) as theirs:
-        before = await ours.document(API)
+        before = await ours.state.get(API)
         assert before is not None
-        assert (await ours.history.metrics(RUN)).in_progress == 1
+        assert (await ours.reports.metrics(RUN)).in_progress == 1
 
         async def note(council: Council, progress: JsonObject) -> None:
-            await council.update(API, lambda value: {**(value or {}), **progress})
+            await council.state.update(API, lambda value: {**(value or {}), **progress})
 
         async with anyio.create_task_group() as group:
             group.start_soon(note, ours, {"status": "failed", "reason": "needs a key"})
             group.start_soon(note, theirs, {"pull_request": 12})
-        after = await ours.document(API)
+        after = await ours.state.get(API)
         assert after is not None
         changed = {"status": "failed", "reason": "needs a key", "pull_request": 12}
         assert (after.version, after.value) == (before.version + 2, before.value | changed)
         assert before.value["attempts"]
-        figures = await ours.history.metrics(RUN)
+        figures = await ours.reports.metrics(RUN)
         assert (figures.in_progress, figures.failed) == (0, 1)
 
 
 async def test_a_version_that_was_expected(project: Repository) -> None:
     """With the wrong one nothing is written, and it is told at once who was there, and when."""
     async with opened(project, ManualClock(RUN_STARTED + 500)) as council:
-        made = await council.update(NOTE, lambda _: {"n": 1}, expected_version=0)
+        made = await council.state.update(NOTE, lambda _: {"n": 1}, expected_version=0)
         assert made is not None
         with pytest.raises(VersionConflict) as caught:
-            await council.update(NOTE, lambda _: {"n": 2}, expected_version=2)
+            await council.state.update(NOTE, lambda _: {"n": 2}, expected_version=2)
         told = caught.value
         assert (told.expected, told.found, told.by, told.time) == (2, 1, "ada@box:4711", RUN_STARTED + 500)
-        assert await council.document(NOTE) == made
+        assert await council.state.get(NOTE) == made
 
 
 async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
@@ -97,7 +97,7 @@ async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
     async with opened(project, clock) as ours, opened(project, clock) as theirs:
 
         async def take(council: Council, owner: str) -> Document | None:
-            return await council.update(lock, lambda _: {"owner": owner}, expected_version=0, ttl=5)
+            return await council.state.update(lock, lambda _: {"owner": owner}, expected_version=0, ttl=5)
 
         held = await take(ours, "a")
         assert held is not None
@@ -106,11 +106,11 @@ async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
         with pytest.raises(VersionConflict, match="ada@box:4711"):
             await take(theirs, "b")
         clock.advance(0.1)
-        assert await ours.document(lock) is None
+        assert await ours.state.get(lock) is None
         again = await take(theirs, "b")
         assert again is not None
         assert again.value == {"owner": "b"}
-        await theirs.update(lock, lambda _: None, expected_version=again.version)
+        await theirs.state.update(lock, lambda _: None, expected_version=again.version)
         assert await take(ours, "a") is not None
 
 
@@ -119,20 +119,20 @@ async def test_who_waits_for_a_document_is_told_when_it_comes(project: Repositor
     heard: list[DocumentChange] = []
 
     async def listen(council: Council, after: int) -> None:
-        async with aclosing(council.subscribe("memo/*", after)) as changes:
+        async with aclosing(council.state.subscribe("memo/*", after)) as changes:
             async for change in changes:
                 heard.append(change)
                 return
 
     async with opened(project) as ours, opened(project) as theirs:
-        begin = await ours.position()
+        begin = await ours.history.position()
         with anyio.fail_after(20):
             async with anyio.create_task_group() as group:
                 group.start_soon(listen, ours, begin)
                 await anyio.wait_all_tasks_blocked()
                 assert heard == []
-                await theirs.update(Key("other", "x"), lambda _: {})
-                await theirs.update(NOTE, lambda _: {"n": 1})
+                await theirs.state.update(Key("other", "x"), lambda _: {})
+                await theirs.state.update(NOTE, lambda _: {"n": 1})
             await listen(theirs, begin)
     assert [(one.key, one.version, one.value, one.position) for one in heard] == [(NOTE, 1, {"n": 1}, begin + 2)] * 2
 
@@ -141,20 +141,20 @@ async def test_nothing_is_changed_beside_a_run_at_work(project: Repository) -> N
     """Which would not know of it; what is of no run is."""
     async with opened(project) as council, Hub(project.top / "hub").run_lock(RUN).hold(0):
         with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
-            await council.update(API, lambda _: pytest.fail("called"))
-        assert await council.update(NOTE, lambda _: {}) is not None
+            await council.state.update(API, lambda _: pytest.fail("called"))
+        assert await council.state.update(NOTE, lambda _: {}) is not None
 
 
 async def test_runs_that_are_not_over(project: Repository) -> None:
     """One whose tasks wait, one that was cut off, and the same while a process is at work in it."""
     async with opened(project) as council:
         waiting = "over", RunStatus.INCOMPLETE
-        active = [(one.run, one.status) for one in await council.runs(active=True)]
+        active = [(one.run, one.status) for one in await council.runs.list(active=True)]
         assert active == [waiting, (RUN, RunStatus.INTERRUPTED)]
         async with Hub(project.top / "hub").run_lock(RUN).hold(0):
-            active = [(one.run, one.status) for one in await council.runs(active=True)]
+            active = [(one.run, one.status) for one in await council.runs.list(active=True)]
         assert active == [waiting, (RUN, RunStatus.RUNNING)]
-        assert [one.run for one in await council.runs()] == ["over", RUN]
+        assert [one.run for one in await council.runs.list()] == ["over", RUN]
 
 
 async def test_a_run_that_was_recovered_says_when(repository: Repository) -> None:
@@ -162,11 +162,11 @@ async def test_a_run_that_was_recovered_says_when(repository: Repository) -> Non
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(path), failpoints="work.recorded=kill").code < 0
     async with Council.open(repository.top, environ=repository.environ) as council:
-        [report] = await council.runs(active=True)
+        [report] = await council.runs.list(active=True)
         assert report.status is RunStatus.INTERRUPTED
-        assert (await council.resume(report.run)).status is RunStatus.LANDED
-        claims = [one async for one in council.events(report.run) if one.event.type == "run.leader_elected"]
-        assert await council.runs(active=True) == []
+        assert (await council.runs.resume(report.run)).status is RunStatus.LANDED
+        claims = [one async for one in council.runs.events(report.run) if one.event.type == "run.leader_elected"]
+        assert await council.runs.list(active=True) == []
     first, second = claims
     assert (first.event.data["epoch"], second.event.data["epoch"]) == (1, 2)
     assert first.time < second.time

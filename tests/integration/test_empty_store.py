@@ -10,8 +10,7 @@ import click
 import pytest
 
 from orchestrator import Council
-from orchestrator.api.health import Health
-from orchestrator.api.runs import ProjectRuns
+from orchestrator.api.topics.health import Health
 from orchestrator.cli.commands.state.state import state
 from orchestrator.protocols import Commit, Event
 from tests.conftest import Repository
@@ -53,19 +52,19 @@ async def test_each_look_from_python_at_an_empty_store_ends(repository: Reposito
     """On files and in memory; an empty folder, too, becomes an empty store."""
     async with Council.open(repository.top, state=url, environ=repository.environ) as council:
         looks: list[Callable[[], Awaitable[Any]]] = [
-            council.verify,
-            council.repair,
-            council.compact,
-            council.runs,
-            council.run_ids,
-            council.checkpoints,
-            council.conflicts,
-            council.locks,
+            council.state.verify,
+            council.state.repair,
+            council.state.compact,
+            council.runs.list,
+            council.runs.ids,
+            council.checkpoints.list,
+            council.state.conflicts,
+            council.locks.list,
             council.paths,
             lambda: council.history.at(0),
             lambda: council.history.position_at(0.0),
             lambda: council.history.newest_commits(10, until=1),
-            council.health,  # the last: it makes a commit
+            council.state.check_health,  # the last: it makes a commit
         ]
         with anyio.fail_after(10):
             for look in looks:
@@ -80,14 +79,13 @@ async def test_health_while_others_write(repository: Repository) -> None:
         Council.open(repository.top, environ=repository.environ) as other,
         anyio.create_task_group() as group,
     ):
-        runs: ProjectRuns = council._runs
 
         async def write() -> None:
             while True:
-                await other._store.commit(Commit([], [Event("a")], durable=False))
+                await other._context.store.commit(Commit([], [Event("a")], durable=False))
                 await anyio.sleep(0)  # where it can be cancelled
 
         group.start_soon(write)
         with anyio.fail_after(10):
-            assert await Health(runs).examine()
+            assert await Health(council._context).examine()
         group.cancel_scope.cancel()

@@ -110,11 +110,11 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
     path = repository.configure(tasks, adapters=adapters)
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         reports: list[RunReport] = []
 
         async def execute() -> None:
-            reports.append(await council.resume(run))
+            reports.append(await council.runs.resume(run))
 
         async with anyio.create_task_group() as group:
             group.start_soon(execute)
@@ -123,7 +123,7 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
             await anyio.wait_all_tasks_blocked()
             clock.advance(17_999)
             await anyio.wait_all_tasks_blocked()
-            parked = await council.status(run)
+            parked = await council.runs.status(run)
             assert [(task.status, task.attempts) for task in parked.tasks] == [
                 ("pending", 0), ("pending", 0), ("landed", 1),
             ]  # fmt: skip
@@ -148,17 +148,17 @@ async def test_what_has_a_fallback_does_not_wait_for_a_limit(repository: Reposit
     path = repository.configure([lock, *tasks], adapters=adapters, defaults=defaults, capacity=1)
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         reports: list[RunReport] = []
 
         async def execute() -> None:
-            reports.append(await council.resume(run))
+            reports.append(await council.runs.resume(run))
 
         async with anyio.create_task_group() as group:
             group.start_soon(execute)
             await until_event(council, "task.landed", 2)
             await anyio.wait_all_tasks_blocked()
-            status = await council.status(run)
+            status = await council.runs.status(run)
             assert {task.id: (task.status, task.adapter) for task in status.tasks} == {
                 "lock": ("pending", "locked"),
                 "limited": ("landed", "third"),
@@ -183,9 +183,9 @@ async def test_a_park_outlasts_the_process(repository: Repository) -> None:
 
     async def opened(run: str | None, advance: float) -> str:
         async with Council.open(path, clock=clock, environ=repository.environ) as council:
-            name = run or await council.create_run()
+            name = run or await council.runs.create()
             async with anyio.create_task_group() as group:
-                group.start_soon(council.resume, name)
+                group.start_soon(council.runs.resume, name)
                 await until_event(council, "adapter.cooling_down", 1)
                 await until_claimed(council, name, 1 if run is None else 2)
                 await anyio.wait_all_tasks_blocked()
@@ -200,7 +200,7 @@ async def test_a_park_outlasts_the_process(repository: Repository) -> None:
     assert repository.spawns.read_text() == before
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
         clock.advance(1)
-        assert (await council.resume(run)).status is RunStatus.LANDED
+        assert (await council.runs.resume(run)).status is RunStatus.LANDED
     await repository.assert_invariants()
 
 
@@ -285,7 +285,7 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
     clock = ManualClock()
     full = repository.top / ".council" / "logs"
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         logs = full / run
         logs.mkdir(mode=0o700)
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "none", str(logs)], check=False)
@@ -293,7 +293,7 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
             pytest.skip("only root can make a file system that is full")
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(council.resume, run)
+                group.start_soon(council.runs.resume, run)
                 await until_event(council, "run.paused", 1)
                 subprocess.run(["mount", "-o", "remount,nr_inodes=100", str(logs)], check=True)
                 await anyio.wait_all_tasks_blocked()
@@ -301,7 +301,7 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
                 await until_event(council, "task.landed", 1)
         finally:
             subprocess.run(["umount", str(logs)], check=True)
-        report = await council.status(run)
+        report = await council.runs.status(run)
     assert [(task.status, task.attempts) for task in report.tasks] == [("landed", 1)]
     await repository.assert_invariants()
 
@@ -316,16 +316,16 @@ async def test_sessions_that_run_into_one_limit_side_by_side_are_one_park(reposi
     path = repository.configure(tasks, adapters={"fake": fake(repository)})
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         async with anyio.create_task_group() as group:
-            group.start_soon(council.resume, run)
+            group.start_soon(council.runs.resume, run)
             await until_event(council, "run.waiting", 1)
             until = clock.now() + 19_000
             clock.advance(19_000)
         told = [event.data["until"] for event in await events_of(council, run, "adapter.cooling_down")]
         assert told == sorted(set(told))
         assert told[-1] == until
-        report = await council.status(run)
+        report = await council.runs.status(run)
     assert {task.id: task.status for task in report.tasks} == {f"t{n}": "landed" for n in range(4)}
     await repository.assert_invariants()
 
@@ -343,18 +343,18 @@ async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repos
     path = repository.configure(tasks, adapters=adapters, defaults={"adapter": "locked", "fallback": ["limited"]})
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         instants = []
         async with anyio.create_task_group() as group:
-            group.start_soon(council.resume, run)
+            group.start_soon(council.runs.resume, run)
             for count, seconds in enumerate((600, 7200), 1):
                 await until_event(council, "run.waiting", count)
                 instants.append(clock.now() + seconds)
-                reasons = {task.id: task.reason for task in (await council.status(run)).tasks}
+                reasons = {task.id: task.reason for task in (await council.runs.status(run)).tasks}
                 waits = f"waits for adapter 'limited' until {format_local_time(instants[-1])}; 'locked' is disabled: "
                 assert str(reasons["t"]).startswith(waits)
                 assert (reasons["after2"], reasons["other"]) == (None, None)
-                await council.cancel(f"after{count}", run=run)  # it looks again at what is to do
+                await council.tasks.cancel(f"after{count}", run=run)  # it looks again at what is to do
                 await anyio.wait_all_tasks_blocked()
                 clock.advance(seconds)
         waited = await events_of(council, run, "run.waiting")
@@ -369,7 +369,7 @@ async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repos
 async def events_of(council: Council, run: str, name: str) -> list[Event]:
     """Return all events of a name that a run has had so far, which is over."""
     found: list[Event] = []
-    async for record in council.records(0):
+    async for record in council.history.follow(0):
         found += [event for event in record.events if event.type == name]
         if any(event.type == "run.finished" and event.data["run"] == run for event in record.events):
             break

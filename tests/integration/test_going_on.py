@@ -70,7 +70,7 @@ async def test_what_is_owned_may_have_changed_since_it_was_looked_where_to_start
     monkeypatch.setattr(AttemptRunner, "prepare", land_meanwhile)
     path = repository.configure([{"id": "t", "prompt": "append s.txt mine", "owns": ["s.txt"]}])
     async with Council.open(path, environ=repository.environ) as council:
-        report = await council.resume(await council.create_run())
+        report = await council.runs.resume(await council.runs.create())
     assert [(one.status, one.attempts) for one in report.tasks] == [("landed", 1)], report
     assert (repository.top / "s.txt").read_text() == "another\nmine\n"
     await repository.assert_invariants()

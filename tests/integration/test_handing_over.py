@@ -172,7 +172,7 @@ async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository
     assert json.loads((repository.top / "got.txt").read_text()) == {"text": "hello"}
     assert "no result to submit" in (repository.top / "err.txt").read_text()
     async with Council.open(config) as council:
-        (entry,) = await (await council.shared_values()).list()
+        (entry,) = await (await council.sessions.shared_values()).list()
     assert (entry.key, entry.version, entry.writer) == ("greeting", 1, f"{ended.result['run']}/puts.1")
     await repository.assert_invariants()
 
@@ -181,8 +181,8 @@ async def test_a_person_looks_at_what_is_shared_and_puts_it(repository: Reposito
     """Outside of sessions it is by the run; what is refused is bad input."""
     config = repository.configure([{"id": "t", "prompt": "write a.txt x"}])
     async with Council.open(config) as council:
-        run = await council.create_run()
-        await (await council.shared_values()).put("greeting", {"text": "hello"})
+        run = await council.runs.create()
+        await (await council.sessions.shared_values()).put("greeting", {"text": "hello"})
         assert repository.council("share", "get", "greeting", "--run", run).stdout == '{\n  "text": "hello"\n}\n'
         put = repository.council("share", "put", "greeting", "bye", "--if-version", "1")
         assert (put.code, put.stdout) == (0, "shared greeting: version 2\n")
@@ -193,4 +193,4 @@ async def test_a_person_looks_at_what_is_shared_and_puts_it(repository: Reposito
         assert (late.code, late.result["status"]) == (2, "refused")
         assert repository.council("share", "put", "greeting", "{", "--run", run).code == 2
         with pytest.raises(RefusedError, match="none"):
-            await council.shared_values("none")
+            await council.sessions.shared_values("none")

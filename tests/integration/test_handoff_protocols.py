@@ -146,7 +146,7 @@ async def test_only_what_is_complete_counts(repository: Repository) -> None:
     )
     repository.council("run", str(path), "--json", failpoints="attempt.recorded=kill@3")
     async with Council.open(repository.top, environ=repository.environ) as council:
-        run = await council.newest_run()
+        run = await council.runs.newest()
         document, handoffs = await recorded(repository, run)
         phases = Workflow((Phase(name="build", produces="build"), Phase(name="review", writes=False)))
         # The review has sent it back, and the build is at it again.

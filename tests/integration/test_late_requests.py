@@ -36,16 +36,16 @@ async def states_after(
     path = repository.configure(tasks)
     reports: list[RunReport] = []
     async with Council.open(path, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
 
         async def execute(council: Council) -> None:
-            reports.append(await council.resume(run))
+            reports.append(await council.runs.resume(run))
 
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 group.start_soon(execute, council)
                 await until_event(council, end, 1)
-                group.start_soon(council.cancel if action is RequestAction.CANCEL else council.retry, "t")
+                group.start_soon(council.tasks.cancel if action is RequestAction.CANCEL else council.tasks.retry, "t")
                 await until_event(council, "request.completed", 1)
                 may_remove.set()
     await repository.assert_invariants()

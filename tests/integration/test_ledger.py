@@ -9,7 +9,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.api.runs import ProjectRuns
+from orchestrator.api.context import ProjectContext
+from orchestrator.api.run_reader import RunReader
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, TaskStatus
 from orchestrator.domain.scheduling.claims import Role
@@ -290,12 +291,12 @@ async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Pat
         await store.commit(Commit([write, *(Write(key(run.id, removed), 1, None) for key in (task_key, spec_key))]))
 
     store.quicker = restore
-    runs = ProjectRuns(Project(tmp_path), store, "memory:", clock, {})
-    assert [*(await runs.record(run.id)).tasks] == kept
+    reader = RunReader(ProjectContext(Project(tmp_path), store, "memory:", clock, {}))
+    assert [*(await reader.record(run.id)).tasks] == kept
     store.quicker = None
     await store.commit(Commit([Write(task_key(run.id, kept[0]), 1, None)]))
     with pytest.raises(RefusedError, match=f"the state of task {kept[0]} is missing"):
-        await runs.record(run.id)
+        await reader.record(run.id)
 
 
 async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) -> None:

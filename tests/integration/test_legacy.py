@@ -95,7 +95,7 @@ def originals(repository: Repository) -> dict[str, tuple[bytes, int]]:
 async def runs(repository: Repository) -> dict[str, RunReport]:
     """Open the project as any command does, and return its runs."""
     async with Council.open(repository.top, environ=repository.environ) as council:
-        return {one.run: one for one in await council.runs()}
+        return {one.run: one for one in await council.runs.list()}
 
 
 def states(run: RunReport) -> dict[str, str]:
@@ -106,7 +106,7 @@ def states(run: RunReport) -> dict[str, str]:
 async def events(repository: Repository, kind: str) -> list[dict[str, Any]]:
     """Return the events of a kind that the log has."""
     async with Council.open(repository.top, environ=repository.environ) as council:
-        records = [one async for one in council.history.commits(until=await council.position())]
+        records = [one async for one in council.history.commits(until=await council.history.position())]
         return [event.data for record in records for event in record.events if event.type == kind]
 
 
@@ -403,7 +403,7 @@ async def test_a_first_run_imports_too(repository: Repository) -> None:
     assert list(await runs(repository)) == [RUN, ended.result["run"]]
     # A document of ours that stands beside it is read by the same models.
     async with Council.open(repository.top, environ=repository.environ) as council:
-        found = await council._store.get(Key("task", f"{RUN}/login"))
+        found = await council._context.store.get(Key("task", f"{RUN}/login"))
         assert found is not None
         assert TaskDocument.model_validate(found.value).imported is not None
 
@@ -412,19 +412,20 @@ async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
     """Commands that would are refused and say why, and record nothing; those that look work."""
     write(repository, LEGACY_FILE, STATE)
     async with Council.open(repository.top, environ=repository.environ) as council:
-        position, archive = await council.position(), council.archive
+        position, changes, logs = await council.history.position(), council.changes, council.logs
         asked: list[Callable[[], Awaitable[object]]] = [
-            council.resume, council.cancel, lambda: council.cancel("later"), lambda: council.retry("export"),
-            lambda: council.retry("nonsense"), lambda: archive.diff(RUN, "login"), lambda: archive.kept(RUN),
-            lambda: archive.show(RUN, "login/1"), lambda: archive.apply(RUN, "login/1"),
-            lambda: anext(archive.log(RUN, "login")), lambda: archive.changes(RUN, "login"),
+            council.runs.resume, council.tasks.cancel, lambda: council.tasks.cancel("later"),
+            lambda: council.tasks.retry("export"),
+            lambda: council.tasks.retry("nonsense"), lambda: changes.diff("login", RUN), lambda: changes.preserved(RUN),
+            lambda: changes.diff_preserved("login/1", RUN), lambda: changes.apply("login/1", RUN),
+            lambda: anext(logs.chunks("login", RUN)), lambda: changes.size("login", RUN),
         ]  # fmt: skip
         for ask in asked:
             with pytest.raises(
                 RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, only its record exists"
             ):
                 await ask()
-        assert await council.position() == position
+        assert await council.history.position() == position
     refused = repository.council("resume")
     assert (refused.code, f"`council state show {RUN}`" in refused.stderr) == (2, True)
     status = repository.council("status")

@@ -169,14 +169,14 @@ async def test_who_held_a_broken_merge_permit_is_refused(repository: Repository)
 
 
 async def test_from_python_the_same(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Council.locks` and `Council.break_lock`."""
+    """`Council.locks.list` and `Council.locks.revoke`."""
     monkeypatch.chdir(repository.top)
     async with opened(repository) as store:
         registry = OwnershipRegistry(store, SystemClock(), "0" * 16)
         await registry.acquire(ADA, ["a"], orchestrator="o1", claim=await claim(store, ADA))
         async with Council.open(repository.top, environ=repository.environ) as council:
-            assert [(one.name, one.what) for one in await council.locks()] == [("ownership/r/ada.1", ("a",))]
-            assert (await council.break_lock("ownership/r/ada.1", "why not")).epoch == 1
-            assert await council.locks() == []
+            assert [(one.name, one.what) for one in await council.locks.list()] == [("ownership/r/ada.1", ("a",))]
+            assert (await council.locks.revoke("ownership/r/ada.1", "why not")).epoch == 1
+            assert await council.locks.list() == []
             with pytest.raises(RefusedError, match="lock 'zzz' is not held"):
-                await council.break_lock("zzz", "why not")
+                await council.locks.revoke("zzz", "why not")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.api.context import ProjectContext
 from orchestrator.api.council import Council
-from orchestrator.api.history import StateHistory, is_about_run
-from orchestrator.api.runs import ProjectRuns
+from orchestrator.api.topics.history import StateHistory, is_about_run
+from orchestrator.api.topics.reports import RunReports
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import Commit, CommitRecord, Event, Key, Write
@@ -289,9 +290,9 @@ async def test_a_run_at_a_glance(project: Repository) -> None:
     }  # fmt: skip
 
 
-def past_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> StateHistory:
-    """Return what a store knows of the past."""
-    return StateHistory(ProjectRuns(Project(folder), store, "memory:", clock, {}))
+def context_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> ProjectContext:
+    """Return a project with a store."""
+    return ProjectContext(Project(folder), store, "memory:", clock, {})
 
 
 async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None
     await record_run(store, clock, run_document(tmp_path))
     for number in range(150):
         await store.commit(Commit([], [Event("noted", {"run": name, "n": number}) for name in (RUN, "other")]))
-    found = await past_of(store, clock, tmp_path).overview(RUN)
+    found = await RunReports(context_of(store, clock, tmp_path)).overview(RUN)
     assert [one.event.data["n"] for one in found.events] == list(range(50, 150))
 
 
@@ -311,12 +312,13 @@ async def test_where_the_log_begins_late_that_is_told(tmp_path: Path) -> None:
     store = ForgetfulStore(clock)
     await record_run(store, clock, run_document(tmp_path))
     store.first = 6
-    past = past_of(store, clock, tmp_path)
+    context = context_of(store, clock, tmp_path)
+    past = StateHistory(context)
     assert [one.position async for one in past.commits(until=11)] == [7, 8, 9, 10, 11]
     assert [one.position for one in await past.newest_commits(99, until=11)] == [7, 8, 9, 10, 11]
     with pytest.raises(RefusedError, match="only to 6: name a position from 6 on"):
         await anext(past.commits(after=3, until=11))
-    assert [one.event.type for one in (await past.overview(RUN)).events] == [
+    assert [one.event.type for one in (await RunReports(context).overview(RUN)).events] == [
         "task.landing", "task.landed", "task.started", "run.paused", "run.interrupted",
     ]  # fmt: skip
 
@@ -336,17 +338,17 @@ def test_documents_of_a_run(key: Key, expected: bool) -> None:
 
 
 async def test_the_past_from_python(project: Repository) -> None:
-    """`council.past` has what the commands print."""
+    """`council.history` and `council.reports` have what the commands print."""
     async with Council.open(project.top, environ=project.environ) as council:
         past = council.history
         assert await past.position_at(RUN_STARTED + 41) == 5
         assert (await past.at(5, names=["task/api"])).documents.keys() == {API}
         assert (await past.key("task/models")) == MODELS
-        assert [one.version for one in await past.history(MODELS, 2)] == [5, 4]
-        assert (await past.metrics(RUN)).completed == 1
+        assert [one.version for one in await past.versions(MODELS, 2)] == [5, 4]
+        assert (await council.reports.metrics(RUN)).completed == 1
         with pytest.raises(RefusedError):
             await past.at(99)
-        told = json.loads(json.dumps((await past.overview(RUN)).to_json()))
+        told = json.loads(json.dumps((await council.reports.overview(RUN)).to_json()))
     assert told == project.council("state", "show", "--json").result
 
 

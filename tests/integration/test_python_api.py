@@ -95,7 +95,7 @@ async def test_a_run_of_typed_objects_lands(repository: Repository) -> None:
         first, second = council.config.tasks
         assert (first.timeout, first.max_file, first.idle_timeout) == (60.0, 1000, None)
         assert (second.timeout, second.max_file, second.idle_timeout) == (60.0, 1000, None)
-        report = await council.run()
+        report = await council.runs.run()
     assert report.status is RunStatus.LANDED
     assert repository.git("show", "main:b.txt") == "b"
 
@@ -120,15 +120,15 @@ async def test_events_come_as_they_happen(repository: Repository) -> None:
     seen: list[str] = []
 
     async def listen(council: Council) -> None:
-        seen.extend([recorded.event.type async for recorded in council.events()])
+        seen.extend([recorded.event.type async for recorded in council.runs.events()])
 
     config = describe(repository, Task(id="a", prompt="write a.txt a"))
     async with Council.open(config, environ=repository.environ) as council:
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 group.start_soon(listen, council)
-                report = await council.run()
-        again = [recorded.event.type async for recorded in council.events(report.run)]
+                report = await council.runs.run()
+        again = [recorded.event.type async for recorded in council.runs.events(report.run)]
     assert seen == again
     assert (seen[0], seen[-1]) == ("run.created", "run.finished")
 
@@ -139,16 +139,16 @@ async def test_two_runs_side_by_side(repository: Repository) -> None:
     reports = []
 
     async def resume(council: Council, run: str) -> None:
-        reports.append(await council.resume(run))
+        reports.append(await council.runs.resume(run))
 
     async with Council.open(config, environ=repository.environ) as council:
-        runs = [await council.create_run(), await council.create_run()]
+        runs = [await council.runs.create(), await council.runs.create()]
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 for run in runs:
                     group.start_soon(resume, council, run)
                 started = 0
-                async for record in council.records(0):
+                async for record in council.history.follow(0):
                     started += sum(event.type == "task.started" for event in record.events)
                     if started == 2:
                         break
@@ -168,11 +168,11 @@ async def test_without_a_file_there_is_nothing_to_run(repository: Repository) ->
     """A folder is opened for the runs that there are."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     async with Council.open(path, environ=repository.environ) as council:
-        await council.run()
+        await council.runs.run()
     async with Council.open(repository.top, environ=repository.environ) as council:
-        assert [report.status for report in await council.runs()] == ["landed"]
+        assert [report.status for report in await council.runs.list()] == ["landed"]
         with pytest.raises(RefusedError, match="no file was opened"):
-            await council.run()
+            await council.runs.run()
 
 
 async def test_two_councils_of_one_process_start_at_once(repository: Repository) -> None:
@@ -185,7 +185,7 @@ async def test_two_councils_of_one_process_start_at_once(repository: Repository)
 
     async def run() -> None:
         async with Council.open(config) as council:
-            reports.append(await council.run())
+            reports.append(await council.runs.run())
 
     async with anyio.create_task_group() as group:
         for _ in range(4):

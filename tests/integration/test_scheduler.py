@@ -16,7 +16,7 @@ HOUR = 3600.0
 async def until_event(council: Council, name: str, count: int) -> None:
     """Return when an event has happened that many times in the project."""
     seen = 0
-    async for record in council.records(0):
+    async for record in council.history.follow(0):
         seen += sum(event.type == name for event in record.events)
         if seen >= count:
             return
@@ -30,11 +30,11 @@ async def test_backoff_is_waited_for_on_the_clock(repository: Repository) -> Non
     )
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         reports: list[RunReport] = []
 
         async def execute() -> None:
-            reports.append(await council.resume(run))
+            reports.append(await council.runs.resume(run))
 
         async with anyio.create_task_group() as group:
             group.start_soon(execute)
@@ -42,7 +42,7 @@ async def test_backoff_is_waited_for_on_the_clock(repository: Repository) -> Non
             await clock.wait_until_awaited(HOUR)
             clock.advance(HOUR - 1)
             await anyio.wait_all_tasks_blocked()
-            assert (await council.status(run)).tasks[0].attempts == 1
+            assert (await council.runs.status(run)).tasks[0].attempts == 1
             clock.advance(1)
             await until_event(council, "task.retrying", 2)
             await clock.wait_until_awaited(3 * HOUR)
@@ -59,10 +59,10 @@ async def test_a_dirty_target_is_tried_again_while_sessions_are_at_work(reposito
     )
     clock = ManualClock()
     async with Council.open(path, clock=clock, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
         (repository.top / "README.md").write_text("mine\n")
         async with anyio.create_task_group() as group:
-            group.start_soon(council.resume, run)
+            group.start_soon(council.runs.resume, run)
             await until_event(council, "task.deferred", 1)
             repository.git("checkout", "--", "README.md")
             await anyio.wait_all_tasks_blocked()

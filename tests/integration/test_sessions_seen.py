@@ -52,17 +52,17 @@ async def test_what_sessions_are_at_is_seen_from_outside(repository: Repository)
                 await contexts.update(one, file="src/api.py")
             await contexts.update(auth, message="adds an endpoint", progress="50%")
             await contexts.mark_blocked(web, "needs it", "the schema")
-            assert {one.session: one.status for one in await council.contexts()} == {
+            assert {one.session: one.status for one in await council.sessions.list()} == {
                 auth: SessionStatus.WORKING,
                 web: SessionStatus.BLOCKED,
             }
-            assert {path: len(found) for path, found in (await council.file_conflicts(run)).items()} == {
+            assert {path: len(found) for path, found in (await council.sessions.file_conflicts(run)).items()} == {
                 "src/api.py": 2
             }
-            assert (await council.task_summary("web")).by_status[SessionStatus.BLOCKED] == 1
+            assert (await council.sessions.summarize_task("web")).by_status[SessionStatus.BLOCKED] == 1
             with pytest.raises(RefusedError, match="has no task"):
-                await council.task_summary("nothing")
-            report = await council.status()
+                await council.sessions.summarize_task("nothing")
+            report = await council.runs.status()
             assert [(one.task, one.file, one.progress) for one in report.sessions] == [
                 ("auth", "src/api.py", "50%"),
                 ("web", "src/api.py", None),
@@ -72,8 +72,8 @@ async def test_what_sessions_are_at_is_seen_from_outside(repository: Repository)
             assert "blocked on the schema; src/api.py: needs it" in text
             [told] = [one for one in repository.council("status", "--json").result["sessions"] if one["task"] == "web"]
             assert (told["status"], told["blocked_on"], told["attempt"]) == ("blocked", "the schema", 1)
-            assert await council.clean_contexts(0) == [f"{run}/auth.1", f"{run}/web.1"]
-            assert await council.contexts() == []
+            assert await council.sessions.prune(0) == [f"{run}/auth.1", f"{run}/web.1"]
+            assert await council.sessions.list() == []
     finally:
         ended(repository, child)
     assert repository.council("status", "--json").result["sessions"] == []
@@ -84,16 +84,16 @@ async def test_details_of_a_session_are_seen_from_outside(repository: Repository
     child, run = started(repository)
     try:
         async with Council.open(repository.top, environ=repository.environ) as council:
-            found = await council.details("auth", run)
+            found = await council.sessions.details("auth", run)
             assert (found.task, found.attempt, found.stats.files, found.stats.added) == ("auth", 1, 1, 1)
             assert "+++ b/auth.txt" in found.diff
             with pytest.raises(RefusedError, match="has no task"):
-                await council.details("nothing")
+                await council.sessions.details("nothing")
     finally:
         ended(repository, child)
     async with Council.open(repository.top, environ=repository.environ) as council:
         with pytest.raises(RefusedError, match="has no running session"):
-            await council.details("auth", run)
+            await council.sessions.details("auth", run)
 
 
 async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -> None:
@@ -110,10 +110,10 @@ async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -
         memory = NoteStore(store, SystemClock(), ownership_scope(str(repository.top), "main"), Redactor())
         first = await memory.add(SessionName(runs[0], "a", 1), "of the first", topic="order", paths=["src/**"])
         second = await memory.add(SessionName(runs[1], "a", 1), "of the second")
-        assert await council.notes() == await council.notes(runs[0], task="a") == [first, second]
-        assert await council.notes(paths=["src/a.py"]) == await council.notes(topic="Order") == [first]
+        assert await council.notes.list() == await council.notes.list(runs[0], task="a") == [first, second]
+        assert await council.notes.list(paths=["src/a.py"]) == await council.notes.list(topic="Order") == [first]
         third = await memory.add(SessionName(runs[1], "a", 1), "wrong")
-        await council.drop_note(third.id)
+        await council.notes.drop(third.id)
         for run in runs:
             await forget(council, run)
         assert await memory.all() == [first, second], "the next run on that target is told"
@@ -132,12 +132,12 @@ async def test_notes_about_a_branch_of_a_runs_own_go_with_its_record(repository:
     ):
         memory = NoteStore(store, SystemClock(), ownership_scope(str(repository.top), f"council/{run}"), Redactor())
         note = await memory.add(SessionName(run, "a", 1), "x")
-        assert await council.notes() == [note]
+        assert await council.notes.list() == [note]
         await forget(council, run)
         assert await memory.all() == []
-        [checkpoint] = await council.checkpoints(run)
-        await council.restore(checkpoint.id)
-        assert await council.notes() == [note]
+        [checkpoint] = await council.checkpoints.list(run)
+        await council.checkpoints.restore(checkpoint.id)
+        assert await council.notes.list() == [note]
 
 
 async def forget(council: Council, run: str) -> None:

@@ -62,48 +62,48 @@ def merge(changes: JsonObject, value: JsonObject | None) -> JsonObject:
 
 def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[object]]]:
     """Return what commands do to look at a run."""
-    past = council.history
+    reports = council.reports
     return {
-        "status": lambda: council.status(run),
-        "metrics": lambda: past.metrics(run),
-        "usage": lambda: past.usage(run),
-        "overview": lambda: past.overview(run),
-        "story": lambda: past.task_details(run, "api"),
-        "failures": lambda: past.last_failures(run),
-        "checkpoint": lambda: council.checkpoint(run),
+        "status": lambda: council.runs.status(run),
+        "metrics": lambda: reports.metrics(run),
+        "usage": lambda: reports.usage(run),
+        "overview": lambda: reports.overview(run),
+        "story": lambda: council.tasks.details("api", run),
+        "failures": lambda: reports.last_failures(run),
+        "checkpoint": lambda: council.checkpoints.create(run),
         "restoration": lambda: restoration(council, run),
-        "is_live": lambda: council.is_live(run),
-        "contexts": lambda: council.contexts(run),
-        "notes": lambda: council.notes(run),
-        "check": lambda: council.check(run),
-        "resume": lambda: council.resume(run),
+        "is_live": lambda: council.runs.is_live(run),
+        "contexts": lambda: council.sessions.list(run),
+        "notes": lambda: council.notes.list(run),
+        "check": lambda: council.state.verify_run(run),
+        "resume": lambda: council.runs.resume(run),
     }
 
 
 async def restoration(council: Council, run: str) -> object:
     """Return what going back to the first checkpoint of a run would do."""
-    return [await council.plan_restore(one.id) for one in await council.checkpoints(run)]
+    return [await council.checkpoints.plan_restore(one.id) for one in await council.checkpoints.list(run)]
 
 
 async def look_at_all(council: Council) -> None:
     """Do all that is about no run in particular; none of it may fail."""
-    await council.runs()
-    await council.runs(active=True)
-    await council.newest_run()
-    assert await council.health()
-    await council.compact()
-    await council.verify()
-    await council.conflicts()
-    await council.locks()
+    await council.runs.list()
+    await council.runs.list(active=True)
+    await council.runs.newest()
+    assert await council.state.check_health()
+    await council.state.compact()
+    await council.state.verify()
+    await council.state.conflicts()
+    await council.locks.list()
     await council.paths()
-    await council.named_locks.held()
-    await council.named_locks.cleanup_expired()
+    await council.locks.named.held()
+    await council.locks.named.cleanup_expired()
     await council.cleaner.find()
-    assert [run async for run in council.active_runs()] == []
-    whole = await council.checkpoint(whole=True)
-    await council.checkpoints()
-    await council.plan_restore(whole.id)
-    await council.history.at(await council.position())
+    assert [run async for run in council.runs.live()] == []
+    whole = await council.checkpoints.create(whole=True)
+    await council.checkpoints.list()
+    await council.checkpoints.plan_restore(whole.id)
+    await council.history.at(await council.history.position())
 
 
 @pytest.mark.parametrize("changes", [{"progress": "50%"}, {"status": "completed"}, {"status": "in_progress"}])
@@ -111,33 +111,33 @@ async def test_an_update_in_the_words_of_others_is_refused_with_what_to_write(
     council: Council, changes: JsonObject
 ) -> None:
     """A field that a task does not have, a status that is none; nothing is written."""
-    position = await council.position()
+    position = await council.history.position()
     with pytest.raises(RefusedError) as refused:
-        await council.update(API, lambda value: {**(value or {}), **changes})
+        await council.state.update(API, lambda value: {**(value or {}), **changes})
     assert ("under `extra`" if "progress" in changes else "'pending', 'running'") in str(refused.value)
-    assert await council.position() == position
+    assert await council.history.position() == position
     await look_at_all(council)
 
 
 async def test_progress_has_a_place(council: Council) -> None:
     """`extra` of a task and of a run holds any fields, next to the states that a person can give."""
     noted = {"progress": "50%", "files": ["a.py"], "metrics": {"lines": 3}}
-    made = await council.update(API, lambda task: {**(task or {}), "extra": noted, "status": "failed"})
+    made = await council.state.update(API, lambda task: {**(task or {}), "extra": noted, "status": "failed"})
     assert made is not None
     assert (made.value["extra"], made.value["status"]) == (noted, "failed")
-    run = await council.update(Key("run", RUN), lambda value: {**(value or {}), "extra": {"owner": "ada"}})
+    run = await council.state.update(Key("run", RUN), lambda value: {**(value or {}), "extra": {"owner": "ada"}})
     assert run is not None
-    assert {one.run for one in await council.runs()} == {RUN, OTHER}
+    assert {one.run for one in await council.runs.list()} == {RUN, OTHER}
 
 
 async def test_what_was_noted_comes_back_with_a_repair(council: Council) -> None:
     """Also integers of more than 64 bits, which some encoders of JSON refuse."""
     noted = {"x": 2**80, "name": "é\u2028", "files": []}
     for key in (API, Key("run", RUN)):
-        await council.update(key, partial(merge, {"extra": noted}))
-        await put(council._store, key, lambda value: {**value, "progress": "50%"})
-        assert (await council.repair()).is_valid
-        repaired = await council.document(key)
+        await council.state.update(key, partial(merge, {"extra": noted}))
+        await put(council._context.store, key, lambda value: {**value, "progress": "50%"})
+        assert (await council.state.repair()).is_valid
+        repaired = await council.state.get(key)
         assert repaired is not None
         assert repaired.value["extra"] == noted
 
@@ -147,13 +147,13 @@ async def test_only_a_run_records_work(council: Council) -> None:
     words: list[JsonObject] = [{"status": "landed"}, {"status": "queued"}, {"attempts": []}, {"commit": "0" * 40}]
     for changes in words:
         with pytest.raises(RefusedError, match=r"written by the run alone|manually|become"):
-            await council.update(API, partial(merge, changes))
+            await council.state.update(API, partial(merge, changes))
     for key in (Key("claim", f"{RUN}/api"), Key("lease", f"run/{RUN}"), Key("spec", f"{RUN}/api"), Key("note", "x")):
         with pytest.raises(RefusedError, match="written by council alone"):
-            await council.update(key, lambda _: {"epoch": 99})
+            await council.state.update(key, lambda _: {"epoch": 99})
     with pytest.raises(RefusedError, match="does not exist"):
-        await council.update(Key("run", "made-up"), lambda _: {})
-    assert await council.update(Key("memo", "x"), lambda _: {"any": ["thing"]}) is not None
+        await council.state.update(Key("run", "made-up"), lambda _: {})
+    assert await council.state.update(Key("memo", "x"), lambda _: {"any": ["thing"]}) is not None
 
 
 DEEP: JsonObject = {}
@@ -193,19 +193,19 @@ async def test_what_no_store_takes_is_refused_as_such(
     """With an error of ours, by each function that writes, and nothing is written."""
     async with Council.open(repository.top, state=state, environ=repository.environ) as opened:
         if state is not None:
-            for each in (await council.history.at(await council.position())).documents.values():
-                await opened._store.commit(Commit([Write(each.key, 0, each.value)]))
-        position = await opened.position()
+            for each in (await council.history.at(await council.history.position())).documents.values():
+                await opened._context.store.commit(Commit([Write(each.key, 0, each.value)]))
+        position = await opened.history.position()
         for name, value in IMPOSSIBLE.items():
-            before = await opened.document(key)
+            before = await opened.state.get(key)
             whole = {**(before.value if before else {}), **value} if isinstance(value, dict) else value
             for write in (
-                lambda whole=whole: opened.update(key, lambda _: whole),
-                lambda whole=whole: opened.apply_updates([DocumentUpdate(key, RUN_STARTED, "me", whole)]),
+                lambda whole=whole: opened.state.update(key, lambda _: whole),
+                lambda whole=whole: opened.state.apply_updates([DocumentUpdate(key, RUN_STARTED, "me", whole)]),
             ):
                 with pytest.raises(CouncilError):
                     await write()
-                assert await opened.position() == position, name
+                assert await opened.history.position() == position, name
 
 
 @pytest.mark.parametrize("name", UNFIT)
@@ -213,14 +213,14 @@ async def test_values_that_no_command_could_use_are_refused(council: Council, na
     """They are of the right type, and still nothing could be shown or started with them."""
     key, changes = UNFIT[name]
     with pytest.raises(RefusedError, match="can't become this"):
-        await council.update(key, partial(merge, changes))
-    await put(council._store, key, partial(merge, changes))
+        await council.state.update(key, partial(merge, changes))
+    await put(council._context.store, key, partial(merge, changes))
     await look_at_all(council)
     with pytest.raises(UnreadableDocument):
-        await council.status(RUN)
+        await council.runs.status(RUN)
     with pytest.raises(UnreadableDocument):  # it is not known which of its fields a person may change
-        await council.update(key, lambda value: {**(value or {}), "extra": {"a": 1}})
-    assert (await council.repair()).is_valid
+        await council.state.update(key, lambda value: {**(value or {}), "extra": {"a": 1}})
+    assert (await council.state.repair()).is_valid
 
 
 CHECKPOINT: JsonObject = {
@@ -264,10 +264,10 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
 async def test_one_unreadable_document_affects_its_run_alone(council: Council, name: str) -> None:
     """It is named, with what to do; all else goes on; a repair goes back to what could be read."""
     key, change = BROKEN[name]
-    before = await council.document(key)
-    await put(council._store, key, change)
+    before = await council.state.get(key)
+    await put(council._context.store, key, change)
     await look_at_all(council)
-    assert OTHER in [one.run for one in await council.runs()]
+    assert OTHER in [one.run for one in await council.runs.list()]
     for what, look in looks(council, OTHER).items():
         if what != "resume":
             await look()
@@ -278,24 +278,24 @@ async def test_one_unreadable_document_affects_its_run_alone(council: Council, n
         except RefusedError as error:
             refused.append(str(error))
     assert "\n" not in "".join(refused)
-    found = await council.verify()
+    found = await council.state.verify()
     assert (list(found.unreadable), found.is_valid) == ([key], False)
-    assert str(key) in " ".join(f"{one.name} {one.found}" for one in await council.health())
+    assert str(key) in " ".join(f"{one.name} {one.found}" for one in await council.state.check_health())
 
-    after = await council.repair()
+    after = await council.state.repair()
     assert after.is_valid
-    now = await council.document(key)
+    now = await council.state.get(key)
     assert (now is None) == (before is None)
     if now is not None and before is not None:
         assert {**now.value, "epoch": 0} == {**before.value, "epoch": 0}
-    kept = [one.value for one in await council.history.history(key)]
+    kept = [one.value for one in await council.history.versions(key)]
     assert change(before.value if before else {}) in kept
-    assert {one.run for one in await council.runs()} == {RUN, OTHER}
+    assert {one.run for one in await council.runs.list()} == {RUN, OTHER}
 
 
 async def test_a_refusal_names_the_document_and_the_fix(council: Council, repository: Repository) -> None:
     """In one line, as `status` and `resume` print it; `runs` lists the others and tells of it."""
-    await put(council._store, Key("task", f"{OTHER}/api"), lambda value: {**value, "status": "completed"})
+    await put(council._context.store, Key("task", f"{OTHER}/api"), lambda value: {**value, "status": "completed"})
     for command in (["status"], ["resume"], ["state", "show"], ["checkpoint", "create"]):
         ended = repository.council(*command)
         if command[0] != "checkpoint":
@@ -316,18 +316,18 @@ async def test_a_refusal_names_the_document_and_the_fix(council: Council, reposi
 async def test_a_repair_that_is_killed_goes_on(council: Council, repository: Repository, place: str) -> None:
     """Of several documents some are restored by then; the next one does the rest, and the one after that nothing."""
     keys = [Key(kind, f"{run}/{task}") for kind in ("task", "spec") for run in (RUN, OTHER) for task in RECORDED]
-    before = [found and found.value for found in [await council.document(key) for key in keys]]
+    before = [found and found.value for found in [await council.state.get(key) for key in keys]]
     for key in keys:
-        await put(council._store, key, lambda value: {**value, "progress": "50%"})
+        await put(council._context.store, key, lambda value: {**value, "progress": "50%"})
     repair = ["state", "verify", "--repair"]
     for number in (1, 2, 3):
         assert repository.council(*repair, failpoints=f"{place}=kill@{number}").code == -signal.SIGKILL
     assert repository.council("state", "verify").code == 1
     assert repository.council(*repair).code == 0
-    assert [found and found.value for found in [await council.document(key) for key in keys]] == before
-    position = await council.position()
+    assert [found and found.value for found in [await council.state.get(key) for key in keys]] == before
+    position = await council.history.position()
     assert repository.council(*repair).code == 0
-    assert await council.position() == position
+    assert await council.history.position() == position
 
 
 def test_each_kind_is_known(council: Council) -> None:
@@ -366,13 +366,13 @@ async def test_whatever_is_written_over_a_document_of_ours_commands_work(council
     key = data.draw(st.sampled_from(sorted(key for key in documents if key.kind in DOCUMENT_KINDS)))
     value = data.draw(changed(documents[key].value))
     with suppress(RefusedError):
-        await council.update(key, lambda _: value if isinstance(value, dict) else {"x": value})
+        await council.state.update(key, lambda _: value if isinstance(value, dict) else {"x": value})
     await look_at_all(council)
     for run in (RUN, OTHER):
         for name, look in looks(council, run).items():
             if name not in {"resume", "checkpoint"}:
                 await look()
-    assert await find_unreadable(council._store) == []
+    assert await find_unreadable(council._context.store) == []
 
 
 @given(data=st.data())
@@ -384,7 +384,7 @@ async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
     documents = {key: one for key, one in (await council.history.at(22)).documents.items() if OTHER not in key.id}
     key = data.draw(st.sampled_from(sorted(documents)))
     value = data.draw(changed(documents[key].value))
-    await put(council._store, key, lambda _: value if isinstance(value, dict) else {"x": value})
+    await put(council._context.store, key, lambda _: value if isinstance(value, dict) else {"x": value})
     await look_at_all(council)
     for what, look in looks(council, OTHER).items():
         if what != "resume":
@@ -392,10 +392,10 @@ async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
     for look in looks(council, RUN).values():
         with suppress(RefusedError):
             await look()
-    assert (await council.repair()).is_valid
-    assert (await council.repair()).is_valid
+    assert (await council.state.repair()).is_valid
+    assert (await council.state.repair()).is_valid
     await look_at_all(council)
-    await put(council._store, key, lambda _: documents[key].value)
+    await put(council._context.store, key, lambda _: documents[key].value)
 
 
 @given(data=st.data())
@@ -417,9 +417,9 @@ def test_what_may_be_written_can_be_read(data: st.DataObject) -> None:
 
 async def test_an_unreadable_document_has_an_error_of_its_own(council: Council) -> None:
     """Who catches it knows which document it is."""
-    found = await council._store.get(API)
+    found = await council._context.store.get(API)
     assert found is not None
-    await council._store.commit(Commit([Write(API, found.version, {"status": "odd"})]))
+    await council._context.store.commit(Commit([Write(API, found.version, {"status": "odd"})]))
     with pytest.raises(UnreadableDocument) as caught:
-        await council.status(RUN)
+        await council.runs.status(RUN)
     assert caught.value.key == str(API)

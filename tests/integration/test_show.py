@@ -75,8 +75,8 @@ async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -
     for part in ("build (visit 2): completed", "b.txt:1 (major) say more", "discarded", "bytes", "landed as "):
         assert part in read, part
     async with Council.open(repository.top, environ=repository.environ) as council:
-        assert {**(await council.task_details("t")).to_json(), "exit": 0} == story
-        plain = await council.task_details("plain")
+        assert {**(await council.tasks.details("t")).to_json(), "exit": 0} == story
+        plain = await council.tasks.details("plain")
     assert [(one.phase, one.status, list(one.attempts)) for one in plain.phases] == [("build", "completed", [1])]
     assert (plain.workflow, plain.handoffs) == (None, [])
     assert (result["attempts"], story["attempts"], story["usage"]["sessions"]) == (1, 1, 7)

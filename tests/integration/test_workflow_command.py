@@ -96,7 +96,7 @@ async def test_a_run_records_its_workflows(repository: Repository, from_code: bo
     path = repository.configure(tasks, **settings)
     source = Config.model_validate(json.loads(path.read_text())) if from_code else path
     async with Council.open(source, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
     async with FileStore.open(repository.log, SystemClock()) as store:
         document = await read_run(store, run)
         specs = [await read_spec(store, run, task) for task in document.tasks]

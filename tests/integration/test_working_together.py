@@ -462,10 +462,10 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
     path = repository.configure(tasks, capacity=1, coordination=QUICK)
     reports: list[RunReport] = []
     async with Council.open(path, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
 
         async def execute() -> None:
-            reports.append(await council.resume(run))
+            reports.append(await council.runs.resume(run))
 
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
@@ -473,7 +473,7 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
                 await until_event(council, "task.started", 1)
                 other = repository.start("work", "--run", run)
                 await claimed.wait()
-                await council.cancel("here")
+                await council.tasks.cancel("here")
         ended(other)
     assert {task.id: task.status for task in reports[0].tasks} == {"here": "cancelled", "there": "failed"}
     await repository.assert_invariants()

@@ -172,7 +172,7 @@ async def test_the_record_of_a_run_has_its_worktrees(repository: Repository) -> 
     path.write_text(path.read_text().replace('"use": "command"', '"use": "command", "keep_ignored": [".cache"]'))
     config = load_config(path, {"command": CommandAdapter})
     async with Council.open(path, environ=repository.environ) as council:
-        run = await council.create_run()
+        run = await council.runs.create()
     async with FileStore.open(repository.log, SystemClock()) as store:
         document = await read_run(store, run)
     assert config.worktrees.copied == ("secret",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.api.archive import PreservedWork
+from orchestrator.api.topics.changes import PreservedWork
 from orchestrator.cli.commands.runs.salvage import _applied, _line
 
 

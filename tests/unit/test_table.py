@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.segment import Segment
 
-from orchestrator.api.activity import ObservedSession
+from orchestrator.api.topics.activity import ObservedSession
 from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.render.rich_tables import count_wrapped_rows, frame_lines
 from orchestrator.cli.render.table_model import (

@@ -56,8 +56,8 @@ async def read_adapter_state(context: CommandContext) -> AdapterState:
     """Return what the newest run of this folder has learned; nothing where there is no run."""
     try:
         async with open_council(context.log) as council:
-            report = await council.status()
-            failed = await council.history.last_failures(report.run)
+            report = await council.runs.status()
+            failed = await council.reports.last_failures(report.run)
             remedies = {one.name: enable_adapter_command(one.name, report) for one in report.adapters}
             return AdapterState({one.name: one for one in report.adapters}, failed, remedies)
     except RefusedError:

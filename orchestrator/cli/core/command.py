@@ -169,8 +169,8 @@ async def show_result(context: CommandContext, council: Council, report: RunRepo
     commits = {task.id: task.landed for task in report.tasks if task.landed is not None}
     if whole and commits and not context.output.as_json:
         with suppress(CouncilError, OSError):
-            changes = await council.landed(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
-    is_newest = context.output.as_json or await council.newest_run() == report.run
+            changes = await council.reports.landed_changes(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
+    is_newest = context.output.as_json or await council.runs.newest() == report.run
     context.output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
     top = council.project.top.resolve()
     if not context.output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):

@@ -37,23 +37,23 @@ def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]])
 
 
 async def _runs(council: Council, _: str | None) -> Iterable[str]:
-    return (await council.run_ids())[::-1]
+    return (await council.runs.ids())[::-1]
 
 
 def _tasks(states: Collection[str]) -> Completer:
     async def names(council: Council, run: str | None) -> Iterable[str]:
-        report = await council.status(await council.find_run(run))
+        report = await council.runs.status(await council.runs.find(run))
         return [task.id for task in report.tasks if task.status in states]
 
     return _completer(names)
 
 
 async def _preserved_work(council: Council, run: str | None) -> Iterable[str]:
-    return [one.name for one in await council.archive.kept(await council.find_run(run))]
+    return [one.name for one in await council.changes.preserved(await council.runs.find(run))]
 
 
 async def _checkpoints(council: Council, run: str | None) -> Iterable[str]:
-    return [one.id for one in await council.checkpoints(run)][::-1]
+    return [one.id for one in await council.checkpoints.list(run)][::-1]
 
 
 _ALL = {*TaskStatus, "blocked"}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from datetime import datetime
 from typing import Final
 
-from orchestrator.api.history import StateHistory
+from orchestrator.api.topics.history import StateHistory
 from orchestrator.config.source.quantities import parse_duration
 from orchestrator.errors import RefusedError
 
@@ -24,7 +25,7 @@ async def resolve_position(past: StateHistory, text: str) -> int:
         return await past.position()
     if _POSITION.fullmatch(text):
         return int(text)
-    instant = parse_instant(text, past.runs.clock.now())
+    instant = parse_instant(text, time.time())
     if instant is not None:
         return await past.position_at(instant)
     found = await past.position_of(text)

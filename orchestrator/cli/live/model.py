@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 
-from orchestrator.api.activity import ObservedSession
+from orchestrator.api.topics.activity import ObservedSession
 from orchestrator.cli.render.table_model import (
     ACTIVITY_LABELS,
     RETRY_LABEL,

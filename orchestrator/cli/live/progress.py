@@ -24,7 +24,7 @@ class DisplayProgress:
     async def follow(self, council: Council, after: int, take: Callable[[CommitRecord], None]) -> None:
         """Hand over each record behind a position, as it comes."""
         self._advance(after)
-        async for record in council.records(after):
+        async for record in council.history.follow(after):
             take(record)
             self._advance(record.position)
 

@@ -47,7 +47,7 @@ class LiveTable:
 
     async def show(self, progress: DisplayProgress, after: int) -> None:
         """Show what happens behind a position of the log until cancelled; the table is gone then."""
-        activity = await self._council.activity(self._run)
+        activity = await self._council.sessions.activity(self._run)
         view = LiveRun(activity.record, activity.attempts)
         self._above.extend(_unavailable_adapters(activity.record.adapters, self._run))
 

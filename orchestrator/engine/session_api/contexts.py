@@ -25,6 +25,7 @@ from orchestrator.domain.sessions.contexts import (
     SessionContext,
     SessionStatus,
     TaskSummary,
+    filter_active,
     filter_stale,
     find_file_conflicts,
     find_sessions_on,
@@ -69,6 +70,11 @@ async def read_contexts(store: Store, run: str | None = None) -> list[SessionCon
     """Return the session records of a run, or of all runs, including sessions that ended in the last half hour."""
     documents = [one.encoded for one in await store.list(KIND, f"{run}/" if run else "") if not one.damaged]
     return validate_many(_CONTEXTS(), documents)
+
+
+async def read_active_contexts(store: Store, run: str) -> list[SessionContext]:
+    """Return the session records of a run's sessions that have not ended."""
+    return filter_active(await read_contexts(store, run))
 
 
 async def clean_contexts(store: Store, now: float, after: float = STALE_CONTEXT_SECONDS) -> list[str]:

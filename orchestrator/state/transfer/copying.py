@@ -30,7 +30,7 @@ class CopyResult:
     packed: int | None = None
     """The size of the file in bytes; None if there is none."""
     unreadable: Mapping[Key, str] = field(default_factory=dict)
-    """Unreadable documents of council's own, with the reason: copied unchanged; `Council.repair` fixes them."""
+    """Unreadable documents of council's own, copied unchanged, with the reason. `verify --repair` fixes them."""
 
     @property
     def ratio(self) -> float | None:

@@ -40,7 +40,7 @@ def check(run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.check(run)
+            found = await council.state.verify_run(run)
             code = 0 if found.is_valid else 1
             if as_json:
                 context.output.json({**found.to_json(), "damage": list(council.damage), "exit": code})

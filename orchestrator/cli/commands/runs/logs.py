@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import click
 
-from orchestrator.api.archive import AttemptMarker, LogChunk, LogEntry
+from orchestrator.api.topics.logs import AttemptMarker, LogChunk, LogEntry
 from orchestrator.cli.core.command import (
     CommandContext,
     json_option,
@@ -61,14 +61,12 @@ def logs(
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            name = await council.find_run(run)
-            archive = council.archive
             if raw:
-                await _print_raw(context.output, archive.log(name, task, attempt=attempt, phase=phase, follow=follow))
-                return 0
-            adapters = await council.adapters(name)
-            found = archive.entries(name, task, adapters, attempt=attempt, phase=phase, follow=follow)
-            await _print(context.output, found)
+                chunks = council.logs.chunks(task, run, attempt=attempt, phase=phase, follow=follow)
+                await _print_raw(context.output, chunks)
+            else:
+                entries = council.logs.entries(task, run, attempt=attempt, phase=phase, follow=follow)
+                await _print(context.output, entries)
             return 0
 
     run_command(command, as_json=as_json)

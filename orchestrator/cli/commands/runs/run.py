@@ -13,7 +13,7 @@ import anyio.to_thread
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.api.dry_run import perform_dry_run
+from orchestrator.api.execution.dry_run import perform_dry_run
 from orchestrator.cli.core.command import (
     CommandContext,
     json_option,
@@ -156,12 +156,12 @@ def run_file(  # noqa: PLR0917  as many as there are options
         async with open_council(context.log, config, plugins) as council:
             if detach and council.store_url == MEMORY:
                 raise RefusedError("a store in memory ends with this process", "leave --detach out, or choose another")
-            run = await council.create_run(
+            run = await council.runs.create(
                 allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
             )
             if detach:
                 return await _detach(council, run, context)
-            return await _execute(council, run, context, 0, lambda: council.resume(run, coordination=coordination))
+            return await _execute(council, run, context, 0, lambda: council.runs.resume(run, coordination=coordination))
 
     run_command(command, as_json=as_json)
 
@@ -212,9 +212,9 @@ def resume(
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            name = await council.find_run(run)
-            others = [] if run else [one for one in await council.interrupted_runs() if one != name]
-            report = await council.status(name)
+            name = await council.runs.find(run)
+            others = [] if run else [one for one in await council.runs.interrupted() if one != name]
+            report = await council.runs.status(name)
             if needs_retry(report) and report.merges is None:
                 context.output.notice(
                     f"run {name} has finished: `council retry TASK` first, then `council resume {name}`"
@@ -227,9 +227,9 @@ def resume(
                 options = [*(["--budget", said] if said else []), *([] if capacity is None else ["-j", str(capacity)])]
                 options += ["--allow-failing-base"] if allow_failing_base else []
                 return await _detach(council, name, context, options)
-            after = await council.position()
+            after = await council.history.position()
             resumed = partial(
-                council.resume,
+                council.runs.resume,
                 name,
                 budget=budget,
                 capacity=capacity,
@@ -261,24 +261,24 @@ def merge(run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            name = await council.find_run(run)
-            report = await council.status(name)
+            name = await council.runs.find(run)
+            report = await council.runs.status(name)
             if report.status is RunStatus.RUNNING:
                 raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
             waiting = any(task.status in LANDING_STATUSES for task in report.tasks)
             if not waiting and not own_branch(report):
                 return await _show_nothing(context, council, report, f"nothing of run {name} waits to land")
-            after = await council.position()
+            after = await council.history.position()
             if waiting:
-                code = await _execute(council, name, context, after, lambda: council.land(name))
-                if not own_branch(await council.status(name)):
+                code = await _execute(council, name, context, after, lambda: council.runs.land(name))
+                if not own_branch(await council.runs.status(name)):
                     return code
-                after = await council.position()
+                after = await council.history.position()
             try:
-                made = await council.create_merge(name)
+                made = await council.runs.create_merge(name)
             except NothingToMerge as nothing:
                 return await _show_nothing(context, council, report, str(nothing))
-            return await _execute(council, made, context, after, lambda: council.resume(made))
+            return await _execute(council, made, context, after, lambda: council.runs.resume(made))
 
     run_command(command, as_json=as_json)
 
@@ -324,15 +324,15 @@ def work(
         raise click.UsageError("--follow joins whatever runs begin; RUN names one.")
 
     async def join(council: Council, name: str, context: CommandContext) -> int:
-        work = partial(council.work, name, capacity=capacity, coordination=coordination)
-        return await _execute(council, name, context, await council.position(), work)
+        work = partial(council.runs.work, name, capacity=capacity, coordination=coordination)
+        return await _execute(council, name, context, await council.history.position(), work)
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
             if run is not None:
-                return await join(council, await council.find_run(run), context)
+                return await join(council, await council.runs.find(run), context)
             code = None
-            async with aclosing(council.active_runs(follow=follow)) as runs:
+            async with aclosing(council.runs.live(follow=follow)) as runs:
                 async for name in runs:
                     code = max(code or 0, await join(council, name, context))
                     if context.interrupt.is_stopping:
@@ -346,7 +346,7 @@ def work(
 
 async def _detach(council: Council, run: str, context: CommandContext, options: Sequence[str] = ()) -> int:
     """Have another process take a run to its end, which outlives this one and the terminal."""
-    if await council.is_live(run):
+    if await council.runs.is_live(run):
         raise RefusedError(
             f"run {run} is running already", f"`council watch {run}` shows it, `council work {run}` joins it"
         )
@@ -356,7 +356,7 @@ async def _detach(council: Council, run: str, context: CommandContext, options: 
     await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
     start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
     child = await anyio.to_thread.run_sync(start)
-    while child.poll() is None and not await council.is_live(run):  # noqa: ASYNC110  another process
+    while child.poll() is None and not await council.runs.is_live(run):  # noqa: ASYNC110  another process
         await anyio.sleep(_POLL_INTERVAL)
     if context.output.as_json:
         context.output.json({"run": run, "pid": child.pid, "log": str(log), "exit": 0})
@@ -375,11 +375,11 @@ async def _execute(
     """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
     context.interrupt.stop = council.stop
     with suppress(RefusedError):  # which executing it says better
-        if not await council.is_live(run):
+        if not await council.runs.is_live(run):
             await anyio.to_thread.run_sync(_remove_background_error, council.project.background_log(run))
     async with show_progress(council, run, context.output, after) as progress:
         report = await execute()
-        await progress.reach(await council.position())
+        await progress.reach(await council.history.position())
     await show_result(context, council, report)
     return report.exit_code
 

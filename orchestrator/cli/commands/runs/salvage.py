@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import click
 
-from orchestrator.api.archive import PreservedWork
+from orchestrator.api.topics.changes import PreservedWork
 from orchestrator.cli.commands.runs.tasks import should_use_color, stat_option
 from orchestrator.cli.core.command import (
     CommandContext,
@@ -55,8 +55,8 @@ def list_kept(run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            names = [await council.find_run(run)] if run else [one.run for one in await council.runs()][::-1]
-            kept = [one for name in names for one in await council.archive.kept(name)]
+            names = [await council.runs.find(run)] if run else [one.run for one in await council.runs.list()][::-1]
+            kept = [one for name in names for one in await council.changes.preserved(name)]
             if as_json:
                 context.output.json({"kept": [asdict(one) for one in kept]})
             for one in [] if as_json else kept:
@@ -111,8 +111,7 @@ def show(name: str, stat: bool, run: str | None) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            work = await council.find_run(run)
-            difference = await council.archive.show(work, name, stat=stat)
+            difference = await council.changes.diff_preserved(name, run, stat=stat)
             context.output.difference(difference, color=should_use_color(None))
             return 0
 
@@ -138,7 +137,7 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            changed = await council.archive.apply(await council.find_run(run), name, branch)
+            changed = await council.changes.apply(name, run, branch=branch)
             if as_json:
                 context.output.json({"applied": name, "branch": branch, "paths": [] if branch else list(changed)})
             else:
@@ -165,12 +164,12 @@ def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> N
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            work = await council.find_run(run)
-            kept = {one.name for one in await council.archive.kept(work)}
+            work = await council.runs.find(run)
+            kept = {one.name for one in await council.changes.preserved(work)}
             question = f"Delete {', '.join(names)} of run {work} for good?"
             if kept.issuperset(names) and not await confirm_action(context.output, question, yes=yes):
                 return 1
-            await council.archive.drop(work, names)
+            await council.changes.drop(names, work)
             if as_json:
                 context.output.json({"dropped": list(names)})
             else:

@@ -43,7 +43,7 @@ def show(task: str, run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            story = await council.task_details(task, run)
+            story = await council.tasks.details(task, run)
             if as_json:
                 context.output.json({**story.to_json(), "exit": 0})
                 return 0
@@ -58,11 +58,11 @@ def show(task: str, run: str | None, as_json: bool) -> None:
 async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
     """Return the next commands for a task, or for its run, a line each."""
     try:
-        report = await council.status(run)
+        report = await council.runs.status(run)
     except RefusedError:  # its repositories are gone
         return ()
     shown = next(one for one in report.tasks if one.id == task)
-    steps = task_steps(shown, report, is_newest=await council.newest_run() == run, is_shown=True)
+    steps = task_steps(shown, report, is_newest=await council.runs.newest() == run, is_shown=True)
     if not steps and shown.status != TaskStatus.LANDED:
         steps = halt_steps(report) or [Step("next", own)] if (own := run_step(report)) else ()
     return [printable(str(step)) for step in steps]

@@ -43,7 +43,7 @@ def status(run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            report = await council.status(run)
+            report = await council.runs.status(run)
             await show_result(context, council, report)
             return report.exit_code
 
@@ -66,8 +66,8 @@ def runs(active: bool, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.runs(active=active)
-            told = [(report, await council.history.metrics(report.run)) for report in found]
+            found = await council.runs.list(active=active)
+            told = [(report, await council.reports.metrics(report.run)) for report in found]
             if as_json:
                 listed = [{**one.to_json(), "metrics": asdict(metrics)} for one, metrics in told]
                 context.output.json({"runs": listed, "damage": list(council.damage)})

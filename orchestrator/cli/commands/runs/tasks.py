@@ -80,7 +80,7 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            report = await council.status(run)
+            report = await council.runs.status(run)
             left = [task.id for task in report.tasks if task.status not in FINAL_STATUSES]
             ended = {
                 task.id: task.status for task in report.tasks if task.id in tasks and task.status in FINAL_STATUSES
@@ -97,7 +97,7 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
             question = f"Cancel {pluralize(len(left), 'unfinished task')} of run {report.run} ({named})?"
             if not tasks and not await confirm_action(context.output, question, yes=yes):
                 return 1
-            cancelled = await council.cancel(*tasks, run=report.run)
+            cancelled = await council.tasks.cancel(*tasks, run=report.run)
             code = _print_still_landing(context, cancelled, tasks or left)
             await show_result(context, council, cancelled, code)
             return code
@@ -135,7 +135,7 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            ignored = await council.ignore(*tasks, reason=reason, run=run)
+            ignored = await council.tasks.ignore(*tasks, reason=reason, run=run)
             code = _print_still_landing(context, ignored, tasks)
             await show_result(context, council, ignored, code)
             return code
@@ -173,14 +173,14 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            changes = await council.file_changes(run)
+            changes = await council.tasks.file_changes(run)
             kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
             if kept or changes.keys:
                 words = describe_file_changes(kept, changes.keys)
                 context.output.notice(printable(f"{changes.file} has changed, the run keeps what it recorded: {words}"))
             if reloads and changes.has_tasks and changes.config is not None:
                 await require_trust(changes.config, is_named=False)
-            report = await council.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
+            report = await council.tasks.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
             await show_result(context, council, report, code=0)
             return 0
 
@@ -205,7 +205,7 @@ def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: 
       council approve models
       council approve models --note "as discussed"
     """
-    _request_and_show(lambda council: council.approve(*tasks, note=note, run=run), as_json=as_json)
+    _request_and_show(lambda council: council.tasks.approve(*tasks, note=note, run=run), as_json=as_json)
 
 
 @click.command()
@@ -225,7 +225,7 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
     Examples:
       council reject models --note "keep the old names"
     """
-    _request_and_show(lambda council: council.reject(*tasks, note=note, run=run), as_json=as_json)
+    _request_and_show(lambda council: council.tasks.reject(*tasks, note=note, run=run), as_json=as_json)
 
 
 @click.command()
@@ -247,8 +247,7 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            name = await council.find_run(run)
-            difference = await council.archive.diff(name, task, stat=stat)
+            difference = await council.changes.diff(task, run, stat=stat)
             context.output.difference(difference, color=should_use_color(color))
             return 0
 

@@ -43,7 +43,7 @@ def usage(run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.history.usage(await council.find_run(run))
+            found = await council.reports.usage(await council.runs.find(run))
             if as_json:
                 context.output.json({**asdict(found), "exit": 0})
                 return 0

@@ -41,16 +41,18 @@ def watch(run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            name = await council.find_run(run)
-            after = await council.position()
-            if await council.is_live(name):
+            name = await council.runs.find(run)
+            after = await council.history.position()
+            if await council.runs.is_live(name):
                 if not (as_json or context.output.can_draw_tables):  # the table has it
-                    context.output.text("".join(f"{line}\n" for line in running_task_lines(await council.status(name))))
+                    context.output.text(
+                        "".join(f"{line}\n" for line in running_task_lines(await council.runs.status(name)))
+                    )
                 async with show_progress(council, name, context.output, after) as progress:
-                    while await council.is_live(name):  # noqa: ASYNC110  another process, which may also be killed
+                    while await council.runs.is_live(name):  # noqa: ASYNC110  another process, which may also be killed
                         await anyio.sleep(_LIVENESS_INTERVAL)
-                    await progress.reach(await council.position())
-            report = await council.status(name)
+                    await progress.reach(await council.history.position())
+            report = await council.runs.status(name)
             await show_result(context, council, report)
             return report.exit_code
 

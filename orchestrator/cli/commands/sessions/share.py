@@ -79,7 +79,7 @@ def run_outside_session(asked: SessionCommand, words: JsonObject, run: str | Non
 
 
 async def _result(council: Council, asked: SessionCommand, arguments: JsonObject, run: str | None) -> JsonObject:
-    shared = await council.shared_values(run)
+    shared = await council.sessions.shared_values(run)
     key = arguments.get("key", "")
     match asked.name:
         case "share_put":

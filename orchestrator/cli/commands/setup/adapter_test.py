@@ -221,7 +221,7 @@ async def _run_scratch_task(
         config = _config(scene, adapter, repo, prompt, timeout)
         try:
             async with Council.open(config, plugins=scene.plugins, environ=environ) as council:
-                report = await council.run()
+                report = await council.runs.run()
         except RefusedError as error:
             return str(error), ""
         (task,) = report.tasks

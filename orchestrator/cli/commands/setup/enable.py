@@ -35,7 +35,7 @@ def enable(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            await show_result(context, council, await council.enable_adapters(*names, run=run), code=0)
+            await show_result(context, council, await council.runs.enable_adapters(*names, run=run), code=0)
             return 0
 
     run_command(command, as_json=as_json)

@@ -62,7 +62,7 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            made = await council.checkpoint(run, reason=reason, whole=whole)
+            made = await council.checkpoints.create(run, reason=reason, whole=whole)
             if as_json:
                 context.output.json(_facts(made))
             else:
@@ -89,9 +89,9 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.checkpoints(WHOLE_STORE if whole else run)
+            found = await council.checkpoints.list(WHOLE_STORE if whole else run)
             if run is not None and not found:  # of a run whose record was removed they are listed all the same
-                found = await council.checkpoints(await council.find_run(run))
+                found = await council.checkpoints.list(await council.runs.find(run))
             if as_json:
                 context.output.json({"checkpoints": [_facts(one) for one in found]})
             elif not found:
@@ -124,7 +124,7 @@ def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.plan_restore(await _full_id(council, checkpoint_id, run))
+            found = await council.checkpoints.plan_restore(await _full_id(council, checkpoint_id, run))
             if as_json:
                 context.output.json({**_facts(found.checkpoint), **_changes(found)})
             for line in () if as_json else _lines(found):
@@ -154,7 +154,7 @@ def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> 
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            done = await council.restore(await _full_id(council, checkpoint_id, run), force=force)
+            done = await council.checkpoints.restore(await _full_id(council, checkpoint_id, run), force=force)
             if as_json:
                 context.output.json({**asdict(done), "left": _skipped_documents(done.left)})
                 return 0
@@ -185,7 +185,7 @@ async def _full_id(council: Council, name: str, run: str | None) -> str:
     if named == WHOLE_STORE:
         return name
     try:
-        return f"{await council.find_run(named or run)}/{number}"
+        return f"{await council.runs.find(named or run)}/{number}"
     except RefusedError:
         if not named:
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.api.cleanup import Cleaner, RemovalResult
+from orchestrator.api.topics.cleanup import Cleaner, RemovalResult
 from orchestrator.cli.core.command import CommandContext, json_option, open_council, run_command, store_option
 from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
 from orchestrator.cli.core.error_boundary import ErrorLog

@@ -46,8 +46,8 @@ def conflicts(as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.conflicts()
-            now = await council.history.at(await council.position())
+            found = await council.state.conflicts()
+            now = await council.history.at(await council.history.position())
             told = [(one, now.documents.get(one.key)) for one in found]
             if as_json:
                 listed = [_facts(*pair) for pair in told]
@@ -89,7 +89,7 @@ def settle(name: str, take: int | None, file: str | None, force: bool, as_json: 
         choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
         assert choice is not None, "one of them is given"  # noqa: S101
         async with open_council(context.log) as council:
-            done = await council.resolve_conflict(name, choice, force=force)
+            done = await council.state.resolve_conflict(name, choice, force=force)
             key, version = str(done.conflict.key), None if done.document is None else done.document.version
             if as_json:
                 value = None if done.document is None else done.document.value

@@ -133,7 +133,7 @@ COPY_COMMANDS: Final = (copy, export, import_)
 
 async def _export(context: CommandContext, file: Path | IO[bytes], *, force: bool = False) -> CopyResult:
     async with open_council(context.log) as council:
-        return await council.export_state(file, force=force)
+        return await council.state.export_to(file, force=force)
 
 
 async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult:
@@ -150,7 +150,7 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
         remedy = "cd to the top of the repository, and name its store: `--state .council/state`"
         raise RefusedError(error.what, remedy) from None
     async with open_council(context.log) as council:
-        return await council.import_state(file)
+        return await council.state.import_from(file)
 
 
 async def _exclude(paths: Sequence[Path]) -> None:

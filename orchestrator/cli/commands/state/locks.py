@@ -41,7 +41,7 @@ def locks(context: click.Context, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.locks()
+            found = await council.locks.list()
             if as_json:
                 context.output.json({"locks": [one.to_json() for one in found], "damage": list(council.damage)})
                 return 0
@@ -76,7 +76,7 @@ def break_(name: str, reason: str, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            lock = await council.break_lock(name, reason)
+            lock = await council.locks.revoke(name, reason)
             if as_json:
                 context.output.json({"broken": lock.to_json(), "reason": reason})
             else:

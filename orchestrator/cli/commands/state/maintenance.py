@@ -42,7 +42,7 @@ def health(as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            findings = await council.health()
+            findings = await council.state.check_health()
             code = int(any(finding.level is not Level.OK for finding in findings))
             show_findings(findings, code, context.output)
             return code
@@ -106,7 +106,7 @@ def compact(older_than: float | None, max_size: int | None, as_json: bool) -> No
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            done = await council.compact(older_than, max_size)
+            done = await council.state.compact(older_than, max_size)
             if as_json:
                 context.output.json({"before": done.before, "after": done.after, "first": done.first})
             else:

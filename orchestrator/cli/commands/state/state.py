@@ -9,7 +9,7 @@ from functools import partial
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.api.history import StateHistory, is_about_run
+from orchestrator.api.topics.history import is_about_run
 from orchestrator.cli.commands.state import maintenance
 from orchestrator.cli.commands.state.conflicts import conflicts, settle
 from orchestrator.cli.commands.state.copy import COPY_COMMANDS as OF_COPYING
@@ -63,12 +63,12 @@ for _command in (maintenance.health, maintenance.compact, maintenance.adopt, vie
 _RenderedAnswer = tuple[Callable[[], JsonObject], Iterator[str]]
 
 
-def _run_query(answer: Callable[[StateHistory], Awaitable[_RenderedAnswer]], *, as_json: bool) -> None:
+def _run_query(answer: Callable[[Council], Awaitable[_RenderedAnswer]], *, as_json: bool) -> None:
     """Perform a command that only looks."""
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            to_json, lines = await answer(council.history)
+            to_json, lines = await answer(council)
             if as_json:
                 context.output.json(to_json() | {"damage": list(council.damage)})
                 return 0
@@ -80,9 +80,9 @@ def _run_query(answer: Callable[[StateHistory], Awaitable[_RenderedAnswer]], *, 
     run_command(command, as_json=as_json, brief=True)
 
 
-async def _find_run(past: StateHistory, run: str | None) -> str | None:
-    """Return the run that is meant, also one whose record was removed; None for none. RefusedError for an unknown."""
-    return run if run is None or await past.history(Key("run", run), 1) else await past.runs.find(run)
+async def _find_run(council: Council, run: str | None) -> str | None:
+    """Return the id of a run, even if its record was removed; None for None. RefusedError for an unknown run."""
+    return run if run is None or await council.history.versions(Key("run", run), 1) else await council.runs.find(run)
 
 
 @state.command()
@@ -104,8 +104,9 @@ def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> No
       council state at 120 'task/*' --json
     """
 
-    async def answer(past: StateHistory) -> _RenderedAnswer:
-        found = await past.at(await resolve_position(past, moment), run=await _find_run(past, run), names=keys)
+    async def answer(council: Council) -> _RenderedAnswer:
+        position = await resolve_position(council.history, moment)
+        found = await council.history.at(position, run=await _find_run(council, run), names=keys)
         return lambda: state_json(found), state_lines(found, with_values=bool(keys))
 
     _run_query(answer, as_json=as_json)
@@ -128,8 +129,8 @@ def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
       council state diff 120 140 --run 20260102-030405-ab12
     """
 
-    async def answer(past: StateHistory) -> _RenderedAnswer:
-        only = await _find_run(past, run)
+    async def answer(council: Council) -> _RenderedAnswer:
+        past, only = council.history, await _find_run(council, run)
         old, new = [await past.at(await resolve_position(past, one), run=only) for one in (before, after)]
         return lambda: differences_json(old, new), difference_lines(old, new)
 
@@ -155,10 +156,10 @@ def history(key: str, limit: int, as_json: bool) -> None:
       council state history run/20260102-030405-ab12 --limit 3 --json
     """
 
-    async def answer(past: StateHistory) -> _RenderedAnswer:
-        found = await past.key(key)
+    async def answer(council: Council) -> _RenderedAnswer:
+        found = await council.history.key(key)
         # One more, which the oldest of them is compared with.
-        versions = await past.history(found, limit + 1)
+        versions = await council.history.versions(found, limit + 1)
         before: list[DocumentVersion | None] = [*versions[1:], None]
         pairs = list(zip(versions, before, strict=True))[:limit]
         return lambda: history_json(found, pairs), history_lines(found, pairs)
@@ -187,7 +188,7 @@ def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: b
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            only, lines = await _find_run(council.history, run), CommitFormatter()
+            only, lines = await _find_run(council, run), CommitFormatter()
             async with aclosing(_commits(council, only, after=after, limit=limit, follow=follow)) as commits:
                 async for record in commits:
                     if as_json:
@@ -205,7 +206,7 @@ def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: b
 async def _commits(
     council: Council, run: str | None, *, after: int, limit: int | None, follow: bool
 ) -> AsyncGenerator[CommitRecord]:
-    past, until = council.history, await council.position()
+    past, until = council.history, await council.history.position()
     if limit is None:
         async with aclosing(past.commits(run=run, after=after, until=until)) as records:
             async for record in records:
@@ -214,7 +215,7 @@ async def _commits(
         for record in await past.newest_commits(limit, run=run, after=after, until=until):
             yield record
     if follow:
-        async with aclosing(council.records(max(after, until))) as records:
+        async with aclosing(council.history.follow(max(after, until))) as records:
             async for record in records:
                 if run is None or is_about_run(record, run):
                     yield record
@@ -235,8 +236,8 @@ def show(run: str | None, as_json: bool) -> None:
       council state show 20260102-030405-ab12 --json
     """
 
-    async def answer(past: StateHistory) -> _RenderedAnswer:
-        found = await past.overview(await past.runs.find(run))
+    async def answer(council: Council) -> _RenderedAnswer:
+        found = await council.reports.overview(run)
         return found.to_json, overview_lines(found)
 
     _run_query(answer, as_json=as_json)
@@ -260,10 +261,10 @@ def verify(repair: bool, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            found = await council.verify()
+            found = await council.state.verify()
             settled: list[RepairedDocument] = []
             if repair and not found.is_valid:
-                begin, found = found.position, await council.repair()
+                begin, found = found.position, await council.state.repair()
                 limit = max(found.position - begin, 1)
                 settled = repaired_documents(
                     await council.history.newest_commits(limit, after=begin, until=found.position)

@@ -33,7 +33,7 @@ def views(as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
-            views = await council.export_views()
+            views = await council.state.export_views()
             path = council.project.views
             time = f", {format_local_time(views.time)}" if views.position else ""
             if as_json:

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import anyio
 import anyio.to_thread
 
-from orchestrator.api.archive import Archive
-from orchestrator.api.runs import ProjectRuns
+from orchestrator.api.topics.changes import TaskChanges
+from orchestrator.api.topics.reports import RunReports
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.errors import CouncilError
 from orchestrator.protocols import Adapter, SessionEvent, ToolCall
@@ -70,8 +70,8 @@ class RunActivity:
     position: int
     attempts: Mapping[str, int]
     """The number of attempts that each task may have."""
-    runs: ProjectRuns
-    archive: Archive
+    reports: RunReports
+    changes: TaskChanges
     adapters: Mapping[str, Adapter]
     logs: Path
 
@@ -112,7 +112,7 @@ class RunActivity:
 
     async def _count(self, commits: Mapping[str, str], observer: ActivityObserver) -> None:
         try:
-            counted = await self.runs.landed(self.record.run.id, commits)
+            counted = await self.reports.landed_changes(self.record.run.id, commits)
         except (CouncilError, OSError):  # missing in council's repository: they can't be counted any more
             counted = {}
         for task in commits:
@@ -120,7 +120,7 @@ class RunActivity:
 
     async def _look(self, session: ObservedSession, observer: ActivityObserver) -> None:
         try:
-            changes = await self.archive.changes(self.record.run.id, session.task)
+            changes = await self.changes.size(session.task, self.record.run.id)
         except (CouncilError, OSError):  # its worktree is being created, or was removed
             return
         observer.on_changes(session, changes)

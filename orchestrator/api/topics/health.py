@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Final
 
 import anyio.to_thread
+from pydantic import ValidationError
 
-from orchestrator.api.runs import ProjectRuns
+from orchestrator.api.context import ProjectContext
+from orchestrator.api.run_reader import RunReader
+from orchestrator.config.model import Retention
 from orchestrator.domain.runs.model import RunDocument, TaskStatus
 from orchestrator.engine.diagnostics import state_findings as findings
 from orchestrator.engine.diagnostics.findings import Finding, Level
@@ -29,22 +32,25 @@ _RECENT_COMMITS: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Checks the store of a project's runs."""
+    """Checks the store of a project."""
 
-    runs: ProjectRuns
+    context: ProjectContext
+
+    @property
+    def reader(self) -> RunReader:
+        """Reads the runs."""
+        return RunReader(self.context)
 
     async def examine(self) -> list[Finding]:
         """Return all findings; makes one durable commit, to measure the latency."""
-        store = self.runs.store
-        runs = [run for name in await self.runs.ids() if (run := await self._run(name)) is not None]
-        open_runs = {run.id: await self.runs.has_live_process(run.id) for run in runs if run.ended is None}
+        store = self.context.store
+        runs = [run for name in await self.reader.index.ids() if (run := await self._run(name)) is not None]
+        open_runs = {run.id: await self.reader.index.has_live_process(run.id) for run in runs if run.ended is None}
         sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._readable_sessions(run)]
-        statistics = await store.statistics()
+        statistics, now = await store.statistics(), self.context.clock.now()
         return [
             *findings.judge_integrity(await verify_store(store)),
-            findings.judge_log(
-                statistics, await _growth(store, statistics, self.runs.clock.now()), await self.runs.retention()
-            ),
+            findings.judge_log(statistics, await _growth(store, statistics, now), await read_retention(self.context)),
             *findings.judge_documents(statistics),
             findings.judge_expired(statistics),
             await self._latency(),
@@ -55,19 +61,19 @@ class Health:
 
     async def _run(self, run: str) -> RunDocument | None:
         with suppress(RefusedError):  # an unreadable run has a finding of its own
-            return await read_run(self.runs.store, run)
+            return await read_run(self.context.store, run)
         return None
 
     async def _is_left(self, run: RunDocument, open_runs: Mapping[str, bool]) -> bool:
-        """Whether a run has unfinished tasks and no active process; `open_runs`: whether those not ended have one."""
+        """Return True if a run has unfinished tasks and no active process; `open_runs` has this of runs not ended."""
         if run.ended is None:
             return not open_runs[run.id]
         with suppress(RefusedError, UnreadableDocument):
-            return (await self.runs.status(run.id, allow_missing=True)).has_unfinished_tasks
+            return (await self.reader.status(run.id, allow_missing=True)).has_unfinished_tasks
         return False
 
     async def _latency(self) -> Finding:
-        store, clock = self.runs.store, self.runs.clock
+        store, clock = self.context.store, self.context.clock
         began = clock.monotonic()
         try:
             await store.commit(Commit([], [Event("state.probed")]))
@@ -82,17 +88,25 @@ class Health:
 
     async def _sessions(self, run: str) -> list[SilentSession]:
         """Return the running sessions of a run."""
-        document, documents = await read_run_with_tasks(self.runs.store, run)
+        document, documents = await read_run_with_tasks(self.context.store, run)
         tasks = task_documents(documents, document.tasks)
         sessions = []
         for task, one in tasks.items():
             if one.status is TaskStatus.RUNNING:
-                logs = self.runs.project.logs(run)
+                logs = self.context.project.logs(run)
                 files = [log_path(logs, task, one.attempt.number, stream) for stream in ("stdout", "stderr")]
                 last_output = max(await anyio.to_thread.run_sync(_last_written, files), one.attempt.started)
-                limit = (await read_spec(self.runs.store, run, task)).idle_timeout
-                sessions.append(SilentSession(run, task, max(self.runs.clock.now() - last_output, 0.0), limit))
+                limit = (await read_spec(self.context.store, run, task)).idle_timeout
+                sessions.append(SilentSession(run, task, max(self.context.clock.now() - last_output, 0.0), limit))
         return sessions
+
+
+async def read_retention(context: ProjectContext) -> Retention:
+    """Return the log retention of the newest readable run."""
+    for run in reversed(await RunReader(context).index.ids()):
+        with suppress(RefusedError, ValidationError):  # skip unreadable runs
+            return Retention.model_validate((await read_run(context.store, run)).retention)
+    return Retention()
 
 
 def _last_written(files: Sequence[Path]) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import anyio
 
-from orchestrator.api.tracked_tasks import add_open_tracked_tasks
+from orchestrator.api.execution.tracked_tasks import add_open_tracked_tasks
 from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
@@ -34,7 +34,7 @@ async def perform_dry_run(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> DryRun:
-    """Run the checks of `Council.create_run` and `council doctor`, and return what the run would do.
+    """Run the checks of `Runs.create` and `council doctor`, and return what the run would do.
 
     Nothing is recorded, and only the programs of adapters are started, to ask for their versions. Only council's own
     repositories change: the commits are fetched into them, as for a run.

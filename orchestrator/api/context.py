@@ -1,0 +1,90 @@
+"""What the topics of a council share: the project and its store, the plugins, and the signal to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+
+from orchestrator.project import Project, find_project
+from orchestrator.protocols import Store
+from orchestrator.system.clock import Clock
+
+if TYPE_CHECKING:
+    from orchestrator.plugins import Plugins
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectContext:
+    """An open project; `environ` replaces the process's environment."""
+
+    project: Project
+    store: Store
+    url: str
+    """The URL of the store."""
+    clock: Clock
+    environ: Mapping[str, str]
+    follows_file: bool = False
+    """Whether the store is that of the run's file, or the project's own; False if the user has chosen another."""
+    unreadable: list[str] = field(default_factory=list)
+    """Errors of the runs that the last listing of all runs had to skip."""
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """Descriptions of the damage found since the state was opened, and errors of unreadable runs."""
+        return (*(one.describe() for one in self.store.damage), *self.unreadable)
+
+    async def check_writable(self) -> None:
+        """Raise RefusedError if the store is only read from another folder than its project's."""
+        await anyio.to_thread.run_sync(self._check_folder)
+
+    def _check_folder(self) -> None:
+        if not self.project.folder.is_dir():
+            find_project(self.project.top)
+
+
+class LazyPlugins:
+    """Plugins that are loaded on first use, by default the installed ones."""
+
+    def __init__(self, loaded: Plugins | None, environ: Mapping[str, str], untrusted: Sequence[Path]) -> None:
+        """`untrusted` are the folders whose plugins are left out."""
+        self._loaded, self._environ, self._untrusted = loaded, environ, untrusted
+
+    def get(self) -> Plugins:
+        """Return the plugins. Blocks on first use."""
+        if self._loaded is None:
+            from orchestrator.plugins import load_plugins  # noqa: PLC0415  slow; commands that show a run need no plugin
+
+            self._loaded = load_plugins(self._environ, self._untrusted)
+        return self._loaded
+
+    async def load(self) -> Plugins:
+        """Return the plugins without blocking the event loop."""
+        return await anyio.to_thread.run_sync(self.get) if self._loaded is None else self._loaded
+
+
+class StopSignal:
+    """Stops the active runs of a council; runs that start later stop at once."""
+
+    def __init__(self) -> None:
+        self._callbacks: set[Callable[[], None]] = set()
+        self.is_set = False
+
+    def set(self) -> None:
+        """Stop all active runs."""
+        self.is_set = True
+        for stop in list(self._callbacks):
+            stop()
+
+    def add(self, stop: Callable[[], None]) -> None:
+        """Call `stop` when the signal is set, or at once if it is set already."""
+        self._callbacks.add(stop)
+        if self.is_set:
+            stop()
+
+    def remove(self, stop: Callable[[], None]) -> None:
+        """Undo `add`."""
+        self._callbacks.discard(stop)

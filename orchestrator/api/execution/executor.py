@@ -1,0 +1,258 @@
+"""Execute runs in this process: assembles the parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+
+from orchestrator.api.context import ProjectContext, StopSignal
+from orchestrator.api.execution.file_comparison import compare_with_config_file
+from orchestrator.api.execution.leadership import (
+    RunEntry,
+    hold_run_lock,
+    run_active_error,
+    run_settings,
+    sharing_disabled_error,
+)
+from orchestrator.api.execution.services import background_services, survive_store_outages
+from orchestrator.api.run_index import RunIndex
+from orchestrator.api.run_reader import RunReader
+from orchestrator.config.coordination import CoordinationOverrides
+from orchestrator.config.model import BudgetConfig
+from orchestrator.domain.runs.model import HaltCause, RunDocument
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
+from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
+from orchestrator.engine.diagnostics.programs import find_unusable_adapters
+from orchestrator.engine.phases.completion import PhaseCompleter, PhaseHandlers
+from orchestrator.engine.phases.start import PhaseStarter
+from orchestrator.engine.phases.values import PhaseInputs
+from orchestrator.engine.reports.report import RunRecord, RunReport
+from orchestrator.engine.run_context import RunContext
+from orchestrator.engine.scheduler.capacity import Capacity
+from orchestrator.engine.scheduler.loop import Scheduler
+from orchestrator.engine.scheduler.monitor import Monitor
+from orchestrator.engine.scheduler.reconciliation import Reconciler, has_unlanded_work
+from orchestrator.engine.session_api.shared_values import SharedValues
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import read_entries, read_requests, read_run
+from orchestrator.errors import LockHeld
+from orchestrator.locking.merge_permit import MergePermitQueue
+from orchestrator.plugins import Plugins
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.sessions.supervision.supervisor_client import open_fork_server
+
+_NONE: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class RunExecutor:
+    """Executes runs of a project in this process."""
+
+    _context: ProjectContext
+    _plugins: Plugins
+    _stop: StopSignal
+
+    async def resume(
+        self,
+        run: str,
+        budget: BudgetConfig | None = None,
+        coordination: CoordinationOverrides | None = None,
+        capacity: int | None = None,
+        *,
+        only_lands: bool = False,
+        allow_failing_base: bool = False,
+    ) -> RunReport:
+        """Lead a run to its end; see `Runs.resume` and `Runs.land`."""
+        document = await read_run(self._context.store, run, validate=True)
+        if document.imported is not None:
+            raise await write_unfinished_tasks(self._context.store, document, self._context.project.legacy)
+        hub = await RunIndex(self._context).hub(document)
+        try:
+            async with hold_run_lock(hub, run) as lock, background_services(self._context, self._plugins, document):
+                reader = RunReader(self._context)
+                before = await reader.record(run)
+                has_ended = before.is_over and not await read_requests(self._context.store, run)
+                if has_ended and not has_unlanded_work(before.tasks.values()):
+                    return await reader.status(run)
+                async with (
+                    self._entry(document, hub, coordination) as entry,
+                    entry.lead(lock) as (ledger, run_context),
+                ):
+                    reader = RunReader(entry.context)
+                    if has_ended:  # only the user may have landed something since
+                        if not await Reconciler(ledger, run_context).adopt_landings(frozenset()):
+                            await ledger.finish(reader.describe(before, is_live=False, has_ended=True).status)
+                            return await reader.status(run)
+                        before = await reader.record(run)
+                    if budget is not None:
+                        await ledger.set_budget(budget.model_dump(mode="json", exclude_none=True))
+                    if allow_failing_base and not ledger.run.allow_failing_base:
+                        await ledger.allow_failing_base()
+                    if before.orchestrators:  # an earlier process executed the run
+                        await self._note_file_changes(ledger)
+                    return await self._execute(
+                        reader, before, ledger, run_context, capacity=capacity, only_lands=only_lands
+                    )
+        except LockHeld as held:
+            raise run_active_error(run, held) from None
+
+    async def work(
+        self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
+        """Join a run as an additional worker; see `Runs.work`."""
+        context = self._context
+        document = await read_run(context.store, run, validate=True)
+        if not run_settings(context, document, coordination).enabled:
+            raise sharing_disabled_error(run, context.environ, coordination)
+        hub = await RunIndex(context).hub(document)
+        async with (
+            anyio.create_task_group() as group,
+            self._entry(document, hub, coordination) as entry,
+            entry.join() as (ledger, run_context),
+        ):
+            ended = anyio.Event()
+            group.start_soon(self._run_services_as_leader, document, ledger, ended)
+            disabled = await find_unusable_adapters(run_context.adapters, context.environ)
+            reader = RunReader(entry.context)
+            report = await self._execute(
+                reader, await reader.record(run), ledger, run_context, capacity=capacity, disabled=disabled
+            )
+            ended.set()
+            if not ledger.became_leader.is_set():
+                group.cancel_scope.cancel()
+        return report
+
+    @asynccontextmanager
+    async def _entry(
+        self, run: RunDocument, hub: Hub, coordination: CoordinationOverrides | None
+    ) -> AsyncIterator[RunEntry]:
+        """Yield the way into a run, with a store that survives outages during the body."""
+        settings = run_settings(self._context, run, coordination)
+        async with survive_store_outages(
+            self._context, run.id, settings, gives_up=lambda: self._stop.is_set
+        ) as context:
+            yield RunEntry(context, self._plugins, run, hub, settings)
+
+    async def _run_services_as_leader(self, run: RunDocument, ledger: Ledger, ended: anyio.Event) -> None:
+        await ledger.became_leader.wait()
+        async with background_services(self._context, self._plugins, run):  # they need the event of the run's end
+            await ended.wait()
+
+    async def _note_file_changes(self, ledger: Ledger) -> None:
+        changes = await compare_with_config_file(self._context, self._plugins, ledger.run, ledger.statuses())
+        if changes:
+            await ledger.note("run.file_changed", changes.to_json())
+
+    async def _execute(
+        self,
+        reader: RunReader,
+        before: RunRecord,
+        ledger: Ledger,
+        run_context: RunContext,
+        *,
+        capacity: int | None = None,
+        disabled: Mapping[str, str] = _NONE,
+        only_lands: bool = False,
+    ) -> RunReport:
+        """Execute tasks of a run until none is left for this process, with all adapters that are not `disabled`."""
+        context, run = reader.context, before.run.id
+        entries = await _entries(context, before, ledger)
+        wanted = capacity or before.run.capacity
+        room = await Capacity.measure(wanted, ledger, context.clock)
+        async with run_context.pool(sessions=_max_sessions(wanted, before.run)) as pool:
+            scheduler = Scheduler(
+                ledger,
+                run_context,
+                pool,
+                _board(context, ledger, run_context, entries, disabled),
+                room,
+                Monitor(ledger, context.store, context.clock),
+                MergePermitQueue(
+                    context.store, context.clock, ledger.orchestrators, run_context.source.location, before.run.target
+                ),
+                self._phase_handlers(context, ledger, run_context),
+                entries=entries,
+                unavailable_adapters=disabled,
+                only_lands=only_lands,
+            )
+            await scheduler.remember(before.adapters)
+            self._stop.add(scheduler.stop)
+            try:
+                async with _raise_if_fenced(ledger), open_fork_server():
+                    finished = await scheduler.run()
+            finally:
+                self._stop.remove(scheduler.stop)
+        return await _record_end(reader, ledger, scheduler, run, finished=finished)
+
+    def _phase_handlers(self, context: ProjectContext, ledger: Ledger, run_context: RunContext) -> PhaseHandlers:
+        values = SharedValues(context.store, context.clock, run_context.tools.redactor, ledger.run.id)
+        inputs = PhaseInputs(ledger, self._plugins.checked_kinds(), values)
+        return PhaseHandlers(
+            PhaseStarter(ledger, inputs, context.clock, has_tools=run_context.session_service is not None),
+            PhaseCompleter(ledger, inputs, run_context.git, context.clock, self._plugins.transformations),
+        )
+
+
+async def _record_end(
+    reader: RunReader, ledger: Ledger, scheduler: Scheduler, run: str, *, finished: bool
+) -> RunReport:
+    """Record why this process has no more tasks of a run, and return the report."""
+    is_leader = ledger.became_leader.is_set()
+    if scheduler.halted is not None and is_leader:
+        await ledger.halt(*scheduler.halted)
+    elif scheduler.halted is not None and scheduler.halted[0] is not HaltCause.BUDGET:
+        await ledger.note("run.worker_left", {"pid": ledger.orchestrators.me.pid, "reason": scheduler.halted[1]})
+    elif not finished and is_leader:
+        await ledger.note("run.interrupted", {})
+    if not finished and not is_leader:
+        return await reader.status(run)
+    result = reader.describe(await reader.record(run), is_live=False, has_ended=finished)
+    if finished and is_leader:
+        await ledger.finish(result.status)
+    return await reader.with_merge_state(result, ledger.run) if finished else result
+
+
+async def _entries(context: ProjectContext, before: RunRecord, ledger: Ledger) -> dict[str, DispatchEntry]:
+    """Return the dispatch entries of all tasks in the ledger, including those that plans have added."""
+    known = before.entries
+    if ledger.run.tasks != before.run.tasks:
+        known = await read_entries(context.store, ledger.run)
+    return with_subtasks({task: known[task] for task in ledger.run.tasks}, ledger.documents())
+
+
+def _board(
+    context: ProjectContext,
+    ledger: Ledger,
+    run_context: RunContext,
+    entries: Mapping[str, DispatchEntry],
+    disabled: Mapping[str, str],
+) -> DispatchBoard:
+    capacities = {name: one.capacity for name, one in run_context.configs.items() if one.capacity is not None}
+    statuses = ledger.statuses()
+    board = DispatchBoard.of(entries, statuses, capacities)
+    for task, status in statuses.items():
+        if ledger.is_claimed_elsewhere(task):
+            board.sync_task(task, status, context.clock.monotonic())
+    for name, reason in disabled.items():
+        board.close(name, reason)
+    return board
+
+
+def _max_sessions(wanted: int, run: RunDocument) -> int:
+    """Return the maximum number of concurrent sessions: at most one per task, unless plans may add tasks."""
+    can_grow = any(phase.get("expand") is not None for phases in run.workflows.values() for phase in phases)
+    return wanted if can_grow else min(wanted, len(run.tasks))
+
+
+@asynccontextmanager
+async def _raise_if_fenced(ledger: Ledger) -> AsyncIterator[None]:
+    """Raise OrchestratorFenced instead of an error of the body if this process was removed from the run."""
+    try:
+        yield
+    except Exception as error:
+        if (lost := await ledger.orchestrators.find_fencing_error()) is not None:
+            raise lost from error
+        raise

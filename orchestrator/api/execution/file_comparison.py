@@ -1,0 +1,81 @@
+"""Compare a run with its file, and apply changes of the file to tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.api.run_index import RunIndex
+from orchestrator.config.coordination import apply_max_retries, resolve_coordination
+from orchestrator.config.inline import InlineTasks, load_inline
+from orchestrator.config.load import load_config
+from orchestrator.config.model import used_adapters
+from orchestrator.domain.runs.model import SUCCESS_STATUSES, RunDocument, TaskStatus
+from orchestrator.engine.diagnostics.preflight import check_programs
+from orchestrator.engine.state.records import read_spec, read_specs, run_key, spec_key
+from orchestrator.engine.state.reload import TASKS_KEY, FileChanges, build_reload, compare_with_file
+from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.plugins import Plugins
+from orchestrator.protocols import Commit, Store
+
+
+async def compare_with_config_file(
+    context: ProjectContext, plugins: Plugins, run: RunDocument, statuses: Mapping[str, TaskStatus]
+) -> FileChanges:
+    """Compare a run with its file, if that exists, without the tasks that have succeeded."""
+    path = anyio.Path(run.config)
+    if run.imported is not None or not await path.is_file():
+        return FileChanges(run.config, unreadable="there is no such file")
+    kinds = plugins.adapters, plugins.extensions()
+    inline = await _inline_tasks(context.store, run)
+    try:
+        if inline is None:
+            config = await anyio.to_thread.run_sync(load_config, Path(run.config), *kinds)
+        else:
+            file = Path(run.config)
+            config = await anyio.to_thread.run_sync(load_inline, inline, file, file.parent, *kinds)
+    except ConfigError as error:
+        return FileChanges(run.config, unreadable=str(error.problems[0]))
+    except RefusedError as error:
+        return FileChanges(run.config, unreadable=str(error))
+    settings = resolve_coordination(config.coordination, context.environ, None)
+    recorded = run.coordination.get("max_retries", settings.max_retries)
+    if recorded != settings.max_retries:  # it was set on the command line
+        settings = settings.model_copy(update={"max_retries": recorded})
+    left = [task for task, status in statuses.items() if status not in SUCCESS_STATUSES]
+    specs = await read_specs(context.store, run.id, left)
+    return compare_with_file(run, specs, apply_max_retries(config, settings))
+
+
+async def _inline_tasks(store: Store, run: RunDocument) -> InlineTasks | None:
+    """Return the tasks of the command line with their settings; None if the tasks are from the file."""
+    if TASKS_KEY not in run.given:
+        return None
+    specs = (await read_specs(store, run.id, run.tasks)).values()
+    own = [spec for spec in specs if spec.plan is None]
+    adapter = own[0].adapter if "adapter" in run.given else None
+    return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.given else ())
+
+
+async def apply_config_file(
+    context: ProjectContext, plugins: Plugins, run: str, tasks: Sequence[str], changes: FileChanges
+) -> None:
+    """Apply the settings of the file to tasks."""
+    store, is_live = context.store, await RunIndex(context).is_live(run)
+    found, specs = await store.get(run_key(run)), {}
+    for task in tasks:
+        document = await store.get(spec_key(run, task))
+        specs[task] = (0 if document is None else document.version), await read_spec(store, run, task)
+    if found is None:
+        raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
+    writes, events = build_reload(found, specs, changes, is_live=is_live)
+    if changes.config is not None:
+        tasks_now = tuple(task for task in changes.config.tasks if task.id in specs)
+        config = changes.config.model_copy(update={"tasks": tasks_now})
+        check_programs(used_adapters(config, plugins.adapters), context.environ)
+    if writes:
+        await store.commit(Commit(writes, events))

@@ -1,0 +1,174 @@
+"""Become the leader of a run, or join it as an additional worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import anyio
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.config.coordination import (
+    ENVIRONMENT_VARIABLES,
+    CoordinationOverrides,
+    read_environment,
+    resolve_coordination,
+)
+from orchestrator.config.model import CoordinationConfig, make_adapters, restore_adapters
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.scheduling.claims import OrchestratorIdentity, Role
+from orchestrator.engine.run_context import RunContext, open_run_context, with_session_service
+from orchestrator.engine.scheduler.recovery import recover
+from orchestrator.engine.scheduler.requests import RequestHandler
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
+from orchestrator.locking.orchestrators import RunMembership, create_owner
+from orchestrator.plugins import Plugins
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.system.file_lock import HeldLock
+
+#: Seconds to wait for the last git commands of a killed leader before a resume fails.
+LOCK_HANDOVER_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunEntry:
+    """How this process enters a run: in which project, with which plugins and settings."""
+
+    context: ProjectContext
+    plugins: Plugins
+    run: RunDocument
+    hub: Hub
+    settings: CoordinationConfig
+
+    @asynccontextmanager
+    async def lead(self, lock: HeldLock) -> AsyncIterator[tuple[Ledger, RunContext]]:
+        """Lead the run during the body: recover the tasks of an earlier leader, and apply pending requests.
+
+        `lock` is that of `hold_run_lock`.
+        """
+        role = Role.WORKER if self.settings.role == "worker" else Role.LEADER
+        me = create_owner(role, shares=self.settings.enabled)
+        store, clock = self.context.store, self.context.clock
+        async with self.hub.liveness_locks.of(self.run.id, me.id).hold(0) as life:
+            members = self._membership(me)
+            opened = await self._open_run_context([lock.fd, life.fd], None)
+            facts = {"sandbox": str(opened.tools.sandbox.kind)}
+            redactor = opened.tools.redactor
+            ledger = await Ledger.take(store, clock, redactor, members, facts, is_shared=self.settings.enabled)
+            async with _leave_on_exit(members):
+                await _check_sharing(members)
+                for left_out in self.plugins.left_out:
+                    facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
+                    await ledger.note("plugin.skipped", facts)
+                run_context = self._with_session_service(opened, ledger)
+                await recover(ledger, run_context, clock)
+                for request in await ledger.requests():
+                    await RequestHandler(ledger).apply(request)
+                yield ledger, run_context
+
+    @asynccontextmanager
+    async def join(self) -> AsyncIterator[tuple[Ledger, RunContext]]:
+        """Join the run as an additional worker during the body."""
+        me = create_owner(Role.LEADER if self.settings.role == "leader" else Role.WORKER)
+        async with self.hub.liveness_locks.of(self.run.id, me.id).hold(0) as life:
+            members = self._membership(me)
+            opened = await self._open_run_context([life.fd], me.id)
+            facts = {"sandbox": str(opened.tools.sandbox.kind)}
+            await _check_sharing(members)  # before and after joining, because another process may join in between
+            store, clock = self.context.store, self.context.clock
+            ledger = await Ledger.join(store, clock, opened.tools.redactor, members, facts)
+            async with _leave_on_exit(members):
+                await _check_sharing(members)
+                yield ledger, self._with_session_service(opened, ledger)
+
+    def _membership(self, me: OrchestratorIdentity) -> RunMembership:
+        context, is_dead = self.context, self.hub.liveness_locks.is_dead
+        return RunMembership(context.store, context.clock, self.run.id, me, self.settings.timing(), is_dead)
+
+    async def _open_run_context(self, lock_fds: Sequence[int], worker: str | None) -> RunContext:
+        context, types = self.context, self.plugins.adapters
+        configs = restore_adapters(self.run.adapters, types, self.plugins.explain)
+        return await open_run_context(
+            self.run,
+            self.hub,
+            context.project,
+            configs,
+            make_adapters(configs, types),
+            store=context.store,
+            lock_fds=lock_fds,
+            worker=worker,
+            environ=context.environ,
+            clock=context.clock,
+        )
+
+    def _with_session_service(self, run_context: RunContext, ledger: Ledger) -> RunContext:
+        if not (self.settings.enabled and self.settings.tools):
+            return run_context
+        context, timeout = self.context, self.settings.lock_timeout
+        return with_session_service(run_context, ledger, context.store, context.clock, context.project, timeout)
+
+
+@asynccontextmanager
+async def hold_run_lock(hub: Hub, run: str) -> AsyncIterator[HeldLock]:
+    """Hold the run's lock; wait for it only while git commands of a dead leader still run."""
+    lock = hub.run_lock(run)
+    async with AsyncExitStack() as stack:
+        try:
+            held = await stack.enter_async_context(lock.hold(0))
+        except LockHeld as taken:
+            if taken.owner_lives:
+                raise
+            held = await stack.enter_async_context(lock.hold(LOCK_HANDOVER_TIMEOUT, awaited="a git command"))
+        yield held
+
+
+def run_settings(
+    context: ProjectContext, run: RunDocument, coordination: CoordinationOverrides | None = None
+) -> CoordinationConfig:
+    """Return the coordination settings of a run for this process."""
+    return resolve_coordination(CoordinationConfig.model_validate(run.coordination), context.environ, coordination)
+
+
+@asynccontextmanager
+async def _leave_on_exit(members: RunMembership) -> AsyncIterator[None]:
+    """Record at the end of the body, even after errors, that this orchestrator has left."""
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True), suppress(StoreUnavailable):
+            await members.leave()
+
+
+async def _check_sharing(members: RunMembership) -> None:
+    """Raise RefusedError if another process is active, and it or this process does not share the run."""
+    peer = await members.find_exclusive_peer()
+    if peer is None:
+        return
+    what = f"process {peer.owner.pid} on {peer.owner.host} is active in run {members.run}"
+    if peer.owner.shares:
+        raise RefusedError(what, "wait for it to end, stop it with SIGINT, or enable sharing for this process")
+    command = f"`{ENVIRONMENT_VARIABLES['enabled']}=true council resume {members.run}`"
+    raise RefusedError(f"{what} and does not share it", f"wait for it to end, or stop it with SIGINT, then {command}")
+
+
+def sharing_disabled_error(run: str, environ: Mapping[str, str], options: CoordinationOverrides | None) -> RefusedError:
+    """Return the error for joining a run whose settings disable sharing."""
+    name = ENVIRONMENT_VARIABLES["enabled"]
+    if options is not None and options.enabled is False:
+        remedy = "remove the option that disables sharing for this process"
+    elif read_environment(environ).enabled is False:
+        remedy = f"unset {name}, or set it to true"
+    else:
+        command = f"stop it, then `{name}=true council resume {run}`"
+        remedy = f"{command}; `coordination: {{enabled: true}}` in the file applies to new runs"
+    return RefusedError(f"run {run} is not shared", remedy)
+
+
+def run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
+    """Return the error for a run that a process is active in, or has left processes of."""
+    remedy = ", or ".join(filter(None, ("wait for it to end", "stop it with SIGINT", or_else)))
+    if not held.owner_lives:
+        remedy = f"end the processes that it left: `fuser {held.path}` lists them"
+    return RefusedError(f"run {run} is active in {held.holder}", remedy)

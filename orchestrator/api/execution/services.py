@@ -1,0 +1,98 @@
+"""Services that run beside the tasks of a run: event sinks, views, and handling of store outages."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.config.model import CoordinationConfig
+from orchestrator.config.store import MEMORY
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.engine.sinks import EventSubscriber, forward_events
+from orchestrator.errors import CouncilError
+from orchestrator.plugins import Plugins
+from orchestrator.protocols import Commit, Event
+from orchestrator.state.offline.outage import survive_outages
+from orchestrator.state.offline.retry import is_full, is_outage
+from orchestrator.views.export import export_views
+
+#: Seconds to update the views at the end of a run.
+_VIEWS_TIMEOUT = 10.0
+
+_log = logging.getLogger("orchestrator.outage")
+#: Messages that are printed at once; the events are recorded when the store is back.
+_OUTAGE_MESSAGES: Mapping[str, str] = {
+    "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
+    "outage.ended": "the state can be read and written again",
+    "outage.commit_rejected": "not recorded after the outage: {keys}: {reason}",
+    "outage.preserved": "the state can't be reached: local commits are preserved in {folder}",
+}
+
+
+@asynccontextmanager
+async def background_services(context: ProjectContext, plugins: Plugins, run: RunDocument) -> AsyncIterator[None]:
+    """Forward events to a run's sinks and trackers during the body, and update existing views after it."""
+    redactor = Redactor(secret_values(context.environ))
+    forwarding = forward_events(context.store, context.clock, redactor, run.id, _subscribers(plugins, run))
+    async with forwarding:
+        yield
+    await _update_views(context, run.id)
+
+
+async def _update_views(context: ProjectContext, run: str) -> None:
+    """Export the state again if it was exported before; a failure is an event."""
+    store, project = context.store, context.project
+    if not await anyio.to_thread.run_sync(os.path.lexists, project.views):
+        return
+    try:
+        with anyio.fail_after(_VIEWS_TIMEOUT):
+            await export_views(store, project, context.clock.now())
+    except (CouncilError, OSError, TimeoutError) as error:
+        reason = str(error) or f"not finished within {_VIEWS_TIMEOUT:g} s"
+        with suppress(CouncilError, OSError):
+            await store.commit(Commit([], [Event("views.failing", {"run": run, "reason": reason})]))
+
+
+def _subscribers(plugins: Plugins, run: RunDocument) -> list[EventSubscriber]:
+    """Return the subscribers for a run's sinks and trackers; opening one reports a missing plugin."""
+    return [
+        EventSubscriber(kind, name, one.get("events", ("*",)), partial(plugins.open, kind, name, one))
+        for kind, stored in (("sink", run.sinks), ("tracker", run.trackers))
+        for name, one in stored.items()
+    ]
+
+
+@asynccontextmanager
+async def survive_store_outages(
+    context: ProjectContext, run: str, settings: CoordinationConfig, *, gives_up: Callable[[], bool]
+) -> AsyncIterator[ProjectContext]:
+    """Yield the context with a store that waits, or continues offline, while the store can't be reached.
+
+    A store on this machine only waits while its disk is full.
+    """
+    if context.url == MEMORY:
+        yield context
+        return
+    store, clock = context.store, context.clock
+    is_local = bool(context.store.local_paths())
+
+    async def record_event(event: Event) -> None:
+        _log.warning(_OUTAGE_MESSAGES[event.type].format(**event.data))
+        await survived.commit(Commit([], [Event(event.type, {"run": run, **event.data})]))
+
+    folder = context.project.folder / "outage"
+    mode = "pause" if is_local else settings.when_unreachable
+    is_temporary = is_full if is_local else is_outage
+    async with survive_outages(
+        store, mode, clock, folder, record_event, is_temporary=is_temporary, gives_up=gives_up
+    ) as survived:
+        yield replace(context, store=survived)

@@ -1,0 +1,125 @@
+"""Find and open what a council is opened with: a file or a folder, its project, its plugins and its store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+
+from orchestrator.api.context import LazyPlugins, ProjectContext
+from orchestrator.config.store import folder_url, to_store_url
+from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.project import (
+    LEGACY_RECORD,
+    Project,
+    council_home,
+    exclude_from_git,
+    find_project,
+    is_import_complete,
+)
+from orchestrator.protocols import Store
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.user_checkouts import find_repository, refuse_tracked_project_folder
+from orchestrator.state.log.identity import check_trusted
+from orchestrator.state.stores.file import open_without_plugins
+from orchestrator.system.clock import Clock
+
+if TYPE_CHECKING:
+    from orchestrator.config.model import RunConfig
+    from orchestrator.config.schema import Config
+    from orchestrator.plugins import Plugins
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedProject:
+    """An open project, with the run of its file if it was opened with one."""
+
+    context: ProjectContext
+    plugins: LazyPlugins
+    config: RunConfig | None
+    notices: Sequence[str]
+    """Messages for the user about how the state was opened."""
+
+
+@asynccontextmanager
+async def open_project(
+    source: str | Path | Config | RunConfig | None,
+    plugins: Plugins | None,
+    state: str | None,
+    clock: Clock,
+    environ: Mapping[str, str],
+) -> AsyncIterator[OpenedProject]:
+    """Open a project and its store for the body of the `async with`; see `Council.open`."""
+    source = "." if source is None else source
+    config, is_known = None, True
+    chosen = to_store_url(state or environ.get("COUNCIL_STATE", "")) or None
+    if isinstance(source, str | Path) and await anyio.to_thread.run_sync(os.path.isdir, source):
+        project, is_known = await anyio.to_thread.run_sync(_find_source_project, Path(source), chosen)
+    else:
+        from orchestrator.api.loading import load_run  # noqa: PLC0415  slow; commands that show a run read no file
+
+        plugins, config, project = await load_run(source, plugins, environ)
+    await refuse_tracked_project_folder(project, environ)
+    if is_known:  # from another folder a store is only read
+        await anyio.to_thread.run_sync(project.create)
+    url = await anyio.to_thread.run_sync(_resolve_store_url, project, config) if chosen is None else chosen
+    is_named = chosen is not None or config is not None or url == folder_url(project.state_folder)
+    await anyio.to_thread.run_sync(partial(check_trusted, url, council_home(environ), is_named=is_named))
+    lazy_plugins = LazyPlugins(plugins, environ, [project.top])
+    async with _open_store(url, lazy_plugins, clock) as store:
+        notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
+        context = ProjectContext(project, store, url, clock, environ, follows_file=chosen is None)
+        yield OpenedProject(context, lazy_plugins, config, notices)
+
+
+def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:
+    """Return the project that contains a folder, and True; or the folder itself, and False. Blocks.
+
+    The latter needs a `chosen` store: RefusedError if there is neither a project nor a chosen store.
+    """
+    try:
+        return find_project(folder), True
+    except RefusedError:
+        if chosen is None:
+            raise
+        return Project(folder.absolute()), False
+
+
+def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
+    """Return the URL of the store in a file; without a file, that of the newest run. Blocks."""
+    if config is None:
+        return project.store()
+    return config.state.url or folder_url(project.state_folder)
+
+
+async def _import_legacy_state(
+    store: Store, project: Project, clock: Clock, environ: Mapping[str, str]
+) -> Sequence[str]:
+    """Import the state of an older layout into an empty store, or complete an import; return notices."""
+    record = await store.get(LEGACY_RECORD)
+    if await store.position() if record is None else is_import_complete(record):
+        return ()
+    if not await anyio.to_thread.run_sync(project.has_legacy):
+        return ()
+    from orchestrator.state.legacy.importer import import_legacy_state  # noqa: PLC0415  slow, and once per project
+
+    with suppress(CouncilError, OSError):  # a folder without a repository needs no exclusion
+        repository = await find_repository(project.top, Git(None, as_user=True, environ=environ))
+        await anyio.to_thread.run_sync(exclude_from_git, repository.git_dir)
+    return await import_legacy_state(store, project, clock.now())
+
+
+@asynccontextmanager
+async def _open_store(url: str, plugins: LazyPlugins, clock: Clock) -> AsyncIterator[Store]:
+    """Open the store at a URL, without loading plugins if it is a built-in one."""
+    opened = open_without_plugins(url, clock)
+    if opened is None:
+        opened = (await plugins.load()).open_store(url, clock)
+    async with opened as store:
+        yield store

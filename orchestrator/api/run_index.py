@@ -1,0 +1,119 @@
+"""Find the runs of a project, and the processes that are active in them."""
+
+from __future__ import annotations
+
+import difflib
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.engine.state.records import read_run
+from orchestrator.errors import RefusedError, UnreadableDocument
+from orchestrator.locking.orchestrators import read_orchestrators
+from orchestrator.protocols import Document
+from orchestrator.repo.worktrees.hub import Hub
+
+#: The name of the newest run.
+LATEST: Final = "latest"
+#: The number of runs listed for an ambiguous name.
+_MOST_NAMED: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunIndex:
+    """The runs of a project by name, and whether a process is active in them."""
+
+    context: ProjectContext
+
+    async def ids(self) -> list[str]:
+        """Return the ids of all readable runs, the oldest first."""
+        found = await self.context.store.list("run")
+        return [one.key.id for one in sorted(found, key=start_key) if not one.damaged]
+
+    async def newest(self) -> str:
+        """Return the id of the newest run, ignoring runs that merge another run's branch."""
+        runs = await self.context.store.list("run")
+        if not runs and self.context.damage:
+            what = f"no run can be read, the state log is damaged: {'; '.join(self.context.damage)}"
+            raise RefusedError(what, "start a new run; landed commits stay on their targets")
+        if not runs:
+            raise RefusedError("there is no run in this project", "start one with `council run FILE`")
+        if len(runs) == 1:  # reading a run of thousands of tasks takes long
+            return runs[0].key.id
+        return max([one for one in runs if one.value.get("merges") is None] or runs, key=start_key).key.id
+
+    async def find(self, name: str | None) -> str:
+        """Return the id of the run with a name: an id, a unique prefix of one, or `latest`; None is the newest run.
+
+        RefusedError, with the closest ids, if no run or several match.
+        """
+        if name is None:
+            return await self.newest()
+        known = [one.key.id for one in sorted(await self.context.store.list("run"), key=start_key)]
+        if name in known:
+            return name
+        if name == LATEST:
+            return await self.newest()
+        matching = [run for run in known if name and run.startswith(name)]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            what = f"{len(matching)} runs begin with {name!r}"
+            raise RefusedError(what, f"name one of: {', '.join(matching[: -_MOST_NAMED - 1 : -1])}")
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RefusedError(
+            f"there is no run {name!r}", f"did you mean {near[0]!r}?" if near else "`council runs` lists them"
+        )
+
+    async def hub(self, run: RunDocument) -> Hub:
+        """Return the repositories of a run; RefusedError if they are missing, or the run was imported."""
+        run.check_not_imported()
+        hub = Hub(Path(run.hub))
+        # An attempt that was still active may have created its own folder again, but nothing else.
+        if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
+            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
+        return hub
+
+    async def is_live(self, run: str | RunDocument) -> bool:
+        """Return True if a process is active in a run; RefusedError if its repositories are missing."""
+        document = await read_run(self.context.store, run) if isinstance(run, str) else run
+        if document.imported is not None:
+            return False
+        hub = await self.hub(document)
+        if await hub.run_lock(document.id).is_held() or await hub.liveness_locks.held(document.id):
+            return True
+        others = (await read_orchestrators(self.context.store, document.id)).values()
+        here, now = socket.gethostname(), self.context.clock.now()
+        return any(one.ended is None and one.owner.host != here and now < one.expires for one in others)
+
+    async def has_live_process(self, run: str) -> bool:
+        """Return True if a process is visibly active in a run; False if its repositories are missing."""
+        with suppress(RefusedError):
+            return await self.is_live(run)
+        return False
+
+    async def interrupted(self) -> list[str]:
+        """Return the ids of unfinished runs without an active process, the oldest first.
+
+        Runs whose repositories are missing can't be resumed, and are skipped.
+        """
+        found = []
+        for run in sorted(await self.context.store.list("run"), key=start_key):
+            if run.damaged or run.value.get("ended") is not None or run.value.get("imported") is not None:
+                continue
+            with suppress(RefusedError, UnreadableDocument):
+                if not await self.is_live(run.key.id):
+                    found.append(run.key.id)
+        return found
+
+
+def start_key(run: Document) -> tuple[float, str]:
+    """Return the sort key of a run, which may have no readable start time."""
+    started = run.value.get("started")
+    return float(started) if isinstance(started, int | float) else 0.0, run.key.id

@@ -1,0 +1,61 @@
+"""The topics of a council, each a class with the operations on one subject.
+
+`orchestrator.api.council.Council` makes them. Each is imported on first use: showing a run needs few of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.api.topics.changes import TaskChanges
+    from orchestrator.api.topics.checkpoints import Checkpoints
+    from orchestrator.api.topics.cleanup import Cleaner
+    from orchestrator.api.topics.history import StateHistory
+    from orchestrator.api.topics.locks import Locks
+    from orchestrator.api.topics.logs import TaskLogs
+    from orchestrator.api.topics.notes import Notes
+    from orchestrator.api.topics.reports import RunReports
+    from orchestrator.api.topics.runs import Runs
+    from orchestrator.api.topics.sessions import Sessions
+    from orchestrator.api.topics.state import State
+    from orchestrator.api.topics.tasks import Tasks
+
+__all__ = [
+    "Checkpoints",
+    "Cleaner",
+    "Locks",
+    "Notes",
+    "RunReports",
+    "Runs",
+    "Sessions",
+    "State",
+    "StateHistory",
+    "TaskChanges",
+    "TaskLogs",
+    "Tasks",
+]
+
+_MODULES = {
+    "Checkpoints": "checkpoints",
+    "Cleaner": "cleanup",
+    "Locks": "locks",
+    "Notes": "notes",
+    "RunReports": "reports",
+    "Runs": "runs",
+    "Sessions": "sessions",
+    "State": "state",
+    "StateHistory": "history",
+    "TaskChanges": "changes",
+    "TaskLogs": "logs",
+    "Tasks": "tasks",
+}
+
+if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown names
+
+    def __getattr__(name: str) -> Any:
+        """Import a topic (PEP 562)."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,213 @@
+"""Show what tasks have changed, and apply or drop work that has not landed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.api.run_index import RunIndex
+from orchestrator.api.topics.logs import find_attempt, no_attempt_error, read_named_task
+from orchestrator.domain.runs.model import FINAL_STATUSES, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.engine.session_api.details import find_session_files
+from orchestrator.engine.state.records import read_run, read_task
+from orchestrator.errors import RefusedError
+from orchestrator.repo.git.change_counts import Changes, count
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.git.reading import CommitSummary, read_commits
+from orchestrator.repo.intake import diffs
+from orchestrator.repo.intake.inspection import IntakeRules
+from orchestrator.repo.landing import salvage
+from orchestrator.repo.landing.salvage import UnmergedWork
+from orchestrator.repo.source.run_repository import find_run_repository
+from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.preserved import is_preserved
+from orchestrator.repo.worktrees.slots import empty_trash
+from orchestrator.repo.worktrees.worktrees import Worktree
+
+
+@dataclass(frozen=True, slots=True)
+class PreservedWork:
+    """Unmerged work: a ref of council's repository, or a worktree that could not be collected completely."""
+
+    name: str
+    run: str
+    task: str
+    status: str
+    subject: str
+    commit: str | None
+    committed: int | None
+    """Seconds since the epoch."""
+    worktree: str | None
+    """The folder of a worktree, once it has no git configuration of an agent; a worktree has no commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChanges:
+    """The changes of tasks, landed or preserved. Available as `council.changes`.
+
+    `run` is a name that `council.runs.find` accepts.
+    """
+
+    _context: ProjectContext
+
+    async def diff(self, task: str, run: str | None = None, *, stat: bool = False) -> bytes:
+        """Return the changes of a task as a git diff: from the worktree of a running or interrupted session."""
+        name = await self._find(run)
+        run_document, document = await read_named_task(self._context.store, name, task)
+        git = trusted_git(run_document, self._context.environ)
+        if document.status is TaskStatus.RUNNING and await self._has_worktree(name, task, document.attempt):
+            return await self._live_diff(name, task, document.attempt, stat=stat)
+        return await diffs.diff_commits(git, *await _diff_range(git, run_document, task, document), stat=stat)
+
+    async def size(self, task: str, run: str | None = None) -> Changes:
+        """Return the size of a task's changes; of a running session so far. RefusedError if there are none."""
+        name = await self._find(run)
+        run_document, document = await read_named_task(self._context.store, name, task)
+        git = trusted_git(run_document, self._context.environ)
+        if document.status is TaskStatus.RUNNING:
+            worktree, admit = await self._session(name, task, document.attempt)
+            return await diffs.count_session_changes(git, worktree, document.attempt.base, admit=admit)
+        return await count(git, *await _diff_range(git, run_document, task, document))
+
+    async def preserved(self, run: str | None = None) -> Sequence[PreservedWork]:
+        """Return all preserved work of a run that is not on the target."""
+        name = await self._find(run)
+        git = await self._git(name)
+        unmerged = await salvage.list_unmerged_work(git, name)
+        commits = await read_commits(git, [one.commit for one in unmerged])
+        found = [await self._describe(one, commits[one.commit]) for one in unmerged]
+        if await RunIndex(self._context).is_live(name):
+            return found
+        return [*found, *[await self._describe_worktree(one) for one in await self._leftover_worktrees(name)]]
+
+    async def diff_preserved(self, name: str, run: str | None = None, *, stat: bool = False) -> bytes:
+        """Return the changes of preserved work as a git diff."""
+        run = await self._find(run)
+        git = await self._git(run)
+        if (worktree := await self._preserved_worktree(run, name)) is not None:
+            run_document, document = await read_named_task(self._context.store, run, worktree.task)
+            attempt = find_attempt(run_document, worktree.task, document, worktree.attempt)
+            return await self._live_diff(run, worktree.task, attempt, stat=stat)
+        found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
+        return await diffs.diff_commits(git, await self._base(git, found), found.commit, stat=stat)
+
+    async def apply(self, name: str, run: str | None = None, *, branch: str | None = None) -> Sequence[str]:
+        """Apply preserved work to the user's checkout as uncommitted changes, or as a new branch.
+
+        Applies all of it or nothing. Returns the changed paths, or the branch.
+        """
+        run = await self._find(run)
+        git, document = await self._git(run), await read_run(self._context.store, run)
+        if await self._preserved_worktree(run, name) is not None:
+            raise RefusedError(f"{name!r} is a worktree without a commit", "copy files from it manually")
+        found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
+        environ = self._context.environ
+        site = await find_run_repository(document.repo, is_url=document.is_url, environ=environ)
+        if branch is not None:
+            await salvage.create_branch(site.source(git), found.commit, branch)
+            return (branch,)
+        if site.repository is None or site.repository.top is None:
+            raise RefusedError(f"{document.repo} has no checkout", "create a branch instead (--branch)")
+        users = Git(None, as_user=True, environ=environ)
+        base = await self._base(git, found)
+        return await salvage.apply_to_checkout(git, users, site.repository.top, base, found.commit)
+
+    async def drop(self, names: Sequence[str], run: str | None = None) -> None:
+        """Delete preserved work; RefusedError, with nothing deleted, if the run still needs any of it."""
+        run = await self._find(run)
+        git = await self._git(run)
+        refs, folders = [], []
+        listed = await salvage.list_unmerged_work(git, run)
+        for name in names:
+            worktree = await self._preserved_worktree(run, name)
+            found = None if worktree else salvage.find_unmerged_work(listed, name)
+            task = worktree.task if worktree else found.task if found else ""
+            document = await read_task(self._context.store, run, task)
+            if document.status not in FINAL_STATUSES:
+                raise RefusedError(f"{name!r} belongs to an unfinished task", "cancel the task first, or wait for it")
+            folders += [worktree] if worktree else []
+            refs += [found] if found else []
+        await salvage.delete_refs(git, refs)
+        for worktree in folders:
+            await worktrees.remove_worktree(worktree)
+            await empty_trash(worktree.hub, git.environ)
+
+    async def _git(self, run: str) -> Git:
+        return trusted_git(await read_run(self._context.store, run), self._context.environ)
+
+    async def _find(self, run: str | None) -> str:
+        return await RunIndex(self._context).find(run)
+
+    async def _live_diff(self, run: str, task: str, attempt: Attempt, *, stat: bool) -> bytes:
+        worktree, admit = await self._session(run, task, attempt)
+        git = await self._git(run)
+        return await diffs.diff_session(git, worktree, attempt.base, admit=admit, stat=stat)
+
+    async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, IntakeRules]:
+        """Return the worktree of an attempt, and the rules for showing its files."""
+        redactor = Redactor(secret_values(self._context.environ))
+        return await find_session_files(self._context.store, SessionName(run, task, attempt.number), redactor)
+
+    async def _describe(self, one: UnmergedWork, made: CommitSummary) -> PreservedWork:
+        status = (await read_task(self._context.store, one.run, one.task)).status
+        return PreservedWork(one.name, one.run, one.task, status, made.subject, one.commit, made.committed, None)
+
+    async def _describe_worktree(self, one: Worktree) -> PreservedWork:
+        document = await read_task(self._context.store, one.run, one.task)
+        # Before that the user's own git would run programs that the agent has configured in there.
+        is_safe = await anyio.to_thread.run_sync(is_preserved, one)
+        subject = "a worktree that could not be collected completely"
+        if not is_safe:
+            subject = f"a worktree of an interrupted session: `council resume {one.run}` saves it"
+        folder = str(one.tree) if is_safe else None
+        return PreservedWork(_name(one), one.run, one.task, document.status, subject, None, None, folder)
+
+    async def _preserved_worktree(self, run: str, name: str) -> Worktree | None:
+        return next((one for one in await self._leftover_worktrees(run) if _name(one) == name), None)
+
+    async def _has_worktree(self, run: str, task: str, attempt: Attempt) -> bool:
+        """Return True if the session of an attempt runs, or was interrupted and left its worktree."""
+        if await RunIndex(self._context).is_live(run):
+            return True
+        left = await self._leftover_worktrees(run)
+        return any((one.task, one.attempt) == (task, attempt.number) for one in left)
+
+    async def _leftover_worktrees(self, run: str) -> list[Worktree]:
+        document = await read_run(self._context.store, run)
+        hub = Hub(Path(document.hub))
+        left = await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run, document.tasks)
+        return [one for one in left if not one.is_check]
+
+    async def _base(self, git: Git, found: UnmergedWork) -> str:
+        document = await read_task(self._context.store, found.run, found.task)
+        number = found.part.partition("/")[0]
+        if not number.isdecimal():  # a merge of both sides of a conflict: its first parent is the target
+            return await git.line("rev-parse", f"{found.commit}^1")
+        return document.attempts[int(number) - 1].base
+
+
+def trusted_git(run: RunDocument, environ: Mapping[str, str]) -> Git:
+    """Return git in the trusted repository of a run. RefusedError if the run was imported."""
+    run.check_not_imported()
+    return Git(Hub(Path(run.hub)).trusted, environ=environ)
+
+
+async def _diff_range(git: Git, run: RunDocument, task: str, document: TaskDocument) -> tuple[str, str]:
+    """Return the base and the commit of a task's newest preserved work."""
+    kept = [one for one in document.attempts if one.branch is not None]
+    if not document.attempts:
+        raise no_attempt_error(run, task, document)
+    if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
+        raise RefusedError(f"task {task!r} has no preserved changes", f"see `council logs {task}`")
+    return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
+
+
+def _name(worktree: Worktree) -> str:
+    return f"{worktree.task}/{worktree.attempt}/worktree"

@@ -1,0 +1,47 @@
+"""Create, list and restore checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.api import execution
+from orchestrator.api.context import LazyPlugins, ProjectContext
+from orchestrator.api.run_index import RunIndex
+from orchestrator.engine.scheduler.restore import RestoreResult
+from orchestrator.state.documents import checkpoints
+from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """Named positions of the log that can be restored. Available as `council.checkpoints`."""
+
+    _context: ProjectContext
+    _plugins: LazyPlugins
+
+    async def create(self, run: str | None = None, *, reason: str = "manual", whole: bool = False) -> Checkpoint:
+        """Create a checkpoint of a run, or with `whole` of all runs of the project."""
+        store, index = self._context.store, RunIndex(self._context)
+        if whole:
+            return await checkpoints.create_checkpoint(store, None, reason)
+        run = await index.find(run)
+        return await checkpoints.create_checkpoint(store, run, reason, is_live=await index.has_live_process(run))
+
+    async def list(self, run: str | None = None) -> Sequence[Checkpoint]:
+        """Return the checkpoints of a run (`all`: those of all runs together) or every one, the oldest first."""
+        return await checkpoints.list_checkpoints(self._context.store, run)
+
+    async def plan_restore(self, checkpoint: str) -> RestorePlan:
+        """Return the changes that `restore` would make now; RefusedError if the log does not go back that far."""
+        return await checkpoints.plan_restore(self._context.store, checkpoint)
+
+    async def restore(self, checkpoint: str, *, force: bool = False) -> RestoreResult:
+        """Restore a checkpoint by its id, after a new checkpoint of the current state; `resume` continues from it.
+
+        Landed commits stay on their targets. RefusedError if a process is active in a run that this would change; with
+        `force` the run is taken over instead, and that process ends at its next step.
+        """
+        await self._context.check_writable()
+        controller = execution.RunController(self._context, await self._plugins.load())
+        return await controller.restore(checkpoint, force=force)

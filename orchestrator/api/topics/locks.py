@@ -1,0 +1,36 @@
+"""Inspect and revoke locks, and use named locks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.locking.lock_overview import LockOverview, LockStatus
+from orchestrator.locking.named_locks import NamedLocks
+
+
+@dataclass(frozen=True, slots=True)
+class Locks:
+    """The locks of a project. Available as `council.locks`."""
+
+    _context: ProjectContext
+
+    async def list(self) -> Sequence[LockStatus]:
+        """Return the locks of all three layers, with their holders and waiters."""
+        return await self._overview().locks()
+
+    async def revoke(self, name: str, reason: str) -> LockStatus:
+        """Revoke a lock by its name in `list` and record the reason; return its previous status.
+
+        RefusedError if the lock is free, or if only the process that holds it can release it.
+        """
+        return await self._overview().break_lock(name, reason)
+
+    @property
+    def named(self) -> NamedLocks:
+        """Named locks for programs: shared by readers or exclusive to a writer, with owner, expiry and timeout."""
+        return NamedLocks(self._context.store, self._context.clock)
+
+    def _overview(self) -> LockOverview:
+        return LockOverview(self._context.store, self._context.clock, self._context.project.file_locks)

@@ -1,0 +1,48 @@
+"""Read and delete the notes that sessions leave for later sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.api.run_index import RunIndex
+from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.sessions.notes import Note
+from orchestrator.engine.session_api.notes import NoteStore
+from orchestrator.engine.state.records import read_run
+from orchestrator.locking.ownership import ownership_scope
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The notes of sessions. Available as `council.notes`.
+
+    `run` is a name that `council.runs.find` accepts; all runs with the same target share their notes.
+    """
+
+    _context: ProjectContext
+
+    async def list(
+        self,
+        run: str | None = None,
+        *,
+        task: str | None = None,
+        topic: str | None = None,
+        paths: Sequence[str] = (),
+    ) -> Sequence[Note]:
+        """Return notes, the oldest first.
+
+        Filtered by task, topic and paths (overlapping patterns), as far as these are given.
+        """
+        return await (await self._store(run)).find(task=task, topic=topic, paths=paths)
+
+    async def drop(self, note: str, run: str | None = None) -> None:
+        """Delete a note by its id. RefusedError if there is none."""
+        await (await self._store(run)).drop(note)
+
+    async def _store(self, run: str | None) -> NoteStore:
+        context = self._context
+        document = await read_run(context.store, await RunIndex(context).find(run))
+        redactor = Redactor(secret_values(context.environ))
+        return NoteStore(context.store, context.clock, ownership_scope(document.repo, document.target), redactor)

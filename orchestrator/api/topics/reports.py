@@ -1,0 +1,156 @@
+"""Compute reports on a run: overview, metrics, usage, failures, sizes of changes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+
+from orchestrator.api.context import ProjectContext
+from orchestrator.api.run_reader import RunReader
+from orchestrator.domain.runs.metrics import Metrics, compute_metrics
+from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.usage import RunUsage, compute_usage
+from orchestrator.domain.scheduling.active_time import compute_run_active_time
+from orchestrator.engine.reports.overview import RunOverview, build_overview, landing_times
+from orchestrator.engine.reports.report import AdapterFailure, last_failures
+from orchestrator.engine.state.records import read_run, read_run_with_tasks, read_task, read_tasks, task_documents
+from orchestrator.errors import HistoryCompacted, RefusedError
+from orchestrator.locking.orchestrators import read_orchestrators
+from orchestrator.protocols import CommitRecord, Document, RecordedEvent, Store
+from orchestrator.repo.git.change_counts import Changes, count_many
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.output.log_files import last_activity
+from orchestrator.state.documents.log_reader import read_backwards
+
+#: The number of events in the overview of a run.
+MAX_EVENTS: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class RunReports:
+    """Computed reports on runs. Available as `council.reports`. `run` is a name that `council.runs.find` accepts."""
+
+    _context: ProjectContext
+
+    async def overview(self, run: str | None = None) -> RunOverview:
+        """Return the overview of a run, even if its repositories are missing."""
+        reader = RunReader(self._context)
+        record = await reader.record(await self._find(run))
+        name, store = record.run.id, self._context.store
+        landed_at = await find_landing_times(store, record.run, record.tasks, await read_tasks(store, name))
+        checkouts = await anyio.to_thread.run_sync(_find_worktrees, record.run, record.tasks)
+        now = self._context.clock.now()
+        active = compute_run_active_time(record.orchestrators, record.tasks.values(), landed_at, now)
+        is_live = record.run.ended is None and await reader.index.has_live_process(name)
+        report = reader.describe(record, is_live=is_live)
+        return build_overview(record, report, landed_at, checkouts, await self._events(name), active)
+
+    async def metrics(self, run: str | None = None) -> Metrics:
+        """Return the metrics of a run."""
+        store = self._context.store
+        known, documents = await read_run_with_tasks(store, await self._find(run))
+        tasks = task_documents(documents, known.tasks)
+        landed_at = await find_landing_times(store, known, tasks, documents)
+        orchestrators = (await read_orchestrators(store, known.id)).values()
+        now = self._context.clock.now()
+        return compute_metrics(tasks, landed_at, compute_run_active_time(orchestrators, tasks.values(), landed_at, now))
+
+    async def usage(self, run: str | None = None) -> RunUsage:
+        """Return the usage of a run's sessions."""
+        context, reader = self._context, RunReader(self._context)
+        name, now = await self._find(run), context.clock.now()
+        record = await reader.record(name)
+        tasks: Mapping[str, TaskDocument] = record.tasks
+        if not await reader.index.has_live_process(name):
+            tasks = await anyio.to_thread.run_sync(mark_interrupted, tasks, context.project.logs(name), now)
+        return compute_usage(record.run, tasks, now, sorted(record.damaged))
+
+    async def last_failures(self, run: str | None = None) -> dict[str, AdapterFailure]:
+        """Return the last failed session of each adapter of a run, by the adapter's name."""
+        return last_failures(await RunReader(self._context).record(await self._find(run)))
+
+    async def landed_changes(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
+        """Return the size of each task's changes; `commits` maps tasks to the commits by which they landed.
+
+        A landing may also bring commits of the user from the base onto the target: they do not count.
+        """
+        document = await read_run(self._context.store, run)
+        document.check_not_imported()
+        works = {task: await self._landed_work(run, task, commit) for task, commit in commits.items()}
+        git = Git(Hub(Path(document.hub)).trusted, environ=self._context.environ)
+        counted = await count_many(git, dict(works.values()))
+        return {task: counted[commit] for task, (commit, _) in works.items()}
+
+    async def _landed_work(self, run: str, task: str, landed: str) -> tuple[str, str | None]:
+        """Return the commit that a task built and its base, or the commit by which it landed and None."""
+        with suppress(RefusedError):
+            document = await read_task(self._context.store, run, task)
+            if document.landed == landed and document.commit is not None:
+                return document.commit, document.building_attempt.base
+        return landed, None
+
+    async def _events(self, run: str) -> list[RecordedEvent]:
+        found: deque[RecordedEvent] = deque()
+        store = self._context.store
+        with suppress(HistoryCompacted):
+            async with aclosing(read_backwards(store, await store.position())) as parts:
+                async for part in parts:
+                    for one in _events_of(part, run):
+                        found.appendleft(one)
+                        if len(found) == MAX_EVENTS or one.event.type == "run.created":
+                            return list(found)
+        return list(found)
+
+    async def _find(self, run: str | None) -> str:
+        return await RunReader(self._context).index.find(run)
+
+
+async def find_landing_times(
+    store: Store, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]
+) -> dict[str, float]:
+    """Return when tasks landed, by task, even if the run's record was removed and restored since."""
+    found = landing_times(tasks, documents)
+    for task, time in found.items():
+        if run.imported is None and run.ended is not None and time > run.ended:
+            versions = await store.history(documents[task].key)
+            same = [one.time for one in versions if (one.value or {}).get("landed") == tasks[task].landed]
+            found[task] = min(same, default=time)
+    return found
+
+
+def mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
+    """Return the tasks of an inactive run, with sessions without an end marked as interrupted. Blocks."""
+
+    def end(task: str, one: Attempt) -> Attempt:
+        if one.ended is not None:
+            return one
+        ended = last_activity(logs, task, one.number, one.started, now)
+        return one.model_copy(update={"ended": ended, "outcome": INTERRUPTED})
+
+    return {
+        name: task.model_copy(update={"attempts": tuple(end(name, one) for one in task.attempts)})
+        for name, task in tasks.items()
+    }
+
+
+def _events_of(part: Sequence[CommitRecord], run: str) -> Iterator[RecordedEvent]:
+    """Yield the events of a run, the newest first."""
+    for record in reversed(part):
+        for event in reversed(record.events):
+            if event.data.get("run") == run:
+                yield RecordedEvent(record.position, record.time, event)
+
+
+def _find_worktrees(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> dict[str, str]:
+    """Return the worktrees of the newest attempts, by task. Blocks."""
+    hub = Hub(Path(run.hub))
+    newest = {task: Worktree(hub, run.id, task, one.attempt.number) for task, one in tasks.items() if one.attempts}
+    return {task: str(slot.tree) for task, worktree in newest.items() if (slot := worktree.slot) is not None}

@@ -1,0 +1,217 @@
+"""Start, continue, find and follow runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.api import execution
+from orchestrator.api.context import LazyPlugins, ProjectContext, StopSignal
+from orchestrator.api.run_index import RunIndex
+from orchestrator.api.run_reader import RunReader
+from orchestrator.domain.runs.model import RequestAction
+from orchestrator.engine.reports.report import RunReport, RunStatus
+from orchestrator.engine.state.records import read_run
+from orchestrator.errors import RefusedError, UnreadableDocument
+from orchestrator.protocols import RecordedEvent
+from orchestrator.state.documents.log_reader import follow_log
+
+if TYPE_CHECKING:
+    from orchestrator.config.coordination import CoordinationOverrides
+    from orchestrator.config.model import BudgetConfig, RunConfig
+
+#: The events that end a run's event stream, until the run is resumed.
+_LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
+#: The events that may follow those while no process is active in the run.
+_LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.taken_over"})
+#: The statuses of unfinished runs.
+_ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.HALTED})
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of a project. Available as `council.runs`.
+
+    Only one process at a time can execute a run; `work` joins it as an additional worker. `run` is an id, a unique
+    prefix of one, or `latest`; None is the newest run.
+    """
+
+    _context: ProjectContext
+    _plugins: LazyPlugins
+    _stop: StopSignal
+    _config: RunConfig | None
+    _opened_at: int
+    """The position of the log at which the council was opened."""
+
+    async def run(
+        self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
+        """Run all tasks of the file that the council was opened with, and return the report.
+
+        With `allow_deferred` the run starts even if the target's checkout has uncommitted changes of the user; tasks
+        that can't land because of them land on `resume`. Settings in `coordination` override the file and the
+        environment. Raises RefusedError, with nothing started, if a check fails.
+        """
+        run = await self.create(allow_deferred=allow_deferred, coordination=coordination)
+        return await self.resume(run, coordination=coordination)
+
+    async def create(
+        self,
+        *,
+        allow_deferred: bool = False,
+        allow_failing_base: bool = False,
+        coordination: CoordinationOverrides | None = None,
+    ) -> str:
+        """Check that the file can run, record a run without starting it, and return its id.
+
+        With `allow_failing_base` sessions start even if checks fail on the base. Raises RefusedError if a check of
+        `engine.diagnostics.preflight.run_preflight` fails.
+        """
+        if self._config is None:
+            raise RefusedError("no file was opened", "open the council with a YAML file")
+        await self._context.check_writable()
+        return await execution.create_run(
+            self._context,
+            await self._plugins.load(),
+            self._config,
+            allow_deferred=allow_deferred,
+            allow_failing_base=allow_failing_base,
+            coordination=coordination,
+        )
+
+    async def create_merge(self, run: str | None = None) -> str:
+        """Record a run that merges the target branch of another run into that run's base.
+
+        It has one task, which is already built: all that landed on the branch. `resume` lands it, with the checks of
+        all tasks of the other run. Return its id, or that of an earlier merge that is still queued to land.
+        NothingToMerge if the base has all commits.
+        """
+        await self._context.check_writable()
+        return await execution.create_merge_run(self._context, await self.find(run))
+
+    async def resume(
+        self,
+        run: str | None = None,
+        *,
+        budget: BudgetConfig | None = None,
+        capacity: int | None = None,
+        allow_failing_base: bool = False,
+        coordination: CoordinationOverrides | None = None,
+    ) -> RunReport:
+        """Run a new or interrupted run to its end, and return the report.
+
+        Limits in `budget` replace those of the run. For this call, settings in `coordination` override those of the run
+        and the environment, and `capacity` overrides the run's number of concurrent sessions. With `allow_failing_base`
+        sessions start from now on even if checks fail on the base. RefusedError while another process leads the run.
+        """
+        executor = await self._executor()
+        name = await self.find(run)
+        return await executor.resume(name, budget, coordination, capacity, allow_failing_base=allow_failing_base)
+
+    async def land(self, run: str | None = None) -> RunReport:
+        """Land the tasks of a run that are queued to land, without starting sessions; otherwise like `resume`."""
+        return await (await self._executor()).resume(await self.find(run), only_lands=True)
+
+    async def work(
+        self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+    ) -> RunReport:
+        """Join a run as an additional worker until no task is left; return the report.
+
+        Claims free tasks whose adapter works on this machine, at most `capacity` at once (None: the run's capacity).
+        If the run has no leader any more, this process becomes the leader.
+        """
+        return await (await self._executor()).work(run, capacity, coordination)
+
+    async def enable_adapters(self, *adapters: str, run: str | None = None) -> RunReport:
+        """Enable adapters that are disabled or in cooldown, by default all of them; return the report.
+
+        All processes of an active run use them at once; otherwise the next `resume` does. RefusedError for an adapter
+        that is in use, or that the run does not have.
+        """
+        await self._context.check_writable()
+        controller = execution.RunController(self._context, await self._plugins.load())
+        name = await self.find(run)
+        await controller.perform(name, RequestAction.ENABLE, (), adapters=adapters)
+        return await self.status(name)
+
+    async def status(self, run: str | None = None) -> RunReport:
+        """Return the current report of a run."""
+        return await RunReader(self._context).status(await self.find(run))
+
+    async def list(self, *, active: bool = False) -> Sequence[RunReport]:
+        """Return the reports of all runs of the project, or only of active ones, the oldest first.
+
+        Active runs are running or interrupted, or have ended with waiting tasks, such as after a retry. Unreadable runs
+        are skipped: `Council.damage` names the document.
+        """
+        reports = await RunReader(self._context).all()
+        return [report for report in reports if not active or report.status in _ACTIVE or report.has_unfinished_tasks]
+
+    async def ids(self) -> Sequence[str]:
+        """Return the ids of all readable runs of the project, the oldest first."""
+        return await RunIndex(self._context).ids()
+
+    async def find(self, name: str | None = None) -> str:
+        """Return the id of the run with a name: an id, a unique prefix of one, or `latest`; None is the newest run.
+
+        RefusedError, with the closest ids, if no run or several match.
+        """
+        return await RunIndex(self._context).find(name)
+
+    async def newest(self) -> str:
+        """Return the id of the newest run, ignoring runs that merge another run's branch."""
+        return await RunIndex(self._context).newest()
+
+    async def interrupted(self) -> Sequence[str]:
+        """Return the ids of unfinished runs without an active process, the oldest first."""
+        return await RunIndex(self._context).interrupted()
+
+    async def is_live(self, run: str) -> bool:
+        """Return True if a process is active in a run."""
+        return await RunIndex(self._context).is_live(run)
+
+    async def live(self, *, follow: bool = False) -> AsyncGenerator[str]:
+        """Yield the ids of runs with an active process, the oldest first; with `follow` also those that start later."""
+        store, index = self._context.store, RunIndex(self._context)
+        position = await store.position()
+        known = set()
+        for run in await index.ids():
+            with suppress(UnreadableDocument):  # commands that name it report that
+                if (await read_run(store, run)).ended is not None:
+                    continue
+            if await index.has_live_process(run):
+                known.add(run)
+                yield run
+        if follow:
+            async for record in store.watch(position):
+                for event in record.events:
+                    run = event.data.get("run", "")
+                    if event.type == "run.leader_elected" and run not in known:
+                        known.add(run)
+                        yield run
+
+    async def events(self, run: str | None = None, *, after: int | None = None) -> AsyncGenerator[RecordedEvent]:
+        """Yield the events of a run, live, until it is finished or interrupted.
+
+        Without `run` it is the first run with an event since the council was opened. Events start at the run's
+        beginning, or after the log position `after`; pruned ones are missing.
+        """
+        if after is None:
+            after = 0 if run is not None else self._opened_at
+        has_ended = False
+        async with aclosing(follow_log(self._context.store, after)) as records:
+            async for record in records:
+                for event in record.events:
+                    run = run or event.data.get("run")
+                    if run is not None and event.data.get("run") == run:
+                        yield RecordedEvent(record.position, record.time, event)
+                        has_ended = event.type in _LAST_EVENTS or (has_ended and event.type in _LATER_EVENTS)
+                # A resumed run has more events after that.
+                if has_ended and record.position >= await self._context.store.position():
+                    return
+
+    async def _executor(self) -> execution.RunExecutor:
+        await self._context.check_writable()
+        return execution.RunExecutor(self._context, await self._plugins.load(), self._stop)

@@ -1,0 +1,86 @@
+"""Observe the sessions of a run, and use the values that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.api.context import LazyPlugins, ProjectContext
+from orchestrator.api.run_index import RunIndex
+from orchestrator.api.run_reader import RunReader
+from orchestrator.api.topics.activity import RunActivity
+from orchestrator.api.topics.changes import TaskChanges, trusted_git
+from orchestrator.api.topics.logs import find_run_adapters, no_running_session_error, read_named_task
+from orchestrator.api.topics.reports import RunReports
+from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.sessions.contexts import (
+    STALE_CONTEXT_SECONDS,
+    SessionContext,
+    TaskSummary,
+    find_file_conflicts,
+    summarize_task,
+)
+from orchestrator.engine.session_api.contexts import clean_contexts, read_contexts
+from orchestrator.engine.session_api.details import SessionDetails, find_workspace, read_session_details
+from orchestrator.engine.session_api.shared_values import SharedValues
+from orchestrator.engine.state.records import check_task, read_run
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """The sessions of a run. Available as `council.sessions`. `run` is a name that `council.runs.find` accepts."""
+
+    _context: ProjectContext
+    _plugins: LazyPlugins
+
+    async def list(self, run: str | None = None) -> Sequence[SessionContext]:
+        """Return the contexts of a run's sessions, in all processes; each covers the last half hour."""
+        return await read_contexts(self._context.store, await self._find(run))
+
+    async def file_conflicts(self, run: str | None = None) -> Mapping[str, Sequence[SessionContext]]:
+        """Return the files that several sessions of a run edit or have locked, with these sessions."""
+        return find_file_conflicts(await self.list(run))
+
+    async def summarize_task(self, task: str, run: str | None = None) -> TaskSummary:
+        """Return a summary of a task's sessions. RefusedError if the run has no such task."""
+        run = await self._find(run)
+        await check_task(self._context.store, await read_run(self._context.store, run), task)
+        return summarize_task(task, await self.list(run))
+
+    async def prune(self, after: float = STALE_CONTEXT_SECONDS) -> Sequence[str]:
+        """Remove the contexts of sessions without an update for `after` seconds; return their names."""
+        return await clean_contexts(self._context.store, self._context.clock.now(), after)
+
+    async def details(self, task: str, run: str | None = None) -> SessionDetails:
+        """Return what the running session of a task has done so far. RefusedError if none is running."""
+        context, name = self._context, await self._find(run)
+        run_document, document = await read_named_task(context.store, name, task)
+        if document.status is not TaskStatus.RUNNING or not await RunIndex(context).is_live(name):
+            raise no_running_session_error(task)
+        session, redactor = SessionName(name, task, document.attempt.number), self._redactor()
+        adapters = await find_run_adapters(self._plugins, run_document)
+        workspace = await find_workspace(context.store, adapters, context.project.logs_folder, redactor, session)
+        return await read_session_details(trusted_git(run_document, context.environ), workspace, redactor)
+
+    async def activity(self, run: str | None = None) -> RunActivity:
+        """Return a snapshot of a run, which can be followed by the live activity of its sessions."""
+        context, name = self._context, await self._find(run)
+        position, record = await context.store.position(), await RunReader(context).record(name)
+        specs = await context.store.list("spec", f"{name}/")
+        attempts = {spec.key.id.partition("/")[2]: int(spec.value["attempts"]) for spec in specs}
+        adapters = await find_run_adapters(self._plugins, record.run)
+        logs = context.project.logs(name)
+        return RunActivity(record, position, attempts, RunReports(context), TaskChanges(context), adapters, logs)
+
+    async def shared_values(self, run: str | None = None) -> SharedValues:
+        """Return the key-value store that the sessions of a run share. RefusedError if there is no such run."""
+        document = await read_run(self._context.store, await self._find(run))
+        return SharedValues(self._context.store, self._context.clock, self._redactor(), document.id)
+
+    async def _find(self, run: str | None) -> str:
+        return await RunIndex(self._context).find(run)
+
+    def _redactor(self) -> Redactor:
+        return Redactor(secret_values(self._context.environ))

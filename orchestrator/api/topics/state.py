@@ -1,0 +1,183 @@
+"""Read and change documents, and maintain the store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from orchestrator.api.context import LazyPlugins, ProjectContext
+from orchestrator.api.run_index import RunIndex
+from orchestrator.api.topics.health import Health, read_retention
+from orchestrator.api.transfer import export_store, import_store
+from orchestrator.domain.documents.conflicts import DocumentUpdate
+from orchestrator.engine.diagnostics.findings import Finding
+from orchestrator.engine.phases.verification import RunVerification, verify_run
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import CompactionResult, Document, JsonObject, Key, VerificationReport
+from orchestrator.state.documents import conflicts
+from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
+from orchestrator.state.documents.log_reader import is_run_document
+from orchestrator.state.documents.maintenance import compact_log, delete_expired
+from orchestrator.state.documents.subscription import DocumentChange, subscribe
+from orchestrator.state.documents.update import update_document
+from orchestrator.state.documents.validation import check_manual_change, repair_documents, verify_store
+from orchestrator.state.transfer.copying import CopyResult
+from orchestrator.views.export import ViewPosition, export_views
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The documents of a project and their store. Available as `council.state`.
+
+    Documents of a run can't be changed while a process is active in it, and documents that only council writes can't be
+    changed at all (`state.documents.validation`): RefusedError.
+    """
+
+    _context: ProjectContext
+    _plugins: LazyPlugins
+
+    async def get(self, key: Key) -> Document | None:
+        """Return the newest version of a document, or None."""
+        return await self._context.store.get(key)
+
+    async def update(
+        self,
+        key: Key,
+        change: Callable[[JsonObject | None], JsonObject | None],
+        *,
+        expected_version: int | None = None,
+        ttl: float | None = None,
+    ) -> Document | None:
+        """Replace a document's value by the result of `change`; return the new document, None if it was deleted.
+
+        `change` gets a copy of the value (None: no document), and returns None to delete it. If another process commits
+        first, it is called again with the newer value, at most five times in all, after pauses that grow exponentially.
+        VersionConflict, with the other writer and its time, after the last attempt, or at once if the version is not
+        `expected_version` (0: no document). The document expires after `ttl` seconds.
+
+        RefusedError also for a value that would make a document of council's own unreadable.
+        """
+        await self._check_idle(key)
+        return await update_document(
+            self._context.store, key, change, expected_version=expected_version, ttl=ttl, check=check_manual_change
+        )
+
+    def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
+        """Yield each new version, by any process, of the documents whose name (`kind/id`) matches a pattern.
+
+        In a pattern `*` matches any characters, including `/`. It starts after the position `after`: 0 is the beginning
+        of the log, None is the time of the first iteration. The stream never ends on its own.
+        """
+        return subscribe(self._context.store, pattern, after)
+
+    async def apply_updates(
+        self, updates: Sequence[DocumentUpdate[Key]], strategy: str = "last_write_wins"
+    ) -> UpdateResult:
+        """Apply updates of documents; resolve competing ones by a strategy.
+
+        Strategies are `last_write_wins`, `first_write_wins`, `merge`, and `manual`, which records the conflict for
+        `resolve_conflict`. RefusedError also for values that would make a run unreadable.
+        """
+        for key in dict.fromkeys(update.key for update in updates):
+            await self._check_idle(key)
+        return await conflicts.apply_updates(self._context.store, updates, strategy, check=check_manual_change)
+
+    async def conflicts(self) -> Sequence[Conflict]:
+        """Return the update conflicts that a person has to resolve, the oldest first."""
+        return await conflicts.list_pending(self._context.store)
+
+    async def resolve_conflict(
+        self, conflict: str, choice: int | JsonObject, *, force: bool = False
+    ) -> ConflictResolution:
+        """Resolve a conflict, named by its id or its document, with a candidate's number (from 1) or with a value.
+
+        RefusedError also if the document was changed since (unless `force`), and for a value that would make the run
+        unreadable.
+        """
+        store, newest = self._context.store, None
+        with suppress(RefusedError):
+            newest = await RunIndex(self._context).newest()
+        pending = await conflicts.find_conflict(store, conflict, newest)
+        await self._check_idle(pending.key)
+        document = await conflicts.resolve_conflict(store, pending.id, choice, force=force, check=check_manual_change)
+        return ConflictResolution(pending, document)
+
+    async def _check_idle(self, key: Key) -> None:
+        """Refuse to write a document of a run with an active process, which would not notice the change."""
+        index = RunIndex(self._context)
+        run = next((run for run in await index.ids() if is_run_document(key, run)), None)
+        if run is not None and await index.has_live_process(run):
+            what = f"{key} belongs to run {run}, which is active"
+            raise RefusedError(what, "stop it with SIGINT, or wait for its end")
+
+    async def verify(self) -> VerificationReport:
+        """Verify the whole log and all documents."""
+        return await verify_store(self._context.store)
+
+    async def verify_run(self, run: str | None = None) -> RunVerification:
+        """Verify a run's workflow records against all rules, including those of plugins.
+
+        Changes nothing, and works on active runs.
+        """
+        context, plugins = self._context, await self._plugins.load()
+        name = await RunIndex(context).find(run)
+        rules = plugins.constraints
+        return await verify_run(context.store, name, plugins.checked_kinds(), rules, context.clock, context.environ)
+
+    async def repair(self) -> VerificationReport:
+        """Restore the readable state, and return the report of `verify` after that (see `Store.repair`).
+
+        A document with the wrong shape for its kind gets its newest readable value, but not while a process is active
+        in its run.
+        """
+        store, index = self._context.store, RunIndex(self._context)
+        await store.repair()
+        report = await verify_store(store)
+        live = [run for run in await index.ids() if await index.has_live_process(run)]
+        idle = [key for key in report.unreadable if not any(is_run_document(key, run) for run in live)]
+        await repair_documents(store, idle)
+        return await verify_store(store) if idle else report
+
+    async def check_health(self) -> Sequence[Finding]:
+        """Check integrity, size, latency, interrupted runs, silent sessions and open conflicts.
+
+        Makes one durable commit, to measure the latency.
+        """
+        return await Health(self._context).examine()
+
+    async def compact(self, age: float | None = None, size: int | None = None) -> CompactionResult:
+        """Delete expired documents, and prune the log by the newest run's retention, or by the arguments.
+
+        Of commits older than `age` seconds, or beyond `size` bytes of log, only the last versions of each document
+        remain.
+        """
+        retention = await read_retention(self._context)
+        age, size = retention.age if age is None else age, retention.size if size is None else size
+        await delete_expired(self._context.store, {})
+        return await compact_log(self._context.store, self._context.clock, age, size, {})
+
+    async def export_to(self, file: str | Path | IO[bytes], *, force: bool = False) -> CopyResult:
+        """Write the whole state to one file, for `import_from`.
+
+        RefusedError if the state is damaged, and if the file exists, unless `force`. A stream is written directly.
+        """
+        return await export_store(self._context.store, file, force=force, clock=self._context.clock)
+
+    async def import_from(self, file: str | Path | IO[bytes]) -> CopyResult:
+        """Load a file of `export_to` into an empty store, with all positions and versions.
+
+        RefusedError, with nothing changed, if the store is not empty or the file is incomplete.
+        """
+        return await import_store(file, self._context.store)
+
+    async def export_views(self) -> ViewPosition:
+        """Write readable copies of the state to `Council.project.views`, replacing earlier ones; return their position.
+
+        From then on each run updates them when it ends. LockHeld if another process writes them and does not finish in
+        time.
+        """
+        await self._context.check_writable()
+        return await export_views(self._context.store, self._context.project, self._context.clock.now())

@@ -1,0 +1,167 @@
+"""Cancel, retry, approve and describe single tasks of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.api.context import LazyPlugins, ProjectContext
+from orchestrator.api.execution.control import RunController
+from orchestrator.api.execution.file_comparison import compare_with_config_file
+from orchestrator.api.run_reader import RunReader
+from orchestrator.api.topics.logs import TaskLogs
+from orchestrator.api.topics.reports import find_landing_times, mark_interrupted
+from orchestrator.domain.runs.model import RequestAction, RunDocument, TaskStatus
+from orchestrator.engine.reports.report import RunReport
+from orchestrator.engine.reports.task_details import LatestActivity, TaskDefinition, TaskDetails, build_task_details
+from orchestrator.engine.scheduler.requests import check_note, check_reason
+from orchestrator.engine.state.records import check_task, read_handoffs, read_run, read_spec, read_tasks
+from orchestrator.engine.state.reload import FileChanges
+from orchestrator.errors import RefusedError
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """The tasks of a run. Available as `council.tasks`.
+
+    The active process of the run performs requests, if there is one. Requests return the report of the run. `run` is a
+    name that `council.runs.find` accepts.
+    """
+
+    _context: ProjectContext
+    _plugins: LazyPlugins
+
+    async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
+        """Cancel tasks, by default all unfinished ones.
+
+        Their sessions are stopped, and their work is preserved on branches. Ended tasks do not change.
+        """
+        return await self._request(run, RequestAction.CANCEL, tasks)
+
+    async def ignore(self, *tasks: str, reason: str, run: str | None = None) -> RunReport:
+        """Cancel tasks like `cancel`, and exclude them until `retry`."""
+        check_reason(reason)
+        return await self._request(run, RequestAction.IGNORE, tasks, reason)
+
+    async def file_changes(self, run: str | None = None) -> FileChanges:
+        """Return the differences between a run's file and its record, for tasks that have not succeeded.
+
+        A run uses the settings recorded at its creation; `retry` with `reload` applies those of the file to tasks.
+        """
+        record = await RunReader(self._context).record(await self._find(run), whole=False)
+        statuses = {task: one.status for task, one in record.tasks.items()}
+        return await compare_with_config_file(self._context, await self._plugins.load(), record.run, statuses)
+
+    async def retry(
+        self,
+        *tasks: str,
+        run: str | None = None,
+        from_phase: str | None = None,
+        reload: FileChanges | None = None,
+    ) -> RunReport:
+        """Retry tasks that ended without landing.
+
+        Tasks with a workflow continue at their last phase, or at `from_phase`; results of earlier phases are kept. The
+        active process of the run starts them at once; otherwise the next `resume` does.
+
+        With `reload`, from `file_changes`, the prompts, limits and adapters of the file are applied to the tasks first;
+        RefusedError with the reason for each key that can't change.
+        """
+        return await self._request(run, RequestAction.RETRY, tasks, phase=from_phase, reload=reload)
+
+    async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
+        """Approve the phase result of each task, so that the task continues.
+
+        RefusedError if a task is not waiting for approval. The active process of the run continues the tasks at once;
+        otherwise the next `resume` does.
+        """
+        return await self._answer(RequestAction.APPROVE, tasks, note, run)
+
+    async def reject(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
+        """Repeat the phases whose result waits for approval; otherwise like `approve`.
+
+        The note is passed to the sessions of the repeated phases.
+        """
+        return await self._answer(RequestAction.REJECT, tasks, note, run)
+
+    async def _answer(
+        self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
+    ) -> RunReport:
+        check_note(note)
+        if not tasks:  # the engine would select all unfinished tasks
+            raise RefusedError("no task is named", "`council status` lists the tasks that wait for approval")
+        return await self._request(run, action, tasks, note)
+
+    async def _request(
+        self,
+        run: str | None,
+        action: RequestAction,
+        tasks: tuple[str, ...],
+        reason: str | None = None,
+        phase: str | None = None,
+        reload: FileChanges | None = None,
+    ) -> RunReport:
+        name = await self._find(run)
+        await self._context.check_writable()
+        controller = RunController(self._context, await self._plugins.load())
+        await controller.perform(name, action, tasks, reason, phase, reload)
+        return await RunReader(self._context).status(name)
+
+    async def details(self, task: str, run: str | None = None) -> TaskDetails:
+        """Return a task in full: phases, sessions, handoffs, landing. RefusedError if there is no such task."""
+        name = await self._find(run)
+        details = await self._details(name, task)
+        if details.status != TaskStatus.RUNNING:
+            return details
+        latest = await TaskLogs(self._context, self._plugins).latest(task, name)
+        return details if latest is None else replace(details, latest_activity=LatestActivity(*latest))
+
+    async def _details(self, run: str, task: str) -> TaskDetails:
+        context, reader = self._context, RunReader(self._context)
+        document = await read_run(context.store, run)
+        await check_task(context.store, document, task)
+        record = await reader.without_dropped(await reader.record(run), task)
+        shown, now, logs = record.tasks[task], context.clock.now(), context.project.logs(run)
+        is_live = record.run.ended is None and await reader.index.has_live_process(run)
+        if not is_live:
+            shown = (await anyio.to_thread.run_sync(mark_interrupted, {task: shown}, logs, now))[task]
+        documents = await read_tasks(context.store, run)
+        landed_at = await find_landing_times(context.store, record.run, {task: record.tasks[task]}, documents)
+        details = build_task_details(
+            run,
+            next(one for one in reader.describe(record, is_live=is_live).tasks if one.id == task),
+            shown,
+            await self._definition(record.run, task),
+            {name: one for name, (_, one) in (await read_handoffs(context.store, run, task)).items()},
+            target=record.run.target,
+            landed_at=landed_at.get(task),
+            logs=str(logs),
+            now=now,
+            is_merge=record.run.merges is not None,
+            damage=context.damage,
+        )
+        return await anyio.to_thread.run_sync(_without_missing_logs, details)
+
+    async def _definition(self, run: RunDocument, task: str) -> TaskDefinition:
+        if run.imported is not None:
+            return TaskDefinition()
+        spec = await read_spec(self._context.store, run.id, task)
+        definition = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
+        if spec.workflow is None:
+            return definition
+        names = [phase["name"] for phase in run.workflows[spec.workflow]]
+        return replace(definition, workflow=spec.workflow, phases=names)
+
+    async def _find(self, run: str | None) -> str:
+        return await RunReader(self._context).index.find(run)
+
+
+def _without_missing_logs(details: TaskDetails) -> TaskDetails:
+    """Return details that name only logs that exist: a session that ended in setup has none. Blocks."""
+    sessions = [
+        one if one.log is None or Path(one.log).exists() else one.model_copy(update={"log": None})
+        for one in details.sessions
+    ]
+    return replace(details, sessions=sessions)
