@@ -1,4 +1,4 @@
-"""Any agent that speaks the Agent Client Protocol (https://agentclientprotocol.com), through a bridge of ours.
+"""Adapter for agents of the Agent Client Protocol (https://agentclientprotocol.com), through a bridge of ours.
 
 adapters:
   gemini:
@@ -37,38 +37,36 @@ from orchestrator.protocols import (
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
-# What the agents that are known need to be one process, to stay what they are, and to leave trying again to us.
+# Known agents: run as one process, without updates, with few retries, because retries are the scheduler's.
 _PRESET: Final = {
     "CLAUDE_CODE_MAX_RETRIES": "3",
     "DISABLE_AUTOUPDATER": "1",
     "GEMINI_CLI_NO_RELAUNCH": "true",
-    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # else it leaves out what the project tells it, as in all new worktrees
+    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # otherwise it ignores the project's instructions, as in all new worktrees
     "QWEN_CODE_NO_RELAUNCH": "true",
 }
 _INSTALL: Final = "`pip install 'cli-council[acp]'` into the environment of `council`"
 
 
 class AcpOptions(AdapterOptions):
-    """What stands under an adapter that says `use: acp`."""
+    """Options of an adapter with `use: acp`."""
 
     argv: CommandLine
-    """The agent and its arguments, such as `[gemini, --acp]`; it speaks on standard input and output."""
+    """The agent and its arguments, such as `[gemini, --acp]`; it communicates on standard input and output."""
     model: OptionValue | None = None
-    """The model, one of those that the agent offers; none: the agent's own choice."""
+    """One of the models that the agent offers; by default the agent's choice."""
     resumes: bool = False
-    """Whether the agent can load earlier conversations, so that work is mended in the one in which it was done."""
+    """Whether the agent can load earlier conversations, so that a retry continues the one with the failed work."""
 
     @model_validator(mode="after")
     def _check_resumes(self) -> Self:
         if self.resumes and not self.has_own_home:
-            raise ValueError(
-                "`resumes` needs conversations that are kept, which are those in a home of the task's: set `home: own`"
-            )
+            raise ValueError("`resumes` needs a folder per task that keeps conversations: set `home: own`")
         return self
 
 
 class AcpAdapter:
-    """Runs the bridge, which starts the agent and answers it."""
+    """Runs the bridge, which starts the agent and communicates with it."""
 
     Options: ClassVar[type[BaseModel]] = AcpOptions
 
@@ -76,11 +74,11 @@ class AcpAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can; whether its agent loads conversations only the agent knows, once it runs."""
+        """Return its capabilities; whether the agent loads conversations is known only when it runs."""
         return frozenset({Capability.MCP, Capability.RESUME} if self._options.resumes else {Capability.MCP})
 
     def programs(self) -> Sequence[Program]:
-        """Return the bridge, which can say whether its SDK is installed, and the agent."""
+        """Return the bridge, with its check for the SDK, and the agent."""
         bridge = bridge_command("acp", "--ready")
         return (
             Program(sys.executable, ready=bridge[1:], log_in=_INSTALL),
@@ -107,11 +105,11 @@ class AcpAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a line of the bridge means."""
+        """Return the events of a line of the bridge."""
         return parse_bridge_line(line)
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what the bridge concluded; a limit with its end, if the agent says when that is."""
+        """Return the failure of the bridge's result; a usage limit with its end, if the agent reports it."""
         return with_reset_time(parse_limit(end.stderr) or concluded_failure(end), end.time)
 
 

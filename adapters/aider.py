@@ -1,7 +1,7 @@
 """Aider, which prints plain text (PyPI `aider-chat`, https://aider.chat/docs/config/options.html).
 
-It ends with 0 whatever happens, so its words alone say what failed; and because it tries again by itself, an error
-counts only where no answer followed.
+It always exits with 0, so only its messages report failures. Because it retries by itself, an error counts only if no
+answer follows.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = (*("ANTHROPIC_API_KEY", "DEEPSEEK_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "OPENROUTER_API_KEY"),)
 _PLACES: Final = ("OLLAMA_API_BASE", "OPENAI_API_BASE")
-_LOG_IN: Final = "set its provider's key (such as ANTHROPIC_API_KEY), named under `env` if it is a rare one"
+_LOG_IN: Final = "set its provider's key (such as ANTHROPIC_API_KEY); add other variables to `env`"
 _ALONE: Final = (
     *("--yes-always", "--no-auto-commits", "--no-gitignore", "--no-check-update", "--analytics-disable"),
     *("--no-pretty", "--no-fancy-input", "--no-suggest-shell-commands", "--no-detect-urls", "--no-show-release-notes"),
     *("--input-history-file", "/dev/null", "--chat-history-file", "/dev/null"),
 )
 
-#: LiteLLM's names of errors (docs.litellm.ai, "Exception Mapping"), without `Error` at their end.
+#: LiteLLM's error names (docs.litellm.ai, "Exception Mapping"), without the suffix `Error`.
 _ERRORS: Final[Mapping[str, FailureClass]] = {
     "Authentication": FailureClass.AUTH,
     "PermissionDenied": FailureClass.AUTH,
@@ -74,12 +74,12 @@ _ERRORS: Final[Mapping[str, FailureClass]] = {
     "Timeout": FailureClass.TRANSIENT,
     "APIConnection": FailureClass.TRANSIENT,
 }
-#: One that breaks an answer off stands in the middle of a line, and says which provider it is from.
+#: An error that interrupts an answer is in the middle of a line, and names the provider.
 _ERROR: Final = re.compile(
     r"^litellm\.(?P<first>\w+?)(?:Error)?: "
     r"|litellm\.(?P<within>\w+?)(?:Error)?: (?:(?:litellm\.)?\w+: )?\w+Exception - "
 )
-#: A server that could not be asked is an internal error to LiteLLM.
+#: LiteLLM reports an unreachable server as an internal error.
 _UNREACHED: Final = re.compile(r" - (?:\[Errno \d+\] )?Connection (?:error|refused|reset)")
 _NO_KEY: Final = "No LLM model was specified and no API keys were provided."
 _TOO_LONG: Final = re.compile(r"Model \S+ has hit a token limit!")
@@ -94,14 +94,14 @@ _WARNING: Final = re.compile(
 
 
 class AiderOptions(AdapterOptions):
-    """What stands under an adapter that says `use: aider`."""
+    """Options of an adapter with `use: aider`."""
 
     bin: ProgramName = "aider"
     """The program."""
     model: OptionValue | None = None
-    """The model, as in `--model`; none: what aider's own configuration says."""
+    """The model, as in `--model`; by default the one in aider's own configuration."""
     args: Arguments = ()
-    """More arguments, after ours."""
+    """Additional arguments."""
 
 
 class AiderAdapter:
@@ -113,11 +113,11 @@ class AiderAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can."""
+        """Return its capabilities."""
         return frozenset({Capability.INSTRUCTIONS, Capability.READ_ONLY})
 
     def programs(self) -> Sequence[Program]:
-        """Return aider itself."""
+        """Return aider."""
         return (
             Program(
                 self._options.bin,
@@ -130,11 +130,11 @@ class AiderAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; its tags cache, which it makes in the worktree, is no work."""
+        """Return the command line; its tags cache in the worktree is not part of the work."""
         options = self._options
         files = {} if request.instructions is None else {INSTRUCTIONS_FILE: request.instructions}
-        # It breaks lines at the terminal's width, 80 where there is none; and being told yes to everything, it opens a
-        # page of its manual with every second error.
+        # It wraps lines at the terminal's width, 80 without a terminal; and with --yes-always it opens a page of its
+        # manual after many errors.
         preset = {"COLUMNS": "1000", "BROWSER": "true", **own_home_variables(options, request)}
         env, passed = options.variables(("HOME", *_KEYS, *_PLACES), **preset)
         return SessionCommand(
@@ -157,7 +157,7 @@ class AiderAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a line of text means; an answer's tokens end it well, whatever went wrong before."""
+        """Return the events of a line; reported tokens mean that an answer succeeded, even after errors."""
         text = line.strip()
         spent = _spent(text)
         if spent is not None:
@@ -171,7 +171,7 @@ class AiderAdapter:
         return (AgentMessage(line),) if text else ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what the last error means, if no answer followed it."""
+        """Return the failure of the last error, unless an answer followed."""
         return with_reset_time(concluded_failure(end), end.time)
 
 
@@ -200,7 +200,7 @@ def _failure(text: str) -> Failed | None:
     if _INTERRUPTED.fullmatch(text):
         return Failed(FailureClass.CRASHED, "it was interrupted")
     if _TOO_LONG.match(text):
-        return Failed(FailureClass.LIMIT, f"{text[:MAX_REASON_CHARS]} Give it a smaller task or another model")
+        return Failed(FailureClass.LIMIT, f"{text[:MAX_REASON_CHARS]} Make the task smaller or use another model")
     error = _ERROR.search(text)
     if error is None:
         return None

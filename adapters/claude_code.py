@@ -1,7 +1,7 @@
 """Claude Code, which prints JSON lines (npm `@anthropic-ai/claude-code`, https://code.claude.com/docs/en/headless).
 
-An error of the API ends it with a `result` that says `subtype: success` and `is_error: true`; a limit of the account
-is announced by a `rate_limit_event` before, which has the instant of its end.
+After an API error its `result` has `subtype: success` and `is_error: true`. A usage limit is announced before by a
+`rate_limit_event` with the time of its end.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 _KEYS: Final = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
 _PLACE, _FOLDER = "ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"
 _MODE: Final = (
-    "write `permission_mode: bypassPermissions` for its adapter, which is meant for the sandbox, or allow the tool by "
-    "`args: ['--allowedTools=TOOL']`"
+    "set `permission_mode: bypassPermissions` for its adapter (intended for sandboxed sessions), or allow the tool "
+    "with `args: ['--allowedTools=TOOL']`"
 )
-_RULES: Final = "a rule or a hook of its settings denies it: change that if it is to be allowed"
+_RULES: Final = "a rule or a hook in its settings denies it: change that to allow it"
 _LOG_IN: Final = "run `claude auth login`, set ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, or add credit"
 _PRESET: Final = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
@@ -77,7 +77,7 @@ _PRESET: Final = {
     "MCP_CONNECTION_NONBLOCKING": "0",  # else the first turn has no MCP tools
 }
 
-#: By what a result or plain text says where there is no status; the first that matches counts.
+#: Messages of results and plain text without a status; the first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.RATE_LIMITED: re.compile(r"usage limit reached|hit your .*limit|out of (?:extra )?usage|\b429\b"),
     FailureClass.LIMIT: re.compile(r"prompt is too long", re.IGNORECASE),
@@ -92,48 +92,48 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     ),
 }
 _SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
-    "error_max_turns": (FailureClass.LIMIT, "it used up its turns (--max-turns)"),
-    "error_max_budget_usd": (FailureClass.LIMIT, "it used up its budget (--max-budget-usd)"),
-    "error_max_structured_output_retries": (FailureClass.LIMIT, "its answer never fitted the schema it was given"),
-    "error_during_execution": (FailureClass.CRASHED, "it was interrupted, or ended with an error of its own"),
+    "error_max_turns": (FailureClass.LIMIT, "it reached its turn limit (--max-turns)"),
+    "error_max_budget_usd": (FailureClass.LIMIT, "it reached its budget (--max-budget-usd)"),
+    "error_max_structured_output_retries": (FailureClass.LIMIT, "its answer never matched the requested schema"),
+    "error_during_execution": (FailureClass.CRASHED, "it was interrupted, or failed with an internal error"),
 }
 _PATH_KEYS: Final = ("file_path", "notebook_path", "path")
-#: What of the user's own it finds in a home of the task's.
+#: Files of the user that a task's own home links to.
 _LOGIN: Final = ".credentials.json"
 _LINKS: Final = {
     name: f"~/.claude/{name}"
     for name in (_LOGIN, "settings.json", "CLAUDE.md", "agents", "commands", "plugins", "skills")
 }
 _SERVERS: Final = "council-mcp.json"
-#: What goes over the settings of the user and of the project; hooks of all of them run.
+#: Settings on top of those of the user and the project; the hooks of all of them run.
 _SETTINGS: Final = "council-settings.json"
-#: Unless it bypasses permissions, it asks for leave to use a tool of a server, and nobody is there to give it; ours
-#: change no file. It is one word, because the option takes the words behind it, too.
+#: Unless permissions are bypassed, it asks for permission to use an MCP tool, and nobody could answer; our tools change
+#: no file. One word, because the option would also take the words after it.
 _ALLOWED: Final = f"--allowedTools=mcp__{MCP_SERVER_NAME}"
 _EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
 _HOOK_TIMEOUT: Final = 10  # seconds
-#: Counts of tokens by model, under `modelUsage`.
+#: Token counts per model in `modelUsage`.
 _TOKENS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 
 
 class ClaudeCodeOptions(AdapterOptions):
-    """What stands under an adapter that says `use: claude-code`."""
+    """Options of an adapter with `use: claude-code`."""
 
     bin: ProgramName = "claude"
     """The program."""
     model: OptionValue | None = None
-    """The model, as in `--model`; none: what its own configuration says."""
+    """The model, as in `--model`; by default the one in its own configuration."""
     permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
-    """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
+    """What it may do without asking: change files, or anything (intended for sandboxed sessions)."""
     max_turns: TurnLimit | None = None
-    """How many turns a session may take, as in `--max-turns`."""
+    """The turn limit of a session, as in `--max-turns`."""
     max_cost: UsDollars | None = None
-    """What a session may cost, as in `--max-budget-usd`."""
+    """The cost limit of a session in US dollars, as in `--max-budget-usd`."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps its settings and conversations (`CLAUDE_CONFIG_DIR`): in a folder of the task's, or in yours."""
+    """Where it keeps settings and conversations (`CLAUDE_CONFIG_DIR`): in a folder per task, or in yours."""
     args: Arguments = ()
-    """More arguments, after ours, such as `[--effort, high]`."""
+    """Additional arguments, such as `[--effort, high]`."""
 
 
 class ClaudeCodeAdapter:
@@ -145,12 +145,12 @@ class ClaudeCodeAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return all but reading only, in which it runs no tests; it can't resume what it could write nowhere."""
+        """Return all but READ_ONLY, a mode without tests; RESUME needs a home to keep conversations in."""
         can = frozenset(Capability) - {Capability.READ_ONLY}
         return can if self._options.has_own_home else can - {Capability.RESUME}
 
     def programs(self) -> Sequence[Program]:
-        """Return Claude Code itself, which can be asked whether it is logged in."""
+        """Return Claude Code, with its command for the login status."""
         return (
             Program(
                 self._options.bin,
@@ -164,7 +164,7 @@ class ClaudeCodeAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; as root it bypasses permissions only in what it is told to be a sandbox."""
+        """Return the command line; as root it bypasses permissions only with `IS_SANDBOX`."""
         options = self._options
         mode = options.permission_mode
         preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
@@ -188,11 +188,11 @@ class ClaudeCodeAdapter:
             env=env,
             pass_env=passed,
             home=_home(request, is_own=options.has_own_home),
-            interrupt=True,  # SIGTERM has it leave the processes of its tools behind, and say nothing
+            interrupt=True,  # after SIGTERM it leaves its tools' processes behind and prints no result
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a JSON line means; a line of text is said as it stands."""
+        """Return the events of a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -212,16 +212,16 @@ class ClaudeCodeAdapter:
 
     @property
     def _remedy(self) -> str:
-        """What allows a tool that was denied."""
+        """How to allow a denied tool."""
         return _MODE if self._options.permission_mode == "acceptEdits" else _RULES
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what the result says, else what the program's plain words do; a limit with its end if one is known."""
+        """Return the failure of the result, else of the plain output; for a usage limit with its end if known."""
         failed = concluded_failure(end) or _failure_in_words(end) or detect_interruption(end)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
-        told = [one.failed.until for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
-        until = next((one for one in reversed(told) if one is not None), None)
+        ends = [one.failed.until for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
+        until = next((one for one in reversed(ends) if one is not None), None)
         return with_reset_time(replace(failed, until=until), end.time)
 
 
@@ -243,9 +243,9 @@ def _servers(request: SessionRequest) -> JsonObject:
     return {
         one.name: {"type": "http", "url": one.url}
         if one.url is not None
-        # Variables of a server's are those of the session, by their names.
+        # A server gets variables of the session by their names.
         else {"command": one.argv[0], "args": [*one.argv[1:]], "env": {name: f"${{{name}:-}}" for name in one.env}}
-        # Else the model knows only names of tools, and has to search for them before it can hand anything over.
+        # Otherwise the model only sees tool names, and has to search for a tool before it can submit a handoff.
         | ({"alwaysLoad": True} if one.name == MCP_SERVER_NAME else {})
         for one in request.mcp_servers
     }
@@ -266,11 +266,11 @@ def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
         what = as_text(value.get("error")) or "an error"
         attempt, most = as_count(value.get("attempt")), as_count(value.get("max_retries"))
         status = as_count(value.get("error_status"))
-        yield CliWarning(f"{what}{f' ({status})' if status else ''}, it tries again: {attempt} of {most}")
+        yield CliWarning(f"{what}{f' ({status})' if status else ''}, retry {attempt} of {most}")
 
 
 def _denied(denials: Any, remedy: str) -> Iterator[ToolDenied]:
-    """Yield the tools that a result says were denied, each with what it was to do."""
+    """Yield the denied tools of a result, each with its main argument."""
     for one in denials if isinstance(denials, list) else ():
         match one:
             case {"tool_name": str(name), "tool_input": dict(option_arguments)}:
@@ -302,7 +302,7 @@ def _result_of(block: JsonObject) -> str:
 
 
 def _of_usage(message: Any) -> Iterator[SessionEvent]:
-    """What one call of the model used up so far: it is told with each part of the answer."""
+    """Yield the usage of one model call so far, which each part of the answer reports."""
     match message:
         case {"id": str(call), "usage": dict(usage)} if call:
             yield _spent(usage, call=call, model=as_text(message.get("model")) or None)
@@ -317,7 +317,7 @@ def _spent(usage: Mapping[str, Any], **more: Any) -> UsageReport:
 
 
 def _cost_by_model(usage: Any) -> float | None:
-    """Return what all models cost; None where it is not reported for each."""
+    """Return the total cost of all models; None if a model has no cost."""
     models = [*usage.values()] if isinstance(usage, dict) else []
     costs = [as_cost(one.get("costUSD")) if isinstance(one, dict) else None for one in models]
     known = [one for one in costs if one is not None]
@@ -330,16 +330,16 @@ def _tokens_by_model(usage: Any) -> int:
 
 
 def _of_limit(info: Any) -> Iterator[SessionEvent]:
-    """What is rejected may still go on with paid usage: the result, which comes later, has the last word."""
+    """Yield the limit of a rejected request; paid usage may still continue it, then the later result counts."""
     if isinstance(info, dict) and info.get("status") == "rejected":
-        reason = f"the limit of its account is reached ({as_text(info.get('rateLimitType')) or 'usage'})"
+        reason = f"the account reached its limit ({as_text(info.get('rateLimitType')) or 'usage'})"
         yield FinalResult("", Failed(FailureClass.RATE_LIMITED, reason, as_cost(info.get("resetsAt"))))
 
 
 def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
     usage = value.get("usage")
     if isinstance(usage, dict):
-        # Since 2.1.300 or so the total includes earlier sessions of the conversation; later versions add what is new.
+        # Since about 2.1.300 the total includes earlier sessions of the conversation; later versions add the new part.
         own = _cost_by_model(value.get("model_usage_since_last_result"))
         if own is None:
             total, priced = as_cost(value.get("total_cost_usd")), _tokens_by_model(value.get("modelUsage"))
@@ -359,7 +359,7 @@ def _failure_of(value: JsonObject, text: str) -> Failed | None:
         return None
     by_words = match_failure_class(text, _WORDS)
     failure = failure_class_for_status(as_count(value.get("api_error_status"))) or by_words or FailureClass.CRASHED
-    # What the account lacks is told by words only: its status is that of a wrong request.
+    # Missing credit is only named in the text: its status is that of an invalid request.
     if failure is FailureClass.INVALID and by_words is not None:
         failure = by_words
     return _failed(failure, reason or "it ended with an error")

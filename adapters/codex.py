@@ -1,8 +1,7 @@
 """Codex, which prints JSON lines (npm `@openai/codex`, https://developers.openai.com/codex/noninteractive).
 
-It says what failed in words alone, `error` and then `turn.failed`; those of an HTTP status hold its number. A sandbox
-of its own that keeps it from writing is no failure to it: it ends well, with nothing changed. Where there is no network
-it waits for ever, and says so again and again.
+It reports failures as text only, in `error` and then `turn.failed`, with the HTTP status if there was one. If its own
+sandbox prevents it from writing, it still exits with 0, without changes. Without a network it retries forever.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ from orchestrator.protocols import (
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
-#: What its own provider is asked with; another one's key is in a variable that its `env_key` names.
+#: Keys of its own provider; the key of another provider is in the variable named by its `env_key`.
 _KEYS: Final = ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN")
 _USUAL_KEY: Final = "OPENAI_API_KEY"
 _PLACES: Final = ("CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
 _FOLDER: Final = "CODEX_HOME"
-#: What of the user's own it finds in a home of the task's.
+#: Files of the user that a task's own home links to.
 _LOGIN: Final = "auth.json"
 _LINKS: Final = {
     name: f"~/.codex/{name}" for name in (_LOGIN, "config.toml", "AGENTS.md", "prompts", "rules", "skills")
@@ -58,12 +57,12 @@ _LOG_IN: Final = (
     "`env_key` names"
 )
 _MAKE_WRITABLE: Final = (
-    "it has to write in its own folder: leave `home` at `own`, or name that folder under `writable` (`[~/.codex]`)"
+    "it needs to write to its own folder: keep `home: own`, or add that folder to `writable` (`[~/.codex]`)"
 )
 _SANDBOXES: Final[Mapping[str, tuple[str, ...]]] = {
-    # Nor does it ask for leave, which nobody is there to give.
+    # It does not ask for permission either, because nobody could answer.
     "none": ("--dangerously-bypass-approvals-and-sandbox",),
-    # By the key, because `exec resume` does not take the option.
+    # As configuration, because `exec resume` does not accept the option.
     "workspace-write": ("-c", 'sandbox_mode="workspace-write"'),
     "read-only": ("-c", 'sandbox_mode="read-only"'),
 }
@@ -71,12 +70,12 @@ _SETTINGS: Final = (
     *("-c", "analytics.enabled=false"),
     *("-c", "feedback.enabled=false"),
     *("-c", "check_for_update_on_startup=false"),
-    # A file with all variables, keys too, which stays where it is killed.
+    # A file with all variables, including keys, which would remain after a kill.
     *("-c", "features.shell_snapshot=false"),
 )
 
 _STATUS: Final = re.compile(r"(?:unexpected status |last status: |\(status |^\{.*\"status\": ?)(\d{3})\b", re.DOTALL)
-#: By what it says where there is no status (codex-rs/protocol/src/error.rs); the first that matches counts.
+#: Messages without a status (codex-rs/protocol/src/error.rs); the first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.AUTH: re.compile(
         r"quota exceeded|out of credits|spend cap|to use codex with your chatgpt plan|missing environment variable"
@@ -100,22 +99,22 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     ),
 }
 _UNWRITABLE: Final = re.compile(r"initialize in-process app-server|CODEX_HOME points to")
-#: What a sandbox of its own keeps it from stands in its log only.
+#: Writes that its own sandbox prevented appear only in its log.
 _KEPT_FROM_WRITING: Final = re.compile(r"patch rejected: .+|Failed to write file .+")
-_WITHOUT_SANDBOX: Final = "its own sandbox keeps it from writing: leave `sandbox` at `none`, and have the fence keep it"
-_NO_SANDBOX: Final = "write `sandbox: none` for its adapter, and leave it to the sandbox of the run"
-_RULES: Final = "a rule of its configuration denies it: change that if it is to be allowed"
-#: What a command prints that its own sandbox kept from something; no other word of that gets out.
+_WITHOUT_SANDBOX: Final = "its own sandbox prevents writes: set `sandbox: none` and rely on the sandbox of the run"
+_NO_SANDBOX: Final = "set `sandbox: none` for its adapter and rely on the sandbox of the run"
+_RULES: Final = "a rule in its configuration denies it: change that to allow it"
+#: Output of a command that its own sandbox restricted; nothing else reports that.
 _KEPT: Final = re.compile(r"Read-only file system|Operation not permitted|Permission denied")
 _RECONNECTING: Final = re.compile(r"Reconnecting\.\.\. ")
 _PROVIDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-#: Those that it has by itself; nothing of them can be set.
+#: Built-in providers, which can't be configured.
 _BUILT_IN: Final = frozenset({"amazon-bedrock", "lmstudio", "ollama", "openai"})
 
 
 def _check_provider(name: str) -> str:
     if not _PROVIDER.fullmatch(name):
-        raise ValueError(f"{name[:60]!r} can't name a provider: use letters, digits, '_' and '-'")
+        raise ValueError(f"{name[:60]!r} is not a provider name: use letters, digits, '_' and '-'")
     return name
 
 
@@ -123,21 +122,20 @@ _ProviderName = Annotated[str, AfterValidator(_check_provider)]
 
 
 class CodexOptions(AdapterOptions):
-    """What stands under an adapter that says `use: codex`."""
+    """Options of an adapter with `use: codex`."""
 
     bin: ProgramName = "codex"
     """The program."""
     model: OptionValue | None = None
-    """The model, as in `--model`; none: what its own configuration says."""
+    """The model, as in `--model`; by default the one in its own configuration."""
     provider: _ProviderName | None = None
-    """One of `model_providers` in its configuration, with a key of its own; none: what its own configuration says."""
+    """One of `model_providers` in its configuration, with its own key; by default the configured one."""
     sandbox: Literal["none", "workspace-write", "read-only"] = "none"
-    """The sandbox of its own that it works in: none (meant for the fence), or one, in which nothing is written where
-    the fence is."""
+    """Its own sandbox: none (intended for sandboxed sessions), or a mode, in which it can't write in our sandbox."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps its settings and conversations (`CODEX_HOME`): in a folder of the task's, or in yours."""
+    """Where it keeps settings and conversations (`CODEX_HOME`): in a folder per task, or in yours."""
     args: Arguments = ()
-    """More arguments, after ours, such as `[-c, model_reasoning_effort=high]`."""
+    """Additional arguments, such as `[-c, model_reasoning_effort=high]`."""
 
 
 class CodexAdapter:
@@ -149,12 +147,12 @@ class CodexAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return all but a limit on cost, which it does not know; its conversations stay in a home of the task's."""
+        """Return its capabilities; it has no cost limit, and conversations are kept in a task's own home only."""
         can = {Capability.INSTRUCTIONS, Capability.MCP}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
-        """Return Codex itself, which can be asked whether it is logged in, but not to another provider."""
+        """Return Codex, with its command for the login status unless it uses another provider."""
         is_own = self._options.provider in {None, "openai"}
         return (
             Program(
@@ -169,7 +167,7 @@ class CodexAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; only a provider that is named can be told not to be asked again and again."""
+        """Return the command line; only the retries of a named provider can be limited."""
         options = self._options
         provider = () if options.provider is None else _provider_settings(options.provider)
         sandbox = _SANDBOXES[options.sandbox]
@@ -191,7 +189,7 @@ class CodexAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a JSON line means; a line of text is said as it stands."""
+        """Return the events of a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -213,12 +211,12 @@ class CodexAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what it says of its end, else what its plain words do; a limit with its end if it tells one."""
+        """Return the failure of its result, else of its plain output; for a usage limit with its end if known."""
         return with_reset_time(concluded_failure(end) or _failure_in_words(end), end.time)
 
 
 def _provider_settings(provider: str) -> tuple[str, ...]:
-    """Choose a provider, and have it asked once more at most: the rest is the scheduler's."""
+    """Choose a provider, with one retry: further retries are the scheduler's."""
     chosen = ("-c", f"model_provider={provider}")
     if provider in _BUILT_IN:
         return chosen
@@ -227,19 +225,19 @@ def _provider_settings(provider: str) -> tuple[str, ...]:
 
 
 def _request_settings(request: SessionRequest) -> Iterator[str]:
-    """What is asked for by keys of its configuration; strings of JSON are strings of TOML."""
+    """Yield the configuration of a request; strings of JSON are valid TOML."""
     settings: dict[str, Any] = {}
     if request.instructions is not None:
         settings["developer_instructions"] = request.instructions
     for one in request.mcp_servers:
-        # A dot would begin another table; quotes it does not know.
+        # A dot would start another table, and it does not support quoted keys.
         table = f"mcp_servers.{one.name.replace('.', '_')}"
         if one.url is not None:
             settings[f"{table}.url"] = one.url
         else:
             settings |= {f"{table}.command": one.argv[0], f"{table}.args": [*one.argv[1:]]}
             settings[f"{table}.env_vars"] = [*one.env]
-        if one.name == MCP_SERVER_NAME:  # in a sandbox of its own it would ask for leave, and be denied
+        if one.name == MCP_SERVER_NAME:  # in its own sandbox it would ask for permission, and be denied
             settings[f"{table}.default_tools_approval_mode"] = "approve"
     for key, value in settings.items():
         yield from ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
@@ -273,7 +271,7 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[S
 
 
 def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[ToolDenied]:
-    """Yield a command or change that was declined, or that failed because of a sandbox of its own."""
+    """Yield a command or change that was declined, or failed because of its own sandbox."""
     output = as_text(item.get("aggregated_output"))
     is_kept = is_boxed and item.get("status") == "failed" and _KEPT.search(output) is not None
     if kind in {"command_execution", "file_change"} and (is_kept or item.get("status") == "declined"):
@@ -283,7 +281,7 @@ def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Tool
 
 
 def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
-    """Return why a tool failed, with the last line that its command printed; None if it did not fail."""
+    """Return why a tool failed, with the last line of its output; None if it did not fail."""
     code, error = item.get("exit_code"), item.get("error")
     printed = as_text(item.get("aggregated_output")).strip().rpartition("\n")[2]
     if as_text(item.get("status")) not in {"failed", "declined"} and code in {0, None} and error is None:
@@ -293,9 +291,9 @@ def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
 
 
 def _of_usage(usage: Any, model: str | None) -> Iterator[SessionEvent]:
-    """Tokens of the whole conversation, those of earlier sessions included where it went on with one."""
+    """Yield the tokens of the whole conversation, including earlier sessions of a resumed one."""
     if isinstance(usage, dict):
-        # Cached tokens are among the input's, those of reasoning among the output's.
+        # Input includes cached tokens, output includes reasoning tokens.
         sent, received = as_count(usage.get("input_tokens")), as_count(usage.get("output_tokens"))
         cached = as_count(usage.get("cached_input_tokens"))
         yield UsageReport(sent, received, is_cumulative=True, cached_tokens=cached, model=model, includes_resumed=True)
@@ -307,7 +305,7 @@ def _failure(message: str) -> FinalResult:
 
 
 def _unwrapped(message: str) -> str:
-    """Return the message in an answer of the API, which it may say as it stands."""
+    """Return the message in an API's JSON answer; any other text unchanged."""
     answer = parse_object(message) or {}
     error = answer.get("error")
     return (as_text(error.get("message")) if isinstance(error, dict) else "") or message
@@ -317,14 +315,14 @@ def _class_of(message: str) -> FailureClass | None:
     by_words = match_failure_class(message, _WORDS)
     found = _STATUS.search(message)
     by_status = None if found is None else failure_class_for_status(int(found[1]))
-    # What the account lacks is told by words only: its status is that of any request too many.
+    # Missing credit is only named in the text: its status is that of too many requests.
     if by_words is FailureClass.AUTH and by_status is not FailureClass.OVERLOADED:
         return by_words
     return by_status or by_words
 
 
 def _failure_in_words(end: SessionEnd) -> Failed | None:
-    """What it waited for to the last; or, where it could not even begin, what it told on standard error."""
+    """Return the failure behind its last retry; if no conversation started, the one on standard error."""
     match end.events[-1:]:
         case [CliWarning(text)] if _RECONNECTING.match(text):
             return _failure(text).failed

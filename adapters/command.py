@@ -1,4 +1,4 @@
-"""Any program as an adapter, from YAML alone.
+"""Adapter for any program, configured in YAML.
 
 adapters:
   fixer:
@@ -9,8 +9,7 @@ adapters:
       auth: not logged in|invalid api key
       rate_limited: 'try again in (?P<seconds>[0-9]+) s'
 
-`read` (`adapters.output_rules`) says what other output means; further keys are named after the capabilities that the
-program has.
+`read` (`adapters.output_rules`) has rules for its output; further keys are named after the program's capabilities.
 """
 
 from __future__ import annotations
@@ -54,16 +53,16 @@ _PLACEHOLDERS: Final = (*_REQUESTED, "model")
 _FOR_RESUME: Final = ("session",)
 _FOR_INSTRUCTIONS: Final = ("instructions", "instructions_file")
 _FOR_MCP: Final = ("mcp_file",)
-#: Where in argv the arguments go that not every session has.
+#: Position in argv of arguments that only some sessions have.
 _OPTIONS: Final = "{options}"
 
 _SERVERS: Final = "council-mcp.json"
-#: The classes that a program's words can mean; the others are known from facts.
+#: Failure classes that a program's messages can have; the others follow from facts.
 _SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
 _LONGEST_REASON: Final = 300
-# Linux takes at most 128 KiB for one argument (MAX_ARG_STRLEN, execve(2)); the rest is left to what surrounds it.
+# Linux accepts at most 128 KiB for one argument (MAX_ARG_STRLEN, execve(2)); the rest is for the text around it.
 _LARGEST_IN_ARGV: Final = 100 * 1024
-#: What may be long, and how else it is passed on.
+#: Values that may be long, and other ways to pass them on.
 _LONG: Final[Mapping[str, str]] = {
     "prompt": "use {prompt_file} in argv, or `prompt: stdin`",
     "instructions": "use {instructions_file} instead of {instructions}",
@@ -76,14 +75,14 @@ def _check_argument(argument: str, more: Sequence[str] = ()) -> str:
 
 def _check_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
     if placeholder_names(argv).count("options") > argv[1:].count(_OPTIONS) or argv.count(_OPTIONS) > 1:
-        raise ValueError("{options} is a place for arguments: write it once, as an argument of its own")
+        raise ValueError("{options} is replaced by arguments: write it once, as a separate argument")
     return argv
 
 
 def _check_used(arguments: tuple[str, ...], one_of: Sequence[str]) -> tuple[str, ...]:
     if not set(one_of) & set(placeholder_names(arguments)):
         wanted = " or ".join(f"{{{name}}}" for name in one_of)
-        raise ValueError(f"{wanted} does not stand in these arguments: write it where it is to go")
+        raise ValueError(f"{wanted} is missing in these arguments: add it")
     return arguments
 
 
@@ -112,58 +111,58 @@ _Mcp = Annotated[
 
 
 class CommandOptions(AdapterOptions):
-    """What stands under an adapter that says `use: command`."""
+    """Options of an adapter with `use: command`."""
 
     argv: _Argv
     """The program and its arguments, with placeholders such as {prompt_file}."""
     failures: dict[_SaidClass, RegexPattern] = Field(default_factory=dict)
-    """Regular expressions, by the class of failure that the program's last words mean where they match."""
+    """Regular expressions for the program's last messages, by failure class."""
     prompt: Literal["stdin"] | None = None
-    """`stdin` feeds the prompt there; otherwise it goes where argv names it."""
+    """`stdin` passes the prompt on standard input; by default only as in argv."""
     model: Annotated[str, AfterValidator(check_argument)] | None = None
-    """What {model} stands for, and the name by which its price is looked up."""
+    """The value of {model}, and the name of its price."""
     output: Literal["text", "jsonl"] = "text"
-    """What its standard output holds: lines of text, or lines of JSON."""
+    """The format of its standard output: lines of text, or lines of JSON."""
     read: Annotated[tuple[OutputRule, ...], Field(strict=False)] = ()
-    """What its lines mean beside words: each entry is for one kind of line."""
+    """Rules for its output, one for each kind of line."""
     resume: _Resume | None = None
-    """Arguments, with {session}, by which it goes on with an earlier conversation."""
+    """Arguments, with {session}, that resume an earlier conversation."""
     read_only: _Arguments | None = None
-    """Arguments of a session that may only look."""
+    """Arguments of a read-only session."""
     read_write: _Arguments | None = None
-    """Arguments of any other session, in the place of `read_only`."""
+    """Arguments of any other session, instead of `read_only`."""
     instructions: _Instructions | None = None
-    """Arguments, with {instructions} or {instructions_file}, for what it is told apart from the prompt."""
+    """Arguments, with {instructions} or {instructions_file}, for instructions separate from the prompt."""
     mcp: _Mcp | None = None
-    """Arguments, with {mcp_file}, by which it gets servers of the Model Context Protocol."""
+    """Arguments, with {mcp_file}, for servers of the Model Context Protocol."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_rules(self)
         lists = (self.argv, self.resume, self.read_only, self.read_write, self.instructions, self.mcp)
         if self.model is None and any("model" in placeholder_names(one) for one in lists if one is not None):
-            raise ValueError("{model} stands for nothing: add `model`, or write the name in its place")
+            raise ValueError("{model} has no value: add `model`, or write the name instead")
         if self.read_write is not None and self.read_only is None:
             raise ValueError(
-                "all sessions would have the arguments of `read_write`: move them to `argv`, or add `read_only`"
+                "all sessions would get the arguments of `read_write`: move them to `argv`, or add `read_only`"
             )
         if self.resume is not None and not any("session" in rule.facts_read for rule in self.read):
             raise ValueError("`resume` needs the id of a conversation: add a rule with `session` to `read`")
         if self.resume is not None and "home" not in self.model_fields_set:
             raise ValueError(
-                "`resume` needs a place where conversations stay: write `home: own`, or `home: shared` if `writable` "
-                "names the folder of yours that it keeps them in"
+                "`resume` needs a folder that keeps conversations: write `home: own`, or `home: shared` and add your "
+                "folder with its conversations to `writable`"
             )
         return self
 
 
 def _check_rules(options: CommandOptions) -> None:
     if options.output == "jsonl" and not options.read:
-        raise ValueError("nothing says what its lines of JSON mean: add `read` with a rule for each kind of line")
+        raise ValueError("lines of JSON need rules: add `read` with a rule for each kind of line")
     if options.output == "text" and any(rule.needs_json for rule in options.read):
         raise ValueError(
-            "`read` looks into lines of JSON, and the output is text: write `output: jsonl`, or only `match` in its "
-            "rules, with a named group for each fact"
+            "`read` has rules for lines of JSON, and the output is text: write `output: jsonl`, or use only `match` in "
+            "its rules, with a named group for each fact"
         )
 
 
@@ -177,7 +176,7 @@ class CommandAdapter:
         self._reader = OutputReader(options.read, options.output == "jsonl", options.model, self._class_in)
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return argv with its placeholders filled, each once: what a prompt holds is never filled again.
+        """Return argv with its placeholders filled; placeholders in a prompt are not expanded.
 
         Raises RefusedError if the prompt or the instructions can't be an argument: too long, or with a NUL character.
         """
@@ -205,10 +204,9 @@ class CommandAdapter:
         )
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what failed by the rules of `read`, else by the first of `failures` that matches a line printed last.
+        """Return the failure by the rules of `read`, else by the first of `failures` that matches, last lines first.
 
-        A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), says when it may be
-        used again.
+        A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), is the end of a limit.
         """
         failed = concluded_failure(end)
         if failed is None or failed.failure is FailureClass.CRASHED:
@@ -222,7 +220,7 @@ class CommandAdapter:
         return replace(failed, unfinished=True)
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return those that options are given for."""
+        """Return the capabilities that have options."""
         options = self._options
         given = {
             Capability.RESUME: options.resume,
@@ -233,16 +231,16 @@ class CommandAdapter:
         return frozenset(one for one, arguments in given.items() if arguments is not None)
 
     def programs(self) -> Sequence[Program]:
-        """Return the program if it is looked for on PATH: neither a path nor known only when a session starts."""
+        """Return the program if it is looked up on PATH: neither a path nor a placeholder."""
         program = self._options.argv[0]
         return () if "/" in program or placeholder_names([program]) else (Program(program),)
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what the rules of `read` say of a line; one that none is for is said, unless it is JSON."""
+        """Return the events of a line by the rules of `read`; an unmatched line is a message, unless it is JSON."""
         return self._reader.read(line)
 
     def _failure_in_words(self, end: SessionEnd) -> Failed | None:
-        """Lines of JSON hold what was only talked of, too: of those the rules say which are errors."""
+        """Search the plain output; lines of JSON also quote conversations, only the rules find errors in them."""
         is_json = self._options.output == "jsonl"
         said = [line for line in end.stdout.splitlines() if not (is_json and line.startswith("{"))]
         lines = [*said, *end.stderr.splitlines()][::-1]
@@ -266,7 +264,7 @@ class CommandAdapter:
 
 
 def _arguments(options: CommandOptions, request: SessionRequest) -> Iterator[str]:
-    """Yield the arguments of a session, not filled yet."""
+    """Yield the arguments of a session, with placeholders."""
     asked = (
         options.resume if request.resume is not None else None,
         options.read_only if request.read_only else options.read_write,
@@ -287,9 +285,9 @@ def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[s
 
 
 def _server(one: McpServer) -> JsonObject:
-    """A server as most programs read it; its variables are those that the program hands on to it.
+    """Return a server in the format of most programs; it inherits the program's variables.
 
-    To some, `url` alone is of an older kind than what others call by `type`.
+    Some programs expect `httpUrl`: they use `url` for an older protocol.
     """
     if one.url is not None:
         return {"type": "http", "url": one.url, "httpUrl": one.url}
@@ -298,17 +296,17 @@ def _server(one: McpServer) -> JsonObject:
 
 def _check_size(name: str, text: str, times: int) -> None:
     size = len(text.encode()) * times
-    what = "the prompt" if name == "prompt" else "what `instructions` says"
+    what = "the prompt" if name == "prompt" else "`instructions`"
     if size > _LARGEST_IN_ARGV:
         raise RefusedError(
             f"{what} takes {size} bytes of argv, the system's limit is near {_LARGEST_IN_ARGV}", _LONG[name]
         )
     if "\0" in text and times:
-        raise RefusedError(f"{what} holds a NUL character, which no argument can", "remove it")
+        raise RefusedError(f"{what} contains a NUL character, which an argument can't", "remove it")
 
 
 def _instant(match: re.Match[str], now: float) -> float | None:
-    """Return the instant that a match names, in wall-clock seconds; None if it names none that can be read."""
+    """Return the time in a match, in wall-clock seconds; None if it has no valid one."""
     groups = match.groupdict()
     try:
         if groups.get("seconds"):
@@ -316,10 +314,10 @@ def _instant(match: re.Match[str], now: float) -> float | None:
         text = (groups.get("until") or "").strip()
         if re.fullmatch(r"[0-9]{9,11}(\.[0-9]+)?", text):
             return float(text)
-        told = datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
     except (ValueError, OverflowError):
         return None
-    return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 @hookimpl

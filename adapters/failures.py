@@ -1,4 +1,4 @@
-"""What failed, by the HTTP status or by the words that a program passes on from a model's API, and how it is told."""
+"""Classify failures by HTTP status or by messages of a model's API, and shorten their reasons."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from adapters.bridges.http_status import failure_name_for_status
 from orchestrator.domain.runs.failures import FailureClass
 
 MAX_REASON_CHARS: Final = 300
-"""Characters of what a program says that are told."""
+"""Characters of a program's message that are shown."""
 
 
 def failure_class_for_status(status: int) -> FailureClass | None:
-    """Return the class of a failure by an HTTP status; None for one that is no failure."""
+    """Return the failure class of an HTTP status; None if it is not a failure."""
     name = failure_name_for_status(status)
     return None if name is None else FailureClass(name)
 
 
 def match_failure_class(text: str, words: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:
-    """Return the first class the words of which a text has; None if it has none of them."""
+    """Return the first class whose pattern matches a text; None if none does."""
     return next((failure for failure, pattern in words.items() if pattern.search(text)), None)
 
 
 def one_line(text: str) -> str:
-    """Return as much of a text as is told, on one line."""
+    """Return the shown part of a text, on one line."""
     return " ".join(text.split())[:MAX_REASON_CHARS]

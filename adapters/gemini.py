@@ -1,7 +1,7 @@
 """Gemini CLI, which prints JSON lines (npm `@google/gemini-cli`, https://geminicli.com/docs/cli/headless/).
 
-Its result says what failed by the name of an error and a text: the HTTP status stands there only where the service's
-own answer does. What goes wrong before its first turn, such as a missing login, stands on standard error alone.
+Its result reports failures as an error name and a text, with the HTTP status only if the text quotes the service's
+answer. Failures before the first turn, such as a missing login, are reported on standard error only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PLACES: Final = (
     *("GOOGLE_CLOUD_LOCATION", "GOOGLE_APPLICATION_CREDENTIALS", "GEMINI_MODEL"),
 )
 _FOLDER: Final = "GEMINI_CLI_HOME"
-#: What of the user's own it finds in a home of the task's.
+#: Files of the user that a task's own home links to.
 _LOGIN: Final = ".gemini/oauth_creds.json"
 _LINKS: Final = {
     name: f"~/{name}"
@@ -65,13 +65,13 @@ _LOG_IN: Final = (
     "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also `auth: gemini-api-key`"
 )
 _PRESET: Final = {
-    "GEMINI_CLI_NO_RELAUNCH": "true",  # else it is a child of itself that hears no signal
-    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # else it refuses folders that nobody has called trusted, as all worktrees
+    "GEMINI_CLI_NO_RELAUNCH": "true",  # otherwise it runs as its own child, which receives no signal
+    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # otherwise it rejects folders not marked as trusted, as all worktrees
     "GEMINI_TELEMETRY_ENABLED": "false",
-    "NO_BROWSER": "true",  # else it waits for a login that nobody sees
+    "NO_BROWSER": "true",  # otherwise it waits for a login in a browser
 }
 
-#: By the name of the error that a result gives; what is named otherwise is told by status or words.
+#: Error names of results; others are classified by status or text.
 _NAMES: Final[Mapping[str, FailureClass]] = {
     "TerminalQuotaError": FailureClass.RATE_LIMITED,
     "RetryableQuotaError": FailureClass.RATE_LIMITED,
@@ -91,7 +91,7 @@ _NAMES: Final[Mapping[str, FailureClass]] = {
     "FatalCancellationError": FailureClass.CRASHED,
     "FatalToolExecutionError": FailureClass.CRASHED,
 }
-#: What says more than the status: a wrong key and a prompt that is too long have that of a wrong request.
+#: Messages that say more than the status: an invalid key and a too long prompt have that of an invalid request.
 _PLAIN: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.AUTH: re.compile(
         r"API[ _]KEY[ _](?:not valid|not found|INVALID|expired)|must specify the (?:GEMINI_API_KEY|GOOGLE_)"
@@ -131,43 +131,42 @@ _MESSAGE: Final = re.compile(r'"message"\s*:\s*"([^"]+)"')
 _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _REPORT: Final = "Error when talking to Gemini API"
 _READ_ONLY: Final = re.compile(r"critical error .*\b(?:EROFS|EACCES)\b.*'(.*/\.gemini)/")
-_NO_RESULT: Final = "it ended without a result: something stopped it"
-#: Types of errors of tools that are denied, and messages where the type is that of any mistake.
+_NO_RESULT: Final = "it ended without a result, as if stopped"
+#: Error types of denied tools, and their messages if the type is generic.
 _DENIALS: Final = frozenset({"path_not_in_workspace", "permission_denied", "policy_violation", "tool_not_registered"})
 _KEPT_OFF: Final = re.compile(r"Path not in workspace|Access denied")
-#: The outcome of a shell command that it never runs, in any mode; it is reported as a success.
+#: Output of a shell command that it runs in no mode; it is reported as a success.
 _BLOCKED: Final = "Blocked: command substitution detected in shell command."
 _CALLED: Final = re.compile(r"([A-Za-z]+(?:_(?!_)[A-Za-z]+)*)")
-_YOLO: Final = "write `approval_mode: yolo` for its adapter, which is meant for the sandbox"
-_POLICY: Final = "a policy of its settings denies it: change that if it is to be allowed"
+_YOLO: Final = "set `approval_mode: yolo` for its adapter (intended for sandboxed sessions)"
+_POLICY: Final = "a policy in its settings denies it: change that to allow it"
 _PATH_KEYS: Final = ("file_path", "absolute_path")
 _DETAIL_KEYS: Final = ("command", "pattern", "query", "dir_path", "path", "prompt", "name", "description")
 
 
 class GeminiOptions(AdapterOptions):
-    """What stands under an adapter that says `use: gemini`."""
+    """Options of an adapter with `use: gemini`."""
 
     bin: ProgramName = "gemini"
     """The program."""
     model: OptionValue | None = None
-    """The model, as in `--model`; none: what its own configuration says."""
+    """The model, as in `--model`; by default the one in its own configuration."""
     approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
-    """What it may do unasked: change files, or also run commands and all else (meant for the fence)."""
+    """What it may do without asking: change files, or anything (intended for sandboxed sessions)."""
     auth: Literal["gemini-api-key", "oauth-personal", "vertex-ai"] | None = None
-    """How it logs in, as `security.auth.selectedType` of its settings has it; none: as they say, or by what is set."""
+    """The login method, as in its setting `security.auth.selectedType`; by default its own settings decide."""
     max_turns: TurnLimit | None = None
-    """How many turns a session may take."""
+    """The turn limit of a session."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps its settings and conversations (`GEMINI_CLI_HOME`): in a folder of the task's, or in yours."""
+    """Where it keeps settings and conversations (`GEMINI_CLI_HOME`): in a folder per task, or in yours."""
     args: Arguments = ()
-    """More arguments, after ours, such as `[--include-directories, /srv/docs]`."""
+    """Additional arguments, such as `[--include-directories, /srv/docs]`."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         if not self.has_own_home and (self.auth is not None or self.max_turns is not None):
             raise ValueError(
-                "`auth` and `max_turns` are settings of a home of the task's: leave `home` at `own`, or write them "
-                "into your own settings.json"
+                "`auth` and `max_turns` need a home per task: keep `home: own`, or add them to your own settings.json"
             )
         return self
 
@@ -181,12 +180,12 @@ class GeminiAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can; its conversations stay in a home of the task's, which alone has settings of ours."""
+        """Return its capabilities; only a task's own home has our settings and keeps conversations."""
         in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME}
         return frozenset(in_own if self._options.has_own_home else ())
 
     def programs(self) -> Sequence[Program]:
-        """Return Gemini CLI itself, which can't be asked whether it is logged in."""
+        """Return Gemini CLI, which has no command for the login status."""
         return (
             Program(
                 self._options.bin,
@@ -199,7 +198,7 @@ class GeminiAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; what has no option is set by settings that go over the user's."""
+        """Return the command line; what has no option is set by settings on top of the user's."""
         options = self._options
         mode = options.approval_mode
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
@@ -222,7 +221,7 @@ class GeminiAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a JSON line means; a line of text is said as it stands."""
+        """Return the events of a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -243,15 +242,15 @@ class GeminiAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what its result says, as far as that tells its class, else what standard error does."""
+        """Return the failure of its result if that has a class, else the one on standard error."""
         failed = concluded_failure(end)
         if failed is not None and failed.failure is FailureClass.CRASHED:
-            failed = _failure_told_before(end) or _failure_reported(end.stderr) or failed
+            failed = _earlier_failure(end) or _failure_reported(end.stderr) or failed
         if failed is None and not _has_result(end):
-            # Once it works, lines are about what it has overcome, or about its tools.
+            # After it started, lines are about errors that it handled, or about its tools.
             failed = _failure_reported(end.stderr) or (None if _has_begun(end) else _failure_in_lines(end.stderr))
             if failed is None and end.events:
-                # A signal ends it with 0, in the middle of its work.
+                # After a signal it exits with 0, although it is not done.
                 failed = Failed(FailureClass.CRASHED, _NO_RESULT, unfinished=True)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED:
             return failed
@@ -259,7 +258,7 @@ class GeminiAdapter:
 
 
 def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
-    """Without updates and statistics, with few of its ten attempts, which take minutes: the rest is the scheduler's."""
+    """Return settings without updates and statistics, and fewer than its ten attempts: retries are the scheduler's."""
     settings: JsonObject = {
         "general": {"enableAutoUpdate": False, "maxAttempts": 3},
         "privacy": {"usageStatisticsEnabled": False},
@@ -284,7 +283,7 @@ def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
 
 
 def _hooks(command: Sequence[str]) -> JsonObject:
-    """Beside those of the user: what to run before a file is edited."""
+    """Return the hook that runs before a file is edited, in addition to the user's."""
     if not command:
         return {}
     run = {"name": "council", "type": "command", "command": shlex.join(command), "timeout": _HOOK_TIMEOUT}
@@ -322,7 +321,7 @@ def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
 
 
 def _of_result(value: JsonObject, model: str | None) -> Iterator[SessionEvent]:
-    """Success takes back no error told before: it also says so where it stopped because of one."""
+    """Yield the usage and the failure of a result; success does not override an earlier error, it stops after one."""
     stats, error = value.get("stats"), value.get("error")
     stats = stats if isinstance(stats, dict) else {}
     sent, received = as_count(stats.get("input_tokens")), as_count(stats.get("output_tokens"))
@@ -336,7 +335,7 @@ def _of_result(value: JsonObject, model: str | None) -> Iterator[SessionEvent]:
 
 
 def _most_used(models: Any) -> str | None:
-    """Return the model that a result tells the most tokens of."""
+    """Return the model with the most tokens in a result."""
     found = models if isinstance(models, dict) else {}
     used = {name: as_count(one.get("total_tokens")) for name, one in found.items() if isinstance(one, dict)}
     return max(used, key=lambda name: used[name], default=None)
@@ -355,14 +354,14 @@ def _failure(name: str, text: str) -> Failed:
     return _failed(failure or FailureClass.CRASHED, said or "it ended with an error")
 
 
-def _failure_told_before(end: SessionEnd) -> Failed | None:
-    """Of an answer that it can't use, its result says no more than that there was an error."""
-    told = [one.failed for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
-    return next((one for one in reversed(told) if one.failure is not FailureClass.CRASHED), None)
+def _earlier_failure(end: SessionEnd) -> Failed | None:
+    """Return the last specific failure before the result, which does not say what was wrong with an answer."""
+    failures = [one.failed for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
+    return next((one for one in reversed(failures) if one.failure is not FailureClass.CRASHED), None)
 
 
 def _failure_reported(stderr: str) -> Failed | None:
-    """Its report of the error that ends it goes over many lines, with the status towards the end."""
+    """Return the failure of its error report, which has many lines, with the status near the end."""
     _, reported, report = stderr.rpartition(_REPORT)
     if not reported:
         return None
@@ -376,8 +375,8 @@ def _failure_reported(stderr: str) -> Failed | None:
 def _failure_in_lines(stderr: str) -> Failed | None:
     for line in reversed(stderr.splitlines()):
         if (home := _READ_ONLY.search(line)) is not None:
-            reason = f"it can't write to {home[1]}, without which it does not start"
-            remedy = "leave `home` at `own`, or name that folder under `writable`"
+            reason = f"it can't write to {home[1]}, which it needs to start"
+            remedy = "keep `home: own`, or add that folder to `writable`"
             return Failed(FailureClass.INVALID, f"{reason}: {remedy}"[:MAX_REASON_CHARS])
         if (failure := match_failure_class(line, _PLAIN) or match_failure_class(line, _WORDS)) is not None:
             return _failed(failure, one_line(_COLOR.sub("", line)))
@@ -402,7 +401,7 @@ def _has_result(end: SessionEnd) -> bool:
 
 
 def _end_of_limit(end: SessionEnd) -> float | None:
-    """Return what it said last: in its result, or on standard error."""
+    """Return the end of the limit, from its result or standard error."""
     results = [line for line in end.stdout.splitlines() if '"result"' in line]
     return next(filter(None, (limit_reset_time(text, end.time) for text in (*results[-1:], end.stderr))), None)
 

@@ -1,4 +1,4 @@
-"""What lines of JSON mean: those of any program, and those that our bridges print."""
+"""Parse lines of JSON: those of any program, and those that our bridges print."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from orchestrator.protocols import (
     UsageReport,
 )
 
-#: No count or amount that anything means: JSON's numbers have no end, and neither floats nor stores take all of them.
+#: No plausible count or amount: JSON's numbers are unbounded, and neither floats nor stores can represent all of them.
 _TOO_MANY: Final = 1 << 53
 _BRIDGES: Final = Path(bridges.__file__).absolute().parent
 
 
 def parse_object(line: str) -> JsonObject | None:
-    """Return the JSON object that a line holds; None if it holds anything else."""
+    """Return the JSON object of a line; None if the line is anything else."""
     if not line.startswith("{"):
         return None
     try:
@@ -44,26 +44,26 @@ def parse_object(line: str) -> JsonObject | None:
 
 
 def parse_plain_line(line: str) -> Sequence[SessionEvent]:
-    """Return what a line means that holds no object: it is said as it stands, unless it is some of one."""
+    """Return the events of a line that is not an object: its text as a message, unless it is a part of an object."""
     return (AgentMessage(line),) if line.strip() and not line.startswith("{") else ()
 
 
 def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
-    """Return the command line of one of our bridges, to be run by the interpreter that runs us.
+    """Return the command line of one of our bridges, run by the current interpreter.
 
-    `-P` keeps the bridge's own folder from being looked in: its modules have the names of the packages they use.
+    `-P` excludes the bridge's own folder from imports: its modules have the names of the packages they use.
     """
     return (sys.executable, "-P", str(_BRIDGES / f"{name}.py"), *arguments)
 
 
 def bridge_readable_paths() -> tuple[Path, ...]:
-    """Return the folders that a bridge must be able to read, wherever we are installed."""
+    """Return the folders that a bridge must be able to read, for any kind of installation."""
     places = (Path(sys.prefix), Path(sys.base_prefix), _BRIDGES.parent)
     return tuple(dict.fromkeys(place.absolute() for place in places))
 
 
 def parse_bridge_line(line: str) -> Sequence[SessionEvent]:
-    """Return what a line that a bridge printed means; nothing if it is not as the bridges' table has it."""
+    """Return the event of a line printed by a bridge; empty if it does not conform to the bridges' table."""
     value = parse_object(line)
     fields = LINE_FIELDS.get(value["type"]) if value is not None and isinstance(value.get("type"), str) else None
     if value is None or fields is None or not all(isinstance(value.get(key), kind) for key, kind in fields.items()):
@@ -109,39 +109,42 @@ def _bridge_failure(value: JsonObject) -> Failed | None:
 def tool_event(
     name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str], call: Any = None
 ) -> ToolCall:
-    """Return the use of a tool; its arguments name files by some keys, and by others what else a person may see."""
+    """Return a tool call; `path_keys` of its arguments name files, `detail_keys` other details to show."""
     paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
     details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
     return ToolCall(name, one_line((paths or details or ("",))[0]), paths, as_text(call) or None)
 
 
 def concluded_failure(end: SessionEnd) -> Failed | None:
-    """Return what failed by the program's last word about its end; None if it has none, or says it went well."""
+    """Return the failure of the program's last result; None if it has no result, or succeeded."""
     last = next((event for event in reversed(end.events) if isinstance(event, FinalResult)), None)
     return None if last is None else last.failed
 
 
 def detect_interruption(end: SessionEnd) -> Failed | None:
-    """Return that a program which always says how it went ended with 0 and did not; None if it did, or never began."""
+    """Return the failure of a program that exited with 0 without a result, although it always prints one.
+
+    None if it printed a result, or no conversation started.
+    """
     began = any(isinstance(event, ConversationStarted) for event in end.events)
     if end.exit != 0 or not began or any(isinstance(event, FinalResult) for event in end.events):
         return None
-    reason = "it broke off before it was done, as when it is interrupted"
+    reason = "it ended before it was done, as if interrupted"
     return Failed(FailureClass.CRASHED, reason, unfinished=True)
 
 
 def as_text(value: Any) -> str:
-    """Return a JSON value that should be text; empty if it is none."""
+    """Return a JSON value that should be text; empty if it is not."""
     return value if isinstance(value, str) else ""
 
 
 def as_count(value: Any) -> int:
-    """Return a JSON value that should be a count; 0 if it is none."""
+    """Return a JSON value that should be a count; 0 if it is not."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _TOO_MANY
     return value if is_count else 0
 
 
 def as_cost(value: Any) -> float | None:
-    """Return a JSON value that should be an amount of money; None if it is none."""
+    """Return a JSON value that should be an amount of money; None if it is not."""
     is_amount = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _TOO_MANY
     return float(value) if is_amount else None

@@ -1,7 +1,7 @@
-"""Paths into a value of JSON, as a file writes them: `usage.input_tokens`, `choices.0.text`, `parts.*.text`.
+"""Paths into JSON values: `usage.input_tokens`, `choices.0.text`, `parts.*.text`.
 
-A path is names with dots between. In a list a name is a number, which counts from 0; `*` stands for each that is there.
-`a.b + a.c` is what both find.
+A path is a list of names separated by dots. In a list a name is an index from 0; `*` matches every element.
+`a.b + a.c` returns the values of both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LONGEST_SHOWN: Final = 60
 
 
 def values_at(value: Any, path: str) -> list[Any]:
-    """Return what is found at a path that was checked, in its order; nothing is no value."""
+    """Return the values at a validated path, in order, without nulls."""
     return [found for one in _PLUS.split(path) for found in _at(value, one.split(".")) if found is not None]
 
 
@@ -44,12 +44,12 @@ def _is_index(name: str, length: int) -> bool:
 def _check(path: str) -> str:
     for one in _PLUS.split(path):
         if not _PATH.fullmatch(one):
-            remedy = "write names with dots between, as in usage.input_tokens, and ' + ' between two of them"
-            raise ValueError(f"{one[:_LONGEST_SHOWN]!r} is no path into a line of JSON: {remedy}")
+            remedy = "separate names by dots, as in usage.input_tokens, and two paths by ' + '"
+            raise ValueError(f"{one[:_LONGEST_SHOWN]!r} is not a path into a line of JSON: {remedy}")
         if one.startswith("$"):
-            raise ValueError(f"{one[:_LONGEST_SHOWN]!r} begins with a '$': begin with the name of a key of the line")
+            raise ValueError(f"{one[:_LONGEST_SHOWN]!r} begins with '$': begin with a key of the line")
     return path
 
 
-#: A path, checked.
+#: A validated path.
 JsonPath = Annotated[str, AfterValidator(_check)]

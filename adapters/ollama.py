@@ -1,6 +1,6 @@
-"""A model that Ollama serves (https://docs.ollama.com/api), through a bridge of ours: it has no tools of its own.
+"""Adapter for models served by Ollama (https://docs.ollama.com/api), which have no tools, through a bridge of ours.
 
-The bridge sends the task with a list of the files and as much of them as fits, and applies what the model answers.
+The bridge sends the task with a list of the files and as many contents as fit, and applies the model's answer.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def _check_host(host: str) -> str:
     except ValueError:
         is_url = has_login = False
     if not is_url or "\0" in host:
-        raise ValueError(f"{host[:60]!r} is no address: write it as in http://127.0.0.1:11434")
+        raise ValueError(f"{host[:60]!r} is not an address: write it as in http://127.0.0.1:11434")
     if has_login:
-        raise ValueError("the address holds a name or a password: set OLLAMA_API_KEY instead")
+        raise ValueError("the address contains a user name or password: set OLLAMA_API_KEY instead")
     return host
 
 
@@ -51,15 +51,15 @@ class OllamaOptions(AdapterOptions):
     """What stands under an adapter that says `use: ollama`."""
 
     model: OptionValue
-    """The model, as `ollama list` names it."""
+    """The model, as named by `ollama list`."""
     host: Annotated[str, AfterValidator(_check_host)] = "http://127.0.0.1:11434"
     """The server's address."""
     context: Annotated[int, Field(ge=2048, le=1_048_576)] = 32_768
-    """Tokens of context that the model is run with (`num_ctx`); half of them for the prompt and the files it sees."""
+    """The model's context in tokens (`num_ctx`); half of it is for the prompt and the files in it."""
 
 
 class OllamaAdapter:
-    """Runs the bridge, which asks the server and writes what is answered."""
+    """Runs the bridge, which sends requests to the server and applies the answer."""
 
     Options: ClassVar[type[BaseModel]] = OllamaOptions
 
@@ -67,29 +67,27 @@ class OllamaAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can."""
+        """Return its capabilities."""
         return frozenset({Capability.INSTRUCTIONS, Capability.READ_ONLY})
 
     def programs(self) -> Sequence[Program]:
-        """Return the bridge, which can say whether its client is installed, the server there, and the model on it."""
+        """Return the bridge, with its check for the client, the server and the model."""
         ready = bridge_command("ollama", *self._server(), "--ready")
         remedy = (
             f"`pip install 'cli-council[ollama]'` into the environment of `council`, start `ollama serve` at "
             f"{self._options.host}, and `ollama pull {self._options.model}`"
         )
-        # No keys: that one is set says nothing about the server.
+        # No keys: a key says nothing about the server.
         return (Program(sys.executable, ready=ready[1:], log_in=remedy),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the bridge's command line."""
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
-        told = () if request.instructions is None else ("--instructions-file", str(request.home / INSTRUCTIONS_FILE))
-        looking = ("--read-only",) if request.read_only else ()
+        more = () if request.instructions is None else ("--instructions-file", str(request.home / INSTRUCTIONS_FILE))
+        more = (*more, "--read-only") if request.read_only else more
         env, passed = self._options.variables(_KEYS)
         return SessionCommand(
-            argv=bridge_command(
-                *("ollama", *self._server(), *places, "--context", str(self._options.context), *told, *looking)
-            ),
+            argv=bridge_command(*("ollama", *self._server(), *places, "--context", str(self._options.context), *more)),
             env=env,
             pass_env=passed,
             readable=bridge_readable_paths(),
@@ -97,11 +95,11 @@ class OllamaAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a line of the bridge means."""
+        """Return the events of a line of the bridge."""
         return parse_bridge_line(line)
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what the bridge concluded."""
+        """Return the failure of the bridge's result."""
         return with_reset_time(concluded_failure(end), end.time)
 
     def _server(self) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """opencode, which prints JSON lines (npm `opencode-ai`, https://opencode.ai/docs/cli).
 
-No line of it is the result: a step that finishes with `stop` ends it well, unless more follows. It tries again five
-times by itself, and why stands in its log alone; so does what it hides behind an `UnknownError`, such as a model that
-it does not know. That is why its log's errors go to standard error.
+It prints no result: the session succeeded if its last step finished with `stop`. It retries five times. The reasons for
+that, and the cause of an `UnknownError`, are only in its log, which therefore goes to standard error.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ _KEYS: Final = (
     *("OPENCODE_API_KEY", "OPENROUTER_API_KEY"),
 )
 _PLACES: Final = ("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR")
-#: What it keeps, by the name in a home of the task's. Its configuration's folder is one: it does not start where it
-#: can't write there.
+#: Its folders, by name in a task's own home, including the configuration folder: it only starts if it can write there.
 _FOLDERS: Final = {
     "XDG_CACHE_HOME": "cache",
     "XDG_CONFIG_HOME": "config",
@@ -68,7 +66,7 @@ _FOLDERS: Final = {
     "XDG_STATE_HOME": "state",
 }
 _LOGIN: Final = "share/opencode/auth.json"
-#: What of the user's own it finds there, and the git that it runs.
+#: Files of the user that a task's own home links to, for itself and for git.
 _LINKS: Final = {
     _LOGIN: "~/.local/share/opencode/auth.json",
     "config/git": "~/.config/git",
@@ -85,16 +83,16 @@ _LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANT
 _PRESET: Final = {
     "OPENCODE_DISABLE_AUTOUPDATE": "1",
     "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
-    "OPENCODE_DISABLE_MODELS_FETCH": "1",  # it has a list of its own
+    "OPENCODE_DISABLE_MODELS_FETCH": "1",  # it has a built-in list
     "OPENCODE_DISABLE_SHARE": "1",
 }
 _CONFIG: Final[Mapping[str, JsonValue]] = {"autoupdate": False, "share": "disabled"}
-#: What it puts beside a project's own configuration; it has git ignore it, also here.
+#: Files that it adds to a project's configuration folder, and excludes from git.
 _LEAVINGS: Final = tuple(
     f"/.opencode/{name}" for name in (".gitignore", "bun.lock", "node_modules/", "package-lock.json", "package.json")
 )
 
-#: What the account lacks, told by words only: its status is that of a wrong request, or of a limit that ends.
+#: Messages about missing credit: their status is that of an invalid request, or of a temporary limit.
 _WITHOUT_CREDIT: Final = re.compile(
     r"credit balance is too low|insufficient_quota|api[ _]key[ _](?:not valid|invalid)", re.IGNORECASE
 )
@@ -106,10 +104,10 @@ _ERRORS: Final[Mapping[str, FailureClass]] = {
     "ContentFilterError": FailureClass.REFUSED,
 }
 _REASONS: Final[Mapping[str, tuple[FailureClass, str]]] = {
-    "length": (FailureClass.LIMIT, "its answer was cut off at the model's limit: give it a smaller task"),
-    "content-filter": (FailureClass.REFUSED, "its answer was kept back by the provider's filter"),
+    "length": (FailureClass.LIMIT, "its answer was truncated at the model's limit: make the task smaller"),
+    "content-filter": (FailureClass.REFUSED, "the provider's filter blocked its answer"),
 }
-#: By what its log says where no event has a class; the first that matches counts.
+#: Messages of its log for events without a class; the first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.AUTH: re.compile(r"api key is missing|invalid (?:x-)?api[- ]key|incorrect api key", re.IGNORECASE),
     FailureClass.RATE_LIMITED: re.compile(r"rate[ _-]?limit|too many requests|usage limit", re.IGNORECASE),
@@ -129,11 +127,11 @@ _UNWRITABLE: Final = re.compile(
     r"|unable to open database file|readonly database"
 )
 _WRITE_THERE: Final = (
-    "leave `home` at `own`, or start it once by hand, and make its folders `writable` (~/.local/share/opencode, "
+    "keep `home: own`, or start it once manually and make its folders `writable` (~/.local/share/opencode, "
     "~/.local/state/opencode, ~/.cache/opencode)"
 )
 _DENIED: Final = ("The user has specified a rule which prevents", "The user rejected permission")
-_ALLOW: Final = "allow it by `permission` under the adapter's `config`"
+_ALLOW: Final = "allow it with `permission` in the adapter's `config`"
 _ERROR_LOGGED: Final = re.compile(r"\berror(?:\.error)?=(\"(?:[^\"\\]|\\.)*\"|\S+)")
 _LONGEST_LINE: Final = 4096
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
@@ -143,7 +141,7 @@ _PATCHED: Final = re.compile(r"^\*\*\* (?:Add File|Update File|Delete File|Move 
 def _check_model(model: str) -> str:
     provider, slash, name = model.partition("/")
     if not (provider and slash and name):
-        raise ValueError(f"{model[:60]!r} names no provider: write provider/model, as `opencode models` lists them")
+        raise ValueError(f"{model[:60]!r} has no provider: write provider/model, as listed by `opencode models`")
     return model
 
 
@@ -151,13 +149,13 @@ def _check_config(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
     for name, value in _texts("config", config):
         if has_secret_key(value) or secret_values({name: value}):
             raise ValueError(
-                f"{name} looks like a secret, which no file should hold: write '{{env:NAME}}' for its value"
+                f"{name} looks like a secret, which does not belong in a file: write '{{env:NAME}}' as its value"
             )
     return config
 
 
 def _texts(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
-    """Each text in a configuration, by the name of the key that it stands under."""
+    """Yield each text in a configuration with the name of its key."""
     if isinstance(value, str):
         yield name, "" if value.startswith("{env:") else value
     elif isinstance(value, dict):
@@ -171,7 +169,7 @@ def _texts(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
 _Model = Annotated[OptionValue, AfterValidator(_check_model)]
 _Config = Annotated[dict[str, JsonValue], AfterValidator(_check_config)]
 
-#: A plugin (https://opencode.ai/docs/plugins) that has a command asked before a file is edited.
+#: A plugin (https://opencode.ai/docs/plugins) that runs a command before a file is edited.
 _HOOK_FILE: Final = "council-hook.js"
 _HOOK: Final = """\
 import { spawnSync } from "node:child_process"
@@ -182,15 +180,15 @@ export const Council = async ({ directory }) => ({
     if (!editors.includes(tool)) return
     const call = { hook_event_name: "PreToolUse", cwd: directory, tool_name: tool, tool_input: given }
     const done = spawnSync(program, args, { input: JSON.stringify(call), encoding: "utf8", timeout: 10000 })
-    let told
-    try { told = JSON.parse(done.stdout).hookSpecificOutput } catch { return }
-    if (told?.permissionDecision === "deny") throw new Error(told.permissionDecisionReason)
+    let output
+    try { output = JSON.parse(done.stdout).hookSpecificOutput } catch { return }
+    if (output?.permissionDecision === "deny") throw new Error(output.permissionDecisionReason)
   },
 })
 """
 
 
-#: Another, that has it end where it would wait for longer than that for a limit to end: it tells nobody.
+#: A plugin that ends opencode before it waits longer than this for a usage limit, which it does silently.
 _LIMIT_FILE: Final = "council-limit.js"
 _LIMIT: Final = """\
 import { writeSync } from "node:fs"
@@ -207,22 +205,20 @@ export const CouncilLimit = async () => ({
 
 
 class OpencodeOptions(AdapterOptions):
-    """What stands under an adapter that says `use: opencode`."""
+    """Options of an adapter with `use: opencode`."""
 
     bin: ProgramName = "opencode"
     """The program."""
     model: _Model | None = None
-    """The model as `provider/model`; none: what its own configuration says."""
+    """The model as `provider/model`; by default the one in its own configuration."""
     agent: OptionValue | None = None
-    """The agent, as in `--agent`; none: what its own configuration says."""
+    """The agent, as in `--agent`; by default the one in its own configuration."""
     config: _Config = Field(default_factory=dict)
-    """Configuration that goes over what its own files say, written as in an `opencode.json`."""
+    """Configuration that overrides its own files, written as in an `opencode.json`."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps its logins and conversations (`XDG_DATA_HOME` and its like): in a folder of the task's, or in
-    yours.
-    """
+    """Where it keeps logins and conversations (`XDG_DATA_HOME` and others): in a folder per task, or in yours."""
     args: Arguments = ()
-    """More arguments, after ours, such as `[--variant, high]`."""
+    """Additional arguments, such as `[--variant, high]`."""
 
 
 class OpencodeAdapter:
@@ -234,12 +230,12 @@ class OpencodeAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return what it can; its conversations stay in a home of the task's."""
+        """Return its capabilities; conversations are kept in a task's own home only."""
         can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
-        """Return opencode itself, which can't be asked whether the model's provider takes its key."""
+        """Return opencode, which has no command to check a provider's key."""
         return (
             Program(
                 self._options.bin,
@@ -252,7 +248,7 @@ class OpencodeAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; what it is not told to deny it may do unasked."""
+        """Return the command line; it may do anything without asking, unless its configuration denies it."""
         options = self._options
         config = json.dumps(_config(options, request), ensure_ascii=False, sort_keys=True)
         own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
@@ -280,7 +276,7 @@ class OpencodeAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a JSON line means; a line of text is said as it stands."""
+        """Return the events of a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -305,7 +301,7 @@ class OpencodeAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return what its events say; where they have no class for it, what its log does."""
+        """Return the failure of its events; if that has no class, the one in its log."""
         failed = concluded_failure(end)
         concluded = any(isinstance(event, FinalResult) for event in end.events)
         if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
@@ -314,38 +310,39 @@ class OpencodeAdapter:
 
 
 def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
-    """Return the file of a plugin that ends opencode at a limit that it would silently wait for, for hours perhaps.
+    """Return the file of a plugin that ends opencode at a usage limit instead of waiting silently, perhaps for hours.
 
-    It prints a line to a stream first, which `parse_limit` reads.
+    It first prints a line to a stream, which `parse_limit` reads.
     """
     return {_LIMIT_FILE: _LIMIT.replace("STREAM", "1" if stream == "stdout" else "2")}
 
 
 def limit_config(home: Path) -> str:
-    """Return a configuration that has that plugin, of a session's home."""
+    """Return a configuration with that plugin in a session's home."""
     return json.dumps({"plugin": [(home / _LIMIT_FILE).as_uri()]})
 
 
 def parse_limit(text: str) -> Failed | None:
-    """Return the limit that the plugin printed; None if it printed none."""
+    """Return the limit printed by the plugin, or None."""
     values = (parse_object(line) for line in text.splitlines()[::-1] if "council.limited" in line)
     return next((_limited(value) for value in values if value and value.get("type") == "council.limited"), None)
 
 
 def _limited(value: JsonObject) -> Failed:
     until = as_count(value.get("until"))
-    reason = one_line(as_text(value.get("message"))) or "the limit of its account is reached"
+    reason = one_line(as_text(value.get("message"))) or "the account reached its limit"
     return Failed(FailureClass.RATE_LIMITED, reason, until / 1000 if until else None)
 
 
 def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
     config: JsonObject = {**_CONFIG, **options.config}
     if request.instructions is not None:
-        told = config.get("instructions")
-        config["instructions"] = [*(told if isinstance(told, list) else ()), str(request.home / INSTRUCTIONS_FILE)]
-    told = config.get("plugin")
+        given = config.get("instructions")
+        config["instructions"] = [*(given if isinstance(given, list) else ()), str(request.home / INSTRUCTIONS_FILE)]
+    given = config.get("plugin")
     plugins = (_LIMIT_FILE, _HOOK_FILE) if request.pre_edit else (_LIMIT_FILE,)
-    config["plugin"] = [*(told if isinstance(told, list) else ()), *((request.home / one).as_uri() for one in plugins)]
+    uris = ((request.home / name).as_uri() for name in plugins)
+    config["plugin"] = [*(given if isinstance(given, list) else ()), *uris]
     if request.mcp_servers:
         servers = {
             one.name: {"type": "remote", "url": one.url}
@@ -357,8 +354,8 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
             }
             for one in request.mcp_servers
         }
-        told = config.get("mcp")
-        config["mcp"] = {**(told if isinstance(told, dict) else {}), **servers}
+        given = config.get("mcp")
+        config["mcp"] = {**(given if isinstance(given, dict) else {}), **servers}
     return config
 
 
@@ -380,7 +377,7 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
 
 
 def _failure_of_tool(state: JsonObject) -> str | None:
-    """Return why a tool failed; a command that ends with another code than 0 has not, to opencode."""
+    """Return why a tool failed; opencode does not count an exit code as a failure, we do."""
     metadata = state.get("metadata")
     code = as_count(metadata.get("exit")) if isinstance(metadata, dict) else 0
     if state.get("status") == "error":
@@ -402,7 +399,7 @@ def _of_step(part: JsonObject, model: str | None) -> Iterator[SessionEvent]:
         cache = cache if isinstance(cache, dict) else {}
         sent = as_count(tokens.get("input")) + as_count(cache.get("read")) + as_count(cache.get("write"))
         received = as_count(tokens.get("output")) + as_count(tokens.get("reasoning"))
-        # It also says 0 of a model whose price it does not know.
+        # A cost of 0 may also mean that it does not know the price.
         cost = as_cost(part.get("cost")) or None
         yield UsageReport(sent, received, cost, cached_tokens=as_count(cache.get("read")), model=model)
     reason = as_text(part.get("reason"))
@@ -438,13 +435,13 @@ def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
 
 
 def _instant(headers: Any, event: JsonObject) -> float | None:
-    """Return when a limit ends, from what the answer's headers say (RFC 9110, Retry-After); None if they don't."""
-    told = as_text(headers.get("retry-after")) if isinstance(headers, dict) else ""
-    if told.isascii() and told.isdigit() and len(told) < 10:
+    """Return when a limit ends, from the Retry-After header of the answer (RFC 9110), or None."""
+    value = as_text(headers.get("retry-after")) if isinstance(headers, dict) else ""
+    if value.isascii() and value.isdigit() and len(value) < 10:
         then = as_count(event.get("timestamp"))
-        return then / 1000 + int(told) if then else None
+        return then / 1000 + int(value) if then else None
     try:
-        date = parsedate_to_datetime(told)
+        date = parsedate_to_datetime(value)
     except (TypeError, ValueError):
         return None
     return _seconds(date)
@@ -455,7 +452,7 @@ def _seconds(date: datetime) -> float:
 
 
 def _failure_in_words(log: str) -> Failed | None:
-    """Return what the log's last error with words that are known means."""
+    """Return the failure of the last known error message in the log."""
     for line in log.splitlines()[::-1]:
         text = line[:_LONGEST_LINE]
         if _UNWRITABLE.search(text):

@@ -1,4 +1,4 @@
-"""What a program's standard output means, by rules of the file: for lines of text, and for those that hold JSON.
+"""Rules for a program's standard output, for lines of text and lines of JSON.
 
 read:
   - when: {type: thread.started}
@@ -26,7 +26,7 @@ from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEvent, UsageReport
 
-#: Characters of a line that patterns are looked for in: they are a user's, lines an agent's.
+#: Characters of a line that patterns search: patterns are the user's, lines the agent's.
 MAX_LINE_CHARS: Final = 4096
 
 _SPENT: Final = ("input_tokens", "output_tokens", "cached_tokens", "cost")
@@ -39,24 +39,24 @@ def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern[:60]!r} is no regular expression, {error}: correct it") from None
+        raise ValueError(f"{pattern[:60]!r} is not a regular expression, {error}: correct it") from None
     return pattern
 
 
 def _check_groups(pattern: str) -> str:
     for name in re.compile(pattern).groupindex:
         if name not in _FACTS:
-            raise ValueError(f"the group {name!r} is no fact that is read: name it one of {', '.join(_FACTS)}")
+            raise ValueError(f"the group {name!r} is not a known fact: name it one of {', '.join(_FACTS)}")
     return pattern
 
 
 def _check_wanted(value: Any) -> Any:
     if not isinstance(value, str | int | float):
-        raise ValueError("only a text, a number, true or false can be waited for: write one, or a path further in")  # noqa: TRY004  told by pydantic
+        raise ValueError("expected a text, a number, true or false: write one, or a longer path")  # noqa: TRY004  told by pydantic
     return value
 
 
-#: A regular expression, checked.
+#: A validated regular expression.
 RegexPattern = Annotated[str, AfterValidator(_check_pattern)]
 _Wanted = Annotated[
     Any,
@@ -66,43 +66,41 @@ _Wanted = Annotated[
 
 
 class OutputRule(BaseModel):
-    """What stands under `read` for one kind of line."""
+    """An entry of `read`, for one kind of line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     match: Annotated[RegexPattern, AfterValidator(_check_groups)] | None = None
-    """A regular expression that such a line has; its named groups are what is read (`(?P<session>\\S+)`)."""
+    """A regular expression that the line matches; its named groups are facts (`(?P<session>\\S+)`)."""
     when: dict[JsonPath, _Wanted] = Field(default_factory=dict)
-    """What such a line of JSON has, by paths: each is equal to the value here."""
+    """Values that the line of JSON has, by path."""
     text: JsonPath | None = None
-    """Where the agent's words are."""
+    """Path of the agent's message."""
     session: JsonPath | None = None
-    """Where the program's own id of the conversation is."""
+    """Path of the program's conversation id."""
     input_tokens: JsonPath | None = None
-    """Where the number of tokens is that went in, those from a cache among them."""
+    """Path of the number of input tokens, including cached ones."""
     output_tokens: JsonPath | None = None
-    """Where the number of tokens is that came out."""
+    """Path of the number of output tokens."""
     cached_tokens: JsonPath | None = None
-    """Where the number of tokens is that were read from a cache."""
+    """Path of the number of input tokens read from a cache."""
     cost: JsonPath | None = None
-    """Where the cost is, in US dollars."""
+    """Path of the cost in US dollars."""
     usage: Literal["line", "session", "conversation"] = "line"
-    """What tokens and cost are of: this line alone, all since the program started, or with earlier sessions of the
-    conversation.
-    """
+    """The scope of tokens and cost: this line, the session so far, or the conversation including earlier sessions."""
     model: JsonPath | None = None
-    """Where the name of the model is."""
+    """Path of the model's name."""
     error: JsonPath | None = None
-    """Where the message of an error is."""
+    """Path of an error message."""
     status: JsonPath | None = None
-    """Where the HTTP status of an error is, which says what kind of failure it is."""
+    """Path of an error's HTTP status, which determines the failure class."""
     done: bool = False
-    """Whether such a line says that all is done: if any rule does, a session without such a line has failed."""
+    """Whether the line means success: if a rule has this, a session without such a line has failed."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_empty(cls, value: Any, info: ValidationInfo) -> Any:
-        """What is stored has nothing where the file says nothing."""
+        """Reject empty keys in a file; stored rules contain nulls."""
         is_from_file = bool(info.context and info.context.get("from_file"))
         empty = [key for key, one in value.items() if one is None] if is_from_file and isinstance(value, dict) else []
         if empty:
@@ -118,24 +116,24 @@ class OutputRule(BaseModel):
         if twice := [name for name in paths if name in groups]:
             raise ValueError(f"`{twice[0]}` is a path and a group of `match`: keep one of them")
         if self.done and self.match is None and not self.when:
-            raise ValueError("each line would say that all is done: add `when` or `match` to this rule")
+            raise ValueError("every line would mean success: add `when` or `match` to this rule")
         if self.usage != "line" and not self.facts_read.intersection(_SPENT):
-            raise ValueError("`usage` is of tokens or a cost, and the rule reads none: add `input_tokens` or the like")
+            raise ValueError("`usage` needs tokens or a cost, and the rule reads none: add one, such as `cost`")
         return self
 
     @property
     def facts_read(self) -> frozenset[str]:
-        """The facts that it reads."""
+        """The facts that the rule reads."""
         groups = () if self.match is None else re.compile(self.match).groupindex
         return frozenset(name for name in _FACTS if name in groups or getattr(self, name) is not None)
 
     @property
     def needs_json(self) -> bool:
-        """Whether it means anything only for lines of JSON."""
+        """Whether it only applies to lines of JSON."""
         return bool(self.match is None or self.when or any(getattr(self, name) is not None for name in _FACTS))
 
     def describe(self) -> str:
-        """Return in words which lines it is for."""
+        """Return a description of its lines."""
         wanted = [f"{path}: {json.dumps(value, ensure_ascii=False)}" for path, value in self.when.items()]
         return f"a line with {' and '.join([*([self.match] if self.match else []), *wanted])}"
 
@@ -147,7 +145,7 @@ _Facts = Mapping[str, Sequence[Any]]
 class OutputReader:
     """Read lines by rules; all rules that match a line apply.
 
-    `model` is the name of the model if no line has it; `match_failure_class` returns the failure class of a text.
+    `model` is the name of the model if no line has it; `class_in` returns the failure class of a text.
     """
 
     rules: Sequence[OutputRule]
@@ -156,7 +154,7 @@ class OutputReader:
     class_in: Callable[[str], FailureClass | None]
 
     def read(self, line: str) -> Sequence[SessionEvent]:
-        """Return what a line means; one that no rule is for is said as it stands, unless it is JSON."""
+        """Return the events of a line; a line without a rule is a message, unless it is JSON."""
         value = parse_object(line) if self.is_json else None
         found = [(rule, facts) for rule in self.rules if (facts := _facts(rule, line, value)) is not None]
         if value is None and not any(rule.match is not None for rule, _ in found):
@@ -165,7 +163,7 @@ class OutputReader:
 
     @property
     def awaited(self) -> str | None:
-        """What a session has to print to have ended well, in words; None: nothing."""
+        """The lines that a session must print to succeed, as text; None if there are none."""
         return " or ".join(rule.describe() for rule in self.rules if rule.done) or None
 
     def _events(self, found: Sequence[tuple[OutputRule, _Facts]]) -> Iterator[SessionEvent]:
@@ -199,21 +197,21 @@ class OutputReader:
             yield UsageReport(model=model)
 
     def _failure(self, found: Sequence[_Facts]) -> Failed | None:
-        told = [one for facts in found for one in facts["error"]]
-        # Of an error that has parts all are told.
-        words = [json.dumps(one) if one and isinstance(one, dict) else as_text(one).strip() for one in told]
+        errors = [one for facts in found for one in facts["error"]]
+        # Show all parts of a structured error.
+        words = [json.dumps(one) if one and isinstance(one, dict) else as_text(one).strip() for one in errors]
         message = ": ".join(filter(None, words))
         status = next((number for facts in found for number in map(_count, facts["status"]) if number), 0)
         by_status = failure_class_for_status(status)
         if not message and by_status is None:
             return None
-        # What the file says of words goes before a status, which is often that of any wrong request.
+        # The file's patterns have precedence over a status, which is often that of any invalid request.
         failure = self.class_in(message) or by_status or FailureClass.CRASHED
         return Failed(failure, one_line(message) or f"it ended with the status {status}")
 
 
 def _facts(rule: OutputRule, line: str, value: Any) -> _Facts | None:
-    """Return what a rule reads from a line; None if it is not for it."""
+    """Return the facts that a rule reads from a line; None if the rule does not apply."""
     match = None if rule.match is None else re.search(rule.match, line[:MAX_LINE_CHARS], re.IGNORECASE)
     if rule.match is not None and match is None:
         return None
@@ -236,7 +234,7 @@ def _texts(facts: _Facts, name: str) -> list[str]:
 
 
 def _count(value: Any) -> int:
-    """Return a number of tokens; 0 if it is none."""
+    """Return a number of tokens; 0 if the value is not a number."""
     amount = _amount(value) if isinstance(value, str) else value
     return as_count(round(as_cost(amount) or 0) if isinstance(amount, float) else amount)
 
@@ -246,6 +244,6 @@ def _cost(value: Any) -> float | None:
 
 
 def _amount(text: str) -> float | None:
-    """Return a number as programs print it for people: `1,234`, `4.2k`, `$0.07`; None if it is none."""
+    """Parse a number printed for people: `1,234`, `4.2k`, `$0.07`; None if it is not one."""
     found = _AMOUNT.fullmatch(text.strip())
     return None if found is None else float(found[1].replace(",", "")) * _TIMES[found[2].lower()]

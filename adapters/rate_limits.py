@@ -1,4 +1,4 @@
-"""When the limit of an account ends, in the words by which programs pass that on."""
+"""Find out from a program's message when the usage limit of an account ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ISO: Final = re.compile(
     r"(?P<iso>20[0-9]{2}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?"
     r"(?:Z|[+-][0-9]{2}:?[0-9]{2})?)"
 )
-#: `try again at Mar 3rd, 2026 4:05 PM`, `resets 3pm (Europe/Berlin)`: in local time unless a zone is named.
+#: `try again at Mar 3rd, 2026 4:05 PM`, `resets 3pm (Europe/Berlin)`: in local time unless a time zone follows.
 _CLOCK: Final = re.compile(
     r"\b(?:(?:again|resets?)\s(?:at\s|on\s)?|until\s)"
     r"(?:(?P<month>Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?\s(?P<day>[0-9]{1,2})(?:st|nd|rd|th)?"
@@ -40,25 +40,25 @@ _CLOCK: Final = re.compile(
     re.IGNORECASE,
 )
 _MONTHS: Final = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-#: A clock without a date that was this long ago means tomorrow: it has no seconds, and may have been read late.
+#: A time without a date that was this long ago means tomorrow: it has no seconds, and may have been read late.
 _PAST: Final = timedelta(hours=1)
 
 
 def limit_reset_time(text: str, now: float) -> float | None:
-    """Return the instant that a text names last as the end of a limit, in wall-clock seconds; None if it names none."""
+    """Return the last end of a limit in a text, in wall-clock seconds; None if there is none."""
     found = sorted(_named(text, now))
     return found[-1][1] if found else None
 
 
 def with_reset_time(failed: Failed | None, now: float) -> Failed | None:
-    """Return a verdict; where it is a limit whose end is not known, with the end that its reason names."""
+    """Return a failure; for a limit with an unknown end, with the end that its reason names."""
     if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
         return failed
     return replace(failed, until=limit_reset_time(failed.reason, now))
 
 
 def _named(text: str, now: float) -> Iterator[tuple[int, float]]:
-    """Yield each instant with its place in the text."""
+    """Yield each instant with its position in the text."""
     for match in _AFTER.finditer(text):
         parts = _PART.findall(match["amounts"])
         yield match.start(), now + sum(float(amount) * _UNITS[_unit(name)] for amount, name in parts)

@@ -1,4 +1,4 @@
-"""Programs of ours that turn what is no program that prints lines into one; each runs as a session of its own.
+"""Programs that make other interfaces available as CLIs that print lines; each runs as a separate process.
 
 They stand alone: nothing of `orchestrator` is imported, and what they need beyond the standard library is an extra.
 """

@@ -1,14 +1,14 @@
-"""Speaks the Agent Client Protocol with an agent, for one prompt, and prints what happens as lines of JSON.
+"""Run an agent of the Agent Client Protocol for one prompt, and print its events as lines of JSON.
 
     python3 -P acp.py --prompt-file FILE --worktree FOLDER [OPTION]... -- AGENT [ARGUMENT]...
     python3 -P acp.py --ready
 
-What the agent asks leave for is granted unless it names a path outside of the worktree; files that it asks us to read
-or write are in the worktree, or the answer is an error. `--ready` says whether the SDK is installed.
+Permission requests are granted unless they name a path outside of the worktree; only files in the worktree are read or
+written for the agent. `--ready` checks that the SDK is installed.
 
---model M             one that the agent offers
---resume ID           go on with this conversation, which the agent loads
---mcp-server JSON     a server for the agent to use (`conversations.ConversationRequest`), again for each
+--model M             a model that the agent offers
+--resume ID           resume this conversation, which the agent loads
+--mcp-server JSON     an MCP server for the agent (`conversations.ConversationRequest`), repeatable
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ except ImportError:
 
 _AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, ErrorCode
 _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
-_PATIENCE: Final = 5.0  # seconds for an agent that closed its output to end, or to have told what was before
-_QUIET: Final = 0.3  # seconds without more of what was before, until that is taken for all
-#: Keys under which agents put paths into a tool's raw input.
+_PATIENCE: Final = 5.0  # seconds for an agent to exit after closing its output, or to replay a conversation
+_QUIET: Final = 0.3  # seconds without updates, after which a replay is complete
+#: Keys of paths in a tool's raw input.
 _PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
-#: What can be nothing else, whatever code the error has: Gemini CLI has 500 for all that went wrong on the way to it.
+#: Unambiguous messages, for any code of the error: Gemini CLI uses 500 for all connection errors.
 _CERTAIN_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     "transient": re.compile(
         r"fetch failed|\bterminated$|ECONN(?:REFUSED|RESET)|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|socket hang up"
@@ -60,7 +60,7 @@ _CERTAIN_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     ),
 }
 _STATUS: Final = re.compile(r"\bAPI Error: ([45]\d\d)\b")
-#: What an error means that has no code of its own; the first that matches counts.
+#: Messages of errors without a code; the first match counts.
 _ERROR_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     "rate_limited": re.compile(
         r"rate.?limit|usage.?limit|hit your .*limit|limit (?:reached|exceeded)|too many requests|quota|exhausted"
@@ -71,28 +71,28 @@ _ERROR_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     "overloaded": re.compile(r"overloaded|unavailable|internal server error|\b5(?:00|02|03|29)\b", re.IGNORECASE),
 }
 _STOP_REASONS: Final[Mapping[str, tuple[str, str]]] = {
-    "refusal": ("refused", "the agent refuses to go on"),
-    "max_tokens": ("limit", "the agent used up its tokens"),
-    "max_turn_requests": ("limit", "the agent used up its requests for one turn"),
-    "cancelled": ("crashed", "the agent says that it was cancelled, which nobody asked for"),
+    "refusal": ("refused", "the agent refused to continue"),
+    "max_tokens": ("limit", "the agent reached its token limit"),
+    "max_turn_requests": ("limit", "the agent reached its request limit for one turn"),
+    "cancelled": ("crashed", "the agent reported a cancellation, although none was requested"),
 }
 
 
 class _OneLineFormatter(logging.Formatter):
-    """What the SDK could not make sense of, without the way there through its code."""
+    """Formats the SDK's errors without a traceback."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's)
         return " ".join(str(ei[1]).split())
 
 
 class _Client:
-    """Our side of the conversation: what the agent tells us and asks of us (`acp.interfaces.Client`)."""
+    """The client side of the protocol: handles the agent's updates and requests (`acp.interfaces.Client`)."""
 
     def __init__(self, worktree: ConfinedWorktree) -> None:
         self._worktree = worktree
         self.words = MessageBuffer()
         self.refused = ""
-        """What it asked leave for and did not get, as long as it has not gone on."""
+        """The last denied permission request, until the agent continues."""
         self._cost: float | None = None
         self._cost_before = 0.0
         self._named: dict[str, set[str]] = {}
@@ -103,11 +103,11 @@ class _Client:
 
     @property
     def cost(self) -> float | None:
-        """US dollars, without what a conversation had cost before it was loaded; None: not known."""
+        """US dollars, without the cost of a conversation before it was loaded; None if unknown."""
         return None if self._cost is None else max(self._cost - self._cost_before, 0.0)
 
     async def settle(self) -> None:
-        """Wait until it tells no more of what was before; Gemini CLI says that all is loaded, and then goes on."""
+        """Wait until a loaded conversation is replayed; Gemini CLI reports it as loaded before the replay ends."""
         with anyio.move_on_after(_PATIENCE):
             rest = _QUIET
             while rest > 0:
@@ -115,11 +115,11 @@ class _Client:
                 rest = self._told_before + _QUIET - anyio.current_time()
 
     def listen(self) -> None:
-        """From now on what it tells is printed and counted: it is an answer to what it is asked."""
+        """Print and count updates from now on: they belong to the prompt."""
         self._is_asked = True
 
     async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
-        """Print what the agent says and does."""
+        """Print the agent's messages and tool calls."""
         if not self._is_asked:
             self._told_earlier(update)
             return
@@ -149,7 +149,7 @@ class _Client:
         options: Sequence[schema.PermissionOption],
         **_: Any,
     ) -> schema.RequestPermissionResponse:
-        """Allow once what stays in the worktree, and reject what names a path outside."""
+        """Allow a request once, unless it names a path outside of the worktree."""
         why = self._why_not(tool_call)
         wanted = ("allow_once", "allow_always") if why is None else ("reject_once", "reject_always")
         if why is not None:
@@ -199,7 +199,7 @@ class _Client:
         content: str,
         **_: Any,
     ) -> schema.WriteTextFileResponse:
-        """Write a file of the worktree, with the folders that it needs."""
+        """Write a file of the worktree, with its parent folders."""
         place = self._locate(path)
         try:
             await anyio.to_thread.run_sync(_write, place, content)
@@ -219,7 +219,7 @@ class _Client:
         told = self._named.setdefault(call.tool_call_id, set())
         paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
         told.update(paths)
-        # An update has what is new alone.
+        # An update has changed fields only.
         kind = self._kinds[call.tool_call_id] = call.kind or self._kinds.get(call.tool_call_id, "other")
         before = self._commands.get(call.tool_call_id, "")
         command = self._commands[call.tool_call_id] = _command_of(call) or before
@@ -238,7 +238,7 @@ def _command_of(call: schema.ToolCallStart | schema.ToolCallProgress) -> str:
 
 
 def _detail(title: str, command: str, paths: Sequence[str]) -> str:
-    """Return a tool call on one line: the agent's title for it, with its main argument unless that is part of it."""
+    """Return a tool call on one line: the agent's title with its main argument, unless the title contains it."""
     argument = command or next(iter(paths), "")
     named = argument in title or (not command and Path(argument).name in title)
     return " ".join(f"{title} {'' if named else argument}".split())
@@ -274,8 +274,8 @@ def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCa
 async def _run_conversation(
     agent: Any, client: _Client, top: Path, prompt: str, asked: ConversationRequest
 ) -> BridgeExit:
-    """Have one conversation; raises Concluded, or the error that cut it off."""
-    # Not reading: Gemini CLI does not know our answer that a file is not there, and then writes no new one.
+    """Run one conversation and return its end, or raise the error that interrupted it."""
+    # No reading: Gemini CLI does not understand our answer that a file is missing, and then can't create it.
     ability = schema.FileSystemCapabilities(read_text_file=False, write_text_file=True)
     known = await agent.initialize(
         protocol_version=acp.PROTOCOL_VERSION,
@@ -283,8 +283,8 @@ async def _run_conversation(
         client_info=schema.Implementation(name="cli-council", title="CLI Council", version="1"),
     )
     if known.protocol_version != acp.PROTOCOL_VERSION:
-        told = f"the agent speaks version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
-        raise BridgeExit(f"{told}: install another version of it", "invalid")
+        what = f"the agent uses version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
+        raise BridgeExit(f"{what}: install another version of it", "invalid")
     try:
         session = await _start_conversation(agent, known, client, top, asked)
         client.listen()
@@ -297,14 +297,14 @@ async def _run_conversation(
         failure, reason = _STOP_REASONS[answer.stop_reason]
         return BridgeExit(reason, failure)
     if client.refused:
-        return BridgeExit(f"the agent went no further: {client.refused}", "refused")
+        return BridgeExit(f"the agent stopped: {client.refused}", "refused")
     return BridgeExit(said[-2_000:])
 
 
 async def _start_conversation(
     agent: Any, known: schema.InitializeResponse, client: _Client, top: Path, asked: ConversationRequest
 ) -> str:
-    """Have a conversation begin, or go on; return its id."""
+    """Start or resume a conversation; return its id."""
     started: schema.NewSessionResponse | schema.LoadSessionResponse
     if asked.resume is None:
         started = await agent.new_session(cwd=str(top), mcp_servers=mcp_servers_for(known, asked.servers))
@@ -329,14 +329,14 @@ async def _load(agent: Any, session: str, top: Path, servers: Sequence[Any]) -> 
     except acp.RequestError as error:
         if error.code == _AUTH_REQUIRED:
             raise
-        # The next session begins anew, and may well work.
+        # The next session starts a new conversation, which may work.
         raise BridgeExit(
             f"the agent can't load the conversation {session}: {_error_text(error)}", "transient"
         ) from error
 
 
 def _usage_in_metadata(answer: schema.PromptResponse) -> schema.Usage | None:
-    """Return the tokens that Gemini CLI tells where the protocol has room for anything; None if there are none."""
+    """Return the tokens in Gemini CLI's protocol extension; None if there are none."""
     try:
         count = (answer.field_meta or {})["quota"]["token_count"]
         sent, received = count["input_tokens"], count["output_tokens"]
@@ -353,12 +353,12 @@ def _write_spent(usage: schema.Usage | None, cost: float | None) -> None:
 
 
 def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> BridgeExit:
-    told = _error_text(error)
-    failure = "auth" if error.code == _AUTH_REQUIRED else _failure(error.code, told)
+    message = _error_text(error)
+    failure = "auth" if error.code == _AUTH_REQUIRED else _failure(error.code, message)
     if failure != "auth":
-        return BridgeExit(f"the agent says: {told}", failure)
+        return BridgeExit(f"the agent reports: {message}", failure)
     ways = ", ".join(one.name for one in methods)
-    return BridgeExit(f"the agent says: {told}: log in by the agent itself{f' ({ways})' if ways else ''}", failure)
+    return BridgeExit(f"the agent reports: {message}: log in with the agent{f' ({ways})' if ways else ''}", failure)
 
 
 def _error_text(error: acp.RequestError) -> str:
@@ -368,7 +368,7 @@ def _error_text(error: acp.RequestError) -> str:
 
 
 def _message_in(text: str) -> str:
-    """Return the message of an API's error that stands as it came from there; any other text as it is."""
+    """Return the message in an API's JSON error; any other text unchanged."""
     try:
         message = json.loads(text)["error"]["message"]
     except (ValueError, LookupError, TypeError):
@@ -376,24 +376,24 @@ def _message_in(text: str) -> str:
     return message if isinstance(message, str) else text
 
 
-def _failure(code: int, told: str) -> str:
-    """Return the class of an error; its code may be the HTTP status that the model's API had."""
-    found = _STATUS.search(told)
+def _failure(code: int, message: str) -> str:
+    """Return the failure class of an error; its code may be the HTTP status of the model's API."""
+    found = _STATUS.search(message)
     status = int(found[1]) if found is not None else code if code < 600 else 0
     by_status = failure_name_for_status(status)
-    return _named(_CERTAIN_PATTERNS, told) or by_status or _named(_ERROR_PATTERNS, told) or "crashed"
+    return _named(_CERTAIN_PATTERNS, message) or by_status or _named(_ERROR_PATTERNS, message) or "crashed"
 
 
-def _named(words: Mapping[str, re.Pattern[str]], told: str) -> str | None:
-    return next((name for name, pattern in words.items() if pattern.search(told)), None)
+def _named(patterns: Mapping[str, re.Pattern[str]], message: str) -> str | None:
+    return next((name for name, pattern in patterns.items() if pattern.search(message)), None)
 
 
 async def _run(argv: Sequence[str], worktree: ConfinedWorktree, prompt: str, asked: ConversationRequest) -> BridgeExit:
     client = _Client(worktree)
-    # Its errors go where ours go: a pipe that nobody reads would stop it.
+    # It inherits our standard error: an unread pipe would block it.
     streams = {"stderr": None, "limit": _LONGEST_MESSAGE}
     async with AsyncExitStack() as stack:
-        # It can do less than all that the protocol has: terminals and forms are not offered.
+        # It implements a part of the protocol: no terminals and no forms.
         side = cast("acp.Client", client)
         spawned = acp.spawn_agent_process(side, *argv, env=os.environ, cwd=worktree.top, transport_kwargs=streams)
         try:
@@ -411,14 +411,14 @@ async def _run(argv: Sequence[str], worktree: ConfinedWorktree, prompt: str, ask
             with anyio.move_on_after(_PATIENCE):
                 await process.wait()
             code = "it closed its output" if process.returncode is None else f"exit code {process.returncode}"
-            return BridgeExit(f"the agent ended before its answer did ({code})", "crashed")
+            return BridgeExit(f"the agent ended before its answer was complete ({code})", "crashed")
         except ValueError as error:  # pydantic's
-            return BridgeExit(f"what the agent answers is not the protocol's: {str(error)[:300]}", "crashed")
+            return BridgeExit(f"the agent's answer violates the protocol: {str(error)[:300]}", "crashed")
     raise AssertionError("no exception is swallowed")
 
 
 def main() -> int:
-    """Have one conversation; return 0 if it ended well, 1 if not."""
+    """Run one conversation; return 0 if it succeeded, else 1."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--prompt-file", type=Path)
     parser.add_argument("--worktree", type=Path)
@@ -437,7 +437,7 @@ def main() -> int:
     asked = ConversationRequest(options.model, options.resume, options.mcp_server)
     try:
         return anyio.run(_run, options.argv, ConfinedWorktree(options.worktree), prompt, asked).tell()
-    except KeyboardInterrupt:  # the agent is gone by now
+    except KeyboardInterrupt:  # the agent has ended already
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
         raise

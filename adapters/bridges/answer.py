@@ -1,4 +1,4 @@
-"""A model's answer in words: the files and differences in it, and how they get into a worktree, all or nothing."""
+"""Parse a model's answer into files and diffs, and apply them to a worktree, all or nothing."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from typing import Final
 
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
-#: What a model is told about how to answer.
+#: Instructions for the format of a model's answer.
 EDIT_INSTRUCTIONS: Final = """\
-You change the files of a git repository. You can't run anything: your answer is applied as it stands.
+You change the files of a git repository. You can't run anything: your answer is applied unchanged.
 
-For each file that is new, or changed in many places, give one block with the whole of its new content:
+For each file that is new, or changed in many places, write one block with its complete new content:
 
 ```file path/to/file.py
 the content
 ```
 
-To change a long file in few places, or to delete or rename one, give a block with a unified diff as of `git diff`:
+To change a long file in few places, or to delete or rename one, write a block with a unified diff as from `git diff`:
 
 ```diff
 --- a/path/to/file.py
 +++ b/path/to/file.py
 @@ -1,3 +1,3 @@
- a line as it is
--a line that goes
-+a line that comes
- another line as it is
+ an unchanged line
+-a removed line
++an added line
+ another unchanged line
 ```
 
-Paths are relative to the top of the repository. Where the content itself has lines that begin with three backticks,
-use a fence of four. Change nothing that the task does not need. Beside the blocks write no more than a few sentences.
+Paths are relative to the root of the repository. If the content has lines that begin with three backticks, use four for
+the block. Change only what the task needs. Apart from the blocks, write no more than a few sentences.
 """
 
-#: What it is told where it is not to change anything.
+#: Instructions for a read-only task.
 READ_ONLY_INSTRUCTIONS: Final = """\
-You look at the files of a git repository, and change nothing. You can't run anything: your answer is read as it stands,
-and nothing of it is applied. Answer in words, with the paths and lines that you mean.
+You review the files of a git repository and change nothing. You can't run anything: your answer is only read, not
+applied. Answer in prose, with paths and line numbers.
 """
 
 _FENCE: Final = re.compile(r"(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 _FILE: Final = re.compile(r"file[ :=]+(?P<path>.+)")
 _DIFFS: Final = ("diff", "patch")
-# What git prints before the two lines, if it did, and these.
+# Git's extended header, if there is one, and the two lines of file names.
 _HEADER: Final = re.compile(
     r"^((?:(?:diff --git|index|new|deleted|old|(?:dis)?similarity|rename|copy) .*\n)*)(--- .*\n\+\+\+ .*\n)(?=@@ )",
     re.MULTILINE,
@@ -55,19 +55,19 @@ _ODD_MODE: Final = re.compile(r"^(?:new file mode|new mode|index \S+) (?:120000|
 
 
 class UnusableAnswerError(Exception):
-    """The answer can't be applied: it is cut off, contradicts itself, or does not fit the files that are there."""
+    """The answer can't be applied: it is truncated, contradicts itself, or does not match the files."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProposedChanges:
-    """Whole files by path, and one patch of all the differences."""
+    """Complete files by path, and one patch with all diffs."""
 
     files: dict[str, str]
     patch: str
 
 
 def parse_answer(text: str) -> ProposedChanges:
-    """Return what a text asks to be changed; blocks of other kinds are words. Raises UnfitError if it is cut off."""
+    """Return the changes in an answer; other blocks are prose. UnusableAnswerError if it is truncated."""
     files: dict[str, str] = {}
     diffs: list[str] = []
     for info, content in _blocks(text):
@@ -79,7 +79,7 @@ def parse_answer(text: str) -> ProposedChanges:
 
 
 def _separate_files(diff: str) -> str:
-    """Return a diff with a line between its files by which git, which must not trust its counts, tells them apart."""
+    """Return a diff with a separator between its files, because git must not trust a model's line counts."""
     return _HEADER.sub(lambda found: found[1] + ("" if found[1] else "diff -u\n") + found[2], f"{diff.rstrip()}\n")
 
 
@@ -96,7 +96,7 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
         else:
             lines.append(line)
     if opened is not None and (_FILE.fullmatch(opened["info"].strip()) or opened["info"].strip().lower() in _DIFFS):
-        raise UnusableAnswerError("its last block has no end")
+        raise UnusableAnswerError("its last block is not closed")
 
 
 def apply_answer(answer: ProposedChanges, worktree: ConfinedWorktree) -> Sequence[str]:
@@ -110,7 +110,7 @@ def apply_answer(answer: ProposedChanges, worktree: ConfinedWorktree) -> Sequenc
     patched = _paths_of(answer.patch, strip, worktree) if answer.patch else []
     for name in patched:
         if worktree.relative(name) in places.values():
-            raise UnusableAnswerError(f"it gives {name!r} both as a file and as a difference")
+            raise UnusableAnswerError(f"it has {name!r} both as a file and as a diff")
     if answer.patch:
         _git_apply(answer.patch, "--check", strip, worktree=worktree)
     before = _write_all({path: answer.files[name] for name, path in places.items()})
@@ -125,7 +125,7 @@ def apply_answer(answer: ProposedChanges, worktree: ConfinedWorktree) -> Sequenc
 
 def _paths_of(patch: str, strip: str, worktree: ConfinedWorktree) -> list[str]:
     if _ODD_MODE.search(patch):
-        raise OutsideWorktreeError("the difference makes a symlink or a repository in the repository")
+        raise OutsideWorktreeError("the diff creates a symlink or a nested repository")
     # With -z: `added TAB deleted TAB path NUL`, and for a rename an empty path, then the old and the new one.
     fields = _git_apply(patch, "--numstat", "-z", strip, worktree=worktree).split("\0")
     paths = [field.split("\t", 2)[2] if field.count("\t") >= 2 else field for field in fields]
@@ -146,7 +146,7 @@ def _git_apply(patch: str, *options: str, worktree: ConfinedWorktree) -> str:
 
 
 def _write_all(contents: dict[Path, str]) -> dict[Path, bytes | None]:
-    """Write files; return what was there before, None for those that were not. Raises UnfitError, with all restored."""
+    """Write files; return their previous contents, None for new ones. On UnusableAnswerError all are restored."""
     before: dict[Path, bytes | None] = {}
     try:
         for path, content in contents.items():

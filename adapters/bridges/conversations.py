@@ -1,4 +1,4 @@
-"""How a conversation with an agent begins: anew or where an earlier one ended, with which servers and model."""
+"""Start or resume a conversation with an agent, with MCP servers and a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Started = schema.NewSessionResponse | schema.LoadSessionResponse
 
 @dataclass(frozen=True, slots=True)
 class ConversationRequest:
-    """What a conversation is to be beside what is said in it; `resume` is the agent's id of an earlier one.
+    """The settings of a conversation; `resume` is the agent's id of an earlier one.
 
     Each of `servers` has a `name` and either a `url` or the `argv` of a command with the names of its variables, `env`.
     """
@@ -30,17 +30,16 @@ class ConversationRequest:
 
 
 def check_can_resume(known: schema.InitializeResponse) -> None:
-    """Raise Concluded where an agent can't go on with an earlier conversation.
+    """Raise BridgeExit if an agent can't resume conversations.
 
-    What it is then to be told is only what is new: to one that knows nothing else it would mean nothing. A session
-    that fails like this is followed by one that begins anew.
+    The prompt of a resumed conversation is incomplete without its history. The next session starts a new one.
     """
     if known.agent_capabilities is None or not known.agent_capabilities.load_session:
-        raise BridgeExit("the agent can't go on with an earlier conversation: remove `resumes`", "transient")
+        raise BridgeExit("the agent can't resume conversations: remove `resumes`", "transient")
 
 
 def mcp_servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[str, Any]]) -> _Servers:
-    """Return the servers that an agent can take, as the protocol has them, with variables from our own environment."""
+    """Return the servers that an agent supports, in the protocol's form, with variables of our environment."""
     ability = known.agent_capabilities
     takes_urls = ability is not None and ability.mcp_capabilities is not None and bool(ability.mcp_capabilities.http)
     servers: _Servers = []
@@ -50,7 +49,7 @@ def mcp_servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[st
         elif takes_urls:
             servers.append(schema.HttpMcpServer(type="http", name=one["name"], url=one["url"], headers=[]))
         else:
-            write_line("warned", text=f"the agent takes no server by its URL: it does without {one['name']!r}")
+            write_line("warned", text=f"the agent supports no server with a URL: {one['name']!r} is not available")
     return servers
 
 
@@ -63,11 +62,11 @@ def _command(one: Mapping[str, Any]) -> schema.McpServerStdio:
 
 
 async def choose_model(agent: Any, session: str, started: _Started, model: str) -> None:
-    """Choose a model; raises Concluded if the agent does not offer it."""
+    """Choose a model; BridgeExit if the agent does not offer it."""
     choice = _option(started, "model")
     offered = [] if choice is None else list(_values(choice.options))
     if choice is None or model not in offered:
-        names = f"only {', '.join(offered[:20])}" if offered else "none: choose it by the agent's own arguments"
+        names = f"only {', '.join(offered[:20])}" if offered else "none: choose it with the agent's own arguments"
         raise BridgeExit(f"the agent does not offer the model {model!r}, {names}", "invalid")
     await agent.set_config_option(config_id=choice.id, session_id=session, value=model)
 

@@ -1,11 +1,11 @@
-"""What an HTTP status means: the one table for adapters and bridges."""
+"""Map HTTP statuses to failure classes, for adapters and bridges."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-#: What is not just a wrong request, by its status (RFC 9110; 499 is said by proxies whose client went away).
+#: Statuses that are not just an invalid request (RFC 9110; proxies use 499 after a client disconnected).
 _STATUSES: Final[Mapping[int, str]] = {
     401: "auth",
     402: "auth",
@@ -18,7 +18,7 @@ _STATUSES: Final[Mapping[int, str]] = {
 
 
 def failure_name_for_status(status: int) -> str | None:
-    """Return the class of a failure, by name, by an HTTP status; None for one that is no failure."""
+    """Return the name of the failure class of an HTTP status; None if it is not a failure."""
     if status >= 500:
         return "overloaded"
     return _STATUSES.get(status, "invalid") if status >= 400 else None

@@ -1,4 +1,4 @@
-"""What all bridges print: one JSON object a line, its `type` and its fields in one table."""
+"""The output of bridges: one JSON object per line, with a `type` and the fields of a table."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Final
 
-#: By type: the fields of a line, each with what it holds. `adapters.json_output` reads them by the same table.
+#: The fields of each type of line with their types. `adapters.json_output` parses them by the same table.
 LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
-    "said": {"text": str},  # the agent's words, whole lines
+    "said": {"text": str},  # the agent's message, complete lines
     "tool": {"name": str, "detail": str, "paths": list, "call": str | None},
-    "tool_ended": {"call": str, "failed": str | None},  # one line that says why it failed, None: it did not
-    "spent": {"input_tokens": int, "output_tokens": int, "cost": float | int | None},  # in all, US dollars
+    "tool_ended": {"call": str, "failed": str | None},  # the reason of a failure on one line, None: success
+    "spent": {"input_tokens": int, "output_tokens": int, "cost": float | int | None},  # in total, US dollars
     "session": {"id": str},  # the agent's own id of the conversation
     "warned": {"text": str},
     "denied": {"tool": str, "detail": str, "call": str},
-    "concluded": {"text": str, "failure": str | None, "reason": str},  # the class of failure, None: it went well
-    "alive": {},  # something is going on that has no words
+    "concluded": {"text": str, "failure": str | None, "reason": str},  # the failure class, None: success
+    "alive": {},  # keeps an idle timeout from ending a session that is silent
 }
 
 _ALIVE_EVERY: Final = 10.0  # seconds
-#: Characters of a field, and entries of a list: what is more is cut, so that no line is too long to be read.
+#: Characters of a field, and entries of a list: longer ones are truncated, to keep lines readable.
 MAX_FIELD_CHARS: Final = 50_000
 _MOST: Final = 100
 
 
 def write_line(type_: str, **fields: Any) -> None:
-    """Print a line; KeyError or TypeError if it is none of the table."""
+    """Print a line; KeyError or TypeError if it does not conform to the table."""
     if fields.keys() != LINE_FIELDS[type_].keys():
         raise TypeError(f"a line of type {type_!r} has the fields {', '.join(LINE_FIELDS[type_])}")
     sys.stdout.write(json.dumps({"type": type_, **{name: _cut(value) for name, value in fields.items()}}) + "\n")
@@ -43,7 +43,7 @@ def _cut(value: Any) -> Any:
 
 
 class MessageBuffer:
-    """An agent's words as they come in, piece by piece: whole lines are printed at once, the rest at the end."""
+    """A streamed message: complete lines are printed immediately, the rest at the end."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -51,7 +51,7 @@ class MessageBuffer:
         self._pieces: list[str] = []
 
     def add(self, piece: str) -> None:
-        """Take the next piece."""
+        """Add the next piece."""
         self._pieces.append(piece)
         lines, newline, rest = (self._rest + piece).rpartition("\n")
         self._rest = rest
@@ -60,14 +60,14 @@ class MessageBuffer:
         self.write_keepalive()
 
     def flush(self) -> str:
-        """Print what has no line break yet, since something else comes; return all since the last time."""
+        """Print the incomplete last line; return everything since the last flush."""
         rest, self._rest = self._rest, ""
         self._say(rest)
         text, self._pieces = "".join(self._pieces), []
         return text
 
     def write_keepalive(self) -> None:
-        """Print now and then that something goes on, so that no limit on silence ends it."""
+        """Print a sign of life from time to time, against the idle timeout."""
         if time.monotonic() - self._shown >= _ALIVE_EVERY:
             self._shown = time.monotonic()
             write_line("alive")
@@ -81,7 +81,7 @@ class MessageBuffer:
 
 
 class BridgeExit(Exception):
-    """Ends a bridge: what it says last, and the class of failure that it came to (None: it went well).
+    """Ends a bridge with a message and a failure class (None: success).
 
     The classes are those of `orchestrator.domain.runs.failures`, by name.
     """
@@ -91,7 +91,7 @@ class BridgeExit(Exception):
         self.failure = failure
 
     def tell(self, *, plain: bool = False) -> int:
-        """Print the conclusion, `plain` for people; return the exit code that agrees with it."""
+        """Print the message, `plain` for people; return the matching exit code."""
         text = str(self)
         if plain:
             sys.stdout.write(f"{text}\n")

@@ -1,16 +1,16 @@
-"""Has a model that Ollama serves do one task in a worktree, and prints what happens as lines of JSON.
+"""Let a model served by Ollama do one task in a worktree, and print events as lines of JSON.
 
     python3 -P ollama.py --host URL --model M --prompt-file FILE --worktree FOLDER --context TOKENS [OPTION]...
     python3 -P ollama.py --host URL --model M --ready
 
-Without tools of its own the model is shown the files and answers with blocks, which are applied all or not at all.
-`--ready` says whether the client is installed, the server there, and the model on it.
+The model has no tools: it gets the files in the prompt, and its answer is applied completely or not at all.
+`--ready` checks the client, the server and the model.
 
---instructions-file FILE    more of what the model is told first, before the files and the task
---read-only                 the model is asked for words, and nothing of its answer is applied
+--instructions-file FILE    instructions before the files and the task
+--read-only                 the model answers in prose, nothing is applied
 
-A server that can't be reached for some seconds is one that somebody has to start: the adapter is closed (`auth`), so
-that its tasks wait for that and lose no attempts. One that breaks off in the middle is tried again (`transient`).
+A server that stays unreachable for some seconds must be started by a person: the adapter is disabled (`auth`), so that
+its tasks wait and lose no attempts. An interrupted answer is retried (`transient`).
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ def _unreachable(host: str, error: Exception) -> BridgeExit:
 
 
 def _rejected(error: ollama.ResponseError, model: str) -> BridgeExit:
-    told = " ".join(str(error.error).split())[:300]
+    message = " ".join(str(error.error).split())[:300]
     status = error.status_code
     if status == 404:
-        return BridgeExit(f"the server does not have the model {model!r} ({told}): `ollama pull {model}`", "invalid")
-    if "the context length" in told:
-        return BridgeExit(f"the server says: {told}: lower `context`, so that it is sent less", "limit")
-    failure = failure_name_for_status(status) or "transient"  # none: it said so in the middle of its answer
+        return BridgeExit(f"the server does not have the model {model!r} ({message}): `ollama pull {model}`", "invalid")
+    if "the context length" in message:
+        return BridgeExit(f"the server reports: {message}: lower `context`, to send less", "limit")
+    failure = failure_name_for_status(status) or "transient"  # no status: in the middle of its answer
     remedy = ": set OLLAMA_API_KEY, or log in with `ollama signin`" if failure == "auth" else ""
-    return BridgeExit(f"the server says: {told}{f' ({status})' if status > 0 else ''}{remedy}", failure)
+    return BridgeExit(f"the server reports: {message}{f' ({status})' if status > 0 else ''}{remedy}", failure)
 
 
 def _answer(host: str, model: str, messages: Sequence[Mapping[str, str]], context: int) -> str:
-    """Return the model's whole answer, printing it meanwhile; raises Concluded if there is none."""
+    """Print and return the model's answer; BridgeExit if it is incomplete."""
     words = MessageBuffer()
     client = _client(host)
     began = time.monotonic()
@@ -81,14 +81,14 @@ def _answer(host: str, model: str, messages: Sequence[Mapping[str, str]], contex
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             if time.monotonic() - began > _PATIENCE:
                 raise _unreachable(host, error) from None
-            write_line("warned", text=f"no Ollama server answers at {host}, trying again")
+            write_line("warned", text=f"no Ollama server answers at {host}, retrying")
             time.sleep(1)
         except ollama.ResponseError as error:
             raise _rejected(error, model) from None
         except (httpx.HTTPError, ValueError) as error:
             words.flush()
             raise BridgeExit(
-                f"the server broke off its answer: {str(error) or type(error).__name__}", "transient"
+                f"the server interrupted its answer: {str(error) or type(error).__name__}", "transient"
             ) from None
 
 
@@ -103,23 +103,23 @@ def _read(parts: Iterator[ollama.ChatResponse], words: MessageBuffer) -> str:
                 raise BridgeExit("the answer does not fit into the model's context: raise `context`", "limit")
             return text
     words.flush()
-    raise BridgeExit("the server broke off its answer", "transient")
+    raise BridgeExit("the server interrupted its answer", "transient")
 
 
 def _perform(options: argparse.Namespace) -> BridgeExit:
     worktree = ConfinedWorktree(options.worktree)
     prompt = options.prompt_file.read_text(encoding="utf-8")
-    told = READ_ONLY_INSTRUCTIONS if options.read_only else EDIT_INSTRUCTIONS
+    instructions = READ_ONLY_INSTRUCTIONS if options.read_only else EDIT_INSTRUCTIONS
     more = "" if options.instructions_file is None else options.instructions_file.read_text(encoding="utf-8")
     try:
-        # Half of the context is for what is sent, half for the answer; a server cuts off what is too long in silence.
+        # Half of the context is for the request, half for the answer; a server truncates silently.
         budget = options.context * _BYTES_A_TOKEN // 2 - len(prompt.encode()) - len(more.encode())
         if budget < 0:
             return BridgeExit("the prompt takes more than half of the model's context: raise `context`", "limit")
         shown = describe_worktree(worktree, prompt, budget)
         messages = (
             # In one message: a model's template may have room for no more.
-            {"role": "system", "content": f"{told}\n{more}" if more else told},
+            {"role": "system", "content": f"{instructions}\n{more}" if more else instructions},
             {"role": "user", "content": f"{shown}\nThe task:\n\n{prompt}"},
         )
         text = _answer(options.host, options.model, messages, options.context)
@@ -145,12 +145,12 @@ def _ready(host: str, model: str) -> BridgeExit:
     except ollama.ResponseError as error:
         return _rejected(error, model)
     except ValueError as error:
-        return BridgeExit(f"what answers at {host} is no Ollama server ({str(error)[:100]}): correct `host`", "invalid")
+        return BridgeExit(f"no Ollama server runs at {host} ({str(error)[:100]}): correct `host`", "invalid")
     return BridgeExit("ready")
 
 
 def main() -> int:
-    """Perform one task; return 0 if all that the model answered was applied, 1 if not."""
+    """Perform one task; return 0 if the answer was applied, else 1."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--host", required=True)
     parser.add_argument("--model", required=True)
@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--ready", action="store_true")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends at once, without the way there through the client's code
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end immediately, without unwinding the client
     if options.ready:
         return _ready(options.host, options.model).tell(plain=True)
     return _perform(options).tell()

@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 class OutsideWorktreeError(Exception):
-    """A path that an agent named leads out of the worktree, or into git's own files."""
+    """A path from an agent is outside of the worktree, or in git's own files."""
 
 
 class ConfinedWorktree:
-    """A worktree by its top folder; symlinks are followed before a path is judged."""
+    """A worktree, by its top folder; symlinks are resolved before a path is checked."""
 
     def __init__(self, top: Path) -> None:
         self.top = Path(os.path.realpath(top))
 
     def locate(self, name: str) -> Path:
-        """Return the absolute path that `name` (absolute, or relative to the top) leads to, without symlinks.
+        """Return the absolute path of `name` (absolute, or relative to the top), without symlinks.
 
         Raises OutsideError if that is not inside of the worktree, is the worktree itself, or belongs to git.
         """
@@ -27,9 +27,9 @@ class ConfinedWorktree:
         return path
 
     def place(self, name: str) -> Path:
-        """Return the same for a place to work in, which may be the worktree itself."""
+        """Return the same for a working folder, which may be the worktree itself."""
         if not name or "\0" in name:
-            raise OutsideWorktreeError(f"{name!r} is no path")
+            raise OutsideWorktreeError(f"{name!r} is not a path")
         path = Path(os.path.realpath(self.top / name))
         if not path.is_relative_to(self.top):
             raise OutsideWorktreeError(f"{name!r} is outside of the worktree")
@@ -38,7 +38,7 @@ class ConfinedWorktree:
         return path
 
     def relative(self, name: str) -> Path:
-        """Return the same for a `name` that must be relative, as in an answer that knows no absolute paths.
+        """Return the same for a `name` that must be relative, as in an answer without absolute paths.
 
         No part of it may be `..`, and no folder on the way a symlink: what is written must be what was named.
         """

@@ -87,7 +87,7 @@ class TestOpencode(AdapterContract):
                           " prevents you from using this specific tool call. Here are some of the relevant rules []"),
             (
                 ToolCall("write", "a", ("a",)),
-                ToolDenied("write", "a", "allow it by `permission` under the adapter's `config`"),
+                ToolDenied("write", "a", "allow it with `permission` in the adapter's `config`"),
             ),
         ),
         (opencode_step("tool-calls"), (STEP,)),

@@ -190,7 +190,7 @@ def test_the_class_of_a_failure_is_read_from_what_was_said(
 
 def test_unknown_placeholder_is_explained() -> None:
     """The message names what there is and how to write the braces themselves."""
-    with pytest.raises(ValidationError, match=r"\{promt\} is no placeholder: .*\{prompt_file\}.*\{\{promt\}\}"):
+    with pytest.raises(ValidationError, match=r"\{promt\} is not a placeholder: .*\{prompt_file\}.*\{\{promt\}\}"):
         CommandOptions(argv=("{promt}",))
 
 
@@ -278,19 +278,19 @@ def test_long_instructions_need_a_file() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"argv": ["x", "{model}"]}, "{model} stands for nothing: add `model`"),
-        ({"argv": ["x", "{session}"]}, "{session} is no placeholder"),
-        ({"argv": ["{options}"]}, "write it once, as an argument of its own"),
-        ({"argv": ["x", "{options}", "{options}"]}, "write it once, as an argument of its own"),
-        ({"argv": ["x", "--with={options}"]}, "write it once, as an argument of its own"),
+        ({"argv": ["x", "{model}"]}, "{model} has no value: add `model`"),
+        ({"argv": ["x", "{session}"]}, "{session} is not a placeholder"),
+        ({"argv": ["{options}"]}, "write it once, as a separate argument"),
+        ({"argv": ["x", "{options}", "{options}"]}, "write it once, as a separate argument"),
+        ({"argv": ["x", "--with={options}"]}, "write it once, as a separate argument"),
         ({"read_write": ["--edit"]}, "move them to `argv`, or add `read_only`"),
         ({"read_only": []}, "at least 1 item"),
-        ({"read_only": ["{options}"]}, "{options} is no placeholder"),
-        ({"resume": ["--continue"]}, "{session} does not stand in these arguments: write it"),
+        ({"read_only": ["{options}"]}, "{options} is not a placeholder"),
+        ({"resume": ["--continue"]}, "{session} is missing in these arguments: add it"),
         ({"resume": ["{session}"], "home": "own"}, "add a rule with `session` to `read`"),
-        ({"resume": ["{session}"], "read": ALL["read"]}, "write `home: own`, or `home: shared` if `writable`"),
-        ({"instructions": ["--system"]}, "{instructions} or {instructions_file} does not stand in"),
-        ({"mcp": ["--mcp", "x.json"]}, "{mcp_file} does not stand in these arguments"),
+        ({"resume": ["{session}"], "read": ALL["read"]}, "write `home: own`, or `home: shared` and add"),
+        ({"instructions": ["--system"]}, "{instructions} or {instructions_file} is missing in"),
+        ({"mcp": ["--mcp", "x.json"]}, "{mcp_file} is missing in these arguments"),
         ({"mcp": "--mcp {mcp_file}"}, "tuple"),
     ],
 )

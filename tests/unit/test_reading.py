@@ -65,7 +65,7 @@ def test_paths(path: str, found: list[Any]) -> None:
 @pytest.mark.parametrize("path", ["", ".", ".type", "usage.", "a..b", "a b", "a +", "+ a", "a+b", "$.type", "$"])
 def test_what_is_no_path(path: str) -> None:
     """It is refused with an example of one, or a hint where to begin."""
-    with pytest.raises(ValidationError, match=r"is no path .*usage\.input_tokens|begins with a '\$': begin with"):
+    with pytest.raises(ValidationError, match=r"is not a path .*usage\.input_tokens|begins with a '\$': begin with a key"):
         OutputRule.model_validate({"text": path})
 
 
@@ -294,8 +294,8 @@ def test_anything_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> Non
         ({"output": "jsonl"}, "add `read` with a rule"),
         ({"read": [{"text": "text"}]}, "write `output: jsonl`"),
         ({"read": [{"match": "x", "session": "id"}]}, "write `output: jsonl`"),
-        ({"read": [{"match": "("}]}, "no regular expression"),
-        ({"read": [{"match": "(?P<tokens>x)"}]}, "the group 'tokens' is no fact that is read: name it one of text, "),
+        ({"read": [{"match": "("}]}, "not a regular expression"),
+        ({"read": [{"match": "(?P<tokens>x)"}]}, "the group 'tokens' is not a known fact: name it one of text, "),
         ({"read": [{"match": "x"}]}, "the rule reads nothing: add a fact"),
         ({"read": [{"done": True}]}, "add `when` or `match`"),
         ({"read": [{}]}, "the rule reads nothing"),
@@ -303,10 +303,10 @@ def test_anything_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> Non
         ({"output": "jsonl", "read": [{"when": {"type": "x"}}]}, "the rule reads nothing"),
         (
             {"output": "jsonl", "read": [{"when": {"type": ["x"]}, "done": True}]},
-            "only a text, a number, true or false",
+            "expected a text, a number, true or false",
         ),
-        ({"output": "jsonl", "read": [{"when": {".type": "x"}, "done": True}]}, "is no path into a line of JSON"),
-        ({"output": "jsonl", "read": [{"text": "t", "usage": "session"}]}, "the rule reads none: add `input_tokens`"),
+        ({"output": "jsonl", "read": [{"when": {".type": "x"}, "done": True}]}, "is not a path into a line of JSON"),
+        ({"output": "jsonl", "read": [{"text": "t", "usage": "session"}]}, "the rule reads none: add one"),
         (
             {"output": "jsonl", "read": [{"match": "(?P<text>x)", "text": "t"}]},
             "is a path and a group of `match`: keep",
