@@ -1,4 +1,4 @@
-"""The `council` command: which commands there are. Each is imported when it is asked for: `--help` must be quick."""
+"""The `council` command line. Each command is imported on first use, so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -16,85 +16,87 @@ from orchestrator.client.commands import SESSION_COMMANDS
 
 
 class CommandEntry(NamedTuple):
-    """Where a command is, as `module:name`, and the sentence that lists it; a test holds it to the command's own."""
+    """The location of a command, as `module:name`, and its summary; a test compares it with the command's own."""
 
     place: str
     help: str
 
 
-#: All commands, under the headings that `--help` shows them by.
+#: All commands by section, in the order of `--help`.
 COMMANDS_BY_SECTION: Mapping[str, Mapping[str, CommandEntry]] = {
     "Run": {
         "run": CommandEntry(
-            "orchestrator.cli.commands.runs.run:run_file", "Run the tasks of FILE and land what they build."
+            "orchestrator.cli.commands.runs.run:run_file", "Run the tasks of a file, or a prompt, and land their work."
         ),
-        "resume": CommandEntry(
-            "orchestrator.cli.commands.runs.run:resume", "Go on with a run from wherever it was cut off."
-        ),
+        "resume": CommandEntry("orchestrator.cli.commands.runs.run:resume", "Resume an interrupted run."),
         "merge": CommandEntry(
             "orchestrator.cli.commands.runs.run:merge",
-            "Land finished work of a run that waits, and merge the run's own branch into its base.",
+            "Land queued work, and merge the run's own branch into its base.",
         ),
-        "work": CommandEntry(
-            "orchestrator.cli.commands.runs.run:work", "Join the runs that are at work as one more process."
-        ),
+        "work": CommandEntry("orchestrator.cli.commands.runs.run:work", "Join active runs as an additional worker."),
     },
     "Set up": {
         "init": CommandEntry("orchestrator.cli.commands.setup.init:init", "Write a council.yaml for this repository."),
         "validate": CommandEntry(
             "orchestrator.cli.commands.setup.validate:validate",
-            "Check FILE without running it, and tell every mistake.",
+            "Report every mistake in a file, without running it.",
         ),
         "doctor": CommandEntry(
-            "orchestrator.cli.commands.setup.doctor:doctor", "Look whether a run could work here, and say what to mend."
+            "orchestrator.cli.commands.setup.doctor:doctor",
+            "Check that this repository is ready to run, and suggest fixes.",
         ),
         "adapters": CommandEntry(
             "orchestrator.cli.commands.setup.adapters:adapters",
-            "List the adapters that are installed, with what there is of their programs.",
+            "List installed adapters with their programs, versions and logins.",
         ),
         "workflow": CommandEntry(
             "orchestrator.cli.commands.setup.workflow:workflow",
-            "Show the workflows that there are, or copy one to change it.",
+            "Show workflows, or copy one to edit it.",
         ),
         "schema": CommandEntry(
-            "orchestrator.cli.commands.setup.schema:schema", "Print the JSON Schema of the file, for your editor."
+            "orchestrator.cli.commands.setup.schema:schema", "Print the JSON Schema of the file, for editors."
         ),
         "completion": CommandEntry(
-            "orchestrator.cli.commands.setup.completion:completion", "Print a script that completes commands in SHELL."
+            "orchestrator.cli.commands.setup.completion:completion", "Print a completion script for SHELL."
         ),
     },
-    "Look": {
+    "Inspect": {
         "status": CommandEntry(
-            "orchestrator.cli.commands.runs.status:status", "Show how a run stands; the exit code says so too."
+            "orchestrator.cli.commands.runs.status:status", "Show the state of a run, also as the exit code."
         ),
         "show": CommandEntry(
-            "orchestrator.cli.commands.runs.show:show", "Tell the whole story of a task: phases, sessions, handoffs."
+            "orchestrator.cli.commands.runs.show:show",
+            "Show a task in full: phases, sessions, handoffs, cost, landing.",
         ),
         "watch": CommandEntry(
             "orchestrator.cli.commands.runs.watch:watch",
-            "Show a run that is at work until it ends; Ctrl-C ends only the showing.",
+            "Show an active run until it ends; Ctrl-C ends only the display.",
         ),
         "runs": CommandEntry(
-            "orchestrator.cli.commands.runs.status:runs", "List the runs of this project, the oldest first."
+            "orchestrator.cli.commands.runs.status:runs", "List the runs of this project, oldest first."
         ),
         "usage": CommandEntry(
-            "orchestrator.cli.commands.runs.usage:usage", "Tell what a run used up, by adapter and by task."
+            "orchestrator.cli.commands.runs.usage:usage", "Show time, tokens and cost of a run, by adapter and by task."
         ),
-        "logs": CommandEntry("orchestrator.cli.commands.runs.logs:logs", "Show what a task's session did and said."),
+        "logs": CommandEntry("orchestrator.cli.commands.runs.logs:logs", "Show the log of a task's session."),
         "diff": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:diff", "Show what a task has changed, so far if it is at work."
+            "orchestrator.cli.commands.runs.tasks:diff", "Show a task's changes, including those of a running session."
         ),
         "check": CommandEntry(
             "orchestrator.cli.commands.runs.check:check",
-            "Hold what is recorded of a run's workflows against the rules.",
+            "Verify a run's workflow records.",
         ),
         "state": CommandEntry(
-            "orchestrator.cli.commands.state.state:state", "See what is recorded, now and at any earlier moment."
+            "orchestrator.cli.commands.state.state:state",
+            "Inspect and maintain the recorded state, now and in the past.",
         ),
         "locks": CommandEntry(
-            "orchestrator.cli.commands.state.locks:locks", "List what is locked, by whom and since when, and who waits."
+            "orchestrator.cli.commands.state.locks:locks", "List locks with their holders, times and waiters."
         ),
-        "where": CommandEntry("orchestrator.cli.commands.runs.status:where", "Say where everything is kept."),
+        "where": CommandEntry(
+            "orchestrator.cli.commands.runs.status:where",
+            "Print the locations of the state, the logs and the repositories.",
+        ),
     },
     "In a session": {
         **{
@@ -104,54 +106,52 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, CommandEntry]] = {
         },
         "share": CommandEntry(
             "orchestrator.cli.commands.sessions.share:share",
-            "Share values between the sessions of a run, or look at them.",
+            "Share values between the sessions of a run.",
         ),
         "mcp": CommandEntry(
             "orchestrator.cli.commands.sessions.mcp:mcp",
-            "Serve the commands of a session by the Model Context Protocol.",
+            "Serve the session commands as Model Context Protocol tools.",
         ),
     },
-    "Steer": {
+    "Control": {
         "cancel": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:cancel", "Cancel tasks; without TASK, all that have not ended."
+            "orchestrator.cli.commands.runs.tasks:cancel", "Cancel tasks; without TASK, all unfinished ones."
         ),
         "retry": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:retry", "Try tasks again that are over without having landed."
+            "orchestrator.cli.commands.runs.tasks:retry", "Retry terminal tasks that have not landed."
         ),
         "approve": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:approve", "Approve what tasks came to, so that they go on."
+            "orchestrator.cli.commands.runs.tasks:approve", "Approve the result of a phase, so that its task continues."
         ),
         "reject": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:reject", "Have done again what waits for approval."
+            "orchestrator.cli.commands.runs.tasks:reject", "Reject the result of a phase, and repeat the phase."
         ),
-        "task": CommandEntry("orchestrator.cli.commands.runs.tasks:task", "Say what is to become of single tasks."),
-        "salvage": CommandEntry(
-            "orchestrator.cli.commands.runs.salvage:salvage", "See, take over or drop work that is on no target."
-        ),
+        "task": CommandEntry("orchestrator.cli.commands.runs.tasks:task", "Exclude tasks from further attempts."),
+        "salvage": CommandEntry("orchestrator.cli.commands.runs.salvage:salvage", "List, apply or drop unmerged work."),
         "checkpoint": CommandEntry(
             "orchestrator.cli.commands.state.checkpoint:checkpoint",
-            "Name how a run stands now, or go back to how it stood.",
+            "Save and restore checkpoints of a run.",
         ),
         "clean": CommandEntry(
-            "orchestrator.cli.commands.state.clean:clean", "Remove what runs left over and nothing needs."
+            "orchestrator.cli.commands.state.clean:clean", "Remove leftovers of runs that nothing needs."
         ),
     },
 }
 
 
 class LazyCommandGroup(SuggestingGroup):
-    """The group of all commands; knows their names without importing them."""
+    """The group of all commands; lists their names without importing them."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command with whatever streams there are, and without programs of the current folder."""
+        """Run a command with usable standard streams, and without relative entries in PATH."""
         path = os.environ.get("PATH")
-        if path is not None:  # a relative entry of it would be a folder of the repository, where agents' work lands
+        if path is not None:  # a relative entry would name a folder of the repository, where agents' work lands
             os.environ["PATH"] = os.pathsep.join(one for one in path.split(os.pathsep) if one.startswith("/"))
         with usable_streams():
             return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; where it is interrupted before it begins, say so and exit as it would."""
+        """Run a command; report an interruption before its start with the usual exit code."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would exit with 1
@@ -161,16 +161,16 @@ class LazyCommandGroup(SuggestingGroup):
             ctx.exit(EXIT_INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        """Return all names in the order that they are shown."""
+        """Return all names in display order."""
         return [name for entries in COMMANDS_BY_SECTION.values() for name in entries]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
-        """Import a command; None if there is none of this name."""
+        """Import a command; return None for an unknown name."""
         entry = next((entries[cmd_name] for entries in COMMANDS_BY_SECTION.values() if cmd_name in entries), None)
         if entry is None:
             return None
         module, _, name = entry.place.partition(":")
-        gc.disable()  # looking for cycles among what stays for good takes a tenth of the time of importing it
+        gc.disable()  # collections take a tenth of the import time and free nothing: modules stay loaded
         try:
             command: click.Command = getattr(import_module(module), name)
         finally:
@@ -178,7 +178,7 @@ class LazyCommandGroup(SuggestingGroup):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  the same
-        """Write the commands under their headings."""
+        """Write the commands under their section headings."""
         for heading, entries in COMMANDS_BY_SECTION.items():
             with formatter.section(heading):
                 formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
@@ -187,18 +187,21 @@ class LazyCommandGroup(SuggestingGroup):
 @click.group(cls=LazyCommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cli-council", prog_name="council")
 def main() -> None:
-    """Run many AI coding CLIs at once on one git repository.
+    """Run AI coding CLIs in parallel on one git repository.
 
-    Each session works in a worktree of its own; finished work lands on the target branch one merge at a time.
+    Each session works in its own worktree. Finished work is merged, checked and landed on the target branch.
 
     \b
-    council run council.yaml    run the tasks of a file
-    council status              how the newest run stands
-    council resume              go on with what a crash or Ctrl-C cut off
-    council logs TASK -f        what a task's session does
-    council retry TASK          try again what failed
+    council init                write a council.yaml for this repository
+    council run                 run its tasks
+    council run "fix the bug"   run one task without a file
+    council status              show the state of the newest run
+    council resume              resume it after a crash or Ctrl-C
+    council logs TASK -f        follow the log of a task's session
+    council retry TASK          retry a failed task
 
-    Exit codes: 0 all landed or done, 1 some did not, 2 bad input, 3 our fault (the log is named), 130 interrupted.
+    Exit codes: 0 all landed or done, 1 some did not, 2 bad input, 3 internal error (prints the path of the log), 130
+    interrupted.
     """
 
 

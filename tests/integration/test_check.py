@@ -53,7 +53,7 @@ async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
     """One line for people, an object for programs, and for tests the same in Python."""
     run = landed(repository)
     told = repository.council("check")
-    assert (told.code, told.stdout) == (0, f"run {run}: 1 task with a workflow, 2 handoffs: all rules hold\n")
+    assert (told.code, told.stdout) == (0, f"run {run}: 1 task with a workflow, 2 handoffs: no violations\n")
     assert repository.council("check", run, "--json").result == {
         "run": run,
         "is_valid": True,

@@ -280,8 +280,9 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     """The whole store has checkpoints of its own; every command says in words what it did."""
     path = repository.configure([{"id": "one", "prompt": f"without {flag(repository)} exit 1", "attempts": 1}])
     assert repository.council("run", str(path)).code == 1
-    assert repository.council("checkpoint", "list").stdout == "there is no checkpoint\n"
-    assert repository.council("checkpoint", "create", "--all", "--reason", "a\x1bb").stdout == "made checkpoint all/1\n"
+    assert repository.council("checkpoint", "list").stdout == "no checkpoints\n"
+    created = repository.council("checkpoint", "create", "--all", "--reason", "a\x1bb").stdout
+    assert created == "created checkpoint all/1\n"
     assert repository.council("retry", "one").code == 0
     assert repository.council("run", str(path)).code == 1
     listed = repository.council("checkpoint", "list", "--all").stdout

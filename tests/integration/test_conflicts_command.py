@@ -62,7 +62,7 @@ async def test_the_guides_examples_are_true(project: Repository) -> None:
         line, _, expected = example.partition("\n")
         ended = project.council(*shlex.split(line)[1:])
         assert (ended.code, ended.stdout + ended.stderr) == (0, expected)
-    assert project.council("state", "conflicts").stdout == "no conflict waits\n"
+    assert project.council("state", "conflicts").stdout == "no conflicts\n"
     assert (
         project.council("state", "at", "now", "task/api", "--json").result["documents"][0]["value"]["status"]
         == "failed"

@@ -163,7 +163,7 @@ def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
     for shown in (repository.council("status"), repository.council("show", "a")):
         assert "a/1" not in shown.stdout
     assert repository.council("status", "--json").result["tasks"][0]["branch"] is None
-    assert "nothing is preserved" in repository.council("salvage", "list").stderr
+    assert "no unmerged work" in repository.council("salvage", "list").stderr
     cancelled = repository.council("cancel")
     assert (cancelled.code, "nothing to cancel" in cancelled.stderr) == (0, True)
     assert repository.council("checkpoint", "list", "--json").result["checkpoints"] == []

@@ -70,7 +70,7 @@ async def last(store: Store) -> CommitRecord:
 async def test_without_locks_there_is_nothing(repository: Repository) -> None:
     """Neither for people nor for programs."""
     async with opened(repository):
-        assert repository.council("locks").stdout == "nothing is locked\n"
+        assert repository.council("locks").stdout == "no locks\n"
         assert listed(repository) == []
 
 

@@ -19,7 +19,7 @@ async def test_file_that_is_right(repository: Repository) -> None:
     config = repository.configure(TASKS, target="out", defaults={"checks": ["true"]})
     text = repository.council("validate", str(config))
     assert (text.code, text.stderr) == (0, "")
-    assert text.stdout == f"{config} is right: 1 task, 1 adapter, from main onto out\n"
+    assert text.stdout == f"{config} is valid: 1 task, 1 adapter, from main onto out\n"
     told = repository.council("validate", str(config), "--json")
     assert told.lines == [
         {

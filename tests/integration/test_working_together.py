@@ -434,7 +434,7 @@ async def test_without_a_run_at_work_there_is_nothing_to_join(repository: Reposi
     repository.council("run", str(repository.configure(shared(1))))
     ended_at_once = repository.council("work")
     assert ended_at_once.code == 0
-    assert "no run is at work" in ended_at_once.stderr
+    assert "no active run" in ended_at_once.stderr
 
 
 async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(

@@ -20,12 +20,12 @@ def test_a_commit_of_any_time_can_be_listed(committed: int) -> None:
     [
         ("build/1", ["a", "b"], None, "changed a, b, not committed\n"),
         ("build/1", [], None, "changed nothing\n"),
-        ("build/1", ["mine"], "mine", "made the branch mine\n"),
+        ("build/1", ["mine"], "mine", "created branch mine\n"),
         (
             "build/conflict",
             ["mine"],
             "mine",
-            "made the branch mine: switch to it, mend what is marked, commit, and merge it into the target\n",
+            "created branch mine: switch to it, resolve the conflicts, commit, and merge it into the target\n",
         ),
     ],
 )

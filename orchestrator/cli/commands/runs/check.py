@@ -1,4 +1,4 @@
-"""The command that holds what is recorded of a run's workflows against the rules."""
+"""The command that verifies a run's workflow records."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 @store_option
 @json_option
 def check(run: str | None, as_json: bool) -> None:
-    """Hold what is recorded of a run's workflows against the rules.
+    """Verify a run's workflow records.
 
-    That is phases, sessions, handoffs and the files that they name; each rule that is broken is told with its place and
-    what to do. Without RUN it is the newest; it may be at work. The exit code is 1 where a rule is broken.
+    Checks phases, sessions, handoffs and the files that they name. Each violation is reported with its place and the
+    fix. The exit code is 1 if a rule is violated. RUN defaults to the newest run; it may be active.
 
     \b
     Examples:
@@ -59,14 +59,14 @@ def _lines(found: RunVerification) -> Iterator[str]:
         yield f"  → {one_line(violation.remedy)}"
     for task in found.tasks:
         for one in task.unseen:
-            yield f"not looked at: {one_line(one)}"
+            yield f"not checked: {one_line(one)}"
     if not found.tasks:
         yield f"run {found.run}: no task has a workflow"
         return
     tasks, handoffs = len(found.tasks), sum(task.handoffs for task in found.tasks)
     looked = f"{_counted(tasks, 'task')} with a workflow, {_counted(handoffs, 'handoff')}"
     broken = len(found.violations)
-    verdict = f"{_counted(broken, 'violation')}" if broken else "all rules hold"
+    verdict = f"{_counted(broken, 'violation')}" if broken else "no violations"
     yield f"run {found.run}: {looked}: {verdict}"
 
 

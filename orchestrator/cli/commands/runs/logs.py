@@ -1,4 +1,4 @@
-"""The command that shows the log of a task: what its sessions and checks did and said."""
+"""The command that shows the log of a task: the output of its sessions and checks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.entries import OutputEntryKind
 from orchestrator.system.instants import format_local_time
 
-#: Characters of a line of words, at most, however wide the terminal is; and at least.
+#: The maximum and minimum width of wrapped lines.
 _WIDEST, _NARROWEST = 100, 40
 
 
 @click.command()
 @click.argument("task", shell_complete=complete_tasks)
 @click.option("-f", "--follow", is_flag=True, help="Continue with new output until the task has ended.")
-@click.option("--session", "attempt", metavar="N", type=click.IntRange(min=1), help="Another than the newest.")
+@click.option(
+    "--session",
+    "attempt",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The number of a session; default: the newest.",
+)
 @click.option("--phase", metavar="PHASE", help="The newest session of this phase.")
 @click.option("--raw", is_flag=True, help="Print the original lines.")
 @run_option
@@ -43,10 +49,10 @@ _WIDEST, _NARROWEST = 100, 40
 def logs(
     task: str, follow: bool, attempt: int | None, phase: str | None, raw: bool, run: str | None, as_json: bool
 ) -> None:
-    """Show what a task's session did and said.
+    """Show the log of a task's session.
 
-    One line for each tool call with its main argument and outcome, the agent's words, warnings and errors, the output
-    of checks, and at the end the time and cost. Lines that are no JSON are printed as they are. Standard error goes to
+    Prints a line for each tool call with its main argument and outcome, messages, warnings and errors, the output of
+    checks, and finally the time and cost. Lines that are not JSON are printed unchanged. Standard error is printed to
     standard error.
 
     \b
@@ -57,7 +63,7 @@ def logs(
       council logs models --phase review
     """
     if attempt is not None and phase is not None:
-        raise click.UsageError("--session and --phase both choose a session: name one of them.")
+        raise click.UsageError("--session and --phase both select a session: use one of them.")
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
@@ -106,7 +112,7 @@ def _json(one: LogEntry | AttemptMarker) -> JsonObject:
 
 
 class _LogFormatter:
-    """The lines by which people read a log."""
+    """Formats the entries of a log as lines for people."""
 
     def __init__(self) -> None:
         self._stream = ""
@@ -114,7 +120,7 @@ class _LogFormatter:
         self._width = max(min(columns, _WIDEST), _NARROWEST)
 
     def lines(self, one: LogEntry | AttemptMarker) -> Iterator[str]:
-        """Yield the lines of an entry, or of an attempt's beginning or end."""
+        """Yield the lines of an entry, or of the start or end of an attempt."""
         if isinstance(one, AttemptMarker):
             yield printable(_attempt_line(one))
             return
@@ -123,7 +129,7 @@ class _LogFormatter:
         self._stream = one.stream
         match one.kind:
             case OutputEntryKind.LINE:
-                yield one.text  # a terminal gets it without what it would obey
+                yield one.text  # control characters are removed where it is printed
             case OutputEntryKind.TEXT:
                 for line in printable(one.text, keep="\n\t").split("\n"):
                     yield from self._wrapped(line)
@@ -139,7 +145,7 @@ class _LogFormatter:
         return parts or [""]
 
     def _tool(self, one: LogEntry) -> str:
-        """Return a tool call as one line, with as much of its argument as there is room for."""
+        """Return a tool call as one line, its argument shortened to the width."""
         bare = LogEntry(one.kind, "", one.tool, one.outcome)
         room = max(self._width - len(bare.line) - 1, _NARROWEST)
         text = one.text if len(one.text) <= room else f"{one.text[: room - 1]}…"

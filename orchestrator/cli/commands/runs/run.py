@@ -1,4 +1,4 @@
-"""Commands that take a run to its end."""
+"""Commands that execute a run: `run`, `resume`, `merge` and `work`."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ from orchestrator.errors import NothingToMerge, RefusedError, join_names
 from orchestrator.system.process import start_detached
 
 allow_failing_base_option = click.option(
-    "--allow-failing-base", is_flag=True, help="Start sessions though checks fail on the base."
+    "--allow-failing-base", is_flag=True, help="Start sessions although checks fail on the base."
 )
 
-#: Seconds between two looks whether a process in the background has begun.
+#: Seconds between two checks whether a background process has started.
 _POLL_INTERVAL = 0.05
-#: Interrupted runs that are named where another is resumed.
+#: The maximum number of other interrupted runs that `resume` names.
 _MOST_NAMED = 3
 
 capacity_option = click.option(
@@ -61,15 +61,15 @@ capacity_option = click.option(
     "--capacity",
     metavar="N",
     type=click.IntRange(1, MAX_CAPACITY),
-    help="Sessions at once; else as many as the file or the run says.",
+    help="The maximum number of concurrent sessions; default: that of the file or the run.",
 )
 
 
-detach_option = click.option("--detach", is_flag=True, help="Continue in the background, and end at once.")
+detach_option = click.option("--detach", is_flag=True, help="Continue in the background.")
 
 
 def _check_branch_option(_: click.Context, __: click.Parameter, branch: str | None) -> str | None:
-    """Reject a name that no branch can have: in a run's config it would look like a mistake of the file."""
+    """Reject an invalid branch name here: in a run's config it would be reported as a mistake of the file."""
     try:
         return branch if branch is None else check_branch(branch)
     except ValueError as error:
@@ -78,19 +78,27 @@ def _check_branch_option(_: click.Context, __: click.Parameter, branch: str | No
 
 @click.command("run")
 @click.argument("source", metavar="[FILE|PROMPT]", required=False, type=click.Path())
-@click.option("--task", "prompts", metavar="PROMPT", multiple=True, help="Do this instead of the file's tasks.")
 @click.option(
-    "--only", metavar="TASK", multiple=True, help="Of the file's tasks this one, with those that it needs; repeatable."
+    "--task",
+    "prompts",
+    metavar="PROMPT",
+    multiple=True,
+    help="Run this prompt instead of the file's tasks; repeatable.",
+)
+@click.option(
+    "--only", metavar="TASK", multiple=True, help="Run only this task of the file, and those it needs; repeatable."
 )
 @capacity_option
-@click.option("--adapter", metavar="ADAPTER", help="What runs each --task: of the file, or an installed type.")
-@click.option("--base", metavar="BRANCH", callback=_check_branch_option, help="Where each --task starts.")
-@click.option("--target", metavar="BRANCH", callback=_check_branch_option, help="Where each --task lands.")
-@click.option("--check", "checks", metavar="COMMAND", multiple=True, help="Must succeed on what each --task built.")
-@click.option("--allow-deferred", is_flag=True, help="Start although the target's checkout is dirty; land on resume.")
+@click.option("--adapter", metavar="ADAPTER", help="The adapter of prompts: from the file, or an installed type.")
+@click.option("--base", metavar="BRANCH", callback=_check_branch_option, help="The branch where prompts start.")
+@click.option("--target", metavar="BRANCH", callback=_check_branch_option, help="The branch where prompts land.")
+@click.option("--check", "checks", metavar="COMMAND", multiple=True, help="A check of prompts; repeatable.")
+@click.option(
+    "--allow-deferred", is_flag=True, help="Start although the checkout of the target has changes; land on resume."
+)
 @allow_failing_base_option
-@click.option("--dry-run", is_flag=True, help="Check all, and show what would run in which order; start nothing.")
-@click.option("--mermaid", is_flag=True, help="With --dry-run: print a Mermaid flowchart.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the plan; start nothing.")
+@click.option("--mermaid", is_flag=True, help="With --dry-run, print a Mermaid flowchart.")
 @detach_option
 @coordination_options
 @trust_option
@@ -114,11 +122,11 @@ def run_file(  # noqa: PLR0917  as many as there are options
     as_json: bool,
     coordination: CoordinationOverrides,
 ) -> None:
-    """Run the tasks of FILE and land what they build.
+    """Run the tasks of a file, or a prompt, and land their work.
 
-    Without FILE it is council.yaml, here or at the top of the repository. With a PROMPT, as with --task, there is one
-    task with the adapters and defaults of council.yaml, or else with the one adapter whose program is installed. What
-    ends in .yaml or .yml, or exists, is a FILE.
+    FILE defaults to council.yaml, in the current folder or at the top of the repository. A PROMPT, like --task, is a
+    task with the adapters and defaults of council.yaml, or without a file with the only adapter whose program is
+    installed. An argument that ends in .yaml or .yml, or that exists, is a FILE.
 
     \b
     Examples:
@@ -135,13 +143,15 @@ def run_file(  # noqa: PLR0917  as many as there are options
     if source is not None and file is None:
         prompts = (source, *prompts)
     if (adapter, base, target, checks) != (None, None, None, ()) and not prompts:
-        raise click.UsageError("--adapter, --base, --target and --check are for --task: a file says all that itself.")
+        raise click.UsageError(
+            "--adapter, --base, --target and --check apply to prompts; for a file, set them in the file."
+        )
     if detach and dry_run:
-        raise click.UsageError("--dry-run starts nothing that --detach could leave in the background.")
+        raise click.UsageError("--dry-run and --detach exclude each other.")
     if only and prompts:
-        raise click.UsageError("--only chooses of a file's tasks, and --task replaces them.")
+        raise click.UsageError("--only selects tasks of a file, and a prompt replaces them: use one of them.")
     if mermaid and (as_json or not dry_run):
-        raise click.UsageError("--mermaid goes with --dry-run, and not with --json.")
+        raise click.UsageError("--mermaid requires --dry-run and excludes --json.")
     tasks = InlineTasks(prompts, adapter, base, target, checks) if prompts else None
 
     async def command(context: CommandContext) -> int:
@@ -151,11 +161,11 @@ def run_file(  # noqa: PLR0917  as many as there are options
         await require_trust(config, is_named=file is not None)
         if dry_run:
             config = with_failing_base(config) if allow_failing_base else config
-            rehearsal = await perform_dry_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
-            return _show_rehearsal(rehearsal, context.output, mermaid=mermaid)
+            plan = await perform_dry_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
+            return _show_plan(plan, context.output, mermaid=mermaid)
         async with open_council(context.log, config, plugins) as council:
             if detach and council.store_url == MEMORY:
-                raise RefusedError("a store in memory ends with this process", "leave --detach out, or choose another")
+                raise RefusedError("a store in memory ends with this process", "omit --detach, or use another store")
             run = await council.runs.create(
                 allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
             )
@@ -166,20 +176,20 @@ def run_file(  # noqa: PLR0917  as many as there are options
     run_command(command, as_json=as_json)
 
 
-def _show_rehearsal(rehearsal: DryRun, output: Output, *, mermaid: bool) -> int:
-    code = findings_exit_code(rehearsal.findings)
+def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
+    code = findings_exit_code(plan.findings)
     if output.as_json:
-        output.json({**rehearsal.to_json(), "exit": code})
+        output.json({**plan.to_json(), "exit": code})
         return code
-    output.text(flowchart(rehearsal) if mermaid else plan_text(rehearsal))
-    if rehearsal.findings:
-        output.text("".join(f"{line}\n" for line in ("", *finding_lines(rehearsal.findings))), err=mermaid)
+    output.text(flowchart(plan) if mermaid else plan_text(plan))
+    if plan.findings:
+        output.text("".join(f"{line}\n" for line in ("", *finding_lines(plan.findings))), err=mermaid)
     return code
 
 
 @click.command()
 @run_argument
-@click.option("--budget", metavar="LIMITS", callback=parse_budget_option, help="Other limits of the run's budget.")
+@click.option("--budget", metavar="LIMITS", callback=parse_budget_option, help="New limits of the run's budget.")
 @capacity_option
 @detach_option
 @allow_failing_base_option
@@ -196,9 +206,9 @@ def resume(
     as_json: bool,
     coordination: CoordinationOverrides,
 ) -> None:
-    """Go on with a run from wherever it was cut off.
+    """Resume an interrupted run.
 
-    Without RUN it is the newest. LIMITS are of tokens, cost (US dollars) or time, separated by commas.
+    RUN defaults to the newest run. LIMITS are tokens, cost (US dollars) and time, separated by commas.
 
     \b
     Examples:
@@ -208,7 +218,9 @@ def resume(
     """
 
     if detach and coordination.given():
-        raise click.UsageError("--detach does not take options of coordination: set their variables instead.")
+        raise click.UsageError(
+            "--detach excludes the options of coordination: set their environment variables instead."
+        )
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
@@ -223,8 +235,11 @@ def resume(
                 context.output.notice(_other_interrupted_runs(name, others))
             if detach:
                 limits = {} if budget is None else budget.model_dump(exclude_none=True)
-                said = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
-                options = [*(["--budget", said] if said else []), *([] if capacity is None else ["-j", str(capacity)])]
+                budget_text = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
+                options = [
+                    *(["--budget", budget_text] if budget_text else []),
+                    *([] if capacity is None else ["-j", str(capacity)]),
+                ]
                 options += ["--allow-failing-base"] if allow_failing_base else []
                 return await _detach(council, name, context, options)
             after = await council.history.position()
@@ -247,11 +262,11 @@ def resume(
 @store_option
 @json_option
 def merge(run: str | None, as_json: bool) -> None:
-    """Land finished work of a run that waits, and merge the run's own branch into its base.
+    """Land queued work, and merge the run's own branch into its base.
 
-    Work waits where the target could not be moved, for example because its checkout had changes. Where a run landed on
-    council/RUN, that branch is merged into the base with the checks of all tasks, as a run of its own with one task.
-    No session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
+    Work is queued while the target cannot move, for example because its checkout has changes. If the run landed on
+    council/RUN, that branch is merged into the base with the checks of all tasks, as a run of its own with one task. No
+    session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
 
     \b
     Examples:
@@ -267,7 +282,7 @@ def merge(run: str | None, as_json: bool) -> None:
                 raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
             waiting = any(task.status in LANDING_STATUSES for task in report.tasks)
             if not waiting and not own_branch(report):
-                return await _show_nothing(context, council, report, f"nothing of run {name} waits to land")
+                return await _show_nothing(context, council, report, f"run {name} has nothing to merge")
             after = await council.history.position()
             if waiting:
                 code = await _execute(council, name, context, after, lambda: council.runs.land(name))
@@ -293,7 +308,7 @@ async def _show_nothing(context: CommandContext, council: Council, report: RunRe
 
 
 def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
-    """Say which runs `resume` without a name does not mean."""
+    """Return a line that names the older interrupted runs, which `resume` without a name does not resume."""
     named = join_names(others[::-1], _MOST_NAMED)
     return f"the newest run is {run}; also interrupted or halted: {named}; `council resume RUN` resumes one"
 
@@ -301,7 +316,7 @@ def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
 @click.command()
 @run_argument
 @capacity_option
-@click.option("--follow", is_flag=True, help="Stay, and join the runs that begin later.")
+@click.option("--follow", is_flag=True, help="Also join runs that start later.")
 @partial(coordination_options, joins=True)
 @verbose_option
 @store_option
@@ -309,10 +324,10 @@ def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
 def work(
     run: str | None, capacity: int | None, follow: bool, as_json: bool, coordination: CoordinationOverrides
 ) -> None:
-    """Join the runs that are at work as one more process.
+    """Join active runs as an additional worker.
 
-    It claims tasks that are free and whose CLI is installed here, and takes over those of processes that are gone. Ends
-    when nothing is left. With RUN it joins this run alone, which nobody need be at work in.
+    The worker claims free tasks whose CLI is installed here, and takes over those of processes that have exited. It
+    ends when no task is left. With RUN it joins only this run, which may be inactive.
 
     \b
     Examples:
@@ -321,7 +336,7 @@ def work(
       council work --follow
     """
     if run is not None and follow:
-        raise click.UsageError("--follow joins whatever runs begin; RUN names one.")
+        raise click.UsageError("--follow joins all runs, and RUN names one: use one of them.")
 
     async def join(council: Council, name: str, context: CommandContext) -> int:
         work = partial(council.runs.work, name, capacity=capacity, coordination=coordination)
@@ -338,17 +353,17 @@ def work(
                     if context.interrupt.is_stopping:
                         break
             if code is None:
-                context.output.notice("no run is at work: `council run` starts one, `council resume` goes on with one")
+                context.output.notice("no active run: `council run` starts one, `council resume` resumes one")
             return code or 0
 
     run_command(command, as_json=as_json)
 
 
 async def _detach(council: Council, run: str, context: CommandContext, options: Sequence[str] = ()) -> int:
-    """Have another process take a run to its end, which outlives this one and the terminal."""
+    """Execute a run in another process, which outlives this one and the terminal."""
     if await council.runs.is_live(run):
         raise RefusedError(
-            f"run {run} is running already", f"`council watch {run}` shows it, `council work {run}` joins it"
+            f"run {run} is already running", f"`council watch {run}` shows it, `council work {run}` joins it"
         )
     log = council.project.background_log(run)
     store = store_option_url()
@@ -372,7 +387,7 @@ async def _detach(council: Council, run: str, context: CommandContext, options: 
 async def _execute(
     council: Council, run: str, context: CommandContext, after: int, execute: Callable[[], Awaitable[RunReport]]
 ) -> int:
-    """Execute a run with its events shown, and print the result; the first signal stops it cleanly."""
+    """Execute a run, show its events, and print the result; the first signal stops it cleanly."""
     context.interrupt.stop = council.stop
     with suppress(RefusedError):  # which executing it says better
         if not await council.runs.is_live(run):
@@ -385,7 +400,7 @@ async def _execute(
 
 
 def _remove_background_error(log: Path) -> None:
-    """Remove the errors of an earlier process in the background, unless this is one that writes there. Blocks."""
+    """Remove the error log of an earlier background process, unless this process writes to it. Blocks."""
     with suppress(OSError):
         if not os.path.samestat(log.stat(), os.fstat(2)):
             log.unlink()

@@ -1,4 +1,4 @@
-"""Commands for work that is kept and on no target."""
+"""Commands for unmerged work."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from orchestrator.cli.render.text import printable
 
 @click.group(cls=SuggestingGroup)
 def salvage() -> None:
-    """See, take over or drop work that is on no target.
+    """List, apply or drop unmerged work.
 
-    It is of attempts that failed, conflicted, were cancelled or cut off, also where a later attempt of the task landed.
+    This is the work of attempts that failed, conflicted, or were cancelled or interrupted, even if a later attempt of
+    the task landed.
 
     \b
     Examples:
@@ -42,10 +43,10 @@ def salvage() -> None:
 @store_option
 @json_option
 def list_kept(run: str | None, as_json: bool) -> None:
-    """List what is kept, the newest run first.
+    """List unmerged work, newest run first.
 
-    With the state that the task of each has now: of one that landed, this is work of an earlier attempt. The other
-    commands take the names, for another run than the newest together with --run.
+    Includes the state of each task: for a landed task, this is the work of an earlier attempt. The other commands take
+    these names; for a run other than the newest, add --run.
 
     \b
     Examples:
@@ -62,7 +63,7 @@ def list_kept(run: str | None, as_json: bool) -> None:
             for one in [] if as_json else kept:
                 context.output.text(_line(one))
             if not kept:
-                context.output.notice("nothing is preserved" + (f" of run {names[0]}" if run else ""))
+                context.output.notice("no unmerged work" + (f" of run {names[0]}" if run else ""))
             return 0
 
     run_command(command, as_json=as_json)
@@ -77,18 +78,18 @@ def _line(one: PreservedWork) -> str:
 
 
 def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
-    told = "changed nothing"
+    told = "no changes"
     if branch is not None:
-        told = f"made the branch {branch}"
+        told = f"created branch {branch}"
         if name.endswith("/conflict"):
-            told += ": switch to it, mend what is marked, commit, and merge it into the target"
+            told += ": switch to it, resolve the conflicts, commit, and merge it into the target"
     elif changed:
         told = f"changed {', '.join(changed)}, not committed"
     return printable(told) + "\n"
 
 
 def _local(instant: int) -> str:
-    """Return a commit's time as a person reads it; whoever committed may have written any number."""
+    """Return a commit's time as text. Commits may contain any number as their time."""
     try:
         return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M}"
     except (ValueError, OverflowError, OSError):
@@ -101,7 +102,7 @@ def _local(instant: int) -> str:
 @run_option
 @store_option
 def show(name: str, stat: bool, run: str | None) -> None:
-    """Show what kept work changes.
+    """Show the changes of unmerged work.
 
     \b
     Examples:
@@ -120,14 +121,15 @@ def show(name: str, stat: bool, run: str | None) -> None:
 
 @salvage.command()
 @click.argument("name", shell_complete=complete_preserved_work)
-@click.option("--branch", metavar="BRANCH", help="Make this branch of it instead, in your repository.")
+@click.option("--branch", metavar="BRANCH", help="Create this branch in your repository instead.")
 @run_option
 @store_option
 @json_option
 def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None:
-    """Bring kept work into your files, uncommitted.
+    """Apply unmerged work to your files, without a commit.
 
-    All of it, or nothing if it does not fit. With --branch it becomes a branch of your repository instead.
+    Applies all changes, or none if they conflict with your files. With --branch, creates a branch in your repository
+    instead.
 
     \b
     Examples:
@@ -154,7 +156,7 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
 @store_option
 @json_option
 def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
-    """Delete kept work for good, after a yes.
+    """Delete unmerged work, after confirmation.
 
     \b
     Examples:
@@ -166,7 +168,7 @@ def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> N
         async with open_council(context.log) as council:
             work = await council.runs.find(run)
             kept = {one.name for one in await council.changes.preserved(work)}
-            question = f"Delete {', '.join(names)} of run {work} for good?"
+            question = f"Delete {', '.join(names)} of run {work}?"
             if kept.issuperset(names) and not await confirm_action(context.output, question, yes=yes):
                 return 1
             await council.changes.drop(names, work)

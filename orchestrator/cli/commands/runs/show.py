@@ -1,4 +1,4 @@
-"""The command that tells the whole story of a task."""
+"""The command that shows a task in full."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from orchestrator.errors import RefusedError
 @store_option
 @json_option
 def show(task: str, run: str | None, as_json: bool) -> None:
-    """Tell the whole story of a task: phases, sessions, handoffs.
+    """Show a task in full: phases, sessions, handoffs, cost, landing.
 
-    With what each phase was given and what was left out, findings, tokens, cost and time, and its landing; of a running
-    task also its latest activity. What was handed over is shortened; with --json it is there as it is.
+    Includes the inputs of each phase and the omitted values, findings, tokens and time, and the latest activity of a
+    running task. Handoffs are shortened; --json prints them in full.
 
     \b
     Examples:
@@ -56,7 +56,7 @@ def show(task: str, run: str | None, as_json: bool) -> None:
 
 
 async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
-    """Return the next commands for a task, or for its run, a line each."""
+    """Return the lines with the next commands for a task, or for its run."""
     try:
         report = await council.runs.status(run)
     except RefusedError:  # its repositories are gone

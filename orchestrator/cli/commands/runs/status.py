@@ -1,4 +1,4 @@
-"""Commands that look at runs."""
+"""Commands that show runs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 @store_option
 @json_option
 def status(run: str | None, as_json: bool) -> None:
-    """Show how a run stands; the exit code says so too.
+    """Show the state of a run, also as the exit code.
 
-    Without RUN it is the newest.
+    RUN defaults to the newest run.
 
     \b
     Examples:
@@ -51,11 +51,13 @@ def status(run: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--active", is_flag=True, help="Only those that run, are interrupted or halted, or have tasks that wait.")
+@click.option(
+    "--active", is_flag=True, help="List only active, interrupted and halted runs, and runs with waiting tasks."
+)
 @store_option
 @json_option
 def runs(active: bool, as_json: bool) -> None:
-    """List the runs of this project, the oldest first.
+    """List the runs of this project, oldest first.
 
     \b
     Examples:
@@ -84,7 +86,7 @@ def runs(active: bool, as_json: bool) -> None:
 
 
 def _step_lines(report: RunReport) -> Sequence[str]:
-    """Return the next commands for a run, a line each."""
+    """Return the lines with the next commands for a run."""
     if steps := halt_steps(report):
         return [printable(str(step)) for step in steps]
     return [f"next: {step}"] if (step := run_step(report)) else []
@@ -103,9 +105,7 @@ def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
 @store_option
 @json_option
 def where(as_json: bool) -> None:
-    """Say where everything is kept.
-
-    That is the state, the logs and the repositories of our own.
+    """Print the locations of the state, the logs and the repositories.
 
     \b
     Examples:

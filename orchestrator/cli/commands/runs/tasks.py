@@ -1,4 +1,4 @@
-"""Commands for single tasks, from any terminal: on a run that is at work as well as on one that is not."""
+"""Commands for single tasks of active and inactive runs, from any terminal."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from orchestrator.domain.runs.model import FINAL_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.errors import join_names
 
-_color = click.option("--color/--no-color", default=None, help="Colours; by default on a terminal only.")
+_color = click.option("--color/--no-color", default=None, help="Use colours; default: on a terminal only.")
 #: Unfinished tasks that are named where all are to be cancelled.
 _MOST_NAMED = 5
-stat_option = click.option("--stat", is_flag=True, help="Files and counts of lines only.")
+stat_option = click.option("--stat", is_flag=True, help="Show only file names and line counts.")
 
 
 def _request_and_show(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> None:
@@ -50,11 +50,11 @@ def _request_and_show(ask: Callable[[Council], Awaitable[RunReport]], *, as_json
 
 
 def _print_still_landing(context: CommandContext, report: RunReport, tasks: Sequence[str]) -> int:
-    """Name those of the tasks that could not be cancelled because they are landing; return the exit code."""
+    """Report tasks that were not cancelled because they are landing; return the exit code."""
     landing = [task.id for task in report.tasks if task.id in tasks and task.status == TaskStatus.LANDING]
     who = "the run" if report.status is RunStatus.RUNNING else "`council resume`"
     for task in landing:
-        context.output.notice(printable(f"could not cancel {task}: it is landing, which {who} finishes first"))
+        context.output.notice(printable(f"{task} was not cancelled: it is landing, and {who} completes that first"))
     return 1 if landing else 0
 
 
@@ -66,11 +66,11 @@ def _print_still_landing(context: CommandContext, report: RunReport, tasks: Sequ
 @store_option
 @json_option
 def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
-    """Cancel tasks; without TASK, all that have not ended.
+    """Cancel tasks; without TASK, all unfinished ones.
 
-    Sessions are stopped, what they did is kept on branches. The exit code is 0 if every task has ended then, also if it
-    had ended before, which is reported. A landing under way is finished: its task is not cancelled, and the exit code
-    is 1. An unknown task is an error, with exit code 2. Without TASK it asks first.
+    Stops their sessions and preserves their work on branches. The exit code is 0 if every task has ended, including
+    tasks that had ended before, which are reported. A task that is landing is not cancelled: the exit code is 1. An
+    unknown task is an error with exit code 2. Without TASK it asks for confirmation.
 
     \b
     Examples:
@@ -107,7 +107,7 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
 
 @click.group(cls=SuggestingGroup)
 def task() -> None:
-    """Say what is to become of single tasks.
+    """Exclude tasks from further attempts.
 
     \b
     Examples:
@@ -117,15 +117,15 @@ def task() -> None:
 
 @task.command("ignore")
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_unfinished_tasks)
-@click.option("--reason", metavar="TEXT", required=True, help="Why nobody is to try them.")
+@click.option("--reason", metavar="TEXT", required=True, help="The reason, which is recorded.")
 @run_option
 @verbose_option
 @store_option
 @json_option
 def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: bool) -> None:
-    """End tasks, and have nobody try them again.
+    """Cancel tasks, and prevent further attempts.
 
-    They are cancelled, whichever process is at work on them, and stay so until `council retry`.
+    Cancels them in whichever process they are active. They stay cancelled until `council retry`.
 
     \b
     Examples:
@@ -145,23 +145,22 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
 
 @click.command()
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_retryable_tasks)
-@click.option("--from", "phase", metavar="PHASE", help="Go on at this phase of their workflow.")
-@click.option("--reload", "reloads", is_flag=True, help="Take their prompts, limits and adapters from the file again.")
+@click.option("--from", "phase", metavar="PHASE", help="Retry from this phase of their workflow.")
+@click.option("--reload", "reloads", is_flag=True, help="Adopt the prompts, limits and adapters of the current file.")
 @run_option
 @trust_option
 @verbose_option
 @store_option
 @json_option
 def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | None, as_json: bool) -> None:
-    """Try tasks again that are over without having landed.
+    """Retry terminal tasks that have not landed.
 
-    They have all of their attempts before them. Those with a workflow go on at the phase that they were at, or at
-    PHASE; what came of the phases before that stays. A run that is at work does so at once; otherwise `council resume`
-    does.
+    Resets their attempts. A task with a workflow continues at its current phase, or at PHASE; the results of earlier
+    phases stay. An active run starts the tasks at once; otherwise run `council resume`.
 
-    A run keeps the prompts, limits and adapters that it recorded when it started. With --reload these tasks take over
-    what the file says now; `needs`, `owns` and `workflow` can't change. A task that waits to start or to land takes it
-    over, too, and stays in its state.
+    A run keeps the prompts, limits and adapters that it recorded at its start. --reload adopts those of the current
+    file for these tasks; `needs`, `owns` and `workflow` cannot change. Pending and queued tasks adopt them too, and
+    keep their state.
 
     \b
     Examples:
@@ -189,16 +188,16 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
 
 @click.command()
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_approvable_tasks)
-@click.option("--note", metavar="TEXT", help="Why, for the record.")
+@click.option("--note", metavar="TEXT", help="A note, which is recorded.")
 @run_option
 @verbose_option
 @store_option
 @json_option
 def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
-    """Approve what tasks came to, so that they go on.
+    """Approve the result of a phase, so that its task continues.
 
-    `council status` lists those that wait for it, `council show TASK` has what they came to. A run that is at work goes
-    on at once; otherwise `council resume` does.
+    `council status` lists the tasks that wait for approval, and `council show TASK` shows the result. An active run
+    continues the tasks at once; otherwise run `council resume`.
 
     \b
     Examples:
@@ -210,16 +209,16 @@ def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: 
 
 @click.command()
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_approvable_tasks)
-@click.option("--note", metavar="TEXT", help="What is to be better, as their sessions are told.")
+@click.option("--note", metavar="TEXT", help="A note to the session that repeats the phase.")
 @run_option
 @verbose_option
 @store_option
 @json_option
 def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
-    """Have done again what waits for approval.
+    """Reject the result of a phase, and repeat the phase.
 
-    The phase that each task is at begins anew, with the note. A run that is at work goes on at once; otherwise `council
-    resume` does. To have none of it, `council cancel TASK`.
+    The session that repeats it gets the note. An active run starts it at once; otherwise run `council resume`. To end
+    the task instead, run `council cancel TASK`.
 
     \b
     Examples:
@@ -235,9 +234,9 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
 @run_option
 @store_option
 def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
-    """Show what a task has changed, so far if it is at work.
+    """Show a task's changes, including those of a running session.
 
-    After a run was killed, the worktree that an interrupted session left is compared.
+    After a run was killed, shows the changes in the worktree of the interrupted session.
 
     \b
     Examples:
@@ -255,5 +254,5 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
 
 
 def should_use_color(color: bool | None) -> bool:
-    """Return whether a difference is to be coloured."""
+    """Return whether to colour a diff."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color

@@ -1,4 +1,4 @@
-"""The command that tells what a run used up."""
+"""The command that shows the usage of a run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 @store_option
 @json_option
 def usage(run: str | None, as_json: bool) -> None:
-    """Tell what a run used up, by adapter and by task.
+    """Show time, tokens and cost of a run, by adapter and by task.
 
-    That is the time of its sessions, tokens and US dollars, as far as the CLIs told; what a session cost whose CLI did
-    not tell is estimated by the price of its model, if that is known. Without RUN it is the newest.
+    Tokens and cost (US dollars) are those that the CLIs report. If a CLI reports no cost, it is estimated from the
+    price of its model, if known. RUN defaults to the newest run.
 
     \b
     Examples:
@@ -67,13 +67,13 @@ def _rows(found: RunUsage) -> Iterator[list[str]]:
 
 def _cells(one: Usage) -> list[str]:
     told = one.input_tokens or one.output_tokens
-    tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if told else ["not told"] * 2
+    tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if told else ["unknown"] * 2
     return [str(one.sessions), format_minutes(one.seconds / 60), *tokens, _cost(one)]
 
 
 def _cost(one: Usage) -> str:
     if one.cost is None:
-        return "not told"
+        return "unknown"
     parts = [] if one.priced == one.sessions else [f"of {one.priced} of {one.sessions} sessions"]
     parts += ["by price"] if one.estimated else []
     told = f" ({', '.join(parts)})" if parts else ""
@@ -85,7 +85,7 @@ def _notes(found: RunUsage) -> Iterator[str]:
     total = found.total
     spent = Spending(total.input_tokens + total.output_tokens, total.cost or 0.0, total.seconds)
     for share in compute_budget_usage(limits, spent):
-        yield f"Of its budget: {share.describe()}."
+        yield f"Budget: {share.describe()}."
     if found.damaged:
         names = ", ".join(found.damaged)
-        yield f"The state log is damaged: {names} may have used up more; `council state verify` tells more."
+        yield f"The state log is damaged: {names} may have used more; `council state verify` shows the damage."

@@ -1,4 +1,4 @@
-"""The command that shows a run that is at work, from any terminal."""
+"""The command that shows an active run, from any terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.cli.core.command import (
 from orchestrator.cli.live.display import show_progress
 from orchestrator.cli.render.result import running_task_lines
 
-#: Seconds between two looks whether a process is still at work in the run: one that was killed says nothing.
+#: Seconds between two checks whether a process is still active in the run: a killed one records no end.
 _LIVENESS_INTERVAL = 0.5
 
 
@@ -28,10 +28,9 @@ _LIVENESS_INTERVAL = 0.5
 @store_option
 @json_option
 def watch(run: str | None, as_json: bool) -> None:
-    """Show a run that is at work until it ends; Ctrl-C ends only the showing.
+    """Show an active run until it ends; Ctrl-C ends only the display.
 
-    Without a terminal it prints the tasks that are running now, then a line for each event. Without RUN it is the
-    newest.
+    Without a terminal, prints the running tasks, then a line for each event. RUN defaults to the newest run.
 
     \b
     Examples:
@@ -44,7 +43,7 @@ def watch(run: str | None, as_json: bool) -> None:
             name = await council.runs.find(run)
             after = await council.history.position()
             if await council.runs.is_live(name):
-                if not (as_json or context.output.can_draw_tables):  # the table has it
+                if not (as_json or context.output.can_draw_tables):  # the table shows them
                     context.output.text(
                         "".join(f"{line}\n" for line in running_task_lines(await council.runs.status(name)))
                     )

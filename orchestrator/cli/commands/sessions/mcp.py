@@ -1,6 +1,6 @@
 """`council mcp`.
 
-It does not use `cli.core.command`, whose imports take a second: CLIs do not wait long for a server.
+Does not use `cli.core.command`, whose imports are slow: CLIs do not wait long for a server.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from orchestrator.cli.render.output import Output
 
 @click.command()
 def mcp() -> None:
-    """Serve the commands of a session by the Model Context Protocol.
+    """Serve the session commands as Model Context Protocol tools.
 
-    On standard input and output, with the rights of the session in whose worktree it is started. CLIs that can use such
-    servers get it from `council run`; by hand it is of use only to look at it.
+    Uses standard input and output, and has the permissions of the session in whose worktree it starts. `council run`
+    configures it for CLIs that support such servers.
 
     \b
     Examples:

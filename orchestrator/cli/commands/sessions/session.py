@@ -1,6 +1,6 @@
-"""The commands that programs in a session type: their help, and what the quick way leaves to click.
+"""The session commands for click: their help, and the arguments that the fast parser rejects.
 
-Made of the table that the quick way reads too, so that both know the same words.
+Generated from the table that the fast parser also reads.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from orchestrator.client.quick_parser import ParsedCommand
 
 
 class _Seconds(click.FloatRange):
-    """Seconds within bounds; `nan` is refused, which is below and above none."""
+    """Seconds within bounds; rejects `nan`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number; what is none is told as what is out of bounds is."""
+        """Return the number; report an invalid one like one that is out of bounds."""
         seconds = super().convert(value, param, ctx)
         if isnan(seconds):
-            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
         return seconds
 
 
 def click_parameter(argument: Argument) -> click.Parameter:
-    """Return what click has to know of an argument."""
+    """Return the click parameter of an argument."""
     kind: click.ParamType[Any] = click.STRING
     if argument.kind == SECONDS:
         kind = _Seconds(0, MAX_WAIT_SECONDS)
@@ -57,7 +57,7 @@ def click_parameter(argument: Argument) -> click.Parameter:
         [argument.option, argument.name],
         type=kind,
         multiple=argument.kind == PATHS,
-        help=f"{argument.help.removesuffix('.')}; may be repeated." if argument.kind == PATHS else argument.help,
+        help=f"{argument.help.removesuffix('.')}; repeatable." if argument.kind == PATHS else argument.help,
         metavar=None if argument.choices else argument.metavar,
     )
 
@@ -82,9 +82,9 @@ def _command(name: str) -> click.Command:
 
 
 def command_help(asked: SessionCommand) -> str:
-    """Return the help of a command: what it does, for whom it is, and examples."""
+    """Return the help of a command: summary, audience and examples."""
     examples = "\n".join(f"  {line}" for line in asked.examples)
-    where = "" if asked.is_for_all else "For programs that `council run` has started, in their worktree."
+    where = "" if asked.is_for_all else "For programs that `council run` starts, in their worktree."
     return f"{asked.help}\n\n{asked.more} {where}\n\n\b\nExamples:\n{examples}"
 
 

@@ -1,4 +1,4 @@
-"""`council share`: what the sessions of a run share, from within one of them or by hand."""
+"""`council share`: values that the sessions of a run share, in a session or manually."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from orchestrator.protocols import JsonObject
 
 @click.group(cls=SuggestingGroup)
 def share() -> None:
-    """Share values between the sessions of a run, or look at them.
+    """Share values between the sessions of a run.
 
-    A program in a session asks as that session; anybody else names the run with --run, or means the newest.
+    A program in a session acts as that session. Outside sessions, --run selects the run; default: the newest.
 
     \b
     Examples:
@@ -60,7 +60,7 @@ def _command(asked: SessionCommand) -> click.Command:
 
 
 def run_outside_session(asked: SessionCommand, words: JsonObject, run: str | None, *, as_json: bool) -> None:
-    """Do what a command asks outside of sessions, print what comes of it, and exit."""
+    """Execute a command outside sessions, print its result, and exit."""
 
     async def command(context: CommandContext) -> int:
         try:

@@ -1,4 +1,4 @@
-"""The command that tries an adapter: by the contract of adapters, and by one small task in a scratch repository."""
+"""The command that tests an adapter: by the adapter contract, and by a small task in a scratch repository."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ _LONGEST_LINE: Final = 200
 
 @click.command("test")
 @click.argument("name")
-@click.option("--no-live", is_flag=True, help="The contract alone: nothing is asked of the program.")
-@click.option("--prompt", default=None, help="Other words for the task: hello.txt is to hold hello.")
+@click.option("--no-live", is_flag=True, help="Check only the contract; start no session.")
+@click.option("--prompt", default=None, help="The prompt of the task, which must write hello to hello.txt.")
 @click.option(
     "--timeout",
     metavar="TIME",
     default="5m",
     callback=parse_duration_option,
-    help="The longest that the session may take.",
+    help="The time limit of the session.",
 )
 @trust_option
 @json_option
 def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_json: bool) -> None:
-    """Try an adapter: NAME is one of council.yaml, or an installed type.
+    """Test an adapter of council.yaml, or an installed type.
 
-    First the contract of adapters is run against it, as it is configured. Then it has one small task in a scratch
-    repository, behind the same fence as in a run: that uses your login, and costs what such a session costs.
+    First runs the adapter contract against the configured adapter. Then runs a small task in a scratch repository, in
+    the same sandbox as a run: this uses your login, and costs what such a session costs.
 
     \b
     Examples:
@@ -86,7 +86,7 @@ def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_jso
 
 @dataclass(frozen=True, slots=True)
 class _AdapterTestResult:
-    """What came of it; `contract` is a sentence where that could not be run, `live` where no session came about."""
+    """The results; `contract` is an error if it could not run, `live` if no session started."""
 
     name: str
     use: str
@@ -94,7 +94,7 @@ class _AdapterTestResult:
     status: AdapterStatus
     live: TaskReport | str | None
     said: str
-    """The end of what a session that did not land printed."""
+    """The end of the output of a session that did not land."""
     is_live: bool
 
     @property
@@ -111,7 +111,7 @@ class _AdapterTestResult:
             yield f"contract  not run: {one_line(self.contract)}"
         else:
             kept = len(self.contract) - len(self.failed)
-            yield f"contract  {kept} of {len(self.contract)} promises kept"
+            yield f"contract  {kept} of {len(self.contract)} checks passed"
             for one in self.failed:
                 yield f"          {one.test}: {one.promise}"
                 yield from (f"            {line}" for line in one.said.splitlines()[-5:])
@@ -147,16 +147,16 @@ def _plain(results: Sequence[ContractResult]) -> list[JsonObject]:
 
 def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
     if not isinstance(live, TaskReport):
-        yield f"session   {one_line(live or 'did not come about')}"
+        yield f"session   {one_line(live or 'did not start')}"
         return
     if live.status != "landed":
         yield f"session   {live.status}: {one_line(live.reason or '')}"
         return
-    tokens = f"{live.input_tokens:,} tokens in, {live.output_tokens:,} out" if live.input_tokens else "tokens not told"
-    cost = "cost not known" if live.cost is None else f"${live.cost:.4f}"
+    tokens = f"{live.input_tokens:,} tokens in, {live.output_tokens:,} out" if live.input_tokens else "tokens unknown"
+    cost = "cost unknown" if live.cost is None else f"${live.cost:.4f}"
     yield f"session   landed; {tokens}; {cost}"
     if live.last_message:
-        yield f"          it said: {one_line(live.last_message)[:200]}"
+        yield f"          message: {one_line(live.last_message)[:200]}"
 
 
 async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:
@@ -168,16 +168,18 @@ async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:
     of_file = list(scene.config.adapters) if isinstance(scene.config, RunConfig) else []
     if name not in types:
         known = ", ".join(sorted({*of_file, *types}))
-        raise RefusedError(f"there is no adapter {name!r} here", f"name one of {known}")
+        raise RefusedError(f"there is no adapter {name!r}", f"name one of {known}")
     _, needs = await anyio.to_thread.run_sync(make_default_adapters, {name: types[name]})
     if name in needs:
-        raise RefusedError(f"the type {name!r} {needs[name]}", "add an adapter of it to council.yaml, and name that")
+        raise RefusedError(
+            f"the type {name!r} {needs[name]}", "add an adapter of this type to council.yaml, and name that adapter"
+        )
     options = types[name].Options.model_validate({})
     return AdapterConfig(name=name, use=name, capacity=None, reach=PathAccess(), keep_ignored=(), options=options)
 
 
 def contract_command() -> list[str]:
-    """Return the command line that runs the contract of adapters in a process of its own."""
+    """Return the command line that runs the adapter contract in its own process."""
     # Without `-P` Python would import modules of the current folder, which is the user's repository, in place of ours.
     return [sys.executable, "-P", "-m", "orchestrator.testing.contract_run"]
 
@@ -198,11 +200,11 @@ async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> 
             input=json.dumps(spec).encode(),
         )
     except TimeoutError:
-        return f"it did not end within {_CONTRACT_TIMEOUT:g} s"
+        return f"did not end within {_CONTRACT_TIMEOUT:g} s"
     try:
         told: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        return done.stderr.decode(errors="replace").strip()[-500:] or f"it ended with exit code {done.returncode}"
+        return done.stderr.decode(errors="replace").strip()[-500:] or f"ended with exit code {done.returncode}"
     return str(told["error"]) if "error" in told else [ContractResult(**one) for one in told["results"]]
 
 
@@ -212,7 +214,7 @@ async def _run_scratch_task(
     prompt: str,
     timeout: float,  # noqa: ASYNC109  (it ends the run)
 ) -> tuple[TaskReport | str, str]:
-    """Return what became of a small task, and the end of what its session printed unless it landed."""
+    """Return the result of a small task, and the end of its session's output unless it landed."""
     async with AsyncExitStack() as stack:
         folder = Path(await anyio.to_thread.run_sync(stack.enter_context, tempfile.TemporaryDirectory()))
         repo = folder / "repository"

@@ -31,10 +31,10 @@ from orchestrator.protocols import Adapter, JsonObject
 @json_option
 @click.pass_context
 def adapters(context: click.Context, as_json: bool) -> None:
-    """List the adapters that are installed, with what there is of their programs.
+    """List installed adapters with their programs, versions and logins.
 
-    Then those of the council.yaml of this folder or of its repository's top: what each can be asked for beside a
-    prompt, and, as the newest run has it, whether it can be used now, and which of its sessions failed last.
+    Also lists the adapters of council.yaml, in the current folder or at the top of the repository: their optional
+    features and, from the newest run, whether they are available and their last failure.
 
     \b
     Examples:
@@ -66,7 +66,7 @@ adapters.add_command(enable)
 
 @dataclass(frozen=True, slots=True)
 class _AdapterEntry:
-    """A type, or an adapter of the file; what it needs says why there is nothing to be known of its programs."""
+    """An adapter type, or an adapter of the file; `needs` has the missing options that prevent an inspection."""
 
     name: str
     use: str
@@ -76,7 +76,7 @@ class _AdapterEntry:
 
 
 async def _list(scene: CommandEnvironment) -> tuple[list[_AdapterEntry], list[_AdapterEntry]]:
-    """Return all types that are installed, and the adapters of the file."""
+    """Return all installed types, and the adapters of the file."""
     installed = scene.plugins.adapters
     made, needs = await anyio.to_thread.run_sync(make_default_adapters, installed)
     run = scene.config if isinstance(scene.config, RunConfig) else None
@@ -99,7 +99,7 @@ def _capabilities(adapter: Adapter) -> list[str]:
     try:
         return sorted(adapter.capabilities())
     except Exception as error:  # noqa: BLE001  a plugin's own code
-        return [f"can't be asked: {type(error).__name__}: {error}"]
+        return [f"can't be inspected: {type(error).__name__}: {error}"]
 
 
 def _json(
@@ -144,13 +144,13 @@ def _lines(
         yield f"{one.name} ({plugin.distribution} {plugin.version}){_needs(one)}"
         yield from _programs(one.status)
     for left_out in scene.plugins.left_out:
-        yield f"left out: {one_line(str(left_out))}"
+        yield f"skipped: {one_line(str(left_out))}"
     if isinstance(scene.config, ConfigError):
-        yield f"{scene.file} has mistakes: `council validate` tells them"
+        yield f"{scene.file} has mistakes: `council validate` lists them"
     for one in named:
         yield f"{one.name} (use: {one.use}, of {scene.file})"
         yield from _programs(one.status)
-        yield f"  can be asked for: {one_line(', '.join(one.can)) or 'a prompt alone'}"
+        yield f"  features: {one_line(', '.join(one.can)) or 'none'}"
         yield from (f"  {line}" for line in known.lines(one.name))
 
 
@@ -164,6 +164,6 @@ def _programs(status: AdapterStatus) -> Iterator[str]:
     for program in status.programs:
         yield f"  {one_line(describe(program))}"
         if program.is_known is False:
-            yield f"    it is made for {program.known}"
+            yield f"    supported versions: {program.known}"
         if program.remedy is not None:
             yield f"    → {one_line(program.remedy)}"

@@ -1,4 +1,4 @@
-"""The command that prints a script for a shell's completion."""
+"""The command that prints a completion script for a shell."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SHELLS = ("bash", "zsh", "fish")
 @click.command()
 @click.argument("shell", type=click.Choice(_SHELLS))
 def completion(shell: str) -> None:
-    """Print a script that completes commands in SHELL.
+    """Print a completion script for SHELL.
 
-    Commands, options, and the names of runs, tasks and kept work.
+    It completes commands, options, and the names of runs, tasks and unmerged work.
 
     \b
     Examples:

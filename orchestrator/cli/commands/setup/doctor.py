@@ -1,4 +1,4 @@
-"""The command that looks whether a run could work here."""
+"""The command that checks whether a run can start here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from orchestrator.engine.diagnostics.doctor import DoctorInput, run_doctor
 @trust_option
 @json_option
 def doctor(file: Path | None, as_json: bool) -> None:
-    """Look whether a run could work here, and say what to mend.
+    """Check that this repository is ready to run, and suggest fixes.
 
-    That is the machine, the repository, the programs and the file: FILE, or the council.yaml of this folder or of its
-    repository's top. It changes nothing. The exit code is 1 if there is a problem, warnings aside.
+    Checks the machine, the repository, the programs and the file: FILE, or council.yaml in the current folder or at the
+    top of the repository. Changes nothing. The exit code is 1 if there is a problem, 0 if there are only warnings.
 
     \b
     Examples:

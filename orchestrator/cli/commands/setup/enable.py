@@ -21,10 +21,10 @@ from orchestrator.cli.core.command import (
 @store_option
 @json_option
 def enable(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
-    """Use adapters again that a run has stopped or paused.
+    """Enable adapters that a run has disabled or paused.
 
-    For example after you logged in, or bought credit. Without ADAPTER, all that the run can't use now. An active run
-    starts their tasks at once; otherwise `council resume` does. A key in a variable of an active process can't be
+    For example after you logged in or bought credit. Without ADAPTER, enables all of them. An active run starts their
+    tasks at once; otherwise run `council resume`. A key in an environment variable of an active process can't be
     changed: stop that process and resume the run.
 
     \b

@@ -41,13 +41,13 @@ from orchestrator.protocols import AdapterType
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--adapter", metavar="TYPE", help="Use this adapter type, as `council adapters` lists it.")
-@click.option("--force", is_flag=True, help="Replace the file if it is there already.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 @json_option
 def init(file: Path | None, adapter: str | None, force: bool, as_json: bool) -> None:
     """Write a council.yaml for this repository.
 
-    It has the adapters whose programs are found here, the command that runs the repository's own tests, and a task to
-    begin with. It stands at the top of the repository, unless FILE says otherwise.
+    The file has the adapters whose programs are found, the command that runs the tests of the repository, and a first
+    task. Without FILE, writes council.yaml at the top of the repository.
 
     \b
     Examples:
@@ -89,23 +89,23 @@ class _Discovery:
 
     @property
     def detected_tests(self) -> RepositoryTests | None:
-        """The repository's own tests."""
+        """The command that runs the tests of the repository."""
         return None if self.tests is None else self.tests.tests
 
     @property
     def environment(self) -> ProjectEnvironment | None:
-        """What they need before they can run."""
+        """The setup that the tests need."""
         return None if self.detected_tests is None else self.detected_tests.environment
 
     @property
     def missing_text(self) -> str | None:
-        """What the sandbox does not show of that, in words."""
+        """The programs of these that the sandbox hides, in words."""
         missing = () if self.tests is None else self.tests.missing
         return f"the sandbox lacks {', '.join(missing)}" if missing else None
 
     @property
     def next_commands(self) -> list[str]:
-        """What to type next; the file need not be named where it is looked for."""
+        """The next commands; they omit the default file."""
         is_usual = self.path == self.ground.top / CONFIG_FILE_NAME
         name = "" if is_usual else f" {shlex.quote(os.path.relpath(self.path))}"
         return [f"council doctor{name}", f"council run --dry-run{name}", f"council run{name}"]
@@ -116,7 +116,7 @@ async def _schema(ground: InitRepository, types: Mapping[str, AdapterType]) -> P
 
 
 def _starter(found: _Discovery, schema: Path | None) -> Starter:
-    """Return what the file is to say; paths in the repository are told from the file's place."""
+    """Return the contents of the file; paths in the repository are relative to the file."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
     is_inside = folder.is_relative_to(top)
     tests, environment = found.detected_tests, found.environment
@@ -160,11 +160,11 @@ def _show(found: _Discovery, schema: Path | None, output: Output) -> None:
         return
     lines = [f"wrote {found.path}", f"base      {found.ground.base}"]
     for name, status in found.adapters.items():
-        lines.append(f"adapter   {name}: {'; '.join(map(describe, status.programs)) or 'names no program'}")
+        lines.append(f"adapter   {name}: {'; '.join(map(describe, status.programs)) or 'no program'}")
         lines += [f"          → {one.remedy}" for one in status.programs if one.remedy]
     if not found.adapters:
-        lines.append("adapter   none was found: first put a program of yours into the file, where it says my-cli")
-    told = "no command that runs the tests was found" if tests is None else f"{tests.command} (by {tests.declared_in})"
+        lines.append("adapter   none was found: replace my-cli in the file by your program")
+    told = "none: no test command was found" if tests is None else f"{tests.command} (from {tests.declared_in})"
     lines += [] if environment is None else [f"setup     {environment.setup}"]
     lines += [f"checks    {told}", *([] if missing is None else [f"          → commented out: {missing}"])]
     lines += [*(f"next      {command}" for command in found.next_commands)]

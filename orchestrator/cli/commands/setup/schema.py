@@ -13,13 +13,13 @@ from orchestrator.plugins import load_plugins
 
 
 @click.command()
-@click.option("--result", is_flag=True, help="That of the object which --json prints last.")
-@click.option("--story", is_flag=True, help="That of the object which `council show TASK --json` prints.")
+@click.option("--result", is_flag=True, help="Print the schema of the final --json object.")
+@click.option("--story", is_flag=True, help="Print the schema of `council show TASK --json`.")
 def schema(result: bool, story: bool) -> None:
-    """Print the JSON Schema of the file, for your editor.
+    """Print the JSON Schema of the file, for editors.
 
-    It has the options of every adapter type that is installed. An editor with a YAML language server finds it by this
-    first line of the file:
+    Includes the options of all installed adapter types. An editor with a YAML language server finds it by this first
+    line of the file:
 
     \b
       # yaml-language-server: $schema=council.schema.json
@@ -32,7 +32,7 @@ def schema(result: bool, story: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         if result and story:
-            raise click.UsageError("--result and --story are two schemas: ask for one at a time")
+            raise click.UsageError("--result and --story exclude each other")
         made = task_details_schema() if story else result_schema() if result else file_schema(load_plugins().adapters)
         context.output.text(json.dumps(made, indent=2) + "\n")
         return 0

@@ -1,4 +1,4 @@
-"""The command that reads a file as a run would, and starts nothing."""
+"""The command that checks a file without running it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from orchestrator.engine.diagnostics.preflight import find_surroundings
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @json_option
 def validate(file: Path | None, as_json: bool) -> None:
-    """Check FILE without running it, and tell every mistake.
+    """Report every mistake in a file, without running it.
 
-    Without FILE it is council.yaml, here or at the top of the repository. What is no mistake but seldom meant is
-    told as a warning, which changes no exit code. `council run --dry-run` checks programs and branches, too.
+    FILE defaults to council.yaml, in the current folder or at the top of the repository. Unusual settings are reported
+    as warnings, which do not change the exit code. `council run --dry-run` also checks programs and branches.
 
     \b
     Examples:
@@ -51,6 +51,6 @@ def _show(config: RunConfig, warnings: list[ConfigWarning], output: Output) -> N
     parts = {"task": config.tasks, "tracker": config.trackers, "adapter": config.adapters}
     counts = ", ".join(pluralize(len(part), word) for word, part in parts.items() if part)
     target = config.target or "council/<run>"
-    output.text(printable(f"{config.path} is right: {counts}, from {config.base} onto {target}") + "\n")
+    output.text(printable(f"{config.path} is valid: {counts}, from {config.base} onto {target}") + "\n")
     for warning in warnings:
         output.text(printable(f"warning: {warning}") + "\n")

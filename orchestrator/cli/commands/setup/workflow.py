@@ -1,4 +1,4 @@
-"""Commands for workflows: what there is already, to look at or to copy and change."""
+"""Commands that show workflows and copy them to edit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from orchestrator.engine.diagnostics.initialization import check_can_write
 from orchestrator.errors import RefusedError, to_unusable_error
 
 _file_option = click.option(
-    "--file", "file", type=click.Path(path_type=Path), help="Those that tasks of this file go through, too."
+    "--file", "file", type=click.Path(path_type=Path), help="Also show the workflows of this file."
 )
 
 
 @click.group(cls=SuggestingGroup)
 def workflow() -> None:
-    """Show the workflows that there are, or copy one to change it.
+    """Show workflows, or copy one to edit it.
 
-    A workflow is a list of phases, each a session of its own that hands its result to the next. A task goes through the
-    one that it names by `workflow:`.
+    A workflow is a list of phases. Each phase is a session of its own and passes its result to the next. A task names
+    its workflow by `workflow:`.
 
     \b
     Examples:
@@ -41,10 +41,9 @@ def workflow() -> None:
 @_file_option
 @json_option
 def show(name: str | None, file: Path | None, as_json: bool) -> None:
-    """Print the workflow NAME, or all that there are, as a file has it.
+    """Print the workflow NAME, or all workflows, in the format of the file.
 
-    What its sessions are told is left out where it is what phases of their kind are told; `council workflow copy`
-    writes that, too.
+    Omits the default prompts of phases; `council workflow copy` also writes these.
 
     \b
     Examples:
@@ -69,13 +68,13 @@ def show(name: str | None, file: Path | None, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
 @_file_option
-@click.option("--force", is_flag=True, help="Replace files that are there already.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 @json_option
 def copy(name: str, folder: Path, file: Path | None, force: bool, as_json: bool) -> None:
-    """Write the workflow NAME and its templates into FOLDER, for you to change.
+    """Write the workflow NAME and its prompt templates into FOLDER, for you to edit.
 
-    Put what NAME.yaml says into your council.yaml. Its paths are right where FOLDER was named from the folder of that
-    file.
+    Copy the contents of NAME.yaml into your council.yaml. Its paths are relative to the current folder: run the command
+    in the folder of council.yaml.
 
     \b
     Examples:
@@ -97,7 +96,7 @@ def copy(name: str, folder: Path, file: Path | None, force: bool, as_json: bool)
 
 
 async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:
-    """Return a workflow, or all, by name; RefusedError without one of that name."""
+    """Return one workflow or all by name; RefusedError for an unknown name."""
     found = dict(await anyio.to_thread.run_sync(builtin_phases))
     if file is not None:
         _, config = await load_run_config(file)
@@ -107,13 +106,13 @@ async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:
     if name not in found:
         remedy = KnownWords(found, "the workflows").suggest(name)
         if file is None:
-            remedy += "; --file names a file with others"
+            remedy += "; add --file for those of a file"
         raise RefusedError(f"there is no workflow {name!r}", remedy)
     return {name: found[name]}
 
 
 def _write(folder: Path, files: dict[Path, str], *, force: bool) -> None:
-    """Write files into a folder, or none of them where one can't be."""
+    """Write files into a folder: all of them, or none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in files:

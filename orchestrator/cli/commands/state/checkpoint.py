@@ -1,4 +1,4 @@
-"""Commands for checkpoints: how a run stood at some time, to look at or to go back to."""
+"""Commands that save, show and restore checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from orchestrator.protocols import JsonObject
 from orchestrator.state.documents.checkpoints import WHOLE_STORE, Checkpoint, RestorePlan
 from orchestrator.system.instants import format_local_time
 
-_all_option = click.option("--all", "whole", is_flag=True, help="Of all runs together.")
+_all_option = click.option("--all", "whole", is_flag=True, help="A checkpoint of all runs together.")
 _id_argument = click.argument("checkpoint_id", metavar="CHECKPOINT", shell_complete=complete_checkpoints)
 
 
 @click.group(cls=SuggestingGroup)
 def checkpoint() -> None:
-    """Name how a run stands now, or go back to how it stood.
+    """Save and restore checkpoints of a run.
 
-    A run at work makes one every five minutes, of which the newest twelve stay; `cancel`, `clean` and `restore` make
-    one before they begin. A checkpoint can be restored as long as the state log goes back to it.
+    An active run creates a checkpoint every five minutes and keeps the newest twelve. `cancel`, `clean` and `restore`
+    create one before they start. A checkpoint can be restored while the state log has its position.
 
     \b
     Examples:
@@ -51,7 +51,7 @@ def checkpoint() -> None:
 @store_option
 @json_option
 def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
-    """Make a checkpoint of the newest run, or of RUN, as it stands now.
+    """Create a checkpoint of the current state of a run; default: the newest.
 
     \b
     Examples:
@@ -66,7 +66,7 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
             if as_json:
                 context.output.json(_facts(made))
             else:
-                context.output.text(f"made checkpoint {made.id}\n")
+                context.output.text(f"created checkpoint {made.id}\n")
             return 0
 
     run_command(command, as_json=as_json)
@@ -74,11 +74,11 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
 
 @checkpoint.command("list")
 @partial(run_option, words="Only those of this run.")
-@click.option("--all", "whole", is_flag=True, help="Only those of all runs together.")
+@click.option("--all", "whole", is_flag=True, help="List only checkpoints of all runs together.")
 @store_option
 @json_option
 def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
-    """List the checkpoints of this project, the oldest first.
+    """List the checkpoints of this project, oldest first.
 
     \b
     Examples:
@@ -95,7 +95,7 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
             if as_json:
                 context.output.json({"checkpoints": [_facts(one) for one in found]})
             elif not found:
-                context.output.text("there is no checkpoint\n")
+                context.output.text("no checkpoints\n")
             for one in [] if as_json else found:
                 told = (
                     f"{one.id:<24} {format_local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
@@ -112,9 +112,9 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
 @store_option
 @json_option
 def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
-    """Show a checkpoint, and what a restore of it would change now.
+    """Show a checkpoint, and the changes that restoring it would make.
 
-    CHECKPOINT is a name as `council checkpoint list` has it; its number alone is one of the newest run.
+    CHECKPOINT is an id from `council checkpoint list`, or a number for the newest run.
 
     \b
     Examples:
@@ -136,15 +136,15 @@ def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
 
 @checkpoint.command()
 @_id_argument
-@click.option("--force", is_flag=True, help="Take over a run that a process is at work in.")
+@click.option("--force", is_flag=True, help="Take over a run that is active in a process.")
 @run_option
 @store_option
 @json_option
 def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> None:
-    """Go back to a checkpoint, for `council resume` to go on from there.
+    """Restore a checkpoint, from which `council resume` continues.
 
-    What has landed stays landed, and what sessions did since stays in their logs and in `council salvage`. How things
-    stand now becomes a checkpoint, too.
+    Landed work stays landed. The work of later sessions stays in their logs and in `council salvage`. The current state
+    becomes a checkpoint first.
 
     \b
     Examples:
@@ -159,17 +159,16 @@ def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> 
                 context.output.json({**asdict(done), "left": _skipped_documents(done.left)})
                 return 0
             for name, why in done.left.items():
-                context.output.text(printable(f"{name} stays: {why}") + "\n")
-            told = (
-                f"restored {done.checkpoint}; how things stood before is {done.before or 'nowhere, nothing was there'}"
-            )
+                context.output.text(printable(f"{name} is unchanged: {why}") + "\n")
+            before = f"the previous state is checkpoint {done.before}" if done.before else "there was no previous state"
+            told = f"restored {done.checkpoint}; {before}"
             if not done.written and not done.deleted:
-                told = "nothing is otherwise than it was"
+                told = "nothing to restore: the state is the same"
             elif not done.runs:
-                told += "\nit was over then: there is nothing for `council resume` to go on with"
+                told += "\nthe run had ended then: there is nothing to resume"
             context.output.text(f"{told}\n")
             for one in done.runs:
-                context.output.text(f"`council resume {one}` goes on\n")
+                context.output.text(f"`council resume {one}` continues it\n")
             return 0
 
     run_command(command, as_json=as_json)
@@ -218,9 +217,9 @@ def _lines(found: RestorePlan) -> Iterable[str]:
     yield f"made by {one.maker}: {one.reason}"
     yield f"tasks: {_phase(one)}"
     for session in one.sessions:
-        yield f"at work: {session.run}/{session.task}, session {session.attempt}, {session.status}"
-    yield from (f"would be as it was: {key}" for key in found.written)
-    yield from (f"would be gone: {key}" for key in found.deleted)
-    yield from (f"would stay as it is: {key}: {why}" for key, why in found.left.items())
+        yield f"active: {session.run}/{session.task}, session {session.attempt}, {session.status}"
+    yield from (f"would be restored: {key}" for key in found.written)
+    yield from (f"would be deleted: {key}" for key in found.deleted)
+    yield from (f"would stay unchanged: {key}: {why}" for key, why in found.left.items())
     if not found.writes:
-        yield "a restore would change nothing"
+        yield "restoring it would change nothing"

@@ -1,4 +1,4 @@
-"""The command that removes what is left over."""
+"""The command that removes leftovers of runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ from orchestrator.system.clock import SystemClock
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="List only.")
+@click.option("--dry-run", is_flag=True, help="Only list the leftovers.")
 @yes_option
-@click.option("--kept", is_flag=True, help="Remove worktrees and hubs, too, that hold work which may be nowhere else.")
-@click.option("--pool", is_flag=True, help="Remove checkouts, too, that are ready for the next run.")
 @click.option(
-    "--logs", metavar="AGE", callback=parse_duration_option, help="Remove, too, what runs printed that ended before."
+    "--kept",
+    is_flag=True,
+    help="Also remove worktrees and internal repositories with work that may exist nowhere else.",
+)
+@click.option("--pool", is_flag=True, help="Also remove idle worktrees, which the next run could reuse.")
+@click.option(
+    "--logs",
+    metavar="AGE",
+    callback=parse_duration_option,
+    help="Also remove the logs of runs that ended longer than AGE ago.",
 )
 @click.option(
     "--runs",
@@ -38,9 +45,9 @@ from orchestrator.system.clock import SystemClock
     is_flag=False,
     flag_value="7d",
     callback=parse_duration_option,
-    help="Remove, too, the records of runs that ended before; 7d if AGE is left out.",
+    help="Also remove the records of runs that ended longer than AGE ago; default: 7d.",
 )
-@click.option("--interrupted", is_flag=True, help="With --runs, also of those that could still be resumed.")
+@click.option("--interrupted", is_flag=True, help="With --runs, also remove those of interrupted runs.")
 @store_option
 @json_option
 def clean(
@@ -53,14 +60,14 @@ def clean(
     interrupted: bool,
     as_json: bool,
 ) -> None:
-    """Remove what runs left over and nothing needs.
+    """Remove leftovers of runs that nothing needs.
 
-    That is worktrees of tasks that are over, temporary files of commands that were killed, and our own repositories
-    whose user's repository is gone. What a run is at work on or `council resume` goes on from stays. Work on branches
-    stays, too: `council salvage list` names it and `council salvage drop` deletes it.
+    Removes worktrees of ended tasks, temporary files of killed commands, and internal repositories whose user's
+    repository no longer exists. Keeps everything that an active run uses or that `council resume` needs, and unmerged
+    work on branches: `council salvage list` lists it and `council salvage drop` deletes it.
 
-    With --runs, old runs are forgotten: what is recorded of them and what they printed. One that has work which did not
-    land goes only with --kept, and one at work never. A checkpoint is made first, which brings the record back.
+    --runs removes the records and logs of old runs. A run with unmerged work is removed only with --kept, an active run
+    never. A checkpoint is created first, which can restore the records.
 
     \b
     Examples:
@@ -71,7 +78,7 @@ def clean(
       council clean --runs 30d
     """
     if interrupted and runs is None:
-        raise click.UsageError("--interrupted says which --runs are meant.")
+        raise click.UsageError("--interrupted requires --runs.")
 
     async def command(context: CommandContext) -> int:
         async with _cleaner(context.log) as cleaner:
@@ -100,7 +107,7 @@ def clean(
 
 @asynccontextmanager
 async def _cleaner(log: ErrorLog) -> AsyncIterator[Cleaner]:
-    """Open the project here; where there is none, what is left on the machine can be cleaned all the same."""
+    """Open the project of the current folder; without one, leftovers of this machine can still be cleaned."""
     try:
         project = find_project(Path.cwd())
     except RefusedError:
@@ -120,7 +127,7 @@ def _print_leftovers(output: Output, found: Sequence[Leftover], going: Sequence[
     for one in found:
         if one.standing is not LeftoverStatus.NEEDED and (one.standing is not LeftoverStatus.READY or one in going):
             size = "" if one.kind is LeftoverKind.REFS else format_size_short(one.bytes)
-            stays = "" if one in going else "stays: "
+            stays = "" if one in going else "kept: "
             output.text(printable(f"{size:>7}  {one.kind:<9}  {one.place}: {stays}{one.reason}") + "\n")
     for line in _summary(found, going):
         output.text(printable(line) + "\n")
@@ -128,22 +135,23 @@ def _print_leftovers(output: Output, found: Sequence[Leftover], going: Sequence[
 
 def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[str]:
     if not going:
-        yield "nothing is left over"
+        yield "no leftovers to remove"
     if stays := [one for one in found if _is_kept(one) and one not in going]:
-        yield f"{_total(stays)}: may hold work that is nowhere else, --kept removes it"
+        yield f"{_total(stays)} with work that may exist nowhere else: --kept removes them"
     if ready := [one for one in found if one.standing is LeftoverStatus.READY and one not in going]:
-        yield f"{_total(ready)}: ready for the next run, --pool removes it"
+        yield f"{_total(ready)} ready for the next run: --pool removes them"
     needed = [one for one in found if one.standing is LeftoverStatus.NEEDED]
     for run in dict.fromkeys(one.run for one in needed):
-        yield f"{_total([one for one in needed if one.run == run])}: kept for `council resume {run}`"
+        yield f"{_total([one for one in needed if one.run == run])} needed by `council resume {run}`"
 
 
 def _total(some: Sequence[Leftover]) -> str:
-    return f"{len(some)} {'thing' if len(some) == 1 else 'things'}, {format_size_short(sum(one.bytes for one in some))}"
+    noun = "leftover" if len(some) == 1 else "leftovers"
+    return f"{len(some)} {noun} ({format_size_short(sum(one.bytes for one in some))})"
 
 
 async def _confirm_removal(output: Output, going: Sequence[Leftover]) -> bool:
-    """Ask once, where there is somebody to ask."""
+    """Ask for confirmation once, on a terminal."""
     if not can_prompt(output):
         output.text(f"{_total(going)}: add --yes to remove them\n")
         return False

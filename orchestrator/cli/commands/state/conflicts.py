@@ -1,4 +1,4 @@
-"""Commands for conflicts of updates that wait for a person: see them, and choose."""
+"""Commands that list and resolve conflicts of updates."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 @store_option
 @json_option
 def conflicts(as_json: bool) -> None:
-    """List the conflicts of updates that wait for a person, the oldest first.
+    """List unresolved conflicts of updates, oldest first.
 
-    Of each there are its id, the document, and the candidates: when, by whom, and what each would change of the
-    document as it is now. `council state settle` takes one of them.
+    Shows the id of each, the document, and the candidates: time, writer, and changes to the current document. `council
+    state settle` chooses one of them.
 
     \b
     Examples:
@@ -57,7 +57,7 @@ def conflicts(as_json: bool) -> None:
                 for line in _lines(*pair):
                     context.output.text(f"{line}\n")
             if not told:
-                context.output.text("no conflict waits\n")
+                context.output.text("no conflicts\n")
             print_damage(context, council.damage)
             return 0
 
@@ -66,16 +66,15 @@ def conflicts(as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", metavar="CONFLICT")
-@click.option("--take", metavar="N", type=click.IntRange(min=1), help="The candidate of this number.")
-@click.option("--value", "file", metavar="FILE", help="A value of your own, a JSON object; - is standard input.")
-@click.option("--force", is_flag=True, help="Also where the document was changed since the conflict was found.")
+@click.option("--take", metavar="N", type=click.IntRange(min=1), help="Choose the candidate with this number.")
+@click.option("--value", "file", metavar="FILE", help="Use the JSON object in this file; - is standard input.")
+@click.option("--force", is_flag=True, help="Resolve it even if the document has changed since the conflict.")
 @store_option
 @json_option
 def settle(name: str, take: int | None, file: str | None, force: bool, as_json: bool) -> None:
-    """Settle a conflict: what you choose becomes the document, and the conflict is gone.
+    """Resolve a conflict with a candidate or with your own value.
 
-    CONFLICT is an id as `council state conflicts` has it, or the document that it is about, in which the newest run may
-    be left out.
+    CONFLICT is an id from `council state conflicts`, or the name of the document, which may omit the newest run.
 
     \b
     Examples:
@@ -83,11 +82,11 @@ def settle(name: str, take: int | None, file: str | None, force: bool, as_json: 
       council state settle 3f9ac0d1e2b45678 --value models.json
     """
     if (take is None) == (file is None):
-        raise click.UsageError("choose by one of --take and --value.")
+        raise click.UsageError("use either --take or --value.")
 
     async def command(context: CommandContext) -> int:
         choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
-        assert choice is not None, "one of them is given"  # noqa: S101
+        assert choice is not None, "checked above"  # noqa: S101
         async with open_council(context.log) as council:
             done = await council.state.resolve_conflict(name, choice, force=force)
             key, version = str(done.conflict.key), None if done.document is None else done.document.version
@@ -107,11 +106,13 @@ def _read(file: str) -> JsonObject:
     try:
         value = orjson.loads(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
     except OSError as error:
-        raise RefusedError(f"{named} can't be read: {error.strerror}", "name a file that holds a JSON object") from None
+        raise RefusedError(f"{named} can't be read: {error.strerror}", "name a file with a JSON object") from None
     except orjson.JSONDecodeError as error:
-        raise RefusedError(f"what {named} holds is no JSON: {error}", "give the whole document, as an object") from None
+        raise RefusedError(
+            f"{named} is not valid JSON: {error}", "write the complete document as a JSON object"
+        ) from None
     if not isinstance(value, dict):
-        raise RefusedError(f"what {named} holds is no JSON object", "give the whole document, as an object")
+        raise RefusedError(f"{named} is not a JSON object", "write the complete document as a JSON object")
     return value
 
 
@@ -139,7 +140,7 @@ def _facts(one: Conflict, now: Document | None) -> JsonObject:
 
 def _lines(one: Conflict, now: Document | None) -> Iterator[str]:
     version = now.version if now else 0
-    since = "" if version == one.version else f", version {version} by now" if version else ", gone by now"
+    since = "" if version == one.version else f", now version {version}" if version else ", now deleted"
     yield printable(f"{one.id}  {one.key}  version {one.version}{since}")
     for number, candidate in enumerate(one.candidates, 1):
         yield printable(f"  {number}  {format_local_time(candidate.time)}  {candidate.writer}")
@@ -147,4 +148,4 @@ def _lines(one: Conflict, now: Document | None) -> Iterator[str]:
             yield "       deleted"
             continue
         changed = field_lines(now.value if now else None, candidate.value)
-        yield from (f"       {line}" for line in changed or ["as it is now"])
+        yield from (f"       {line}" for line in changed or ["no changes"])

@@ -1,4 +1,4 @@
-"""Commands that move a whole store: to another one, to a file, and from it."""
+"""Commands that copy, export and import a complete store."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _file = click.argument("file", metavar="FILE", type=click.Path(path_type=Path, a
 @click.argument("target", metavar="TO")
 @json_option
 def copy(source: str, target: str, as_json: bool) -> None:
-    """Copy a whole store into an empty one, with all of its past.
+    """Copy a store with its complete history into an empty one.
 
-    FROM and TO are URLs of stores, or folders. A run may be at work in FROM: it is copied as it is at one moment. The
-    two are compared before anything is said.
+    FROM and TO are URLs of stores, or folders. FROM may have an active run: the copy is a consistent snapshot. The two
+    stores are compared after the copy.
 
     \b
     Examples:
@@ -60,7 +60,7 @@ def copy(source: str, target: str, as_json: bool) -> None:
         from orchestrator.api.transfer import copy_state  # noqa: PLC0415
 
         copied = await copy_state(source, target)
-        _tell(context, copied, "was there already" if copied.was_there else "copied")
+        _tell(context, copied, "already exists" if copied.was_there else "copied")
         return 0
 
     run_command(command, as_json=as_json)
@@ -68,14 +68,14 @@ def copy(source: str, target: str, as_json: bool) -> None:
 
 @click.command()
 @_file
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--force", is_flag=True, help="Replace an existing FILE.")
 @store_option
 @json_option
 def export(file: Path, force: bool, as_json: bool) -> None:
-    """Write all that is recorded to one file.
+    """Write the complete state to a file.
 
-    It holds packed JSON lines, which `zstdcat FILE` prints. As - it is standard output, and what is to be told goes to
-    standard error. A run may be at work meanwhile.
+    The file has compressed JSON lines, which `zstdcat FILE` prints. With -, writes to standard output, and messages to
+    standard error. A run may be active.
 
     \b
     Examples:
@@ -88,12 +88,15 @@ def export(file: Path, force: bool, as_json: bool) -> None:
             _tell(context, await _export(context, file, force=force), "exported")
             return 0
         if sys.stdout.isatty():
-            raise RefusedError("an export is no text for a terminal", "name a file, or send it on, as in `- > FILE`")
+            raise RefusedError(
+                "an export is binary, and standard output is a terminal",
+                "name a file, or redirect the output, as in `- > FILE`",
+            )
         try:
             copied = await _export(context, sys.stdout.buffer)
         except BrokenPipeError:
             redirect_to_null(sys.stdout)
-            raise RefusedError("whoever was to read the export has gone", "look why it ended") from None
+            raise RefusedError("the reader of the export has exited", "check why it ended") from None
         _tell(context, copied, "exported", err=True)
         return 0
 
@@ -105,10 +108,10 @@ def export(file: Path, force: bool, as_json: bool) -> None:
 @store_option
 @json_option
 def import_(file: Path, as_json: bool) -> None:
-    """Load what was exported into a store that has nothing yet.
+    """Import an exported file into an empty store.
 
-    Positions, times and versions are those of the original. Of a file that is not whole nothing is loaded. As - it is
-    standard input.
+    Positions, times and versions are those of the original. Nothing of an incomplete file is imported. - is standard
+    input.
 
     \b
     Examples:
@@ -119,9 +122,9 @@ def import_(file: Path, as_json: bool) -> None:
 
     async def command(context: CommandContext) -> int:
         if file == _STREAM and sys.stdin.isatty():
-            raise RefusedError("nothing comes in", "name a file, or have one read, as in `- < FILE`")
+            raise RefusedError("standard input is a terminal", "name a file, or redirect the input, as in `- < FILE`")
         copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
-        _tell(context, copied, "was there already" if copied.was_there else "imported")
+        _tell(context, copied, "already exists" if copied.was_there else "imported")
         return 0
 
     run_command(command, as_json=as_json)
@@ -154,7 +157,7 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
 
 
 async def _exclude(paths: Sequence[Path]) -> None:
-    """Keep a project's own store out of its commits, as the first run there would."""
+    """Make git ignore a project's own store, as the first run in the project does."""
     from orchestrator.repo.git.command import Git  # noqa: PLC0415
     from orchestrator.repo.source.user_checkouts import find_repository  # noqa: PLC0415
 
@@ -181,7 +184,7 @@ def _tell(context: CommandContext, copied: CopyResult, what: str, *, err: bool =
 
 
 def _warnings(copied: CopyResult) -> Iterator[str]:
-    """Yield what a person should know of the documents that were copied, as text that a terminal only shows."""
+    """Yield warnings about unreadable documents, as printable text."""
     found = list(copied.unreadable.items())
     for key, flaw in found[:_MOST_NAMED]:
         yield printable(f"warning: {key} can't be read: {flaw}")

@@ -1,4 +1,4 @@
-"""The commands that show what is locked, and take it away."""
+"""The commands that list and break locks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from orchestrator.locking.lock_overview import LockParty, LockStatus
 @json_option
 @click.pass_context
 def locks(context: click.Context, as_json: bool) -> None:
-    """List what is locked, by whom and since when, and who waits.
+    """List locks with their holders, times and waiters.
 
-    There are three layers: files that sessions are at work at, paths that they own, and the turn to land on a target.
+    There are three layers: files that sessions edit, paths that they own, and permits to land on a target.
 
     \b
     Examples:
@@ -48,7 +48,7 @@ def locks(context: click.Context, as_json: bool) -> None:
             for line in _lines(found):
                 context.output.text(f"{line}\n")
             if not found:
-                context.output.text("nothing is locked\n")
+                context.output.text("no locks\n")
             print_damage(context, council.damage)
             return 0
 
@@ -57,16 +57,16 @@ def locks(context: click.Context, as_json: bool) -> None:
 
 @locks.command("break")
 @click.argument("name")
-@click.option("--reason", metavar="TEXT", required=True, help="Why; it is recorded.")
+@click.option("--reason", metavar="TEXT", required=True, help="The reason, which is recorded.")
 @store_option
 @json_option
 def break_(name: str, reason: str, as_json: bool) -> None:
-    """Take a lock away from whoever holds it.
+    """Remove a lock from its holder.
 
-    NAME is as `council locks` has it. To let others have what a session locked, break its ownership: all that it owns
-    is free then, and the files go with their paths. A file alone, which its process gives back as soon as it reads of
-    that, stays the session's own. What was a dead process's is free, and needs no breaking. Whoever held a merge permit
-    can't land by it any more.
+    NAME is a name from `council locks`. To release everything that a session has locked, break its ownership: this
+    releases all of its paths and the locked files in them. Breaking the lock of a single file leaves the file owned by
+    the session. Locks of a dead process are free and need no break. The holder of a broken merge permit can't land with
+    it any more.
 
     \b
     Examples:
@@ -81,7 +81,7 @@ def break_(name: str, reason: str, as_json: bool) -> None:
                 context.output.json({"broken": lock.to_json(), "reason": reason})
             else:
                 held = ", ".join(one.owner for one in lock.holders)
-                context.output.text(printable(f"broken: {lock.name}, which {held} held") + "\n")
+                context.output.text(printable(f"broke {lock.name}, held by {held}") + "\n")
             return 0
 
     run_command(command, as_json=as_json)

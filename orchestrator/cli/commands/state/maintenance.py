@@ -1,4 +1,4 @@
-"""Commands of `council state` that look after the store: how it does, and how much of the past it keeps."""
+"""Commands of `council state` that check and prune the store."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folde
 @store_option
 @json_option
 def health(as_json: bool) -> None:
-    """Look how the state does, and say what to mend.
+    """Check the health of the state, and suggest fixes.
 
-    That is whether all of it can be read, how large it is and how fast it grows, how long a commit takes, runs that
-    were cut off, sessions that print nothing, and conflicts that wait. The exit code is 1 if there is a problem or a
-    warning.
+    Checks its integrity, size and growth, the latency of a commit, interrupted runs, silent sessions and unresolved
+    conflicts. The exit code is 1 if there is a problem or a warning.
 
     \b
     Examples:
@@ -54,10 +53,10 @@ def health(as_json: bool) -> None:
 @store_option
 @json_option
 def adopt(as_json: bool) -> None:
-    """Accept a state that was not made on this machine.
+    """Accept a state that was not created on this machine.
 
-    Its runs are obeyed from then on: `council resume` executes their commands. That is why a `.council` that came with
-    a repository, an archive or a backup from another machine is refused until you accept it.
+    `council resume` executes the commands that its runs recorded. Therefore a `.council` from a repository, an archive
+    or a backup of another machine is rejected until you accept it.
 
     \b
     Examples:
@@ -77,7 +76,7 @@ def adopt(as_json: bool) -> None:
         if as_json:
             context.output.json({"state": url})
         else:
-            context.output.text(f"{url} is used from now on\n")
+            context.output.text(f"{url} is accepted\n")
         return 0
 
     run_command(command, as_json=as_json)
@@ -85,17 +84,23 @@ def adopt(as_json: bool) -> None:
 
 @click.command()
 @click.option(
-    "--older-than", metavar="AGE", callback=parse_duration_option, help="Of what is older; else as the file says."
+    "--older-than",
+    metavar="AGE",
+    callback=parse_duration_option,
+    help="Prune history older than this; default: as in the file.",
 )
 @click.option(
-    "--max-size", metavar="SIZE", callback=parse_size_option, help="Until the log is no larger; else as the file says."
+    "--max-size",
+    metavar="SIZE",
+    callback=parse_size_option,
+    help="Prune until the log is no larger; default: as in the file.",
 )
 @store_option
 @json_option
 def compact(older_than: float | None, max_size: int | None, as_json: bool) -> None:
-    """Let go of the past: of old commits only the last 10 versions of each document stay.
+    """Prune old history: keep only the last 10 versions of each document.
 
-    A run at work does so by itself, as `state` in its file says. How things stand now never goes.
+    An active run prunes by itself, according to `state` in its file. The current state is never pruned.
 
     \b
     Examples:

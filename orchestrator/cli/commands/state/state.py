@@ -1,4 +1,4 @@
-"""Commands that look at what is recorded, now and at any earlier moment, or look after it."""
+"""Commands that inspect the recorded state, now and at any point in time."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from orchestrator.cli.render.documents import (
 from orchestrator.cli.render.overview import overview_lines
 from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, DocumentVersion, JsonObject, Key
 
-_of_run = partial(run_option, words="Only what is of this run.")
+_of_run = partial(run_option, words="Only documents of this run.")
 
 
 @click.group(cls=SuggestingGroup)
 def state() -> None:
-    """See what is recorded, now and at any earlier moment.
+    """Inspect and maintain the recorded state, now and in the past.
 
-    A moment is a position of the log, a time (2026-01-02T03:04), how long ago (2h), a checkpoint's id, or now.
+    A point in time is a position of the log, a time (2026-01-02T03:04), an age (2h), the id of a checkpoint, or now.
 
     \b
     Examples:
@@ -64,7 +64,7 @@ _RenderedAnswer = tuple[Callable[[], JsonObject], Iterator[str]]
 
 
 def _run_query(answer: Callable[[Council], Awaitable[_RenderedAnswer]], *, as_json: bool) -> None:
-    """Perform a command that only looks."""
+    """Execute a command that only reads."""
 
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
@@ -92,10 +92,10 @@ async def _find_run(council: Council, run: str | None) -> str | None:
 @store_option
 @json_option
 def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> None:
-    """Show the documents as they were at a moment.
+    """Show the documents at a point in time.
 
-    Without KEY they are listed; with KEY their values are printed. A key is kind/id, in which the newest run may be
-    left out, and * stands for any characters.
+    Without KEY lists them; with KEY prints their values. A key is kind/id. It may omit the newest run, and * matches
+    any characters.
 
     \b
     Examples:
@@ -119,9 +119,9 @@ def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> No
 @store_option
 @json_option
 def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
-    """Show what differs between two moments, field by field.
+    """Show the differences between two points in time, field by field.
 
-    Without B the other one is now.
+    B defaults to now.
 
     \b
     Examples:
@@ -140,15 +140,14 @@ def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
 @state.command()
 @click.argument("key", metavar="KEY")
 @click.option(
-    "--limit", metavar="N", type=click.IntRange(min=1), default=VERSIONS_KEPT, help="At most so many versions."
+    "--limit", metavar="N", type=click.IntRange(min=1), default=VERSIONS_KEPT, help="The maximum number of versions."
 )
 @store_option
 @json_option
 def history(key: str, limit: int, as_json: bool) -> None:
-    """Show the versions of a document, the newest first.
+    """Show the versions of a document, newest first.
 
-    Who wrote each and when, what happened with it, and which fields changed. In KEY, kind/id, the newest run may be
-    left out.
+    Shows the writer and time of each, its events, and the changed fields. KEY is kind/id, and may omit the newest run.
 
     \b
     Examples:
@@ -168,16 +167,18 @@ def history(key: str, limit: int, as_json: bool) -> None:
 
 
 @state.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is committed, until Ctrl-C.")
-@click.option("--after", metavar="POSITION", type=click.IntRange(min=0), default=0, help="Only what is behind it.")
-@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Only the newest N of those that are there.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with new commits, until Ctrl-C.")
+@click.option(
+    "--after", metavar="POSITION", type=click.IntRange(min=0), default=0, help="Only commits after this position."
+)
+@click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Only the newest N commits.")
 @_of_run
 @store_option
 @json_option
 def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: bool) -> None:
-    """Print the commits of the log, the oldest first.
+    """Print the commits of the log, oldest first.
 
-    A line for each: position, time, who, what happened, and the documents that it wrote.
+    One line each: position, time, writer, events, and written documents.
 
     \b
     Examples:
@@ -226,9 +227,9 @@ async def _commits(
 @store_option
 @json_option
 def show(run: str | None, as_json: bool) -> None:
-    """Show a run at a glance: options, tasks, sessions, events and figures.
+    """Show a summary of a run: options, tasks, sessions, events and metrics.
 
-    Without RUN it is the newest.
+    RUN defaults to the newest run.
 
     \b
     Examples:
@@ -244,14 +245,14 @@ def show(run: str | None, as_json: bool) -> None:
 
 
 @state.command()
-@click.option("--repair", is_flag=True, help="Settle for what can be read, where not all can be.")
+@click.option("--repair", is_flag=True, help="Restore the newest readable values of damaged documents.")
 @store_option
 @json_option
 def verify(repair: bool, as_json: bool) -> None:
-    """Read all that is recorded anew, and tell whether it is sound.
+    """Verify the integrity of the complete state.
 
-    The exit code is 1 where it is not. With --repair, the newest value that is known of each document that was hit
-    counts from then on, and what is damaged is kept aside.
+    The exit code is 1 if it is damaged. --repair restores the newest known value of each damaged document, and moves
+    damaged parts aside.
 
     \b
     Examples:
