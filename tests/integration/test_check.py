@@ -186,7 +186,7 @@ async def test_what_can_not_be_looked_at_is_told_and_breaks_nothing(repository: 
     assert repository.council("state", "adopt").code == 0
     told = repository.council("check")
     assert told.code == 0
-    assert "not looked at: task 't', phase 'build', visit 1: handoff files" in told.stdout
+    assert "not checked: task 't', phase 'build', visit 1: handoff files" in told.stdout
     assert f"run {run}: 1 task with a workflow" in told.stdout
 
 

@@ -289,14 +289,14 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     assert "1 failed  a\N{REPLACEMENT CHARACTER}b" in listed
     shown = repository.council("checkpoint", "show", "all/1")
     old, new = [one["run"] for one in repository.council("runs", "--json").result["runs"]]
-    assert f"would be as it was: task/{old}/one" in shown.stdout
-    assert f"would stay as it is: run/{new}: it started after the checkpoint" in shown.stdout
+    assert f"would be restored: task/{old}/one" in shown.stdout
+    assert f"would stay unchanged: run/{new}: it started after the checkpoint" in shown.stdout
     done = repository.council("checkpoint", "restore", "all/1")
     assert done.code == 0, done
-    assert "how things stood before is all/2" in done.stdout
+    assert "the previous state is checkpoint all/2" in done.stdout
     assert "there is nothing for `council resume` to go on with" in done.stdout
-    assert repository.council("checkpoint", "show", "all/1").stdout.endswith("a restore would change nothing\n")
-    assert "nothing is otherwise than it was" in repository.council("checkpoint", "restore", "all/1").stdout
+    assert repository.council("checkpoint", "show", "all/1").stdout.endswith("restoring it would change nothing\n")
+    assert "nothing to restore" in repository.council("checkpoint", "restore", "all/1").stdout
     assert repository.council("status", old, "--json").states == {"one": "failed"}
     await repository.assert_invariants()
 

@@ -89,7 +89,7 @@ async def test_nothing_is_left_of_a_run_that_ended_well(repository: Repository) 
         assert (listed.code, listed.result["freed"], found(listed), standings(listed)) == (0, 0, [], {"ready"})
     told = repository.council("clean", "--yes", "--kept").stdout
     assert "no leftovers to remove" in told
-    assert "ready for the next run, --pool removes it" in told
+    assert "ready for the next run: --pool removes them" in told
     await repository.assert_invariants()
     assert list(hub_of(repository).slots.iterdir())
     removed = repository.council("clean", "--yes", "--pool", "--json")
@@ -160,7 +160,7 @@ async def test_an_interrupted_run_still_resumes(repository: Repository, failpoin
     assert standings(cleaned) <= {"left_over"}
     assert set(hub_of(repository).slots.iterdir()) == places
     [run] = {one["run"] for one in cleaned.result["found"] if one["kind"] == "worktree"}
-    assert f"kept for `council resume {run}`" in repository.council("clean").stdout
+    assert f"needed by `council resume {run}`" in repository.council("clean").stdout
     ended = repository.council("resume", "--json")
     assert ended.states == {"a": "landed", "b": "landed"}, ended
     assert nothing(repository.council("clean", "--json"))
@@ -203,7 +203,7 @@ async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) 
     assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("kept", "keeps.1")], 0)
     assert trees(repository) == ["keeps.1"]
     told = repository.council("clean", "--yes").stdout
-    assert "stays: it has files that are in no commit" in told
+    assert "kept: it has files that are in no commit" in told
     assert "--kept removes it" in told
     assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]

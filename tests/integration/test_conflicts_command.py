@@ -111,12 +111,12 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
     [
         (["nothing", "--take", "1"], f"there is no pending conflict 'nothing': pending conflicts: {NAME}"),
         ([NAME, "--take", "3"], f"conflict '{NAME}' has no candidate 3: choose one of 1 to 2"),
-        ([NAME], "choose by one of --take and --value"),
-        ([NAME, "--take", "1", "--value", "-"], "choose by one of --take and --value"),
-        ([NAME, "--value", "-"], "standard input holds is no JSON"),
+        ([NAME], "use either --take or --value"),
+        ([NAME, "--take", "1", "--value", "-"], "use either --take or --value"),
+        ([NAME, "--value", "-"], "standard input is not valid JSON"),
         ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` removes whole runs"),
         ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put your own fields under `extra`"),
-        ([NAME, "--value", "list.json"], "what list.json holds is no JSON object"),
+        ([NAME, "--value", "list.json"], "list.json is not a JSON object"),
         ([NAME, "--value", "missing.json"], "missing.json"),
     ],
 )
@@ -134,7 +134,7 @@ async def test_what_can_not_be_chosen_is_refused(project: Repository, words: lis
 async def test_a_document_that_was_changed_since_needs_force(project: Repository) -> None:
     """The list says so, the refusal says who did it and when."""
     await change(project, API, await pending(project))
-    assert f"{API}  version 4, version 5 by now" in project.council("state", "conflicts").stdout
+    assert f"{API}  version 4, now version 5" in project.council("state", "conflicts").stdout
     refused = project.council("state", "settle", "task/api", "--take", "1")
     assert (refused.code, "was changed by" in refused.stderr) == (2, True)
     assert project.council("state", "settle", "task/api", "--take", "1", "--force").code == 0

@@ -144,7 +144,7 @@ async def test_a_task_whose_push_was_under_way_can_not_be_cancelled(repository: 
     assert line.startswith(f"waiting for a git command of process {child.pid} (ended, but a child process holds it")
     stdout, stderr = cancelling.communicate(timeout=60)
     assert (cancelling.returncode, "1 landing" in stdout) == (1, True)
-    assert stderr == "could not cancel a: it is landing, which `council resume` finishes first\n"
+    assert stderr == "a was not cancelled: it is landing, and `council resume` completes that first\n"
     ignored = repository.council("task", "ignore", "a", "--reason", "no", "--json")
     assert (ignored.code, ignored.result["exit"], ignored.states) == (1, 1, {"a": "landing"})
     assert repository.council("resume", "--json").states == {"a": "landed"}

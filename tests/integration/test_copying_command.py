@@ -52,7 +52,7 @@ async def test_from_folder_to_file_to_folder(project: Repository, tmp_path: Path
     assert imported == {**exported, "was_there": False}
     assert log_of(project, "--state", (tmp_path / "again").as_uri()) == log_of(project)
     shown = project.council("state", "import", "file", "--state", again)
-    assert (shown.code, shown.stdout.split(":")[-1].strip()) == (0, "was there already"), shown
+    assert (shown.code, shown.stdout.split(":")[-1].strip()) == (0, "already exists"), shown
 
 
 @pytest.mark.extended

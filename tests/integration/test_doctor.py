@@ -325,7 +325,7 @@ def test_plugins_that_are_left_out(repository: Repository, tmp_path: Path) -> No
     assert status == "warning"
     assert "'broken_one' of broken_one 1.0: RuntimeError: no such thing" in words
     assert "no such thing" in repository.council("adapters", "--json").result["left_out"][0]
-    assert "left out: the plugin 'broken_one'" in repository.council("adapters").stdout
+    assert "skipped: the plugin 'broken_one'" in repository.council("adapters").stdout
 
 
 def test_the_list_of_adapters(repository: Repository, stand_ins: FakePrograms) -> None:

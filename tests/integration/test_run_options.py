@@ -180,7 +180,7 @@ async def test_a_running_run_is_not_detached_again(repository: Repository) -> No
     has_begun(repository, "t")
     again = repository.council("resume", "--detach")
     assert (again.code, again.stdout) == (2, ""), again
-    assert f"run {started['run']} is running already: `council watch {started['run']}`" in again.stderr
+    assert f"run {started['run']} is already running: `council watch {started['run']}`" in again.stderr
     os.kill(started["pid"], signal.SIGINT)
     wait_for(lambda: repository.council("status", "--json").result["status"] == "interrupted")
 
@@ -343,7 +343,7 @@ async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository)
     assert merged.states == {"built": "landed", "later": "pending"}, merged
     assert repository.council("resume", "--json").states == {"built": "landed", "later": "landed"}
     nothing = repository.council("merge")
-    assert (nothing.code, "waits to land" in nothing.stdout, nothing.stdout.count("\n")) == (0, True, 1)
+    assert (nothing.code, "has nothing to merge" in nothing.stdout, nothing.stdout.count("\n")) == (0, True, 1)
     assert repository.council("merge", "--json").result["exit"] == 0
 
 

@@ -69,7 +69,7 @@ async def test_what_is_not_there_is_refused(repository: Repository) -> None:
     refused = repository.council("workflow", "copy", "adv", "flows")
     assert (refused.code, refused.stderr) == (
         2,
-        "council: there is no workflow 'adv': did you mean 'adw'?; --file names a file with others\n",
+        "council: there is no workflow 'adv': did you mean 'adw'?; add --file for those of a file\n",
     )
     assert not (repository.top / "flows").exists()
     (repository.top / "file").write_text("")

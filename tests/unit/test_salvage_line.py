@@ -19,7 +19,7 @@ def test_a_commit_of_any_time_can_be_listed(committed: int) -> None:
     ("name", "changed", "branch", "told"),
     [
         ("build/1", ["a", "b"], None, "changed a, b, not committed\n"),
-        ("build/1", [], None, "changed nothing\n"),
+        ("build/1", [], None, "no changes\n"),
         ("build/1", ["mine"], "mine", "created branch mine\n"),
         (
             "build/conflict",
