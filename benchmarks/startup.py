@@ -62,7 +62,7 @@ def _help(place: Path, env: Mapping[str, str], rounds: int) -> BenchmarkRow:
         lambda: measure_command([sys.executable, str(hello)], env=env),
         2 * rounds,
     )
-    return _row("council --help", pairs, "click hello world", limit=1.3, is_ratio_limited=True)
+    return _row("council --help", pairs, "click hello world", limit=1.2, is_ratio_limited=True)
 
 
 def _status(place: Path, env: Mapping[str, str], rounds: int, tasks: int) -> list[BenchmarkRow]:

@@ -20,15 +20,20 @@ def main() -> None:
 
 
 def _run() -> None:
-    from orchestrator.client.main import run  # noqa: PLC0415  an interrupt may come meanwhile
+    from orchestrator.client.quick_parser import is_session_command  # noqa: PLC0415  an interrupt may come meanwhile
 
-    code = run(sys.argv[1:])
-    if code is not None:
-        sys.exit(code)
+    if is_session_command(sys.argv[1:]):
+        from orchestrator.client.main import run  # noqa: PLC0415  only where it is wanted
+
+        code = run(sys.argv[1:])
+        if code is not None:
+            sys.exit(code)
     if sys.flags.no_site:  # as the command in a session is started, which is quicker
         import site  # noqa: PLC0415
 
         site.main()
+    # Pydantic would read the metadata of all installed packages in search of plugins of its own, which takes 20 ms.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from orchestrator.cli.main import main as whole  # noqa: PLC0415  the long way
 
     whole(prog_name="council")

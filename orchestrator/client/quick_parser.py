@@ -28,6 +28,11 @@ class ParsedCommand:
         self.command, self.arguments, self.as_json = command, arguments, as_json
 
 
+def is_session_command(words: Sequence[str]) -> bool:
+    """Return whether the words after `council` name a session command or the hook; the rest may be invalid."""
+    return words[:1] == ["hook"] or tuple(words[:1]) in COMMANDS_BY_WORDS or tuple(words[:2]) in COMMANDS_BY_WORDS
+
+
 def parse_words(words: Sequence[str]) -> ParsedCommand | None:
     """Parse the words after `council`; return None if they are not a valid session command."""
     command = COMMANDS_BY_WORDS.get(tuple(words[:1])) or COMMANDS_BY_WORDS.get(tuple(words[:2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -61,7 +62,23 @@ def load_config(
     `extensions` has the types of sinks and trackers. Raises ConfigError with all mistakes, in file order.
     """
     problems = Problems(path)
-    return build_run_config(lambda: read_file(path, problems), path.absolute(), adapter_types, extensions, problems)
+    text = _read_text(path, problems)
+
+    def read() -> Node | None:
+        return None if text is None else read_document(text, problems)
+
+    config = build_run_config(read, path.absolute(), adapter_types, extensions, problems)
+    return config if text is None or config.texts else config.model_copy(update={"digest": _digest(text)})
+
+
+def read_digest(path: Path) -> str | None:
+    """Return the digest of a file as in `RunConfig.digest`; None if it can't be read. Blocks."""
+    text = _read_text(path, Problems(path))
+    return None if text is None else _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_value(

@@ -423,6 +423,8 @@ class RunConfig(_Model):
     """The absolute path of the config file; without a file, the run's name in the folder that paths are relative to."""
     texts: Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(strict=False)] = ()
     """The prompt and schema files; absolute, with symlinks resolved."""
+    digest: str | None = None
+    """The SHA-256 of the config file; None without a file, and if it names prompt or schema files."""
     repo: str
     """The repository: an absolute path, or a URL as written."""
     is_url: bool

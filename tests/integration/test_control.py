@@ -652,6 +652,10 @@ async def test_a_changed_file_is_reported_and_taken_over_by_reload(repository: R
     assert (repository.top / "t.txt").read_text().strip() == "repaired"
     [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
     assert told["tasks"] == {"u": ["attempts"]}
+    assert repository.council("retry", "u", "--reload").code == 0
+    _file(repository, broken)  # the file of the start is not what the run has recorded since
+    [told] = [line for line in repository.council("resume", "--json").lines if line.get("event") == "run.file_changed"]
+    assert told["tasks"] == {"u": ["attempts"]}
     await repository.assert_invariants()
 
 

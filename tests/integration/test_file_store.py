@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, CommitRecord, Event
+from orchestrator.state.log.journal import Journal
 from orchestrator.state.stores import file
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -108,3 +109,20 @@ async def _until(store: FileStore, end: int) -> AsyncIterator[CommitRecord]:
         yield record
         if record.position == end:
             return
+
+
+async def test_a_follower_of_later_commits_starts_behind_the_earlier_ones(tmp_path: Path) -> None:
+    """Those of this process and those that were there before: a large run would be read again by each follower."""
+    async with FileStore.open(tmp_path, SystemClock()) as store:
+        await store.commit(Commit(events=[Event("earlier")]))
+    journal = Journal(tmp_path, SystemClock(), file.SEGMENT_BYTES)
+    journal.open()
+    try:
+        cursor = journal.open_cursor(1)
+        assert cursor.offset == journal.end().end > 0
+        cursor.close()
+        cursor = journal.open_cursor(0)
+        assert cursor.offset == 0
+        cursor.close()
+    finally:
+        journal.close()

@@ -62,6 +62,7 @@ async def create_run(
     document = RunDocument(
         id=run,
         config=str(config.path),
+        config_digest=config.digest,
         repo=config.repo,
         is_url=config.is_url,
         base=config.base,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import anyio
 
 from orchestrator.api.context import ProjectContext, StopSignal
-from orchestrator.api.execution.file_comparison import compare_with_config_file
+from orchestrator.api.execution.file_comparison import compare_with_config_file, has_same_config_file
 from orchestrator.api.execution.leadership import (
     RunEntry,
     hold_run_lock,
@@ -142,6 +142,8 @@ class RunExecutor:
             await ended.wait()
 
     async def _note_file_changes(self, ledger: Ledger) -> None:
+        if await has_same_config_file(ledger.run):
+            return
         changes = await compare_with_config_file(self._context, self._plugins, ledger.run, ledger.statuses())
         if changes:
             await ledger.note("run.file_changed", changes.to_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -12,15 +13,21 @@ from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_index import RunIndex
 from orchestrator.config.coordination import apply_max_retries, resolve_coordination
 from orchestrator.config.inline import InlineTasks, load_inline
-from orchestrator.config.load import load_config
+from orchestrator.config.load import load_config, read_digest
 from orchestrator.config.model import used_adapters
 from orchestrator.domain.runs.model import SUCCESS_STATUSES, RunDocument, TaskStatus
 from orchestrator.engine.diagnostics.preflight import check_programs
 from orchestrator.engine.state.records import read_spec, read_specs, run_key, spec_key
 from orchestrator.engine.state.reload import TASKS_KEY, FileChanges, build_reload, compare_with_file
-from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.errors import ConfigError, RefusedError, VersionConflict
 from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Store
+
+
+async def has_same_config_file(run: RunDocument) -> bool:
+    """Return True if the file of a run is the one that it was created from, which no comparison is needed for."""
+    digest = await anyio.to_thread.run_sync(read_digest, Path(run.config))
+    return digest is not None and digest == run.config_digest
 
 
 async def compare_with_config_file(
@@ -65,6 +72,14 @@ async def apply_config_file(
     context: ProjectContext, plugins: Plugins, run: str, tasks: Sequence[str], changes: FileChanges
 ) -> None:
     """Apply the settings of the file to tasks."""
+    while True:
+        with suppress(VersionConflict):  # a leader has just changed the run
+            return await _try_to_apply(context, plugins, run, tasks, changes)
+
+
+async def _try_to_apply(
+    context: ProjectContext, plugins: Plugins, run: str, tasks: Sequence[str], changes: FileChanges
+) -> None:
     store, is_live = context.store, await RunIndex(context).is_live(run)
     found, specs = await store.get(run_key(run)), {}
     for task in tasks:

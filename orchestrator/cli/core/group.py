@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import click
 
 
@@ -16,6 +14,8 @@ class SuggestingGroup(click.Group):
         """Find the command that is meant; a name that is none leads to the one that looks like it."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
+            import difflib  # noqa: PLC0415  `--help` must be quick
+
             near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
             remedy = (
                 f"did you mean `{ctx.command_path} {near[0]}`?" if near else f"`{ctx.command_path} --help` lists them."

@@ -19,10 +19,15 @@ _WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
 
 def short_name(name: str) -> str:
     """Return a name for a table: of a long one both ends. Not for commands."""
-    if cell_len(name) <= _LONGEST_NAME:
+    if _width(name) <= _LONGEST_NAME:
         return name
     half = _LONGEST_NAME // 2
     return f"{set_cell_size(name, half).rstrip()}…{set_cell_size(name[::-1], half - 1).rstrip()[::-1]}"
+
+
+def _width(text: str) -> int:
+    """Return the number of cells of printable text."""
+    return len(text) if text.isascii() else cell_len(text)  # most text is ASCII, which needs no table
 
 
 def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
@@ -30,9 +35,13 @@ def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
 
     No path and no command in backticks is divided.
     """
+    words = _WORDS.findall(text)
+    whole = head + " ".join(words)
+    if _width(whole) <= COLUMNS:
+        words, head = [], whole
     line, gap = head, ""
-    for word in _WORDS.findall(text):
-        if line and cell_len(f"{line}{gap}{word}") > COLUMNS:
+    for word in words:
+        if line and _width(f"{line}{gap}{word}") > COLUMNS:
             yield line.rstrip()
             line, gap = indent, ""
         line, gap = f"{line}{gap}{word}", " "

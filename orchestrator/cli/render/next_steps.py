@@ -15,6 +15,9 @@ from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import LANDING_STATUSES, RETRYABLE_STATUSES, HaltCause, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
+#: Statuses in which a task never has a next command.
+_WITHOUT_STEPS = frozenset({TaskStatus.PENDING, TaskStatus.LANDED, *LANDING_STATUSES})
+
 
 class Step(NamedTuple):
     """One command and how it relates to the one before: `next`, `then` or `or`."""
@@ -35,7 +38,7 @@ def task_steps(  # noqa: C901, PLR0912  one case for each status
     What waits for the run as a whole (`run_step`) has no command of its own. With `is_shown`, the output of
     `council show`: a blocked task has the command for the task that blocks it.
     """
-    if report.imported is not None:
+    if report.imported is not None or task.status in _WITHOUT_STEPS:
         return ()
     if report.merges is not None:
         return _merge_steps(task, report)

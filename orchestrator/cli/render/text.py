@@ -34,7 +34,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
 def printable(text: str, keep: str = "") -> str:
     """Take out what a terminal would obey: text from agents and repositories is shown, never interpreted."""
-    if text.isprintable() and not _INVISIBLE.search(text):
+    if text.isprintable() and (text.isascii() or not _INVISIBLE.search(text)):
         return text
     return "".join(char if _is_visible(char) or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
 
@@ -44,7 +44,7 @@ def escape_unprintable(line: str) -> str:
 
     A tab stays.
     """
-    if line.isprintable() and not _INVISIBLE.search(line):
+    if line.isprintable() and (line.isascii() or not _INVISIBLE.search(line)):
         return line
     return "".join(char if _is_visible(char) or char == "\t" else _escape_character(char) for char in line)
 

@@ -267,6 +267,8 @@ class RunDocument(_Document):
     id: str
     config: str
     """The path of its config file."""
+    config_digest: str | None = None
+    """The digest of the config file when the run was created; None: unknown, or tasks were reloaded from it since."""
     repo: str
     is_url: bool
     base: str

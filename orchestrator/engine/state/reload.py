@@ -152,8 +152,8 @@ def build_reload(
         adapters |= {adapter: config.adapters[adapter].to_stored() for adapter in file_tasks[name].adapters}
         writes.append(Write(spec_key(document.id, name), version, file_tasks[name].model_dump(mode="json")))
         events.append(Event("task.reloaded", {"run": document.id, "task": name, "keys": list(keys)}))
-    if adapters != document.adapters:
-        updated = document.model_copy(update={"adapters": adapters})
+    if writes:
+        updated = document.model_copy(update={"adapters": adapters, "config_digest": None})
         writes.append(Write(run_key(document.id), run.version, updated.model_dump(mode="json")))
     return writes, events
 

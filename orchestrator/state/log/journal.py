@@ -82,6 +82,8 @@ _REMEDIES: Final = {
 }
 _AT_ONCE_BYTES: Final = 16 << 10
 """The bytes to read or write on the event loop at most: some ten recent commits, or commits without sync."""
+_ENDS_KEPT: Final = 64
+"""The former ends of the log from which a reader of later commits can start."""
 
 
 @dataclass(slots=True)
@@ -123,6 +125,7 @@ class Journal:
         self._cursor: LogCursor
         self._saved = 0  # bytes of the log in the newest snapshot that is known
         self._seen: HighWaterMark | None = None  # up to where the table has the log
+        self._ends = deque[HighWaterMark](maxlen=_ENDS_KEPT)  # what `_seen` was before, newest last
         self._broken: OSError | None = None
         self._rolls = False  # whether the next commit begins a new segment
         # Held by the thread that moves the cursor. The event loop never waits for it, and a task that is
@@ -142,6 +145,14 @@ class Journal:
     def mark(self) -> HighWaterMark | None:
         """Return the high-water mark; cheap enough for the event loop."""
         return self._lock.read()
+
+    def open_cursor(self, after: int) -> LogCursor:
+        """Return a cursor at position `after`, or at the nearest known place before it."""
+        cursor = LogCursor(self._directory, after)
+        end = max((one for one in list(self._ends) if one.position <= after), default=None)
+        if end is not None and end.segment:
+            cursor.jump(end)
+        return cursor
 
     def check_not_replaced(self) -> None:
         """Raise OSError (ESTALE) if the log was moved or replaced."""
@@ -317,7 +328,7 @@ class Journal:
         elif mark != self._seen:
             replay_until(self._replay, self._cursor, mark)
             self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
-            self._seen = mark
+            self._note_end(mark)
 
     def commit(self, turns: deque[PendingCommit]) -> None:
         """Commit what waits by the time that it can be done, and settle it; what it is taken from may be added to."""
@@ -388,7 +399,7 @@ class Journal:
             durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
             mark = HighWaterMark(cursor.segment, end, position, durable_end, known_durable, boot_id())
             self._lock.publish(mark)
-            self._seen = mark
+            self._note_end(mark)
         except OSError:
             self._roll_back(known)
             raise
@@ -480,7 +491,7 @@ class Journal:
         cursor, position = self._cursor, self._replay.table.position
         end = HighWaterMark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
         if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
-            self._seen = mark
+            self._note_end(mark)
             return
         if cursor.segment:
             is_same = mark is not None and mark.segment == cursor.segment
@@ -490,7 +501,11 @@ class Journal:
             if start < cursor.offset and not cursor.is_closed:
                 rewrite(cursor.path, start, cursor.sums[cursor.segment])
         self._lock.publish(end)
-        self._seen = end
+        self._note_end(end)
+
+    def _note_end(self, mark: HighWaterMark) -> None:
+        self._seen = mark
+        self._ends.append(mark)
 
     def _close_cursor(self) -> None:
         self._cursor.close()

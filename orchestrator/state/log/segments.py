@@ -281,6 +281,12 @@ class LogCursor:
         """Stand at the beginning of a new segment."""
         self._move(Segment(first))
 
+    def jump(self, end: HighWaterMark) -> None:
+        """Move to a former end of the log, unless the cursor starts in a later segment."""
+        if end.segment >= self._start:
+            self._move(Segment(end.segment))
+            self.offset = end.end
+
     def skip(self, data: bytes) -> None:
         """Stand behind what this process has appended here."""
         self.offset += len(data)

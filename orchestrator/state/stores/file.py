@@ -164,7 +164,7 @@ class FileStore:
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
         await self._in_thread(partial(check_retained, self._directory, after))
-        cursor = await self._in_thread(partial(LogCursor, self._directory, after))
+        cursor = await self._in_thread(partial(self._journal.open_cursor, after))
         seen, pause = HighWaterMark(0, 0, 0), _POLL_FASTEST
         try:
             while True:

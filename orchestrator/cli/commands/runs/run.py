@@ -225,13 +225,14 @@ def resume(
     async def command(context: CommandContext) -> int:
         async with open_council(context.log) as council:
             name = await council.runs.find(run)
-            others = [] if run else [one for one in await council.runs.interrupted() if one != name]
-            report = await council.runs.status(name)
-            if needs_retry(report) and report.merges is None:
+            interrupted = await council.runs.interrupted()
+            report = None if name in interrupted else await council.runs.status(name)
+            if report is not None and needs_retry(report) and report.merges is None:
                 context.output.notice(
                     f"run {name} has finished: `council retry TASK` first, then `council resume {name}`"
                 )
-            if others and report.status is not RunStatus.RUNNING:  # else it is refused below
+            others = [] if run else [one for one in interrupted if one != name]
+            if others and (report is None or report.status is not RunStatus.RUNNING):  # else it is refused below
                 context.output.notice(_other_interrupted_runs(name, others))
             if detach:
                 limits = {} if budget is None else budget.model_dump(exclude_none=True)
