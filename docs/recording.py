@@ -24,7 +24,6 @@ import anyio
 from rich.console import Console
 from rich.segment import Segment, SegmentLines
 
-import orchestrator.testing.fake_cli
 from orchestrator.api.council import Council
 from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.render.rich_tables import frame_lines
@@ -33,7 +32,7 @@ from orchestrator.cli.render.table_model import TableFrame
 WIDTH, ROWS = 106, 10
 #: Seconds between two frames, and the seconds for which the last one is shown.
 INTERVAL, LAST = 0.4, 5.0
-FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
+FAKE_CLI = Path(__file__).parents[1] / "tests" / "fake_cli.py"
 TASKS = [
     {
         "id": "models",
@@ -125,7 +124,7 @@ def prepare(scratch: Path, environ: dict[str, str]) -> Path:
         "repo": str(repository),
         "target": "main",
         "capacity": 4,
-        "readable": [sys.prefix, str(FAKE_CLI.parents[2])],
+        "readable": [sys.prefix, str(FAKE_CLI.parents[1])],
         "adapters": {"fake": {"use": "command", "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"]}},
         "defaults": {"backoff": {"initial": "200ms", "jitter": False}},
         "tasks": TASKS,

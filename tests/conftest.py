@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-import orchestrator.testing.fake_cli
+import tests.fake_cli
 from orchestrator.project import Project, council_home
 from orchestrator.state.log.identity import ensure_log
-from orchestrator.testing.fingerprint import Fingerprint
-from orchestrator.testing.invariants import RunUnderTest, assert_invariants
 from tests import command_server
 from tests.command_server import StartedCommand
+from tests.fingerprint import Fingerprint
 from tests.hypothesis_settings import DEFAULT_EXAMPLES, example_settings
+from tests.invariants import RunUnderTest, assert_invariants
 from tests.sandboxes import default_sandbox
 
 # What ignores signals because these tests were started in the background would do so in the programs under test, too.
@@ -38,7 +38,7 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
-FAKE_CLI = Path(orchestrator.testing.fake_cli.__file__)
+FAKE_CLI = Path(tests.fake_cli.__file__)
 
 
 def hermetic_environ(folder: Path) -> dict[str, str]:
@@ -166,7 +166,7 @@ class Repository:
             "version": 1,
             "repo": str(self.top),
             "target": "main",
-            "readable": [sys.prefix, str(FAKE_CLI.parents[2])],
+            "readable": [sys.prefix, str(FAKE_CLI.parents[1])],
             "adapters": {"fake": self.fake_adapter()},
             "defaults": {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"},
             "tasks": list(tasks),

@@ -19,10 +19,10 @@ from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.project import Project
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
-from orchestrator.testing.fingerprint import Fingerprint
 from tests.clis.programs import CLIS, MODEL, Program, selected
 from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, CommandResult, Repository
+from tests.fingerprint import Fingerprint
 from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
@@ -67,7 +67,7 @@ class Stage:
         """Write a file with tasks for these programs, all of them as their adapters are by default."""
         adapters = {name: json.loads(self._with_url(json.dumps(one.adapter))) for name, one in self.programs.items()}
         # All of this may lie in `/tmp`, and a session has one of its own.
-        readable = [sys.prefix, str(FAKE_CLI.parents[2]), str(CLIS), str(self.home)]
+        readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(CLIS), str(self.home)]
         return self.repository.configure(tasks, adapters=adapters, readable=readable, **settings)
 
     def start(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> StartedCommand:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.testing.fake_cli import __file__ as fake_cli
 from tests import distributions
 from tests.conftest import CommandResult, Repository
 from tests.distributions import ADAPTER, REGISTERS
+from tests.fake_cli import __file__ as fake_cli
 from tests.fakes.script import ROOT, install
 
 PROMPT = ("--prompt", "write hello.txt hello")

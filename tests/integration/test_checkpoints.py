@@ -92,7 +92,7 @@ async def test_a_task_that_was_running_is_dealt_with_as_after_a_kill(repository:
 async def test_work_that_waited_to_land_lands_after_a_later_attempt(repository: Repository) -> None:
     """A checkpoint from before the checks did not pass brings back that work, with its base and branch."""
     tasks = [{"id": "one", "prompt": "attempt 1 write one.txt 1\nattempt 2 exit 1", "attempts": 2}]
-    readable = [sys.prefix, str(FAKE_CLI.parents[2]), str(repository.spawns.parent)]
+    readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(repository.spawns.parent)]
     checks = {"allow_failing_base": True, "checks": [f"test -e {flag(repository)}"]}
     killed_with(repository, tasks, "landing.checking", defaults=checks, readable=readable)
     checkpoint = made(repository)

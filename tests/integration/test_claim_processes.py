@@ -19,7 +19,7 @@ from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
 from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from orchestrator.testing.claim_history import ClaimHistory
+from tests.claim_history import ClaimHistory
 from tests.integration import claim_worker
 from tests.integration.claim_worker import RUN, work_key
 

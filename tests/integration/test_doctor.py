@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import CommandResult, Repository
 from tests.fake_programs import FakePrograms, install_fake_programs, install_plugin
+from tests.fingerprint import Fingerprint
 from tests.sandboxes import default_sandbox, needs_sandbox
 
 TASKS = [{"id": "a", "prompt": "write a.txt a"}]

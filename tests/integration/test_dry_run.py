@@ -13,8 +13,8 @@ import pytest
 from orchestrator.cli.core.run_source import load_run_config
 from orchestrator.config.inline import InlineTasks
 from orchestrator.plugins import Plugins
-from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import Repository
+from tests.fingerprint import Fingerprint
 from tests.unit.test_inline import TYPES
 
 TASKS: list[dict[str, Any]] = [

@@ -14,8 +14,8 @@ import pytest
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.snapshot import RepositorySnapshot, describe_changes, is_user_git_running, take_snapshot
 from orchestrator.repo.source.user_checkouts import LocalRepository, find_repository
-from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import Repository
+from tests.fingerprint import Fingerprint
 from tests.sandboxes import needs_sandbox
 
 pytestmark = pytest.mark.sandbox

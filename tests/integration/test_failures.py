@@ -83,7 +83,7 @@ async def test_a_login_that_fails_stops_its_adapter_and_no_other(repository: Rep
     tasks.append({"id": "free", "prompt": "write free.txt x", "adapter": "fake"})
     adapters = {"locked": {**shell, "capacity": 1}, "fake": fake(repository)}
     config = repository.configure(
-        tasks, adapters=adapters, readable=[str(repository.spawns.parent), sys.prefix, str(FAKE_CLI.parents[2])]
+        tasks, adapters=adapters, readable=[str(repository.spawns.parent), sys.prefix, str(FAKE_CLI.parents[1])]
     )
     ended = repository.council("run", str(config), "--json")
     assert (ended.code, ended.states) == (1, {"a": "blocked", "b": "blocked", "free": "landed"}), ended

@@ -248,7 +248,7 @@ async def run_with_fake(repository: Repository) -> CommandResult:
     path = repository.top / "council.yaml"
     config = yaml.safe_load(path.read_text())
     config |= {"target": "main", "adapters": {"fake": repository.fake_adapter()}}
-    config["readable"] = [sys.prefix, str(FAKE_CLI.parents[2])]
+    config["readable"] = [sys.prefix, str(FAKE_CLI.parents[1])]
     config["tasks"] = [{"id": "a", "prompt": "write a.txt a"}]
     path.write_text(json.dumps(config))
     repository.git("add", "--all")

@@ -119,7 +119,7 @@ async def test_a_git_that_is_always_killed_ends_a_command_with_one_line(
     path = repository.environ["PATH"]
     repository.environ["PATH"] = f"{programs}{os.pathsep}{path}"
     config = repository.configure(
-        [{"id": "one", "prompt": "write one.txt 1"}], readable=[sys.prefix, str(FAKE_CLI.parents[2]), str(programs)]
+        [{"id": "one", "prompt": "write one.txt 1"}], readable=[sys.prefix, str(FAKE_CLI.parents[1]), str(programs)]
     )
     ended = repository.council("run", str(config))
     assert ended.code == 1, ended

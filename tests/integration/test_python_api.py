@@ -39,7 +39,7 @@ def describe(repository: Repository, *tasks: Task, **settings: Any) -> Config:
     """Return a run of tasks for the fake CLI, which land on main."""
     argv = (sys.executable, "-S", str(FAKE_CLI), "{prompt_file}")
     fake = AdapterSettings.of("command", CommandOptions(argv=argv))
-    readable = (sys.prefix, str(FAKE_CLI.parents[2]))
+    readable = (sys.prefix, str(FAKE_CLI.parents[1]))
     values: dict[str, Any] = {"repo": str(repository.top), "target": "main", "readable": readable}
     values |= default_sandbox() | settings
     return Config(version=1, adapters={"fake": fake}, tasks=tasks, **values)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.testing.fingerprint import Fingerprint
 from tests.conftest import CommandResult, Repository
+from tests.fingerprint import Fingerprint
 from tests.waiting import wait_for
 
 

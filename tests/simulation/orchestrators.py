@@ -27,7 +27,7 @@ from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard,
 from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
-from orchestrator.testing.claim_history import ClaimHistory
+from tests.claim_history import ClaimHistory
 from tests.simulation.virtual_time import run_in_virtual_time
 
 RUN, REPOSITORY, TARGET = "r", "repository", "main"

@@ -30,7 +30,7 @@ PHASE` only in that phase of the task's workflow.
 With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
 """
 
-# ruff: noqa: C901, PLR0912, PLR0915, S606, S607, T201 - a stand-alone program that behaves as badly as it is told to
+# ruff: noqa: C901, T201 - a stand-alone program that behaves as badly as it is told to
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ from orchestrator.repo.worktrees.slots import list_slots, read_record, read_slot
 from orchestrator.repo.worktrees.worktrees import list_lock_files
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
-from orchestrator.testing.claim_history import ClaimHistory
-from orchestrator.testing.fingerprint import Fingerprint
+from tests.claim_history import ClaimHistory
+from tests.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ async def assert_invariants(scene: RunUnderTest) -> None:
     """Raise AssertionError that lists every invariant which does not hold."""
     state = await _read(scene)
     broken = [violation async for violation in _violations(scene, state)]
-    assert not broken, "\n".join(broken)  # noqa: S101  the purpose of this function
+    assert not broken, "\n".join(broken)
 
 
 async def _read(scene: RunUnderTest) -> _State:
