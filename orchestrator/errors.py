@@ -35,7 +35,8 @@ from __future__ import annotations
 
 import errno
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,9 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+#: Characters of a plugin's error in a message.
+_LONGEST_FAULT: Final = 500
 
 
 class CouncilError(Exception):
@@ -146,6 +150,27 @@ class PluginError(CouncilError):
     def __init__(self, plugin: str, why: str) -> None:
         self.plugin, self.why = plugin, why
         super().__init__(f"plugin {plugin!r}: {why}: update it or remove it from this environment")
+
+
+class PluginFailed(CouncilError):
+    """Code of a plugin raised an exception, the cause of this one."""
+
+    def __init__(self, error: BaseException) -> None:
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        text = str(error) if isinstance(error, CouncilError) else f"{type(error).__name__}: {error}"
+        super().__init__(" ".join(text.split())[:_LONGEST_FAULT])
+
+
+@contextmanager
+def plugin_code(*expected: type[Exception]) -> Iterator[None]:
+    """Run code of a plugin within the body; raise PluginFailed instead of any exception that is not `expected`."""
+    try:
+        yield
+    except expected:
+        raise
+    except (Exception, SystemExit, BaseExceptionGroup) as error:
+        raise PluginFailed(error) from error
 
 
 class StateError(CouncilError):

@@ -25,7 +25,7 @@ from orchestrator.config.model import restore_options
 from orchestrator.config.store import scheme_of
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator, kind_from_model, with_validators
 from orchestrator.domain.workflow.mediation import Transformation
-from orchestrator.errors import PluginError, RefusedError
+from orchestrator.errors import PluginError, PluginFailed, RefusedError, plugin_code
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
 from orchestrator.protocols import AdapterType, JsonObject, SinkType, Store, StoreType, TrackerType
 from orchestrator.system.clock import Clock
@@ -220,17 +220,15 @@ def _check_location(entry: EntryPoint, plugin: PluginInfo, untrusted: Sequence[P
 def _call_hooks(entry: EntryPoint, plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
     """Import a plugin and call its hooks, which add to `registered` by kind and name."""
     try:
-        manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
-        manager.add_hookspecs(hookspecs)
-        manager.register(entry.load(), name=entry.name)
-        manager.check_pending()
-        for kind, registry in registered.items():
-            getattr(manager.hook, f"council_register_{kind}")(register=_register(plugin, kind, registry))
-    except PluginError:
-        raise
-    except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PluginError(plugin.name, reason[:_LONGEST_REASON]) from error
+        with plugin_code(PluginError):
+            manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
+            manager.add_hookspecs(hookspecs)
+            manager.register(entry.load(), name=entry.name)
+            manager.check_pending()
+            for kind, registry in registered.items():
+                getattr(manager.hook, f"council_register_{kind}")(register=_register(plugin, kind, registry))
+    except PluginFailed as failed:
+        raise PluginError(plugin.name, str(failed)[:_LONGEST_REASON]) from failed
     if not any(registered.values()):
         raise PluginError(plugin.name, "it registers nothing: it has no hook that this version calls")
 

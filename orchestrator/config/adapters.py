@@ -18,7 +18,7 @@ from orchestrator.config.source.problems import KnownWords, Position, Problems, 
 from orchestrator.config.source.validation import validate
 from orchestrator.config.workflows.load import iter_phase_nodes, workflow_of
 from orchestrator.domain.workflow.routing import Phase
-from orchestrator.errors import RefusedError
+from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import Adapter, AdapterType, SessionRequest
 
 _NOWHERE: Final = Path("/nowhere")
@@ -228,12 +228,11 @@ def try_commands(
 def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:
     """Raise RefusedError if the adapter has no valid command."""
     try:
-        argv = adapter.command(request).argv
-    except RefusedError:
-        raise
-    except Exception as error:
-        what = f"the adapter {quote_text(name)} can't make its command, {type(error).__name__}: {error}"
-        raise RefusedError(" ".join(what.split()), "update its plugin, or use another adapter") from error
+        with plugin_code(RefusedError):
+            argv = adapter.command(request).argv
+    except PluginFailed as failed:
+        what = f"the adapter {quote_text(name)} can't make its command, {failed}"
+        raise RefusedError(what, "update its plugin, or use another adapter") from failed
     if not argv or not all(isinstance(part, str) for part in argv):
         what = f"the adapter {quote_text(name)} makes a command that is not of text: {argv!r}"
         raise RefusedError(what, "update its plugin, or use another adapter")

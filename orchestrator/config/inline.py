@@ -14,7 +14,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.source.document import Node
 from orchestrator.config.source.problems import KnownWords, Problems
 from orchestrator.config.source.values import read_value
-from orchestrator.errors import RefusedError
+from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import AdapterType, JsonObject
 
 #: The file name in problems if there is no file.
@@ -107,9 +107,10 @@ def no_program_error(adapters: Iterable[str]) -> RefusedError:
 def _is_installed(adapter_type: AdapterType) -> bool:
     """Whether all programs of an adapter without options are on PATH. Blocks."""
     try:
-        programs = adapter_type(adapter_type.Options.model_validate({})).programs()
-        return all(shutil.which(one.name) is not None for one in programs)
-    except Exception:  # noqa: BLE001  a plugin's own code
+        with plugin_code():
+            programs = adapter_type(adapter_type.Options.model_validate({})).programs()
+            return all(shutil.which(one.name) is not None for one in programs)
+    except PluginFailed:
         return True  # its mistakes are reported where it is used
 
 

@@ -18,7 +18,7 @@ import anyio
 from orchestrator.domain.runs.retry import Backoff, retry_delay
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import cursor_key
-from orchestrator.errors import CouncilError, HistoryCompacted, VersionConflict
+from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, VersionConflict, plugin_code
 from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, RecordedEvent, Sink, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
@@ -28,8 +28,6 @@ MAX_BATCH_EVENTS = 100
 #: Delay before a retry; the second one applies at the end of the run, when time is short.
 RETRY_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
 FINAL_RETRY_DELAY = 0.5
-
-_MAX_REASON_LENGTH = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +172,15 @@ class EventForwarder:
         Return why delivery ended early.
         """
         try:
-            with anyio.CancelScope() as self._call_scope:
+            with anyio.CancelScope() as self._call_scope, plugin_code(_StoreFailed, HistoryCompacted):
                 await self._deliver_all()
         except _StoreFailed as error:
             raise error.error from None
         except HistoryCompacted as compacted:
             await self._skip(compacted.first)
             return None
-        except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
-            raise
-        except BaseException as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
-            return _describe_error(error)
+        except PluginFailed as failed:
+            return str(failed)
         if self._call_scope.cancelled_caught:
             return f"timed out after {self._timeouts.per_call:g} s"
         return None if self._is_finished else "the event stream closed"
@@ -313,12 +309,11 @@ async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
     async def send() -> None:
         nonlocal raised
         try:
-            await sink.send(batch)
+            with plugin_code():
+                await sink.send(batch)
             raised = None
-        except (anyio.get_cancelled_exc_class(), KeyboardInterrupt):
-            raise
-        except BaseException as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
-            raised = error
+        except PluginFailed as failed:
+            raised = failed.__cause__
 
     async with anyio.create_task_group() as group:
         group.start_soon(send)
@@ -331,10 +326,3 @@ class _StoreFailed(Exception):
 
     def __init__(self, error: Exception) -> None:
         self.error = error
-
-
-def _describe_error(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    message = str(error) if isinstance(error, CouncilError) else f"{type(error).__name__}: {error}"
-    return " ".join(message.split())[:_MAX_REASON_LENGTH]

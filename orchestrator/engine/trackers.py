@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 
 import anyio
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import TrackedTask, Tracker
 
 #: Seconds that a tracker may take.
@@ -26,13 +26,12 @@ async def fetch_tracked_tasks(
 async def _fetch(name: str, open_tracker: OpenTracker, limit: float) -> Sequence[TrackedTask]:
     remedy = "fix that, or remove the tracker from the file"
     try:
-        with anyio.fail_after(limit):
+        with plugin_code(RefusedError, TimeoutError), anyio.fail_after(limit):
             async with open_tracker() as tracker:
                 return [TrackedTask(task.id, task.prompt, tuple(task.needs)) for task in await tracker.tasks()]
     except RefusedError as error:
         raise RefusedError(f"tracker {name!r}: {error.what}", error.remedy) from error
     except TimeoutError as error:
         raise RefusedError(f"tracker {name!r} did not list its tasks within {limit:g} s", remedy) from error
-    except (Exception, SystemExit) as error:
-        message = " ".join(f"tracker {name!r} cannot list its tasks, {type(error).__name__}: {error}".split())
-        raise RefusedError(message, remedy) from error
+    except PluginFailed as failed:
+        raise RefusedError(f"tracker {name!r} cannot list its tasks, {failed}", remedy) from failed

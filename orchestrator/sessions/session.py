@@ -24,7 +24,15 @@ from orchestrator.domain.runs.outcome import (
     judge_outcome,
 )
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
+from orchestrator.errors import (
+    GitError,
+    LeaseLost,
+    PluginFailed,
+    RefusedError,
+    SessionError,
+    is_resource_exhaustion,
+    plugin_code,
+)
 from orchestrator.protocols import Adapter, Capability, McpServer, SessionCommand, SessionEnd, SessionRequest
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.intake.collect import CollectedWork, collect_work
@@ -52,7 +60,6 @@ from orchestrator.system.failpoints import failpoint
 from orchestrator.system.process import kill_by_environment
 from orchestrator.system.resources import is_disk_full
 
-_MAX_REASON_CHARS = 500
 _STOPPED = ProcessExit("stop", None, None, None)
 #: Caches of test runners and linters, as .gitignore patterns. A read-only session may write them.
 _CACHES = (
@@ -424,17 +431,13 @@ class Session:
         """Return the transcript, the adapter's verdict, whether the program may have reported failure, the answer."""
         adapter = self.assignment.adapter
         try:
-            transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
-            end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
-            return transcript, adapter.verdict(end), has_reported_failure(events), extract_answer(events)
-        except Exception as error:  # noqa: BLE001  a mistake of a plugin's is the matter of its tasks alone
-            reason = f"the adapter could not parse the output: {type(error).__name__}: {error}"
-            return (
-                EMPTY_TRANSCRIPT,
-                Failed(FailureClass.CRASHED, " ".join(reason.split())[:_MAX_REASON_CHARS]),
-                True,
-                "",
-            )
+            with plugin_code():
+                transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
+                end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
+                return transcript, adapter.verdict(end), has_reported_failure(events), extract_answer(events)
+        except PluginFailed as failed:
+            reason = f"the adapter could not parse the output: {failed}"
+            return EMPTY_TRANSCRIPT, Failed(FailureClass.CRASHED, reason), True, ""
 
     def _log(self, stream: str) -> Path:
         return log_path(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)

@@ -22,10 +22,9 @@ from orchestrator.domain.workflow.violations import (
     MAX_VIOLATIONS,
     HandoffFacts,
     Violation,
-    describe_exception,
     run_check,
 )
-from orchestrator.errors import RefusedError
+from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +206,11 @@ def _check_safely(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckR
     if flaw is not None:
         return CheckResult(None, (Violation(f"{kind}.json", "the handoff", flaw, "submit a small, plain JSON object"),))
     try:
-        return check(data)
-    except Exception as error:  # noqa: BLE001  what a plugin's model or a schema of the user's does wrong is told
-        fault = describe_exception(error)
+        with plugin_code():
+            return check(data)
+    except PluginFailed as failed:
         remedy = "fix the plugin or the schema that defines this kind"
-        return CheckResult(None, (Violation(f"{kind}.check", f"kind {kind!r}", f"its check failed: {fault}", remedy),))
+        return CheckResult(None, (Violation(f"{kind}.check", f"kind {kind!r}", f"its check failed: {failed}", remedy),))
 
 
 def _check_model(

@@ -14,7 +14,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.documents.json_values import find_json_error, is_empty_value
-from orchestrator.domain.workflow.violations import Violation, describe_exception
+from orchestrator.domain.workflow.violations import Violation
+from orchestrator.errors import PluginFailed, plugin_code
 
 #: A synchronous function of a result and its analysis that returns a JSON object.
 Transformation = Callable[[dict[str, Any], dict[str, Any]], Any]
@@ -119,12 +120,11 @@ def _transform(
     if transformation is None:
         return Violation("mediation.unknown", place, "it is not registered", "install its plugin, or name another one")
     try:
-        # Copies: a transformation must not change recorded values.
-        made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
-    except Exception as error:  # noqa: BLE001  what a plugin does wrong is told, and ends the phase alone
-        return Violation(
-            "mediation.failed", place, f"it raised {describe_exception(error)}", "fix the plugin that provides it"
-        )
+        with plugin_code():
+            # Copies: a transformation must not change recorded values.
+            made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
+    except PluginFailed as failed:
+        return Violation("mediation.failed", place, f"it raised {failed}", "fix the plugin that provides it")
     if inspect.iscoroutine(made):
         made.close()
         return Violation("mediation.result", place, "it is asynchronous", "register a plain function")

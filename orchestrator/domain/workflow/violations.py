@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Final
 
+from orchestrator.errors import PluginFailed, plugin_code
+
 #: The largest number of violations reported by one check.
 MAX_VIOLATIONS: Final = 20
-_LONGEST_FAULT: Final = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +43,13 @@ class Violation:
         return asdict(self)
 
 
-def describe_exception(error: Exception) -> str:
-    """Return an exception raised by plugin code as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_FAULT]
-
-
 def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
     """Return the violations that a plugin's check reports; a failure of the check itself is a violation too."""
     try:
-        violations: list[Any] = list(islice(check(), MAX_VIOLATIONS))
-    except Exception as error:  # noqa: BLE001  a plugin's own code
-        return [
-            Violation(
-                rule, subject, f"its check failed: {describe_exception(error)}", "fix the plugin that provides it"
-            )
-        ]
+        with plugin_code():
+            violations: list[Any] = list(islice(check(), MAX_VIOLATIONS))
+    except PluginFailed as failed:
+        return [Violation(rule, subject, f"its check failed: {failed}", "fix the plugin that provides it")]
     invalid = next((item for item in violations if not isinstance(item, Violation)), None)
     if invalid is not None:
         what = f"its check returned {type(invalid).__name__}, not a Violation"

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from orchestrator.config.adapters import make_trial_request
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.errors import RefusedError
+from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import Adapter, AdapterType, JsonObject, Program, SessionHome
 from orchestrator.sessions.setup.adapter_homes import set_up
 from orchestrator.sessions.setup.environment import BASE_VARIABLES
@@ -97,12 +97,13 @@ def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, A
     needs: dict[str, str] = {}
     for name, adapter_type in sorted(types.items()):
         try:
-            made[name] = adapter_type(adapter_type.Options.model_validate({}))
+            with plugin_code(ValidationError):
+                made[name] = adapter_type(adapter_type.Options.model_validate({}))
         except ValidationError as error:
             missing = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "missing"]
             needs[name] = f"needs {', '.join(missing)}" if missing else "has no valid options of its own"
-        except Exception as error:  # noqa: BLE001  a plugin's own code
-            needs[name] = f"can't be made: {type(error).__name__}: {error}"
+        except PluginFailed as failed:
+            needs[name] = f"can't be made: {failed}"
     return made, needs
 
 
@@ -162,12 +163,14 @@ def _programs_of(
     broken: dict[K, str] = {}
     for name, adapter in adapters.items():
         try:
-            command = adapter.command(make_trial_request("task", "Do nothing.", _HOME_PLACEHOLDER))
-            names = {*BASE_VARIABLES, "HOME", *command.pass_env}
-            env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
-            found[name] = [_ProbeRequest(one, tuple(sorted(env.items())), command.home) for one in adapter.programs()]
-        except Exception as error:  # noqa: BLE001  a plugin's own code
-            broken[name] = f"{type(error).__name__}: {error}"
+            with plugin_code():
+                command = adapter.command(make_trial_request("task", "Do nothing.", _HOME_PLACEHOLDER))
+                names = {*BASE_VARIABLES, "HOME", *command.pass_env}
+                env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
+                variables, programs = tuple(sorted(env.items())), adapter.programs()
+                found[name] = [_ProbeRequest(program, variables, command.home) for program in programs]
+        except PluginFailed as failed:
+            broken[name] = str(failed)
     return found, broken
 
 

@@ -19,10 +19,10 @@ from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.domain.workflow.phase_context import get_handoff_kind
 from orchestrator.domain.workflow.routing import Phase, Workflow
 from orchestrator.domain.workflow.verification import Constraint, WorkflowRecord, check_workflow
-from orchestrator.domain.workflow.violations import Violation, describe_exception
+from orchestrator.domain.workflow.violations import Violation
 from orchestrator.engine.session_api.contexts import read_contexts
 from orchestrator.engine.state.records import read_handoffs, read_run, task_key
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import JsonObject, Store
 from orchestrator.repo.git.checksums import compute_checksums
 from orchestrator.repo.git.command import Git
@@ -155,9 +155,10 @@ class _RunVerifier:
             if handoff is None or kind is None or record.commit is None:
                 continue
             try:
-                paths = kind.paths(handoff.data)
-            except Exception as error:  # noqa: BLE001  a plugin's own code
-                unseen.append(f"{visit}: handoff files can't be listed: {describe_exception(error)}")
+                with plugin_code():
+                    paths = kind.paths(handoff.data)
+            except PluginFailed as failed:
+                unseen.append(f"{visit}: handoff files can't be listed: {failed}")
                 continue
             if not paths:
                 continue

@@ -19,7 +19,15 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.claims import OwnerStatus
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import GitError, LockHeld, RefusedError, TargetMissing, to_unusable_error
+from orchestrator.errors import (
+    GitError,
+    LockHeld,
+    PluginFailed,
+    RefusedError,
+    TargetMissing,
+    plugin_code,
+    to_unusable_error,
+)
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.intake.collect import CollectedWork
 from orchestrator.repo.worktrees import worktrees
@@ -299,10 +307,10 @@ async def _read_transcript(context: RunContext, attempt: Attempt, task: str) -> 
     """Return the transcript of an interrupted session, as far as it was written."""
     log = log_path(context.tools.logs, task, attempt.number, "stdout")
     try:
-        transcript, _ = await anyio.to_thread.run_sync(read_transcript, context.adapters[attempt.adapter], log)
-    except Exception:  # noqa: BLE001  a mistake of a plugin's, or a disk that can't be read: it is not known then
+        with plugin_code(OSError):
+            return (await anyio.to_thread.run_sync(read_transcript, context.adapters[attempt.adapter], log))[0]
+    except (PluginFailed, OSError):
         return EMPTY_TRANSCRIPT
-    return transcript
 
 
 async def _record_interruption(

@@ -21,7 +21,7 @@ from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.reports.report import AdapterReport
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, PluginFailed, plugin_code
 from orchestrator.protocols import Adapter, JsonObject
 
 
@@ -97,9 +97,10 @@ async def _list(scene: CommandEnvironment) -> tuple[list[_AdapterEntry], list[_A
 
 def _capabilities(adapter: Adapter) -> list[str]:
     try:
-        return sorted(adapter.capabilities())
-    except Exception as error:  # noqa: BLE001  a plugin's own code
-        return [f"can't be inspected: {type(error).__name__}: {error}"]
+        with plugin_code():
+            return sorted(adapter.capabilities())
+    except PluginFailed as failed:
+        return [f"can't be inspected: {failed}"]
 
 
 def _json(
