@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from orchestrator.protocols import Document, Event, Key, RecordedEvent, VerificationReport
     from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
     from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
-    from orchestrator.state.documents.subscription import DocumentChange
+    from orchestrator.state.documents.log_reader import DocumentChange
     from orchestrator.state.transfer.copying import CopyResult
 
 __all__ = [
@@ -190,7 +190,7 @@ _MODULES = {
     "state.documents.checkpoints": ("Checkpoint", "RestorePlan"),
     "state.documents.conflicts": ("UpdateResult", "Conflict", "ConflictResolution"),
     "state.transfer.copying": ("CopyResult",),
-    "state.documents.subscription": ("DocumentChange",),
+    "state.documents.log_reader": ("DocumentChange",),
     "api.transfer": ("adopt_state", "copy_state"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

@@ -10,8 +10,7 @@ import anyio
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, CommitRecord, Store
-from orchestrator.state.offline.retry import RetryIntervals
-from orchestrator.state.offline.wrapper import StoreWrapper
+from orchestrator.state.offline.outage import RetryIntervals, StoreWrapper
 
 T = TypeVar("T")
 

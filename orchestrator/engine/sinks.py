@@ -20,6 +20,7 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, VersionConflict, plugin_code
 from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, RecordedEvent, Sink, Store, Write
+from orchestrator.system.background import run_in_background
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -80,22 +81,12 @@ async def forward_events(
     stops at once.
     """
     forwarders = [EventForwarder(store, clock, redactor, run, subscriber, timeouts) for subscriber in subscribers]
-    raised: Exception | None = None
-    goal = 0
-    async with anyio.create_task_group() as group:
-        for forwarder in forwarders:
-            group.start_soon(forwarder.deliver_until_end)
-        try:
-            yield
-            goal = await store.position()
-        except Exception as error:  # noqa: BLE001  raised anew below: as it is, and not in a group
-            raised = error
-            group.cancel_scope.cancel()
+    deliveries = [forwarder.deliver_until_end for forwarder in forwarders]
+    async with run_in_background(*deliveries, grace=timeouts.last, grace_after_error=0):
+        yield
+        goal = await store.position()
         for forwarder in forwarders:
             forwarder.end(goal)
-        group.cancel_scope.deadline = anyio.current_time() + timeouts.last
-    if raised is not None:
-        raise raised
     for forwarder in forwarders:
         await forwarder.close(goal)
 

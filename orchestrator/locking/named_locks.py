@@ -11,7 +11,6 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, get_args
 
@@ -20,7 +19,7 @@ import anyio
 from orchestrator.domain.scheduling.deadlocks import LockWait, find_deadlock, merge_waits
 from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
-from orchestrator.state.documents.log_reader import follow_log
+from orchestrator.state.documents.log_reader import wait_for_commit
 from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.state.documents.validation import LOCK_KIND, filter_readable, find_document_error
 from orchestrator.state.log.codec import MAX_TTL
@@ -120,11 +119,12 @@ class NamedLocks:
         the lock, for an unknown mode, and for times over 1e9 seconds. A cancelled call has acquired nothing.
         """
         _check(name, mode, owner, expiry, timeout)
-        now, deadline = self._clock.now(), self._clock.monotonic() + timeout
+        key = Key(LOCK_KIND, name)
+        since, deadline = self._clock.now(), self._clock.monotonic() + timeout
         pid, host = os.getpid(), socket.gethostname()
         owner = owner or f"{host}:{pid}"
-        expires, lock_id = now + timeout + _MAX_CHECK_INTERVAL, secrets.token_hex(8)
-        wanted = LockInfo(lock_id, name, mode, owner, now, expires, host, boot_id(), pid, start_ticks(pid))
+        expires, lock_id = since + timeout + _MAX_CHECK_INTERVAL, secrets.token_hex(8)
+        wanted = LockInfo(lock_id, name, mode, owner, since, expires, host, boot_id(), pid, start_ticks(pid))
         is_held = False
         try:
             while True:
@@ -138,12 +138,14 @@ class NamedLocks:
                 cycle = find_deadlock(owner, await self._waits())
                 if cycle is not None:
                     raise LockUnavailable(name, f"waiting would deadlock: {cycle}", "release a lock, then retry")
-                left = deadline - self._clock.monotonic()
-                if left <= 0:
+                now = self._clock.monotonic()
+                if now >= deadline:
                     raise _timed_out(name, blockers, timeout)
                 until_expiry = min((lock.expires_at for lock in blockers), default=0.0) - self._clock.now()
-                seconds = min(left, _MAX_CHECK_INTERVAL, max(until_expiry, 0.0))
-                await self._wait_for_change(Key(LOCK_KIND, name), position, seconds)
+                seconds = min(deadline - now, _MAX_CHECK_INTERVAL, max(until_expiry, 0.0))
+                await wait_for_commit(
+                    self._store, self._clock, position, lambda record: key in record.documents, now + seconds
+                )
         finally:
             if not is_held and timeout > 0:
                 with anyio.CancelScope(shield=True):
@@ -215,22 +217,6 @@ class NamedLocks:
                 blockers = {blocker.owner for blocker in state.blockers(waiter)}
                 waits = merge_waits(waits, {waiter.owner: LockWait(waiter.acquired_at, waiter.name, blockers)})
         return waits
-
-    async def _wait_for_change(self, key: Key, position: int, seconds: float) -> None:
-        """Wait until a lock has changed since a log position, at most `seconds`."""
-        changed = anyio.Event()
-
-        async def watch() -> None:
-            async with aclosing(follow_log(self._store, position)) as records:
-                async for record in records:
-                    if key in record.documents:
-                        break
-            changed.set()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch)
-            await self._clock.wait(changed, self._clock.monotonic() + seconds)
-            group.cancel_scope.cancel()
 
 
 def _check(name: object, mode: object, owner: object, expiry: float, timeout: float) -> None:

@@ -9,9 +9,7 @@ or lost claim becomes invalid once its session has ended, and is removed by the 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -29,8 +27,8 @@ from orchestrator.domain.scheduling.path_ownership import (
     is_current,
 )
 from orchestrator.errors import LockUnavailable
-from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.log_reader import follow_log
+from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.documents.log_reader import wait_for_commit
 from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.state.documents.validation import find_document_error
 from orchestrator.system.clock import Clock
@@ -147,7 +145,7 @@ class OwnershipRegistry:
                 if cycle is not None:
                     reason = f"waiting would deadlock: {cycle}"
                     raise LockUnavailable(", ".join(patterns), reason, "unlock files, then retry")
-                await self._wait_for_change(position, deadline)
+                await wait_for_commit(self._store, self._clock, position, _is_relevant, deadline)
                 position = await self._store.position()
                 conflict = await self._acquire(session, patterns, orchestrator, claim, is_lock=is_lock)
         finally:
@@ -340,21 +338,9 @@ class OwnershipRegistry:
         state = await self._read()
         return [holding for _, holding in state.holdings.values() if await self._is_valid(holding)]
 
-    async def _wait_for_change(self, position: int, deadline: float) -> None:
-        """Wait until ownership or claims have changed since a log position, or until the deadline."""
-        changed = anyio.Event()
 
-        async def watch() -> None:
-            async with aclosing(follow_log(self._store, position)) as records:
-                async for record in records:
-                    if any(key.kind in {OWNERSHIP_KIND, CLAIM_KIND} for key in record.documents):
-                        break
-            changed.set()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch)
-            await self._clock.wait(changed, None if math.isinf(deadline) else deadline)
-            group.cancel_scope.cancel()
+def _is_relevant(record: CommitRecord) -> bool:
+    return any(key.kind in {OWNERSHIP_KIND, CLAIM_KIND} for key in record.documents)
 
 
 def _value(document: Document | None) -> JsonObject | None:

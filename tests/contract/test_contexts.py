@@ -12,7 +12,7 @@ from orchestrator.engine.session_api.contexts import SessionContexts, context_ke
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.ownership import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
-from orchestrator.state.documents.maintenance import delete_expired
+from orchestrator.state.documents.update import delete_expired
 from orchestrator.testing.clock import ManualClock
 
 API, WEB, OTHER = SessionName("r", "api", 1), SessionName("r", "web", 2), SessionName("s", "api", 1)

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from orchestrator.protocols import Event, Store
-from orchestrator.state.offline.outage import survive_outages
+from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.offline.outage import survive_outages
+from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
@@ -429,7 +429,7 @@ from pathlib import Path
 from orchestrator.system.clock import SystemClock
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.file import FileStore
-from orchestrator.state.offline.outage import survive_outages
+from orchestrator.state.offline.fork import survive_outages
 from tests.faulty_store import QUICK_PAUSES, DisconnectableStore
 
 async def main() -> None:

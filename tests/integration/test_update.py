@@ -12,7 +12,7 @@ import pytest
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.documents import update as module
-from orchestrator.state.documents.subscription import DocumentChange, subscribe
+from orchestrator.state.documents.log_reader import DocumentChange, subscribe
 from orchestrator.state.documents.update import update_document
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore

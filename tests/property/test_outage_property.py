@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.offline.outage import survive_outages
+from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from tests.faulty_store import QUICK_PAUSES, DisconnectableStore

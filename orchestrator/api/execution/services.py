@@ -21,8 +21,8 @@ from orchestrator.engine.sinks import EventSubscriber, forward_events
 from orchestrator.errors import CouncilError
 from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event
-from orchestrator.state.offline.outage import survive_outages
-from orchestrator.state.offline.retry import is_full, is_outage
+from orchestrator.state.offline.fork import survive_outages
+from orchestrator.state.offline.outage import is_full, is_outage
 from orchestrator.views.export import export_views
 
 #: Seconds to update the views at the end of a run.

@@ -19,10 +19,8 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import CompactionResult, Document, JsonObject, Key, VerificationReport
 from orchestrator.state.documents import conflicts
 from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
-from orchestrator.state.documents.log_reader import is_run_document
-from orchestrator.state.documents.maintenance import compact_log, delete_expired
-from orchestrator.state.documents.subscription import DocumentChange, subscribe
-from orchestrator.state.documents.update import update_document
+from orchestrator.state.documents.log_reader import DocumentChange, is_run_document, subscribe
+from orchestrator.state.documents.update import compact_log, delete_expired, update_document
 from orchestrator.state.documents.validation import check_manual_change, repair_documents, verify_store
 from orchestrator.state.transfer.copying import CopyResult
 from orchestrator.views.export import ViewPosition, export_views

@@ -14,7 +14,7 @@ from orchestrator.engine.diagnostics.state_findings import judge_documents, judg
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Store
-from orchestrator.state.documents.maintenance import compact_log, delete_expired
+from orchestrator.state.documents.update import compact_log, delete_expired
 from orchestrator.system.clock import Clock
 
 #: Seconds between deletions of expired documents and compactions of the log.

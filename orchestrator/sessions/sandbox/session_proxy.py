@@ -24,9 +24,9 @@ import anyio.to_thread
 from orchestrator.client.session import ShortSocketPath
 from orchestrator.sessions.sandbox.policy import ProxyEndpoint, SandboxKind
 from orchestrator.sessions.sandbox.proxy import Proxy
-from orchestrator.sessions.socket.connections import run_in_background
 from orchestrator.sessions.socket.peers import belongs_to_session
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand
+from orchestrator.system.background import run_in_background
 
 #: The port on a private loopback, above the kernel's ephemeral ports.
 _PORT: Final = 61080

@@ -37,9 +37,10 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees.worktrees import Worktree
-from orchestrator.sessions.socket.connections import accept_connection, run_in_background
+from orchestrator.sessions.socket.connections import accept_connection
 from orchestrator.sessions.socket.peers import belongs_to_session
 from orchestrator.sessions.socket.requests import OWN_COMMAND_REMEDY, read_request
+from orchestrator.system.background import run_in_background
 from orchestrator.system.process import internal_program, internal_program_folders, without_dotdot
 
 _PROGRAM = Path("bin", "council")

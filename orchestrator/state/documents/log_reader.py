@@ -1,17 +1,20 @@
-"""Read finite ranges of a store's log, follow it, and find the position of a time."""
+"""Read finite ranges of a store's log, follow it, wait for changes, and find the position of a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final, TypeVar
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import anyio
 from pydantic import ValidationError
 
 from orchestrator.errors import HistoryCompacted, RefusedError
-from orchestrator.protocols import CommitRecord, Key, Store
+from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
+from orchestrator.system.background import run_in_background
+from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -62,6 +65,23 @@ async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
                     yield record
         except HistoryCompacted as gone:
             after = gone.first
+
+
+async def wait_for_commit(
+    store: Store, clock: Clock, after: int, matches: Callable[[CommitRecord], bool], until: float
+) -> None:
+    """Wait for a matching commit after position `after`, at most until `until` on the monotonic clock."""
+    found = anyio.Event()
+
+    async def watch() -> None:
+        async with aclosing(follow_log(store, after)) as records:
+            async for record in records:
+                if matches(record):
+                    break
+        found.set()
+
+    async with run_in_background(watch):
+        await clock.wait(found, None if math.isinf(until) else until)
 
 
 async def read_backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[CommitRecord]]:
@@ -124,3 +144,28 @@ def validate_many(model: TypeAdapter[list[T]], encoded: Sequence[bytes]) -> list
     except ValidationError as error:
         wrong = {one["loc"][0] for one in error.errors(include_url=False, include_context=False, include_input=False)}
         return validate_many(model, [one for place, one in enumerate(encoded) if place not in wrong])
+
+
+class DocumentChange(NamedTuple):
+    """A new version of a document; `value` is None if it was deleted."""
+
+    key: Key
+    version: int
+    value: JsonObject | None
+    position: int
+    time: float
+    by: str
+
+
+async def subscribe(store: Store, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
+    """Yield each new version of the documents whose name (`kind/id`) matches a pattern of fnmatch(3).
+
+    `*` matches any characters, including `/`. It starts after the position `after`: 0 is the beginning of the log, None
+    is now. An expired document is reported when it is deleted from the store.
+    """
+    begin = await store.position() if after is None else after
+    async with aclosing(store.watch(begin)) as records:
+        async for record in records:
+            for key, (version, value) in record.documents.items():
+                if fnmatchcase(str(key), pattern):
+                    yield DocumentChange(key, version, value, record.position, record.time, record.by)

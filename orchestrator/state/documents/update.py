@@ -1,19 +1,25 @@
-"""Optimistic updates of a document: read, change, commit, and retry after a conflict."""
+"""Change documents: read, change, commit, and retry after a conflict. Delete expired ones, and prune the log."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Final, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from orchestrator.errors import VersionConflict
-from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.protocols import Commit, CompactionResult, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.system.clock import Clock
 
 #: The maximum number of attempts of an update.
 MAX_ATTEMPTS: Final = 5
 #: Seconds: the longest pause after the first attempt, which doubles with each further one, and its upper limit.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+
+#: The number of expired documents that an event names.
+_MOST_NAMED: Final = 100
 
 #: Raises RefusedError for a forbidden new value of a document; None deletes.
 ChangeCheck = Callable[[Key, Document | None, JsonObject | None], None]
@@ -84,3 +90,33 @@ async def _try(
         check(key, found, value)
     await store.commit(Commit([Write(key, version, value, ttl)], events, guards))
     return await store.get(key) if value is not None else None
+
+
+async def delete_expired(store: Store, facts: JsonObject) -> Sequence[Key]:
+    """Delete expired documents, and return their keys.
+
+    Readers already treat them as missing; this records the deletion. The event `state.expired_deleted` has their count,
+    the names of the first hundred, and `facts`.
+    """
+    expired = (await store.statistics()).expired
+    if not expired:
+        return ()
+    named = {"count": len(expired), "documents": [str(key) for key in expired[:_MOST_NAMED]]}
+    event = Event("state.expired_deleted", facts | named)
+    with suppress(VersionConflict):  # one of them was written again: the next call deletes the rest
+        await store.commit(Commit([Write(key, 0, None) for key in expired], [event]))
+        return expired
+    return ()
+
+
+async def compact_log(store: Store, clock: Clock, age: float | None, size: int, facts: JsonObject) -> CompactionResult:
+    """Prune commits older than `age` seconds (None: none by age), or beyond `size` bytes of log.
+
+    If any was pruned, records an event `state.compacted` with `facts`.
+    """
+    first = (await store.statistics()).first
+    result = await store.compact(-math.inf if age is None else clock.now() - age, size)
+    if result.first > first:
+        sizes = {"before": result.before, "after": result.after, "first": result.first}
+        await store.commit(Commit([], [Event("state.compacted", facts | sizes)]))
+    return result

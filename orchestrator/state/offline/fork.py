@@ -1,25 +1,165 @@
-"""Buffer commits made while the store is unreachable, and replay them afterwards."""
+"""Continue on this machine while a store can't be reached, and replay the commits afterwards.
+
+A fork is a local store that takes commits for an unreachable one. It starts with the documents that this process has
+seen, at their versions. Each commit also records its guards and expected versions, so that it can be repeated on the
+real store, which decides. `survive_outages` is the entry point.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+import json
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from secrets import token_hex
+from shutil import rmtree
+from typing import Any, Final, Literal, TypeVar
 
-from orchestrator.errors import LeaseLost, VersionConflict
-from orchestrator.protocols import Commit, CommitRecord, Dump, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.log_reader import read_range
-from orchestrator.state.offline.retry import commit_idempotently
+import anyio
+from anyio import to_thread
+from anyio.streams.memory import MemoryObjectReceiveStream
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from orchestrator.errors import LeaseLost, LockHeld, RefusedError, StoreUnavailable, VersionConflict
+from orchestrator.protocols import (
+    Commit,
+    CommitRecord,
+    Document,
+    Dump,
+    DumpedCommit,
+    DumpedDocument,
+    Event,
+    Guard,
+    JsonObject,
+    Key,
+    Store,
+    Write,
+)
+from orchestrator.state.documents.log_reader import follow_log, read_range
+from orchestrator.state.log.codec import encode_object, get_writer_name
+from orchestrator.state.log.table import TableEntry
+from orchestrator.state.offline.outage import (
+    DEFAULT_INTERVALS,
+    EventHandler,
+    Outage,
+    PausingStore,
+    RetryIntervals,
+    StoreWrapper,
+    commit_idempotently,
+    is_outage,
+)
 from orchestrator.state.stores.file import FileStore
+from orchestrator.system.background import run_in_background
 from orchestrator.system.clock import Clock
+from orchestrator.system.file_lock import FileLock
 
+T = TypeVar("T")
+
+#: Takes one event at a time, in order, from a task of its own.
+EventSink = Callable[[Event], Awaitable[None]]
+
+#: Seconds to send the remaining events after the body has ended.
+_FLUSH_TIMEOUT: Final = 5.0
 #: The kind of the fork's own documents: for each commit, the facts that the log does not record.
 FORK_KIND: Final = "outage"
 _PROGRESS: Final = Key(FORK_KIND, "replayed")
 #: The TTL in seconds of a document that has expired by the time of its replay.
 _EXPIRED_TTL: Final = 0.001
+#: Attempts before the store counts as unreachable: a short hiccup is no outage.
+_ATTEMPTS: Final = 3
+#: The longest pause between two of these attempts, in seconds.
+_LONGEST_PAUSE: Final = 0.5
+_UNREACHABLE: Final = "the state can't be reached"
+_WAIT_REMEDY: Final = "wait until it can be reached, as `when_unreachable: pause` does automatically"
+
+
+_NEVER: Final = TableEntry(0, None, 0)
+
+
+class Mirror:
+    """The newest versions of the documents that were read, written, or changed since.
+
+    Of a document that was never seen, neither the value nor the existence is known.
+    """
+
+    def __init__(self, position: int) -> None:
+        """Start empty; all commits after `position` will be followed."""
+        self.position = position
+        """The position of the newest known commit."""
+        self.followed = position
+        """The position up to which all commits are known."""
+        self._by = get_writer_name()
+        self._seen: dict[Key, TableEntry] = {}
+        self._listed: dict[str, set[str]] = {}
+
+    def record_read(self, key: Key, document: Document | None) -> None:
+        """Record the document that was read at a key, None if there is none."""
+        if document is None:  # a known document has expired, or was deleted, which is followed
+            self._seen.setdefault(key, _NEVER)
+        elif not document.damaged:
+            self._put(key, TableEntry(*document[1:]))
+
+    def record_list(self, kind: str, prefix: str, documents: Sequence[Document]) -> None:
+        """Record the documents of a list, and that there are no other ones."""
+        for document in documents:
+            self.record_read(document.key, document)
+        self._listed.setdefault(kind, set()).add(prefix)
+
+    def record_commit(self, commit: Commit, position: int, now: float) -> None:
+        """Record a commit of this process."""
+        for write in commit.writes:
+            version = self._seen.get(write.key, _NEVER).version if write.expected == 0 else write.expected
+            encoded = None if write.value is None else encode_object(write.key, write.value)
+            expires = None if write.ttl is None else now + write.ttl
+            self._put(write.key, TableEntry(version + 1, encoded, position, False, now, self._by, expires))
+        self.position = max(self.position, position)
+
+    def follow(self, record: CommitRecord) -> None:
+        """Record a commit of any process, as read from the log."""
+        for key, (version, value) in record.documents.items():
+            before = self._seen.get(key, _NEVER)
+            # The log does not tell when a document expires: the time to live of the version before is assumed.
+            expires = None if before.expires is None else record.time + before.expires - before.time
+            encoded = None if value is None else encode_object(key, value)
+            self._put(key, TableEntry(version, encoded, record.position, False, record.time, record.by, expires))
+        for key in record.unreadable:
+            self._seen.pop(key, None)
+        self.position, self.followed = max(self.position, record.position), record.position
+
+    def _put(self, key: Key, seen: TableEntry) -> None:
+        # Concurrent reads, writes and log records arrive in any order.
+        if seen.version > self._seen.get(key, _NEVER).version:
+            self._seen[key] = seen
+        self.position = max(self.position, seen.position)
+
+    def newest(self, key: Key) -> tuple[int, JsonObject | None]:
+        """Return the newest known version of a document and its value, None if it was deleted."""
+        seen = self._seen.get(key, _NEVER)
+        return seen.version, None if seen.value is None else json.loads(seen.value)
+
+    def knows(self, key: Key) -> bool:
+        """Return True if it is known whether this document exists."""
+        return key in self._seen or any(key.id.startswith(prefix) for prefix in self._listed.get(key.kind, ()))
+
+    def knows_all(self, kind: str, prefix: str) -> bool:
+        """Return True if all documents of a kind whose id begins with a prefix are known."""
+        return any(prefix.startswith(listed) for listed in self._listed.get(kind, ()))
+
+    def dump(self) -> Dump:
+        """Return all documents as a log of their newest versions alone."""
+        return Dump(self.position, self.position, self._dump_commits())
+
+    async def _dump_commits(self) -> AsyncGenerator[DumpedCommit]:
+        entries = [(seen.position or 1, key, seen) for key, seen in self._seen.items() if seen.version]
+        entries.sort(key=lambda entry: entry[:2])
+        for position, group in groupby(entries, key=lambda entry: entry[0]):
+            commit = [(key, seen) for _, key, seen in group]
+            documents = [DumpedDocument(key, seen.version, seen.value, seen.expires) for key, seen in commit]
+            yield DumpedCommit(position, commit[0][1].time, commit[0][1].by, documents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +306,347 @@ def _translate(record: CommitRecord, note: JsonObject, shifts: dict[Key, int], n
         writes.append(Write(key, target_version, record.documents[key][1], remaining))
     guards = [Guard(Key(kind, name), epoch) for kind, name, epoch in note["guards"]]
     return Commit(writes, record.events, guards, durable=note["durable"])
+
+
+class ForkingStore(StoreWrapper):
+    """A wrapper that uses the inner store, or a fork of it on this machine while it can't be reached.
+
+    `watch`, `history` and `at` wait for the inner store: positions and their records never change.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        mirror: Mirror,
+        outage: Outage,
+        intervals: RetryIntervals,
+        clock: Clock,
+        folder: Path,
+        on_event: EventHandler,
+    ) -> None:
+        super().__init__(inner)
+        self._mirror, self._outage, self._intervals, self._clock = mirror, outage, intervals, clock
+        self._folder, self._on_event = folder, on_event
+        self._held_lock, self._open_fork = AsyncExitStack(), AsyncExitStack()
+        self._fork: Fork | None = None
+        self._fork_lock = anyio.Lock()
+        """Held while a fork begins or ends, and by each user of it."""
+        self._went_offline, self._went_online = anyio.Event(), anyio.Event()
+        self._replayed = ReplayResult()
+        self._lost_epochs: dict[Key, set[int]] = {}
+        """Epochs of leases that were acquired on a fork and belong to another process."""
+        self._lost_versions: dict[Key, set[int]] = {}
+        """Versions of documents that the inner store refused and that were not read since."""
+        self._shifts: dict[Key, tuple[int, int]] = {}
+        """By how much the inner store's versions exceed the fork's, and the highest version of the fork."""
+
+    async def commit(self, commit: Commit) -> int:
+        """See `Store.commit`; the position is that in the fork while there is one."""
+        commit = self._to_inner_versions(commit)
+        while True:
+            if self._fork is None:
+                try:
+                    position = await self._try(partial(self._inner.commit, commit), partial(self._retry, commit))
+                except StoreUnavailable as error:
+                    await self._start_fork(error)
+                else:
+                    await self._record_commit(commit, position)
+                    return position
+            async with self._fork_lock:
+                if self._fork is not None:
+                    keys = [write.key for write in commit.writes if write.expected]
+                    for key in (*keys, *(guard.key for guard in commit.guards)):
+                        await self._check_known(self._fork, key)
+                    return await self._fork.commit(commit)
+
+    async def _retry(self, commit: Commit) -> int:
+        return await commit_idempotently(self._inner, commit)
+
+    async def _record_commit(self, commit: Commit, position: int) -> None:
+        self._mirror.record_commit(commit, position, self._clock.now())
+        for write in commit.writes:
+            # A lease that is acquired again has the written epoch, even if a fork had the same one.
+            self._lost_epochs.get(write.key, set()).discard((write.value or {}).get("epoch"))
+        if self._fork is not None:  # another call failed to reach the store while this one did reach it
+            async with self._fork_lock:
+                if self._fork is not None:
+                    await self._fork.adopt(commit)
+
+    def _to_inner_versions(self, commit: Commit) -> Commit:
+        """Return a commit with the inner store's versions.
+
+        LeaseLost or VersionConflict if it builds on a change that the inner store refused.
+        """
+        for guard in commit.guards:
+            if guard.epoch in self._lost_epochs.get(guard.key, ()):
+                _, value = self._mirror.newest(guard.key)
+                raise LeaseLost(str(guard.key), guard.epoch, (value or {}).get("epoch"))
+        writes = []
+        for write in commit.writes:
+            if write.expected in self._lost_versions.get(write.key, ()):
+                version, value = self._mirror.newest(write.key)
+                raise VersionConflict(str(write.key), write.expected, 0 if value is None else version)
+            # A version of the fork is lower than all that were read from the inner store since.
+            shift, highest = self._shifts.get(write.key, (0, 0))
+            is_of_fork = 0 < write.expected <= highest
+            writes.append(Write(write.key, write.expected + shift, write.value, write.ttl) if is_of_fork else write)
+        return Commit(writes, commit.events, commit.guards, durable=commit.durable)
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`; RefusedError in a fork for a document that this process has never read."""
+
+        async def get_offline(fork: Fork) -> Document | None:
+            await self._check_known(fork, key)
+            return await fork.store.get(key)
+
+        async def get_online() -> Document | None:
+            document = await self._inner.get(key)
+            self._mirror.record_read(key, document)
+            self._lost_versions.pop(key, None)
+            return document
+
+        return await self._read_either(get_online, get_offline)
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`; RefusedError in a fork for a prefix that this process has never listed."""
+
+        async def list_offline(fork: Fork) -> Sequence[Document]:
+            if not self._mirror.knows_all(kind, prefix):
+                raise RefusedError(f"{kind}/{prefix}* was never listed here, and {_UNREACHABLE}", _WAIT_REMEDY)
+            return await fork.store.list(kind, prefix)
+
+        async def list_online() -> Sequence[Document]:
+            documents = await self._inner.list(kind, prefix)
+            self._mirror.record_list(kind, prefix, documents)
+            for key in [key for key in self._lost_versions if key.kind == kind and key.id.startswith(prefix)]:
+                del self._lost_versions[key]
+            return documents
+
+        return await self._read_either(list_online, list_offline)
+
+    async def position(self) -> int:
+        """See `Store.position`; in a fork it is the last known position of the inner store."""
+
+        async def get_last_position(_: Fork) -> int:
+            return self._mirror.position
+
+        return await self._read_either(self._inner.position, get_last_position)
+
+    async def _read_either(self, online: Callable[[], Awaitable[T]], offline: Callable[[Fork], Awaitable[T]]) -> T:
+        while True:
+            if self._fork is None:
+                try:
+                    return await self._try(online)
+                except StoreUnavailable as error:
+                    await self._start_fork(error)
+            async with self._fork_lock:
+                if self._fork is not None:
+                    return await offline(self._fork)
+
+    async def _check_known(self, fork: Fork, key: Key) -> None:
+        if not self._mirror.knows(key) and not await fork.store.history(key, 1):
+            raise RefusedError(f"{key} was never read here, and {_UNREACHABLE}", _WAIT_REMEDY)
+
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            await self._wait_until_online()
+            try:
+                return await self._try(read)
+            except StoreUnavailable as error:
+                await self._start_fork(error)
+
+    async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
+        await self._start_fork(error)
+        await self._wait_until_online()
+
+    async def _wait_until_online(self) -> None:
+        while self._fork is not None:
+            await self._went_online.wait()
+
+    async def _try(self, call: Callable[[], Awaitable[T]], retry: Callable[[], Awaitable[T]] | None = None) -> T:
+        """Return the result of `call`, or of `retry` in the attempts after the first."""
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda error: is_outage(error) and self._fork is None),
+            wait=wait_random_exponential(multiplier=self._intervals.first, max=_LONGEST_PAUSE),
+            stop=stop_after_attempt(_ATTEMPTS),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                is_first = attempt.retry_state.attempt_number == 1
+                return await (call if is_first or retry is None else retry)()
+        raise AssertionError("an attempt returns or raises")
+
+    async def _sleep(self, seconds: float) -> None:
+        await self._clock.wait(self._went_offline, self._clock.monotonic() + seconds)
+
+    async def _start_fork(self, error: StoreUnavailable) -> None:
+        """Start a fork unless there is one; raise the error if a fork can't help or can't be made."""
+        if not is_outage(error):
+            raise error
+        async with self._fork_lock:
+            if self._fork is not None:
+                return
+            try:
+                await to_thread.run_sync(partial(self._folder.parent.mkdir, parents=True, exist_ok=True))
+                await self._held_lock.enter_async_context(_lock(self._folder).hold(0))
+                fork = await self._open_fork.enter_async_context(Fork.open(self._folder, self._clock))
+                await fork.begin(self._mirror.dump())
+            except (OSError, StoreUnavailable):
+                await self._close()
+                raise error from None
+            self._replayed, self._fork = ReplayResult(), fork
+            self._outage.begin(error)
+            self._went_offline.set()
+
+    async def run_reconnect(self) -> None:
+        """For each fork, wait until the inner store can be reached, and replay the fork's commits."""
+        while True:
+            await self._went_offline.wait()
+            await self._outage.retry_until_reached(self._end_fork, update_status=False)
+
+    async def _end_fork(self) -> None:
+        await self._inner.position()
+        async with self._fork_lock:
+            assert self._fork is not None, "only this method ends a fork"  # noqa: S101
+            await self._fork.replay(self._inner, self._replayed)
+            await self._apply_replay(self._fork, self._replayed)
+            with anyio.CancelScope(shield=True):
+                await self._open_fork.aclose()
+                await to_thread.run_sync(remove_fork, self._folder)
+                await self._held_lock.aclose()
+            self._fork, self._went_offline = None, anyio.Event()
+            for refused in self._replayed.refused:
+                self._on_event(refused.event())
+            self._outage.end(replayed=len(self._replayed.accepted), refused=len(self._replayed.refused))
+            self._went_online.set()
+            self._went_online = anyio.Event()
+
+    async def _apply_replay(self, fork: Fork, replayed: ReplayResult) -> None:
+        """Record which changes of the fork the inner store accepted, and which it refused."""
+        for commit, position in replayed.accepted:
+            self._mirror.record_commit(commit, position, self._clock.now())
+        for key, shift in replayed.shifts.items():
+            self._shifts[key] = (shift, (await fork.store.history(key, 1))[0].version)
+        for key, version, value in (document for refused in replayed.refused for document in refused.documents):
+            self._mirror.record_read(key, await self._inner.get(key))
+            self._lost_versions.setdefault(key, set()).add(version)
+            if value is not None and "epoch" in value:
+                self._lost_epochs.setdefault(key, set()).add(value["epoch"])
+
+    async def follow(self) -> None:
+        """Keep the mirror up to date with the inner store's log."""
+        while True:
+            with suppress(StoreUnavailable):
+                async with aclosing(follow_log(self._inner, self._mirror.followed)) as records:
+                    async for record in records:
+                        self._mirror.follow(record)
+            await self._wait_until_online()
+            await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._intervals.first)
+
+    async def close(self) -> None:
+        """Close the fork, if there is one; the next process that opens the store replays it."""
+        if self._fork is not None:
+            self._on_event(Event("outage.preserved", {"folder": str(self._folder)}))
+        await self._close()
+
+    async def _close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._open_fork.aclose()
+            await self._held_lock.aclose()
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f"{folder.name}.lock"))
+
+
+def remove_fork(folder: Path) -> None:
+    """Remove a replayed fork and its lock, which the caller holds. Blocks."""
+    rmtree(folder, ignore_errors=True)
+    _lock(folder).path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def continue_offline(
+    store: Store, outage: Outage, intervals: RetryIntervals, clock: Clock, folder: Path, on_event: EventHandler
+) -> AsyncIterator[Store]:
+    """Wrap a store in a ForkingStore for the body of the `async with`; forks are made below `folder`.
+
+    Forks of killed processes are replayed first.
+    """
+    for event in await _replay_leftovers(store, clock, folder):
+        on_event(event)
+    mirror = Mirror(await store.position())
+    forking_store = ForkingStore(store, mirror, outage, intervals, clock, folder / token_hex(8), on_event)
+    try:
+        async with run_in_background(forking_store.follow, forking_store.run_reconnect):
+            yield forking_store
+    finally:
+        await forking_store.close()
+
+
+async def _replay_leftovers(store: Store, clock: Clock, folder: Path) -> Sequence[Event]:
+    """Replay the forks whose process is gone; return the events to send."""
+    events = list[Event]()
+    for lock in await to_thread.run_sync(lambda: sorted(folder.glob("*.lock"))):
+        fork_folder = lock.with_suffix("")
+        with suppress(LockHeld):
+            async with _lock(fork_folder).hold(0):
+                if await to_thread.run_sync(fork_folder.is_dir):
+                    replayed = ReplayResult()
+                    async with Fork.open(fork_folder, clock) as fork:
+                        await fork.replay(store, replayed)
+                    events += [refused.event() for refused in replayed.refused]
+                    counts = {"replayed": len(replayed.accepted), "refused": len(replayed.refused)}
+                    events.append(Event("outage.ended", {"mode": "continue", "seconds": None, **counts}))
+                await to_thread.run_sync(remove_fork, fork_folder)
+    return events
+
+
+@asynccontextmanager
+async def survive_outages(
+    store: Store,
+    mode: Literal["pause", "continue"],
+    clock: Clock,
+    folder: Path,
+    send_event: EventSink,
+    *,
+    intervals: RetryIntervals = DEFAULT_INTERVALS,
+    is_temporary: Callable[[BaseException], bool] = is_outage,
+    gives_up: Callable[[], bool] = lambda: False,
+) -> AsyncIterator[Store]:
+    """Wrap an open store for the body of the `async with`, so that a run survives outages of it.
+
+    With `pause`, commits and reads wait until the store can be reached. With `continue`, they use a fork below
+    `folder`, which starts with the documents that this process has seen. When the store is back, the fork's commits
+    are replayed in order, and conflicting changes of other processes win. Forks of killed processes are replayed
+    first. `is_temporary` selects the errors that `pause` waits for, until `gives_up` returns True: then they are
+    raised.
+
+    `send_event` takes an event when an outage begins (`outage.began`: `mode`, `reason`, `time`), when it ends
+    (`outage.ended`: `mode`, `seconds`, and with `continue` the number of commits `replayed` and `refused`), and for
+    each commit that was refused then (`outage.commit_rejected`: `keys`, `events`, `reason`). It may commit to the
+    store that this yields, which waits like any other commit; an error that it raises ends the body.
+    """
+    send_stream, receive_stream = anyio.create_memory_object_stream[Event](math.inf)
+
+    def on_event(event: Event) -> None:
+        with suppress(anyio.ClosedResourceError):  # an outage while the last events are sent
+            send_stream.send_nowait(event)
+
+    sender = partial(_send_events, receive_stream, send_event)
+    async with run_in_background(sender, grace=_FLUSH_TIMEOUT), AsyncExitStack() as stack:
+        stack.enter_context(send_stream)
+        if mode == "continue":
+            outage = Outage(clock, intervals, on_event, mode)
+            offline_store = continue_offline(store, outage, intervals, clock, folder, on_event)
+            store = await stack.enter_async_context(offline_store)
+        # The fork can't be written either where its own disk is full: then `continue` waits, too.
+        yield PausingStore(store, Outage(clock, intervals, on_event, "pause", is_temporary, gives_up))
+
+
+async def _send_events(receive_stream: MemoryObjectReceiveStream[Event], send_event: EventSink) -> None:
+    with receive_stream:
+        async for event in receive_stream:
+            await send_event(event)

@@ -1,42 +1,208 @@
-"""Keep a run going while its store can't be reached: commits and reads wait, or use a local fork of the state.
+"""Outages of a store: detect them, wait for their end, and repeat commits without doing them twice.
 
-The wrapped store fulfils the `Store` contract. Without an outage it costs one extra call. Maintenance (`compact`,
+The wrapped stores fulfil the `Store` contract. Without an outage they cost one extra call. Maintenance (`compact`,
 `verify`, `repair`, `statistics`, `dump`, `load`) never waits, because no task depends on it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream
+from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
-from orchestrator.errors import StoreUnavailable
-from orchestrator.protocols import Commit, Event, Store
-from orchestrator.state.offline.forking_store import continue_offline
-from orchestrator.state.offline.retry import (
-    DEFAULT_INTERVALS,
-    Outage,
-    RetryIntervals,
-    commit_idempotently,
-    is_outage,
-    run_alongside,
+from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, VersionConflict
+from orchestrator.protocols import (
+    VERSIONS_KEPT,
+    Commit,
+    CommitRecord,
+    Damage,
+    Document,
+    DocumentVersion,
+    Event,
+    Key,
+    StateSnapshot,
+    Store,
 )
-from orchestrator.state.offline.wrapper import StoreWrapper
 from orchestrator.system.clock import Clock
 
 T = TypeVar("T")
 
-#: Takes one event at a time, in order, from a task of its own.
-EventSink = Callable[[Event], Awaitable[None]]
+EventHandler = Callable[[Event], None]
 
-#: Seconds to send the remaining events after the body has ended.
-_FLUSH_TIMEOUT: Final = 5.0
+
+@dataclass(frozen=True, slots=True)
+class RetryIntervals:
+    """Seconds between two attempts to reach a store: random, up to `first`, then twice that, … up to `longest`."""
+
+    first: float = 0.1
+    longest: float = 10.0
+
+
+DEFAULT_INTERVALS: Final = RetryIntervals()
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return True if the store is unavailable but may recover; lost state never does."""
+    return isinstance(error, StoreUnavailable) and not isinstance(error, StateLost)
+
+
+def is_full(error: BaseException) -> bool:
+    """Return True if the store's disk is full."""
+    return isinstance(error, StoreFull)
+
+
+async def commit_idempotently(store: Store, commit: Commit) -> int:
+    """Commit, or return the position of the same earlier commit whose acknowledgement was lost; see `Store.commit`."""
+    try:
+        return await store.commit(commit)
+    except (VersionConflict, LeaseLost):
+        position = await _find_commit(store, commit)
+        if position is None:
+            raise
+        return position
+
+
+async def _find_commit(store: Store, commit: Commit) -> int | None:
+    """Return the position at which a commit was already made, or None.
+
+    It was made if a single commit wrote every one of its documents with the next version and the same value.
+    """
+    positions = set[int]()
+    for write in commit.writes:
+        newest = next(iter(await store.history(write.key, 1)), None)
+        if newest is None or newest.damaged or newest.value != write.value:
+            return None
+        # A document that was deleted or never existed is expected at 0, whatever its version.
+        if write.expected and newest.version != write.expected + 1:
+            return None
+        positions.add(newest.position)
+    return positions.pop() if len(positions) == 1 else None
+
+
+class Outage:
+    """The time during which a store can't be reached, shared by all calls that wait for its end."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        intervals: RetryIntervals,
+        on_event: EventHandler,
+        mode: str,
+        is_temporary: Callable[[BaseException], bool] = is_outage,
+        gives_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Wait for the end of errors that are `is_temporary`, until `gives_up` returns True; raise all other errors."""
+        self.is_temporary, self._gives_up = is_temporary, gives_up
+        self._clock, self._intervals, self._on_event, self._mode = clock, intervals, on_event, mode
+        self._since: float | None = None
+        self._ended = anyio.Event()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the last attempt to reach the store failed."""
+        return self._since is not None
+
+    def begin(self, error: StoreUnavailable) -> None:
+        """Mark the store as unreachable; send one event for the whole outage."""
+        if self._since is None:
+            self._since, self._ended = self._clock.monotonic(), anyio.Event()
+            self._on_event(Event("outage.began", {"mode": self._mode, "reason": error.what, "time": self._clock.now()}))
+
+    def end(self, **facts: int) -> None:
+        """Mark the store as reachable; send an event if an outage was active."""
+        if self._since is not None:
+            seconds = self._clock.monotonic() - self._since
+            self._since = None
+            self._ended.set()
+            self._on_event(Event("outage.ended", {"mode": self._mode, "seconds": seconds, **facts}))
+
+    async def retry_until_reached(self, call: Callable[[], Awaitable[T]], *, update_status: bool = True) -> T:
+        """Repeat `call` until it reaches the store, and return its result.
+
+        With `update_status`, failures begin the outage and success ends it.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(self.is_temporary),
+            wait=wait_random_exponential(multiplier=self._intervals.first, max=self._intervals.longest),
+            stop=lambda _: self._gives_up(),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                try:
+                    result = await call()
+                except StoreUnavailable as error:
+                    if update_status and self.is_temporary(error):
+                        self.begin(error)
+                    raise
+                if update_status:
+                    self.end()
+                return result
+        raise AssertionError("an attempt returns or raises")
+
+    async def _sleep(self, seconds: float) -> None:
+        await self._clock.wait(self._ended, self._clock.monotonic() + seconds)
+
+
+class StoreWrapper:
+    """A `Store` that delegates to an inner one; subclasses add `commit` and handle failing reads."""
+
+    def __init__(self, inner: Store) -> None:
+        self._inner = inner
+        self.local_paths = inner.local_paths
+        self.compact, self.statistics = inner.compact, inner.statistics
+        self.verify, self.repair = inner.verify, inner.repair
+        self.dump, self.load = inner.dump, inner.load
+
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of a read of the inner store; a subclass handles outages here."""
+        return await read()
+
+    async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
+        """Return once the inner store can be watched again, or raise the error that ended the watch."""
+        raise error
+
+    async def get(self, key: Key) -> Document | None:
+        """See `Store.get`."""
+        return await self._read(partial(self._inner.get, key))
+
+    async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
+        """See `Store.list`."""
+        return await self._read(partial(self._inner.list, kind, prefix))
+
+    async def position(self) -> int:
+        """See `Store.position`."""
+        return await self._read(self._inner.position)
+
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
+        """See `Store.watch`; it continues after the last record once the inner store is back."""
+        while True:
+            try:
+                async with aclosing(self._inner.watch(after)) as records:
+                    async for record in records:
+                        after = record.position
+                        yield record
+            except StoreUnavailable as error:
+                await self._wait_for_recovery(error)
+
+    async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
+        """See `Store.history`."""
+        return await self._read(partial(self._inner.history, key, limit))
+
+    async def at(self, position: int) -> StateSnapshot:
+        """See `Store.at`."""
+        return await self._read(partial(self._inner.at, position))
+
+    @property
+    def damage(self) -> Sequence[Damage]:
+        """See `Store.damage`."""
+        return self._inner.damage
 
 
 class PausingStore(StoreWrapper):
@@ -79,51 +245,3 @@ class PausingStore(StoreWrapper):
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
         self._begin_outage(error)
         await self.position()
-
-
-@asynccontextmanager
-async def survive_outages(
-    store: Store,
-    mode: Literal["pause", "continue"],
-    clock: Clock,
-    folder: Path,
-    send_event: EventSink,
-    *,
-    intervals: RetryIntervals = DEFAULT_INTERVALS,
-    is_temporary: Callable[[BaseException], bool] = is_outage,
-    gives_up: Callable[[], bool] = lambda: False,
-) -> AsyncIterator[Store]:
-    """Wrap an open store for the body of the `async with`, so that a run survives outages of it.
-
-    With `pause`, commits and reads wait until the store can be reached. With `continue`, they use a fork below
-    `folder`, which starts with the documents that this process has seen. When the store is back, the fork's commits
-    are replayed in order, and conflicting changes of other processes win. Forks of killed processes are replayed
-    first. `is_temporary` selects the errors that `pause` waits for, until `gives_up` returns True: then they are
-    raised.
-
-    `send_event` takes an event when an outage begins (`outage.began`: `mode`, `reason`, `time`), when it ends
-    (`outage.ended`: `mode`, `seconds`, and with `continue` the number of commits `replayed` and `refused`), and for
-    each commit that was refused then (`outage.commit_rejected`: `keys`, `events`, `reason`). It may commit to the
-    store that this yields, which waits like any other commit; an error that it raises ends the body.
-    """
-    send_stream, receive_stream = anyio.create_memory_object_stream[Event](math.inf)
-
-    def on_event(event: Event) -> None:
-        with suppress(anyio.ClosedResourceError):  # an outage while the last events are sent
-            send_stream.send_nowait(event)
-
-    sender = partial(_send_events, receive_stream, send_event)
-    async with run_alongside(sender, grace_period=_FLUSH_TIMEOUT), AsyncExitStack() as stack:
-        stack.enter_context(send_stream)
-        if mode == "continue":
-            outage = Outage(clock, intervals, on_event, mode)
-            offline_store = continue_offline(store, outage, intervals, clock, folder, on_event)
-            store = await stack.enter_async_context(offline_store)
-        # The fork can't be written either where its own disk is full: then `continue` waits, too.
-        yield PausingStore(store, Outage(clock, intervals, on_event, "pause", is_temporary, gives_up))
-
-
-async def _send_events(receive_stream: MemoryObjectReceiveStream[Event], send_event: EventSink) -> None:
-    with receive_stream:
-        async for event in receive_stream:
-            await send_event(event)

@@ -1,0 +1,32 @@
+"""Run tasks concurrently with a block."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+
+
+@asynccontextmanager
+async def run_in_background(
+    *tasks: Callable[[], Coroutine[Any, Any, None]], grace: float = 0, grace_after_error: float | None = None
+) -> AsyncIterator[None]:
+    """Run tasks concurrently with the block, and cancel them `grace` seconds after it.
+
+    After an error of the block it is `grace_after_error` seconds, if given. The error is raised as it is, not in an
+    exception group.
+    """
+    raised: Exception | None = None
+    async with anyio.create_task_group() as group:
+        for task in tasks:
+            group.start_soon(task)
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  raised again below, outside of the task group
+            raised = error
+            grace = grace if grace_after_error is None else grace_after_error
+        group.cancel_scope.deadline = anyio.current_time() + grace
+    if raised is not None:
+        raise raised
