@@ -128,7 +128,7 @@ async def test_a_file_of_version_2_becomes_runs(repository: Repository) -> None:
     before = originals(repository)
     first = repository.council("runs")
     assert first.code == 0, first
-    assert re.fullmatch(r"Imported 1 run with 5 tasks from \S+, left as found: .*\n", first.stderr)
+    assert re.fullmatch(r"Imported 1 run with 5 tasks from \S+, which are unchanged: .*\n", first.stderr)
     landed = f"2 of 5 landed on develop (imported from {LEGACY_FILE})"
     assert first.stdout.split() == f"{RUN} incomplete {landed}, 2 cancelled, 1 failed, 15.0 min on average".split()
     assert repository.council("runs").stderr == ""
@@ -244,10 +244,10 @@ async def test_what_is_damaged_is_kept_aside_and_the_rest_imported(repository: R
     write_tree(repository)
     [told, problem] = await imported(repository)
     assert told.startswith("Imported 1 run with 2 tasks")
-    assert problem.startswith(f"Not imported as it is: {LEGACY_FILE}: ")
+    assert problem.startswith(f"Not imported completely: {LEGACY_FILE}: ")
     [event] = await events(repository, "legacy.file_skipped")
     assert (repository.top / event["copy"]).read_bytes() == path.read_bytes()
-    assert f"a copy is kept as {event['copy']}" in problem
+    assert f"a copy is in {event['copy']}" in problem
     assert (repository.top / event["copy"]).stat().st_mode & 0o777 == 0o600
     assert not await imported(repository)
 
@@ -362,7 +362,7 @@ async def test_of_what_is_too_much_the_first_is_taken(repository: Repository, mo
     assert len(reasons) == 33
     assert {"of 4 sessions only the first 3 are taken", "of its 40 entries only the first 30 are read"} < set(reasons)
     assert {"its 601 bytes are more than 600", "session b has too many tasks, 2"} < set(reasons)
-    assert told[-1] == "Nor are 13 more: `council state log` has them."
+    assert told[-1] == "13 more files were not imported completely: see `council state log`."
 
 
 async def test_a_kill_in_between_changes_nothing_of_what_comes_out(repository: Repository) -> None:

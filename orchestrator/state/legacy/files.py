@@ -1,4 +1,4 @@
-"""Reads what older layouts of state have in a project's folder, and keeps aside what can't be read. It blocks."""
+"""Read the state of older layouts in a project's folder, and preserve unreadable files. Blocks."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ from orchestrator.project import LEGACY_FILE, LEGACY_TREE, Project
 from orchestrator.system import untrusted_files
 
 MAX_FILE: Final = 64 << 20
-#: Files of a tree, and their bytes together.
+#: The maximum number of files of a tree, and of their bytes together.
 MAX_FILES: Final = 20_000
 MAX_TREE: Final = 256 << 20
-#: Sessions, and the tasks of all of them together.
+#: The maximum number of sessions, and of their tasks together.
 MAX_SESSIONS: Final = 10_000
 MAX_TASKS: Final = 50_000
-#: Faults of a file that are told.
-_MOST_TOLD: Final = 5
+#: The maximum number of reported errors per file.
+_MOST_REPORTED: Final = 5
 _VERSION_FILE = re.compile(r"v(\d{1,15})\.json")
 
 
 @dataclass(frozen=True, slots=True)
 class LegacySource:
-    """A file or a folder that was read: by its name in the project."""
+    """A file or folder that was read; `path` is relative to the project."""
 
     path: str
     version: str | None
-    """What a file of all sessions says that it is."""
+    """The version in the file of all sessions."""
     files: int
     bytes: int
     sha256: str
-    """Of the file; of a folder, of the names and digests of all that was read in it."""
+    """The digest of the file; of a folder, that of the names and digests of its files."""
 
 
 @dataclass(frozen=True, slots=True)
 class LegacyProblem:
-    """A file that could not be imported as it is, why, and where a copy of it is kept (None: nowhere)."""
+    """A file that could not be imported completely, the reason, and the path of a copy (None: there is none)."""
 
     path: str
     reason: str
@@ -65,17 +65,17 @@ class LegacyProblem:
 
 @dataclass(slots=True)
 class LegacyFiles:
-    """What was read."""
+    """The sessions that were read, and the problems."""
 
     sessions: list[LegacySession] = field(default_factory=list)
     written: dict[str, float] = field(default_factory=dict)
-    """When files were last written, by their names."""
+    """The modification times of files, by name."""
     sources: list[LegacySource] = field(default_factory=list)
     problems: list[LegacyProblem] = field(default_factory=list)
 
 
 def read_legacy_files(project: Project) -> LegacyFiles:
-    """Read both layouts; what is newer counts where they say different things. Blocks."""
+    """Read both layouts; of different values the newer one counts. Blocks."""
     found = LegacyFiles()
     reader = _Reader(project, found)
     older = _read_file(reader)
@@ -103,16 +103,16 @@ def _read_file(reader: _Reader) -> list[LegacySession]:
     data = reader.read(LEGACY_FILE)
     if data is None:
         return []
-    faults: list[str] = []
+    errors: list[str] = []
     version, sessions = None, []
     try:
         state = _decoded(data)
-        version, sessions = read_version(state), parse_sessions(state, LEGACY_FILE, faults)
+        version, sessions = read_version(state), parse_sessions(state, LEGACY_FILE, errors)
     except ValueError as error:
-        faults.append(str(error))
-    if faults:
-        reader.problem(LEGACY_FILE, _together(faults), data)
-    if sessions or not faults:
+        errors.append(str(error))
+    if errors:
+        reader.problem(LEGACY_FILE, _join_errors(errors), data)
+    if sessions or not errors:
         digest = hashlib.sha256(data).hexdigest()
         reader.found.sources.append(LegacySource(LEGACY_FILE, version, 1, len(data), digest))
     return sessions
@@ -123,16 +123,16 @@ def _read_tree(reader: _Reader) -> list[LegacySession]:
     sessions: list[LegacySession] = []
     for path in reader.names(f"{LEGACY_TREE}/sessions", ".json"):
         stem = path.rpartition("/")[2].removesuffix(".json")
-        faults: list[str] = []
+        errors: list[str] = []
         data = reader.read(path)
         try:
             if data is not None:
-                sessions.append(parse_session(_decoded(data), path, stem, faults))
+                sessions.append(parse_session(_decoded(data), path, stem, errors))
         except ValueError as error:
-            faults.append(str(error))
+            errors.append(str(error))
             lost.append(stem)
-        if faults:
-            reader.problem(path, _together(faults), data)
+        if errors:
+            reader.problem(path, _join_errors(errors), data)
     states: dict[str, Any] = {}
     for folder in reader.names(f"{LEGACY_TREE}/tasks", ""):
         fallback = folder.rpartition("/")[2].removeprefix("task-")
@@ -147,7 +147,7 @@ def _read_tree(reader: _Reader) -> list[LegacySession]:
 
 
 def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
-    """Return a task's newest state that can be read: its own, else the newest of its history."""
+    """Return a task's newest readable state: its own, else the newest in its history."""
     path = f"{folder}/state.json"
     data = reader.read(path)
     if data is None:
@@ -162,14 +162,14 @@ def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
         with suppress(ValueError):
             if (older := reader.read(name)) is not None:
                 state = _object(older)
-                reader.problem(path, f"{why}; version {number} of its history stands for it", data)
+                reader.problem(path, f"{why}; replaced by version {number} of its history", data)
                 return state
     reader.problem(path, why, data)
     return None
 
 
 def _from_checkpoints(reader: _Reader, lost: Sequence[str], states: dict[str, Any]) -> list[LegacySession]:
-    """Return the sessions that can't be read as their newest checkpoints have them."""
+    """Return the unreadable sessions as of their newest checkpoints."""
     newest: dict[str, tuple[float, str, dict[str, Any]]] = {}
     for path in reader.names(f"{LEGACY_TREE}/checkpoints", ".json") if lost else ():
         with suppress(ValueError):
@@ -193,37 +193,37 @@ def _decoded(data: bytes) -> Any:
     try:
         return orjson.loads(data.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
-        raise UnknownLayout(f"it is no JSON: {error}" if data.strip() else "it is empty") from None
+        raise UnknownLayout(f"it is not JSON: {error}" if data.strip() else "it is empty") from None
 
 
 def _object(data: bytes) -> dict[str, Any]:
     value = parse_task_fields(_decoded(data))
     if not value:
-        raise UnknownLayout("it is no object with fields")
+        raise UnknownLayout("it is not an object with fields")
     return dict(value)
 
 
-def _together(faults: Sequence[str]) -> str:
-    return join_names(faults, _MOST_TOLD, "; ")
+def _join_errors(errors: Sequence[str]) -> str:
+    return join_names(errors, _MOST_REPORTED, "; ")
 
 
 class _Reader:
-    """Reads files of a project that may hold anything: within bounds, and no link out of it is followed."""
+    """Reads untrusted files of a project: within limits, and without following links out of the project."""
 
     def __init__(self, project: Project, found: LegacyFiles) -> None:
         self._project, self.found = project, found
         self._top = project.top.resolve()
         self.digests: dict[str, str] = {}
-        """Of all files of the tree that were read."""
+        """The digests of the files of the tree, by name."""
         self.total = 0
 
     def read(self, name: str) -> bytes | None:
-        """Return what a file holds; None where there is none, or, with a problem noted, where it can't be read."""
+        """Return the content of a file; None if it does not exist, or with a recorded problem if it can't be read."""
         try:
             data, changed = self._load(name)
         except FileNotFoundError:
             return None
-        except (OSError, RuntimeError, UnknownLayout) as error:  # the second of links in a circle
+        except (OSError, RuntimeError, UnknownLayout) as error:  # RuntimeError: a cycle of links
             self.problem(name, _why(error), None)
             return None
         if name != LEGACY_FILE:
@@ -238,21 +238,21 @@ class _Reader:
             if facts.st_size > MAX_FILE:
                 raise UnknownLayout(f"its {facts.st_size} bytes are more than {MAX_FILE}")
             if self.total + facts.st_size > MAX_TREE:
-                raise UnknownLayout(f"the files before it have {MAX_TREE} bytes together, which is enough")
+                raise UnknownLayout(f"it and the files before it have more than {MAX_TREE} bytes together")
             return file.read(facts.st_size), facts.st_mtime
 
     def _real(self, name: str) -> str:
-        """Return the path that links lead to now, beneath the top; nothing is opened but through `beneath`."""
+        """Return the current target of a path, relative to the top; files are opened through `untrusted_files` only."""
         real = (self._project.top / name).resolve(strict=True)
         if not real.is_relative_to(self._top):
             raise UnknownLayout("a link leads out of the project")
         return str(real.relative_to(self._top))
 
     def names(self, folder: str, ending: str) -> list[str]:
-        """Return the names in a folder that end so, by their place in the project, in order."""
+        """Return the sorted paths of a folder's entries with an ending, relative to the project."""
         try:
             with untrusted_files.open_folder(self._top, self._real(folder)) as descriptor:
-                found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208
+                found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208  (takes a descriptor)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, RuntimeError, UnknownLayout) as error:
@@ -263,7 +263,7 @@ class _Reader:
         return [f"{folder}/{name}" for name in found[:MAX_FILES]]
 
     def problem(self, name: str, reason: str, data: bytes | None) -> None:
-        """Note what is wrong with a file, and keep a copy of what it holds."""
+        """Record a problem of a file, and keep a copy of its content."""
         self.found.problems.append(LegacyProblem(_text(name), reason, None if data is None else self._copy(name, data)))
 
     def _copy(self, name: str, data: bytes) -> str | None:
@@ -283,5 +283,5 @@ def _why(error: Exception) -> str:
 
 
 def _text(name: str) -> str:
-    """Return a file's name as text, whatever bytes it has."""
+    """Return a file's name as text; it may have any bytes."""
     return os.fsencode(name).decode(errors="replace")

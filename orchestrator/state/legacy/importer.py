@@ -48,12 +48,13 @@ class ImportResult:
             names = " and ".join(one.path for one in self.sources)
             runs = f"{len(self.runs)} {'run' if len(self.runs) == 1 else 'runs'}"
             tasks = f"{self.tasks} {'task' if self.tasks == 1 else 'tasks'}"
-            yield f"Imported {runs} with {tasks} from {names}, left as found: `council runs` lists what is new."
+            yield f"Imported {runs} with {tasks} from {names}, which are unchanged: `council runs` lists the runs."
         for one in self.problems[:_MOST_REPORTED]:
-            kept = "the file stays as it is" if one.copy is None else f"a copy is kept as {one.copy}"
-            yield f"Not imported as it is: {one.path}: {one.reason}; {kept}."
+            kept = "the file is unchanged" if one.copy is None else f"a copy is in {one.copy}"
+            yield f"Not imported completely: {one.path}: {one.reason}; {kept}."
         if len(self.problems) > _MOST_REPORTED:
-            yield f"Nor are {len(self.problems) - _MOST_REPORTED} more: `council state log` has them."
+            more = len(self.problems) - _MOST_REPORTED
+            yield f"{more} more files were not imported completely: see `council state log`."
 
 
 async def import_legacy_state(store: Store, project: Project, now: float) -> list[str]:
@@ -65,7 +66,7 @@ async def import_legacy_state(store: Store, project: Project, now: float) -> lis
         found = await anyio.to_thread.run_sync(read_legacy_files, project)
         runs = await anyio.to_thread.run_sync(_convert, found, project, now)
         done = await retry_on_conflict(partial(_commit, store, runs, found))
-    except Exception as error:  # noqa: BLE001  files of others, whatever is in them: nobody's command fails for it
+    except Exception as error:  # noqa: BLE001  unknown files must never fail a command
         with suppress(CouncilError):
             await _record_pending_import(store)
         why = str(error) if isinstance(error, CouncilError | OSError) else f"{type(error).__name__}: {error}"

@@ -1,12 +1,12 @@
-r"""The codec of the commit log: one line per commit, made so that damage names what it hit.
+r"""The codec of the commit log: one line per commit, in which damage can be located.
 
     <crc of the rest of the head> <header length> <payload length> <header> <payload crc> <payload>\n
 
-Numbers are eight hexadecimal digits. The header (position, time, who, how far the log was durable by then; of each
-document kind, id, version, encoded length, position of the version before, perhaps when it expires) and the payload
-(`[[value, …], [[event type, data], …]]`) have a checksum each: with a bad payload it is still known which documents
-lost which version. Lengths are under the header's checksum, so that a reader steps over a bad payload to the next line.
-A value is cut out of the payload by its length, without parsing.
+Numbers are eight hexadecimal digits. The header has the position, time and writer, the position up to which the log
+was durable then, and for each document its kind, id, version, encoded length, the position of its previous version and
+an optional expiry. The payload is `[[value, …], [[event type, data], …]]`. Each has its own checksum: if the payload is
+damaged, the header still tells which documents lost which version. Lengths are covered by the header's checksum, so
+that a reader can skip a damaged payload. A value is extracted from the payload by its length, without parsing.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ from orchestrator.protocols import (
 
 MAX_DOCUMENT_BYTES: Final = 4 << 20
 MAX_COMMIT_BYTES: Final = 64 << 20
-MAX_TTL: Final = 1e9  # seconds, some thirty years
+MAX_TTL: Final = 1e9  # seconds, about thirty years
 MAX_DEPTH: Final = 254
-"""How deep values may nest: as deep as orjson goes, and far below the recursion limit of other readers."""
+"""The maximum nesting of values: the limit of orjson, and far below the recursion limit of other readers."""
 MAX_CONTAINERS: Final = 100_000
-"""How many lists and objects one level may hold: what contains itself twice would grow without bound."""
+"""The maximum number of lists and objects per level: a value that contains itself twice would grow without bound."""
 
-#: Nothing but what JSON has: no dates, no data classes.
+#: Only the types of JSON: no dates, no data classes.
 _PLAIN: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 
 _HEAD = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8}) ")
 _HEAD_BYTES: Final = 27
-_CHECKED_FROM: Final = 9  # behind the head's own checksum
+_CHECKED_FROM: Final = 9  # after the head's own checksum
 _CHECKSUM_BYTES: Final = 10  # of the payload, with a space on each side
 
 
 class LineChange(NamedTuple):
-    """What a header says of a document: its new version, and its value's length in bytes (0: deleted)."""
+    """A document in a header: its new version, and its value's length in bytes (0: deleted)."""
 
     key: Key
     version: int
     length: int
     previous: int = 0
-    """The position of the version before; 0: there is none, or it is not known."""
+    """The position of the previous version; 0: there is none, or it is unknown."""
     expires: float | None = None
 
 
 class EncodedWrite(NamedTuple):
-    """A `Write`, of whose value only the length is left."""
+    """A `Write` with the length of its value instead of the value."""
 
     key: Key
     expected: int
@@ -83,7 +83,7 @@ class EncodedCommit:
 
 
 class LogLine(NamedTuple):
-    """A commit with its place in the log. `payload` is empty where its bytes are damaged."""
+    """A commit in the log. `payload` is empty if its bytes are damaged."""
 
     position: int
     time: float
@@ -100,7 +100,7 @@ class LogLine(NamedTuple):
 
 
 class DecodedLine(NamedTuple):
-    """A line whose header is good, ending before offset `end`; `terminator` is what stands for its newline."""
+    """A line with a valid header, ending before offset `end`; `terminator` is the byte in place of its newline."""
 
     end: int
     line: LogLine
@@ -109,14 +109,14 @@ class DecodedLine(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UnreadableBytes:
-    """Bytes up to offset `end` that are no line; what they were is not known."""
+    """Bytes up to offset `end` that are not a line; their original content is unknown."""
 
     end: int
 
 
 @dataclass(frozen=True, slots=True)
 class IncompleteLine:
-    """The beginning of a line, the rest of which is not (or not yet) there."""
+    """The beginning of a line whose rest does not exist, or not yet."""
 
     end: int
 
@@ -168,13 +168,13 @@ def _columns(change: LineChange) -> tuple[Any, ...]:
 
 
 def scan(data: bytes, offset: int) -> ScanResult:
-    """Return what stands in `data` at `offset`, which must lie inside it; never raises on damage.
+    """Return the item in `data` at `offset`, which must be inside it; never raises on damage.
 
-    Encoded lines hold no newline but their last byte: what begins like a line but runs into the end of `data`
-    is incomplete if no newline follows, and damaged if one does.
+    Encoded lines have no newline except their last byte: bytes that begin like a line but extend beyond `data` are
+    incomplete if no newline follows, and damaged if one does.
     """
     head = _HEAD.match(data, offset)
-    header = None if head is None else _good_header(data, head)
+    header = None if head is None else _valid_header(data, head)
     if head is None or header is None:
         if data.find(b"\n", offset) < 0:
             return IncompleteLine(len(data))
@@ -187,16 +187,16 @@ def scan(data: bytes, offset: int) -> ScanResult:
         return IncompleteLine(len(data))
     if data[header_end:payload_start] == b" %08x " % zlib.crc32(payload):
         return DecodedLine(end + len(terminator), _line(header, payload), terminator)
-    # The length is trusted only if a newline stands where it says; else bytes were lost, not changed.
+    # The length is trusted only if a newline follows there; otherwise bytes were lost, not changed.
     next_line = end + 1 if terminator == b"\n" else _resync(data, header_end)
     return DecodedLine(next_line, _line(header, b""), b"\n")
 
 
 def find_never_durable(data: bytes, offset: int, position: int) -> int | None:
-    """Return where in `data` begins what can't be read and was never known to be durable, None if nothing is so.
+    """Return the offset in `data` of unreadable bytes that were never known to be durable; None if there are none.
 
-    `offset` is behind the commit at `position`. When a machine loses its power, bytes that were not durable yet may be
-    gone though later ones are there; a later line that was written when they were durable tells that from damage.
+    `offset` is after the commit at `position`. After a power failure, bytes that were not durable yet may be missing
+    although later ones exist; a later line that was written when they were durable shows that they are damaged instead.
     """
     start = None
     while offset < len(data):
@@ -228,14 +228,14 @@ def prune_line(line: LogLine, keys: Collection[Key]) -> LogLine:
 
 
 def without_damaged_payload(line: LogLine) -> LogLine:
-    """Return what a line tells for certain, as one that is undamaged: of a damaged one, which documents it deleted."""
+    """Return a damaged line as an undamaged one with only its deletions, which are certain; other lines unchanged."""
     if not line.is_damaged:
         return line
     return line._replace(changes=tuple(one for one in line.changes if one.length == 0), payload=_payload((), ()))
 
 
 def to_dumped(line: LogLine) -> DumpedCommit:
-    """Return an undamaged line as another store takes it."""
+    """Return an undamaged line as a commit for another store."""
     documents = tuple(
         DumpedDocument(change.key, change.version, value, change.expires, change.previous)
         for change, value in iter_values(line)
@@ -245,7 +245,7 @@ def to_dumped(line: LogLine) -> DumpedCommit:
 
 
 def from_dumped(commit: DumpedCommit) -> LogLine:
-    """Return the line of a commit of another store. Raises InvalidDocument for names and events that none can hold."""
+    """Return the line of a commit of another store. Raises InvalidDocument for invalid names and events."""
     _check_keys([one.key for one in commit.documents])
     changes = tuple(
         LineChange(one.key, one.version, len(one.encoded or b""), one.previous, one.expires) for one in commit.documents
@@ -261,7 +261,7 @@ def _events(line: LogLine) -> bytes:
 
 
 def to_record(line: LogLine) -> CommitRecord:
-    """Return what a follower gets to see of a line."""
+    """Return the record of a line for followers of the log."""
     if line.is_damaged:
         deleted = {change.key: (change.version, None) for change in line.changes if change.length == 0}
         lost = [change.key for change in line.changes if change.length]
@@ -282,7 +282,7 @@ def to_version(line: LogLine, key: Key) -> DocumentVersion:
     )
 
 
-def _good_header(data: bytes, head: re.Match[bytes]) -> bytes | None:
+def _valid_header(data: bytes, head: re.Match[bytes]) -> bytes | None:
     crc, length, _ = head.groups()
     checked = data[head.start() + _CHECKED_FROM : head.end() + int(length, 16)]
     return checked[_HEAD_BYTES - _CHECKED_FROM :] if zlib.crc32(checked) == int(crc, 16) else None
@@ -296,13 +296,13 @@ def _line(header: bytes, payload: bytes) -> LogLine:
 
 
 def _resync(data: bytes, offset: int) -> int:
-    """Return where the next line begins that has a good header, or may have one behind the end of `data`."""
+    """Return the offset of the next line with a valid header, or whose header may continue after `data`."""
     while (newline := data.find(b"\n", offset)) >= 0:
         offset = newline + 1
         head = _HEAD.match(data, offset)
         if head is None and len(data) - offset < _HEAD_BYTES:
             return offset
-        if head and (len(data) < head.end() + int(head[2], 16) or _good_header(data, head) is not None):
+        if head and (len(data) < head.end() + int(head[2], 16) or _valid_header(data, head) is not None):
             return offset
     return len(data)
 
@@ -316,7 +316,7 @@ def _check_keys(keys: Sequence[Key]) -> None:
     seen = set()
     for key in keys:
         for part in key:
-            if type(part) is not str or not part.isascii():  # most are plain, and need no encoding to be seen as text
+            if type(part) is not str or not part.isascii():  # most are ASCII, and are valid without encoding them
                 _encode_text(key, part)
         if key in seen:
             raise InvalidDocument(str(key), "one commit writes it twice")
@@ -329,11 +329,11 @@ def _encode_text(subject: Key | str, text: str) -> bytes:
     try:
         return orjson.dumps(text)
     except TypeError:
-        raise InvalidDocument(_named(subject), "its name holds half a surrogate pair, which is not text") from None
+        raise InvalidDocument(_named(subject), "its name has half a surrogate pair, which is not text") from None
 
 
 def _named(subject: Key | str) -> str:
-    """Return what an error calls a document, or the event of a type."""
+    """Return the name of a document, or of an event by its type, for an error."""
     if isinstance(subject, str):
         return f"event {subject!r}"
     try:
@@ -343,7 +343,7 @@ def _named(subject: Key | str) -> str:
 
 
 def encode_object(subject: Key | str, value: Any) -> bytes:
-    """Return a JSON object on one line; InvalidDocument, which names the document or event, if it can't be stored."""
+    """Return a JSON object on one line. Raises InvalidDocument, which names the document or event."""
     if not isinstance(value, dict):
         raise InvalidDocument(_named(subject), f"it is {type(value).__name__}, not an object")
     encoded = _encode_fast(value)
@@ -356,17 +356,17 @@ def encode_object(subject: Key | str, value: Any) -> bytes:
 
 
 def _encode_fast(value: dict[str, Any]) -> bytes | None:
-    """Return the value as bytes; None where the strict encoder must say what is wrong with it, if anything is."""
+    """Return the value as bytes; None if the strict encoder must check it."""
     try:
         encoded = orjson.dumps(value, option=_PLAIN)
     except TypeError:  # JSONEncodeError is one: also for integers of more than 64 bits
         return None
-    # It writes what is no number as null.
+    # It writes NaN and infinity as null.
     return encoded if b"null" not in encoded or orjson.loads(encoded) == value else None
 
 
 def _check_shape(subject: str, value: dict[str, Any]) -> None:
-    """Refuse what the encoder would turn into something else or not survive: odd keys, depth, cycles."""
+    """Reject values that the encoder would change or fail on: keys that are not text, deep nesting, cycles."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         children: list[Any] = []
@@ -378,7 +378,7 @@ def _check_shape(subject: str, value: dict[str, Any]) -> None:
         if not children:
             return
         if len(children) > MAX_CONTAINERS:
-            raise InvalidDocument(subject, f"it holds more than {MAX_CONTAINERS} lists and objects")
+            raise InvalidDocument(subject, f"it has more than {MAX_CONTAINERS} lists and objects")
         level = children
     raise InvalidDocument(subject, f"it nests deeper than {MAX_DEPTH} levels")
 
@@ -387,7 +387,7 @@ def _encode(subject: str, value: Any) -> bytes:
     try:
         return _encoder.encode(value).encode()
     except UnicodeEncodeError:
-        raise InvalidDocument(subject, "it holds half a surrogate pair, which is not text") from None
+        raise InvalidDocument(subject, "it has half a surrogate pair, which is not text") from None
     except (TypeError, ValueError) as error:
         raise InvalidDocument(subject, str(error)) from None
 

@@ -1,6 +1,6 @@
-"""The commit log as a process has it open: what is known of it, and how more is appended. Everything here blocks.
+"""The commit log as opened by a process: its known state, and appending to it. Everything here blocks.
 
-Any thread may call; those that move the place up to which the log is known wait for each other.
+Any thread may call; calls that advance the known end of the log wait for each other.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _REMEDIES: Final = {
     errno.EROFS: "mount the file system writable",
     errno.EACCES: "give this user access to it",
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "name a folder that exists or can be created"),
-    errno.ESTALE: "give the command again",
+    errno.ESTALE: "repeat the command",
 }
 _AT_ONCE_BYTES: Final = 16 << 10
 """The bytes to read or write on the event loop at most: some ten recent commits, or commits without sync."""
@@ -101,17 +101,17 @@ class PendingCommit:
 
 
 class InlineResult(Enum):
-    """What came of it."""
+    """The outcome of an attempt to commit on the event loop."""
 
     DONE = auto()
     BUSY = auto()
     """Another process is committing, which takes about as long as a call in a thread."""
     TOO_MUCH = auto()
-    """It needs a sync, or much to read or write."""
+    """It needs a sync, or has much to read or write."""
 
 
 class Journal:
-    """The log in a directory; nothing but `open` may be called before that."""
+    """The log in a directory; call `open` first."""
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
         """Use the log in `directory`; a segment is closed at `segment_bytes`."""
@@ -123,13 +123,13 @@ class Journal:
         self._opened = ExitStack()
         self._lock: LogLock
         self._cursor: LogCursor
-        self._saved = 0  # bytes of the log in the newest snapshot that is known
-        self._seen: HighWaterMark | None = None  # up to where the table has the log
-        self._ends = deque[HighWaterMark](maxlen=_ENDS_KEPT)  # what `_seen` was before, newest last
+        self._saved = 0  # bytes of the log in the newest known snapshot
+        self._seen: HighWaterMark | None = None  # the end of the log in the table
+        self._ends = deque[HighWaterMark](maxlen=_ENDS_KEPT)  # earlier values of `_seen`, the newest last
         self._broken: OSError | None = None
         self._rolls = False  # whether the next commit begins a new segment
-        # Held by the thread that moves the cursor. The event loop never waits for it, and a task that is
-        # cancelled the hard way can't let two threads in.
+        # Held by the thread that moves the cursor. The event loop never waits for it, and not even a cancelled task
+        # that is abandoned can let two threads in.
         self._io = threading.Lock()
 
     @property
@@ -159,7 +159,7 @@ class Journal:
         self._lock.check_not_replaced()
 
     def try_refresh_inline(self) -> bool:
-        """Take in what others have committed if that is so little that a trip to a thread would take longer."""
+        """Read few new commits of other processes, without a thread; return whether the table is current."""
         mark = self._lock.read()
         if mark == self._seen:
             return True
@@ -189,7 +189,7 @@ class Journal:
     def check_empty(self) -> None:
         """Raise RefusedError unless the log is empty."""
         end = self.end()
-        if end.segment:  # an empty segment is what a commit left that could not be made durable
+        if end.segment:  # an empty segment is left by a commit that could not be made durable
             raise not_empty_error(str(self._directory), end.position)
 
     def put(self, staging: Staging) -> None:
@@ -212,16 +212,16 @@ class Journal:
                 replay_until(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
                 damaged, differs = replay.table.compare(self._replay.table)
-        if replay.damage:  # what we know and the log does not tell any more is what the damage has hit
+        if replay.damage:  # documents that are known but no longer in the log are lost by the damage
             damaged, differs = sorted({*damaged, *differs}), []
         return VerificationReport(
             replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs
         )
 
     def documents_to_repair(self) -> list[Key]:
-        """Return the documents of which the log tells otherwise than is known once what is damaged is passed over.
+        """Return the documents whose known state differs from the log without its damaged lines.
 
-        Those that were deleted are among them: they could come back, or their versions be used once more.
+        They include deleted documents, which could reappear, or whose versions could be reused.
         """
         with self._io, self._lock.held():
             self._recover()
@@ -229,7 +229,7 @@ class Journal:
             return [*damaged, *differs]
 
     def replace_damaged(self, damage: Sequence[Damage]) -> None:
-        """Put what can be read of closed segments in their place where any has one of these damages."""
+        """Replace closed segments that have any of these damages by their readable lines."""
         paths = {one.path.name for one in damage}
         closed = list_segments(self._directory)[:-1]
         hit = [one for one in closed if paths & {one.path(self._directory).name for one in (one, one.packed())}]
@@ -245,7 +245,7 @@ class Journal:
         with self._lock.held():
             remove_replaced_segments(self._directory)
         pack_closed_segments(self._directory)
-        with suppress(ValueError):  # it is damage, of which is told, and which may be mended
+        with suppress(ValueError):  # it is damage, which is reported, and may be repaired
             while (last := find_prunable_segment(self._directory, older_than, largest)) is not None:
                 prune_segments(self._directory, last, self._lock.held())
                 with self._lock.held():
@@ -254,14 +254,14 @@ class Journal:
         return CompactionResult(before, log_size(self._directory), pruned_through(self._directory))
 
     def _renew_snapshot(self) -> None:
-        """Have one of the log as it is after segments were thinned out."""
+        """Write a snapshot of the log after segments were pruned."""
         with self._io, self._lock.held():
             self._recover()
-            (thinned, *_) = list_segments(self._directory)
-            made = read_content_checksum(thinned.path(self._directory).read_bytes())
+            (pruned, *_) = list_segments(self._directory)
+            made = read_content_checksum(pruned.path(self._directory).read_bytes())
             if made is not None:
-                left = {first: part for first, part in self._cursor.sums.items() if first > thinned.last}
-                self._cursor.sums = {thinned.first: made, **left}
+                left = {first: part for first, part in self._cursor.sums.items() if first > pruned.last}
+                self._cursor.sums = {pruned.first: made, **left}
                 self._saved = 0
                 self._save()
 
@@ -274,11 +274,11 @@ class Journal:
                 found = cursor.read(mark) if mark else ()
                 lines = (one.item.line for one in found if isinstance(one.item, DecodedLine))
                 state = rebuild_state(position, lines, first)
-                if pruned_through(self._directory) == first:  # else some may have been passed over
+                if pruned_through(self._directory) == first:  # otherwise some may have been skipped
                     return state
 
     def open(self) -> None:
-        """Take the log in. Raises RefusedError on a network file system, OSError."""
+        """Read the log. Raises RefusedError on a network file system, OSError."""
         refuse_network_mount(self._directory)
         make_folder(self._directory)
         self._lock = self._opened.enter_context(closing(LogLock(self._directory)))
@@ -290,7 +290,7 @@ class Journal:
         self._opened.callback(self._save)
 
     def _load(self) -> None:
-        """Begin at the snapshot, if there is one of this log."""
+        """Start from the snapshot, if there is a valid one."""
         found = snapshot.read_snapshot(self._directory)
         if found is not None:
             self._replay = LogReplay(found.table)
@@ -308,9 +308,8 @@ class Journal:
         if _size(sums) - self._saved < snapshot.MIN_NEW_BYTES or self._broken or self._replay.damage:
             return
         with suppress(OSError):  # it only saves time
-            is_log = [one.first for one in list_segments(self._directory)] == list(
-                sums
-            )  # others may have thinned it out
+            # Another process may have pruned the log.
+            is_log = [one.first for one in list_segments(self._directory)] == list(sums)
             if is_log and self._cursor.has_checksum:
                 snapshot.write_snapshot(self._directory, snapshot.Snapshot(self._replay.table, sums))
 
@@ -321,7 +320,7 @@ class Journal:
 
     def _follow(self, mark: HighWaterMark | None) -> None:
         """Read the commits of other processes up to a mark; the caller holds `_io`."""
-        # Nobody thins the log out while we go from one segment to the next.
+        # With the lock held, no process prunes the log while we move from one segment to the next.
         if mark is None or mark.segment != self._cursor.segment:
             with self._lock.held():
                 self._recover()
@@ -330,18 +329,18 @@ class Journal:
             self._replay.finish(mark.position, self._cursor.path, self._cursor.offset)
             self._note_end(mark)
 
-    def commit(self, turns: deque[PendingCommit]) -> None:
-        """Commit what waits by the time that it can be done, and settle it; what it is taken from may be added to."""
+    def commit(self, pending: deque[PendingCommit]) -> None:
+        """Commit all pending commits and set their outcome; more may be added to the queue meanwhile."""
         with self._io:
-            if turns:
-                with self._fail_group_on_error(_all_of(turns)) as group, self._lock.held():
+            if pending:
+                with self._fail_group_on_error(_take_all(pending)) as group, self._lock.held():
                     self._recover()
                     self._append(group)
 
-    def try_commit_inline(self, turns: deque[PendingCommit]) -> InlineResult:
-        """Do the same, if that takes so little that a trip to a thread would take longer."""
-        size = sum(len(turn.commit.payload) for turn in turns)
-        if size > _AT_ONCE_BYTES or any(turn.commit.durable for turn in turns) or not self._io.acquire(blocking=False):
+    def try_commit_inline(self, pending: deque[PendingCommit]) -> InlineResult:
+        """Commit like `commit`, if a thread hop would take longer."""
+        size = sum(len(one.commit.payload) for one in pending)
+        if size > _AT_ONCE_BYTES or any(one.commit.durable for one in pending) or not self._io.acquire(blocking=False):
             return InlineResult.TOO_MUCH
         try:
             group = list[PendingCommit]()
@@ -352,7 +351,7 @@ class Journal:
                 is_roomy = self._cursor.offset < self._segment_bytes and not self._rolls
                 if mark is None or not (is_roomy and self._is_near(mark) and self._is_complete(mark)):
                     return InlineResult.TOO_MUCH
-                group += _all_of(turns)
+                group += _take_all(pending)
                 self._follow(mark)
                 self._append(group)
             return InlineResult.DONE if group else InlineResult.TOO_MUCH
@@ -365,29 +364,29 @@ class Journal:
         try:
             yield group
         except OSError as error:
-            for turn in group:
-                turn.position, turn.failure = 0, to_store_error(self._directory, error)
+            for one in group:
+                one.position, one.failure = 0, to_store_error(self._directory, error)
 
     def _append(self, group: Sequence[PendingCommit]) -> None:
         known = self._seen or HighWaterMark(0, 0, 0)
         stage = CommitStage(self._replay.table, self._by, known.durable)
         staged = []
         now = round(self._clock.now(), 6)
-        for turn in group:
+        for one in group:
             try:
-                staged.append((turn, stage.add(turn.commit, now)))
+                staged.append((one, stage.add(one.commit, now)))
             except StateError as error:
-                turn.failure = error
+                one.failure = error
         if not staged:
             return
         data = b"".join(encode_line(line) for line in stage.lines)
-        self._write(known, data, stage.lines[-1].position, durable=any(turn.commit.durable for turn, _ in staged))
+        self._write(known, data, stage.lines[-1].position, durable=any(one.commit.durable for one, _ in staged))
         self._replay.table.take(stage)
-        for turn, line in staged:
-            turn.position = line.position
+        for one, line in staged:
+            one.position = line.position
 
     def _write(self, known: HighWaterMark, data: bytes, position: int, *, durable: bool) -> None:
-        """Append behind what is `known`, up to `position`, and publish it, or, on an OSError, not at all."""
+        """Append after the `known` end, up to `position`, and publish it; after an OSError nothing is published."""
         if self._broken:
             raise self._broken
         cursor = self._cursor
@@ -407,9 +406,9 @@ class Journal:
         cursor.skip(data)
 
     def _roll(self, known: HighWaterMark) -> HighWaterMark:
-        """Begin a new segment; return what is known then."""
+        """Begin a new segment; return the new end."""
         self._rolls = False
-        self._save()  # so that who comes after a kill need replay no more than one segment
+        self._save()  # so that after a kill the next process replays one segment at most
         if known.durable < known.position and not self._cursor.is_closed:  # no later sync is of this file
             make_durable(self._cursor.path)
         first = known.position + 1
@@ -419,18 +418,18 @@ class Journal:
         return HighWaterMark(first, 0, known.position, 0, known.position, known.boot)
 
     def _roll_back(self, known: HighWaterMark) -> None:
-        """Drop what was written in part, and let whoever commits next, here or elsewhere, see to what is in doubt."""
+        """Remove a partial write, and mark the end as uncertain for the next process that commits."""
         if self._cursor.segment:
-            with suppress(OSError):  # that is tried once more, too
+            with suppress(OSError):  # the next process tries it again
                 truncate(self._cursor.path, self._cursor.offset)
         try:
             self._lock.publish(known._replace(is_uncertain=True))
         except OSError as error:
-            # Nobody else is told. What is on disk is found out by the next opener; this one must not append to it.
+            # The other processes don't know. The next opener checks the disk; this one must not append any more.
             self._broken = error
 
     def _recover(self) -> None:
-        """Take in all that stands in the log, also what a dead appender left; the flock must be held."""
+        """Read the whole log, including leftovers of a dead appender; the caller holds the lock."""
         if self._cursor.segment == 0:
             install_loaded(self._directory)
         mark = self._lock.read()
@@ -440,7 +439,7 @@ class Journal:
         found_segments = self._listing.read() or [Segment(0)]
         newest, last = found_segments[-1], found_segments[-1].first
         is_settled = _is_settled(mark)
-        if found_segments[0].last > self._replay.table.position:  # what we had yet to read was thinned out
+        if found_segments[0].last > self._replay.table.position:  # unread commits were pruned
             self._reset()
         size = segment_size(self._directory, newest) if last else 0
         cursor = self._cursor
@@ -452,7 +451,7 @@ class Journal:
         for found in cursor.read(HighWaterMark(last, size, 0)):
             if isinstance(found.item, IncompleteLine) and cursor.segment == last:
                 truncate(found.path, found.offset)
-                self._replay.report(found.path, found.offset, (), "an unfinished line of a process that died: cut")
+                self._replay.report(found.path, found.offset, (), "removed an unfinished line of a killed process")
                 continue
             self._replay.take(found)
             lacks_end = isinstance(found.item, DecodedLine) and not found.item.terminator and cursor.segment == last
@@ -463,13 +462,13 @@ class Journal:
         self._adopt(mark)
 
     def _is_complete(self, mark: HighWaterMark) -> bool:
-        """Whether the log holds what the mark says and nothing else, and goes on in the segment that is read here."""
+        """Whether the log ends exactly at the mark, in the segment of the cursor."""
         found, cursor = self._listing.read(), self._cursor
         is_newest = bool(found) and cursor.segment == mark.segment == found[-1].first
         return is_newest and _is_settled(mark) and cursor.offset <= mark.end == cursor.size()
 
     def _drop(self, mark: HighWaterMark, newest: Segment, size: int) -> int:
-        """Cut off what was refused, and what can't be read and was never acknowledged; return what is left."""
+        """Remove rejected data, and unreadable data that was never acknowledged; return the remaining size."""
         path, is_ours = newest.path(self._directory), mark.boot == boot_id()
         if mark.segment > newest.first or newest.is_pruned or newest.is_packed:
             return size
@@ -483,11 +482,11 @@ class Journal:
         if end is None:
             return size
         truncate(path, end)
-        self._replay.report(path, end, (), "the unfinished work of a process or machine that stopped: cut")
+        self._replay.report(path, end, (), "removed unfinished writes of a killed process or of a power failure")
         return end
 
     def _adopt(self, mark: HighWaterMark | None) -> None:
-        """Publish the end of the log, and what a dead appender had written but not acknowledged."""
+        """Publish the end of the log, including commits that a dead appender wrote but did not acknowledge."""
         cursor, position = self._cursor, self._replay.table.position
         end = HighWaterMark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
         if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
@@ -497,7 +496,7 @@ class Journal:
             is_same = mark is not None and mark.segment == cursor.segment
             start = mark.durable_end if mark and is_same else 0
             if not is_same:
-                sync_folder(self._directory)  # whoever began it may have died before
+                sync_folder(self._directory)  # its creator may have been killed before
             if start < cursor.offset and not cursor.is_closed:
                 rewrite(cursor.path, start, cursor.sums[cursor.segment])
         self._lock.publish(end)
@@ -528,17 +527,17 @@ def _size(sums: Mapping[int, Checksum]) -> int:
     return sum(part.size for part in sums.values())
 
 
-def _all_of(turns: deque[PendingCommit]) -> list[PendingCommit]:
-    return [turns.popleft() for _ in range(len(turns))]
+def _take_all(pending: deque[PendingCommit]) -> list[PendingCommit]:
+    return [pending.popleft() for _ in range(len(pending))]
 
 
 def _is_settled(mark: HighWaterMark | None) -> TypeGuard[HighWaterMark]:
-    """Whether all that is written since the machine was started is told by the mark."""
+    """Whether the mark covers everything that was written since the boot of the machine."""
     return mark is not None and mark.boot == boot_id() and not mark.is_uncertain
 
 
 def _known_position(mark: HighWaterMark | None) -> int:
-    """Return the position up to which the log must go: after a start of the machine, as far as it was durable."""
+    """Return the minimum position of the log's end: after a reboot, that of the durable part."""
     if mark is None:
         return 0
     return mark.position if mark.boot == boot_id() else mark.durable

@@ -101,9 +101,9 @@ class PrunedEnd:
 
 
 class ScannedItem(NamedTuple):
-    """What stands in the log at a place; `is_thinned` where positions before it may be missing on purpose.
+    """An item of the log with its file and offset. `is_pruned`: earlier positions may be missing because of pruning.
 
-    `is_copy`: its bytes are those of the line right before it.
+    `is_copy`: its bytes equal those of the previous line.
     """
 
     path: Path
@@ -138,24 +138,24 @@ class LogLock:
         self._read = data, mark
 
     def check_not_replaced(self) -> None:
-        """Raise OSError (ESTALE) unless the file is still where it was opened.
+        """Raise OSError (ESTALE) if the lock file was moved or replaced since it was opened.
 
-        Where a folder was moved, or a copy took its place, others lock another file there.
+        If a folder was moved, or replaced by a copy, other processes lock another file there.
         """
         with suppress(FileNotFoundError, NotADirectoryError):
-            if _identity(os.stat(self._path)) == self._identity:  # noqa: PTH116  at each commit: half the time
+            if _identity(os.stat(self._path)) == self._identity:  # noqa: PTH116  (called for each commit: pathlib takes twice as long)
                 return
         raise OSError(errno.ESTALE, "it was moved or replaced while it was in use")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Exclude all other appenders, of this process too; blocks without a limit. Raises as `check_place`."""
+        """Exclude all other appenders, also in this process. Blocks; raises like `check_not_replaced`."""
         with self._taken(block=True):
             yield
 
     @contextmanager
     def try_held(self) -> Iterator[bool]:
-        """As `held`, if nobody holds it by now; tell whether that is so. Raises as `check_place`."""
+        """Take the lock like `held` if it is free; yield whether it was. Raises like `check_not_replaced`."""
         with self._taken(block=False) as is_taken:
             yield is_taken
 
@@ -183,27 +183,28 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def list_segments(directory: Path) -> list[Segment]:
     """Return the segments that make up the log, in order.
 
-    A crash may leave what has been replaced: older files than the newest thinned one, and the unpacked form of one.
+    Replaced files that a crash left are ignored: older ones than the newest pruned segment, and the unpacked form of a
+    packed one.
     """
-    return _segments_of(os.listdir(directory))  # noqa: PTH208  far fewer objects
+    return _segments_of(os.listdir(directory))  # noqa: PTH208  (creates far fewer objects)
 
 
 class SegmentListing:
     """A cache of a folder's segments, which are listed often and change rarely."""
 
     def __init__(self, directory: Path) -> None:
-        """Look at a folder later on."""
+        """Cache the segments of a folder, which is read on demand."""
         self._directory = str(directory)
         self._changed = 0
         self._segments: list[Segment] = []
 
     def read(self) -> list[Segment]:
-        """Return what `segments` does."""
-        changed = os.stat(self._directory).st_mtime_ns  # noqa: PTH116  at each commit: half the time
+        """Return the segments like `list_segments`."""
+        changed = os.stat(self._directory).st_mtime_ns  # noqa: PTH116  (called for each commit: pathlib takes twice as long)
         if changed != self._changed:
             now = time.time_ns()
-            self._segments = _segments_of(os.listdir(self._directory))  # noqa: PTH208  far fewer objects
-            # Of what is changed once more so soon after, the time may be the same.
+            self._segments = _segments_of(os.listdir(self._directory))  # noqa: PTH208  (creates far fewer objects)
+            # Another change so soon afterwards may have the same time.
             self._changed = changed if now - changed > _TICK else 0
         return self._segments
 
@@ -211,11 +212,11 @@ class SegmentListing:
 def _segments_of(names: list[str]) -> list[Segment]:
     matches = (_NAME.fullmatch(name) for name in names)
     found = [Segment(int(match[1]), int(match[2] or 0), match[3] is not None) for match in matches if match]
-    thinned = max((one for one in found if one.is_pruned), key=lambda one: (one.last, one.is_packed), default=None)
-    end = thinned.last if thinned else 0
+    pruned = max((one for one in found if one.is_pruned), key=lambda one: (one.last, one.is_packed), default=None)
+    end = pruned.last if pruned else 0
     kept = [one for one in found if one.first > end and not one.is_pruned]
     whole = {one.first: one for one in sorted(kept, key=lambda one: one.is_packed)}
-    return [*([thinned] if thinned else []), *(whole[first] for first in sorted(whole))]
+    return [*([pruned] if pruned else []), *(whole[first] for first in sorted(whole))]
 
 
 def pruned_through(directory: Path) -> int:
@@ -241,44 +242,44 @@ def segment_size(directory: Path, segment: Segment) -> int:
 
 
 class LogCursor:
-    """A cursor in the log, to read from there on."""
+    """A cursor in the log, to read from its position on."""
 
     def __init__(self, directory: Path, after: int = 0) -> None:
-        """Stand at the beginning of the segment that holds the position behind `after`."""
+        """Start at the beginning of the segment with the position after `after`."""
         self.segment, self.offset = 0, 0
         self.sums: dict[int, Checksum] = {}
-        """What stands before here, of each segment that was read from its beginning."""
+        """The checksum of the content before the cursor, by segment, if read from its beginning."""
         self.path = directory
-        """The segment's file; without any segment, the directory."""
+        """The segment's file; the directory if there is no segment."""
         self._directory = directory
         self._file = Segment(0)
         self._source: SegmentReader | None = None
-        self._before = 0  # the position of the line right before here; 0 where that is not known
+        self._before = 0  # the position of the previous line; 0 if unknown
         self._start = max((one.first for one in list_segments(directory) if one.first <= after + 1), default=0)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing can be added to the segment."""
+        """Whether the segment can't grow any more."""
         return self._file.is_packed
 
     @property
     def has_checksum(self) -> bool:
-        """Whether `sums` tells of all that stands before here."""
+        """Whether `sums` covers all content before the cursor in this segment."""
         return self.segment > 0 and self.sums[self.segment].size == self.offset
 
     def size(self) -> int:
-        """Return how many bytes the segment's file has by now; -1 if it is packed, and nothing comes any more."""
+        """Return the current size of the segment's file in bytes; -1 if it is packed and can't grow any more."""
         return -1 if self.is_closed else self.path.stat().st_size
 
     def read(self, until: HighWaterMark) -> Iterator[ScannedItem]:
-        """Yield what stands between here and `until`, moving on behind each; a tail that is incomplete stays."""
+        """Yield the items up to `until`, moving after each; the cursor stays before an incomplete line at the end."""
         while True:
             yield from self._rest(until)
             if self.segment >= until.segment or not self._next_segment():
                 return
 
     def begin(self, first: int) -> None:
-        """Stand at the beginning of a new segment."""
+        """Move to the beginning of a new segment."""
         self._move(Segment(first))
 
     def jump(self, end: HighWaterMark) -> None:
@@ -288,13 +289,13 @@ class LogCursor:
             self.offset = end.end
 
     def skip(self, data: bytes) -> None:
-        """Stand behind what this process has appended here."""
+        """Move after data that this process has appended here."""
         self.offset += len(data)
         self._before = 0
         self._add(data)
 
     def resume(self, sums: Mapping[int, Checksum]) -> None:
-        """Stand behind what is known of some segments, the last of which is gone on with."""
+        """Move to the end of the known content of some segments, and continue in the last one."""
         self.sums = dict(sums)
         self.segment = max(sums)
         found = (one for one in list_segments(self._directory) if one.first == self.segment)
@@ -322,26 +323,26 @@ class LogCursor:
         source, end = self._source, self._source.size()
         if self.segment == until.segment and not self._file.is_pruned:
             end = min(end, until.end)
-        path, span, is_cut_off, is_thinned = self.path, _READ_BYTES, False, self._file.is_pruned
+        path, span, is_cut_off, is_pruned = self.path, _READ_BYTES, False, self._file.is_pruned
         if source.is_damaged:
-            yield ScannedItem(path, self.offset, UnreadableBytes(self.offset), is_thinned)
+            yield ScannedItem(path, self.offset, UnreadableBytes(self.offset), is_pruned)
         while self.offset < end:
             start = self.offset
             data = source.read(min(span, end - start), start)
             for item_start, item in _items(data, is_whole=start + len(data) >= end):
                 self.offset = start + (item_start if isinstance(item, IncompleteLine) else item.end)
                 is_copy = self._is_copy(source, start + item_start, item, item.end - item_start)
-                yield ScannedItem(path, start + item_start, item, is_thinned, is_copy)
+                yield ScannedItem(path, start + item_start, item, is_pruned, is_copy)
                 is_cut_off = isinstance(item, IncompleteLine)
             self._add(memoryview(data)[: self.offset - start])
             if is_cut_off:
                 return
             span = _READ_BYTES if self.offset > start else 2 * span
-        if is_thinned:
-            yield ScannedItem(path, self.offset, PrunedEnd(self._file.last), is_thinned)
+        if is_pruned:
+            yield ScannedItem(path, self.offset, PrunedEnd(self._file.last), is_pruned)
 
     def _is_copy(self, source: SegmentReader, offset: int, item: ScanResult, size: int) -> bool:
-        """Whether the same bytes stand right before some, which are all of an item."""
+        """Whether an item equals the bytes right before it."""
         if not isinstance(item, DecodedLine):
             return False
         before, self._before = self._before, item.line.position
@@ -363,7 +364,7 @@ class LogCursor:
 
 
 def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, ScanResult]]:
-    """Yield what `data` holds, each with its offset; unless it is whole, nothing that more bytes might change."""
+    """Yield the items in `data` with their offsets; unless it is whole, without those that more bytes might change."""
     start = 0
     while start < len(data):
         item = scan(data, start)
@@ -384,7 +385,7 @@ def find_line(directory: Path, position: int) -> LogLine | None:
 
 
 def _find_line(data: bytes, position: int) -> LogLine | None:
-    """Halve the distance until it is found; lines are in the order of their positions."""
+    """Find a line by binary search; lines are in the order of their positions."""
     low, high = 0, len(data)
     while low < high:
         start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low
@@ -403,7 +404,7 @@ def _find_line(data: bytes, position: int) -> LogLine | None:
 
 
 def create_segment(directory: Path, first: int) -> None:
-    """Begin an empty segment, and make its name durable. On an OSError it may be there all the same."""
+    """Create an empty segment, and make its name durable. After an OSError it may exist anyway."""
     path = Segment(first).path(directory)
     os.close(open_private(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     sync_folder(directory)
@@ -432,10 +433,10 @@ def truncate(path: Path, offset: int) -> None:
 
 
 def rewrite(path: Path, start: int, known: Checksum) -> None:
-    """Write once more what stands in a file from `start` on, and make it durable: a failed sync is told only once.
+    """Write the content of a file from `start` on again, and make it durable, because a failed sync is reported once.
 
-    After one, the next says that all is well, though what was to be written may never get to the disk. An OSError says
-    that this failed, too, or that the file's content is not what is known of it.
+    After a failed sync the next one succeeds although the data may never reach the disk. Raises OSError if this fails,
+    too, or if the file's content is not the `known` one.
     """
     with opened(path, os.O_RDWR) as fd:
         data = os.pread(fd, known.size, 0)

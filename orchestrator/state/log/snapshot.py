@@ -33,6 +33,8 @@ MIN_NEW_BYTES: Final = 1 << 20
 # Allocating memory for more bytes, or more documents, at once takes longer than their checksum.
 _READ_BYTES: Final = 1 << 16
 _AT_ONCE: Final = 64
+#: Errors of reading a damaged snapshot, whose checksum is only known at the end.
+_DAMAGED: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 _HEAD_BYTES: Final = 18  # two numbers of eight hexadecimal digits, each with a space
 
 
@@ -89,7 +91,7 @@ def read_snapshot(directory: Path) -> Snapshot | None:
                 kinds[kind] = _entries(columns, index["writers"], values)
             is_whole = head[:9] == b"%08x " % crc and not file.read(1)
             return Snapshot(DocumentTable(index["position"], kinds), sums) if is_whole and is_log.result() else None
-    except Exception:  # noqa: BLE001  its checksum is taken while it is read: a damaged one may lead to any
+    except _DAMAGED:
         return None
 
 
