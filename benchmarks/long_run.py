@@ -12,6 +12,7 @@ from typing import Final
 import anyio
 
 from orchestrator.config.model import Backoff, TaskSpec, WorktreesConfig
+from orchestrator.domain.events.tasks import TaskChecking, TaskLanded, TaskLanding, TaskStarted
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
 from orchestrator.domain.scheduling.claims import ClaimTiming, Role
@@ -56,7 +57,7 @@ async def _record_run(project: Project, log: Path, tasks: int) -> None:
         others = RunMembership(
             store, clock, run, create_owner(Role.LEADER), ClaimTiming(), LivenessLocks(hub / "locks").is_dead
         )
-        ledger = await Ledger.take(store, clock, Redactor(frozenset()), others, {})
+        ledger = await Ledger.take(store, clock, Redactor(frozenset()), others, "off")
         work = iter(specs)
         async with anyio.create_task_group() as group:
             for _ in range(_AT_ONCE):
@@ -127,24 +128,26 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
     await _attempt(ledger, task, failing or Trigger.BUILD, next(ids))
     if failing is None:
         old, new = next(ids), next(ids)
-        await ledger.change(task, Trigger.CHECK, {"merge": new})
+        await ledger.change(task, Trigger.CHECK, TaskChecking(merge=new))
         intent = LandingIntent(old=old, new=new, recorded=1767225800.0)
-        await ledger.change(task, Trigger.INTEND, {"old": old, "new": new}, intent=intent)
-        await ledger.change(task, Trigger.LAND, {"landed": new}, landed=new, intent=None, branch=None)
+        await ledger.change(task, Trigger.INTEND, TaskLanding(old=old, new=new), intent=intent)
+        await ledger.change(task, Trigger.LAND, TaskLanded(landed=new), landed=new, intent=None, branch=None)
 
 
 async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None:
     before = ledger.task(task).attempts
     attempt = Attempt(number=len(before) + 1, adapter="x", base=_commit(0), started=1767225600.5)
-    await ledger.start(task, TaskUpdate(Trigger.START, {"adapter": "agent"}, {"attempts": (*before, attempt)}))
+    await ledger.start(
+        task, TaskUpdate(Trigger.START, TaskStarted(base=_commit(0), adapter="agent"), {"attempts": (*before, attempt)})
+    )
     outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.IDLE else "crashed"
     branch = f"council/{ledger.run.id}/{task}/{attempt.number}"
     reason = None if end is Trigger.BUILD else "it ended with exit code 1: the options can't be read"
     ended = partial(ledger.task(task).with_attempt, ended=1767225700.25, outcome=outcome, reason=reason, branch=branch)
     changes = {"commit": commit} if end is Trigger.BUILD else {}
-    await ledger.change(
-        task, end, {"outcome": outcome, "branch": branch}, attempts=ended(), branch=branch, reason=reason, **changes
-    )
+    fields = {"outcome": outcome, "branch": branch}
+    event = end.event().replace(**fields)
+    await ledger.change(task, end, event, attempts=ended(), branch=branch, reason=reason, **changes)
 
 
 def _commit(number: int) -> str:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
+from orchestrator.domain.events.base import TypedEvent
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.system.clock import Clock
@@ -177,6 +178,12 @@ class Event:
 
     type: str
     data: JsonObject = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, event: TypedEvent) -> Event:
+        """Return the record of an event of ours (`orchestrator.domain.events`)."""
+        event.check_context()
+        return cls(event.type, event.data())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from orchestrator.domain.events.runs import RunRemoved
 from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
 from orchestrator.protocols import CommitRecord, JsonObject, Key
 
@@ -48,7 +49,7 @@ class ClaimHistory:
                 found.append(f"{key} went from version {self._versions.get(key, 0)} to {version}")
             self._versions[key] = version
             if key.kind == "orchestrator":
-                runs = {event.data["run"] for event in record.events if event.type == "run.removed"}
+                runs = {event.data["run"] for event in record.events if event.type == RunRemoved.type}
                 found += self._orchestrator(key.id, value, runs)
             elif key.kind == "claim":
                 if (claim := self.claims.get(key.id)) is not None:

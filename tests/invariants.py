@@ -9,6 +9,7 @@ The numbers are those of the project's list of invariants:
  6 replaying the log gives the state                                         12 the user's repository is as it was
  7 no task starts before its needs have landed, none is lost or invented     14 no secret is in a log, record or commit
 17 all that is recorded of workflows agrees with itself                     15 state is the owner's alone
+18 every recorded event has a class, and the fields of that class
 
 (4 and 16 are what the tests that call this do with time and processes; 13 is `finish` of the crash tests; for 14 they
 name the canaries that they planted.)
@@ -20,17 +21,22 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import get_type_hints
 
 import anyio.to_thread
+from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.events import EVENT_TYPES
 from orchestrator.domain.runs.model import RETRYABLE_STATUSES, RunDocument, TaskDocument, TaskStatus
 from orchestrator.engine.phases.verification import RunVerification, verify_run
 from orchestrator.engine.session_api.contexts import KIND as CONTEXT
 from orchestrator.plugins import load_plugins
 from orchestrator.project import Project
-from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
+from orchestrator.protocols import CommitRecord, Event, JsonObject, Key, Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import TASK_TRAILER
 from orchestrator.repo.worktrees.hub import Hub
@@ -102,7 +108,7 @@ async def _checked(scene: RunUnderTest, store: Store, runs: Sequence[str]) -> li
 
 
 async def _violations(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
-    for violation in (*_log(state), *_modes(scene.top), *_workflows(state)):
+    for violation in (*_log(state), *_events(state), *_modes(scene.top), *_workflows(state)):
         yield violation
     async for violation in _secrets(scene, state):
         yield violation
@@ -150,6 +156,32 @@ def _log(state: _State) -> list[str]:
     if replayed != {key: value for key, value in state.documents.items() if key.kind != CONTEXT}:
         broken.append("6: replaying the log gives another state")
     return broken
+
+
+def _events(state: _State) -> list[str]:
+    found = (find_event_error(event) for record in state.records for event in record.events)
+    return [f"18: {error}" for error in found if error is not None]
+
+
+def find_event_error(event: Event) -> str | None:
+    """Return in what a recorded event differs from its class; None if in nothing."""
+    if event.type not in EVENT_TYPES:
+        return f"{event.type} is in no module of orchestrator.domain.events"
+    adapters, known = _field_adapters(event.type), EVENT_TYPES[event.type].from_data(event.data)
+    if known is None or known.data() != event.data:
+        return f"{event.type} has the fields {sorted(event.data)} instead of {sorted(adapters)}"
+    for name, value in event.data.items():
+        try:
+            adapters[name].validate_python(value, strict=True)
+        except ValidationError as error:
+            return f"{event.type}.{name}: {error.errors()[0]['msg']}"
+    return None
+
+
+@cache
+def _field_adapters(name: str) -> Mapping[str, TypeAdapter[object]]:
+    hints = get_type_hints(EVENT_TYPES[name], localns={"Instant": Instant})
+    return {field: TypeAdapter(hints[field]) for field in EVENT_TYPES[name].field_types}
 
 
 def _workflows(state: _State) -> list[str]:

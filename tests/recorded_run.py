@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config.model import Backoff, TaskSpec
+from orchestrator.domain.events.runs import RunInterrupted, RunPaused
+from orchestrator.domain.events.tasks import TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
 from orchestrator.domain.scheduling.claims import ClaimTiming, OrchestratorIdentity, Role
@@ -104,41 +106,45 @@ async def record_run(
         store, run, {"models": task_spec("models", "Add a User model."), "api": task_spec("api", "Add an API.")}
     )
     others = make_orchestrators(store, clock, run.id, me=me)
-    ledger = await Ledger.take(store, clock, Redactor(()), others, {"sandbox": "bubblewrap"})
+    ledger = await Ledger.take(store, clock, Redactor(()), others, "bubblewrap")
     for task in ("models", "api"):
         clock.advance(5)
         attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=clock.now())
         assert (
             await ledger.start(
-                task, TaskUpdate(Trigger.START, {"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)})
+                task, TaskUpdate(Trigger.START, TaskStarted(base=OLD_COMMIT, adapter="fixer"), {"attempts": (attempt,)})
             )
             is None
         )
     clock.advance(30)
-    failed = {"outcome": "crashed", "reason": "it ended with 1", "branch": None, "retry_in": 2.0}
+    failed = TaskRetrying(outcome="crashed", reason="it ended with 1", branch=None, retry_in=2.0)
     tried = ledger.task("api").with_attempt(ended=clock.now(), outcome="crashed", reason="it ended with 1")
     await ledger.change("api", Trigger.RETRY, failed, attempts=tried, failures=1)
     clock.advance(53)
     branch = f"council/{run.id}/models/1"
     spent: dict[str, Any] = {"input_tokens": 12_000, "output_tokens": 800, "cost": 0.12}
     built = ledger.task("models").with_attempt(ended=clock.now(), outcome="built", branch=branch, **spent)
-    await ledger.change("models", Trigger.BUILD, {"branch": branch}, attempts=built, commit=NEW_COMMIT, branch=branch)
+    await ledger.change(
+        "models", Trigger.BUILD, TaskQueued(branch=branch), attempts=built, commit=NEW_COMMIT, branch=branch
+    )
     intent = LandingIntent(old=OLD_COMMIT, new=NEW_COMMIT, recorded=clock.now())
-    await ledger.change("models", Trigger.INTEND, {"old": OLD_COMMIT, "new": NEW_COMMIT}, intent=intent)
+    await ledger.change("models", Trigger.INTEND, TaskLanding(old=OLD_COMMIT, new=NEW_COMMIT), intent=intent)
     clock.advance(2)
-    await ledger.change("models", Trigger.LAND, {"landed": NEW_COMMIT}, intent=None, landed=NEW_COMMIT, branch=None)
+    await ledger.change(
+        "models", Trigger.LAND, TaskLanded(landed=NEW_COMMIT), intent=None, landed=NEW_COMMIT, branch=None
+    )
     clock.advance(1)
     again = Attempt(number=2, adapter="fixer", base=NEW_COMMIT, started=clock.now())
     attempts = (*ledger.task("api").attempts, again)
     assert (
         await ledger.start(
-            "api", TaskUpdate(Trigger.START, {"base": NEW_COMMIT, "adapter": "fixer"}, {"attempts": attempts})
+            "api", TaskUpdate(Trigger.START, TaskStarted(base=NEW_COMMIT, adapter="fixer"), {"attempts": attempts})
         )
         is None
     )
     clock.advance(9)
-    await ledger.note("run.paused", {"reason": "memory is short", "retry_in": 5.0})
-    await ledger.note("run.interrupted", {})
+    await ledger.note(RunPaused(reason="memory is short", retry_in=5.0))
+    await ledger.note(RunInterrupted())
 
 
 @asynccontextmanager

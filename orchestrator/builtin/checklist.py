@@ -25,6 +25,7 @@ import pluggy
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.source.files import open_regular_file
+from orchestrator.domain.events.tasks import TaskDone, TaskLanded
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
 from orchestrator.protocols import PathOption, RecordedEvent, TrackedTask
@@ -39,7 +40,7 @@ _FENCE: Final = re.compile(rb"[ ]{0,3}(`{3,}|~{3,})")
 _NOT_IN_SLUG: Final = re.compile(r"[^a-z0-9]+")
 _LONGEST_SLUG: Final = 48
 #: The events of successful tasks.
-_SUCCESSFUL: Final = frozenset({"task.landed", "task.done"})
+_SUCCESSFUL: Final = frozenset({TaskLanded.type, TaskDone.type})
 
 
 @dataclass(frozen=True, slots=True)

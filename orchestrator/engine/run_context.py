@@ -18,6 +18,9 @@ from orchestrator.config.model import (
     WorktreesConfig,
     known_prices,
 )
+from orchestrator.domain.events.base import RunEvent
+from orchestrator.domain.events.coordination import SlotPortsChanged
+from orchestrator.domain.events.runs import RunHooksSkipped
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.prices import Price
 from orchestrator.domain.runs.session_names import SessionName
@@ -34,7 +37,7 @@ from orchestrator.engine.worktree_sources import make_provisions
 from orchestrator.locking.file_locks import FileLocks
 from orchestrator.locking.ownership import OwnershipRegistry, ownership_scope
 from orchestrator.project import Project
-from orchestrator.protocols import Adapter, Commit, Event, Guard, JsonObject, McpServer, Store
+from orchestrator.protocols import Adapter, Commit, Event, Guard, McpServer, Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import Target
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
@@ -247,8 +250,8 @@ async def _report_skipped_hooks(run: str, site: RunRepository, store: Store, env
     if site.repository is None:
         return
     if hooks := await find_hooks_in_checkouts(site.repository, Git(None, as_user=True, environ=environ)):
-        facts = {"run": run, "hooks": [str(hook) for hook in hooks], "reason": SKIPPED_HOOKS_REASON}
-        await store.commit(Commit([], [Event("run.hooks_skipped", facts)]))
+        skipped = RunHooksSkipped(run=run, hooks=list(map(str, hooks)), reason=SKIPPED_HOOKS_REASON)
+        await store.commit(Commit([], [Event.of(skipped)]))
 
 
 async def _open_session_resources(
@@ -264,14 +267,13 @@ async def _open_session_resources(
     await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
     leases = PortLeases(store, clock, worktrees.ports)
 
-    async def record_event(event_type: str, facts: JsonObject) -> None:
-        await store.commit(Commit([], [Event(event_type, {"run": run, **facts})]))
+    async def record_event(event: RunEvent) -> None:
+        await store.commit(Commit([], [Event.of(event.within(run=run))]))
 
     async def lease(slot: Path) -> Mapping[str, str]:
         port_lease = await leases.lease(slot)
         if port_lease.lost:
-            facts = {"place": str(slot), "lost": list(port_lease.lost), "ports": list(port_lease.ports)}
-            await record_event("slot.ports_changed", facts)
+            await record_event(SlotPortsChanged(slot=str(slot), lost=port_lease.lost, ports=port_lease.ports))
         return port_lease.environment()
 
     environ = git.environ

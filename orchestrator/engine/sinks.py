@@ -12,14 +12,26 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, as
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import inf
+from typing import Any
 
 import anyio
 
+from orchestrator.domain.events.base import RunEvent
+from orchestrator.domain.events.runs import (
+    SinkFailing,
+    SinkRecovered,
+    SinkSkipped,
+    SinkUndelivered,
+    TrackerFailing,
+    TrackerRecovered,
+    TrackerSkipped,
+    TrackerUndelivered,
+)
 from orchestrator.domain.runs.retry import Backoff, retry_delay
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, VersionConflict, plugin_code
-from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, RecordedEvent, Sink, Store, Write
+from orchestrator.protocols import Commit, CommitRecord, Event, RecordedEvent, Sink, Store, Write
 from orchestrator.system.background import run_in_background
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
@@ -147,7 +159,7 @@ class EventForwarder:
             await self._record()
             undelivered = await self._count(goal)
             if undelivered:
-                await self._note("undelivered", {"left": undelivered})
+                await self._note(SinkUndelivered, TrackerUndelivered, left=undelivered)
         except (CouncilError, OSError):
             return
 
@@ -219,7 +231,7 @@ class EventForwarder:
 
     async def _skip(self, first: int) -> None:
         """Continue after the pruned part of the log, and report the gap."""
-        await self._note("skipped", {"after": self._done, "until": first})
+        await self._note(SinkSkipped, TrackerSkipped, after=self._done, until=first)
         self._done = self._delivered = max(self._delivered, first)
         await self._record()
 
@@ -238,7 +250,7 @@ class EventForwarder:
         try:
             if self._is_failing:
                 self._is_failing = False
-                await self._note("recovered", {})
+                await self._note(SinkRecovered, TrackerRecovered)
             if self._clock.monotonic() - self._recorded_at >= self._timeouts.cursor:
                 await self._record()
         except (CouncilError, OSError) as error:
@@ -260,13 +272,12 @@ class EventForwarder:
     async def _note_failure(self, reason: str) -> None:
         if not self._is_failing:
             self._is_failing = True
-            await self._note("failing", {"reason": self._redactor.text(reason)})
+            await self._note(SinkFailing, TrackerFailing, reason=self._redactor.text(reason))
 
-    async def _note(self, event: str, details: JsonObject) -> None:
+    async def _note(self, of_sink: type[RunEvent], of_tracker: type[RunEvent], **fields: Any) -> None:
         kind = self._subscriber.kind
-        await self._store.commit(
-            Commit([], [Event(f"{kind}.{event}", {"run": self._run, kind: self._subscriber.name, **details})])
-        )
+        event = (of_sink if kind == "sink" else of_tracker)(run=self._run, **{kind: self._subscriber.name}, **fields)
+        await self._store.commit(Commit([], [Event.of(event)]))
 
     async def _pause(self, failures: int) -> None:
         delay = retry_delay(RETRY_BACKOFF, failures)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.domain.events.coordination import ClaimAcquired, ClaimReleased, ClaimsTakenOver
 from orchestrator.domain.scheduling.claims import (
     Claim,
     ClaimVerdict,
@@ -158,11 +159,11 @@ class Claims:
             planned = await self.plan(task, override=override, is_asked=is_asked)
             if isinstance(planned, ClaimHolder):
                 return planned
-            facts = {"run": self._others.run, "task": task, "owner": self._others.me.id, "epoch": planned.claim.epoch}
+            acquired = ClaimAcquired(
+                run=self._others.run, task=task, owner=self._others.me.id, epoch=planned.claim.epoch
+            )
             try:
-                await self._store.commit(
-                    Commit([planned.write], [Event("claim.acquired", facts)], [self._others.guard])
-                )
+                await self._store.commit(Commit([planned.write], [Event.of(acquired)], [self._others.guard]))
             except VersionConflict:
                 continue
             except CouncilError as error:
@@ -203,8 +204,7 @@ class Claims:
         guard = self._held.get(task)
         if guard is None:
             raise LeaseLost(f"the claim on task {task!r}", 0, await self._epoch(task))
-        facts = {"run": self._others.run, "task": task, "as": how, "reason": reason}
-        event = Event("claim.released", facts)
+        event = Event.of(ClaimReleased(run=self._others.run, task=task, release=how, reason=reason))
         try:
             await self._store.commit(Commit([self.release_write(task, how, reason, counts=counts)], [event], [guard]))
         except LeaseLost:
@@ -296,12 +296,12 @@ class Claims:
             for task, document in claims.items()
         }
         tasks = sorted(plans)
-        facts = {"run": self._others.run, "orchestrator": name, "reason": reason, "count": len(tasks), "tasks": tasks}
+        event = ClaimsTakenOver(run=self._others.run, orchestrator=name, reason=reason, count=len(tasks), tasks=tasks)
         writes = [*fence, *(planned.write for planned in plans.values())]
         if also is not None:
             writes += await also([planned.guard for planned in plans.values()], self._others.me.id)
         try:
-            await self._store.commit(Commit(writes, [Event("claims.taken_over", facts)], [self._others.guard]))
+            await self._store.commit(Commit(writes, [Event.of(event)], [self._others.guard]))
         except VersionConflict:  # the owner is alive after all, or another orchestrator was faster
             return []
         except CouncilError as error:

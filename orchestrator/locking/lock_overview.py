@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 import anyio.to_thread
 
+from orchestrator.domain.events.coordination import LockBroken
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.claims import MergeParticipant
 from orchestrator.domain.scheduling.path_ownership import PathOwnership, is_current
@@ -22,13 +23,10 @@ from orchestrator.errors import RefusedError
 from orchestrator.locking.file_locks import FileLockRecord, FileLocks, list_file_locks
 from orchestrator.locking.merge_permit import merge_lease_key, read_merge_leases
 from orchestrator.locking.ownership import OWNERSHIP_KIND, claim_key
-from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, Store, Write
+from orchestrator.protocols import Commit, CommitRecord, Event, Store, Write
 from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.state.documents.validation import filter_readable
 from orchestrator.system.clock import Clock
-
-#: The event that announces a lock that a person broke.
-LOCK_BROKEN: Final = "lock.broken"
 
 _MERGE: Final = "merge/"
 
@@ -104,8 +102,8 @@ class LockOverview:
 
     async def _break(self, lock: LockStatus, reason: str) -> None:
         holders = [one.owner for one in lock.holders]
-        facts: JsonObject = {"name": lock.name, "layer": str(lock.layer), "what": list(lock.what), "holders": holders}
-        await self.store.commit(Commit(await self._writes(lock), [Event(LOCK_BROKEN, {**facts, "reason": reason})]))
+        event = LockBroken(lock=lock.name, layer=lock.layer, what=lock.what, holders=holders, reason=reason)
+        await self.store.commit(Commit(await self._writes(lock), [Event.of(event)]))
 
     async def _writes(self, lock: LockStatus) -> Sequence[Write]:
         match lock.layer:
@@ -190,7 +188,7 @@ def read_broken_locks(record: CommitRecord) -> list[BrokenLock]:
     """Return the broken session locks that a commit records."""
     broken = []
     for event in record.events:
-        if event.type == LOCK_BROKEN and event.data["layer"] != LockLayer.MERGE:
+        if event.type == LockBroken.type and event.data["layer"] != LockLayer.MERGE:
             paths = event.data["what"] if event.data["layer"] == LockLayer.FILE else ()
             broken.append(BrokenLock(tuple(event.data["holders"]), tuple(paths)))
     return broken

@@ -15,6 +15,13 @@ from typing import Final, NamedTuple
 
 import anyio
 
+from orchestrator.domain.events.base import TaskEvent
+from orchestrator.domain.events.coordination import (
+    OwnershipRefused,
+    OwnershipReleased,
+    OwnershipTaken,
+    OwnershipWaiting,
+)
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.deadlocks import LockWait, find_deadlock, merge_waits
 from orchestrator.domain.scheduling.path_ownership import (
@@ -132,8 +139,8 @@ class OwnershipRegistry:
         conflict = await self._acquire(session, patterns, orchestrator, claim, is_lock=is_lock)
         if conflict is None:
             return None
-        facts = {"patterns": list(patterns), "holder": str(conflict.holder), "held": conflict.pattern}
-        await self._commit([], _event("ownership.refused", session, **facts), claim)
+        refused = OwnershipRefused(patterns=list(patterns), holder=str(conflict.holder), held=conflict.pattern)
+        await self._commit([], _event(refused, session), claim)
         if wait <= 0:
             return conflict
         deadline = self._clock.monotonic() + wait
@@ -192,7 +199,7 @@ class OwnershipRegistry:
             released = [pattern for pattern in check_patterns(patterns) if pattern in holding.taken]
             if released:
                 write = Write(self.key(session), version, holding.without(released).to_json())
-                event = _event("ownership.released", session, patterns=released)
+                event = _event(OwnershipReleased(patterns=released), session)
                 await self._commit([write], event, claim)
             return released
 
@@ -264,7 +271,7 @@ class OwnershipRegistry:
             own = await self._own(session)
             version, holding = own or (0, self._blank(session, orchestrator, claim))
             write = Write(self.key(session), version, holding.with_waiting(waiting).to_json())
-            event = _event("ownership.waiting", session, patterns=list(waiting.patterns))
+            event = _event(OwnershipWaiting(patterns=waiting.patterns), session)
             await self._commit([write], event, claim)
 
         await retry_on_conflict(attempt, _TRIES)
@@ -290,7 +297,7 @@ class OwnershipRegistry:
             if isinstance(planned, OwnershipConflict):
                 return planned
             if planned:
-                event = _event("ownership.taken", session, patterns=list(patterns))
+                event = _event(OwnershipTaken(patterns=list(patterns)), session)
                 await self._commit(planned, event, claim)
             return None
 
@@ -347,5 +354,5 @@ def _value(document: Document | None) -> JsonObject | None:
     return None if document is None else document.value
 
 
-def _event(type_: str, session: SessionName, **facts: object) -> Event:
-    return Event(type_, {**session._asdict(), **facts})
+def _event(event: TaskEvent, session: SessionName) -> Event:
+    return Event.of(event.within(**session._asdict()))

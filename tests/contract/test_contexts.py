@@ -113,7 +113,7 @@ async def test_what_was_not_heard_of_for_half_an_hour_is_gone(
     await contexts.update(WEB, progress="1 of 2")
     clock.advance(1)
     assert [one.session for one in await others.all()] == [WEB]
-    assert await delete_expired(store, {}) == [context_key(API)]
+    assert await delete_expired(store) == [context_key(API)]
     await contexts.update(API, progress="90%")
     found = await others.read(API)
     assert found is not None

@@ -6,7 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from orchestrator.protocols import Event, Store
+from orchestrator.domain.events.base import TypedEvent
+from orchestrator.protocols import Store
 from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
@@ -43,7 +44,7 @@ class TestFileStoreOfTinySegments(TestFileStore):
     segment_bytes = 100
 
 
-async def _tell(event: Event) -> None:
+async def _tell(event: TypedEvent) -> None:
     raise AssertionError(event)
 
 

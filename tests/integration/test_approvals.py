@@ -211,7 +211,7 @@ async def test_approvals_are_answered_from_python(repository: Repository) -> Non
             await council.tasks.approve("t", run=run)
         story = await council.tasks.details("t", run)
     assert ["no task is named" in one for one in refusals] == [True]
-    assert event_text(waited) == "nothing is left to do but to wait for somebody to approve t"
+    assert event_text(waited) == "waiting for your approval of t"
     assert [(one.phase, one.visit, one.status, one.note) for one in story.phases] == [
         ("plan", 1, "rejected", "no"),
         ("plan", 2, "completed", None),

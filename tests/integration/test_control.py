@@ -639,14 +639,14 @@ async def test_a_changed_file_is_reported_and_taken_over_by_reload(repository: R
     repaired = [{**broken[0], "prompt": "write t.txt repaired", "timeout": "7m"}, {**broken[1], "attempts": 2}]
     _file(repository, repaired, capacity=7)
     kept = repository.council("retry", "t")
-    assert f"{file} has changed, the run keeps what it recorded: t (prompt, timeout)" in kept.stderr, kept
-    assert "`council retry TASK --reload`" in kept.stderr
+    assert f"{file} has changed; the run keeps its recorded settings: t (prompt, timeout)" in kept.stderr, kept
+    assert "council retry TASK --reload" in kept.stderr
     resumed = repository.council("resume", "--json")
     assert resumed.states["t"] == "failed"
     [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
     assert (told["tasks"], told["keys"]) == ({"t": ["prompt", "timeout"], "u": ["attempts"]}, ["capacity"])
     reloaded = repository.council("retry", "t", "--reload")
-    assert (reloaded.code, "recorded: capacity; start a new run" in reloaded.stderr) == (0, True), reloaded
+    assert (reloaded.code, "settings: capacity; to use them, start a new run" in reloaded.stderr) == (0, True), reloaded
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"t": "landed", "u": "failed"}
     assert (repository.top / "t.txt").read_text().strip() == "repaired"
@@ -885,6 +885,6 @@ def test_a_failed_setup_leads_to_a_new_run(repository: Repository) -> None:
     _file(repository, tasks, worktrees={"setup": ["true"]})
     for more in ([], ["--reload"]):
         retried = repository.council("retry", "t", *more)
-        assert (retried.code, "worktrees; start a new run for that" in retried.stderr) == (0, True), retried
+        assert (retried.code, "worktrees; to use them, start a new run" in retried.stderr) == (0, True), retried
         assert repository.council("resume", "--json").states == {"t": "failed"}
     assert repository.council("run", config, "--json").states == {"t": "landed"}

@@ -361,7 +361,7 @@ async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repos
     assert [event.data["until"] for event in waited] == instants
     assert {tuple(event.data["adapters"]) for event in waited} == {("limited",)}
     assert event_text(waited[0]) == (
-        f"nothing is left to do before {format_local_time(instants[0])} but to wait for limited"
+        f"waiting for limited (cooling down), until {format_local_time(instants[0])} at least"
     )
     await repository.assert_invariants()
 

@@ -11,6 +11,8 @@ import pytest
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_reader import RunReader
+from orchestrator.domain.events.runs import AdapterCooldown, RunInterrupted
+from orchestrator.domain.events.tasks import TaskFailed, TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, TaskStatus
 from orchestrator.domain.scheduling.claims import Role
@@ -34,9 +36,8 @@ from tests.recorded_run import NEW_COMMIT, OLD_COMMIT, make_orchestrators, run_d
 async def start(ledger: Ledger, task: str) -> ClaimHolder | OwnedBy | OutdatedBase | TaskMoved | None:
     """Record the first attempt of a task."""
     attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=0.0)
-    return await ledger.start(
-        task, TaskUpdate(Trigger.START, {"base": OLD_COMMIT, "adapter": "fixer"}, {"attempts": (attempt,)})
-    )
+    started = TaskStarted(base=OLD_COMMIT, adapter="fixer")
+    return await ledger.start(task, TaskUpdate(Trigger.START, started, {"attempts": (attempt,)}))
 
 
 async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
@@ -49,7 +50,7 @@ async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
 async def join(store: Store, clock: Clock, run: str) -> Ledger:
     """Return a run as one more orchestrator has it, which is a worker."""
     others = make_orchestrators(store, clock, run, alone=False, me=create_owner(Role.WORKER))
-    return await Ledger.join(store, clock, Redactor([]), others, {})
+    return await Ledger.join(store, clock, Redactor([]), others, "off")
 
 
 async def leader_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[Ledger, Ledger]:
@@ -57,7 +58,7 @@ async def leader_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[L
     run = run_document(folder)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     others = make_orchestrators(store, clock, run.id, alone=False)
-    return await Ledger.take(store, clock, Redactor([]), others, {}), await join(store, clock, run.id)
+    return await Ledger.take(store, clock, Redactor([]), others, "off"), await join(store, clock, run.id)
 
 
 class Overtaken(MemoryStore):
@@ -118,7 +119,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     async with aclosing(ours.changes()) as changes:
 
         async def land() -> None:
-            await theirs.change("models", Trigger.ADOPT, landed=NEW_COMMIT)
+            await theirs.change("models", Trigger.ADOPT, TaskLanded(landed=NEW_COMMIT), landed=NEW_COMMIT)
 
         async def claim() -> None:
             assert not await ours.claim("models")
@@ -128,7 +129,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
             async with anyio.create_task_group() as group:
                 group.start_soon(start, theirs, "models")
                 assert (await anext(changes)).task == "models"
-            await theirs.change("models", Trigger.BUILD, commit=NEW_COMMIT)
+            await theirs.change("models", Trigger.BUILD, TaskQueued(), commit=NEW_COMMIT)
             if is_looked_meanwhile:
                 store.quicker = land
             else:
@@ -149,7 +150,7 @@ async def test_nothing_is_claimed_that_is_over(tmp_path: Path) -> None:
     ours, theirs = await two_ledgers(store, clock, tmp_path)
     assert await start(theirs, "models") is None
     assert await ours.refresh("models")
-    await theirs.change("models", Trigger.FAIL, reason="theirs")
+    await theirs.change("models", Trigger.FAIL, TaskFailed(), reason="theirs")
     before = await store.position()
     assert not await ours.claim("models")
     assert await store.position() == before
@@ -163,7 +164,7 @@ async def test_what_another_has_tried_meanwhile_is_not_started_as_it_was_before(
     clock = ManualClock()
     ours, theirs = await two_ledgers(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
-    await theirs.change("models", trigger, reason="theirs")
+    await theirs.change("models", trigger, trigger.event(), reason="theirs")
     status = theirs.task("models").status
     assert await start(ours, "models") == TaskMoved(status)
     assert ours.task("models") == theirs.task("models")
@@ -179,7 +180,9 @@ async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(
         return (
             None
             if known.cooldowns
-            else AdapterUpdate(AdapterDocument(cooldown_until=60.0, cooldowns=1), "adapter.cooling_down", {})
+            else AdapterUpdate(
+                AdapterDocument(cooldown_until=60.0, cooldowns=1), AdapterCooldown(until=60.0, reason="limit")
+            )
         )
 
     store.quicker = lambda: theirs.update_adapter("fixer", judge)
@@ -209,7 +212,7 @@ async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Pa
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
     await ours.refresh("models")
-    await theirs.change("models", Trigger.RETRY)
+    await theirs.change("models", Trigger.RETRY, TaskRetrying())
     assert await cancel_task(ours, "models")
     assert ours.task("models").status is TaskStatus.CANCELLED
 
@@ -221,13 +224,13 @@ async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Pa
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
     await ours.refresh("models")
-    await theirs.change("models", Trigger.BUILD, commit=NEW_COMMIT)
-    await theirs.change("models", Trigger.INTEND)
+    await theirs.change("models", Trigger.BUILD, TaskQueued(), commit=NEW_COMMIT)
+    await theirs.change("models", Trigger.INTEND, TaskLanding(old=OLD_COMMIT, new=NEW_COMMIT))
     if seen is TaskStatus.LANDING:
         await ours.refresh("models")
     assert ours.task("models").status is seen
     assert not await cancel_task(ours, "models")
-    await theirs.change("models", Trigger.LAND, landed=NEW_COMMIT)
+    await theirs.change("models", Trigger.LAND, TaskLanded(landed=NEW_COMMIT), landed=NEW_COMMIT)
     assert not await cancel_task(ours, "models")
 
 
@@ -236,9 +239,9 @@ async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(ours, "models") is None
-    await ours.change("models", Trigger.FAIL)
+    await ours.change("models", Trigger.FAIL, TaskFailed())
     await theirs.refresh("models")
-    await theirs.change("models", Trigger.ADOPT, landed=NEW_COMMIT)
+    await theirs.change("models", Trigger.ADOPT, TaskLanded(landed=NEW_COMMIT), landed=NEW_COMMIT)
     assert not await retry_task(ours, "models")
     assert ours.task("models").status is TaskStatus.LANDED
 
@@ -251,7 +254,7 @@ async def test_who_takes_a_run_when_another_becomes_its_leader_is_told_who_that_
     store.quicker = theirs.try_to_lead
     run = theirs.run.id
     with pytest.raises(RunActive, match=f"is active in process {theirs.orchestrators.me.pid}"):
-        await Ledger.take(store, clock, Redactor([]), make_orchestrators(store, clock, run, alone=False), {})
+        await Ledger.take(store, clock, Redactor([]), make_orchestrators(store, clock, run, alone=False), "off")
 
 
 @pytest.mark.parametrize("event", ["run.leader_elected", "run.joined"])
@@ -270,10 +273,10 @@ async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, ev
     store.quicker = restore
     others = make_orchestrators(store, clock, run.id, alone=False)
     take = Ledger.take if event == "run.leader_elected" else Ledger.join
-    ledger = await take(store, clock, Redactor([]), others, {})
+    ledger = await take(store, clock, Redactor([]), others, "off")
     assert ledger.task("models").status is TaskStatus.CANCELLED
     assert ledger.became_leader.is_set() == (event == "run.leader_elected")
-    await ledger.note("run.waiting", {})
+    await ledger.note(RunInterrupted())
 
 
 @pytest.mark.parametrize("kind", ["task", "spec"])
@@ -307,7 +310,7 @@ async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) 
     store.quicker = theirs.try_to_lead
     assert not await ours.try_to_lead()
     assert theirs.became_leader.is_set()
-    await theirs.note("run.waiting", {})
+    await theirs.note(RunInterrupted())
 
 
 @pytest.mark.parametrize(("role", "is_theirs"), [(Role.LEADER, False), (Role.WORKER, True)])
@@ -333,7 +336,7 @@ async def test_a_worker_leaves_it_to_a_leader_to_lead(tmp_path: Path) -> None:
     store = MemoryStore(clock)
     worker, other = await two_ledgers(store, clock, tmp_path)
     others = make_orchestrators(store, clock, worker.run.id, alone=False, me=create_owner(Role.LEADER))
-    chosen = await Ledger.join(store, clock, Redactor([]), others, {})
+    chosen = await Ledger.join(store, clock, Redactor([]), others, "off")
     assert not await worker.try_to_lead()
     assert not await other.try_to_lead()
     assert await chosen.try_to_lead()

@@ -31,7 +31,7 @@ async def watched(store: Store, clock: ManualClock, folder: Path, retention: Ret
     """Have a run at work looked after."""
     run = run_document(folder).model_copy(update={"retention": retention.model_dump(mode="json")})
     await record_run(store, clock, run)
-    ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), {})
+    ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), "off")
     async with anyio.create_task_group() as group:
         group.start_soon(Monitor(ledger, store, clock).watch)
         await anyio.wait_all_tasks_blocked()

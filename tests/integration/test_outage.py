@@ -12,6 +12,7 @@ from typing import Literal
 import anyio
 import pytest
 
+from orchestrator.domain.events.base import TypedEvent
 from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.offline.fork import survive_outages
@@ -35,15 +36,15 @@ class Scene:
         self.real = MemoryStore(SystemClock())
         self.line = DisconnectableStore(self.real)
         self.folder = folder
-        self.told: list[Event] = []
+        self.told: list[TypedEvent] = []
         self._news = anyio.Event()
 
-    async def tell(self, event: Event) -> None:
+    async def tell(self, event: TypedEvent) -> None:
         self.told.append(event)
         self._news.set()
         self._news = anyio.Event()
 
-    async def until_told(self, kind: str) -> Event:
+    async def until_told(self, kind: str) -> TypedEvent:
         with anyio.fail_after(PATIENCE):
             while (found := next((one for one in self.told if one.type == kind), None)) is None:
                 await self._news.wait()
@@ -104,8 +105,8 @@ async def test_commits_wait_in_their_order_and_it_is_told_twice(scene: Scene) ->
             scene.line.reconnect()
         assert positions == {number: number + 2 for number in range(20)}
     assert [one.type for one in scene.told] == ["outage.began", "outage.ended"]
-    assert scene.told[0].data["mode"] == "pause"
-    assert "does not answer" in scene.told[0].data["reason"]
+    assert scene.told[0].data()["mode"] == "pause"
+    assert "does not answer" in scene.told[0].data()["reason"]
 
 
 async def test_reads_and_who_watches_wait_too(scene: Scene) -> None:
@@ -156,7 +157,7 @@ async def test_an_outage_while_the_last_is_told_at_the_end_breaks_nothing(scene:
     """Nobody hears of it any more."""
     ended = anyio.Event()
 
-    async def tell(_: Event) -> None:
+    async def tell(_: TypedEvent) -> None:
         await ended.wait()
         scene.line.cut()
         await store.commit(writing(B, 0))
@@ -207,7 +208,7 @@ class Emptied(MemoryStore):
 async def test_what_is_lost_is_not_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
     """No waiting brings it back, and going on would hide it."""
 
-    async def tell(event: Event) -> None:
+    async def tell(event: TypedEvent) -> None:
         raise AssertionError(event)
 
     with pytest.raises(StateLost), anyio.fail_after(PATIENCE):
@@ -226,7 +227,7 @@ async def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, mode: Literal["
         pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
     began = anyio.Event()
 
-    async def tell(event: Event) -> None:
+    async def tell(event: TypedEvent) -> None:
         if event.type == "outage.began":
             began.set()
 
@@ -279,7 +280,7 @@ async def test_work_goes_on_and_is_told_in_its_order(scene: Scene) -> None:
         assert [one.type for one in scene.told] == ["outage.began"]
         assert list(scene.folder.iterdir())
         await scene.back()
-        assert scene.told[-1].data | {"seconds": 0} == {"mode": "continue", "seconds": 0, "replayed": 3, "refused": 0}
+        assert scene.told[-1].data() | {"seconds": 0} == {"mode": "continue", "seconds": 0, "replayed": 3, "refused": 0}
         assert [one.value for one in await scene.real.history(A)] == [{"n": 3}, {"n": 2}, {"n": 1}]
         assert await scene.events() == ["done"] * 4
         await store.commit(writing(A, 3, None, Guard(CLAIM, 1)))
@@ -297,11 +298,11 @@ async def test_what_somebody_else_did_meanwhile_counts(scene: Scene) -> None:
         await store.commit(writing(B, 0, {"by": "here"}))
         await scene.real.commit(writing(CLAIM, 0, {"epoch": 1, "owner": "there"}))
         await scene.back()
-        assert [one.data["keys"] for one in scene.told if one.type == "outage.commit_rejected"] == [
+        assert [one.data()["keys"] for one in scene.told if one.type == "outage.commit_rejected"] == [
             [str(CLAIM)],
             [str(A)],
         ]
-        assert scene.told[-1].data["refused"] == 2
+        assert scene.told[-1].data()["refused"] == 2
         assert [await scene.value(key) for key in (CLAIM, A, B)] == [
             {"epoch": 1, "owner": "there"}, None, {"by": "here"},
         ]  # fmt: skip
@@ -434,7 +435,7 @@ from tests.faulty_store import QUICK_PAUSES, DisconnectableStore
 
 async def main() -> None:
     place = Path(sys.argv[1])
-    async def tell(event: Event) -> None:
+    async def tell(event: object) -> None:
         pass
     async with FileStore.open(place / "state", SystemClock()) as real:
         line = DisconnectableStore(real)
@@ -455,9 +456,9 @@ async def test_what_a_killed_process_did_alone_is_told_by_the_next(tmp_path: Pat
     killed = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, cwd=Path(__file__).parents[2])
     assert killed.returncode == -9
     clock = SystemClock()
-    told: list[Event] = []
+    told: list[TypedEvent] = []
 
-    async def tell(event: Event) -> None:
+    async def tell(event: TypedEvent) -> None:
         told.append(event)
 
     async with FileStore.open(tmp_path / "state", clock) as real:
@@ -470,7 +471,7 @@ async def test_what_a_killed_process_did_alone_is_told_by_the_next(tmp_path: Pat
                 assert found is not None
                 assert (found.version, found.value) == (5, {"n": 5})
         assert await real.position() == 5
-    assert [(one.type, one.data["replayed"]) for one in told] == [("outage.ended", 5)]
+    assert [(one.type, one.data()["replayed"]) for one in told] == [("outage.ended", 5)]
     assert list((tmp_path / "outage").iterdir()) == []
 
 

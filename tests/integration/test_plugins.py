@@ -174,7 +174,7 @@ async def test_the_text_names_a_plugin_that_is_left_out(repository: Repository, 
     """A person reads which plugin is missing and why, in one line."""
     install(site, "broken", "raise ValueError('first line\\nsecond line')")
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
-    assert "left out: the plugin 'broken' of broken 1.0: ValueError: first line second line\n" in ended.stdout
+    assert "skipped the plugin 'broken' of broken 1.0: ValueError: first line second line\n" in ended.stdout
     assert ended.code == 0
     await repository.assert_invariants()
 

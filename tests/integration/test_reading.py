@@ -190,7 +190,7 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
     """Though the log that told of it is gone."""
     async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as store:
         await record_run(store, clock, run_document(tmp_path))
-        ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), {})
+        ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), "off")
         async with aclosing(ledger.changes()) as changes:
             for task in ("models", "api"):
                 await submit_request(store, clock, RUN, RequestAction.CANCEL, [task])

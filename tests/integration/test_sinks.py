@@ -125,9 +125,9 @@ async def test_a_sink_whose_plugin_is_gone_does_not_keep_a_run_from_going_on(
     repository.environ["COUNCIL_PLUGINS"] = ""
     ended = repository.council("resume")
     assert ended.code == 0, ended
-    assert "sink m fails and will be tried again: sink 'm' uses 'moody', which is not installed" in ended.stdout
+    assert "sink m failed and will be retried: sink 'm' uses 'moody', which is not installed" in ended.stdout
     assert "COUNCIL_PLUGINS does not name it" in ended.stdout
-    assert "sink m has yet to get " in ended.stdout
+    assert "sink m has not received " in ended.stdout
     await repository.assert_invariants()
 
 

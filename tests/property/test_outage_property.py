@@ -9,6 +9,7 @@ import anyio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.domain.events.base import TypedEvent
 from orchestrator.errors import LeaseLost, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.offline.fork import survive_outages
@@ -82,9 +83,9 @@ class Party:
 
 
 async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
-    real, told = MemoryStore(SystemClock()), list[Event]()
+    real, told = MemoryStore(SystemClock()), list[TypedEvent]()
 
-    async def tell(event: Event) -> None:
+    async def tell(event: TypedEvent) -> None:
         told.append(event)
 
     line = DisconnectableStore(real)

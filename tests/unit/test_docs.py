@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from adapters.output_rules import OutputRule
 from orchestrator.builtin.checklist import ChecklistTracker, read_items
 from orchestrator.builtin.jsonlines import JsonLinesSink
 from orchestrator.cli.main import COMMANDS_BY_SECTION, main
-from orchestrator.cli.render.events import EVENT_MESSAGES
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import (
@@ -36,10 +37,10 @@ from orchestrator.config.schema import (
     TrackerSettings,
     WorktreeSettings,
 )
+from orchestrator.domain.events import EVENT_TYPES
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
-from orchestrator.engine.state.transitions import TASK_EVENTS
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionRequest
 from orchestrator.sessions.setup.environment import BASE_VARIABLES
@@ -51,6 +52,7 @@ QUICK_START = (ROOT / "docs/quick-start.md").read_text()
 COMMANDS_PAGE = (ROOT / "docs/commands.md").read_text()
 TASK_STATES = (ROOT / "docs/task-states.md").read_text()
 OUTPUT = (ROOT / "docs/output.md").read_text()
+EVENTS = (ROOT / "docs/events.md").read_text()
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 
@@ -174,10 +176,17 @@ def test_every_final_state_is_explained() -> None:
         assert f"| `{state}` |" in TASK_STATES
 
 
-def test_every_event_and_status_is_documented() -> None:
-    """docs/output.md has each event, each status of a run and each field of the result."""
+def test_events_page_matches_the_event_classes() -> None:
+    """`python docs/events.py` writes its tables."""
+    command = [sys.executable, str(ROOT / "docs" / "events.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run `python docs/events.py`"
+    assert [name for name in EVENT_TYPES if f"| `{name}` |" not in EVENTS] == []
+
+
+def test_every_status_and_field_is_documented() -> None:
+    """docs/output.md has each status of a run and a task, and each field of the result."""
     fields = {field.name for model in (RunReport, TaskReport) for field in dataclasses.fields(model)}
-    names = {*TASK_EVENTS.values(), *EVENT_MESSAGES, *RunStatus, *TaskStatus, *fields}
+    names = {*RunStatus, *TaskStatus, *fields}
     assert [name for name in sorted(names) if f"`{name}`" not in OUTPUT] == []
 
 

@@ -12,9 +12,9 @@ from orchestrator.system.instants import format_local_time
 @pytest.mark.parametrize(
     ("adapters", "approvals", "awaited"),
     [
-        (["a", "b"], [], "nothing is left to do before {until} but to wait for a, b"),
-        ([], ["t", "u"], "nothing is left to do but to wait for somebody to approve t, u"),
-        (["a"], ["t"], "nothing is left to do before {until} but to wait for a, and for somebody to approve t"),
+        (["a", "b"], [], "waiting for a, b (cooling down), until {until} at least"),
+        ([], ["t", "u"], "waiting for your approval of t, u"),
+        (["a"], ["t"], "waiting for a (cooling down), and for your approval of t, until {until} at least"),
     ],
 )
 def test_what_a_run_waits_for_is_told(adapters: list[str], approvals: list[str], awaited: str) -> None:
@@ -27,21 +27,23 @@ def test_what_a_run_waits_for_is_told(adapters: list[str], approvals: list[str],
 @pytest.mark.parametrize(
     ("type_", "facts", "words"),
     [
-        ("task.waiting", {}, "t: a person is to approve this: `council approve t`, or `council reject t --note TEXT`"),
-        ("task.approved", {"phase": "plan", "note": None}, "t: phase plan is approved"),
-        ("task.rejected", {"phase": "plan", "note": "keep\nit"}, "t: phase plan is sent back: keep: it"),
+        ("task.awaiting_approval", {},
+         "t: waiting for your approval: council approve t, or council reject t --note TEXT"),
+        ("task.approved", {"phase": "plan", "note": None}, "t: phase plan approved"),
+        ("task.rejected", {"phase": "plan", "note": "keep\nit", "reason": "rejected"},
+         "t: phase plan rejected, will be repeated: keep: it"),
         ("task.changes_discarded", {"paths": ["a", "b"]},
-         "t: a phase that is to change nothing changed this, it was discarded: a, b"),
-        ("claims.taken_over", {"count": 1, "orchestrator": "vm-1", "reason": "process exited"},
+         "t: discarded changes of a read-only phase: a, b"),
+        ("claims.taken_over", {"tasks": [], "count": 1, "orchestrator": "vm-1", "reason": "process exited"},
          "t: took over 1 task from worker vm-1 (process exited)"),
-        ("claims.taken_over", {"count": 0, "orchestrator": "vm-1", "reason": "no heartbeat for 4 s"},
+        ("claims.taken_over", {"tasks": [], "count": 0, "orchestrator": "vm-1", "reason": "no heartbeat for 4 s"},
          "t: lost worker vm-1 (no heartbeat for 4 s)"),
         ("task.host_denied", {"host": "example.com:443"},
-         "t: its session was refused example.com:443, which `network.allow` does not cover"),
+         "t: its session was denied example.com:443, which `network.allow` does not cover"),
         ("task.tools_denied", {"count": 1, "tools": ["Bash(make)"], "reason": "1 tool denied: Bash(make): allow it"},
          "t: 1 tool denied: Bash(make): allow it"),
-        ("phase.skipped", {"phase": "plan", "reason": "its condition does not hold: false"},
-         "t: phase plan is skipped: its condition does not hold: false"),
+        ("phase.skipped", {"phase": "plan", "visit": 1, "reason": "its condition is false"},
+         "t: phase plan skipped: its condition is false"),
     ],
 )  # fmt: skip
 def test_what_becomes_of_phases_is_told(type_: str, facts: dict[str, object], words: str) -> None:
@@ -51,7 +53,7 @@ def test_what_becomes_of_phases_is_told(type_: str, facts: dict[str, object], wo
 
 @pytest.mark.parametrize(
     ("branch", "left"),
-    [("council/r/t/1", "what its session left is kept as t/1"), (None, "its session left nothing")],
+    [("council/r/t/1", "the work of its session was saved as t/1"), (None, "its session had no work to save")],
 )
 def test_who_took_over_is_told_with_what_was_left(branch: str | None, left: str) -> None:
     """Where that is nothing, no branch is named."""

@@ -35,7 +35,7 @@ from orchestrator.config.source.quantities import (
     parse_optional_duration,
     parse_size,
 )
-from orchestrator.engine.reports.schema import result_schema, task_details_schema
+from orchestrator.engine.reports.schema import event_schema, result_schema, task_details_schema
 from orchestrator.plugins import load_plugins
 from tests.unit.test_config_from_value import read
 from tests.unit.test_config_load import FULL, SMALLEST, WORKTREES
@@ -77,7 +77,7 @@ def parsed(text: str) -> Any:
 
 def test_both_are_schemas() -> None:
     """Each is right by the dialect that it names."""
-    for schema in (SCHEMA, result_schema(), task_details_schema()):
+    for schema in (SCHEMA, event_schema(), result_schema(), task_details_schema()):
         assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
         Draft202012Validator.check_schema(schema)
 

@@ -44,7 +44,7 @@ class TestFunctions(ReplacedFunctionsContract):
 
     def is_word(self, name: str) -> bool:
         """Events, rules, settings and arguments."""
-        known = name in _WORDS or name in PHASE_EVENTS.values()
+        known = name in _WORDS or name in {event.type for event in PHASE_EVENTS.values()}
         return known or _SETTING.fullmatch(name) is not None or _RULE.fullmatch(name) is not None
 
 

@@ -22,6 +22,7 @@ from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.model import BudgetConfig
+from orchestrator.domain.events.runs import RunFileChanged, RunInterrupted, RunWorkerLeft
 from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
@@ -146,7 +147,7 @@ class RunExecutor:
             return
         changes = await compare_with_config_file(self._context, self._plugins, ledger.run, ledger.statuses())
         if changes:
-            await ledger.note("run.file_changed", changes.to_json())
+            await ledger.note(RunFileChanged(file=changes.file, tasks=changes.tasks, keys=changes.keys))
 
     async def _execute(
         self,
@@ -206,9 +207,9 @@ async def _record_end(
     if scheduler.halted is not None and is_leader:
         await ledger.halt(*scheduler.halted)
     elif scheduler.halted is not None and scheduler.halted[0] is not HaltCause.BUDGET:
-        await ledger.note("run.worker_left", {"pid": ledger.orchestrators.me.pid, "reason": scheduler.halted[1]})
+        await ledger.note(RunWorkerLeft(pid=ledger.orchestrators.me.pid, reason=scheduler.halted[1]))
     elif not finished and is_leader:
-        await ledger.note("run.interrupted", {})
+        await ledger.note(RunInterrupted())
     if not finished and not is_leader:
         return await reader.status(run)
     result = reader.describe(await reader.record(run), is_live=False, has_ended=finished)

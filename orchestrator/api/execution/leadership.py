@@ -16,6 +16,7 @@ from orchestrator.config.coordination import (
     resolve_coordination,
 )
 from orchestrator.config.model import CoordinationConfig, make_adapters, restore_adapters
+from orchestrator.domain.events.runs import PluginSkipped
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity, Role
 from orchestrator.engine.run_context import RunContext, open_run_context, with_session_service
@@ -54,14 +55,13 @@ class RunEntry:
         async with self.hub.liveness_locks.of(self.run.id, me.id).hold(0) as life:
             members = self._membership(me)
             opened = await self._open_run_context([lock.fd, life.fd], None)
-            facts = {"sandbox": str(opened.tools.sandbox.kind)}
+            sandbox = opened.tools.sandbox.kind
             redactor = opened.tools.redactor
-            ledger = await Ledger.take(store, clock, redactor, members, facts, is_shared=self.settings.enabled)
+            ledger = await Ledger.take(store, clock, redactor, members, sandbox, is_shared=self.settings.enabled)
             async with _leave_on_exit(members):
                 await _check_sharing(members)
                 for left_out in self.plugins.left_out:
-                    facts = {"plugin": left_out.plugin.name, "reason": str(left_out)}
-                    await ledger.note("plugin.skipped", facts)
+                    await ledger.note(PluginSkipped(plugin=left_out.plugin.name, reason=str(left_out)))
                 run_context = self._with_session_service(opened, ledger)
                 await recover(ledger, run_context, clock)
                 for request in await ledger.requests():
@@ -75,10 +75,10 @@ class RunEntry:
         async with self.hub.liveness_locks.of(self.run.id, me.id).hold(0) as life:
             members = self._membership(me)
             opened = await self._open_run_context([life.fd], me.id)
-            facts = {"sandbox": str(opened.tools.sandbox.kind)}
+            sandbox = opened.tools.sandbox.kind
             await _check_sharing(members)  # before and after joining, because another process may join in between
             store, clock = self.context.store, self.context.clock
-            ledger = await Ledger.join(store, clock, opened.tools.redactor, members, facts)
+            ledger = await Ledger.join(store, clock, opened.tools.redactor, members, sandbox)
             async with _leave_on_exit(members):
                 await _check_sharing(members)
                 yield ledger, self._with_session_service(opened, ledger)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,8 @@ import anyio.to_thread
 from orchestrator.api.context import ProjectContext
 from orchestrator.config.model import CoordinationConfig
 from orchestrator.config.store import MEMORY
+from orchestrator.domain.events.base import TypedEvent
+from orchestrator.domain.events.runs import ViewsFailing
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.sinks import EventSubscriber, forward_events
@@ -29,13 +31,6 @@ from orchestrator.views.export import export_views
 _VIEWS_TIMEOUT = 10.0
 
 _log = logging.getLogger("orchestrator.outage")
-#: Messages that are printed at once; the events are recorded when the store is back.
-_OUTAGE_MESSAGES: Mapping[str, str] = {
-    "outage.began": "the state can't be read or written: {reason} (retrying until it can)",
-    "outage.ended": "the state can be read and written again",
-    "outage.commit_rejected": "not recorded after the outage: {keys}: {reason}",
-    "outage.preserved": "the state can't be reached: local commits are preserved in {folder}",
-}
 
 
 @asynccontextmanager
@@ -59,7 +54,7 @@ async def _update_views(context: ProjectContext, run: str) -> None:
     except (CouncilError, OSError, TimeoutError) as error:
         reason = str(error) or f"not finished within {_VIEWS_TIMEOUT:g} s"
         with suppress(CouncilError, OSError):
-            await store.commit(Commit([], [Event("views.failing", {"run": run, "reason": reason})]))
+            await store.commit(Commit([], [Event.of(ViewsFailing(run=run, reason=reason))]))
 
 
 def _subscribers(plugins: Plugins, run: RunDocument) -> list[EventSubscriber]:
@@ -85,9 +80,9 @@ async def survive_store_outages(
     store, clock = context.store, context.clock
     is_local = bool(context.store.local_paths())
 
-    async def record_event(event: Event) -> None:
-        _log.warning(_OUTAGE_MESSAGES[event.type].format(**event.data))
-        await survived.commit(Commit([], [Event(event.type, {"run": run, **event.data})]))
+    async def record_event(event: TypedEvent) -> None:
+        _log.warning(event.sentence.format(**event.data()))  # at once: it is recorded when the store is back
+        await survived.commit(Commit([], [Event.of(event.within(run=run))]))
 
     folder = context.project.folder / "outage"
     mode = "pause" if is_local else settings.when_unreachable

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_reader import RunReader
 from orchestrator.config.model import Retention
+from orchestrator.domain.events.state import StateProbed
 from orchestrator.domain.runs.model import RunDocument, TaskStatus
 from orchestrator.engine.diagnostics import state_findings as findings
 from orchestrator.engine.diagnostics.findings import Finding, Level
@@ -76,7 +77,7 @@ class Health:
         store, clock = self.context.store, self.context.clock
         began = clock.monotonic()
         try:
-            await store.commit(Commit([], [Event("state.probed")]))
+            await store.commit(Commit([], [Event.of(StateProbed())]))
         except StoreUnavailable as error:
             return Finding("latency", Level.PROBLEM, error.what, error.remedy)
         return findings.judge_latency(clock.monotonic() - began)

@@ -13,6 +13,7 @@ import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_reader import RunReader
+from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.metrics import Metrics, compute_metrics
 from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.usage import RunUsage, compute_usage
@@ -105,7 +106,7 @@ class RunReports:
                 async for part in parts:
                     for one in _events_of(part, run):
                         found.appendleft(one)
-                        if len(found) == MAX_EVENTS or one.event.type == "run.created":
+                        if len(found) == MAX_EVENTS or one.event.type == RunCreated.type:
                             return list(found)
         return list(found)
 

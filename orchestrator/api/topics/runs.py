@@ -11,6 +11,15 @@ from orchestrator.api import execution
 from orchestrator.api.context import LazyPlugins, ProjectContext, StopSignal
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
+from orchestrator.domain.events.runs import (
+    RunFinished,
+    RunImported,
+    RunInterrupted,
+    RunLeaderElected,
+    RunRemoved,
+    RunTakenOver,
+)
+from orchestrator.domain.events.state import CheckpointCreated, CheckpointRestored
 from orchestrator.domain.runs.model import RequestAction
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.records import read_run
@@ -23,9 +32,9 @@ if TYPE_CHECKING:
     from orchestrator.config.model import BudgetConfig, RunConfig
 
 #: The events that end a run's event stream, until the run is resumed.
-_LAST_EVENTS = frozenset({"run.finished", "run.interrupted", "run.imported", "run.removed"})
+_LAST_EVENTS = frozenset({RunFinished.type, RunInterrupted.type, RunImported.type, RunRemoved.type})
 #: The events that may follow those while no process is active in the run.
-_LATER_EVENTS = frozenset({"checkpoint.created", "checkpoint.restored", "run.taken_over"})
+_LATER_EVENTS = frozenset({CheckpointCreated.type, CheckpointRestored.type, RunTakenOver.type})
 #: The statuses of unfinished runs.
 _ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.HALTED})
 
@@ -188,7 +197,7 @@ class Runs:
             async for record in store.watch(position):
                 for event in record.events:
                     run = event.data.get("run", "")
-                    if event.type == "run.leader_elected" and run not in known:
+                    if event.type == RunLeaderElected.type and run not in known:
                         known.add(run)
                         yield run
 

@@ -154,8 +154,8 @@ class State:
         """
         retention = await read_retention(self._context)
         age, size = retention.age if age is None else age, retention.size if size is None else size
-        await delete_expired(self._context.store, {})
-        return await compact_log(self._context.store, self._context.clock, age, size, {})
+        await delete_expired(self._context.store)
+        return await compact_log(self._context.store, self._context.clock, age, size)
 
     async def export_to(self, file: str | Path | IO[bytes], *, force: bool = False) -> CopyResult:
         """Write the whole state to one file, for `import_from`.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.cli.render.text import printable
 from orchestrator.config.source.quantities import format_size_short
+from orchestrator.domain.events.state import StateRepaired
 from orchestrator.protocols import CommitRecord, JsonObject, VerificationReport
 
 
@@ -23,7 +24,7 @@ def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument
     found = []
     for record in records:
         versions = {str(key): version for key, (version, _) in record.documents.items()}
-        repaired = [event.data for event in record.events if event.type == "state.repaired"]
+        repaired = [event.data for event in record.events if event.type == StateRepaired.type]
         found += [RepairedDocument(one["key"], versions[one["key"]] if one["is_known"] else None) for one in repaired]
     return found
 

@@ -25,6 +25,7 @@ from orchestrator.cli.render.table_model import (
     totals_line,
 )
 from orchestrator.cli.render.text import one_line, printable
+from orchestrator.domain.events.runs import RunCapacityLimited, RunFinished, RunHalted, RunInterrupted, RunLeaderElected
 from orchestrator.domain.runs.metrics import ActiveTime
 from orchestrator.domain.runs.model import (
     ACTIVE_STATUSES,
@@ -179,13 +180,13 @@ class LiveRun:
 
     def _happened(self, event: Event) -> None:
         match event.type:
-            case "run.leader_elected":
+            case RunLeaderElected.type:
                 self._capacity, self.is_over = self.run.capacity, False
-            case "run.capacity_limited" if not self._groups[
+            case RunCapacityLimited.type if not self._groups[
                 ACTIVITY_LABELS[TaskStatus.RUNNING]
             ]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
-            case "run.finished" | "run.interrupted" | "run.halted":
+            case RunFinished.type | RunInterrupted.type | RunHalted.type:
                 self.is_over = True
 
     def _change(self, task: str, after: TaskDocument, time: float) -> None:

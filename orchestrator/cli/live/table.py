@@ -18,7 +18,7 @@ from rich.text import Text
 from orchestrator.api.council import Council
 from orchestrator.cli.live.model import LiveRun
 from orchestrator.cli.live.progress import DisplayProgress
-from orchestrator.cli.render.events import event_line
+from orchestrator.cli.render.events import event_line, is_shown
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.result import adapter_line, live_enable_command
 from orchestrator.cli.render.rich_tables import count_wrapped_rows, frame_lines
@@ -26,16 +26,12 @@ from orchestrator.cli.render.table_model import TableFrame
 from orchestrator.cli.streams import redirect_to_null
 from orchestrator.domain.runs.model import AdapterDocument
 from orchestrator.engine.reports.report import AdapterReport
-from orchestrator.protocols import CommitRecord, Event
+from orchestrator.protocols import CommitRecord
 
 #: Seconds between two looks whether anything has changed that is shown.
 _REFRESH_INTERVAL = 0.25
 #: Lines that are not for rows: the header, the totals, and one where the cursor can stand.
 _RESERVED_LINES = 3
-#: What is told of a task beside the table: it has no row for it.
-_SHOWN_TASK_EVENTS = frozenset({"task.salvaged", "task.worktree_preserved", "task.changes_discarded", "task.waiting"})
-#: What events that are about a task begin with.
-_TASK_EVENT_PREFIXES = ("task.", "phase.", "handoff.")
 
 
 class LiveTable:
@@ -55,9 +51,8 @@ class LiveTable:
             if record.position > activity.position:
                 view.apply(record)
             for event in record.events:
-                line = event_line(record.time, event)
-                if line is not None and event.data.get("run") == self._run and _is_shown(event):
-                    self._above.append(line)
+                if event.data.get("run") == self._run and is_shown(event, above_table=True):
+                    self._above.append(event_line(record.time, event))
 
         screen, self._output.print_above_table = _Screen(), self._above.append
         try:
@@ -90,10 +85,6 @@ def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> I
             yield adapter_line(
                 AdapterReport(name, one.cooldown_until, one.disabled_reason), live_enable_command(name, run)
             )
-
-
-def _is_shown(event: Event) -> bool:
-    return event.type in _SHOWN_TASK_EVENTS or not event.type.startswith(_TASK_EVENT_PREFIXES)
 
 
 class _Screen:

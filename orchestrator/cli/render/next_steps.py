@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from orchestrator.cli.render.text import salvage_name
+from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import LANDING_STATUSES, RETRYABLE_STATUSES, HaltCause, TaskStatus

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.render.events import event_line
+from orchestrator.cli.render.events import event_line, is_shown
 from orchestrator.cli.render.text import escape_unprintable, printable
 from orchestrator.cli.streams import is_reader_gone, redirect_to_null
 from orchestrator.domain.security.secrets import redact_urls
@@ -68,8 +68,8 @@ class Output:
         """Print something that happened."""
         if self.as_json:
             self._line({"event": event.type, "time": time, **event.data})
-        elif (line := event_line(time, event)) is not None:
-            self._say(line)
+        elif is_shown(event):
+            self._say(event_line(time, event))
 
     def result(
         self,

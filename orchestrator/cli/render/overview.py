@@ -9,7 +9,8 @@ from orchestrator.cli.render.columns import align_columns, described, short_name
 from orchestrator.cli.render.events import event_text
 from orchestrator.cli.render.result import landed_summary, run_summary, state_counts
 from orchestrator.cli.render.table_model import format_count
-from orchestrator.cli.render.text import one_line, salvage_name
+from orchestrator.cli.render.text import one_line
+from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.metrics import Metrics
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.reports.overview import RunOverview, TaskOverview

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.cli.render.columns import align_columns
 from orchestrator.cli.render.table_model import format_age, format_count, format_elapsed
-from orchestrator.cli.render.text import one_line, printable, salvage_name
+from orchestrator.cli.render.text import one_line, printable
+from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.model import LANDING_STATUSES
 from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
 from orchestrator.domain.runs.usage import Usage

@@ -20,11 +20,6 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
-def salvage_name(branch: str) -> str:
-    """Return the name by which `council salvage` knows a branch of ours, which the user's repository does not have."""
-    return branch.split("/", 2)[-1] if branch.startswith("council/") else branch
-
-
 def one_line(text: str, limit: int = 300) -> str:
     """Return the first and the last of what may be many lines: what happened, and what was said last of all."""
     lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))] or [""]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Self
 
+from orchestrator.domain.events import tasks as events
+from orchestrator.domain.events.base import TaskEvent
 from orchestrator.domain.runs.model import (
     FINAL_STATUSES,
     RETRYABLE_STATUSES,
@@ -17,38 +19,46 @@ from orchestrator.errors import InvalidTransition
 
 
 class Trigger(StrEnum):
-    """Events that change the status of a task."""
+    """The causes of a change of a task's status, each with the event that records it."""
 
-    START = "start"  #: an attempt is recorded
-    RETRY = "retry"  #: the attempt failed, another may follow
-    HOLD = "hold"  #: its adapter is unavailable; the attempt does not count
-    INTERRUPT = "interrupt"  #: the orchestrator stopped during the attempt
-    FAIL = "fail"  #: the last attempt failed
-    IDLE = "idle"  #: the program succeeded and changed nothing
-    BUILD = "build"  #: the attempt's work is a commit
-    ADVANCE = "advance"  #: its phase is complete, another follows
-    EXPAND = "expand"  #: its phase is complete, and the tasks of its plan run first
-    REPEAT = "repeat"  #: its phase, or an earlier one, is repeated
-    ASK = "ask"  #: the result of its phase needs approval
-    APPROVE = "approve"  #: a person approved the result
-    SEND_BACK = "send_back"  #: a person declined the result
-    QUEUE = "queue"  #: all phases are complete, its work is queued to land
-    FINISH = "finish"  #: all phases are complete, and there is nothing to land
-    CHECK = "check"  #: the checks of the merge start
-    REQUEUE = "requeue"  #: the checks were interrupted
-    BOUNCE = "bounce"  #: it can't land, another attempt may follow
-    REJECT = "reject"  #: it can't land, and no further attempt follows
-    INTEND = "intend"  #: the intent to move the target is recorded
-    UNDO = "undo"  #: the target was not moved
-    DEFER = "defer"  #: the target can't be moved at the moment
-    CONFLICT = "conflict"  #: the merge has conflicts
-    ADOPT = "adopt"  #: the target already has it
-    LAND = "land"  #: the target was moved
-    LOSE = "lose"  #: the target was rewritten without it
-    DISTRUST = "distrust"  #: the record of the task is damaged
-    CANCEL = "cancel"  #: a person cancels it
-    IGNORE = "ignore"  #: a person excludes it from retries
-    REVIVE = "revive"  #: a person retries it
+    event: type[TaskEvent]
+
+    def __new__(cls, value: str, event: type[TaskEvent]) -> Self:
+        """Make a member from its value and its event."""
+        member = str.__new__(cls, value)
+        member._value_, member.event = value, event
+        return member
+
+    START = "start", events.TaskStarted  #: an attempt is recorded
+    RETRY = "retry", events.TaskRetrying  #: the attempt failed, another may follow
+    HOLD = "hold", events.TaskPostponed  #: its adapter is unavailable; the attempt does not count
+    INTERRUPT = "interrupt", events.TaskInterrupted  #: the orchestrator stopped during the attempt
+    FAIL = "fail", events.TaskFailed  #: the last attempt failed
+    IDLE = "idle", events.TaskNoChange  #: the program succeeded and changed nothing
+    BUILD = "build", events.TaskQueued  #: the attempt's work is a commit
+    ADVANCE = "advance", events.TaskAdvanced  #: its phase is complete, another follows
+    EXPAND = "expand", events.TaskExpanded  #: its phase is complete, and the tasks of its plan run first
+    REPEAT = "repeat", events.TaskPhaseRepeated  #: its phase, or an earlier one, is repeated
+    ASK = "ask", events.TaskAwaitingApproval  #: the result of its phase needs approval
+    APPROVE = "approve", events.TaskApproved  #: a person approved the result
+    SEND_BACK = "send_back", events.TaskRejected  #: a person declined the result
+    QUEUE = "queue", events.TaskQueued  #: all phases are complete, its work is queued to land
+    FINISH = "finish", events.TaskDone  #: all phases are complete, and there is nothing to land
+    CHECK = "check", events.TaskChecking  #: the checks of the merge start
+    REQUEUE = "requeue", events.TaskRequeued  #: the checks were interrupted
+    BOUNCE = "bounce", events.TaskRetrying  #: it can't land, another attempt may follow
+    REJECT = "reject", events.TaskFailed  #: it can't land, and no further attempt follows
+    INTEND = "intend", events.TaskLanding  #: the intent to move the target is recorded
+    UNDO = "undo", events.TaskLandingAborted  #: the target was not moved
+    DEFER = "defer", events.TaskDeferred  #: the target can't be moved at the moment
+    CONFLICT = "conflict", events.TaskConflict  #: the merge has conflicts
+    ADOPT = "adopt", events.TaskLanded  #: the target already has it
+    LAND = "land", events.TaskLanded  #: the target was moved
+    LOSE = "lose", events.TaskFailed  #: the target was rewritten without it
+    DISTRUST = "distrust", events.TaskFailed  #: the record of the task is damaged
+    CANCEL = "cancel", events.TaskCancelled  #: a person cancels it
+    IGNORE = "ignore", events.TaskIgnored  #: a person excludes it from retries
+    REVIVE = "revive", events.TaskRetryRequested  #: a person retries it
 
 
 _S, _T = TaskStatus, Trigger

@@ -11,6 +11,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.events import tasks as events
 from orchestrator.errors import InvalidTransition
 
 
@@ -55,14 +56,14 @@ PHASE_TRANSITIONS: Final[dict[tuple[PhaseStatus | None, PhaseTrigger], PhaseStat
 }
 
 #: The event recorded for each status.
-PHASE_EVENTS: Final[dict[PhaseStatus, str]] = {
-    _S.IN_PROGRESS: "phase.entered",
-    _S.AWAITING: "phase.awaiting",
-    _S.COMPLETED: "phase.completed",
-    _S.REJECTED: "phase.rejected",
-    _S.FAILED: "phase.failed",
-    _S.SKIPPED: "phase.skipped",
-    _S.CANCELLED: "phase.cancelled",
+PHASE_EVENTS: Final[dict[PhaseStatus, type[events.PhaseEvent]]] = {
+    _S.IN_PROGRESS: events.PhaseEntered,
+    _S.AWAITING: events.PhaseAwaitingApproval,
+    _S.COMPLETED: events.PhaseCompleted,
+    _S.REJECTED: events.PhaseRejected,
+    _S.FAILED: events.PhaseFailed,
+    _S.SKIPPED: events.PhaseSkipped,
+    _S.CANCELLED: events.PhaseCancelled,
 }
 
 #: Unfinished visits: they continue with another session or a person's decision.

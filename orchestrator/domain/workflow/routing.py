@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.domain.events.tasks import PhaseEvent
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument, TaskStatus
 from orchestrator.domain.runs.phases import (
@@ -251,19 +252,19 @@ def close_open_visit(task: TaskDocument, now: float) -> TaskDocument:
     return task.model_copy(update={"phases": change_last_visit(task, trigger, ended=now, reason=task.reason)})
 
 
-def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield an event for each visit with a new status: its type and its data."""
+def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) -> Iterator[PhaseEvent]:
+    """Yield an event for each visit with a new status."""
     for index, record in enumerate(after):
         was = before[index] if index < len(before) and before[index].phase == record.phase else None
         if was is None or was.status is not record.status:
+            visit = sum(visit.phase == record.phase for visit in after[: index + 1])
             facts = {
-                "phase": record.phase,
-                "visit": sum(visit.phase == record.phase for visit in after[: index + 1]),
                 "handoff": record.handoff,
                 "verdict": record.verdict,
                 "reason": record.reason,
             }
-            yield PHASE_EVENTS[record.status], {name: value for name, value in facts.items() if value is not None}
+            given = {name: value for name, value in facts.items() if value is not None}
+            yield PHASE_EVENTS[record.status](phase=record.phase, visit=visit).replace(**given)
 
 
 @dataclass(frozen=True, slots=True)

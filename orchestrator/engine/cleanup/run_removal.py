@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
+from orchestrator.domain.events.runs import RunRemoved
 from orchestrator.engine.session_api.notes import KIND as NOTE
 from orchestrator.engine.state.records import run_key
 from orchestrator.locking.ownership import ownership_scope
@@ -39,7 +40,7 @@ async def _remove(store: Store, run: str, checkpoint: str) -> None:
         or (notes and key.kind == NOTE and key.id.startswith(notes))
     ]
     if writes:
-        removed = Event("run.removed", {"run": run, "checkpoint": checkpoint})
+        removed = Event.of(RunRemoved(run=run, checkpoint=checkpoint))
         await store.commit(Commit(writes, [removed]))
 
 

@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.runs import BaseChecking, BasePassed
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import RunDocument, TaskStatus
 from orchestrator.domain.scheduling.claims import OwnerStatus
@@ -222,13 +223,14 @@ class BaseChecks:
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
             unrunnable = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
             return describe_unrunnable(unrunnable, correction, base.merge) if unrunnable else None
-        facts = {"commit": commit, "branch": base.branch, "checks": list(spec.checks)}
-        await self.ledger.note("base.checking", facts)
+        await self.ledger.note(BaseChecking(commit=commit, branch=base.branch, checks=spec.checks))
         result = await self._run(task, spec, spec.checks, commit)
         failpoint("base.checked")
         match result:
             case ChecksPassed():
-                await self.ledger.record_passed_base(key, facts)
+                await self.ledger.record_passed_base(
+                    key, BasePassed(commit=commit, branch=base.branch, checks=spec.checks)
+                )
                 return None
             case ChecksNotRun(reason):
                 headline = f"checks could not run on {base.branch} ({commit[:10]}): {reason}"

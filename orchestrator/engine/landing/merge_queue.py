@@ -18,6 +18,16 @@ from typing import Any, assert_never
 import anyio
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.base import TaskEvent
+from orchestrator.domain.events.tasks import (
+    TaskChecking,
+    TaskDeferred,
+    TaskFailed,
+    TaskLanded,
+    TaskLanding,
+    TaskLandingAborted,
+    TaskRequeued,
+)
 from orchestrator.domain.runs.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.lifecycle import Trigger
@@ -79,6 +89,11 @@ class Rejection:
     branch: str
     facts: JsonObject
     check_log: str | None = None
+
+    def event(self, trigger: Trigger) -> TaskEvent:
+        """Return the event of its trigger."""
+        fields = {"outcome": self.failure, "reason": self.reason, "branch": self.branch, **self.facts}
+        return trigger.event(**fields)
 
 
 class MergeQueue:
@@ -191,7 +206,9 @@ class MergeQueue:
             remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
             for task in remaining:
                 if self._status(task) is TaskStatus.CHECKING:
-                    await self.ledger.change(task, Trigger.REQUEUE, {"reason": _PERMIT_LOST}, reason=_PERMIT_LOST)
+                    await self.ledger.change(
+                        task, Trigger.REQUEUE, TaskRequeued(reason=_PERMIT_LOST), reason=_PERMIT_LOST
+                    )
         except _LANDING_ERRORS as error:
             remaining = []
             for task in tasks:
@@ -247,8 +264,8 @@ class MergeQueue:
             branch = work_branch_name(self.ledger.run.id, task, str(document.building_attempt.number))
             await self.git("update-ref", f"refs/heads/{branch}", document.commit or document.landed)
             reason = f"commit {document.landed[:10]} is no longer on the target: the target was {change}"
-            details = {"reason": reason, "branch": branch}
-            await self.ledger.change(task, Trigger.LOSE, details, landed=None, branch=branch, reason=reason)
+            lost = TaskFailed(reason=reason, branch=branch)
+            await self.ledger.change(task, Trigger.LOSE, lost, landed=None, branch=branch, reason=reason)
 
     async def _land_together(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""
@@ -333,7 +350,7 @@ class MergeQueue:
         updates = {
             task: TaskUpdate(
                 Trigger.INTEND,
-                {"old": merge.old, "new": merge.new},
+                TaskLanding(old=merge.old, new=merge.new),
                 {"intent": intent, "intended": self._intended_merges(task, merge)},
             )
             for task, merge in merges.items()
@@ -383,13 +400,13 @@ class MergeQueue:
         """
         why = await self._ownership.locked(task, merge)
         if why is not None and self._status(task) is TaskStatus.CHECKING:
-            await self.ledger.change(task, Trigger.REQUEUE, {"reason": why}, reason=why)
+            await self.ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=why), reason=why)
         elif why is not None:
             await self._defer(task, why)
         return why is not None
 
     async def _check(self, task: str, spec: TaskSpec, merge: PreparedMerge, tree: str) -> bool:
-        await self.ledger.change(task, Trigger.CHECK, {"merge": merge.new})
+        await self.ledger.change(task, Trigger.CHECK, TaskChecking(merge=merge.new))
         failpoint("landing.checking")
         builder = self.ledger.task(task).building_attempt
         self._checks = self._context.checks(self._pool, self.ledger.run.id, task, builder.number, spec)
@@ -408,20 +425,20 @@ class MergeQueue:
                 self._passed.add((task, tree))
             case CommandFailed() if unrunnable is not None:
                 headline = HaltReason.parse(unrunnable).headline
-                await self.ledger.change(task, Trigger.REQUEUE, {"reason": headline}, reason=headline)
+                await self.ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=headline), reason=headline)
                 self._give_up(unrunnable)
                 return False
             case CommandFailed():
                 await self._bounce(task, spec, merge, result)
                 return False
             case ChecksNotRun(reason):
-                await self.ledger.change(task, Trigger.REQUEUE, {"reason": reason}, reason=reason)
+                await self.ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=reason), reason=reason)
                 return False
             case _:
                 assert_never(result)
         # Checks take time: a new obstacle to the push may exist.
         if (obstacle := await self.target.find_obstacle(merge)) is not None:
-            await self.ledger.change(task, Trigger.REQUEUE, {"reason": obstacle}, reason=obstacle)
+            await self.ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=obstacle), reason=obstacle)
             return False
         return task not in self.cancelled
 
@@ -494,10 +511,9 @@ class MergeQueue:
         number = document.building_attempt.number
         facts = {"outcome": rejection.failure, "reason": reason, "check_log": rejection.check_log}
         attempts = document.with_attempt(number, **facts)
-        details = {"outcome": rejection.failure, "reason": reason, "branch": branch, **rejection.facts}
         changes |= {"failures": document.failures + 1, "bounces": document.bounces + 1}
         changes |= {"attempts": attempts, "reason": reason, "branch": branch}
-        await self.ledger.change(task, trigger, details, **changes)
+        await self.ledger.change(task, trigger, rejection.event(trigger), **changes)
         failpoint("landing.rejected")
 
     async def _settle_interrupted(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
@@ -529,7 +545,7 @@ class MergeQueue:
         landed = {
             task: TaskUpdate(
                 trigger,
-                {"landed": commit, "reason": reason},
+                TaskLanded(landed=commit, reason=reason),
                 {"landed": commit, "intent": None, "reason": reason, "branch": None},
             )
             for task, commit in commits.items()
@@ -538,12 +554,14 @@ class MergeQueue:
         failpoint("landing.recorded")
 
     async def _abort(self, tasks: Iterable[str]) -> None:
-        await self.ledger.change_all({task: TaskUpdate(Trigger.UNDO, changes={"intent": None}) for task in tasks})
+        await self.ledger.change_all(
+            {task: TaskUpdate(Trigger.UNDO, TaskLandingAborted(), {"intent": None}) for task in tasks}
+        )
 
     async def _defer(self, task: str, reason: str) -> None:
         document = self.ledger.task(task)
         if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # else it is recorded already
-            await self.ledger.change(task, Trigger.DEFER, {"reason": reason}, intent=None, reason=reason)
+            await self.ledger.change(task, Trigger.DEFER, TaskDeferred(reason=reason), intent=None, reason=reason)
 
     async def _record_unreachable(self, task: str, why: str) -> None:
         """Keep the task's position.
@@ -552,12 +570,12 @@ class MergeQueue:
         """
         match self._status(task):
             case TaskStatus.QUEUED:
-                await self.ledger.change(task, Trigger.DEFER, {"reason": why}, reason=why)
+                await self.ledger.change(task, Trigger.DEFER, TaskDeferred(reason=why), reason=why)
             case TaskStatus.CHECKING:
-                await self.ledger.change(task, Trigger.REQUEUE, {"reason": why}, reason=why)
+                await self.ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=why), reason=why)
             case TaskStatus.LANDING if self._noted_reasons.get(task) != why:
                 self._noted_reasons[task] = why
-                await self.ledger.note("task.deferred", {"task": task, "reason": why})
+                await self.ledger.note(TaskDeferred(task=task, reason=why))
 
     async def _drop_branches(self, tasks: Iterable[str]) -> None:
         documents = {task: self.ledger.task(task) for task in tasks}

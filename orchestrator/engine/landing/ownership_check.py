@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.tasks import TaskOutOfScopeAllowed, TaskOwnershipExtended
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import escape_path
 from orchestrator.domain.scheduling.path_patterns import find_out_of_scope
@@ -98,9 +99,9 @@ class OwnershipCheck:
                 case "extend":
                     if (obstacle := await self._extend(task, outside)) is not None:
                         return replace(violation, holder=obstacle)
-                    await self._note_once("task.ownership_extended", task, outside)
+                    await self._note_once(TaskOwnershipExtended, task, outside)
                 case "allow":
-                    await self._note_once("task.out_of_scope_allowed", task, outside)
+                    await self._note_once(TaskOutOfScopeAllowed, task, outside)
         self._judged.add(merge.new)
         return None
 
@@ -142,13 +143,15 @@ class OwnershipCheck:
         self._extended[task] = (*self._extended.get(task, ()), *patterns)
         return None
 
-    async def _note_once(self, event: str, task: str, paths: Sequence[str]) -> None:
+    async def _note_once(
+        self, event: type[TaskOwnershipExtended | TaskOutOfScopeAllowed], task: str, paths: Sequence[str]
+    ) -> None:
         """Record the changed paths once per attempt, however often the merge is repeated."""
         attempt = self._ledger.task(task).attempt.number
-        key = (event, task, attempt, tuple(paths))
+        key = (event.type, task, attempt, tuple(paths))
         if key not in self._noted:
             self._noted.add(key)
-            await self._ledger.note(event, {"task": task, "attempt": attempt, "paths": _recorded_names(paths)})
+            await self._ledger.note(event(task=task, attempt=attempt, paths=_recorded_names(paths)))
 
     def _session(self, task: str) -> SessionName:
         return SessionName(self._ledger.run.id, task, self._ledger.task(task).attempt.number)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import anyio
 
+from orchestrator.domain.events.runs import RepositoryChanged, RepositoryUnreadable
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
@@ -60,7 +61,7 @@ class RepositoryGuard:
                 await self._compare(self._repository)
             except (GitError, OSError) as error:  # not readable now: the next comparison reports it
                 reason = error.stderr if isinstance(error, GitError) else str(error)
-                await self._ledger.note("repository.unreadable", {"reason": reason})
+                await self._ledger.note(RepositoryUnreadable(reason=reason))
 
     async def _compare(self, repository: LocalRepository) -> None:
         before, after = self._snapshot, await take_snapshot(repository, self._git, self._snapshot)
@@ -69,8 +70,7 @@ class RepositoryGuard:
         if before is not None:
             changes = describe_changes(before, after, ours=await self._landings(before, after))
             if changes:
-                details = {"changes": changes, "sessions": sorted(self._ran)}
-                await self._ledger.note("repository.changed", details)
+                await self._ledger.note(RepositoryChanged(changes=changes, sessions=sorted(self._ran)))
         self._snapshot = after
         self._ran = set(self._running)
 

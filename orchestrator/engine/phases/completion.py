@@ -13,6 +13,17 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.base import TaskEvent
+from orchestrator.domain.events.tasks import (
+    HandoffDelivered,
+    HandoffInvalid,
+    TaskAdvanced,
+    TaskAwaitingApproval,
+    TaskDone,
+    TaskFailed,
+    TaskPhaseRepeated,
+    TaskQueued,
+)
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import TaskDocument, sum_known_cost
@@ -34,7 +45,7 @@ from orchestrator.domain.workflow.routing import (
     read_verdict,
 )
 from orchestrator.domain.workflow.violations import HandoffFacts, Violation
-from orchestrator.engine.phases.expansion import describe_expansion, expand_task, expansion_changes
+from orchestrator.engine.phases.expansion import expand_task, expansion_changes, expansion_event
 from orchestrator.engine.phases.prompts import (
     is_condition_met,
     render_command_failure,
@@ -122,7 +133,7 @@ class PhaseCompleter:
         base = document.attempt.base
         if current.workflow.is_default:
             changes = {"commit": session.commit, "built": None, "start": None, "base": None, "feedback": None}
-            return TaskUpdate(Trigger.BUILD, {"outcome": "built"}, changes)
+            return TaskUpdate(Trigger.BUILD, TaskQueued(outcome="built"), changes)
         if session.failed is not None:
             return self._repeat_after_failed_command(document, phase, session, base)
         checked = await self._read_handoff(phase, session)
@@ -171,8 +182,8 @@ class PhaseCompleter:
         repeated = _repeat_phase(
             document, session, base, FailureClass.INVALID_HANDOFF, reason, errors, repairs=visit.repairs + 1
         )
-        facts = {"task": task, "phase": phase.name, "violations": [violation.to_json() for violation in violations]}
-        return repeated._replace(events=[("handoff.invalid", facts)])
+        listed = [violation.to_json() for violation in violations]
+        return repeated._replace(events=[HandoffInvalid(phase=phase.name, violations=listed)])
 
     async def _complete_phase(
         self,
@@ -206,31 +217,34 @@ class PhaseCompleter:
             return self._reject(task, current, checked, record, writes, events)
         if phase.approve:
             phases = change_last_visit(document, PhaseTrigger.ASK, **record)
-            return TaskUpdate(Trigger.ASK, {"outcome": outcome}, {**reset, "phases": phases}, writes, events)
+            asked = TaskAwaitingApproval(outcome=outcome)
+            return TaskUpdate(Trigger.ASK, asked, {**reset, "phases": phases}, writes, events)
         after = document.model_copy(
             update={"phases": change_last_visit(document, PhaseTrigger.COMPLETE, **record), "phase": None}
         )
-        update = self._advance(workflow, phase, after, following)
-        trigger, details, changes = update.trigger, update.details, update.changes
+        update = self._advance(workflow, phase, after, following, outcome)
+        trigger, event, changes = update.trigger, update.event, update.changes
         if tasks:  # the task advances, lands or finishes only once they have landed
             position = {name: changes[name] for name in ("phases", "phase")}
-            trigger, details = Trigger.EXPAND, describe_expansion(phase, tasks)
+            trigger, event = Trigger.EXPAND, expansion_event(phase, tasks).replace(outcome=outcome)
             changes = {**position, **expansion_changes(self.ledger, task, tasks)}
-        return TaskUpdate(trigger, {"outcome": outcome, **details}, {**reset, **changes}, writes, events, tasks)
+        return TaskUpdate(trigger, event, {**reset, **changes}, writes, events, tasks)
 
-    def _advance(self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None) -> TaskUpdate:
+    def _advance(
+        self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None, outcome: str
+    ) -> TaskUpdate:
         """Return the outcome of a completed phase: another follows, the work is queued to land, or the task is done."""
         if following is not None:
             changes = {"phases": after.phases, "phase": workflow.after(phase.name)[0].name}
-            return TaskUpdate(Trigger.ADVANCE, {"next": following.name}, changes)
+            return TaskUpdate(Trigger.ADVANCE, TaskAdvanced(outcome=outcome, next=following.name), changes)
         # Record the phases that are left, if any, as skipped: their conditions are not met.
         index = workflow.index(phase.name) + 1
         phases, _ = find_next_phase(workflow, after.phases, index, lambda *_: False, self.clock.now())
         work = find_earlier_work(workflow, after)
         if work is None:
-            return TaskUpdate(Trigger.FINISH, {}, {"phases": phases, "phase": None})
+            return TaskUpdate(Trigger.FINISH, TaskDone(outcome=outcome), {"phases": phases, "phase": None})
         built = {"phases": phases, "phase": None, "commit": work.commit, "built": work.attempt}
-        return TaskUpdate(Trigger.BUILD, {}, built)
+        return TaskUpdate(Trigger.BUILD, TaskQueued(outcome=outcome), built)
 
     async def _find_next_phase(
         self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase, checked: _CheckedHandoff | None
@@ -252,7 +266,7 @@ class PhaseCompleter:
         checked: _CheckedHandoff,
         record: dict[str, Any],
         writes: Sequence[Write],
-        events: Sequence[tuple[str, JsonObject]],
+        events: Sequence[TaskEvent],
     ) -> TaskUpdate | Failed:
         """Return rejected work to its `on_reject` phase, with the review's findings."""
         document, phase = self.ledger.task(task), current.phase
@@ -261,7 +275,7 @@ class PhaseCompleter:
         reason = f"phase {phase.name!r} rejected the work: {summarize_findings(findings)}"
         if count_rejections(document, phase.name) >= phase.max_rounds:
             changes: dict[str, Any] = {"phases": phases, "phase": None, "failures": document.failures + 1}
-            failed = {"outcome": FailureClass.REJECTED, "reason": reason}
+            failed = TaskFailed(outcome=FailureClass.REJECTED, reason=reason)
             return TaskUpdate(Trigger.FAIL, failed, changes, writes, events)
         target = current.workflow.find_rejection_target(phase.name, document)
         changes = {
@@ -272,8 +286,8 @@ class PhaseCompleter:
             "feedback": render_findings(phase.name, findings, secrets.token_hex(8)),
             "failures": document.bounces,
         }
-        details = {"outcome": "completed", "reason": reason, "next": target.name, "verdict": REJECT_VERDICT}
-        return TaskUpdate(Trigger.REPEAT, details, changes, writes, events)
+        repeated = TaskPhaseRepeated(outcome="completed", reason=reason, next=target.name, verdict=REJECT_VERDICT)
+        return TaskUpdate(Trigger.REPEAT, repeated, changes, writes, events)
 
     async def _build_handoff(
         self, task: str, phase: Phase, following: Phase | None, session: EndedSession, checked: _CheckedHandoff
@@ -375,9 +389,17 @@ def _summarize_finding(finding: Any) -> str:
     return f"{location} {finding.get('message', '')}".strip()
 
 
-def _delivered_event(handoff: Handoff) -> tuple[str, JsonObject]:
-    names = ("task", "kind", "protocol", "phase", "to", "digest", "by")
-    return "handoff.delivered", {"handoff": handoff.id, **{name: getattr(handoff, name) for name in names}}
+def _delivered_event(handoff: Handoff) -> HandoffDelivered:
+    return HandoffDelivered(
+        task=handoff.task,
+        handoff=handoff.id,
+        kind=handoff.kind,
+        protocol=handoff.protocol,
+        phase=handoff.phase,
+        to=handoff.to,
+        digest=handoff.digest,
+        by=handoff.by,
+    )
 
 
 def _repeat_phase(
@@ -392,4 +414,4 @@ def _repeat_phase(
     changes: dict[str, Any] = {"phases": change_last_visit(document, None, **visit), "feedback": feedback}
     if session.commit is not None:
         changes |= {"start": session.commit, "base": base}
-    return TaskUpdate(Trigger.REPEAT, {"outcome": outcome, "reason": reason}, changes)
+    return TaskUpdate(Trigger.REPEAT, TaskPhaseRepeated(outcome=outcome, reason=reason), changes)

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.tasks import TaskExpanded
 from orchestrator.domain.runs.model import SUCCESS_STATUSES, TaskDocument
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan
 from orchestrator.domain.workflow.handoffs import handoff_id
 from orchestrator.domain.workflow.routing import Expansion, Phase, Workflow
 from orchestrator.domain.workflow.violations import Violation
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.protocols import JsonObject
 
 
 async def expand_task(
@@ -55,9 +55,9 @@ def expansion_changes(ledger: Ledger, task: str, specs: Mapping[str, TaskSpec]) 
     return {"expanded": (*landed_subtasks(ledger, ledger.task(task)), *specs)} if specs else {}
 
 
-def describe_expansion(phase: Phase, specs: Mapping[str, TaskSpec]) -> JsonObject:
-    """Return the event details of the tasks that the plan of a phase created."""
-    return {"phase": phase.name, "count": len(specs), "tasks": list(specs)}
+def expansion_event(phase: Phase, specs: Mapping[str, TaskSpec]) -> TaskExpanded:
+    """Return the event that records the tasks that the plan of a phase created."""
+    return TaskExpanded(phase=phase.name, count=len(specs), tasks=list(specs))
 
 
 def landed_subtasks(ledger: Ledger, document: TaskDocument) -> tuple[str, ...]:

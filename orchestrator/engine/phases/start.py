@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Final
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.runs.phases import GivenValues, PhaseRecord
@@ -35,7 +36,6 @@ from orchestrator.engine.phases.prompts import (
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.protocols import JsonObject
 from orchestrator.system.clock import Clock
 
 #: For a phase without a template.
@@ -104,8 +104,8 @@ class PhaseStarter:
         if phase is None:
             changes: dict[str, Any] = {"phases": phases, "phase": None, "reason": None}
             if work is None:
-                return TaskUpdate(Trigger.FINISH, {}, changes)
-            return TaskUpdate(Trigger.QUEUE, {}, {**changes, "commit": work.commit, "built": work.attempt})
+                return TaskUpdate(Trigger.FINISH, TaskDone(), changes)
+            return TaskUpdate(Trigger.QUEUE, TaskQueued(), {**changes, "commit": work.commit, "built": work.attempt})
         start = NextPhase(workflow, phase, phases, earlier=find_continued_attempt(workflow, document, phase))
         if document.start is not None:
             return replace(start, start=document.start, base=document.base)
@@ -150,28 +150,28 @@ class PhaseStarter:
     ) -> TaskUpdate:
         """Return the update that records the start of an attempt at a phase."""
         document, prompt, now = self.ledger.task(task), following.prompt, self.clock.now()
-        details: JsonObject = {"base": attempt.base, "adapter": attempt.adapter}
+        event = TaskStarted(base=attempt.base, adapter=attempt.adapter)
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
         if following.workflow.is_default or prompt is None:
-            return TaskUpdate(Trigger.START, details, changes)
+            return TaskUpdate(Trigger.START, event, changes)
         before = document.model_copy(update={"phases": following.phases})
         phase = following.phase.name
         is_new = not has_open_visit(before)
         given: dict[str, Any] = {"given": prompt.given, "received": tuple(prompt.received)} if is_new else {}
         changes |= enter_phase(following.workflow, before, following.phase, attempt.number, now, **given)
-        details["phase"] = phase
+        event = event.replace(phase=phase)
         if not is_new:
-            return TaskUpdate(Trigger.START, details, changes)
+            return TaskUpdate(Trigger.START, event, changes)
         received = {
             id_: (version, acknowledge(handoff, phase, attempt.number, now))
             for id_, (version, handoff) in prompt.received.items()
         }
         events = [
-            ("handoff.received", {"task": task, "handoff": id_, "phase": phase, "digest": handoff.digest})
+            HandoffReceived(task=task, handoff=id_, phase=phase, digest=handoff.digest)
             for id_, (_, handoff) in received.items()
         ]
         writes = [self.ledger.handoff_write(handoff, version) for version, handoff in received.values()]
-        return TaskUpdate(Trigger.START, details, changes, writes, events)
+        return TaskUpdate(Trigger.START, event, changes, writes, events)
 
     def _handoff_instructions(self, phase: Phase) -> HandoffInstructions | None:
         if phase.produces is None:

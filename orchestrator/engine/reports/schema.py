@@ -1,13 +1,16 @@
-"""Return the JSON Schemas (draft 2020-12) of `--json` output: the result of a run, and the details of a task."""
+"""Return the JSON Schemas (draft 2020-12) of `--json` output: a run's result, a task's details, and events."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 from itertools import pairwise
+from typing import get_type_hints
 
 from pydantic import TypeAdapter
 
+from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.events import EVENT_TYPES, TypedEvent
 from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.engine.reports import report, task_details
 from orchestrator.engine.reports.report import EXIT_CODES, RunReport, TaskReport
@@ -32,6 +35,26 @@ def task_details_schema() -> JsonObject:
     schema["properties"]["status"]["enum"] = _STATUSES
     schema["properties"]["exit"]["const"] = 0
     return schema
+
+
+def event_schema() -> JsonObject:
+    """Return the schema of an event as `--json` prints it; later versions may add events and fields."""
+    return {"$schema": _DRAFT, "anyOf": [_schema_of(event) for event in EVENT_TYPES.values()]}
+
+
+def _schema_of(event: type[TypedEvent]) -> JsonObject:
+    hints = get_type_hints(event, localns={"Instant": Instant})
+    texts = _field_docstrings(event)
+    fields = {name: TypeAdapter(hints[name]).json_schema() for name in event.field_types}
+    fields |= {name: {**field, "description": texts[name]} for name, field in fields.items() if name in texts}
+    required = [name for name in fields if name in event.context or not hasattr(event, name)]
+    return {
+        "title": event.type,
+        "description": " ".join((event.__doc__ or "").split()),
+        "type": "object",
+        "properties": {"event": {"const": event.type}, "time": {"type": "number"}, **fields},
+        "required": ["event", "time", *required],
+    }
 
 
 def _build_schema(model: type) -> JsonObject:

@@ -13,6 +13,24 @@ from pathlib import Path
 from typing import NamedTuple, assert_never
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events import runs as run_events
+from orchestrator.domain.events.base import AttemptEvent, TaskEvent
+from orchestrator.domain.events.tasks import (
+    TaskAfterRunFailed,
+    TaskCancelled,
+    TaskChangesDiscarded,
+    TaskClaimLost,
+    TaskFailed,
+    TaskHostDenied,
+    TaskInterrupted,
+    TaskNoChange,
+    TaskPostponed,
+    TaskRetrying,
+    TaskSalvaged,
+    TaskSessionApiFailed,
+    TaskToolsDenied,
+    TaskWorktreePreserved,
+)
 from orchestrator.domain.runs.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.lifecycle import Trigger
@@ -193,14 +211,14 @@ class AttemptRunner:
         try:
             end = await self._record(active, finished)
         except ClaimLost as error:
-            facts = {"task": active.task, "attempt": number, "by": error.by, "branch": finished.branch}
-            await self.ledger.note("task.claim_lost", facts)
+            lost = TaskClaimLost(task=active.task, attempt=number, by=error.by, branch=finished.branch)
+            await self.ledger.note(lost)
             await active.session.release(saved=finished.collected)
             return None
         failpoint("attempt.ended")
         await self.budgets.count(active.task, active.spec, self.ledger.task(active.task).attempts[number - 1])
-        for event, facts in _end_events(active, finished):
-            await self.ledger.note(event, {"task": active.task, **facts})
+        for event in _end_events(active, finished):
+            await self.ledger.note(event)
         await active.session.release(saved=finished.collected)
         return end
 
@@ -227,7 +245,7 @@ class AttemptRunner:
         )
         if active.next_phase.is_restart:
             update = update._replace(
-                details={**update.details, "reason": _RESTART_REASON},
+                event=update.event.replace(reason=_RESTART_REASON),
                 changes={**update.changes, "start": None, "base": None, "feedback": None},
             )
         return await self.ledger.start(active.task, update, partial(self._paths, active)) is None
@@ -312,14 +330,16 @@ class AttemptRunner:
             case Built() | ReadOnlySuccess():
                 return await self._record_success(active, finished)
             case Interrupted(reason):
-                await self._end(active, finished, _end_update(Trigger.INTERRUPT, INTERRUPTED, reason))
+                interrupted = TaskInterrupted(outcome=INTERRUPTED, reason=reason)
+                await self._end(active, finished, TaskUpdate(Trigger.INTERRUPT, interrupted))
                 return AttemptEnd()
             case ResourcesExhausted(reason):
-                await self._end(active, finished, _end_update(Trigger.HOLD, INTERRUPTED, reason))
+                postponed = TaskPostponed(outcome=INTERRUPTED, reason=reason)
+                await self._end(active, finished, TaskUpdate(Trigger.HOLD, postponed))
                 return AttemptEnd(shortage=reason)
             case Misconfigured(reason):
-                headline = HaltReason.parse(reason).headline
-                await self._end(active, finished, _end_update(Trigger.HOLD, INTERRUPTED, headline))
+                postponed = TaskPostponed(outcome=INTERRUPTED, reason=HaltReason.parse(reason).headline)
+                await self._end(active, finished, TaskUpdate(Trigger.HOLD, postponed))
                 return AttemptEnd(unrunnable=reason)
             case Failed():
                 return await self._record_failure(active, finished, outcome)
@@ -327,7 +347,8 @@ class AttemptRunner:
                 assert_never(outcome)
 
     async def _record_cancelled(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
-        await self._end(active, finished, _end_update(Trigger.CANCEL, "cancelled", "on request, while running"))
+        cancelled = TaskCancelled(outcome="cancelled", reason="on request, while running")
+        await self._end(active, finished, TaskUpdate(Trigger.CANCEL, cancelled))
         return AttemptEnd()
 
     async def _record_success(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
@@ -338,7 +359,8 @@ class AttemptRunner:
         if isinstance(failed, ChecksNotRun | Misconfigured):
             unrunnable = failed.reason if isinstance(failed, Misconfigured) else None
             reason = failed.reason if unrunnable is None else HaltReason.parse(unrunnable).headline
-            await self._end(active, finished, _end_update(Trigger.INTERRUPT, INTERRUPTED, reason))
+            interrupted = TaskInterrupted(outcome=INTERRUPTED, reason=reason)
+            await self._end(active, finished, TaskUpdate(Trigger.INTERRUPT, interrupted))
             return AttemptEnd(unrunnable=unrunnable)
         if active.cancelled:
             return await self._record_cancelled(active, finished)
@@ -411,7 +433,8 @@ class AttemptRunner:
             reason += ": set `access: read` for a phase that should change nothing"
         policy = get_failure_policy(failure, active.spec.retry_on)
         if policy in {FailurePolicy.PARK, FailurePolicy.CLOSE}:
-            await self._end(active, finished, _end_update(Trigger.HOLD, failure, reason))
+            postponed = TaskPostponed(outcome=failure, reason=reason)
+            await self._end(active, finished, TaskUpdate(Trigger.HOLD, postponed))
             if policy is FailurePolicy.PARK:
                 return AttemptEnd(adapter=await self._start_cooldown(active.adapter, outcome))
             return AttemptEnd(adapter=await self._disable_adapter(active, reason))
@@ -419,11 +442,14 @@ class AttemptRunner:
         changes = {"failures": failures}
         if policy is FailurePolicy.RETRY and failures < active.spec.attempts and not active.is_budget_exhausted:
             delay = round(retry_delay(active.spec.backoff.policy(), failures), 3)
-            facts = {"outcome": failure, "reason": reason, "retry_in": delay}
-            await self._end(active, finished, TaskUpdate(Trigger.RETRY, facts, changes))
+            retrying = TaskRetrying(outcome=failure, reason=reason, retry_in=delay)
+            await self._end(active, finished, TaskUpdate(Trigger.RETRY, retrying, changes))
             return AttemptEnd(retry_in=delay)
-        trigger = Trigger.IDLE if failure is FailureClass.NO_CHANGE else Trigger.FAIL
-        await self._end(active, finished, TaskUpdate(trigger, {"outcome": failure, "reason": reason}, changes))
+        if failure is FailureClass.NO_CHANGE:
+            update = TaskUpdate(Trigger.IDLE, TaskNoChange(outcome=failure, reason=reason), changes)
+        else:
+            update = TaskUpdate(Trigger.FAIL, TaskFailed(outcome=failure, reason=reason), changes)
+        await self._end(active, finished, update)
         return AttemptEnd()
 
     async def _start_cooldown(self, adapter: str, outcome: Failed) -> AdapterDocument:
@@ -437,7 +463,7 @@ class AttemptRunner:
             if cooldown_until is not None and (outcome.until is None or until - cooldown_until < _MIN_EXTENSION):
                 return None
             learned = AdapterDocument(cooldown_until=until, cooldowns=cooldowns)
-            return AdapterUpdate(learned, "adapter.cooling_down", {"until": until, "reason": outcome.reason})
+            return AdapterUpdate(learned, run_events.AdapterCooldown(until=until, reason=outcome.reason))
 
         known, is_new = await self.ledger.update_adapter(adapter, judge)
         if is_new:
@@ -445,7 +471,7 @@ class AttemptRunner:
         return known
 
     async def _disable_adapter(self, active: ActiveAttempt, reason: str) -> AdapterDocument:
-        closed = AdapterUpdate(AdapterDocument(disabled_reason=reason), "adapter.disabled", {"reason": reason})
+        closed = AdapterUpdate(AdapterDocument(disabled_reason=reason), run_events.AdapterDisabled(reason=reason))
         started = self.ledger.task(active.task).attempts[active.session.assignment.worktree.attempt - 1].started
 
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
@@ -456,19 +482,20 @@ class AttemptRunner:
 
     async def _clear_cooldown(self, adapter: str) -> None:
         """Forget the cooldowns of an adapter: a session that started after them succeeded."""
-        opened, now = AdapterUpdate(AdapterDocument(), "adapter.enabled", {}), self.clock.now()
+        opened, now = AdapterUpdate(AdapterDocument(), run_events.AdapterEnabled()), self.clock.now()
         await self.ledger.update_adapter(
             adapter, lambda known: opened if known.cooldowns and not _is_cooling_down(known, now) else None
         )
 
     async def _end(self, active: ActiveAttempt, finished: SessionResult, update: TaskUpdate) -> None:
         """Record the end of an attempt together with the update of its task."""
-        document, reason = self.ledger.task(active.task), update.details.get("reason")
+        document, event = self.ledger.task(active.task), update.event
+        assert isinstance(event, AttemptEvent), "triggers at the end of an attempt record its outcome"  # noqa: S101
         attempts = document.with_attempt(
             ended=self.clock.now(),
             branch=finished.branch,
-            outcome=update.details["outcome"],
-            reason=reason,
+            outcome=event.outcome,
+            reason=event.reason,
             is_kept=not finished.collected,
             folder=None if finished.folder is None else str(finished.folder),
             resumed=active.session.assignment.earlier_conversation is not None,
@@ -477,34 +504,29 @@ class AttemptRunner:
             **self.context.accounting.recorded(finished.transcript, document.attempts),
         )
         branch = finished.branch if active.next_phase.phase.writes else document.branch
-        details = {"reason": reason, "branch": finished.branch, **update.details}
-        changes = {"attempts": attempts, "branch": branch, "reason": reason, **update.changes}
-        await self.ledger.change_all({active.task: update._replace(details=details, changes=changes)})
+        ended = event.replace(reason=event.reason, branch=finished.branch)
+        changes = {"attempts": attempts, "branch": branch, "reason": event.reason, **update.changes}
+        await self.ledger.change_all({active.task: update._replace(event=ended, changes=changes)})
 
 
-def _end_update(trigger: Trigger, outcome: str, reason: str) -> TaskUpdate:
-    return TaskUpdate(trigger, {"outcome": outcome, "reason": reason})
-
-
-def _end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[tuple[str, JsonObject]]:
-    """Yield the events, each with its facts, that accompany the end of a session."""
+def _end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[TaskEvent]:
+    """Yield the events that accompany the end of a session."""
+    task, number = active.task, active.session.assignment.worktree.attempt
     for ref in finished.salvaged:
-        yield "task.salvaged", {"branch": ref}
+        yield TaskSalvaged(task=task, branch=ref)
     for fault in finished.faults:
-        yield "task.after_run_failed", {"reason": fault}
+        yield TaskAfterRunFailed(task=task, reason=fault)
     for fault in finished.session_api_faults:
-        yield "task.session_api_failed", {"reason": fault}
+        yield TaskSessionApiFailed(task=task, reason=fault)
     for host in finished.denied_hosts:
-        yield "task.host_denied", {"host": host}
+        yield TaskHostDenied(task=task, host=host)
     if (denials := finished.transcript.denials).count:
-        facts = {"count": denials.count, "tools": [*denials.tools], "reason": str(denials)}
-        yield "task.tools_denied", {"attempt": active.session.assignment.worktree.attempt, **facts}
+        yield TaskToolsDenied(task=task, attempt=number, count=denials.count, tools=denials.tools, reason=str(denials))
     if finished.discarded:
-        number = active.session.assignment.worktree.attempt
-        yield "task.changes_discarded", {"attempt": number, "paths": list(finished.discarded[:MAX_EVENT_PATHS])}
+        yield TaskChangesDiscarded(task=task, attempt=number, paths=finished.discarded[:MAX_EVENT_PATHS])
     if not finished.collected:
         reason = "; ".join(("it has changes that are on no branch", *finished.notes))
-        yield "task.worktree_preserved", {"worktree": str(active.session.assignment.worktree.tree), "reason": reason}
+        yield TaskWorktreePreserved(task=task, worktree=str(active.session.assignment.worktree.tree), reason=reason)
 
 
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:

@@ -15,6 +15,8 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.model import BudgetConfig, TaskSpec
+from orchestrator.domain.events.base import RunEvent
+from orchestrator.domain.events.runs import BudgetExhausted, BudgetLow, BudgetPriceUnknown, BudgetUntracked
 from orchestrator.domain.runs.budget import (
     Budget,
     BudgetUsage,
@@ -28,7 +30,7 @@ from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, Interrupted
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.protocols import Adapter, JsonObject
+from orchestrator.protocols import Adapter
 from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
@@ -171,11 +173,11 @@ class Budgets:
             await self._warn(limit)
             for share in compute_budget_usage(limit.budget, limit.spent):
                 if share.is_exhausted:
-                    await self._note_share("budget.exhausted", limit, share)
+                    await self._note_share(BudgetExhausted, limit, share)
         counts_money = any(limit.budget.cost is not None for limit in limits) or spec.session_budget.cost is not None
         if counts_money and attempt.cost is None and (attempt.input_tokens or attempt.output_tokens):
-            facts = {"adapter": attempt.adapter, "model": attempt.model}
-            await self._note_once("budget.price_unknown", facts, attempt.adapter, attempt.model or "")
+            unknown = BudgetPriceUnknown(adapter=attempt.adapter, model=attempt.model)
+            await self._note_once(unknown, attempt.adapter, attempt.model or "")
 
     async def _watch(
         self, task: str, attempt: int, spec: TaskSpec, meter: _UsageMeter, stop: Callable[[BudgetReached], None]
@@ -186,7 +188,7 @@ class Budgets:
             if await anyio.to_thread.run_sync(meter.read):
                 self._update_meter(task, meter)
             if meter.follower.at >= MAX_OUTPUT_BYTES:
-                await self._note_once("budget.untracked", {"of": f"session {session}"}, session)
+                await self._note_once(BudgetUntracked(of=f"session {session}"), session)
             for limit in self._limits(task, spec, session):
                 await self._warn(limit)
                 if (reached := self._check_limit(limit)) is not None:
@@ -245,16 +247,16 @@ class Budgets:
     async def _warn(self, limit: _Limit) -> None:
         for share in compute_budget_usage(limit.budget, limit.spent):
             if share.is_low and not share.is_exhausted:
-                await self._note_share("budget.low", limit, share)
+                await self._note_share(BudgetLow, limit, share)
 
-    async def _note_share(self, event: str, limit: _Limit, share: BudgetUsage) -> None:
-        facts = {"scope": limit.scope, "of": limit.of, "limit": share.key, "reason": share.describe()}
-        await self._note_once(event, facts, limit.of, share.key)
+    async def _note_share(self, kind: type[BudgetLow | BudgetExhausted], limit: _Limit, share: BudgetUsage) -> None:
+        event = kind(scope=limit.scope, of=limit.of, limit=share.key, reason=share.describe())
+        await self._note_once(event, limit.of, share.key)
 
-    async def _note_once(self, event: str, facts: JsonObject, *key: str) -> None:
-        if (event, *key) not in self._noted:
-            self._noted.add((event, *key))
-            await self._ledger.note(event, facts)
+    async def _note_once(self, event: RunEvent, *key: str) -> None:
+        if (event.type, *key) not in self._noted:
+            self._noted.add((event.type, *key))
+            await self._ledger.note(event)
 
 
 def _describe_if_exhausted(limit: _Limit) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio.to_thread
 
+from orchestrator.domain.events.runs import RunCapacityLimited
 from orchestrator.domain.scheduling.admission import (
     NoSessionFits,
     SessionDemand,
@@ -52,7 +53,7 @@ class Capacity:
         demand = SessionDemand(memory=ledger.run.session_memory)
         fit = await measure_capacity(wanted, demand)
         if fit.limited_by is not None:
-            await ledger.note("run.capacity_limited", {"sessions": fit.sessions, "reason": fit.limited_by})
+            await ledger.note(RunCapacityLimited(sessions=fit.sessions, reason=fit.limited_by))
         return cls(fit.sessions, demand, ledger, clock)
 
     async def free(self, running: int) -> int:
@@ -71,5 +72,5 @@ class Capacity:
             self._is_short = startable == 0
             if self._is_short:
                 reason = "memory is low: no session starts until more is free"
-                await self._ledger.note("run.capacity_limited", {"sessions": running, "reason": reason})
+                await self._ledger.note(RunCapacityLimited(sessions=running, reason=reason))
         return startable

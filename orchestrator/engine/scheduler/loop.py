@@ -8,6 +8,8 @@ from functools import partial
 import anyio
 from anyio.abc import TaskGroup
 
+from orchestrator.domain.events.runs import AdapterEnabled, RunPaused, RunTargetUnreachable, RunWaiting
+from orchestrator.domain.events.tasks import TaskFailed
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import (
@@ -112,7 +114,7 @@ class Scheduler:
 
         Enable the adapters that it disabled.
         """
-        enabled = AdapterUpdate(AdapterDocument(), "adapter.enabled", {})
+        enabled = AdapterUpdate(AdapterDocument(), AdapterEnabled())
         for adapter, document in documents.items():
             if document.disabled_reason is not None:
                 await self._ledger.update_adapter(
@@ -192,7 +194,7 @@ class Scheduler:
         try:
             await self._merge_queue.verify()
         except GitError as error:
-            await self._ledger.note("run.target_unreachable", {"reason": str(error)})
+            await self._ledger.note(RunTargetUnreachable(reason=str(error)))
         return True
 
     def _is_unavailable_work_left(self) -> bool:
@@ -287,14 +289,14 @@ class Scheduler:
             return
         self._last_noted_wait = awaited, approvals
         ends = [(await self._ledger.adapter(name)).cooldown_until for name in awaited]
-        facts = {"until": min(filter(None, ends), default=None), "adapters": sorted(awaited, key=awaited.__getitem__)}
-        await self._ledger.note("run.waiting", {**facts, "approvals": list(approvals)})
+        until, adapters = min(filter(None, ends), default=None), sorted(awaited, key=awaited.__getitem__)
+        await self._ledger.note(RunWaiting(until=until, adapters=adapters, approvals=list(approvals)))
 
     async def _refuse(self, task: str, failure: Failed) -> None:
         """Fail a task that may have no further session."""
-        facts = {"outcome": failure.failure, "reason": failure.reason}
+        failed = TaskFailed(outcome=failure.failure, reason=failure.reason)
         try:
-            await self._ledger.change(task, Trigger.FAIL, facts, reason=failure.reason, refused=failure.failure)
+            await self._ledger.change(task, Trigger.FAIL, failed, reason=failure.reason, refused=failure.failure)
         except (ClaimLost, VersionConflict):  # another orchestrator was first
             await self._ledger.refresh(task)
             self._local.sync_task(task)
@@ -410,7 +412,7 @@ class Scheduler:
         self._shortages += 1
         pause = retry_delay(SHORTAGE_BACKOFF, self._shortages)
         self._paused_until = self._clock.monotonic() + pause
-        await self._ledger.note("run.paused", {"reason": reason, "retry_in": pause})
+        await self._ledger.note(RunPaused(reason=reason, retry_in=pause))
 
     async def _land(self, group: TaskGroup) -> None:
         for task in await self._merge_queue.land():

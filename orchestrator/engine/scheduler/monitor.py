@@ -9,6 +9,7 @@ from typing import Final
 import anyio
 
 from orchestrator.config.model import Retention
+from orchestrator.domain.events.state import StateWarning
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.state_findings import judge_documents, judge_integrity, judge_latency
 from orchestrator.engine.state.ledger import Ledger
@@ -39,7 +40,6 @@ class Monitor:
         """Monitor the store of a run."""
         self._ledger, self._store, self._clock = ledger, store, clock
         self._retention = Retention.model_validate(ledger.run.retention)
-        self._facts = {"run": ledger.run.id}
         self._reported: set[str] = set()
 
     async def watch(self) -> None:
@@ -63,8 +63,8 @@ class Monitor:
             wait = max(pause, min(_PAUSE_FACTOR * (self._clock.monotonic() - began), _MAX_PAUSE))
 
     async def _sweep(self) -> None:
-        await delete_expired(self._store, self._facts)
-        await compact_log(self._store, self._clock, self._retention.age, self._retention.size, self._facts)
+        await delete_expired(self._store, self._ledger.run.id)
+        await compact_log(self._store, self._clock, self._retention.age, self._retention.size, self._ledger.run.id)
 
     async def _check_health(self) -> None:
         latency = judge_latency(self._ledger.slowest_commit())
@@ -80,6 +80,4 @@ class Monitor:
                 self._reported.discard(finding.name)
             elif finding.name not in self._reported:
                 self._reported.add(finding.name)
-                await self._ledger.note(
-                    "state.warning", {"about": finding.name, "reason": finding.found, "remedy": finding.remedy}
-                )
+                await self._ledger.note(StateWarning(about=finding.name, reason=finding.found, remedy=finding.remedy))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from orchestrator.domain.events.tasks import TaskLanded
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import CLAIMED_STATUSES, TaskDocument, TaskStatus
 from orchestrator.engine.run_context import RunContext
@@ -63,9 +64,9 @@ class Reconciler:
             commit, reason = await self._landed_by_others(document), _LANDED_EXTERNALLY
         if commit is None:
             return False
-        facts = {"landed": commit, "reason": reason, "external": reason is not None}
+        adopted = TaskLanded(landed=commit, reason=reason)
         try:
-            await self._ledger.change(task, Trigger.ADOPT, facts, landed=commit, reason=reason, branch=None)
+            await self._ledger.change(task, Trigger.ADOPT, adopted, landed=commit, reason=reason, branch=None)
         except (ClaimLost, VersionConflict):  # another orchestrator was first
             return False
         return True

@@ -12,6 +12,15 @@ from contextlib import suppress
 import anyio.to_thread
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.tasks import (
+    TaskFailed,
+    TaskInterrupted,
+    TaskLanded,
+    TaskRequeued,
+    TaskSalvaged,
+    TaskStarted,
+    TaskWorktreePreserved,
+)
 from orchestrator.domain.runs.leftovers import WorktreeContents, classify_worktree
 from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import CLAIMED_STATUSES, FINAL_STATUSES, INTERRUPTED, Attempt, TaskStatus
@@ -73,7 +82,7 @@ async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
     for task in ledger.damaged:
         if ledger.task(task).status not in FINAL_STATUSES:
             reason = "its record in the state log is damaged, its work is unknown: run it again in a new run"
-            await ledger.change(task, Trigger.DISTRUST, {"reason": reason}, reason=reason)
+            await ledger.change(task, Trigger.DISTRUST, TaskFailed(reason=reason), reason=reason)
 
 
 async def take_over_tasks(ledger: Ledger, context: RunContext, clock: Clock) -> list[str]:
@@ -176,14 +185,15 @@ async def _requeue_task(ledger: Ledger, clock: Clock, task: str, landed: str | N
     if document.status in FINAL_STATUSES or document.status is TaskStatus.LANDING or ledger.is_claimed_elsewhere(task):
         return
     if landed is not None:
-        await ledger.change(task, Trigger.ADOPT, {"landed": landed}, landed=landed, reason=None)
+        await ledger.change(task, Trigger.ADOPT, TaskLanded(landed=landed), landed=landed, reason=None)
     elif document.status is TaskStatus.RUNNING and document.attempt.ended is not None:
-        details = {"reason": _ROLLED_BACK, "branch": document.attempt.branch}
-        await ledger.change(task, Trigger.INTERRUPT, details, **details)
+        branch = document.attempt.branch
+        event = TaskInterrupted(reason=_ROLLED_BACK, branch=branch)
+        await ledger.change(task, Trigger.INTERRUPT, event, reason=_ROLLED_BACK, branch=branch)
     elif document.status is TaskStatus.RUNNING:  # recorded, but never started
         await _record_interruption(ledger, clock, task, None)
     elif document.status is TaskStatus.CHECKING:
-        await ledger.change(task, Trigger.REQUEUE, {"reason": _UNCHECKED}, reason=_UNCHECKED)
+        await ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=_UNCHECKED), reason=_UNCHECKED)
 
 
 async def _reap(ledger: Ledger, context: RunContext, clock: Clock, worktree: Worktree) -> None:
@@ -228,11 +238,11 @@ async def _recreate_lost_record(ledger: Ledger, context: RunContext, clock: Cloc
         )
         for index in range(len(attempts) + 1, number + 1)
     ]
-    facts = {"base": base, "adapter": spec.adapter}
-    await ledger.change(task, Trigger.START, facts, attempts=(*attempts, *lost))
-    await ledger.change(task, Trigger.INTERRUPT, {"reason": _LOST, "branch": None}, branch=None, reason=_LOST)
+    started, interrupted = TaskStarted(base=base, adapter=spec.adapter), TaskInterrupted(reason=_LOST, branch=None)
+    await ledger.change(task, Trigger.START, started, attempts=(*attempts, *lost))
+    await ledger.change(task, Trigger.INTERRUPT, interrupted, branch=None, reason=_LOST)
     reason = "; ".join((_LOST, *await try_to_preserve(context.git, worktree, base)))
-    await ledger.note("task.worktree_preserved", {"task": task, "worktree": str(worktree.tree), "reason": reason})
+    await ledger.note(TaskWorktreePreserved(task=task, worktree=str(worktree.tree), reason=reason))
     return True
 
 
@@ -283,12 +293,11 @@ async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt
     else:
         collected = await _collect(context, worktree, attempt.base, spec)
     for branch in (*([worktree.branch] if collected.commit else []), *collected.salvaged):
-        await ledger.note("task.salvaged", {"task": worktree.task, "branch": branch})
+        await ledger.note(TaskSalvaged(task=worktree.task, branch=branch))
     if not collected.complete:
         notes = await try_to_preserve(context.git, worktree, attempt.base)
         reason = "; ".join((collected.refused or "it has changes that are on no branch", *collected.notes, *notes))
-        details = {"task": worktree.task, "worktree": str(worktree.tree), "reason": reason}
-        await ledger.note("task.worktree_preserved", details)
+        await ledger.note(TaskWorktreePreserved(task=worktree.task, worktree=str(worktree.tree), reason=reason))
     return collected.complete
 
 
@@ -325,9 +334,9 @@ async def _record_interruption(
     facts = {"outcome": INTERRUPTED, "reason": _ORCHESTRATOR_ENDED, "branch": branch, "is_kept": is_kept}
     document = ledger.task(task)
     attempts = document.with_attempt(**{"ended": clock.now(), **facts, **(usage or {})})
-    details = {"reason": _ORCHESTRATOR_ENDED, "branch": branch}
+    event = TaskInterrupted(reason=_ORCHESTRATOR_ENDED, branch=branch)
     kept_branch = branch or (document.branch if document.phases else None)  # built by earlier phases
     await ledger.change(
-        task, Trigger.INTERRUPT, details, attempts=attempts, branch=kept_branch, reason=_ORCHESTRATOR_ENDED
+        task, Trigger.INTERRUPT, event, attempts=attempts, branch=kept_branch, reason=_ORCHESTRATOR_ENDED
     )
     failpoint("recovery.attempt_returned")

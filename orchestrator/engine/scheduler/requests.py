@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from orchestrator.config.model import TaskSpec
+from orchestrator.domain.events.runs import RequestSubmitted
+from orchestrator.domain.events.tasks import TaskApproved, TaskCancelled, TaskIgnored, TaskRejected, TaskRetryRequested
 from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.runs.model import (
     FINAL_STATUSES,
@@ -27,9 +29,9 @@ from orchestrator.domain.security.secrets import has_secret_key
 from orchestrator.domain.workflow.routing import Phase, change_last_visit, find_first_incomplete, restart_task
 from orchestrator.domain.workflow.violations import Violation
 from orchestrator.engine.phases.expansion import (
-    describe_expansion,
     expand_task,
     expansion_changes,
+    expansion_event,
     landed_subtasks,
     superseded_subtasks,
 )
@@ -197,8 +199,9 @@ async def submit_request(
         phase=phase,
         adapters=tuple(adapters),
     )
-    event = Event("request.submitted", {"run": run, "request": request.id, "action": str(action), "tasks": list(tasks)})
-    await store.commit(Commit([Write(request_key(run, request.id), 0, request.model_dump(mode="json"))], [event]))
+    event = RequestSubmitted(run=run, request=request.id, action=action, tasks=request.tasks)
+    write = Write(request_key(run, request.id), 0, request.model_dump(mode="json"))
+    await store.commit(Commit([write], [Event.of(event)]))
     failpoint("request.recorded")
     return request
 
@@ -249,7 +252,7 @@ class RequestHandler:
         for task in request.tasks:
             if self._ledger.task(task).status is TaskStatus.CANCELLED:
                 changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
-                await self._ledger.change(task, Trigger.IGNORE, {"reason": request.reason}, **changes)
+                await self._ledger.change(task, Trigger.IGNORE, TaskIgnored(reason=request.reason), **changes)
 
     async def _cancel(self, task: str) -> None:
         await cancel_task(self._ledger, task)
@@ -271,9 +274,9 @@ async def cancel_task(ledger: Ledger, task: str) -> bool:
         branch, reason = document.branch, "on request"
         if document.commit is not None:
             branch = work_branch_name(ledger.run.id, task, str(document.building_attempt.number))
-        facts = {"reason": reason, "branch": branch}
+        cancelled = TaskCancelled(reason=reason, branch=branch)
         try:
-            await ledger.change(task, Trigger.CANCEL, facts, **facts)
+            await ledger.change(task, Trigger.CANCEL, cancelled, reason=reason, branch=branch)
         except _OVERTAKEN:
             await ledger.refresh(task)
         else:
@@ -322,7 +325,8 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
             "paths": (),
         }
         try:
-            await ledger.change(task, Trigger.REVIVE, {}, ignored=None, **reset, **cleared, **restart)
+            changes = {"ignored": None, **reset, **cleared, **restart}
+            await ledger.change(task, Trigger.REVIVE, TaskRetryRequested(), **changes)
         except _OVERTAKEN:
             await ledger.refresh(task)
         else:
@@ -347,9 +351,9 @@ async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
     phases = change_last_visit(document, PhaseTrigger.APPROVE, note=note)
     changes = {"phases": phases, "phase": next_phases[0].name if next_phases else None, "reason": None}
     changes |= expansion_changes(ledger, task, expansion)
-    facts = {"phase": phase.name, "note": note}
-    events = [("task.expanded", {"task": task, **describe_expansion(phase, expansion)})] if expansion else []
-    update = TaskUpdate(Trigger.APPROVE, facts, changes, events=events, tasks=expansion)
+    events = [expansion_event(phase, expansion)] if expansion else []
+    approved = TaskApproved(phase=phase.name, note=note)
+    update = TaskUpdate(Trigger.APPROVE, approved, changes, events=events, tasks=expansion)
     await ledger.change_all({task: update})
     return True
 
@@ -383,5 +387,6 @@ async def reject_phase(ledger: Ledger, task: str, note: str | None) -> bool:
         "feedback": render_rejection(note),
         "reason": reason,
     }
-    await ledger.change(task, Trigger.SEND_BACK, {"phase": visit.phase, "note": note, "reason": reason}, **changes)
+    rejected = TaskRejected(phase=visit.phase, note=note, reason=reason)
+    await ledger.change(task, Trigger.SEND_BACK, rejected, **changes)
     return True

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.domain.events.state import CheckpointRestored
 from orchestrator.domain.runs.model import CheckpointOrigin, TaskDocument, TaskStatus
 from orchestrator.errors import GitError, to_unusable_error
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
@@ -71,8 +72,9 @@ async def _checkpoint_before(store: Store, plan: RestorePlan) -> Checkpoint | No
 
 def _events(plan: RestorePlan, before: Checkpoint | None) -> list[Event]:
     tasks = Counter(write.key.id.partition("/")[0] for write in plan.writes if write.key.kind == "task")
-    facts = {"checkpoint": plan.checkpoint.id, "before": before.id if before else None}
-    return [Event("checkpoint.restored", {"run": run, **facts, "tasks": tasks[run]}) for run in plan.runs]
+    restored, known = plan.checkpoint.id, before.id if before else None
+    events = [CheckpointRestored(run=run, checkpoint=restored, before=known, tasks=tasks[run]) for run in plan.runs]
+    return list(map(Event.of, events))
 
 
 async def _restore_branches(run: str, hub: Hub, writes: Sequence[Write], environ: Mapping[str, str]) -> None:

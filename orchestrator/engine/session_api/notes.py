@@ -10,6 +10,7 @@ from typing import Final
 import anyio.to_thread
 from pydantic import TypeAdapter
 
+from orchestrator.domain.events.coordination import NoteAdded, NoteDeleted
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import check_patterns
 from orchestrator.domain.security.secrets import Redactor
@@ -69,8 +70,8 @@ class NoteStore:
             own = [one for one in notes if not one.damaged and one.value["task"] == session.task]
             old = own[: max(len(own) - MAX_TASK_NOTES + 1, 0)] or notes[: max(len(notes) - MAX_NOTES + 1, 0)]
             writes = [Write(self._key(name), 0, note.to_json()), *(Write(one.key, one.version, None) for one in old)]
-            event = Event("note.added", {**session._asdict(), "note": name, "topic": topic, "paths": list(patterns)})
-            await self._store.commit(Commit(writes, [event], [claim] if claim else []))
+            event = NoteAdded(**session._asdict(), note=name, topic=topic, paths=patterns)
+            await self._store.commit(Commit(writes, [Event.of(event)], [claim] if claim else []))
             return note
 
         return await retry_on_conflict(attempt)
@@ -109,7 +110,7 @@ class NoteStore:
             if document is None:
                 raise RefusedError(f"note {note!r} not found", "`notes` lists all notes")
             deletion = Write(key, document.version, None)
-            await self._store.commit(Commit([deletion], [Event("note.deleted", {"note": note})]))
+            await self._store.commit(Commit([deletion], [Event.of(NoteDeleted(note=note))]))
 
         await retry_on_conflict(attempt)
 

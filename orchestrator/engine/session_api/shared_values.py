@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 from orchestrator.client import strict_json
 from orchestrator.client.commands import MAX_SHARED_BYTES
 from orchestrator.config.source.names import check_name
+from orchestrator.domain.events.coordination import SharedPut
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import HistoryCompacted, InvalidDocument, RefusedError
@@ -106,7 +107,7 @@ class SharedValues:
                 raise _version_conflict(key, if_version, version)
             stored = _Stored(value=redacted, writer=None if writer is None else str(writer), time=self._clock.now())
             task, attempt = (None, None) if writer is None else (writer.task, writer.attempt)
-            event = Event("shared.put", {"run": self._run, "task": task, "attempt": attempt, "key": key})
+            event = Event.of(SharedPut(run=self._run, task=task, attempt=attempt, key=key))
             write = Write(name, version, stored.model_dump())
             await self._check_capacity(name, len(orjson.dumps(write.value)))
             position = await self._store.commit(Commit([write], [event], [claim] if claim else []))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from orchestrator.domain.events.runs import RunTakenOver
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity, OwnerStatus
 from orchestrator.errors import VersionConflict
 from orchestrator.locking.orchestrators import RunMembership
@@ -57,7 +58,7 @@ async def take_leadership(store: Store, clock: Clock, run: str, owner: Orchestra
             for record in await store.list("orchestrator", f"{run}/")
             if record.value["ended"] is None
         ]
-        taken_over = Event("run.taken_over", {"run": run, "epoch": guard.epoch, "pid": owner.pid})
+        taken_over = Event.of(RunTakenOver(run=run, epoch=guard.epoch, pid=owner.pid))
         with suppress(VersionConflict):  # an orchestrator has just renewed its record
             await store.commit(Commit([write, *fences], [taken_over]))
             failpoint("run.taken_over")

@@ -12,6 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
+from orchestrator.domain.events.base import RunEvent, TaskEvent
+from orchestrator.domain.events.runs import (
+    AdapterEnabled,
+    AdapterEvent,
+    BaseFailureAllowed,
+    BasePassed,
+    RequestCompleted,
+    RunBudgetChanged,
+    RunFinished,
+    RunHalted,
+    RunJoined,
+    RunLeaderElected,
+)
 from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.runs.model import (
     CLAIMED_STATUSES,
@@ -45,7 +58,7 @@ from orchestrator.engine.state.records import (
     task_documents,
     task_key,
 )
-from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, build_transition, sanitize
+from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, build_transition, record_event, sanitize
 from orchestrator.errors import ClaimLost, HistoryCompacted, LeaseLost, RefusedError, RunActive, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.orchestrators import RunMembership
@@ -69,11 +82,10 @@ ClaimPlan = Awaitable["Sequence[Write] | OwnershipConflict | OutdatedBase"]
 
 
 class AdapterUpdate(NamedTuple):
-    """A new adapter document and the event that reports it."""
+    """A new adapter document and the event that reports it; the adapter is filled in."""
 
     document: AdapterDocument
-    event: str
-    details: JsonObject
+    event: AdapterEvent
 
 
 class OutdatedBase(NamedTuple):
@@ -156,17 +168,17 @@ class Ledger:
         clock: Clock,
         redactor: Redactor,
         orchestrators: RunMembership,
-        facts: JsonObject,
+        sandbox: str,
         *,
         is_shared: bool = True,
     ) -> Ledger:
         """Load a run and become its leader under the next epoch.
 
-        `facts` go into the event. RunActive if another live orchestrator leads the run.
+        The event names the kind of the `sandbox`. RunActive if another live orchestrator leads the run.
         """
         while True:
             try:
-                return await cls._take(store, clock, redactor, orchestrators, facts, is_shared=is_shared)
+                return await cls._take(store, clock, redactor, orchestrators, sandbox, is_shared=is_shared)
             except VersionConflict:
                 if await orchestrators.find(orchestrators.me.id) is not None:  # else another orchestrator was first
                     raise
@@ -178,7 +190,7 @@ class Ledger:
         clock: Clock,
         redactor: Redactor,
         orchestrators: RunMembership,
-        facts: JsonObject,
+        sandbox: str,
         *,
         is_shared: bool,
     ) -> Ledger:
@@ -194,21 +206,22 @@ class Ledger:
             reopened = current.model_copy(update={"ended": None, "halted": None, "halted_by": None})
             run_writes.append(Write(run_key(run), version, reopened.model_dump(mode="json")))
             ledger._set_run(reopened)
-        await ledger._lead(lease, [orchestrators.join_write(), *run_writes], facts)
+        elected = RunLeaderElected(epoch=lease[1].epoch, pid=orchestrators.me.pid, sandbox=sandbox)
+        await ledger._lead(lease, [orchestrators.join_write(), *run_writes], elected)
         orchestrators.mark_joined()
         return await ledger._newest()
 
     @classmethod
     async def join(
-        cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: RunMembership, facts: JsonObject
+        cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: RunMembership, sandbox: str
     ) -> Ledger:
-        """Load a run and join it as a worker; `facts` go into the event."""
+        """Load a run and join it as a worker; the event names the kind of the `sandbox`."""
         run = orchestrators.run
         document, tasks = await read_run_with_tasks(store, run)
         ledger = cls(store, document, tasks, redactor, orchestrators, clock)
         me = orchestrators.me
-        joined = Event("run.joined", {"run": run, "orchestrator": me.id, "host": me.host, "pid": me.pid, **facts})
-        await store.commit(Commit([orchestrators.join_write()], [joined]))
+        joined = RunJoined(run=run, orchestrator=me.id, host=me.host, pid=me.pid, sandbox=sandbox)
+        await store.commit(Commit([orchestrators.join_write()], [Event.of(joined)]))
         orchestrators.mark_joined()
         return await ledger._newest()
 
@@ -229,10 +242,9 @@ class Ledger:
             newest.became_leader.set()
         return newest
 
-    async def _lead(self, lease: tuple[Write, Guard], writes: Sequence[Write], facts: JsonObject) -> None:
+    async def _lead(self, lease: tuple[Write, Guard], writes: Sequence[Write], elected: RunLeaderElected) -> None:
         write, guard = lease
-        facts = {"run": self.run.id, "epoch": guard.epoch, "pid": self.orchestrators.me.pid, **facts}
-        await self._store.commit(Commit([write, *writes], [Event("run.leader_elected", facts)]))
+        await self._store.commit(Commit([write, *writes], [self._event(elected)]))
         self._guards = (self.orchestrators.guard, guard)
         self.became_leader.set()
         failpoint("run.leader_elected")
@@ -252,7 +264,7 @@ class Ledger:
         if (await read_run(self._store, self.run.id)).ended is not None:  # the previous leader has finished the run
             return False
         with suppress(VersionConflict):  # another orchestrator was first
-            await self._lead(lease, [], {})
+            await self._lead(lease, [], RunLeaderElected(epoch=lease[1].epoch, pid=self.orchestrators.me.pid))
             self.orchestrators.promote()
         return self.became_leader.is_set()
 
@@ -333,9 +345,9 @@ class Ledger:
         redacted: JsonObject = self._redactor.json(value)
         return redacted
 
-    async def change(self, task: str, trigger: Trigger, details: JsonObject | None = None, **changes: Any) -> None:
-        """Apply a trigger to a task and record it, with an event that carries `details`."""
-        await self.change_all({task: TaskUpdate(trigger, details or {}, changes)})
+    async def change(self, task: str, trigger: Trigger, event: TaskEvent, **changes: Any) -> None:
+        """Apply a trigger to a task and record it, with the event of the trigger."""
+        await self.change_all({task: TaskUpdate(trigger, event, changes)})
 
     async def change_all(self, updates: Mapping[str, TaskUpdate], permits: Sequence[Guard] = ()) -> None:
         """Change tasks in one commit, as `change` does.
@@ -598,9 +610,9 @@ class Ledger:
                 self.claims.mark_lost(task)
                 raise ClaimLost(task, 0 if guard is None else guard.epoch, claim.epoch, claim.owner.id)
 
-    async def note(self, event: str, details: JsonObject) -> None:
+    async def note(self, event: RunEvent) -> None:
         """Record an event that changes no document."""
-        await self._commit(Commit([], [self._event(event, details)], self._guards))
+        await self._commit(Commit([], [self._event(event)], self._guards))
 
     async def prune_ownership(self, registry: OwnershipRegistry) -> None:
         """Delete path ownership under claims that have ended."""
@@ -628,14 +640,14 @@ class Ledger:
             if (update := judge(known)) is None:
                 return known, False
             value = self._redacted(update.document.model_dump(mode="json"))
-            event = self._event(update.event, {"adapter": adapter, **update.details})
+            event = self._event(update.event.within(adapter=adapter))
             with suppress(VersionConflict):
                 await self._commit(Commit([Write(key, stored.version if stored else 0, value)], [event], self._guards))
                 return update.document, True
 
     async def enable_adapter(self, adapter: str) -> AdapterDocument:
         """Enable an adapter that is cooling down or disabled; return its state."""
-        enabled = AdapterUpdate(AdapterDocument(enabled_at=self._clock.now()), "adapter.enabled", {})
+        enabled = AdapterUpdate(AdapterDocument(enabled_at=self._clock.now()), AdapterEnabled())
         known, _ = await self.update_adapter(
             adapter, lambda known: enabled if known.disabled_reason or known.cooldown_until else None
         )
@@ -733,7 +745,7 @@ class Ledger:
         key = request_key(self.run.id, request.id)
         stored = await self._store.get(key)
         if stored is not None:
-            event = self._event("request.completed", {"request": request.id})
+            event = self._event(RequestCompleted(request=request.id))
             await self._commit(Commit([Write(key, stored.version, None)], [event], self._guards))
 
     def slowest_commit(self) -> float:
@@ -752,46 +764,46 @@ class Ledger:
             raise
         self._slowest = max(self._slowest, self._clock.monotonic() - began)
 
-    def _event(self, event: str, details: JsonObject) -> Event:
-        return Event(event, self._redacted({"run": self.run.id, **details}))
+    def _event(self, event: RunEvent) -> Event:
+        return record_event(event, self.run.id, self._redactor)
 
     def _redacted(self, value: JsonObject) -> JsonObject:
         return sanitize(value, self._redactor)
 
     async def finish(self, status: str) -> None:
         """Record that the run has nothing left to do; it may still be resumed."""
-        await self._update_run("run.finished", {"status": status}, ended=self._clock.now())
+        await self._update_run(RunFinished(status=status), ended=self._clock.now())
         failpoint("run.finished")
 
     async def halt(self, by: HaltCause, reason: str) -> None:
         """Record the cause and the reason of an early stop; the run may be resumed."""
-        await self._update_run("run.halted", {"by": by, "reason": reason}, halted=reason, halted_by=by)
+        await self._update_run(RunHalted(by=by, reason=reason), halted=reason, halted_by=by)
 
     async def proven_bases(self) -> tuple[str, ...]:
         """Return the bases whose checks passed in any process of the run."""
         return (await self._read_run())[1].proven_bases
 
-    async def record_passed_base(self, key: str, facts: JsonObject) -> None:
-        """Record that the checks of a base passed, with facts for the event."""
+    async def record_passed_base(self, key: str, event: BasePassed) -> None:
+        """Record that the checks of a base passed."""
         bases = (*await self.proven_bases(), key)[-MAX_PROVEN_BASES:]
-        await self._update_run("base.passed", facts, proven_bases=bases)
+        await self._update_run(event, proven_bases=bases)
 
     async def allow_failing_base(self) -> None:
         """Record that sessions may start although checks fail on the base."""
-        await self._update_run("base.failure_allowed", {}, allow_failing_base=True)
+        await self._update_run(BaseFailureAllowed(), allow_failing_base=True)
 
     async def set_budget(self, limits: JsonObject) -> None:
         """Record new limits of the run's budget, by key."""
         given = tuple(dict.fromkeys((*self.run.given, "budget")))
-        await self._update_run("run.budget_changed", limits, budget={**self.run.budget, **limits}, given=given)
+        await self._update_run(RunBudgetChanged(limits=limits), budget={**self.run.budget, **limits}, given=given)
 
-    async def _update_run(self, event: str, facts: JsonObject, **changes: Any) -> None:
+    async def _update_run(self, event: RunEvent, **changes: Any) -> None:
         while True:
             version, before = await self._read_run()
             amended = before.model_copy(update=changes)
             write = Write(run_key(self.run.id), version, amended.model_dump(mode="json"))
             try:
-                await self._commit(Commit([write], [self._event(event, facts)], self._guards))
+                await self._commit(Commit([write], [self._event(event)], self._guards))
             except VersionConflict:  # subtasks were added
                 continue
             break

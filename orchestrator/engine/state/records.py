@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.workflow.handoffs import Handoff
@@ -89,7 +90,7 @@ async def record_new_run(
     begin = {"position": await store.position()}
     for kind, names in (("sink", run.sinks), ("tracker", run.trackers)):
         writes += [Write(cursor_key(run.id, kind, name), 0, begin) for name in names]
-    created = Event("run.created", {"run": run.id, "tasks": len(specs), "target": run.target})
+    created = Event.of(RunCreated(run=run.id, tasks=len(specs), target=run.target))
     await store.commit(Commit(writes, [created]))
     failpoint("run.seeded")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.domain.events.tasks import TaskReloaded
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.state.records import run_key, spec_key
 from orchestrator.errors import RefusedError, raise_combined_refusal
@@ -151,7 +152,7 @@ def build_reload(
             continue
         adapters |= {adapter: config.adapters[adapter].to_stored() for adapter in file_tasks[name].adapters}
         writes.append(Write(spec_key(document.id, name), version, file_tasks[name].model_dump(mode="json")))
-        events.append(Event("task.reloaded", {"run": document.id, "task": name, "keys": list(keys)}))
+        events.append(Event.of(TaskReloaded(run=document.id, task=name, keys=keys)))
     if writes:
         updated = document.model_copy(update={"adapters": adapters, "config_digest": None})
         writes.append(Write(run_key(document.id), run.version, updated.model_dump(mode="json")))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orchestrator.domain.events.base import RunEvent, TaskEvent
 from orchestrator.domain.runs.lifecycle import Trigger, apply_trigger
 from orchestrator.domain.runs.model import TaskDocument, TaskStatus
 from orchestrator.domain.scheduling.claims import ReleaseReason
@@ -15,41 +16,6 @@ from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
     from orchestrator.domain.security.secrets import Redactor
-
-#: Event type by trigger.
-TASK_EVENTS: Mapping[Trigger, str] = {
-    Trigger.START: "task.started",
-    Trigger.RETRY: "task.retrying",
-    Trigger.HOLD: "task.postponed",
-    Trigger.INTERRUPT: "task.interrupted",
-    Trigger.FAIL: "task.failed",
-    Trigger.IDLE: "task.no_change",
-    Trigger.BUILD: "task.queued",
-    Trigger.ADVANCE: "task.advanced",
-    Trigger.EXPAND: "task.expanded",
-    Trigger.REPEAT: "task.phase_repeated",
-    Trigger.ASK: "task.waiting",
-    Trigger.APPROVE: "task.approved",
-    Trigger.SEND_BACK: "task.rejected",
-    Trigger.QUEUE: "task.queued",
-    Trigger.FINISH: "task.done",
-    Trigger.CHECK: "task.checking",
-    Trigger.REQUEUE: "task.requeued",
-    Trigger.BOUNCE: "task.retrying",
-    Trigger.REJECT: "task.failed",
-    Trigger.INTEND: "task.landing",
-    Trigger.UNDO: "task.landing_aborted",
-    Trigger.DEFER: "task.deferred",
-    Trigger.CONFLICT: "task.conflict",
-    Trigger.ADOPT: "task.landed",
-    Trigger.LAND: "task.landed",
-    Trigger.LOSE: "task.failed",
-    Trigger.DISTRUST: "task.failed",
-    Trigger.CANCEL: "task.cancelled",
-    Trigger.IGNORE: "task.ignored",
-    Trigger.REVIVE: "task.retry_requested",
-}
-
 
 #: How the claim on a task ends, by the status in which the task has no owner.
 CLAIM_RELEASES: Mapping[TaskStatus, ReleaseReason] = {
@@ -70,17 +36,14 @@ _FOREIGN_TEXT_FIELDS = frozenset(
 
 
 class TaskUpdate(NamedTuple):
-    """A lifecycle step of one task: its trigger, event details and document changes, and what else the commit writes.
-
-    For the end of an attempt, `details` has its `outcome` and `reason`.
-    """
+    """A lifecycle step of one task: its trigger with its event, document changes, and what else the commit writes."""
 
     trigger: Trigger
-    details: Mapping[str, Any] = {}
+    event: TaskEvent
     changes: Mapping[str, Any] = {}
     writes: Sequence[Write] = ()
-    events: Sequence[tuple[str, JsonObject]] = ()
-    """Further event types with their details; the run is added."""
+    events: Sequence[TaskEvent] = ()
+    """Further events."""
     tasks: Mapping[str, TaskSpec] = {}
     """The subtasks that its plan was expanded to, inserted after this task."""
 
@@ -98,19 +61,27 @@ def build_transition(
     `key` and `version` are those of the task's document.
     """
     trigger = update.trigger
+    if type(update.event) is not trigger.event:
+        raise TypeError(f"trigger {trigger} records {trigger.event.__name__}, not {type(update.event).__name__}")
     run, _, task = key.id.partition("/")
     changed = close_open_visit(apply_trigger(f"task {task!r}", before, trigger, **update.changes), now)
     after = TaskDocument.model_validate(sanitize(changed.model_dump(mode="json"), redactor))
     attempt = {"attempt": after.attempt.number} if after.attempts else {}
-    task_event = (TASK_EVENTS[trigger], {"task": task, **attempt, **update.details})
-    phases = [(event, {"task": task, **facts}) for event, facts in phase_events(before.phases, after.phases)]
+    task_event = update.event.within(**attempt)
+    phases = phase_events(before.phases, after.phases)
     # In causal order: a handoff ends its phase, and that moves the task.
-    event_facts = (
+    ordered = (
         [task_event, *phases, *update.events] if trigger is Trigger.START else [*update.events, *phases, task_event]
     )
     write = Write(key, version, after.model_dump(mode="json"))
-    events = [Event(event, sanitize({"run": run, **facts}, redactor)) for event, facts in event_facts]
+    events = [record_event(event.within(task=task), run, redactor) for event in ordered]
     return after, Commit([write, *update.writes], events)
+
+
+def record_event(event: RunEvent, run: str, redactor: Redactor) -> Event:
+    """Return the record of an event of a run, without secrets."""
+    recorded = Event.of(event.within(run=run))
+    return Event(recorded.type, sanitize(recorded.data, redactor))
 
 
 def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:

@@ -14,11 +14,12 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.config.model import PathAccess, WorktreesConfig
+from orchestrator.domain.events.base import RunEvent
+from orchestrator.domain.events.coordination import SlotSetupFinished, SlotSetupStarted, SlotTeardownFailed
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed, Misconfigured, Outcome, ResourcesExhausted
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import LockHeld, RefusedError
-from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.pool import HeldSlot, SetupError
 from orchestrator.repo.worktrees.provisions import ProvisionFailure, Provisions
@@ -85,7 +86,7 @@ class WorktreeSetup:
     config: WorktreesConfig
     provisions: Provisions
     lease: Callable[[Path], Awaitable[Mapping[str, str]]]
-    record_event: Callable[[str, JsonObject], Awaitable[None]]
+    record_event: Callable[[RunEvent], Awaitable[None]]
     sandbox: RunSandbox
     redactor: Redactor
     logs: Path
@@ -116,8 +117,8 @@ class WorktreeSetup:
             raise known
         slot = checkout.slot
         variables = await self.lease(slot.root)
-        facts: JsonObject = {"place": str(slot.root), "commands": [step.run for step in steps[first:]]}
-        await self.record_event("slot.setup_started", facts)
+        lines = [step.run for step in steps[first:]]
+        await self.record_event(SlotSetupStarted(slot=str(slot.root), commands=lines))
         began = anyio.current_time()
         async with _temporary_git(slot, commit):
             commands = hooks.setup_commands(steps, first, self.logs, slot.number)
@@ -128,7 +129,7 @@ class WorktreeSetup:
                 self._failed[wanted[first + result.done], at] = failure
             raise failure
         seconds = round(anyio.current_time() - began, 3)
-        await self.record_event("slot.setup_finished", {"place": str(slot.root), "seconds": seconds})
+        await self.record_event(SlotSetupFinished(slot=str(slot.root), seconds=seconds))
         return wanted
 
     def _with_network_hint(self, result: ShellResult) -> ShellResult:
@@ -149,7 +150,7 @@ class WorktreeSetup:
             lines, timeout = self.config.teardown, self.config.hooks_timeout
             failed = await hooks.run_all(shell, hooks.teardown_commands(lines, timeout, self.logs, slot.number))
             for reason in _describe_failures(failed, "before its worktree slot was deleted"):
-                await self.record_event("slot.teardown_failed", {"place": str(slot.root), "reason": reason})
+                await self.record_event(SlotTeardownFailed(slot=str(slot.root), reason=reason))
 
     async def prepare(self, checkout: HeldSlot) -> PreparedWorktree | Failed | ResourcesExhausted:
         """Provide a session's slot with its ports and user files; return an outcome on failure."""

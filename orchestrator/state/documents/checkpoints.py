@@ -35,6 +35,7 @@ from typing import Final
 
 import anyio.to_thread
 
+from orchestrator.domain.events.state import CheckpointCreated
 from orchestrator.domain.runs.lifecycle import run_state
 from orchestrator.domain.runs.model import FINAL_STATUSES, CheckpointOrigin, RunDocument, TaskDocument, TaskStatus
 from orchestrator.domain.runs.rollback import roll_back_task
@@ -145,8 +146,8 @@ async def create_checkpoint(
         # In threads, here and below: decoding thousands of tasks takes long.
         summary = await anyio.to_thread.run_sync(_summarize, documents.values(), run, is_live)
         facts = {"position": position, "reason": clean_reason, "maker": maker, **summary}
-        named = {"checkpoint": key.id, "reason": clean_reason}
-        event = Event("checkpoint.created", named if run is None else {"run": run, **named})
+        created = CheckpointCreated(checkpoint=key.id, reason=clean_reason)
+        event = Event.of(created if run is None else created.within(run=run))
         with suppress(VersionConflict):  # another process took the number
             await store.commit(Commit([Write(key, 0, facts)], [event], guards))
             failpoint("checkpoint.created")

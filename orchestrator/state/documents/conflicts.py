@@ -19,6 +19,7 @@ from orchestrator.domain.documents.conflicts import (
     parse_strategy,
     resolve_updates,
 )
+from orchestrator.domain.events.state import StateConflictKept, StateConflictResolved, StateConflictSettled
 from orchestrator.errors import RefusedError, format_author
 from orchestrator.protocols import Commit, Document, DocumentVersion, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents.update import MAX_ATTEMPTS, ChangeCheck, retry_on_conflict
@@ -171,11 +172,12 @@ async def _step(store: Store, key: Key, updates: Sequence[DocumentUpdate[Key]], 
     if len(competing) == 1:
         return _Step(found, _replace(key, version, updates[0].value))
     outcome = resolve_updates(competing, strategy)
-    facts = {"key": str(key), "writers": [one.writer for one in sorted(competing, key=lambda one: one.time)]}
+    writers = [one.writer for one in sorted(competing, key=lambda one: one.time)]
     if isinstance(outcome, Unresolved):
         kept = Conflict(secrets.token_hex(8), key, version, outcome.candidates)
-        return _Step(found, [_record(kept)], Event("state.conflict_kept", {**facts, "conflict": kept.id}), kept)
-    event = Event("state.conflict_resolved", {**facts, "strategy": str(strategy)})
+        unresolved = StateConflictKept(key=str(key), writers=writers, conflict=kept.id)
+        return _Step(found, [_record(kept)], Event.of(unresolved), kept)
+    event = Event.of(StateConflictResolved(key=str(key), writers=writers, strategy=strategy))
     return _Step(found, _replace(key, version, outcome.value), event)
 
 
@@ -233,7 +235,7 @@ async def _resolve(
     version = found.version if found else 0
     if version != conflict.version and not force:
         raise await _changed(store, conflict, found)
-    event = Event("state.conflict_settled", {"key": str(conflict.key), "conflict": name, "writer": writer})
+    event = Event.of(StateConflictSettled(key=str(conflict.key), conflict=name, writer=writer))
     writes = [Write(record.key, record.version, None), *_replace(conflict.key, version, value)]
     await store.commit(Commit(writes, [event], guards))
     return await store.get(conflict.key)

@@ -9,6 +9,8 @@ from typing import Final, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from orchestrator.domain.events.base import TypedEvent
+from orchestrator.domain.events.state import StateCompacted, StateExpiredDeleted
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, CompactionResult, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.system.clock import Clock
@@ -92,31 +94,36 @@ async def _try(
     return await store.get(key) if value is not None else None
 
 
-async def delete_expired(store: Store, facts: JsonObject) -> Sequence[Key]:
+async def delete_expired(store: Store, run: str | None = None) -> Sequence[Key]:
     """Delete expired documents, and return their keys.
 
-    Readers already treat them as missing; this records the deletion. The event `state.expired_deleted` has their count,
-    the names of the first hundred, and `facts`.
+    Readers already treat them as missing; this records the deletion, as an event of `run` if one is given.
     """
     expired = (await store.statistics()).expired
     if not expired:
         return ()
-    named = {"count": len(expired), "documents": [str(key) for key in expired[:_MOST_NAMED]]}
-    event = Event("state.expired_deleted", facts | named)
+    deleted = StateExpiredDeleted(count=len(expired), documents=[str(key) for key in expired[:_MOST_NAMED]])
+    event = _of_run(deleted, run)
     with suppress(VersionConflict):  # one of them was written again: the next call deletes the rest
         await store.commit(Commit([Write(key, 0, None) for key in expired], [event]))
         return expired
     return ()
 
 
-async def compact_log(store: Store, clock: Clock, age: float | None, size: int, facts: JsonObject) -> CompactionResult:
+async def compact_log(
+    store: Store, clock: Clock, age: float | None, size: int, run: str | None = None
+) -> CompactionResult:
     """Prune commits older than `age` seconds (None: none by age), or beyond `size` bytes of log.
 
-    If any was pruned, records an event `state.compacted` with `facts`.
+    Records an event if any was pruned, as an event of `run` if one is given.
     """
     first = (await store.statistics()).first
     result = await store.compact(-math.inf if age is None else clock.now() - age, size)
     if result.first > first:
-        sizes = {"before": result.before, "after": result.after, "first": result.first}
-        await store.commit(Commit([], [Event("state.compacted", facts | sizes)]))
+        event = StateCompacted(before=result.before, after=result.after, first=result.first)
+        await store.commit(Commit([], [_of_run(event, run)]))
     return result
+
+
+def _of_run(event: TypedEvent, run: str | None) -> Event:
+    return Event.of(event if run is None else event.within(run=run))

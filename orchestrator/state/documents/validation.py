@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.events.state import StateRepaired
 from orchestrator.domain.runs.model import (
     AdapterDocument,
     CheckpointOrigin,
@@ -298,10 +299,10 @@ async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
         value = next((one for one in known if one is not None and _flaw(key, encode_object(key, one)) is None), None)
         if value is not None and key.kind in {"lease", "claim", "orchestrator"}:
             value = {**value, "epoch": found.version + 1}  # higher than all earlier epochs: no process has it
-        facts = {"key": str(key), "lost": found.version, "is_known": value is not None}
+        event = Event.of(StateRepaired(key=str(key), lost=found.version, is_known=value is not None))
         ttl = None if found.expires is None else max(found.expires - found.time, 1.0)
         try:
-            await store.commit(Commit([Write(key, found.version, value, ttl)], [Event("state.repaired", facts)]))
+            await store.commit(Commit([Write(key, found.version, value, ttl)], [event]))
         except VersionConflict:  # another process has just written it
             continue
 

@@ -15,6 +15,8 @@ from typing import Any, Final
 import anyio.to_thread
 import orjson
 
+from orchestrator.domain.events.runs import RunImported
+from orchestrator.domain.events.state import LegacyFileSkipped, LegacyImported
 from orchestrator.domain.runs.legacy import ConvertedSession, convert_session
 from orchestrator.errors import CouncilError
 from orchestrator.project import LEGACY_FILE, LEGACY_RECORD, LEGACY_TREE, Project, is_import_complete
@@ -104,8 +106,8 @@ async def _commit(store: Store, runs: Sequence[ConvertedSession], found: LegacyF
         ]
         if is_complete:
             events += [_damaged(one) for one in done.problems]
-            facts = {"sources": [one.path for one in done.sources], "runs": done.runs, "tasks": done.tasks}
-            events.append(Event("legacy.imported", facts))
+            sources = [one.path for one in done.sources]
+            events.append(Event.of(LegacyImported(sources=sources, runs=done.runs, tasks=done.tasks)))
         if is_complete or version == 0:
             writes.append(Write(LEGACY_RECORD, version, {"is_complete": is_complete, **asdict(done)}))
             version += 1
@@ -115,12 +117,11 @@ async def _commit(store: Store, runs: Sequence[ConvertedSession], found: LegacyF
 
 
 def _imported(run: dict[str, Any]) -> Event:
-    facts = {"run": run["id"], "tasks": len(run["tasks"]), "source": run["imported"]["source"]}
-    return Event("run.imported", facts)
+    return Event.of(RunImported(run=run["id"], tasks=len(run["tasks"]), source=run["imported"]["source"]))
 
 
 def _damaged(one: LegacyProblem) -> Event:
-    return Event("legacy.file_skipped", {"path": one.path, "reason": one.reason, "copy": one.copy})
+    return Event.of(LegacyFileSkipped(path=one.path, reason=one.reason, copy=one.copy))
 
 
 async def _needed(store: Store, key: Key, value: dict[str, Any]) -> Write | None:

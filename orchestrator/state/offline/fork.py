@@ -24,6 +24,8 @@ from anyio import to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from orchestrator.domain.events.base import TypedEvent
+from orchestrator.domain.events.state import OutageCommitRejected, OutageEnded, OutagePreserved
 from orchestrator.errors import LeaseLost, LockHeld, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import (
     Commit,
@@ -60,7 +62,7 @@ from orchestrator.system.file_lock import FileLock
 T = TypeVar("T")
 
 #: Takes one event at a time, in order, from a task of its own.
-EventSink = Callable[[Event], Awaitable[None]]
+EventSink = Callable[[TypedEvent], Awaitable[None]]
 
 #: Seconds to send the remaining events after the body has ended.
 _FLUSH_TIMEOUT: Final = 5.0
@@ -171,11 +173,11 @@ class RejectedCommit:
     events: Sequence[Event]
     reason: str
 
-    def event(self) -> Event:
+    def event(self) -> OutageCommitRejected:
         """Return the event that reports it."""
         keys = [str(key) for key, _, _ in self.documents]
         types = [event.type for event in self.events]
-        return Event("outage.commit_rejected", {"keys": keys, "events": types, "reason": self.reason})
+        return OutageCommitRejected(keys=keys, events=types, reason=self.reason)
 
 
 @dataclass(slots=True)
@@ -548,7 +550,7 @@ class ForkingStore(StoreWrapper):
     async def close(self) -> None:
         """Close the fork, if there is one; the next process that opens the store replays it."""
         if self._fork is not None:
-            self._on_event(Event("outage.preserved", {"folder": str(self._folder)}))
+            self._on_event(OutagePreserved(folder=str(self._folder)))
         await self._close()
 
     async def _close(self) -> None:
@@ -586,9 +588,9 @@ async def continue_offline(
         await forking_store.close()
 
 
-async def _replay_leftovers(store: Store, clock: Clock, folder: Path) -> Sequence[Event]:
+async def _replay_leftovers(store: Store, clock: Clock, folder: Path) -> Sequence[TypedEvent]:
     """Replay the forks whose process is gone; return the events to send."""
-    events = list[Event]()
+    events = list[TypedEvent]()
     for lock in await to_thread.run_sync(lambda: sorted(folder.glob("*.lock"))):
         fork_folder = lock.with_suffix("")
         with suppress(LockHeld):
@@ -599,7 +601,7 @@ async def _replay_leftovers(store: Store, clock: Clock, folder: Path) -> Sequenc
                         await fork.replay(store, replayed)
                     events += [refused.event() for refused in replayed.refused]
                     counts = {"replayed": len(replayed.accepted), "refused": len(replayed.refused)}
-                    events.append(Event("outage.ended", {"mode": "continue", "seconds": None, **counts}))
+                    events.append(OutageEnded(mode="continue", seconds=None).replace(**counts))
                 await to_thread.run_sync(remove_fork, fork_folder)
     return events
 
@@ -624,14 +626,14 @@ async def survive_outages(
     first. `is_temporary` selects the errors that `pause` waits for, until `gives_up` returns True: then they are
     raised.
 
-    `send_event` takes an event when an outage begins (`outage.began`: `mode`, `reason`, `time`), when it ends
-    (`outage.ended`: `mode`, `seconds`, and with `continue` the number of commits `replayed` and `refused`), and for
-    each commit that was refused then (`outage.commit_rejected`: `keys`, `events`, `reason`). It may commit to the
+    `send_event` takes an event when an outage begins (`OutageBegan`), when it ends
+    (`OutageEnded`), and for
+    each commit that was refused then (`OutageCommitRejected`). It may commit to the
     store that this yields, which waits like any other commit; an error that it raises ends the body.
     """
-    send_stream, receive_stream = anyio.create_memory_object_stream[Event](math.inf)
+    send_stream, receive_stream = anyio.create_memory_object_stream[TypedEvent](math.inf)
 
-    def on_event(event: Event) -> None:
+    def on_event(event: TypedEvent) -> None:
         with suppress(anyio.ClosedResourceError):  # an outage while the last events are sent
             send_stream.send_nowait(event)
 
@@ -646,7 +648,7 @@ async def survive_outages(
         yield PausingStore(store, Outage(clock, intervals, on_event, "pause", is_temporary, gives_up))
 
 
-async def _send_events(receive_stream: MemoryObjectReceiveStream[Event], send_event: EventSink) -> None:
+async def _send_events(receive_stream: MemoryObjectReceiveStream[TypedEvent], send_event: EventSink) -> None:
     with receive_stream:
         async for event in receive_stream:
             await send_event(event)

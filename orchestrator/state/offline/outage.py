@@ -15,6 +15,8 @@ from typing import Final, TypeVar
 import anyio
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
+from orchestrator.domain.events.base import TypedEvent
+from orchestrator.domain.events.state import OutageBegan, OutageEnded
 from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, VersionConflict
 from orchestrator.protocols import (
     VERSIONS_KEPT,
@@ -23,7 +25,6 @@ from orchestrator.protocols import (
     Damage,
     Document,
     DocumentVersion,
-    Event,
     Key,
     StateSnapshot,
     Store,
@@ -32,7 +33,7 @@ from orchestrator.system.clock import Clock
 
 T = TypeVar("T")
 
-EventHandler = Callable[[Event], None]
+EventHandler = Callable[[TypedEvent], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Outage:
         """Mark the store as unreachable; send one event for the whole outage."""
         if self._since is None:
             self._since, self._ended = self._clock.monotonic(), anyio.Event()
-            self._on_event(Event("outage.began", {"mode": self._mode, "reason": error.what, "time": self._clock.now()}))
+            self._on_event(OutageBegan(mode=self._mode, reason=error.what, began=self._clock.now()))
 
     def end(self, **facts: int) -> None:
         """Mark the store as reachable; send an event if an outage was active."""
@@ -119,7 +120,7 @@ class Outage:
             seconds = self._clock.monotonic() - self._since
             self._since = None
             self._ended.set()
-            self._on_event(Event("outage.ended", {"mode": self._mode, "seconds": seconds, **facts}))
+            self._on_event(OutageEnded(mode=self._mode, seconds=seconds).replace(**facts))
 
     async def retry_until_reached(self, call: Callable[[], Awaitable[T]], *, update_status: bool = True) -> T:
         """Repeat `call` until it reaches the store, and return its result.

@@ -27,6 +27,7 @@ import anyio
 from anyio import to_thread
 
 from orchestrator.config.store import require_local_folder, store_folder
+from orchestrator.domain.events.state import StateLogRepaired, StateRepaired
 from orchestrator.errors import LockHeld
 from orchestrator.protocols import (
     VERSIONS_KEPT,
@@ -238,7 +239,7 @@ class FileStore:
 
     def _repair_commit(self, keys: Sequence[Key], damage: int) -> Commit:
         """Return the commit that makes the known values of documents current, or deletes documents without one."""
-        now, writes, events = self._clock.now(), list[Write](), list[Event]()
+        now, writes, events = self._clock.now(), list[Write](), list[StateRepaired]()
         for key in keys:
             entry = self._journal.table.entry(key)
             if entry is None:
@@ -249,10 +250,8 @@ class FileStore:
             known = None if entry.value is None else json.loads(entry.value)
             ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
             writes.append(Write(key, entry.version, known, ttl))
-            events.append(
-                Event("state.repaired", {"key": str(key), "lost": entry.version, "is_known": known is not None})
-            )
-        return Commit(writes, [*events, Event("state.log_repaired", {"damage": damage})])
+            events.append(StateRepaired(key=str(key), lost=entry.version, is_known=known is not None))
+        return Commit(writes, [*map(Event.of, events), Event.of(StateLogRepaired(damage=damage))])
 
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:

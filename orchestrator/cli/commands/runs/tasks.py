@@ -28,8 +28,8 @@ from orchestrator.cli.core.completion import (
 from orchestrator.cli.core.confirm import confirm_action, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.trust import require_trust, trust_option
-from orchestrator.cli.render.events import describe_file_changes
 from orchestrator.cli.render.text import pluralize, printable
+from orchestrator.domain.events.runs import describe_file_changes
 from orchestrator.domain.runs.model import FINAL_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.errors import join_names
@@ -175,8 +175,7 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
             changes = await council.tasks.file_changes(run)
             kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
             if kept or changes.keys:
-                words = describe_file_changes(kept, changes.keys)
-                context.output.notice(printable(f"{changes.file} has changed, the run keeps what it recorded: {words}"))
+                context.output.notice(printable(describe_file_changes(changes.file, kept, changes.keys)))
             if reloads and changes.has_tasks and changes.config is not None:
                 await require_trust(changes.config, is_named=False)
             report = await council.tasks.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)

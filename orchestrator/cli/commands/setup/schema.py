@@ -8,14 +8,15 @@ import click
 
 from orchestrator.cli.core.command import CommandContext, run_command
 from orchestrator.config.json_schema import file_schema
-from orchestrator.engine.reports.schema import result_schema, task_details_schema
+from orchestrator.engine.reports.schema import event_schema, result_schema, task_details_schema
 from orchestrator.plugins import load_plugins
 
 
 @click.command()
 @click.option("--result", is_flag=True, help="Print the schema of the final --json object.")
 @click.option("--story", is_flag=True, help="Print the schema of `council show TASK --json`.")
-def schema(result: bool, story: bool) -> None:
+@click.option("--events", is_flag=True, help="Print the schema of the events that --json prints.")
+def schema(result: bool, story: bool, events: bool) -> None:
     """Print the JSON Schema of the file, for editors.
 
     Includes the options of all installed adapter types. An editor with a YAML language server finds it by this first
@@ -31,9 +32,14 @@ def schema(result: bool, story: bool) -> None:
     """
 
     async def command(context: CommandContext) -> int:
-        if result and story:
-            raise click.UsageError("--result and --story exclude each other")
-        made = task_details_schema() if story else result_schema() if result else file_schema(load_plugins().adapters)
+        if result + story + events > 1:
+            raise click.UsageError("--result, --story and --events exclude each other")
+        if events:
+            made = event_schema()
+        else:
+            made = (
+                task_details_schema() if story else result_schema() if result else file_schema(load_plugins().adapters)
+            )
         context.output.text(json.dumps(made, indent=2) + "\n")
         return 0
 

@@ -1,0 +1,187 @@
+"""Events between processes and sessions: claims, ownership of paths, locks, notes, shared values and worktree slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.domain.events.base import RunEvent, Shown, TaskEvent, TypedEvent
+
+
+class ClaimAcquired(TaskEvent):
+    """A task was claimed without an attempt, such as a queued one."""
+
+    type = "claim.acquired"
+    sentence = "claimed by {owner}"
+    shown = Shown.ALWAYS
+
+    owner: str
+    epoch: int
+
+
+class ClaimReleased(TaskEvent):
+    """A claim was released outside other changes."""
+
+    type = "claim.released"
+    sentence = "its claim was released"
+    shown = Shown.NEVER
+
+    release: str
+    """`complete`, `abandoned` or `failed`."""
+    reason: str | None
+
+
+class ClaimsTakenOver(RunEvent):
+    """A process exited; its tasks were taken over."""
+
+    type = "claims.taken_over"
+    sentence = "took over {number} from worker {orchestrator} ({reason})"
+    sentence_without = ("count", "lost worker {orchestrator} ({reason})")
+
+    orchestrator: str
+    """The name of that process."""
+    reason: str
+    count: int
+    tasks: Sequence[str]
+
+    @property
+    def number(self) -> str:
+        """The number of tasks, in words."""
+        return f"{self.count} task{'' if self.count == 1 else 's'}"
+
+
+class OwnershipTaken(TaskEvent):
+    """A session owns more paths."""
+
+    type = "ownership.taken"
+    sentence = "owns {patterns}"
+    shown = Shown.NEVER
+
+    patterns: Sequence[str]
+
+
+class OwnershipRefused(TaskEvent):
+    """A request for paths was refused: another session owns one of them."""
+
+    type = "ownership.refused"
+    sentence = "cannot own {patterns}: {holder} owns {held}"
+    shown = Shown.NEVER
+
+    patterns: Sequence[str]
+    holder: str
+    """The session."""
+    held: str
+    """Its pattern that overlaps."""
+
+
+class OwnershipWaiting(TaskEvent):
+    """A session waits for paths."""
+
+    type = "ownership.waiting"
+    sentence = "waits for {patterns}"
+    shown = Shown.NEVER
+
+    patterns: Sequence[str]
+
+
+class OwnershipReleased(TaskEvent):
+    """A session released paths."""
+
+    type = "ownership.released"
+    sentence = "released {patterns}"
+    shown = Shown.NEVER
+
+    patterns: Sequence[str]
+
+
+class LockBroken(TypedEvent):
+    """A person removed a lock; without `run`."""
+
+    type = "lock.broken"
+    sentence = "lock {lock} was removed: {reason}"
+    shown = Shown.NEVER
+
+    lock: str
+    """Its name."""
+    layer: str
+    """`file`, `ownership` or `merge`."""
+    what: Sequence[str]
+    """The file, the paths, or the target."""
+    holders: Sequence[str]
+    reason: str
+
+
+class SharedPut(RunEvent):
+    """A value is shared with the sessions of the run, new or as a replacement."""
+
+    type = "shared.put"
+    sentence = "shared as {key}"
+
+    task: str | None
+    """null: a person or a process put it."""
+    attempt: int | None
+    key: str
+
+
+class NoteAdded(TaskEvent):
+    """A session left a note for later sessions."""
+
+    type = "note.added"
+    sentence = "added note {note} for later sessions"
+    shown = Shown.ALWAYS
+
+    note: str
+    """Its id."""
+    topic: str | None
+    paths: Sequence[str]
+
+
+class NoteDeleted(TypedEvent):
+    """A person deleted a note; without `run`."""
+
+    type = "note.deleted"
+    sentence = "note {note} was deleted"
+    shown = Shown.NEVER
+
+    note: str
+
+
+class SlotSetupStarted(RunEvent):
+    """Steps of `setup` run in a new worktree, or because their inputs changed."""
+
+    type = "slot.setup_started"
+    sentence = "{slot}: running setup: {commands}"
+
+    slot: str
+    """The folder of the worktree slot."""
+    commands: Sequence[str]
+
+
+class SlotSetupFinished(RunEvent):
+    """These steps succeeded."""
+
+    type = "slot.setup_finished"
+    sentence = "{slot}: setup took {seconds:g} s"
+
+    slot: str
+    seconds: float
+
+
+class SlotTeardownFailed(RunEvent):
+    """A command of `teardown` failed."""
+
+    type = "slot.teardown_failed"
+    sentence = "{slot}: teardown failed: {reason}"
+
+    slot: str
+    reason: str
+
+
+class SlotPortsChanged(RunEvent):
+    """Another process uses ports of a slot, which got new ones."""
+
+    type = "slot.ports_changed"
+    sentence = "{slot}: got new ports, because another process uses {lost}"
+
+    slot: str
+    lost: Sequence[int]
+    ports: Sequence[int]

@@ -1,0 +1,490 @@
+"""Events of runs: their course, budgets, adapters, and the systems that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.domain.events.base import RunEvent, Shown
+from orchestrator.errors import join_names
+
+if TYPE_CHECKING:
+    from orchestrator.domain.documents.times import Instant
+
+
+class RunCreated(RunEvent):
+    """The run and its tasks are recorded."""
+
+    type = "run.created"
+    sentence = "run {run} lands on {target}"
+
+    tasks: int
+    """Their number."""
+    target: str
+
+
+class RunLeaderElected(RunEvent):
+    """A process became its leader."""
+
+    type = "run.leader_elected"
+    sentence = "process {pid} leads the run"
+    shown = Shown.NEVER
+
+    epoch: int
+    pid: int
+    sandbox: str = ""
+    """The kind of its sandbox; absent if the process had joined before."""
+
+
+class RunJoined(RunEvent):
+    """A process joined the run."""
+
+    type = "run.joined"
+    sentence = "process {pid} on {host} joined"
+
+    orchestrator: str
+    """Its name in the run."""
+    host: str
+    pid: int
+    sandbox: str = ""
+
+
+class RunWorkerLeft(RunEvent):
+    """A process other than the leader left the run, because checks or setup cannot work there."""
+
+    type = "run.worker_left"
+    sentence = "process {pid} left the run: {headline}"
+
+    pid: int
+    reason: str
+
+    @property
+    def headline(self) -> str:
+        """The first line of the reason."""
+        return self.reason.partition("\n")[0]
+
+
+class RunCapacityLimited(RunEvent):
+    """Fewer sessions fit than `capacity`."""
+
+    type = "run.capacity_limited"
+    sentence = "at most {sessions} sessions at once: {reason}"
+
+    sessions: int
+    reason: str
+
+
+class RunWaiting(RunEvent):
+    """The run can only wait, for adapters that cool down or for people; repeated only after a change."""
+
+    type = "run.waiting"
+    sentence = "waiting for {awaited}, until {until} at least"
+    sentence_without = ("until", "waiting for {awaited}")
+
+    until: Instant | None
+    """When the first adapter is available again; null: none is awaited."""
+    adapters: Sequence[str]
+    approvals: Sequence[str]
+    """The tasks that wait for approval."""
+
+    @property
+    def awaited(self) -> str:
+        """What it waits for, in words."""
+        adapters = f"{', '.join(self.adapters)} (cooling down)" if self.adapters else ""
+        approvals = f"your approval of {', '.join(self.approvals)}" if self.approvals else ""
+        return ", and for ".join(filter(None, (adapters, approvals)))
+
+
+class RunPaused(RunEvent):
+    """The machine lacks a resource; nothing starts for a while."""
+
+    type = "run.paused"
+    sentence = "no session starts for {retry_in:g} s: {reason}"
+
+    reason: str
+    retry_in: float
+    """Seconds."""
+
+
+class RunInterrupted(RunEvent):
+    """It was stopped before its end."""
+
+    type = "run.interrupted"
+    sentence = "interrupted; to continue: council resume {run}"
+
+
+class RunHalted(RunEvent):
+    """It stopped itself before its end.
+
+    Its budget is used up, a check fails or cannot run on the base, or a program of checks or setup is missing.
+    """
+
+    type = "run.halted"
+    sentence = "halted: {headline}"
+
+    by: str
+    """`budget`, `base` or `commands`."""
+    reason: str
+
+    @property
+    def headline(self) -> str:
+        """The first line of the reason."""
+        return self.reason.partition("\n")[0]
+
+
+class RunFinished(RunEvent):
+    """Nothing is left to do."""
+
+    type = "run.finished"
+    sentence = "finished: {status}"
+    shown = Shown.NEVER
+
+    status: str
+    """`landed` or `incomplete`."""
+
+
+class RunRemoved(RunEvent):
+    """Its record was deleted, as by `council clean --runs`."""
+
+    type = "run.removed"
+    sentence = "its record was deleted; checkpoint {checkpoint} can restore it"
+
+    checkpoint: str
+
+
+class RunTakenOver(RunEvent):
+    """A process became its owner temporarily, to restore a checkpoint."""
+
+    type = "run.taken_over"
+    sentence = "taken over by process {pid} to restore a checkpoint"
+
+    epoch: int
+    pid: int
+
+
+class RunImported(RunEvent):
+    """A session of an older layout is recorded as a run ([state.md](state.md#state-of-older-layouts))."""
+
+    type = "run.imported"
+    sentence = "imported from {source}"
+
+    tasks: int
+    """Their number."""
+    source: str
+    """The file."""
+
+
+class RunFileChanged(RunEvent):
+    """On resume, the file differs from the run's record, which still applies."""
+
+    type = "run.file_changed"
+    sentence = "{changes}"
+
+    file: str
+    tasks: Mapping[str, Sequence[str]]
+    """The keys that differ, by task."""
+    keys: Sequence[str]
+    """The keys of the whole run that differ."""
+
+    @property
+    def changes(self) -> str:
+        """The differences in words, with the command that adopts them."""
+        return describe_file_changes(self.file, self.tasks, self.keys)
+
+
+def describe_file_changes(file: str, tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> str:
+    """Return the settings that a run's file has and the run has not, and how to adopt them."""
+    each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
+    remedy = "to adopt them for a task: council retry TASK --reload" if tasks else "to use them, start a new run"
+    return f"{file} has changed; the run keeps its recorded settings: {join_names(each)}; {remedy}"
+
+
+class RunBudgetChanged(RunEvent):
+    """Its budget got new limits."""
+
+    type = "run.budget_changed"
+    sentence = "the run has a new budget"
+
+    limits: Mapping[str, float]
+    """`tokens`, `cost` (US dollars), `time` (seconds)."""
+
+
+class RunTargetUnreachable(RunEvent):
+    """At the end, the target could not be read."""
+
+    type = "run.target_unreachable"
+    sentence = "cannot read the target: {reason}"
+
+    reason: str
+
+
+class RunHooksSkipped(RunEvent):
+    """Hooks of your repository are inside one of its checkouts (`.husky`, `.githooks`, a link in `.git/hooks`).
+
+    Landings do not run them, because agents can write them. Reported once by each process of the run.
+    """
+
+    type = "run.hooks_skipped"
+    sentence = "landings do not run the hooks in {hooks}: {reason}"
+
+    hooks: Sequence[str]
+    reason: str
+
+
+class BaseChecking(RunEvent):
+    """Before the next session, the checks run on the commit that landings build on."""
+
+    type = "base.checking"
+    sentence = "running checks on {branch} ({commit:.10}) before the next session: {checks}"
+
+    commit: str
+    branch: str
+    """`TARGET with BASE` if the commit merges the two."""
+    checks: Sequence[str]
+
+
+class BasePassed(RunEvent):
+    """The checks passed on that commit; this run does not repeat them for it."""
+
+    type = "base.passed"
+    sentence = "checks passed on {branch} ({commit:.10})"
+
+    commit: str
+    branch: str
+    checks: Sequence[str]
+
+
+class BaseFailureAllowed(RunEvent):
+    """`--allow-failing-base` was given: from now on checks may fail on the base."""
+
+    type = "base.failure_allowed"
+    sentence = "from now on, checks may fail on the base"
+
+
+class _BudgetEvent(RunEvent):
+    scope: str
+    """`session`, `task` or `run`."""
+    of: str
+    """Its owner, in words."""
+    limit: str
+    """`tokens`, `cost` or `time`."""
+    reason: str
+
+
+class BudgetLow(_BudgetEvent):
+    """80 % of a budget are used up."""
+
+    type = "budget.low"
+    sentence = "budget of {of} is low: {reason}"
+
+
+class BudgetExhausted(_BudgetEvent):
+    """A session has ended and used up the budget of its task or run."""
+
+    type = "budget.exhausted"
+    sentence = "budget of {of} is exhausted: {reason}"
+
+
+class BudgetUntracked(RunEvent):
+    """A session printed more than is kept from its beginning (16 MiB): the rest is counted at its end, if at all."""
+
+    type = "budget.untracked"
+    sentence = "{of} printed too much to track its usage; the rest is counted when it ends"
+
+    of: str
+
+
+class BudgetPriceUnknown(RunEvent):
+    """There is a limit on money, and the cost of a session is unknown."""
+
+    type = "budget.price_unknown"
+    sentence = "the cost of {adapter} is unknown and not counted; add {model} to `prices`"
+    sentence_without = ("model", "the cost of {adapter} is unknown and not counted")
+
+    adapter: str
+    model: str | None
+    """null: unknown too."""
+
+
+class AdapterEvent(RunEvent):
+    """Base of the events of an adapter, which the ledger fills in."""
+
+    context = ("run", "adapter")
+
+    adapter: str = ""
+
+
+class AdapterCooldown(AdapterEvent):
+    """No session of an adapter starts before a time; repeated only if that gets later."""
+
+    type = "adapter.cooling_down"
+    sentence = "adapter {adapter} is cooling down until {until}: {reason}"
+
+    until: Instant
+    reason: str
+
+
+class AdapterDisabled(AdapterEvent):
+    """Nothing of it starts until it is enabled (`council adapters enable`) or the run is resumed."""
+
+    type = "adapter.disabled"
+    sentence = "adapter {adapter} is disabled: {reason}; fix that, then: council adapters enable {adapter} --run {run}"
+
+    reason: str
+
+
+class AdapterEnabled(AdapterEvent):
+    """It is available again."""
+
+    type = "adapter.enabled"
+    sentence = "adapter {adapter} is enabled"
+
+
+class PluginSkipped(RunEvent):
+    """A plugin is unusable; the run continues without it."""
+
+    type = "plugin.skipped"
+    sentence = "skipped {reason}"
+
+    plugin: str
+    reason: str
+
+
+class SinkFailing(RunEvent):
+    """Delivery to a sink failed; retried with growing delays."""
+
+    type = "sink.failing"
+    sentence = "sink {sink} failed and will be retried: {reason}"
+
+    sink: str
+    reason: str
+
+
+class SinkRecovered(RunEvent):
+    """Delivery to the sink works again."""
+
+    type = "sink.recovered"
+    sentence = "sink {sink} recovered"
+
+    sink: str
+
+
+class SinkSkipped(RunEvent):
+    """The log no longer has events that the sink has not received: delivery continues after them."""
+
+    type = "sink.skipped"
+    sentence = "sink {sink} missed the events of positions {after} to {until}, which the log no longer has"
+    shown = Shown.NEVER
+
+    sink: str
+    after: int
+    """The position of the last event that it received."""
+    until: int
+    """The last position that it missed."""
+
+
+class SinkUndelivered(RunEvent):
+    """At the run's end it has not received all events; `council resume` delivers the rest."""
+
+    type = "sink.undelivered"
+    sentence = "sink {sink} has not received {left} events; to deliver them: council resume {run}"
+
+    sink: str
+    left: int
+    """The number of events."""
+
+
+class TrackerFailing(RunEvent):
+    """Delivery to a tracker failed; retried with growing delays."""
+
+    type = "tracker.failing"
+    sentence = "tracker {tracker} failed and will be retried: {reason}"
+
+    tracker: str
+    reason: str
+
+
+class TrackerRecovered(RunEvent):
+    """Delivery to the tracker works again."""
+
+    type = "tracker.recovered"
+    sentence = "tracker {tracker} recovered"
+
+    tracker: str
+
+
+class TrackerSkipped(RunEvent):
+    """The log no longer has events that the tracker has not received: delivery continues after them."""
+
+    type = "tracker.skipped"
+    sentence = "tracker {tracker} missed the events of positions {after} to {until}, which the log no longer has"
+    shown = Shown.NEVER
+
+    tracker: str
+    after: int
+    """The position of the last event that it received."""
+    until: int
+    """The last position that it missed."""
+
+
+class TrackerUndelivered(RunEvent):
+    """At the run's end it has not received all events; `council resume` delivers the rest."""
+
+    type = "tracker.undelivered"
+    sentence = "tracker {tracker} has not received {left} events; to deliver them: council resume {run}"
+
+    tracker: str
+    left: int
+    """The number of events."""
+
+
+class ViewsFailing(RunEvent):
+    """The [views](state.md#views) of the state cannot be written at the end of the run."""
+
+    type = "views.failing"
+    sentence = "cannot write the readable copies of the state: {reason}"
+
+    reason: str
+
+
+class RepositoryChanged(RunEvent):
+    """Your repository changed, and not by a landing."""
+
+    type = "repository.changed"
+    sentence = "your repository was changed by something other than council while {sessions} ran: {changes}"
+
+    changes: Sequence[str] | Mapping[str, Any]
+    sessions: Sequence[str]
+    """Those that ran meanwhile."""
+
+
+class RepositoryUnreadable(RunEvent):
+    """Your repository could not be read."""
+
+    type = "repository.unreadable"
+    sentence = "cannot read your repository: {reason}"
+    shown = Shown.NEVER
+
+    reason: str
+
+
+class RequestSubmitted(RunEvent):
+    """Another process requested an action."""
+
+    type = "request.submitted"
+    sentence = "requested: {action} {tasks}"
+    shown = Shown.NEVER
+
+    request: str
+    action: str
+    tasks: Sequence[str]
+
+
+class RequestCompleted(RunEvent):
+    """The action was performed."""
+
+    type = "request.completed"
+    sentence = "request {request} was performed"
+    shown = Shown.NEVER
+
+    request: str

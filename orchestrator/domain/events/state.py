@@ -1,0 +1,233 @@
+"""Events of the state: checkpoints, maintenance, repair, outages of the store, import of older layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from orchestrator.domain.events.base import RunEvent, Shown, TypedEvent
+
+if TYPE_CHECKING:
+    from orchestrator.domain.documents.times import Instant
+
+
+class CheckpointCreated(TypedEvent):
+    """The run, or without `run` all runs, can be restored to this position."""
+
+    type = "checkpoint.created"
+    sentence = "created checkpoint {checkpoint}: {reason}"
+    shown = Shown.NEVER
+
+    run: str = ""
+    checkpoint: str
+    reason: str
+
+
+class CheckpointRestored(RunEvent):
+    """A checkpoint was restored; its tasks change without events of their own."""
+
+    type = "checkpoint.restored"
+    sentence = "checkpoint {checkpoint} was restored"
+
+    checkpoint: str
+    before: str | None
+    """The checkpoint of the previous state."""
+    tasks: int
+    """The number of changed tasks."""
+
+
+class StateExpiredDeleted(TypedEvent):
+    """Expired documents were deleted."""
+
+    type = "state.expired_deleted"
+    sentence = "deleted {count} expired documents"
+    shown = Shown.NEVER
+
+    run: str = ""
+    count: int
+    documents: Sequence[str]
+    """The first hundred."""
+
+
+class StateCompacted(TypedEvent):
+    """The log was pruned."""
+
+    type = "state.compacted"
+    sentence = "pruned the state log from {before} to {after} bytes"
+    shown = Shown.NEVER
+
+    run: str = ""
+    before: int
+    """Bytes."""
+    after: int
+    """Bytes."""
+    first: int
+    """The start of the complete history."""
+
+
+class StateWarning(RunEvent):
+    """A document is too large, a commit was slow, or some records are unreadable."""
+
+    type = "state.warning"
+    sentence = "state: {reason}; {remedy}"
+    sentence_without = ("remedy", "state: {reason}")
+    shown = Shown.NEVER
+
+    about: str
+    reason: str
+    remedy: str | None
+
+
+class StateRepaired(TypedEvent):
+    """`council state verify --repair` restored the known value of a document; without `run`."""
+
+    type = "state.repaired"
+    sentence = "repaired {key}: version {lost} was lost"
+    shown = Shown.NEVER
+
+    key: str
+    lost: int
+    """The newest version that existed."""
+    is_known: bool
+    """false: it is deleted."""
+
+
+class StateLogRepaired(TypedEvent):
+    """Damage in the log was accepted; without `run`."""
+
+    type = "state.log_repaired"
+    sentence = "repaired {damage} damaged places of the state log"
+    shown = Shown.NEVER
+
+    damage: int
+    """The number of places."""
+
+
+class StateProbed(TypedEvent):
+    """`council state health` measured the latency of a commit; without `run`."""
+
+    type = "state.probed"
+    sentence = "measured the latency of a commit"
+    shown = Shown.NEVER
+
+
+class StateConflictKept(TypedEvent):
+    """Updates of a document wait for a person; without `run`."""
+
+    type = "state.conflict_kept"
+    sentence = "conflicting updates of {key} need a decision (conflict {conflict})"
+    shown = Shown.NEVER
+
+    key: str
+    writers: Sequence[str]
+    conflict: str
+
+
+class StateConflictResolved(TypedEvent):
+    """Updates of a document were combined; without `run`."""
+
+    type = "state.conflict_resolved"
+    sentence = "combined conflicting updates of {key} by {strategy}"
+    shown = Shown.NEVER
+
+    key: str
+    writers: Sequence[str]
+    strategy: str
+
+
+class StateConflictSettled(TypedEvent):
+    """A person chose one of the updates; without `run`."""
+
+    type = "state.conflict_settled"
+    sentence = "conflict {conflict} of {key} was settled"
+    shown = Shown.NEVER
+
+    key: str
+    conflict: str
+    writer: str | None
+    """null: a value of their own."""
+
+
+class LegacyImported(TypedEvent):
+    """All state of older layouts was imported; without `run`."""
+
+    type = "legacy.imported"
+    sentence = "imported {tasks} tasks from {sources}"
+
+    sources: Sequence[str]
+    """File and folder."""
+    runs: Sequence[str]
+    """Their ids."""
+    tasks: int
+    """Their number."""
+
+
+class LegacyFileSkipped(TypedEvent):
+    """A file of them could not be imported unchanged; without `run`."""
+
+    type = "legacy.file_skipped"
+    sentence = "not imported unchanged: {path}: {reason}"
+
+    path: str
+    reason: str
+    copy: str | None
+    """null: there is none."""
+
+
+class OutageBegan(TypedEvent):
+    """The store became unreachable."""
+
+    type = "outage.began"
+    sentence = "the state cannot be read or written: {reason} (retrying)"
+    shown = Shown.NEVER
+
+    run: str = ""
+    mode: str
+    """`pause` or `continue`."""
+    reason: str
+    began: Instant
+    """When, as this event may be recorded later."""
+
+
+class OutageEnded(TypedEvent):
+    """The store is reachable again."""
+
+    type = "outage.ended"
+    sentence = "the state can be read and written again"
+    shown = Shown.NEVER
+
+    run: str = ""
+    mode: str
+    """`pause` or `continue`."""
+    seconds: float | None
+    """null: of a process that exited."""
+    replayed: int = 0
+    """With `continue`: the number of commits that were replayed."""
+    refused: int = 0
+    """With `continue`: the number of commits that were refused."""
+
+
+class OutageCommitRejected(TypedEvent):
+    """A commit made during the outage was refused."""
+
+    type = "outage.commit_rejected"
+    sentence = "not recorded after the outage: {keys}: {reason}"
+    shown = Shown.NEVER
+
+    run: str = ""
+    keys: Sequence[str]
+    """The documents."""
+    events: Sequence[str]
+    """The types of its events."""
+    reason: str
+
+
+class OutagePreserved(TypedEvent):
+    """The run ended while the store was unreachable: its local commits are preserved."""
+
+    type = "outage.preserved"
+    sentence = "the state is unreachable; local commits are preserved in {folder}"
+    shown = Shown.NEVER
+
+    run: str = ""
+    folder: str

@@ -1,0 +1,493 @@
+"""Events of tasks, of the phases of their workflows, and of handoffs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.domain.events.base import AttemptEvent, Shown, TaskEvent
+
+
+class TaskStarted(TaskEvent):
+    """An attempt is recorded, its session follows."""
+
+    type = "task.started"
+    sentence = "started (session {attempt}, {adapter})"
+
+    base: str
+    """The commit that it starts from."""
+    adapter: str
+    phase: str = ""
+    """Its phase, if the task has a workflow."""
+    reason: str = ""
+    """Why it starts from scratch although there is work to fix."""
+
+
+class TaskRetrying(AttemptEvent):
+    """An attempt failed, another follows."""
+
+    type = "task.retrying"
+    sentence = "failed, will be retried: {reason}"
+
+    retry_in: float = 0.0
+    """Seconds."""
+    log: str = ""
+    """The log of the checks, if these failed."""
+    paths: Sequence[str] = ()
+    """The conflicting or out-of-scope paths."""
+
+
+class TaskPostponed(AttemptEvent):
+    """Its adapter, or the machine, is unavailable; the attempt does not count."""
+
+    type = "task.postponed"
+    sentence = "postponed: {reason}"
+
+
+class TaskInterrupted(AttemptEvent):
+    """`council` ended during an attempt."""
+
+    type = "task.interrupted"
+    sentence = "interrupted: {reason}"
+
+
+class TaskFailed(AttemptEvent):
+    """No further attempt follows, or its landed commit was removed from the target's history."""
+
+    type = "task.failed"
+    sentence = "failed: {reason}"
+
+    log: str = ""
+    """The log of the checks, if these failed."""
+    paths: Sequence[str] = ()
+    """The out-of-scope paths."""
+
+
+class TaskNoChange(AttemptEvent):
+    """The program succeeded and changed nothing."""
+
+    type = "task.no_change"
+    sentence = "no changes"
+
+
+class TaskQueued(AttemptEvent):
+    """The work is a commit and waits to land."""
+
+    type = "task.queued"
+    sentence = "queued to land"
+
+
+class TaskAdvanced(AttemptEvent):
+    """A phase of its workflow is complete, another follows."""
+
+    type = "task.advanced"
+    sentence = "next phase: {next}"
+    shown = Shown.NEVER
+
+    next: str
+    """That phase."""
+
+
+class TaskExpanded(AttemptEvent):
+    """A phase is complete, and its plan became tasks that must land first."""
+
+    type = "task.expanded"
+    sentence = "created {count} tasks from its plan"
+
+    phase: str
+    count: int
+    tasks: Sequence[str]
+    """Their names."""
+
+
+class TaskPhaseRepeated(AttemptEvent):
+    """Its phase, or an earlier one, is repeated.
+
+    The handoff was invalid, `until` failed, or a review rejected the work.
+    """
+
+    type = "task.phase_repeated"
+    sentence = "phase is repeated: {reason}"
+
+    next: str = ""
+    """Of a review: the phase that fixes the work."""
+    verdict: str = ""
+    """Of a review."""
+
+
+class TaskAwaitingApproval(AttemptEvent):
+    """The result of a phase waits for approval."""
+
+    type = "task.awaiting_approval"
+    sentence = "waiting for your approval: council approve {task}, or council reject {task} --note TEXT"
+    shown = Shown.ALWAYS
+
+
+class TaskApproved(TaskEvent):
+    """A person approved the result of its phase."""
+
+    type = "task.approved"
+    sentence = "phase {phase} approved: {note}"
+    sentence_without = ("note", "phase {phase} approved")
+
+    phase: str
+    note: str | None
+    """null: none."""
+
+
+class TaskRejected(TaskEvent):
+    """A person rejected the result of its phase, which is repeated."""
+
+    type = "task.rejected"
+    sentence = "phase {phase} rejected, will be repeated: {note}"
+    sentence_without = ("note", "phase {phase} rejected, will be repeated")
+
+    phase: str
+    note: str | None
+    """null: none."""
+    reason: str
+
+
+class TaskDone(AttemptEvent):
+    """Its last phase is complete, and there is nothing to land."""
+
+    type = "task.done"
+    sentence = "done"
+
+
+class TaskChecking(TaskEvent):
+    """It is merged, the checks run."""
+
+    type = "task.checking"
+    sentence = "merged, running checks"
+
+    merge: str
+    """The commit."""
+
+
+class TaskRequeued(TaskEvent):
+    """The checks did not finish, or the landing is blocked for now."""
+
+    type = "task.requeued"
+    sentence = "queued to land again: {reason}"
+
+    reason: str
+
+
+class TaskDeferred(TaskEvent):
+    """The target cannot move now."""
+
+    type = "task.deferred"
+    sentence = "cannot land now: {reason}"
+
+    reason: str
+
+
+class TaskLanding(TaskEvent):
+    """The target is about to move, perhaps together with other tasks."""
+
+    type = "task.landing"
+    sentence = "landing"
+    shown = Shown.NEVER
+
+    old: str | None
+    """The parent of the task's own merge; null: the target does not exist."""
+    new: str
+    """That merge."""
+
+
+class TaskLandingAborted(TaskEvent):
+    """The target did not move; the work is merged again."""
+
+    type = "task.landing_aborted"
+    sentence = "landing aborted, will be merged again"
+    shown = Shown.NEVER
+
+
+class TaskConflict(AttemptEvent):
+    """The work does not merge."""
+
+    type = "task.conflict"
+    sentence = "{reason}"
+
+    paths: Sequence[str]
+    """The conflicting paths."""
+
+
+class TaskLanded(TaskEvent):
+    """The work is on the target."""
+
+    type = "task.landed"
+    sentence = "landed as {landed:.10}"
+
+    landed: str
+    """The commit."""
+    reason: str | None = None
+    """How it landed, if not by the run."""
+
+
+class TaskCancelled(AttemptEvent):
+    """A person cancelled it."""
+
+    type = "task.cancelled"
+    sentence = "cancelled"
+
+
+class TaskIgnored(TaskEvent):
+    """A person excluded it from further attempts, which cancelled it."""
+
+    type = "task.ignored"
+    sentence = "ignored: {reason}"
+
+    reason: str | None
+
+
+class TaskRetryRequested(TaskEvent):
+    """A person requested a retry."""
+
+    type = "task.retry_requested"
+    sentence = "will be retried"
+
+
+class TaskReloaded(TaskEvent):
+    """`council retry --reload` adopted the file's settings."""
+
+    type = "task.reloaded"
+    sentence = "reloaded {keys} from the file"
+
+    keys: Sequence[str]
+
+
+class TaskSalvaged(TaskEvent):
+    """Work that was on no branch is now on one."""
+
+    type = "task.salvaged"
+    sentence = "leftover work was saved as {work}"
+    shown = Shown.ALWAYS
+
+    branch: str
+
+    @property
+    def work(self) -> str:
+        """The name by which `council salvage` knows it."""
+        return salvage_name(self.branch)
+
+
+class TaskWorktreePreserved(TaskEvent):
+    """A worktree could not be removed, or has work that could not be collected.
+
+    Git is safe to run in it: at its top is an internal repository at the commit where the session began, and everything
+    else that git would interpret as a repository is disabled, by a rename that `reason` names.
+    """
+
+    type = "task.worktree_preserved"
+    sentence = "its worktree is preserved in {worktree}: {reason}"
+    shown = Shown.ALWAYS
+
+    worktree: str
+    reason: str
+
+
+class TaskChangesDiscarded(TaskEvent):
+    """Changes of a read-only phase were discarded."""
+
+    type = "task.changes_discarded"
+    sentence = "discarded changes of a read-only phase: {paths}"
+    shown = Shown.ALWAYS
+
+    paths: Sequence[str]
+
+
+class TaskOwnershipExtended(TaskEvent):
+    """It took ownership of its out-of-scope changes."""
+
+    type = "task.ownership_extended"
+    sentence = "took ownership of its out-of-scope changes: {paths}"
+
+    paths: Sequence[str]
+    """At most 200."""
+
+
+class TaskOutOfScopeAllowed(TaskEvent):
+    """It has out-of-scope changes, and may land anyway."""
+
+    type = "task.out_of_scope_allowed"
+    sentence = "has out-of-scope changes, which are allowed: {paths}"
+
+    paths: Sequence[str]
+    """At most 200."""
+
+
+class TaskClaimLost(TaskEvent):
+    """Another process took the task over; the session's work is on `branch`."""
+
+    type = "task.claim_lost"
+    sentence = "taken over by {by}; the work of its session was saved as {work}"
+    sentence_without = ("branch", "taken over by {by}; its session had no work to save")
+
+    by: str
+    """The name of that process."""
+    branch: str | None
+    """null: there is no work."""
+
+    @property
+    def work(self) -> str:
+        """The name by which `council salvage` knows it."""
+        return salvage_name(self.branch or "")
+
+
+class TaskSessionApiFailed(TaskEvent):
+    """A request of its session was not answered, because of an internal error."""
+
+    type = "task.session_api_failed"
+    sentence = "a request of its session failed: {reason}"
+
+    reason: str
+
+
+class TaskHostDenied(TaskEvent):
+    """Its session requested a host from its proxy that [`network.allow`](configuration.md#network) does not cover.
+
+    Or the host's name has a non-public address. Reported when the session has ended, once for each host, at most 100.
+    """
+
+    type = "task.host_denied"
+    sentence = "its session was denied {host}, which `network.allow` does not cover"
+
+    host: str
+    """With its port, as in `example.com:443`."""
+
+
+class TaskToolsDenied(TaskEvent):
+    """Its CLI denied tools to its model, because of its permission mode, a rule, or its own sandbox."""
+
+    type = "task.tools_denied"
+    sentence = "{reason}"
+
+    count: int
+    """The number of calls."""
+    tools: Sequence[str]
+    """The first 20, as in `Bash(git diff)`."""
+    reason: str
+    """A summary, with the setting that allows them."""
+
+
+class TaskAfterRunFailed(TaskEvent):
+    """A command of `after_run` failed."""
+
+    type = "task.after_run_failed"
+    sentence = "`after_run` failed: {reason}"
+
+    reason: str
+
+
+class PhaseEvent(TaskEvent):
+    """Base of the events of a visit of a phase."""
+
+    phase: str
+    visit: int
+    """The number of the visit of this phase, from 1."""
+    handoff: str = ""
+    """The id of its handoff, if any."""
+    verdict: str = ""
+    """For a review: `approve` or `reject`."""
+    reason: str = ""
+    """Why it failed, was rejected or skipped."""
+
+
+class PhaseEntered(PhaseEvent):
+    """A phase of its workflow began, for the first time or again."""
+
+    type = "phase.entered"
+    sentence = "phase {phase} started"
+
+
+class PhaseAwaitingApproval(PhaseEvent):
+    """The result of the phase waits for approval."""
+
+    type = "phase.awaiting_approval"
+    sentence = "phase {phase} waits for approval"
+
+
+class PhaseCompleted(PhaseEvent):
+    """The phase is complete."""
+
+    type = "phase.completed"
+    sentence = "phase {phase} completed"
+
+
+class PhaseRejected(PhaseEvent):
+    """A person rejected the result of the phase."""
+
+    type = "phase.rejected"
+    sentence = "phase {phase} rejected: {reason}"
+    shown = Shown.NEVER
+
+
+class PhaseFailed(PhaseEvent):
+    """The phase failed."""
+
+    type = "phase.failed"
+    sentence = "phase {phase} failed"
+
+
+class PhaseSkipped(PhaseEvent):
+    """The condition of the phase was false."""
+
+    type = "phase.skipped"
+    sentence = "phase {phase} skipped: {reason}"
+
+
+class PhaseCancelled(PhaseEvent):
+    """The task was cancelled during the phase."""
+
+    type = "phase.cancelled"
+    sentence = "phase {phase} cancelled"
+
+
+class HandoffDelivered(TaskEvent):
+    """A phase submitted a handoff."""
+
+    type = "handoff.delivered"
+    sentence = "phase {phase} submitted a handoff"
+    shown = Shown.NEVER
+
+    handoff: str
+    """Its id."""
+    kind: str
+    protocol: str
+    phase: str
+    to: str | None
+    """The phase that receives it; null: no phase follows."""
+    digest: str
+    by: str
+    """`file`, `tool` or `answer`."""
+
+
+class HandoffReceived(TaskEvent):
+    """A phase received a handoff intact."""
+
+    type = "handoff.received"
+    sentence = "phase {phase} received a handoff"
+    shown = Shown.NEVER
+
+    handoff: str
+    """Its id."""
+    phase: str
+    digest: str
+
+
+class HandoffInvalid(TaskEvent):
+    """The handoff of a phase was invalid and must be corrected."""
+
+    type = "handoff.invalid"
+    sentence = "invalid handoff from phase {phase}"
+
+    phase: str
+    violations: Sequence[Mapping[str, Any]]
+    """`rule`, `place`, `what`, `remedy` each."""
+
+
+def salvage_name(branch: str) -> str:
+    """Return the name by which `council salvage` knows an internal branch."""
+    return branch.split("/", 2)[-1] if branch.startswith("council/") else branch
