@@ -13,13 +13,11 @@ from typing import ClassVar, Final
 import pluggy
 from pydantic import BaseModel
 
-from adapters.failures import MAX_REASON_CHARS
+from adapters.failures import MAX_REASON_CHARS, make_failure
 from adapters.json_output import concluded_failure
 from adapters.options import (
     INSTRUCTIONS_FILE,
-    AdapterOptions,
-    Arguments,
-    OptionValue,
+    CliOptions,
     ProgramName,
     option_arguments,
     own_home_variables,
@@ -93,15 +91,10 @@ _WARNING: Final = re.compile(
 )
 
 
-class AiderOptions(AdapterOptions):
+class AiderOptions(CliOptions):
     """Options of an adapter with `use: aider`."""
 
     bin: ProgramName = "aider"
-    """The program."""
-    model: OptionValue | None = None
-    """The model, as in `--model`; by default the one in aider's own configuration."""
-    args: Arguments = ()
-    """Additional arguments."""
 
 
 class AiderAdapter:
@@ -118,16 +111,8 @@ class AiderAdapter:
 
     def programs(self) -> Sequence[Program]:
         """Return aider."""
-        return (
-            Program(
-                self._options.bin,
-                install="install it (`uv tool install aider-chat` or `pipx install aider-chat`), or correct `bin`",
-                version=("--version",),
-                known=">=0.86,<0.87",
-                keys=_KEYS,
-                log_in=_LOG_IN,
-            ),
-        )
+        install = "`uv tool install aider-chat` or `pipx install aider-chat`"
+        return (self._options.program(install, ">=0.86,<0.87", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; its tags cache in the worktree is not part of the work."""
@@ -208,8 +193,7 @@ def _failure(text: str) -> Failed | None:
     failure = _ERRORS.get(error["first"] or error["within"], FailureClass.CRASHED)
     if failure is FailureClass.OVERLOADED and _UNREACHED.search(text):
         failure = FailureClass.TRANSIENT
-    reason = text[:MAX_REASON_CHARS]
-    return Failed(failure, f"{reason}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
+    return make_failure(failure, text[:MAX_REASON_CHARS], _LOG_IN)
 
 
 @hookimpl

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import BaseModel
 
-from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
+from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
     as_cost,
     as_count,
@@ -28,9 +28,7 @@ from adapters.json_output import (
     tool_event,
 )
 from adapters.options import (
-    AdapterOptions,
-    Arguments,
-    OptionValue,
+    CliOptions,
     ProgramName,
     TurnLimit,
     UsDollars,
@@ -117,13 +115,10 @@ _TOKENS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheC
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 
 
-class ClaudeCodeOptions(AdapterOptions):
+class ClaudeCodeOptions(CliOptions):
     """Options of an adapter with `use: claude-code`."""
 
     bin: ProgramName = "claude"
-    """The program."""
-    model: OptionValue | None = None
-    """The model, as in `--model`; by default the one in its own configuration."""
     permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
     """What it may do without asking: change files, or anything (intended for sandboxed sessions)."""
     max_turns: TurnLimit | None = None
@@ -132,8 +127,6 @@ class ClaudeCodeOptions(AdapterOptions):
     """The cost limit of a session in US dollars, as in `--max-budget-usd`."""
     home: Literal["own", "shared"] = "own"
     """Where it keeps settings and conversations (`CLAUDE_CONFIG_DIR`): in a folder per task, or in yours."""
-    args: Arguments = ()
-    """Additional arguments, such as `[--effort, high]`."""
 
 
 class ClaudeCodeAdapter:
@@ -152,14 +145,8 @@ class ClaudeCodeAdapter:
     def programs(self) -> Sequence[Program]:
         """Return Claude Code, with its command for the login status."""
         return (
-            Program(
-                self._options.bin,
-                install="install it (`npm install -g @anthropic-ai/claude-code`), or correct `bin`",
-                version=("--version",),
-                known=">=2.1,<3",
-                ready=("auth", "status"),
-                keys=_KEYS,
-                log_in=_LOG_IN,
+            self._options.program(
+                "`npm install -g @anthropic-ai/claude-code`", ">=2.1,<3", _KEYS, _LOG_IN, ready=("auth", "status")
             ),
         )
 
@@ -362,21 +349,15 @@ def _failure_of(value: JsonObject, text: str) -> Failed | None:
     # Missing credit is only named in the text: its status is that of an invalid request.
     if failure is FailureClass.INVALID and by_words is not None:
         failure = by_words
-    return _failed(failure, reason or "it ended with an error")
+    return make_failure(failure, reason or "it ended with an error", _LOG_IN)
 
 
 def _failure_in_words(end: SessionEnd) -> Failed | None:
     said = [line for line in end.stdout.splitlines() if not line.startswith("{")]
     for line in [*said, *end.stderr.splitlines()][::-1]:
         if (failure := match_failure_class(line[:4096], _WORDS)) is not None:
-            return _failed(failure, line.strip()[:MAX_REASON_CHARS])
+            return make_failure(failure, line.strip()[:MAX_REASON_CHARS], _LOG_IN)
     return None
-
-
-def _failed(failure: FailureClass, reason: str) -> Failed:
-    if failure is FailureClass.AUTH:
-        return Failed(failure, f"{reason}: {_LOG_IN}")
-    return Failed(failure, reason)
 
 
 @hookimpl

@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import AfterValidator, BaseModel
 
-from adapters.failures import failure_class_for_status, match_failure_class, one_line
+from adapters.failures import failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line
-from adapters.options import AdapterOptions, Arguments, OptionValue, ProgramName, option_arguments
+from adapters.options import CliOptions, ProgramName, option_arguments
 from adapters.rate_limits import with_reset_time
 from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.runs.failures import FailureClass
@@ -121,21 +121,16 @@ def _check_provider(name: str) -> str:
 _ProviderName = Annotated[str, AfterValidator(_check_provider)]
 
 
-class CodexOptions(AdapterOptions):
+class CodexOptions(CliOptions):
     """Options of an adapter with `use: codex`."""
 
     bin: ProgramName = "codex"
-    """The program."""
-    model: OptionValue | None = None
-    """The model, as in `--model`; by default the one in its own configuration."""
     provider: _ProviderName | None = None
     """One of `model_providers` in its configuration, with its own key; by default the configured one."""
     sandbox: Literal["none", "workspace-write", "read-only"] = "none"
     """Its own sandbox: none (intended for sandboxed sessions), or a mode, in which it can't write in our sandbox."""
     home: Literal["own", "shared"] = "own"
     """Where it keeps settings and conversations (`CODEX_HOME`): in a folder per task, or in yours."""
-    args: Arguments = ()
-    """Additional arguments, such as `[-c, model_reasoning_effort=high]`."""
 
 
 class CodexAdapter:
@@ -155,14 +150,9 @@ class CodexAdapter:
         """Return Codex, with its command for the login status unless it uses another provider."""
         is_own = self._options.provider in {None, "openai"}
         return (
-            Program(
-                self._options.bin,
-                install="install it (`npm install -g @openai/codex`), or correct `bin`",
-                version=("--version",),
-                known=">=0.169,<0.180",
+            self._options.program(
+                *("`npm install -g @openai/codex`", ">=0.169,<0.180", _KEYS if is_own else (), _LOG_IN),
                 ready=("login", "status") if is_own else (),
-                keys=_KEYS if is_own else (),
-                log_in=_LOG_IN,
             ),
         )
 
@@ -339,11 +329,9 @@ def _failure_in_words(end: SessionEnd) -> Failed | None:
 
 def _failed(failure: FailureClass, message: str) -> Failed:
     reason = one_line(message) or "it ended with an error"
-    if failure is FailureClass.AUTH:
-        return Failed(failure, f"{reason}: {_LOG_IN}")
     if failure is FailureClass.INVALID and _UNWRITABLE.search(reason):
         return Failed(failure, f"{reason}: {_MAKE_WRITABLE}")
-    return Failed(failure, reason)
+    return make_failure(failure, reason, _LOG_IN)
 
 
 @hookimpl

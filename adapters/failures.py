@@ -8,6 +8,7 @@ from typing import Final
 
 from adapters.bridges.http_status import failure_name_for_status
 from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.runs.outcome import Failed
 
 MAX_REASON_CHARS: Final = 300
 """Characters of a program's message that are shown."""
@@ -22,6 +23,11 @@ def failure_class_for_status(status: int) -> FailureClass | None:
 def match_failure_class(text: str, words: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:
     """Return the first class whose pattern matches a text; None if none does."""
     return next((failure for failure, pattern in words.items() if pattern.search(text)), None)
+
+
+def make_failure(failure: FailureClass, reason: str, log_in: str, until: float | None = None) -> Failed:
+    """Return a failure; one of the login with `log_in`, the way to log in."""
+    return Failed(failure, f"{reason.rstrip('.')}: {log_in}" if failure is FailureClass.AUTH else reason, until)
 
 
 def one_line(text: str) -> str:

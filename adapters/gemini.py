@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Final, Literal, Self
 import pluggy
 from pydantic import BaseModel, model_validator
 
-from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
+from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line, tool_event
-from adapters.options import AdapterOptions, Arguments, OptionValue, ProgramName, TurnLimit, option_arguments
+from adapters.options import CliOptions, ProgramName, TurnLimit, option_arguments
 from adapters.rate_limits import limit_reset_time
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
@@ -144,13 +144,10 @@ _PATH_KEYS: Final = ("file_path", "absolute_path")
 _DETAIL_KEYS: Final = ("command", "pattern", "query", "dir_path", "path", "prompt", "name", "description")
 
 
-class GeminiOptions(AdapterOptions):
+class GeminiOptions(CliOptions):
     """Options of an adapter with `use: gemini`."""
 
     bin: ProgramName = "gemini"
-    """The program."""
-    model: OptionValue | None = None
-    """The model, as in `--model`; by default the one in its own configuration."""
     approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
     """What it may do without asking: change files, or anything (intended for sandboxed sessions)."""
     auth: Literal["gemini-api-key", "oauth-personal", "vertex-ai"] | None = None
@@ -159,8 +156,6 @@ class GeminiOptions(AdapterOptions):
     """The turn limit of a session."""
     home: Literal["own", "shared"] = "own"
     """Where it keeps settings and conversations (`GEMINI_CLI_HOME`): in a folder per task, or in yours."""
-    args: Arguments = ()
-    """Additional arguments, such as `[--include-directories, /srv/docs]`."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
@@ -186,16 +181,7 @@ class GeminiAdapter:
 
     def programs(self) -> Sequence[Program]:
         """Return Gemini CLI, which has no command for the login status."""
-        return (
-            Program(
-                self._options.bin,
-                install="install it (`npm install -g @google/gemini-cli`), or correct `bin`",
-                version=("--version",),
-                known=">=0.61,<1",
-                keys=_KEYS,
-                log_in=_LOG_IN,
-            ),
-        )
+        return (self._options.program("`npm install -g @google/gemini-cli`", ">=0.61,<1", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; what has no option is set by settings on top of the user's."""
@@ -351,7 +337,7 @@ def _failure(name: str, text: str) -> Failed:
     )
     message = _MESSAGE.search(text)
     said = one_line(message[1] if message else text.removeprefix("[API Error: ").replace("]\n", "\n").removesuffix("]"))
-    return _failed(failure or FailureClass.CRASHED, said or "it ended with an error")
+    return make_failure(failure or FailureClass.CRASHED, said or "it ended with an error", _LOG_IN)
 
 
 def _earlier_failure(end: SessionEnd) -> Failed | None:
@@ -369,7 +355,11 @@ def _failure_reported(stderr: str) -> Failed | None:
     failure = (
         match_failure_class(report, _PLAIN) or _class_of_status(report) or (_NAMES.get(names[-1]) if names else None)
     )
-    return None if failure is None else _failed(failure, one_line(_NAME.split(report)[-1].partition("\n")[0]))
+    return (
+        None
+        if failure is None
+        else make_failure(failure, one_line(_NAME.split(report)[-1].partition("\n")[0]), _LOG_IN)
+    )
 
 
 def _failure_in_lines(stderr: str) -> Failed | None:
@@ -379,17 +369,13 @@ def _failure_in_lines(stderr: str) -> Failed | None:
             remedy = "keep `home: own`, or add that folder to `writable`"
             return Failed(FailureClass.INVALID, f"{reason}: {remedy}"[:MAX_REASON_CHARS])
         if (failure := match_failure_class(line, _PLAIN) or match_failure_class(line, _WORDS)) is not None:
-            return _failed(failure, one_line(_COLOR.sub("", line)))
+            return make_failure(failure, one_line(_COLOR.sub("", line)), _LOG_IN)
     return None
 
 
 def _class_of_status(text: str) -> FailureClass | None:
     found = _STATUS.search(text)
     return None if found is None else failure_class_for_status(int(found[1]))
-
-
-def _failed(failure: FailureClass, reason: str) -> Failed:
-    return Failed(failure, f"{reason.rstrip('.')}: {_LOG_IN}" if failure is FailureClass.AUTH else reason)
 
 
 def _has_begun(end: SessionEnd) -> bool:

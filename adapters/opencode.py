@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
-from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, match_failure_class, one_line
+from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
     as_cost,
     as_count,
@@ -27,7 +27,7 @@ from adapters.json_output import (
     parse_object,
     parse_plain_line,
 )
-from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, Arguments, OptionValue, ProgramName, option_arguments
+from adapters.options import INSTRUCTIONS_FILE, CliOptions, OptionValue, ProgramName, option_arguments
 from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
@@ -204,11 +204,10 @@ export const CouncilLimit = async () => ({
 """
 
 
-class OpencodeOptions(AdapterOptions):
+class OpencodeOptions(CliOptions):
     """Options of an adapter with `use: opencode`."""
 
     bin: ProgramName = "opencode"
-    """The program."""
     model: _Model | None = None
     """The model as `provider/model`; by default the one in its own configuration."""
     agent: OptionValue | None = None
@@ -217,8 +216,6 @@ class OpencodeOptions(AdapterOptions):
     """Configuration that overrides its own files, written as in an `opencode.json`."""
     home: Literal["own", "shared"] = "own"
     """Where it keeps logins and conversations (`XDG_DATA_HOME` and others): in a folder per task, or in yours."""
-    args: Arguments = ()
-    """Additional arguments, such as `[--variant, high]`."""
 
 
 class OpencodeAdapter:
@@ -236,16 +233,7 @@ class OpencodeAdapter:
 
     def programs(self) -> Sequence[Program]:
         """Return opencode, which has no command to check a provider's key."""
-        return (
-            Program(
-                self._options.bin,
-                install="install it (`npm install -g opencode-ai`), or correct `bin`",
-                version=("--version",),
-                known=">=1.18,<2",
-                keys=_KEYS,
-                log_in=_LOG_IN,
-            ),
-        )
+        return (self._options.program("`npm install -g opencode-ai`", ">=1.18,<2", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; it may do anything without asking, unless its configuration denies it."""
@@ -431,7 +419,8 @@ def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
             failure = FailureClass.AUTH
     failure = failure or match_failure_class(said, _WORDS) or FailureClass.CRASHED
     until = _instant(data.get("responseHeaders"), event) if failure is FailureClass.RATE_LIMITED else None
-    return _failed(failure, said[:MAX_REASON_CHARS] or f"it ended with an error, {name[:60] or 'unnamed'}", until)
+    reason = said[:MAX_REASON_CHARS] or f"it ended with an error, {name[:60] or 'unnamed'}"
+    return make_failure(failure, reason, _LOG_IN, until)
 
 
 def _instant(headers: Any, event: JsonObject) -> float | None:
@@ -459,12 +448,8 @@ def _failure_in_words(log: str) -> Failed | None:
             return Failed(FailureClass.INVALID, f"{text.strip()[:MAX_REASON_CHARS]}: {_WRITE_THERE}")
         found = _ERROR_LOGGED.search(text)
         if found is not None and (failure := match_failure_class(found[1], _WORDS)) is not None:
-            return _failed(failure, found[1].strip('"')[:MAX_REASON_CHARS], None)
+            return make_failure(failure, found[1].strip('"')[:MAX_REASON_CHARS], _LOG_IN)
     return None
-
-
-def _failed(failure: FailureClass, reason: str, until: float | None) -> Failed:
-    return Failed(failure, f"{reason}: {_LOG_IN}" if failure is FailureClass.AUTH else reason, until)
 
 
 @hookimpl

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from orchestrator.domain.security.secrets import has_secret_key, secret_values
-from orchestrator.protocols import SessionRequest
+from orchestrator.protocols import Program, SessionRequest
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Variables that bind git to one repository (`git rev-parse --local-env-vars`), and similar ones: the program would use
@@ -172,3 +172,21 @@ class AdapterOptions(BaseModel):
         names = [one for one in listed if "=" not in one]
         own = {name: value for name, value in preset.items() if name not in names}
         return {**own, **given}, tuple(dict.fromkeys((*(name for name in passed if name not in given), *names)))
+
+
+class CliOptions(AdapterOptions):
+    """The common options of adapters for one CLI; each has a `bin` with the name of its program."""
+
+    bin: ProgramName
+    """The program."""
+    model: OptionValue | None = None
+    """The model, as in `--model`; by default the one in its own configuration."""
+    args: Arguments = ()
+    """Additional arguments, such as `[--verbose]`."""
+
+    def program(self, install: str, known: str, keys: Sequence[str], log_in: str, **more: Any) -> Program:
+        """Return the CLI's program; `install` is a command that installs it, `known` the tested versions."""
+        remedy = f"install it ({install}), or correct `bin`"
+        return Program(
+            self.bin, install=remedy, version=("--version",), known=known, keys=tuple(keys), log_in=log_in, **more
+        )

@@ -64,7 +64,7 @@ class TestClaudeCode(AdapterContract):
         (
             claude("system", subtype="api_retry", attempt=1, max_retries=3, retry_delay_ms=504.9, error_status=401,
                    error="authentication_failed"),
-            (CliWarning("authentication_failed (401), it tries again: 1 of 3"),),
+            (CliWarning("authentication_failed (401), retry 1 of 3"),),
         ),
         (claude("assistant", message={"content": [{"type": "text", "text": "Hi."}]}), (AgentMessage("Hi."),)),
         (

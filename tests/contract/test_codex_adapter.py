@@ -218,7 +218,7 @@ def test_codex_tells_how_long_a_limit_of_requests_lasts() -> None:
 
 @pytest.mark.parametrize(
     ("recording", "remedy"),
-    [("no-login", "codex login"), ("no-key", "env_key"), ("unwritable", "writable"), ("refused", "`sandbox`")],
+    [("no-login", "codex login"), ("no-key", "env_key"), ("unwritable", "writable"), ("refused", "`sandbox: none`")],
 )
 def test_codex_comes_with_a_remedy(recording: str, remedy: str) -> None:
     """What a person has to do stands behind what it said."""
