@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TypeVar
 
 import anyio
@@ -74,3 +75,28 @@ class DisconnectableStore(StoreWrapper):
             group.cancel_scope.cancel()
         self._check()
         return found[0] if found else None
+
+
+class FailingStore(StoreWrapper):
+    """A store of which some calls fail after `fail`; with `answers_are_lost` these calls succeed anyway."""
+
+    def __init__(self, inner: Store, *, answers_are_lost: bool) -> None:
+        super().__init__(inner)
+        self._failing = range(0)
+        self._answers_are_lost = answers_are_lost
+        self.calls = 0
+
+    def fail(self, first: int, times: int) -> None:
+        """Fail `times` calls, starting with the `first` one from now."""
+        self.calls, self._failing = 0, range(first, first + times)
+
+    async def commit(self, commit: Commit) -> int:
+        return await self._read(partial(self._inner.commit, commit))
+
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        self.calls += 1
+        if self.calls in self._failing:
+            if self._answers_are_lost:
+                await read()
+            raise StoreUnavailable("the server", "it does not answer", "wait")
+        return await read()

@@ -15,11 +15,12 @@ import pytest
 from orchestrator.domain.events.base import TypedEvent
 from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
-from tests.faulty_store import QUICK_PAUSES, DisconnectableStore
+from tests.faulty_store import QUICK_PAUSES, DisconnectableStore, FailingStore
 
 A, B, CLAIM = Key("task", "r/a"), Key("task", "r/b"), Key("claim", "r/a")
 PATIENCE = 20
@@ -431,7 +432,7 @@ from orchestrator.system.clock import SystemClock
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.offline.fork import survive_outages
-from tests.faulty_store import QUICK_PAUSES, DisconnectableStore
+from tests.faulty_store import QUICK_PAUSES, DisconnectableStore, FailingStore
 
 async def main() -> None:
     place = Path(sys.argv[1])
@@ -496,3 +497,40 @@ async def test_what_goes_wrong_inside_comes_out_as_it_is(scene: Scene) -> None:
         with pytest.raises(StoreUnavailable, match="of another kind"):
             async with scene.opened(mode):
                 raise StoreUnavailable("this", "of another kind", "no remedy")
+
+
+@pytest.mark.parametrize("answers_are_lost", [True, False])
+@pytest.mark.parametrize("times", [1, 5])
+@pytest.mark.parametrize("mode", ["pause", "continue"])
+async def test_store_failing_at_any_call_gets_each_commit_once(
+    tmp_path: Path, mode: Literal["pause", "continue"], times: int, *, answers_are_lost: bool
+) -> None:
+    """One failure is retried; several begin an outage. Lost answers of successful commits change nothing."""
+
+    async def ignore(_: Event) -> None:
+        pass
+
+    async def work(store: Store) -> None:
+        await store.commit(writing(CLAIM, 0, {"epoch": 1}))
+        for number in range(3):
+            await store.commit(writing(A, number, None, Guard(CLAIM, 1)))
+            with suppress(RefusedError):  # a fork does not know documents that were never read
+                await store.get(B)
+                await store.list("task", "r/")
+        await store.commit(Commit([Write(CLAIM, 1, None)], [Event("done")]))
+
+    calls, first = 1, 1
+    while first <= calls:
+        real, folder = MemoryStore(SystemClock()), tmp_path / str(first)
+        failing = FailingStore(real, answers_are_lost=answers_are_lost)
+        with anyio.fail_after(PATIENCE):
+            for inner in (failing, real):  # the second replays a fork that was preserved
+                async with survive_outages(inner, mode, SystemClock(), folder, ignore, intervals=QUICK_PAUSES) as store:
+                    if inner is failing:
+                        failing.fail(first, times)
+                        await work(store)
+        assert [one.value for one in await real.history(A)] == [{"n": 3}, {"n": 2}, {"n": 1}], first
+        assert await real.get(CLAIM) is None
+        events = [event.type async for record in read_range(real, 0, 100) for event in record.events]
+        assert events == ["done"] * 5, first
+        calls, first = max(calls, failing.calls), first + 1

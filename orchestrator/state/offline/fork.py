@@ -52,6 +52,7 @@ from orchestrator.state.offline.outage import (
     RetryIntervals,
     StoreWrapper,
     commit_idempotently,
+    find_commit,
     is_outage,
 )
 from orchestrator.state.stores.file import FileStore
@@ -344,13 +345,14 @@ class ForkingStore(StoreWrapper):
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`; the position is that in the fork while there is one."""
-        commit = self._to_inner_versions(commit)
+        commit, was_tried = self._to_inner_versions(commit), False
         while True:
             if self._fork is None:
                 try:
                     position = await self._try(partial(self._inner.commit, commit), partial(self._retry, commit))
                 except StoreUnavailable as error:
                     await self._start_fork(error)
+                    was_tried = True
                 else:
                     await self._record_commit(commit, position)
                     return position
@@ -359,7 +361,14 @@ class ForkingStore(StoreWrapper):
                     keys = [write.key for write in commit.writes if write.expected]
                     for key in (*keys, *(guard.key for guard in commit.guards)):
                         await self._check_known(self._fork, key)
-                    return await self._fork.commit(commit)
+                    try:
+                        return await self._fork.commit(commit)
+                    except (VersionConflict, LeaseLost):
+                        # An attempt may have succeeded without an answer, and have been read from the log since.
+                        found = await find_commit(self._fork.store, commit) if was_tried else None
+                        if found is None:
+                            raise
+                        return found
 
     async def _retry(self, commit: Commit) -> int:
         return await commit_idempotently(self._inner, commit)

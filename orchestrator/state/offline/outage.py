@@ -62,13 +62,13 @@ async def commit_idempotently(store: Store, commit: Commit) -> int:
     try:
         return await store.commit(commit)
     except (VersionConflict, LeaseLost):
-        position = await _find_commit(store, commit)
+        position = await find_commit(store, commit)
         if position is None:
             raise
         return position
 
 
-async def _find_commit(store: Store, commit: Commit) -> int | None:
+async def find_commit(store: Store, commit: Commit) -> int | None:
     """Return the position at which a commit was already made, or None.
 
     It was made if a single commit wrote every one of its documents with the next version and the same value.
