@@ -21,17 +21,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, NoReturn
 
+import anyio
 import anyio.to_thread
 
 from orchestrator.sandbox.confinement import Confinement
 from orchestrator.system import command_reaper
 from orchestrator.system.failpoints import is_triggered
+from orchestrator.system.process_table import process_stat
 
 _POLL_SECONDS = 0.02  # between two checks whether a program has ended: other processes may keep its streams open
 #: Seconds after which an idle command is killed, and one with a stopped process (SIGSTOP).
 IDLE_TIMEOUT, STOPPED_TIMEOUT = 300.0, 10.0
+#: Seconds between two checks whether an internal program is stopped.
+RESUME_SECONDS = 2.0
 _IDLE_POLL_SECONDS = 2.0  # between two checks for activity
 _PIPE = 1 << 20  # bytes; the default maximum capacity of a pipe, see pipe(7)
 
@@ -139,6 +143,38 @@ def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple
         if now - since >= (STOPPED_TIMEOUT if is_stopped else IDLE_TIMEOUT):
             how = "was stopped" if is_stopped else "did nothing"
             raise TimeoutError(f"it {how} for {now - since:.0f} s")
+
+
+_programs: set[int] = set()
+"""The running internal programs of this process, by process id: a stopped one is resumed."""
+
+
+@contextmanager
+def resumed_if_stopped(pid: int) -> Iterator[None]:
+    """Have `resume_stopped_programs` resume an internal program of this process during the block."""
+    _programs.add(pid)
+    try:
+        yield
+    finally:
+        _programs.discard(pid)
+
+
+async def resume_stopped_programs() -> NoReturn:
+    """Resume stopped internal programs (SIGSTOP) every `RESUME_SECONDS`, until cancelled (Linux).
+
+    A stopped supervisor enforces no time limit, a stopped fork server starts no session.
+    """
+    while True:
+        await anyio.sleep(RESUME_SECONDS)
+        for pid in tuple(_programs):
+            _resume_if_stopped(pid)
+
+
+def _resume_if_stopped(pid: int) -> None:
+    stat = process_stat(pid)
+    if stat is not None and stat.state == "T":
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGCONT)
 
 
 _reaper: tuple[int, IO[bytes]] | None = None
@@ -348,6 +384,7 @@ class ForkServer:
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
         """Start the server. Blocks. Raises OSError."""
         self._requests, theirs = socket.socketpair()
+        self._requests.setblocking(False)  # a full queue fails, so that the caller starts the process itself
         with theirs:
             try:
                 self._server = subprocess.Popen(
@@ -366,7 +403,7 @@ class ForkServer:
     def fork(self) -> tuple[IO[bytes], IO[bytes]]:
         """Fork a process; return the pipes that it reads and writes, unbuffered. Blocks briefly.
 
-        Raises OSError if no file descriptor is free or the server is gone.
+        Raises OSError if no file descriptor is free, or the server is gone or too busy.
         """
         with ExitStack() as ours, ExitStack() as theirs:
             reads, written = os.pipe()
@@ -379,10 +416,21 @@ class ForkServer:
             ours.pop_all()
             return child_input, child_output
 
+    @property
+    def pid(self) -> int:
+        """The process id of the server."""
+        return self._server.pid
+
     def close(self) -> None:
         """Stop the server; forked processes continue. Blocks."""
         self._requests.close()
-        self._server.wait()
+        while True:
+            try:
+                self._server.wait(RESUME_SECONDS)
+            except subprocess.TimeoutExpired:
+                _resume_if_stopped(self.pid)
+            else:
+                return
 
 
 def kill_by_environment(marker: bytes) -> int:

@@ -374,7 +374,7 @@ class ChaosTrial:
 
     def _resume(self, began: float) -> None:
         while not self._is_over() and time.monotonic() < began + END_TIMEOUT:
-            self._wait(began, "resume")
+            self._wait(began, *(("resume",) if self._has_run() else ("run", str(self._config))))
 
     def _given_up(self) -> list[str]:
         """Return what must land and was cancelled, or is blocked by what was."""

@@ -215,3 +215,28 @@ async def test_sessions_start_and_end_without_the_process_that_forks_their_super
     result = json.loads(stdout.splitlines()[-1])
     assert [(task["status"], task["attempts"]) for task in result["tasks"]] == [("landed", 1)] * 2, result
     await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("stopped", ["fork server", "supervisor"])
+async def test_a_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
+    repository: Repository, stopped: str
+) -> None:
+    """It is stopped (SIGSTOP) while one session runs, and resumed; else no session would start or end."""
+    folder = repository.spawns.parent
+    script = f"touch {folder}/is-there; until [ -e {folder}/go ]; do read -t 0.1 <> <(:); done; echo x > one.txt"
+    sh = {"use": "command", "argv": ["bash", "{prompt_file}"], "writable": [str(folder)]}
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": script},
+        {"id": "two", "prompt": "echo x > two.txt", "needs": ["one"]},
+    ]
+    run = repository.start("run", str(repository.configure(tasks, adapters={"sh": sh}, capacity=1)), "--json")
+    wait_for((folder / "is-there").exists)
+    [server] = [one for one in psutil.Process(run.pid).children() if "serve" in " ".join(one.cmdline())]
+    victim = server if stopped == "fork server" else supervisor(repository, "one")
+    assert stopped == "fork server" or victim.ppid() == server.pid
+    victim.suspend()
+    (folder / "go").touch()
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 0, (stdout, stderr)
+    assert [task["status"] for task in json.loads(stdout.splitlines()[-1])["tasks"]] == ["landed"] * 2
+    await repository.assert_invariants()

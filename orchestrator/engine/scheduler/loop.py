@@ -43,6 +43,7 @@ from orchestrator.errors import ClaimLost, GitError, HandoffCorrupted, RefusedEr
 from orchestrator.locking.merge_permit import MergePermitQueue
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup import adapter_homes
+from orchestrator.system import process
 
 #: Seconds between pushes while active sessions may still finish and join the next push.
 LANDING_BATCH_WINDOW = 0.25
@@ -169,6 +170,7 @@ class Scheduler:
             services.start_soon(self._peers.renew)
             services.start_soon(self._peers.sweep)
             services.start_soon(self._peers.detect_dead_peers)
+            services.start_soon(process.resume_stopped_programs)
             async with anyio.create_task_group() as group:
                 successful = [task for task, status in statuses.items() if status in SUCCESS_STATUSES]
                 group.start_soon(self._remove_homes, successful)

@@ -65,7 +65,7 @@ class FileScanner:
         if self._process is None:
             argv, env = process.internal_program("orchestrator.repo.worktrees.scan_worker", "serve")
             self._process = _Process(await process.spawn(argv, env=env, cwd=_FOLDER))
-        with anyio.fail_after(_LIMIT):
+        with process.resumed_if_stopped(self._process.pid), anyio.fail_after(_LIMIT):
             return await anyio.to_thread.run_sync(self._process.ask, function, abandon_on_cancel=True)
 
     async def _end(self) -> None:
@@ -80,6 +80,11 @@ class _Process:
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
         self._output = io.BufferedReader(cast("io.RawIOBase", child.stdout))
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
 
     def ask(self, function: Callable[[], object]) -> Any:
         """Return the answer to a function; raises some error if the process has exited. Blocks."""

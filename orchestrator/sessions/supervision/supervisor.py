@@ -8,7 +8,8 @@ starting Python is most of the cost of a session. It imports little, and only of
              `stop` later; end of file means that the orchestrator is dead
     status   {"event": "locked"} once it holds the session's lock, {"event": "started", "pid": …} unless the start
              failed, and finally {"event": "ended", …} with the fields of
-             `orchestrator.sessions.supervision.supervisor_client.SupervisedExit`
+             `orchestrator.sessions.supervision.supervisor_client.SupervisedExit`; at any time
+             {"event": "forked", "pid": …} of the process that forked it
 
 Between `locked` and `start` the orchestrator checks that it still owns the session. A process that takes over the
 session checks the lock afterwards, so one of the two always notices the other.
@@ -390,10 +391,10 @@ class SupervisionLoop:
             self._cleanup_deadline = now + INTERRUPT_GRACE_SHARE * self._grace if is_interrupted else None
 
 
-def write_status(**event: object) -> None:
+def write_status(event: dict[str, object], fd: int = STATUS) -> None:
     """Write a status line; ignore a closed pipe."""
     try:  # noqa: SIM105  (contextlib is a slow import)
-        os.write(STATUS, json.dumps(event).encode() + b"\n")
+        os.write(fd, json.dumps(event).encode() + b"\n")
     except BrokenPipeError:
         pass
 
@@ -410,14 +411,14 @@ def supervise(spec: CommandSpec, control: Control, wake: int) -> dict[str, objec
 def supervise_locked(spec: CommandSpec, control: Control, wake: int) -> dict[str, object]:
     """Run the CLI under the lock and return its report."""
     # Ask for permission only now: if a process finds the lock free later, nothing of this session will start.
-    write_status(event="locked")
+    write_status({"event": "locked"})
     if (request := control.wait_for_start(wake)) is not None:
         return {"ended_by": request}
     streams = [OutputCapture(path, spec.cap, spec.redact) for path in (spec.stdout, spec.stderr)]
     wrapper = WrapperReport() if spec.wrapped else None
     family = ProcessTree(start_cli(spec, streams, wrapper), wake, spec.wrapped)
     try:
-        write_status(event="started", pid=family.cli)
+        write_status({"event": "started", "pid": family.cli})
         ended_by = SupervisionLoop(spec, family, control, streams, wake).run()
     finally:
         killed = family.kill()
@@ -464,7 +465,7 @@ def main() -> None:
     except OSError as exc:
         reason = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
         facts = {"spawn_error": reason, "exhausted": exc.errno in EXHAUSTED}
-    write_status(event="ended", **(EMPTY_REPORT | facts))
+    write_status({"event": "ended", **EMPTY_REPORT, **facts})
 
 
 def serve() -> None:
@@ -501,7 +502,7 @@ def serve() -> None:
             pid = os.fork()
         except OSError as exc:
             facts = {"spawn_error": str(exc.strerror), "exhausted": exc.errno in EXHAUSTED}
-            os.write(pipes[1], json.dumps({"event": "ended", **EMPTY_REPORT, **facts}).encode() + b"\n")
+            write_status({"event": "ended", **EMPTY_REPORT, **facts}, pipes[1])
             pid = -1
         if pid == 0:
             requests.close()
@@ -509,6 +510,7 @@ def serve() -> None:
             supervise_forked(*pipes)
         if pid > 0:
             supervisors.alive.add(pid)
+            write_status({"event": "forked", "pid": pid}, pipes[1])
         for fd in pipes:
             os.close(fd)
 

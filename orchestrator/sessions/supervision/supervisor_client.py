@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from orchestrator.system import process
 from orchestrator.system.file_lock import FileLock, LockHolder
 
 _MODULE = "orchestrator.sessions.supervision.supervisor"
-_LOCKED = b'{"event": "locked"}\n'
+_LOCKED, _FORKED = b'{"event": "locked"}', b'{"event": "forked", '
 _FOLDER = Path("/")  # the supervisor's working folder, so that it keeps no worktree busy
 _SERVER: ContextVar[process.ForkServer | None] = ContextVar("_SERVER", default=None)
 #: Seconds for a supervisor to end its session by itself; it takes far less.
@@ -195,7 +195,8 @@ async def open_fork_server() -> AsyncIterator[None]:
         )
     token = _SERVER.set(server)
     try:
-        yield
+        with nullcontext() if server is None else process.resumed_if_stopped(server.pid):
+            yield
     finally:
         _SERVER.reset(token)
         if server is not None:
@@ -246,7 +247,10 @@ class _Supervisor:
         """Take over the pipes; `child` is None if the fork server is the parent."""
         self._child = child
         self._control, self._status = _pipe(control), _pipe(status)
-        self._received = bytearray()
+        self._lines, self._unread = list[bytes](), b""
+        self._watched = ExitStack()
+        if child is not None:
+            self._watched.enter_context(process.resumed_if_stopped(child.pid))
 
     async def send(self, data: bytes) -> None:
         """Write to the control pipe; a broken pipe shows as a missing report."""
@@ -260,9 +264,9 @@ class _Supervisor:
 
     async def is_locked(self) -> bool:
         """Wait for the first event; return whether the supervisor holds the lock."""
-        while b"\n" not in self._received and await self._read():
+        while not self._lines and await self._read():
             pass
-        return self._received.startswith(_LOCKED)
+        return self._lines[:1] == [_LOCKED]
 
     async def wait_for_exit(self) -> None:
         """Wait until the status pipe closes, which is when the supervisor exits."""
@@ -279,20 +283,25 @@ class _Supervisor:
         """Read more of the status pipe; return False at its end."""
         await anyio.wait_readable(self._status)
         data = self._status.read(1 << 16)
-        self._received += data or b""
+        *lines, self._unread = (self._unread + (data or b"")).split(b"\n")
+        for line in lines:
+            if line.startswith(_FORKED):
+                self._watched.enter_context(process.resumed_if_stopped(json.loads(line)["pid"]))
+            else:
+                self._lines.append(line)
         return data != b""
 
     async def report(self) -> SupervisedExit:
         """Wait for the supervisor to exit and return its report."""
         await self.wait_for_exit()
-        last = self._received.rstrip().rpartition(b"\n")[2]
+        received = [line for line in (*self._lines, self._unread) if line.strip()]
         try:
-            event = json.loads(last)
+            event = json.loads(received[-1] if received else b"")
         except ValueError:
             event = None
         if not isinstance(event, dict) or event.pop("event", None) != "ended":
-            lines = self._received.decode(errors="replace").splitlines()
-            errors = [line for line in lines if line.strip() and not line.startswith('{"event": ')]
+            lines = [line.decode(errors="replace") for line in received]
+            errors = [line for line in lines if not line.startswith('{"event": ')]
             reason = errors[-1] if errors else "it was killed"
             raise SessionError(f"the supervisor of the session ended without a report: {reason}")
         return SupervisedExit(**event)
@@ -300,7 +309,7 @@ class _Supervisor:
     async def close(self) -> None:
         """Close the control pipe, which kills all processes at once, and reap the supervisor."""
         self._control.close()
-        with self._status:
+        with self._status, self._watched:
             with anyio.move_on_after(_KILL_TIMEOUT, shield=True):
                 await self.wait_for_exit()
                 if self._child is not None:
