@@ -507,7 +507,7 @@ async def test_store_failing_at_any_call_gets_each_commit_once(
 ) -> None:
     """One failure is retried; several begin an outage. Lost answers of successful commits change nothing."""
 
-    async def ignore(_: Event) -> None:
+    async def ignore(_: TypedEvent) -> None:
         pass
 
     async def work(store: Store) -> None:
