@@ -19,8 +19,10 @@ from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.scheduler.requests import cancel_task, retry_task
-from orchestrator.engine.state.ledger import AdapterUpdate, Ledger, OutdatedBase, TaskMoved
+from orchestrator.engine.state.change_feed import follow_changes
+from orchestrator.engine.state.ledger import Ledger, OutdatedBase, TaskMoved
 from orchestrator.engine.state.records import record_new_run, run_key, spec_key, task_key
+from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import RefusedError, RunActive
 from orchestrator.locking.claims import ClaimHolder
@@ -116,7 +118,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     store = Watched(clock)
     ours, theirs = await two_ledgers(store, clock, tmp_path)
     claimed = anyio.Event()
-    async with aclosing(ours.changes()) as changes:
+    async with aclosing(follow_changes(ours)) as changes:
 
         async def land() -> None:
             await theirs.change("models", Trigger.ADOPT, TaskLanded(landed=NEW_COMMIT), landed=NEW_COMMIT)
@@ -149,7 +151,7 @@ async def test_nothing_is_claimed_that_is_over(tmp_path: Path) -> None:
     store = MemoryStore(clock)
     ours, theirs = await two_ledgers(store, clock, tmp_path)
     assert await start(theirs, "models") is None
-    assert await ours.refresh("models")
+    assert await ours.tasks.refresh("models")
     await theirs.change("models", Trigger.FAIL, TaskFailed(), reason="theirs")
     before = await store.position()
     assert not await ours.claim("models")
@@ -185,9 +187,9 @@ async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(
             )
         )
 
-    store.quicker = lambda: theirs.update_adapter("fixer", judge)
-    assert await ours.update_adapter("fixer", judge) == (AdapterDocument(cooldown_until=60.0, cooldowns=1), False)
-    assert (await ours.adapter("fixer")).cooldowns == 1
+    store.quicker = lambda: theirs.adapters.update("fixer", judge)
+    assert await ours.adapters.update("fixer", judge) == (AdapterDocument(cooldown_until=60.0, cooldowns=1), False)
+    assert (await ours.adapters.read("fixer")).cooldowns == 1
 
 
 async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -
     claim = await ours.claims.read("models")
     assert claim is not None
     assert claim.released is not None
-    await theirs.refresh("models")
+    await theirs.tasks.refresh("models")
     assert theirs.claims is not None
     assert "models" not in theirs.claims
 
@@ -211,7 +213,7 @@ async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Pa
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
-    await ours.refresh("models")
+    await ours.tasks.refresh("models")
     await theirs.change("models", Trigger.RETRY, TaskRetrying())
     assert await cancel_task(ours, "models")
     assert ours.task("models").status is TaskStatus.CANCELLED
@@ -223,11 +225,11 @@ async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Pa
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
-    await ours.refresh("models")
+    await ours.tasks.refresh("models")
     await theirs.change("models", Trigger.BUILD, TaskQueued(), commit=NEW_COMMIT)
     await theirs.change("models", Trigger.INTEND, TaskLanding(old=OLD_COMMIT, new=NEW_COMMIT))
     if seen is TaskStatus.LANDING:
-        await ours.refresh("models")
+        await ours.tasks.refresh("models")
     assert ours.task("models").status is seen
     assert not await cancel_task(ours, "models")
     await theirs.change("models", Trigger.LAND, TaskLanded(landed=NEW_COMMIT), landed=NEW_COMMIT)
@@ -240,7 +242,7 @@ async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(ours, "models") is None
     await ours.change("models", Trigger.FAIL, TaskFailed())
-    await theirs.refresh("models")
+    await theirs.tasks.refresh("models")
     await theirs.change("models", Trigger.ADOPT, TaskLanded(landed=NEW_COMMIT), landed=NEW_COMMIT)
     assert not await retry_task(ours, "models")
     assert ours.task("models").status is TaskStatus.LANDED
@@ -251,7 +253,7 @@ async def test_who_takes_a_run_when_another_becomes_its_leader_is_told_who_that_
     clock = ManualClock()
     store = Overtaken(clock, "run.leader_elected")
     theirs, _ = await two_ledgers(store, clock, tmp_path)
-    store.quicker = theirs.try_to_lead
+    store.quicker = theirs.writer.try_to_lead
     run = theirs.run.id
     with pytest.raises(RunActive, match=f"is active in process {theirs.orchestrators.me.pid}"):
         await Ledger.take(store, clock, Redactor([]), make_orchestrators(store, clock, run, alone=False), "off")
@@ -275,7 +277,7 @@ async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, ev
     take = Ledger.take if event == "run.leader_elected" else Ledger.join
     ledger = await take(store, clock, Redactor([]), others, "off")
     assert ledger.task("models").status is TaskStatus.CANCELLED
-    assert ledger.became_leader.is_set() == (event == "run.leader_elected")
+    assert ledger.writer.became_leader.is_set() == (event == "run.leader_elected")
     await ledger.note(RunInterrupted())
 
 
@@ -307,9 +309,9 @@ async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) 
     clock = ManualClock()
     store = Overtaken(clock, "run")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
-    store.quicker = theirs.try_to_lead
-    assert not await ours.try_to_lead()
-    assert theirs.became_leader.is_set()
+    store.quicker = theirs.writer.try_to_lead
+    assert not await ours.writer.try_to_lead()
+    assert theirs.writer.became_leader.is_set()
     await theirs.note(RunInterrupted())
 
 
@@ -337,6 +339,6 @@ async def test_a_worker_leaves_it_to_a_leader_to_lead(tmp_path: Path) -> None:
     worker, other = await two_ledgers(store, clock, tmp_path)
     others = make_orchestrators(store, clock, worker.run.id, alone=False, me=create_owner(Role.LEADER))
     chosen = await Ledger.join(store, clock, Redactor([]), others, "off")
-    assert not await worker.try_to_lead()
-    assert not await other.try_to_lead()
-    assert await chosen.try_to_lead()
+    assert not await worker.writer.try_to_lead()
+    assert not await other.writer.try_to_lead()
+    assert await chosen.writer.try_to_lead()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from orchestrator.domain.runs.model import RequestAction
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.engine.scheduler.requests import submit_request
+from orchestrator.engine.scheduler.requests import RequestHandler, submit_request
+from orchestrator.engine.state.change_feed import follow_changes
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.protocols import Commit, CommitRecord, Event, Key, Store
@@ -191,7 +192,7 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
     async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as store:
         await record_run(store, clock, run_document(tmp_path))
         ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), "off")
-        async with aclosing(ledger.changes()) as changes:
+        async with aclosing(follow_changes(ledger)) as changes:
             for task in ("models", "api"):
                 await submit_request(store, clock, RUN, RequestAction.CANCEL, [task])
                 await forget(store)
@@ -199,7 +200,7 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
                     found = (await anext(changes)).request
                 assert found is not None
                 assert list(found.tasks) == [task]
-                await ledger.complete_request(found)
+                await RequestHandler(ledger).complete(found)
 
 
 async def test_what_is_yet_to_come_is_not_waited_for(store: Store) -> None:

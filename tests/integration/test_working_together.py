@@ -18,7 +18,9 @@ from orchestrator.api.council import Council
 from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.domain.scheduling.claims import ReleaseReason
 from orchestrator.engine.reports.report import RunReport
-from orchestrator.engine.state.ledger import ExternalChange, Ledger
+from orchestrator.engine.scheduler import peers
+from orchestrator.engine.state.change_feed import ExternalChange, follow_changes
+from orchestrator.engine.state.ledger import Ledger
 from orchestrator.locking.claims import read_claims
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Event
@@ -442,7 +444,7 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
 ) -> None:
     """A sweep reads it before this process was told of it; the run still comes to its end."""
     claimed = anyio.Event()
-    changes, claim = Ledger.changes, Ledger.claim
+    changes, claim = follow_changes, Ledger.claim
 
     async def told_late(ledger: Ledger) -> AsyncIterator[ExternalChange]:
         async for change in changes(ledger):
@@ -456,7 +458,7 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
             claimed.set()
         return is_ours
 
-    monkeypatch.setattr(Ledger, "changes", told_late)
+    monkeypatch.setattr(peers, "follow_changes", told_late)
     monkeypatch.setattr(Ledger, "claim", claim_and_tell)
     tasks: list[dict[str, Any]] = [{"id": "here", "prompt": "hang"}, {"id": "there", "prompt": "exit 1", "attempts": 1}]
     path = repository.configure(tasks, capacity=1, coordination=QUICK)

@@ -119,7 +119,7 @@ class RunController:
             now, statuses = await reader.record(run.id), ledger.statuses()
             has_ended = run.ended is not None or DispatchBoard.of(now.entries, statuses).is_over(statuses)
             if has_ended and not await has_active_peers(ledger):
-                await ledger.finish(reader.describe(now, is_live=False, has_ended=True).status)
+                await ledger.run_state.finish(reader.describe(now, is_live=False, has_ended=True).status)
             async with run_context.pool(sessions=0):
                 pass  # cleans up: the run may never be resumed
 

@@ -85,13 +85,13 @@ class RunExecutor:
                     reader = RunReader(entry.context)
                     if has_ended:  # only the user may have landed something since
                         if not await Reconciler(ledger, run_context).adopt_landings(frozenset()):
-                            await ledger.finish(reader.describe(before, is_live=False, has_ended=True).status)
+                            await ledger.run_state.finish(reader.describe(before, is_live=False, has_ended=True).status)
                             return await reader.status(run)
                         before = await reader.record(run)
                     if budget is not None:
-                        await ledger.set_budget(budget.model_dump(mode="json", exclude_none=True))
+                        await ledger.run_state.set_budget(budget.model_dump(mode="json", exclude_none=True))
                     if allow_failing_base and not ledger.run.allow_failing_base:
-                        await ledger.allow_failing_base()
+                        await ledger.run_state.allow_failing_base()
                     if before.orchestrators:  # an earlier process executed the run
                         await self._note_file_changes(ledger)
                     return await self._execute(
@@ -122,7 +122,7 @@ class RunExecutor:
                 reader, await reader.record(run), ledger, run_context, capacity=capacity, disabled=disabled
             )
             ended.set()
-            if not ledger.became_leader.is_set():
+            if not ledger.writer.became_leader.is_set():
                 group.cancel_scope.cancel()
         return report
 
@@ -138,7 +138,7 @@ class RunExecutor:
             yield RunEntry(context, self._plugins, run, hub, settings)
 
     async def _run_services_as_leader(self, run: RunDocument, ledger: Ledger, ended: anyio.Event) -> None:
-        await ledger.became_leader.wait()
+        await ledger.writer.became_leader.wait()
         async with background_services(self._context, self._plugins, run):  # they need the event of the run's end
             await ended.wait()
 
@@ -203,9 +203,9 @@ async def _record_end(
     reader: RunReader, ledger: Ledger, scheduler: Scheduler, run: str, *, finished: bool
 ) -> RunReport:
     """Record why this process has no more tasks of a run, and return the report."""
-    is_leader = ledger.became_leader.is_set()
+    is_leader = ledger.writer.became_leader.is_set()
     if scheduler.halted is not None and is_leader:
-        await ledger.halt(*scheduler.halted)
+        await ledger.run_state.halt(*scheduler.halted)
     elif scheduler.halted is not None and scheduler.halted[0] is not HaltCause.BUDGET:
         await ledger.note(RunWorkerLeft(pid=ledger.orchestrators.me.pid, reason=scheduler.halted[1]))
     elif not finished and is_leader:
@@ -214,7 +214,7 @@ async def _record_end(
         return await reader.status(run)
     result = reader.describe(await reader.record(run), is_live=False, has_ended=finished)
     if finished and is_leader:
-        await ledger.finish(result.status)
+        await ledger.run_state.finish(result.status)
     return await reader.with_merge_state(result, ledger.run) if finished else result
 
 
@@ -223,7 +223,7 @@ async def _entries(context: ProjectContext, before: RunRecord, ledger: Ledger) -
     known = before.entries
     if ledger.run.tasks != before.run.tasks:
         known = await read_entries(context.store, ledger.run)
-    return with_subtasks({task: known[task] for task in ledger.run.tasks}, ledger.documents())
+    return with_subtasks({task: known[task] for task in ledger.run.tasks}, ledger.tasks.documents())
 
 
 def _board(

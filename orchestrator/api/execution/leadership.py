@@ -64,8 +64,9 @@ class RunEntry:
                     await ledger.note(PluginSkipped(plugin=left_out.plugin.name, reason=str(left_out)))
                 run_context = self._with_session_service(opened, ledger)
                 await recover(ledger, run_context, clock)
-                for request in await ledger.requests():
-                    await RequestHandler(ledger).apply(request)
+                handler = RequestHandler(ledger)
+                for request in await handler.pending():
+                    await handler.apply(request)
                 yield ledger, run_context
 
     @asynccontextmanager

@@ -172,7 +172,7 @@ class BaseChecks:
         It does if the task, or a pending task that it needs, starts from the base.
         """
         if task not in known:
-            known[task] = not self.base_selector.builds_on_target(task, await self.ledger.spec(task))
+            known[task] = not self.base_selector.builds_on_target(task, await self.ledger.definitions.spec(task))
             statuses = self.ledger.statuses()
             for need in self.entries[task].needs:
                 if need in self.entries and statuses.get(need) is TaskStatus.PENDING:
@@ -215,11 +215,11 @@ class BaseChecks:
 
     async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
         """Return why the checks that these tasks share fail on a commit."""
-        task, spec, commit = tasks[0], await self.ledger.spec(tasks[0]), base.commit
+        task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
         key = await self._key(spec, commit)
-        if self._has_landed(spec, commit) or key in await self.ledger.proven_bases():
+        if self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases():
             return None
-        correction = describe_check_fix(self.ledger.run, [await self.ledger.spec(name) for name in tasks])
+        correction = describe_check_fix(self.ledger.run, [await self.ledger.definitions.spec(name) for name in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
             unrunnable = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
             return describe_unrunnable(unrunnable, correction, base.merge) if unrunnable else None
@@ -228,7 +228,7 @@ class BaseChecks:
         failpoint("base.checked")
         match result:
             case ChecksPassed():
-                await self.ledger.record_passed_base(
+                await self.ledger.run_state.record_passed_base(
                     key, BasePassed(commit=commit, branch=base.branch, checks=spec.checks)
                 )
                 return None
@@ -288,7 +288,7 @@ class BaseChecks:
         """Return True if a commit is a merge of this run that passed the same checks."""
         return any(
             document.landed == commit and commit in document.intended and self.entries[task].checks == spec.checks
-            for task, document in self.ledger.documents().items()
+            for task, document in self.ledger.tasks.documents().items()
             if task in self.entries
         )
 

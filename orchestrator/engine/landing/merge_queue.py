@@ -240,7 +240,7 @@ class MergeQueue:
         return list(self.landing)
 
     async def _has_checks(self, task: str) -> bool:
-        return bool((await self.ledger.spec(task)).checks)
+        return bool((await self.ledger.definitions.spec(task)).checks)
 
     def _status(self, task: str) -> TaskStatus:
         return self.ledger.task(task).status
@@ -380,7 +380,7 @@ class MergeQueue:
         """
         if self._stopping or task in self.cancelled:
             return False
-        spec = await self.ledger.spec(task)
+        spec = await self.ledger.definitions.spec(task)
         if (violation := await self._ownership.judge(task, spec, merge)) is not None:
             await self._reject_for_ownership(task, spec, merge, violation)
             return False
@@ -479,10 +479,10 @@ class MergeQueue:
         await self.git("update-ref", f"refs/heads/{branch}", conflict.commit)
         reason = f"merge conflict in {', '.join(conflict.paths)}"
         rejection = Rejection(FailureClass.CONFLICT, reason, branch, {"paths": list(conflict.paths)})
-        document, spec = self.ledger.task(task), await self.ledger.spec(task)
+        document, spec = self.ledger.task(task), await self.ledger.definitions.spec(task)
         is_retried = get_failure_policy(FailureClass.CONFLICT, spec.retry_on) is FailurePolicy.RETRY
         if is_retried and document.failures + 1 < spec.attempts:
-            restart = restart_work(self.ledger.workflow(spec.workflow), document)
+            restart = restart_work(self.ledger.definitions.workflow(spec.workflow), document)
             await self._reject(task, Trigger.BOUNCE, rejection, commit=None, built=None, **restart)
         else:
             await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
@@ -492,7 +492,7 @@ class MergeQueue:
     ) -> None:
         """Have another attempt fix the merge; the phases after it run again."""
         base = await self.git.line("rev-parse", f"{start}^1")
-        restart = restart_task(self.ledger.workflow(spec.workflow), self.ledger.task(task))
+        restart = restart_task(self.ledger.definitions.workflow(spec.workflow), self.ledger.task(task))
         await self._reject(
             task,
             Trigger.BOUNCE,

@@ -86,11 +86,11 @@ class OwnershipCheck:
         changed = await self._changed(merge)
         owned = (*spec.owns, *self._extended.get(task, ()))
         outside = find_out_of_scope(owned, changed)
-        planner = self._ledger.planning_task(task)
+        planner = self._ledger.tasks.planning_task(task)
         while planner is not None:  # a plan cannot give its tasks more than its own task owns
-            if limits := (await self._ledger.spec(planner)).owns:
+            if limits := (await self._ledger.definitions.spec(planner)).owns:
                 outside += [path for path in find_out_of_scope(limits, changed) if path not in outside]
-            planner = self._ledger.planning_task(planner)
+            planner = self._ledger.tasks.planning_task(planner)
         if outside:
             violation = OwnershipViolation(tuple(outside), owned)
             match spec.on_out_of_scope:

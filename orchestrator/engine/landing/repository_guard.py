@@ -79,5 +79,7 @@ class RepositoryGuard:
         earlier = before.refs.content
         moved = {ref: commit for ref, commit in after.refs.content.items() if earlier.get(ref) != commit}
         return {
-            ref: commit for ref, commit in moved.items() if await self._ledger.is_landing_intent(commit.split(" ")[0])
+            ref: commit
+            for ref, commit in moved.items()
+            if await self._ledger.tasks.is_landing_intent(commit.split(" ")[0])
         }

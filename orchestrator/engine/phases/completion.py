@@ -55,6 +55,7 @@ from orchestrator.engine.phases.prompts import (
 from orchestrator.engine.phases.start import NextPhase, PhaseStarter
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.tasks import handoff_write
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import RefusedError, join_names
 from orchestrator.protocols import JsonObject, Write
@@ -116,7 +117,7 @@ class PhaseCompleter:
         async def check(data: JsonObject) -> Sequence[str]:
             # Without checksums: the files that a result names are final only when the session has ended.
             kind = self.inputs.kind(phase)
-            checked = kind.check(self.ledger.redact(data), HandoffFacts())
+            checked = kind.check(self.ledger.writer.redactor.json(data), HandoffFacts())
             violations = checked.violations
             if checked.data is not None:
                 planned = await self._expand_plan(task, spec, phase, _CheckedHandoff(kind, checked.data, "tool"))
@@ -209,7 +210,7 @@ class PhaseCompleter:
                 return Failed(FailureClass.INVALID_HANDOFF, str(built))
             handoff = built
             record["handoff"] = handoff.id
-        writes = [] if handoff is None else [self.ledger.handoff_write(handoff)]
+        writes = [] if handoff is None else [handoff_write(handoff)]
         events = [] if handoff is None else [_delivered_event(handoff)]
         start = compute_next_start(workflow, document, phase)
         reset: dict[str, Any] = {"failures": document.bounces, "feedback": None, **start}
@@ -337,7 +338,7 @@ class PhaseCompleter:
         if isinstance(delivery, Violation):
             return [delivery]
         data, by = delivery
-        redacted = self.ledger.redact(data)
+        redacted = self.ledger.writer.redactor.json(data)
         checked = kind.check(redacted, await self._facts(kind, redacted, session.commit))
         if checked.data is None:
             return checked.violations

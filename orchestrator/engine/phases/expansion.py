@@ -25,12 +25,14 @@ async def expand_task(
     earlier plan are not reused, even if a restore deleted them: a checkpoint may bring them back.
     """
     expansion = phase.expand or Expansion()
-    known = await ledger.earlier_specs(task)
+    known = await ledger.definitions.earlier_specs(task)
     own = f"{ledger.run.id}/{task}/"
     expand = partial(expand_plan, plan, most=expansion.most, owns=spec.owns, taken={*ledger.run.tasks, *known})
     has_earlier = any(str(value.get("plan") or "").startswith(own) for value in known.values())
     planned = () if has_earlier else expand(f"{task}-")
-    if has_earlier or await ledger.have_any_existed([new.id for new in planned if isinstance(new, ExpandedTask)]):
+    if has_earlier or await ledger.definitions.have_any_existed(
+        [new.id for new in planned if isinstance(new, ExpandedTask)]
+    ):
         planned = expand(f"{task}.{attempt}-")
     specs = {}
     for new in planned:

@@ -35,6 +35,7 @@ from orchestrator.engine.phases.prompts import (
 )
 from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.tasks import handoff_write
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.system.clock import Clock
 
@@ -91,7 +92,7 @@ class PhaseStarter:
 
         If no phase is left, return the update that queues its work to land, or marks it done.
         """
-        workflow, document = self.ledger.workflow(spec.workflow), self.ledger.task(task)
+        workflow, document = self.ledger.definitions.workflow(spec.workflow), self.ledger.task(task)
         if workflow.is_default:
             earlier = find_continued_attempt(workflow, document, workflow.phases[0])
             return NextPhase(workflow, workflow.phases[0], (), document.start, document.base, earlier)
@@ -170,7 +171,7 @@ class PhaseStarter:
             HandoffReceived(task=task, handoff=id_, phase=phase, digest=handoff.digest)
             for id_, (_, handoff) in received.items()
         ]
-        writes = [self.ledger.handoff_write(handoff, version) for version, handoff in received.values()]
+        writes = [handoff_write(handoff, version) for version, handoff in received.values()]
         return TaskUpdate(Trigger.START, event, changes, writes, events)
 
     def _handoff_instructions(self, phase: Phase) -> HandoffInstructions | None:

@@ -77,7 +77,7 @@ class PhaseInputs:
     async def values(self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase) -> PhaseValues:
         """Return the values that a phase and its condition can use."""
         document = self.ledger.task(task)
-        handoffs = await self.ledger.handoffs(task)
+        handoffs = await self.ledger.definitions.handoffs(task)
         done = completed_visits(workflow, document)
         return await collect_phase_values(workflow, phase, spec.context, done, handoffs, self.kind, self.shared_values)
 

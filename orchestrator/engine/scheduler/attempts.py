@@ -55,7 +55,8 @@ from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.budgets import BudgetReached, Budgets
 from orchestrator.engine.session_api.details import SessionWorkspace
-from orchestrator.engine.state.ledger import AdapterUpdate, Ledger, OutdatedBase
+from orchestrator.engine.state.ledger import Ledger, OutdatedBase
+from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, HandoffCorrupted, RefusedError
 from orchestrator.protocols import Capability, Guard, JsonObject, Write
@@ -465,7 +466,7 @@ class AttemptRunner:
             learned = AdapterDocument(cooldown_until=until, cooldowns=cooldowns)
             return AdapterUpdate(learned, run_events.AdapterCooldown(until=until, reason=outcome.reason))
 
-        known, is_new = await self.ledger.update_adapter(adapter, judge)
+        known, is_new = await self.ledger.adapters.update(adapter, judge)
         if is_new:
             failpoint("adapter.cooling_down")
         return known
@@ -477,13 +478,13 @@ class AttemptRunner:
         def judge(known: AdapterDocument) -> AdapterUpdate | None:
             return closed if known.disabled_reason is None and started >= (known.enabled_at or 0.0) else None
 
-        known, _ = await self.ledger.update_adapter(active.adapter, judge)
+        known, _ = await self.ledger.adapters.update(active.adapter, judge)
         return known
 
     async def _clear_cooldown(self, adapter: str) -> None:
         """Forget the cooldowns of an adapter: a session that started after them succeeded."""
         opened, now = AdapterUpdate(AdapterDocument(), run_events.AdapterEnabled()), self.clock.now()
-        await self.ledger.update_adapter(
+        await self.ledger.adapters.update(
             adapter, lambda known: opened if known.cooldowns and not _is_cooling_down(known, now) else None
         )
 

@@ -207,7 +207,7 @@ class Budgets:
         A task and all subtasks of its plan, with their active sessions, share one budget.
         """
         spent = more
-        for member in self._ledger.plan_members(task):
+        for member in self._ledger.tasks.plan_members(task):
             spent += sum_spending(self._ledger.task(member).attempts)
             if member != task:
                 spent += self._active_usage(member)

@@ -60,10 +60,10 @@ class LiveRequestHandler(RequestHandler):
 
     async def apply(self, request: RunRequest) -> None:
         """Apply a request unless an earlier leader has applied it."""
-        if request not in await self._ledger.requests():  # a new leader sees some requests twice
+        if request not in await self.pending():  # a new leader sees some requests twice
             return
-        if any(task not in self._ledger for task in request.tasks):
-            await self._ledger.load_new_tasks()
+        if any(task not in self._ledger.tasks for task in request.tasks):
+            await self._ledger.tasks.load_new()
             self._local.add_planned_tasks()
         await super().apply(request)
 

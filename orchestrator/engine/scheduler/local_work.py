@@ -56,13 +56,13 @@ class LocalWork:
 
     def add_planned_tasks(self) -> None:
         """Add subtasks of expanded plans to the board, at their positions in the file."""
-        new = [task for task in self._ledger.added if not self.board.has(task)]
+        new = [task for task in self._ledger.tasks.added if not self.board.has(task)]
         if not new:
             return
-        self.board.add({task: self._ledger.added[task] for task in new}, self._file_order(new))
+        self.board.add({task: self._ledger.tasks.added[task] for task in new}, self._file_order(new))
         for task in new:
             if self._ledger.task(task).status is TaskStatus.PENDING:
-                self.board.set_subtasks(task, self._ledger.subtasks(task))
+                self.board.set_subtasks(task, self._ledger.tasks.subtasks(task))
                 self._place(task)
             else:
                 self.sync_task(task)
@@ -92,14 +92,14 @@ class LocalWork:
     def has_open_subtasks(self, task: str) -> bool:
         """Return True if a recorded subtask has neither landed nor is done."""
         return any(
-            subtask not in self._ledger or self._ledger.task(subtask).status not in SUCCESS_STATUSES
+            subtask not in self._ledger.tasks or self._ledger.task(subtask).status not in SUCCESS_STATUSES
             for subtask in self._ledger.task(task).expanded
         )
 
     def _wait_for_subtasks(self, task: str) -> None:
         """Let a task wait for its subtasks, if any."""
         self.add_planned_tasks()
-        self.board.set_subtasks(task, self._ledger.subtasks(task))
+        self.board.set_subtasks(task, self._ledger.tasks.subtasks(task))
 
     def wake(self) -> None:
         """Wake the scheduler."""
@@ -155,7 +155,7 @@ class LocalWork:
         entry, document = self.board.entry(task), self._ledger.task(task)
         if entry.workflow is None:
             return None, False
-        workflow = self._ledger.workflow(entry.workflow)
+        workflow = self._ledger.definitions.workflow(entry.workflow)
         return current_adapters(workflow, document, entry.adapter, entry.fallback), has_built_work(document)
 
     def sync_task(self, task: str, retry_in: float | None = None) -> None:

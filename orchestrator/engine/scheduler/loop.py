@@ -37,7 +37,8 @@ from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.monitor import Monitor
 from orchestrator.engine.scheduler.peers import PeerSync
 from orchestrator.engine.scheduler.requests import cancel_task
-from orchestrator.engine.state.ledger import AdapterUpdate, Ledger
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, GitError, HandoffCorrupted, RefusedError, VersionConflict
 from orchestrator.locking.merge_permit import MergePermitQueue
@@ -118,7 +119,7 @@ class Scheduler:
         enabled = AdapterUpdate(AdapterDocument(), AdapterEnabled())
         for adapter, document in documents.items():
             if document.disabled_reason is not None:
-                await self._ledger.update_adapter(
+                await self._ledger.adapters.update(
                     adapter, lambda current: None if current.disabled_reason is None else enabled
                 )
             elif document.cooldown_until is not None:
@@ -190,7 +191,7 @@ class Scheduler:
         self.halted = None
         await self._repository_guard.compare()
         # The leader, and any other orchestrator, may have exited since the last sweep.
-        if not self._ledger.became_leader.is_set() and not await self._ledger.try_to_lead():
+        if not self._ledger.writer.became_leader.is_set() and not await self._ledger.writer.try_to_lead():
             return True
         await self._peers.clean_up_abandoned()
         try:
@@ -234,7 +235,7 @@ class Scheduler:
 
     async def _prepare(self, task: str, tips: dict[bool, str]) -> ActiveAttempt | None:
         """Return the next attempt of a task; None if the task may no longer start."""
-        spec = await self._ledger.spec(task)
+        spec = await self._ledger.definitions.spec(task)
         if self._budgets.is_halted():
             return None
         if (merged := self._ledger.run.merges) is not None:  # its work is built already
@@ -242,7 +243,7 @@ class Scheduler:
             await self._refuse(task, Failed(FailureClass.INVALID, reason))
             return None
         if self._local.has_open_subtasks(task):  # subtasks that another process created
-            await self._ledger.load_new_tasks()
+            await self._ledger.tasks.load_new()
             self._local.show(task)
             self._local.wake()
             return None
@@ -290,7 +291,7 @@ class Scheduler:
         ):
             return
         self._last_noted_wait = awaited, approvals
-        ends = [(await self._ledger.adapter(name)).cooldown_until for name in awaited]
+        ends = [(await self._ledger.adapters.read(name)).cooldown_until for name in awaited]
         until, adapters = min(filter(None, ends), default=None), sorted(awaited, key=awaited.__getitem__)
         await self._ledger.note(RunWaiting(until=until, adapters=adapters, approvals=list(approvals)))
 
@@ -300,7 +301,7 @@ class Scheduler:
         try:
             await self._ledger.change(task, Trigger.FAIL, failed, reason=failure.reason, refused=failure.failure)
         except (ClaimLost, VersionConflict):  # another orchestrator was first
-            await self._ledger.refresh(task)
+            await self._ledger.tasks.refresh(task)
             self._local.sync_task(task)
         else:
             self._board.ended(task)
@@ -444,5 +445,5 @@ class Scheduler:
 
     async def _run_monitor_as_leader(self) -> None:
         """Watch the state store once this orchestrator leads the run."""
-        await self._ledger.became_leader.wait()
+        await self._ledger.writer.became_leader.wait()
         await self._monitor.watch()

@@ -49,7 +49,7 @@ class Monitor:
                 (SWEEP_INTERVAL, self._sweep),
                 (HEALTH_INTERVAL, self._check_health),
                 (VERIFY_INTERVAL, self._verify),
-                (CHECKPOINT_INTERVAL, self._ledger.checkpoint),
+                (CHECKPOINT_INTERVAL, self._ledger.writer.checkpoint),
             ):
                 group.start_soon(self._repeat, pause, job)
 
@@ -67,7 +67,7 @@ class Monitor:
         await compact_log(self._store, self._clock, self._retention.age, self._retention.size, self._ledger.run.id)
 
     async def _check_health(self) -> None:
-        latency = judge_latency(self._ledger.slowest_commit())
+        latency = judge_latency(self._ledger.writer.slowest_commit())
         await self._report([*judge_documents(await self._store.statistics()), latency])
 
     async def _verify(self) -> None:

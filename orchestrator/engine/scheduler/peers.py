@@ -18,8 +18,10 @@ from orchestrator.engine.scheduler.live_requests import LiveRequestHandler
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.reconciliation import Reconciler
 from orchestrator.engine.scheduler.recovery import remove_abandoned, take_over_tasks
-from orchestrator.engine.state.ledger import ExternalChange, Ledger
-from orchestrator.errors import StoreUnavailable
+from orchestrator.engine.state.change_feed import ExternalChange, follow_changes
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.errors import StoreUnavailable, VersionConflict
+from orchestrator.protocols import Commit
 from orchestrator.repo.worktrees.pool import SlotPool
 
 #: Seconds between checks of the liveness locks of this machine.
@@ -65,21 +67,21 @@ class PeerSync:
 
         The leader of the run also queues requests.
         """
-        async for change in self._ledger.changes():
+        async for change in follow_changes(self._ledger):
             # A partial change would leave the board and the documents inconsistent.
             with anyio.CancelScope(shield=True):
                 await self._apply_change(change)
 
     async def _apply_change(self, change: ExternalChange) -> None:
         if change.request is not None:
-            if self._ledger.became_leader.is_set():
+            if self._ledger.writer.became_leader.is_set():
                 self.requests.enqueue(change.request)
             return
         if change.halted is not None:
             self._halt(*change.halted)
         if change.adapter is not None:
             # Read the newest document: this process may have applied a later one.
-            self._local.update_adapter(change.adapter, await self._ledger.adapter(change.adapter))
+            self._local.update_adapter(change.adapter, await self._ledger.adapters.read(change.adapter))
         if change.has_new_tasks:
             self._local.add_planned_tasks()
         if change.task is not None and change.before is not None:
@@ -133,15 +135,21 @@ class PeerSync:
                         self._local.wake()
 
     async def _sweep(self) -> None:
-        if await self._ledger.try_to_lead():
-            for request in await self._ledger.requests():
+        if await self._ledger.writer.try_to_lead():
+            for request in await self.requests.pending():
                 self.requests.enqueue(request)
-        await self._ledger.prune_ownership(self._context.registry)
+        await self._prune_ownership()
         for task in await take_over_tasks(self._ledger, self._context, self._clock):
             self._local.take_over(task)
         await self.clean_up_abandoned()
         for task in await self._reconciler.adopt_landings(frozenset(self._local.merge_queue.landing)):
             self._local.sync_task(task)
+
+    async def _prune_ownership(self) -> None:
+        """Delete path ownership under claims that have ended."""
+        with suppress(VersionConflict):  # each new path owner prunes, too
+            if writes := await self._context.registry.sweep():
+                await self._ledger.writer.commit(Commit(writes, durable=False))
 
     async def clean_up_abandoned(self) -> None:
         """Remove unused leftovers of dead orchestrators.

@@ -57,7 +57,7 @@ class Reconciler:
         document = self._ledger.task(task)
         if document.status not in _OPEN or self._ledger.is_claimed_elsewhere(task):
             return False
-        if document.status not in CLAIMED_STATUSES and not self._ledger.became_leader.is_set():
+        if document.status not in CLAIMED_STATUSES and not self._ledger.writer.became_leader.is_set():
             return False
         commit, reason = self._context.target.find_landing(document.intended), None
         if commit is None:

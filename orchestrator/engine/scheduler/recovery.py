@@ -79,7 +79,7 @@ async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
     taken = await _take_over(ledger, context, counts=False)
     tasks = ledger.run.tasks if alone else taken
     await _recover_sessions(ledger, context, clock, tasks, at_start=True)
-    for task in ledger.damaged:
+    for task in ledger.tasks.damaged:
         if ledger.task(task).status not in FINAL_STATUSES:
             reason = "its record in the state log is damaged, its work is unknown: run it again in a new run"
             await ledger.change(task, Trigger.DISTRUST, TaskFailed(reason=reason), reason=reason)
@@ -157,10 +157,10 @@ async def _take_over(ledger: Ledger, context: RunContext, *, counts: bool) -> li
     if ledger.claims is None:
         return []
     claimed = set(await ledger.claims.sweep(counts=counts, also=context.registry.plan_transfer))
-    if any(task not in ledger for task in claimed):
-        await ledger.load_new_tasks()
+    if any(task not in ledger.tasks for task in claimed):
+        await ledger.tasks.load_new()
     for task in claimed:
-        await ledger.refresh(task)
+        await ledger.tasks.refresh(task)
         await ledger.release(task)
     # Restored or imported tasks were never claimed.
     claimed.update(
@@ -219,12 +219,12 @@ async def _recreate_lost_record(ledger: Ledger, context: RunContext, clock: Cloc
     if ledger.task(task).status is TaskStatus.RUNNING and ledger.task(task).attempt.ended is None:
         await _record_interruption(ledger, clock, task, None)
     attempts = ledger.task(task).attempts
-    if ledger.task(task).status is not TaskStatus.PENDING or task in ledger.damaged or number <= len(attempts):
+    if ledger.task(task).status is not TaskStatus.PENDING or task in ledger.tasks.damaged or number <= len(attempts):
         return False
     if not await anyio.to_thread.run_sync(worktrees.unlock_index, worktree):
         await worktrees.remove_session_folder(worktree)
         return True
-    spec, base, now = await ledger.spec(task), await context.target.tip(), clock.now()
+    spec, base, now = await ledger.definitions.spec(task), await context.target.tip(), clock.now()
     lost = [
         Attempt(
             number=index,
@@ -278,8 +278,8 @@ async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt
 
     Return False if the worktree must stay.
     """
-    spec = await ledger.spec(worktree.task)
-    if attempt.phase is not None and not ledger.workflow(spec.workflow).phase(attempt.phase).writes:
+    spec = await ledger.definitions.spec(worktree.task)
+    if attempt.phase is not None and not ledger.definitions.workflow(spec.workflow).phase(attempt.phase).writes:
         await context.git(
             "update-ref", "-d", f"refs/heads/{worktree.branch}"
         )  # changes of a read-only phase are discarded

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from orchestrator.config.model import TaskSpec
-from orchestrator.domain.events.runs import RequestSubmitted
+from orchestrator.domain.events.runs import RequestCompleted, RequestSubmitted
 from orchestrator.domain.events.tasks import TaskApproved, TaskCancelled, TaskIgnored, TaskRejected, TaskRetryRequested
 from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
 from orchestrator.domain.runs.model import (
@@ -39,7 +39,7 @@ from orchestrator.engine.phases.prompts import render_rejection
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.merge_run import MERGE_TASK
-from orchestrator.engine.state.records import request_key
+from orchestrator.engine.state.records import read_requests, request_key
 from orchestrator.engine.state.reload import TASKS_KEY
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
@@ -217,6 +217,10 @@ class RequestHandler:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
+    async def pending(self) -> list[RunRequest]:
+        """Return the pending requests, oldest first."""
+        return await read_requests(self._ledger.writer.store, self._ledger.run.id)
+
     async def apply(self, request: RunRequest) -> None:
         """Apply a request, and record that it was completed."""
         for task in request.tasks:
@@ -224,9 +228,16 @@ class RequestHandler:
         if request.action is RequestAction.IGNORE:
             await self._record_ignored(request)
         for adapter in request.adapters:
-            self._show_adapter(adapter, await self._ledger.enable_adapter(adapter))
+            self._show_adapter(adapter, await self._ledger.adapters.enable(adapter))
         failpoint("request.applied")
-        await self._ledger.complete_request(request)
+        await self.complete(request)
+
+    async def complete(self, request: RunRequest) -> None:
+        """Record that a request was completed."""
+        writer, key = self._ledger.writer, request_key(self._ledger.run.id, request.id)
+        if (stored := await writer.store.get(key)) is not None:
+            event = writer.event(RequestCompleted(request=request.id))
+            await writer.commit(Commit([Write(key, stored.version, None)], [event]))
 
     async def _apply(self, request: RunRequest, task: str) -> None:
         match request.action:
@@ -278,7 +289,7 @@ async def cancel_task(ledger: Ledger, task: str) -> bool:
         try:
             await ledger.change(task, Trigger.CANCEL, cancelled, reason=reason, branch=branch)
         except _OVERTAKEN:
-            await ledger.refresh(task)
+            await ledger.tasks.refresh(task)
         else:
             return True
     return False
@@ -302,7 +313,9 @@ async def subtasks_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tu
     document = ledger.task(task)
     if document.status not in RETRYABLE_STATUSES:
         return ()
-    return superseded_subtasks(ledger, ledger.workflow((await ledger.spec(task)).workflow), document, phase)
+    return superseded_subtasks(
+        ledger, ledger.definitions.workflow((await ledger.definitions.spec(task)).workflow), document, phase
+    )
 
 
 async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> bool:
@@ -310,7 +323,7 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
 
     Return False if it has not ended.
     """
-    workflow = ledger.workflow((await ledger.spec(task)).workflow)
+    workflow = ledger.definitions.workflow((await ledger.definitions.spec(task)).workflow)
     cleared = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
     while (document := ledger.task(task)).status in RETRYABLE_STATUSES:
         restart = restart_task(workflow, document, phase)
@@ -328,7 +341,7 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
             changes = {"ignored": None, **reset, **cleared, **restart}
             await ledger.change(task, Trigger.REVIVE, TaskRetryRequested(), **changes)
         except _OVERTAKEN:
-            await ledger.refresh(task)
+            await ledger.tasks.refresh(task)
         else:
             return True
     return False
@@ -339,10 +352,10 @@ async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
 
     Return False if the task does not wait for approval.
     """
-    document, spec = ledger.task(task), await ledger.spec(task)
+    document, spec = ledger.task(task), await ledger.definitions.spec(task)
     if document.status is not TaskStatus.WAITING:
         return False
-    workflow = ledger.workflow(spec.workflow)
+    workflow = ledger.definitions.workflow(spec.workflow)
     phase = workflow.phase(document.phases[-1].phase)
     expansion = await _expand_approved_plan(ledger, task, spec, phase)
     if isinstance(expansion, Sequence):  # the run has changed, and the plan no longer fits
@@ -365,7 +378,7 @@ async def _expand_approved_plan(
     name = ledger.task(task).phases[-1].handoff
     if phase.expand is None or name is None:
         return {}
-    _, handoff = (await ledger.handoffs(task))[name]
+    _, handoff = (await ledger.definitions.handoffs(task))[name]
     return await expand_task(ledger, task, spec, phase, handoff.data, handoff.attempt)
 
 

@@ -1,0 +1,91 @@
+"""Follow the changes of a run by other orchestrators and by people."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
+from typing import NamedTuple
+
+from orchestrator.domain.runs.model import HaltCause, RunRequest, TaskDocument
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import read_requests, read_tasks, run_key
+from orchestrator.errors import HistoryCompacted
+from orchestrator.protocols import CommitRecord, JsonObject, Key
+
+
+class ExternalChange(NamedTuple):
+    """A change or request by another orchestrator or a person."""
+
+    task: str | None = None
+    """The task that moved; its new state is in the ledger."""
+    before: TaskDocument | None = None
+    """The state of the task before the change."""
+    retry_in: float | None = None
+    """Seconds until the task may be retried, if it waits for that."""
+    adapter: str | None = None
+    """The adapter whose document changed."""
+    request: RunRequest | None = None
+    halted: tuple[HaltCause, str] | None = None
+    """The cause and the reason of an early stop of the run."""
+    has_new_tasks: bool = False
+    """Whether plans were expanded to tasks; these are in the ledger."""
+
+
+async def follow_changes(ledger: Ledger) -> AsyncGenerator[ExternalChange]:
+    """Yield pending requests, then changes and requests of others.
+
+    The latter are yielded as they are committed.
+    """
+    store, tasks = ledger.writer.store, ledger.tasks
+    while True:
+        position = await store.position()
+        if await tasks.load_new():
+            yield ExternalChange(has_new_tasks=True)
+        documents = await read_tasks(store, ledger.run.id)  # later changes come from the log
+        for task in ledger.run.tasks:
+            await tasks.wait_settled(task)
+            if task in documents and documents[task].version > tasks.version(task):
+                await tasks.refresh(task)
+            if (before := tasks.take_unreported(task)) is not None:
+                yield ExternalChange(task, before)
+        for request in await read_requests(store, ledger.run.id):
+            yield ExternalChange(request=request)
+        with suppress(HistoryCompacted):  # after a long suspension, reload
+            async for record in store.watch(position):
+                async for change in _changes_in(ledger, record):
+                    yield change
+
+
+async def _changes_in(ledger: Ledger, record: CommitRecord) -> AsyncGenerator[ExternalChange]:
+    run = ledger.run.id
+    if run_key(run) in record.documents and await ledger.tasks.load_new():
+        yield ExternalChange(has_new_tasks=True)
+    for key, (version, value) in record.documents.items():
+        if value is not None and f"{key.id}/".startswith(f"{run}/"):
+            if key.kind == "task":
+                await ledger.tasks.wait_settled(key.id.partition("/")[2])
+            for change in _changes_of_document(ledger, record, key, version, value):
+                yield change
+
+
+def _changes_of_document(
+    ledger: Ledger, record: CommitRecord, key: Key, version: int, value: JsonObject
+) -> Iterable[ExternalChange]:
+    name = key.id.partition("/")[2]
+    if key == run_key(ledger.run.id):
+        if value["halted"] is not None:
+            yield ExternalChange(halted=(HaltCause(value.get("halted_by") or HaltCause.BUDGET), value["halted"]))
+    elif key.kind == "request":
+        yield ExternalChange(request=RunRequest.model_validate(value))
+    elif key.kind == "adapter":
+        yield ExternalChange(adapter=name)
+    elif key.kind == "task" and ledger.tasks.is_news(name, version):
+        before = ledger.tasks.take_unreported(name) or ledger.tasks[name]
+        if version > ledger.tasks.version(name):
+            if ledger.claims is not None:
+                ledger.claims.mark_released(name)
+            ledger.tasks.apply(name, version, TaskDocument.model_validate(value))
+        elif ledger.claims is not None and name in ledger.claims:
+            return  # already reloaded by the takeover
+        delays = [event.data.get("retry_in") for event in record.events if event.data.get("task") == name]
+        yield ExternalChange(name, before, next(filter(None, delays), None))

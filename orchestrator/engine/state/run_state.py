@@ -1,0 +1,143 @@
+"""The document of a run and the states of its adapters, as one orchestrator reads and changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from orchestrator.domain.events.base import RunEvent
+from orchestrator.domain.events.runs import (
+    AdapterEnabled,
+    AdapterEvent,
+    BaseFailureAllowed,
+    BasePassed,
+    RunBudgetChanged,
+    RunFinished,
+    RunHalted,
+)
+from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RunDocument
+from orchestrator.engine.state.records import adapter_key, run_key
+from orchestrator.engine.state.writer import RunWriter
+from orchestrator.errors import RefusedError, VersionConflict
+from orchestrator.protocols import Commit, JsonObject, Write
+from orchestrator.system.failpoints import failpoint
+
+#: Number of passed bases to keep on record.
+MAX_PROVEN_BASES = 32
+
+
+class AdapterUpdate(NamedTuple):
+    """A new adapter document and the event that reports it; the adapter is filled in."""
+
+    document: AdapterDocument
+    event: AdapterEvent
+
+
+class RunState:
+    """The document of a run, with the tasks that are loaded."""
+
+    def __init__(self, writer: RunWriter, document: RunDocument) -> None:
+        self.document, self._writer = document, writer
+        self.loaded = set(document.tasks)
+        """The tasks whose documents are loaded."""
+
+    async def read(self) -> tuple[int, RunDocument]:
+        """Return the stored document with its version."""
+        stored = await self._writer.store.get(run_key(self._writer.run))
+        if stored is None:
+            raise RefusedError(f"run {self._writer.run} was removed", "start a new run")
+        return stored.version, RunDocument.model_validate_json(stored.encoded)
+
+    def adopt(self, document: RunDocument) -> None:
+        """Adopt a stored document, except for tasks that are not loaded yet.
+
+        No task is dropped.
+        """
+        tasks = tuple(task for task in document.tasks if task in self.loaded)
+        self.document = document.model_copy(update={"tasks": max(tasks, self.document.tasks, key=len)})
+
+    async def update(self, event: RunEvent, **changes: Any) -> None:
+        """Change the document, and record the event that reports it."""
+        while True:
+            version, before = await self.read()
+            amended = before.model_copy(update=changes)
+            write = Write(run_key(amended.id), version, amended.model_dump(mode="json"))
+            try:
+                await self._writer.commit(Commit([write], [self._writer.event(event)]))
+            except VersionConflict:  # subtasks were added
+                continue
+            break
+        self.adopt(amended)
+
+    async def finish(self, status: str) -> None:
+        """Record that the run has nothing left to do; it may still be resumed."""
+        await self.update(RunFinished(status=status), ended=self._writer.clock.now())
+        failpoint("run.finished")
+
+    async def halt(self, by: HaltCause, reason: str) -> None:
+        """Record the cause and the reason of an early stop; the run may be resumed."""
+        await self.update(RunHalted(by=by, reason=reason), halted=reason, halted_by=by)
+
+    async def proven_bases(self) -> tuple[str, ...]:
+        """Return the bases whose checks passed in any process of the run."""
+        return (await self.read())[1].proven_bases
+
+    async def record_passed_base(self, key: str, event: BasePassed) -> None:
+        """Record that the checks of a base passed."""
+        bases = (*await self.proven_bases(), key)[-MAX_PROVEN_BASES:]
+        await self.update(event, proven_bases=bases)
+
+    async def allow_failing_base(self) -> None:
+        """Record that sessions may start although checks fail on the base."""
+        await self.update(BaseFailureAllowed(), allow_failing_base=True)
+
+    async def set_budget(self, limits: JsonObject) -> None:
+        """Record new limits of the run's budget, by key."""
+        given = tuple(dict.fromkeys((*self.document.given, "budget")))
+        budget = {**self.document.budget, **limits}
+        await self.update(RunBudgetChanged(limits=limits), budget=budget, given=given)
+
+
+class AdapterStates:
+    """The states of a run's adapters: cooldowns, and whether they are disabled."""
+
+    def __init__(self, writer: RunWriter) -> None:
+        self._writer = writer
+
+    async def read(self, adapter: str) -> AdapterDocument:
+        """Return the state of an adapter in this run."""
+        return (await self._read(adapter))[1]
+
+    async def update(
+        self, adapter: str, judge: Callable[[AdapterDocument], AdapterUpdate | None]
+    ) -> tuple[AdapterDocument, bool]:
+        """Record the update that `judge` derives from an adapter's state.
+
+        Return the state and whether it changed. `judge` is called again if another orchestrator updates the adapter
+        concurrently.
+        """
+        writer, key = self._writer, adapter_key(self._writer.run, adapter)
+        while True:
+            version, known = await self._read(adapter)
+            if (update := judge(known)) is None:
+                return known, False
+            value = writer.sanitize(update.document.model_dump(mode="json"))
+            event = writer.event(update.event.within(adapter=adapter))
+            with suppress(VersionConflict):
+                await writer.commit(Commit([Write(key, version, value)], [event]))
+                return update.document, True
+
+    async def enable(self, adapter: str) -> AdapterDocument:
+        """Enable an adapter that is cooling down or disabled; return its state."""
+        enabled = AdapterUpdate(AdapterDocument(enabled_at=self._writer.clock.now()), AdapterEnabled())
+        known, _ = await self.update(
+            adapter, lambda known: enabled if known.disabled_reason or known.cooldown_until else None
+        )
+        return known
+
+    async def _read(self, adapter: str) -> tuple[int, AdapterDocument]:
+        stored = await self._writer.store.get(adapter_key(self._writer.run, adapter))
+        if stored is None:
+            return 0, AdapterDocument()
+        return stored.version, AdapterDocument.model_validate(stored.value)
