@@ -58,7 +58,7 @@ class PlannedClaim:
     guard: Guard
     claim: Claim
     is_takeover: bool = False
-    """Whether another owner has it, who is gone or overridden."""
+    """Whether another owner had it, who is gone or overridden."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class ClaimHolder:
     """A claim that can't be taken, and the status of its owner (None: unknown)."""
 
     claim: Claim
-    standing: OwnerStatus | None
+    owner_status: OwnerStatus | None
 
 
 class Claims:
@@ -130,7 +130,7 @@ class Claims:
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
         if not can_claim(before, self._others.me, holder, override=override, is_asked=is_asked):
-            assert before is not None, "a task without a claim is free"  # noqa: S101
+            assert before is not None, "a task without a claim is free"  # noqa: S101  (for the type checker)
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
             return ClaimHolder(before, holder)

@@ -107,7 +107,7 @@ class FileLocks:
         paths: Sequence[str],
         *,
         shared: bool = False,
-        timeout: float = FILE_LOCK_TIMEOUT,  # noqa: ASYNC109  it raises FileHeld
+        timeout: float = FILE_LOCK_TIMEOUT,  # noqa: ASYNC109  (raises FileLocked)
         top: Path | None = None,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None = None,
     ) -> Sequence[FileLockRecord]:

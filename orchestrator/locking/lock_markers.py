@@ -35,7 +35,7 @@ class LockMarker:
         self._path = folder / f"{signature.id}.{kind}"
         made = folder / f"{signature.id}.new"
         lock = FileLock(made).try_acquire()
-        assert lock is not None, "the name is unique"  # noqa: S101  its name is new
+        assert lock is not None, "the name is unique"  # noqa: S101  (for the type checker)
         self._lock = lock
         with ExitStack() as stack:
             stack.callback(lock.release)

@@ -109,7 +109,7 @@ class NamedLocks:
         mode: LockMode = "write",
         owner: str | None = None,
         expiry: float = DEFAULT_EXPIRY,
-        timeout: float = DEFAULT_TIMEOUT,  # noqa: ASYNC109  it raises LockRefused
+        timeout: float = DEFAULT_TIMEOUT,  # noqa: ASYNC109  (raises LockUnavailable)
     ) -> LockInfo:
         """Acquire a lock; pass the returned value to `release`.
 

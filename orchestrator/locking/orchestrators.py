@@ -178,7 +178,7 @@ class RunMembership:
 
     async def _write(self, **changes: object) -> None:
         async with self._writing:
-            assert self._record is not None, "the orchestrator has joined"  # noqa: S101
+            assert self._record is not None, "the orchestrator has joined"  # noqa: S101  (for the type checker)
             record = self._record.model_copy(update={"owner": self.me, **changes, "counters": self.counters})
             value = record.model_dump(mode="json")
             while True:

@@ -24,7 +24,7 @@ async def run_in_background(
             group.start_soon(task)
         try:
             yield
-        except Exception as error:  # noqa: BLE001  raised again below, outside of the task group
+        except Exception as error:  # noqa: BLE001  (raised again below, outside of the task group)
             raised = error
             grace = grace if grace_after_error is None else grace_after_error
         group.cancel_scope.deadline = anyio.current_time() + grace

@@ -1,4 +1,4 @@
-"""Clocks behind one protocol, so that a test can simulate hours in milliseconds."""
+"""Clocks with one protocol, so that a test can simulate hours in milliseconds."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class FileLock:
             fd = await queue.lock(shared=shared)
         finally:
             queue.mutex.release()
-        assert fd is not None, "None is returned only with only_try"  # noqa: S101  by the contract of `lock`
+        assert fd is not None, "None is returned only with only_try"  # noqa: S101  (for the type checker)
         return HeldLock(self.path, fd)
 
     @asynccontextmanager
@@ -319,8 +319,8 @@ class _Locker:
 
     def __init__(self) -> None:
         # Imported late: portalocker takes up to half a second to import if redis is installed.
-        from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415
-        from portalocker.portalocker import FlockLocker  # noqa: PLC0415
+        from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415  (a slow import)
+        from portalocker.portalocker import FlockLocker  # noqa: PLC0415  (the same)
 
         self.locker = FlockLocker()
         self.held, self.failed = AlreadyLocked, LockException

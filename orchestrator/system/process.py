@@ -118,7 +118,7 @@ def _run(
 
 def _file_of(data: bytes) -> IO[bytes]:
     """Return an in-memory file with this data: a pipe would need a writer while the command runs."""
-    file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115
+    file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115  (returned)
     file.write(data)
     file.seek(0)
     return file
@@ -198,16 +198,16 @@ def _notify_reaper(line: bytes) -> None:
 
 
 def _write_to_reaper(line: bytes) -> None:
-    assert _reaper is not None, "the reaper was started"  # noqa: S101
+    assert _reaper is not None, "the reaper was started"  # noqa: S101  (for the type checker)
     _reaper[1].write(line)
 
 
 def _start_reaper() -> None:
-    global _reaper  # noqa: PLW0603  one a process
+    global _reaper  # noqa: PLW0603  (one per process)
     argv, env = internal_program("orchestrator.system.command_reaper", "main")
     reads, writes = os.pipe()
-    with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123
-        pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  closed with this process
+    with open(reads, "rb", buffering=0) as theirs:  # noqa: PTH123  (a descriptor)
+        pipe = open(writes, "wb", buffering=0)  # noqa: PTH123, SIM115  (closed with this process)
         devnull = subprocess.DEVNULL
         reaper = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
                                start_new_session=True)  # fmt: skip
@@ -408,10 +408,10 @@ class ForkServer:
         with ExitStack() as ours, ExitStack() as theirs:
             reads, written = os.pipe()
             theirs.callback(os.close, reads)
-            child_input = ours.enter_context(open(written, "wb", buffering=0))  # noqa: PTH123
+            child_input = ours.enter_context(open(written, "wb", buffering=0))  # noqa: PTH123  (a descriptor)
             read, writes = os.pipe()
             theirs.callback(os.close, writes)
-            child_output = ours.enter_context(open(read, "rb", buffering=0))  # noqa: PTH123
+            child_output = ours.enter_context(open(read, "rb", buffering=0))  # noqa: PTH123  (a descriptor)
             socket.send_fds(self._requests, [b"\n"], [reads, writes])
             ours.pop_all()
             return child_input, child_output

@@ -36,7 +36,7 @@ def read_resources() -> AvailableResources:
     """Return the available resources. Reads a few small files."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = None if soft == resource.RLIM_INFINITY else soft
-    return AvailableResources(limit, len(os.listdir("/dev/fd")) - 1, available_memory())  # noqa: PTH208  (names are all it needs)
+    return AvailableResources(limit, len(os.listdir("/dev/fd")) - 1, available_memory())  # noqa: PTH208  (only names are needed)
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:

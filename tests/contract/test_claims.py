@@ -166,7 +166,7 @@ class ClaimsContract(ABC):
         assert (list(a.claims), "t" in a.claims, a.claims.guard("t")) == (["t"], True, first)
         held = await b.claims.claim("t")
         assert isinstance(held, ClaimHolder)
-        assert (held.claim.owner, held.standing, "t" in b.claims) == (a.others.me, OwnerStatus.ALIVE, False)
+        assert (held.claim.owner, held.owner_status, "t" in b.claims) == (a.others.me, OwnerStatus.ALIVE, False)
         await place.write(first)
         await a.claims.release("t", ReleaseReason.ABANDONED, "later", counts=True)
         assert "t" not in a.claims

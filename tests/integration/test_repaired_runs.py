@@ -58,6 +58,6 @@ def test_a_run_whose_log_is_cut_off_says_that_something_is_lost(repository: Repo
     assert repository.council("cancel", "a").code != 0
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=60)
-    assert "the log is shorter than what was read from it: `council state verify --repair`" in stderr
+    assert "the log is shorter than the part that was read before: `council state verify --repair`" in stderr
     assert "Some of what was recorded is lost." in stderr
     assert "Nothing that was recorded is lost" not in stderr

@@ -355,7 +355,7 @@ def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
 def _plan_write(then: Document | None, now: Document | None) -> Write | str | None:
     """Return the write of a run's document, or why it stays, or None if it has not changed."""
     if then is None:
-        assert now is not None, "a key is of either"  # noqa: S101
+        assert now is not None, "a key is of either"  # noqa: S101  (for the type checker)
         return _plan_delete(now)
     if now is not None and (now.version, now.damaged) == (then.version, then.damaged):
         return None

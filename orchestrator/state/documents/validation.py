@@ -136,9 +136,9 @@ class _Import(_Stored):
 
 def _run(encoded: bytes) -> RunDocument:
     # Late: building the config models takes as long as all other imports that show a run.
-    from orchestrator.config import model  # noqa: PLC0415
-    from orchestrator.domain.runs.prices import Price  # noqa: PLC0415
-    from orchestrator.domain.workflow.routing import Phase  # noqa: PLC0415
+    from orchestrator.config import model  # noqa: PLC0415  (a slow import)
+    from orchestrator.domain.runs.prices import Price  # noqa: PLC0415  (the same)
+    from orchestrator.domain.workflow.routing import Phase  # noqa: PLC0415  (the same)
 
     run = RunDocument.model_validate_json(encoded)
     if run.inconsistency is not None:
@@ -161,7 +161,7 @@ def _run(encoded: bytes) -> RunDocument:
             Phase.model_validate(phase)
     for entry in (*run.adapters.values(), *run.sinks.values(), *run.trackers.values()):
         if not isinstance(entry.get("use"), str) or not isinstance(entry.get("options"), dict):
-            raise ValueError("an adapter, sink or tracker lacks `use` or `options`")  # noqa: TRY004  what is read is wrong
+            raise ValueError("an adapter, sink or tracker lacks `use` or `options`")  # noqa: TRY004  (the stored value is invalid)
     return run
 
 
@@ -173,7 +173,7 @@ def _task(encoded: bytes) -> TaskDocument:
 
 
 def _spec(encoded: bytes) -> BaseModel:
-    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
+    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  (the same)
 
     return TaskSpec.model_validate_json(encoded)
 

@@ -68,7 +68,7 @@ async def import_legacy_state(store: Store, project: Project, now: float) -> lis
         found = await anyio.to_thread.run_sync(read_legacy_files, project)
         runs = await anyio.to_thread.run_sync(_convert, found, project, now)
         done = await retry_on_conflict(partial(_commit, store, runs, found))
-    except Exception as error:  # noqa: BLE001  unknown files must never fail a command
+    except Exception as error:  # noqa: BLE001  (unknown files must never fail a command)
         with suppress(CouncilError):
             await _record_pending_import(store)
         why = str(error) if isinstance(error, CouncilError | OSError) else f"{type(error).__name__}: {error}"

@@ -148,7 +148,7 @@ def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = No
 def remove_replaced_segments(directory: Path) -> None:
     """Remove replaced segments and unfinished files. Blocks; the caller holds the store's lock."""
     log = {one.path(directory).name for one in list_segments(directory)}
-    names = os.listdir(directory)  # noqa: PTH208  names are all that counts
+    names = os.listdir(directory)  # noqa: PTH208  (only names are needed)
     replaced = [name for name in names if name.endswith((".jsonl", ".jsonl.zst")) and name not in log]
     if replaced:
         sync_folder(directory)  # the process that added the newer ones may have died before its sync

@@ -65,7 +65,7 @@ def ensure_log(folder: Path, home: Path | None = None) -> Path:
         make_folder(folder / name)
         _write_identity(folder, name)
         log = find_log(folder)
-        assert log is not None, "it was just written"  # noqa: S101
+        assert log is not None, "it was just written"  # noqa: S101  (for the type checker)
         if log.name != name:  # another process was faster
             (folder / name).rmdir()
     if log.is_symlink() or not log.is_dir():

@@ -446,7 +446,7 @@ class Journal:
         if mark and last and (not is_settled or mark[:2] != (last, size)):
             size = self._drop(mark, newest, size)
         if (last, size) < (cursor.segment, cursor.offset):
-            raise LogLostError("the log is shorter than what was read from it")
+            raise LogLostError("the log is shorter than the part that was read before")
         lacks_end = False
         for found in cursor.read(HighWaterMark(last, size, 0)):
             if isinstance(found.item, IncompleteLine) and cursor.segment == last:

@@ -106,7 +106,7 @@ class Staging:
         self._write(encode_line(line))
 
     def _write(self, data: bytes) -> None:
-        assert self._file is not None, "a segment was opened for it"  # noqa: S101
+        assert self._file is not None, "a segment was opened for it"  # noqa: S101  (for the type checker)
         self._file.write(data)
         self._size += len(data)
 
@@ -135,7 +135,7 @@ class Staging:
     def _open(self, segment: Segment) -> None:
         self._close()
         self._size, self._path = 0, segment.path(self._folder)
-        self._file = open(self._path, "xb", opener=open_private)  # noqa: SIM115  `_close` or `discard` closes it
+        self._file = open(self._path, "xb", opener=open_private)  # noqa: SIM115  (closed by `_close` or `discard`)
 
     def _close(self) -> None:
         """Close the current segment and make it durable."""

@@ -46,7 +46,7 @@ class Packer:
 
     def __init__(self) -> None:
         """Start without content."""
-        import zstandard  # noqa: PLC0415  most processes never pack or unpack
+        import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
 
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
         self._first = 0
@@ -117,7 +117,7 @@ def _crc_of(frame: bytes | memoryview, length: int, first: int) -> int:
 
 
 def _unpack(part: _Part) -> bytes:
-    import zstandard  # noqa: PLC0415  most processes never pack or unpack
+    import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
 
     return zstandard.ZstdDecompressor().decompress(part.frame)
 

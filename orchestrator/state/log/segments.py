@@ -441,6 +441,6 @@ def rewrite(path: Path, start: int, known: Checksum) -> None:
     with opened(path, os.O_RDWR) as fd:
         data = os.pread(fd, known.size, 0)
         if Checksum(len(data), zlib.crc32(data)) != known:
-            raise LogLostError("the log is not what was read from it")
+            raise LogLostError("the log differs from the part that was read before")
         _write_at(fd, data[start:], start)
         sync_file(fd)

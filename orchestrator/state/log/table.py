@@ -156,7 +156,7 @@ class DocumentTable:
         if ids is None:
             ids = self._sorted_ids[kind] = sorted(self._kinds.get(kind, ()))
         first = bisect_left(ids, prefix)
-        # Sorted by characters, so that those with the prefix stand together.
+        # Sorted by characters, so that ids with the prefix are adjacent.
         return ids[first : bisect_right(ids, prefix, first, key=lambda name: name[: len(prefix)])]
 
 
@@ -198,7 +198,7 @@ class CommitStage:
     """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
 
     def __init__(self, table: DocumentTable, by: str, durable: int = 0) -> None:
-        """Stage what the process `by` commits to a log that is known to be durable up to a position."""
+        """Stage commits of the process `by` to a log that is known to be durable up to a position."""
         self.lines: list[LogLine] = []
         self.position = table.position
         self.changed: dict[Key, TableEntry] = {}

@@ -125,7 +125,7 @@ class Mirror:
         """Record a commit of any process, as read from the log."""
         for key, (version, value) in record.documents.items():
             before = self._seen.get(key, _NEVER)
-            # The log does not tell when a document expires: the time to live of the version before is assumed.
+            # Records have no expiry: the time to live of the previous version is assumed.
             expires = None if before.expires is None else record.time + before.expires - before.time
             encoded = None if value is None else encode_object(key, value)
             self._put(key, TableEntry(version, encoded, record.position, False, record.time, record.by, expires))
@@ -520,7 +520,7 @@ class ForkingStore(StoreWrapper):
     async def _end_fork(self) -> None:
         await self._inner.position()
         async with self._fork_lock:
-            assert self._fork is not None, "only this method ends a fork"  # noqa: S101
+            assert self._fork is not None, "only this method ends a fork"  # noqa: S101  (for the type checker)
             await self._fork.replay(self._inner, self._replayed)
             await self._apply_replay(self._fork, self._replayed)
             with anyio.CancelScope(shield=True):

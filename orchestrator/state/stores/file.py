@@ -345,7 +345,7 @@ def open_without_plugins(url: str, clock: Clock) -> AbstractAsyncContextManager[
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
     """Open the store in the folder of a `file:` URL; RefusedError if that is not on this machine."""
     folder = require_local_folder(url)
-    assert folder is not None, "it is registered for this scheme"  # noqa: S101
+    assert folder is not None, "it is registered for this scheme"  # noqa: S101  (for the type checker)
     return _opened(folder, clock)
 
 

@@ -87,7 +87,7 @@ class MemoryStore:
         """See `Store.history`."""
         return read_versions(self._table.entry(key), key, limit, self._lines.get)
 
-    async def compact(self, older_than: float, largest: int) -> CompactionResult:  # noqa: ARG002  it ends with its process
+    async def compact(self, older_than: float, largest: int) -> CompactionResult:  # noqa: ARG002  (the signature of the protocol)
         """See `Store.compact`: nothing is ever pruned."""
         size = self._size()
         return CompactionResult(size, size, self._kept_from)

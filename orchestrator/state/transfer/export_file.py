@@ -143,7 +143,7 @@ class _Writer:
     """Compresses lines to a stream. Blocks."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        import zstandard  # noqa: PLC0415  most processes never compress
+        import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
 
         self._stream, self.sum, self.bytes = stream, hashlib.sha256(), 0
         self._packer: ZstdCompressionObj = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
@@ -184,7 +184,7 @@ class ExportReader:
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
         """Read the header; `name` is the file's name in errors."""
-        import zstandard  # noqa: PLC0415  most processes never decompress
+        import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
 
         self._name, self._stream = name, stream
         self._unpacker, self._error = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
