@@ -285,6 +285,14 @@ class LockHeld(CouncilError):
         super().__init__(f"{self.what}: {self.remedy}")
 
 
+class ResourceShortage(CouncilError):
+    """This machine lacks a resource now, so nothing was started."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        super().__init__(f"{what}: {remedy}")
+
+
 class RequestTimeout(CouncilError):
     """A request is recorded, but the process that should perform it has not done so in time."""
 
@@ -349,7 +357,7 @@ _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
 RESOURCE_REMEDIES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
 RESOURCE_MESSAGES: Final = dict(_SHORTAGES.values())
 #: Errors of this package with a temporary cause.
-_UNAVAILABLE: Final = GitKilled | LockHeld | RequestTimeout | StoreUnavailable
+_UNAVAILABLE: Final = GitKilled | LockHeld | RequestTimeout | ResourceShortage | StoreUnavailable
 #: The errnos of a full disk.
 DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT)
 

@@ -196,6 +196,11 @@ async def test_capacity_of_a_thousand_under_a_low_limit_of_descriptors(repositor
     refused = limited(40)
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused
     assert "ulimit -n" in refused.result["remedy"]
+    short = limited(24)  # too few to run a command that looks for programs
+    assert (short.code, short.result["status"]) == (1, "unavailable"), short
+    assert "Too many open files" in short.result["error"]
+    assert "ulimit" in short.result["remedy"]
+    assert "(reason=" not in short.stdout
 
 
 async def test_more_memory_than_there_is_is_refused(repository: Repository) -> None:

@@ -19,14 +19,14 @@ import click
 
 from orchestrator.api.council import Council
 from orchestrator.cli.core.completion import complete_runs
-from orchestrator.cli.core.error_boundary import EXIT_INTERNAL_ERROR, ErrorLog, error_boundary
+from orchestrator.cli.core.error_boundary import EXIT_INTERNAL_ERROR, EXIT_UNAVAILABLE, ErrorLog, error_boundary
 from orchestrator.cli.core.signals import InterruptHandler
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
 from orchestrator.cli.streams import write_error_message
 from orchestrator.config.store import to_store_url
 from orchestrator.engine.reports.report import RunReport
-from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.errors import CouncilError, RefusedError, describe_shortage
 from orchestrator.state.stores.file import require_store
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def run_command(command: Callable[[CommandContext], Awaitable[int]], *, as_json:
         code = anyio.run(guarded)
     if output.write_error is not None:
         output.text(f"council: {write_error_message(output.write_error)}\n", err=True)
-        code = code or EXIT_INTERNAL_ERROR
+        is_short = describe_shortage(output.write_error) is not None
+        code = code or (EXIT_UNAVAILABLE if is_short else EXIT_INTERNAL_ERROR)
     if brief:
         os._exit(code)  # all is printed and flushed; to free thousands of documents one by one serves nobody
     sys.exit(code)

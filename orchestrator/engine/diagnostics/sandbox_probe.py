@@ -16,13 +16,20 @@ import anyio.to_thread
 from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.run_context import open_sandbox
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, ResourceShortage
 from orchestrator.project import Project, council_home
 from orchestrator.repo.source.run_repository import RunRepository
 from orchestrator.repo.worktrees.hub import locate_hub
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import build_base_environment
-from orchestrator.sessions.setup.shell import CommandSucceeded, Shell, ShellCommand
+from orchestrator.sessions.setup.shell import (
+    CommandFailed,
+    CommandNotRun,
+    CommandStopped,
+    CommandSucceeded,
+    Shell,
+    ShellCommand,
+)
 
 #: Seconds for all commands of one probe.
 _TIMEOUT = 30.0
@@ -79,8 +86,16 @@ class SandboxProbe:
             scope = SandboxScope((tree, scratch), (), scratch)
             shell = Shell(self.sandbox, scope, tree, folder / "lock", environment, redactor, reach)
             ended = await shell.run(ShellCommand(f"{script}exit 0", log, _TIMEOUT, ""))
-            if not isinstance(ended, CommandSucceeded):
-                raise RefusedError(f"can't run commands in the sandbox: {ended}", "see the finding `sandbox`")
+            match ended:
+                case CommandNotRun(reason, exhausted=True):
+                    remedy = "free that resource, or raise its limit (`ulimit -a` prints the limits)"
+                    raise ResourceShortage(f"can't run commands in the sandbox: {reason}", remedy)
+                case CommandNotRun(reason):
+                    raise RefusedError(f"can't run commands in the sandbox: {reason}", "run `council doctor`")
+                case CommandFailed() | CommandStopped():
+                    raise RefusedError("can't run commands in the sandbox: they ended early", "run `council doctor`")
+                case CommandSucceeded():
+                    pass
             numbers = (await anyio.Path(log).read_text()).split()
         finally:
             with anyio.CancelScope(shield=True):
