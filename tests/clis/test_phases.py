@@ -44,7 +44,7 @@ def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandRes
     return stage.run(prompt, {"workflows": {"three": WORKFLOW}}, workflow="three", attempts=1)
 
 
-async def test_what_is_answered_in_each_phase_is_handed_on(stage: Stage, program: Program) -> None:
+async def test_handoff_of_an_answer_reaches_the_next_phase(stage: Stage, program: Program) -> None:
     """A plan that is none is mended once, in the same conversation where there is one to go on with."""
     ended = run(stage, plan=answer({"tasks": "all of it"}), mended=answer(PLAN), review=answer(REVIEW))
     assert ended.states == {"task": "landed"}, stage.tell(ended)
@@ -64,7 +64,7 @@ async def test_what_is_answered_in_each_phase_is_handed_on(stage: Stage, program
     await stage.assert_clean()
 
 
-async def test_what_is_given_to_the_tool_is_handed_on(stage: Stage, program: Program) -> None:
+async def test_handoff_by_a_tool_reaches_the_next_phase(stage: Stage, program: Program) -> None:
     """The model is told at once what is wrong with it, and may try again: nothing is left to be mended."""
     if not program.has_servers:
         pytest.skip("it uses no servers")

@@ -38,7 +38,7 @@ CASES: Final = ("resumed", "edit", "tool", "limited", "no-login", "server-error"
         if case in PROGRAMS[program].cases
     ],
 )
-def test_the_installed_version_is_understood_as_the_recorded_one(program: str, case: str) -> None:
+def test_installed_version_is_parsed_like_the_recorded_one(program: str, case: str) -> None:
     """Its end, its words, its tokens and the files that it named; ids differ."""
     contract = CONTRACTS[program]()
     adapter = contract.adapter_type(contract.validated())

@@ -30,7 +30,7 @@ def told(stage: Stage) -> list[str]:
     return [json.dumps(one.body) for one in stage.server.requests if one.dialect]
 
 
-async def test_a_reviewer_reads_the_changes_and_runs_the_tests(stage: Stage, program: Program) -> None:
+async def test_reviewer_reads_the_diff_and_runs_the_tests(stage: Stage, program: Program) -> None:
     """With the permissions of its adapter; its prompt has the changes, and what its tests write is discarded."""
     if not program.has_shell:
         pytest.skip("it runs no commands")
@@ -50,7 +50,7 @@ async def test_a_reviewer_reads_the_changes_and_runs_the_tests(stage: Stage, pro
     await stage.assert_clean()
 
 
-async def test_what_a_program_denied_is_the_reason_that_nothing_changed(stage: Stage, name: str) -> None:
+async def test_denied_tool_is_the_reason_for_no_change(stage: Stage, name: str) -> None:
     """With the tool, what it was to do, and the setting that allows it."""
     if name != "claude-code":
         pytest.skip("the others deny nothing in a mode of theirs that they offer a shell in")

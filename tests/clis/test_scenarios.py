@@ -24,7 +24,7 @@ _DIALECTS: Final = {
 }
 
 
-async def test_a_task_that_edits_a_file_lands_with_its_tokens(stage: Stage, program: Program) -> None:
+async def test_edit_lands_with_its_token_usage(stage: Stage, program: Program) -> None:
     """The file is on the target, and what the model said that it cost is in the result."""
     ended = stage.run("write hello.txt hi\nsay It is written.\nusage 120 34")
     assert ended.states == {"task": "landed"}, stage.tell(ended)
@@ -37,7 +37,7 @@ async def test_a_task_that_edits_a_file_lands_with_its_tokens(stage: Stage, prog
     await stage.assert_clean()
 
 
-async def test_what_fails_its_check_is_gone_on_with(stage: Stage, program: Program) -> None:
+async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, program: Program) -> None:
     """Those that can go on in the same conversation, the model then sees it whole; the others begin a new one."""
     check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
     ended = stage.run("write first.txt 1\nsay The first is written.", checks=[check], allow_failing_base=True)
@@ -53,7 +53,7 @@ async def test_what_fails_its_check_is_gone_on_with(stage: Stage, program: Progr
     await stage.assert_clean()
 
 
-async def test_instructions_and_servers_reach_the_model(stage: Stage, program: Program, tmp_path: Path) -> None:
+async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, program: Program, tmp_path: Path) -> None:
     """Instructions somewhere in what it is told; a server is started with its variable, and asked for its tools."""
     log = tmp_path / "servers" / "log"
     log.parent.mkdir()
@@ -71,7 +71,7 @@ async def test_instructions_and_servers_reach_the_model(stage: Stage, program: P
     await stage.assert_clean()
 
 
-async def test_a_limit_is_waited_out_and_costs_no_attempt(stage: Stage, program: Program) -> None:
+async def test_usage_limit_costs_no_attempt(stage: Stage, program: Program) -> None:
     """The only attempt that it has is not spent on the limit."""
     ended = stage.run(f"fail 429 {program.calls} 1\nwrite hello.txt hi", attempts=1)
     assert ended.states == {"task": "landed"}, stage.tell(ended)
@@ -84,7 +84,7 @@ async def test_a_limit_is_waited_out_and_costs_no_attempt(stage: Stage, program:
     await stage.assert_clean()
 
 
-async def test_a_server_that_is_gone_is_no_fault_of_the_task(cut_off: Stage, program: Program) -> None:
+async def test_unreachable_server_costs_no_attempt(cut_off: Stage, program: Program) -> None:
     """Nothing lands, and the class of the failure is that of the network."""
     ended = cut_off.run(
         "write hello.txt hi", attempts=1, timeout="20s" if program.without_server == "timeout" else "2m"
@@ -97,7 +97,7 @@ async def test_a_server_that_is_gone_is_no_fault_of_the_task(cut_off: Stage, pro
     await cut_off.assert_clean()
 
 
-async def test_a_program_that_is_killed_has_crashed_and_is_tried_again(stage: Stage) -> None:
+async def test_killed_program_is_a_crash_and_is_retried(stage: Stage) -> None:
     """It is killed while its model thinks."""
     started = stage.start("delay 2\nwrite hello.txt hi", attempts=2)
     try:
@@ -111,7 +111,7 @@ async def test_a_program_that_is_killed_has_crashed_and_is_tried_again(stage: St
     await stage.assert_clean()
 
 
-async def test_without_a_login_the_adapter_is_closed_with_the_remedy(logged_out: Stage, program: Program) -> None:
+async def test_missing_login_disables_the_adapter_with_a_remedy(logged_out: Stage, program: Program) -> None:
     """The attempt is not spent, and whoever reads the result knows what to do."""
     ended = logged_out.run("write hello.txt hi" if program.keys else "fail 401\nwrite hello.txt hi", attempts=1)
     (adapter,) = ended.result["adapters"]

@@ -185,7 +185,7 @@ class TestClaudeCode(AdapterContract):
         "Claude AI usage limit reached|1790003600",
     ],
 )
-def test_claude_tells_when_its_limit_ends(stdout: str) -> None:
+def test_claude_usage_limit_has_its_end(stdout: str) -> None:
     """By an event before its result, or by the instant in its words."""
     failed = judged(ClaudeCodeAdapter, {}, stdout)
     assert failed is not None
@@ -219,13 +219,13 @@ def test_claude_tells_when_its_limit_ends(stdout: str) -> None:
         (OllamaAdapter, {"model": "x", "context": 100}),
     ],
 )
-def test_wrong_options(adapter_type: AdapterType, options: dict[str, Any]) -> None:
+def test_invalid_options_are_rejected(adapter_type: AdapterType, options: dict[str, Any]) -> None:
     """What no session could be started with is refused before anything runs."""
     with pytest.raises(ValidationError):
         adapter_type.Options.model_validate(options)
 
 
-def test_the_tools_of_the_council_are_not_deferred_behind_a_search(tmp_path: Any) -> None:
+def test_council_tools_are_not_deferred_behind_a_search(tmp_path: Any) -> None:
     """Those of the user's servers are, where Claude Code does that."""
     servers = (McpServer(MCP_SERVER_NAME, ("council", "mcp")), McpServer("docs", ("docs",)))
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", mcp_servers=servers)
@@ -236,7 +236,7 @@ def test_the_tools_of_the_council_are_not_deferred_behind_a_search(tmp_path: Any
     assert {name for name, one in known.items() if one.get("alwaysLoad")} == {MCP_SERVER_NAME}
 
 
-def test_what_a_file_says_of_a_variable_replaces_the_adapters_own(tmp_path: Any) -> None:
+def test_variable_in_the_file_overrides_the_adapter(tmp_path: Any) -> None:
     """A preset variable can be set anew or passed on, and one that is passed on by itself can be set."""
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     options = {"env": ["DISABLE_AUTOUPDATER", "CLAUDE_CODE_MAX_RETRIES=9", "HOME=/elsewhere"]}

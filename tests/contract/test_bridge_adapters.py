@@ -219,14 +219,14 @@ class TestOllama(AdapterContract):
 
 
 @pytest.mark.parametrize("program", ["acp-claude", "acp-gemini", "acp-opencode", "ollama"])
-def test_a_bridge_that_is_interrupted_says_nothing_of_its_code(program: str) -> None:
+def test_interrupted_bridge_prints_no_traceback(program: str) -> None:
     """It ends by the signal, as any program does, once its agent is gone."""
     interrupted = read_recordings(TRANSCRIPTS / program)["interrupted"]
     assert interrupted.signal == signal.SIGINT
     assert not any("Traceback" in line for line in interrupted.stderr)
 
 
-def test_an_agent_trusts_the_worktree() -> None:
+def test_agent_gets_a_trusted_worktree() -> None:
     """Gemini CLI would leave out what the project tells it, and says so."""
     recordings = read_recordings(TRANSCRIPTS / "acp-gemini").values()
     assert [line for one in recordings for line in one.stderr if "trusted" in line] == []

@@ -87,7 +87,7 @@ def key(name: str, run: str = RUN) -> Key:
     return Key("task", f"{run}/{name}")
 
 
-async def test_a_checkpoint_says_where_and_how_things_stood(store: Store) -> None:
+async def test_checkpoint_has_position_and_summary(store: Store) -> None:
     """Position, reason, status, tasks by status and live sessions are those of the moment."""
     await seed(store, a=task(TaskStatus.RUNNING, 2), b=task(), c=task())
     position = await store.position()
@@ -104,7 +104,7 @@ async def test_a_checkpoint_says_where_and_how_things_stood(store: Store) -> Non
     assert [(one.type, one.data["checkpoint"]) for one in found.events] == [("checkpoint.created", f"{RUN}/1")]
 
 
-async def test_numbers_rise_and_are_never_used_again(store: Store) -> None:
+async def test_checkpoint_numbers_increase_and_are_never_reused(store: Store) -> None:
     """What was pruned leaves its number taken; each run and the whole store count for themselves."""
     await seed(store, a=task())
     for _ in range(2):
@@ -114,7 +114,7 @@ async def test_numbers_rise_and_are_never_used_again(store: Store) -> None:
     assert (await create_checkpoint(store, None, "x")).id == f"{WHOLE_STORE}/1"
 
 
-async def test_many_at_once_never_collide(stores: list[Store]) -> None:
+async def test_concurrent_checkpoints_get_different_numbers(stores: list[Store]) -> None:
     """Each of two openings makes several side by side: all get numbers of their own."""
     await seed(stores[0], a=task())
     made: list[str] = []
@@ -129,7 +129,7 @@ async def test_many_at_once_never_collide(stores: list[Store]) -> None:
     assert [one.number for one in await list_checkpoints(stores[0], RUN)] == list(range(1, 9))
 
 
-async def test_pruning_spares_what_was_not_made_by_the_clock(store: Store) -> None:
+async def test_pruning_keeps_manual_checkpoints(store: Store) -> None:
     """Of those made by the clock the newest stay, all others, too."""
     await seed(store, a=task())
     for maker in (
@@ -145,7 +145,7 @@ async def test_pruning_spares_what_was_not_made_by_the_clock(store: Store) -> No
     assert await prune_checkpoints(store, RUN, 3) == []
 
 
-async def test_contents_are_those_of_then(store: Store) -> None:
+async def test_contents_are_those_at_the_position(store: Store) -> None:
     """The run's documents come as they were, those of other runs not at all."""
     await seed(store, a=task())
     await seed(store, "other", a=task())
@@ -160,7 +160,7 @@ async def test_contents_are_those_of_then(store: Store) -> None:
     )
 
 
-async def test_a_restoration_writes_old_values_over_new_versions(store: Store) -> None:
+async def test_restore_writes_old_values_as_new_versions(store: Store) -> None:
     """What has changed is written back and goes on counting versions; the unchanged and the landed are not touched."""
     await seed(store, a=task(TaskStatus.RUNNING, 1), b=task(), c=task(), d=task())
     made = await create_checkpoint(store, RUN, "x")
@@ -181,7 +181,7 @@ async def test_a_restoration_writes_old_values_over_new_versions(store: Store) -
 
 
 @pytest.mark.parametrize("kind", ["lease", "request", "cursor", "adapter", "ports", "checkpoint"])
-async def test_kinds_that_are_never_turned_back(store: Store, kind: str) -> None:
+async def test_restore_leaves_excluded_kinds_unchanged(store: Store, kind: str) -> None:
     """Whatever they were then, and also where they were not there, a restoration does not know them."""
     await seed(store, a=task())
     there = Key(kind, f"run/{RUN}" if kind == "lease" else f"{RUN}/9")
@@ -193,7 +193,7 @@ async def test_kinds_that_are_never_turned_back(store: Store, kind: str) -> None
     assert (found.writes, found.left) == ([], {})
 
 
-async def test_a_run_whose_tasks_are_as_they_were_keeps_its_end(store: Store) -> None:
+async def test_restore_of_an_unchanged_run_keeps_its_end(store: Store) -> None:
     """The run's document goes with its tasks: by itself it would make an ended run look cut off."""
     await seed(store, a=task())
     made = await create_checkpoint(store, RUN, "x")
@@ -202,7 +202,7 @@ async def test_a_run_whose_tasks_are_as_they_were_keeps_its_end(store: Store) ->
     assert (found.writes, found.left) == ([], {key("a"): "it has landed"})
 
 
-async def test_what_is_cut_off_now_has_the_run_go_on(store: Store) -> None:
+async def test_restore_that_interrupts_tasks_reopens_the_run(store: Store) -> None:
     """A run had ended, and was retried and killed: it has no end again, so that a resume looks after what is left."""
     await seed(store, a=task(TaskStatus.FAILED, 1))
     await put(store, {Key("run", RUN): run_document(ended=9.0)})
@@ -213,7 +213,7 @@ async def test_what_is_cut_off_now_has_the_run_go_on(store: Store) -> None:
     assert (await plan_restore(store, made.id)).runs[RUN].ended == 9.0
 
 
-async def test_of_the_whole_store_what_began_since_stays_and_what_is_gone_comes_back(store: Store) -> None:
+async def test_restore_of_everything_keeps_new_documents_and_recreates_deleted_ones(store: Store) -> None:
     """A run that did not exist then is left alone, one that was cleaned away is there again."""
     await seed(store, a=task(TaskStatus.LANDED, 1, landed="d" * 40))
     await seed(store, "kept", a=task())
@@ -228,7 +228,7 @@ async def test_of_the_whole_store_what_began_since_stays_and_what_is_gone_comes_
     assert (await plan_restore(store, made.id)).writes == []
 
 
-async def test_a_task_that_was_not_there_then_is_deleted_unless_a_session_was_at_it(store: Store) -> None:
+async def test_restore_deletes_new_tasks_unless_a_session_had_them(store: Store) -> None:
     """What was added to a run since goes with it, but for what is on the target, and attempts stay on record."""
     await seed(store, a=task())
     made = await create_checkpoint(store, RUN, "x")
@@ -252,7 +252,7 @@ async def test_a_task_that_was_not_there_then_is_deleted_unless_a_session_was_at
     }
 
 
-async def test_what_is_not_there_is_refused(store: Store) -> None:
+async def test_missing_checkpoint_is_rejected(store: Store) -> None:
     """A run or checkpoint that does not exist is told with what to do."""
     with pytest.raises(RefusedError, match="there is no run"):
         await create_checkpoint(store, "nonsense", "x")
@@ -261,7 +261,7 @@ async def test_what_is_not_there_is_refused(store: Store) -> None:
     assert await list_checkpoints(store) == []
 
 
-async def test_a_stale_owner_makes_none(store: Store) -> None:
+async def test_checkpoint_by_a_stale_owner_is_rejected(store: Store) -> None:
     """Under a guard that holds no more neither a checkpoint is made nor one pruned."""
     await seed(store, a=task())
     await put(store, {LEASE: {"epoch": 2}})
@@ -281,7 +281,7 @@ class Forgetful(MemoryStore):
         raise HistoryCompacted(position, position + 1)
 
 
-async def test_a_checkpoint_older_than_the_log_is_refused() -> None:
+async def test_restore_behind_the_compacted_log_is_rejected() -> None:
     """It is listed, but its contents are gone, and that is said."""
     store = Forgetful(ManualClock())
     await seed(store, a=task())
@@ -309,7 +309,7 @@ class Damaged(MemoryStore):
 
 
 @pytest.mark.parametrize("when", ["now", "then"])
-async def test_what_is_damaged_stays_and_holds_nothing_else_up(when: str) -> None:
+async def test_damaged_document_stays_and_blocks_nothing(when: str) -> None:
     """Only the task that can't be trusted is left; the others are turned back."""
     store = Damaged(ManualClock())
     await seed(store, a=task(), b=task())
@@ -332,7 +332,7 @@ class Restless(MemoryStore):
         return await super().position()
 
 
-async def test_between_the_commits_of_others_it_is_taken_from_the_log() -> None:
+async def test_restore_between_commits_of_others_reads_the_log() -> None:
     """Where no two looks agree, what the checkpoint says is still what its position holds."""
     store = Restless(ManualClock())
     await seed(store, a=task(), b=task())
@@ -346,7 +346,7 @@ def note(run: str, text: str) -> JsonObject:
     return {"id": "1", "run": run, "task": "a", "attempt": 1, "text": text, "time": 0.0}
 
 
-async def test_notes_of_a_run_come_back_and_none_is_lost(store: Store) -> None:
+async def test_restored_notes_come_back_and_new_ones_stay(store: Store) -> None:
     """Those of its sessions are part of its checkpoint; later ones stay, and so do those of other runs as they are."""
     ours, later, theirs = (Key("note", f"0123456789abcdef/{name}") for name in ("1", "2", "3"))
     await seed(store, a=task())
@@ -364,7 +364,7 @@ async def test_notes_of_a_run_come_back_and_none_is_lost(store: Store) -> None:
     assert {write.key for write in (await plan_restore(store, whole.id)).writes} == {ours, later}
 
 
-async def test_documents_of_other_kinds_are_part_of_a_checkpoint_of_everything(store: Store) -> None:
+async def test_checkpoint_of_everything_has_documents_of_other_kinds(store: Store) -> None:
     """They become as they were; what is to expire goes on with its time, and a run's checkpoint leaves all as it is."""
     kept, changed, new, lock = (Key("memo", name) for name in ("kept", "changed", "new", "lock"))
     gone = Key("plan", "gone/deep")
@@ -381,7 +381,7 @@ async def test_documents_of_other_kinds_are_part_of_a_checkpoint_of_everything(s
     assert (await plan_restore(store, whole.id)).writes == []
 
 
-async def test_what_was_shared_comes_back_as_it_was(store: Store) -> None:
+async def test_restored_shared_values_have_their_old_values(store: Store) -> None:
     """What was not there yet goes: sessions that are had again share it anew."""
     sharing = SharedValues(store, ManualClock(), Redactor(), RUN)
     await store.commit(Commit([Write(Key("run", RUN), 0, run_document(ended=2.0))]))

@@ -159,7 +159,7 @@ class ClaimsContract(ABC):
         async with self.open_store(clock) as store:
             yield Place(store, clock)
 
-    async def test_the_first_to_come_has_it_until_it_is_released(self, place: Place) -> None:
+    async def test_claim_belongs_to_the_first_until_released(self, place: Place) -> None:
         """Among equals; who is refused learns who has it. Each change raises the epoch, and makes the last one void."""
         a, b = await place.join("a"), await place.join("b", Role.LEADER)
         first = await gets(a, "t")
@@ -182,7 +182,7 @@ class ClaimsContract(ABC):
         counters = b.others.counters
         assert (counters.claims, counters.conflicts, counters.retries, counters.takeovers) == (1, 1, 1, 0)
 
-    async def test_of_many_at_once_one_has_it(self, place: Place) -> None:
+    async def test_concurrent_claims_have_one_winner(self, place: Place) -> None:
         """All others are told who."""
         processes = [await place.join(f"p{number}") for number in range(8)]
         found = list[Guard | ClaimHolder]()
@@ -199,7 +199,7 @@ class ClaimsContract(ABC):
         assert {one.claim.owner for one in found if isinstance(one, ClaimHolder)} == {winner}
         assert sum(process.others.counters.conflicts for process in processes) == 7
 
-    async def test_signs_of_life_write_no_claim_and_keep_all_of_them(self, place: Place) -> None:
+    async def test_heartbeat_renews_all_claims_without_writing_them(self, place: Place) -> None:
         """However long it takes; the counters come along."""
         a, b = await place.join("a"), await place.join("b")
         for task in ("t", "u"):
@@ -215,7 +215,7 @@ class ClaimsContract(ABC):
         assert (record.heartbeat, record.expires) == (place.clock.now(), place.clock.now() + 300.0)
         assert (record.counters.claims, record.counters.renewals) == (2, 20)
 
-    async def test_one_that_is_silent_is_taken_over_with_all_it_has(self, place: Place) -> None:
+    async def test_silent_orchestrator_loses_all_claims(self, place: Place) -> None:
         """In one commit, once it was watched; what it then still wants to do is refused, and it learns why."""
         a, b = await place.join("a"), await place.join("b")
         guards = [await gets(a, task) for task in ("t", "u")]
@@ -252,7 +252,7 @@ class ClaimsContract(ABC):
         counters = b.others.counters
         assert (counters.takeovers, counters.claims, counters.retries) == (2, 2, 2)
 
-    async def test_one_of_this_machine_is_given_more_time_unless_it_is_dead(self, place: Place) -> None:
+    async def test_silent_orchestrator_on_this_machine_gets_more_time_unless_dead(self, place: Place) -> None:
         """Its process can be looked at: it may just be busy, or it is proven to be gone, and not a second is lost."""
         a, b, c = [await place.join(name, host="box") for name in "abc"]
         for process, task in ((a, "t"), (b, "u")):
@@ -266,7 +266,7 @@ class ClaimsContract(ABC):
         place.clock.advance(2.0)
         assert await c.claims.sweep() == {"u": "b"}
 
-    async def test_one_that_dies_is_noticed_within_a_second(self, place: Place) -> None:
+    async def test_dead_orchestrator_is_noticed_within_a_second(self, place: Place) -> None:
         """However often it is asked how it stands: not each of thousands of claims costs a look at its process."""
         a, b = [await place.join(name, host="box") for name in "ab"]
         await gets(a, "t")
@@ -277,7 +277,7 @@ class ClaimsContract(ABC):
         place.clock.advance(0.1)
         assert await b.claims.verdict("t") is ClaimVerdict.TRY
 
-    async def test_a_look_away_proves_nothing(self, place: Place) -> None:
+    async def test_observer_pause_proves_nothing(self, place: Place) -> None:
         """Whoever was stopped for long, as all of the machine may have been, has to watch anew."""
         a, b = await place.join("a"), await place.join("b")
         await gets(a, "t")
@@ -289,7 +289,7 @@ class ClaimsContract(ABC):
         place.clock.advance(20.0)
         assert await b.claims.sweep() == {"t": "a"}
 
-    async def test_a_claim_by_one_that_had_just_been_taken_over_is_swept_next(self, place: Place) -> None:
+    async def test_claim_by_a_swept_orchestrator_is_swept_next(self, place: Place) -> None:
         """Its claim may come between the look at what it has and the commit that fences it."""
         a, b = await place.join("a"), await place.join("b")
         await gets(a, "t")
@@ -304,7 +304,7 @@ class ClaimsContract(ABC):
         await place.store.commit(Commit([b.others.fence_write(document, record, OwnerStatus.DEAD)]))
         assert await b.claims.sweep() == {"t": "a", "late": "a"}
 
-    async def test_one_that_has_left_is_no_holder(self, place: Place) -> None:
+    async def test_orchestrator_that_left_holds_no_claim(self, place: Place) -> None:
         """Nor is one whose record is gone: what it had is free for whoever asks first, as a retry."""
         a, b = await place.join("a"), await place.join("b")
         old = await gets(a, "t")
@@ -324,7 +324,7 @@ class ClaimsContract(ABC):
         with pytest.raises(OrchestratorFenced, match="its record is missing"):
             await b.others.renew()
 
-    async def test_a_leader_overrides_those_that_are_none(self, place: Place) -> None:
+    async def test_leader_overrides_claims_of_non_members(self, place: Place) -> None:
         """If it says so; that counts as a takeover and as a try. A worker overrides nobody."""
         a, chief, b = await place.join("a"), await place.join("chief", Role.LEADER), await place.join("b")
         old = await gets(a, "t")
@@ -340,7 +340,7 @@ class ClaimsContract(ABC):
         await gets(chief, "t", override=True)
         assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
 
-    async def test_tries_are_counted_until_it_was_tried_out(self, place: Place) -> None:
+    async def test_takeovers_are_counted_until_an_attempt_succeeds(self, place: Place) -> None:
         """Four of them, in whichever way they end; a person may have the count begin anew."""
         a = await place.join("a")
         for number in range(4):
@@ -366,7 +366,7 @@ class ClaimsContract(ABC):
         assert isinstance(again, PlannedClaim)
         assert again.claim.retries == 0
 
-    async def test_a_sweep_for_a_person_counts_no_try(self, place: Place) -> None:
+    async def test_sweep_for_a_person_counts_no_takeover(self, place: Place) -> None:
         """Who has a run gone on with has not tried in vain."""
         a, b = await place.join("a"), await place.join("b")
         await gets(a, "t")
@@ -374,7 +374,7 @@ class ClaimsContract(ABC):
         assert await b.claims.sweep(counts=False) == {"t": "a"}
         assert (await place.claim("t")).retries == 0
 
-    async def test_a_planned_claim_comes_with_the_work_s_first_commit(self, place: Place) -> None:
+    async def test_planned_claim_is_committed_with_the_first_work(self, place: Place) -> None:
         """All or nothing: what is planned twice is had once."""
         a, b = await place.join("a"), await place.join("b")
         plans = [await process.claims.plan("t") for process in (a, b)]
@@ -390,7 +390,7 @@ class ClaimsContract(ABC):
         assert ("t" in b.claims, (await place.claim("t")).released) == (False, ReleaseReason.COMPLETE)
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
-    async def test_no_fault_of_a_commit_loses_anything(self, place: Place, fault: str) -> None:
+    async def test_failed_commit_loses_no_claim(self, place: Place, fault: str) -> None:
         """Whether it was done or not: it is tried again, by whoever can, and costs neither a claim nor a try."""
         a, b = await place.join("a"), await place.join("b")
         a.line.faults = [fault]
@@ -423,7 +423,7 @@ class ClaimsContract(ABC):
             await b.others.leave()
         await b.others.leave()
 
-    async def test_what_is_about_to_be_claimed_is_not_swept_from_under_it(self, place: Place) -> None:
+    async def test_claim_being_acquired_is_not_swept(self, place: Place) -> None:
         """A sweep between the commit of a claim and the word of that is nothing to worry about."""
         a = await place.join("a")
         taking = await a.claims.plan("t")
@@ -435,7 +435,7 @@ class ClaimsContract(ABC):
         await place.write(a.claims.guard("t"))
 
     @pytest.mark.parametrize("alone", ["first", "second"])
-    async def test_who_is_alone_and_another_know_of_each_other(self, place: Place, alone: str) -> None:
+    async def test_exclusive_and_shared_orchestrators_see_each_other(self, place: Place, alone: str) -> None:
         """Whichever of the two shares the run with nobody; who has ended is in nobody's way."""
         first = await place.join("first", shares=alone != "first")
         assert await first.others.find_exclusive_peer() is None
@@ -447,7 +447,7 @@ class ClaimsContract(ABC):
         third = await place.join("third", shares=alone != "second")
         assert (await third.others.find_exclusive_peer() is None) is (alone == "first")
 
-    async def test_joining_is_done_once_whatever_is_heard_of_it(self, place: Place) -> None:
+    async def test_join_with_a_lost_answer_happens_once(self, place: Place) -> None:
         """Its record is its own, be its commit acknowledged or not."""
         a = await place.join("a")
         await a.others.join()
@@ -456,7 +456,7 @@ class ClaimsContract(ABC):
         with pytest.raises(OrchestratorFenced, match="it has ended"):
             await a.others.join()
 
-    async def test_what_happens_is_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_membership_changes_are_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
         """What goes well for who wants to know, what does not as a warning."""
         caplog.set_level(logging.INFO, "orchestrator.claims")
         a, b = await place.join("a"), await place.join("b")
@@ -481,7 +481,7 @@ class ClaimsContract(ABC):
             ("WARNING", "claim sync failed: run run, a: store: no answer: wait"),
         ]
 
-    async def test_the_permit_is_had_by_one_in_the_order_of_asking(self, place: Place) -> None:
+    async def test_merge_permit_is_granted_in_request_order(self, place: Place) -> None:
         """Of several orchestrators with several tasks each; each turn has an epoch of its own."""
         clock, turns, most = SystemClock(), list[tuple[str, int]](), 0
         processes = [await place.join(name, clock=clock) for name in "abcd"]
@@ -511,7 +511,7 @@ class ClaimsContract(ABC):
     async def _are_waiting(self, place: Place, process: Process, many: int) -> bool:
         return len((await place.lease(process)).waiting) == many
 
-    async def test_two_landings_of_one_orchestrator_take_turns(self, place: Place) -> None:
+    async def test_merge_permit_alternates_between_landings_of_one_orchestrator(self, place: Place) -> None:
         """Its own name on the permit is not a leftover as long as another task of it has it."""
         a, order = await place.join("a"), list[str]()
 
@@ -528,7 +528,7 @@ class ClaimsContract(ABC):
         assert order == ["first", "second"]
 
     @pytest.mark.parametrize("is_dead", [False, True])
-    async def test_the_permit_of_one_that_is_gone_passes_on(self, place: Place, is_dead: bool) -> None:
+    async def test_merge_permit_of_a_dead_holder_passes_on(self, place: Place, is_dead: bool) -> None:
         """It passes over those who wait and are gone, too; who had it can't land any more, and takes nothing back."""
         a, gone, b = [await place.join(name, host="box" if is_dead else "") for name in ("a", "gone", "b")]
         done = anyio.Event()
@@ -567,7 +567,7 @@ class ClaimsContract(ABC):
         async with process.permits.hold():
             pass
 
-    async def test_a_cancelled_wait_leaves_no_trace(self, place: Place) -> None:
+    async def test_merge_permit_wait_that_is_cancelled_leaves_nothing(self, place: Place) -> None:
         """Who waits no longer holds up nobody."""
         a, b = await place.join("a"), await place.join("b")
         async with a.permits.hold():
@@ -580,7 +580,7 @@ class ClaimsContract(ABC):
             assert (lease.holder.id, lease.waiting) == ("a", ())
         assert (await place.lease(a)).holder is None
 
-    async def test_one_that_is_over_gets_no_permit(self, place: Place) -> None:
+    async def test_merge_permit_is_denied_to_an_ended_orchestrator(self, place: Place) -> None:
         """It is told so at once, and leaves nothing behind."""
         a, b = await place.join("a"), await place.join("b")
         await a.others.leave()
@@ -593,7 +593,7 @@ class ClaimsContract(ABC):
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
     @pytest.mark.parametrize("number", [0, 1])
-    async def test_a_permit_that_could_not_be_given_back_is_so_with_the_next_sign_of_life(
+    async def test_merge_permit_release_that_failed_is_repeated_by_the_heartbeat(
         self, place: Place, fault: str, number: int
     ) -> None:
         """Or all others would wait for as long as that process lives: whether taking it failed, or giving it back."""

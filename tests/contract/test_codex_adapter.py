@@ -200,14 +200,14 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("or try again later.", None),
     ],
 )
-def test_codex_tells_when_its_limit_ends(told: str, until: datetime | None) -> None:
+def test_codex_usage_limit_has_its_end(told: str, until: datetime | None) -> None:
     """In words, in local time, with the date where it is not today's; the session ended on 2026-09-21, 14:13 UTC."""
     failed = judged(CodexAdapter, {}, codex_failure(f"{HIT} {told}"))
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, until.timestamp() if until else None)
 
 
-def test_codex_tells_how_long_a_limit_of_requests_lasts() -> None:
+def test_codex_rate_limit_has_its_duration() -> None:
     """In seconds."""
     failed = judged(
         CodexAdapter, {}, codex_failure("rate limit exceeded: Rate limit reached. Please try again in 1.5s.")
@@ -220,7 +220,7 @@ def test_codex_tells_how_long_a_limit_of_requests_lasts() -> None:
     ("recording", "remedy"),
     [("no-login", "codex login"), ("no-key", "env_key"), ("unwritable", "writable"), ("refused", "`sandbox: none`")],
 )
-def test_codex_comes_with_a_remedy(recording: str, remedy: str) -> None:
+def test_codex_failure_has_a_remedy(recording: str, remedy: str) -> None:
     """What a person has to do stands behind what it said."""
     adapter = CodexAdapter(CodexAdapter.Options.model_validate({}))  # type: ignore[arg-type]
     told = read_recordings(TRANSCRIPTS / "codex")[recording].end()
@@ -234,7 +234,9 @@ def test_codex_comes_with_a_remedy(recording: str, remedy: str) -> None:
     ("provider", "is_asked", "is_set"),
     [(None, True, False), ("openai", True, False), ("ollama", False, False), ("azure", False, True)],
 )
-def test_codex_and_its_providers(tmp_path: Path, provider: str | None, is_asked: bool, is_set: bool) -> None:
+def test_codex_provider_changes_its_settings(
+    tmp_path: Path, provider: str | None, is_asked: bool, is_set: bool
+) -> None:
     """Its login counts for its own provider only, and only one that the file names can be set."""
     adapter = CodexAdapter(CodexAdapter.Options.model_validate({"provider": provider}))  # type: ignore[arg-type]
     assert [bool(program.ready) for program in adapter.programs()] == [is_asked]

@@ -220,7 +220,7 @@ class TestOpencodeFromYaml(AdapterContract):
     }
 
 
-def test_the_arguments_of_a_session_of_qwen_code(tmp_path: Path) -> None:
+def test_qwen_code_gets_its_arguments(tmp_path: Path) -> None:
     """All that it is asked for stands behind what every session has; its home has the servers."""
     contract = TestQwenCode()
     adapter = CommandAdapter(contract.validated())

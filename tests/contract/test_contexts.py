@@ -32,7 +32,7 @@ def others(store: Store, clock: ManualClock) -> SessionContexts:
     return SessionContexts(store, clock, SCOPE, Redactor(), orchestrator="o2")
 
 
-async def test_what_one_session_reports_every_process_reads(
+async def test_context_of_a_session_is_visible_to_all_processes(
     contexts: SessionContexts, others: SessionContexts, clock: ManualClock
 ) -> None:
     """What is not named stays as it was; each report says when."""
@@ -53,7 +53,9 @@ async def test_what_one_session_reports_every_process_reads(
     assert await others.all("s") == []
 
 
-async def test_files_that_several_are_on_are_conflicts(contexts: SessionContexts, others: SessionContexts) -> None:
+async def test_context_conflict_is_a_file_in_several_sessions(
+    contexts: SessionContexts, others: SessionContexts
+) -> None:
     """At work on it or having it locked; not those that are done, and not those of another scope."""
     await contexts.begin(API, "fixer")
     await others.begin(WEB, "fixer")
@@ -69,7 +71,7 @@ async def test_files_that_several_are_on_are_conflicts(contexts: SessionContexts
     assert await contexts.conflicts() == {}
 
 
-async def test_a_task_at_a_glance(contexts: SessionContexts) -> None:
+async def test_task_summary_has_the_context(contexts: SessionContexts) -> None:
     """Its sessions are counted by status, with the files that they are on."""
     sessions = [SessionName("r", "api", number) for number in (1, 2, 3)]
     for one in sessions:
@@ -84,7 +86,7 @@ async def test_a_task_at_a_glance(contexts: SessionContexts) -> None:
     assert (found.total, found.files) == (3, ["a.py", "b.py"])
 
 
-async def test_who_waits_is_as_before_when_it_is_over(contexts: SessionContexts) -> None:
+async def test_context_status_after_a_wait_is_the_one_before(contexts: SessionContexts) -> None:
     """Unless it has said otherwise in the meantime."""
     await contexts.begin(API, "fixer")
     await contexts.mark_blocked(API, "x", "the schema")
@@ -102,7 +104,7 @@ async def test_who_waits_is_as_before_when_it_is_over(contexts: SessionContexts)
     assert found.status == "done"
 
 
-async def test_what_was_not_heard_of_for_half_an_hour_is_gone(
+async def test_context_without_updates_expires_after_half_an_hour(
     contexts: SessionContexts, others: SessionContexts, store: Store, clock: ManualClock
 ) -> None:
     """By itself; each word renews it, and one that speaks again is there again with all that it said."""
@@ -120,7 +122,7 @@ async def test_what_was_not_heard_of_for_half_an_hour_is_gone(
     assert (found.message, found.progress) == ("long work", "90%")
 
 
-async def test_old_ones_are_removed_on_request(
+async def test_old_contexts_are_removed_on_request(
     contexts: SessionContexts, others: SessionContexts, clock: ManualClock
 ) -> None:
     """Those that are older than is said, and those whose time is over; whoever wrote them."""
@@ -137,7 +139,7 @@ async def test_old_ones_are_removed_on_request(
     assert [one.message for one in await others.all()] == ["still there"]
 
 
-async def test_who_was_taken_over_writes_nothing_any_more(store: Store, clock: ManualClock) -> None:
+async def test_context_update_by_a_fenced_session_is_rejected(store: Store, clock: ManualClock) -> None:
     """A record is written under the claim of its task; the new owner ends what the old one has left."""
     key = claim_key(API)
     await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
@@ -156,7 +158,7 @@ async def test_who_was_taken_over_writes_nothing_any_more(store: Store, clock: M
     assert len(await new.all()) == 1
 
 
-async def test_words_of_programs_are_made_fit(contexts: SessionContexts) -> None:
+async def test_context_text_of_programs_is_sanitized(contexts: SessionContexts) -> None:
     """Secrets are hidden, half characters replaced, long messages cut; who is not at work here is refused."""
     await contexts.begin(API, "fixer")
     found = await contexts.update(API, message=f"uses {SECRET} \ud800 " + "x" * 600, progress="9" * 50)
@@ -168,7 +170,7 @@ async def test_words_of_programs_are_made_fit(contexts: SessionContexts) -> None
         await contexts.update(WEB, message="x")
 
 
-async def test_many_words_at_once_are_all_there(
+async def test_concurrent_context_updates_are_all_kept(
     contexts: SessionContexts, others: SessionContexts, store: Store
 ) -> None:
     """Of one session none overtakes another, and what is cleaned away meanwhile comes back."""

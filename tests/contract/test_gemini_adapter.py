@@ -177,7 +177,7 @@ class TestGemini(AdapterContract):
         ("You have exhausted your daily quota on this model.", None),
     ],
 )
-def test_gemini_tells_when_its_limit_ends(text: str, seconds: float | None) -> None:
+def test_gemini_usage_limit_has_its_end(text: str, seconds: float | None) -> None:
     """By how long to wait, counted from its end; if it says nothing, nobody knows."""
     failed = judged(GeminiAdapter, {}, gemini_result(f"[API Error: {text}]"))
     assert failed is not None

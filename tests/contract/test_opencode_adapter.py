@@ -177,7 +177,7 @@ class TestOpencode(AdapterContract):
     }
 
 
-def test_opencode_tells_when_its_limit_ends() -> None:
+def test_opencode_usage_limit_has_its_end() -> None:
     """By the header that its last answer had: a second after it."""
     recording = read_recordings(TRANSCRIPTS / "opencode")["limited-until"]
     failed = judged(OpencodeAdapter, {}, "\n".join(recording.stdout))
@@ -185,7 +185,7 @@ def test_opencode_tells_when_its_limit_ends() -> None:
     assert failed.until == json.loads(recording.stdout[-1])["timestamp"] / 1000 + 1
 
 
-def test_opencode_gets_its_configuration_over_ours(tmp_path: Any) -> None:
+def test_opencode_configuration_overrides_ours(tmp_path: Any) -> None:
     """What the file says of a key of ours replaces it; the rest stays."""
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     options = {"config": {"share": "manual", "permission": {"bash": "deny"}}}

@@ -34,7 +34,7 @@ class TestJsonLines(SinkContract):
         """Return the lines as objects."""
         return [json.loads(line) for line in (folder / "events.jsonl").read_bytes().splitlines()]
 
-    async def test_a_line_has_all_of_an_event(self, tmp_path: Path) -> None:
+    async def test_line_has_the_whole_event(self, tmp_path: Path) -> None:
         """Position, time, type and fields; the file is the owner's alone."""
         (event, *_) = events = sample_events()
         await self.deliver(self.validated(tmp_path), events)
@@ -43,7 +43,7 @@ class TestJsonLines(SinkContract):
         }  # fmt: skip
         assert (tmp_path / "events.jsonl").stat().st_mode & 0o777 == 0o600
 
-    async def test_no_event_is_there_twice(self, tmp_path: Path) -> None:
+    async def test_event_is_written_once(self, tmp_path: Path) -> None:
         """Whatever comes again, after a restart and from two runs in one file, each has one line."""
         options, ours, theirs = self.validated(tmp_path), sample_events(), sample_events(run="another")
         for events in (ours[:5], theirs[:3], ours[:6], ours, theirs, theirs[-1:], ours[-1:]):
@@ -51,7 +51,7 @@ class TestJsonLines(SinkContract):
         expected = [(one.event.data["run"], one.position) for one in (*ours[:5], *theirs[:3], *ours[5:], *theirs[3:])]
         assert [(line["run"], line["position"]) for line in self.lines(tmp_path)] == expected
 
-    async def test_events_of_one_position_are_told_apart(self, tmp_path: Path) -> None:
+    async def test_events_of_one_position_are_distinguished(self, tmp_path: Path) -> None:
         """Where a commit has several events and only some are in the file, the others follow."""
         both = [RecordedEvent(3, 0.0, Event(kind, {"run": "r"})) for kind in ("first", "second")]
         await self.deliver(self.validated(tmp_path), both)
@@ -61,7 +61,7 @@ class TestJsonLines(SinkContract):
         assert [line["event"] for line in self.lines(tmp_path)] == ["first", "second"]
 
     @pytest.mark.parametrize("kept", [1, 5, 13, 40, -1])
-    async def test_a_line_that_was_cut_off_is_written_anew(self, tmp_path: Path, kept: int) -> None:
+    async def test_truncated_line_is_written_again(self, tmp_path: Path, kept: int) -> None:
         """What a kill left half written is replaced; what is not ours stays as it is."""
         options, events, path = self.validated(tmp_path), sample_events(), tmp_path / "events.jsonl"
         path.write_text("a note of mine, without a line break")
@@ -73,7 +73,7 @@ class TestJsonLines(SinkContract):
         assert note == b"a note of mine, without a line break"
         assert [json.loads(line)["position"] for line in rest] == [one.position for one in events]
 
-    async def test_a_file_that_was_emptied_is_gone_on_with(self, tmp_path: Path) -> None:
+    async def test_emptied_file_is_continued(self, tmp_path: Path) -> None:
         """Who rotates it while a run is at work loses nothing that comes later."""
         events, path = sample_events(), tmp_path / "events.jsonl"
         async with JsonLinesSink(self.validated(tmp_path)) as sink:
@@ -84,9 +84,7 @@ class TestJsonLines(SinkContract):
             await sink.send(events[6:])
         assert self.arrived(tmp_path) == [one.position for one in events[6:]]
 
-    async def test_a_lock_of_somebody_elses_is_not_waited_for_for_ever(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_foreign_lock_does_not_block_forever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is an error, so that the sink is told as failing and tried again."""
         monkeypatch.setattr(jsonlines, "LOCK_TIMEOUT", 0.05)
         with (tmp_path / "events.jsonl").open("ab") as file:
@@ -96,7 +94,7 @@ class TestJsonLines(SinkContract):
                     await sink.send(sample_events())
         assert self.arrived(tmp_path) == []
 
-    async def test_writers_side_by_side_keep_their_lines_whole(self, tmp_path: Path) -> None:
+    async def test_concurrent_writers_write_complete_lines(self, tmp_path: Path) -> None:
         """Many threads of many processes' kind: every line is one event, each there once."""
         options = self.validated(tmp_path)
         runs = [[RecordedEvent(n, 0.0, Event("x", {"run": f"r{run}", "text": "x" * 500})) for n in range(1, 40)]

@@ -55,7 +55,7 @@ class TestChecklist(TrackerContract):
             ("the-last-one-without-a-line-break", "The last one, without a line break"),
         ]
 
-    async def test_a_tick_changes_one_byte(self, tmp_path: Path) -> None:
+    async def test_tick_changes_one_byte(self, tmp_path: Path) -> None:
         """Everything else of the file stays, its mode and the link that leads to it too."""
         options = self.validated(tmp_path)
         path = tmp_path / "todo.md"
@@ -69,7 +69,7 @@ class TestChecklist(TrackerContract):
         assert path.stat().st_mode & 0o777 == 0o640
         assert sorted(path.name for path in tmp_path.iterdir()) == ["real.md", "todo.md"]
 
-    async def test_a_file_that_was_edited_meanwhile_is_ticked_where_the_item_is_now(self, tmp_path: Path) -> None:
+    async def test_edited_file_is_ticked_at_the_new_position(self, tmp_path: Path) -> None:
         """Items that moved are found, those that are gone are no error."""
         options = self.validated(tmp_path)
         (tmp_path / "todo.md").write_text("- [ ] New\n- [ ] Add a User model {#models}\n")
@@ -80,7 +80,7 @@ class TestChecklist(TrackerContract):
         ("text", "what"),
         [("- [ ] 漢字\n", "line 1: no id can be derived from '漢字'"), (None, "no such file or directory")],
     )
-    async def test_what_can_t_be_a_list_is_refused(self, tmp_path: Path, text: str | None, what: str) -> None:
+    async def test_invalid_list_is_rejected(self, tmp_path: Path, text: str | None, what: str) -> None:
         """A file that is missing, and an item that has no id, are told with what to do."""
         options = self.validated(tmp_path)
         path = tmp_path / "todo.md"
@@ -89,7 +89,7 @@ class TestChecklist(TrackerContract):
             await self.open_tasks(options)
 
     @pytest.mark.parametrize("by_link", [False, True])
-    async def test_a_file_that_git_tracks_is_refused(self, tmp_path: Path, by_link: bool) -> None:
+    async def test_tracked_file_is_rejected(self, tmp_path: Path, by_link: bool) -> None:
         """Its ticks would be changes in a checkout, which keep work from landing; untracked there it is fine."""
         options = self.validated(tmp_path)
         if by_link:

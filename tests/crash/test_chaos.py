@@ -15,7 +15,7 @@ FIRST, TRIALS = (int(os.environ.get(f"CHAOS_{name}", usual)) for name, usual in 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + TRIALS))
-def test_nothing_is_lost_repeated_or_left(seed: int, tmp_path: Path) -> None:
+def test_chaos_loses_repeats_and_leaves_nothing(seed: int, tmp_path: Path) -> None:
     """A trial of its own process, so that it can have a file system of its own."""
     command = [sys.executable, "-m", "tests.crash.chaos", str(seed)]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -22,7 +22,7 @@ from tests.crash.test_crashes import CHECKPOINT_FAILPOINTS, chain_and_sides, con
         ),
     ],
 )
-async def test_killed_while_a_checkpoint_is_restored(repository: Repository, name: str) -> None:
+async def test_restore_killed_at_a_failpoint_is_complete_or_absent(repository: Repository, name: str) -> None:
     """It is restored wholly or not at all; either way the run resumes and lands each task once."""
     config = configure(repository, chain_and_sides(4))
     assert repository.council("run", str(config), failpoints="session.spawned=kill@2").code == -signal.SIGKILL
@@ -45,7 +45,7 @@ async def test_killed_while_a_checkpoint_is_restored(repository: Repository, nam
         for name in ("landing.pushed", "run.leader_elected", "recovery.session_reaped", "landing.intended")
     ],
 )
-async def test_killed_after_a_checkpoint_was_restored(repository: Repository, name: str) -> None:
+async def test_run_killed_after_a_restore_resumes(repository: Repository, name: str) -> None:
     """A resume of what was restored may be killed as any other."""
     config = configure(repository, chain_and_sides(4))
     assert repository.council("run", str(config), failpoints="landing.recorded=kill").code == -signal.SIGKILL

@@ -123,7 +123,7 @@ async def resume_and_check(repository: Repository, count: int) -> CommandResult:
 
 
 @pytest.mark.slow
-async def test_killed_at_one_step_after_the_other(repository: Repository) -> None:
+async def test_run_killed_at_each_step_in_turn_lands_every_task_once(repository: Repository) -> None:
     """One run that is killed at each step in turn, whatever the kill before has left, loses and repeats nothing."""
     config = configure(repository, chain_and_sides(TASKS_IN_TURN))
     command = ["run", str(config)]
@@ -142,7 +142,7 @@ async def test_killed_at_one_step_after_the_other(repository: Repository) -> Non
         for hit in ((1,) if name in SINGLE_HIT_FAILPOINTS else (1, 3))
     ],
 )
-async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int) -> None:
+async def test_run_killed_at_a_failpoint_lands_every_task_once(repository: Repository, name: str, hit: int) -> None:
     """A kill right after any persisted or outward step loses nothing and repeats nothing."""
     config = configure(repository, chain_and_sides(4))
     killed = repository.council("run", str(config), "--json", failpoints=f"{name}=kill@{hit}")
@@ -158,7 +158,7 @@ async def test_killed_at_a_failpoint(repository: Repository, name: str, hit: int
         for again in ("", "landing.intended", "worktree.removed")
     ],
 )
-async def test_killed_inside_a_recovery(repository: Repository, name: str, again: str) -> None:
+async def test_recovery_killed_at_a_failpoint_is_repeated(repository: Repository, name: str, again: str) -> None:
     """A recovery that is itself killed, and the one after it too, comes to the same end."""
     tasks = chain_and_sides(4)
     # It starts after the third landing, so that each of the processes below has a session and a landing to make.
@@ -179,7 +179,7 @@ async def test_killed_inside_a_recovery(repository: Repository, name: str, again
         for number, name in enumerate(sorted(REQUEST_FAILPOINTS))
     ],
 )
-async def test_killed_while_a_request_is_dealt_with(repository: Repository, name: str, action: str) -> None:
+async def test_request_killed_while_handled_is_completed(repository: Repository, name: str, action: str) -> None:
     """What was asked happens once, whoever is killed: the one who asks, or the one who obeys."""
     tasks: list[dict[str, object]] = [
         {"id": "failed", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1},
@@ -196,7 +196,7 @@ async def test_killed_while_a_request_is_dealt_with(repository: Repository, name
     await repository.assert_invariants()
 
 
-async def test_resume_at_once_waits_until_a_stubborn_agent_is_dead(repository: Repository) -> None:
+async def test_resume_waits_until_a_stubborn_agent_is_dead(repository: Repository) -> None:
     """With an agent that ignores TERM, leaves its session and keeps writing, nothing is touched before all is dead."""
     prompt = "stubborn\nwrite file.txt first\ndaemon file.txt\nattempt 1 hang"
     config = repository.configure([{"id": "stubborn", "prompt": prompt}])
@@ -219,7 +219,7 @@ def is_daemon_running(repository: Repository) -> bool:
     return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/place/tree/file.txt"))
 
 
-async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: Repository) -> None:
+async def test_signal_preserves_the_work_for_resume(repository: Repository) -> None:
     """The first SIGINT ends sessions, keeps what they did on a branch, exits 130; resume goes on."""
     prompt = "write half.txt half\nattempt 1 hang"
     config = repository.configure([{"id": "long", "prompt": prompt}])
@@ -238,7 +238,7 @@ async def test_interrupted_by_a_signal_the_work_is_kept_and_resumed(repository: 
     await resume_and_check(repository, 1)
 
 
-async def test_a_killed_supervisor_costs_one_attempt_and_leaves_nothing_running(repository: Repository) -> None:
+async def test_killed_supervisor_costs_one_attempt_and_leaves_no_process(repository: Repository) -> None:
     """Without its supervisor a session is over: its processes are killed, its files kept, its neighbours go on."""
     tasks = [
         {"id": "victim", "prompt": "write half.txt half\nattempt 1 hang\nwrite whole.txt w"},
@@ -268,7 +268,7 @@ def is_session(process: psutil.Process, task: str) -> bool:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("at", [-3, pytest.param(30, marks=pytest.mark.slow)], ids=["payload", "header"])
 @pytest.mark.parametrize("line", [-1, 0, pytest.param(1, marks=pytest.mark.slow)])
-async def test_damage_to_the_log_is_told(repository: Repository, line: int, at: int) -> None:
+async def test_damaged_log_is_reported(repository: Repository, line: int, at: int) -> None:
     """A flipped byte in any record is reported by the next command, in text and JSON, and nothing crashes."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="work.recorded=kill").code == -signal.SIGKILL

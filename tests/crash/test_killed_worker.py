@@ -142,7 +142,9 @@ def kill_cases() -> list[object]:
 
 @pytest.mark.extended
 @pytest.mark.parametrize(("who", "name", "hit"), kill_cases())
-async def test_the_others_finish_what_one_left(repository: Repository, who: str, name: str, hit: int) -> None:
+async def test_tasks_of_a_killed_worker_are_finished_by_the_others(
+    repository: Repository, who: str, name: str, hit: int
+) -> None:
     """One is killed at a failpoint while the others are at sessions: each task lands once, nothing is left."""
     crew = RunProcesses(repository)
     spec = f"{name}=kill@{hit}"

@@ -94,19 +94,19 @@ async def run_with_kills(
 
 
 @pytest.mark.slow
-async def test_a_short_night(short: OvernightRun, person: Operator) -> None:
+async def test_short_overnight_run_lands_everything(short: OvernightRun, person: Operator) -> None:
     """Tasks that succeed, crash, hang, conflict, break the tests, are cancelled and retried."""
     await run_uninterrupted(short, person)
 
 
 @pytest.mark.slow
-async def test_a_short_night_with_kills(short: OvernightRun, person: Operator) -> None:
+async def test_short_overnight_run_with_kills_lands_everything(short: OvernightRun, person: Operator) -> None:
     """The same end, with three owners killed on the way."""
     await run_with_kills(short, person, 3, random.Random(0), 2.0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_a_long_night(long: OvernightRun, person: Operator) -> None:
+async def test_long_overnight_run_lands_everything(long: OvernightRun, person: Operator) -> None:
     """Forty tasks of every kind on a real project with its own tests as checks."""
     await run_uninterrupted(long, person)

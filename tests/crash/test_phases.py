@@ -86,7 +86,7 @@ async def recorded(repository: Repository, run: str) -> TaskDocument:
     ("name", "hit"),
     [pytest.param(name, hit, marks=pytest.mark.slow) for name, hits in STEPS.items() for hit in range(1, hits + 1)],
 )
-async def test_killed_at_a_step(repository: Repository, name: str, hit: int) -> None:
+async def test_workflow_killed_at_a_failpoint_resumes(repository: Repository, name: str, hit: int) -> None:
     """Phases that are done stay done, and no session is started that is not on record."""
     killed = repository.council("run", str(configure(repository)), "--json", failpoints=f"{name}=kill@{hit}")
     assert killed.code == -signal.SIGKILL, killed
@@ -101,7 +101,7 @@ async def test_killed_at_a_step(repository: Repository, name: str, hit: int) -> 
 
 
 @pytest.mark.extended
-async def test_killed_at_each_step_in_turn(repository: Repository) -> None:
+async def test_workflow_killed_at_each_step_in_turn_resumes(repository: Repository) -> None:
     """However often it is killed, it comes to its end."""
     command = ["run", str(configure(repository))]
     run = ""

@@ -70,7 +70,7 @@ async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
 @pytest.mark.parametrize(
     "name", sorted(FAILPOINTS - UNREACHED_FAILPOINTS - {"adapter.cooling_down", "landing.rejected", "sink.sent"})
 )
-async def test_killed_at_every_failpoint(project: Repository, name: str) -> None:
+async def test_real_project_killed_at_every_failpoint_lands_once(project: Repository, name: str) -> None:
     """Killed at the fifth time (or the only one) that a step is reached."""
     config = str(configure(project))
     hit = 1 if name.startswith("run.") else 5

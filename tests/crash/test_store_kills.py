@@ -84,7 +84,7 @@ def writers(tmp_path: Path) -> Iterator[Writers]:
 @pytest.mark.extended
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kills", [12, pytest.param(300, marks=pytest.mark.slow)])
-async def test_writers_are_killed_at_any_moment(writers: Writers, tmp_path: Path, kills: int) -> None:
+async def test_store_is_intact_after_writers_are_killed(writers: Writers, tmp_path: Path, kills: int) -> None:
     """After each kill: all that was said is there, what is told is what the log says, and no version goes back."""
     dice, seen = random.Random(kills), dict.fromkeys(NAMES, 0)
     for name in NAMES:

@@ -132,7 +132,7 @@ def load(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> RunConfig | C
 @unhurried
 @given(st.binary(max_size=200))
 @example(b"\xef\xbb\xbf\xef\xbb\xbfa: b")
-def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_config_of_any_bytes_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """Bytes of any kind end in a ConfigError."""
     load(tmp_path_factory, data)
 
@@ -145,7 +145,7 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> Non
 @example("%TAG ! tag:x,2000:\n---\na: !b c")
 @example("a: \ufeffb")
 @example('a: "\\UFFFFFFFF"')
-def test_any_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_config_of_any_text_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     """Text made of what YAML and the format are made of ends in a run or a ConfigError."""
     load(tmp_path_factory, text.encode())
 
@@ -154,7 +154,9 @@ def test_any_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 @example('a: "\\UFFFFFFFF"')
 @example('a: "\\ud800"')
-def test_any_text_without_libyaml(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_config_of_any_text_without_libyaml_is_read_or_rejected(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     """Where PyYAML was built without its C part, the same holds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(yaml, "CSafeLoader")
@@ -167,7 +169,9 @@ def test_any_text_without_libyaml(tmp_path_factory: pytest.TempPathFactory, text
         {}, optional=dict.fromkeys(("version", "repo", "base", "adapters", "defaults", "worktrees", "tasks"), TREES)
     )
 )
-def test_any_values(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
+def test_config_of_any_values_is_read_or_rejected(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
+) -> None:
     """Well-formed YAML with any values in any place ends in a run or a ConfigError."""
     load(tmp_path_factory, yaml.safe_dump(tree, allow_unicode=True).encode(errors="replace"))
 
@@ -177,7 +181,7 @@ PROMPTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).fi
 
 @unhurried
 @given(st.lists(PROMPTS, min_size=1, max_size=5))
-def test_prompts_come_through(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:
+def test_prompt_is_read_unchanged(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:
     """A prompt arrives as it was written, and survives being stored."""
     # Quoted, because YAML 1.2 reads more plain scalars as numbers than the dumper knows of.
     quoted = [yaml.safe_dump(prompt, default_style='"', width=1 << 20).rstrip("\n") for prompt in prompts]
@@ -205,7 +209,7 @@ def leads_back(needs: dict[str, list[str]], start: str) -> bool:
 
 @unhurried
 @given(st.dictionaries(NODES, st.lists(NODES, unique=True, max_size=4)))
-def test_circles_are_found(needs: dict[str, list[str]]) -> None:
+def test_circular_needs_are_found(needs: dict[str, list[str]]) -> None:
     """Circles are real and disjoint, and every task on any circle is in one knot with a reported one."""
     circles = find_cycles(needs)
     for circle in circles:

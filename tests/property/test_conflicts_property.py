@@ -60,7 +60,7 @@ def covers(merged: Any, value: Any) -> bool:
 
 
 @given(batches(least=1, keys="x"), STRATEGIES, st.randoms())
-def test_the_order_in_which_updates_come_is_nothing(
+def test_update_order_does_not_matter(
     batch: list[DocumentUpdate[str]], strategy: ConflictStrategy, random: Any
 ) -> None:
     """With times that differ every order of the batch has the same result."""
@@ -70,7 +70,7 @@ def test_the_order_in_which_updates_come_is_nothing(
 
 
 @given(batches(least=1, keys="x"), STRATEGIES)
-def test_no_update_is_changed(batch: list[DocumentUpdate[str]], strategy: ConflictStrategy) -> None:
+def test_updates_are_not_modified(batch: list[DocumentUpdate[str]], strategy: ConflictStrategy) -> None:
     """Whatever is made of them, the updates are what they were."""
     before = json.dumps([(one.time, one.value) for one in batch])
     resolve_updates(batch, strategy)
@@ -78,7 +78,7 @@ def test_no_update_is_changed(batch: list[DocumentUpdate[str]], strategy: Confli
 
 
 @given(batches(least=1, keys="x"))
-def test_the_winner_is_one_of_the_updates(batch: list[DocumentUpdate[str]]) -> None:
+def test_winner_is_one_of_the_updates(batch: list[DocumentUpdate[str]]) -> None:
     """The last is the one of the greatest time, the first that of the least; for a person there are all of them."""
     assert resolve_updates(batch) == Resolved(max(batch, key=lambda one: one.time).value)
     assert resolve_updates(batch, ConflictStrategy.FIRST_WRITE_WINS) == Resolved(
@@ -90,7 +90,7 @@ def test_the_winner_is_one_of_the_updates(batch: list[DocumentUpdate[str]]) -> N
 
 
 @given(batches())
-def test_what_competes_is_all_that_is_there_more_than_once(batch: list[DocumentUpdate[str]]) -> None:
+def test_competing_fields_are_those_that_differ(batch: list[DocumentUpdate[str]]) -> None:
     """Every update is in its key's group, and a group of one is no conflict."""
     groups = group_by_key(batch)
     assert sorted(one.time for group in groups.values() for one in group) == sorted(one.time for one in batch)
@@ -99,7 +99,7 @@ def test_what_competes_is_all_that_is_there_more_than_once(batch: list[DocumentU
 
 
 @given(st.lists(st.none() | OBJECTS, min_size=1, max_size=4))
-def test_every_field_of_each_update_is_in_the_merge(values: list[dict[str, Any] | None]) -> None:
+def test_merge_has_every_field_of_each_update(values: list[dict[str, Any] | None]) -> None:
     """No field is lost, and there are no others; there is nothing only where all delete."""
     merged = merge_values(values)
     present = [value for value in values if value is not None]
@@ -111,7 +111,7 @@ def test_every_field_of_each_update_is_in_the_merge(values: list[dict[str, Any] 
 
 
 @given(st.lists(OF_ONE_KIND, min_size=1, max_size=4))
-def test_where_kinds_agree_nothing_is_lost_at_any_depth(values: list[dict[str, Any]]) -> None:
+def test_merge_of_equal_kinds_loses_nothing_at_any_depth(values: list[dict[str, Any]]) -> None:
     """Every nested field and every item of every list of each update is in the merge."""
     merged = merge_values(values)
     assert all(covers(merged, value) for value in values)
@@ -119,9 +119,7 @@ def test_where_kinds_agree_nothing_is_lost_at_any_depth(values: list[dict[str, A
 
 
 @given(OF_ONE_KIND, OF_ONE_KIND, OF_ONE_KIND)
-def test_where_kinds_agree_a_merge_may_be_done_in_steps(
-    one: dict[str, Any], two: dict[str, Any], three: dict[str, Any]
-) -> None:
+def test_merge_of_equal_kinds_is_associative(one: dict[str, Any], two: dict[str, Any], three: dict[str, Any]) -> None:
     """It is associative then; else not: of `[1]`, `5` and `[2]` either `[1, 2]` stays or `[1]`."""
     assert (
         merge_values([merge_values([one, two]), three])
@@ -131,6 +129,6 @@ def test_where_kinds_agree_a_merge_may_be_done_in_steps(
 
 
 @given(st.dictionaries(NAMES, LISTLESS, max_size=3))
-def test_without_lists_a_merge_with_itself_is_nothing_new(value: dict[str, Any]) -> None:
+def test_merge_with_itself_is_unchanged_without_lists(value: dict[str, Any]) -> None:
     """It is idempotent then; a list is joined to itself."""
     assert merge_values([value, value]) == value

@@ -33,7 +33,7 @@ def text(value: Any) -> str:
 
 
 @given(DOCUMENTS, DOCUMENTS)
-def test_a_delta_leads_there_and_back(old: dict[str, Any], new: dict[str, Any]) -> None:
+def test_delta_applies_forward_and_backward(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Applied to the old version it gives the new one, reverted the old; neither is changed by that."""
     before = text([old, new])
     delta = compute_delta(old, new)
@@ -43,7 +43,7 @@ def test_a_delta_leads_there_and_back(old: dict[str, Any], new: dict[str, Any]) 
 
 
 @given(DOCUMENTS, DOCUMENTS)
-def test_there_is_a_line_for_each_change_and_none_without(old: dict[str, Any], new: dict[str, Any]) -> None:
+def test_delta_has_one_line_per_change(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Equal versions have an empty delta, and no two changes are at or below the same path."""
     delta = compute_delta(old, new)
     paths = [*delta.added, *delta.modified, *delta.removed]
@@ -56,7 +56,7 @@ def test_there_is_a_line_for_each_change_and_none_without(old: dict[str, Any], n
 
 
 @given(DOCUMENTS, DOCUMENTS)
-def test_what_is_made_shares_nothing_with_what_it_was_made_from(old: dict[str, Any], new: dict[str, Any]) -> None:
+def test_delta_result_shares_nothing_with_its_input(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Whoever changes the result changes neither the delta nor a version."""
     delta = compute_delta(old, new)
     before = text([old, new, delta_to_json(delta)])

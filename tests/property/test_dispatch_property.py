@@ -152,7 +152,7 @@ class Run:
 
 @example_settings(200)
 @given(entries(), st.integers(1, 4), LIMITS, st.data())
-def test_limits_hold_and_every_task_ends(
+def test_dispatch_respects_limits_and_ends_every_task(
     tasks: dict[str, DispatchEntry], capacity: int, capacities: dict[str, int], data: st.DataObject
 ) -> None:
     """Through parks, closes, retries, cancels and revivals each start is allowed, and the run comes to its end."""
@@ -185,7 +185,7 @@ def test_limits_hold_and_every_task_ends(
 
 @example_settings(200)
 @given(entries(), st.integers(1, 4), st.data())
-def test_what_is_said_to_be_no_work_can_not_start(
+def test_dispatch_starts_nothing_when_it_reports_no_work(
     tasks: dict[str, DispatchEntry], capacity: int, data: st.DataObject
 ) -> None:
     """With nothing running, `has_work` tells what may start without a landing from what must wait for one."""
@@ -206,7 +206,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["park", "pass", "land", "retry"]), s
 
 @example_settings(300)
 @given(st.lists(LISTS, min_size=2, max_size=8), st.integers(1, 3), LIMITS, STEPS)
-def test_a_fallback_stands_in_only_while_all_before_it_are_parked(
+def test_fallback_adapter_is_used_only_during_cooldowns(
     lists: list[list[str]], capacity: int, capacities: dict[str, int], steps: list[tuple[str, int, int]]
 ) -> None:
     """At every decision, with more tasks ready than can start, and parks that begin and end meanwhile."""
@@ -228,7 +228,7 @@ STREAM = st.lists(
 
 @example_settings(100)
 @given(st.integers(1, 3), st.integers(0, 3), st.sampled_from([(), ("a/**",), ("a/b", "c")]), STREAM)
-def test_nothing_starves(
+def test_dispatch_starves_no_task(
     capacity: int, levels: int, owns: tuple[str, ...], stream: list[tuple[tuple[str, ...], int]]
 ) -> None:
     """Under an endless stream of tasks with a higher priority, those that came late enough never get ahead."""

@@ -34,9 +34,7 @@ def tasks(draw: st.DrawFn) -> list[dict[str, object]]:
 
 
 @given(tasks(), st.sampled_from([(), ("src/",), ("**",)]), st.sets(st.sampled_from(["p-a", "P-B", "q"])))
-def test_what_becomes_of_a_plan_is_what_a_run_can_have(
-    drawn: list[dict[str, object]], owns: tuple[str, ...], taken: set[str]
-) -> None:
+def test_expanded_plan_is_a_valid_run(drawn: list[dict[str, object]], owns: tuple[str, ...], taken: set[str]) -> None:
     """Names, needs, paths and number are fit for a file; else every mistake has a place and a remedy."""
     assume(all(str(one["id"]).strip() for one in drawn))
     plan = {"tasks": drawn, "dependencies": [], "timeline": [], "resources": []}
@@ -60,7 +58,7 @@ def test_what_becomes_of_a_plan_is_what_a_run_can_have(
 
 
 @given(PATTERNS, PATTERNS, st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
-def test_what_is_within_names_no_path_beyond(inner: str, outer: str, parts: list[str]) -> None:
+def test_subtask_paths_stay_within_the_plan(inner: str, outer: str, parts: list[str]) -> None:
     """But for what would be below a path without wildcards, which counts as a file's."""
     path = "/".join(parts)
     try:
@@ -73,7 +71,7 @@ def test_what_is_within_names_no_path_beyond(inner: str, outer: str, parts: list
 
 
 @given(st.lists(st.sampled_from(["land", "fail", "revive", "plan"]), max_size=20), st.integers(1, 3))
-def test_a_board_that_grew_is_as_one_that_was_made_so(steps: list[str], size: int) -> None:
+def test_board_extended_by_a_plan_equals_a_new_board(steps: list[str], size: int) -> None:
     """Whatever happens to the tasks of a plan, what needs what is as if they had been there from the beginning."""
     names = [f"p-{one}" for one in range(size)]
     chain = {name: DispatchEntry(tuple(names[place - 1 : place])) for place, name in enumerate(names)}

@@ -33,7 +33,7 @@ CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
 
 
 @given(CONTEXTS, st.none() | st.lists(NAMES, max_size=6))
-def test_a_filter_gives_what_is_needed_and_tells_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
+def test_filter_returns_what_is_needed_and_reports_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
     """Nothing is made up, changed or lost: what is given and what is left out is all there was; bytes are told."""
     chosen, told = select_values(values, needs)
     assert chosen == {key: values[key] for key in chosen}
@@ -53,7 +53,7 @@ def workflows(draw: st.DrawFn) -> list[Phase]:
 
 
 @given(workflows(), CONTEXTS, st.data())
-def test_a_chain_passes_on_what_is_produced_and_nothing_local(
+def test_chain_passes_on_produced_values_only(
     phases: list[Phase], inherited: dict[str, Any], data: st.DataObject
 ) -> None:
     """Each phase knows the newest value of each name that was produced before it, and its own before those."""
@@ -72,7 +72,7 @@ def test_a_chain_passes_on_what_is_produced_and_nothing_local(
 
 
 @given(NAMES, st.none() | st.sampled_from(sorted(HANDOFF_KINDS)), st.none() | st.lists(NAMES).map(tuple))
-def test_what_a_phase_declares_comes_first(name: str, kind: str | None, needs: tuple[str, ...] | None) -> None:
+def test_declared_values_of_a_phase_come_first(name: str, kind: str | None, needs: tuple[str, ...] | None) -> None:
     """Then what its kind needs, then what phases of its name do; else everything."""
     found = get_phase_needs(Phase(name=name, needs=needs), None if kind is None else HANDOFF_KINDS[kind])
     by_name = {
@@ -85,7 +85,7 @@ def test_what_a_phase_declares_comes_first(name: str, kind: str | None, needs: t
 
 
 @given(st.dictionaries(TEXT, VALUES, max_size=5), st.data())
-def test_a_digest_is_the_same_for_the_same_and_for_nothing_else(value: dict[str, Any], data: st.DataObject) -> None:
+def test_digest_is_equal_for_equal_values_only(value: dict[str, Any], data: st.DataObject) -> None:
     """The order of keys and a way through the store do not matter; any other value does."""
     keys = data.draw(st.permutations(list(value)))
     assert (
@@ -115,7 +115,7 @@ PROSE = st.text(st.sampled_from('aé😀 \n\t\r{}"#-'), max_size=40)
 
 
 @given(OBJECTS, st.lists(st.tuples(PROSE, OBJECTS), max_size=3), PROSE, st.sampled_from(["```", "`````", "~~~"]))
-def test_the_last_block_is_found_in_any_answer(
+def test_last_block_is_found_in_any_answer(
     last: dict[str, Any], earlier: list[tuple[str, dict[str, Any]]], tail: str, fence: str
 ) -> None:
     """Whatever stands before, between and behind."""
@@ -125,14 +125,14 @@ def test_the_last_block_is_found_in_any_answer(
 
 
 @given(st.text(st.sampled_from('`~{}[]":,a1 \n\\')))
-def test_no_answer_is_a_fault(answer: str) -> None:
+def test_any_answer_is_parsed_without_an_error(answer: str) -> None:
     """Any text has a last block or none, and what is read is plain JSON."""
     found = find_last_json_block(answer)
     assert found.data is None or find_json_error(found.data) is None
 
 
 @given(st.text(st.sampled_from('{}[]":,a1eE+-.\\ud8 ')))
-def test_what_is_read_is_what_json_has(text: str) -> None:
+def test_parsed_value_equals_the_json(text: str) -> None:
     """A strict reader takes nothing that a lenient one does not, and comes to the same."""
     try:
         value = parse_object(text)
@@ -145,7 +145,7 @@ def test_what_is_read_is_what_json_has(text: str) -> None:
 @given(st.sampled_from(sorted(HANDOFF_KINDS)), st.dictionaries(st.sampled_from(
     ["tasks", "dependencies", "timeline", "resources", "findings", "verdict", "artifacts", "passed", "summary", "id",
      "scout_findings", "message", "path", "line", "checksum", "deployed", "approach", "specs"]), VALUES))  # fmt: skip
-def test_any_object_is_taken_or_named_as_wrong(name: str, data: dict[str, Any]) -> None:
+def test_any_object_is_accepted_or_named_as_invalid(name: str, data: dict[str, Any]) -> None:
     """A kind never raises; what it takes, it takes again as it is, and what is exported is plain JSON."""
     kind = HANDOFF_KINDS[name]
     checked = kind.check(data, HandoffFacts())
@@ -157,7 +157,7 @@ def test_any_object_is_taken_or_named_as_wrong(name: str, data: dict[str, Any]) 
 
 
 @given(st.lists(st.sampled_from(PhaseTrigger), max_size=8))
-def test_visits_go_as_the_table_says(triggers: list[PhaseTrigger]) -> None:
+def test_visits_follow_the_transition_table(triggers: list[PhaseTrigger]) -> None:
     """After any triggers a visit is where the rows lead; a missing row raises and leaves it as it was."""
     record: PhaseRecord | None = None
     for trigger in triggers:

@@ -24,7 +24,7 @@ paths = st.lists(names, min_size=1, max_size=3).map("/".join)
 
 @example_settings(300)
 @given(st.lists(paths, min_size=2, max_size=8, unique=True))
-def test_distinct_files_have_distinct_locks(files: list[str]) -> None:
+def test_distinct_files_have_distinct_lock_names(files: list[str]) -> None:
     """And every name fits into a folder, beside its extension."""
     locks = [lock_name(canonical_path(path)) for path in files]
     assert len(set(locks)) == len({unicodedata.normalize("NFC", os.path.normpath(path)) for path in files})
@@ -59,7 +59,7 @@ def tree() -> Iterator[Path]:
 
 @example_settings(800)
 @given(st.data())
-def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) -> None:
+def test_spellings_of_a_file_have_one_lock_name(tree: Path, data: st.DataObject) -> None:
     """Two spellings have the same lock exactly if they are one file of the file system's."""
     first, second = (data.draw(steps.map("/".join).filter(bool)) for _ in range(2))
     found = []
@@ -79,7 +79,7 @@ def test_a_file_has_one_lock_by_any_spelling(tree: Path, data: st.DataObject) ->
 
 @example_settings(300)
 @given(paths)
-def test_forms_of_characters_make_no_other_file(path: str) -> None:
+def test_unicode_forms_of_a_file_have_one_lock_name(path: str) -> None:
     """Composed and decomposed are one anywhere; small and capital are where the file system takes them for one."""
     for form in ("NFC", "NFD"):
         assert canonical_path(unicodedata.normalize(form, path)) == canonical_path(path)
@@ -89,7 +89,7 @@ def test_forms_of_characters_make_no_other_file(path: str) -> None:
         assert canonical_path(path.swapcase()) != canonical_path(path)
 
 
-def test_whether_letters_count_alike_is_asked_of_the_file_system(tmp_path: Path) -> None:
+def test_case_sensitivity_is_that_of_the_file_system(tmp_path: Path) -> None:
     """It says what is so there, and leaves nothing."""
     (tmp_path / "case").touch()
     alike = (tmp_path / "CASE").exists()
@@ -98,7 +98,7 @@ def test_whether_letters_count_alike_is_asked_of_the_file_system(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_long_paths_have_names_that_can_be_made(tmp_path: Path) -> None:
+def test_long_path_has_a_valid_lock_name(tmp_path: Path) -> None:
     """Far more than 255 bytes, of which only the middle differs."""
     names = [lock_name(canonical_path("/".join(["é" * 100] * 20 + [middle] + ["ü" * 100] * 20))) for middle in "ab"]
     for name in names:
@@ -107,14 +107,14 @@ def test_long_paths_have_names_that_can_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["", ".", "..", "a/..", "../x", "a/../../b", "/etc/passwd", "a\0"])
-def test_what_is_no_file_of_the_repository_is_refused(path: str, tmp_path: Path) -> None:
+def test_path_outside_of_the_repository_is_rejected(path: str, tmp_path: Path) -> None:
     """With and without a tree to look it up in."""
     for top in (None, tmp_path):
         with pytest.raises(RefusedError):
             canonical_path(path, top)
 
 
-def test_an_absolute_path_within_the_tree_is_the_file(tmp_path: Path) -> None:
+def test_absolute_path_in_the_tree_is_accepted(tmp_path: Path) -> None:
     """Also where the tree is reached by a link."""
     (tmp_path / "repo").mkdir()
     (tmp_path / "alias").symlink_to("repo")

@@ -143,7 +143,7 @@ async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> N
 
 @example_settings(100)
 @given(STEPS)
-def test_any_outage_ends_in_a_history_that_holds(steps: list[tuple[str, ...]]) -> None:
+def test_any_outage_ends_in_a_valid_history(steps: list[tuple[str, ...]]) -> None:
     """First come, first served, by the real store alone."""
     with TemporaryDirectory() as folder:
         anyio.run(play, steps, Path(folder) / "outage")

@@ -39,7 +39,7 @@ def plainly(pattern: str) -> re.Pattern[str]:
 
 @example_settings(300)
 @given(patterns, st.sampled_from(PATHS))
-def test_matches_as_a_regular_expression_would(pattern: str, path: str) -> None:
+def test_pattern_matches_like_a_regular_expression(pattern: str, path: str) -> None:
     """One path, one pattern, two ways; and the overlap with a path that is spelled out is the same."""
     expected = plainly(pattern).fullmatch(f"/{path}") is not None
     assert is_match(pattern, path) is expected
@@ -58,7 +58,7 @@ def test_overlap_agrees_with_brute_force(left: str, right: str) -> None:
     assert has_overlap(left, right) is has_overlap(right, left) is expected
 
 
-def test_many_stars_take_no_time() -> None:
+def test_many_stars_are_matched_quickly() -> None:
     """No pattern makes the comparison blow up."""
     began = time.perf_counter()
     assert not has_overlap("*a" * 60 + "b", "*a" * 60 + "c")
@@ -80,7 +80,7 @@ def test_many_stars_take_no_time() -> None:
         ("a/**/b", ["a/b", "a/x/y/b"], ["a/x", "ab"]),
     ],
 )
-def test_what_patterns_name(pattern: str, inside: list[str], outside: list[str]) -> None:
+def test_pattern_names_its_paths(pattern: str, inside: list[str], outside: list[str]) -> None:
     """The rules, by examples."""
     assert [path for path in inside if not is_match(pattern, path)] == []
     assert [path for path in outside if is_match(pattern, path)] == []
@@ -99,13 +99,13 @@ def test_what_patterns_name(pattern: str, inside: list[str], outside: list[str])
         ("[a-d]", "[!abc]", True),
     ],
 )
-def test_which_patterns_overlap(left: str, right: str, meet: bool) -> None:
+def test_overlapping_patterns_are_found(left: str, right: str, meet: bool) -> None:
     """The same, whichever is first."""
     assert has_overlap(left, right) is has_overlap(right, left) is has_any_overlap(["zzz", left], [right]) is meet
 
 
 @pytest.mark.parametrize("text", ["", "/a", "../a", "a/../b", "./a", "a//b", "/", "a\\b", "a\0", "a**", "[a", "[z-a]"])
-def test_what_is_no_pattern_is_refused_with_a_remedy(text: str) -> None:
+def test_invalid_pattern_is_rejected_with_a_remedy(text: str) -> None:
     """The sentence says what is wrong and, behind a colon, what would be right."""
     with pytest.raises(ValueError, match=r".+: .+"):
         check_pattern(text)

@@ -34,7 +34,7 @@ def _entries(draw: st.DrawFn) -> Mapping[str, DispatchEntry]:
 
 
 @given(_entries())
-def test_each_task_is_in_the_earliest_wave_that_its_needs_allow(entries: Mapping[str, DispatchEntry]) -> None:
+def test_task_is_in_the_earliest_wave_after_its_needs(entries: Mapping[str, DispatchEntry]) -> None:
     """Every task is there once, behind all of its needs, and right behind one of them."""
     waves = plan_waves(entries)
     places = [(task, number) for number, wave in enumerate(waves) for task in wave.tasks]
@@ -46,7 +46,7 @@ def test_each_task_is_in_the_earliest_wave_that_its_needs_allow(entries: Mapping
 
 
 @given(_entries())
-def test_tasks_of_a_wave_stand_in_the_order_of_dispatch(entries: Mapping[str, DispatchEntry]) -> None:
+def test_tasks_of_a_wave_are_in_dispatch_order(entries: Mapping[str, DispatchEntry]) -> None:
     """The higher priority comes first, then the order of the file."""
     order = list(entries)
     for wave in plan_waves(entries):
@@ -54,7 +54,7 @@ def test_tasks_of_a_wave_stand_in_the_order_of_dispatch(entries: Mapping[str, Di
 
 
 @given(_entries())
-def test_each_task_follows_the_first_before_it_that_owns_a_common_path(entries: Mapping[str, DispatchEntry]) -> None:
+def test_task_follows_earlier_owners_of_its_paths(entries: Mapping[str, DispatchEntry]) -> None:
     """What is found by the beginnings of patterns is what comparing all with all finds."""
     for wave in plan_waves(entries):
         expected: dict[str, str] = {}
@@ -66,7 +66,7 @@ def test_each_task_follows_the_first_before_it_that_owns_a_common_path(entries: 
 
 
 @given(_entries(), st.integers(0, 6), st.dictionaries(st.sampled_from("xy"), st.integers(1, 3)))
-def test_sessions_at_once_are_within_all_limits(
+def test_concurrent_sessions_of_a_plan_respect_all_limits(
     entries: Mapping[str, DispatchEntry], most: int, capacities: Mapping[str, int]
 ) -> None:
     """No more run than fit, than adapters may have, and than own paths of their own; at least one if one fits."""
@@ -80,7 +80,7 @@ def test_sessions_at_once_are_within_all_limits(
 
 
 @pytest.mark.extended
-def test_ten_thousand_tasks_that_own_much_alike_are_planned_quickly() -> None:
+def test_plan_of_ten_thousand_overlapping_tasks_is_fast() -> None:
     """Where comparing would have no end it is given up, and said."""
     many = 10_000
     entries = {f"t{number}": DispatchEntry(owns=(f"src/*{number}.py", f"**/x{number}")) for number in range(many)}
@@ -91,7 +91,7 @@ def test_ten_thousand_tasks_that_own_much_alike_are_planned_quickly() -> None:
     assert not wave.is_compared
 
 
-def test_chain_of_ten_thousand_is_ten_thousand_waves() -> None:
+def test_chain_of_ten_thousand_tasks_has_ten_thousand_waves() -> None:
     """Neither depth nor number meets a recursion limit."""
     entries = {f"t{number}": DispatchEntry(needs=(f"t{number - 1}",) if number else ()) for number in range(10_000)}
     assert [wave.tasks for wave in plan_waves(entries)] == [[task] for task in entries]

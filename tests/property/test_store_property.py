@@ -371,13 +371,13 @@ def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> No
     run_state_machine_as_test(StoreMachine, settings=bounds)
 
 
-def test_a_store_is_a_dict_with_a_past() -> None:
+def test_store_behaves_like_a_dict_with_history() -> None:
     """A few short histories; to make one that fails simpler would take longer than a test may."""
     run(10, 30, (Phase.reuse, Phase.generate))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_store_is_a_dict_with_a_past_for_long() -> None:
+def test_store_behaves_like_a_dict_with_history_for_long() -> None:
     """Many long ones."""
     run(1500, 60)

@@ -51,7 +51,7 @@ def runs(draw: st.DrawFn) -> dict[str, DispatchEntry]:
 
 
 @given(runs(), st.data())
-def test_records_and_documents_make_the_same_table(entries: dict[str, DispatchEntry], data: st.DataObject) -> None:
+def test_records_and_documents_give_the_same_table(entries: dict[str, DispatchEntry], data: st.DataObject) -> None:
     """After each change: the same counts, the same rows in the same phases, and every task counted once."""
     run = RunDocument(
         id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=2, session_memory=1,

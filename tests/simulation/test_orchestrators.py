@@ -29,7 +29,7 @@ def quiet() -> Iterator[None]:
         *(pytest.param(n, CHUNK, marks=[pytest.mark.slow, pytest.mark.timeout(600)]) for n in range(0, MANY, CHUNK)),
     ],
 )
-def test_whatever_goes_wrong_every_task_lands_once(first: int, seeds: int) -> None:
+def test_faults_of_any_kind_land_every_task_once(first: int, seeds: int) -> None:
     """Stopped for longer than a lease, ended in the midst of anything, without an answer, with wrong clocks."""
     seen, takeovers = Counter[str](), 0
     for seed in range(first, first + seeds):
@@ -44,7 +44,7 @@ def test_whatever_goes_wrong_every_task_lands_once(first: int, seeds: int) -> No
     assert takeovers > seeds
 
 
-def test_without_fencing_the_same_nights_go_wrong() -> None:
+def test_faults_without_fencing_are_detected() -> None:
     """What is held against the history finds what the guards of commits prevent."""
     found = [simulate(seed, is_fenced=False).violations for seed in range(20)]
     assert sum(map(bool, found)) >= 5
@@ -53,14 +53,14 @@ def test_without_fencing_the_same_nights_go_wrong() -> None:
 
 
 @pytest.mark.parametrize("seed", [3, 17])
-def test_the_same_seed_is_the_same_night(seed: int) -> None:
+def test_same_seed_gives_the_same_simulation(seed: int) -> None:
     """Down to the time of each commit."""
     first, second = simulate(seed), simulate(seed)
     assert first == second
     assert first.records != simulate(seed + 1).records
 
 
-def test_eight_orchestrators_do_forty_tasks_in_good_weather() -> None:
+def test_eight_orchestrators_without_faults_finish_forty_tasks() -> None:
     """Nobody is taken over, nothing is tried twice."""
     outcome = simulate(1, processes=8, tasks=40, weather=FaultRates(0, 0, 0, 0, give_up=0, override=0))
     assert (outcome.violations, outcome.takeovers, outcome.seen) == ([], 0, Counter())

@@ -29,7 +29,9 @@ def sharing(store: Store, clock: ManualClock) -> SharedValues:
     return SharedValues(store, clock, Redactor([SECRET]), "r")
 
 
-async def test_what_one_puts_all_read_by_its_key(sharing: SharedValues, store: Store, clock: ManualClock) -> None:
+async def test_shared_value_is_readable_by_all_sessions(
+    sharing: SharedValues, store: Store, clock: ManualClock
+) -> None:
     """With its version, who put it there and when; nobody of another run."""
     await sharing.put("api/port", 8080, writer=API)
     clock.advance(1)
@@ -47,7 +49,7 @@ async def test_what_one_puts_all_read_by_its_key(sharing: SharedValues, store: S
     assert [one.key for one in await sharing.list("api/")] == ["api/port"]
 
 
-async def test_each_put_is_told_without_its_value(sharing: SharedValues, store: Store) -> None:
+async def test_put_event_has_no_value(sharing: SharedValues, store: Store) -> None:
     """Sinks get the events of a run: they hear that there is something, and where."""
     await sharing.put("api/port", 8080, writer=API)
     await sharing.put("api/port", 8081)
@@ -57,7 +59,7 @@ async def test_each_put_is_told_without_its_value(sharing: SharedValues, store: 
     assert events[1].data == {"run": "r", "task": None, "attempt": None, "key": "api/port"}
 
 
-async def test_who_put_a_value_by_its_version_overwrites_nobody(sharing: SharedValues) -> None:
+async def test_put_with_an_outdated_version_overwrites_nothing(sharing: SharedValues) -> None:
     """Of many that build on one version, one puts the next; those that do not say so all do."""
     await sharing.put("count", 0, if_version=0)
     done: list[int] = []
@@ -84,7 +86,7 @@ async def test_who_put_a_value_by_its_version_overwrites_nobody(sharing: SharedV
         await sharing.put("other", 9, if_version=1)
 
 
-async def test_many_at_once_all_count(sharing: SharedValues) -> None:
+async def test_concurrent_puts_all_count(sharing: SharedValues) -> None:
     """Each is a version of its own."""
     made: list[int] = []
 
@@ -110,7 +112,7 @@ class AwaitedClock(ManualClock):
         await super().wait(event, until)
 
 
-async def test_who_waits_is_woken_by_the_next_version(sharing: SharedValues, store: Store) -> None:
+async def test_waiter_is_woken_by_the_next_version(sharing: SharedValues, store: Store) -> None:
     """By whoever puts it, and by nothing else; what is there already is had at once."""
     got: list[SharedValue | None] = []
     clock = AwaitedClock()
@@ -135,7 +137,7 @@ async def test_who_waits_is_woken_by_the_next_version(sharing: SharedValues, sto
     assert got == [first, second]
 
 
-async def test_a_chain_of_sessions_goes_over_one_key(sharing: SharedValues) -> None:
+async def test_chain_of_sessions_can_use_one_key(sharing: SharedValues) -> None:
     """Each takes what the one before it made, in order, whichever began to wait first."""
     made: list[Any] = []
 
@@ -153,7 +155,7 @@ async def test_a_chain_of_sessions_goes_over_one_key(sharing: SharedValues) -> N
     assert made == [[0], [0, 1], [0, 1, 2]]
 
 
-async def test_nothing_that_comes_is_none_after_its_time(store: Store) -> None:
+async def test_wait_without_a_value_ends_at_its_timeout(store: Store) -> None:
     """Half a minute, unless another time is said."""
     got: list[SharedValue | None] = []
     clock = AwaitedClock()
@@ -175,7 +177,7 @@ async def test_nothing_that_comes_is_none_after_its_time(store: Store) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "/", "a/", "/a", "a//b", "../a", "a b", "a*", "ä", "x.lock", "a/" * 101 + "a"])
-async def test_what_is_no_key_is_refused(sharing: SharedValues, key: str) -> None:
+async def test_invalid_key_is_rejected(sharing: SharedValues, key: str) -> None:
     """By all that take one."""
     for refused in (sharing.put(key, 1), sharing.get(key), sharing.wait(key, timeout=0)):
         with pytest.raises(RefusedError, match="invalid key for a shared value"):
@@ -183,14 +185,14 @@ async def test_what_is_no_key_is_refused(sharing: SharedValues, key: str) -> Non
     assert await sharing.list() == []
 
 
-async def test_the_longest_key_is_one(sharing: SharedValues) -> None:
+async def test_longest_key_is_accepted(sharing: SharedValues) -> None:
     """Of several names."""
     key = "/".join(["a" * 49] * 4) + "b"
     assert len(key) == MAX_KEY_LENGTH
     assert (await sharing.put(key, 1)).key == key
 
 
-async def test_secrets_are_neither_keys_nor_kept(sharing: SharedValues) -> None:
+async def test_secrets_are_neither_keys_nor_values(sharing: SharedValues) -> None:
     """Names of fields are hidden, too."""
     put = await sharing.put("k", {SECRET: [f"key {SECRET}"]})
     assert put.value == {REDACTED: [f"key {REDACTED}"]}
@@ -222,14 +224,14 @@ def _nested(depth: int) -> Any:
     ],
     ids=range(10),
 )
-async def test_what_does_not_fit_is_refused(sharing: SharedValues, value: Any, why: str) -> None:
+async def test_oversized_value_is_rejected(sharing: SharedValues, value: Any, why: str) -> None:
     """Nothing is kept."""
     with pytest.raises(RefusedError, match=why):
         await sharing.put("k", value)
     assert await sharing.get("k") is None
 
 
-async def test_the_largest_and_the_deepest_fit(sharing: SharedValues) -> None:
+async def test_largest_and_deepest_value_is_accepted(sharing: SharedValues) -> None:
     """As they are."""
     for value in ("x" * (MAX_SHARED_BYTES - 2), _nested(MAX_DEPTH)):
         await sharing.put("k", value)
@@ -238,7 +240,9 @@ async def test_the_largest_and_the_deepest_fit(sharing: SharedValues) -> None:
         assert found.value == value
 
 
-async def test_a_run_has_room_for_so_many_keys(sharing: SharedValues, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_keys_above_the_limit_of_a_run_are_rejected(
+    sharing: SharedValues, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that are there can still be written."""
     monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MAX_KEYS", 2)
     await sharing.put("a", 1)
@@ -248,7 +252,9 @@ async def test_a_run_has_room_for_so_many_keys(sharing: SharedValues, monkeypatc
     assert (await sharing.put("a", 2)).version == 2
 
 
-async def test_a_run_has_room_for_so_many_bytes(sharing: SharedValues, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bytes_above_the_limit_of_a_run_are_rejected(
+    sharing: SharedValues, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A commit that goes back to a checkpoint has to hold all of them; what is replaced does not count."""
     monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MAX_BYTES", 1000)
     await sharing.put("a", "x" * 300)
@@ -260,7 +266,7 @@ async def test_a_run_has_room_for_so_many_bytes(sharing: SharedValues, monkeypat
         await sharing.put("a", "x" * 900)
 
 
-async def test_who_was_taken_over_puts_nothing(sharing: SharedValues, store: Store) -> None:
+async def test_put_by_a_fenced_session_is_rejected(sharing: SharedValues, store: Store) -> None:
     """It is written under the claim of its task."""
     await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
     with pytest.raises(LeaseLost):
@@ -269,7 +275,7 @@ async def test_who_was_taken_over_puts_nothing(sharing: SharedValues, store: Sto
     await sharing.put("k", "in time", writer=API, claim=Guard(claim_key(API), 2))
 
 
-async def test_versions_go_on_behind_what_was_removed(sharing: SharedValues, store: Store) -> None:
+async def test_version_continues_after_a_removal(sharing: SharedValues, store: Store) -> None:
     """So that who waits for a later one is not told of an old one, nor misses the new one."""
     await sharing.put("k", 1)
     await store.commit(Commit([Write(Key(KIND, "r/k"), 1, None)]))
@@ -280,7 +286,7 @@ async def test_versions_go_on_behind_what_was_removed(sharing: SharedValues, sto
     assert await sharing.wait("k", after=1, timeout=0) == put
 
 
-async def test_what_somebody_else_wrote_there_is_no_value(sharing: SharedValues, store: Store) -> None:
+async def test_foreign_document_is_not_a_value(sharing: SharedValues, store: Store) -> None:
     """It can be replaced."""
     await store.commit(Commit([Write(Key(KIND, "r/k"), 0, {"odd": 1})]))
     with pytest.raises(RefusedError, match="is unreadable: put it again"):

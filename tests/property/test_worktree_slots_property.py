@@ -468,7 +468,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
 @pytest.mark.extended
 @settings(max_examples=20)
 @given(_kinds, _steps, _steps)
-def test_nothing_is_left_of_a_session(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
+def test_slot_after_a_session_has_no_leftovers(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
     """Cleaned, a place is as new, moves to another commit whole, and what the next session does is found.
 
     It is thrown away only where something changed that was set up.
@@ -480,6 +480,6 @@ def test_nothing_is_left_of_a_session(commits: Commits, kind: str, steps: Steps,
 @pytest.mark.timeout(3600)
 @settings(max_examples=2000)
 @given(_kinds, _steps, _steps)
-def test_nothing_is_left_of_many_sessions(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
+def test_slot_after_many_sessions_has_no_leftovers(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
     """The same, far more often."""
     anyio.run(partial(_check, commits, kind, steps, more))

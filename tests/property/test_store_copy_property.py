@@ -88,7 +88,7 @@ async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float]
 
 @example_settings(40)
 @given(st.lists(_steps, max_size=25), st.sampled_from([1, 400, 1 << 20]))
-def test_a_copy_through_a_file_tells_the_same(
+def test_copy_through_a_file_is_equal(
     steps: list[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int
 ) -> None:
     """Of every moment: gaps, deletions and expiry included; to the next opener, too."""

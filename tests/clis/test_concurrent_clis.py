@@ -17,7 +17,7 @@ _PROGRAMS = ("claude-code", "codex", "gemini", "opencode", "aider")
 _TASKS = 15
 
 
-async def test_all_that_they_do_side_by_side_lands(repository: Repository, server: ModelServer) -> None:
+async def test_concurrent_clis_land_all_their_tasks(repository: Repository, server: ModelServer) -> None:
     """Five programs, three tasks each, five at once: every file is on the target, each from its own attempt."""
     programs = {name: SELECTED[name] for name in _PROGRAMS if name in SELECTED}
     if not programs:

@@ -100,7 +100,7 @@ def _by_git(top: Path, *paths: str) -> set[str]:
 
 @example_settings(60)
 @given(_steps)
-def test_nothing_that_git_finds_is_missed(steps: list[tuple[Callable[[Path, str, str], None], str, str]]) -> None:
+def test_changes_that_git_finds_are_detected(steps: list[tuple[Callable[[Path, str, str], None], str, str]]) -> None:
     """Git, told to look at what differs alone, finds all that it finds when it looks at everything."""
     with _checkout() as top:
         stamps = TreeSnapshot.capture(top)

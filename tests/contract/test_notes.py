@@ -43,7 +43,7 @@ async def test_notes_are_found_by_task_topic_and_path(memory: NoteStore, store: 
     assert (first.text, first.task, first.attempt, first.run) == ("the port is 8080", "api", 1, "r")
 
 
-async def test_of_too_many_the_oldest_go(
+async def test_notes_above_the_limit_drop_the_oldest(
     memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scope has room for so many."""
@@ -54,7 +54,7 @@ async def test_of_too_many_the_oldest_go(
     assert [one.text for one in await memory.all()] == ["note 2", "note 3", "note 4"]
 
 
-async def test_of_too_many_of_one_task_its_own_go(
+async def test_notes_above_the_limit_of_a_task_drop_its_own(
     memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever leaves notes without end takes no other task's away."""
@@ -66,14 +66,14 @@ async def test_of_too_many_of_one_task_its_own_go(
     assert [one.text for one in await memory.all()] == ["of another", "note 3", "note 4"]
 
 
-async def test_no_more_is_looked_for_than_a_note_can_name(memory: NoteStore) -> None:
+async def test_note_query_is_limited_to_what_notes_can_name(memory: NoteStore) -> None:
     """What patterns have in common takes as long as both together are."""
     for paths, why in ((["a"] * 51, "51 paths"), (["*" * 1001], "1001 characters"), (["a" * 999] * 3, "2997 char")):
         with pytest.raises(RefusedError, match=why):
             await memory.find(paths=paths)
 
 
-async def test_many_at_once_all_stay(memory: NoteStore) -> None:
+async def test_concurrent_notes_are_all_kept(memory: NoteStore) -> None:
     """Nobody's note takes another's place."""
     async with anyio.create_task_group() as group:
         for number in range(20):
@@ -94,7 +94,7 @@ async def test_many_at_once_all_stay(memory: NoteStore) -> None:
         ("x", None, ["../a"], "invalid path pattern"),
     ],
 )
-async def test_what_does_not_fit_is_refused(
+async def test_oversized_note_is_rejected(
     memory: NoteStore, text: str, topic: str | None, paths: list[str], why: str
 ) -> None:
     """With what would fit; nothing is kept."""
@@ -103,14 +103,14 @@ async def test_what_does_not_fit_is_refused(
     assert await memory.all() == []
 
 
-async def test_secrets_stay_out_and_the_largest_note_fits(memory: NoteStore) -> None:
+async def test_secrets_are_removed_and_the_largest_note_fits(memory: NoteStore) -> None:
     """Also in topics; what is not Unicode is replaced."""
     note = await memory.add(API, f"key {SECRET}\ud800", topic=f"about {SECRET}")
     assert (note.text, note.topic) == (f"key {REDACTED}?", f"about {REDACTED}")
     assert len((await memory.add(API, "x" * bounds.MAX_TEXT_BYTES)).text) == bounds.MAX_TEXT_BYTES
 
 
-async def test_a_note_is_dropped_by_its_id(memory: NoteStore) -> None:
+async def test_note_is_dropped_by_its_id(memory: NoteStore) -> None:
     """One that is not there is refused."""
     note = await memory.add(API, "wrong")
     await memory.drop(note.id)
@@ -119,7 +119,7 @@ async def test_a_note_is_dropped_by_its_id(memory: NoteStore) -> None:
         await memory.drop(note.id)
 
 
-async def test_who_was_taken_over_leaves_no_note(memory: NoteStore, store: Store) -> None:
+async def test_note_by_a_fenced_session_is_rejected(memory: NoteStore, store: Store) -> None:
     """It is written under the claim of its task."""
     await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
     with pytest.raises(LeaseLost):

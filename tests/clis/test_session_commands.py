@@ -14,7 +14,7 @@ from tests.fake_session_service import FakeSessionService, use_in_runs
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 
 
-async def test_a_session_asks_and_leaves_alone_what_is_anothers(
+async def test_session_command_of_an_agent_sees_only_its_own_session(
     stage: Stage, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its shell knows `council`, its model the tools, and a file of another session is not written."""

@@ -82,7 +82,7 @@ class RegistryContract(ABC):
         async with self.open_store() as store:
             yield Owners(store)
 
-    async def test_what_is_taken_is_refused_to_others_by_name(self) -> None:
+    async def test_owned_path_is_rejected_with_its_owner(self) -> None:
         """The refusal says who holds which pattern since when; what does not overlap is free."""
         async with self.owners() as owners:
             assert await owners.take(ADA, "src/models/**", "docs/a.md") is None
@@ -99,7 +99,7 @@ class RegistryContract(ABC):
                 "ownership.taken bob",
             ]
 
-    async def test_a_session_takes_more_and_gives_back(self) -> None:
+    async def test_session_extends_and_releases_its_paths(self) -> None:
         """What it takes twice it has once; what it gives back is free."""
         async with self.owners() as owners:
             await owners.take(ADA, "a", "b")
@@ -111,7 +111,7 @@ class RegistryContract(ABC):
             assert await owners.owned() == {"ada": ("b", "c"), "bob": ("a",)}
             assert await owners.events("ownership.released") == ["ownership.released ada"]
 
-    async def test_sessions_that_wait_for_each_other_are_told_at_once(self) -> None:
+    async def test_deadlocked_sessions_are_reported_immediately(self) -> None:
         """The one that began to wait last is refused with the circle, keeps what it has, and the other goes on."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -136,7 +136,7 @@ class RegistryContract(ABC):
                     await registry.release_patterns(BOB, ["b"], claim)
             assert had == [None]
 
-    async def test_two_that_plan_at_once_do_not_both_get_it(self) -> None:
+    async def test_concurrent_plans_of_a_path_have_one_winner(self) -> None:
         """The second commit of two that were planned on the same state is refused, whatever their patterns are."""
         async with self.owners() as owners:
             plans = []
@@ -150,7 +150,7 @@ class RegistryContract(ABC):
                 await owners.store.commit(Commit(plans[1]))
             assert await owners.owned() == {"ada": ("a",)}
 
-    async def test_a_plan_and_its_claim_are_one_commit(self) -> None:
+    async def test_plan_and_claim_are_one_commit(self) -> None:
         """The claim may be written by the commit that takes; before it there is nothing that counts."""
         async with self.owners() as owners:
             claim = Guard(claim_key(ADA), 1)
@@ -161,7 +161,7 @@ class RegistryContract(ABC):
             await owners.store.commit(Commit([write, *plan]))
             assert await owners.owned() == {"ada": ("a",)}
 
-    async def test_what_ends_with_its_session_is_free(self) -> None:
+    async def test_paths_of_an_ended_session_are_free(self) -> None:
         """`release` gives what the ending commit must write."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -170,7 +170,7 @@ class RegistryContract(ABC):
             assert await owners.take(BOB, "a") is None
 
     @pytest.mark.parametrize("how", ["complete", "abandoned", "failed"])
-    async def test_a_holding_of_a_claim_that_is_over_does_not_count(self, how: str) -> None:
+    async def test_ownership_of_an_ended_claim_is_ignored(self, how: str) -> None:
         """Whoever takes next has it, and the document that was left is gone."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -179,7 +179,7 @@ class RegistryContract(ABC):
             assert await owners.take(BOB, "a") is None
             assert await owners.store.get(owners.registry.key(ADA)) is None
 
-    async def test_who_was_taken_over_can_neither_take_nor_give_back(self) -> None:
+    async def test_fenced_session_can_neither_own_nor_release(self) -> None:
         """The claim's new epoch makes what the old owner holds stale, and refuses what it writes."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -194,7 +194,7 @@ class RegistryContract(ABC):
             assert await owners.take(again, "a") is None
             assert [one.session for one in await owners.registry.holdings()] == [again]
 
-    async def test_who_goes_on_with_a_task_inherits_what_its_session_owned(self) -> None:
+    async def test_next_attempt_inherits_the_paths_of_the_session(self) -> None:
         """And what it had locked; nothing where somebody was faster."""
         async with self.open_store() as store:
             owners = Owners(store)
@@ -212,7 +212,7 @@ class RegistryContract(ABC):
             await owners.registry.inherit(ADA, orchestrator="o3", claim=latest)
             assert await owners.owned() == {"bob": ("a",)}
 
-    async def test_a_session_owns_its_paths_while_its_claim_is_taken_over(self) -> None:
+    async def test_session_keeps_its_paths_during_a_takeover(self) -> None:
         """Nobody has them in between: not before the takeover, not by a plan of before it, not before it is dead."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -229,7 +229,7 @@ class RegistryContract(ABC):
             await end(owners.store, later, "abandoned")
             assert await owners.take(BOB, "a") is None
 
-    async def test_a_session_that_outlives_its_claim_owns_its_paths_until_its_end(self) -> None:
+    async def test_session_that_outlives_its_claim_keeps_its_paths(self) -> None:
         """Its task was cancelled elsewhere: nobody has its paths before it is dead, then they are free."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -243,7 +243,7 @@ class RegistryContract(ABC):
             assert await owners.take(BOB, "a") is None
             assert await owners.owned() == {"bob": ("a",)}
 
-    async def test_attempts_of_one_task_are_not_in_each_others_way(self) -> None:
+    async def test_attempts_of_one_task_do_not_conflict(self) -> None:
         """Under one claim, what an earlier attempt left goes over to the next."""
         async with self.owners() as owners:
             await owners.take(ADA, "a", "b")
@@ -252,7 +252,7 @@ class RegistryContract(ABC):
             assert await owners.take(again, "a") is None
             assert [(one.session, one.patterns) for one in await owners.registry.holdings()] == [(again, ("a",))]
 
-    async def test_who_waits_is_on_record_and_gets_it_when_it_is_free(self) -> None:
+    async def test_waiter_is_recorded_and_gets_the_path_when_free(self) -> None:
         """A wait shows in the holdings for as long as it lasts."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -273,7 +273,7 @@ class RegistryContract(ABC):
             assert [one.waiting for one in await owners.registry.holdings()] == [None]
             assert (await owners.owned())["bob"] == ("a",)
 
-    async def test_a_wait_that_ends_in_vain_or_is_cancelled_leaves_nothing(self) -> None:
+    async def test_failed_or_cancelled_wait_leaves_nothing(self) -> None:
         """Neither ownership nor a waiter is left."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
@@ -288,7 +288,7 @@ class RegistryContract(ABC):
             assert [one.session for one in await owners.registry.holdings()] == [ADA]
             assert await owners.store.get(owners.registry.key(BOB)) is None
 
-    async def test_scopes_have_nothing_to_do_with_each_other(self) -> None:
+    async def test_scopes_are_independent(self) -> None:
         """The same path of another target or repository is another path."""
         async with self.owners() as owners:
             other = Owners(owners.store, ownership_scope("/repo", "next"))
@@ -297,7 +297,7 @@ class RegistryContract(ABC):
             assert await owners.owned() == {"ada": ("a",)}
             assert await other.owned() == {"bob": ("a",)}
 
-    async def test_many_that_take_at_once_never_share_a_path(self) -> None:
+    async def test_concurrent_owners_never_share_a_path(self) -> None:
         """Of twelve tasks that want overlapping paths at once one has each, and nobody is told a conflict."""
         async with self.owners() as owners:
             sessions = [SessionName("r", f"t{number}", 1) for number in range(12)]
@@ -309,7 +309,7 @@ class RegistryContract(ABC):
             owned = await owners.owned()
             assert sorted(patterns[0] for patterns in owned.values()) == ["0/**", "1/**", "2/**"]
 
-    async def test_what_is_no_path_is_refused(self) -> None:
+    async def test_invalid_path_is_rejected(self) -> None:
         """The sentence names it, and nothing is taken."""
         async with self.owners() as owners:
             with pytest.raises(RefusedError, match=r"invalid path pattern '\.\./a'"):
