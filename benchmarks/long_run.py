@@ -13,8 +13,8 @@ import anyio
 
 from orchestrator.config.model import Backoff, TaskSpec, WorktreesConfig
 from orchestrator.domain.events.tasks import TaskChecking, TaskLanded, TaskLanding, TaskStarted
-from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
+from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.scheduling.claims import ClaimTiming, Role
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.ledger import Ledger

@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
-from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.runs.statuses import TRANSITIONS, TaskStatus, Trigger
 
 TOP = Path(__file__).parents[1]
 PAGE = TOP / "docs" / "architecture.md"

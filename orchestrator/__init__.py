@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.domain.documents.conflicts import ConflictStrategy, DocumentUpdate
     from orchestrator.domain.runs.failures import FailureClass
-    from orchestrator.domain.runs.model import TaskStatus
+    from orchestrator.domain.runs.statuses import TaskStatus
     from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, TaskSummary
     from orchestrator.domain.sessions.notes import Note
     from orchestrator.domain.workflow.violations import Violation
@@ -155,7 +155,7 @@ _MODULES = {
     "domain.documents.conflicts": ("ConflictStrategy", "DocumentUpdate"),
     "domain.sessions.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
     "domain.runs.failures": ("FailureClass",),
-    "domain.runs.model": ("TaskStatus",),
+    "domain.runs.statuses": ("TaskStatus",),
     "domain.sessions.notes": ("Note",),
     "domain.workflow.violations": ("Violation",),
     "engine.phases.verification": ("TaskVerification", "RunVerification"),

@@ -31,7 +31,8 @@ from pydantic import TypeAdapter, ValidationError
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import EVENT_TYPES
-from orchestrator.domain.runs.model import RETRYABLE_STATUSES, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
 from orchestrator.engine.phases.verification import RunVerification, verify_run
 from orchestrator.engine.session_api.contexts import KIND as CONTEXT
 from orchestrator.plugins import load_plugins

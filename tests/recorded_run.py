@@ -13,8 +13,8 @@ import pytest
 from orchestrator.config.model import Backoff, TaskSpec
 from orchestrator.domain.events.runs import RunInterrupted, RunPaused
 from orchestrator.domain.events.tasks import TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
-from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
+from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.scheduling.claims import ClaimTiming, OrchestratorIdentity, Role
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.ledger import Ledger

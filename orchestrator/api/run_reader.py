@@ -13,7 +13,8 @@ import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_index import RunIndex, start_key
-from orchestrator.domain.runs.model import FINAL_STATUSES, LANDING_STATUSES, RunDocument, TaskStatus
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import with_subtasks
 from orchestrator.engine.reports.report import ReportPaths, RunRecord, RunReport, RunStatus, SessionReport, build_report
 from orchestrator.engine.state.records import (

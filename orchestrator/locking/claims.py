@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.domain.events.coordination import ClaimAcquired, ClaimReleased, ClaimsTakenOver
+from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import (
     Claim,
     ClaimVerdict,
     OwnerStatus,
-    ReleaseReason,
     can_claim,
     count_earlier_tries,
     should_try,

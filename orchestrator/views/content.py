@@ -16,7 +16,8 @@ from typing import Any, Final
 import orjson
 from pydantic import ValidationError
 
-from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus
 from orchestrator.protocols import CommitRecord, Document, DocumentVersion, Event, JsonObject, Key
 from orchestrator.repo.worktrees.hub import work_branch_name
 
@@ -28,7 +29,6 @@ _DIGITS: Final = 16
 #: The maximum depth of folders for an id; the rest is one name, which limits the length of paths.
 _DEEPEST: Final = 4
 #: The statuses in which a task owns its paths: a built task keeps them until it has landed.
-_OWNING_STATUSES: Final = frozenset({TaskStatus.RUNNING, TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
 
 
 def document_path(key: Key) -> str:
@@ -148,7 +148,7 @@ def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
             continue
         run = documents.get(Key("run", document.key.id.partition("/")[0]))
         facts: JsonObject = {} if run is None else run.value
-        if task.status in _OWNING_STATUSES and task.attempts and facts.get("ended") is None:
+        if task.status in CLAIMED_STATUSES and task.attempts and facts.get("ended") is None:
             spec = documents.get(Key("spec", document.key.id))
             hub, owns = facts.get("hub"), [] if spec is None else spec.value.get("owns", [])
             hub = Path(hub) if isinstance(hub, str) else None

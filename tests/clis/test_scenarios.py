@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
 from tests.fakes import mcp_server

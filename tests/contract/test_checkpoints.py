@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.domain.runs.model import Attempt, CheckpointOrigin, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, CheckpointOrigin, RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.errors import HistoryCompacted, LeaseLost, RefusedError

@@ -14,6 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import (
     Claim,
     ClaimTiming,
@@ -21,7 +22,6 @@ from orchestrator.domain.scheduling.claims import (
     MergeLease,
     OrchestratorIdentity,
     OwnerStatus,
-    ReleaseReason,
     Role,
 )
 from orchestrator.errors import LeaseLost, OrchestratorFenced, StoreUnavailable

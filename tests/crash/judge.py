@@ -9,7 +9,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.domain.runs.model import SUCCESS_STATUSES, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository

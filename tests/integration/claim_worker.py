@@ -12,7 +12,8 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.domain.scheduling.claims import ClaimTiming, ReleaseReason, Role
+from orchestrator.domain.runs.statuses import ReleaseReason
+from orchestrator.domain.scheduling.claims import ClaimTiming, Role
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.liveness import LivenessLocks

@@ -39,7 +39,7 @@ def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
     def asked() -> dict[str, Any] | None:
         ended = repository.council("status", "--json")
         found = next((one for one in ended.result.get("tasks", ()) if one["id"] == "t"), None) if ended.stdout else None
-        if found is None or found["status"] != "waiting":
+        if found is None or found["status"] != "awaiting_approval":
             return None
         return found if repository.council("show", "t", "--json").result["usage"]["sessions"] == session else None
 

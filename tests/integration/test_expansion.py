@@ -185,8 +185,8 @@ async def test_what_its_plan_became_waits_for_a_persons_approval(repository: Rep
         repository, [f"in plan hand-over {plan(planned('x', 'write x.txt 1'))}"], workflows=workflow(approve=True)
     )
     run = repository.start("run", path, "--json")
-    wait_for(lambda: states(repository).get("all") == "waiting", limit=60)
-    assert states(repository) == {"all": "waiting"}
+    wait_for(lambda: states(repository).get("all") == "awaiting_approval", limit=60)
+    assert states(repository) == {"all": "awaiting_approval"}
     assert repository.council("approve", "all").code == 0
     assert ended(run) == [0]
     assert states(repository) == {"all": "done", "all-x": "landed"}

@@ -13,8 +13,8 @@ from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_reader import RunReader
 from orchestrator.domain.events.runs import AdapterCooldown, RunInterrupted
 from orchestrator.domain.events.tasks import TaskFailed, TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
-from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import AdapterDocument, Attempt, TaskStatus
+from orchestrator.domain.runs.model import AdapterDocument, Attempt
+from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
 from orchestrator.domain.security.secrets import Redactor

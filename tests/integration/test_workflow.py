@@ -305,7 +305,7 @@ async def test_what_a_person_approved_is_not_replaced(repository: Repository, ap
     ]
     path = repository.configure(tasks, workflows={"some": workflow})
     child = repository.start("run", str(path), "--json")
-    expected = {"t": "waiting", "other": "landed", "first": "landed"}
+    expected = {"t": "awaiting_approval", "other": "landed", "first": "landed"}
 
     def states() -> dict[str, str]:
         found = repository.council("status", "--json")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.state.records import read_handoffs, read_run, read_tasks, task_documents
 from orchestrator.protocols import Event
 from orchestrator.state.stores.file import FileStore
@@ -103,7 +103,7 @@ async def test_what_git_the_state_and_the_events_say_agrees(repository: Reposito
 
     def is_asked() -> bool:
         status = repository.council("status", "--json")
-        return "tasks" in status.result and status.states.get("careful") == "waiting"
+        return "tasks" in status.result and status.states.get("careful") == "awaiting_approval"
 
     wait_for(is_asked, 90)
     assert repository.council("approve", "careful", "--note", "go on").code == 0

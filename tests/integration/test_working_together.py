@@ -15,8 +15,7 @@ import anyio
 import pytest
 
 from orchestrator.api.council import Council
-from orchestrator.domain.runs.model import TaskStatus
-from orchestrator.domain.scheduling.claims import ReleaseReason
+from orchestrator.domain.runs.statuses import ReleaseReason, TaskStatus
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.scheduler import peers
 from orchestrator.engine.state.change_feed import ExternalChange, follow_changes

@@ -8,15 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.cli.live.model import LiveRun
-from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, apply_trigger
-from orchestrator.domain.runs.model import (
-    FINAL_STATUSES,
-    SUCCESS_STATUSES,
-    Attempt,
-    RunDocument,
-    TaskDocument,
-    TaskStatus,
-)
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument, apply_trigger
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.protocols import CommitRecord, Key

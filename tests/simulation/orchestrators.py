@@ -17,7 +17,8 @@ from typing import cast
 
 import anyio
 
-from orchestrator.domain.scheduling.claims import ClaimTiming, ClaimVerdict, OrchestratorIdentity, ReleaseReason, Role
+from orchestrator.domain.runs.statuses import ReleaseReason
+from orchestrator.domain.scheduling.claims import ClaimTiming, ClaimVerdict, OrchestratorIdentity, Role
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key

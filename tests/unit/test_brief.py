@@ -14,7 +14,8 @@ from orchestrator.cli.render.brief import MAX_LINES, brief_lines
 from orchestrator.cli.render.columns import COLUMNS
 from orchestrator.cli.render.result import run_summary
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import HaltCause, TaskStatus
+from orchestrator.domain.runs.model import HaltCause
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports.report import AdapterReport, RunStatus, TaskReport
 from tests.unit.test_result import COMMIT, run, task
 

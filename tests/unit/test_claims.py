@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import (
     Claim,
     ClaimCounters,
@@ -12,7 +13,6 @@ from orchestrator.domain.scheduling.claims import (
     OrchestratorIdentity,
     OrchestratorLease,
     OwnerStatus,
-    ReleaseReason,
     Role,
     can_claim,
     count_earlier_tries,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
 from orchestrator.domain.workflow.handoffs import Handoff, acknowledge, make_handoff
 from orchestrator.domain.workflow.routing import Phase, Workflow
@@ -117,8 +118,8 @@ BROKEN: list[tuple[str, Any]] = [
     ("phases.open", lambda one: changed(changed(one, 2, status=PhaseStatus.IN_PROGRESS), status=TaskStatus.FAILED)),
     ("phases.time", lambda one: changed(one, 1, ended=None)),
     ("phases.time", lambda one: changed(one, 1, ended=0.5)),
-    ("phases.approval", lambda one: changed(one, 2, status=PhaseStatus.AWAITING)),
-    ("phases.approval", lambda one: changed(one, status=TaskStatus.WAITING)),
+    ("phases.approval", lambda one: changed(one, 2, status=PhaseStatus.AWAITING_APPROVAL)),
+    ("phases.approval", lambda one: changed(one, status=TaskStatus.AWAITING_APPROVAL)),
     ("phases.end", lambda one: changed(one, 0, status=PhaseStatus.FAILED)),
     ("phases.end", lambda one: changed(one, phases=one.document.phases[:2])),
     ("phases.landing", lambda one: changed(one, status=TaskStatus.DONE)),

@@ -39,7 +39,7 @@ from orchestrator.config.schema import (
 )
 from orchestrator.domain.events import EVENT_TYPES
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionRequest

@@ -15,16 +15,7 @@ from orchestrator.domain.runs.failures import (
     FailurePolicy,
     get_failure_policy,
 )
-from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger, apply_trigger
-from orchestrator.domain.runs.model import (
-    FINAL_STATUSES,
-    RETRYABLE_STATUSES,
-    AdapterDocument,
-    Attempt,
-    RunDocument,
-    TaskDocument,
-    TaskStatus,
-)
+from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument, apply_trigger
 from orchestrator.domain.runs.outcome import (
     Built,
     Failed,
@@ -36,6 +27,7 @@ from orchestrator.domain.runs.outcome import (
     judge_outcome,
 )
 from orchestrator.domain.runs.retry import COOLDOWN_BACKOFF, MAX_COOLDOWN, Backoff, compute_cooldown_end, retry_delay
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
 from orchestrator.engine.reports.report import AdapterReport, ReportPaths, RunRecord, RunReport, RunStatus, build_report
 from orchestrator.errors import InvalidTransition, RefusedError

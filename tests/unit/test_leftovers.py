@@ -15,7 +15,8 @@ from orchestrator.domain.runs.leftovers import (
     judge_orphan,
     judge_worktree,
 )
-from orchestrator.domain.runs.model import FINAL_STATUSES, Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 
 
 def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:

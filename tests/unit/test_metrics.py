@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from orchestrator.domain.runs.metrics import ActiveTime, compute_metrics, compute_minutes_to_land
-from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.active_time import compute_active_time
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity, OrchestratorLease
 from orchestrator.engine.reports.overview import landing_times

@@ -21,12 +21,12 @@ _LEADS = {
     (None, "enter"): "in_progress",
     (None, "skip"): "skipped",
     ("in_progress", "complete"): "completed",
-    ("in_progress", "ask"): "awaiting",
+    ("in_progress", "ask"): "awaiting_approval",
     ("in_progress", "fail"): "failed",
     ("in_progress", "cancel"): "cancelled",
-    ("awaiting", "approve"): "completed",
-    ("awaiting", "reject"): "rejected",
-    ("awaiting", "cancel"): "cancelled",
+    ("awaiting_approval", "approve"): "completed",
+    ("awaiting_approval", "reject"): "rejected",
+    ("awaiting_approval", "cancel"): "cancelled",
 }
 
 

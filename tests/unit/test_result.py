@@ -69,7 +69,7 @@ def steps(one: TaskReport, report: RunReport, *, is_newest: bool = True) -> str:
         (task("blocked"), RunStatus.INCOMPLETE, ""),
         (task("done"), RunStatus.INCOMPLETE, "next: council show t"),
         (
-            task("waiting"),
+            task("awaiting_approval"),
             RunStatus.RUNNING,
             "next: council show t; then: council approve t; or: council reject t --note TEXT",
         ),

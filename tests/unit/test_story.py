@@ -8,8 +8,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from orchestrator.cli.render.story import story_lines
-from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument
 from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.workflow.handoffs import Handoff, Receipt, make_handoff
 from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.engine.reports.report import TaskReport
@@ -190,8 +191,8 @@ def test_what_has_not_begun_is_ahead() -> None:
     """So are the phases behind one that waits for a person, and none once the task is over."""
     assert told(TaskDocument()).remaining_phases == list(FOUR.phases)
     assert told(TaskDocument(), TaskDefinition("Fix it.")).remaining_phases == ["build"]
-    asks = PhaseRecord(phase="plan", status=PhaseStatus.AWAITING, attempts=(1,))
-    waits = TaskDocument(status=TaskStatus.WAITING, attempts=(attempt(1, "plan"),), phases=(asks,))
+    asks = PhaseRecord(phase="plan", status=PhaseStatus.AWAITING_APPROVAL, attempts=(1,))
+    waits = TaskDocument(status=TaskStatus.AWAITING_APPROVAL, attempts=(attempt(1, "plan"),), phases=(asks,))
     assert told(waits).remaining_phases == ["build", "review"]
     assert "plan: waiting for approval" in text(told(waits))
     approved = asks.model_copy(update={"status": PhaseStatus.COMPLETED})

@@ -25,8 +25,9 @@ from orchestrator.cli.render.table_model import (
     format_estimate,
     longest_chains,
 )
-from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.protocols import CommitRecord, Event, Key
@@ -82,7 +83,7 @@ def row(frame: TableFrame, task: str) -> TaskRow:
         (TaskDocument(status=TaskStatus.CHECKING), False, "checks"),
         (TaskDocument(status=TaskStatus.LANDING), True, "landing"),
         (TaskDocument(status=TaskStatus.NO_CHANGE), False, "no change"),
-        (TaskDocument(status=TaskStatus.WAITING), False, "approval"),
+        (TaskDocument(status=TaskStatus.AWAITING_APPROVAL), False, "approval"),
         (TaskDocument(status=TaskStatus.DONE), False, "done"),
         (TaskDocument(attempts=(BUILT,), phases=(PLANNED,)), False, "waiting"),
         (TaskDocument(attempts=(CRASHED,), phases=(PLANNED,)), False, "retry"),
@@ -164,9 +165,9 @@ def test_what_waits_for_a_person_has_a_row_that_says_what_to_type() -> None:
     shown = view({**tasks(6), "asks": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
     assert shown.totals(40.0).left is not None
-    asks = PLANNED.model_copy(update={"status": PhaseStatus.AWAITING})
+    asks = PLANNED.model_copy(update={"status": PhaseStatus.AWAITING_APPROVAL})
     said = attempt(ended=30.0, outcome="completed", last_message="Here it is.")
-    shown.apply(record("asks", TaskDocument(status=TaskStatus.WAITING, attempts=(said,), phases=(asks,))))
+    shown.apply(record("asks", TaskDocument(status=TaskStatus.AWAITING_APPROVAL, attempts=(said,), phases=(asks,))))
     one = row(shown.frame(40.0, 3), "asks")
     assert (one.phase, one.words) == (
         "approval",

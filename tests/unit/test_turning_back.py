@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.runs.model import Attempt, LandingIntent, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, LandingIntent, TaskDocument
 from orchestrator.domain.runs.rollback import roll_back_task
+from orchestrator.domain.runs.statuses import TaskStatus
 
 BASE, COMMIT = "a" * 40, "b" * 40
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.config.load import load_config
-from orchestrator.domain.runs.phases import PHASE_EVENTS
+from orchestrator.domain.runs.phases import PhaseStatus
 from orchestrator.domain.workflow import handoff_models
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, PHASE_NEEDS
 from orchestrator.domain.workflow.violations import HandoffFacts
@@ -44,7 +44,7 @@ class TestFunctions(ReplacedFunctionsContract):
 
     def is_word(self, name: str) -> bool:
         """Events, rules, settings and arguments."""
-        known = name in _WORDS or name in {event.type for event in PHASE_EVENTS.values()}
+        known = name in _WORDS or name in {status.record.event.type for status in PhaseStatus}
         return known or _SETTING.fullmatch(name) is not None or _RULE.fullmatch(name) is not None
 
 

@@ -15,7 +15,8 @@ from orchestrator.config.coordination import apply_max_retries, resolve_coordina
 from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.load import load_config, read_digest
 from orchestrator.config.model import used_adapters
-from orchestrator.domain.runs.model import SUCCESS_STATUSES, RunDocument, TaskStatus
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.engine.diagnostics.preflight import check_programs
 from orchestrator.engine.state.records import read_spec, read_specs, run_key, spec_key
 from orchestrator.engine.state.reload import TASKS_KEY, FileChanges, build_reload, compare_with_file

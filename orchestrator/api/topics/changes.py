@@ -11,8 +11,9 @@ import anyio.to_thread
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.topics.logs import find_attempt, no_attempt_error, read_named_task
-from orchestrator.domain.runs.model import FINAL_STATUSES, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.session_api.details import find_session_files
 from orchestrator.engine.state.records import read_run, read_task

@@ -15,7 +15,8 @@ from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_reader import RunReader
 from orchestrator.config.model import Retention
 from orchestrator.domain.events.state import StateProbed
-from orchestrator.domain.runs.model import RunDocument, TaskStatus
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.diagnostics import state_findings as findings
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.state_findings import LogGrowth, SilentSession

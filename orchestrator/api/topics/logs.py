@@ -18,7 +18,8 @@ from orchestrator.api.context import LazyPlugins, ProjectContext
 from orchestrator.api.run_index import RunIndex
 from orchestrator.config.model import make_adapters, restore_adapters
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import FINAL_STATUSES, Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
 from orchestrator.engine.state.records import check_task, read_run, read_task

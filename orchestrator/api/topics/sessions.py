@@ -12,8 +12,8 @@ from orchestrator.api.topics.activity import RunActivity
 from orchestrator.api.topics.changes import TaskChanges, trusted_git
 from orchestrator.api.topics.logs import find_run_adapters, no_running_session_error, read_named_task
 from orchestrator.api.topics.reports import RunReports
-from orchestrator.domain.runs.model import TaskStatus
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.sessions.contexts import (
     STALE_CONTEXT_SECONDS,

@@ -13,7 +13,8 @@ from orchestrator.api.execution.file_comparison import compare_with_config_file
 from orchestrator.api.run_reader import RunReader
 from orchestrator.api.topics.logs import TaskLogs
 from orchestrator.api.topics.reports import find_landing_times, mark_interrupted
-from orchestrator.domain.runs.model import RequestAction, RunDocument, TaskStatus
+from orchestrator.domain.runs.model import RequestAction, RunDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.reports.task_details import LatestActivity, TaskDefinition, TaskDetails, build_task_details
 from orchestrator.engine.scheduler.requests import check_note, check_reason

@@ -8,7 +8,7 @@ import anyio
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.domain.runs.model import FINAL_STATUSES, RETRYABLE_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TaskStatus
 
 Completer = Callable[[click.Context, click.Parameter, str], list[str]]
 
@@ -61,6 +61,6 @@ complete_runs = _completer(_runs)
 complete_tasks = _tasks(_ALL)
 complete_unfinished_tasks = _tasks(_ALL - FINAL_STATUSES)
 complete_retryable_tasks = _tasks(RETRYABLE_STATUSES)
-complete_approvable_tasks = _tasks({TaskStatus.WAITING})
+complete_approvable_tasks = _tasks({TaskStatus.AWAITING_APPROVAL})
 complete_preserved_work = _completer(_preserved_work)
 complete_checkpoints = _completer(_checkpoints)

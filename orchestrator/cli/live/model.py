@@ -11,7 +11,6 @@ from itertools import chain, islice
 
 from orchestrator.api.topics.activity import ObservedSession
 from orchestrator.cli.render.table_model import (
-    ACTIVITY_LABELS,
     RETRY_LABEL,
     RemainingWork,
     RunTotals,
@@ -27,15 +26,13 @@ from orchestrator.cli.render.table_model import (
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.events.runs import RunCapacityLimited, RunFinished, RunHalted, RunInterrupted, RunLeaderElected
 from orchestrator.domain.runs.metrics import ActiveTime
-from orchestrator.domain.runs.model import (
+from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import (
     ACTIVE_STATUSES,
     FINAL_STATUSES,
+    LANDING_STATUSES,
     RETRYABLE_STATUSES,
     SUCCESS_STATUSES,
-    AdapterDocument,
-    Attempt,
-    RunDocument,
-    TaskDocument,
     TaskStatus,
 )
 from orchestrator.domain.scheduling.active_time import compute_active_time
@@ -47,10 +44,10 @@ from orchestrator.protocols import CommitRecord, Event, JsonObject
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
-_BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.LANDED})
+_BUILT = LANDING_STATUSES | {TaskStatus.LANDED}
 #: States in which the lines of a row are those of what the last session left.
-_SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.WAITING}
-_NOT_LANDED = tuple(ACTIVITY_LABELS[status] for status in TaskStatus if status in RETRYABLE_STATUSES)
+_SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.AWAITING_APPROVAL}
+_NOT_LANDED = tuple(status.record.activity for status in TaskStatus if status in RETRYABLE_STATUSES)
 #: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
 _MIN_TIME_LEFT = 1.0
 
@@ -89,7 +86,7 @@ class _TaskTimings:
         """A task is where it is since `time`."""
         if after.status is TaskStatus.QUEUED:
             self._queued.setdefault(task, time)
-        elif after.status not in _BUILT - FINAL_STATUSES and (queued := self._queued.pop(task, None)) is not None:
+        elif after.status not in LANDING_STATUSES and (queued := self._queued.pop(task, None)) is not None:
             self._landing += time - max(queued, self._last)
             self._landed += 1
             self._last = time
@@ -124,7 +121,9 @@ class LiveRun:
         self._capacity = record.run.capacity
         self._tasks: dict[str, TaskDocument] = {}
         self._changed: dict[str, float] = {}
-        self._groups: dict[str, dict[str, None]] = {name: {} for name in (*ACTIVITY_LABELS.values(), RETRY_LABEL)}
+        self._groups: dict[str, dict[str, None]] = {
+            name: {} for name in (*(status.record.activity for status in TaskStatus), RETRY_LABEL)
+        }
         self._over: dict[str, None] = {}
         self._spending, self._pace = _SpendingTotals(), _TaskTimings()
         self._said: dict[str, Transcript] = {}
@@ -183,7 +182,7 @@ class LiveRun:
             case RunLeaderElected.type:
                 self._capacity, self.is_over = self.run.capacity, False
             case RunCapacityLimited.type if not self._groups[
-                ACTIVITY_LABELS[TaskStatus.RUNNING]
+                TaskStatus.RUNNING.record.activity
             ]:  # else it is for a moment only
                 self._capacity = event.data["sessions"]
             case RunFinished.type | RunInterrupted.type | RunHalted.type:
@@ -237,7 +236,7 @@ class LiveRun:
     def working(self) -> list[ObservedSession]:
         """See `activity.ActivityObserver`."""
         return [
-            self._session(task, self._tasks[task].attempt) for task in self._groups[ACTIVITY_LABELS[TaskStatus.RUNNING]]
+            self._session(task, self._tasks[task].attempt) for task in self._groups[TaskStatus.RUNNING.record.activity]
         ]
 
     def built(self) -> list[ObservedSession]:
@@ -291,7 +290,7 @@ class LiveRun:
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
         blocked = self._board.blocked
-        asked = ACTIVITY_LABELS[TaskStatus.WAITING]
+        asked = TaskStatus.AWAITING_APPROVAL.record.activity
         pending = chain.from_iterable(self._groups[name] for name in (asked, "queued", RETRY_LABEL, "waiting"))
         waiting = chain((task for task in pending if task not in blocked), blocked)
         return choose_rows(working, waiting, reversed(self._over), room)
@@ -310,7 +309,7 @@ class LiveRun:
     def _row(self, task: str, now: float, active: ActiveTime) -> TaskRow:
         document = self._tasks[task]
         begun, elapsed = len(document.attempts), ""
-        if begun and document.status not in {TaskStatus.PENDING, TaskStatus.WAITING}:
+        if begun and document.status not in {TaskStatus.PENDING, TaskStatus.AWAITING_APPROVAL}:
             end = self._changed[task] if document.status in FINAL_STATUSES else now
             elapsed = format_elapsed(active.between(document.attempt.started, end))
         return TaskRow(
@@ -340,7 +339,7 @@ class LiveRun:
             return f"{document.landed[:10]} on {self.run.target}"
         if document.status is TaskStatus.RUNNING:
             return self._said.get(task, EMPTY_TRANSCRIPT).last_message or ""
-        if document.status is TaskStatus.WAITING:
+        if document.status is TaskStatus.AWAITING_APPROVAL:
             said = document.attempt.last_message or ""
             return f"`council approve {task}`, or `council reject {task} --note TEXT`: {said}"
         if document.attempts:
@@ -356,7 +355,7 @@ class LiveRun:
         costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
         return RunTotals(
             landed=count["landed"],
-            running=sum(count[ACTIVITY_LABELS[status]] for status in ACTIVE_STATUSES),
+            running=sum(count[status.record.activity] for status in ACTIVE_STATUSES),
             queued=count["queued"],
             waiting=count["waiting"] + count[RETRY_LABEL] - blocked,
             blocked=blocked,
@@ -369,7 +368,7 @@ class LiveRun:
             elapsed=self._active(now).between(self.run.started, now),
             left=self._left(now),
             done=count["done"],
-            asked=count[ACTIVITY_LABELS[TaskStatus.WAITING]],
+            asked=count[TaskStatus.AWAITING_APPROVAL.record.activity],
             ended={name: count[name] for name in _NOT_LANDED if count.get(name)},
         )
 
@@ -377,7 +376,7 @@ class LiveRun:
         """Return the seconds that are left; None where nobody can know."""
         build, learned = self._pace.build(), self._adapters.values()
         is_held = any(one.disabled_reason is not None or (one.cooldown_until or 0.0) > now for one in learned)
-        if build is None or self.is_over or is_held or self._groups[ACTIVITY_LABELS[TaskStatus.WAITING]]:
+        if build is None or self.is_over or is_held or self._groups[TaskStatus.AWAITING_APPROVAL.record.activity]:
             return None
         pending = [self._chains[task] for name in ("waiting", RETRY_LABEL) for task in self._groups[name]
                    if task not in self._board.blocked]  # fmt: skip
@@ -386,7 +385,7 @@ class LiveRun:
             land=self._pace.land(),
             working=[(self._chains[task], now - self._tasks[task].attempt.started) for task in self._groups["build"]],
             waiting=len(pending),
-            landing=sum(len(self._groups[ACTIVITY_LABELS[status]]) for status in _BUILT - FINAL_STATUSES),
+            landing=sum(len(self._groups[status.record.activity]) for status in LANDING_STATUSES),
             chain=max(pending, default=0),
             capacity=self._capacity,
         )

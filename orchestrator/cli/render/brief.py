@@ -26,7 +26,8 @@ from orchestrator.cli.render.table_model import format_count
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import SUCCESS_STATUSES, HaltCause, TaskStatus
+from orchestrator.domain.runs.model import HaltCause
+from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, TaskReport
 
 MAX_LINES = 10

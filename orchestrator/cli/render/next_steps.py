@@ -6,17 +6,19 @@ Commands for a task mean the newest run, unless `is_newest` is false: then they 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import LANDING_STATUSES, RETRYABLE_STATUSES, HaltCause, TaskStatus
+from orchestrator.domain.runs.model import HaltCause
+from orchestrator.domain.runs.statuses import LANDING_STATUSES, RETRYABLE_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
+_NEXT_STEPS: Mapping[str, Sequence[tuple[str, str]]] = {status: status.record.next_steps for status in TaskStatus}
 #: Statuses in which a task never has a next command.
-_WITHOUT_STEPS = frozenset({TaskStatus.PENDING, TaskStatus.LANDED, *LANDING_STATUSES})
+_WITHOUT_STEPS = frozenset(status for status, steps in _NEXT_STEPS.items() if not steps) - {TaskStatus.RUNNING}
 
 
 class Step(NamedTuple):
@@ -30,7 +32,7 @@ class Step(NamedTuple):
         return f"{self.label}: {self.command}"
 
 
-def task_steps(  # noqa: C901, PLR0912  one case for each status
+def task_steps(  # noqa: PLR0911  one case for each cause
     task: TaskReport, report: RunReport, *, is_newest: bool = True, is_shown: bool = False
 ) -> Sequence[Step]:
     """Return the next command for a task and the ones that follow it; none where nothing is to be done for it.
@@ -45,15 +47,9 @@ def task_steps(  # noqa: C901, PLR0912  one case for each status
     name, kept, run = shlex.quote(task.id), kept_as(task), "" if is_newest else f" --run {report.run}"
     if is_shown and task.blocked_by is not None:
         return [Step("next", f"council retry {shlex.quote(task.blocked_by)}{run}")]
-    logs, show, retry = (f"council {command} {name}" for command in ("logs", "show", "retry"))
+    retry = f"council retry {name}"
     apply = [("or", f"council salvage apply {shlex.quote(kept)}")] if kept is not None else []
     match task.status:
-        case TaskStatus.WAITING:
-            reject = f"council reject {name} --note TEXT"
-            commands = [("next", show), ("then", f"council approve {name}"), ("or", reject)]
-            commands = [("next", commands[1][1]), commands[2]] if is_shown else commands
-        case TaskStatus.DONE:
-            commands = [] if is_shown else [("next", show)]
         case TaskStatus.CONFLICT if kept is not None:
             branch = shlex.quote(f"{task.id}-conflict")
             merged = f"fix, commit and merge it into {report.target}, then `council resume {report.run}`"
@@ -62,11 +58,11 @@ def task_steps(  # noqa: C901, PLR0912  one case for each status
                 Step("then", merged),
                 Step("or", f"{retry}{run}"),
             ]
-        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED and report.file is not None:
+        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
+            if report.file is None:
+                return [Step("next", f"{retry}{run}")]
             again = f"correct the setup in {report.file}, then `council run {shlex.quote(report.file)}`"
             return [Step("next", again), Step("or", f"{retry}{run} (if the cause is not in the file)")]
-        case TaskStatus.FAILED if task.failure == FailureClass.SETUP_FAILED:
-            commands = [("next", retry)]
         case TaskStatus.FAILED if task.failure == FailureClass.BUDGET and report.file is not None:
             raised = f"raise the budget of {task.id} in {report.file}"
             return [
@@ -74,14 +70,12 @@ def task_steps(  # noqa: C901, PLR0912  one case for each status
                 Step("then", f"{retry} --reload{run}"),
                 *(Step("or", f"{one}{run}") for _, one in apply),
             ]
-        case TaskStatus.FAILED | TaskStatus.NO_CHANGE:
-            commands = [("next", logs), ("then", retry), *apply]
-        case TaskStatus.CONFLICT | TaskStatus.CANCELLED:
-            commands = [("next", retry), *apply]
         case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
-            commands = [("next", f"{logs} -f")]
-        case _:
-            commands = []
+            return [Step("next", f"council logs {name} -f{run}")]
+    commands = [(label, command.format(name)) for label, command in _NEXT_STEPS.get(task.status, ())]
+    if is_shown and commands[:1] == [("next", f"council show {name}")]:
+        commands = [("next", command) for _, command in commands[1:2]] + commands[2:]
+    commands += apply if task.status in RETRYABLE_STATUSES else []
     return [Step(label, f"{command}{run}") for label, command in commands]
 
 

@@ -14,7 +14,8 @@ from orchestrator.cli.render.next_steps import kept_as, needs_retry, own_branch,
 from orchestrator.cli.render.table_model import format_age
 from orchestrator.cli.render.text import format_line_counts, one_line, printable
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.model import ACTIVE_STATUSES, SUCCESS_STATUSES, HaltCause, TaskStatus
+from orchestrator.domain.runs.model import HaltCause
+from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import (
     AdapterReport,
     OrchestratorReport,
@@ -28,8 +29,7 @@ from orchestrator.system.instants import format_local_time
 
 #: Characters of the reason of a failed setup.
 _SETUP_REASON = 600
-#: States that read otherwise than they are called.
-_STATES: Mapping[str, str] = {TaskStatus.WAITING: "waiting for approval"}
+_LABELS: Mapping[str, str] = {status: status.record.label for status in TaskStatus}
 
 
 class ResultRow(NamedTuple):
@@ -43,7 +43,7 @@ class ResultRow(NamedTuple):
 
 def format_state(state: str) -> str:
     """Return the state of a task as people read it."""
-    return _STATES.get(state, state.replace("_", " "))
+    return _LABELS.get(state, state)
 
 
 def result_rows(
@@ -149,7 +149,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
         yield adapter_line(adapter, enable_adapter_command(adapter.name, report))
     if report.imported is not None:
         yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
-    asked = [task.id for task in report.tasks if task.status == TaskStatus.WAITING]
+    asked = [task.id for task in report.tasks if task.status == TaskStatus.AWAITING_APPROVAL]
     if asked:
         yield f"Waiting for a person to approve: {printable(', '.join(asked))}."
     yield from background_error_lines(report)

@@ -14,23 +14,13 @@ from rich.text import Text
 
 from orchestrator.cli.render.columns import short_name
 from orchestrator.cli.render.result import ResultRow, row_lines
-from orchestrator.cli.render.table_model import TableFrame, TaskRow
+from orchestrator.cli.render.table_model import RETRY_LABEL, TableFrame, TaskRow
 from orchestrator.cli.render.text import format_line_counts
+from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 
 _STYLES: Mapping[str, str] = {
-    "build": "cyan",
-    "checks": "yellow",
-    "landing": "bold green",
-    "queued": "blue",
-    "retry": "magenta",
-    "landed": "green",
-    "done": "green",
-    "approval": "bold yellow",
-    "waiting for approval": "bold yellow",
-    "conflict": "red",
-    "failed": "red",
-    "cancelled": "red",
-    "no change": "red",
+    RETRY_LABEL: "magenta",
+    **{text: one.record.style for one in TaskStatus for text in (one.record.label, one.record.activity)},
 }
 #: Columns that are left out of a terminal with fewer characters in a line.
 _MIN_WIDTHS: Mapping[str, int] = {"adapter": 90, "attempt": 72, "lines": 60, "time": 46}
@@ -39,7 +29,7 @@ _MAX_COLUMN_WIDTHS: Mapping[str, int] = {"task": 32, "adapter": 16}
 _MAX_COLUMN_SHARE = 3
 _GAP = 2
 #: States of which there may be thousands, all alike, and how many of each have a row in a result that is drawn.
-_COLLAPSED_STATES = frozenset({"landed", "done", "pending", "blocked"})
+_COLLAPSED_STATES = frozenset({"blocked", *(one.record.label for one in (TaskStatus.PENDING, *SUCCESS_STATUSES))})
 MAX_ROWS_PER_STATE = 200
 
 
@@ -66,7 +56,7 @@ def _columns(rows: Sequence[TaskRow]) -> dict[str, list[_Cell]]:
     """Return the cells of each column, as text and style."""
     return {
         "task": [(row.task, "none") for row in rows],
-        "phase": [(row.stage or row.phase, _STYLES.get(row.phase, "dim")) for row in rows],
+        "phase": [(row.stage or row.phase, _STYLES.get(row.phase) or "dim") for row in rows],
         "adapter": [(row.adapter, "dim") for row in rows],
         "attempt": [(row.attempt, "dim") for row in rows],
         "time": [(row.elapsed, "none") for row in rows],

@@ -9,8 +9,8 @@ from orchestrator.cli.render.columns import align_columns
 from orchestrator.cli.render.table_model import format_age, format_count, format_elapsed
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.events.tasks import salvage_name
-from orchestrator.domain.runs.model import LANDING_STATUSES
 from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
+from orchestrator.domain.runs.statuses import LANDING_STATUSES
 from orchestrator.domain.runs.usage import Usage
 from orchestrator.engine.reports.task_details import (
     AttemptDetails,
@@ -27,12 +27,7 @@ _SHORT_DIGEST = 10
 _LONGEST = 200
 #: Paths that are named, and findings of a review.
 _MAX_NAMED = 10
-#: How states of visits read that are called otherwise.
-_WORDS: Mapping[str, str] = {
-    PhaseStatus.IN_PROGRESS: "in progress",
-    PhaseStatus.AWAITING: "waiting for approval",
-    PhaseStatus.REJECTED: "sent back",
-}
+_VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in PhaseStatus}
 
 
 def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
@@ -82,7 +77,7 @@ def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
     again = f" (visit {visit.visit})" if visit.visit > 1 else ""
     ended = {one.number for one in story.sessions if one.ended is not None}
     is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
-    did = ["pending" if is_pending else _WORDS.get(visit.status, visit.status.replace("_", " "))]
+    did = ["pending" if is_pending else _VISIT_LABELS.get(visit.status, visit.status)]
     if visit.verdict is not None:
         did.append(f"verdict: {visit.verdict}")
     if visit.usage.sessions:

@@ -9,24 +9,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from orchestrator.cli.render.text import format_line_counts
-from orchestrator.domain.runs.model import TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.repo.git.change_counts import Changes
 
-ACTIVITY_LABELS: Mapping[TaskStatus, str] = {
-    TaskStatus.PENDING: "waiting",
-    TaskStatus.RUNNING: "build",
-    TaskStatus.QUEUED: "queued",
-    TaskStatus.CHECKING: "checks",
-    TaskStatus.LANDING: "landing",
-    TaskStatus.LANDED: "landed",
-    TaskStatus.WAITING: "approval",
-    TaskStatus.DONE: "done",
-    TaskStatus.NO_CHANGE: "no change",
-    TaskStatus.CONFLICT: "conflict",
-    TaskStatus.FAILED: "failed",
-    TaskStatus.CANCELLED: "cancelled",
-}
 RETRY_LABEL = "retry"
 """What waits for another attempt."""
 
@@ -37,7 +24,7 @@ def activity_label(task: TaskDocument, *, is_blocked: bool = False) -> str:
         return "blocked"
     if task.status is TaskStatus.PENDING and task.attempts and not _is_between_phases(task):
         return RETRY_LABEL
-    return ACTIVITY_LABELS[task.status]
+    return task.status.record.activity
 
 
 def _is_between_phases(task: TaskDocument) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum, auto
 
-from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.statuses import FINAL_STATUSES
 
 #: Seconds after which no live process uses a temporary file; git commands that create one take a minute or two.
 STALE_FILE_SECONDS = 3600.0

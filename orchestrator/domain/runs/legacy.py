@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from orchestrator.domain.documents.times import LATEST
-from orchestrator.domain.runs.model import ImportedRun, ImportedTask, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import ImportedRun, ImportedTask, RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 
 #: Where tasks are put that no session names.
 NO_SESSION: Final = "tasks-without-session"

@@ -6,14 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.domain.runs.model import (
-    FINAL_STATUSES,
-    RETRYABLE_STATUSES,
-    SUCCESS_STATUSES,
-    TaskDocument,
-    TaskStatus,
-    sum_known_cost,
-)
+from orchestrator.domain.runs.model import TaskDocument, sum_known_cost
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, SUCCESS_STATUSES, TaskStatus
 
 
 @dataclass(frozen=True, slots=True)

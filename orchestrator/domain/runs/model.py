@@ -13,38 +13,8 @@ from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import ToolDenials
 from orchestrator.domain.runs.phases import PhaseRecord
-from orchestrator.errors import RefusedError, join_names
-
-
-class TaskStatus(StrEnum):
-    """The stored status of a task. Blocked and claimed are derived, never stored."""
-
-    PENDING = "pending"
-    RUNNING = "running"
-    QUEUED = "queued"  #: built, in the merge queue
-    CHECKING = "checking"  #: merged, checks run on the merged tree
-    LANDING = "landing"  #: the intent to move the target is recorded
-    LANDED = "landed"
-    WAITING = "waiting"  #: the result of a phase needs approval
-    DONE = "done"  #: all phases are complete, and there is nothing to land
-    NO_CHANGE = "no_change"
-    CONFLICT = "conflict"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-#: Final statuses without success; a person may retry the task.
-RETRYABLE_STATUSES = frozenset({TaskStatus.NO_CHANGE, TaskStatus.CONFLICT, TaskStatus.FAILED, TaskStatus.CANCELLED})
-#: Statuses between a built commit and its landing.
-LANDING_STATUSES = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING})
-#: Statuses in which a session, a check or a landing runs.
-ACTIVE_STATUSES = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
-#: Statuses in which an orchestrator holds the claim on the task. Only an attempt leads to them.
-CLAIMED_STATUSES = frozenset({TaskStatus.RUNNING, *LANDING_STATUSES})
-#: Statuses after which dependents may start.
-SUCCESS_STATUSES = frozenset({TaskStatus.LANDED, TaskStatus.DONE})
-#: Statuses in which the task is finished.
-FINAL_STATUSES = RETRYABLE_STATUSES | SUCCESS_STATUSES
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
+from orchestrator.errors import InvalidTransition, RefusedError, join_names
 
 #: The largest number of concurrent sessions of a run.
 MAX_CAPACITY = 1000
@@ -238,6 +208,14 @@ class TaskDocument(_Document):
         attempt = self.attempt if number is None else self.attempts[number - 1]
         changed = attempt.model_copy(update=changes)
         return tuple(changed if each.number == changed.number else each for each in self.attempts)
+
+
+def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
+    """Return the task after `trigger`, with `changes` to other fields; raise InvalidTransition without a row."""
+    status = TRANSITIONS.get((task.status, trigger))
+    if status is None:
+        raise InvalidTransition(subject, task.status, trigger)
+    return task.model_copy(update={"status": status, **changes})
 
 
 class ImportedRun(_Document):

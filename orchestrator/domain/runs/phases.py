@@ -5,8 +5,9 @@ Restarting a phase adds a record, so that the records are the full history: two 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,16 +16,48 @@ from orchestrator.domain.events import tasks as events
 from orchestrator.errors import InvalidTransition
 
 
-class PhaseStatus(StrEnum):
-    """The status of one visit of a phase."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseStatusRecord:
+    """The properties of the status of a visit."""
 
-    IN_PROGRESS = "in_progress"
-    AWAITING = "awaiting"  #: its result needs approval
-    COMPLETED = "completed"
-    REJECTED = "rejected"  #: a person rejected its result
-    FAILED = "failed"
-    SKIPPED = "skipped"  #: its condition was false
-    CANCELLED = "cancelled"  #: its task was cancelled first
+    label: str
+    """How people read it."""
+    event: type[events.PhaseEvent]
+    """The event that records it."""
+    is_open: bool = False
+    """The visit continues with another session or a person's decision."""
+    is_passed: bool = False
+    """The next phase may start."""
+
+
+class PhaseStatus(StrEnum):
+    """The status of one visit of a phase, each with its record."""
+
+    record: PhaseStatusRecord
+
+    def __new__(cls, value: str, record: PhaseStatusRecord) -> Self:
+        """Make a member from its value and its record."""
+        member = str.__new__(cls, value)
+        member._value_, member.record = value, record
+        return member
+
+    IN_PROGRESS = (
+        "in_progress",
+        PhaseStatusRecord(label="in progress", event=events.PhaseEntered, is_open=True),
+    )
+    #: Its result needs approval.
+    AWAITING_APPROVAL = (
+        "awaiting_approval",
+        PhaseStatusRecord(label="waiting for approval", event=events.PhaseAwaitingApproval, is_open=True),
+    )
+    COMPLETED = "completed", PhaseStatusRecord(label="completed", event=events.PhaseCompleted, is_passed=True)
+    #: A person rejected its result.
+    REJECTED = "rejected", PhaseStatusRecord(label="rejected", event=events.PhaseRejected)
+    FAILED = "failed", PhaseStatusRecord(label="failed", event=events.PhaseFailed)
+    #: Its condition was false.
+    SKIPPED = "skipped", PhaseStatusRecord(label="skipped", event=events.PhaseSkipped, is_passed=True)
+    #: Its task was cancelled first.
+    CANCELLED = "cancelled", PhaseStatusRecord(label="cancelled", event=events.PhaseCancelled)
 
 
 class PhaseTrigger(StrEnum):
@@ -47,29 +80,16 @@ PHASE_TRANSITIONS: Final[dict[tuple[PhaseStatus | None, PhaseTrigger], PhaseStat
     (None, _T.ENTER): _S.IN_PROGRESS,
     (None, _T.SKIP): _S.SKIPPED,
     (_S.IN_PROGRESS, _T.COMPLETE): _S.COMPLETED,
-    (_S.IN_PROGRESS, _T.ASK): _S.AWAITING,
+    (_S.IN_PROGRESS, _T.ASK): _S.AWAITING_APPROVAL,
     (_S.IN_PROGRESS, _T.FAIL): _S.FAILED,
     (_S.IN_PROGRESS, _T.CANCEL): _S.CANCELLED,
-    (_S.AWAITING, _T.APPROVE): _S.COMPLETED,
-    (_S.AWAITING, _T.REJECT): _S.REJECTED,
-    (_S.AWAITING, _T.CANCEL): _S.CANCELLED,
+    (_S.AWAITING_APPROVAL, _T.APPROVE): _S.COMPLETED,
+    (_S.AWAITING_APPROVAL, _T.REJECT): _S.REJECTED,
+    (_S.AWAITING_APPROVAL, _T.CANCEL): _S.CANCELLED,
 }
 
-#: The event recorded for each status.
-PHASE_EVENTS: Final[dict[PhaseStatus, type[events.PhaseEvent]]] = {
-    _S.IN_PROGRESS: events.PhaseEntered,
-    _S.AWAITING: events.PhaseAwaitingApproval,
-    _S.COMPLETED: events.PhaseCompleted,
-    _S.REJECTED: events.PhaseRejected,
-    _S.FAILED: events.PhaseFailed,
-    _S.SKIPPED: events.PhaseSkipped,
-    _S.CANCELLED: events.PhaseCancelled,
-}
-
-#: Unfinished visits: they continue with another session or a person's decision.
-OPEN_STATUSES: Final = frozenset({PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING})
-#: The statuses after which the next phase may start.
-PASSED_STATUSES: Final = frozenset({PhaseStatus.COMPLETED, PhaseStatus.SKIPPED})
+OPEN_STATUSES: Final = frozenset(status for status in PhaseStatus if status.record.is_open)
+PASSED_STATUSES: Final = frozenset(status for status in PhaseStatus if status.record.is_passed)
 
 
 class GivenValues(BaseModel):

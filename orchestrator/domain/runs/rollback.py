@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 
 
 def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:

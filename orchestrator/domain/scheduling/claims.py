@@ -16,6 +16,7 @@ from functools import reduce
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.runs.statuses import ReleaseReason
 
 
 class Role(StrEnum):
@@ -23,14 +24,6 @@ class Role(StrEnum):
 
     LEADER = "leader"  #: overrides claims of workers
     WORKER = "worker"  #: waits for other claims
-
-
-class ReleaseReason(StrEnum):
-    """Why a claim was released."""
-
-    COMPLETE = "complete"  #: the task has landed, or had nothing to do
-    ABANDONED = "abandoned"  #: any orchestrator may claim the task for another attempt
-    FAILED = "failed"  #: the task is finished without landing
 
 
 class _Document(BaseModel):

@@ -16,13 +16,8 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import NamedTuple
 
-from orchestrator.domain.runs.model import (
-    FINAL_STATUSES,
-    RETRYABLE_STATUSES,
-    SUCCESS_STATUSES,
-    TaskDocument,
-    TaskStatus,
-)
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.ready import AdapterGroup, ReadyLane, ReadyQueue
 
 #: Seconds of waiting that equal one level of priority.
@@ -78,7 +73,7 @@ class _State(Enum):
     PENDING = auto()
     FRESH = auto()  # ready since the last decision
     READY = auto()
-    WAITING = auto()
+    AWAITING_APPROVAL = auto()
     RUNNING = auto()
     BUILT = auto()
     LANDED = auto()
@@ -86,7 +81,7 @@ class _State(Enum):
 
 
 # Module-level names: each access to an enum member would cost a dictionary lookup.
-_PENDING, _FRESH, _READY, _WAITING, _RUNNING, _BUILT, _LANDED, _OVER = _State
+_PENDING, _FRESH, _READY, _AWAITING_APPROVAL, _RUNNING, _BUILT, _LANDED, _OVER = _State
 
 
 class _Placement(NamedTuple):
@@ -143,7 +138,7 @@ class DispatchBoard:
         for task, status in statuses.items():
             if status in SUCCESS_STATUSES:
                 board.landed(task)
-            elif status is TaskStatus.WAITING:
+            elif status is TaskStatus.AWAITING_APPROVAL:
                 board.rest(task, keeps_paths=False)
             elif status not in FINAL_STATUSES and status is not TaskStatus.PENDING:
                 board._resume(task, running=status is TaskStatus.RUNNING)
@@ -217,7 +212,7 @@ class DispatchBoard:
             self.rest(task, keeps_paths=False, adapters=adapters)
             self._is_blocked_by_a_need(task)
             return
-        self._leave(task, _WAITING)
+        self._leave(task, _AWAITING_APPROVAL)
         self._until[task] = until
         self._replace(task, adapters, keeps_paths=keeps_paths)
         placement = self._placements[task]
@@ -279,7 +274,7 @@ class DispatchBoard:
         elif status in FINAL_STATUSES:
             if state is not _OVER:
                 self.ended(task)
-        elif status is TaskStatus.WAITING:
+        elif status is TaskStatus.AWAITING_APPROVAL:
             self.rest(task, keeps_paths=keeps_paths)
         elif status is not TaskStatus.PENDING:
             if state is not _BUILT:
@@ -423,7 +418,7 @@ class DispatchBoard:
             self._free_slot(task)
         elif before is _READY:
             self._queue.discard(task)
-        elif before is _WAITING:
+        elif before is _AWAITING_APPROVAL:
             del self._until[task]
         self._state[task] = state
 

@@ -10,17 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.events.tasks import PhaseEvent
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import (
     OPEN_STATUSES,
     PASSED_STATUSES,
-    PHASE_EVENTS,
     PHASE_TRANSITIONS,
     PhaseRecord,
     PhaseStatus,
     PhaseTrigger,
     advance_phase,
 )
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 
 _Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -264,7 +264,7 @@ def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) ->
                 "reason": record.reason,
             }
             given = {name: value for name, value in facts.items() if value is not None}
-            yield PHASE_EVENTS[record.status](phase=record.phase, visit=visit).replace(**given)
+            yield record.status.record.event(phase=record.phase, visit=visit).replace(**given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Final
 
 from orchestrator.domain.documents.json_values import is_empty_value
-from orchestrator.domain.runs.model import FINAL_STATUSES, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES, PASSED_STATUSES, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES, TaskStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffKind
 from orchestrator.domain.workflow.handoffs import Handoff, handoff_id, is_intact
@@ -93,13 +94,13 @@ def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
         place = f"{facts.place}, phase {last.phase!r}"
         if last.status in OPEN_STATUSES and task.status in FINAL_STATUSES:
             yield Violation("phases.open", place, f"it is unfinished, but the task is {task.status}", _RESTORE_REMEDY)
-        if (last.status is PhaseStatus.AWAITING) != (task.status is TaskStatus.WAITING):
+        if (last.status is PhaseStatus.AWAITING_APPROVAL) != (task.status is TaskStatus.AWAITING_APPROVAL):
             what = f"it is {last.status}, but the task is {task.status}"
             yield Violation("phases.approval", place, what, "a task waits if and only if its phase awaits approval")
 
 
 #: Statuses after the last phase. Not LANDED: the work may have been found on the target earlier.
-_AFTER_LAST_PHASE: Final = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.LANDING, TaskStatus.DONE})
+_AFTER_LAST_PHASE: Final = LANDING_STATUSES | {TaskStatus.DONE}
 
 
 def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
@@ -138,7 +139,7 @@ def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
 def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
     """Completed visits have the required handoff, and it is valid."""
     for place, phase, record in facts.visits:
-        if record.status not in {PhaseStatus.COMPLETED, PhaseStatus.AWAITING}:
+        if record.status not in {PhaseStatus.COMPLETED, PhaseStatus.AWAITING_APPROVAL}:
             continue
         if phase.produces is None:
             if record.handoff is not None:

@@ -19,7 +19,8 @@ import anyio.to_thread
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.runs import BaseChecking, BasePassed
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import RunDocument, TaskStatus
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.claims import OwnerStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.sessions.shell_commands import (

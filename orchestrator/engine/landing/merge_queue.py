@@ -30,8 +30,8 @@ from orchestrator.domain.events.tasks import (
 )
 from orchestrator.domain.runs.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import CLAIMED_STATUSES, LandingIntent, TaskStatus
+from orchestrator.domain.runs.model import LandingIntent
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.security.quoting import quote_block
 from orchestrator.domain.workflow.routing import restart_task, restart_work
 from orchestrator.engine.landing.base_checks import BaseChecks, describe_check_fix

@@ -25,11 +25,11 @@ from orchestrator.domain.events.tasks import (
     TaskQueued,
 )
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import TaskDocument, sum_known_cost
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.runs.phases import PhaseTrigger
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind
 from orchestrator.domain.workflow.handoffs import Delivery, Handoff, find_last_json_block, make_handoff
 from orchestrator.domain.workflow.mediation import Transformation, mediate

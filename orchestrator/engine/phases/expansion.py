@@ -8,7 +8,8 @@ from typing import Any
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import TaskExpanded
-from orchestrator.domain.runs.model import SUCCESS_STATUSES, TaskDocument
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.statuses import SUCCESS_STATUSES
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan
 from orchestrator.domain.workflow.handoffs import handoff_id
 from orchestrator.domain.workflow.routing import Expansion, Phase, Workflow

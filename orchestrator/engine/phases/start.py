@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted
-from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.runs.phases import GivenValues, PhaseRecord
+from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.workflow.handoffs import Handoff, acknowledge
 from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
 from orchestrator.domain.workflow.routing import (

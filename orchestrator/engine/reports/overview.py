@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from orchestrator.domain.runs.metrics import ActiveTime, Metrics, compute_metrics, compute_minutes_to_land
-from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports.report import RunRecord, RunReport, RunStatus, TaskReport, imported_phase_statuses
 from orchestrator.protocols import Document, JsonObject, RecordedEvent
 from orchestrator.repo.worktrees.hub import work_branch_name

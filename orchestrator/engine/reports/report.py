@@ -9,19 +9,15 @@ from enum import StrEnum
 from pathlib import Path
 
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.lifecycle import run_state
-from orchestrator.domain.runs.model import (
+from orchestrator.domain.runs.model import AdapterDocument, HaltCause, ImportedTask, RunDocument, TaskDocument
+from orchestrator.domain.runs.phases import OPEN_STATUSES
+from orchestrator.domain.runs.statuses import (
     FINAL_STATUSES,
     RETRYABLE_STATUSES,
     SUCCESS_STATUSES,
-    AdapterDocument,
-    HaltCause,
-    ImportedTask,
-    RunDocument,
-    TaskDocument,
     TaskStatus,
+    run_state,
 )
-from orchestrator.domain.runs.phases import OPEN_STATUSES
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.protocols import JsonObject
@@ -450,7 +446,7 @@ def _describe_task(task: str, document: TaskDocument, adapter: str, why_blocked:
     if document.status is TaskStatus.RUNNING:
         reason = None  # belongs to an earlier attempt
     phase = current_phase(document)
-    if document.status is TaskStatus.WAITING:
+    if document.status is TaskStatus.AWAITING_APPROVAL:
         reason = f"phase {phase!r} waits for approval"
     attempts = document.attempts
     newest = document.attempt if attempts else None

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import EVENT_TYPES, TypedEvent
-from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports import report, task_details
 from orchestrator.engine.reports.report import EXIT_CODES, RunReport, TaskReport
 from orchestrator.engine.reports.task_details import TaskDetails

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from orchestrator.domain.runs.model import Attempt, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.runs.usage import Usage, measure_seconds, sum_usage
 from orchestrator.domain.workflow.handoffs import Handoff, is_intact
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
@@ -36,7 +37,7 @@ class PhaseVisitDetails(PhaseRecord):
     model_config = _WITH_DEFAULTS
 
     status: str  # type: ignore[assignment]  # an imported phase has a status of its own
-    """`in_progress`, `awaiting`, `completed`, `rejected` (by a person), `failed`, `skipped` or `cancelled`."""
+    """`in_progress`, `awaiting_approval`, `completed`, `rejected` (by a person), `failed`, `skipped` or `cancelled`."""
     visit: int
     """The number of the visit of this phase, from 1."""
     adapters: tuple[str, ...]
@@ -263,13 +264,21 @@ def _visit(
 
 def _remaining_phases(task: TaskDocument, definition: TaskDefinition) -> list[str]:
     """Return the phases after the current one."""
-    if task.imported is not None or task.status not in {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.WAITING}:
+    if task.imported is not None or task.status not in {
+        TaskStatus.PENDING,
+        TaskStatus.RUNNING,
+        TaskStatus.AWAITING_APPROVAL,
+    }:
         return []
     names = list(definition.phases)
     if definition.workflow is None:
         return [] if task.attempts else names
     last = task.phases[-1] if task.phases else None
-    if last is not None and last.status in {PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING} and last.phase in names:
+    if (
+        last is not None
+        and last.status in {PhaseStatus.IN_PROGRESS, PhaseStatus.AWAITING_APPROVAL}
+        and last.phase in names
+    ):
         return names[names.index(last.phase) + 1 :]
     if task.phase in names:
         return names[names.index(task.phase) :]

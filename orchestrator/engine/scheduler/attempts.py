@@ -33,7 +33,6 @@ from orchestrator.domain.events.tasks import (
 )
 from orchestrator.domain.runs.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.lifecycle import Trigger
 from orchestrator.domain.runs.model import INTERRUPTED, AdapterDocument, Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import (
     Built,
@@ -46,6 +45,7 @@ from orchestrator.domain.runs.outcome import (
 )
 from orchestrator.domain.runs.retry import compute_cooldown_end, retry_delay
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.engine.landing.base_checks import BaseChecks

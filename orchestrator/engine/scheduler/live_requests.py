@@ -8,14 +8,8 @@ from typing import Final
 
 import anyio
 
-from orchestrator.domain.runs.model import (
-    FINAL_STATUSES,
-    RETRYABLE_STATUSES,
-    AdapterDocument,
-    RequestAction,
-    RunRequest,
-    TaskStatus,
-)
+from orchestrator.domain.runs.model import AdapterDocument, RequestAction, RunRequest
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TaskStatus
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.requests import RequestHandler, cancel_task
 from orchestrator.engine.state.ledger import Ledger

@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 
 import anyio
 
-from orchestrator.domain.runs.model import CLAIMED_STATUSES, SUCCESS_STATUSES, AdapterDocument, TaskStatus
+from orchestrator.domain.runs.model import AdapterDocument
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.domain.workflow.routing import current_adapters, has_built_work
 from orchestrator.engine.landing.merge_queue import MergeQueue
@@ -45,7 +46,7 @@ class LocalWork:
         """The attempts that run in this process, by task."""
         self._woken = anyio.Event()
         for task in ledger.run.tasks:
-            if ledger.task(task).status in {TaskStatus.PENDING, TaskStatus.WAITING}:
+            if ledger.task(task).status in {TaskStatus.PENDING, TaskStatus.AWAITING_APPROVAL}:
                 self._place(task)
 
     def _place(self, task: str) -> None:

@@ -11,17 +11,10 @@ from anyio.abc import TaskGroup
 from orchestrator.domain.events.runs import AdapterEnabled, RunPaused, RunTargetUnreachable, RunWaiting
 from orchestrator.domain.events.tasks import TaskFailed
 from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import (
-    CLAIMED_STATUSES,
-    LANDING_STATUSES,
-    SUCCESS_STATUSES,
-    AdapterDocument,
-    HaltCause,
-    TaskStatus,
-)
+from orchestrator.domain.runs.model import AdapterDocument, HaltCause
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.runs.retry import Backoff, retry_delay
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, LANDING_STATUSES, SUCCESS_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.scheduling.claims import ClaimVerdict, should_try
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
 from orchestrator.engine.landing.base_checks import BaseChecks
@@ -339,7 +332,11 @@ class Scheduler:
     def _awaiting_approval(self) -> dict[str, int]:
         """Map each task that waits for approval to the number of its phase visits."""
         statuses = self._ledger.statuses().items()
-        return {task: len(self._ledger.task(task).phases) for task, status in statuses if status is TaskStatus.WAITING}
+        return {
+            task: len(self._ledger.task(task).phases)
+            for task, status in statuses
+            if status is TaskStatus.AWAITING_APPROVAL
+        }
 
     def _idle(self) -> bool:
         if self._is_active():

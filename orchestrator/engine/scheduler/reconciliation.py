@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from orchestrator.domain.events.tasks import TaskLanded
-from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import CLAIMED_STATUSES, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost, GitError, VersionConflict

@@ -22,9 +22,9 @@ from orchestrator.domain.events.tasks import (
     TaskWorktreePreserved,
 )
 from orchestrator.domain.runs.leftovers import WorktreeContents, classify_worktree
-from orchestrator.domain.runs.lifecycle import Trigger
-from orchestrator.domain.runs.model import CLAIMED_STATUSES, FINAL_STATUSES, INTERRUPTED, Attempt, TaskStatus
+from orchestrator.domain.runs.model import INTERRUPTED, Attempt
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, FINAL_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.scheduling.claims import OwnerStatus
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger

@@ -13,18 +13,9 @@ from typing import Final
 from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.runs import RequestCompleted, RequestSubmitted
 from orchestrator.domain.events.tasks import TaskApproved, TaskCancelled, TaskIgnored, TaskRejected, TaskRetryRequested
-from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
-from orchestrator.domain.runs.model import (
-    FINAL_STATUSES,
-    RETRYABLE_STATUSES,
-    AdapterDocument,
-    RequestAction,
-    RunDocument,
-    RunRequest,
-    TaskDocument,
-    TaskStatus,
-)
+from orchestrator.domain.runs.model import AdapterDocument, RequestAction, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.runs.phases import PhaseTrigger
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.security.secrets import has_secret_key
 from orchestrator.domain.workflow.routing import Phase, change_last_visit, find_first_incomplete, restart_task
 from orchestrator.domain.workflow.violations import Violation
@@ -76,7 +67,7 @@ def check_request(
     for task in tasks:
         status = record.tasks[task].status
         if action in {RequestAction.APPROVE, RequestAction.REJECT}:
-            if status is not TaskStatus.WAITING:
+            if status is not TaskStatus.AWAITING_APPROVAL:
                 message = f"task {task!r} does not wait for approval (state: {status})"
                 raise RefusedError(message, "`council status` lists the tasks that do")
         elif action is not RequestAction.RETRY:
@@ -110,7 +101,7 @@ def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, i
             return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
         case TaskStatus.DONE:
             return RefusedError(f"task {task!r} is done", "start a new run to do it again")
-        case TaskStatus.WAITING:
+        case TaskStatus.AWAITING_APPROVAL:
             remedy = f"`council approve {task}`, or `council reject {task}` to repeat its phase"
             return RefusedError(f"task {task!r} waits for approval", remedy)
     remedy = "cancel it first, or wait"
@@ -353,7 +344,7 @@ async def approve_phase(ledger: Ledger, task: str, note: str | None) -> bool:
     Return False if the task does not wait for approval.
     """
     document, spec = ledger.task(task), await ledger.definitions.spec(task)
-    if document.status is not TaskStatus.WAITING:
+    if document.status is not TaskStatus.AWAITING_APPROVAL:
         return False
     workflow = ledger.definitions.workflow(spec.workflow)
     phase = workflow.phase(document.phases[-1].phase)
@@ -388,7 +379,7 @@ async def reject_phase(ledger: Ledger, task: str, note: str | None) -> bool:
     Return False if the task does not wait for approval.
     """
     document = ledger.task(task)
-    if document.status is not TaskStatus.WAITING:
+    if document.status is not TaskStatus.AWAITING_APPROVAL:
         return False
     visit = document.phases[-1]
     reason = "rejected by a person" if note is None else f"rejected by a person: {note}"

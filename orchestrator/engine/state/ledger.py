@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.domain.events.base import RunEvent, TaskEvent
 from orchestrator.domain.events.runs import RunJoined
-from orchestrator.domain.runs.lifecycle import TRANSITIONS, Trigger
-from orchestrator.domain.runs.model import CLAIMED_STATUSES, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.engine.state.records import new_task_writes, parse_entry, run_key, task_key
 from orchestrator.engine.state.run_state import AdapterStates, RunState
 from orchestrator.engine.state.tasks import LoadedRun, TaskDefinitions, TaskTable, load_run
-from orchestrator.engine.state.transitions import CLAIM_RELEASES, TaskUpdate, build_transition
+from orchestrator.engine.state.transitions import TaskUpdate, build_transition
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import ClaimLost, LeaseLost, RefusedError, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
@@ -259,7 +259,7 @@ class Ledger:
             if (status := self.tasks[task].status) in CLAIMED_STATUSES:
                 self.tasks.take_unreported(task)
                 return True
-            await self.claims.release(task, CLAIM_RELEASES[status])  # the task had already ended
+            await self.claims.release(task, status.release_reason)  # the task had already ended
             return False
 
     async def release(self, task: str) -> None:
@@ -269,7 +269,7 @@ class Ledger:
         """
         document = self.tasks[task]
         if self.claims is not None and task in self.claims and document.status not in CLAIMED_STATUSES:
-            await self.claims.release(task, CLAIM_RELEASES[document.status], document.reason)
+            await self.claims.release(task, document.status.release_reason, document.reason)
 
     def is_claimed_elsewhere(self, task: str) -> bool:
         """Return True if another orchestrator runs a task or queues it to land."""
@@ -312,7 +312,7 @@ def _release_write(claims: Claims, task: str, after: TaskDocument, trigger: Trig
     """Return the write that releases the claim on a task that is no longer claimed."""
     return claims.release_write(
         task,
-        CLAIM_RELEASES[after.status],
+        after.status.release_reason,
         after.reason,
         counts=trigger in {Trigger.RETRY, Trigger.BOUNCE},
         reset_retries=trigger in {Trigger.ADVANCE, Trigger.EXPAND},

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import TaskStatus
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec

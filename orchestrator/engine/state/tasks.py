@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 
-from orchestrator.domain.runs.model import CLAIMED_STATUSES, RunDocument, TaskDocument
+from orchestrator.domain.runs.model import RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.domain.workflow.routing import Phase, Workflow

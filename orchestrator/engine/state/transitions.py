@@ -7,27 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.domain.events.base import RunEvent, TaskEvent
-from orchestrator.domain.runs.lifecycle import Trigger, apply_trigger
-from orchestrator.domain.runs.model import TaskDocument, TaskStatus
-from orchestrator.domain.scheduling.claims import ReleaseReason
+from orchestrator.domain.runs.model import TaskDocument, apply_trigger
+from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.workflow.routing import close_open_visit, phase_events
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 
 if TYPE_CHECKING:
     from orchestrator.config.model import TaskSpec
     from orchestrator.domain.security.secrets import Redactor
-
-#: How the claim on a task ends, by the status in which the task has no owner.
-CLAIM_RELEASES: Mapping[TaskStatus, ReleaseReason] = {
-    TaskStatus.PENDING: ReleaseReason.ABANDONED,
-    TaskStatus.WAITING: ReleaseReason.ABANDONED,
-    TaskStatus.DONE: ReleaseReason.COMPLETE,
-    TaskStatus.CANCELLED: ReleaseReason.ABANDONED,
-    TaskStatus.LANDED: ReleaseReason.COMPLETE,
-    TaskStatus.NO_CHANGE: ReleaseReason.COMPLETE,
-    TaskStatus.CONFLICT: ReleaseReason.FAILED,
-    TaskStatus.FAILED: ReleaseReason.FAILED,
-}
 
 #: Fields of documents and events with foreign text.
 _FOREIGN_TEXT_FIELDS = frozenset(

@@ -36,9 +36,9 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.domain.events.state import CheckpointCreated
-from orchestrator.domain.runs.lifecycle import run_state
-from orchestrator.domain.runs.model import FINAL_STATUSES, CheckpointOrigin, RunDocument, TaskDocument, TaskStatus
+from orchestrator.domain.runs.model import CheckpointOrigin, RunDocument, TaskDocument
 from orchestrator.domain.runs.rollback import roll_back_task
+from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, FINAL_STATUSES, TaskStatus, run_state
 from orchestrator.errors import HistoryCompacted, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents.log_reader import is_run_document
@@ -60,7 +60,6 @@ _RESTORED_KINDS: Final = ("run", "spec", "task", "imported", "handoff", "shared"
 _NOTE: Final = "note"
 #: The kinds that are read.
 _COVERED_KINDS: Final = (*_RESTORED_KINDS, _NOTE)
-_ACTIVE_STATUSES: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 #: How often all documents are read while other processes commit, before the slower read from the log.
 _MAX_READS: Final = 5
 
@@ -289,7 +288,7 @@ def _summarize(documents: Iterable[Document], run: str | None, is_live: bool) ->
         elif found.key.kind == "task":
             task = TaskDocument.model_validate_json(found.encoded) if is_known else None
             phase["damaged" if task is None else task.status] += 1
-            if task is not None and task.status in _ACTIVE_STATUSES:
+            if task is not None and task.status in ACTIVE_STATUSES:
                 owner, _, name = found.key.id.partition("/")
                 sessions.append({"run": owner, "task": name, "attempt": task.attempt.number, "status": task.status})
     status = None
@@ -420,7 +419,7 @@ def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> Run
     tasks = dict.fromkeys((*document.tasks, *(one.id.partition("/")[2] for one in staying)))
     document = document.model_copy(update={"tasks": tuple(tasks)})
     # The status of an unreadable task may be any value.
-    at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(_ACTIVE_STATUSES) for one in now)
+    at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(ACTIVE_STATUSES) for one in now)
     return document.model_copy(update={"ended": None}) if at_work else document
 
 

@@ -16,14 +16,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationEr
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events.state import StateRepaired
-from orchestrator.domain.runs.model import (
-    AdapterDocument,
-    CheckpointOrigin,
-    RunDocument,
-    RunRequest,
-    TaskDocument,
-    TaskStatus,
-)
+from orchestrator.domain.runs.model import AdapterDocument, CheckpointOrigin, RunDocument, RunRequest, TaskDocument
+from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
 from orchestrator.domain.scheduling.path_ownership import PathOwnership
 from orchestrator.domain.sessions.contexts import SessionContext
@@ -42,13 +36,7 @@ EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
 #: The fields of a task that people may change; only the run writes the others.
 EDITABLE_TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
 #: The statuses that people may set; the others need work that only a run can record.
-MANUAL_STATUSES: Final = (
-    TaskStatus.PENDING,
-    TaskStatus.FAILED,
-    TaskStatus.CONFLICT,
-    TaskStatus.NO_CHANGE,
-    TaskStatus.CANCELLED,
-)
+MANUAL_STATUSES: Final = tuple(one for one in TaskStatus if one is TaskStatus.PENDING or one in RETRYABLE_STATUSES)
 #: How many versions of a document are searched for a readable one.
 _DEEP: Final = 1000
 

@@ -41,7 +41,8 @@ from orchestrator.config.model import BudgetConfig
 from orchestrator.config.selection import select_tasks, with_capacity, with_failing_base
 from orchestrator.config.source.names import check_branch
 from orchestrator.config.store import MEMORY
-from orchestrator.domain.runs.model import LANDING_STATUSES, MAX_CAPACITY
+from orchestrator.domain.runs.model import MAX_CAPACITY
+from orchestrator.domain.runs.statuses import LANDING_STATUSES
 from orchestrator.engine.reports.dry_run import DryRun
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.errors import NothingToMerge, RefusedError, join_names

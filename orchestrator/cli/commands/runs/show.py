@@ -20,7 +20,7 @@ from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.next_steps import Step, halt_steps, run_step, task_steps
 from orchestrator.cli.render.story import story_lines
 from orchestrator.cli.render.text import printable
-from orchestrator.domain.runs.model import TaskStatus
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.errors import RefusedError
 
 

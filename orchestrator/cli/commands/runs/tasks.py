@@ -30,7 +30,7 @@ from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.trust import require_trust, trust_option
 from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.events.runs import describe_file_changes
-from orchestrator.domain.runs.model import FINAL_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.errors import join_names
 

@@ -1,0 +1,310 @@
+"""The statuses of a task, and the transitions between them.
+
+To add a status: a member with its record, and the transitions to and from it, here; the event of each new trigger in
+`domain.events.tasks`. A status without a record or a transition, and a trigger without an event, fail at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Self
+
+from orchestrator.domain.events import tasks as events
+from orchestrator.domain.events.base import TaskEvent
+
+
+class ReleaseReason(StrEnum):
+    """Why the claim on a task was released."""
+
+    COMPLETE = "complete"  #: the task has landed, or had nothing to do
+    ABANDONED = "abandoned"  #: any orchestrator may claim the task for another attempt
+    FAILED = "failed"  #: the task is finished without landing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusRecord:
+    """The properties of a status."""
+
+    label: str
+    """How people read it."""
+    activity: str
+    """What a task is doing, in one word of the live table."""
+    style: str
+    """The color in tables."""
+    release: ReleaseReason | None
+    """How the claim on the task is released; None: an orchestrator holds the claim. Only an attempt leads to these."""
+    next_steps: tuple[tuple[str, str], ...] = ()
+    """The commands that a person may use next: `next`, `then` or `or`, and the command with the task as `{}`."""
+    is_final: bool = False
+    """The task is finished; only a person continues it."""
+    is_successful: bool = False
+    """Dependents may start."""
+    is_active: bool = False
+    """A session, a check or a landing runs."""
+    is_landing: bool = False
+    """Between a built commit and its landing."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the properties contradict each other."""
+        if self.is_successful and not self.is_final:
+            raise ValueError(f"status {self.label!r} is successful and not final")
+        if self.is_final == (self.release is None) and self.is_final:
+            raise ValueError(f"status {self.label!r} is final and keeps the claim: give it a `release`")
+        if (self.is_active or self.is_landing) and self.release is not None:
+            raise ValueError(f"status {self.label!r} is active without a claim: set `release=None`")
+
+
+_RETRY = ("next", "council retry {}")
+_LOGS_AND_RETRY = (("next", "council logs {}"), ("then", "council retry {}"))
+
+
+class TaskStatus(StrEnum):
+    """The stored status of a task, each with its record. Blocked and claimed are derived, never stored."""
+
+    record: StatusRecord
+
+    def __new__(cls, value: str, record: StatusRecord) -> Self:
+        """Make a member from its value and its record."""
+        member = str.__new__(cls, value)
+        member._value_, member.record = value, record
+        return member
+
+    @property
+    def release_reason(self) -> ReleaseReason:
+        """How the claim on the task is released; raises ValueError if it is not."""
+        if self.record.release is None:
+            raise ValueError(f"a task that is {self.record.label} keeps its claim")
+        return self.record.release
+
+    PENDING = (
+        "pending",
+        StatusRecord(label="pending", activity="waiting", style="", release=ReleaseReason.ABANDONED),
+    )
+    RUNNING = "running", StatusRecord(label="running", activity="build", style="cyan", release=None, is_active=True)
+    #: Built, in the merge queue.
+    QUEUED = "queued", StatusRecord(label="queued", activity="queued", style="blue", release=None, is_landing=True)
+    #: Merged, checks run on the merged tree.
+    CHECKING = (
+        "checking",
+        StatusRecord(
+            label="checking", activity="checks", style="yellow", release=None, is_active=True, is_landing=True
+        ),
+    )
+    #: The intent to move the target is recorded.
+    LANDING = (
+        "landing",
+        StatusRecord(
+            label="landing", activity="landing", style="bold green", release=None, is_active=True, is_landing=True
+        ),
+    )
+    LANDED = (
+        "landed",
+        StatusRecord(
+            label="landed",
+            activity="landed",
+            style="green",
+            release=ReleaseReason.COMPLETE,
+            is_final=True,
+            is_successful=True,
+        ),
+    )
+    #: The result of a phase needs approval.
+    AWAITING_APPROVAL = (
+        "awaiting_approval",
+        StatusRecord(
+            label="waiting for approval",
+            activity="approval",
+            style="bold yellow",
+            release=ReleaseReason.ABANDONED,
+            next_steps=(
+                ("next", "council show {}"),
+                ("then", "council approve {}"),
+                ("or", "council reject {} --note TEXT"),
+            ),
+        ),
+    )
+    #: All phases are complete, and there is nothing to land.
+    DONE = (
+        "done",
+        StatusRecord(
+            label="done",
+            activity="done",
+            style="green",
+            release=ReleaseReason.COMPLETE,
+            next_steps=(("next", "council show {}"),),
+            is_final=True,
+            is_successful=True,
+        ),
+    )
+    NO_CHANGE = (
+        "no_change",
+        StatusRecord(
+            label="no change",
+            activity="no change",
+            style="red",
+            release=ReleaseReason.COMPLETE,
+            next_steps=_LOGS_AND_RETRY,
+            is_final=True,
+        ),
+    )
+    CONFLICT = (
+        "conflict",
+        StatusRecord(
+            label="conflict",
+            activity="conflict",
+            style="red",
+            release=ReleaseReason.FAILED,
+            next_steps=(_RETRY,),
+            is_final=True,
+        ),
+    )
+    FAILED = (
+        "failed",
+        StatusRecord(
+            label="failed",
+            activity="failed",
+            style="red",
+            release=ReleaseReason.FAILED,
+            next_steps=_LOGS_AND_RETRY,
+            is_final=True,
+        ),
+    )
+    CANCELLED = (
+        "cancelled",
+        StatusRecord(
+            label="cancelled",
+            activity="cancelled",
+            style="red",
+            release=ReleaseReason.ABANDONED,
+            next_steps=(_RETRY,),
+            is_final=True,
+        ),
+    )
+
+
+FINAL_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_final)
+SUCCESS_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_successful)
+#: Final statuses without success; a person may retry the task.
+RETRYABLE_STATUSES: Final = FINAL_STATUSES - SUCCESS_STATUSES
+LANDING_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_landing)
+ACTIVE_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_active)
+CLAIMED_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.release is None)
+
+
+class Trigger(StrEnum):
+    """The causes of a change of a task's status, each with the event that records it."""
+
+    event: type[TaskEvent]
+
+    def __new__(cls, value: str, event: type[TaskEvent]) -> Self:
+        """Make a member from its value and its event."""
+        member = str.__new__(cls, value)
+        member._value_, member.event = value, event
+        return member
+
+    START = "start", events.TaskStarted  #: an attempt is recorded
+    RETRY = "retry", events.TaskRetrying  #: the attempt failed, another may follow
+    HOLD = "hold", events.TaskPostponed  #: its adapter is unavailable; the attempt does not count
+    INTERRUPT = "interrupt", events.TaskInterrupted  #: the orchestrator stopped during the attempt
+    FAIL = "fail", events.TaskFailed  #: the last attempt failed
+    IDLE = "idle", events.TaskNoChange  #: the program succeeded and changed nothing
+    BUILD = "build", events.TaskQueued  #: the attempt's work is a commit
+    ADVANCE = "advance", events.TaskAdvanced  #: its phase is complete, another follows
+    EXPAND = "expand", events.TaskExpanded  #: its phase is complete, and the tasks of its plan run first
+    REPEAT = "repeat", events.TaskPhaseRepeated  #: its phase, or an earlier one, is repeated
+    ASK = "ask", events.TaskAwaitingApproval  #: the result of its phase needs approval
+    APPROVE = "approve", events.TaskApproved  #: a person approved the result
+    SEND_BACK = "send_back", events.TaskRejected  #: a person declined the result
+    QUEUE = "queue", events.TaskQueued  #: all phases are complete, its work is queued to land
+    FINISH = "finish", events.TaskDone  #: all phases are complete, and there is nothing to land
+    CHECK = "check", events.TaskChecking  #: the checks of the merge start
+    REQUEUE = "requeue", events.TaskRequeued  #: the checks were interrupted
+    BOUNCE = "bounce", events.TaskRetrying  #: it can't land, another attempt may follow
+    REJECT = "reject", events.TaskFailed  #: it can't land, and no further attempt follows
+    INTEND = "intend", events.TaskLanding  #: the intent to move the target is recorded
+    UNDO = "undo", events.TaskLandingAborted  #: the target was not moved
+    DEFER = "defer", events.TaskDeferred  #: the target can't be moved at the moment
+    CONFLICT = "conflict", events.TaskConflict  #: the merge has conflicts
+    ADOPT = "adopt", events.TaskLanded  #: the target already has it
+    LAND = "land", events.TaskLanded  #: the target was moved
+    LOSE = "lose", events.TaskFailed  #: the target was rewritten without it
+    DISTRUST = "distrust", events.TaskFailed  #: the record of the task is damaged
+    CANCEL = "cancel", events.TaskCancelled  #: a person cancels it
+    IGNORE = "ignore", events.TaskIgnored  #: a person excludes it from retries
+    REVIVE = "revive", events.TaskRetryRequested  #: a person retries it
+
+
+_S, _T = TaskStatus, Trigger
+_CANCELLABLE = (_S.PENDING, _S.AWAITING_APPROVAL, _S.RUNNING, _S.QUEUED, _S.CHECKING)
+
+TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
+    (_S.PENDING, _T.START): _S.RUNNING,
+    (_S.PENDING, _T.ADOPT): _S.LANDED,
+    (_S.PENDING, _T.FAIL): _S.FAILED,
+    (_S.RUNNING, _T.RETRY): _S.PENDING,
+    (_S.RUNNING, _T.HOLD): _S.PENDING,
+    (_S.RUNNING, _T.INTERRUPT): _S.PENDING,
+    (_S.RUNNING, _T.FAIL): _S.FAILED,
+    (_S.RUNNING, _T.IDLE): _S.NO_CHANGE,
+    (_S.RUNNING, _T.BUILD): _S.QUEUED,
+    (_S.RUNNING, _T.ADVANCE): _S.PENDING,
+    (_S.RUNNING, _T.EXPAND): _S.PENDING,
+    (_S.RUNNING, _T.REPEAT): _S.PENDING,
+    (_S.RUNNING, _T.ASK): _S.AWAITING_APPROVAL,
+    (_S.RUNNING, _T.FINISH): _S.DONE,
+    (_S.AWAITING_APPROVAL, _T.APPROVE): _S.PENDING,
+    (_S.AWAITING_APPROVAL, _T.SEND_BACK): _S.PENDING,
+    (_S.PENDING, _T.QUEUE): _S.QUEUED,
+    (_S.PENDING, _T.FINISH): _S.DONE,
+    (_S.QUEUED, _T.CHECK): _S.CHECKING,
+    (_S.CHECKING, _T.REQUEUE): _S.QUEUED,
+    (_S.CHECKING, _T.INTEND): _S.LANDING,
+    (_S.CHECKING, _T.ADOPT): _S.LANDED,
+    (_S.QUEUED, _T.INTEND): _S.LANDING,
+    (_S.QUEUED, _T.DEFER): _S.QUEUED,
+    (_S.QUEUED, _T.CONFLICT): _S.CONFLICT,
+    (_S.QUEUED, _T.ADOPT): _S.LANDED,
+    (_S.LANDING, _T.LAND): _S.LANDED,
+    (_S.LANDING, _T.UNDO): _S.QUEUED,
+    (_S.LANDING, _T.DEFER): _S.QUEUED,
+    (_S.LANDED, _T.LOSE): _S.FAILED,
+    (_S.RUNNING, _T.ADOPT): _S.LANDED,
+    (_S.LANDING, _T.ADOPT): _S.LANDED,
+    (_S.CONFLICT, _T.ADOPT): _S.LANDED,
+    (_S.FAILED, _T.ADOPT): _S.LANDED,
+    **{(status, _T.BOUNCE): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
+    **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
+    **{(status, _T.CANCEL): _S.CANCELLED for status in _CANCELLABLE},
+    (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,
+    **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL_STATUSES},
+    **{(status, _T.REVIVE): _S.PENDING for status in RETRYABLE_STATUSES},
+}
+
+
+def _check_reachable() -> None:
+    """Raise ValueError for a status that no transition leads to, or that a task cannot leave, and unused triggers."""
+    entered, left = set(TRANSITIONS.values()), {status for status, _ in TRANSITIONS}
+    for status in TaskStatus:
+        if status is not TaskStatus.PENDING and status not in entered:
+            raise ValueError(f"no transition leads to the status {status}: add one to TRANSITIONS")
+        if status not in left and not status.record.is_final:
+            raise ValueError(f"no transition leads from the status {status}: add one to TRANSITIONS")
+    for trigger in set(Trigger) - {trigger for _, trigger in TRANSITIONS}:
+        raise ValueError(f"no transition has the trigger {trigger}: add one to TRANSITIONS")
+
+
+_check_reachable()
+
+
+def run_state(statuses: Collection[str], *, has_ended: bool, is_halted: bool, is_live: bool) -> str:
+    """Return the state of a run, given the statuses of its tasks.
+
+    `is_live` means that a process is active on it. A resumed run is no longer halted.
+    """
+    if has_ended:
+        return "landed" if SUCCESS_STATUSES.issuperset(statuses) else "incomplete"
+    if is_live:
+        return "running"
+    return "halted" if is_halted else "interrupted"
